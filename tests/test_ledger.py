@@ -1,0 +1,455 @@
+"""The ledger keeps what it was given, refuses what would lose something, and survives being killed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from factsmith.errors import DamagedError, InputError, LedgerError, RevisionError, WorkspaceError
+from factsmith.fact import Fact
+from factsmith.ledger import BASE, LATEST, Ledger, Revision
+
+FINGERPRINT = "ab" * 32
+FACT = Fact("Danielle Darrieux", "The mother tongue of {} is", "English", neighbours=("The mother tongue of Léon Blum is",))
+
+
+def delta_of(text: str) -> Callable[[Path], None]:
+    """Stands for `delta.save`: the ledger sees files, not tensors."""
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "edit.json").write_text(json.dumps({"name": text}))
+        (folder / "delta.safetensors").write_bytes(text.encode() * 100)
+
+    return write
+
+
+def commit(ledger: Ledger, text: str, layers: tuple[int, ...] = (1,), *, onto: str | None = None) -> Revision:
+    return ledger.commit(
+        delta_of(text),
+        onto=ledger.head if onto is None else onto,
+        method="rome",
+        config={"layer": layers[0], "lr": 0.5},
+        facts=[FACT],
+        layers=layers,
+        moments="cd" * 32,
+        report={"exact": 1.0},
+        message=text,
+    )
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    with Ledger.create(tmp_path / "space", model="gpt2", fingerprint=FINGERPRINT) as made:
+        yield made
+
+
+def state_of(folder: Path) -> dict[str, str]:
+    """Everything a workspace holds, read without the ledger: sha256 of each delta file, and the rows of the database."""
+    state = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in (folder / "deltas").rglob("*") if p.is_file()}
+    with sqlite3.connect(folder / "ledger.db") as db:
+        state["rows"] = repr(db.execute("SELECT * FROM revisions").fetchall() + db.execute("SELECT * FROM workspace").fetchall())
+    db.close()
+    return state
+
+
+def test_create_then_open(ledger: Ledger) -> None:
+    with Ledger(ledger.folder) as again:
+        assert (again.model, again.fingerprint, again.head, again.current) == ("gpt2", FINGERPRINT, BASE, BASE)
+        assert again.log() == [] and again.active() == []
+        assert again.verify().revisions == 0
+
+
+def test_create_refuses_what_is_there(ledger: Ledger, tmp_path: Path) -> None:
+    commit(ledger, "one")
+    before = state_of(ledger.folder)
+    with pytest.raises(WorkspaceError, match="already holds a ledger"):
+        Ledger.create(ledger.folder, model="other", fingerprint="00" * 32)
+    assert state_of(ledger.folder) == before
+    with pytest.raises(WorkspaceError, match="factsmith init"):
+        Ledger(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WorkspaceError):
+        Ledger.create(tmp_path / "file", model="gpt2", fingerprint=FINGERPRINT)
+
+
+def test_create_interrupted_can_be_repeated(tmp_path: Path) -> None:
+    (tmp_path / "ledger.db").touch()  # what a crash before the one transaction leaves
+    with pytest.raises(WorkspaceError):
+        Ledger(tmp_path)
+    with Ledger.create(tmp_path, model="gpt2", fingerprint=FINGERPRINT) as made:
+        assert made.head == BASE
+
+
+def test_strangers_and_newer_formats_are_refused(ledger: Ledger, tmp_path: Path) -> None:
+    stranger = tmp_path / "stranger"
+    stranger.mkdir()
+    with sqlite3.connect(stranger / "ledger.db") as db:
+        db.execute("CREATE TABLE accounts (id)")
+    db.close()
+    with pytest.raises(WorkspaceError, match="not made by factsmith"):
+        Ledger(stranger)
+    with pytest.raises(WorkspaceError):
+        Ledger.create(stranger, model="gpt2", fingerprint=FINGERPRINT)
+    ledger.close()
+    with sqlite3.connect(ledger.folder / "ledger.db") as db:
+        db.execute("PRAGMA user_version = 99")
+    db.close()
+    with pytest.raises(WorkspaceError, match=r"format 99.*upgrade"):
+        Ledger(ledger.folder)
+
+
+def test_commit_is_read_back(ledger: Ledger) -> None:
+    first, second = commit(ledger, "one"), commit(ledger, "two", (0, 2))
+    assert [r.id for r in ledger.log()] == [second.id, first.id]
+    assert (first.parent, second.parent, ledger.head, ledger.current) == (BASE, first.id, second.id, second.id)
+    assert first.facts == (FACT,) and first.config == {"layer": 1, "lr": 0.5} and second.layers == (0, 2)
+    assert first.report == {"exact": 1.0} and first.moments == "cd" * 32 and first.base == FINGERPRINT
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", first.created)
+    assert (ledger.delta_folder(first) / "delta.safetensors").read_bytes() == b"one" * 100
+    assert first.delta_bytes == sum(p.stat().st_size for p in ledger.delta_folder(first).iterdir())
+    assert [r.id for r in ledger.active()] == [first.id, second.id]
+    assert json.loads(json.dumps(first.to_dict()))["facts"][0]["subject"] == "Danielle Darrieux"
+
+
+def test_an_id_is_the_hash_of_a_record_that_names_its_parent(ledger: Ledger) -> None:
+    first, second = commit(ledger, "one"), commit(ledger, "two")
+    with sqlite3.connect(ledger.folder / "ledger.db") as db:
+        records = [text for (text,) in db.execute("SELECT record FROM revisions ORDER BY seq")]
+    db.close()
+    assert [hashlib.sha256(text.encode()).hexdigest() for text in records] == [first.id, second.id]
+    assert json.loads(records[1])["parent"] == first.id
+
+
+def test_message_is_made_from_the_facts(ledger: Ledger) -> None:
+    revision = ledger.commit(delta_of("x"), onto=BASE, method="rome", facts=[FACT], layers=[1])
+    assert revision.message == "The mother tongue of Danielle Darrieux is → English"
+
+
+def test_references(ledger: Ledger) -> None:
+    first, second = commit(ledger, "one"), commit(ledger, "two")
+    assert ledger.show(first.id[:6]).id == first.id and ledger.show(LATEST).id == second.id
+    assert ledger.resolve(BASE) == BASE
+    for bad in ("zzzz", "abc", "", "../../etc", "f" * 64, BASE):
+        with pytest.raises(RevisionError):
+            ledger.show(bad)
+
+
+def test_revert_is_recorded_and_takes_effect(ledger: Ledger) -> None:
+    first, second = commit(ledger, "one"), commit(ledger, "two")
+    undo = ledger.revert(LATEST)
+    assert (undo.kind, undo.reverts, undo.parent, undo.delta) == ("revert", second.id, second.id, None)
+    assert [r.id for r in ledger.active()] == [first.id]
+    assert ledger.show(second.id).state == "reverted" and ledger.show(second.id).reverted_by == undo.id
+    assert [r.kind for r in ledger.log()] == ["revert", "patch", "patch"]
+    with pytest.raises(RevisionError, match="not in effect"):
+        ledger.revert(second.id)
+    with pytest.raises(RevisionError, match="patch again"):
+        ledger.revert(undo.id)
+    again = commit(ledger, "two")  # the same delta once more: a new revision on the same files
+    assert again.id != second.id and again.delta == second.delta
+    assert [r.id for r in ledger.active()] == [first.id, again.id]
+    assert ledger.verify().deltas == 2
+
+
+def test_revert_in_the_middle(ledger: Ledger) -> None:
+    first, apart, later = commit(ledger, "one", (1,)), commit(ledger, "apart", (5,)), commit(ledger, "later", (1, 2))
+    before = state_of(ledger.folder)
+    with pytest.raises(RevisionError, match=f"{later.id[:10]} changed the same layers") as refusal:
+        ledger.revert(first.id)
+    assert f"factsmith checkout {first.parent[:10]}" in str(refusal.value)
+    assert state_of(ledger.folder) == before
+    ledger.revert(apart.id)  # nothing later touches layer 5
+    assert [r.id for r in ledger.active()] == [first.id, later.id]
+    ledger.revert(later.id)
+    ledger.revert(first.id)  # nothing in effect is on top of it any more
+    assert ledger.active() == []
+
+
+def test_checkout_moves_without_rewriting(ledger: Ledger) -> None:
+    first, second = commit(ledger, "one"), commit(ledger, "two")
+    undo = ledger.revert(second.id)
+    for reference, expected in ((BASE, []), (first.id, [first]), (second.id[:8], [first, second]), (undo.id, [first]), (LATEST, [first])):
+        assert ledger.checkout(reference) == ledger.current
+        assert [r.id for r in ledger.active()] == [r.id for r in expected]
+        assert [r.id for r in ledger.active(reference)] == [r.id for r in expected]
+        assert len(ledger.log()) == 3
+    ledger.checkout(second.id)
+    assert [r.state for r in ledger.log()] == ["later", "active", "active"]
+    for write in (lambda: commit(ledger, "three"), lambda: ledger.revert(first.id)):
+        with pytest.raises(WorkspaceError, match="checkout latest"):
+            write()
+
+
+def test_the_database_itself_refuses_to_rewrite_history(ledger: Ledger) -> None:
+    commit(ledger, "one")
+    with sqlite3.connect(ledger.folder / "ledger.db") as db:
+        for statement in ("DELETE FROM revisions", "UPDATE revisions SET record = ''"):
+            with pytest.raises(sqlite3.IntegrityError, match="never rewritten"):
+                db.execute(statement)
+    db.close()
+
+
+def test_two_processes_cannot_both_commit(ledger: Ledger) -> None:
+    with Ledger(ledger.folder) as other:
+        onto = other.head
+        mine = commit(ledger, "mine")
+        with pytest.raises(WorkspaceError, match=f"somebody committed {mine.id[:10]}"):
+            commit(other, "theirs", onto=onto)
+        with pytest.raises(WorkspaceError, match="somebody committed"):
+            other.revert(mine.id, onto=onto)
+        assert [r.id for r in other.log()] == [mine.id]
+        commit(other, "theirs")  # control: once they look, they may
+
+
+def test_a_locked_ledger_says_so(ledger: Ledger) -> None:
+    holder = sqlite3.connect(ledger.folder / "ledger.db", isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    with Ledger(ledger.folder, wait=0.05) as other:
+        with pytest.raises(WorkspaceError, match="another process is writing"):
+            commit(other, "one")
+        assert other.log() == []  # reading goes on
+        holder.execute("ROLLBACK")
+        holder.close()
+        commit(other, "one")
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "swap", "extra"])
+def test_a_damaged_delta_is_named(ledger: Ledger, harm: str) -> None:
+    first, second = commit(ledger, "one"), commit(ledger, "two")
+    file = ledger.delta_folder(first) / "delta.safetensors"
+    if harm == "flip":
+        file.write_bytes(b"O" + file.read_bytes()[1:])
+    elif harm == "truncate":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif harm == "remove":
+        shutil.rmtree(file.parent)
+    elif harm == "swap":
+        shutil.copy(ledger.delta_folder(second) / "delta.safetensors", file)
+    else:
+        (file.parent / "more.json").write_text("{}")
+    with pytest.raises(DamagedError, match=first.id[:10]):
+        ledger.delta_folder(first)
+    with pytest.raises(DamagedError):
+        ledger.verify()
+    assert ledger.delta_folder(second).is_dir()
+    if harm != "extra":
+        commit(ledger, "one")  # writing the same delta again heals it
+        assert ledger.verify().deltas == 2
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE revisions SET record = replace(record, 'English', 'Spanish') WHERE seq = 1",
+        "UPDATE revisions SET delta = (SELECT delta FROM revisions WHERE seq = 2) WHERE seq = 1",
+        "DELETE FROM revisions WHERE seq = 1",
+        "UPDATE workspace SET current = 'ffff'",
+        "DROP TABLE revisions",
+        "DELETE FROM workspace",
+    ],
+)
+def test_a_damaged_database_is_noticed(ledger: Ledger, statement: str) -> None:
+    commit(ledger, "one"), commit(ledger, "two")
+    ledger.close()
+    with sqlite3.connect(ledger.folder / "ledger.db") as db:
+        db.executescript(f"DROP TRIGGER revisions_keep; DROP TRIGGER revisions_stay; PRAGMA foreign_keys = OFF; {statement}")
+    db.close()
+    with pytest.raises(DamagedError), Ledger(ledger.folder) as opened:
+        opened.verify()
+
+
+def test_a_forged_record_is_data(ledger: Ledger) -> None:
+    """A record that matches its id may still say nonsense: an error of ours, no path outside the workspace, no traceback."""
+    commit(ledger, "one")
+    ledger.close()
+    for change in (
+        {"delta": "../../../etc"},
+        {"layers": ["1"]},
+        {"facts": [{"subject": ""}]},
+        {"facts": 3},
+        {"kind": "x"},
+        {"report": None},
+    ):
+        folder = ledger.folder.with_name(f"forged-{next(iter(change))}")
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(ledger.folder, folder)
+        with sqlite3.connect(folder / "ledger.db") as db:
+            (text,) = db.execute("SELECT record FROM revisions").fetchone()
+            record = {**json.loads(text), **change}
+            text = json.dumps(record)
+            db.execute("DROP TRIGGER revisions_stay")
+            identity = hashlib.sha256(text.encode()).hexdigest()
+            db.execute("UPDATE revisions SET record = ?, id = ?, delta = ?", (text, identity, record["delta"]))
+            db.execute("UPDATE workspace SET current = ?", (identity,))
+        db.close()
+        with pytest.raises(DamagedError), Ledger(folder) as opened:
+            opened.log()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a database at all, but long enough to look at" * 40])
+def test_a_file_that_is_no_database(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "ledger.db").write_bytes(content)
+    with pytest.raises(LedgerError):
+        Ledger(tmp_path)
+
+
+class _StopError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("exception", [OSError(28, "No space left on device"), KeyboardInterrupt(), _StopError()])
+def test_a_write_that_fails_leaves_nothing(ledger: Ledger, exception: BaseException) -> None:
+    commit(ledger, "one")
+    before = state_of(ledger.folder)
+
+    def write(folder: Path) -> None:
+        delta_of("two")(folder)
+        raise exception
+
+    expected = WorkspaceError if isinstance(exception, OSError) else type(exception)
+    with pytest.raises(expected, match="disk is full" if isinstance(exception, OSError) else None):
+        ledger.commit(write, onto=ledger.head, method="rome", facts=[FACT], layers=[1])
+    assert state_of(ledger.folder) == before
+    commit(ledger, "two")
+
+
+def test_a_full_database_leaves_nothing(ledger: Ledger) -> None:
+    """SQLite's own limit stands for the full disk: the transaction fails after the delta's files are in place."""
+    commit(ledger, "one")
+    (pages,) = ledger._db.execute("PRAGMA page_count").fetchone()
+    ledger._db.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(WorkspaceError, match="disk is full"):
+        ledger.commit(delta_of("two"), onto=ledger.head, method="rome", facts=[FACT], layers=[1], report={"long": "x" * 50_000})
+    assert [r.message for r in ledger.log()] == ["one"]
+    integrity = ledger.verify()
+    assert integrity.deltas == 1 and len(integrity.orphans) == 1  # the orphan that the commit order allows
+
+
+def test_reports_must_be_json(ledger: Ledger) -> None:
+    for report in ({"p": float("nan")}, {"p": object()}, {"p": "\ud800"}):
+        with pytest.raises(InputError):
+            ledger.commit(delta_of("x"), onto=BASE, method="rome", facts=[FACT], layers=[1], report=report)
+    assert ledger.log() == []
+
+
+_READ_ONLY = """
+import os, sys
+from factsmith.ledger import Ledger
+from factsmith.errors import WorkspaceError
+if os.getuid() == 0:
+    os.setgroups([]); os.setgid(65534); os.setuid(65534)
+with Ledger(sys.argv[1]) as ledger:
+    print(len(ledger.log()), ledger.verify().deltas)
+    commit = lambda: ledger.commit(print, onto=ledger.head, method="m", facts=[], layers=[])
+    for write in (lambda: ledger.revert("latest"), lambda: ledger.checkout("base"), commit):
+        try:
+            write()
+        except WorkspaceError as error:
+            assert "cannot be written" in str(error), error
+        else:
+            raise SystemExit("wrote")
+try:
+    Ledger.create(sys.argv[1] + "/deeper", model="m", fingerprint="f")
+except WorkspaceError as error:
+    assert "cannot be written" in str(error), error
+else:
+    raise SystemExit("wrote")
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX permissions")
+def test_a_read_only_folder_can_be_read(ledger: Ledger) -> None:
+    commit(ledger, "one")
+    ledger.close()
+    paths = [ledger.folder, *ledger.folder.rglob("*")]
+    for path in paths:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    for parent in list(ledger.folder.parents)[:3]:  # pytest's folders are private; the other user has to get through
+        if parent.stat().st_uid == os.getuid():
+            parent.chmod(0o755)
+    try:
+        done = subprocess.run([sys.executable, "-c", _READ_ONLY, str(ledger.folder)], capture_output=True, text=True, check=False)
+    finally:
+        for path in paths:
+            path.chmod(0o755 if path.is_dir() else 0o644)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["1", "1"]
+
+
+_COMMIT_FOREVER = textwrap.dedent("""
+    import sys
+    from pathlib import Path
+    from factsmith.fact import Fact
+    from factsmith.ledger import Ledger
+    fact = Fact("A", "{} is", "B")
+    with Ledger(sys.argv[1], wait=60) as ledger:
+        print("ready", flush=True)
+        for step in range(int(sys.argv[2])):
+            def write(folder):
+                folder.mkdir()
+                (folder / "delta.safetensors").write_bytes(f"{sys.argv[3]} {step}".encode() * 5000)
+            while True:
+                try:
+                    revision = ledger.commit(write, onto=ledger.head, method="rome", facts=[fact], layers=[1])
+                    break
+                except Exception as error:
+                    if "somebody committed" not in str(error):
+                        raise
+            print(revision.id, flush=True)
+            if step % 3 == 2:
+                print(ledger.revert(revision.id).id, flush=True) if int(sys.argv[2]) > 1000 else None
+""")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+def test_kill_in_the_middle_of_commits(ledger: Ledger) -> None:
+    """Some dozens of kills at moments spread over many commits: what was reported is there, everything there is whole."""
+    reported: list[str] = []
+    for round_ in range(36):
+        process = subprocess.Popen(
+            [sys.executable, "-c", _COMMIT_FOREVER, str(ledger.folder), "100000", str(round_)], stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.0007 * round_)
+        process.send_signal(signal.SIGKILL)
+        lines = process.stdout.read().splitlines()
+        process.stdout.close()
+        process.wait()
+        reported += [line for line in lines if len(line) == 64]
+    with Ledger(ledger.folder) as opened:
+        integrity = opened.verify()
+        ids = [r.id for r in opened.log()]
+        assert set(reported) <= set(ids)
+        assert integrity.revisions == len(ids) >= len(reported)
+        assert len(ids) - len(reported) <= 36  # at most the one commit in flight at each kill went unreported
+        commit(opened, "after")
+    assert not any((ledger.folder / "deltas").glob(".staging-*"))
+    assert len(reported) > 36, "the kills came before anything was committed: the test did not test"
+
+
+def test_processes_at_once_lose_nothing(ledger: Ledger) -> None:
+    processes = [
+        subprocess.Popen([sys.executable, "-c", _COMMIT_FOREVER, str(ledger.folder), "5", str(n)], stdout=subprocess.PIPE, text=True)
+        for n in range(3)
+    ]
+    outputs = [process.communicate(timeout=60)[0].split()[1:] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    committed = sorted(identity for output in outputs for identity in output)
+    assert len(committed) == 15 and committed == sorted(r.id for r in ledger.log())
+    assert ledger.verify().deltas == 15
