@@ -1,0 +1,1 @@
+"""Where a fact lives: which tokens and layers carry it."""
