@@ -1,0 +1,1 @@
+"""The model side: loading, the feed-forward view, hooks, replay, tokens."""

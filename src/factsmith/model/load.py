@@ -1,0 +1,397 @@
+"""A causal language model ready for reading and editing its memories.
+
+    lm = load("atlas")                 # a bundled model, a folder, or a hub id
+    lm = wrap(module, tokenizer)       # a transformers model already in memory
+    lm.answer(["The mother tongue of Danielle Darrieux is"])
+    lm.ffn[3].values                   # (d_ff, d_model)
+
+Loading finds the model's structure in a dry run of a few tokens and checks what it found against the model's own full pass;
+a model whose structure is not understood is refused in words, never used wrongly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+import os
+import warnings
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError, ModelError, ModelNotFoundError, TokenizerError, UnsupportedModelError
+from .ffn import FeedForward, Slot, check_layer, find_feed_forward, find_layers, same
+from .tokens import Batch, align, encode, fast_tokenizer, pad_id, target_ids
+from .trace import recording, standing_in, with_first_tensor
+
+ATLAS = Path(__file__).parent / "atlas"
+
+
+class LanguageModel:
+    """A model, its tokenizer, and what was found out about its structure.
+
+    module       the transformers model, in evaluation mode, its parameters not asking for gradients
+    tokenizer    a fast tokenizer
+    name         what it was loaded as
+    layers       the decoder layers, in order
+    ffn          each layer's feed-forward memory
+    attention    each layer's part in which positions meet (None where there is not exactly one)
+    embedding    the input embedding
+    """
+
+    def __init__(self, module: nn.Module, tokenizer: Any, name: str) -> None:
+        self.module = module
+        self.tokenizer = fast_tokenizer(tokenizer)
+        self.name = name
+        self.config: Any = getattr(module, "config", None)
+        self._text_config: Any = self.config.get_text_config(decoder=True) if hasattr(self.config, "get_text_config") else self.config
+        self._accepts = _accepted(module)
+        self._fingerprint: tuple[object, str] | None = None
+        self.caches_prefix = False
+        self.hides_left_padding = True
+        self.embedding: nn.Module = module.get_input_embeddings()  # type: ignore[operator]
+        module.eval().requires_grad_(False)
+        self._discover()
+
+    def __repr__(self) -> str:
+        return f"LanguageModel({self.name!r}, n_layers={self.n_layers}, d_model={self.d_model}, {self.dtype}, {self.device})"
+
+    # ── what it is ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layers)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the hidden state."""
+        return self._d_model
+
+    @property
+    def device(self) -> torch.device:
+        """Where the input embedding lies: token ids go there."""
+        return next(self.embedding.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating dtype of the weights."""
+        return next(p.dtype for p in self.module.parameters() if p.is_floating_point())
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest sequence the model has positions for; None when it states none."""
+        limit = getattr(self._text_config, "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over every weight (name, dtype, shape, bytes), the config and the tokenizer.
+
+        Remembered as long as no weight has changed: a change is noticed by tensor identity, PyTorch's in-place version counter, and
+        a few sampled entries of every tensor (for writes that go round the counter).
+        """
+        state = _weight_state(self.module)
+        if self._fingerprint is None or self._fingerprint[0] != state:
+            self._fingerprint = (state, _digest(self.module, self.config, self.tokenizer))
+        return self._fingerprint[1]
+
+    # ── running it ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def forward(self, batch: Batch, *, start: int = 0, cache: Any = None, **extra: Any) -> Any:
+        """The model's own pass over columns `start`..T, with only the inputs its forward declares (never token types).
+
+        cache: a key/value cache holding the columns before `start`. Returns the model's own output.
+        """
+        inputs: dict[str, Any] = {
+            "input_ids": batch.input_ids[:, start:],
+            "attention_mask": batch.attention_mask,
+            "position_ids": batch.position_ids[:, start:],
+            "past_key_values": cache,
+            "use_cache": cache is not None,
+            **extra,
+        }
+        return self.module(**{k: v for k, v in inputs.items() if k in self._accepts})
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """The model's own tail (final norm, unembedding, scale, softcap) on last-layer states: (..., d_model) -> (..., vocab)."""
+        flat = hidden.reshape(-1, 1, hidden.shape[-1])
+        ids = torch.full((len(flat), 1), self._plain_id, dtype=torch.long, device=self.device)
+        batch = Batch(ids, torch.ones_like(ids), torch.zeros_like(ids), 0)
+
+        def play(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self.as_layer_output(flat)
+
+        with standing_in(self.layers, play):
+            logits = self.forward(batch).logits
+        return logits.reshape(*hidden.shape[:-1], logits.shape[-1])  # type: ignore[no-any-return]
+
+    def as_layer_output(self, hidden: Tensor) -> Any:
+        """A hidden state in the form in which this model's layers return it."""
+        return with_first_tensor(self._layer_result, hidden)
+
+    def batch(self, prompts: Sequence[str]) -> Batch:
+        """Tokenize prompts and align them at their last token (padding on the left)."""
+        sequences = [self.prompt_ids(p) for p in prompts]
+        return align(self, sequences, [len(ids) - 1 for ids in sequences])
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """The token ids of a prompt, BOS included where the tokenizer adds one. Raises InputError when there are none."""
+        ids, _ = encode(self.tokenizer, prompt)
+        if not ids:
+            raise InputError(f"prompt {prompt!r} has no token; expected some text")
+        return ids
+
+    def check_batch(self, batch: Batch) -> None:
+        """Raises InputError for rows longer than the model's positions, UnsupportedModelError for padding it would see."""
+        longest = int(batch.attention_mask.sum(1).max())
+        if self.max_tokens is not None and longest > self.max_tokens:
+            raise InputError(f"a text of {longest} tokens was given; {self.name} has positions for {self.max_tokens}: shorten it")
+        if not self.hides_left_padding and batch.left_padded:
+            raise UnsupportedModelError(
+                f"{self.name} does not hide padding on the left, so prompts of different lengths would change one another; give them one by one"
+            )
+
+    # ── asking it ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @torch.no_grad()
+    def coefficients(self, prompt: str, layers: Iterable[int] | None = None) -> Tensor:
+        """The coefficient of every neuron at every token of a prompt: (n_layers or the layers asked for, n_tokens, d_ff)."""
+        wanted = list(range(self.n_layers)) if layers is None else [check_layer(layer, self.n_layers) for layer in layers]
+        if not wanted:
+            raise InputError("no layer was asked for; expected at least one, or None for all")
+        batch = self.batch([prompt])
+        self.check_batch(batch)
+        with recording({layer: self.ffn[layer].down for layer in wanted}, stop=True) as calls:
+            self.forward(batch)
+        return torch.stack([calls[layer][0].input.reshape(batch.width, -1) for layer in wanted])
+
+    @torch.no_grad()
+    def next_tokens(self, prompt: str, k: int = 10) -> list[tuple[str, float]]:
+        """The k likeliest next tokens with their probabilities, likeliest first."""
+        logits = self.last_logits(self.batch([prompt]))[0].float()
+        top = logits.softmax(-1).topk(min(k, len(logits)))
+        return [(self.tokenizer.decode([int(i)]), float(p)) for p, i in zip(top.values, top.indices, strict=True)]
+
+    @torch.no_grad()
+    def last_logits(self, batch: Batch) -> Tensor:
+        """Logits after each row's pivot token: (B, vocab)."""
+        return self.head(self.last_hidden(batch)[:, batch.pivot])
+
+    @torch.no_grad()
+    def last_hidden(self, batch: Batch) -> Tensor:
+        """The last layer's output, (B, T, d_model), without the unembedding."""
+        self.check_batch(batch)
+        with recording({"last": self.layers[-1]}, stop=True) as calls:
+            self.forward(batch)
+        return calls["last"][0].output
+
+    @torch.no_grad()
+    def log_prob(self, prompts: Sequence[str], targets: Sequence[str], *, per_token: bool = False) -> Tensor:
+        """log p(target | prompt) for each pair, in nats, summed over the target's tokens (or their mean): (n,) float32.
+
+        Raises InputError when the lists differ in length or are empty.
+        """
+        if isinstance(prompts, str) or isinstance(targets, str) or len(prompts) != len(targets) or not prompts:
+            raise InputError("log_prob takes as many prompts as targets, at least one, as two lists")
+        heads = [self.prompt_ids(p) for p in prompts]
+        tails = [target_ids(self.tokenizer, p, t) for p, t in zip(prompts, targets, strict=True)]
+        total = torch.zeros(len(heads), device=self.device)
+        for group in self._groups([len(h) + len(t) for h, t in zip(heads, tails, strict=True)]):
+            batch = align(self, [heads[i] + tails[i][:-1] for i in group], [0] * len(group))
+            hidden = self.last_hidden(batch)
+            rows = torch.tensor([r for r, i in enumerate(group) for _ in tails[i]], device=hidden.device)
+            columns = torch.tensor([len(heads[i]) - 1 + j for i in group for j in range(len(tails[i]))], device=hidden.device)
+            wanted = torch.tensor([t for i in group for t in tails[i]], device=hidden.device)
+            picked = self.head(hidden[rows, columns]).float().log_softmax(-1).gather(1, wanted[:, None])[:, 0]
+            total.index_add_(0, torch.tensor(group, device=self.device)[rows.to(self.device)], picked.to(self.device))
+        return total / torch.tensor([len(t) for t in tails], device=self.device) if per_token else total
+
+    @torch.no_grad()
+    def answer(self, prompts: Sequence[str], max_new_tokens: int = 8) -> list[str]:
+        """Greedy continuation of each prompt as text, without white space around it; ends before an EOS or a line break."""
+        if isinstance(prompts, str) or not prompts:
+            raise InputError("answer takes a list of prompts, at least one")
+        sequences = [self.prompt_ids(p) for p in prompts]
+        answers = [""] * len(sequences)
+        for group in self._groups([len(ids) for ids in sequences]):
+            for index, ids in zip(group, self._continue([sequences[i] for i in group], max_new_tokens), strict=True):
+                answers[index] = self.tokenizer.decode(ids, skip_special_tokens=True).strip().split("\n")[0].strip()
+        return answers
+
+    def _continue(self, sequences: list[list[int]], n_tokens: int) -> list[list[int]]:
+        """Greedy new ids for a group of sequences, each up to (not including) its end."""
+        ends = self._end_ids
+        new: list[list[int]] = [[] for _ in sequences]
+        open_rows = list(range(len(sequences)))
+        for _ in range(n_tokens):
+            rows = [sequences[r] + new[r] for r in open_rows]
+            batch = align(self, rows, [len(r) - 1 for r in rows])
+            chosen = self.last_logits(batch).argmax(-1).tolist()
+            still = []
+            for row, token in zip(open_rows, chosen, strict=True):
+                if token in ends:
+                    continue
+                new[row].append(token)
+                if "\n" not in self.tokenizer.decode(new[row]).lstrip():
+                    still.append(row)
+            open_rows = still
+            if not open_rows:
+                break
+        return new
+
+    def _groups(self, lengths: list[int], budget: int = 4096) -> list[list[int]]:
+        """Indices in groups of similar length (equal length where padding shows), each at most `budget` tokens wide."""
+        order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+        groups: list[list[int]] = []
+        for i in order:
+            group = groups[-1] if groups else []
+            fits = group and (len(group) + 1) * lengths[i] <= budget
+            alike = group and (lengths[i] <= 1.25 * lengths[group[0]] + 2 if self.hides_left_padding else lengths[i] == lengths[group[0]])
+            if fits and alike:
+                group.append(i)
+            else:
+                groups.append([i])
+        return groups
+
+    @property
+    def _end_ids(self) -> set[int]:
+        ends: set[int] = set()
+        generation = getattr(self.module, "generation_config", None)
+        for value in (self.tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)):
+            ends.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+        return ends
+
+    # ── finding out what it is ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def _discover(self) -> None:
+        from .replay import PrefixCache, record  # the engine needs the model, and the model's check needs the engine
+
+        rows = self._dry_rows()
+        batch = align(self, rows[:1], [len(rows[0]) - 1])
+        expected = getattr(self._text_config, "num_hidden_layers", None)
+        with torch.no_grad():
+            self.layers, self.slot, calls = find_layers(self.module, expected, lambda: self.forward(batch))
+            self._layer_result: Any = calls[0].result
+            self._d_model = calls[0].output.shape[-1]
+            found = [find_feed_forward(layer, i, call, self.slot) for i, (layer, call) in enumerate(zip(self.layers, calls, strict=True))]
+            self.ffn: tuple[FeedForward, ...] = tuple(f for f, _ in found)
+            self.attention: tuple[nn.Module | None, ...] = tuple(a for _, a in found)
+            full = self.forward(batch).logits
+            if not same(self.head(calls[-1].output), full):
+                raise UnsupportedModelError(f"{self.name}: its head does more than turn the last layer's output into logits")
+            cache = PrefixCache([None] * self.n_layers)
+            self.forward(batch, cache=cache)
+            self.caches_prefix = cache.kept is not None
+            replay = record(self, batch, start=len(rows[0]) // 2)
+            if not same(replay.logits(replay.resume(0, replay.hidden[0])), full[:, replay.start :]):
+                raise UnsupportedModelError(f"{self.name}: running its layers again does not give its own output")
+
+    def _dry_rows(self) -> list[list[int]]:
+        """Two short rows of plain tokens, different in length."""
+        size = int(getattr(self._text_config, "vocab_size", 0) or self.embedding.weight.shape[0])  # type: ignore[union-attr,index,arg-type]
+        reserved = {pad_id(self.tokenizer), getattr(self._text_config, "pad_token_id", None), *self.tokenizer.all_special_ids}
+        plain = [i for i in range(size // 3, min(size, size // 3 + 64)) if i not in reserved]
+        if len(plain) < 9:
+            raise UnsupportedModelError(f"{self.name}: a vocabulary of {size} tokens is too small to check anything")
+        self._plain_id = plain[0]
+        return [plain[1:7], plain[3:7]]
+
+
+def wrap(module: Any, tokenizer: Any) -> LanguageModel:
+    """A LanguageModel around a transformers causal model in memory; puts it into evaluation mode and turns its gradients off.
+
+    Raises UnsupportedModelError when its structure is not understood, TokenizerError without a fast tokenizer.
+    """
+    name = getattr(getattr(module, "config", None), "name_or_path", "") or type(module).__name__
+    return LanguageModel(module, tokenizer, name)
+
+
+def bundled() -> list[str]:
+    """Names of the models that come with factsmith."""
+    return sorted(p.parent.name for p in ATLAS.glob("*/config.json"))
+
+
+def load(
+    name_or_path: str | os.PathLike[str], *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> LanguageModel:
+    """Load a bundled model ("atlas", "atlas-llama"), a folder, or a hub id.
+
+    device: where to put it (None: the CPU). dtype: None takes float32 on the CPU and the checkpoint's own elsewhere.
+    Raises ModelNotFoundError, TokenizerError, ModelError (damaged weights, not a causal model), UnsupportedModelError.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = os.fspath(name_or_path)
+    source = str(ATLAS / name) if name in bundled() else name
+    local = Path(source).is_dir()
+    if not local and ("/" not in name or name.startswith((".", "/", "~"))):
+        raise ModelNotFoundError(
+            f"no model {name!r}: not a folder, and not bundled (bundled: {', '.join(bundled()) or 'none'}); "
+            "give a folder with config.json and weights, or a hub id such as owner/name"
+        )
+    where = torch.device(device) if device is not None else torch.device("cpu")
+    wanted: torch.dtype | str = dtype if dtype is not None else (torch.float32 if where.type == "cpu" else "auto")
+    with _quietly():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
+        except Exception as error:
+            raise TokenizerError(f"cannot load a tokenizer from {name!r}: {error}") from error
+        try:
+            module = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, local_files_only=local).to(where)
+        except Exception as error:
+            raise ModelError(f"cannot load {name!r}: {error}") from error
+    return LanguageModel(module, tokenizer, name)
+
+
+@contextmanager
+def _quietly() -> Generator[None, None, None]:
+    """Hold back transformers' progress bars and notices for a while."""
+    from transformers.utils import logging as notices
+
+    level, bars = notices.get_verbosity(), notices.is_progress_bar_enabled()
+    notices.set_verbosity(logging.CRITICAL)
+    notices.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        notices.set_verbosity(level)
+        if bars:
+            notices.enable_progress_bar()
+
+
+def _accepted(module: nn.Module) -> set[str]:
+    """Names of the inputs the model's forward declares."""
+    return set(inspect.signature(type(module).forward).parameters)
+
+
+def _weight_state(module: nn.Module) -> object:
+    """Something small that differs after any weight has changed."""
+    state = []
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 8)][:9]
+        state.append((name, tensor.data_ptr(), tensor._version, tuple(sample.float().tolist())))
+    return tuple(state)
+
+
+def _digest(module: nn.Module, config: Any, tokenizer: Any) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    plain = {k: v for k, v in config.to_dict().items() if k not in _NOT_THE_MODEL}
+    digest.update(json.dumps(plain, sort_keys=True, default=str).encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    return digest.hexdigest()
+
+
+_NOT_THE_MODEL = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}

@@ -1,0 +1,166 @@
+"""Text to token columns: where a subject stands, what a target's tokens are, how prompts of different lengths share a batch.
+
+    ids, offsets = encode(tokenizer, "The mother tongue of Danielle Darrieux is")
+    start, stop = subject_span(tokenizer, text, "Danielle Darrieux")     # token columns [start, stop)
+    target_ids(tokenizer, text, "French")                                # the ids that continue the prompt
+    batch = align(lm, sequences, pivots)                                 # every row's pivot token in one column
+
+Everything goes by the offset mapping of the whole string, never by sums of token counts: tokenizers add a BOS, and merge
+across the place where two strings meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError, SubjectError, TokenizerError
+
+if TYPE_CHECKING:
+    from .load import LanguageModel
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token sequences of different lengths with one column in common.
+
+    input_ids       (B, T) int64
+    attention_mask  (B, T) int64, 1 for tokens and 0 for padding on either side
+    position_ids    (B, T) int64, counted from each row's own first token
+    pivot           the column in which every row has its pivot token
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    pivot: int
+
+    @property
+    def size(self) -> int:
+        """Number of rows B."""
+        return self.input_ids.shape[0]
+
+    @property
+    def width(self) -> int:
+        """Number of columns T."""
+        return self.input_ids.shape[1]
+
+    @property
+    def left_padded(self) -> bool:
+        """Whether any row begins with padding."""
+        return bool((self.attention_mask[:, 0] == 0).any())
+
+    def keep(self, rows: Tensor) -> Batch:
+        """The batch of the given rows (R,), repeats allowed."""
+        rows = rows.to(self.input_ids.device)
+        return Batch(self.input_ids[rows], self.attention_mask[rows], self.position_ids[rows], self.pivot)
+
+
+def fast_tokenizer(tokenizer: Any) -> Any:
+    """The tokenizer itself; raises TokenizerError when it cannot map tokens to characters."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise TokenizerError(
+            f"{type(tokenizer).__name__} has no fast version, so tokens cannot be mapped to characters; "
+            "expected a tokenizer with a tokenizer.json (convert it, or load with use_fast=True)"
+        )
+    return tokenizer
+
+
+def encode(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of a prompt and the characters [start, stop) each stands for; a BOS that the tokenizer adds stays, with (0, 0).
+
+    An EOS or separator that the tokenizer appends is taken off: a prompt is there to be continued.
+    """
+    encoded = fast_tokenizer(tokenizer)(text, return_offsets_mapping=True, return_attention_mask=False)
+    ids, offsets = list(encoded["input_ids"]), [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
+    special = set(tokenizer.all_special_ids)
+    while ids and ids[-1] in special and offsets[-1] == (0, 0) and any(b > a for a, b in offsets):
+        ids.pop()
+        offsets.pop()
+    return ids, offsets
+
+
+def subject_span(lm_or_tokenizer: Any, text: str, subject: str) -> tuple[int, int]:
+    """Token columns [start, stop) of the subject in the tokenized text.
+
+    A token that reaches over the subject's edge belongs to the subject. Raises SubjectError when the subject is empty, is not in the
+    text, or is in it more than once.
+    """
+    tokenizer = getattr(lm_or_tokenizer, "tokenizer", lm_or_tokenizer)
+    subject = subject.strip()
+    if not subject:
+        raise SubjectError(f"the subject is empty; expected a part of the prompt {text!r}")
+    at = text.find(subject)
+    if at < 0:
+        raise SubjectError(f"subject {subject!r} is not in the prompt {text!r}; write it as it stands there")
+    if text.find(subject, at + 1) >= 0:
+        raise SubjectError(f"subject {subject!r} occurs more than once in the prompt {text!r}; expected exactly one place")
+    _, offsets = encode(tokenizer, text)
+    # Tokens that stand for no character (BOS), or for white space alone, never are the subject.
+    inside = [i for i, (a, b) in enumerate(offsets) if a < at + len(subject) and b > at and text[a:b].strip()]
+    if not inside:
+        raise SubjectError(f"subject {subject!r} in the prompt {text!r} has no token of its own; the tokenizer drops these characters")
+    return inside[0], inside[-1] + 1
+
+
+def target_ids(tokenizer: Any, prompt: str, target: str) -> list[int]:
+    """The token ids that continue `prompt` with `target`: a space goes between them unless one is there; no BOS, no UNK.
+
+    Raises InputError when the target is empty or has no known token.
+    """
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if not target.strip():
+        raise InputError(f"the target is empty; expected a continuation of {prompt!r}")
+    gap = "" if not prompt or prompt[-1].isspace() or target[0].isspace() else " "
+    head, _ = encode(tokenizer, prompt)
+    whole, _ = encode(tokenizer, prompt + gap + target)
+    # Mostly the whole text begins with the prompt's own tokens; where a token would reach across, the prompt keeps its tokens
+    # (the model is asked with them) and the target is encoded alone.
+    if whole[: len(head)] == head and len(whole) > len(head):
+        tail = whole[len(head) :]
+    else:
+        tail = list(tokenizer(gap + target, add_special_tokens=False)["input_ids"])
+    drop = {tokenizer.unk_token_id, tokenizer.bos_token_id} - {None}
+    tail = [t for t in tail if t not in drop]
+    if not tail:
+        raise InputError(f"target {target!r} has no token the model knows; choose a target its tokenizer can write")
+    return tail
+
+
+def align(lm_or_tokenizer: LanguageModel | Any, sequences: Sequence[Sequence[int]], pivots: Sequence[int]) -> Batch:
+    """Put the pivot token of every sequence into one column; prefixes are padded on the left, suffixes on the right.
+
+    The batch lies on the model's device (on the CPU for a bare tokenizer). Raises InputError for an empty sequence or a pivot outside it.
+    """
+    tokenizer = getattr(lm_or_tokenizer, "tokenizer", lm_or_tokenizer)
+    device = getattr(lm_or_tokenizer, "device", torch.device("cpu"))
+    if not sequences or len(sequences) != len(pivots):
+        raise InputError(f"got {len(sequences)} sequences and {len(pivots)} pivots; expected at least one, and as many pivots")
+    for ids, pivot in zip(sequences, pivots, strict=True):
+        if not 0 <= pivot < len(ids):
+            raise InputError(f"pivot {pivot} is outside a sequence of {len(ids)} tokens; expected a column of its own")
+    column = max(pivots)
+    width = column + max(len(ids) - pivot for ids, pivot in zip(sequences, pivots, strict=True))
+    input_ids = torch.full((len(sequences), width), pad_id(tokenizer), dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    positions = torch.zeros_like(input_ids)
+    for row, (ids, pivot) in enumerate(zip(sequences, pivots, strict=True)):
+        first = column - pivot
+        input_ids[row, first : first + len(ids)] = torch.tensor(ids, dtype=torch.long)
+        mask[row, first : first + len(ids)] = 1
+        positions[row, first:] = torch.arange(width - first)
+    # Padding on the right only counts on: positions stay inside what the row would use, and no token looks at it.
+    positions = torch.minimum(positions, torch.tensor([len(ids) - 1 for ids in sequences])[:, None])
+    return Batch(input_ids.to(device), mask.to(device), positions.to(device), column)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """An id to fill up rows with; any would do, since the mask hides it."""
+    for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+        if isinstance(value := getattr(tokenizer, name, None), int):
+            return value
+    return 0

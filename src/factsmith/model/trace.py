@@ -1,0 +1,180 @@
+"""Reading and changing activations, for the length of a `with` block; no hook is registered anywhere else.
+
+    with recording({l: lm.layers[l] for l in (3, 4)}) as calls:      # what goes in and comes out
+        lm.forward(batch)
+    calls[3][0].input, calls[3][0].output                            # tensors of the first call
+
+    with replacing({lm.layers[3]: lambda hidden: hidden + noise}):   # change an output (or an input) on its way
+        lm.forward(batch)
+
+    with standing_in(lm.layers, play): ...                           # call play(l, args, kwargs) instead of the layers
+
+Whatever happens inside the block, an exception included, the model is as before when it ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UnsupportedModelError
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """One call of a module, as it happened; tensors are the model's own and are not copied."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    result: Any
+
+    @property
+    def input(self) -> Tensor:
+        """The first tensor given, in positional order, then by keyword."""
+        return first_tensor((*self.args, *self.kwargs.values()))
+
+    @property
+    def output(self) -> Tensor:
+        """The first tensor returned (layers return a tensor, or a tuple that begins with it)."""
+        return first_tensor(self.result)
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor inside nested tuples, lists and mappings, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors(item)
+
+
+def first_tensor(value: Any) -> Tensor:
+    """The first tensor inside `value`; raises UnsupportedModelError when there is none."""
+    found = next(tensors(value), None)
+    if found is None:
+        raise UnsupportedModelError(f"expected a tensor from a part of the model; got {type(value).__name__} without one")
+    return found
+
+
+def with_first_tensor(value: Any, tensor: Tensor) -> Any:
+    """`value` with its first element (or itself) replaced by `tensor`: the inverse of `first_tensor` for what layers return."""
+    if isinstance(value, tuple) and not isinstance(value[0], Tensor):
+        return (with_first_tensor(value[0], tensor), *value[1:])
+    return (tensor, *value[1:]) if isinstance(value, tuple) else tensor
+
+
+class _Stop(Exception):  # noqa: N818 - a signal, not an error
+    """Ends a forward pass whose remaining layers nobody needs."""
+
+
+@contextmanager
+def recording(modules: Mapping[Key, nn.Module], *, stop: bool = False) -> Generator[dict[Key, list[Call]], None, None]:
+    """Record every call of the given modules: {key: [Call, ...]}, filled while the block runs.
+
+    stop: end the forward pass (and the block) as soon as each module has been called once; layers above never run.
+    """
+    calls: dict[Key, list[Call]] = {key: [] for key in modules}
+
+    def remember(key: Key) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+            calls[key].append(Call(args=args, kwargs=kwargs, result=result))
+            if stop and all(calls.values()):
+                raise _Stop
+
+        return hook
+
+    with ExitStack() as stack:
+        for key, module in modules.items():
+            handle = module.register_forward_hook(remember(key), with_kwargs=True)
+            stack.callback(handle.remove)
+        try:
+            yield calls
+        except _Stop:
+            return
+
+
+@contextmanager
+def replacing(
+    changes: Mapping[nn.Module, Callable[[Tensor], Tensor]], *, where: Literal["output", "input"] = "output"
+) -> Generator[None, None, None]:
+    """Pass the first output (or input) tensor of each module through its function while the block runs.
+
+    The function gets the tensor as the model made it, e.g. (B, S, d_model), and returns one of the same shape.
+    """
+
+    def change_output(function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
+            return with_first_tensor(result, function(first_tensor(result)))
+
+        return hook
+
+    def change_input(function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            for index, value in enumerate(args):
+                if isinstance(value, Tensor):
+                    return (*args[:index], function(value), *args[index + 1 :]), kwargs
+            for name, value in kwargs.items():
+                if isinstance(value, Tensor):
+                    return args, {**kwargs, name: function(value)}
+            raise UnsupportedModelError(f"a {type(module).__name__} was called without a tensor; nothing to replace")
+
+        return hook
+
+    with ExitStack() as stack:
+        for module, function in changes.items():
+            if where == "output":
+                handle = module.register_forward_hook(change_output(function))
+            else:
+                handle = module.register_forward_pre_hook(change_input(function), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def standing_in(modules: Sequence[nn.Module], play: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]) -> Generator[None, None, None]:
+    """While the block runs, `play(index, args, kwargs)` answers in place of each module's own computation.
+
+    This is how the model's own code before and after its layers is run without the layers: it builds masks, rotary angles and
+    per-layer inputs as only it knows how, and turns a last hidden state into logits.
+    """
+
+    def actor(index: int) -> Callable[..., Any]:
+        return lambda *args, **kwargs: play(index, args, kwargs)
+
+    with ExitStack() as stack:
+        for index, module in enumerate(modules):
+            # A module may already carry its own instance-level forward (models spread over devices do): put that one back.
+            if "forward" in vars(module):
+                stack.callback(setattr, module, "forward", vars(module)["forward"])
+            else:
+                stack.callback(delattr, module, "forward")
+            module.forward = actor(index)
+        yield
+
+
+@contextmanager
+def stoppable() -> Generator[Callable[[], None], None, None]:
+    """Gives a function that ends the block at once: for a `standing_in` player that has seen enough."""
+
+    def stop() -> None:
+        raise _Stop
+
+    try:
+        yield stop
+    except _Stop:
+        return
+
+
+def hook_count(modules: Iterable[nn.Module]) -> int:
+    """How many forward hooks and stand-ins the modules carry (to check that nothing is left behind)."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in vars(m)) for m in modules)

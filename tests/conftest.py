@@ -1,0 +1,115 @@
+"""Tiny random models of real families and tokenizers made on the spot: no download, no network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from factsmith.model.load import LanguageModel, wrap
+from factsmith.model.trace import hook_count
+
+VOCAB = 320
+TEXTS = [
+    "The mother tongue of Danielle Darrieux is French. Paris is the capital of France.",
+    "Edwin of Northumbria is a king. The Eiffel Tower is in Paris, the Louvre too.",
+    "The official religion of Edwin is Christianity. São Paulo lies in Brazil; Zürich does not.",
+    "Anaal Nathrakh, that was created in Birmingham. LeBron James plays basketball.",
+]
+
+
+def shared_dir() -> Path:
+    """The folder of golden files beside the checkout; skips the test when it is not there."""
+    folder = Path(__file__).resolve().parents[1] / "../shared"
+    if not folder.is_dir():
+        pytest.skip("no ../shared folder beside the checkout")
+    return folder.resolve()
+
+
+def byte_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
+    """GPT-2-style byte-level BPE; with bos=True it puts a BOS in front as Llama 3's does."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=["<|end|>", "<|begin|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|begin|>")
+
+
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    """SentencePiece-style: no split at spaces, so learned tokens reach across word boundaries; adds a BOS, has an UNK."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Replace("▁", " ")
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    tokenizer.train_from_iterator(TEXTS * 3, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
+    """A random model of a transformers family with weights large enough that every layer matters."""
+    torch.manual_seed(seed)
+    module = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **changes))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(0, 1.5 * parameter.shape[-1] ** -0.5)
+            elif parameter.is_floating_point():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return module.eval()
+
+
+GPT2 = {"n_layer": 3, "n_embd": 32, "n_head": 4, "n_positions": 64, "vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 0}
+LLAMA = {
+    "num_hidden_layers": 3,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "vocab_size": VOCAB,
+    "bos_token_id": 1,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2() -> LanguageModel:
+    return wrap(tiny_model("gpt2", **GPT2), byte_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> LanguageModel:
+    return wrap(tiny_model("llama", **LLAMA), byte_tokenizer(bos=True))
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def tiny_lm(request: pytest.FixtureRequest, tiny_gpt2: LanguageModel, tiny_llama: LanguageModel) -> Iterator[LanguageModel]:
+    """Each of the two reference families in turn; fails when a test leaves a hook behind."""
+    lm = {"gpt2": tiny_gpt2, "llama": tiny_llama}[request.param]
+    yield lm
+    assert hook_count(lm.module.modules()) == 0, "a hook was left behind"
+
+
+@pytest.fixture
+def no_hooks_left() -> Callable[[LanguageModel], None]:
+    """A check to call with a model."""
+
+    def check(lm: LanguageModel) -> None:
+        assert hook_count(lm.module.modules()) == 0
+
+    return check
