@@ -1,0 +1,1 @@
+"""Patch: second moments, targets, solver and the Delta they yield."""

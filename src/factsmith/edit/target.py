@@ -1,0 +1,326 @@
+"""v_star: what a feed-forward layer has to output at the subject token for the model to assert a fact.
+
+    targets = find_targets(lm, facts, layer, config, contexts)
+    targets.v_star, targets.k_star, targets.convergence
+
+All facts × contexts, and one row a fact that guards what the subject is, stand in one batch with the subject's last token in one
+column. Left of it nothing changes, so those columns live in the key/value cache; below the edited layer nothing changes either. A
+gradient step therefore runs the layers above, on the columns from the subject on, and reads logits where a target token is due.
+Facts do not see one another: each has its own loss, clamp and early stop, and leaves the batch when it is done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import InputError, LayerError, NumericsError, UnsupportedModelError
+from ..fact import Fact
+from ..model.load import LanguageModel
+from ..model.replay import Replay, record
+from ..model.tokens import align, encode, subject_span, target_ids
+from ..model.trace import recording, replacing
+
+_GUARD = "{} is a"
+"""The prompt whose next-token distribution at the subject token must stay: what the subject is (ROME, appendix E.5)."""
+
+
+@dataclass(frozen=True)
+class TargetConfig:
+    """How v_star is searched; every editor's configuration builds on it."""
+
+    _: KW_ONLY
+    steps: int = 20
+    """Evaluations of the loss, so at most steps − 1 updates: as in the authors' code, which made the tables."""
+    lr: float = 0.5
+    """Adam's learning rate: with "paper", the change of each coordinate in the first update; with "auto", in units of its own scale."""
+    kl_factor: float = 0.0625
+    """Weight of the KL term that keeps the subject's essence; the authors' value for every model."""
+    weight_decay: float = 0.5
+    """Weight of ‖δ‖: among targets that work, prefer the near one. The authors' value for GPT-2 and GPT-J."""
+    clamp: float = 4.0
+    """Largest ‖δ‖, in units of ‖v₀‖ ("paper") or of the layer's scale ("auto"); the authors' value (3 for GPT-2 medium)."""
+    stop_loss: float = 0.05
+    """Stop before the update once the loss is below: the target then has 95 % or more, and going on only lengthens δ."""
+    scale: Literal["paper", "auto"] = "paper"
+    """"paper": the reference formulas to the letter. "auto": step, decay and clamp relative to the model's own norms."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
+            raise InputError(f"steps is the number of loss evaluations, a whole number of at least 1; got {self.steps!r}")
+        for name, low in (("lr", "positive"), ("clamp", "positive"), ("kl_factor", "zero"), ("weight_decay", "zero"), ("stop_loss", "zero")):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value < float("inf") or (low == "positive" and value == 0):
+                raise InputError(f"{name} must be a finite number, {'above' if low == 'positive' else 'at least'} 0; got {value!r}")
+        if self.scale not in ("paper", "auto"):
+            raise InputError(f'scale is "paper" or "auto"; got {self.scale!r}')
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Targets:
+    """What was found for n facts at one layer; float32, on the model's device.
+
+    v_star       (n, d_model) wanted output of the down-projection at the subject token, bias included
+    v_initial    (n, d_model) its output today, on the bare prompt
+    k_star       (n, d_ff) its input, averaged over the contexts
+    k_prompt     (n, d_ff) its input on the bare prompt
+    convergence  for each fact {steps, loss, nll, kl, norm (‖δ‖), limit (the clamp), stopped: "loss" or "steps"}
+    """
+
+    v_star: Tensor
+    v_initial: Tensor
+    k_star: Tensor
+    k_prompt: Tensor
+    convergence: tuple[dict[str, Any], ...]
+
+
+def find_targets(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    layer: int,
+    config: TargetConfig,
+    contexts: Sequence[str],
+    *,
+    memory: int = 2**30,
+) -> Targets:
+    """Search v_star for every fact by gradient descent on the output of one layer's down-projection. ROME, equation 4.
+
+        L(δ) = meanᵪ −log p(target | context + prompt) / |target| + kl_factor · KL(p_δ ‖ p₀ | "{} is a") + weight_decay · ‖δ‖ / ‖v₀‖²
+
+    contexts  templates with one `{}` for the prompt; "{}" itself must be among them (it gives v₀)
+    memory    bytes that the activations of one batch may take; more facts than fit are done one batch after another
+
+    The model is untouched. Raises SubjectError when a prompt names its subject twice, LayerError, InputError for contexts without "{}",
+    UnsupportedModelError for a mixture-of-experts layer, NumericsError when the loss is not finite.
+    """
+    check_layer(lm, layer)
+    for context in contexts:
+        if context.count("{}") != 1:
+            raise InputError(f"a context is a template with exactly one {{}}, where the prompt goes; got {context!r}")
+    if "{}" not in contexts:
+        raise InputError('the contexts must include the bare prompt, "{}"; add it')
+    questions = [_tokenize(lm, fact, contexts) for fact in facts]
+    order = sorted(range(len(facts)), key=lambda i: questions[i].width)  # neighbours of one length pad little
+    found: dict[int, Targets] = {}
+    while order:
+        take = _fit([questions[i] for i in order], lm, layer, memory)
+        group, order = order[:take], order[take:]
+        part = _search([questions[i] for i in group], lm, layer, config, contexts.index("{}"))
+        for row, i in enumerate(group):
+            found[i] = Targets(
+                v_star=part.v_star[row],
+                v_initial=part.v_initial[row],
+                k_star=part.k_star[row],
+                k_prompt=part.k_prompt[row],
+                convergence=(part.convergence[row],),
+            )
+    each = [found[i] for i in range(len(facts))]
+    return Targets(
+        v_star=torch.stack([t.v_star for t in each]),
+        v_initial=torch.stack([t.v_initial for t in each]),
+        k_star=torch.stack([t.k_star for t in each]),
+        k_prompt=torch.stack([t.k_prompt for t in each]),
+        convergence=tuple(t.convergence[0] for t in each),
+    )
+
+
+def check_layer(lm: LanguageModel, layer: int) -> None:
+    """Raise LayerError for a layer the model does not have, UnsupportedModelError for one that is not a single dense FFN."""
+    if not isinstance(layer, int) or not 0 <= layer < lm.n_layers:
+        raise LayerError(f"layer {layer!r} does not exist; the model has layers 0 to {lm.n_layers - 1}")
+    if lm.ffn[layer].n_experts:
+        raise UnsupportedModelError(
+            f"layer {layer} is a mixture of {lm.ffn[layer].n_experts} experts; ROME writes one dense down-projection: choose a dense layer"
+        )
+
+
+@dataclass(frozen=True)
+class _Question:
+    """One fact as token sequences: one for each context (prompt + target without its last token), then the guard."""
+
+    fact: Fact
+    sequences: list[list[int]]
+    pivots: list[int]
+    reads: list[list[int]]  # for each context, the columns right of the pivot whose next token is a target token
+    target: list[int]
+
+    @property
+    def width(self) -> int:
+        """Columns from the pivot on."""
+        return max(len(ids) - pivot for ids, pivot in zip(self.sequences, self.pivots, strict=True))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Where the questions of a batch are answered: flat over facts, contexts and target tokens."""
+
+    rows: Tensor  # (N,) row of the batch
+    columns: Tensor  # (N,) live column
+    targets: Tensor  # (N,) token id due there
+    shares: Tensor  # (N,) its weight in its fact's mean
+    facts: Tensor  # (N,) which fact
+    guards: Tensor  # (n,) each fact's guard row
+
+    @classmethod
+    def of(cls, questions: Sequence[_Question], device: torch.device) -> _Asked:
+        per_fact = len(questions[0].sequences)
+        flat = [
+            (f * per_fact + c, column, token, 1 / (len(q.reads) * len(q.target)), f)
+            for f, q in enumerate(questions)
+            for c, columns in enumerate(q.reads)
+            for column, token in zip(columns, q.target, strict=True)
+        ]
+        rows, columns, targets, shares, facts = (torch.tensor(x, device=device) for x in zip(*flat, strict=True))
+        guards = torch.arange(1, len(questions) + 1, device=device) * per_fact - 1
+        return cls(rows, columns, targets, shares, facts, guards)
+
+
+def _tokenize(lm: LanguageModel, fact: Fact, contexts: Sequence[str]) -> _Question:
+    subject_span(lm, fact.text, fact.subject)  # refuses a prompt that names its subject twice
+    target = target_ids(lm.tokenizer, fact.text, fact.target)
+    sequences, pivots, reads = [], [], []
+    for template in (context.replace("{}", fact.prompt) for context in contexts):
+        ids, pivot = _pivot(lm, template, fact.subject)
+        sequences.append(ids + target[:-1])
+        pivots.append(pivot)
+        reads.append([len(ids) - 1 - pivot + i for i in range(len(target))])
+    ids, pivot = _pivot(lm, _GUARD, fact.subject)
+    sequences.append(ids[: pivot + 1])  # read at the subject itself: what follows does not matter
+    pivots.append(pivot)
+    return _Question(fact, sequences, pivots, reads, target)
+
+
+def _pivot(lm: LanguageModel, template: str, subject: str) -> tuple[list[int], int]:
+    """Token ids of the filled-in template, and the column of the subject's last token.
+
+    By the place of the slot, not by a search: a context may happen to name the subject too.
+    """
+    subject = subject.strip()
+    start = template.index("{}")
+    text = template.replace("{}", subject)
+    ids, offsets = encode(lm.tokenizer, text)
+    inside = [i for i, (a, b) in enumerate(offsets) if a < start + len(subject) and b > start and text[a:b].strip()]
+    return ids, inside[-1]
+
+
+def _fit(questions: Sequence[_Question], lm: LanguageModel, layer: int, memory: int) -> int:
+    """How many of the questions, in order of width, one batch can hold within `memory` bytes (at least one)."""
+    d_ff = lm.ffn[layer].weight().shape[1]
+    # What autograd keeps for a token in a layer: a dozen vectors of the stream's size (norms, q, k, v, sums), three of the FFN's.
+    token = (lm.n_layers - layer) * (12 * lm.d_model + 3 * d_ff) * 4
+    vocabulary = lm.module.get_output_embeddings().weight.shape[0]
+    answers = 0
+    for count, question in enumerate(questions, start=1):
+        answers += (1 + len(question.reads) * len(question.target)) * vocabulary * 12  # logits, their softmax and its gradient
+        taken = answers + count * len(question.sequences) * question.width * token  # sorted: the last is the widest
+        if taken > memory and count > 1:
+            return count - 1
+    return len(questions)
+
+
+def _search(questions: Sequence[_Question], lm: LanguageModel, layer: int, config: TargetConfig, bare: int) -> Targets:
+    """`find_targets` for one batch; `bare` is the index of the context "{}"."""
+    n, per_fact = len(questions), len(questions[0].sequences)
+    batch = align(lm, [s for q in questions for s in q.sequences], [p for q in questions for p in q.pivots])
+    ffn = lm.ffn[layer]
+    with torch.no_grad(), recording({"down": ffn.down}) as calls:
+        replay = record(lm, batch, start=batch.pivot)
+    call = calls["down"][0]
+    at_pivot = slice(None), batch.pivot
+    keys = call.input[at_pivot].float().view(n, per_fact, -1)  # (n, contexts + 1, d_ff)
+    v_initial = call.output[at_pivot].float().view(n, per_fact, -1)[:, bare]  # (n, d_model)
+    stream = replay.hidden[layer + 1][:, 0].float().view(n, per_fact, -1)[:, bare]
+    lr, decay, limit = _scales(config, v_initial, stream)
+
+    # One parameter for each fact: Adam skips those that have left, and each may have its own learning rate.
+    deltas = [torch.zeros_like(v, requires_grad=True) for v in v_initial]
+    adam = torch.optim.Adam([{"params": [delta], "lr": rate} for delta, rate in zip(deltas, lr.tolist(), strict=True)], foreach=False)
+    convergence: list[dict[str, Any]] = [{} for _ in questions]
+    p_initial: Tensor | None = None  # (n, vocab) log-probabilities under δ = 0
+    active = list(range(n))
+    asked = _Asked.of(questions, batch.input_ids.device)
+    for step in range(1, config.steps + 1):
+        stacked = torch.stack([deltas[i] for i in active])  # (active, d_model)
+        hidden = _above(replay, layer, stacked.repeat_interleave(per_fact, dim=0))  # (active · per_fact, S, d_model)
+        nll, log_p = (x.to(stacked.device) for x in _read(replay, hidden, asked))
+        p_initial = log_p.detach() if p_initial is None else p_initial
+        kl = F.kl_div(p_initial, log_p, log_target=True, reduction="none").sum(-1)  # KL(p_δ ‖ p₀)
+        norm = stacked.norm(dim=-1)
+        loss = nll + config.kl_factor * kl + decay[active] * norm
+        if not torch.isfinite(loss).all():
+            names = [questions[i].fact.subject for i, x in zip(active, loss, strict=True) if not torch.isfinite(x)]
+            raise NumericsError(f"the loss of {names} is not finite at step {step}; lower lr, or check the model's weights for NaN")
+        done = (loss < config.stop_loss) | (step == config.steps)
+        rows = zip(active, done.tolist(), *(x.tolist() for x in (loss, nll, kl, norm)), strict=True)
+        for i, leaves, loss_i, nll_i, kl_i, norm_i in rows:
+            if leaves:
+                convergence[i] = {
+                    "steps": step,
+                    "loss": loss_i,
+                    "nll": nll_i,
+                    "kl": kl_i,
+                    "norm": norm_i,
+                    "limit": float(limit[i]),
+                    "stopped": "loss" if loss_i < config.stop_loss else "steps",
+                }
+        if done.all():
+            break
+        gradients = torch.autograd.grad(loss[~done].sum(), [delta for delta, d in zip((deltas[i] for i in active), done, strict=True) if not d])
+        if done.any():
+            stay = (~done).nonzero()[:, 0]
+            rows_kept = (stay[:, None] * per_fact + torch.arange(per_fact, device=stay.device)).flatten()
+            replay, p_initial = replay.keep(rows_kept), p_initial[stay]
+            active = [active[i] for i in stay.tolist()]
+            asked = _Asked.of([questions[i] for i in active], batch.input_ids.device)
+        adam.zero_grad(set_to_none=True)
+        for i, gradient in zip(active, gradients, strict=True):
+            deltas[i].grad = gradient
+        adam.step()
+        with torch.no_grad():
+            for i in active:
+                deltas[i].mul_((limit[i] / deltas[i].norm()).clamp(max=1))
+    return Targets(
+        v_star=v_initial + torch.stack(deltas).detach(),
+        v_initial=v_initial,
+        k_star=keys[:, :-1].mean(1),
+        k_prompt=keys[:, bare],
+        convergence=tuple(convergence),
+    )
+
+
+def _above(replay: Replay, layer: int, delta: Tensor) -> Tensor:
+    """The last layer's output (R, S, d_model) when delta (R, d_model) is added to the FFN's output at the subject token (column 0)."""
+
+    def add(states: Tensor) -> Tensor:
+        column = states.shape[1] - replay.n_live  # a model without a usable cache runs all columns again
+        at_subject = states[:, column : column + 1] + delta[:, None].to(states)
+        return torch.cat([states[:, :column], at_subject, states[:, column + 1 :]], dim=1)
+
+    ffn = replay.lm.ffn[layer]
+    if ffn.adds_directly:
+        hidden = add(replay.hidden[layer + 1])
+    else:  # something (a norm, a multiplier) stands between the FFN and the stream: run it
+        with replacing({ffn.down: add}):
+            hidden = replay.layer(layer, replay.hidden[layer])
+    return replay.resume(layer + 1, hidden)
+
+
+def _read(replay: Replay, hidden: Tensor, asked: _Asked) -> tuple[Tensor, Tensor]:
+    """Mean NLL of the target tokens (n,) and log-probabilities at the guard (n, vocab), from last-layer states (R, S, d_model)."""
+    states = torch.cat([hidden[asked.rows, asked.columns], hidden[asked.guards, 0]])  # the head runs on these and nothing else
+    log_p = replay.logits(states).float().log_softmax(-1)
+    tokens = len(asked.rows)
+    nll = -log_p[:tokens].gather(1, asked.targets[:, None])[:, 0] * asked.shares
+    return torch.zeros(len(asked.guards), device=nll.device).index_add(0, asked.facts, nll), log_p[tokens:]
+
+
+def _scales(config: TargetConfig, v_initial: Tensor, stream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Learning rate, factor of ‖δ‖ in the loss, and largest ‖δ‖, each (n,)."""
+    v_norm = v_initial.norm(dim=-1)
+    return torch.full_like(v_norm, config.lr), config.weight_decay / v_norm**2, config.clamp * v_norm
