@@ -47,6 +47,7 @@ _SCHEMA = """
 CREATE TABLE workspace (
     one          INTEGER PRIMARY KEY CHECK (one = 1),
     model        TEXT NOT NULL,
+    dtype        TEXT NOT NULL,
     fingerprint  TEXT NOT NULL,
     created      TEXT NOT NULL,
     current      TEXT NOT NULL
@@ -152,6 +153,7 @@ class Ledger:
 
     folder       the workspace
     model        the name or path its model is loaded from
+    dtype        the dtype it is loaded in, such as "float32"; the fingerprint depends on it
     fingerprint  sha256 hex of that model before any patch
     created      UTC, ISO 8601
 
@@ -172,16 +174,16 @@ class Ledger:
         try:
             with _explained(self.folder):
                 self._check_schema()
-                row = self._db.execute("SELECT model, fingerprint, created FROM workspace").fetchone()
+                row = self._db.execute("SELECT model, dtype, fingerprint, created FROM workspace").fetchone()
             if row is None:
                 raise DamagedError(f"{file} has lost the row that names its model; restore it from a backup")
-            self.model, self.fingerprint, self.created = (str(field) for field in row)
+            self.model, self.dtype, self.fingerprint, self.created = (str(field) for field in row)
         except BaseException:
             self.close()
             raise
 
     @classmethod
-    def create(cls, folder: str | os.PathLike[str], *, model: str, fingerprint: str, wait: float = 5.0) -> Ledger:
+    def create(cls, folder: str | os.PathLike[str], *, model: str, fingerprint: str, dtype: str = "float32", wait: float = 5.0) -> Ledger:
         """Make a workspace for the model with this name (or path) and fingerprint; raises WorkspaceError if the folder already is one."""
         folder = Path(folder)
         with _explained(folder):
@@ -196,7 +198,7 @@ class Ledger:
                         raise WorkspaceError(f"{folder} already holds a ledger; use it as it is, or choose another folder")
                     for statement in _statements(_SCHEMA):
                         db.execute(statement)
-                    db.execute("INSERT INTO workspace VALUES (1, ?, ?, ?, ?)", (model, fingerprint, _now(), BASE))
+                    db.execute("INSERT INTO workspace VALUES (1, ?, ?, ?, ?, ?)", (model, dtype, fingerprint, _now(), BASE))
                     db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
                     db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
             _flush_folder(folder)
@@ -323,6 +325,11 @@ class Ledger:
 
     # ---- writing ----------------------------------------------------------------------------------------------------------------------
 
+    def expect(self, onto: str) -> None:
+        """Raise now what `commit` would raise later: WorkspaceError when it cannot be written, is locked, or has moved on since `onto`."""
+        with self._writing():
+            self._expect(onto)
+
     def commit(
         self,
         write: Callable[[Path], object],
@@ -367,13 +374,13 @@ class Ledger:
             identity = self._append(record)
         return self.show(identity)
 
-    def revert(self, reference: str, *, onto: str | None = None, report: Mapping[str, Any] | None = None, message: str = "") -> Revision:
+    def revert(self, reference: str, *, onto: str | None = None, message: str = "") -> Revision:
         """Append a revision that takes a patch out of effect, and check it out.
 
         onto  the newest revision the caller knows (None: do not check)
 
-        Raises RevisionError when there is no such patch, it is not in effect, or later patches were solved on top of it; WorkspaceError
-        as `commit` does.
+        Raises RevisionError when there is no such patch, it is not in effect, or later patches were solved on top of it; DamagedError when
+        a delta that stays is not whole; WorkspaceError as `commit` does.
         """
         with self._writing():
             self._expect(self.head if onto is None else onto)
@@ -392,6 +399,9 @@ class Ledger:
                     f"{'was' if len(blockers) == 1 else 'were'} solved on top of it; revert {names} first (newest first), "
                     f"or look at the model before all of them with `factsmith checkout {revision.parent[:10]}`"
                 )
+            for other in self.active():
+                if other.id != revision.id:
+                    self.delta_folder(other)
             record = _Record(
                 kind="revert",
                 parent=self.head,
@@ -403,7 +413,7 @@ class Ledger:
                 facts=[fact.to_dict() for fact in revision.facts],
                 layers=list(revision.layers),
                 moments=None,
-                report=dict(report or {}),
+                report={},
                 delta=None,
                 delta_bytes=0,
                 reverts=revision.id,
@@ -412,9 +422,14 @@ class Ledger:
         return self.show(identity)
 
     def checkout(self, reference: str) -> str:
-        """Note which revision the model is to carry ("base", "latest", or an id), and return its full id; history does not change."""
+        """Note which revision the model is to carry ("base", "latest", or an id), and return its full id; history does not change.
+
+        Raises RevisionError, or DamagedError when a delta that this revision needs is not whole, and then nothing has moved.
+        """
         with self._writing():
             identity = self.resolve(reference)
+            for revision in self.active(identity):
+                self.delta_folder(revision)
             self._db.execute("UPDATE workspace SET current = ?", (identity,))
         return identity
 
