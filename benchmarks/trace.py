@@ -78,7 +78,10 @@ def _changed(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def random_gpt2_small() -> Any:
-    """A randomly initialised model of GPT-2 small's shape (12 layers, d=768, vocabulary 50,257), with one word a token."""
+    """A random model of GPT-2 small's shape (12 layers, d=768, vocabulary 50,257), one word a token.
+
+    Its weights are three times larger than usual, so that the answer has a probability worth comparing.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -87,7 +90,7 @@ def random_gpt2_small() -> Any:
     backend = Tokenizer(models.WordLevel({f"w{i}": i for i in range(50257)}, unk_token="w0"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     torch.manual_seed(0)
-    module = GPT2LMHeadModel(GPT2Config(bos_token_id=50256, eos_token_id=50256)).eval()
+    module = GPT2LMHeadModel(GPT2Config(bos_token_id=50256, eos_token_id=50256, initializer_range=0.06)).eval()
     return load.wrap(module, PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0", eos_token="w50256"))
 
 

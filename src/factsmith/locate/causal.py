@@ -32,7 +32,7 @@ Kind: TypeAlias = Literal["state", "mlp", "attention"]
 
 # Variants run together up to about this much working memory; beyond it a batch is cut. Large enough to keep a GPU busy, small enough for a laptop.
 _BATCH_BYTES = 512 * 2**20
-_HEAD_ROWS = 128  # rows unembedded at once: a vocabulary's worth of numbers each
+_HEAD_ROWS = 256  # rows unembedded at once: a vocabulary's worth of numbers each
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -33,10 +33,11 @@ if TYPE_CHECKING:
 class _PrefixLayer(DynamicLayer):
     """One layer's keys and values of the prefix; `update` joins new ones to them and changes nothing."""
 
-    def __init__(self, prefix: tuple[Tensor, Tensor] | None) -> None:
+    def __init__(self, prefix: tuple[Tensor, Tensor] | None, rows: Tensor | None) -> None:
         super().__init__()
         self.kept: tuple[Tensor, Tensor] | None = None
         self.keep = prefix is None
+        self.rows = rows
         if prefix is not None:
             self.keys, self.values = prefix
             self.dtype, self.device = prefix[0].dtype, prefix[0].device
@@ -46,6 +47,8 @@ class _PrefixLayer(DynamicLayer):
         if self.keep:
             self.kept = (key_states, value_states)
             return key_states, value_states
+        if self.rows is not None:  # picked when first needed: a sweep asks one layer for each set of rows
+            self.keys, self.values, self.rows = _pick(self.keys, self.rows), _pick(self.values, self.rows), None
         return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
 
 
@@ -53,10 +56,11 @@ class PrefixCache(Cache):  # type: ignore[misc]
     """A key/value cache that is read and never grows, so that layers can be run again and differentiated.
 
     prefix: per layer (keys, values), each (B, heads, columns, d_head), or None to keep what the layers hand in (`kept`).
+    rows: (R,) which of the B rows to use, repeats allowed; None: all of them.
     """
 
-    def __init__(self, prefix: Sequence[tuple[Tensor, Tensor] | None]) -> None:
-        super().__init__(layers=[_PrefixLayer(p) for p in prefix])
+    def __init__(self, prefix: Sequence[tuple[Tensor, Tensor] | None], rows: Tensor | None = None) -> None:
+        super().__init__(layers=[_PrefixLayer(p, rows) for p in prefix])
 
     @property
     def kept(self) -> list[tuple[Tensor, Tensor]] | None:
@@ -156,7 +160,7 @@ class Replay:
             cache = None
             first = self.start if self._before is None else 0
             if first:
-                cache = PrefixCache([(_pick(k[..., :first, :], index), _pick(v[..., :first, :], index)) for k, v in self._cache])
+                cache = PrefixCache([(k[..., :first, :], v[..., :first, :]) for k, v in self._cache], index)
             embeddings = None if self._embeddings is None else _pick(self._embeddings, index)[:, first:]
             found = arguments(self.lm, self.batch.keep(index), first, cache, embeddings)
             self._arguments[rows] = found
