@@ -2,8 +2,8 @@
 
     python benchmarks/trace.py [--json FILE] [--model FOLDER --prompt TEXT --subject TEXT] [--kinds state mlp attention] [--threads 1]
 
-`plain_trace` is the oracle: one full forward pass with hooks for every (token, layer), nothing shared, as one would write it first. It knows
-nothing of factsmith; the modules to restore are handed to it. The tests compare `factsmith.locate.causal` with it on several families.
+`plain_trace` is the oracle: one full forward pass with hooks for every (token, layer), nothing shared, as one would write it first. It
+knows nothing of factsmith; the modules to restore are handed to it. The tests compare `factsmith.locate.causal` with it on many families.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def plain_trace(
     """(scores (n_tokens, n_layers), clean, corrupted) by one full pass a cell: row 0 clean, the other rows corrupted.
 
     sites: the module of each layer whose output is restored; window: how many layers together (None: this one only);
-    corruption: (samples, n_subject_tokens, d_model), added to the embeddings; shift: restore this many columns off (to show that it matters).
+    corruption: (samples, n_subject_tokens, d_model), added to the embeddings; shift: take what is restored from this many columns further
+    (a wrong map, to show that the comparison notices).
     """
     ids = torch.tensor([[*prompt_ids, *answer_ids[:-1]]]).expand(len(corruption) + 1, -1)
     n_tokens, n_layers = len(prompt_ids), len(sites)

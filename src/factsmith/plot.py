@@ -36,15 +36,17 @@ _MIN_WIDTH = 20
 def heat_map(trace: CausalTrace, *, path: str | os.PathLike[str] | None = None) -> Figure:
     """Draw p(answer) after restoring each (token, layer), as Figure 1 of Meng et al. 2022 (arXiv 2202.05262).
 
-    Rows are tokens, the subject's marked with *; columns are layers. The colour runs from the corrupted to the clean probability, so maps of
-    different kinds of one prompt can be compared. `path` also saves it: PNG, SVG or PDF by its suffix. Raises InputError for another suffix
-    and WorkspaceError when the file cannot be written.
+    Rows are tokens, the subject's marked with *; columns are layers. The colour runs from the corrupted to the clean probability, so maps
+    of different kinds of one prompt can be compared. `path` also saves it: PNG, SVG or PDF by its suffix. Raises InputError for another
+    suffix and WorkspaceError when the file cannot be written.
     """
     n_tokens, n_layers = trace.scores.shape
     figure = Figure(figsize=(_COLUMN_WIDTH, 1.15 + 0.155 * n_tokens), dpi=300, layout="constrained")
     axes = figure.add_subplot()
     low, high = _range(trace)
-    image = axes.imshow(trace.scores.cpu().numpy(), cmap=_COLOUR_MAPS[trace.kind], vmin=low, vmax=high, aspect="auto", interpolation="nearest")
+    image = axes.imshow(
+        trace.scores.cpu().numpy(), cmap=_COLOUR_MAPS[trace.kind], vmin=low, vmax=high, aspect="auto", interpolation="nearest"
+    )
     # Token text may hold `$`, which is no formula here.
     axes.set_yticks(range(n_tokens), labels=_row_labels(trace), fontsize=7, parse_math=False)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True, steps=[1, 2, 5, 10]))
@@ -67,12 +69,12 @@ def heat_map(trace: CausalTrace, *, path: str | os.PathLike[str] | None = None) 
 def text_heat_map(trace: CausalTrace, width: int = 80) -> Text:
     """The heat map for a terminal of `width` columns (at least 20): shading from the corrupted to the clean probability, one line a token.
 
-    Returns a rich `Text`; `str()` of it is plain. Beside each row stands its largest probability and the layer, where there is room; a trace
-    with more layers than columns shows the maximum over neighbouring layers.
+    Returns a rich `Text`; `str()` of it is plain. Beside each row stands its largest probability and the layer, where there is room; a
+    trace with more layers than columns shows the maximum over neighbouring layers. Raises InputError when `width` is below 20.
     """
     if width < _MIN_WIDTH:
         raise InputError(f"width is {width}; expected at least {_MIN_WIDTH} columns")
-    n_tokens, n_layers = trace.scores.shape
+    n_layers = trace.scores.shape[1]
     labels = _row_labels(trace)
     label_width = min(max(cell_len(label) for label in labels), _LONGEST_LABEL, width // 3)
     number_width = len(f" 0.000 @{n_layers - 1}") if width - label_width >= 30 else 0

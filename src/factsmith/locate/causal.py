@@ -5,10 +5,10 @@
     trace.effects                      # the indirect effect: what restoring it gains over the corrupted run
     trace.peak                         # (token, layer) where restoring helps most
 
-The method is section 2.1 of Meng et al. 2022 (arXiv 2202.05262). The plain way runs the whole model once for each token and layer. Here a
-restored state costs only what it can change: positions from the restored token on, layers from the restored layer up. Everything else is the
-corrupted run, recorded once. For each token one sweep climbs the layers, carrying every variant that has been restored so far as one batch;
-variants that are still the same (windows that begin at the same layer) are carried once.
+The method is section 2.1 of Meng et al. 2022 (arXiv 2202.05262). The plain way runs the whole model once for each token and layer. Here
+a restored state costs only what it can change: positions from the restored token on, layers from the restored layer up. Everything else is
+the corrupted run, recorded once. For each token one sweep climbs the layers, carrying every variant that has been restored so far as one
+batch; variants that are still the same (windows that begin at the same layer) are carried once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..model.trace import recording, replacing
 
 Kind: TypeAlias = Literal["state", "mlp", "attention"]
 
-# Variants run together up to about this much working memory; beyond it a batch is cut. Large enough to keep a GPU busy, small enough for a laptop.
+# Variants run together up to about this much working memory; beyond it a batch is cut. Enough to keep a GPU busy, little for a laptop.
 _BATCH_BYTES = 512 * 2**20
 _HEAD_ROWS = 256  # rows unembedded at once: a vocabulary's worth of numbers each
 
@@ -45,7 +45,7 @@ class CausalTrace:
     kind, window     "state", "mlp" or "attention"; number of neighbouring layers restored together (1 for "state")
     tokens           (n_tokens,) the prompt's tokens as printed, a BOS included
     subject_span     token columns [start, stop) of the subject
-    scores           (n_tokens, n_layers) float32 on the CPU: mean p(answer) over the samples after restoring; the corrupted p is NOT taken off
+    scores           (n_tokens, n_layers) float32 on the CPU: mean p(answer) over the samples after restoring, `corrupted` not taken off
     clean            p(answer) of the untouched run
     corrupted        mean p(answer) with the subject corrupted and nothing restored
     noise            standard deviation of the noise on the subject's embeddings; of the given tensor, where one was given
@@ -102,16 +102,17 @@ def causal_trace(
     target        the answer to follow, of one or more tokens; None: the model's own most likely next token
     kind          "state": the layer's output. "mlp", "attention": what that part adds, in layers [l - window // 2, l + ceil(window / 2))
     samples       number of corrupted runs; each has its own noise, the same for every restored state
-    noise         scale of the normal noise on the subject's input embeddings. None: three times the standard deviation of the entries of this
-                  subject's own embeddings. The paper takes it over all subjects of its data set: pass that one number to average over many prompts
+    noise         scale of the normal noise on the subject's input embeddings. None: three times the standard deviation of the entries of
+                  this subject's own embeddings. The paper takes it over all subjects of its data set: to average over many prompts, pass
+                  one number to all
     noise_tensor  (samples, n_subject_tokens, d_model) corruption to add instead of drawing it from `seed`; scaled by `noise` when that is
                   given too, else added as it is. Its first dimension decides the number of samples
     seed          of numpy's RandomState, whose randn(samples, n_subject_tokens, d_model) is the noise
     progress      called with (tokens done, tokens to do) after each token
 
     Tokens before the subject cannot have an effect in a causal model: their scores are the corrupted probability, without being computed.
-    Raises SubjectError (subject empty, absent or repeated), LayerError (window), InputError (anything else that was given), and NumericsError
-    when the model's probabilities are not finite. The model is left as it was.
+    Raises SubjectError (subject empty, absent or repeated), LayerError (window), InputError (anything else that was given),
+    UnsupportedModelError (no attention part to restore), and NumericsError when the probabilities are not finite. The model stays as it was.
     """
     if kind not in get_args(Kind):
         raise InputError(f"kind is {kind!r}; expected one of {', '.join(map(repr, get_args(Kind)))}")
@@ -192,7 +193,7 @@ def _restore_states(live: Replay, values: Sequence[Tensor]) -> dict[range, Tenso
         restored = live.hidden[layer + 1].clone()  # a layer whose output is replaced need not run
         restored[:, 0] = value
         hidden = torch.cat([hidden, restored])  # ((layer + 1) * samples, S, d_model)
-    return {range(layer, layer + 1): own for layer, own in enumerate(hidden.split(samples))}
+    return {range(layer, layer + 1): own for layer, own in enumerate(torch.split(hidden, samples))}
 
 
 def _restore_outputs(live: Replay, values: Sequence[Tensor], sites: Sequence[nn.Module], spans: Sequence[range]) -> dict[range, Tensor]:
@@ -209,7 +210,7 @@ def _restore_outputs(live: Replay, values: Sequence[Tensor], sites: Sequence[nn.
             before = range(span.start, min(span.stop, layer))
             entering.append(active[before] if before else live.hidden[layer])
         restore = torch.tensor([layer in span for span in reached]).repeat_interleave(samples)
-        active = dict(zip(reached, _run(live, layer, torch.cat(entering), site, value, restore).split(samples), strict=True))
+        active = dict(zip(reached, torch.split(_run(live, layer, torch.cat(entering), site, value, restore), samples), strict=True))
     return active
 
 
@@ -223,7 +224,7 @@ def _run(
     # The widest things alive in a layer: the coefficients and their gate at each column, and the row's keys and values.
     per_row = hidden.element_size() * (width * 2 * (live.lm.ffn[layer].d_ff + 4 * live.lm.d_model) + 4 * live.batch.width * live.lm.d_model)
     out = []
-    for part in torch.arange(len(hidden)).split(max(1, _BATCH_BYTES // per_row)):
+    for part in torch.split(torch.arange(len(hidden)), max(1, _BATCH_BYTES // per_row)):
         changes = {}
         if site is not None and value is not None and restore is not None:
             marked = restore[part].to(hidden.device)
@@ -243,7 +244,7 @@ def _answer_probability(lm: LanguageModel, hidden: Tensor, answer_ids: Sequence[
     """(R,) float32: joint probability of the answer, read off the last columns of last-layer states (R, S, d_model)."""
     wanted = torch.tensor(answer_ids, device=hidden.device)
     found = []
-    for part in hidden[:, -len(answer_ids) :].split(_HEAD_ROWS):
+    for part in torch.split(hidden[:, -len(answer_ids) :], _HEAD_ROWS):
         logits = lm.head(part).float()  # (R, n_answer, vocab)
         of_answer = logits.gather(-1, wanted.to(logits.device).expand(len(part), -1)[..., None])[..., 0]
         found.append((of_answer - logits.logsumexp(-1)).sum(-1).exp())

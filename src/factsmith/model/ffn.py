@@ -271,7 +271,19 @@ def find_feed_forward(layer: nn.Module, index: int, call: Call, slot: Slot) -> t
     module = part.module if part is not None and wrapped else down
     gate, up = _keys(layer, call, [m for _, m, _ in ordered[:-1] if oriented(m).shape[1] == d_model], down)
     ffn = FeedForward(index, module, down, _adds_directly(layer, call, module), gate, up)
-    return ffn, mixers[0].module if len(mixers) == 1 else None
+    return ffn, _contributor(mixers[0], calls) if len(mixers) == 1 else None
+
+
+def _contributor(part: _Part, calls: Mapping[str, list[Call]]) -> nn.Module:
+    """The module that puts out what a part contributes: the part itself, or its linear when the part also adds an input to it."""
+    output = part.call.output
+    inner: dict[str, nn.Module] = dict(part.module.named_modules(prefix=part.name))
+    for name, module in inner.items():
+        if is_linear(module) and len(calls[name]) == 1 and calls[name][0].output.numel() == output.numel():
+            rest = output - calls[name][0].output.view_as(output)
+            if any(same(rest, given) for _, given in _slots(part.call)):
+                return module
+    return part.module
 
 
 def _parts(module: nn.Module, path: str, calls: Mapping[str, list[Call]], hidden: Tensor) -> Iterator[_Part]:
