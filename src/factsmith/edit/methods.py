@@ -14,15 +14,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers.cache_utils import DynamicCache
 
 from ..errors import InputError, LayerError
 from ..fact import Fact
 from ..model.load import LanguageModel
-from ..model.tokens import align
 from . import solve
 from .delta import Delta, applied
 from .moments import SecondMoment
+from .sample import sample
 from .target import TargetConfig, Targets, check_layer, find_targets
 
 CONTEXTS = ((5, 10), (10, 10))
@@ -105,31 +104,15 @@ def rome_each(
     return _deltas(facts, targets, layer, config, moment, contexts, lm.fingerprint)
 
 
-@torch.no_grad()
 def generate_contexts(lm: LanguageModel, seed: int = 0) -> list[str]:
     """The bare "{}" and 20 templates "Some words. {}", the words sampled (top 5) from the model itself, all in one batch.
 
     The same model and seed give the same list. Ten have 4 sampled tokens and ten have 9: the lengths of the authors' code, which counts
     the start token. Raises InputError for a tokenizer with neither BOS nor EOS to start from.
     """
-    tokenizer = lm.tokenizer
-    start = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
-    if start is None:
-        raise InputError(f"{lm.name} has neither a BOS nor an EOS token to sample contexts from; pass contexts=['{{}}', 'Some words. {{}}', ...]")
-    lengths = [length for length, count in CONTEXTS for _ in range(count)]
-    sampler = torch.Generator().manual_seed(seed)
-    special = [i for i in tokenizer.all_special_ids if i is not None]
-    cache = DynamicCache() if lm.caches_prefix else None
-    sequences = [[start] for _ in lengths]
-    for column in range(max(lengths) - 1):
-        batch = align(lm, sequences, [column] * len(sequences))
-        logits = lm.forward(batch, start=0 if cache is None else column, cache=cache).logits[:, -1].float().cpu()
-        logits[:, special] = -torch.inf
-        top = logits.topk(_TOP_K)
-        picked = torch.multinomial(top.values.softmax(-1), 1, generator=sampler)
-        for ids, token in zip(sequences, top.indices.gather(1, picked)[:, 0].tolist(), strict=True):
-            ids.append(token)
-    texts = (tokenizer.decode(ids[1:length]) for ids, length in zip(sequences, lengths, strict=True))
+    lengths = [length - 1 for length, count in CONTEXTS for _ in range(count)]
+    sequences = sample(lm, len(lengths), max(lengths), top_k=_TOP_K, seed=seed)
+    texts = (lm.tokenizer.decode(ids[:length]) for ids, length in zip(sequences, lengths, strict=True))
     return ["{}", *(f"{_plain(text)}. {{}}" for text in texts)]
 
 
@@ -164,7 +147,9 @@ def _prepare(
             f"compute it with second_moments(lm, texts, [{layer}]) or load a saved one"
         )
     if moment.d_ff != lm.ffn[layer].d_ff:
-        raise InputError(f"the second moment is for {moment.d_ff} neurons; layer {layer} has {lm.ffn[layer].d_ff}: it belongs to another model")
+        raise InputError(
+            f"the second moment is for {moment.d_ff} neurons; layer {layer} has {lm.ffn[layer].d_ff}: it belongs to another model"
+        )
     return layer, dataclasses.replace(config, layer=layer), moment, generate_contexts(lm, seed) if contexts is None else list(contexts)
 
 

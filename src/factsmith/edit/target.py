@@ -256,9 +256,10 @@ def _search(questions: Sequence[_Question], lm: LanguageModel, layer: int, confi
         if not torch.isfinite(loss).all():
             names = [questions[i].fact.subject for i, x in zip(active, loss, strict=True) if not torch.isfinite(x)]
             raise NumericsError(f"the loss of {names} is not finite at step {step}; lower lr, or check the model's weights for NaN")
-        done = (loss < config.stop_loss) | (step == config.steps)
-        rows = zip(active, done.tolist(), *(x.tolist() for x in (loss, nll, kl, norm)), strict=True)
-        for i, leaves, loss_i, nll_i, kl_i, norm_i in rows:
+        watched = loss if config.scale == "paper" else nll
+        done = (watched < config.stop_loss) | (step == config.steps)
+        rows = zip(active, done.tolist(), *(x.tolist() for x in (watched, loss, nll, kl, norm)), strict=True)
+        for i, leaves, watched_i, loss_i, nll_i, kl_i, norm_i in rows:
             if leaves:
                 convergence[i] = {
                     "steps": step,
@@ -267,7 +268,7 @@ def _search(questions: Sequence[_Question], lm: LanguageModel, layer: int, confi
                     "kl": kl_i,
                     "norm": norm_i,
                     "limit": float(limit[i]),
-                    "stopped": "loss" if loss_i < config.stop_loss else "steps",
+                    "stopped": "loss" if watched_i < config.stop_loss else "steps",
                 }
         if done.all():
             break
@@ -322,5 +323,8 @@ def _read(replay: Replay, hidden: Tensor, asked: _Asked) -> tuple[Tensor, Tensor
 
 def _scales(config: TargetConfig, v_initial: Tensor, stream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Learning rate, factor of ‖δ‖ in the loss, and largest ‖δ‖, each (n,)."""
-    v_norm = v_initial.norm(dim=-1)
-    return torch.full_like(v_norm, config.lr), config.weight_decay / v_norm**2, config.clamp * v_norm
+    if config.scale == "paper":
+        norm = v_initial.norm(dim=-1)
+        return torch.full_like(norm, config.lr), config.weight_decay / norm**2, config.clamp * norm
+    norm = stream.norm(dim=-1) / 4
+    return config.lr * 2 * norm / stream.shape[-1] ** 0.5, config.weight_decay / (config.clamp * norm), config.clamp * norm

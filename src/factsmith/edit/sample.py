@@ -1,0 +1,61 @@
+"""Text that the model writes itself: contexts for keys, and a corpus where there is none.
+
+sample(lm, count=20, length=10, top_k=5, seed=0)       # 20 strings of 10 tokens
+own_text(lm, n_tokens=8000, seed=0)                    # strings with about that many tokens in all
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers.cache_utils import DynamicCache
+
+from ..errors import InputError
+from ..model.load import LanguageModel
+from ..model.tokens import align
+
+_ROWS, _LENGTH = 64, 64
+"""Strings sampled together by `own_text`, and their length in tokens: sentences, not words, and enough of them in one pass."""
+
+
+@torch.no_grad()
+def sample(lm: LanguageModel, count: int, length: int, *, top_k: int | None = None, seed: int = 0) -> list[list[int]]:
+    """`count` lists of `length` token ids, sampled from the model from its start token (not included), in one batch; no special tokens.
+
+    top_k  sample among the likeliest only (None: all)
+
+    The same model, arguments and seed give the same ids. Raises InputError for a tokenizer with neither BOS nor EOS to start from.
+    """
+    tokenizer = lm.tokenizer
+    start = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
+    if start is None:
+        raise InputError(f"{lm.name} has neither a BOS nor an EOS token to sample text from; pass contexts or texts of your own")
+    sampler = torch.Generator().manual_seed(seed)
+    special = [i for i in tokenizer.all_special_ids if i is not None]
+    cache = DynamicCache() if lm.caches_prefix else None
+    sequences = [[start] for _ in range(count)]
+    for column in range(length):
+        batch = align(lm, sequences, [column] * count)
+        logits = lm.forward(batch, start=0 if cache is None else column, cache=cache).logits[:, -1].float().cpu()
+        logits[:, special] = -torch.inf
+        top = logits.topk(top_k or logits.shape[-1])
+        picked = torch.multinomial(top.values.softmax(-1), 1, generator=sampler)
+        for ids, token in zip(sequences, top.indices.gather(1, picked)[:, 0].tolist(), strict=True):
+            ids.append(token)
+    return [ids[1:] for ids in sequences]
+
+
+def own_text(lm: LanguageModel, n_tokens: int, *, seed: int = 0, progress: Callable[[int], object] | None = None) -> list[str]:
+    """Strings that the model writes itself, with about `n_tokens` tokens in all: stands in for a corpus in `second_moments`.
+
+    What the model writes is what its neurons are used for, so it weighs a change much as its training text would.
+    progress: called with the number of tokens done, after every batch. Raises InputError as `sample`.
+    """
+    length = min(_LENGTH, (lm.max_tokens or _LENGTH) - 1)
+    texts: list[str] = []
+    for batch in range(max(1, round(n_tokens / (_ROWS * length)))):
+        texts += [lm.tokenizer.decode(ids) for ids in sample(lm, _ROWS, length, seed=seed + batch)]
+        if progress is not None:
+            progress(len(texts) * length)
+    return texts
