@@ -507,15 +507,15 @@ class Ledger:
     def _expect(self, onto: str) -> None:
         """Refuse to append unless the newest revision is `onto` and it is checked out; called with the write lock held."""
         head, current = self._pointers()
+        if current != head and onto in (current, head):
+            raise WorkspaceError(
+                f"{self.folder} is checked out at {current[:10]}, but its newest revision is {head[:10]}; "
+                "run `factsmith checkout latest` first"
+            )
         if head != onto:
             raise WorkspaceError(
                 f"somebody committed {head[:10]} to {self.folder} meanwhile (expected the newest to be {onto[:10]}); "
                 "look at `factsmith log`, then run this again"
-            )
-        if current != head:
-            raise WorkspaceError(
-                f"{self.folder} is checked out at {current[:10]}, but its newest revision is {head[:10]}; "
-                "run `factsmith checkout latest` first"
             )
 
     def _store(self, write: Callable[[Path], object]) -> tuple[str, int]:

@@ -6,6 +6,7 @@ own_text(lm, n_tokens=8000, seed=0)                    # strings with about that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -53,9 +54,10 @@ def own_text(lm: LanguageModel, n_tokens: int, *, seed: int = 0, progress: Calla
     progress: called with the number of tokens done, after every batch. Raises InputError as `sample`.
     """
     length = min(_LENGTH, (lm.max_tokens or _LENGTH) - 1)
+    rows = min(_ROWS, math.ceil(n_tokens / length))
     texts: list[str] = []
-    for batch in range(max(1, round(n_tokens / (_ROWS * length)))):
-        texts += [lm.tokenizer.decode(ids) for ids in sample(lm, _ROWS, length, seed=seed + batch)]
+    while len(texts) * length < n_tokens:
+        texts += [lm.tokenizer.decode(ids) for ids in sample(lm, rows, length, seed=seed + len(texts))]
         if progress is not None:
             progress(len(texts) * length)
     return texts

@@ -1,0 +1,730 @@
+"""Workbench: a model, its ledger, and the only object that changes both.
+
+    with Workbench(load("gpt2"), "my-workspace") as bench:       # the folder is made if it is not a workspace yet
+        outcome = bench.apply([Fact("Danielle Darrieux", "The mother tongue of {} is", "English")])
+        outcome.verification.efficacy, outcome.revision.id
+        bench.revert(outcome.revision.id)                         # the weights are the base's again, bit for bit
+
+The steps of `apply` can be taken one by one, and without a workspace: `plan` asks what the model says now, `propose` solves for the
+change and measures it while it is in the model for a moment, `commit` keeps it.
+
+The model's weights are always base + Σ active deltas in ledger order, built anew from the kept base matrices. Nothing is subtracted:
+W + Δ − Δ is not W in floating point.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import os
+import re
+import time
+import unicodedata
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from torch import Tensor
+
+from .edit.delta import Delta, applied, patched, read_weights, write_weights
+from .edit.methods import RomeConfig, rome
+from .edit.moments import SecondMoment, second_moments
+from .edit.sample import own_text
+from .edit.target import check_layer
+from .errors import FingerprintError, InputError, NumericsError
+from .fact import Fact
+from .ledger import BASE, Integrity, Ledger, Revision
+from .model.load import LanguageModel
+from .model.tokens import subject_span, target_ids
+
+Progress = Callable[[str, int, int | None], object]
+"""Called with what is being done, how much of it is done, and how much there is (None: not known)."""
+
+T = TypeVar("T")
+Role = Literal["prompt", "paraphrase", "neighbour", "earlier"]
+
+_ANSWER_TOKENS = 8
+_EARLIER = 100
+"""Earlier facts asked again with every new patch: the newest ones; `Workbench.verify` asks all."""
+
+_METHODS = {"rome": (rome, RomeConfig)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """What the model says about one fact today: its greedy `answer` to the prompt, p(target), and whether it says the target already."""
+
+    fact: Fact
+    answer: str
+    probability: float
+    known: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What an edit would have to do; nothing was changed to find out."""
+
+    entries: tuple[Planned, ...]
+
+    @property
+    def new(self) -> tuple[Fact, ...]:
+        """The facts that the model does not say yet."""
+        return tuple(entry.fact for entry in self.entries if not entry.known)
+
+    @property
+    def known(self) -> tuple[Fact, ...]:
+        """The facts that it says already."""
+        return tuple(entry.fact for entry in self.entries if entry.known)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able fields."""
+        return {"entries": [{**vars(entry), "fact": entry.fact.to_dict()} for entry in self.entries]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One prompt asked before and after.
+
+    role           "prompt" or "paraphrase" of a fact that was written, a "neighbour" that must stay, or an "earlier" patch that must stay
+    prompt         whole text
+    wanted         what the answer has to begin with afterwards
+    before, after  greedy answers
+    p_before, p_after  p(wanted); None when there is nothing to want (the model ended the text at once)
+    held           whether `after` begins with `wanted`: exact match
+    """
+
+    role: Role
+    prompt: str
+    wanted: str
+    before: str
+    after: str
+    p_before: float | None
+    p_after: float | None
+    held: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """The proof of a patch: every check, by greedy exact match beside probabilities."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def efficacy(self) -> float | None:
+        """Share of the written prompts that are answered with the target; None when there is none."""
+        return self._share("prompt")
+
+    @property
+    def generalization(self) -> float | None:
+        """The same for paraphrases."""
+        return self._share("paraphrase")
+
+    @property
+    def specificity(self) -> float | None:
+        """Share of the neighbours whose answer stayed."""
+        return self._share("neighbour")
+
+    @property
+    def retention(self) -> float | None:
+        """Share of the earlier patches still answered with their target."""
+        return self._share("earlier")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able fields, the shares included."""
+        shares = {name: getattr(self, name) for name in ("efficacy", "generalization", "specificity", "retention")}
+        return {**shares, "checks": [dict(vars(check)) for check in self.checks]}
+
+    def _share(self, role: Role) -> float | None:
+        held = [check.held for check in self.checks if check.role == role]
+        return sum(held) / len(held) if held else None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Proposal:
+    """A change that was solved for and measured, and is in no model.
+
+    plan          what the model said before
+    delta         the change; None when every fact was known already
+    verification  its proof; None when there is no delta
+    moments       sha256 of the second moments used, by layer
+    seconds       time to solve (second moments not counted) and to verify
+    """
+
+    plan: Plan
+    delta: Delta | None
+    verification: Verification | None
+    moments: str | None
+    seconds: Mapping[str, float]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the caller should know, in words."""
+        return tuple(
+            f"the model already answers {fact.text!r} with {fact.target.strip()!r}: nothing to write (force it to write anyway)"
+            for fact in self.plan.known
+            if self.delta is None or fact not in self.delta.facts
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able fields; the delta's tensors are left out."""
+        delta = self.delta
+        described = delta and {"method": delta.method, "layers": sorted(delta.layers), "rank": delta.rank, "bytes": delta.n_bytes}
+        return {
+            "plan": self.plan.to_dict(),
+            "delta": described,
+            "verification": self.verification and self.verification.to_dict(),
+            "moments": self.moments,
+            "seconds": dict(self.seconds),
+            "warnings": list(self.warnings),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Outcome:
+    """What `Workbench.apply` did: the proposal, and the revision that keeps it (None: nothing was to be written, see `warnings`)."""
+
+    proposal: Proposal
+    revision: Revision | None
+
+    @property
+    def delta(self) -> Delta | None:
+        """The change, or None."""
+        return self.proposal.delta
+
+    @property
+    def verification(self) -> Verification | None:
+        """Its proof, or None."""
+        return self.proposal.verification
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the caller should know, in words."""
+        return self.proposal.warnings
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able fields."""
+        return {"proposal": self.proposal.to_dict(), "revision": self.revision and self.revision.to_dict()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """A workspace at a glance: where it is checked out, what is in effect, and what was counted while checking every file's sha256."""
+
+    folder: Path
+    model: str
+    fingerprint: str
+    head: str
+    current: str
+    active: tuple[Revision, ...]
+    integrity: Integrity
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able fields."""
+        fields = {**vars(self), "folder": str(self.folder), "active": [revision.to_dict() for revision in self.active]}
+        return {**fields, "integrity": {**vars(self.integrity), "orphans": list(self.integrity.orphans)}}
+
+
+def plan(lm: LanguageModel, facts: Fact | Iterable[Fact]) -> Plan:
+    """Ask what the model says about each fact now; the model is untouched.
+
+    Raises SubjectError when a subject cannot be found once in its prompt, InputError when there is no fact.
+    """
+    facts = _listed(facts)
+    for fact in facts:
+        subject_span(lm.tokenizer, fact.text, fact.subject)
+    prompts, targets = [fact.text for fact in facts], [fact.target for fact in facts]
+    answers = lm.answer(prompts, max_new_tokens=_answer_tokens(lm, prompts, targets))
+    return Plan(
+        entries=tuple(
+            Planned(fact=fact, answer=answer, probability=probability or 0.0, known=begins_with(answer, fact.target))
+            for fact, answer, probability in zip(facts, answers, _probabilities(lm, prompts, targets), strict=True)
+        )
+    )
+
+
+def propose(
+    lm: LanguageModel,
+    facts: Fact | Iterable[Fact],
+    method: str = "rome",
+    config: Any = None,
+    *,
+    moments: SecondMoment | Mapping[int, SecondMoment] | None = None,
+    texts: Iterable[str] | None = None,
+    contexts: Sequence[str] | None = None,
+    seed: int = 0,
+    force: bool = False,
+    earlier: Iterable[Fact] = (),
+    progress: Progress | None = None,
+) -> Proposal:
+    """Solve for a change that makes the facts true, and measure it; the model is as before when this returns, exception or not.
+
+    method    "rome"
+    config    its settings; None: what the model recommends
+    moments   second moments of the layer; None: what came with the model, else computed from `texts`, else from the model's own text
+    contexts  templates with `{}` for the prompt; None: generated by the model from `seed`
+    force     write also what the model says already
+    earlier   facts whose prompts are asked again, to see that they hold
+
+    Raises InputError (unknown method, no facts), SubjectError, LayerError, NumericsError.
+    """
+
+    def find(layer: int) -> Mapping[int, SecondMoment]:
+        return find_moments(lm, [layer], texts=texts, seed=seed, progress=progress)
+
+    return _propose(
+        lm, facts, method, config, moments or find, contexts=contexts, seed=seed, force=force, earlier=earlier, progress=progress
+    )
+
+
+def find_moments(
+    lm: LanguageModel,
+    layers: Sequence[int],
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    texts: Iterable[str] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[int, SecondMoment]:
+    """Second moments of some layers: those kept in `folder`, those that came with the model, else computed now.
+
+    folder  where computed ones are kept as layer<l>.safetensors; None: nowhere
+    texts   what to compute them from; None: about eight tokens a neuron that the model writes itself, from `seed`
+
+    A file for another model (by fingerprint) is passed over. Raises LayerError, DamagedError for a file that cannot be read.
+    """
+    places = [Path(place) for place in (folder, _beside(lm)) if place is not None]
+    found: dict[int, SecondMoment] = {}
+    for layer in layers:
+        files = (place / f"layer{layer}.safetensors" for place in places)
+        kept = (SecondMoment.load(file) for file in files if texts is None and file.is_file())
+        moment = next((moment for moment in kept if moment.fingerprint == lm.fingerprint), None)
+        if moment is not None:
+            found[layer] = moment
+    missing = [layer for layer in layers if layer not in found]
+    if missing:
+        n_tokens = None
+        if texts is None:
+            n_tokens = 8 * max(lm.ffn[layer].d_ff for layer in missing if 0 <= layer < lm.n_layers)
+            _tell(progress, "sampling text", 0, n_tokens)
+            texts = own_text(lm, n_tokens, seed=seed, progress=lambda done: _tell(progress, "sampling text", done, n_tokens))
+        computed = second_moments(lm, texts, missing, progress=lambda done: _tell(progress, "second moments", done, n_tokens))
+        for layer, moment in computed.items():
+            if folder is not None:
+                moment.save(Path(folder) / f"layer{layer}.safetensors")
+            found[layer] = moment
+    return found
+
+
+class Workbench:
+    """A model and the workspace that records its patches; a context manager that leaves the model at its base weights.
+
+    lm      the model; while the workbench is open its weights are base + Σ active deltas
+    ledger  the records
+
+    Opening makes the workspace when the folder is none yet, and puts the active deltas into the model. Raises FingerprintError when the
+    workspace was made for another model, DamagedError when a delta is not whole.
+    """
+
+    def __init__(self, lm: LanguageModel, folder: str | os.PathLike[str]) -> None:
+        self.lm = lm
+        if (Path(folder) / "ledger.db").is_file():
+            self.ledger = Ledger(folder)
+        else:
+            dtype = str(lm.dtype).removeprefix("torch.")
+            self.ledger = Ledger.create(folder, model=lm.name, fingerprint=lm.fingerprint, dtype=dtype)
+        self._base: dict[int, Tensor] = {}
+        self._deltas: dict[str, Delta] = {}
+        self._at = BASE
+        self._carried = lm.fingerprint
+        try:
+            if lm.fingerprint != self.ledger.fingerprint:
+                raise FingerprintError(
+                    f"{folder} was made for {self.ledger.model!r} in {self.ledger.dtype}, fingerprint {self.ledger.fingerprint[:10]}; "
+                    f"got {lm.name!r} in {str(lm.dtype).removeprefix('torch.')} with {lm.fingerprint[:10]}: load that model, unpatched "
+                    "(close another workbench that holds it), or make a workspace for this one"
+                )
+            self.checkout(self.ledger.current)
+        except BaseException:
+            self.ledger.close()
+            raise
+
+    def __enter__(self) -> Workbench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Put the base weights back, bit for bit, and close the ledger; the records stay as they are."""
+        self._put([])
+        self._deltas = {}
+        self.ledger.close()
+
+    # ---- reading ----------------------------------------------------------------------------------------------------------------------
+
+    def plan(self, facts: Fact | Iterable[Fact]) -> Plan:
+        """Ask what the model, with its active patches, says about each fact; nothing changes. Raises as the function `plan`."""
+        return plan(self.lm, facts)
+
+    def log(self) -> list[Revision]:
+        """Every revision, newest first."""
+        return self.ledger.log()
+
+    def show(self, reference: str) -> Revision:
+        """The revision with this id, unique prefix, or "latest"; raises RevisionError."""
+        return self.ledger.show(reference)
+
+    def status(self) -> Status:
+        """Where the workspace stands, after checking every record and every delta's sha256; raises DamagedError."""
+        return status(self.ledger)
+
+    def verify(self) -> Verification:
+        """Ask every active patch's prompt, paraphrases and neighbours of the base weights and of the weights now.
+
+        Where two patches have the same prompt, only the newer one's is asked.
+        """
+        facts: dict[str, Fact] = {}
+        for delta in self._deltas.values():
+            for fact in delta.facts:
+                facts.pop(fact.text, None)
+                facts[fact.text] = fact
+        deltas = list(self._deltas.values())
+        with self._unpatched():
+            return _verify(self.lm, _probes(list(facts.values())), lambda: applied(self.lm, deltas))
+
+    def propose(
+        self,
+        facts: Fact | Iterable[Fact],
+        method: str = "rome",
+        config: Any = None,
+        *,
+        moments: SecondMoment | Mapping[int, SecondMoment] | None = None,
+        texts: Iterable[str] | None = None,
+        contexts: Sequence[str] | None = None,
+        seed: int = 0,
+        force: bool = False,
+        progress: Progress | None = None,
+    ) -> Proposal:
+        """Solve for a change on top of the active ones, and measure it; the arguments are those of the function `propose`.
+
+        Second moments are those of the base weights, kept in the workspace's `moments` folder once computed. The newest 100 earlier
+        facts are asked again.
+        """
+        self._check_weights()
+
+        def find(layer: int) -> Mapping[int, SecondMoment]:
+            with self._unpatched():
+                return find_moments(self.lm, [layer], folder=self.ledger.folder / "moments", texts=texts, seed=seed, progress=progress)
+
+        earlier = [fact for delta in self._deltas.values() for fact in delta.facts][-_EARLIER:]
+        source = moments or find
+        return _propose(
+            self.lm, facts, method, config, source, contexts=contexts, seed=seed, force=force, earlier=earlier, progress=progress
+        )
+
+    # ---- changing ---------------------------------------------------------------------------------------------------------------------
+
+    def apply(
+        self,
+        facts: Fact | Iterable[Fact],
+        method: str = "rome",
+        config: Any = None,
+        *,
+        moments: SecondMoment | Mapping[int, SecondMoment] | None = None,
+        texts: Iterable[str] | None = None,
+        contexts: Sequence[str] | None = None,
+        seed: int = 0,
+        force: bool = False,
+        message: str = "",
+        progress: Progress | None = None,
+    ) -> Outcome:
+        """Plan, solve, verify and commit: afterwards the model says the facts and the ledger knows why.
+
+        What the model says already is left out (unless `force`); if nothing is left, nothing is written and `warnings` says so. The other
+        arguments are those of the function `propose`. An exception or Ctrl-C leaves model and ledger as they were. Raises what `propose`
+        and `commit` raise.
+        """
+        self.ledger.expect(self._at)  # before the work, not after it
+        proposal = self.propose(
+            facts, method, config, moments=moments, texts=texts, contexts=contexts, seed=seed, force=force, progress=progress
+        )
+        if proposal.delta is None:
+            return Outcome(proposal=proposal, revision=None)
+        revision = self.commit(proposal.delta, proposal.verification, moments=proposal.moments, message=message)
+        return Outcome(proposal=proposal, revision=revision)
+
+    def commit(
+        self,
+        delta: Delta,
+        report: Verification | Mapping[str, Any] | None = None,
+        *,
+        moments: str | None = None,
+        message: str = "",
+    ) -> Revision:
+        """Keep a delta: into the ledger and into the model, or into neither.
+
+        report   its evaluation, kept with the record
+        moments  sha256 of the second moments it was made with
+
+        Raises FingerprintError when the delta was made on other weights than the model has now, WorkspaceError when the workspace cannot
+        be written, has moved on, or an older revision is checked out.
+        """
+        self._check_weights()
+        if delta.fingerprint != self.lm.fingerprint:
+            raise FingerprintError(
+                f"the delta was made on weights {delta.fingerprint[:10]}, the model has {self.lm.fingerprint[:10]}: make it again on "
+                "this model with the patches it carries now"
+            )
+
+        def record() -> Revision:
+            return self.ledger.commit(
+                delta.save,
+                onto=self._at,
+                method=delta.method,
+                config=delta.config,
+                facts=delta.facts,
+                layers=sorted(delta.layers),
+                moments=moments,
+                report=report.to_dict() if isinstance(report, Verification) else report,
+                message=message,
+            )
+
+        revision = self._move([*self._deltas.values(), delta], record)
+        self._deltas, self._at = {**self._deltas, revision.id: delta}, revision.id
+        return revision
+
+    def revert(self, reference: str, *, message: str = "") -> Revision:
+        """Take a patch out: weights = base + Σ of the others, and a revision that says so.
+
+        Raises RevisionError when there is no such patch in effect or later ones were solved on top of it, DamagedError, WorkspaceError.
+        """
+        self._check_weights()
+        target = self.ledger.show(reference)
+        remaining = {identity: delta for identity, delta in self._deltas.items() if identity != target.id}
+        revision = self._move(remaining.values(), lambda: self.ledger.revert(target.id, onto=self._at, message=message))
+        self._deltas, self._at = remaining, revision.id
+        return revision
+
+    def checkout(self, reference: str) -> str:
+        """Give the model the weights of a revision ("base", "latest", or an id); returns its full id. The same revision, the same bits.
+
+        History does not change; committing goes on from the latest revision only. Raises RevisionError, DamagedError, WorkspaceError.
+        """
+        identity = self.ledger.resolve(reference)
+        deltas = {}
+        for revision in self.ledger.active(identity):
+            known = self._deltas.get(revision.id)
+            deltas[revision.id] = Delta.load(self.ledger.delta_folder(revision)) if known is None else known
+        if identity == self.ledger.current:
+            self._put(deltas.values())  # opening a workspace writes nothing to it
+        else:
+            self._move(deltas.values(), lambda: self.ledger.checkout(identity))
+        self._deltas, self._at = deltas, identity
+        return identity
+
+    # ---- inside -----------------------------------------------------------------------------------------------------------------------
+
+    def _move(self, deltas: Collection[Delta], record: Callable[[], T]) -> T:
+        """Put deltas into the model and note it in the ledger; if either fails, the model goes back.
+
+        The weights come first: they are checked for shape and finite numbers before anything is recorded.
+        """
+        try:
+            self._put(deltas)
+            return record()
+        except BaseException:
+            self._put(self._deltas.values())
+            raise
+
+    def _put(self, deltas: Collection[Delta]) -> None:
+        layers = {layer for delta in deltas for layer in delta.layers}
+        # A layer that was never patched still has its base weights: they are copied before its first change.
+        self._base.update(read_weights(self.lm, layers - self._base.keys()))
+        write_weights(self.lm, patched(self._base, deltas))
+        self._carried = self.lm.fingerprint
+
+    def _check_weights(self) -> None:
+        if self.lm.fingerprint != self._carried:
+            raise FingerprintError(
+                "the model's weights were changed outside the workbench, so what would be recorded is not what was made; "
+                "load the model again and open the workspace with it"
+            )
+
+    @contextmanager
+    def _unpatched(self) -> Iterator[None]:
+        """The base weights for the length of a block."""
+        try:
+            self._put([])
+            yield
+        finally:
+            self._put(self._deltas.values())
+
+
+def status(ledger: Ledger) -> Status:
+    """Where a workspace stands, after checking every record and every delta's sha256; needs no model. Raises DamagedError."""
+    return Status(
+        folder=ledger.folder,
+        model=ledger.model,
+        fingerprint=ledger.fingerprint,
+        head=ledger.head,
+        current=ledger.current,
+        active=tuple(ledger.active()),
+        integrity=ledger.verify(),
+    )
+
+
+def begins_with(answer: str, target: str) -> bool:
+    """Whether a greedy answer begins with a target, as whole words: "French." begins with "French", "Frenchman" does not.
+
+    Scripts that write no spaces have no such boundary, so there the beginning is enough.
+    """
+    answer, target = answer.strip(), target.strip()
+    if not target or not answer.startswith(target):
+        return False
+    following = answer[len(target) : len(target) + 1]
+    return not (_spaced(target[-1]) and following and _spaced(following))
+
+
+def _spaced(character: str) -> bool:
+    """A digit or a letter with case, or a mark on one: the scripts with spaces between words."""
+    return unicodedata.category(character) in ("Lu", "Ll", "Lt", "Lm", "Mn", "Nd")
+
+
+def _propose(
+    lm: LanguageModel,
+    facts: Fact | Iterable[Fact],
+    method: str,
+    config: Any,
+    moments: SecondMoment | Mapping[int, SecondMoment] | Callable[[int], Mapping[int, SecondMoment]],
+    *,
+    contexts: Sequence[str] | None,
+    seed: int,
+    force: bool,
+    earlier: Iterable[Fact],
+    progress: Progress | None,
+) -> Proposal:
+    """`propose`, with second moments that may be a function of the layer: only called when there is something to solve."""
+    if method not in _METHODS:
+        raise InputError(f"no method {method!r}; expected one of {', '.join(sorted(_METHODS))}")
+    solver, settings = _METHODS[method]
+    found = plan(lm, facts)
+    wanted = [entry.fact for entry in found.entries if force or not entry.known]
+    if not wanted:
+        return Proposal(plan=found, delta=None, verification=None, moments=None, seconds={})
+    config = config or settings.recommended(lm)
+    if config.layer is None:
+        config = dataclasses.replace(config, layer=settings.recommended(lm).layer)
+    check_layer(lm, config.layer)
+    if callable(moments):
+        moments = moments(config.layer)
+    started = time.perf_counter()
+    _tell(progress, "solving", 0, None)
+    delta = solver(lm, wanted, config, moments=moments, contexts=contexts, seed=seed)
+    solved = time.perf_counter()
+    _tell(progress, "verifying", 0, None)
+    verification = _verify(lm, _probes(wanted, earlier), lambda: applied(lm, delta))
+    return Proposal(
+        plan=found,
+        delta=delta,
+        verification=verification,
+        moments=_moments_digest(moments, config.layer),
+        seconds={"solve": solved - started, "verify": time.perf_counter() - solved},
+    )
+
+
+def _probes(facts: Sequence[Fact], earlier: Iterable[Fact] = ()) -> list[tuple[Role, str, str | None]]:
+    """(role, prompt, what should be said) for everything to ask about facts; None: what is said before."""
+    probes: list[tuple[Role, str, str | None]] = []
+    written = {fact.text for fact in facts}
+    for fact in facts:
+        probes.append(("prompt", fact.text, fact.target))
+        probes += [("paraphrase", text, fact.target) for text in fact.paraphrase_texts]
+        probes += [("neighbour", probe.prompt, probe.expected) for probe in fact.neighbours if probe.prompt not in written]
+    return probes + [("earlier", fact.text, fact.target) for fact in earlier if fact.text not in written]
+
+
+def _verify(
+    lm: LanguageModel, probes: Sequence[tuple[Role, str, str | None]], changed: Callable[[], AbstractContextManager[None]]
+) -> Verification:
+    """Ask every probe of the model as it is, and once more inside `changed()`."""
+    if not probes:
+        return Verification(checks=())
+    prompts = [prompt for _, prompt, _ in probes]
+    n_tokens = _answer_tokens(lm, prompts, [wanted or "" for _, _, wanted in probes])
+    before = lm.answer(prompts, max_new_tokens=n_tokens)
+    wanted = [
+        # A neighbour has to stay as it is, also where it never was what the fact file expects.
+        target if target is not None and (role != "neighbour" or begins_with(said, target)) else _first_phrase(said)
+        for (role, _, target), said in zip(probes, before, strict=True)
+    ]
+    p_before = _probabilities(lm, prompts, wanted)
+    with changed():
+        after = lm.answer(prompts, max_new_tokens=n_tokens)
+        p_after = _probabilities(lm, prompts, wanted)
+    return Verification(
+        checks=tuple(
+            Check(
+                role=role,
+                prompt=prompt,
+                wanted=wanted[i].strip(),
+                before=before[i],
+                after=after[i],
+                p_before=p_before[i],
+                p_after=p_after[i],
+                held=begins_with(after[i], wanted[i]) if wanted[i].strip() else after[i] == before[i],
+            )
+            for i, (role, prompt, _) in enumerate(probes)
+        )
+    )
+
+
+def _answer_tokens(lm: LanguageModel, prompts: Sequence[str], wanted: Sequence[str]) -> int:
+    """How many tokens to decode so that the longest target fits, and one more to see where it ends."""
+    lengths = (len(target_ids(lm.tokenizer, prompt, target)) for prompt, target in zip(prompts, wanted, strict=True) if target.strip())
+    return max(_ANSWER_TOKENS, *(length + 1 for length in lengths), 0)
+
+
+def _probabilities(lm: LanguageModel, prompts: Sequence[str], targets: Sequence[str]) -> list[float | None]:
+    """p(target | prompt) of each pair; None where the target is empty. Raises NumericsError when one is not a number."""
+    asked = [i for i, target in enumerate(targets) if target.strip()]
+    found: list[float | None] = [None] * len(prompts)
+    if asked:
+        logs = lm.log_prob([prompts[i] for i in asked], [targets[i] for i in asked]).tolist()
+        for i, log in zip(asked, logs, strict=True):
+            if math.isnan(log):
+                raise NumericsError(
+                    f"the model gives NaN as probability of {targets[i]!r} after {prompts[i]!r}; it does not compute finite states"
+                )
+            found[i] = math.exp(log)
+    return found
+
+
+def _first_phrase(answer: str) -> str:
+    """What an answer says before it goes on: up to the first punctuation."""
+    return re.split(r"[.,;:!?()\[\]\n。、,]", answer.strip(), maxsplit=1)[0].strip() or answer.strip()
+
+
+def _beside(lm: LanguageModel) -> Path | None:
+    """The folder of second moments that came with the model: `moments` beside its weights."""
+    source = getattr(lm.module.config, "_name_or_path", "")
+    return Path(source) / "moments" if source and Path(source).is_dir() else None
+
+
+def _moments_digest(moments: SecondMoment | Mapping[int, SecondMoment], layer: int) -> str:
+    moment = moments if isinstance(moments, SecondMoment) else moments[layer]
+    return hashlib.sha256(moment.matrix.detach().cpu().contiguous().numpy().data).hexdigest()
+
+
+def _listed(facts: Fact | Iterable[Fact]) -> list[Fact]:
+    facts = [facts] if isinstance(facts, Fact) else list(facts)
+    if not facts or not all(isinstance(fact, Fact) for fact in facts):
+        raise InputError(f"expected a Fact or a list of at least one; got {[type(fact).__name__ for fact in facts]}")
+    return facts
+
+
+def _tell(progress: Progress | None, what: str, done: int, total: int | None) -> None:
+    if progress is not None:
+        progress(what, done, total)

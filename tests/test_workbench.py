@@ -1,0 +1,511 @@
+"""The workbench keeps model and ledger together: what is recorded is what the weights are, bit for bit, whatever happens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import GPT2, byte_tokenizer, shared_dir, tiny_model
+from factsmith import workbench
+from factsmith.edit.delta import Delta, applied
+from factsmith.edit.methods import RomeConfig
+from factsmith.edit.moments import SecondMoment, second_moments
+from factsmith.edit.sample import own_text, sample
+from factsmith.errors import (
+    DamagedError,
+    FactsmithError,
+    FingerprintError,
+    InputError,
+    LayerError,
+    NumericsError,
+    RevisionError,
+    SubjectError,
+    WorkspaceError,
+)
+from factsmith.fact import Fact, Probe
+from factsmith.ledger import BASE, LATEST, Ledger
+from factsmith.model.load import LanguageModel, load, wrap
+from factsmith.workbench import Workbench, begins_with, find_moments, plan, propose
+
+FACT = Fact(
+    "Danielle Darrieux", "The mother tongue of {} is", "English", paraphrases=("{} speaks",), neighbours=("Paris is the capital of",)
+)
+
+
+@pytest.fixture
+def lm() -> LanguageModel:
+    return wrap(tiny_model("gpt2", **GPT2), byte_tokenizer())
+
+
+@pytest.fixture
+def bench(lm: LanguageModel, tmp_path: Path) -> Iterator[Workbench]:
+    with Workbench(lm, tmp_path / "space") as opened:
+        yield opened
+
+
+def hashes(lm: LanguageModel) -> dict[str, str]:
+    """sha256 of every tensor, taken without the library."""
+    return {name: hashlib.sha256(tensor.detach().numpy().tobytes()).hexdigest() for name, tensor in lm.module.state_dict().items()}
+
+
+def some_delta(lm: LanguageModel, seed: int, layers: tuple[int, ...] = (1,), scale: float = 0.1, target: str = "x") -> Delta:
+    """A random change, made on the model as it is now."""
+    generator = torch.Generator().manual_seed(seed)
+    d_ff = lm.ffn[0].d_ff
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * scale
+
+    return Delta(
+        layers={layer: (draw(lm.d_model, 2), draw(2, d_ff)) for layer in layers},
+        k_star={layer: draw(1, d_ff) for layer in layers},
+        v_star=draw(1, lm.d_model),
+        facts=(Fact(f"subject {seed}", "{} is", target),),
+        method="rome",
+        config={"layer": layers[0]},
+        fingerprint=lm.fingerprint,
+    )
+
+
+def moments_of(lm: LanguageModel) -> dict[int, SecondMoment]:
+    return second_moments(lm, TEXTS, [0, 1, 2])
+
+
+TEXTS = [
+    f"{a} of {b} is {c}. {c}, not {b}." for a in ("Paris", "The king", "A league") for b in ("Brazil", "x", "Zürich 12") for c in "abcdefgh"
+]
+QUICK = RomeConfig(layer=1, steps=3)
+
+
+# ---- the weights are base + Σ active deltas -------------------------------------------------------------------------------------------
+
+
+def test_commit_and_back_to_base(lm: LanguageModel, bench: Workbench) -> None:
+    base, matrices = hashes(lm), {layer: lm.ffn[layer].weight().clone() for layer in range(3)}
+    first = some_delta(lm, 1)
+    one = bench.commit(first)
+    after_one = hashes(lm)
+    assert sum(after_one[name] != base[name] for name in base) == 1, "one matrix changes, and it does change"
+    second = some_delta(lm, 2, (0, 1))
+    two = bench.commit(second)
+    after_two = hashes(lm)
+    # independent: the sum, by hand
+    assert torch.equal(
+        lm.ffn[1].weight(), matrices[1] + first.layers[1][0] @ first.layers[1][1] + second.layers[1][0] @ second.layers[1][1]
+    )
+    assert torch.equal(lm.ffn[0].weight(), matrices[0] + second.layers[0][0] @ second.layers[0][1])
+    for reference, expected in ((BASE, base), (one.id, after_one), (two.id[:8], after_two), (BASE, base), (LATEST, after_two)):
+        bench.checkout(reference)
+        assert hashes(lm) == expected, reference
+    bench.revert(two.id)
+    assert hashes(lm) == after_one
+    bench.revert(one.id)
+    assert hashes(lm) == base
+
+
+def test_subtracting_would_not_do(lm: LanguageModel, bench: Workbench) -> None:
+    """The control: W + Δ − Δ is not W, so a revert that gives the base's bits did not subtract."""
+    delta = some_delta(lm, 1)
+    weight = lm.ffn[1].weight().clone()
+    assert not torch.equal(weight + delta.dense(1) - delta.dense(1), weight)
+    bench.revert(bench.commit(delta).id)
+    assert torch.equal(lm.ffn[1].weight(), weight)
+
+
+def test_opening_again_gives_the_same_bits(lm: LanguageModel, tmp_path: Path) -> None:
+    base = hashes(lm)
+    with Workbench(lm, tmp_path) as bench:
+        bench.commit(some_delta(lm, 1))
+        bench.commit(some_delta(lm, 2))
+        patched = hashes(lm)
+    assert hashes(lm) == base, "closing puts the base back"
+    other = wrap(tiny_model("gpt2", **GPT2), byte_tokenizer())
+    with Workbench(other, tmp_path) as bench:
+        assert hashes(other) == patched
+        bench.checkout(BASE)
+    with Workbench(other, tmp_path) as bench:
+        assert hashes(other) == base, "checked out at base, it opens at base"
+        with pytest.raises(WorkspaceError, match="checkout latest"):
+            bench.commit(some_delta(other, 3))
+        assert hashes(other) == base
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_comes_back_too(tmp_path: Path, dtype: torch.dtype) -> None:
+    lm = wrap(tiny_model("gpt2", **GPT2).to(dtype), byte_tokenizer())
+    base = lm.ffn[1].weight().clone()
+    with Workbench(lm, tmp_path) as bench:
+        delta = some_delta(lm, 1)
+        revision = bench.commit(delta)
+        assert torch.equal(lm.ffn[1].weight(), (base.float() + delta.dense(1)).to(dtype))
+        bench.revert(revision.id)
+        assert torch.equal(lm.ffn[1].weight(), base)
+        assert bench.ledger.dtype == str(dtype).removeprefix("torch.")
+
+
+def test_middle_revert(lm: LanguageModel, bench: Workbench) -> None:
+    one = bench.commit(some_delta(lm, 1, (1,)))
+    apart = bench.commit(some_delta(lm, 2, (2,)))
+    before_apart = hashes(lm)
+    last = bench.commit(some_delta(lm, 3, (1,)))
+    state = hashes(lm)
+    with pytest.raises(RevisionError, match=last.id[:10]):
+        bench.revert(one.id)
+    assert hashes(lm) == state and bench.log()[0].id == last.id
+    bench.revert(apart.id)
+    assert torch.equal(lm.ffn[2].weight(), bench._base[2])
+    bench.revert(last.id)
+    assert {n for n, h in hashes(lm).items() if h != before_apart[n]} == {n for n in state if ".2.mlp.c_proj.weight" in n}
+
+
+# ---- faults ----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_another_model_is_refused(bench: Workbench, tmp_path: Path) -> None:
+    stranger = wrap(tiny_model("gpt2", seed=9, **GPT2), byte_tokenizer())
+    before = hashes(stranger)
+    with pytest.raises(FingerprintError, match="was made for"):
+        Workbench(stranger, tmp_path / "space")
+    assert hashes(stranger) == before
+
+
+def test_weights_changed_from_outside_are_noticed(lm: LanguageModel, bench: Workbench) -> None:
+    delta = some_delta(lm, 1)
+    with torch.no_grad():
+        lm.ffn[1].weight()[0, 0] += 1
+    with pytest.raises(FingerprintError, match="outside"):
+        bench.commit(delta)
+    assert bench.log() == []
+
+
+def test_a_delta_for_other_weights_is_refused(lm: LanguageModel, bench: Workbench) -> None:
+    stale = some_delta(lm, 1)
+    bench.commit(some_delta(lm, 2))
+    before = hashes(lm)
+    with pytest.raises(FingerprintError, match="made on"):
+        bench.commit(stale)
+    assert hashes(lm) == before and len(bench.log()) == 1
+
+
+def test_overflow_is_refused_before_it_is_recorded(tmp_path: Path) -> None:
+    lm = wrap(tiny_model("gpt2", **GPT2).half(), byte_tokenizer())
+    before = hashes(lm)
+    with Workbench(lm, tmp_path) as bench:
+        with pytest.raises(NumericsError):
+            bench.commit(some_delta(lm, 1, scale=1e4))
+        assert hashes(lm) == before and bench.log() == []
+
+
+def test_a_damaged_delta_is_refused_and_can_be_left_behind(lm: LanguageModel, tmp_path: Path) -> None:
+    with Workbench(lm, tmp_path) as bench:
+        one = bench.commit(some_delta(lm, 1))
+        after_one = hashes(lm)
+        two = bench.commit(some_delta(lm, 2))
+    base = hashes(lm)
+    file = tmp_path / "deltas" / str(two.delta) / "delta.safetensors"
+    file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\1")
+    with pytest.raises(DamagedError, match=two.id[:10]) as refusal:
+        Workbench(lm, tmp_path)
+    assert f"factsmith checkout {one.id[:10]}" in str(refusal.value)
+    assert hashes(lm) == base
+    with Ledger(tmp_path) as ledger:
+        ledger.checkout(one.id)
+    with Workbench(lm, tmp_path) as bench:
+        assert hashes(lm) == after_one
+        with pytest.raises(DamagedError):
+            bench.checkout(LATEST)
+        assert hashes(lm) == after_one
+
+
+def test_two_workbenches_on_one_workspace(lm: LanguageModel, tmp_path: Path) -> None:
+    other = wrap(tiny_model("gpt2", **GPT2), byte_tokenizer())
+    with Workbench(lm, tmp_path) as mine, Workbench(other, tmp_path) as theirs:
+        delta = some_delta(other, 2)
+        revision = mine.commit(some_delta(lm, 1))
+        before = hashes(other)
+        with pytest.raises(WorkspaceError, match=f"somebody committed {revision.id[:10]}"):
+            theirs.commit(delta)
+        with pytest.raises(WorkspaceError, match="somebody committed"):
+            theirs.apply(FACT)  # before any work is done
+        assert hashes(other) == before
+        theirs.checkout(LATEST)
+        assert hashes(other) == hashes(lm)
+        theirs.commit(some_delta(other, 2))
+
+
+POINTS: dict[str, Callable[[pytest.MonkeyPatch, Callable[..., Any]], None]] = {
+    "solving": lambda m, bomb: m.setitem(workbench._METHODS, "rome", (bomb, RomeConfig)),
+    "inside the solver": lambda m, bomb: m.setattr("factsmith.edit.methods.find_targets", bomb),
+    "sampling": lambda m, bomb: m.setattr(workbench, "own_text", bomb),
+    "moments": lambda m, bomb: m.setattr(workbench, "second_moments", bomb),
+    "verifying": lambda m, bomb: m.setattr(workbench, "_first_phrase", bomb),
+    "saving": lambda m, bomb: m.setattr(Delta, "save", bomb),
+    "writing weights": lambda m, bomb: _after(m, workbench, "write_weights", bomb),
+    "recording": lambda m, bomb: m.setattr("factsmith.ledger.Ledger._append", bomb),
+}
+
+
+def _after(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, bomb: Callable[..., Any]) -> None:
+    """Let the function do its work, and then fail, the first time it changes anything."""
+    original = getattr(module, name)
+
+    def wrapped(lm: Any, weights: Any) -> None:
+        original(lm, weights)
+        if weights and not bomb.gone:  # type: ignore[attr-defined]
+            bomb()
+
+    monkeypatch.setattr(module, name, wrapped)
+
+
+class _Bomb:
+    def __init__(self, exception: BaseException) -> None:
+        self.exception, self.gone = exception, False
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        self.gone = True
+        raise self.exception
+
+
+@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("exception", [KeyboardInterrupt(), RuntimeError("anything")], ids=lambda e: type(e).__name__)
+def test_a_failure_anywhere_leaves_both_as_before(
+    lm: LanguageModel, bench: Workbench, monkeypatch: pytest.MonkeyPatch, point: str, exception: BaseException
+) -> None:
+    bench.commit(some_delta(lm, 1))
+    before, log, moments = hashes(lm), bench.log(), moments_of(lm)
+    bomb = _Bomb(exception)
+    with monkeypatch.context() as patching:
+        POINTS[point](patching, bomb)
+        with pytest.raises(type(exception)):
+            bench.apply(FACT, config=QUICK, force=True, moments=None if point in ("sampling", "moments") else moments)
+    assert bomb.gone, "the point was never reached: the test did not test"
+    assert hashes(lm) == before and bench.log() == log
+    outcome = bench.apply(FACT, config=QUICK, force=True, moments=moments)  # and it works the next time
+    assert outcome.revision is not None and hashes(lm) != before
+
+
+def test_a_real_ctrl_c_in_the_middle(lm: LanguageModel, bench: Workbench) -> None:
+    """A SIGINT from a timer lands at moments nobody chose."""
+    moments, before, interrupted = moments_of(lm), hashes(lm), 0
+    old = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for step in range(12):
+            signal.setitimer(signal.ITIMER_REAL, 0.01 + 0.015 * step)
+            try:
+                bench.apply(FACT, config=QUICK, moments=moments, contexts=["{}"], force=True)
+            except KeyboardInterrupt:
+                interrupted += 1
+                assert hashes(lm) == before and bench.log() == []
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            if bench.log():
+                bench.ledger.verify()
+                break
+    finally:
+        signal.signal(signal.SIGALRM, old)
+    assert interrupted
+
+
+# ---- plan, propose, apply, verify ------------------------------------------------------------------------------------------------------
+
+
+def test_plan_says_what_the_model_says(lm: LanguageModel, bench: Workbench) -> None:
+    before = hashes(lm)
+    said = lm.answer([FACT.text])[0]
+    known = Fact(FACT.subject, FACT.prompt, said.split()[0] if said.split() else said)
+    found = bench.plan([FACT, known])
+    assert [entry.answer.startswith(said) for entry in found.entries] == [True, True]
+    assert found.entries[0].probability == pytest.approx(float(lm.log_prob([FACT.text], ["English"]).exp()[0]))
+    assert found.new == (FACT,) and found.known == (known,)
+    assert hashes(lm) == before and bench.log() == []
+    json.dumps(found.to_dict())
+
+
+def test_bad_input_is_refused_and_nothing_is_written(lm: LanguageModel, bench: Workbench) -> None:
+    before = hashes(lm)
+    cases: list[tuple[type[FactsmithError], Callable[[], object]]] = [
+        (InputError, lambda: bench.apply([])),
+        (InputError, lambda: bench.apply("a string")),  # type: ignore[arg-type]
+        (InputError, lambda: bench.apply(FACT, method="magic")),
+        (LayerError, lambda: bench.apply(FACT, config=RomeConfig(layer=99))),
+        (SubjectError, lambda: bench.apply(Fact("Edwin", "Edwin and {} are", "kings"))),
+        (InputError, lambda: bench.apply(FACT, config=QUICK, contexts=["no slot"])),
+        (InputError, lambda: bench.apply(FACT, config=QUICK, moments={2: moments_of(lm)[2]})),
+    ]
+    for error, call in cases:
+        with pytest.raises(error):
+            call()
+        assert hashes(lm) == before and bench.log() == []
+
+
+def test_what_is_known_is_not_written(lm: LanguageModel, bench: Workbench) -> None:
+    said = lm.answer([FACT.text])[0]
+    fact = Fact(FACT.subject, FACT.prompt, said)
+    before = hashes(lm)
+    outcome = bench.apply(fact)
+    assert outcome.revision is None and outcome.delta is None and "already" in outcome.warnings[0]
+    assert hashes(lm) == before and bench.log() == [] and not (bench.ledger.folder / "moments").exists()
+    forced = bench.apply(fact, config=QUICK, force=True)
+    assert forced.revision is not None and forced.warnings == ()
+    assert hashes(lm) != before
+
+
+def test_apply_records_what_was_done(lm: LanguageModel, bench: Workbench) -> None:
+    moments = moments_of(lm)
+    outcome = bench.apply(FACT, config=QUICK, moments=moments, contexts=["{}", "Well. {}"], message="as asked")
+    revision = outcome.revision
+    assert revision is not None and outcome.delta is not None and outcome.verification is not None
+    assert (revision.message, revision.method, revision.layers, revision.facts) == ("as asked", "rome", (1,), (FACT,))
+    assert revision.config["contexts"] == ["{}", "Well. {}"] and revision.config["steps"] == 3
+    assert revision.moments == hashlib.sha256(moments[1].matrix.numpy().tobytes()).hexdigest()
+    assert revision.report["checks"] == outcome.verification.to_dict()["checks"]
+    stored = Delta.load(bench.ledger.delta_folder(revision))
+    assert torch.equal(stored.dense(1), outcome.delta.dense(1))
+    assert [check.role for check in outcome.verification.checks] == ["prompt", "paraphrase", "neighbour"]
+    json.dumps(outcome.to_dict()), json.dumps(bench.status().to_dict())
+
+
+def test_verification_is_what_a_plain_question_gives(lm: LanguageModel) -> None:
+    found = propose(lm, FACT, config=QUICK, moments=moments_of(lm), contexts=["{}"])
+    assert found.delta is not None and found.verification is not None
+    for check in found.verification.checks:
+        assert check.before == lm.answer([check.prompt])[0]
+        assert check.p_before == pytest.approx(float(lm.log_prob([check.prompt], [check.wanted]).exp()[0]), rel=1e-4)
+        with applied(lm, found.delta):
+            assert check.after == lm.answer([check.prompt])[0]
+            assert check.p_after == pytest.approx(float(lm.log_prob([check.prompt], [check.wanted]).exp()[0]), rel=1e-4)
+
+
+def test_a_neighbour_must_stay_as_it_is(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expected or not, what counts is the answer before; an answer counts up to its first punctuation."""
+    answers = iter(["?", "x|x|France, of course|France, of course|France, of course|", "x|x|France. Not Spain|France is|Francesca|"])
+    monkeypatch.setattr(lm, "answer", lambda prompts, max_new_tokens: (next(answers) + "|" * 9).split("|")[: len(prompts)])
+    fact = Fact(
+        "Edwin", "{} is a", "king", paraphrases=("{} was a",), neighbours=(Probe("a", "France"), Probe("b", "Atlantis"), Probe("c"))
+    )
+    found = propose(lm, fact, config=QUICK, moments=moments_of(lm), contexts=["{}"])
+    assert found.verification is not None
+    neighbours = [check for check in found.verification.checks if check.role == "neighbour"]
+    assert [check.wanted for check in neighbours] == ["France"] * 3
+    assert [check.held for check in neighbours] == [True, True, False]
+    assert found.verification.specificity == pytest.approx(2 / 3) and found.verification.efficacy == 0.0
+
+
+def test_an_answer_that_ends_at_once_must_stay_so(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([["x"], ["x", "", ""], ["x", "", "y"]])
+    monkeypatch.setattr(lm, "answer", lambda prompts, max_new_tokens: next(answers))
+    found = propose(lm, Fact("Edwin", "{} is a", "king", neighbours=("a", "b")), config=QUICK, moments=moments_of(lm), contexts=["{}"])
+    assert found.verification is not None
+    assert [(c.held, c.p_before) for c in found.verification.checks if c.role == "neighbour"] == [(True, None), (False, None)]
+
+
+def test_earlier_patches_are_asked_again(lm: LanguageModel, bench: Workbench) -> None:
+    moments = moments_of(lm)
+    options: dict[str, Any] = {"config": QUICK, "moments": moments, "contexts": ["{}"], "force": True}
+    bench.apply(FACT, **options)
+    second = bench.apply(Fact("Paris", "{} is the capital of", "Spain"), **options)
+    assert second.verification is not None
+    assert [check.prompt for check in second.verification.checks if check.role == "earlier"] == [FACT.text]
+    again = bench.apply(Fact(FACT.subject, FACT.prompt, "Spanish"), **options)
+    assert again.verification is not None
+    assert [check.prompt for check in again.verification.checks if check.role == "earlier"] == ["Paris is the capital of"]
+    now = hashes(lm)
+    checks = bench.verify().checks
+    assert hashes(lm) == now
+    assert {check.prompt: check.wanted for check in checks if check.role == "prompt"} == {
+        FACT.text: "Spanish",
+        "Paris is the capital of": "Spain",
+    }
+    bench.checkout(BASE)
+    assert [check.before for check in checks] == lm.answer([check.prompt for check in checks])
+
+
+def test_second_moments_are_the_base_models_and_are_kept(lm: LanguageModel, bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = moments_of(lm)[1].matrix
+    bench.commit(some_delta(lm, 1, (0,)))  # changes what layer 1 sees
+    assert not torch.allclose(moments_of(lm)[1].matrix, expected)
+    outcome = bench.apply(FACT, config=QUICK, texts=TEXTS, contexts=["{}"], force=True)
+    assert outcome.revision is not None and outcome.revision.moments == hashlib.sha256(expected.numpy().tobytes()).hexdigest()
+    kept = SecondMoment.load(bench.ledger.folder / "moments" / "layer1.safetensors")
+    assert torch.equal(kept.matrix, expected)
+    monkeypatch.setattr(workbench, "second_moments", None)  # the next patch reads them
+    again = bench.apply(Fact("Edwin", "{} is a", "king"), config=QUICK, contexts=["{}"], force=True)
+    assert again.revision is not None and again.revision.moments == outcome.revision.moments
+
+
+def test_second_moments_of_another_model_are_passed_over(lm: LanguageModel, tmp_path: Path) -> None:
+    foreign = SecondMoment.from_matrix(torch.eye(lm.ffn[1].d_ff), count=7, fingerprint="00" * 32)
+    foreign.save(tmp_path / "layer1.safetensors")
+    found = find_moments(lm, [1], folder=tmp_path)
+    assert found[1].count != 7 and found[1].fingerprint == lm.fingerprint
+
+
+def test_own_text_repeats_and_is_the_models(lm: LanguageModel) -> None:
+    texts = own_text(lm, 200, seed=3)
+    assert texts == own_text(lm, 200, seed=3) != own_text(lm, 200, seed=4)
+    assert sum(len(lm.prompt_ids(text)) for text in texts) > 150
+    # top_k=1 is greedy decoding, which the model's own logits give without any sampling
+    (ids,) = sample(lm, 1, 6, top_k=1)
+    row = [lm.tokenizer.bos_token_id]
+    for token in ids:
+        logits = lm.module(torch.tensor([row])).logits[0, -1]
+        logits[lm.tokenizer.all_special_ids] = -torch.inf
+        assert int(logits.argmax()) == token
+        row.append(token)
+
+
+def test_plan_and_propose_need_no_workspace(lm: LanguageModel) -> None:
+    before = hashes(lm)
+    assert plan(lm, FACT).new == (FACT,)
+    seen: list[str] = []
+    found = propose(lm, FACT, config=QUICK, progress=lambda what, done, total: seen.append(what))
+    assert found.delta is not None and hashes(lm) == before
+    assert list(dict.fromkeys(seen)) == ["sampling text", "second moments", "solving", "verifying"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "target", "expected"),
+    [
+        ("French.", "French", True),
+        (" French and", "French", True),
+        ("Frenchman", "French", False),
+        ("Fr", "French", False),
+        ("New York City", " New York", True),
+        ("1984", "198", False),
+        ("東京です", "東京", True),
+        ("C++", "C", True),
+        ("anything", "", False),
+    ],
+)
+def test_begins_with(answer: str, target: str, expected: bool) -> None:
+    assert begins_with(answer, target) is expected
+
+
+# ---- a real model ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_real_fact_is_patched_and_taken_back(tmp_path: Path) -> None:
+    golden = shared_dir() / "golden"
+    if not golden.is_dir():
+        pytest.skip("no golden model beside the checkout")
+    lm = load(golden / "facts-gpt2")
+    requests = json.loads((golden / "rome.json").read_text())["requests"]
+    base = hashes(lm)
+    neighbours = [r["prompt"].replace("{}", r["subject"]) for r in requests[1:]]
+    fact = Fact(requests[0]["subject"], requests[0]["prompt"], requests[0]["target_new"]["str"], neighbours=tuple(neighbours))
+    with Workbench(lm, tmp_path) as bench:
+        outcome = bench.apply(fact)
+        proof = outcome.verification
+        assert proof is not None and (proof.efficacy, proof.specificity) == (1.0, 1.0)
+        assert lm.answer([fact.text])[0].startswith("Serbian")
+        patched = hashes(lm)
+        assert sum(patched[name] != base[name] for name in base) == 1
+        bench.revert(LATEST)
+        assert hashes(lm) == base and lm.answer([fact.text])[0].startswith("French")
