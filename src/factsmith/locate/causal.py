@@ -112,7 +112,7 @@ def causal_trace(
 
     Tokens before the subject cannot have an effect in a causal model: their scores are the corrupted probability, without being computed.
     Raises SubjectError (subject empty, absent or repeated), LayerError (window), InputError (anything else that was given),
-    UnsupportedModelError (no attention part to restore), and NumericsError when the probabilities are not finite. The model stays as it was.
+    UnsupportedModelError (no attention part to restore), and NumericsError when the probabilities are not finite. The model is not changed.
     """
     if kind not in get_args(Kind):
         raise InputError(f"kind is {kind!r}; expected one of {', '.join(map(repr, get_args(Kind)))}")

@@ -1,0 +1,169 @@
+"""Pictures of a trace: that they hold the numbers, fit where they are shown, and leave nothing behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from rich.cells import cell_len
+
+from factsmith.errors import InputError, WorkspaceError
+from factsmith.locate.causal import CausalTrace
+from factsmith.plot import heat_map, text_heat_map
+
+TOKENS = ("<s>", "The", " tower", " of", " Pi", "sa\n", " is", " in")
+
+
+def trace(n_layers: int = 6, **changes: Any) -> CausalTrace:
+    """A made-up trace: nothing gained, but 0.9 at the last subject token a third of the way up, and 0.5 at the very last state."""
+    scores = torch.full((len(TOKENS), n_layers), 0.1)
+    scores[5, n_layers // 3], scores[-1, -1], scores[4, 0] = 0.9, 0.5, 0.02
+    made = CausalTrace(
+        prompt="The tower of Pisa is in",
+        subject="Pisa",
+        answer=" Italy",
+        answer_ids=(7,),
+        kind="state",
+        window=1,
+        tokens=TOKENS,
+        subject_span=(4, 6),
+        scores=scores,
+        clean=0.95,
+        corrupted=0.1,
+        noise=0.2,
+        samples=10,
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def lightness(colours: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """CIE L* of sRGB colours (..., 3)."""
+    light = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4) @ np.array([0.2126, 0.7152, 0.0722])
+    return np.where(light > 0.008856, 116 * np.cbrt(light) - 16, 903.3 * light)  # type: ignore[no-any-return]
+
+
+def test_heat_map_shows_the_scores_with_the_subject_marked() -> None:
+    made = trace()
+    axes, bar = heat_map(made).axes
+    (image,) = axes.get_images()
+    assert np.array_equal(image.get_array(), made.scores.numpy())
+    assert image.get_clim() == (made.corrupted, pytest.approx(0.9))
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["<s>", "The", "tower", "of", "Pi*", "sa↵*", "is", "in"]
+    assert bar.get_ylabel() == "p(Italy)"
+
+
+@pytest.mark.parametrize(
+    ("kind", "window", "title", "axis"),
+    [
+        ("state", 1, "the hidden state", "restored layer"),
+        ("mlp", 4, "4 FFN outputs", "centre of the 4 restored layers"),
+        ("attention", 10, "10 attention outputs", "centre of the 10 restored layers"),
+    ],
+)
+def test_each_kind_says_what_is_restored_in_a_colour_of_its_own(kind: Any, window: int, title: str, axis: str) -> None:
+    figure = heat_map(trace(kind=kind, window=window))
+    assert title in figure.get_suptitle() and figure.axes[0].get_xlabel() == axis
+    assert title in str(text_heat_map(trace(kind=kind, window=window)))
+    # Equal steps of probability are equal steps of lightness: the order survives grey print and colour blindness.
+    levels = lightness(figure.axes[0].get_images()[0].get_cmap()(np.linspace(0, 1, 17))[:, :3])
+    steps = -np.diff(levels)
+    assert levels[0] > 95 and levels[-1] < 30 and steps.min() > 0 and steps.max() / steps.min() < 1.25
+
+
+@pytest.mark.parametrize(("suffix", "starts"), [(".png", b"\x89PNG"), (".svg", b"<?xml"), (".PDF", b"%PDF")])
+def test_saved_by_suffix(tmp_path: Path, suffix: str, starts: bytes) -> None:
+    # Text that is no formula, in a script that the font does not have: neither may fail or warn.
+    odd = trace(answer=" $x_{$", tokens=("$", "^_{", "中", "\n", "   ", "\\frac", "�", "aVeryLongTokenThatGoesOnAndOn"))
+    figure = heat_map(odd, path=tmp_path / f"map{suffix}")
+    assert (tmp_path / f"map{suffix}").read_bytes().startswith(starts)
+    assert isinstance(figure, Figure) and figure.get_figwidth() < 3.5  # one column of a page
+
+
+def test_labels_fit_their_axes() -> None:
+    figure = heat_map(trace(n_layers=48, answer=" a very long answer that goes on"))
+    figure.draw_without_rendering()
+    axes, bar = figure.axes
+    page = figure.bbox
+    for text in (axes.title, axes.xaxis.label, bar.yaxis.label, *figure.texts, *axes.get_yticklabels()):
+        box = text.get_window_extent()
+        assert box.x0 >= page.x0 and box.x1 <= page.x1 and box.y0 >= page.y0 and box.y1 <= page.y1, text
+    ticks = [label.get_window_extent() for label in axes.get_xticklabels() if label.get_text()]
+    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(ticks))
+
+
+def test_drawing_does_not_start_pyplot() -> None:
+    before = "matplotlib.pyplot" in sys.modules
+    heat_map(trace())
+    assert ("matplotlib.pyplot" in sys.modules) == before
+
+
+@pytest.mark.parametrize("name", ["map.jpeg", "map"])
+def test_other_suffixes_are_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match=r"\.png, \.svg, \.pdf"):
+        heat_map(trace(), path=tmp_path / name)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(WorkspaceError, match="No such file"):
+        heat_map(trace(), path=tmp_path / "absent" / "map.png")
+
+
+def rows(made: CausalTrace, width: int) -> list[tuple[str, str, str]]:
+    """(label, cells, what stands behind) of each token's line."""
+    lines = [line for line in str(text_heat_map(made, width)).split("\n") if line.count("│") == 2]
+    return [(label.strip(), cells, behind) for label, cells, behind in (line.split("│") for line in lines)]
+
+
+def test_text_map_shades_what_is_gained_and_names_the_largest() -> None:
+    found = rows(trace(), 80)
+    assert [label for label, _, _ in found] == ["<s>", "The", "tower", "of", "Pi*", "sa↵*", "is", "in"]
+    assert found[5][1] == "    ██      " and found[5][2] == " 0.900 @2"
+    assert found[7][1] == "          ▒▒" and found[7][2] == " 0.500 @5"
+    for _, cells, behind in [*found[:5], found[6]]:
+        assert not cells.strip() and not behind  # equal to the corrupted probability, or below it
+    text = str(text_heat_map(trace(), 80))
+    assert "p(Italy): clean 0.950, corrupted 0.100" in text and "0.10 ·░▒▓█ 0.90" in text
+
+
+@pytest.mark.parametrize("width", [20, 24, 33, 40, 61, 80, 120])
+@pytest.mark.parametrize("n_layers", [1, 6, 12, 48, 126])
+def test_text_map_fits_any_terminal(width: int, n_layers: int) -> None:
+    scores = torch.full((len(TOKENS), n_layers), 0.1)
+    scores[5, n_layers // 2] = 0.9
+    wide = trace(
+        n_layers, scores=scores, tokens=(*TOKENS[:6], " 中国中国中国中国中国", " aVeryLongTokenThatGoesOnAndOn"), answer=" 日本国 and more"
+    )
+    text = str(text_heat_map(wide, width))
+    assert max(cell_len(line) for line in text.split("\n")) <= width
+    found = rows(wide, width)
+    assert len(found) == len(TOKENS) and len({cell_len(cells) for _, cells, _ in found}) == 1
+    # Pooling keeps the maximum: the one full block stays where it belongs.
+    cells = found[5][1]
+    assert cells.count("█") in (1, 2) and abs(cells.index("█") / len(cells) - (n_layers // 2) / n_layers) <= 0.15
+    assert "█" not in "".join(c for i, (_, c, _) in enumerate(found) if i != 5)
+
+
+def test_layer_numbers_stand_under_their_cells() -> None:
+    text = str(text_heat_map(trace(n_layers=48), 80)).split("\n")
+    frame = next(line for line in text if "│" in line).index("│") + 1
+    ruler = next(line for line in text if line.split()[:3] == ["0", "3", "6"])
+    assert all(ruler[frame + layer :].startswith(str(layer)) for layer in range(0, 48, 3))
+
+
+def test_a_trace_that_gains_nothing_is_blank() -> None:
+    flat = trace(scores=torch.full((len(TOKENS), 6), 0.1), clean=0.1)
+    assert all(not cells.strip() and not behind for _, cells, behind in rows(flat, 80))
+    heat_map(flat)
+
+
+def test_too_narrow_is_refused() -> None:
+    with pytest.raises(InputError, match="at least 20"):
+        text_heat_map(trace(), 10)
