@@ -12,6 +12,9 @@ affine in the latter. Where the answer is not unique an UnsupportedModelError na
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,8 +24,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import LayerError, UnsupportedModelError
-from .trace import Call, first_tensor, recording, replacing, tensors
+from .trace import Call, Product, first_tensor, products, recording, replacing, tensors
 
+Changes = Mapping[str, Callable[[Tensor], Tensor]]
 Slot = int | str
 """Where a layer takes its hidden state: a positional index or a keyword."""
 
@@ -64,36 +68,48 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D))
 
 
-def oriented(module: nn.Module) -> Tensor:
-    """The weight as (out, in), a view of the module's own storage: Conv1D keeps it the other way round."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.T if isinstance(module, Conv1D) else weight
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """Where a matrix (out, in), or some of its rows, lies in a module; read anew each time, so it follows every change."""
+
+    module: nn.Module
+    name: str = "weight"
+    transposed: bool = False
+    expert: int | None = None
+    rows: slice = field(default_factory=lambda: slice(None))
+
+    def read(self) -> Tensor:
+        """The matrix (out, in), or a vector for a bias: a view of the module's own storage."""
+        stored = getattr(self.module, self.name).detach()
+        assert isinstance(stored, Tensor)
+        stored = stored if self.expert is None else stored[self.expert]
+        return (stored.T if self.transposed else stored)[self.rows]
+
+
+def linear_matrix(module: nn.Module) -> Matrix:
+    """The weight of a linear: Conv1D keeps it the other way round."""
+    return Matrix(module, transposed=isinstance(module, Conv1D))
 
 
 # ── the feed-forward memory ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, eq=False)
-class FeedForward:
-    """One layer's memory: d_ff neurons, each with a key it matches and a value it writes.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Neurons:
+    """A bank of d_ff neurons, each with a key it matches and a value it writes.
 
-    layer          index of the decoder layer
-    module         the part whose output is what the memory writes, (B, S, d_model)
-    down           the linear whose input are the coefficients and whose weight is edited
-    adds_directly  adding e to the module's output adds exactly e to the layer's output (not so with a norm or multiplier behind it)
+    layer  index of the decoder layer it belongs to
     """
 
     layer: int
-    module: nn.Module
-    down: nn.Module
-    adds_directly: bool
-    _gate: _Rows | None = field(repr=False)
-    _up: _Rows | None = field(repr=False)
+    _weight: Matrix | None = field(repr=False)
+    _bias: Matrix | None = field(repr=False)
+    _gate: Matrix | None = field(repr=False)
+    _up: Matrix | None = field(repr=False)
 
     def weight(self) -> Tensor:
-        """The down-projection's weight, (d_model, d_ff): a view onto the model's storage in either orientation."""
-        return oriented(self.down).detach()
+        """The down-projection, (d_model, d_ff): a view onto the model's storage in either orientation."""
+        return self._read(self._weight)
 
     @property
     def values(self) -> Tensor:
@@ -103,8 +119,12 @@ class FeedForward:
     @property
     def bias(self) -> Tensor | None:
         """What is written whatever the input: (d_model,), or None."""
-        bias = self.down.bias
-        return bias.detach() if isinstance(bias, Tensor) else None
+        return None if self._bias is None else self._bias.read()
+
+    @property
+    def d_ff(self) -> int:
+        """Number of neurons."""
+        return self.weight().shape[1]
 
     @property
     def is_gated(self) -> bool:
@@ -113,50 +133,102 @@ class FeedForward:
 
     @property
     def keys(self) -> Tensor:
-        """What each neuron matches: (d_ff, d_model). Raises UnsupportedModelError for a gated memory, whose keys are pairs."""
+        """What each neuron matches: (d_ff, d_model). Raises UnsupportedModelError for gated neurons, whose keys are pairs."""
         if self.is_gated:
             raise UnsupportedModelError(f"layer {self.layer} is gated: a key is a pair; use .gate_keys and .up_keys")
-        return self._rows(self._up)
+        return self._read(self._up)
 
     @property
     def gate_keys(self) -> Tensor:
-        """The gate half of each key: (d_ff, d_model). Raises UnsupportedModelError when the memory is not gated."""
-        if not self.is_gated:
-            raise UnsupportedModelError(f"layer {self.layer} is not gated; use .keys")
-        return self._rows(self._gate)
+        """The gate half of each key: (d_ff, d_model). Raises UnsupportedModelError when the neurons are not gated."""
+        return self._half(self._gate)
 
     @property
     def up_keys(self) -> Tensor:
-        """The up half of each key: (d_ff, d_model). Raises UnsupportedModelError when the memory is not gated."""
+        """The up half of each key: (d_ff, d_model). Raises UnsupportedModelError when the neurons are not gated."""
+        return self._half(self._up)
+
+    def _half(self, matrix: Matrix | None) -> Tensor:
         if not self.is_gated:
             raise UnsupportedModelError(f"layer {self.layer} is not gated; use .keys")
-        return self._rows(self._up)
+        return self._read(matrix)
+
+    def _read(self, matrix: Matrix | None) -> Tensor:
+        if matrix is None:
+            raise UnsupportedModelError(f"layer {self.layer} has experts, each a memory of its own; use .experts[e], or .shared")
+        return matrix.read()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FeedForward(Neurons):
+    """One layer's memory: one bank of neurons, or experts between which a router chooses.
+
+    module         the part whose output is what the memory writes, (B, S, d_model)
+    adds_directly  adding e to the module's output adds exactly e to the layer's output (not so with a norm or multiplier behind it)
+    experts        the routed banks; empty for a plain memory
+    shared         the bank that every token uses beside the routed ones, or None
+    """
+
+    module: nn.Module
+    adds_directly: bool
+    experts: tuple[Neurons, ...] = ()
+    shared: Neurons | None = None
+    _down: nn.Module | None = field(default=None, repr=False)
+    _routed: _Routed | None = field(default=None, repr=False)
 
     @property
-    def d_ff(self) -> int:
-        """Number of neurons."""
-        return self.weight().shape[1]
+    def down(self) -> nn.Module:
+        """The linear whose input are the coefficients and whose weight is edited. Raises UnsupportedModelError for experts."""
+        if self._down is None:
+            raise UnsupportedModelError(
+                f"layer {self.layer} routes each token to some of {self.n_experts} experts, so it has no single down-projection; "
+                "choose a layer without experts, or read .experts"
+            )
+        return self._down
 
     @property
     def n_experts(self) -> int:
         """Number of routed experts; 0 for a plain memory."""
-        return 0
+        return len(self.experts)
 
-    def _rows(self, rows: _Rows | None) -> Tensor:
-        if rows is None:
-            raise UnsupportedModelError(f"the keys of layer {self.layer} could not be told apart; only its values can be read")
-        return rows.read()
+    def routing(self, run: Callable[[], Any]) -> Routing:
+        """What the experts of this layer do with every token of one pass, which `run` makes. Raises LayerError without experts."""
+        if self._routed is None:
+            raise LayerError(f"layer {self.layer} has no experts; its coefficients are the input of its down-projection")
+        return self._routed.read(self, run)
 
 
-@dataclass(frozen=True, eq=False)
-class _Rows:
-    """Rows of a linear map: all of them, or the half that a fused gate/up projection keeps for one of the two."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Routing:
+    """Experts at work: the layer's memory writes, at token t,
 
-    linear: nn.Module
-    rows: slice = field(default_factory=lambda: slice(None))
+        Σₖ weights[t, k] · (Σᵢ coefficients[t, k, i] · experts[e].values[i] + experts[e].bias),  e = experts[t, k]
+        + shared_weight[t] · (the same sum over the shared bank)
 
-    def read(self) -> Tensor:
-        return oriented(self.linear).detach()[self.rows]
+    experts        (n_tokens, k) int64, which experts the router chose
+    weights        (n_tokens, k)
+    coefficients   (n_tokens, k, d_ff)
+    shared         (n_tokens, d_ff of the shared bank), or None
+    shared_weight  (n_tokens,), or None
+    """
+
+    experts: Tensor
+    weights: Tensor
+    coefficients: Tensor
+    shared: Tensor | None
+    shared_weight: Tensor | None
+
+    def total(self, ffn: FeedForward) -> Tensor:
+        """The sum above, computed from the banks: (n_tokens, d_model)."""
+        total = self.coefficients.new_zeros(len(self.experts), ffn.experts[0].values.shape[1])
+        for expert, bank in enumerate(ffn.experts):
+            token, place = (self.experts == expert).nonzero(as_tuple=True)
+            written = self.coefficients[token, place] @ bank.values + (0 if bank.bias is None else bank.bias)
+            total.index_add_(0, token, written * self.weights[token, place, None].to(total.dtype))
+        if self.shared is not None and self.shared_weight is not None and ffn.shared is not None:
+            written = self.shared @ ffn.shared.values + (0 if ffn.shared.bias is None else ffn.shared.bias)
+            total += written * self.shared_weight[:, None]
+        return total
 
 
 # ── finding the layers ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -174,7 +246,8 @@ def find_layers(module: nn.Module, expected: int | None, run: Callable[[], Any])
     expected: the config's layer count, which decides when nested lists fit too. Raises UnsupportedModelError naming the candidates.
     """
     lists = module_lists(module)
-    with recording({(name, i): m for name, members in lists.items() for i, m in enumerate(members)}) as calls:
+    # Not copies: the very tensor that one layer puts out shows where the next takes it.
+    with recording({(name, i): m for name, members in lists.items() for i, m in enumerate(members)}, copy=False) as calls:
         run()
     fitting: dict[str, tuple[Slot, list[Call]]] = {}
     for name, members in lists.items():
@@ -203,10 +276,10 @@ def _chain(calls: Sequence[Call]) -> Slot | None:
         slots = [s for s, t in _slots(calls[0]) if t.shape == out.shape and t.dtype == out.dtype]
         return slots[0] if slots else None
     slot: Slot | None = None
-    for before, after in zip(calls, calls[1:], strict=False):
-        found = [s for s, t in _slots(after) if t is before.output] or [
-            s for s, t in _slots(after) if t.shape == before.output.shape and t.equal(before.output)
-        ]
+    for before, after in itertools.pairwise(calls):
+        given = list(_slots(after))
+        found = [s for s, t in given if t is before.output]
+        found = found or [s for s, t in given if t.shape == before.output.shape and t.equal(before.output)]
         if not found or (slot is not None and slot not in found):
             return None
         slot = found[0] if slot is None else slot
@@ -234,44 +307,119 @@ class _Part:
     mixes: bool
 
 
+@dataclass(frozen=True, eq=False)
+class _Dry:
+    """A layer, its call in a dry run, and the calls of everything in it."""
+
+    layer: nn.Module
+    index: int
+    call: Call
+    d_model: int
+    calls: Mapping[str, list[Call]]
+
+    def run(self) -> Any:
+        return self.layer(*self.call.args, **self.call.kwargs)
+
+    def refuse(self, why: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"layer {self.index} ({type(self.layer).__name__}): {why}")
+
+
 def find_feed_forward(layer: nn.Module, index: int, call: Call, slot: Slot) -> tuple[FeedForward, nn.Module | None]:
     """The memory of one layer and the part where its positions meet (None when there is not exactly one).
 
     call: the layer's own call in a dry run without a cache. Raises UnsupportedModelError naming the candidates.
     """
-    d_model = get_slot(call, slot).shape[-1]
+    hidden = get_slot(call, slot)
     with recording({name: m for name, m in layer.named_modules() if name}) as calls:
         layer(*call.args, **call.kwargs)
-    parts = list(_parts(layer, "", calls, get_slot(call, slot)))
+    dry = _Dry(layer, index, call, hidden.shape[-1], calls)
+    parts = list(_parts(layer, "", calls, hidden))
     mixers = [p for p in parts if p.mixes]
     writers = [p for p in parts if not p.mixes]
-    linears = [(p.name, p.module, p.call) for p in writers if is_linear(p.module)]
-    blocks = [p for p in writers if not is_linear(p.module)]
-    if len(blocks) == 1 and not linears:
-        part = blocks[0]
-        inner = [(n, m, calls[n][0]) for n, m in part.module.named_modules(prefix=part.name) if is_linear(m) and len(calls[n]) == 1]
-        ordered = _in_call_order(inner, lambda: layer(*call.args, **call.kwargs))
-    elif not blocks and len(linears) >= 2:
-        part = None
-        ordered = _in_call_order(linears, lambda: layer(*call.args, **call.kwargs))
-    else:
-        names = ", ".join(f"{p.name} ({type(p.module).__name__})" for p in writers)
-        raise UnsupportedModelError(
-            f"layer {index} has {len(blocks)} position-wise blocks and {len(linears)} linears outside of them ({names or 'none'}); "
-            "expected one feed-forward part that reads and writes the hidden state"
-        )
-    if len(ordered) < 2 or oriented(ordered[-1][1]).shape[0] != d_model:
-        raise UnsupportedModelError(
-            f"layer {index}: the feed-forward part {part.name if part else ''} has {len(ordered)} plain linears run once per pass "
-            f"({', '.join(n for n, _, _ in ordered) or 'none'}); expected a last one that writes the {d_model} hidden dimensions"
-        )
-    down = ordered[-1][1]
-    # Some parts take the residual stream along and add it themselves; then only the linear's output is what the memory writes.
-    wrapped = part is not None and same(first_tensor(part.call.result), first_tensor(ordered[-1][2].result).view_as(part.call.output))
-    module = part.module if part is not None and wrapped else down
-    gate, up = _keys(layer, call, [m for _, m, _ in ordered[:-1] if oriented(m).shape[1] == d_model], down)
-    ffn = FeedForward(index, module, down, _adds_directly(layer, call, module), gate, up)
+    if not writers:
+        raise dry.refuse("no part of it works on each position alone, so it has no feed-forward memory")
+    routed = [p for p in writers if any(q.dim() == 3 for q in p.module.parameters())]
+    ffn = _find_experts(dry, writers) if routed else _find_plain(dry, writers)
     return ffn, _contributor(mixers[0], calls) if len(mixers) == 1 else None
+
+
+def _find_plain(dry: _Dry, writers: list[_Part]) -> FeedForward:
+    """A memory of one bank: plain linears that read the hidden state, then one that writes it."""
+    found = _linears(dry, [(p.name, p.module) for p in writers])
+    names = ", ".join(name for name, _ in found) or "none"
+    held = {id(q) for _, m in found for q in m.parameters()}
+    loose = [n for p in writers for n, q in p.module.named_parameters(prefix=p.name) if q.dim() >= 2 and id(q) not in held]
+    if loose:
+        raise dry.refuse(f"its position-wise parts hold weights that are not plain linears run once a pass: {', '.join(loose[:4])}")
+    bank = _bank(dry, [m for _, m in found])
+    if bank is None:
+        raise dry.refuse(f"its position-wise linears ({names}) are not one or two that read the hidden state and a last one that writes it")
+    down = found[-1][1]
+    # Some parts take the residual stream along and add it themselves, or end in a norm; then the linear's own output is what is written.
+    alone = len(writers) == 1 and same(writers[0].call.output.flatten(), dry.calls[found[-1][0]][0].output.flatten())
+    module = writers[0].module if alone else down
+    return FeedForward(**vars(bank), module=module, adds_directly=_adds_directly(dry, module), _down=down)
+
+
+def _bank(dry: _Dry, ordered: list[nn.Module]) -> Neurons | None:
+    """The neurons of linears in the order in which they run; None when they are not one bank."""
+    if len(ordered) < 2:
+        return None
+    *readers, down = (linear_matrix(m) for m in ordered)
+    d_out, d_ff = down.read().shape
+    shapes = [tuple(m.read().shape) for m in readers]
+    plain, pair, fused = [(d_ff, dry.d_model)], [(d_ff, dry.d_model)] * 2, [(2 * d_ff, dry.d_model)]
+    if d_out != dry.d_model or shapes not in (plain, pair, fused):
+        return None
+
+    def coefficients(changes: Mapping[int, Callable[[Tensor], Tensor]]) -> Tensor:
+        with recording({"down": down.module}, stop=True) as calls, replacing({ordered[i]: f for i, f in changes.items()}):
+            dry.run()
+        return calls["down"][0].input.detach().double()
+
+    gate, up = (None, readers[0]) if shapes == plain else _gate_and_up(readers, d_ff, coefficients)
+    bias = Matrix(down.module, "bias") if isinstance(getattr(down.module, "bias", None), Tensor) else None
+    return Neurons(layer=dry.index, _weight=down, _bias=bias, _gate=gate, _up=up)
+
+
+def _gate_and_up(
+    readers: Sequence[Matrix], d_ff: int, coefficients: Callable[[Mapping[int, Callable[[Tensor], Tensor]]], Tensor]
+) -> tuple[Matrix, Matrix]:
+    """Which of two linears (or which half of a fused one) is the gate: the activation bends along the gate, not along the up-projection.
+
+    coefficients: computes them with the outputs of some of the readers passed through functions.
+    """
+    if len(readers) == 2:
+        sources, halves = [0, 1], [slice(None), slice(None)]
+    else:
+        # Entry 1 of a fused projection belongs to neuron 1 when it is two halves, to neuron 0 when gate and up alternate.
+        moved = (coefficients({0: lambda out: _bump(out, 1)}) - coefficients({})).abs().flatten(0, -2).amax(0)
+        sources = [0, 0]
+        halves = [slice(0, d_ff), slice(d_ff, None)] if int(moved.argmax()) == 1 else [slice(0, None, 2), slice(1, None, 2)]
+    bend = []
+    for source, half in zip(sources, halves, strict=True):
+        mid, plus, minus = (coefficients({source: _scaler(half, factor)}) for factor in (0.0, 1.0, -1.0))
+        bend.append(float((plus + minus - 2 * mid).abs().max() / (plus - minus).abs().max().clamp_min(1e-30)))
+    first, second = (
+        Matrix(readers[s].module, readers[s].name, readers[s].transposed, readers[s].expert, h)
+        for s, h in zip(sources, halves, strict=True)
+    )
+    return (first, second) if bend[1] <= bend[0] else (second, first)
+
+
+def _bump(out: Tensor, entry: int) -> Tensor:
+    out = out.clone()
+    out[..., entry] += 1
+    return out
+
+
+def _scaler(rows: slice, factor: float) -> Callable[[Tensor], Tensor]:
+    def scale(out: Tensor) -> Tensor:
+        out = out.clone()
+        out[..., rows] *= factor
+        return out
+
+    return scale
 
 
 def _contributor(part: _Part, calls: Mapping[str, list[Call]]) -> nn.Module:
@@ -292,31 +440,43 @@ def _parts(module: nn.Module, path: str, calls: Mapping[str, list[Call]], hidden
         name = f"{path}.{name}" if path else name
         if not any(p.dim() >= 2 for p in child.parameters()):
             continue
-        if not calls[name]:
-            yield from _parts(child, name, calls, hidden)
-        else:
+        if calls[name]:
             yield _Part(name, child, calls[name][0], _mixes(child, calls[name][0], hidden))
+        elif next(child.children(), None) is not None:
+            yield from _parts(child, name, calls, hidden)
 
 
 def _mixes(module: nn.Module, call: Call, hidden: Tensor) -> bool:
-    """Whether changing the input at position 0 changes the output elsewhere."""
+    """Whether changing the input at all other positions changes the output at some position."""
     batch, length = hidden.shape[:2]
     slots = [(s, t) for s, t in _slots(call) if t.is_floating_point() and t.dim() >= 2 and t.numel() % (batch * length) == 0]
     if not slots:
         return True
     slot, given = slots[0]
-    changed = given.detach().clone()
-    changed.view(batch, length, -1)[:, 0] += given.detach().float().std().to(given.dtype) * 2 + 1
-    args, kwargs = with_slot(call, slot, changed)
-    before, after = (
-        next((t for t in tensors(r) if t.numel() % (batch * length) == 0), None) for r in (call.result, module(*args, **kwargs))
-    )
-    if before is None or after is None or before.shape != after.shape:
+
+    def output(x: Tensor) -> Tensor | None:
+        args, kwargs = with_slot(call, slot, x)
+        found = next((t for t in tensors(module(*args, **kwargs)) if t.numel() % (batch * length) == 0), None)
+        return None if found is None else found.reshape(batch, length, -1).clone()
+
+    before = output(given)
+    if before is None:
         return True
-    return not same(before.reshape(batch, length, -1)[:, 1:], after.reshape(batch, length, -1)[:, 1:])
+    # An attention head that is sure of itself looks at one position only, so ask at several.
+    for kept in range(length - 1, 0, -2):
+        changed = torch.roll(given.reshape(batch, length, -1), 1, dims=1) * -1.5 + 0.5 * given.std()
+        changed[:, kept] = given.reshape(batch, length, -1)[:, kept]
+        after = output(changed.view_as(given))
+        if after is None or not same(before[:, kept], after[:, kept]):
+            return True
+    return False
 
 
-def _in_call_order(found: list[tuple[str, nn.Module, Call]], run: Callable[[], Any]) -> list[tuple[str, nn.Module, Call]]:
+def _linears(dry: _Dry, roots: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """The linears that run once inside the given modules, in the order in which they run."""
+    found = {
+        m: name for root, module in roots for name, m in module.named_modules(prefix=root) if is_linear(m) and len(dry.calls[name]) == 1
+    }
     order: list[nn.Module] = []
 
     def note(module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -326,62 +486,172 @@ def _in_call_order(found: list[tuple[str, nn.Module, Call]], run: Callable[[], A
 
         return keep
 
-    with replacing({m: note(m) for _, m, _ in found}):
-        run()
-    return sorted(found, key=lambda item: order.index(item[1]))
+    with replacing({m: note(m) for m in found}):
+        dry.run()
+    return [(found[m], m) for m in order]
 
 
-def _keys(layer: nn.Module, call: Call, readers: list[nn.Module], down: nn.Module) -> tuple[_Rows | None, _Rows | None]:
-    """(gate, up) rows of the linears that read the hidden state; gate is None for a plain memory, both for one we cannot tell."""
-    d_ff = oriented(down).shape[1]
-    widths = [oriented(m).shape[0] for m in readers]
-
-    def coefficients(change: dict[nn.Module, Callable[[Tensor], Tensor]]) -> Tensor:
-        with recording({"down": down}, stop=True) as calls, replacing(change):
-            layer(*call.args, **call.kwargs)
-        return calls["down"][0].input.detach().double()
-
-    if widths == [d_ff]:
-        return None, _Rows(readers[0])
-    if widths == [d_ff, d_ff]:
-        pair = [_Rows(m) for m in readers]
-    elif widths == [2 * d_ff]:
-        # Entry 1 of a fused projection belongs to neuron 1 when it is two halves, to neuron 0 when gate and up alternate.
-        plain = coefficients({})
-        moved = (coefficients({readers[0]: lambda out: _bump(out, 1)}) - plain).abs().flatten(0, -2).amax(0)
-        if int(moved.argmax()) == 1:
-            pair = [_Rows(readers[0], slice(0, d_ff)), _Rows(readers[0], slice(d_ff, None))]
-        else:
-            pair = [_Rows(readers[0], slice(0, None, 2)), _Rows(readers[0], slice(1, None, 2))]
-    else:
-        return None, None
-    affine = []
-    for rows in pair:
-        mid, plus, minus = (coefficients({rows.linear: lambda out, r=rows.rows, f=f: _scale(out, r, f)}) for f in (0.0, 1.0, -1.0))
-        affine.append(float((plus + minus - 2 * mid).abs().max() / (plus - minus).abs().max().clamp_min(1e-30)))
-    # The activation bends along the gate and not along the up-projection.
-    return (pair[0], pair[1]) if affine[1] <= affine[0] else (pair[1], pair[0])
-
-
-def _bump(out: Tensor, entry: int) -> Tensor:
-    out = out.clone()
-    out[..., entry] += 1
-    return out
-
-
-def _scale(out: Tensor, rows: slice, factor: float) -> Tensor:
-    out = out.clone()
-    out[..., rows] *= factor
-    return out
-
-
-def _adds_directly(layer: nn.Module, call: Call, module: nn.Module) -> bool:
+def _adds_directly(dry: _Dry, module: nn.Module) -> bool:
     """Whether what is added to the module's output arrives unchanged in the layer's output."""
-    plain = first_tensor(layer(*call.args, **call.kwargs)).double()
+    plain = first_tensor(dry.run()).double()
     extra = torch.linspace(-1, 1, plain.shape[-1], dtype=plain.dtype, device=plain.device) * plain.std()
     with replacing({module: lambda out: out + extra.to(out.dtype).to(out.device)}):
-        moved = first_tensor(layer(*call.args, **call.kwargs)).double() - plain
-    return same(moved, extra.expand_as(moved), within=tolerance(call.output.dtype) * 10)
+        moved = first_tensor(dry.run()).double() - plain
+    return same(moved, extra.expand_as(moved), within=tolerance(dry.call.output.dtype) * 10)
+
+
+# ── experts ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, eq=False)
+class _Routed:
+    """The module that holds all experts' weights, and how it is asked: hidden states, chosen experts, their weights."""
+
+    module: nn.Module
+    down: str
+    hidden: Slot
+    chosen: Slot
+    weights: Slot
+    example: Call
+
+    def one(
+        self, expert: int, hidden: Tensor, changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None
+    ) -> tuple[list[Product], Tensor]:
+        """One expert on (n, d_model): its matrix products and its output."""
+        chosen = torch.full((len(hidden), 1), expert, dtype=get_slot(self.example, self.chosen).dtype, device=hidden.device)
+        weights = torch.ones((len(hidden), 1), dtype=get_slot(self.example, self.weights).dtype, device=hidden.device)
+        call = self.example
+        for slot, value in ((self.hidden, hidden), (self.chosen, chosen), (self.weights, weights)):
+            args, kwargs = with_slot(call, slot, value)
+            call = Call(args=args, kwargs=kwargs, result=None)
+        # Below any fast grouped kernel that is put over it lies the class's own forward, which takes the experts one by one.
+        forward = inspect.unwrap(type(self.module).forward)
+        with torch.no_grad(), products(dict(self.module.named_parameters(recurse=False)), changes) as seen:
+            out = first_tensor(forward(self.module, *call.args, **call.kwargs))
+        return list(seen), out
+
+    def coefficients(self, expert: int, hidden: Tensor, changes: Changes | None = None) -> Tensor:
+        """One expert's coefficients on (n, d_model): (n, d_ff)."""
+        return next(p for p in reversed(self.one(expert, hidden, changes)[0]) if p.name == self.down).left
+
+    def read(self, ffn: FeedForward, run: Callable[[], Any]) -> Routing:
+        """The routing of one pass; see FeedForward.routing."""
+        wanted: dict[str, nn.Module] = {"block": ffn.module, "routed": self.module}
+        if ffn.shared is not None and ffn.shared._weight is not None:
+            wanted["shared"] = ffn.shared._weight.module
+        with recording(wanted, stop=False) as calls:
+            run()
+        routed = calls["routed"][0]
+        hidden, chosen, weights = (get_slot(routed, s) for s in (self.hidden, self.chosen, self.weights))
+        d_ff = ffn.experts[0].d_ff
+        coefficients = hidden.new_zeros(*chosen.shape, d_ff)
+        for expert in chosen.unique().tolist():
+            if 0 <= expert < ffn.n_experts:  # an index past the end says: no expert
+                token, place = (chosen == expert).nonzero(as_tuple=True)
+                coefficients[token, place] = self.coefficients(expert, hidden[token])
+        shared = shared_weight = None
+        if "shared" in calls:
+            assert ffn.shared is not None
+            shared = calls["shared"][0].input.reshape(len(hidden), -1)
+            written = calls["shared"][0].output.reshape(len(hidden), -1)
+            rest = calls["block"][0].output.reshape(len(hidden), -1) - routed.output.reshape(len(hidden), -1)
+            # The shared bank may be weighed by a gate of its own: what the block adds to the routed sum is a multiple of its output.
+            shared_weight = (rest * written).sum(-1) / (written * written).sum(-1).clamp_min(1e-30)
+        return Routing(experts=chosen, weights=weights, coefficients=coefficients, shared=shared, shared_weight=shared_weight)
+
+
+def _find_experts(dry: _Dry, writers: list[_Part]) -> FeedForward:
+    """A memory of routed experts kept in three-dimensional weights, perhaps with a shared bank beside them."""
+    if len(writers) != 1:
+        raise dry.refuse(
+            f"it has {len(writers)} position-wise parts, one with experts: {', '.join(p.name for p in writers)}; expected that one alone"
+        )
+    block = writers[0]
+    holders = [
+        (name, m) for name, m in block.module.named_modules(prefix=block.name) if any(p.dim() == 3 for p in m.parameters(recurse=False))
+    ]
+    if len(holders) != 1 or len(dry.calls[holders[0][0]]) != 1:
+        raise dry.refuse(
+            f"its experts lie in {len(holders)} modules ({', '.join(n for n, _ in holders)}); expected one that is run once a pass"
+        )
+    name, module = holders[0]
+    call = dry.calls[name][0]
+    given = list(_slots(call))
+    floats = [(s, t) for s, t in given if t.is_floating_point() and t.dim() == 2]
+    chosen = [(s, t) for s, t in given if not t.is_floating_point() and t.dim() == 2]
+    if len(floats) != 2 or len(chosen) != 1 or floats[0][1].shape[-1] != dry.d_model or floats[1][1].shape != chosen[0][1].shape:
+        raise dry.refuse(f"the experts in {name} are not asked with hidden states, chosen experts and their weights alone")
+    hidden = floats[0][1]
+    routed = _Routed(module, "", floats[0][0], chosen[0][0], floats[1][0], call)
+    seen, _ = routed.one(0, hidden)
+    if len(seen) not in (2, 3) or seen[-1].right.shape[1] != dry.d_model:
+        raise dry.refuse(f"an expert in {name} makes {len(seen)} matrix products; expected two or three, the last writing the hidden state")
+    routed = _Routed(module, seen[-1].name, floats[0][0], chosen[0][0], floats[1][0], call)
+    count = getattr(module, routed.down).shape[0]
+    first = _expert(dry, routed, seen, hidden)
+    experts = tuple(_of_expert(first, e) for e in range(count))
+    inside = set(module.modules())
+    roots = [(n, m) for n, m in block.module.named_modules(prefix=block.name) if n != block.name and m not in inside and dry.calls[n]]
+    shared = [bank for n, m in roots if (bank := _bank(dry, [x for _, x in _linears(dry, [(n, m)])])) is not None and not is_linear(m)]
+    if len(shared) > 1:
+        raise dry.refuse(f"{len(shared)} shared memories beside the experts; expected one at most")
+    ffn = FeedForward(
+        layer=dry.index,
+        _weight=None,
+        _bias=None,
+        _gate=None,
+        _up=None,
+        module=block.module,
+        adds_directly=_adds_directly(dry, block.module),
+        experts=experts,
+        shared=shared[0] if shared else None,
+        _routed=routed,
+    )
+    if not same(ffn.routing(dry.run).total(ffn), block.call.output.reshape(-1, dry.d_model)):
+        raise dry.refuse(f"the sum over its experts is not what {block.name} puts out, so they are not understood")
+    return ffn
+
+
+def _of_expert(first: Neurons, expert: int) -> Neurons:
+    """The bank of another expert: all lie alike in the same parameters."""
+    places = {k: None if m is None else dataclasses.replace(m, expert=expert) for k, m in vars(first).items() if k.startswith("_")}
+    return dataclasses.replace(first, **places)
+
+
+def _expert(dry: _Dry, routed: _Routed, seen: Sequence[Product], hidden: Tensor) -> Neurons:
+    """The first expert's bank, its orientation taken from the products that were seen."""
+    expert = 0
+
+    def matrix(product: Product) -> Matrix:
+        stored = getattr(routed.module, product.name)[expert]
+        return Matrix(routed.module, product.name, stored.stride() == product.right.stride(), expert)
+
+    *reads, write = seen
+    readers, down = [matrix(p) for p in reads], matrix(write)
+    d_ff = write.right.shape[0]
+    shapes = [tuple(m.read().shape) for m in readers]
+    if shapes not in ([(d_ff, dry.d_model)], [(d_ff, dry.d_model)] * 2, [(2 * d_ff, dry.d_model)]):
+        raise dry.refuse(
+            f"its experts read the hidden state with matrices of shapes {shapes}; expected {d_ff} rows, twice that, or two of them"
+        )
+
+    def coefficients(changes: Mapping[int, Callable[[Tensor], Tensor]]) -> Tensor:
+        return routed.coefficients(expert, hidden, {readers[i].name: f for i, f in changes.items()}).double()
+
+    gate, up = (None, readers[0]) if shapes == [(d_ff, dry.d_model)] else _gate_and_up(readers, d_ff, coefficients)
+    written = routed.coefficients(expert, hidden) @ down.read().T
+    rest = (routed.one(expert, hidden)[1] - written)[0]
+    bias = None
+    if not same(rest + written[0], written[0]):
+        names = [
+            n
+            for n, p in routed.module.named_parameters(recurse=False)
+            if p.dim() == 2 and p.shape[-1] == dry.d_model and same(p[expert], rest)
+        ]
+        if len(names) != 1:
+            raise dry.refuse("its experts put out more than their values and one bias")
+        bias = Matrix(routed.module, names[0], expert=expert)
+    return Neurons(layer=dry.index, _weight=down, _bias=bias, _gate=gate, _up=up)
 
 
 def check_layer(layer: int, n_layers: int) -> int:

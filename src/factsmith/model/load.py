@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
-from ..errors import InputError, ModelError, ModelNotFoundError, TokenizerError, UnsupportedModelError
-from .ffn import FeedForward, Slot, check_layer, find_feed_forward, find_layers, same
+from ..errors import FactsmithError, InputError, ModelError, ModelNotFoundError, TokenizerError, UnsupportedModelError
+from .ffn import FeedForward, check_layer, find_feed_forward, find_layers, same
 from .tokens import Batch, align, encode, fast_tokenizer, pad_id, target_ids
-from .trace import recording, standing_in, with_first_tensor
+from .trace import recording, replacing, standing_in, with_first_tensor
 
 ATLAS = Path(__file__).parent / "atlas"
 
@@ -53,6 +54,7 @@ class LanguageModel:
         self._text_config: Any = self.config.get_text_config(decoder=True) if hasattr(self.config, "get_text_config") else self.config
         self._accepts = _accepted(module)
         self._fingerprint: tuple[object, str] | None = None
+        self._plain_id = 0
         self.caches_prefix = False
         self.hides_left_padding = True
         self.embedding: nn.Module = module.get_input_embeddings()  # type: ignore[operator]
@@ -155,7 +157,8 @@ class LanguageModel:
             raise InputError(f"a text of {longest} tokens was given; {self.name} has positions for {self.max_tokens}: shorten it")
         if not self.hides_left_padding and batch.left_padded:
             raise UnsupportedModelError(
-                f"{self.name} does not hide padding on the left, so prompts of different lengths would change one another; give them one by one"
+                f"{self.name} does not hide padding on the left, so prompts of different lengths would change one another; "
+                "give them one by one"
             )
 
     # ── asking it ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -203,7 +206,7 @@ class LanguageModel:
         heads = [self.prompt_ids(p) for p in prompts]
         tails = [target_ids(self.tokenizer, p, t) for p, t in zip(prompts, targets, strict=True)]
         total = torch.zeros(len(heads), device=self.device)
-        for group in self._groups([len(h) + len(t) for h, t in zip(heads, tails, strict=True)]):
+        for group in self.groups([len(h) + len(t) for h, t in zip(heads, tails, strict=True)]):
             batch = align(self, [heads[i] + tails[i][:-1] for i in group], [0] * len(group))
             hidden = self.last_hidden(batch)
             rows = torch.tensor([r for r, i in enumerate(group) for _ in tails[i]], device=hidden.device)
@@ -220,33 +223,39 @@ class LanguageModel:
             raise InputError("answer takes a list of prompts, at least one")
         sequences = [self.prompt_ids(p) for p in prompts]
         answers = [""] * len(sequences)
-        for group in self._groups([len(ids) for ids in sequences]):
-            for index, ids in zip(group, self._continue([sequences[i] for i in group], max_new_tokens), strict=True):
+        for group in self.groups([len(ids) for ids in sequences]):
+            for index, ids in zip(group, self.continue_greedily([sequences[i] for i in group], max_new_tokens), strict=True):
                 answers[index] = self.tokenizer.decode(ids, skip_special_tokens=True).strip().split("\n")[0].strip()
         return answers
 
-    def _continue(self, sequences: list[list[int]], n_tokens: int) -> list[list[int]]:
-        """Greedy new ids for a group of sequences, each up to (not including) its end."""
-        ends = self._end_ids
+    @torch.no_grad()
+    def continue_greedily(self, sequences: Sequence[Sequence[int]], n_tokens: int) -> list[list[int]]:
+        """Greedy new ids for sequences that share a batch, each up to (not including) its EOS, or to the end of its first line."""
         new: list[list[int]] = [[] for _ in sequences]
-        open_rows = list(range(len(sequences)))
+        is_open = [True] * len(sequences)
+        batch = align(self, sequences, [len(ids) - 1 for ids in sequences])
+        self.check_batch(batch)
+        if self.max_tokens is not None:
+            n_tokens = min(n_tokens, self.max_tokens - int(batch.attention_mask.sum(1).max()) + 1)
+        # A cache of plain growing layers serves sliding windows too: the model's own masks hide what is out of reach.
+        cache = DynamicCache() if self.caches_prefix else None
+        start = 0
         for _ in range(n_tokens):
-            rows = [sequences[r] + new[r] for r in open_rows]
-            batch = align(self, rows, [len(r) - 1 for r in rows])
-            chosen = self.last_logits(batch).argmax(-1).tolist()
-            still = []
-            for row, token in zip(open_rows, chosen, strict=True):
-                if token in ends:
-                    continue
-                new[row].append(token)
-                if "\n" not in self.tokenizer.decode(new[row]).lstrip():
-                    still.append(row)
-            open_rows = still
-            if not open_rows:
+            with recording({"last": self.layers[-1]}, stop=True) as calls:
+                self.forward(batch, start=start, cache=cache)
+            chosen = self.head(calls["last"][0].output[:, -1]).argmax(-1)
+            for row, token in enumerate(chosen.tolist()):
+                is_open[row] = is_open[row] and token not in self.end_ids
+                if is_open[row]:
+                    new[row].append(token)
+                    is_open[row] = "\n" not in self.tokenizer.decode(new[row]).lstrip()
+            if not any(is_open):
                 break
+            start = batch.width if cache is not None else 0
+            batch = batch.extended(chosen)
         return new
 
-    def _groups(self, lengths: list[int], budget: int = 4096) -> list[list[int]]:
+    def groups(self, lengths: list[int], budget: int = 4096) -> list[list[int]]:
         """Indices in groups of similar length (equal length where padding shows), each at most `budget` tokens wide."""
         order = sorted(range(len(lengths)), key=lambda i: lengths[i])
         groups: list[list[int]] = []
@@ -261,7 +270,7 @@ class LanguageModel:
         return groups
 
     @property
-    def _end_ids(self) -> set[int]:
+    def end_ids(self) -> set[int]:
         ends: set[int] = set()
         generation = getattr(self.module, "generation_config", None)
         for value in (self.tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)):
@@ -271,27 +280,70 @@ class LanguageModel:
     # ── finding out what it is ──────────────────────────────────────────────────────────────────────────────────────────
 
     def _discover(self) -> None:
-        from .replay import PrefixCache, record  # the engine needs the model, and the model's check needs the engine
+        """Find the structure in a dry run of a few tokens, and check it against the model's own full pass."""
+        try:
+            with torch.no_grad():
+                self._find_parts()
+                self._check_replay()
+        except FactsmithError:
+            raise
+        except Exception as error:  # models raise whatever they like when they are run in a way they do not foresee
+            reason = str(error).strip().split("\n")[0]
+            raise UnsupportedModelError(
+                f"{self.name}: its dry run ended in {type(error).__name__}: {reason}; it is not a text model that can be replayed"
+            ) from error
 
-        rows = self._dry_rows()
-        batch = align(self, rows[:1], [len(rows[0]) - 1])
+    def _find_parts(self) -> None:
+        single = self._dry_batch([0])
         expected = getattr(self._text_config, "num_hidden_layers", None)
-        with torch.no_grad():
-            self.layers, self.slot, calls = find_layers(self.module, expected, lambda: self.forward(batch))
-            self._layer_result: Any = calls[0].result
-            self._d_model = calls[0].output.shape[-1]
-            found = [find_feed_forward(layer, i, call, self.slot) for i, (layer, call) in enumerate(zip(self.layers, calls, strict=True))]
-            self.ffn: tuple[FeedForward, ...] = tuple(f for f, _ in found)
-            self.attention: tuple[nn.Module | None, ...] = tuple(a for _, a in found)
-            full = self.forward(batch).logits
-            if not same(self.head(calls[-1].output), full):
-                raise UnsupportedModelError(f"{self.name}: its head does more than turn the last layer's output into logits")
+        self.layers, self.slot, calls = find_layers(self.module, expected, lambda: self.forward(single))
+        self._layer_result: Any = calls[0].result
+        self._d_model = calls[0].output.shape[-1]
+        found = [find_feed_forward(layer, i, call, self.slot) for i, (layer, call) in enumerate(zip(self.layers, calls, strict=True))]
+        self.ffn: tuple[FeedForward, ...] = tuple(f for f, _ in found)
+        self.attention: tuple[nn.Module | None, ...] = tuple(a for _, a in found)
+
+    def _check_replay(self) -> None:
+        from .replay import PrefixCache  # the engine needs the model, and the model's check needs the engine
+
+        single = self._dry_batch([0])
+        full = self.forward(single).logits
+        other = Batch(single.input_ids.clone(), single.attention_mask, single.position_ids, single.pivot)
+        other.input_ids[:, -1] = self._plain_id
+        if not same(self.forward(other).logits[:, :-1], full[:, :-1]):
+            raise UnsupportedModelError(f"{self.name}: a change of the last token reaches earlier positions, so it is not a causal model")
+        if not same(self.head(self.last_hidden(single)), full):
+            raise UnsupportedModelError(f"{self.name}: its head does more than turn the last layer's output into logits")
+        try:
             cache = PrefixCache([None] * self.n_layers)
-            self.forward(batch, cache=cache)
-            self.caches_prefix = cache.kept is not None
-            replay = record(self, batch, start=len(rows[0]) // 2)
-            if not same(replay.logits(replay.resume(0, replay.hidden[0])), full[:, replay.start :]):
-                raise UnsupportedModelError(f"{self.name}: running its layers again does not give its own output")
+            self.forward(single, cache=cache)
+            self.caches_prefix = cache.kept is not None and all(k.shape[-2] == single.width for k, _ in cache.kept)
+            self.caches_prefix = self.caches_prefix and self._replays(single)
+        except Exception:  # states that are no keys and values (recurrent layers, indexers): replay goes without a cache
+            self.caches_prefix = False
+        if not self.caches_prefix and not self._replays(single):
+            raise UnsupportedModelError(f"{self.name}: its layers, run again by themselves, do not give what they give in the model")
+        short = self._dry_batch([1])
+        self.hides_left_padding = same(self.last_logits(self._dry_batch([0, 1]))[1], self.last_logits(short)[0])
+
+    def _replays(self, batch: Batch) -> bool:
+        """Whether a suffix replayed from some changed layer equals the model's own pass with the same change."""
+        from .replay import record
+
+        start = batch.width // 2
+        replay = record(self, batch, start=start)
+        for layer in sorted({min(1, self.n_layers), self.n_layers // 2, self.n_layers - 1} - {0}):
+            hidden = replay.hidden[layer] * 1.25
+            changed = torch.cat([record(self, batch).hidden[layer][:, :start], hidden], dim=1)
+            with replacing({self.layers[layer - 1]: lambda out, changed=changed: changed}):
+                expected = self.forward(batch).logits[:, start:]
+            if not same(replay.logits(replay.resume(layer, hidden)), expected):
+                return False
+        return same(replay.resume(0, replay.hidden[0]), replay.hidden[-1])
+
+    def _dry_batch(self, rows: Sequence[int]) -> Batch:
+        every = self._dry_rows()
+        return align(self, [every[r] for r in rows], [len(every[r]) - 1 for r in rows])
 
     def _dry_rows(self) -> list[list[int]]:
         """Two short rows of plain tokens, different in length."""
@@ -369,8 +421,16 @@ def _quietly() -> Generator[None, None, None]:
 
 
 def _accepted(module: nn.Module) -> set[str]:
-    """Names of the inputs the model's forward declares."""
-    return set(inspect.signature(type(module).forward).parameters)
+    """Names of the inputs the model's forward declares, and those of the model inside that it hands all others on to."""
+    names: set[str] = set()
+    inner: Any = module
+    while inner is not None:
+        parameters = inspect.signature(type(inner).forward).parameters
+        names.update(parameters)
+        below = getattr(inner, "base_model", None)
+        passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        inner = below if passes_on and below is not inner else None
+    return names
 
 
 def _weight_state(module: nn.Module) -> object:

@@ -187,11 +187,10 @@ def record(lm: LanguageModel, batch: Batch, *, start: int = 0, embed: Callable[[
         return embeddings[-1]
 
     cache = PrefixCache([None] * lm.n_layers) if lm.caches_prefix else None
-    with torch.no_grad(), replacing({lm.embedding: corrupt} if embed is not None else {}):
-        with recording(dict(enumerate(lm.layers)), stop=True) as calls:
-            lm.forward(batch, cache=cache)
-    states = [get_slot(calls[layer][0], lm.slot) for layer in range(lm.n_layers)]
-    states.append(calls[lm.n_layers - 1][0].output)
+    changes = {lm.embedding: corrupt} if embed is not None else {}
+    with torch.no_grad(), replacing(changes), recording(dict(enumerate(lm.layers)), stop=True) as calls:
+        lm.forward(batch, cache=cache)
+    states = [get_slot(calls[0][0], lm.slot), *(calls[layer][0].output for layer in range(lm.n_layers))]
     kept = cache.kept if cache is not None else []
     if kept is None:
         raise UnsupportedModelError("some layers keep their state outside the key/value cache; load the model again to replay without one")

@@ -54,6 +54,15 @@ class Batch:
         """Whether any row begins with padding."""
         return bool((self.attention_mask[:, 0] == 0).any())
 
+    def extended(self, token_ids: Tensor) -> Batch:
+        """The batch with one more token (B,) at the end of every row, which becomes the pivot."""
+        return Batch(
+            torch.cat([self.input_ids, token_ids[:, None].to(self.input_ids)], dim=1),
+            torch.cat([self.attention_mask, torch.ones_like(self.attention_mask[:, :1])], dim=1),
+            torch.cat([self.position_ids, self.position_ids[:, -1:] + 1], dim=1),
+            self.width,
+        )
+
     def keep(self, rows: Tensor) -> Batch:
         """The batch of the given rows (R,), repeats allowed."""
         rows = rows.to(self.input_ids.device)

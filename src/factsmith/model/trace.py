@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import UnsupportedModelError
 
@@ -29,7 +30,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One call of a module, as it happened; tensors are the model's own and are not copied."""
+    """One call of a module, as it happened; what went in are the model's own tensors, not copies."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -68,9 +69,16 @@ def first_tensor(value: Any) -> Tensor:
 
 def with_first_tensor(value: Any, tensor: Tensor) -> Any:
     """`value` with its first element (or itself) replaced by `tensor`: the inverse of `first_tensor` for what layers return."""
-    if isinstance(value, tuple) and not isinstance(value[0], Tensor):
-        return (with_first_tensor(value[0], tensor), *value[1:])
-    return (tensor, *value[1:]) if isinstance(value, tuple) else tensor
+    if isinstance(value, (tuple, list)):
+        return type(value)([with_first_tensor(value[0], tensor), *value[1:]])
+    return tensor
+
+
+def _copied(value: Any) -> Any:
+    """The same with every tensor in nested tuples and lists copied."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    return type(value)([_copied(v) for v in value]) if type(value) in (tuple, list) else value
 
 
 class _Stop(Exception):  # noqa: N818 - a signal, not an error
@@ -78,16 +86,17 @@ class _Stop(Exception):  # noqa: N818 - a signal, not an error
 
 
 @contextmanager
-def recording(modules: Mapping[Key, nn.Module], *, stop: bool = False) -> Generator[dict[Key, list[Call]], None, None]:
+def recording(modules: Mapping[Key, nn.Module], *, stop: bool = False, copy: bool = True) -> Generator[dict[Key, list[Call]], None, None]:
     """Record every call of the given modules: {key: [Call, ...]}, filled while the block runs.
 
     stop: end the forward pass (and the block) as soon as each module has been called once; layers above never run.
+    copy: keep copies of what is returned, since models add to such tensors in place; False when only inputs are of interest.
     """
     calls: dict[Key, list[Call]] = {key: [] for key in modules}
 
     def remember(key: Key) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-            calls[key].append(Call(args=args, kwargs=kwargs, result=result))
+            calls[key].append(Call(args=args, kwargs=kwargs, result=_copied(result) if copy else result))
             if stop and all(calls.values()):
                 raise _Stop
 
@@ -160,6 +169,45 @@ def standing_in(modules: Sequence[nn.Module], play: Callable[[int, tuple[Any, ..
                 stack.callback(delattr, module, "forward")
             module.forward = actor(index)
         yield
+
+
+@dataclass(frozen=True, kw_only=True)
+class Product:
+    """One matrix product with a watched parameter: out = left @ right (+ a bias); right is a view of the parameter's storage."""
+
+    name: str
+    left: Tensor
+    right: Tensor
+
+
+class _Products(TorchDispatchMode):
+    def __init__(self, parameters: Mapping[str, Tensor], changes: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
+        super().__init__()
+        self.names = {p.untyped_storage().data_ptr(): name for name, p in parameters.items()}
+        self.changes = changes
+        self.seen: list[Product] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            left, right = args[-2:]
+            name = self.names.get(right.untyped_storage().data_ptr())
+            if name is not None:
+                self.seen.append(Product(name=name, left=left, right=right))
+                out = self.changes[name](out) if name in self.changes else out
+        return out
+
+
+@contextmanager
+def products(
+    parameters: Mapping[str, Tensor], changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None
+) -> Generator[list[Product], None, None]:
+    """Watch the matrix products with the given parameters: for weights that no module of their own multiplies with.
+
+    changes: passes the product with a parameter through a function, (n, out) to (n, out).
+    """
+    with _Products(parameters, changes or {}) as watch:
+        yield watch.seen
 
 
 @contextmanager

@@ -1,0 +1,321 @@
+"""Does the model core work on every causal language model that transformers can build? Prints one line a type, and writes JSON.
+
+    python benchmarks/families.py [--json FILE] [TYPE ...]
+
+Each type's default config is shrunk (3 layers, 32 dimensions), the model gets random weights, and then everything the library
+promises is compared with the plain model, one unpadded row at a time: what a layer's memory writes, replay from every layer with a
+changed hidden state, suffix replay on an aligned batch, gradients, batched answers. Four outcomes:
+
+    pass      everything agrees
+    refused   factsmith declines in words (UnsupportedModelError) on load
+    silent    accepted, but some number differs or something breaks: must not happen
+    not built transformers itself makes no tiny text model of this type
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import sys
+import time
+import warnings
+from collections import Counter
+from multiprocessing.connection import Connection
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from factsmith.errors import FactsmithError, UnsupportedModelError
+from factsmith.model.load import LanguageModel, wrap
+from factsmith.model.replay import record
+from factsmith.model.tokens import align
+
+VOCAB = 320
+LAYERS = 3
+ROWS = [[55, 90, 133, 61, 217, 200, 144], [70, 121, 150, 99], [88, 120, 77, 131, 66]]
+PIVOTS = [4, 1, 3]
+# What makes a default config large, by the words configs use for it; the first pattern that matches the whole name decides.
+SIZES: list[tuple[str, int]] = [
+    (r"(num_hidden_layers|n_layers?|num_layers|num_decoder_layers|decoder_layers|encoder_layers|num_encoder_layers)", LAYERS),
+    (r"(hidden_size|n_embd|d_model|model_dim|embedding_size|embed_dim|dim|emb_dim|word_embed_proj_dim|width)", 32),
+    (r"(moe_intermediate_size|expert_ffn_hidden_size|expert_dim|moe_ffn_dim)", 24),
+    (r".*(shared_expert|shared_intermediate).*size", 40),
+    (r".*(intermediate_size|ffn_dim|ffn_hidden_size|d_ff|inner_dim|n_inner|dff|ffn_size|mlp_dim)(_mlp)?", 48),
+    (r"(num_attention_heads|n_heads?|num_heads|decoder_attention_heads|encoder_attention_heads|num_q_heads)", 4),
+    (r"(num_key_value_heads|num_kv_heads|n_kv_heads|num_kv_groups|kv_n_heads|attention_num_kv_heads)", 2),
+    (r"(head_dim|d_kv|attention_head_dim|v_head_dim|qk_nope_head_dim|kv_channels|global_head_dim|attention_head_size)", 8),
+    (r"(qk_rope_head_dim|rotary_dim|qk_head_dim)", 4),
+    (r"(q_lora_rank|kv_lora_rank|o_lora_rank)", 16),
+    (r"(vocab_size|vocab_size_per_layer_input|padded_vocab_size)", VOCAB),
+    (r"(max_position_embeddings|n_positions|max_seq_len|n_ctx|max_sequence_length|context_length|block_size|max_target_positions|seq_length)", 64),
+    (r"(num_local_experts|num_experts|n_routed_experts|moe_num_experts|n_experts)", 4),
+    (r"(num_experts_per_tok|num_experts_per_token|top_k_experts|moe_top_k|moe_topk|top_k|n_experts_per_tok|moe_k)", 2),
+    (r"(n_group|topk_group|num_nextn_predict_layers|first_k_dense_replace)", 1),
+    (r"(sliding_window|attention_window|window_size|local_attention_window_size)", 4),
+    (r"(hidden_size_per_layer_input|laurel_rank|altup_rank)", 8),
+    (r"(mamba_n_heads|mamba_num_heads|ssm_heads|n_mamba_heads)", 8),
+    (r"(mamba_d_head|mamba_head_dim|ssm_head_dim)", 8),
+    (r"(mamba_d_state|ssm_state_size|state_size|mamba_d_ssm)", 8),
+    (r"(linear_num_key_heads|linear_num_value_heads)", 4),
+    (r"(linear_key_head_dim|linear_value_head_dim)", 8),
+    (r"(index_n_heads)", 2),
+    (r"(index_head_dim)", 8),
+    (r"(index_topk)", 64),
+]
+
+
+def shrink(values: dict[str, Any]) -> dict[str, Any]:
+    """A config's own values with everything large made small."""
+    small: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and name.endswith(("_config",)):
+            small[name] = shrink(value)
+        elif name in ("layer_types", "mlp_layer_types", "layers_block_type", "attention_layers") and isinstance(value, list):
+            kinds = list(dict.fromkeys(map(str, value)))
+            small[name] = [kinds[-1 - i % len(kinds)] for i in range(LAYERS)][::-1] if value else value
+        elif isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
+            small[name] = value
+        elif name.endswith("token_id"):
+            small[name] = {"bos_token_id": 1, "eos_token_id": 2}.get(name)
+        elif isinstance(value, (int, type(None))):
+            small[name] = next((size for pattern, size in SIZES if value is not None and re.fullmatch(pattern, name)), value)
+        else:
+            small[name] = 0.0 if "dropout" in name or name.endswith("pdrop") or "layerdrop" in name else value
+    return small
+
+
+def tiny_config(family: str) -> PretrainedConfig:
+    """The default config of a family, shrunk; raises whatever transformers raises when it cannot be."""
+    default = AutoConfig.for_model(family)
+    values = {k: v for k, v in default.to_dict().items() if k not in ("model_type", "transformers_version", "architectures", "dtype")}
+    for name in SPECIAL.get(family, {}).get("drop", ()):
+        values.pop(name, None)
+    config = type(default)(**{**shrink(values), **SPECIAL.get(family, {}).get("set", {})})
+    config.use_cache = True
+    return config
+
+
+# Sizes that hang together in ways their names do not tell.
+SPECIAL: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"set": {"attention_types": [[["global", "local"], 1], [["global"], 1]], "attention_layers": ["global", "local", "global"]}},
+    "gptj": {"set": {"rotary_dim": 4}},
+    "codegen": {"set": {"rotary_dim": 4}},
+}
+
+
+def tiny_model(family: str, seed: int = 0) -> nn.Module:
+    """A random model of a family whose weights are large enough for every layer to matter."""
+    torch.manual_seed(seed)
+    module = AutoModelForCausalLM.from_config(tiny_config(family))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(0, 1.2 * parameter.shape[-1] ** -0.5)
+            elif parameter.is_floating_point():
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return module.float().eval()
+
+
+def letters() -> PreTrainedTokenizerFast:
+    """A byte tokenizer: enough to have ids and text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<|end|>", "<|begin|>", "<|stop|>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, **{f"extra{i}": i for i in range(len(vocabulary), VOCAB)}}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|stop|>", bos_token="<|begin|>")
+
+
+# ── the plain model, with its own hooks: the other side of every comparison ────────────────────────────────────────────────
+
+
+def plain_logits(lm: LanguageModel, ids: list[int], layer: int | None = None, change: Tensor | None = None, column: int = 0) -> Tensor:
+    """One unpadded sequence through the model, (T, vocab); `change` (n, d) is added to a layer's input from a column on."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(lm.slot, int):
+            hidden = args[lm.slot].clone()
+            hidden[0, column:] += change
+            return (*args[: lm.slot], hidden, *args[lm.slot + 1 :]), kwargs
+        hidden = kwargs[lm.slot].clone()
+        hidden[0, column:] += change
+        return args, {**kwargs, lm.slot: hidden}
+
+    handle = lm.layers[layer].register_forward_pre_hook(hook, with_kwargs=True) if layer is not None else None
+    try:
+        return lm.module(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """Greatest difference, relative to the greatest entry where that is above one."""
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1.0))
+
+
+def memory_error(lm: LanguageModel) -> float:
+    """How far the sums of coefficient times value are from what the memories put out."""
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
+    handles = [
+        ffn.down.register_forward_hook(lambda m, args, out, layer=ffn.layer: seen.__setitem__(layer, (args[0], out.clone()))) for ffn in lm.ffn if not ffn.n_experts
+    ]
+    lm.module(input_ids=torch.tensor(ROWS[:1]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    worst = 0.0
+    for layer, (coefficients, out) in seen.items():
+        ffn = lm.ffn[layer]
+        written = torch.einsum("...i,id->...d", coefficients, ffn.values) + (0 if ffn.bias is None else ffn.bias)
+        worst = max(worst, difference(written, out))
+    return worst
+
+
+def replay_error(lm: LanguageModel, start: int, rows: list[list[int]], pivots: list[int]) -> float:
+    """Replay from every layer with a changed hidden state, against each row alone in the plain model."""
+    batch = align(lm, rows, pivots)
+    replay = record(lm, batch, start=start)
+    worst = 0.0
+    generator = torch.Generator().manual_seed(start)
+    for layer in range(lm.n_layers):
+        change = torch.randn(len(rows), replay.n_live, lm.d_model, generator=generator) * 0.3
+        logits = replay.logits(replay.resume(layer, replay.hidden[layer] + change))
+        for row, ids in enumerate(rows):
+            columns = batch.attention_mask[row].nonzero()[:, 0]
+            live = columns[columns >= start]
+            first = int(live[0] - columns[0])
+            expected = plain_logits(lm, ids, layer, change[row, live - start], first)[first:]
+            worst = max(worst, difference(logits[row, live - start], expected))
+    return worst
+
+
+def gradient_error(lm: LanguageModel) -> float:
+    """The gradient at a layer's input by replay, against the plain model's."""
+    ids, layer, column = ROWS[0], 1, 4
+    replay = record(lm, align(lm, [ids], [column]), start=column)
+    with torch.enable_grad():
+        ours, plain = torch.zeros(2, lm.d_model).requires_grad_().unbind()
+        hidden = torch.cat([replay.hidden[layer][:, :1] + ours, replay.hidden[layer][:, 1:]], dim=1)
+        a = torch.autograd.grad(replay.logits(replay.resume(layer, hidden)[0, -1]).log_softmax(-1)[7], ours)[0]
+        change = torch.cat([plain[None], torch.zeros(len(ids) - column - 1, lm.d_model)])
+        b = torch.autograd.grad(plain_logits(lm, ids, layer, change, column)[-1].log_softmax(-1)[7], plain)[0]
+    return difference(a, b)
+
+
+def answer_error(lm: LanguageModel) -> float:
+    """How many of a batch's greedy tokens differ from the plain loop over single prompts (ends ignored)."""
+    expected = []
+    for ids in ROWS:
+        new: list[int] = []
+        for _ in range(4):
+            new.append(int(plain_logits(lm, ids + new)[-1].argmax()))
+            if new[-1] in lm.end_ids:
+                new.pop()
+                break
+        expected.append(new)
+    groups = lm.groups([len(r) for r in ROWS])
+    got = {i: ids for group in groups for i, ids in zip(group, lm.continue_greedily([ROWS[i] for i in group], 4), strict=True)}
+    # A line break may end our answer early.
+    return float(sum(got[i] != expected[i][: len(got[i])] for i in range(len(ROWS))))
+
+
+def hooks(module: nn.Module) -> int:
+    """How many hooks and instance-level forwards the modules carry."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in vars(m)) for m in module.modules())
+
+
+def check(family: str) -> dict[str, Any]:
+    """One family's outcome: {"family", "outcome", "why", and the measured differences}."""
+    try:
+        module = tiny_model(family)
+        before = hooks(module)
+        with torch.no_grad():
+            logits = module(input_ids=torch.tensor(ROWS[:1])).logits
+        if not bool(logits.isfinite().all()):
+            return {"family": family, "outcome": "not built", "why": "its own output is not finite with random weights"}
+    except Exception as error:
+        return {"family": family, "outcome": "not built", "why": f"{type(error).__name__}: {error}".split("\n")[0][:160]}
+    started = time.perf_counter()
+    try:
+        lm = wrap(module, letters())
+    except UnsupportedModelError as error:
+        clean = hooks(module) == before
+        return {"family": family, "outcome": "refused" if clean else "silent", "why": str(error) if clean else "left hooks behind"}
+    except Exception as error:
+        return {"family": family, "outcome": "silent", "why": f"load: {type(error).__name__}: {error}"}
+    result: dict[str, Any] = {"family": family, "seconds": round(time.perf_counter() - started, 2), "cached": lm.caches_prefix}
+    try:
+        with torch.no_grad():
+            result["memory"] = memory_error(lm)
+            result["full"] = replay_error(lm, 0, ROWS[:1], PIVOTS[:1])
+            result["suffix"] = replay_error(lm, 4, ROWS[:1], PIVOTS[:1])
+            if lm.hides_left_padding:
+                result["aligned"] = max(replay_error(lm, 0, ROWS, PIVOTS), replay_error(lm, 4, ROWS, PIVOTS))
+            result["answers"] = answer_error(lm)
+        result["gradient"] = gradient_error(lm)
+        result["hooks"] = float(hooks(module) != before)
+    except FactsmithError as error:
+        return {**result, "outcome": "silent", "why": f"accepted, then {type(error).__name__}: {error}"}
+    except Exception as error:
+        return {**result, "outcome": "silent", "why": f"{type(error).__name__}: {error}"}
+    wrong = [name for name, value in result.items() if isinstance(value, float) and name != "seconds" and not value <= 1e-5]
+    return {**result, "outcome": "silent" if wrong else "pass", "why": f"differs: {', '.join(wrong)}" if wrong else ""}
+
+
+def guarded(family: str, seconds: float) -> dict[str, Any]:
+    """`check` in a process of its own, so that a crash or a hang is one line of the table."""
+
+    def work(pipe: Connection) -> None:
+        torch.set_num_threads(1)
+        pipe.send(check(family))
+
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=work, args=(there,))
+    process.start()
+    there.close()
+    try:
+        if here.poll(seconds):
+            return dict(here.recv())
+        return {"family": family, "outcome": "not built", "why": f"no result within {seconds:.0f} s"}
+    except EOFError:
+        return {"family": family, "outcome": "silent", "why": "the process died"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", help="model types (default: all of transformers' causal language models)")
+    parser.add_argument("--json", help="write the results here")
+    parser.add_argument("--seconds", type=float, default=60, help="time limit for each type")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    results = []
+    for family in options.families or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        results.append(guarded(family, options.seconds))
+        numbers = {k: f"{v:.0e}" for k, v in results[-1].items() if isinstance(v, float) and k != "seconds"}
+        print(f"{family:24} {results[-1]['outcome']:9} {results[-1].get('why') or numbers}", flush=True)
+    counts = Counter(r["outcome"] for r in results)
+    print(f"\n{len(results)} types: " + ", ".join(f"{counts[o]} {o}" for o in ("pass", "refused", "silent", "not built")))
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump({"counts": counts, "results": results}, file, indent=1)
+    sys.exit(1 if counts["silent"] else 0)
+
+
+if __name__ == "__main__":
+    main()
