@@ -110,7 +110,11 @@ def judge(lm: LanguageModel, fact: Fact, delta: Any) -> dict[str, float]:
     with applied(lm, delta):
         right = exact(lm, prompts, wanted)
     cut = 1 + len(fact.paraphrases)
-    return {"efficacy": float(right[0]), "generalization": statistics.fmean(right[1:cut]), "specificity": statistics.fmean(right[cut:] or [1])}
+    return {
+        "efficacy": float(right[0]),
+        "generalization": statistics.fmean(right[1:cut]),
+        "specificity": statistics.fmean(right[cut:] or [1]),
+    }
 
 
 def moments_of(lm: LanguageModel, layers: Sequence[int], seed: int, sentences: int = 4000) -> dict[int, SecondMoment]:
@@ -148,7 +152,9 @@ def main() -> None:
     settings = [base | dict(zip(vary, values, strict=True)) for values in itertools.product(*vary.values())]
     moments = moments_of(lm, sorted({s["layer"] for s in settings}), args.seed)
     contexts = generate_contexts(lm, args.seed)
-    print(f"{args.model}: {len(facts)} facts, {sum(len(f.paraphrases) for f in facts)} paraphrases, {sum(len(f.neighbours) for f in facts)} neighbours")
+    print(
+        f"{args.model}: {len(facts)} facts, {sum(len(f.paraphrases) for f in facts)} paraphrases, {sum(len(f.neighbours) for f in facts)} neighbours"
+    )
     print(f"{'efficacy':>9} {'general.':>9} {'specific.':>9} {'harmonic':>9} {'p(target)':>9} {'steps':>6} {'s/fact':>7}  settings")
     results = []
     for setting in settings:

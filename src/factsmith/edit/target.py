@@ -11,7 +11,6 @@ Facts do not see one another: each has its own loss, clamp and early stop, and l
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
@@ -54,7 +53,13 @@ class TargetConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
             raise InputError(f"steps is the number of loss evaluations, a whole number of at least 1; got {self.steps!r}")
-        for name, low in (("lr", "positive"), ("clamp", "positive"), ("kl_factor", "zero"), ("weight_decay", "zero"), ("stop_loss", "zero")):
+        for name, low in (
+            ("lr", "positive"),
+            ("clamp", "positive"),
+            ("kl_factor", "zero"),
+            ("weight_decay", "zero"),
+            ("stop_loss", "zero"),
+        ):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 <= value < float("inf") or (low == "positive" and value == 0):
                 raise InputError(f"{name} must be a finite number, {'above' if low == 'positive' else 'at least'} 0; got {value!r}")
@@ -272,7 +277,9 @@ def _search(questions: Sequence[_Question], lm: LanguageModel, layer: int, confi
                 }
         if done.all():
             break
-        gradients = torch.autograd.grad(loss[~done].sum(), [delta for delta, d in zip((deltas[i] for i in active), done, strict=True) if not d])
+        gradients = torch.autograd.grad(
+            loss[~done].sum(), [delta for delta, d in zip((deltas[i] for i in active), done, strict=True) if not d]
+        )
         if done.any():
             stay = (~done).nonzero()[:, 0]
             rows_kept = (stay[:, None] * per_fact + torch.arange(per_fact, device=stay.device)).flatten()
