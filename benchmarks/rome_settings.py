@@ -152,9 +152,8 @@ def main() -> None:
     settings = [base | dict(zip(vary, values, strict=True)) for values in itertools.product(*vary.values())]
     moments = moments_of(lm, sorted({s["layer"] for s in settings}), args.seed)
     contexts = generate_contexts(lm, args.seed)
-    print(
-        f"{args.model}: {len(facts)} facts, {sum(len(f.paraphrases) for f in facts)} paraphrases, {sum(len(f.neighbours) for f in facts)} neighbours"
-    )
+    asked = sum(len(f.paraphrases) for f in facts), sum(len(f.neighbours) for f in facts)
+    print(f"{args.model}: {len(facts)} facts, {asked[0]} paraphrases, {asked[1]} neighbours")
     print(f"{'efficacy':>9} {'general.':>9} {'specific.':>9} {'harmonic':>9} {'p(target)':>9} {'steps':>6} {'s/fact':>7}  settings")
     results = []
     for setting in settings:

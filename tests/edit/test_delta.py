@@ -22,8 +22,8 @@ def make_delta(lm: LanguageModel, layers: tuple[int, ...] = (1,), *, rank: int =
     draw = torch.Generator().manual_seed(seed)
     d_ff = lm.ffn[0].d_ff
     return Delta(
-        layers={l: (size * torch.randn(lm.d_model, rank, generator=draw), torch.randn(rank, d_ff, generator=draw)) for l in layers},
-        k_star={l: torch.randn(1, d_ff, generator=draw) for l in layers},
+        layers={layer: (size * torch.randn(lm.d_model, rank, generator=draw), torch.randn(rank, d_ff, generator=draw)) for layer in layers},
+        k_star={layer: torch.randn(1, d_ff, generator=draw) for layer in layers},
         v_star=torch.randn(1, lm.d_model, generator=draw),
         facts=(FACT,),
         method="rome",

@@ -160,7 +160,7 @@ def _deltas(
     deltas = []
     for i, fact in enumerate(facts):
         residual = targets.v_star[i] - targets.v_initial[i]
-        left, right = solve.rome(*(x.cpu() for x in (targets.k_star[i], targets.k_prompt[i], residual)), moment.factor.cpu())
+        left, right = solve.rome(targets.k_star[i].cpu(), targets.k_prompt[i].cpu(), residual.cpu(), moment.factor.cpu())
         deltas.append(
             Delta(
                 layers={layer: (left.float(), right.float())},

@@ -51,7 +51,8 @@ def cholesky(matrix: Tensor) -> Tensor:
 
 def solve_moment(factor: Tensor, keys: Tensor) -> Tensor:
     """C⁻¹ kᵢ for every row of keys (n, m), as (n, m) float64; `factor` is `cholesky(C)`."""
-    return torch.cholesky_solve(keys.to(factor).T, factor).T
+    solved: Tensor = torch.cholesky_solve(keys.to(factor).T, factor)  # type: ignore[no-untyped-call]  # (m, n)
+    return solved.T
 
 
 def rome(k_star: Tensor, k_prompt: Tensor, residual: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,16 +53,10 @@ class TargetConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
             raise InputError(f"steps is the number of loss evaluations, a whole number of at least 1; got {self.steps!r}")
-        for name, low in (
-            ("lr", "positive"),
-            ("clamp", "positive"),
-            ("kl_factor", "zero"),
-            ("weight_decay", "zero"),
-            ("stop_loss", "zero"),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value < float("inf") or (low == "positive" and value == 0):
-                raise InputError(f"{name} must be a finite number, {'above' if low == 'positive' else 'at least'} 0; got {value!r}")
+        for name in ("lr", "kl_factor", "weight_decay", "clamp", "stop_loss"):
+            value, positive = getattr(self, name), name in ("lr", "clamp")
+            if not isinstance(value, (int, float)) or not 0 <= value < float("inf") or (positive and value == 0):
+                raise InputError(f"{name} must be a finite number {'above' if positive else 'of at least'} 0; got {value!r}")
         if self.scale not in ("paper", "auto"):
             raise InputError(f'scale is "paper" or "auto"; got {self.scale!r}')
 
@@ -219,7 +213,7 @@ def _fit(questions: Sequence[_Question], lm: LanguageModel, layer: int, memory: 
     d_ff = lm.ffn[layer].weight().shape[1]
     # What autograd keeps for a token in a layer: a dozen vectors of the stream's size (norms, q, k, v, sums), three of the FFN's.
     token = (lm.n_layers - layer) * (12 * lm.d_model + 3 * d_ff) * 4
-    vocabulary = lm.module.get_output_embeddings().weight.shape[0]
+    vocabulary = len(lm.tokenizer)
     answers = 0
     for count, question in enumerate(questions, start=1):
         answers += (1 + len(question.reads) * len(question.target)) * vocabulary * 12  # logits, their softmax and its gradient
@@ -277,9 +271,8 @@ def _search(questions: Sequence[_Question], lm: LanguageModel, layer: int, confi
                 }
         if done.all():
             break
-        gradients = torch.autograd.grad(
-            loss[~done].sum(), [delta for delta, d in zip((deltas[i] for i in active), done, strict=True) if not d]
-        )
+        staying = [deltas[i] for i, leaves in zip(active, done.tolist(), strict=True) if not leaves]
+        gradients = torch.autograd.grad(loss[~done].sum(), staying)
         if done.any():
             stay = (~done).nonzero()[:, 0]
             rows_kept = (stay[:, None] * per_fact + torch.arange(per_fact, device=stay.device)).flatten()
