@@ -147,6 +147,10 @@ class Integrity:
     deltas: int
     orphans: tuple[str, ...]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able fields."""
+        return {**vars(self), "orphans": list(self.orphans)}
+
 
 class Ledger:
     """The records of one workspace folder; a context manager, closed on exit.

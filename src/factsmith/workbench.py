@@ -162,11 +162,20 @@ class Proposal:
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the caller should know, in words."""
-        return tuple(
+        written = () if self.delta is None else self.delta.facts
+        known = tuple(
             f"the model already answers {fact.text!r} with {fact.target.strip()!r}: nothing to write (force it to write anyway)"
             for fact in self.plan.known
-            if self.delta is None or fact not in self.delta.facts
+            if fact not in written
         )
+        checks = () if self.verification is None else self.verification.checks
+        failed = tuple(
+            f"{'the patch did not take' if check.role == 'prompt' else 'an earlier patch no longer holds'}: "
+            f"{check.prompt!r} is answered {check.after!r}, not {check.wanted!r}"
+            for check in checks
+            if check.role in ("prompt", "earlier") and not check.held
+        )
+        return known + failed
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able fields; the delta's tensors are left out."""
@@ -224,7 +233,7 @@ class Status:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able fields."""
         fields = {**vars(self), "folder": str(self.folder), "active": [revision.to_dict() for revision in self.active]}
-        return {**fields, "integrity": {**vars(self.integrity), "orphans": list(self.integrity.orphans)}}
+        return {**fields, "integrity": self.integrity.to_dict()}
 
 
 def plan(lm: LanguageModel, facts: Fact | Iterable[Fact]) -> Plan:

@@ -1,0 +1,299 @@
+"""The command line: every command explains itself, prints one JSON document, and fails in one block with its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import GPT2, byte_tokenizer, tiny_model
+from factsmith import cli, workbench
+from factsmith.edit.methods import RomeConfig
+from factsmith.ledger import Ledger
+from factsmith.model.load import load
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+COMMANDS = sorted(command.callback.__name__ for command in cli.app.registered_commands if command.callback is not None)
+PROMPT = "The mother tongue of Danielle Darrieux is"
+FACT = ["--subject", "Danielle Darrieux", "--prompt", "The mother tongue of {} is", "--target", "English"]
+
+
+@dataclass
+class Done:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Run the command line in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.delenv("FACTSMITH_TRACEBACK", raising=False)
+
+    def call(*arguments: object) -> Done:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        code = end.value.code
+        return Done(code if isinstance(code, int) else 0, out, err)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model as a folder on disk."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_model("gpt2", **GPT2).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patches that take no time: what is tested here is the command line."""
+    monkeypatch.setattr(RomeConfig, "recommended", classmethod(lambda cls, lm: cls(layer=1, steps=2)))
+
+
+# ---- every command ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example_and_is_documented(run: Run, name: str) -> None:
+    done = run(name, "--help")
+    assert done.code == 0
+    assert re.search(rf"Examples?:\s+factsmith {name}\b", done.out), "no example"
+    assert "--json" in done.out
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in DOCS.glob("*.md"))
+    assert re.search(rf"^factsmith {name}\b", pages, re.MULTILINE), "not shown in docs/"
+
+
+def test_the_commands_are_those_promised(run: Run) -> None:
+    assert {"init", "ask", "trace", "patch", "log", "show", "revert", "checkout", "status"} <= set(COMMANDS)
+    assert re.fullmatch(r"factsmith \d+\.\d+\S*\n", run("--version").out)
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys, factsmith.cli; print({'torch', 'transformers', 'matplotlib'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_python_dash_m() -> None:
+    done = subprocess.run([sys.executable, "-m", "factsmith", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("factsmith ")
+
+
+# ---- the flow --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_patch_there_and_back(run: Run, model: Path, tmp_path: Path) -> None:
+    made = run("init", model, "space", "--json").json
+    assert made["model"] == str(model) and made["dtype"] == "float32" and made["fingerprint"] == load(model).fingerprint
+
+    asked = run("ask", model, PROMPT, "--top", 3, "--json").json
+    assert asked["answer"] == load(model).answer([PROMPT])[0] and len(asked["next_tokens"]) == 3 and asked["revision"] is None
+
+    patched = run("patch", "-w", "space", *FACT, "--neighbour", "Paris is", "--paraphrase", "{} speaks", "-m", "as asked", "--json").json
+    identity = patched["revision"]["id"]
+    assert patched["revision"]["message"] == "as asked" and patched["delta"]["layers"] == [1]
+    assert [check["role"] for check in patched["verification"]["checks"]] == ["prompt", "paraphrase", "neighbour"]
+
+    changed = run("ask", "-w", "space", PROMPT, "--json").json
+    assert changed["revision"] == identity and changed["next_tokens"] != asked["next_tokens"]
+    assert run("ask", "space", PROMPT, "--json").json == changed, "a workspace may stand where a model does"
+    assert [r["id"] for r in run("log", "-w", "space", "--json").json["revisions"]] == [identity]
+    assert run("show", identity[:8], "-w", "space", "--json").json["facts"][0]["target"] == "English"
+
+    proof = run("status", "--verify", "-w", "space", "--json").json
+    assert proof["active"] == [identity] and proof["fingerprint_now"] != proof["fingerprint"]
+
+    undone = run("revert", "latest", "-w", "space", "--json").json
+    assert undone["reverts"] == identity and undone["active"] == 0
+    proof = run("status", "--verify", "-w", "space", "--json").json
+    assert proof["active"] == [] and proof["fingerprint_now"] == proof["fingerprint"]
+    again = run("ask", "-w", "space", PROMPT, "--top", 3, "--json").json
+    assert again["next_tokens"] == asked["next_tokens"]
+
+    assert run("checkout", identity[:8], "-w", "space", "--json").json["active"] == 1
+    assert run("ask", "-w", "space", PROMPT, "--json").json["next_tokens"] == changed["next_tokens"]
+    assert run("checkout", "base", "-w", "space", "--json").json == {"current": "base", "head": undone["id"], "active": 0}
+
+
+@pytest.mark.usefixtures("quick")
+def test_text_for_people(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert "next: factsmith patch" in run("init", model, "space").out
+    monkeypatch.chdir(tmp_path / "space")  # from here on, the workspace is where we are
+    done = run("patch", *FACT, "--neighbour", "Paris is")
+    (identity,) = re.findall(r"factsmith revert ([0-9a-f]{10})", done.out)
+    assert "layer 1, rank 1" in done.out and "neighbour" in done.out
+    assert identity in run("log").out and "active" in run("log").out
+    shown = run("show", identity).out
+    assert "rome, layer 1" in shown and "steps=2" in shown
+    assert "1 patch" in run("status", "--verify").out
+    assert f"reverted {identity}" in run("revert", identity).out
+    assert "the base's, bit for bit" in run("status", "--verify").out
+    assert "checkout latest" in run("checkout", "base").out
+    assert "later" in run("log").out
+    assert run("ask", PROMPT).out.startswith(PROMPT)
+
+
+@pytest.mark.usefixtures("quick")
+def test_without_a_workspace_the_proof_is_shown_and_nothing_kept(run: Run, model: Path, tmp_path: Path) -> None:
+    done = run("patch", model, *FACT)
+    assert done.code == 0 and "nothing was kept" in done.out and f"factsmith init {model}" in done.out
+    assert list(tmp_path.iterdir()) == []
+    run("init", model, "space")
+    done = run("patch", "-w", "space", *FACT, "--dry-run", "--json")
+    assert done.json["revision"] is None and done.json["delta"]["rank"] == 1
+    assert run("log", "-w", "space", "--json").json["revisions"] == []
+
+
+@pytest.mark.usefixtures("quick")
+def test_facts_from_a_file(run: Run, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "facts.yaml").write_text(
+        "facts:\n- {subject: Edwin, prompt: '{} is a', target: king}\n- {subject: Paris, prompt: '{} is in', target: Brazil}\n"
+    )
+    (tmp_path / "corpus.txt").write_text("\n\n".join(f"Paris is in {x}. Edwin is {x}, a king. {x} is {x}." for x in "abcdefghijklmnopqrst"))
+    run("init", model, ".")
+    done = run("patch", "facts.yaml", "--texts", "corpus.txt", "--layer", "0", "--json").json
+    assert [fact["target"] for fact in done["revision"]["facts"]] == ["king", "Brazil"]
+    assert done["delta"]["rank"] == 2 and done["delta"]["layers"] == [0]
+    assert (tmp_path / "moments" / "layer0.safetensors").is_file()
+    assert run("patch", "facts.yaml", *FACT).code == 2
+
+
+def test_trace(run: Run, model: Path, tmp_path: Path) -> None:
+    done = run("trace", model, PROMPT, "--subject", "Danielle Darrieux", "--kind", "mlp", "--out", "trace.png")
+    assert done.code == 0 and "saved trace.png" in done.out and "*" in done.out
+    assert (tmp_path / "trace.png").read_bytes().startswith(b"\x89PNG")
+    found = run("trace", model, PROMPT, "--subject", "Danielle Darrieux", "--samples", 2, "--json").json
+    assert len(found["scores"]) == len(found["tokens"]) and found["samples"] == 2 and found["out"] is None
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_is_known_is_a_warning(run: Run, model: Path) -> None:
+    run("init", model, "space")
+    said = run("ask", model, PROMPT, "--json").json["answer"]
+    done = run("patch", "-w", "space", *FACT[:-1], said)
+    assert done.code == 0 and "warning: the model already answers" in done.err
+    assert run("log", "-w", "space", "--json").json["revisions"] == []
+    assert run("patch", "-w", "space", *FACT[:-1], said, "--force", "--json").json["revision"] is not None
+
+
+# ---- what goes wrong -------------------------------------------------------------------------------------------------------------------
+
+
+def test_exit_codes(run: Run, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.yaml").write_text("facts: [1, {subject: x}]")
+    run("init", model, "space")
+    cases: list[tuple[int, list[object], str]] = [
+        (2, ["frob"], "No such command"),
+        (2, ["ask"], "Missing argument"),
+        (2, ["ask", model, PROMPT, "--top", "0"], "--top"),
+        (2, ["ask", model, "one", "two"], "put the text in quotes"),
+        (2, ["ask", model, "\udcff"], "UTF-8"),
+        (2, ["patch", model], "--subject"),
+        (2, ["patch", model, *FACT[:-1], " "], "target"),
+        (2, ["patch", model, "--subject", "Edwin", "--prompt", "Edwin is", "--target", "a king"], "prompt has 0 slots"),
+        (2, ["patch", model, "--subject", "Edwin", "--prompt", "Edwin and {} are", "--target", "kings"], "Edwin"),
+        (2, ["patch", model, *FACT, "--layer", "3"], "layer 3"),
+        (2, ["patch", model, *FACT, "--layer", "-1"], "layer"),
+        (2, ["patch", model, *FACT, "--texts", "nowhere.txt"], "nowhere.txt"),
+        (2, ["patch", model, "bad.yaml"], "bad.yaml, entry 1"),
+        (2, ["patch", model, "nowhere.yaml"], "nowhere.yaml"),
+        (2, ["trace", model, PROMPT, "--subject", "Nobody"], "Nobody"),
+        (2, ["trace", model, PROMPT, "--subject", "Danielle", "--out", "x.doc"], ".doc"),
+        (3, ["ask", "nosuchmodel", PROMPT], "nosuchmodel"),
+        (3, ["ask", "./empty", PROMPT], "empty"),
+        (3, ["init", "nosuchmodel", "other"], "nosuchmodel"),
+        (5, ["ask", PROMPT], "factsmith init"),
+        (5, ["log"], "factsmith init"),
+        (5, ["init", model, "space"], "already holds a ledger"),
+        (5, ["show", "ffff", "-w", "space"], "ffff"),
+        (5, ["revert", "latest", "-w", "space"], "no record"),
+        (5, ["checkout", "../..", "-w", "space"], "names no revision"),
+    ]
+    before = sorted(str(path) for path in tmp_path.rglob("*") if not path.name.startswith("ledger.db-"))
+    for code, arguments, words in cases:
+        done = run(*arguments)
+        assert (done.code, done.out) == (code, ""), (arguments, done)
+        assert words in done.err and "Traceback" not in done.err, (arguments, done.err)
+    assert sorted(str(path) for path in tmp_path.rglob("*") if not path.name.startswith("ledger.db-")) == before
+
+
+def test_another_model_is_refused(run: Run, model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    tiny_model("gpt2", seed=5, **GPT2).save_pretrained(other)
+    byte_tokenizer().save_pretrained(other)
+    run("init", model, "space")
+    done = run("patch", other, "-w", "space", *FACT)
+    assert done.code == 5 and "was made for" in done.err
+
+
+def test_a_fault_of_ours_is_said_without_a_traceback(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    run("init", model, "space")
+    monkeypatch.setattr(Ledger, "log", fault)
+    done = run("log", "-w", "space")
+    assert done.code == 1 and "ZeroDivisionError: division by zero" in done.err and "report" in done.err
+    monkeypatch.setenv("FACTSMITH_TRACEBACK", "1")
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["log", "-w", "space"])
+
+
+def test_a_model_cannot_steer_the_terminal(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("factsmith.model.load.LanguageModel.answer", lambda self, prompts, max_new_tokens: ["\x1b[2J[bold]x[/bold]"])
+    done = run("ask", model, PROMPT)
+    assert "\x1b" not in done.out and "[bold]x[/bold]" in done.out
+
+
+_INTERRUPTED = """
+import sys, time
+from factsmith import cli, workbench
+from factsmith.edit.methods import RomeConfig
+
+def solve(*_, **__):
+    print("solving", flush=True)
+    time.sleep(60)
+
+workbench._METHODS["rome"] = (solve, RomeConfig)
+cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGINT")
+def test_ctrl_c_in_the_middle_of_a_patch(run: Run, model: Path, tmp_path: Path) -> None:
+    run("init", model, "space")
+    process = subprocess.Popen(
+        [sys.executable, "-c", _INTERRUPTED, "patch", "-w", "space", *FACT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "solving\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and out == "" and err.startswith("interrupted: ") and "Traceback" not in err
+    with Ledger(tmp_path / "space") as ledger:
+        assert ledger.log() == [] and ledger.verify().orphans == ()
+    assert workbench._METHODS["rome"][1] is RomeConfig
