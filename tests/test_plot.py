@@ -39,6 +39,7 @@ def trace(n_layers: int = 6, **changes: Any) -> CausalTrace:
         corrupted=0.1,
         noise=0.2,
         samples=10,
+        seed=1,
     )
     return dataclasses.replace(made, **changes)
 

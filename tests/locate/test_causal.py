@@ -62,6 +62,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], Callable[[], Any], str, str, str]] = {
         "fc2",
         "self_attn",
     ),
+    "mixtral": ({**SMALL, "num_local_experts": 4}, byte_tokenizer, "model.layers", "mlp", "self_attn"),
 }
 
 
@@ -177,6 +178,27 @@ def test_batches_cut_to_memory_give_the_same(monkeypatch: pytest.MonkeyPatch) ->
         assert torch.allclose(cut.scores, trace.scores, rtol=1e-5, atol=1e-7)
 
 
+def test_without_a_prefix_cache_the_scores_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = model("gpt2")
+    cached = {kind: causal_trace(lm, PROMPT, SUBJECT, kind=kind, window=2, samples=SAMPLES) for kind in KINDS}  # type: ignore[arg-type]
+    monkeypatch.setattr(lm, "caches_prefix", False)
+    for kind, trace in cached.items():
+        again = causal_trace(lm, PROMPT, SUBJECT, kind=kind, window=2, samples=SAMPLES)  # type: ignore[arg-type]
+        assert torch.allclose(again.scores, trace.scores, rtol=1e-4, atol=1e-7)
+
+
+def test_half_precision_stays_near_full() -> None:
+    config, tokenizer, *_ = FAMILIES["qwen3"]
+    half = wrap(tiny_model("qwen3", **config).bfloat16(), tokenizer())
+    for kind in KINDS:
+        full, trace = (
+            causal_trace(lm, PROMPT, SUBJECT, target="F", kind=kind, window=2, samples=SAMPLES)  # type: ignore[arg-type]
+            for lm in (model("qwen3"), half)
+        )
+        assert trace.scores.dtype == torch.float32 and torch.allclose(trace.scores, full.scores, rtol=0.3)
+        assert not torch.allclose(trace.scores, full.scores, rtol=1e-5)  # it did run in another precision
+
+
 def test_layers_are_run_only_where_something_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The work, counted in (row, column, layer) cells, is what the design says: a small part of the plain loop's."""
     lm = model("gpt2")
@@ -228,6 +250,7 @@ def test_noise_by_seed_scale_and_tensor_are_one_thing() -> None:
     other = causal_trace(lm, PROMPT, SUBJECT, noise=0.7, samples=SAMPLES, seed=6)
     for same in (scaled, both):
         assert same.samples == SAMPLES and torch.allclose(same.scores, drawn.scores, atol=1e-6)
+    assert drawn.seed == 5 and scaled.seed is both.seed is None
     assert both.noise == drawn.noise == 0.7 and scaled.noise == pytest.approx(0.7, rel=0.2)
     assert (other.scores - drawn.scores).abs().max() > 1e-3
 
@@ -245,6 +268,8 @@ def test_template_and_text_are_the_same() -> None:
     text = causal_trace(lm, PROMPT, SUBJECT, samples=1)
     template = causal_trace(lm, "The mother tongue of {} is", SUBJECT, samples=1)
     assert template.prompt == PROMPT and torch.equal(template.scores, text.scores)
+    braces = causal_trace(lm, f"The set {{}} of {SUBJECT} is", SUBJECT, samples=1)
+    assert "{}" in braces.prompt  # the subject stands there already, so these are only braces
 
 
 def test_record_is_plain_json() -> None:

@@ -50,6 +50,7 @@ class CausalTrace:
     corrupted        mean p(answer) with the subject corrupted and nothing restored
     noise            standard deviation of the noise on the subject's embeddings; of the given tensor, where one was given
     samples          number of corrupted runs averaged
+    seed             what their noise was drawn from; None when it was given
     """
 
     prompt: str
@@ -65,6 +66,7 @@ class CausalTrace:
     corrupted: float
     noise: float
     samples: int
+    seed: int | None
 
     @property
     def effects(self) -> Tensor:
@@ -122,10 +124,9 @@ def causal_trace(
         raise InputError(f"samples is {samples}; expected 1 or more corrupted runs")
     if noise is not None and not (math.isfinite(noise) and noise > 0):
         raise InputError(f"noise is {noise}; expected a positive scale, or None for three standard deviations of the subject's embeddings")
-    text = prompt.replace("{}", subject) if prompt.count("{}") == 1 else prompt
+    text = prompt.replace("{}", subject) if prompt.count("{}") == 1 and subject not in prompt else prompt
     start, stop = subject_span(lm, text, subject)
     prompt_ids, offsets = encode(lm.tokenizer, text)
-
     subject_ids = prompt_ids[start:stop]
 
     with torch.no_grad():
@@ -177,6 +178,7 @@ def causal_trace(
         corrupted=p_corrupted,
         noise=scale,
         samples=samples,
+        seed=seed if noise_tensor is None else None,
     )
 
 
@@ -185,15 +187,15 @@ def _restore_states(live: Replay, values: Sequence[Tensor]) -> dict[range, Tenso
 
     live: the corrupted run from the traced token on; values: n_layers × (d_model,) the clean outputs of the layers there.
     """
-    samples = live.batch.size
-    hidden = live.hidden[0][:0]
+    carried: list[Tensor] = []  # ((number restored so far) * samples, S, d_model) in all
     for layer, value in enumerate(values):
-        if layer:
-            hidden = _run(live, layer, hidden)
+        if carried:
+            carried = [_run(live, layer, torch.cat(carried))]
         restored = live.hidden[layer + 1].clone()  # a layer whose output is replaced need not run
         restored[:, 0] = value
-        hidden = torch.cat([hidden, restored])  # ((layer + 1) * samples, S, d_model)
-    return {range(layer, layer + 1): own for layer, own in enumerate(torch.split(hidden, samples))}
+        carried.append(restored)
+    parts = torch.split(torch.cat(carried), live.batch.size)
+    return {range(layer, layer + 1): own for layer, own in enumerate(parts)}
 
 
 def _restore_outputs(live: Replay, values: Sequence[Tensor], sites: Sequence[nn.Module], spans: Sequence[range]) -> dict[range, Tensor]:
@@ -221,8 +223,8 @@ def _run(
     of the rows that `restore` (n · samples,) marks."""
     samples, width = live.batch.size, hidden.shape[1]
     rows = torch.arange(samples).repeat(len(hidden) // samples)
-    # The widest things alive in a layer: the coefficients and their gate at each column, and the row's keys and values.
-    per_row = hidden.element_size() * (width * 2 * (live.lm.ffn[layer].d_ff + 4 * live.lm.d_model) + 4 * live.batch.width * live.lm.d_model)
+    # Alive inside a layer: each column widened (coefficients, gate, their copies: about sixteen times), and the row's keys and values.
+    per_row = hidden.element_size() * live.lm.d_model * (16 * width + 4 * live.batch.width)
     out = []
     for part in torch.split(torch.arange(len(hidden)), max(1, _BATCH_BYTES // per_row)):
         changes = {}
