@@ -65,7 +65,7 @@ def test_heat_map_shows_the_scores_with_the_subject_marked() -> None:
     [
         ("state", 1, "the hidden state", "restored layer"),
         ("mlp", 4, "4 FFN outputs", "centre of the 4 restored layers"),
-        ("attention", 10, "10 attention outputs", "centre of the 10 restored layers"),
+        ("attention", 10, "up to 6 attention outputs", "centre of the up to 6 restored layers"),
     ],
 )
 def test_each_kind_says_what_is_restored_in_a_colour_of_its_own(kind: Any, window: int, title: str, axis: str) -> None:

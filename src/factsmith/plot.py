@@ -130,9 +130,16 @@ def _even(name: str) -> ListedColormap:
     return ListedColormap(colormaps[name](np.interp(-wanted, -lightness, share)), name=f"{name}, even")
 
 
+def _together(trace: CausalTrace) -> str:
+    """How many layers a window holds; the model's ends cut it."""
+    n_layers = trace.scores.shape[1]
+    return str(trace.window) if trace.window <= n_layers else f"up to {n_layers}"
+
+
 def _title(trace: CausalTrace) -> str:
     """What is restored, in two lines."""
-    what = {"state": "the hidden state", "mlp": f"{trace.window} FFN outputs", "attention": f"{trace.window} attention outputs"}[trace.kind]
+    together = _together(trace)
+    what = {"state": "the hidden state", "mlp": f"{together} FFN outputs", "attention": f"{together} attention outputs"}[trace.kind]
     return f"Restoring {what}\nafter corrupting the subject"
 
 
@@ -141,7 +148,7 @@ def _answer(trace: CausalTrace) -> str:
 
 
 def _layer_axis(trace: CausalTrace) -> str:
-    return "restored layer" if trace.kind == "state" else f"centre of the {trace.window} restored layers"
+    return "restored layer" if trace.kind == "state" else f"centre of the {_together(trace)} restored layers"
 
 
 def _row_labels(trace: CausalTrace) -> list[str]:

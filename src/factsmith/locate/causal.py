@@ -212,34 +212,37 @@ def _restore_outputs(live: Replay, values: Sequence[Tensor], sites: Sequence[nn.
             before = range(span.start, min(span.stop, layer))
             entering.append(active[before] if before else live.hidden[layer])
         restore = torch.tensor([layer in span for span in reached]).repeat_interleave(samples)
-        active = dict(zip(reached, torch.split(_run(live, layer, torch.cat(entering), site, value, restore), samples), strict=True))
+        active = dict(zip(reached, torch.split(_run(live, layer, torch.cat(entering), (site, value, restore)), samples), strict=True))
     return active
 
 
-def _run(
-    live: Replay, layer: int, hidden: Tensor, site: nn.Module | None = None, value: Tensor | None = None, restore: Tensor | None = None
-) -> Tensor:
-    """One layer over (n · samples, S, d_model), cut to the memory budget; `value` replaces what `site` puts out at the first live column
-    of the rows that `restore` (n · samples,) marks."""
+def _run(live: Replay, layer: int, hidden: Tensor, put_back: tuple[nn.Module, Tensor, Tensor] | None = None) -> Tensor:
+    """One layer over (n * samples, S, d_model), cut to the memory budget.
+
+    put_back: (part, value, rows): in the rows marked (n * samples,), `value` (d_model,) replaces what the part puts out at the first live
+    column.
+    """
     samples, width = live.batch.size, hidden.shape[1]
     rows = torch.arange(samples).repeat(len(hidden) // samples)
     # Alive inside a layer: each column widened (coefficients, gate, their copies: about sixteen times), and the row's keys and values.
     per_row = hidden.element_size() * live.lm.d_model * (16 * width + 4 * live.batch.width)
     out = []
-    for part in torch.split(torch.arange(len(hidden)), max(1, _BATCH_BYTES // per_row)):
-        changes = {}
-        if site is not None and value is not None and restore is not None:
-            marked = restore[part].to(hidden.device)
-
-            def put_back(output: Tensor, marked: Tensor = marked, value: Tensor = value) -> Tensor:
-                changed = output.reshape(len(marked), -1, output.shape[-1]).clone()  # some parts flatten rows and columns
-                changed[marked, -width] = value.to(output)
-                return changed.view(output.shape)
-
-            changes[site] = put_back
-        with replacing(changes):
-            out.append(live.layer(layer, hidden[part[0] : part[-1] + 1], rows[part]))
+    for batch in torch.split(torch.arange(len(hidden)), max(1, _BATCH_BYTES // per_row)):
+        some = slice(int(batch[0]), int(batch[-1]) + 1)
+        with replacing({} if put_back is None else {put_back[0]: _putting_back(put_back[1], put_back[2][some], width)}):
+            out.append(live.layer(layer, hidden[some], rows[some]))
     return torch.cat(out)
+
+
+def _putting_back(value: Tensor, rows: Tensor, width: int) -> Callable[[Tensor], Tensor]:
+    """A change of a part's output: `value` at the first of the last `width` columns, in the rows marked (R,)."""
+
+    def change(output: Tensor) -> Tensor:  # (R, columns, d_model), or (R * columns, d_model)
+        changed = output.reshape(len(rows), -1, output.shape[-1]).clone()
+        changed[rows.to(output.device), -width] = value.to(output)
+        return changed.view(output.shape)
+
+    return change
 
 
 def _answer_probability(lm: LanguageModel, hidden: Tensor, answer_ids: Sequence[int]) -> Tensor:
