@@ -1,0 +1,119 @@
+"""factsmith: read, locate, patch and keep the facts in a transformer's feed-forward memory.
+
+import factsmith as fs
+lm = fs.load("atlas")
+fact = fs.Fact("Bulgaria", "The currency of {} is the", "euro")
+with fs.Workbench(lm, "my-workspace") as bench:
+    bench.apply(fact)
+    lm.answer([fact.text])
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .edit.delta import Delta, applied
+    from .edit.methods import RomeConfig, generate_contexts, rome, rome_each
+    from .edit.moments import SecondMoment, second_moments
+    from .errors import (
+        DamagedError,
+        FactError,
+        FactsmithError,
+        FingerprintError,
+        InputError,
+        LayerError,
+        LedgerError,
+        ModelError,
+        ModelNotFoundError,
+        NumericsError,
+        RevisionError,
+        SubjectError,
+        TokenizerError,
+        UnsupportedModelError,
+        WorkspaceError,
+    )
+    from .fact import Fact, FactFile, Probe
+    from .ledger import Ledger, Revision
+    from .locate.causal import CausalTrace, causal_trace
+    from .model.ffn import FeedForward
+    from .model.load import LanguageModel, load, wrap
+    from .plot import heat_map, text_heat_map
+    from .workbench import Outcome, Plan, Proposal, Verification, Workbench
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "edit.delta": "Delta applied",
+    "edit.methods": "RomeConfig generate_contexts rome rome_each",
+    "edit.moments": "SecondMoment second_moments",
+    "errors": (
+        "DamagedError FactError FactsmithError FingerprintError InputError LayerError LedgerError "
+        "ModelError ModelNotFoundError NumericsError RevisionError SubjectError TokenizerError UnsupportedModelError WorkspaceError"
+    ),
+    "fact": "Fact FactFile Probe",
+    "ledger": "Ledger Revision",
+    "locate.causal": "CausalTrace causal_trace",
+    "model.ffn": "FeedForward",
+    "model.load": "LanguageModel load wrap",
+    "plot": "heat_map text_heat_map",
+    "workbench": "Outcome Plan Proposal Verification Workbench",
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
+
+__all__ = [
+    "CausalTrace",
+    "DamagedError",
+    "Delta",
+    "Fact",
+    "FactError",
+    "FactFile",
+    "FactsmithError",
+    "FeedForward",
+    "FingerprintError",
+    "InputError",
+    "LanguageModel",
+    "LayerError",
+    "Ledger",
+    "LedgerError",
+    "ModelError",
+    "ModelNotFoundError",
+    "NumericsError",
+    "Outcome",
+    "Plan",
+    "Probe",
+    "Proposal",
+    "Revision",
+    "RevisionError",
+    "RomeConfig",
+    "SecondMoment",
+    "SubjectError",
+    "TokenizerError",
+    "UnsupportedModelError",
+    "Verification",
+    "Workbench",
+    "WorkspaceError",
+    "__version__",
+    "applied",
+    "causal_trace",
+    "generate_contexts",
+    "heat_map",
+    "load",
+    "rome",
+    "rome_each",
+    "second_moments",
+    "text_heat_map",
+    "wrap",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: torch takes seconds, and `factsmith --help` does not need it."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

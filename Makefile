@@ -1,0 +1,44 @@
+# `make demo` and `make test` need only python3, pip and make; both reuse .venv on a second run.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test check fast atlas clean
+
+demo: $(VENV)/.installed
+	$(BIN)/factsmith demo
+
+test: $(VENV)/.installed-dev
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+# the tests without the slow ones
+fast: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not slow"
+
+# trains both bundled models again from a seed; PROSE is a folder of public-domain .txt files, one sentence a line
+PROSE ?= ../shared/data/text
+COUNTERFACT ?= ../shared/data/counterfact/full-1017.json
+OUT ?= runs
+atlas: $(VENV)/.installed-dev
+	for name in atlas atlas-llama; do \
+	  $(BIN)/python -m factsmith.model.atlas.train $$name --prose $(PROSE) --out $(OUT)/$$name && \
+	  $(BIN)/python -m factsmith.model.atlas.evaluate $(OUT)/$$name --prose $(PROSE) --counterfact $(COUNTERFACT) --json $(OUT)/$$name/measured.json || exit 1; \
+	done
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@ $(VENV)/.installed
