@@ -4,12 +4,13 @@
 
 Each type's default config is shrunk (3 layers, 32 dimensions), the model gets random weights, and then everything the library
 promises is compared with the plain model, one unpadded row at a time: what a layer's memory writes, replay from every layer with a
-changed hidden state, suffix replay on an aligned batch, gradients, batched answers. Four outcomes:
+changed hidden state, suffix replay on an aligned batch, gradients, batched answers. Five outcomes:
 
     pass      everything agrees
     refused   factsmith declines in words (UnsupportedModelError) on load
     silent    accepted, but some number differs or something breaks: must not happen
-    not built transformers itself makes no tiny text model of this type
+    not built transformers itself makes no tiny text model of this type from the shrunken config
+    timed out no answer in time
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import time
 import warnings
 from collections import Counter
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -36,6 +38,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from factsmith.errors import FactsmithError, UnsupportedModelError
+from factsmith.model.ffn import FeedForward
 from factsmith.model.load import LanguageModel, wrap
 from factsmith.model.replay import record
 from factsmith.model.tokens import align
@@ -57,7 +60,10 @@ SIZES: list[tuple[str, int]] = [
     (r"(qk_rope_head_dim|rotary_dim|qk_head_dim)", 4),
     (r"(q_lora_rank|kv_lora_rank|o_lora_rank)", 16),
     (r"(vocab_size|vocab_size_per_layer_input|padded_vocab_size)", VOCAB),
-    (r"(max_position_embeddings|n_positions|max_seq_len|n_ctx|max_sequence_length|context_length|block_size|max_target_positions|seq_length)", 64),
+    (
+        r"(max_position_embeddings|n_positions|max_seq_len|n_ctx|max_sequence_length|context_length|block_size|max_target_positions|seq_length)",
+        64,
+    ),
     (r"(num_local_experts|num_experts|n_routed_experts|moe_num_experts|n_experts)", 4),
     (r"(num_experts_per_tok|num_experts_per_token|top_k_experts|moe_top_k|moe_topk|top_k|n_experts_per_tok|moe_k)", 2),
     (r"(n_group|topk_group|num_nextn_predict_layers|first_k_dense_replace)", 1),
@@ -76,40 +82,53 @@ SIZES: list[tuple[str, int]] = [
 
 def shrink(values: dict[str, Any]) -> dict[str, Any]:
     """A config's own values with everything large made small."""
-    small: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict) and name.endswith(("_config",)):
-            small[name] = shrink(value)
-        elif name in ("layer_types", "mlp_layer_types", "layers_block_type", "attention_layers") and isinstance(value, list):
-            kinds = list(dict.fromkeys(map(str, value)))
-            small[name] = [kinds[-1 - i % len(kinds)] for i in range(LAYERS)][::-1] if value else value
-        elif isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
-            small[name] = value
-        elif name.endswith("token_id"):
-            small[name] = {"bos_token_id": 1, "eos_token_id": 2}.get(name)
-        elif isinstance(value, (int, type(None))):
-            small[name] = next((size for pattern, size in SIZES if value is not None and re.fullmatch(pattern, name)), value)
-        else:
-            small[name] = 0.0 if "dropout" in name or name.endswith("pdrop") or "layerdrop" in name else value
+    small = {name: shrunk(name, value) for name, value in values.items()}
+    if "qk_rope_head_dim" in values:  # latent attention: the rotated part of a head is its "head_dim"
+        small.update({k: v for k, v in {"head_dim": 4, "qk_head_dim": 12, "num_key_value_heads": 4}.items() if k in values})
     return small
+
+
+def shrunk(name: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        if name.endswith("_config"):
+            return shrink(value)
+        return (
+            {"rope_type": "default", "rope_theta": 10000.0} if name == "rope_parameters" and value.get("rope_theta", 0) is None else value
+        )
+    size = next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), None)
+    if name in ("layer_types", "mlp_layer_types", "layers_block_type", "attention_layers") and isinstance(value, list) and value:
+        kinds = list(dict.fromkeys(map(str, value)))
+        return [kinds[-1 - i % len(kinds)] for i in range(LAYERS)][::-1]
+    if isinstance(value, list) and len(value) > LAYERS and all(isinstance(v, (int, float)) for v in value):
+        return [size if size is not None else v for v in value[:LAYERS]]
+    if name.endswith("token_id"):
+        return {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}.get(name, VOCAB - 1)
+    if name == "is_decoder":
+        return True
+    if isinstance(value, float):
+        return 0.0 if "dropout" in name or name.endswith("pdrop") or "layerdrop" in name else value
+    if value is None:
+        return {"num_key_value_heads": 2, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "head_dim": 8}.get(name)
+    return size if size is not None and isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def tiny_config(family: str) -> PretrainedConfig:
     """The default config of a family, shrunk; raises whatever transformers raises when it cannot be."""
     default = AutoConfig.for_model(family)
-    values = {k: v for k, v in default.to_dict().items() if k not in ("model_type", "transformers_version", "architectures", "dtype")}
-    for name in SPECIAL.get(family, {}).get("drop", ()):
-        values.pop(name, None)
-    config = type(default)(**{**shrink(values), **SPECIAL.get(family, {}).get("set", {})})
-    config.use_cache = True
-    return config
+    leave = {"model_type", "transformers_version", "architectures", "dtype", "per_layer_config"}
+    values = {k: v for k, v in default.to_dict().items() if k not in leave}
+    return type(default)(**{**shrink(values), **SPECIAL.get(family, {})})
 
 
 # Sizes that hang together in ways their names do not tell.
 SPECIAL: dict[str, dict[str, Any]] = {
-    "gpt_neo": {"set": {"attention_types": [[["global", "local"], 1], [["global"], 1]], "attention_layers": ["global", "local", "global"]}},
-    "gptj": {"set": {"rotary_dim": 4}},
-    "codegen": {"set": {"rotary_dim": 4}},
+    "bamba": {"attn_layer_indices": [1]},
+    "codegen": {"rotary_dim": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1], [["global"], 1]], "attention_layers": ["global", "local", "global"]},
+    "gptj": {"rotary_dim": 4},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
 }
 
 
@@ -168,16 +187,39 @@ def memory_error(lm: LanguageModel) -> float:
     """How far the sums of coefficient times value are from what the memories put out."""
     seen: dict[int, tuple[Tensor, Tensor]] = {}
     handles = [
-        ffn.down.register_forward_hook(lambda m, args, out, layer=ffn.layer: seen.__setitem__(layer, (args[0], out.clone()))) for ffn in lm.ffn if not ffn.n_experts
+        ffn.down.register_forward_hook(lambda m, args, out, layer=ffn.layer: seen.__setitem__(layer, (args[0], out.clone())))
+        for ffn in lm.ffn
+        if not ffn.n_experts
     ]
     lm.module(input_ids=torch.tensor(ROWS[:1]), use_cache=False)
     for handle in handles:
         handle.remove()
-    worst = 0.0
+    worst = max([0.0, *(expert_error(lm, ffn) for ffn in lm.ffn if ffn.n_experts)])
     for layer, (coefficients, out) in seen.items():
         ffn = lm.ffn[layer]
         written = torch.einsum("...i,id->...d", coefficients, ffn.values) + (0 if ffn.bias is None else ffn.bias)
         worst = max(worst, difference(written, out))
+    return worst
+
+
+def expert_error(lm: LanguageModel, ffn: FeedForward) -> float:
+    """How far the routed (and shared) experts' sums are from what the block puts out, token by token."""
+    seen: list[Tensor] = []
+    handle = ffn.module.register_forward_hook(lambda m, args, out: seen.append((out[0] if isinstance(out, tuple) else out).clone()))
+    lm.module(input_ids=torch.tensor(ROWS[:1]), use_cache=False)
+    handle.remove()
+    routing = ffn.routing(lambda: lm.module(input_ids=torch.tensor(ROWS[:1]), use_cache=False))
+    worst = 0.0
+    for token, out in enumerate(seen[0].reshape(-1, lm.d_model)):
+        total = torch.zeros(lm.d_model)
+        for place, expert in enumerate(routing.experts[token].tolist()):
+            if expert < ffn.n_experts:
+                bank = ffn.experts[expert]
+                written = sum(m * v for m, v in zip(routing.coefficients[token, place], bank.values, strict=True))
+                total += routing.weights[token, place] * (written + (0 if bank.bias is None else bank.bias))
+        if ffn.shared is not None and routing.shared is not None and routing.shared_weight is not None:
+            total += routing.shared_weight[token] * (routing.shared[token] @ ffn.shared.values)
+        worst = max(worst, difference(total, out))
     return worst
 
 
@@ -287,7 +329,7 @@ def guarded(family: str, seconds: float) -> dict[str, Any]:
     try:
         if here.poll(seconds):
             return dict(here.recv())
-        return {"family": family, "outcome": "not built", "why": f"no result within {seconds:.0f} s"}
+        return {"family": family, "outcome": "timed out", "why": f"no result within {seconds:.0f} s"}
     except EOFError:
         return {"family": family, "outcome": "silent", "why": "the process died"}
     finally:
@@ -310,10 +352,9 @@ def main() -> None:
         numbers = {k: f"{v:.0e}" for k, v in results[-1].items() if isinstance(v, float) and k != "seconds"}
         print(f"{family:24} {results[-1]['outcome']:9} {results[-1].get('why') or numbers}", flush=True)
     counts = Counter(r["outcome"] for r in results)
-    print(f"\n{len(results)} types: " + ", ".join(f"{counts[o]} {o}" for o in ("pass", "refused", "silent", "not built")))
+    print(f"\n{len(results)} types: " + ", ".join(f"{counts[o]} {o}" for o in ("pass", "refused", "silent", "not built", "timed out")))
     if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"counts": counts, "results": results}, file, indent=1)
+        Path(options.json).write_text(json.dumps({"counts": counts, "results": results}, indent=1) + "\n", encoding="utf-8")
     sys.exit(1 if counts["silent"] else 0)
 
 

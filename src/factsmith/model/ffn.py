@@ -358,7 +358,16 @@ def _find_plain(dry: _Dry, writers: list[_Part]) -> FeedForward:
     # Some parts take the residual stream along and add it themselves, or end in a norm; then the linear's own output is what is written.
     alone = len(writers) == 1 and same(writers[0].call.output.flatten(), dry.calls[found[-1][0]][0].output.flatten())
     module = writers[0].module if alone else down
-    return FeedForward(**vars(bank), module=module, adds_directly=_adds_directly(dry, module), _down=down)
+    return FeedForward(
+        layer=dry.index,
+        _weight=bank._weight,
+        _bias=bank._bias,
+        _gate=bank._gate,
+        _up=bank._up,
+        module=module,
+        adds_directly=_adds_directly(dry, module),
+        _down=down,
+    )
 
 
 def _bank(dry: _Dry, ordered: list[nn.Module]) -> Neurons | None:
@@ -545,7 +554,7 @@ class _Routed:
         hidden, chosen, weights = (get_slot(routed, s) for s in (self.hidden, self.chosen, self.weights))
         d_ff = ffn.experts[0].d_ff
         coefficients = hidden.new_zeros(*chosen.shape, d_ff)
-        for expert in chosen.unique().tolist():
+        for expert in sorted(set(chosen.flatten().tolist())):
             if 0 <= expert < ffn.n_experts:  # an index past the end says: no expert
                 token, place = (chosen == expert).nonzero(as_tuple=True)
                 coefficients[token, place] = self.coefficients(expert, hidden[token])
@@ -614,8 +623,10 @@ def _find_experts(dry: _Dry, writers: list[_Part]) -> FeedForward:
 
 def _of_expert(first: Neurons, expert: int) -> Neurons:
     """The bank of another expert: all lie alike in the same parameters."""
-    places = {k: None if m is None else dataclasses.replace(m, expert=expert) for k, m in vars(first).items() if k.startswith("_")}
-    return dataclasses.replace(first, **places)
+    weight, bias, gate, up = (
+        None if m is None else dataclasses.replace(m, expert=expert) for m in (first._weight, first._bias, first._gate, first._up)
+    )
+    return Neurons(layer=first.layer, _weight=weight, _bias=bias, _gate=gate, _up=up)
 
 
 def _expert(dry: _Dry, routed: _Routed, seen: Sequence[Product], hidden: Tensor) -> Neurons:

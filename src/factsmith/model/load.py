@@ -17,17 +17,19 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicCache
+from transformers.utils import logging as notices
 
 from ..errors import FactsmithError, InputError, ModelError, ModelNotFoundError, TokenizerError, UnsupportedModelError
-from .ffn import FeedForward, check_layer, find_feed_forward, find_layers, same
+from .ffn import FeedForward, Routing, check_layer, find_feed_forward, find_layers, same
 from .tokens import Batch, align, encode, fast_tokenizer, pad_id, target_ids
 from .trace import recording, replacing, standing_in, with_first_tensor
 
@@ -46,18 +48,22 @@ class LanguageModel:
     embedding    the input embedding
     """
 
-    def __init__(self, module: nn.Module, tokenizer: Any, name: str) -> None:
+    def __init__(self, module: Any, tokenizer: Any, name: str) -> None:
         self.module = module
         self.tokenizer = fast_tokenizer(tokenizer)
         self.name = name
-        self.config: Any = getattr(module, "config", None)
-        self._text_config: Any = self.config.get_text_config(decoder=True) if hasattr(self.config, "get_text_config") else self.config
+        self.config: Any = module.config
+        self._text_config: Any = self.config.get_text_config(decoder=True)
         self._accepts = _accepted(module)
         self._fingerprint: tuple[object, str] | None = None
         self._plain_id = 0
         self.caches_prefix = False
         self.hides_left_padding = True
-        self.embedding: nn.Module = module.get_input_embeddings()  # type: ignore[operator]
+        self.embedding: nn.Module = module.get_input_embeddings()
+        packed = next((p.dtype for p in module.parameters() if p.dim() >= 2 and (not p.is_floating_point() or p.element_size() < 2)), None)
+        if packed is not None:
+            raise UnsupportedModelError(f"{name} is quantised ({packed}): its weights cannot be read or edited; load it in 16 or 32 bits")
+        self._check_tokenizer()
         module.eval().requires_grad_(False)
         self._discover()
 
@@ -84,7 +90,8 @@ class LanguageModel:
     @property
     def dtype(self) -> torch.dtype:
         """The floating dtype of the weights."""
-        return next(p.dtype for p in self.module.parameters() if p.is_floating_point())
+        dtype: torch.dtype = next(p.dtype for p in self.module.parameters() if p.is_floating_point())
+        return dtype
 
     @property
     def max_tokens(self) -> int | None:
@@ -165,15 +172,35 @@ class LanguageModel:
 
     @torch.no_grad()
     def coefficients(self, prompt: str, layers: Iterable[int] | None = None) -> Tensor:
-        """The coefficient of every neuron at every token of a prompt: (n_layers or the layers asked for, n_tokens, d_ff)."""
+        """The coefficient of every neuron at every token of a prompt: (n_layers or the layers asked for, n_tokens, d_ff).
+
+        Raises LayerError for a layer that does not exist, UnsupportedModelError for one with experts, InputError when the layers asked
+        for differ in their number of neurons.
+        """
         wanted = list(range(self.n_layers)) if layers is None else [check_layer(layer, self.n_layers) for layer in layers]
         if not wanted:
             raise InputError("no layer was asked for; expected at least one, or None for all")
+        routed = [layer for layer in wanted if self.ffn[layer].n_experts]
+        if routed:
+            raise UnsupportedModelError(f"layers {routed} have experts, each with coefficients of its own; use lm.routing(prompt, layer)")
+        widths = {self.ffn[layer].d_ff for layer in wanted}
+        if len(widths) > 1:
+            raise InputError(f"the layers asked for have {sorted(widths)} neurons; ask for layers of one width at a time")
         batch = self.batch([prompt])
         self.check_batch(batch)
-        with recording({layer: self.ffn[layer].down for layer in wanted}, stop=True) as calls:
+        with recording({layer: self.ffn[layer].down for layer in wanted}, stop=True, copy=False) as calls:
             self.forward(batch)
         return torch.stack([calls[layer][0].input.reshape(batch.width, -1) for layer in wanted])
+
+    @torch.no_grad()
+    def routing(self, prompt: str, layer: int) -> Routing:
+        """Which experts each token of a prompt goes to in a layer, with what weights, and their coefficients.
+
+        Raises LayerError for a layer that does not exist or has no experts.
+        """
+        batch = self.batch([prompt])
+        self.check_batch(batch)
+        return self.ffn[check_layer(layer, self.n_layers)].routing(lambda: self.forward(batch))
 
     @torch.no_grad()
     def next_tokens(self, prompt: str, k: int = 10) -> list[tuple[str, float]]:
@@ -279,6 +306,18 @@ class LanguageModel:
 
     # ── finding out what it is ──────────────────────────────────────────────────────────────────────────────────────────
 
+    def _check_tokenizer(self) -> None:
+        """Raises TokenizerError when the tokenizer is empty (its files were missing) or belongs to a larger vocabulary."""
+        text = "The name of the place is"
+        ids, _ = encode(self.tokenizer, text)
+        words = [i for i in ids if i not in self.tokenizer.all_special_ids]
+        if len(words) < 2:
+            raise TokenizerError(f"the tokenizer of {self.name} makes {len(words)} tokens of {text!r}; is its tokenizer.json missing?")
+        if max(ids) >= self._vocabulary:
+            raise TokenizerError(
+                f"the tokenizer of {self.name} has id {max(ids)}, the model only {self._vocabulary}: it is another model's"
+            )
+
     def _discover(self) -> None:
         """Find the structure in a dry run of a few tokens, and check it against the model's own full pass."""
         try:
@@ -288,9 +327,8 @@ class LanguageModel:
         except FactsmithError:
             raise
         except Exception as error:  # models raise whatever they like when they are run in a way they do not foresee
-            reason = str(error).strip().split("\n")[0]
             raise UnsupportedModelError(
-                f"{self.name}: its dry run ended in {type(error).__name__}: {reason}; it is not a text model that can be replayed"
+                f"{self.name}: its dry run ended in {type(error).__name__}: {_first_line(error)}; it cannot be replayed as a text model"
             ) from error
 
     def _find_parts(self) -> None:
@@ -307,7 +345,12 @@ class LanguageModel:
         from .replay import PrefixCache  # the engine needs the model, and the model's check needs the engine
 
         single = self._dry_batch([0])
-        full = self.forward(single).logits
+        full = self.module(input_ids=single.input_ids).logits
+        if not same(self.forward(single).logits, full):
+            # Some models count positions from elsewhere than 0, and know it only themselves.
+            self._accepts.discard("position_ids")
+            if not same(self.forward(single).logits, full):
+                raise UnsupportedModelError(f"{self.name}: a mask without any padding changes its output, so it is not understood")
         other = Batch(single.input_ids.clone(), single.attention_mask, single.position_ids, single.pivot)
         other.input_ids[:, -1] = self._plain_id
         if not same(self.forward(other).logits[:, :-1], full[:, :-1]):
@@ -323,8 +366,8 @@ class LanguageModel:
             self.caches_prefix = False
         if not self.caches_prefix and not self._replays(single):
             raise UnsupportedModelError(f"{self.name}: its layers, run again by themselves, do not give what they give in the model")
-        short = self._dry_batch([1])
-        self.hides_left_padding = same(self.last_logits(self._dry_batch([0, 1]))[1], self.last_logits(short)[0])
+        both, alone = self._dry_batch([0, 1]), self._dry_batch([1])
+        self.hides_left_padding = same(self.last_logits(both)[1], self.last_logits(alone)[0]) and self._replays(both)
 
     def _replays(self, batch: Batch) -> bool:
         """Whether a suffix replayed from some changed layer equals the model's own pass with the same change."""
@@ -335,7 +378,7 @@ class LanguageModel:
         for layer in sorted({min(1, self.n_layers), self.n_layers // 2, self.n_layers - 1} - {0}):
             hidden = replay.hidden[layer] * 1.25
             changed = torch.cat([record(self, batch).hidden[layer][:, :start], hidden], dim=1)
-            with replacing({self.layers[layer - 1]: lambda out, changed=changed: changed}):
+            with replacing({self.layers[layer - 1]: _always(changed)}):
                 expected = self.forward(batch).logits[:, start:]
             if not same(replay.logits(replay.resume(layer, hidden)), expected):
                 return False
@@ -345,9 +388,14 @@ class LanguageModel:
         every = self._dry_rows()
         return align(self, [every[r] for r in rows], [len(every[r]) - 1 for r in rows])
 
+    @property
+    def _vocabulary(self) -> int:
+        """How many tokens the model has embeddings for."""
+        return next(p for p in self.embedding.parameters() if p.dim() == 2).shape[0]
+
     def _dry_rows(self) -> list[list[int]]:
         """Two short rows of plain tokens, different in length."""
-        size = int(getattr(self._text_config, "vocab_size", 0) or self.embedding.weight.shape[0])  # type: ignore[union-attr,index,arg-type]
+        size = self._vocabulary
         reserved = {pad_id(self.tokenizer), getattr(self._text_config, "pad_token_id", None), *self.tokenizer.all_special_ids}
         plain = [i for i in range(size // 3, min(size, size // 3 + 64)) if i not in reserved]
         if len(plain) < 9:
@@ -376,37 +424,76 @@ def load(
     """Load a bundled model ("atlas", "atlas-llama"), a folder, or a hub id.
 
     device: where to put it (None: the CPU). dtype: None takes float32 on the CPU and the checkpoint's own elsewhere.
-    Raises ModelNotFoundError, TokenizerError, ModelError (damaged weights, not a causal model), UnsupportedModelError.
+    Raises ModelNotFoundError, TokenizerError, ModelError (damaged or missing weights, not a causal model), UnsupportedModelError (its
+    structure is not understood), InputError (no such device).
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     name = os.fspath(name_or_path)
-    source = str(ATLAS / name) if name in bundled() else name
-    local = Path(source).is_dir()
-    if not local and ("/" not in name or name.startswith((".", "/", "~"))):
-        raise ModelNotFoundError(
-            f"no model {name!r}: not a folder, and not bundled (bundled: {', '.join(bundled()) or 'none'}); "
-            "give a folder with config.json and weights, or a hub id such as owner/name"
-        )
-    where = torch.device(device) if device is not None else torch.device("cpu")
+    source, local = _locate(name)
+    try:
+        where = torch.device("cpu" if device is None else device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {str(device)!r} cannot be used here ({_first_line(error)}); expected 'cpu', 'cuda' ...") from None
     wanted: torch.dtype | str = dtype if dtype is not None else (torch.float32 if where.type == "cpu" else "auto")
     with _quietly():
+        _check_config(name, source, local)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-        except Exception as error:
-            raise TokenizerError(f"cannot load a tokenizer from {name!r}: {error}") from error
+        except Exception as error:  # the tokenizer libraries raise many things, down to bare Exception
+            raise TokenizerError(
+                f"{name!r} has no tokenizer that can be read ({_first_line(error)}); expected a tokenizer.json beside the weights"
+            ) from error
+        fast_tokenizer(tokenizer)
         try:
-            module = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, local_files_only=local).to(where)
-        except Exception as error:
-            raise ModelError(f"cannot load {name!r}: {error}") from error
-    return LanguageModel(module, tokenizer, name)
+            module, report = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, local_files_only=local, output_loading_info=True)
+        except Exception as error:  # likewise: damaged files surface as errors of many libraries
+            raise ModelError(
+                f"the weights of {name!r} cannot be read ({type(error).__name__}: {_first_line(error)}); copy or download them again"
+            ) from error
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(f"{name!r} lacks {len(missing)} of its weights ({', '.join(missing[:3])} ...); copy or download it again")
+    return LanguageModel(module.to(where), tokenizer, name)
+
+
+def _locate(name: str) -> tuple[str, bool]:
+    """Where a model is to be loaded from, and whether that is a folder; raises ModelNotFoundError."""
+    if name in bundled():
+        return str(ATLAS / name), True
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelNotFoundError(f"folder {name!r} holds no config.json; expected a transformers model with its weights and tokenizer")
+        return str(path), True
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ModelNotFoundError(
+            f"no model {name!r}: neither a folder nor a bundled model ({', '.join(bundled()) or 'none are installed'}); "
+            "give one of these, a folder with config.json, weights and tokenizer, or a hub id such as owner/name"
+        )
+    return name, False
+
+
+def _check_config(name: str, source: str, local: bool) -> None:
+    """Raises ModelNotFoundError when the hub does not have it, ModelError when it is no causal language model."""
+    try:
+        config = AutoConfig.from_pretrained(source, local_files_only=local)
+    except Exception as error:  # hub, network, JSON and validation errors alike
+        if local:
+            raise ModelError(f"the config.json of {name!r} cannot be used: {_first_line(error)}") from error
+        raise ModelNotFoundError(
+            f"no model {name!r} on the hub, or the hub cannot be reached: {_first_line(error)}; "
+            f"check the name and the network, or give a folder or a bundled model ({', '.join(bundled()) or 'none are installed'})"
+        ) from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ModelError(f"{name!r} is a {config.model_type} model, not a causal language model; expected one that continues text")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
 def _quietly() -> Generator[None, None, None]:
     """Hold back transformers' progress bars and notices for a while."""
-    from transformers.utils import logging as notices
-
     level, bars = notices.get_verbosity(), notices.is_progress_bar_enabled()
     notices.set_verbosity(logging.CRITICAL)
     notices.disable_progress_bar()
@@ -418,6 +505,10 @@ def _quietly() -> Generator[None, None, None]:
         notices.set_verbosity(level)
         if bars:
             notices.enable_progress_bar()
+
+
+def _always(tensor: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda _: tensor
 
 
 def _accepted(module: nn.Module) -> set[str]:

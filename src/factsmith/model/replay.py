@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .load import LanguageModel
 
 
-class _PrefixLayer(DynamicLayer):
+class _PrefixLayer(DynamicLayer):  # type: ignore[misc]
     """One layer's keys and values of the prefix; `update` joins new ones to them and changes nothing."""
 
     def __init__(self, prefix: tuple[Tensor, Tensor] | None, rows: Tensor | None) -> None:

@@ -180,9 +180,9 @@ class Product:
     right: Tensor
 
 
-class _Products(TorchDispatchMode):
+class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, parameters: Mapping[str, Tensor], changes: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.names = {p.untyped_storage().data_ptr(): name for name, p in parameters.items()}
         self.changes = changes
         self.seen: list[Product] = []

@@ -1,0 +1,108 @@
+"""The core on tiny random models of many families: the same comparisons that benchmarks/families.py makes for all types.
+
+Every difference is against the plain model run one unpadded row at a time, with hooks of the comparison's own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from factsmith.errors import LayerError, UnsupportedModelError
+
+DENSE = [
+    *("gpt2", "gptj", "gpt_neo", "gpt_neox", "opt", "bloom", "mpt", "codegen", "falcon", "llama", "mistral", "qwen2", "qwen3"),
+    *("gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo2", "starcoder2", "stablelm", "cohere", "granite", "smollm3", "glm4"),
+]
+EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe"]
+
+
+def _load() -> ModuleType:
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "families.py"
+    spec = importlib.util.spec_from_file_location("families", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+families = _load()
+
+
+@pytest.mark.parametrize("family", DENSE + EXPERTS)
+@pytest.mark.filterwarnings("ignore")
+def test_everything_agrees_with_the_plain_model(family: str) -> None:
+    result = families.check(family)
+    assert result["outcome"] == "pass", result
+    assert result["cached"], "the prefix's keys and values should be reused for this family"
+    assert {"memory", "full", "suffix", "aligned", "answers", "gradient", "hooks"} <= set(result)
+    assert max(result[name] for name in ("full", "answers", "hooks")) == 0 or result["full"] <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss"])
+@pytest.mark.filterwarnings("ignore")
+def test_experts_are_banks_with_keys_and_values(family: str) -> None:
+    module = families.tiny_model(family)
+    lm = families.wrap(module, families.letters())
+    ffn = lm.ffn[1]
+    assert ffn.n_experts == 4
+    assert (ffn.shared is not None) == (family == "qwen2_moe")
+    bank = ffn.experts[2]
+    assert bank.values.shape == bank.gate_keys.shape == bank.up_keys.shape == (bank.d_ff, lm.d_model)
+    holder = next(m for m in ffn.module.modules() if any(p.dim() == 3 for p in m.parameters(recurse=False)))
+    stored = dict(holder.named_parameters(recurse=False))
+    down = next(p for n, p in stored.items() if n.startswith("down") and p.dim() == 3)
+    assert bank.values.untyped_storage().data_ptr() == down.untyped_storage().data_ptr()
+    # The published formula, written out: mixtral and qwen2 keep (out, in) and two halves, gpt_oss (in, out) and alternating columns.
+    x = torch.randn(3, lm.d_model)
+    gate, up = x @ bank.gate_keys.T, x @ bank.up_keys.T
+    fused = next(p for n, p in stored.items() if n.startswith("gate_up") and p.dim() == 3)[2]
+    if family == "gpt_oss":
+        torch.testing.assert_close((gate, up), ((x @ fused)[:, ::2], (x @ fused)[:, 1::2]))
+        torch.testing.assert_close(bank.bias, stored["down_proj_bias"][2])
+        torch.testing.assert_close(bank.values, down[2])
+    else:
+        torch.testing.assert_close((gate, up), (x @ fused.T).chunk(2, dim=-1))
+        torch.testing.assert_close(torch.nn.functional.silu(gate) * up @ bank.values, torch.nn.functional.silu(gate) * up @ down[2].T)
+        assert bank.bias is None
+    for name in ("values", "keys", "down"):
+        with pytest.raises(UnsupportedModelError, match="experts"):
+            getattr(ffn, name)
+    with pytest.raises(UnsupportedModelError, match="routing"):
+        lm.coefficients("Paris is")
+
+
+def test_a_model_without_feed_forward_memories_is_refused_in_words() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"layer 0 .*no feed-forward memory"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        families.wrap(families.tiny_model("mamba"), families.letters())
+
+
+def test_a_model_that_looks_ahead_is_refused_in_words() -> None:
+    module = families.tiny_model("llama")
+    for layer in module.model.layers:
+        layer.register_forward_hook(lambda m, args, out: out + 0.1 * out.mean(dim=1, keepdim=True))
+    with pytest.raises(UnsupportedModelError):
+        families.wrap(module, families.letters())
+
+
+def test_routing_is_for_experts_only() -> None:
+    lm = families.wrap(families.tiny_model("llama"), families.letters())
+    with pytest.raises(LayerError, match="no experts"):
+        lm.ffn[0].routing(lambda: None)
+
+
+def test_the_comparison_notices_a_wrong_memory() -> None:
+    module = families.tiny_model("llama")
+    lm = families.wrap(module, families.letters())
+    wrong = module.model.layers[0].mlp.down_proj.weight
+    handle = module.model.layers[0].mlp.down_proj.register_forward_hook(lambda m, args, out: out + 0.01)
+    assert families.memory_error(lm) > 1e-3
+    handle.remove()
+    assert families.memory_error(lm) <= 1e-5
+    assert wrong.data_ptr() == lm.ffn[0].weight().data_ptr()
