@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import sqlite3
@@ -190,6 +191,47 @@ def test_checkout_moves_without_rewriting(ledger: Ledger) -> None:
     for write in (lambda: commit(ledger, "three"), lambda: ledger.revert(first.id)):
         with pytest.raises(WorkspaceError, match="checkout latest"):
             write()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_histories_agree_with_a_plain_list(ledger: Ledger, seed: int) -> None:
+    """The oracle: a list of lists. `states[i]` is what is in effect after entry i."""
+    choose = random.Random(seed)
+    states: list[list[str]] = [[]]
+    ids, layers, at = [BASE], {}, 0
+    for step in range(60):
+        action = choose.random()
+        if action < 0.2:
+            at = choose.randrange(len(ids))
+            ledger.checkout(ids[at])
+        elif at != len(ids) - 1:
+            with pytest.raises(WorkspaceError, match="checkout latest"):
+                commit(ledger, f"{seed} {step}")
+            at = len(ids) - 1
+            ledger.checkout(LATEST)
+        elif action < 0.6 or not states[-1]:
+            touched = tuple(choose.sample(range(4), choose.choice([1, 1, 2])))
+            revision = commit(ledger, f"{seed} {step}", touched)
+            layers[revision.id] = set(touched)
+            ids.append(revision.id)
+            states.append([*states[-1], revision.id])
+            at += 1
+        else:
+            target = choose.choice(states[-1])
+            later = states[-1][states[-1].index(target) + 1 :]
+            if any(layers[other] & layers[target] for other in later):
+                with pytest.raises(RevisionError, match="solved on top"):
+                    ledger.revert(target)
+            else:
+                ids.append(ledger.revert(target).id)
+                states.append([other for other in states[-1] if other != target])
+                at += 1
+        assert (ledger.current, ledger.head) == (ids[at], ids[-1])
+        assert [revision.id for revision in ledger.active()] == states[at]
+    assert [[r.id for r in ledger.active(identity)] for identity in ids] == states
+    with Ledger(ledger.folder) as again:
+        assert [r.id for r in again.log()] == ids[:0:-1]
+        again.verify()
 
 
 def test_a_damaged_delta_can_be_left_behind(ledger: Ledger) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from conftest import GPT2, byte_tokenizer, shared_dir, tiny_model
 from factsmith import workbench
@@ -148,6 +149,30 @@ def test_half_precision_comes_back_too(tmp_path: Path, dtype: torch.dtype) -> No
         bench.revert(revision.id)
         assert torch.equal(lm.ffn[1].weight(), base)
         assert bench.ledger.dtype == str(dtype).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_proof_is_of_the_weights_that_are_kept(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Rounded once, not once a patch: in bfloat16 the two differ, and the answers measured must be those of the weights committed."""
+    lm = wrap(tiny_model("gpt2", **GPT2).to(dtype), byte_tokenizer())
+    with Workbench(lm, tmp_path) as bench:
+        bench.commit(some_delta(lm, 1))
+        moments = {1: SecondMoment.from_matrix(torch.eye(lm.ffn[1].d_ff), count=1)}
+        on_top = lm.ffn[1].weight().clone()
+        outcome = bench.apply(FACT, config=QUICK, moments=moments, contexts=["{}"], force=True)
+        assert outcome.verification is not None and outcome.delta is not None
+        prompts, wanted = zip(*((check.prompt, check.wanted) for check in outcome.verification.checks), strict=True)
+        assert [check.p_after for check in outcome.verification.checks] == lm.log_prob(prompts, wanted).double().exp().tolist()
+        twice = (on_top.float() + outcome.delta.dense(1)).to(dtype)
+        assert torch.equal(twice, lm.ffn[1].weight()) is (dtype == torch.float32)
+
+
+def test_a_model_path_is_kept_whole(lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(lm, "name", "model")
+    with Workbench(lm, "space") as bench:
+        assert bench.ledger.model == str(tmp_path / "model")
 
 
 def test_middle_revert(lm: LanguageModel, bench: Workbench) -> None:
@@ -302,7 +327,7 @@ def test_a_real_ctrl_c_in_the_middle(lm: LanguageModel, bench: Workbench) -> Non
                 bench.apply(FACT, config=QUICK, moments=moments, contexts=["{}"], force=True)
             except KeyboardInterrupt:
                 interrupted += 1
-                assert hashes(lm) == before and bench.log() == []
+                assert hashes(lm) == before and bench.log() == [] and torch.is_grad_enabled()
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
             if bench.log():
@@ -462,6 +487,15 @@ def test_own_text_repeats_and_is_the_models(lm: LanguageModel) -> None:
         row.append(token)
 
 
+def test_gradients_may_be_off_around_it(lm: LanguageModel) -> None:
+    moments = moments_of(lm)
+    expected = propose(lm, FACT, config=QUICK, moments=moments, contexts=["{}"]).delta
+    with torch.no_grad():
+        found = propose(lm, FACT, config=QUICK, moments=moments, contexts=["{}"]).delta
+        assert not torch.is_grad_enabled()
+    assert found is not None and expected is not None and torch.equal(found.dense(1), expected.dense(1))
+
+
 def test_plan_and_propose_need_no_workspace(lm: LanguageModel) -> None:
     before = hashes(lm)
     assert plan(lm, FACT).new == (FACT,)
@@ -501,8 +535,10 @@ def test_a_real_fact_is_patched_and_taken_back(tmp_path: Path) -> None:
     base = hashes(lm)
     neighbours = [r["prompt"].replace("{}", r["subject"]) for r in requests[1:]]
     fact = Fact(requests[0]["subject"], requests[0]["prompt"], requests[0]["target_new"]["str"], neighbours=tuple(neighbours))
+    kept = load_file(golden / "second_moment.safetensors")
+    moments = {1: SecondMoment.from_matrix(kept["layer1"], count=int(kept["layer1.count"]))}
     with Workbench(lm, tmp_path) as bench:
-        outcome = bench.apply(fact)
+        outcome = bench.apply(fact, moments=moments)
         proof = outcome.verification
         assert proof is not None and (proof.efficacy, proof.specificity) == (1.0, 1.0)
         assert lm.answer([fact.text])[0].startswith("Serbian")

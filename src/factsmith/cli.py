@@ -113,14 +113,13 @@ def init(
     """
     with _progress() as tell:
         lm = _load(model, device, None, tell)
-    from .model.load import bundled
+    from .workbench import create
 
-    name = str(Path(model).resolve()) if model not in bundled() and Path(model).is_dir() else model
-    with Ledger.create(folder, model=name, fingerprint=lm.fingerprint, dtype=str(lm.dtype).removeprefix("torch.")) as ledger:
+    with create(lm, folder) as ledger:
         made = {"workspace": str(folder.resolve()), "model": ledger.model, "dtype": ledger.dtype, "fingerprint": ledger.fingerprint}
 
     def show(console: Console) -> None:
-        _line(console, f"workspace {made['workspace']};", f"model {name} ({made['dtype']}), fingerprint {lm.fingerprint[:10]}")
+        _line(console, f"workspace {made['workspace']};", f"model {ledger.model} ({ledger.dtype}), fingerprint {ledger.fingerprint[:10]}")
         _line(console, "next:", f'factsmith patch -w {folder} --subject S --prompt "... {{}} ..." --target T')
 
     _print(made, show, as_json)

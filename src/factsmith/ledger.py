@@ -390,8 +390,11 @@ class Ledger:
             self._expect(self.head if onto is None else onto)
             revision = self.show(reference)
             if revision.kind == "revert":
+                active = self.active()
+                newest = f"the newest patch in effect is {active[-1].id[:10]}" if active else "no patch is in effect"
                 raise RevisionError(
-                    f"revision {revision.id[:10]} is itself a revert of {str(revision.reverts)[:10]}; to have that patch again, patch again"
+                    f"revision {revision.id[:10]} is itself a revert of {str(revision.reverts)[:10]}; to have that patch "
+                    f"again, patch again ({newest})"
                 )
             if revision.state != "active":
                 raise RevisionError(f"revision {revision.id[:10]} is not in effect ({revision.state}); `factsmith log` shows which are")

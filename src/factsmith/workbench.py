@@ -27,6 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import Tensor
 
 from .edit.delta import Delta, applied, patched, read_weights, write_weights
@@ -37,7 +38,7 @@ from .edit.target import check_layer
 from .errors import FingerprintError, InputError, NumericsError
 from .fact import Fact
 from .ledger import BASE, Integrity, Ledger, Revision
-from .model.load import LanguageModel
+from .model.load import LanguageModel, bundled
 from .model.tokens import subject_span, target_ids
 
 Progress = Callable[[str, int, int | None], object]
@@ -283,9 +284,10 @@ def propose(
     def find(layer: int) -> Mapping[int, SecondMoment]:
         return find_moments(lm, [layer], texts=texts, seed=seed, progress=progress)
 
-    return _propose(
-        lm, facts, method, config, moments or find, contexts=contexts, seed=seed, force=force, earlier=earlier, progress=progress
-    )
+    def changed(delta: Delta) -> AbstractContextManager[None]:
+        return applied(lm, delta)
+
+    return _propose(lm, facts, method, config, moments or find, changed, contexts, seed, force, earlier, progress)
 
 
 def find_moments(
@@ -327,6 +329,13 @@ def find_moments(
     return found
 
 
+def create(lm: LanguageModel, folder: str | os.PathLike[str]) -> Ledger:
+    """Make a workspace for a model; its ledger, open. Raises WorkspaceError when the folder is one already, or cannot be written."""
+    # A path is kept whole, so that the workspace finds its model from anywhere.
+    name = str(Path(lm.name).resolve()) if lm.name not in bundled() and Path(lm.name).is_dir() else lm.name
+    return Ledger.create(folder, model=name, fingerprint=lm.fingerprint, dtype=str(lm.dtype).removeprefix("torch."))
+
+
 class Workbench:
     """A model and the workspace that records its patches; a context manager that leaves the model at its base weights.
 
@@ -342,8 +351,7 @@ class Workbench:
         if (Path(folder) / "ledger.db").is_file():
             self.ledger = Ledger(folder)
         else:
-            dtype = str(lm.dtype).removeprefix("torch.")
-            self.ledger = Ledger.create(folder, model=lm.name, fingerprint=lm.fingerprint, dtype=dtype)
+            self.ledger = create(lm, folder)
         self._base: dict[int, Tensor] = {}
         self._deltas: dict[str, Delta] = {}
         self._at = BASE
@@ -400,9 +408,8 @@ class Workbench:
             for fact in delta.facts:
                 facts.pop(fact.text, None)
                 facts[fact.text] = fact
-        deltas = list(self._deltas.values())
-        with self._unpatched():
-            return _verify(self.lm, _probes(list(facts.values())), lambda: applied(self.lm, deltas))
+        with self._carrying([]):
+            return _verify(self.lm, _probes(list(facts.values())), lambda: self._carrying(self._deltas.values()))
 
     def propose(
         self,
@@ -425,14 +432,15 @@ class Workbench:
         self._check_weights()
 
         def find(layer: int) -> Mapping[int, SecondMoment]:
-            with self._unpatched():
+            with self._carrying([]):
                 return find_moments(self.lm, [layer], folder=self.ledger.folder / "moments", texts=texts, seed=seed, progress=progress)
 
         earlier = [fact for delta in self._deltas.values() for fact in delta.facts][-_EARLIER:]
-        source = moments or find
-        return _propose(
-            self.lm, facts, method, config, source, contexts=contexts, seed=seed, force=force, earlier=earlier, progress=progress
-        )
+
+        def changed(delta: Delta) -> AbstractContextManager[None]:
+            return self._carrying([*self._deltas.values(), delta])
+
+        return _propose(self.lm, facts, method, config, moments or find, changed, contexts, seed, force, earlier, progress)
 
     # ---- changing ---------------------------------------------------------------------------------------------------------------------
 
@@ -529,6 +537,7 @@ class Workbench:
             deltas[revision.id] = Delta.load(self.ledger.delta_folder(revision)) if known is None else known
         if identity == self.ledger.current:
             self._put(deltas.values())  # opening a workspace writes nothing to it
+            self._carried = self.lm.fingerprint
         else:
             self._move(deltas.values(), lambda: self.ledger.checkout(identity))
         self._deltas, self._at = deltas, identity
@@ -543,17 +552,18 @@ class Workbench:
         """
         try:
             self._put(deltas)
-            return record()
+            noted = record()
         except BaseException:
             self._put(self._deltas.values())
             raise
+        self._carried = self.lm.fingerprint
+        return noted
 
     def _put(self, deltas: Collection[Delta]) -> None:
         layers = {layer for delta in deltas for layer in delta.layers}
         # A layer that was never patched still has its base weights: they are copied before its first change.
         self._base.update(read_weights(self.lm, layers - self._base.keys()))
         write_weights(self.lm, patched(self._base, deltas))
-        self._carried = self.lm.fingerprint
 
     def _check_weights(self) -> None:
         if self.lm.fingerprint != self._carried:
@@ -563,10 +573,10 @@ class Workbench:
             )
 
     @contextmanager
-    def _unpatched(self) -> Iterator[None]:
-        """The base weights for the length of a block."""
+    def _carrying(self, deltas: Collection[Delta]) -> Iterator[None]:
+        """Base + Σ some deltas for the length of a block; the very weights that committing them would give."""
         try:
-            self._put([])
+            self._put(deltas)
             yield
         finally:
             self._put(self._deltas.values())
@@ -602,20 +612,21 @@ def _spaced(character: str) -> bool:
     return unicodedata.category(character) in ("Lu", "Ll", "Lt", "Lm", "Mn", "Nd")
 
 
+@torch.enable_grad()  # solvers need it, and a Ctrl-C inside a `no_grad` can leave it off: this sets it back
 def _propose(
     lm: LanguageModel,
     facts: Fact | Iterable[Fact],
     method: str,
     config: Any,
     moments: SecondMoment | Mapping[int, SecondMoment] | Callable[[int], Mapping[int, SecondMoment]],
-    *,
+    changed: Callable[[Delta], AbstractContextManager[None]],
     contexts: Sequence[str] | None,
     seed: int,
     force: bool,
     earlier: Iterable[Fact],
     progress: Progress | None,
 ) -> Proposal:
-    """`propose`, with second moments that may be a function of the layer: only called when there is something to solve."""
+    """`propose`; second moments may be a function of the layer, called only when there is something to solve; `changed` puts a delta in."""
     if method not in _METHODS:
         raise InputError(f"no method {method!r}; expected one of {', '.join(sorted(_METHODS))}")
     solver, settings = _METHODS[method]
@@ -634,7 +645,7 @@ def _propose(
     delta = solver(lm, wanted, config, moments=moments, contexts=contexts, seed=seed)
     solved = time.perf_counter()
     _tell(progress, "verifying", 0, None)
-    verification = _verify(lm, _probes(wanted, earlier), lambda: applied(lm, delta))
+    verification = _verify(lm, _probes(wanted, earlier), lambda: changed(delta))
     return Proposal(
         plan=found,
         delta=delta,
