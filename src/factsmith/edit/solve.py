@@ -41,6 +41,7 @@ def cholesky(matrix: Tensor) -> Tensor:
         raise InputError("a second moment is symmetric; this matrix is not: give E[m mᵀ] of the down-projection's input")
     for jitter in JITTERS:
         shifted = matrix if jitter == 0 else matrix + jitter * mean * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+        factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(shifted)
         if not failed:
             return factor
@@ -51,7 +52,7 @@ def cholesky(matrix: Tensor) -> Tensor:
 
 def solve_moment(factor: Tensor, keys: Tensor) -> Tensor:
     """C⁻¹ kᵢ for every row of keys (n, m), as (n, m) float64; `factor` is `cholesky(C)`."""
-    solved: Tensor = torch.cholesky_solve(keys.to(factor).T, factor)  # type: ignore[no-untyped-call]  # (m, n)
+    solved: Tensor = torch.cholesky_solve(keys.to(factor).T, factor)  # (m, n)
     return solved.T
 
 

@@ -27,7 +27,7 @@ from ..model.tokens import align, encode, subject_span, target_ids
 from ..model.trace import recording, replacing
 
 _GUARD = "{} is a"
-"""The prompt whose next-token distribution at the subject token must stay: what the subject is (ROME, appendix E.5)."""
+"""The prompt whose next-token distribution at the subject token must stay: what the subject is (ROME, equation 4, second term)."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,17 @@ class TargetConfig:
     steps: int = 20
     """Evaluations of the loss, so at most steps − 1 updates: as in the authors' code, which made the tables."""
     lr: float = 0.5
-    """Adam's learning rate: with "paper", the change of each coordinate in the first update; with "auto", in units of its own scale."""
+    """Adam's learning rate, about the change of each coordinate in an update; with "auto" in units of the stream's root mean square."""
     kl_factor: float = 0.0625
     """Weight of the KL term that keeps the subject's essence; the authors' value for every model."""
     weight_decay: float = 0.5
-    """Weight of ‖δ‖: among targets that work, prefer the near one. The authors' value for GPT-2 and GPT-J."""
+    """Among targets that work, prefer the near one. "paper": weighs ‖δ‖ / ‖v₀‖², the authors' value for GPT-2 and GPT-J; "auto": ‖δ‖ at
+    the clamp costs a tenth of it, as the paper's term does on GPT-2 XL, too little to keep a target from being reached."""
     clamp: float = 4.0
-    """Largest ‖δ‖, in units of ‖v₀‖ ("paper") or of the layer's scale ("auto"); the authors' value (3 for GPT-2 medium)."""
+    """Largest ‖δ‖, in units of ‖v₀‖ ("paper"; the authors' value, 3 for GPT-2 medium) or of half the stream's norm ("auto": a layer may
+    write little of its own today, but a target must be able to outweigh the stream)."""
     stop_loss: float = 0.05
-    """Stop before the update once the loss is below: the target then has 95 % or more, and going on only lengthens δ."""
+    """Stop before the update once the loss ("auto": its first term) is below: the target then has 95 % or more, and δ is long enough."""
     scale: Literal["paper", "auto"] = "paper"
     """"paper": the reference formulas to the letter. "auto": step, decay and clamp relative to the model's own norms."""
 
@@ -322,9 +324,10 @@ def _read(replay: Replay, hidden: Tensor, asked: _Asked) -> tuple[Tensor, Tensor
 
 
 def _scales(config: TargetConfig, v_initial: Tensor, stream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Learning rate, factor of ‖δ‖ in the loss, and largest ‖δ‖, each (n,)."""
+    """Learning rate, factor of ‖δ‖ in the loss, and largest ‖δ‖, each (n,), from v₀ and the layer's output (n, d_model)."""
     if config.scale == "paper":
         norm = v_initial.norm(dim=-1)
         return torch.full_like(norm, config.lr), config.weight_decay / norm**2, config.clamp * norm
-    norm = stream.norm(dim=-1) / 4
-    return config.lr * 2 * norm / stream.shape[-1] ** 0.5, config.weight_decay / (config.clamp * norm), config.clamp * norm
+    norm = stream.norm(dim=-1)  # of the layer's output at the subject: what δ has to turn round
+    limit = config.clamp * norm / 2
+    return config.lr * norm / stream.shape[-1] ** 0.5, config.weight_decay / (10 * limit), limit
