@@ -85,6 +85,10 @@ class Matrix:
         stored = stored if self.expert is None else stored[self.expert]
         return (stored.T if self.transposed else stored)[self.rows]
 
+    def moved(self, places: Mapping[nn.Module, nn.Module]) -> Matrix:
+        """The same matrix in another layer built alike."""
+        return dataclasses.replace(self, module=places[self.module])
+
 
 def linear_matrix(module: nn.Module) -> Matrix:
     """The weight of a linear: Conv1D keeps it the other way round."""
@@ -148,6 +152,11 @@ class Neurons:
         """The up half of each key: (d_ff, d_model). Raises UnsupportedModelError when the neurons are not gated."""
         return self._half(self._up)
 
+    def moved(self, layer: int, places: Mapping[nn.Module, nn.Module]) -> Neurons:
+        """The same bank in another layer built alike."""
+        weight, bias, gate, up = (None if m is None else m.moved(places) for m in (self._weight, self._bias, self._gate, self._up))
+        return Neurons(layer=layer, _weight=weight, _bias=bias, _gate=gate, _up=up)
+
     def _half(self, matrix: Matrix | None) -> Tensor:
         if not self.is_gated:
             raise UnsupportedModelError(f"layer {self.layer} is not gated; use .keys")
@@ -190,6 +199,28 @@ class FeedForward(Neurons):
     def n_experts(self) -> int:
         """Number of routed experts; 0 for a plain memory."""
         return len(self.experts)
+
+    def moved(self, layer: int, places: Mapping[nn.Module, nn.Module]) -> FeedForward:
+        """The same memory in another layer built alike."""
+        bank = super().moved(layer, places)
+        return dataclasses.replace(
+            self,
+            **vars(bank),
+            module=places[self.module],
+            experts=tuple(e.moved(layer, places) for e in self.experts),
+            shared=None if self.shared is None else self.shared.moved(layer, places),
+            _down=None if self._down is None else places[self._down],
+            _routed=None if self._routed is None else dataclasses.replace(self._routed, module=places[self._routed.module]),
+        )
+
+    def check_sum(self, call: Call) -> None:
+        """Raises UnsupportedModelError unless the values, weighed by the coefficients, sum to what the down-projection put out."""
+        written = call.input @ self.values + (0 if self.bias is None else self.bias)
+        if not same(written, call.output):
+            raise UnsupportedModelError(
+                f"layer {self.layer}: the down-projection ({type(self.down).__name__}) puts out something else than its weight times its "
+                "input; merge adapters into the weights, or load without them"
+            )
 
     def routing(self, run: Callable[[], Any]) -> Routing:
         """What the experts of this layer do with every token of one pass, which `run` makes. Raises LayerError without experts."""
@@ -294,6 +325,16 @@ def _slots(call: Call) -> Iterator[tuple[Slot, Tensor]]:
     for name, value in call.kwargs.items():
         if isinstance(value, Tensor):
             yield name, value
+
+
+def build(layer: nn.Module) -> object:
+    """How a layer is built: equal for layers whose parts have the same names, types and shapes."""
+    return tuple((name, type(m), tuple((n, p.shape) for n, p in m.named_parameters(recurse=False))) for name, m in layer.named_modules())
+
+
+def counterparts(layer: nn.Module, other: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Each part of one layer with the part of that name in another."""
+    return dict(zip(layer.modules(), other.modules(), strict=True))
 
 
 # ── finding the memory inside a layer ───────────────────────────────────────────────────────────────────────────────────────

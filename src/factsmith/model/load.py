@@ -29,7 +29,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils import logging as notices
 
 from ..errors import FactsmithError, InputError, ModelError, ModelNotFoundError, TokenizerError, UnsupportedModelError
-from .ffn import FeedForward, Routing, check_layer, find_feed_forward, find_layers, same
+from .ffn import FeedForward, Routing, build, check_layer, counterparts, find_feed_forward, find_layers, same
 from .tokens import Batch, align, encode, fast_tokenizer, pad_id, target_ids
 from .trace import recording, replacing, standing_in, with_first_tensor
 
@@ -314,9 +314,7 @@ class LanguageModel:
         if len(words) < 2:
             raise TokenizerError(f"the tokenizer of {self.name} makes {len(words)} tokens of {text!r}; is its tokenizer.json missing?")
         if max(ids) >= self._vocabulary:
-            raise TokenizerError(
-                f"the tokenizer of {self.name} has id {max(ids)}, the model only {self._vocabulary}: it is another model's"
-            )
+            raise TokenizerError(f"the tokenizer of {self.name} has id {max(ids)}, the model only {self._vocabulary}; is it another's?")
 
     def _discover(self) -> None:
         """Find the structure in a dry run of a few tokens, and check it against the model's own full pass."""
@@ -337,9 +335,23 @@ class LanguageModel:
         self.layers, self.slot, calls = find_layers(self.module, expected, lambda: self.forward(single))
         self._layer_result: Any = calls[0].result
         self._d_model = calls[0].output.shape[-1]
-        found = [find_feed_forward(layer, i, call, self.slot) for i, (layer, call) in enumerate(zip(self.layers, calls, strict=True))]
+        found: list[tuple[FeedForward, nn.Module | None]] = []
+        first_of: dict[object, int] = {}
+        for index, (layer, call) in enumerate(zip(self.layers, calls, strict=True)):
+            # Layers built alike are looked into once.
+            first = first_of.setdefault(build(layer), index)
+            if first == index:
+                found.append(find_feed_forward(layer, index, call, self.slot))
+            else:
+                ffn, attention = found[first]
+                places = counterparts(self.layers[first], layer)
+                found.append((ffn.moved(index, places), None if attention is None else places[attention]))
         self.ffn: tuple[FeedForward, ...] = tuple(f for f, _ in found)
         self.attention: tuple[nn.Module | None, ...] = tuple(a for _, a in found)
+        with recording({f.layer: f.down for f in self.ffn if not f.n_experts}) as written:
+            self.forward(single)
+        for number, (call, *_) in written.items():
+            self.ffn[number].check_sum(call)
 
     def _check_replay(self) -> None:
         from .replay import PrefixCache  # the engine needs the model, and the model's check needs the engine
@@ -374,10 +386,11 @@ class LanguageModel:
         from .replay import record
 
         start = batch.width // 2
-        replay = record(self, batch, start=start)
+        whole = record(self, batch)
+        replay = whole.at(start)
         for layer in sorted({min(1, self.n_layers), self.n_layers // 2, self.n_layers - 1} - {0}):
             hidden = replay.hidden[layer] * 1.25
-            changed = torch.cat([record(self, batch).hidden[layer][:, :start], hidden], dim=1)
+            changed = torch.cat([whole.hidden[layer][:, :start], hidden], dim=1)
             with replacing({self.layers[layer - 1]: _always(changed)}):
                 expected = self.forward(batch).logits[:, start:]
             if not same(replay.logits(replay.resume(layer, hidden)), expected):
