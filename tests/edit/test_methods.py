@@ -189,6 +189,12 @@ def test_settings_shipped_with_a_model(tiny_gpt2: LanguageModel) -> None:
     assert RomeConfig.recommended(lm) == RomeConfig(layer=2, steps=2, clamp=3)
     delta = rome(lm, FACTS[0], moments=second_moments(lm, TEXTS, [2]), contexts=CONTEXTS)
     assert delta.config["layer"] == 2 and delta.convergence[0]["steps"] <= 2
+    lm.config.factsmith = {"rome": {"steps": 3}}
+    assert RomeConfig.recommended(lm) == RomeConfig(layer=0, steps=3), "the layer has a rule of its own"
+    for odd in ({"rome": {"momentum": 1}}, {"rome": 3}, "rome"):
+        lm.config.factsmith = odd
+        with pytest.raises(InputError, match="expected some of"):
+            RomeConfig.recommended(lm)
 
 
 def test_half_precision_models_are_edited_in_float32(tiny_llama: LanguageModel) -> None:

@@ -88,7 +88,14 @@ def test_save_and_load(tiny_gpt2: LanguageModel, tmp_path: Path) -> None:
     assert torch.equal(back.matrix, moment.matrix)
     assert (back.count, back.fingerprint, back.corpus) == (moment.count, moment.fingerprint, moment.corpus)
     raw = path.read_bytes()
-    for damaged in (raw[:-1] + bytes([raw[-1] ^ 1]), raw[:200], b"{}"):
+    count = f'"count":"{moment.count}"'.encode()
+    assert count in raw
+    for damaged in (
+        raw[:-1] + bytes([raw[-1] ^ 1]),
+        raw.replace(count, count.replace(b'count":"', b'count":"9')[: len(count)]),
+        raw[:200],
+        b"{}",
+    ):
         path.write_bytes(damaged)
         with pytest.raises(DamagedError):
             SecondMoment.load(path)

@@ -152,7 +152,9 @@ class Delta:
             named = safetensors.torch.load(tensors)
             layers = [int(layer) for layer in record["layers"]]
             if len(named) != 1 + 3 * len(layers):
-                raise KeyError("tensors that belong to no layer")
+                raise ValueError("it holds tensors that belong to no layer")
+            if not isinstance(record["method"], str) or not isinstance(record["config"], dict):
+                raise TypeError("its method is a name and its config a mapping of settings")
             return cls(
                 layers={layer: (named[f"left.{layer}"], named[f"right.{layer}"]) for layer in layers},
                 k_star={layer: named[f"k_star.{layer}"] for layer in layers},
@@ -163,7 +165,7 @@ class Delta:
                 fingerprint=record["fingerprint"],
                 convergence=tuple(record["convergence"]),
             )
-        except (KeyError, TypeError, ValueError, FactError, NumericsError, safetensors.SafetensorError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, FactError, NumericsError, safetensors.SafetensorError) as error:
             raise DamagedError(f"{folder} matches its checksums but is not a delta: {error}; {advice}") from None
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -47,9 +47,14 @@ class RomeConfig(TargetConfig):
         """The settings that came with the model (config.json: {"factsmith": {"rome": {...}}}), else scale="auto" at layer n_layers // 6.
 
         A sixth of the depth is where the published layers lie on average (GPT-J 5 of 28, Llama-3 5 of 32, GPT-2 XL 17 of 48).
+        Raises InputError when what came with the model is not a set of these fields.
         """
-        shipped = (getattr(lm.config, "factsmith", None) or {}).get("rome")
-        return cls(**shipped) if shipped else cls(layer=lm.n_layers // 6, scale="auto")
+        shipped = getattr(lm.config, "factsmith", None) or {}
+        shipped = shipped.get("rome", {}) if isinstance(shipped, Mapping) else shipped
+        known = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(shipped, Mapping) or not known >= set(shipped):
+            raise InputError(f"{lm.name}: config.json has settings {shipped!r} under factsmith.rome; expected some of {sorted(known)}")
+        return cls(**{"layer": lm.n_layers // 6, **(shipped or {"scale": "auto"})})
 
 
 def rome(
@@ -137,9 +142,7 @@ def _prepare(
 ) -> tuple[int, RomeConfig, SecondMoment, list[str]]:
     """The layer, the settings with the layer filled in, its second moment and the contexts: all defaults resolved and checked."""
     config = config or RomeConfig.recommended(lm)
-    layer = RomeConfig.recommended(lm).layer if config.layer is None else config.layer
-    layer = 0 if layer is None else layer
-    check_layer(lm, layer)
+    layer = check_layer(lm, config.layer if config.layer is not None else RomeConfig.recommended(lm).layer)
     moment = moments if isinstance(moments, SecondMoment) else moments.get(layer)
     if moment is None:
         raise InputError(

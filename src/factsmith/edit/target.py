@@ -131,14 +131,15 @@ def find_targets(
     )
 
 
-def check_layer(lm: LanguageModel, layer: int) -> None:
-    """Raise LayerError for a layer the model does not have, UnsupportedModelError for one that is not a single dense FFN."""
+def check_layer(lm: LanguageModel, layer: int | None) -> int:
+    """The layer itself; raises LayerError when the model does not have it, UnsupportedModelError when it is not a single dense FFN."""
     if not isinstance(layer, int) or not 0 <= layer < lm.n_layers:
         raise LayerError(f"layer {layer!r} does not exist; the model has layers 0 to {lm.n_layers - 1}")
     if lm.ffn[layer].n_experts:
         raise UnsupportedModelError(
             f"layer {layer} is a mixture of {lm.ffn[layer].n_experts} experts; ROME writes one dense down-projection: choose a dense layer"
         )
+    return layer
 
 
 @dataclass(frozen=True)
