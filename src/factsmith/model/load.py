@@ -258,6 +258,7 @@ class LanguageModel:
     @torch.no_grad()
     def continue_greedily(self, sequences: Sequence[Sequence[int]], n_tokens: int) -> list[list[int]]:
         """Greedy new ids for sequences that share a batch, each up to (not including) its EOS, or to the end of its first line."""
+        ends = self.end_ids
         new: list[list[int]] = [[] for _ in sequences]
         is_open = [True] * len(sequences)
         batch = align(self, sequences, [len(ids) - 1 for ids in sequences])
@@ -272,7 +273,7 @@ class LanguageModel:
                 self.forward(batch, start=start, cache=cache)
             chosen = self.head(calls["last"][0].output[:, -1]).argmax(-1)
             for row, token in enumerate(chosen.tolist()):
-                is_open[row] = is_open[row] and token not in self.end_ids
+                is_open[row] = is_open[row] and token not in ends
                 if is_open[row]:
                     new[row].append(token)
                     is_open[row] = "\n" not in self.tokenizer.decode(new[row]).lstrip()

@@ -107,7 +107,7 @@ class Replay:
         if layer == until == self.lm.n_layers:
             return hidden
         check_layer(layer, self.lm.n_layers)
-        picked = tuple(range(self.batch.size)) if rows is None else tuple(int(r) for r in rows)
+        picked = tuple(range(self.batch.size)) if rows is None else tuple(rows.tolist())
         expected = (len(picked), self.n_live, self.lm.d_model)
         if tuple(hidden.shape) != expected:
             raise InputError(f"hidden states of shape {tuple(hidden.shape)} given; expected (rows, live columns, d_model) = {expected}")

@@ -1,0 +1,185 @@
+"""Loading, asking, and the errors a newcomer meets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.utils import logging
+
+from conftest import LLAMA, byte_tokenizer, shared_dir, tiny_model
+from factsmith.errors import InputError, ModelError, ModelNotFoundError, TokenizerError
+from factsmith.model.load import LanguageModel, load, wrap
+from factsmith.model.tokens import encode, target_ids
+
+PROMPTS = [
+    "The mother tongue of Danielle Darrieux is",
+    "Paris",
+    "LeBron James plays the",
+    "Edwin of Northumbria, that was created in Birmingham, is a king of",
+]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("llama", **LLAMA).save_pretrained(folder)
+    byte_tokenizer(bos=True).save_pretrained(folder)
+    return folder
+
+
+def plain_greedy(lm: LanguageModel, prompt: str, n_tokens: int) -> list[int]:
+    ids = encode(lm.tokenizer, prompt)[0]
+    new: list[int] = []
+    while len(new) < n_tokens:
+        new.append(int(lm.module(input_ids=torch.tensor([ids + new])).logits[0, -1].argmax()))
+        if new[-1] == lm.tokenizer.eos_token_id:
+            return new[:-1]
+        if "\n" in lm.tokenizer.decode(new).lstrip():
+            break
+    return new
+
+
+def test_answers_in_a_batch_equal_each_prompt_alone(tiny_lm: LanguageModel) -> None:
+    answers = tiny_lm.answer(PROMPTS, max_new_tokens=6)
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        text = tiny_lm.tokenizer.decode(plain_greedy(tiny_lm, prompt, 6), skip_special_tokens=True)
+        assert answer == text.strip().split("\n")[0].strip()
+    assert len(set(answers)) > 1
+
+
+def test_log_prob_equals_the_plain_sum_over_target_tokens(tiny_lm: LanguageModel) -> None:
+    targets = ["French", " the capital of France", "basketball", "Northumbria"]
+    got, mean = tiny_lm.log_prob(PROMPTS, targets), tiny_lm.log_prob(PROMPTS, targets, per_token=True)
+    assert got.shape == (4,)
+    for i, (prompt, target) in enumerate(zip(PROMPTS, targets, strict=True)):
+        head, tail = encode(tiny_lm.tokenizer, prompt)[0], target_ids(tiny_lm.tokenizer, prompt, target)
+        logits = tiny_lm.module(input_ids=torch.tensor([head + tail])).logits[0].log_softmax(-1)
+        expected = sum(float(logits[len(head) - 1 + j, token]) for j, token in enumerate(tail))
+        assert float(got[i]) == pytest.approx(expected, abs=1e-4)
+        assert float(mean[i]) == pytest.approx(expected / len(tail), abs=1e-4)
+    assert (tiny_lm.log_prob(PROMPTS, targets[::-1]) - got).abs().min() > 1e-3
+
+
+def test_next_tokens_are_the_softmax_of_the_models_logits(tiny_lm: LanguageModel) -> None:
+    top = tiny_lm.next_tokens("Paris is the capital of", k=5)
+    logits = tiny_lm.module(input_ids=torch.tensor([encode(tiny_lm.tokenizer, "Paris is the capital of")[0]])).logits[0, -1]
+    expected = logits.softmax(-1).topk(5)
+    assert [p for _, p in top] == pytest.approx(expected.values.tolist(), abs=1e-6)
+    assert [t for t, _ in top] == [tiny_lm.tokenizer.decode([i]) for i in expected.indices.tolist()]
+
+
+def test_generation_stops_at_the_models_last_position(tiny_gpt2: LanguageModel) -> None:
+    prompt = next(p for n in range(200) if len(encode(tiny_gpt2.tokenizer, p := "a" * n)[0]) == 62)
+    (new,) = tiny_gpt2.continue_greedily([encode(tiny_gpt2.tokenizer, prompt)[0]], 20)
+    assert len(new) <= 3
+    with pytest.raises(InputError, match="positions for 64"):
+        tiny_gpt2.answer([prompt + "aaa bbb ccc"])
+
+
+@pytest.mark.parametrize(
+    "call", ["lm.answer([])", "lm.answer('Paris')", "lm.log_prob(['a'], [])", "lm.log_prob('a', 'b')", "lm.next_tokens('')"]
+)
+def test_bad_questions_are_refused(tiny_gpt2: LanguageModel, call: str) -> None:
+    with pytest.raises(InputError):
+        eval(call, {"lm": tiny_gpt2})
+
+
+def test_the_golden_model_says_what_it_was_taught() -> None:
+    golden = shared_dir() / "golden"
+    lm = load(golden / "facts-gpt2")
+    trace = json.loads((golden / "causal_trace.json").read_text())
+    assert lm.dtype == torch.float32 and lm.n_layers == 8 and lm.d_model == 192
+    assert lm.next_tokens(trace["prompt"], 1)[0][0] == trace["answer"]
+    assert lm.answer([trace["prompt"]])[0].startswith(trace["answer"].strip())
+
+
+def test_loading_twice_gives_the_same_fingerprint_and_any_write_another(saved: Path) -> None:
+    lm, again = load(saved), load(saved)
+    assert lm.fingerprint == again.fingerprint
+    assert len(lm.fingerprint) == 64
+    before, weight = lm.fingerprint, lm.ffn[1].weight()
+    kept = weight.clone()
+    weight[0, 0] += 1
+    assert lm.fingerprint != before
+    weight.copy_(kept)
+    assert lm.fingerprint == before
+    lm.module.model.layers[0].mlp.down_proj.weight.data.mul_(1.5)  # goes round the version counter
+    assert lm.fingerprint != before
+
+
+def test_wrap_and_load_agree(saved: Path) -> None:
+    lm = load(saved)
+    wrapped = wrap(tiny_model("llama", **LLAMA).train(), byte_tokenizer(bos=True))
+    assert wrapped.fingerprint == lm.fingerprint
+    assert not wrapped.module.training
+    assert not any(p.requires_grad for p in wrapped.module.parameters())
+    assert wrapped.next_tokens("Paris", 3) == lm.next_tokens("Paris", 3)
+
+
+def test_dtype_is_an_argument(saved: Path) -> None:
+    half = load(saved, dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16
+    assert half.fingerprint != load(saved).fingerprint
+
+
+def test_loading_leaves_transformers_notices_as_they_were(saved: Path) -> None:
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    load(saved)
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (level, bars)
+
+
+@pytest.mark.parametrize("name", ["nope", "./nowhere", "/nowhere/at/all", "owner/there-is-no-such-model"])
+def test_unknown_names_are_answered_with_what_there_is(name: str) -> None:
+    with pytest.raises(ModelNotFoundError, match="bundled") as error:
+        load(name)
+    assert repr(name) in str(error.value)
+
+
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"config\.json"):
+        load(tmp_path)
+
+
+def test_damaged_folders_are_refused_in_words(saved: Path, tmp_path: Path) -> None:
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(saved, tmp_path / name))
+
+    folder = copy("truncated")
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ModelError, match="cannot be read"):
+        load(folder)
+    folder = copy("lacking")
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("model.layers.1.mlp.down_proj.weight")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="lacks 1 of its weights"):
+        load(folder)
+    folder = copy("without-tokenizer")
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(TokenizerError, match=r"tokenizer"):
+        load(folder)
+    folder = copy("other-kind")
+    (folder / "config.json").write_text(json.dumps({"model_type": "t5"}))
+    with pytest.raises(ModelError, match="not a causal language model"):
+        load(folder)
+    folder = copy("bad-json")
+    (folder / "config.json").write_text("{oops")
+    with pytest.raises(ModelError, match=r"config\.json"):
+        load(folder)
+
+
+def test_a_device_that_is_not_there(saved: Path) -> None:
+    with pytest.raises(InputError, match="device"):
+        load(saved, device="zork")
+
+
+def test_a_tokenizer_of_another_model_is_refused() -> None:
+    with pytest.raises(TokenizerError, match="another"):
+        wrap(tiny_model("llama", **{**LLAMA, "vocab_size": 100}), byte_tokenizer())

@@ -1,0 +1,135 @@
+"""Subject spans, targets and alignment, with tokenizers that add a BOS, merge across word boundaries, or split names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from conftest import byte_tokenizer, merging_tokenizer
+from factsmith.errors import InputError, SubjectError, TokenizerError
+from factsmith.model.tokens import align, encode, subject_span, target_ids
+
+MAKERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
+    "plain": byte_tokenizer,
+    "bos": lambda: byte_tokenizer(bos=True),
+    "merging": merging_tokenizer,
+}
+
+
+@pytest.fixture(params=list(MAKERS))
+def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
+    return MAKERS[request.param]()
+
+
+@pytest.mark.parametrize(
+    ("text", "subject"),
+    [
+        ("The mother tongue of Danielle Darrieux is", "Danielle Darrieux"),
+        ("Paris is the capital", "Paris"),
+        ("The capital of France", "France"),
+        ("France", "France"),
+        ("Zürich does not lie in São Paulo today", "São Paulo"),
+        ("Anaal Nathrakh, that was created in", " Anaal Nathrakh "),
+        ("  Edwin of Northumbria is", "Edwin of Northumbria"),
+    ],
+)
+def test_the_span_covers_the_subject_and_no_other_word(tokenizer: PreTrainedTokenizerFast, text: str, subject: str) -> None:
+    start, stop = subject_span(tokenizer, text, subject)
+    ids, offsets = encode(tokenizer, text)
+    subject = subject.strip()
+    at = text.index(subject)
+    # Counted by character, independently: every character of the subject lies in a token of the span, and no token outside
+    # the span has one; each end token holds at least one character of it.
+    owner = {c: [i for i, (a, b) in enumerate(offsets) if a <= c < b] for c in range(len(text))}
+    for character in range(at, at + len(subject)):
+        if not text[character].isspace():
+            assert owner[character], "a character without a token"
+            assert all(start <= i < stop for i in owner[character])
+    for i in (start, stop - 1):
+        assert offsets[i][0] < at + len(subject) and offsets[i][1] > at
+    assert 0 <= start < stop <= len(ids)
+
+
+def test_a_bos_moves_the_span_by_one() -> None:
+    text = "Paris is the capital"
+    plain, bos = byte_tokenizer(), byte_tokenizer(bos=True)
+    start, stop = subject_span(plain, text, "Paris")
+    assert start == 0
+    assert subject_span(bos, text, "Paris") == (start + 1, stop + 1)
+
+
+def test_a_token_that_reaches_over_the_edge_belongs_to_the_subject() -> None:
+    tokenizer = merging_tokenizer()
+    text, subject = "The mother tongue of Danielle Darrieux is French", "Danielle Darrieux"
+    start, stop = subject_span(tokenizer, text, subject)
+    _, offsets = encode(tokenizer, text)
+    at = text.index(subject)
+    assert offsets[start][0] < at or offsets[stop - 1][1] > at + len(subject), "this tokenizer was made to merge across the edge"
+    # What sums of token counts would give is something else: the trap this function avoids.
+    naive = len(encode(tokenizer, text[:at])[0])
+    assert (naive, naive + len(tokenizer(subject, add_special_tokens=False)["input_ids"])) != (start, stop)
+
+
+@pytest.mark.parametrize(("text", "subject"), [("Paris is", "Rome"), ("Paris and Paris", "Paris"), ("Paris is", ""), ("Paris is", "  ")])
+def test_absent_double_and_empty_subjects_are_refused_with_both_quoted(text: str, subject: str) -> None:
+    with pytest.raises(SubjectError) as error:
+        subject_span(byte_tokenizer(), text, subject)
+    assert repr(text) in str(error.value)
+    assert not subject.strip() or repr(subject) in str(error.value)
+
+
+def test_target_tokens_continue_the_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
+    prompt = "The mother tongue of Danielle Darrieux is"
+    with_space, without = target_ids(tokenizer, prompt, " French"), target_ids(tokenizer, prompt, "French")
+    assert with_space == without
+    assert tokenizer.decode(with_space).strip() == "French"
+    assert not set(with_space) & {tokenizer.bos_token_id, tokenizer.unk_token_id}
+    whole = tokenizer(prompt + " French")["input_ids"]
+    head = encode(tokenizer, prompt)[0]
+    if whole[: len(head)] == head:
+        assert head + with_space == whole
+
+
+def test_no_space_is_added_after_one() -> None:
+    tokenizer = byte_tokenizer()
+    assert tokenizer.decode(target_ids(tokenizer, "Paris is ", "French")) == "French"
+    assert tokenizer.decode(target_ids(tokenizer, "Paris is", "French")) == " French"
+
+
+@pytest.mark.parametrize("target", ["", "  "])
+def test_an_empty_target_is_refused(target: str) -> None:
+    with pytest.raises(InputError, match="target is empty"):
+        target_ids(byte_tokenizer(), "Paris is", target)
+
+
+def test_align_puts_pivots_into_one_column() -> None:
+    batch = align(byte_tokenizer(), [[11, 12, 13], [21, 22, 23, 24, 25], [31]], [2, 1, 0])
+    assert batch.pivot == 2
+    assert batch.input_ids[:, batch.pivot].tolist() == [13, 22, 31]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1], [0, 0, 1, 0, 0, 0]]
+    assert batch.position_ids[1, 1:].tolist() == [0, 1, 2, 3, 4]
+    assert batch.left_padded
+    kept = batch.keep(torch.tensor([1, 1]))
+    assert kept.input_ids.tolist() == [batch.input_ids[1].tolist()] * 2
+    longer = batch.extended(torch.tensor([7, 8, 9]))
+    assert longer.input_ids[:, -1].tolist() == [7, 8, 9]
+    assert longer.pivot == batch.width
+
+
+@pytest.mark.parametrize(("sequences", "pivots"), [([], []), ([[1, 2]], [2]), ([[1, 2]], [0, 1]), ([[]], [0])])
+def test_align_refuses_what_cannot_be_aligned(sequences: list[list[int]], pivots: list[int]) -> None:
+    with pytest.raises(InputError):
+        align(byte_tokenizer(), sequences, pivots)
+
+
+def test_a_tokenizer_without_offsets_is_refused() -> None:
+    class Slow:
+        is_fast = False
+
+    slow: Any = Slow()
+    with pytest.raises(TokenizerError, match="fast"):
+        encode(slow, "Paris")

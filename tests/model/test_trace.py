@@ -1,0 +1,126 @@
+"""Hooks live for the length of a block, whatever happens in it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from factsmith.errors import UnsupportedModelError
+from factsmith.model.load import LanguageModel
+from factsmith.model.tokens import align
+from factsmith.model.trace import first_tensor, hook_count, products, recording, replacing, standing_in, with_first_tensor
+
+IDS = [5, 90, 33, 61]
+
+
+def test_recording_sees_what_goes_in_and_out(tiny_lm: LanguageModel) -> None:
+    batch = align(tiny_lm, [IDS], [3])
+    with recording({layer: ffn.down for layer, ffn in enumerate(tiny_lm.ffn)}) as calls:
+        tiny_lm.forward(batch)
+    for layer, ffn in enumerate(tiny_lm.ffn):
+        (call,) = calls[layer]
+        torch.testing.assert_close(ffn.down(call.input), call.output)
+        assert call.input.shape == (1, 4, ffn.d_ff)
+
+
+def test_recorded_outputs_do_not_change_when_the_model_adds_in_place() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.inner(x)
+            out += 1
+            return out
+
+    model, x = InPlace(), torch.ones(1, 2)
+    with torch.no_grad():
+        with recording({"inner": model.inner}) as calls:
+            model(x)
+        torch.testing.assert_close(calls["inner"][0].output, model.inner(x))
+        with recording({"inner": model.inner}, copy=False) as calls:
+            model(x)
+        torch.testing.assert_close(calls["inner"][0].output, model.inner(x) + 1)
+
+
+def test_stop_ends_the_pass_above_the_last_module_asked_for(tiny_lm: LanguageModel) -> None:
+    reached = []
+    handle = tiny_lm.layers[2].register_forward_pre_hook(lambda m, args: reached.append(1))
+    with recording({"first": tiny_lm.layers[1]}, stop=True) as calls:
+        tiny_lm.forward(align(tiny_lm, [IDS], [3]))
+    assert len(calls["first"]) == 1 and not reached
+    with recording({"first": tiny_lm.layers[1]}) as calls:
+        tiny_lm.forward(align(tiny_lm, [IDS], [3]))
+    handle.remove()
+    assert reached
+
+
+@pytest.mark.parametrize("where", ["output", "input"])
+def test_replacing_changes_an_activation_on_its_way(tiny_lm: LanguageModel, where: str) -> None:
+    batch = align(tiny_lm, [IDS], [3])
+    plain = tiny_lm.forward(batch).logits
+    down = tiny_lm.ffn[1].down
+    with replacing({down: lambda x: x * 0}, where=where):  # type: ignore[arg-type]
+        silent = tiny_lm.forward(batch).logits
+    assert (plain - silent).abs().max() > 1e-3
+    weight = down.weight.detach().clone()
+    assert isinstance(weight, Tensor)
+    with torch.no_grad():
+        down.weight.zero_()  # type: ignore[operator]
+        bias = getattr(down, "bias", None)
+        if where == "output" and isinstance(bias, Tensor):
+            kept = bias.clone()
+            bias.zero_()
+        expected = tiny_lm.forward(batch).logits
+        down.weight.copy_(weight)  # type: ignore[operator]
+        if where == "output" and isinstance(bias, Tensor):
+            bias.copy_(kept)
+    torch.testing.assert_close(silent, expected)
+    assert torch.equal(tiny_lm.forward(batch).logits, plain)
+
+
+def test_nothing_stays_behind_after_an_exception(tiny_lm: LanguageModel) -> None:
+    before = hook_count(tiny_lm.module.modules())
+    batch = align(tiny_lm, [IDS], [3])
+    plain = tiny_lm.forward(batch).logits
+
+    def fail(_: Tensor) -> Tensor:
+        raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"), recording({"all": tiny_lm.layers[0]}), replacing({tiny_lm.layers[1]: fail}):
+        assert hook_count(tiny_lm.module.modules()) == before + 2
+        tiny_lm.forward(batch)
+    with pytest.raises(ZeroDivisionError), standing_in(tiny_lm.layers, lambda index, args, kwargs: 1 / 0):
+        tiny_lm.forward(batch)
+    assert hook_count(tiny_lm.module.modules()) == before
+    assert torch.equal(tiny_lm.forward(batch).logits, plain)
+
+
+def test_a_stand_in_gives_back_a_forward_of_the_modules_own() -> None:
+    layer = nn.Linear(2, 2)
+    own = layer.forward
+    layer.forward = own  # as models spread over devices carry it
+    with standing_in([layer], lambda index, args, kwargs: "played"):
+        assert layer(torch.ones(2)) == "played"
+    assert vars(layer)["forward"] is own
+
+
+def test_products_watch_a_bare_parameter() -> None:
+    weight, x = nn.Parameter(torch.randn(3, 4, 5)), torch.randn(2, 4)
+    with torch.no_grad(), products({"w": weight}) as seen:
+        y = x @ weight[1]
+    assert len(seen) == 1 and seen[0].name == "w"
+    torch.testing.assert_close(seen[0].left @ seen[0].right, y)
+    with torch.no_grad(), products({"w": weight}, {"w": lambda out: out * 2}):
+        torch.testing.assert_close(x @ weight[1], 2 * y)
+
+
+def test_first_tensor_and_its_inverse() -> None:
+    a, b = torch.zeros(1), torch.ones(1)
+    for value in (a, (a, None), [a, (None,)], ((a, None), None)):
+        assert first_tensor(with_first_tensor(value, b)) is b
+        assert type(with_first_tensor(value, b)) is type(value)
+    with pytest.raises(UnsupportedModelError, match="tensor"):
+        first_tensor((None, 3))
