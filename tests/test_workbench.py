@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import GPT2, byte_tokenizer, shared_dir, tiny_model
+from conftest import GPT2, LLAMA, byte_tokenizer, shared_dir, tiny_model
 from factsmith import workbench
 from factsmith.edit.delta import Delta, applied
 from factsmith.edit.methods import RomeConfig
@@ -109,6 +109,21 @@ def test_commit_and_back_to_base(lm: LanguageModel, bench: Workbench) -> None:
     assert hashes(lm) == after_one
     bench.revert(one.id)
     assert hashes(lm) == base
+
+
+def test_the_other_orientation(tmp_path: Path) -> None:
+    """nn.Linear and a gated FFN instead of Conv1D."""
+    lm = wrap(tiny_model("llama", **LLAMA), byte_tokenizer(bos=True))
+    base, matrix = hashes(lm), lm.module.model.layers[1].mlp.down_proj.weight.clone()
+    with Workbench(lm, tmp_path) as bench:
+        delta = some_delta(lm, 1)
+        revision = bench.commit(delta)
+        assert torch.equal(lm.module.model.layers[1].mlp.down_proj.weight, matrix + delta.layers[1][0] @ delta.layers[1][1])
+        outcome = bench.apply(FACT, config=QUICK, moments=moments_of(lm), contexts=["{}"], force=True)
+        assert outcome.revision is not None
+        bench.revert(outcome.revision.id)
+        bench.revert(revision.id)
+        assert hashes(lm) == base
 
 
 def test_subtracting_would_not_do(lm: LanguageModel, bench: Workbench) -> None:

@@ -232,46 +232,37 @@ class Ledger:
 
     def log(self) -> list[Revision]:
         """Every revision, newest first; raises DamagedError when a record does not match its id."""
-        with _explained(self.folder), _snapshot(self._db):
-            rows = self._db.execute("SELECT seq, id, parent, reverts, delta, record FROM revisions ORDER BY seq").fetchall()
-            current = str(self._db.execute("SELECT current FROM workspace").fetchone()[0])
-        records = [self._checked(row) for row in rows]
-        numbers = {row[1]: row[0] for row in rows}
-        if current not in numbers and current != BASE:
-            raise DamagedError(f"{self.folder} is checked out at {current[:10]}, which its history does not hold; restore it from a backup")
-        here = numbers.get(current, 0)
-        reverted_by = {row[3]: row[1] for row in rows if row[3] is not None}
-        revisions = []
-        for (number, identity, *_), record in zip(rows, records, strict=True):
-            undo = reverted_by.get(identity)
-            state: State = "later" if number > here else "reverted" if undo is not None and numbers[undo] <= here else "active"
-            fields = {**vars(record), "facts": self._facts(identity, record), "layers": tuple(record.layers)}
-            revisions.append(Revision(id=identity, number=number, state=state, reverted_by=undo, **fields))
-        return revisions[::-1]
+        return self._select("TRUE")[::-1]
 
     def show(self, reference: str) -> Revision:
         """The revision with this id, unique prefix of at least four digits, or "latest"; raises RevisionError."""
-        revisions = self.log()
-        identity = self._resolve(reference, revisions)
+        identity = self.resolve(reference)
         if identity == BASE:
             raise RevisionError(f"{reference!r} is the unpatched model, which has no record; see `factsmith log` for the revisions")
-        return next(revision for revision in revisions if revision.id == identity)
+        return self._select("entry.id = ?", identity)[0]
 
     def active(self, reference: str | None = None) -> list[Revision]:
         """The patches in effect at a revision (None: the one checked out; "base": none), oldest first: the order they are added in."""
-        revisions = self.log()
-        identity = self.current if reference is None else self._resolve(reference, revisions)
-        numbers = {revision.id: revision.number for revision in revisions}
-        here = numbers.get(identity, 0)
-        return [
-            revision
-            for revision in reversed(revisions)
-            if revision.kind == "patch" and revision.number <= here and numbers.get(revision.reverted_by or "", here + 1) > here
-        ]
+        here = self._number(self.current if reference is None else self.resolve(reference))
+        return self._select("entry.reverts IS NULL AND entry.seq <= ? AND (undo.seq IS NULL OR undo.seq > ?)", here, here)
 
     def resolve(self, reference: str) -> str:
         """The full id (or "base") that an id prefix, "latest" or "base" stands for; raises RevisionError."""
-        return self._resolve(reference, self.log())
+        if reference == BASE:
+            return BASE
+        if reference == LATEST:
+            return self.head
+        if not _PREFIX.fullmatch(reference):
+            raise RevisionError(
+                f"{reference!r} names no revision; expected `base`, `latest`, or at least four hex digits of an id from `factsmith log`"
+            )
+        with _explained(self.folder):
+            rows = self._db.execute("SELECT id FROM revisions WHERE substr(id, 1, ?) = ?", (len(reference), reference)).fetchall()
+        if not rows:
+            raise RevisionError(f"no revision begins with {reference!r}; see `factsmith log` for those there are")
+        if len(rows) > 1:
+            raise RevisionError(f"{reference!r} is ambiguous: {', '.join(row[0][:12] for row in rows)}; give more digits")
+        return str(rows[0][0])
 
     def delta_folder(self, revision: Revision) -> Path:
         """The folder with a patch's delta, after checking its sha256; raises DamagedError when a file is missing or changed."""
@@ -318,14 +309,8 @@ class Ledger:
     def blockers(self, reference: str) -> list[Revision]:
         """The later patches in effect that touch a layer this one touches, newest first: they were solved on top of it."""
         revision = self.show(reference)
-        return [
-            later
-            for later in self.log()
-            if later.kind == "patch"
-            and later.state == "active"
-            and later.number > revision.number
-            and set(later.layers) & set(revision.layers)
-        ]
+        later = [other for other in self.active() if other.number > revision.number and set(other.layers) & set(revision.layers)]
+        return later[::-1]
 
     # ---- writing ----------------------------------------------------------------------------------------------------------------------
 
@@ -471,25 +456,34 @@ class Ledger:
             ).fetchone()
         return newest or BASE, current
 
-    def _resolve(self, reference: str, revisions: Sequence[Revision]) -> str:
-        if reference == BASE:
-            return BASE
-        if reference == LATEST:
-            return revisions[0].id if revisions else BASE
-        if not _PREFIX.fullmatch(reference):
-            raise RevisionError(
-                f"{reference!r} names no revision; expected `base`, `latest`, or at least four hex digits of an id from `factsmith log`"
-            )
-        matches = [revision.id for revision in revisions if revision.id.startswith(reference)]
-        if not matches:
-            raise RevisionError(f"no revision begins with {reference!r}; see `factsmith log` for the {len(revisions)} there are")
-        if len(matches) > 1:
-            raise RevisionError(f"{reference!r} is ambiguous: {', '.join(match[:12] for match in matches)}; give more digits")
-        return matches[0]
+    def _number(self, identity: str) -> int:
+        """The place of a revision in the history; 0 for "base"."""
+        with _explained(self.folder):
+            row = self._db.execute("SELECT seq FROM revisions WHERE id = ?", (identity,)).fetchone()
+        if row is None and identity != BASE:
+            raise DamagedError(f"{self.folder} is checked out at {identity[:10]}, which its history does not hold; {self._restore}")
+        return 0 if row is None else int(row[0])
 
-    def _checked(self, row: Sequence[Any]) -> _Record:
+    def _select(self, condition: str, *values: object) -> list[Revision]:
+        """The revisions for which an SQL condition on `entry` and the revert `undo` of it holds, oldest first."""
+        with _explained(self.folder), _snapshot(self._db):
+            here = self._number(self.current)
+            rows = self._db.execute(
+                "SELECT entry.seq, entry.id, entry.parent, entry.reverts, entry.delta, entry.record, undo.id, undo.seq "
+                f"FROM revisions AS entry LEFT JOIN revisions AS undo ON undo.reverts = entry.id WHERE {condition} ORDER BY entry.seq",
+                values,
+            ).fetchall()
+        revisions = []
+        for number, identity, *columns, undo, undone in rows:
+            record = self._checked(identity, columns)
+            state: State = "later" if number > here else "reverted" if undo is not None and undone <= here else "active"
+            fields = {**vars(record), "facts": self._facts(identity, record), "layers": tuple(record.layers)}
+            revisions.append(Revision(id=identity, number=number, state=state, reverted_by=undo, **fields))
+        return revisions
+
+    def _checked(self, identity: str, columns: Sequence[Any]) -> _Record:
         """A row's record, once it matches its id and says the same as the columns beside it."""
-        _, identity, parent, reverts, delta, text = row
+        parent, reverts, delta, text = columns
         try:
             if hashlib.sha256(str(text).encode()).hexdigest() != identity:
                 raise ValueError("its record does not match its id")
