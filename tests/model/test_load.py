@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 from conftest import LLAMA, byte_tokenizer, shared_dir, tiny_model
-from factsmith.errors import InputError, ModelError, ModelNotFoundError, TokenizerError
+from factsmith.errors import InputError, ModelError, ModelNotFoundError, TokenizerError, UnsupportedModelError
 from factsmith.model.load import LanguageModel, load, wrap
 from factsmith.model.tokens import encode, target_ids
 
@@ -81,12 +82,24 @@ def test_generation_stops_at_the_models_last_position(tiny_gpt2: LanguageModel) 
         tiny_gpt2.answer([prompt + "aaa bbb ccc"])
 
 
-@pytest.mark.parametrize(
-    "call", ["lm.answer([])", "lm.answer('Paris')", "lm.log_prob(['a'], [])", "lm.log_prob('a', 'b')", "lm.next_tokens('')"]
-)
-def test_bad_questions_are_refused(tiny_gpt2: LanguageModel, call: str) -> None:
+BAD_QUESTIONS: list[Callable[[LanguageModel], object]] = [
+    lambda lm: lm.answer([]),
+    lambda lm: lm.answer("Paris"),
+    lambda lm: lm.log_prob(["a"], []),
+    lambda lm: lm.log_prob("a", "b"),
+    lambda lm: lm.next_tokens(""),
+]
+
+
+@pytest.mark.parametrize("ask", BAD_QUESTIONS)
+def test_bad_questions_are_refused(tiny_gpt2: LanguageModel, ask: Callable[[LanguageModel], object]) -> None:
     with pytest.raises(InputError):
-        eval(call, {"lm": tiny_gpt2})
+        ask(tiny_gpt2)
+
+
+def test_only_a_language_model_can_be_wrapped() -> None:
+    with pytest.raises(UnsupportedModelError, match="Linear"):
+        wrap(torch.nn.Linear(2, 2), byte_tokenizer())
 
 
 def test_the_golden_model_says_what_it_was_taught() -> None:

@@ -107,6 +107,14 @@ def test_a_stand_in_gives_back_a_forward_of_the_modules_own() -> None:
     assert vars(layer)["forward"] is own
 
 
+def test_a_change_of_the_last_layer_counts_once(tiny_lm: LanguageModel) -> None:
+    """Asking for logits runs the model's tail with its layers stood in for; hooks on the layers must rest then."""
+    with replacing({tiny_lm.layers[-1]: lambda hidden: hidden + torch.arange(hidden.shape[-1])}):
+        expected = tiny_lm.forward(align(tiny_lm, [IDS], [3])).logits[:, -1]
+        torch.testing.assert_close(tiny_lm.last_logits(align(tiny_lm, [IDS], [3])), expected)
+    assert (tiny_lm.last_logits(align(tiny_lm, [IDS], [3])) - expected).abs().max() > 1e-2
+
+
 def test_products_watch_a_bare_parameter() -> None:
     weight, x = nn.Parameter(torch.randn(3, 4, 5)), torch.randn(2, 4)
     with torch.no_grad(), products({"w": weight}) as seen:

@@ -113,7 +113,7 @@ class LanguageModel:
 
     # ── running it ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def forward(self, batch: Batch, *, start: int = 0, cache: Any = None, **extra: Any) -> Any:
+    def forward(self, batch: Batch, *, start: int = 0, cache: Any = None) -> Any:
         """The model's own pass over columns `start`..T, with only the inputs its forward declares (never token types).
 
         cache: a key/value cache holding the columns before `start`. Returns the model's own output.
@@ -124,7 +124,6 @@ class LanguageModel:
             "position_ids": batch.position_ids[:, start:],
             "past_key_values": cache,
             "use_cache": cache is not None,
-            **extra,
         }
         return self.module(**{k: v for k, v in inputs.items() if k in self._accepts})
 
@@ -239,7 +238,9 @@ class LanguageModel:
             rows = torch.tensor([r for r, i in enumerate(group) for _ in tails[i]], device=hidden.device)
             columns = torch.tensor([len(heads[i]) - 1 + j for i in group for j in range(len(tails[i]))], device=hidden.device)
             wanted = torch.tensor([t for i in group for t in tails[i]], device=hidden.device)
-            picked = self.head(hidden[rows, columns]).float().log_softmax(-1).gather(1, wanted[:, None])[:, 0]
+            # A large vocabulary makes logits the largest tensors of all: a few hundred positions at a time.
+            parts = zip(torch.split(hidden[rows, columns], 256), torch.split(wanted, 256), strict=True)
+            picked = torch.cat([self.head(h).float().log_softmax(-1).gather(1, w[:, None])[:, 0] for h, w in parts])
             total.index_add_(0, torch.tensor(group, device=self.device)[rows.to(self.device)], picked.to(self.device))
         return total / torch.tensor([len(t) for t in tails], device=self.device) if per_token else total
 
@@ -299,6 +300,7 @@ class LanguageModel:
 
     @property
     def end_ids(self) -> set[int]:
+        """Ids that end a text, as the tokenizer and the model's generation settings know them."""
         ends: set[int] = set()
         generation = getattr(self.module, "generation_config", None)
         for value in (self.tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)):
@@ -423,7 +425,9 @@ def wrap(module: Any, tokenizer: Any) -> LanguageModel:
 
     Raises UnsupportedModelError when its structure is not understood, TokenizerError without a fast tokenizer.
     """
-    name = getattr(getattr(module, "config", None), "name_or_path", "") or type(module).__name__
+    if not (hasattr(module, "config") and hasattr(module, "get_input_embeddings")):
+        raise UnsupportedModelError(f"wrap takes a transformers causal language model; got a {type(module).__name__}")
+    name = module.config.name_or_path or type(module).__name__
     return LanguageModel(module, tokenizer, name)
 
 

@@ -195,7 +195,9 @@ def record(lm: LanguageModel, batch: Batch, *, start: int = 0, embed: Callable[[
     if kept is None:
         raise UnsupportedModelError("some layers keep their state outside the key/value cache; load the model again to replay without one")
     before = None if lm.caches_prefix else tuple(s[:, :start] for s in states)
-    return Replay(lm, batch, start, tuple(s[:, start:] for s in states), before, tuple(kept), embeddings[0] if embeddings else None)
+    if start:  # copies, so that the earlier columns' memory is freed
+        states = [s[:, start:].clone() for s in states]
+    return Replay(lm, batch, start, tuple(states), before, tuple(kept), embeddings[0] if embeddings else None)
 
 
 def arguments(lm: LanguageModel, batch: Batch, start: int, cache: PrefixCache | None, embeddings: Tensor | None) -> list[Call]:

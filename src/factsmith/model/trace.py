@@ -14,6 +14,7 @@ Whatever happens inside the block, an exception included, the model is as before
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -154,7 +155,8 @@ def standing_in(modules: Sequence[nn.Module], play: Callable[[int, tuple[Any, ..
     """While the block runs, `play(index, args, kwargs)` answers in place of each module's own computation.
 
     This is how the model's own code before and after its layers is run without the layers: it builds masks, rotary angles and
-    per-layer inputs as only it knows how, and turns a last hidden state into logits.
+    per-layer inputs as only it knows how, and turns a last hidden state into logits. Hooks on the modules rest meanwhile: they are
+    there for what the modules compute.
     """
 
     def actor(index: int) -> Callable[..., Any]:
@@ -168,6 +170,9 @@ def standing_in(modules: Sequence[nn.Module], play: Callable[[int, tuple[Any, ..
             else:
                 stack.callback(delattr, module, "forward")
             module.forward = actor(index)
+            for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+                stack.callback(setattr, module, hooks, getattr(module, hooks))
+                setattr(module, hooks, OrderedDict())
         yield
 
 
