@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import TEXTS, shared_dir
+from conftest import TEXTS, VOCAB, byte_tokenizer, shared_dir, tiny_model
 from factsmith.edit.moments import SecondMoment, second_moments
 from factsmith.errors import DamagedError, InputError, LayerError, NumericsError, WorkspaceError
-from factsmith.model.load import LanguageModel
+from factsmith.model.load import LanguageModel, wrap
 
 MANY = [*TEXTS, "A", "Paris lies there.", *(t[: 10 + 3 * i] for i, t in enumerate(TEXTS * 3))]
 
@@ -17,7 +17,7 @@ MANY = [*TEXTS, "A", "Paris lies there.", *(t[: 10 + 3 * i] for i, t in enumerat
 def by_hand(lm: LanguageModel, texts: list[str], layer: int, limit: int | None = None) -> tuple[torch.Tensor, int]:
     """One text at a time through the whole model, one token at a time into the sum."""
     seen: list[torch.Tensor] = []
-    handle = lm.ffn[layer].down.register_forward_hook(lambda module, args, output: seen.append(args[0][0].detach().double()))
+    handle = lm.ffn[layer].down.register_forward_hook(lambda module, args, output: seen.append(args[0].detach().double().flatten(0, -2)))
     try:
         total, count = torch.zeros(lm.ffn[layer].d_ff, lm.ffn[layer].d_ff, dtype=torch.float64), 0
         for text in texts:
@@ -43,6 +43,15 @@ def test_equals_a_plain_loop_at_every_layer(tiny_lm: LanguageModel) -> None:
         assert moment.fingerprint == tiny_lm.fingerprint
     centred = torch.linalg.eigvalsh(found[0].matrix)[0]
     assert centred > -1e-9
+
+
+def test_a_family_that_flattens_rows_and_columns() -> None:
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_attention_heads": 4}
+    lm = wrap(tiny_model("opt", **sizes, max_position_embeddings=64, vocab_size=VOCAB), byte_tokenizer(bos=True))
+    expected, count = by_hand(lm, MANY, 1)
+    found = second_moments(lm, MANY, [1])[1]
+    assert found.count == count
+    torch.testing.assert_close(found.matrix, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_padding_would_show(tiny_gpt2: LanguageModel) -> None:

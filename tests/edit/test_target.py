@@ -41,7 +41,14 @@ def tiny_gemma2() -> LanguageModel:
     return wrap(tiny_model("gemma2", **GEMMA2), byte_tokenizer(bos=True))
 
 
-@pytest.fixture(params=["gpt2", "llama", "gemma2"])
+@pytest.fixture(scope="module")
+def tiny_opt() -> LanguageModel:
+    """Flattens (B, T) before its feed-forward part."""
+    sizes = {"num_hidden_layers": 3, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_attention_heads": 4}
+    return wrap(tiny_model("opt", **sizes, max_position_embeddings=64, vocab_size=VOCAB), byte_tokenizer(bos=True))
+
+
+@pytest.fixture(params=["gpt2", "llama", "gemma2", "opt"])
 def family(request: pytest.FixtureRequest) -> LanguageModel:
     found: LanguageModel = request.getfixturevalue(f"tiny_{request.param}")
     return found
@@ -55,10 +62,10 @@ def plain_search(lm: LanguageModel, fact: Fact, layer: int, config: TargetConfig
 
     def change(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
         nonlocal seen
-        seen = output[0, place].detach()
-        changed = output.clone()
+        changed = output.reshape(1, -1, len(delta)).clone()
+        seen = changed[0, place].detach().clone()
         changed[0, place] = changed[0, place] + delta
-        return changed
+        return changed.view_as(output)
 
     def log_p(ids: list[int], column: int) -> torch.Tensor:
         nonlocal place

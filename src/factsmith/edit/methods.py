@@ -44,10 +44,11 @@ class RomeConfig(TargetConfig):
 
     @classmethod
     def recommended(cls, lm: LanguageModel) -> RomeConfig:
-        """The settings that came with the model (config.json: {"factsmith": {"rome": {...}}}), else scale="auto" with 40 steps at layer n_layers // 6.
+        """The settings that came with the model, else scale="auto" with 40 steps at layer n_layers // 6.
 
-        A sixth of the depth is where the published layers lie on average (GPT-J 5 of 28, Llama-3 5 of 32, GPT-2 XL 17 of 48). With "auto"
-        an easy fact stops after about ten steps, so a hard one may have more than the authors' 20.
+        A model brings settings in its config.json: {"factsmith": {"rome": {"layer": 1, ...}}}. A sixth of the depth is where the
+        published layers lie on average (GPT-J 5 of 28, Llama-3 5 of 32, GPT-2 XL 17 of 48). With "auto" an easy fact stops after about
+        ten steps, so a hard one may have more than the authors' 20.
         Raises InputError when what came with the model is not a set of these fields.
         """
         shipped = getattr(lm.config, "factsmith", None) or {}

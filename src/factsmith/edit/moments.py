@@ -178,7 +178,7 @@ def second_moments(
             real = batch.attention_mask.bool()
             for layer in layers:
                 m = calls[layer][0].input
-                m = m[real.to(m.device)]  # (tokens, d_ff)
+                m = m.reshape(-1, m.shape[-1])[real.flatten().to(m.device)]  # (tokens, d_ff); some families flatten (B, T) themselves
                 m = m.to(torch.promote_types(m.dtype, torch.float32))
                 product = (m.T @ m).to(torch.float64)
                 sums[layer] = sums[layer].add_(product) if layer in sums else product

@@ -233,10 +233,10 @@ def _search(questions: Sequence[_Question], lm: LanguageModel, layer: int, confi
     ffn = lm.ffn[layer]
     with torch.no_grad(), recording({"down": ffn.down}) as calls:
         replay = record(lm, batch, start=batch.pivot)
-    call = calls["down"][0]
-    at_pivot = slice(None), batch.pivot
-    keys = call.input[at_pivot].float().view(n, per_fact, -1)  # (n, contexts + 1, d_ff)
-    v_initial = call.output[at_pivot].float().view(n, per_fact, -1)[:, bare]  # (n, d_model)
+    # Some families flatten rows and columns before their FFN: (B · T, d_ff) rather than (B, T, d_ff).
+    shape = (n, per_fact, batch.width, -1)
+    keys = calls["down"][0].input.reshape(shape)[:, :, batch.pivot].float()  # (n, contexts + 1, d_ff)
+    v_initial = calls["down"][0].output.reshape(shape)[:, bare, batch.pivot].float()  # (n, d_model)
     stream = replay.hidden[layer + 1][:, 0].float().view(n, per_fact, -1)[:, bare]
     lr, decay, limit = _scales(config, v_initial, stream)
 
@@ -302,9 +302,10 @@ def _above(replay: Replay, layer: int, delta: Tensor) -> Tensor:
     """The last layer's output (R, S, d_model) when delta (R, d_model) is added to the FFN's output at the subject token (column 0)."""
 
     def add(states: Tensor) -> Tensor:
-        column = states.shape[1] - replay.n_live  # a model without a usable cache runs all columns again
-        at_subject = states[:, column : column + 1] + delta[:, None].to(states)
-        return torch.cat([states[:, :column], at_subject, states[:, column + 1 :]], dim=1)
+        rows = states.reshape(len(delta), -1, states.shape[-1])
+        column = rows.shape[1] - replay.n_live  # a model without a usable cache runs all columns again
+        at_subject = rows[:, column : column + 1] + delta[:, None].to(rows)
+        return torch.cat([rows[:, :column], at_subject, rows[:, column + 1 :]], dim=1).view_as(states)
 
     ffn = replay.lm.ffn[layer]
     if ffn.adds_directly:
