@@ -151,7 +151,7 @@ def test_text_for_people(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch,
     assert "rome, layer 1" in shown and "steps=2" in shown
     assert "1 patch" in run("status", "--verify").out
     assert f"reverted {identity}" in run("revert", identity).out
-    assert "the base's, bit for bit" in run("status", "--verify").out
+    assert "the base model, bit for bit" in run("status", "--verify").out
     assert "checkout latest" in run("checkout", "base").out
     assert "later" in run("log").out
     assert run("ask", PROMPT).out.startswith(PROMPT)

@@ -402,42 +402,34 @@ def status(
       factsmith status --verify -w my-workspace
     """
     with Ledger(workspace or Path()) as ledger:
-        integrity, active = ledger.verify(), ledger.active()
-        head, current = ledger.head, ledger.current
-    found: dict[str, Any] = {
-        "workspace": str(ledger.folder.resolve()),
-        "model": ledger.model,
-        "dtype": ledger.dtype,
-        "fingerprint": ledger.fingerprint,
-        "head": head,
-        "current": current,
-        "active": [revision.id for revision in active],
-        "integrity": integrity.to_dict(),
-    }
+        found = ledger.status()
+    result = found.to_dict()
     proof: Verification | None = None
     if verify:
         with _progress() as tell, _opened(None, workspace or Path(), device, tell) as (lm, bench):
             assert bench is not None
             proof = bench.verify()
-            found |= {"verification": proof.to_dict(), "fingerprint_now": lm.fingerprint}
+            result |= {"verification": proof.to_dict(), "fingerprint_now": lm.fingerprint}
 
     def render(console: Console) -> None:
-        _line(console, "workspace", f" {found['workspace']}")
-        _line(console, "model    ", f" {ledger.model} ({ledger.dtype}), fingerprint {ledger.fingerprint[:10]}")
-        _line(console, "at       ", f" {current[:10]}" + ("" if current == head else f", the latest is {head[:10]}"))
+        integrity = found.integrity
+        _line(console, "workspace", f" {found.folder.resolve()}")
+        _line(console, "model    ", f" {found.model} ({found.dtype}), fingerprint {found.fingerprint[:10]}")
+        latest = "" if found.current == found.head else f", the latest is {found.head[:10]}"
+        _line(console, "at       ", f" {found.current[:10]}{latest}")
         whole = f"{_count(integrity.revisions, 'revision')} and {_count(integrity.deltas, 'delta')} checked, all whole"
         orphans = f"; {_count(len(integrity.orphans), 'delta')} that no revision names" if integrity.orphans else ""
         _line(console, "files    ", f" {whole}{orphans}")
-        _line(console, "in effect", f" {_count(len(active), 'patch', 'es')}")
-        for revision in reversed(active):
-            _show_line(console, revision, current)
+        _line(console, "in effect", f" {_count(len(found.active), 'patch', 'es')}")
+        for revision in reversed(found.active):
+            _show_line(console, revision, found.current)
         if proof is not None:
-            same = "the base's, bit for bit" if found["fingerprint_now"] == ledger.fingerprint else "patched"
-            _line(console, "weights  ", f" {found['fingerprint_now'][:10]}: {same}")
+            now = result["fingerprint_now"]
+            _line(console, "weights  ", f" {now[:10]}: {'the base model, bit for bit' if now == found.fingerprint else 'patched'}")
             if proof.checks:
                 console.print(_checks_table(proof.to_dict()["checks"]))
 
-    _print(found, render, as_json)
+    _print(result, render, as_json)
 
 
 # ---- models and workspaces ------------------------------------------------------------------------------------------------------------

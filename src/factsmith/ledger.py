@@ -152,6 +152,31 @@ class Integrity:
         return {**vars(self), "orphans": list(self.orphans)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """A workspace at a glance.
+
+    folder, model, dtype, fingerprint  as in `Ledger`
+    head, current                      ids of the newest and of the checked-out revision, or "base"
+    active                             the patches in effect, oldest first
+    integrity                          what was counted while every record and every delta's sha256 was checked
+    """
+
+    folder: Path
+    model: str
+    dtype: str
+    fingerprint: str
+    head: str
+    current: str
+    active: tuple[Revision, ...]
+    integrity: Integrity
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able fields; the active patches by their ids."""
+        active = [revision.id for revision in self.active]
+        return {**vars(self), "folder": str(self.folder.resolve()), "active": active, "integrity": self.integrity.to_dict()}
+
+
 class Ledger:
     """The records of one workspace folder; a context manager, closed on exit.
 
@@ -305,6 +330,19 @@ class Ledger:
         found = sorted(entry.name for entry in folder.iterdir() if _SHA256.fullmatch(entry.name)) if folder.is_dir() else []
         orphans = tuple(name for name in found if name not in named)
         return Integrity(revisions=len(revisions), deltas=len(found) - len(orphans), orphans=orphans)
+
+    def status(self) -> Status:
+        """Where the workspace stands, after `verify`; raises DamagedError."""
+        return Status(
+            folder=self.folder,
+            model=self.model,
+            dtype=self.dtype,
+            fingerprint=self.fingerprint,
+            head=self.head,
+            current=self.current,
+            active=tuple(self.active()),
+            integrity=self.verify(),
+        )
 
     def blockers(self, reference: str) -> list[Revision]:
         """The later patches in effect that touch a layer this one touches, newest first: they were solved on top of it."""

@@ -37,7 +37,7 @@ from .edit.sample import own_text
 from .edit.target import check_layer
 from .errors import FingerprintError, InputError, NumericsError
 from .fact import Fact
-from .ledger import BASE, Integrity, Ledger, Revision
+from .ledger import BASE, Ledger, Revision, Status
 from .model.load import LanguageModel, bundled
 from .model.tokens import subject_span, target_ids
 
@@ -219,24 +219,6 @@ class Outcome:
         return {"proposal": self.proposal.to_dict(), "revision": self.revision and self.revision.to_dict()}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Status:
-    """A workspace at a glance: where it is checked out, what is in effect, and what was counted while checking every file's sha256."""
-
-    folder: Path
-    model: str
-    fingerprint: str
-    head: str
-    current: str
-    active: tuple[Revision, ...]
-    integrity: Integrity
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able fields."""
-        fields = {**vars(self), "folder": str(self.folder), "active": [revision.to_dict() for revision in self.active]}
-        return {**fields, "integrity": self.integrity.to_dict()}
-
-
 def plan(lm: LanguageModel, facts: Fact | Iterable[Fact]) -> Plan:
     """Ask what the model says about each fact now; the model is untouched.
 
@@ -396,7 +378,7 @@ class Workbench:
 
     def status(self) -> Status:
         """Where the workspace stands, after checking every record and every delta's sha256; raises DamagedError."""
-        return status(self.ledger)
+        return self.ledger.status()
 
     def verify(self) -> Verification:
         """Ask every active patch's prompt, paraphrases and neighbours of the base weights and of the weights now.
@@ -580,19 +562,6 @@ class Workbench:
             yield
         finally:
             self._put(self._deltas.values())
-
-
-def status(ledger: Ledger) -> Status:
-    """Where a workspace stands, after checking every record and every delta's sha256; needs no model. Raises DamagedError."""
-    return Status(
-        folder=ledger.folder,
-        model=ledger.model,
-        fingerprint=ledger.fingerprint,
-        head=ledger.head,
-        current=ledger.current,
-        active=tuple(ledger.active()),
-        integrity=ledger.verify(),
-    )
 
 
 def begins_with(answer: str, target: str) -> bool:
