@@ -353,6 +353,11 @@ def main() -> None:
         print(f"{family:24} {results[-1]['outcome']:9} {results[-1].get('why') or numbers}", flush=True)
     counts = Counter(r["outcome"] for r in results)
     print(f"\n{len(results)} types: " + ", ".join(f"{counts[o]} {o}" for o in ("pass", "refused", "silent", "not built", "timed out")))
+    passed = [r for r in results if r["outcome"] == "pass"]
+    print(
+        f"of the passing: {sum(r['cached'] for r in passed)} reuse the prefix's keys and values (the others run it again), "
+        f"{sum('aligned' in r for r in passed)} take prompts of different lengths in one batch (the others refuse that in words)"
+    )
     if options.json:
         Path(options.json).write_text(json.dumps({"counts": counts, "results": results}, indent=1) + "\n", encoding="utf-8")
     sys.exit(1 if counts["silent"] else 0)

@@ -62,6 +62,10 @@ def test_a_norm_behind_the_memory_is_noticed() -> None:
     gemma = wrap(tiny_model("gemma2", **LLAMA, head_dim=8), byte_tokenizer())
     granite = wrap(tiny_model("granite", **LLAMA, residual_multiplier=0.5), byte_tokenizer())
     assert not gemma.ffn[0].adds_directly and not granite.ffn[0].adds_directly
+    for dtype in (torch.bfloat16, torch.float16):
+        half = tiny_model("granite", **LLAMA, residual_multiplier=0.5).to(dtype)
+        assert not wrap(half, byte_tokenizer()).ffn[0].adds_directly
+        assert wrap(tiny_model("llama", **LLAMA).to(dtype), byte_tokenizer()).ffn[0].adds_directly
 
 
 def test_a_memory_that_carries_the_residual_along_is_cut_down_to_its_linear() -> None:

@@ -47,7 +47,7 @@ def with_slot(call: Call, slot: Slot, hidden: Tensor) -> tuple[tuple[Any, ...], 
 
 def tolerance(dtype: torch.dtype) -> float:
     """Relative difference that two ways of computing the same thing may show in this dtype."""
-    return {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2}.get(dtype, 1e-1)
+    return {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2}.get(dtype, 1e-1)
 
 
 def same(a: Tensor, b: Tensor, within: float | None = None) -> bool:
@@ -547,7 +547,9 @@ def _adds_directly(dry: _Dry, module: nn.Module) -> bool:
     extra = torch.linspace(-1, 1, plain.shape[-1], dtype=plain.dtype, device=plain.device) * plain.std()
     with replacing({module: lambda out: out + extra.to(out.dtype).to(out.device)}):
         moved = first_tensor(dry.run()).double() - plain
-    return same(moved, extra.expand_as(moved), within=tolerance(dry.call.output.dtype) * 10)
+    # The middle of the errors: in 16 bits the few huge entries that trained models carry lose what was added to them.
+    error = (moved - extra).abs().median() / extra.abs().median()
+    return float(error) < max(1e-3, min(0.03, tolerance(dry.call.output.dtype)))
 
 
 # ── experts ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
