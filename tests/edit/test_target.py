@@ -203,6 +203,21 @@ def test_merging_tokenizer() -> None:
     assert relative(found.v_star[0], plain_search(lm, fact, 1, config, CONTEXTS[:2])["v_star"]) < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("fact", "contexts"),
+    [
+        (Fact("A", "{} is", "B"), ["{}"]),  # nothing before the subject
+        (Fact("Edwin", "{}", "king"), ["{}", "The. {}"]),  # nothing but the subject
+        (Fact(" Edwin ", "So {}, the", "king of all of them"), ["{}", "The. {}"]),  # white space around it, a long target
+        (Fact("São Paulo", "{} lies in", "日本"), ["{}", "X {}"]),  # characters of several tokens
+    ],
+)
+def test_odd_facts(tiny_lm: LanguageModel, fact: Fact, contexts: list[str]) -> None:
+    config = TargetConfig(steps=4)
+    found = find_targets(tiny_lm, [fact], 0, config, contexts)
+    assert relative(found.v_star[0], plain_search(tiny_lm, fact, 0, config, contexts)["v_star"]) < 1e-4
+
+
 def test_targets_with_and_without_leading_space_are_one(tiny_lm: LanguageModel) -> None:
     spaced = [Fact("Edwin", "{} is a", target) for target in ("king", " king")]
     found = find_targets(tiny_lm, spaced, 1, TargetConfig(steps=3), CONTEXTS)

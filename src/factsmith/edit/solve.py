@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..errors import InputError, NumericsError
 
-JITTERS = (0.0, 1e-12, 1e-10, 1e-8, 1e-6)
-"""What may be added to the diagonal, in units of its mean, smallest first: a matrix estimated from fewer tokens than it has
-rows is singular, and one summed in low precision may be indefinite. Beyond 1e-6 the patch would no longer be the one asked for."""
+JITTERS = (0.0, 1e-12, 1e-10, 1e-8, 1e-6, 1e-4)
+"""What may be added to the diagonal, in units of its mean, smallest first: a matrix estimated from fewer tokens than it has rows is
+singular, and rounded to float32 it is slightly indefinite. A larger shift would be a ridge, which changes what is asked for."""
 
 MIN_OVERLAP = 1e-6
 """Smallest |⟨k, u⟩| / ‖k‖ that ROME divides by; below it the update would be a million times larger than the residual."""

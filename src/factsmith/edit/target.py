@@ -203,11 +203,11 @@ def _pivot(lm: LanguageModel, template: str, subject: str) -> tuple[list[int], i
 
     By the place of the slot, not by a search: a context may happen to name the subject too.
     """
-    subject = subject.strip()
-    start = template.index("{}")
     text = template.replace("{}", subject)
+    start = template.index("{}") + len(subject) - len(subject.lstrip())
+    stop = start + len(subject.strip())
     ids, offsets = encode(lm.tokenizer, text)
-    inside = [i for i, (a, b) in enumerate(offsets) if a < start + len(subject) and b > start and text[a:b].strip()]
+    inside = [i for i, (a, b) in enumerate(offsets) if a < stop and b > start and text[a:b].strip()]
     return ids, inside[-1]
 
 
