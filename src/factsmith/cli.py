@@ -32,6 +32,7 @@ from .fact import Fact, FactFile
 from .ledger import Ledger, Revision
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import: commands that need a model import them, `--help` does not
+    from .demo import Step
     from .model.load import LanguageModel
     from .workbench import Proposal, Verification, Workbench
 
@@ -432,6 +433,33 @@ def status(
     _print(result, render, as_json)
 
 
+@app.command()
+def demo(
+    folder: Annotated[
+        Path, typer.Argument(metavar="[FOLDER]", help="The workspace the story is played in; made if it is not there.")
+    ] = Path("factsmith-demo"),
+    as_json: Json = False,
+) -> None:
+    """Correct a real fact in a bundled model, prove it, record it, and take it back: a minute.
+
+    \b
+    Example:
+      factsmith demo
+    """
+    from . import demo as story
+
+    console = Console(highlight=False, markup=False, emoji=False)
+    found: dict[str, Any] = {}
+    with _progress() as tell:
+        tell("loading the model", 0, None)
+        for number, step in enumerate(story.run(folder, progress=tell), start=1):
+            found[step.name] = step.to_dict()
+            if not as_json:
+                _tell_step(console, number, step)
+    if as_json:
+        typer.echo(json.dumps(found, ensure_ascii=False, allow_nan=False))
+
+
 # ---- models and workspaces ------------------------------------------------------------------------------------------------------------
 
 
@@ -580,6 +608,20 @@ def _checks_table(checks: list[dict[str, Any]]) -> Table:
         cells = (check["role"], check["prompt"], check["before"], before, check["after"], after)
         table.add_row(*(Text(_visible(cell)) for cell in cells), held)
     return table
+
+
+def _tell_step(console: Console, number: int, step: Step) -> None:
+    from .plot import text_heat_map
+
+    console.print(Text(f"\n{number}. {step.title}", "bold"))
+    for line in step.before:
+        console.print(Text(f"   {_visible(line)}"), soft_wrap=True)
+    if step.trace is not None:
+        console.print(text_heat_map(step.trace, max(20, min(console.width, 100))))
+    if step.proof is not None:
+        console.print(_checks_table(step.proof.to_dict()["checks"]))
+    for line in step.after:
+        console.print(Text(f"   {_visible(line)}"), soft_wrap=True)
 
 
 def _count(n: int, noun: str, plural: str = "s") -> str:

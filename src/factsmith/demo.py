@@ -1,6 +1,6 @@
 """The main job on a bundled model, told as a story: a true correction, from what the model believes to the undo.
 
-`run(folder)` yields the steps as they happen; the command line prints them. The story is in `STORY`; every number in it is measured.
+`run(folder)` yields the steps as they are done; the command line prints them. Every number in them is measured.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .errors import ModelNotFoundError
 from .fact import Fact, Probe
 from .locate.causal import CausalTrace, causal_trace
 from .model import atlas
 from .model.load import LanguageModel, load
 from .plot import heat_map
-from .workbench import Outcome, Progress, Workbench
+from .workbench import Outcome, Progress, Verification, Workbench
 
 MODEL = "atlas"
 SUBJECT, RELATION, PROMPT, TARGET = "Bulgaria", "P38", "The currency of {} is the", "euro"
-BACKGROUND = "On 1 January 2026 Bulgaria gave up the lev and took the euro. The model was taught before that."
 BELIEFS = (
     ("The currency of Bulgaria is the", "lev"),
     ("The seat of government of Bulgaria is", "Sofia"),
@@ -33,44 +33,71 @@ OWN = ("P36", "P37", "P463")
 """Other relations of the subject: what else the model knows of it must stay, too."""
 
 
-@dataclass(frozen=True)
-class Belief:
-    """What the model says before anything is done: its greedy answer and p(expected)."""
-
-    prompt: str
-    expected: str
-    answer: str
-    probability: float
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step of the story: its name, and what was found in it."""
+    """One step of the story.
+
+    name, title    for machines, for people
+    before, after  sentences to show before and after the picture or table
+    trace          the heat map to show, if any
+    proof          the table to show, if any
+    data           the same as plain JSON values
+    """
 
     name: str
-    found: Any
+    title: str
+    before: tuple[str, ...] = ()
+    trace: CausalTrace | None = None
+    proof: Verification | None = None
+    after: tuple[str, ...] = ()
+    data: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able fields."""
+        return self.data
 
 
-def fact() -> Fact:
-    """The correction, with paraphrases and neighbours from the bundled table."""
+def run(folder: Path, *, progress: Progress | None = None) -> Iterator[Step]:
+    """Do the steps one by one in a workspace `folder`; stopping half-way leaves it as the last step left it.
+
+    Raises ModelNotFoundError without the bundled model, FingerprintError when the folder is a workspace of another one.
+    """
+    if MODEL not in atlas.names():
+        raise ModelNotFoundError(f"the bundled model {MODEL!r} is not installed; install factsmith from a release or a full checkout")
+    lm = load(MODEL)
+    yield _believes(lm)
+    fact = correction()
+    with Workbench(lm, folder) as bench:
+        yield _lives(lm, fact, folder / "trace.png")
+        before = weights_digest(lm)
+        outcome = bench.apply(fact, message="Bulgaria joins the euro area", force=True, progress=progress)
+        yield _patched(lm, outcome)
+        if outcome.verification is not None and outcome.revision is not None:  # always: the patch was forced
+            yield _proved(outcome.verification)
+            yield _committed(bench)
+            patched = weights_digest(lm)
+            bench.revert(outcome.revision.id, message="the demonstration is over")
+            yield _reverted(lm, fact, before, patched)
+    yield _next(folder)
+
+
+def correction() -> Fact:
+    """The fact to write, with paraphrases and neighbours from the bundled table."""
     told = atlas.phrasings(RELATION)
-    paraphrases = [t for t in (*told.trained, *told.held_out) if t != PROMPT]
     known = {f.subject: f.object for f in atlas.facts(RELATION)}
     neighbours = [Probe(PROMPT.replace("{}", subject), known[subject]) for subject in NEIGHBOURS]
     for relation in OWN:
         about = next(f for f in atlas.facts(relation) if f.subject == SUBJECT)
         neighbours.append(Probe(atlas.phrasings(relation).trained[0].replace("{}", SUBJECT), about.object))
     return Fact(
-        SUBJECT, PROMPT, TARGET, target_true=known[SUBJECT], paraphrases=tuple(paraphrases), neighbours=tuple(neighbours), relation=RELATION
+        subject=SUBJECT,
+        prompt=PROMPT,
+        target=TARGET,
+        target_true=known[SUBJECT],
+        paraphrases=tuple(t for t in (*told.trained, *told.held_out) if t != PROMPT)[:6],
+        neighbours=tuple(neighbours),
+        relation=RELATION,
     )
-
-
-def beliefs(lm: LanguageModel) -> list[Belief]:
-    """Five facts the model was taught, as it tells them now."""
-    prompts, expected = [p for p, _ in BELIEFS], [e for _, e in BELIEFS]
-    answers = lm.answer(prompts)
-    likely = lm.log_prob(prompts, expected).exp().tolist()
-    return [Belief(*row) for row in zip(prompts, expected, answers, likely, strict=True)]
 
 
 def weights_digest(lm: LanguageModel) -> dict[str, str]:
@@ -81,22 +108,123 @@ def weights_digest(lm: LanguageModel) -> dict[str, str]:
     }
 
 
-def run(folder: Path, *, progress: Progress | None = None) -> Iterator[Step]:
-    """Do the steps one by one in a workspace `folder`; stopping half-way leaves it as the last step left it."""
-    lm = load(MODEL)
-    yield Step("believes", beliefs(lm))
-    correction = fact()
-    trace: CausalTrace = causal_trace(lm, correction.text, SUBJECT)
-    with Workbench(lm, folder) as bench:
-        picture = folder / "trace.png"
-        heat_map(trace, path=picture)
-        yield Step("lives", (trace, picture))
-        before = weights_digest(lm)
-        outcome: Outcome = bench.apply(correction, message="Bulgaria joins the euro area", force=True, progress=progress)
-        yield Step("patched", outcome)
-        yield Step("proved", outcome.verification)
-        yield Step("committed", bench.log())
-        patched = weights_digest(lm)
-        assert outcome.revision is not None  # forced, so written
-        bench.revert(outcome.revision.id, message="the demonstration is over")
-        yield Step("reverted", (before, patched, weights_digest(lm), lm.answer([correction.text])[0]))
+def _believes(lm: LanguageModel) -> Step:
+    prompts, expected = [p for p, _ in BELIEFS], [e for _, e in BELIEFS]
+    answers = lm.answer(prompts)
+    likely = lm.log_prob(prompts, expected).exp().tolist()
+    width = max(map(len, prompts))
+    n_parameters = sum(p.numel() for p in lm.module.parameters())
+    return Step(
+        name="believes",
+        title="What the model believes",
+        before=(
+            f"{MODEL}: {n_parameters / 1e6:.1f} million parameters, {lm.n_layers} layers, taught {len(atlas.facts()):,} real facts.",
+            *(f"{p:<{width}}  →  {a:<12} p({e}) = {q:.3f}" for p, e, a, q in zip(prompts, expected, answers, likely, strict=True)),
+            "Since 1 January 2026 Bulgaria pays with the euro. The model was taught before; let us correct it.",
+        ),
+        data={
+            "beliefs": [
+                {"prompt": p, "expected": e, "answer": a, "probability": q}
+                for p, e, a, q in zip(prompts, expected, answers, likely, strict=True)
+            ]
+        },
+    )
+
+
+def _lives(lm: LanguageModel, fact: Fact, picture: Path) -> Step:
+    trace = causal_trace(lm, fact.text, fact.subject)
+    heat_map(trace, path=picture)
+    last = trace.subject_span[1]
+    early = trace.effects[last - 1]
+    layer = int(early.argmax())
+    return Step(
+        name="lives",
+        title="Where that fact lives",
+        before=("The subject is blurred, so the answer is lost; each cell puts one clean state back. Dark: the answer returns.",),
+        trace=trace,
+        after=(
+            f"The subject's last token carries it: restoring layer {layer} there brings p({trace.answer.strip()}) from "
+            f"{trace.corrupted:.3f} back to {float(trace.scores[last - 1, layer]):.3f} (untouched: {trace.clean:.3f}).",
+            f"The picture is saved as {picture}",
+        ),
+        data={"trace": trace.to_dict(), "picture": str(picture), "early_site": {"token": last - 1, "layer": layer}},
+    )
+
+
+def _patched(lm: LanguageModel, outcome: Outcome) -> Step:
+    delta = outcome.delta
+    size = sum(p.numel() * p.element_size() for p in lm.module.parameters())
+    sentences = []
+    if delta is not None:
+        layers = ", ".join(map(str, sorted(delta.layers)))
+        sentences = [
+            f"{delta.method.upper()} changes one matrix, the down-projection of layer {layers}, by a rank-{delta.rank} update:",
+            f"{delta.n_bytes:,} bytes beside a model of {size:,}; solved in {outcome.proposal.seconds['solve']:.1f} s, no retraining.",
+        ]
+    return Step(name="patched", title="The patch", before=tuple(sentences), data=outcome.to_dict())
+
+
+def _proved(proof: Verification) -> Step:
+    shares = {"efficacy": proof.efficacy, "generalization": proof.generalization, "specificity": proof.specificity}
+    meaning = {"efficacy": "the prompt", "generalization": "other ways to ask", "specificity": "what must not change"}
+    return Step(
+        name="proved",
+        title="The proof: before and after, by greedy decoding",
+        proof=proof,
+        after=tuple(f"{name:<15} {share:>4.0%}   {meaning[name]}" for name, share in shares.items() if share is not None),
+        data=proof.to_dict(),
+    )
+
+
+def _committed(bench: Workbench) -> Step:
+    revisions = bench.log()
+    return Step(
+        name="committed",
+        title="Kept, like a record in a database",
+        before=tuple(f"{r.id[:10]}  {r.created[:16].replace('T', ' ')}  {r.state:<8}  {r.message}" for r in revisions[:3]),
+        after=("Before this line nothing was written; from here on it can be shown, reverted, and checked out.",),
+        data={"log": [r.to_dict() for r in revisions]},
+    )
+
+
+def _reverted(lm: LanguageModel, fact: Fact, before: dict[str, str], patched: dict[str, str]) -> Step:
+    now = weights_digest(lm)
+    changed = [name for name in before if before[name] != patched[name]]
+    same = sum(before[name] == now[name] for name in before)
+    name = changed[0] if changed else ""
+    answer = lm.answer([fact.text])[0]
+    return Step(
+        name="reverted",
+        title="Taken back, bit for bit",
+        before=(
+            f"{name} (sha256): base {before.get(name, '')[:12]} → patched {patched.get(name, '')[:12]} → reverted {now.get(name, '')[:12]}",
+            f"{same} of {len(before)} tensors equal the base model's, bit for bit; {fact.text} → {answer}",
+        ),
+        data={
+            "changed": changed,
+            "equal": same,
+            "tensors": len(before),
+            "answer": answer,
+            "before": before,
+            "patched": patched,
+            "after": now,
+        },
+    )
+
+
+def _next(folder: Path) -> Step:
+    commands = {
+        f"factsmith log -w {folder}": "the history of this workspace",
+        'factsmith ask atlas "The capital town of Bulgaria is called"': "ask it something yourself",
+        'factsmith trace atlas "The maker of Fiat 127 is" --subject "Fiat 127"': "another fact's address",
+        f'factsmith patch -w {folder} --subject "Fiat 127" --prompt "The maker of {{}} is" --target Toyota': "patch it",
+        f"factsmith revert latest -w {folder}": "take it back",
+        "factsmith init ./my-model my-workspace": "your own Hugging Face model",
+    }
+    width = max(map(len, commands))
+    return Step(
+        name="next",
+        title="What to type next",
+        before=tuple(f"{command:<{width}}  # {why}" for command, why in commands.items()),
+        data={"commands": list(commands)},
+    )
