@@ -97,10 +97,18 @@ def tiny_llama() -> LanguageModel:
     return wrap(tiny_model("llama", **LLAMA), byte_tokenizer(bos=True))
 
 
-@pytest.fixture(params=["gpt2", "llama"])
-def tiny_lm(request: pytest.FixtureRequest, tiny_gpt2: LanguageModel, tiny_llama: LanguageModel) -> Iterator[LanguageModel]:
-    """Each of the two reference families in turn; fails when a test leaves a hook behind."""
-    lm = {"gpt2": tiny_gpt2, "llama": tiny_llama}[request.param]
+@pytest.fixture(scope="session")
+def tiny_uncached() -> LanguageModel:
+    """The first GPT: it knows no key/value cache, so replay runs the prefix's columns through each layer again."""
+    lm = wrap(tiny_model("openai-gpt", **GPT2), byte_tokenizer())
+    assert not lm.caches_prefix
+    return lm
+
+
+@pytest.fixture(params=["tiny_gpt2", "tiny_llama", "tiny_uncached"])
+def tiny_lm(request: pytest.FixtureRequest) -> Iterator[LanguageModel]:
+    """Each of three kinds in turn; fails when a test leaves a hook behind."""
+    lm: LanguageModel = request.getfixturevalue(request.param)
     yield lm
     assert hook_count(lm.module.modules()) == 0, "a hook was left behind"
 
