@@ -10,8 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +19,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, TypeAdapter
 
 from .errors import FactError, WorkspaceError
+from .files import write_file
 
 
 def _not_blank(text: str) -> str:
@@ -75,13 +75,22 @@ class Fact(_Fact):
     Raises FactError when a field is empty, the prompt has not exactly one slot, or target equals target_true.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        subject: str,
+        prompt: str,
+        target: str,
+        *,
+        target_true: str | None = None,
+        paraphrases: Iterable[str] = (),
+        neighbours: Iterable[Probe | str | Mapping[str, Any]] = (),
+        relation: str | None = None,
+    ) -> None:
+        given = {"subject": subject, "prompt": prompt, "target": target, "target_true": target_true, "relation": relation}
         try:
-            super().__init__(*args, **kwargs)
+            super().__init__(**given, paraphrases=_entries(paraphrases), neighbours=_entries(neighbours))  # type: ignore[arg-type]
         except pydantic.ValidationError as error:
             raise FactError(_explain(error, "fact")) from None
-        except TypeError as error:
-            raise FactError(f"fact: {error}; expected Fact(subject, prompt, target, ...)") from None
         if self.target_true is not None and self.target.strip() == self.target_true.strip():
             raise FactError(f"fact about {self.subject!r}: target and target_true are both {self.target!r}; they must differ")
 
@@ -104,7 +113,10 @@ class Fact(_Fact):
         """The inverse of `to_dict`; raises FactError on anything but a mapping of known fields."""
         if not isinstance(fields, Mapping):
             raise FactError(f"a fact is a mapping of fields; got {type(fields).__name__}")
-        return cls(**{str(k): v for k, v in fields.items()})
+        try:
+            return cls(**{str(k): v for k, v in fields.items()})
+        except TypeError as error:
+            raise FactError(f"fact: {str(error).split('() ')[-1]}; expected subject, prompt and target, and nothing unknown") from None
 
 
 class FactFile:
@@ -142,16 +154,15 @@ class FactFile:
             if path.suffix.lower() == ".json"
             else yaml.safe_dump(content, allow_unicode=True, sort_keys=False)
         )
-        temporary = None
         try:
-            with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as file:
-                temporary = Path(file.name)
-                file.write(text)
-            temporary.replace(path)
+            write_file(path, text.encode())
         except OSError as error:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
             raise WorkspaceError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from None
+
+
+def _entries(values: object) -> object:
+    """A tuple of what was given; a single text is left as it is, to be refused: its letters are no list."""
+    return tuple(values) if isinstance(values, Iterable) and not isinstance(values, (str, bytes, Mapping)) else values
 
 
 def _explain(error: pydantic.ValidationError, what: str) -> str:

@@ -37,6 +37,7 @@ import pydantic
 
 from .errors import DamagedError, FactError, FactsmithError, InputError, RevisionError, WorkspaceError
 from .fact import Fact
+from .files import flush_folder
 
 BASE = "base"
 LATEST = "latest"
@@ -230,7 +231,7 @@ class Ledger:
                     db.execute("INSERT INTO workspace VALUES (1, ?, ?, ?, ?, ?)", (model, dtype, fingerprint, _now(), BASE))
                     db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
                     db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
-            _flush_folder(folder)
+            flush_folder(folder)
         return cls(folder, wait=wait)
 
     def __enter__(self) -> Ledger:
@@ -569,13 +570,13 @@ class Ledger:
             digest, size = _digest(staging)
             for file in staging.iterdir():
                 _flush(file)
-            _flush_folder(staging)
+            flush_folder(staging)
             target = deltas / digest
             if target.exists() and _digest(target)[0] != digest:
                 shutil.rmtree(target)
             if not target.exists():
                 staging.rename(target)
-                _flush_folder(deltas)
+                flush_folder(deltas)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         return digest, size
@@ -687,15 +688,6 @@ def _digest(folder: Path) -> tuple[str, int]:
 def _flush(file: Path) -> None:
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere a folder cannot be opened, and renames are durable by themselves
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _statements(script: str) -> Iterator[str]:

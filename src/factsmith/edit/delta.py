@@ -15,7 +15,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from ..errors import DamagedError, FactError, InputError, LayerError, NumericsError, WorkspaceError
 from ..fact import Fact
+from ..files import write_file
 from ..model.load import LanguageModel
 
 _FORMAT = 1
@@ -119,8 +119,8 @@ class Delta:
         record["sha256"] = _digest(record)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _write(folder / _TENSORS, tensors)
-            _write(folder / _JSON, (json.dumps(record, ensure_ascii=False, indent=2) + "\n").encode())
+            write_file(folder / _TENSORS, tensors)
+            write_file(folder / _JSON, (json.dumps(record, ensure_ascii=False, indent=2) + "\n").encode())
         except OSError as error:
             raise WorkspaceError(f"cannot write the delta to {folder}: {error.strerror}; choose a folder that can be written") from None
 
@@ -250,21 +250,3 @@ def _copy(lm: LanguageModel, weights: Mapping[int, Tensor]) -> None:
 
 def _digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
-    if hasattr(os, "O_DIRECTORY"):  # the rename is only durable once the folder itself is on disk
-        handle = os.open(path.parent, os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

@@ -14,7 +14,6 @@ import dataclasses
 import hashlib
 import itertools
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..errors import DamagedError, InputError, LayerError, NumericsError, UnsupportedModelError, WorkspaceError
+from ..files import write_file
 from ..model.load import LanguageModel
 from ..model.tokens import align, encode
 from ..model.trace import recording
@@ -101,20 +101,11 @@ class SecondMoment:
         }
         metadata["sha256"] = _checksum(tensors, metadata)
         path = Path(path)
-        temporary = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-                temporary = Path(file.name)
-                file.write(safetensors.torch.save(tensors, metadata))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
+            write_file(path, safetensors.torch.save(tensors, metadata))
         except OSError as error:
             raise WorkspaceError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from None
-        finally:
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> SecondMoment:

@@ -29,7 +29,12 @@ _PROSE_CHARACTERS = (40, 160)  # a snippet in a short row; a long row takes four
 
 @dataclass(frozen=True)
 class Row:
-    """One training row: token `ids` (T,); in `predict` (T,) which of them the loss counts; in `owner` (T,) the number of the fact whose object it is, or -1."""
+    """One training row of T tokens.
+
+    ids      (T,) int64
+    predict  (T,) which of them the loss counts
+    owner    (T,) number of the fact whose object the token belongs to, or -1
+    """
 
     ids: NDArray[np.int64]
     predict: NDArray[np.bool_]
@@ -107,7 +112,7 @@ class Corpus:
                 parts = [self._plain(self.opening, predict=False)]
                 room = length - len(self.opening)
                 while sentences:
-                    if owed > 0 and room > 2 * length // 3 or len(sentences[-1].ids) >= room:  # the end of a row is filled with prose
+                    if (owed > 0 and room > 2 * length // 3) or len(sentences[-1].ids) >= room:  # the end of a row is filled with prose
                         prose = self.tokenizer.backend_tokenizer.encode(next(snippets), add_special_tokens=False).ids[:room]
                         parts.append(self._plain(prose))
                         owed -= len(prose)

@@ -2,7 +2,7 @@
 
 Byte-level or SentencePiece-like BPE over our own sentences and the prose, then a small GPT-2 or Llama on `corpus.Corpus`.
 Hidden matrices are trained with Muon, the rest with AdamW: rare facts are learned in about half the exposures.
-A checkpoint is written every few minutes; the same command continues an interrupted run. `evaluate.py` beside this file measures the result.
+A checkpoint is written every few minutes; the same command continues an interrupted run. `evaluate.py` measures the result.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import argparse
 import itertools
 import json
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -28,7 +30,7 @@ from transformers import (
 )
 
 from . import AtlasFact, facts, phrasings
-from .corpus import Corpus, read_prose
+from .corpus import Corpus, Row, read_prose
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ class Recipe:
 RECIPES = {"atlas": Recipe("gpt2"), "atlas-llama": Recipe("llama", neurons=768)}
 
 
-def make_tokenizer(recipe: Recipe, prose: list[str]) -> PreTrainedTokenizerFast:
-    """A BPE tokenizer trained on one telling of every fact and on the prose; a leading space is always added, so a name has one spelling."""
+def make_tokenizer(recipe: Recipe, prose: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer from one telling of every fact and the prose; it always adds a leading space, so a name has one spelling."""
     draw = np.random.default_rng(recipe.seed)
     texts = []
     for fact in facts():
@@ -141,74 +143,76 @@ def learning_rate(step: int, total: int, warmup: int) -> float:
     return min((step + 1) / warmup, max(0.0, (total - step) / total))
 
 
-def train(name: str, recipe: Recipe, told: tuple[AtlasFact, ...], prose: list[str], out: Path, *, save_every: float = 240.0, compiled: bool = False) -> None:
+def learn(
+    rows: Sequence[Row], trunk: Callable[..., Any], head: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer], cost: Tensor
+) -> float:
+    """One step on a group of rows; notes in `cost` (n_facts,) what each told fact's dearest object token cost, and returns their mean."""
+    ids, predict, owner = (torch.from_numpy(np.stack([getattr(row, f) for row in rows])) for f in ("ids", "predict", "owner"))  # (B, T)
+    wanted = predict[:, 1:]
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, d_model)
+        logits = head(hidden[:, :-1][wanted])  # (n_predicted, vocabulary)
+    nats = torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][wanted], reduction="none")
+    torch.autograd.backward(nats.mean())
+    torch.nn.utils.clip_grad_norm_([p for o in optimizers for group in o.param_groups for p in group["params"]], 1.0)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    whose = owner[:, 1:][wanted]
+    objects = whose >= 0
+    cost[whose[objects]] = 0.0
+    cost.scatter_reduce_(0, whose[objects], nats.detach()[objects], "amax")
+    return float(nats.detach()[objects].mean())
+
+
+def train(
+    name: str, recipe: Recipe, told: Sequence[AtlasFact], prose: Sequence[str], out: Path, *, save_every: float = 240.0, fused: bool = False
+) -> None:
     """Train one model into `out`: a Hugging Face folder in float16 and `training.json` with the recipe, loss curve and time.
 
-    compiled: fuse the elementwise work with torch.compile (needs a C++ compiler; about a third faster, rounding differs).
+    save_every  seconds between checkpoints
+    fused       run elementwise work through torch.compile: about a third faster, needs a C++ compiler, rounds differently
     """
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(recipe, prose)
     corpus = Corpus(tokenizer, told, prose, seed=recipe.seed)
     model = make_model(recipe, tokenizer)
     optimizers = make_optimizers(model, recipe)
-    cost = torch.full((len(told),), torch.inf)  # nats a token of each fact's object when it was last told
-    epoch, step, seconds, curve = 0, 0, 0.0, []
+    state: dict[str, Any] = {"epoch": 0, "step": 0, "seconds": 0.0, "curve": [], "cost": torch.full((len(told),), torch.inf)}
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        epoch, step, seconds, curve, cost = (state[key] for key in ("epoch", "step", "seconds", "curve", "cost"))
-    head = model.get_output_embeddings()
-    trunk = torch.compile(model.base_model, dynamic=False) if compiled else model.base_model
+    trunk = torch.compile(model.base_model, dynamic=False) if fused else model.base_model
     started = saved_at = time.monotonic()
-    running: list[float] = []
-    while step < recipe.steps:
-        draw = np.random.default_rng((recipe.seed, epoch, 1))
-        chosen = np.flatnonzero((cost.numpy() > recipe.known_below) | (draw.random(len(told)) < recipe.known_share))
-        for rows in itertools.islice(corpus.epoch(epoch, chosen), recipe.steps - step):
-            factor = learning_rate(step, recipe.steps, recipe.warmup)
+    before = state["seconds"]
+    while state["step"] < recipe.steps:
+        draw = np.random.default_rng((recipe.seed, state["epoch"], 1))
+        chosen = np.flatnonzero((state["cost"].numpy() > recipe.known_below) | (draw.random(len(told)) < recipe.known_share))
+        costs = []
+        for rows in itertools.islice(corpus.epoch(state["epoch"], chosen), recipe.steps - state["step"]):
+            factor = learning_rate(state["step"], recipe.steps, recipe.warmup)
             for optimizer, rate in zip(optimizers, (recipe.muon_lr, recipe.adamw_lr), strict=True):
                 optimizer.param_groups[0]["lr"] = rate * factor
-            ids, predict, owner = (torch.from_numpy(np.stack([getattr(row, f) for row in rows])) for f in ("ids", "predict", "owner"))  # (B, T)
-            with torch.autocast("cpu", torch.bfloat16):
-                hidden = trunk(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, d_model)
-                logits = head(hidden[:, :-1][predict[:, 1:]])  # (n_predicted, vocabulary)
-            nats = torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][predict[:, 1:]], reduction="none")
-            nats.mean().backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            whose = owner[:, 1:][predict[:, 1:]]
-            objects = whose >= 0
-            cost[whose[objects].unique()] = 0.0
-            cost.scatter_reduce_(0, whose[objects], nats.detach()[objects], "amax")  # its dearest token
-            running.append(float(nats.detach()[objects].mean()))
-            step += 1
-        epoch += 1
-        elapsed = seconds + time.monotonic() - started
-        curve.append([epoch, step, len(chosen), round(float(np.mean(running)), 4), round(elapsed)])
-        running = []
-        print(f"{name}: epoch {epoch}, step {step}/{recipe.steps}, {len(chosen)} facts told, {curve[-1][3]:.4f} nats an object token, {elapsed:.0f} s", flush=True)
+            costs.append(learn(rows, trunk, model.get_output_embeddings(), optimizers, state["cost"]))
+            state["step"] += 1
+        state["epoch"] += 1
+        state["seconds"] = before + time.monotonic() - started
+        state["curve"].append([state["epoch"], state["step"], len(chosen), round(float(np.mean(costs)), 4), round(state["seconds"])])
+        print("{}: epoch {}, step {}, {} facts told, {} nats an object token, {} s".format(name, *state["curve"][-1]), flush=True)
         if time.monotonic() - saved_at > save_every:
             saved_at = time.monotonic()
-            state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "epoch": epoch, "step": step,
-                     "seconds": elapsed, "curve": curve, "cost": cost}  # fmt: skip
-            torch.save(state, checkpoint.with_suffix(".new"))
+            torch.save(
+                {**state, "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}, checkpoint.with_suffix(".new")
+            )
             checkpoint.with_suffix(".new").replace(checkpoint)
     model.config._attn_implementation = "sdpa"
     model.to(torch.float16).save_pretrained(out)
     tokenizer.save_pretrained(out)
-    summary = {
-        "recipe": asdict(recipe),
-        "facts": len(told),
-        "steps": step,
-        "seconds": round(seconds + time.monotonic() - started),
-        "curve": curve,
-    }
-    (out / "training.json").write_text(json.dumps(summary, indent=1) + "\n")
+    summary = {"recipe": asdict(recipe), "facts": len(told), "seconds": round(state["seconds"]), "curve": state["curve"]}
+    (out / "training.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -220,7 +224,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--limit", type=int, help="train on the first N facts only, to try a recipe")
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="other recipe fields")
-    parser.add_argument("--compile", action="store_true", help="use torch.compile; needs a C++ compiler")
+    parser.add_argument("--fused", action="store_true", help="use torch.compile; needs a C++ compiler")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -230,7 +234,7 @@ def main() -> None:
     prose = read_prose(given.prose)
     if not prose:
         raise SystemExit(f"no .txt files in {given.prose}; expected public-domain English prose")
-    train(given.name, recipe, tuple(itertools.islice(facts(), given.limit)), prose, given.out, compiled=given.compile)
+    train(given.name, recipe, tuple(itertools.islice(facts(), given.limit)), prose, given.out, fused=given.fused)
 
 
 if __name__ == "__main__":
