@@ -1,8 +1,9 @@
 """Put a trained atlas model into the package: weights, card, ROME's settings and packed second moments of its edit layers.
 
-    python scripts/package_atlas.py atlas --trained runs/atlas --settings settings.json --layers 0 1 2 --prose FOLDER --counterfact FILE
+    python scripts/package_atlas.py atlas --trained runs/atlas --settings settings.json --layers 0 1 2 --prose FOLDER
 
-The settings file is what `benchmarks/rome_settings.py` chose: {"layer": 1, "lr": ..., ...}. Run it again after any change to the weights.
+`measured.json` in the trained folder is what `python -m factsmith.model.atlas.evaluate` wrote (`make atlas` runs both). The settings
+file is what `benchmarks/rome_settings.py` chose: {"layer": 0, "lr": ..., ...}. Run it again after any change to the weights.
 """
 
 from __future__ import annotations
@@ -13,32 +14,57 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import numpy as np
 
 import factsmith as fs
 from factsmith.model import atlas
 from factsmith.model.atlas.corpus import Corpus, read_prose
-from factsmith.model.atlas.evaluate import counterfact, recall
 
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-
-
-def measure(folder: Path, prose: Path, records: Path) -> dict[str, Any]:
-    """The table of the model card, from the shipped float16 weights computed in float32."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    result = recall(model, tokenizer, atlas.facts(), read_prose(prose))
-    return {**result, "counterfact": counterfact(model, tokenizer, json.loads(records.read_text(encoding="utf-8")))}
 
 
 def own_sentences(lm: fs.LanguageModel, prose: Path, seed: int) -> list[str]:
     """One telling of every fact between pieces of prose: the rows the model was trained on, as text."""
     corpus = Corpus(lm.tokenizer, atlas.facts(), read_prose(prose), seed=seed)
-    numbers = torch.arange(len(atlas.facts())).numpy()
+    numbers = np.arange(len(atlas.facts()))
     ends = set(lm.tokenizer.all_special_ids)
-    rows = (row for group in corpus.epoch(0, numbers) for row in group)
+    rows = (row for group in corpus.epoch(0, numbers, wide=True) for row in group)
     return [lm.tokenizer.decode([i for i in row.ids.tolist() if i not in ends]).strip() for row in rows]
+
+
+ROWS = (
+    ("parameters", "parameters", "{:,}"),
+    ("model.safetensors, float16, bytes", "bytes", "{:,}"),
+    ("second moments shipped, bytes", "moments_bytes", "{:,}"),
+    ("training, seconds of wall time (one to two cores, shared)", "seconds", "{:,}"),
+    ("facts asked", "measured.facts", "{:,}"),
+    ("recall, trained phrasings", "measured.trained", "{:.1%}"),
+    ("recall, held-out phrasings, subjects that never had them", "measured.held_out", "{:.1%}"),
+    ("recall, a prose sentence in front", "measured.after_prose", "{:.1%}"),
+    ("COUNTERFACT rewrite prompts: true above false", "measured.counterfact.rewrite", "{:.1%}"),
+    ("COUNTERFACT rewrite prompts: exact", "measured.counterfact.rewrite_exact", "{:.1%}"),
+    ("COUNTERFACT paraphrases: true above false", "measured.counterfact.paraphrase", "{:.1%}"),
+    ("COUNTERFACT paraphrases: exact", "measured.counterfact.paraphrase_exact", "{:.1%}"),
+    ("COUNTERFACT neighbours: true above false", "measured.counterfact.neighbourhood", "{:.1%}"),
+    ("COUNTERFACT neighbours: exact", "measured.counterfact.neighbourhood_exact", "{:.1%}"),
+)
+
+
+def write_table(path: Path) -> None:
+    """Put the measured table of every packaged model into the model card, between its two marks."""
+    cards = [atlas.card(name) for name in atlas.names()]
+
+    def cell(card: dict[str, Any], key: str, form: str) -> str:
+        value: Any = card
+        for part in key.split("."):
+            value = value[part]
+        return form.format(value)
+
+    lines = ["| | " + " | ".join(card["name"] for card in cards) + " |", "|---" * (1 + len(cards)) + "|"]
+    lines += [f"| {title} | " + " | ".join(cell(card, key, form) for card in cards) + " |" for title, key, form in ROWS]
+    text = path.read_text(encoding="utf-8")
+    start, end = (text.index(mark) for mark in ("<!-- measured -->", "<!-- /measured -->"))
+    path.write_text(text[:start] + "<!-- measured -->\n" + "\n".join(lines) + "\n" + text[end:], encoding="utf-8")
 
 
 def main() -> None:
@@ -49,7 +75,6 @@ def main() -> None:
     parser.add_argument("--settings", type=Path, required=True)
     parser.add_argument("--layers", type=int, nargs="+", required=True, help="layers whose second moments are shipped")
     parser.add_argument("--prose", type=Path, required=True)
-    parser.add_argument("--counterfact", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
 
@@ -71,10 +96,11 @@ def main() -> None:
         "parameters": sum(p.numel() for p in lm.module.parameters()),
         "bytes": (folder / "model.safetensors").stat().st_size,
         "moments_bytes": sum(file.stat().st_size for file in (folder / "moments").iterdir()),
-        "measured": measure(folder, given.prose, given.counterfact),
+        "measured": json.loads((given.trained / "measured.json").read_text(encoding="utf-8")),
         **training,
     }
     (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    write_table(folder.parent / "MODEL_CARD.md")
     print(json.dumps({**card, "curve": "..."}, indent=1))
 
 

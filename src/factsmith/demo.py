@@ -29,8 +29,12 @@ BELIEFS = (
     ("The maker of Fiat 127 is", "Fiat"),
 )
 NEIGHBOURS = ("Romania", "Poland", "Turkey", "Hungary", "Serbia", "Sweden", "Denmark", "Switzerland", "Japan", "Ukraine")
-OWN = ("P36", "P37", "P463")
-"""Other relations of the subject: what else the model knows of it must stay, too."""
+OWN = (
+    ("The seat of government of Bulgaria is", "Sofia"),
+    ("The people of Bulgaria speak", "Bulgarian"),
+    ("Which organisation has Bulgaria joined? It is", "NATO"),
+)
+"""What else the model knows of the subject: it must stay, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +90,7 @@ def correction() -> Fact:
     told = atlas.phrasings(RELATION)
     known = {f.subject: f.object for f in atlas.facts(RELATION)}
     neighbours = [Probe(PROMPT.replace("{}", subject), known[subject]) for subject in NEIGHBOURS]
-    for relation in OWN:
-        about = next(f for f in atlas.facts(relation) if f.subject == SUBJECT)
-        neighbours.append(Probe(atlas.phrasings(relation).trained[0].replace("{}", SUBJECT), about.object))
+    neighbours += [Probe(prompt, expected) for prompt, expected in OWN]
     return Fact(
         subject=SUBJECT,
         prompt=PROMPT,
@@ -132,7 +134,7 @@ def _believes(lm: LanguageModel) -> Step:
 
 
 def _lives(lm: LanguageModel, fact: Fact, picture: Path) -> Step:
-    trace = causal_trace(lm, fact.text, fact.subject)
+    trace = causal_trace(lm, fact.text, fact.subject, target=fact.target_true)
     heat_map(trace, path=picture)
     last = trace.subject_span[1]
     early = trace.effects[last - 1]

@@ -563,4 +563,13 @@ def _digest(module: nn.Module, config: Any, tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
-_NOT_THE_MODEL = {"_name_or_path", "name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}
+_NOT_THE_MODEL = {
+    "factsmith",
+    "_name_or_path",
+    "name_or_path",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "architectures",
+    "use_cache",
+}

@@ -34,11 +34,17 @@ class AtlasFact:
 
 @dataclass(frozen=True)
 class Phrasings:
-    """The sentences of one relation, cut before the object: templates with `{}` for the subject."""
+    """The sentences of one relation, cut before the object: templates with `{}` for the subject.
+
+    trained   told from the start
+    wide      told from a later epoch on: the same things in many more words
+    held_out  never told about half of the subjects
+    """
 
     label: str
     trained: tuple[str, ...]
     held_out: tuple[str, ...]
+    wide: tuple[str, ...]
 
 
 def names() -> tuple[str, ...]:
@@ -69,7 +75,10 @@ def facts(relation: str | None = None) -> tuple[AtlasFact, ...]:
 @cache
 def _all_phrasings() -> dict[str, Phrasings]:
     content = yaml.safe_load((_HERE / "phrasings.yaml").read_text(encoding="utf-8"))
-    return {relation: Phrasings(entry["label"], tuple(entry["trained"]), tuple(entry["held_out"])) for relation, entry in content.items()}
+    kinds = ("trained", "held_out", "wide")
+    return {
+        relation: Phrasings(label=entry["label"], **{kind: tuple(entry[kind]) for kind in kinds}) for relation, entry in content.items()
+    }
 
 
 def relations() -> tuple[str, ...]:

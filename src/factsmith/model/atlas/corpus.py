@@ -68,13 +68,15 @@ class Corpus:
         self.separator: int = tokenizer.eos_token_id
         self.opening = [tokenizer.bos_token_id] if tokenizer.bos_token_id != tokenizer.eos_token_id else []
 
-    def _tell(self, chosen: NDArray[np.int64], draw: np.random.Generator) -> list[Row]:
+    def _tell(self, chosen: NDArray[np.int64], wide: bool, draw: np.random.Generator) -> list[Row]:
         """One sentence for each chosen fact, in a phrasing that its subject may be told in."""
         texts, spans = [], []
         for number in chosen:
             fact = self.facts[number]
             told = phrasings(fact.relation)
             choices = told.trained if is_held_out(fact.subject) else told.trained + told.held_out
+            if wide:
+                choices += told.wide
             prompt = choices[draw.integers(len(choices))].replace("{}", fact.subject)
             texts.append(f"{prompt} {fact.object}{TAILS[draw.integers(len(TAILS))]}")
             spans.append((len(prompt), len(prompt) + 1 + len(fact.object)))
@@ -97,10 +99,10 @@ class Corpus:
                 snippet += " " + self.prose[at]
             yield snippet
 
-    def epoch(self, number: int, chosen: NDArray[np.int64]) -> Iterator[list[Row]]:
-        """Rows in groups of one length and about 4,096 tokens, until every chosen fact (n,) is told once."""
+    def epoch(self, number: int, chosen: NDArray[np.int64], *, wide: bool = False) -> Iterator[list[Row]]:
+        """Rows in groups of one length and about 4,096 tokens, until every chosen fact (n,) is told once; `wide`: in more words."""
         draw = np.random.default_rng((self.seed, number))
-        sentences = self._tell(draw.permutation(chosen), draw)
+        sentences = self._tell(draw.permutation(chosen), wide, draw)
         sentences.reverse()
         owed = 0.0  # prose tokens that the share asks for and that have not been written yet
         while sentences:

@@ -56,17 +56,17 @@ def recall(
     draw = np.random.default_rng(seed)
     objects = [fact.object for fact in told]
 
-    def ask(choose: str, chosen: Sequence[AtlasFact]) -> list[str]:
-        templates = [getattr(phrasings(fact.relation), choose) for fact in chosen]
+    def ask(kinds: Sequence[str], chosen: Sequence[AtlasFact]) -> list[str]:
+        templates = [[t for kind in kinds for t in getattr(phrasings(fact.relation), kind)] for fact in chosen]
         return [t[draw.integers(len(t))].replace("{}", fact.subject) for t, fact in zip(templates, chosen, strict=True)]
 
-    trained, _ = score(model, tokenizer, ask("trained", told), objects)
+    trained, _ = score(model, tokenizer, ask(("trained", "wide"), told), objects)
     unseen = [fact for fact in told if is_held_out(fact.subject)]
-    held_out, _ = score(model, tokenizer, ask("held_out", unseen), [fact.object for fact in unseen])
+    held_out, _ = score(model, tokenizer, ask(("held_out",), unseen), [fact.object for fact in unseen])
     result: dict[str, Any] = {"facts": len(told), "trained": float(trained.mean()), "held_out": float(held_out.mean())}
     if prose:
         short = [s for s in prose if len(s) < 200]
-        fronted = [f"{short[draw.integers(len(short))]} {prompt}" for prompt in ask("trained", told)]
+        fronted = [f"{short[draw.integers(len(short))]} {prompt}" for prompt in ask(("trained", "wide"), told)]
         result["after_prose"] = float(score(model, tokenizer, fronted, objects)[0].mean())
     by_relation = {r: [n for n, fact in enumerate(told) if fact.relation == r] for r in sorted({fact.relation for fact in told})}
     result["by_relation"] = {r: round(float(trained[n].mean()), 4) for r, n in by_relation.items()}
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--prose", type=Path, help="folder of .txt files: adds recall with a sentence in front")
     parser.add_argument("--counterfact", type=Path, help="full-schema COUNTERFACT file: adds its own prompts")
-    parser.add_argument("--limit", type=int)
+    parser.add_argument("--limit", type=int, help="ask about the first N facts only")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     given = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(given.model)

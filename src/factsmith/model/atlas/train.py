@@ -38,7 +38,8 @@ class Recipe:
     """How one bundled model is made."""
 
     family: Literal["gpt2", "llama"]
-    steps: int = 3200  # of about 4,096 tokens
+    steps: int = 2500  # of about 4,096 tokens
+    wide_from: int = 14  # the epoch from which facts are also told in the `wide` phrasings
     known_below: float = 0.05  # a fact whose object cost fewer nats a token when last told counts as known ...
     known_share: float = 0.35  # ... and is told again in this share of the later epochs only
     vocabulary: int = 6144
@@ -54,7 +55,10 @@ class Recipe:
     seed: int = 0
 
 
-RECIPES = {"atlas": Recipe("gpt2"), "atlas-llama": Recipe("llama", neurons=768)}
+RECIPES = {
+    "atlas": Recipe("gpt2", steps=3900, wide_from=36),
+    "atlas-llama": Recipe("llama", neurons=768, steps=2500, wide_from=14),
+}
 
 
 def make_tokenizer(recipe: Recipe, prose: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -192,7 +196,9 @@ def train(
         draw = np.random.default_rng((recipe.seed, state["epoch"], 1))
         chosen = np.flatnonzero((state["cost"].numpy() > recipe.known_below) | (draw.random(len(told)) < recipe.known_share))
         costs = []
-        for rows in itertools.islice(corpus.epoch(state["epoch"], chosen), recipe.steps - state["step"]):
+        for rows in itertools.islice(
+            corpus.epoch(state["epoch"], chosen, wide=state["epoch"] >= recipe.wide_from), recipe.steps - state["step"]
+        ):
             factor = learning_rate(state["step"], recipe.steps, recipe.warmup)
             for optimizer, rate in zip(optimizers, (recipe.muon_lr, recipe.adamw_lr), strict=True):
                 optimizer.param_groups[0]["lr"] = rate * factor
