@@ -14,8 +14,10 @@ import contextlib
 import dataclasses
 import enum
 import importlib.metadata
+import itertools
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from .errors import FactsmithError, InputError
+from .errors import FactsmithError, InputError, NumericsError
 from .fact import Fact, FactFile
 from .ledger import Ledger, Revision
 
@@ -121,7 +123,7 @@ def init(
 
     def show(console: Console) -> None:
         _line(console, f"workspace {made['workspace']};", f"model {ledger.model} ({ledger.dtype}), fingerprint {ledger.fingerprint[:10]}")
-        _line(console, "next:", f'factsmith patch -w {folder} --subject S --prompt "... {{}} ..." --target T')
+        _line(console, "next:", f'factsmith patch{_at(folder)} --subject S --prompt "... {{}} ..." --target T')
 
     _print(made, show, as_json)
 
@@ -184,8 +186,10 @@ def trace(
       factsmith trace atlas "The mother tongue of Danielle Darrieux is" --subject "Danielle Darrieux" --out trace.png
     """
     from .locate.causal import causal_trace
-    from .plot import heat_map, text_heat_map
+    from .plot import check_path, heat_map, text_heat_map
 
+    if out is not None:
+        check_path(out)  # before the work, not after it
     model, prompt = _model_and_prompt(words)
     with _progress() as tell, _opened(model, workspace, device, tell) as (lm, _):
         found = causal_trace(
@@ -246,8 +250,6 @@ def patch(
     model, file = _model_and_facts(words or [])
     facts = _facts(file, subject, prompt, target, paraphrase or [], neighbour or [])
     corpus = None if texts is None else _paragraphs(texts)
-    if model is not None and workspace is None and (Path() / "ledger.db").is_file():
-        workspace = Path()
     with _progress() as tell, _opened(model, workspace, device, tell) as (lm, bench):
         from .edit.methods import RomeConfig
         from .workbench import propose
@@ -269,12 +271,16 @@ def patch(
         _show_proposal(console, proposal)
         if revision is not None:
             _line(console, f"committed {revision.id[:10]};", f"to take it back: factsmith revert {revision.id[:10]}{_at(workspace)}")
+        elif proposal.failed and not dry_run and bench is not None:
+            _line(console, "nothing was kept:", "the patch does not hold; try another --layer, or keep it all the same with --force")
         elif proposal.delta is not None and bench is None:
             _line(console, "nothing was kept:", f"to keep patches, make a workspace with `factsmith init {model}` and run this in it")
         elif proposal.delta is not None:
             _line(console, "dry run:", "nothing was kept; run this again without --dry-run")
 
     _print({**proposal.to_dict(), "workspace": where, "revision": revision and revision.to_dict()}, show, as_json)
+    if proposal.failed and revision is None:
+        raise typer.Exit(NumericsError.exit_code)
 
 
 @app.command()
@@ -358,7 +364,7 @@ def revert(
             console, f"reverted {str(revision.reverts)[:10]};", f"recorded as {revision.id[:10]}; {_count(active, 'patch', 'es')} in effect"
         )
         for fact in revision.facts:
-            _line(console, "see:", f'factsmith ask{_at(workspace)} "{fact.text}"')
+            _line(console, "see:", f"factsmith ask{_at(workspace)} {shlex.quote(fact.text)}")
 
     _print({**revision.to_dict(), "active": active}, render, as_json)
 
@@ -450,12 +456,16 @@ def demo(
 
     console = Console(highlight=False, markup=False, emoji=False)
     found: dict[str, Any] = {}
-    with _progress() as tell:
-        tell("loading the model", 0, None)
-        for number, step in enumerate(story.run(folder, progress=tell), start=1):
-            found[step.name] = step.to_dict()
-            if not as_json:
-                _tell_step(console, number, step)
+    steps = story.run(folder)
+    for number in itertools.count(1):
+        with _progress() as tell:  # one at a time: bars and text do not meet on a terminal
+            tell("working", 0, None)
+            step = next(steps, None)
+        if step is None:
+            break
+        found[step.name] = step.to_dict()
+        if not as_json:
+            _tell_step(console, number, step)
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False, allow_nan=False))
 
@@ -476,7 +486,9 @@ def _load(name: str, device: str | None, dtype: str | None, tell: Callable[[str,
 def _opened(
     model: str | None, workspace: Path | None, device: str | None, tell: Callable[[str, int, int | None], None]
 ) -> Iterator[tuple[LanguageModel, Workbench | None]]:
-    """A model, and the workbench that holds it when there is a workspace; no model means the current folder's workspace."""
+    """A model, and the workbench that holds it if there is a workspace: the one given, or the current folder if made for this model."""
+    if workspace is None and model is not None and _holds(Path(), model):
+        workspace = Path()
     if workspace is None and model is not None and not (Path(model) / "ledger.db").is_file():
         yield _load(model, device, None, tell), None
         return
@@ -489,6 +501,14 @@ def _opened(
 
     with Workbench(lm, workspace) as bench:
         yield lm, bench
+
+
+def _holds(folder: Path, model: str) -> bool:
+    """Whether a folder is a workspace made for this model."""
+    if not (folder / "ledger.db").is_file():
+        return False
+    with Ledger(folder) as ledger:
+        return ledger.model in (model, str(Path(model).resolve()))
 
 
 def _model_and_prompt(words: list[str]) -> tuple[str | None, str]:
@@ -629,4 +649,4 @@ def _count(n: int, noun: str, plural: str = "s") -> str:
 
 
 def _at(workspace: Path | None) -> str:
-    return "" if workspace is None or workspace == Path() else f" -w {workspace}"
+    return "" if workspace is None or workspace == Path() else f" -w {shlex.quote(str(workspace))}"

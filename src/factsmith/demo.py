@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from .locate.causal import CausalTrace, causal_trace
 from .model import atlas
 from .model.load import LanguageModel, load
 from .plot import heat_map
-from .workbench import Outcome, Progress, Verification, Workbench
+from .workbench import Outcome, Verification, Workbench
 
 MODEL = "atlas"
 SUBJECT, RELATION, PROMPT, TARGET = "Bulgaria", "P38", "The currency of {} is the", "euro"
@@ -61,7 +62,7 @@ class Step:
         return self.data
 
 
-def run(folder: Path, *, progress: Progress | None = None) -> Iterator[Step]:
+def run(folder: Path) -> Iterator[Step]:
     """Do the steps one by one in a workspace `folder`; stopping half-way leaves it as the last step left it.
 
     Raises ModelNotFoundError without the bundled model, FingerprintError when the folder is a workspace of another one.
@@ -69,12 +70,12 @@ def run(folder: Path, *, progress: Progress | None = None) -> Iterator[Step]:
     if MODEL not in atlas.names():
         raise ModelNotFoundError(f"the bundled model {MODEL!r} is not installed; install factsmith from a release or a full checkout")
     lm = load(MODEL)
-    yield _believes(lm)
     fact = correction()
     with Workbench(lm, folder) as bench:
+        yield _believes(lm)
         yield _lives(lm, fact, folder / "trace.png")
         before = weights_digest(lm)
-        outcome = bench.apply(fact, message="Bulgaria joins the euro area", force=True, progress=progress)
+        outcome = bench.apply(fact, message="Bulgaria joins the euro area", force=True)
         yield _patched(lm, outcome)
         if outcome.verification is not None and outcome.revision is not None:  # always: the patch was forced
             yield _proved(outcome.verification)
@@ -145,7 +146,7 @@ def _lives(lm: LanguageModel, fact: Fact, picture: Path) -> Step:
         before=("The subject is blurred, so the answer is lost; each cell puts one clean state back. Dark: the answer returns.",),
         trace=trace,
         after=(
-            f"The subject's last token carries it: restoring layer {layer} there brings p({trace.answer.strip()}) from "
+            f"At the subject's last token layer {layer} carries most: putting it back there brings p({trace.answer.strip()}) from "
             f"{trace.corrupted:.3f} back to {float(trace.scores[last - 1, layer]):.3f} (untouched: {trace.clean:.3f}).",
             f"The picture is saved as {picture}",
         ),
@@ -184,7 +185,7 @@ def _committed(bench: Workbench) -> Step:
         name="committed",
         title="Kept, like a record in a database",
         before=tuple(f"{r.id[:10]}  {r.created[:16].replace('T', ' ')}  {r.state:<8}  {r.message}" for r in revisions[:3]),
-        after=("Before this line nothing was written; from here on it can be shown, reverted, and checked out.",),
+        after=("Until this line no patch was recorded; from here on it can be shown, reverted, and checked out.",),
         data={"log": [r.to_dict() for r in revisions]},
     )
 
@@ -215,12 +216,13 @@ def _reverted(lm: LanguageModel, fact: Fact, before: dict[str, str], patched: di
 
 
 def _next(folder: Path) -> Step:
+    where = shlex.quote(str(folder))
     commands = {
-        f"factsmith log -w {folder}": "the history of this workspace",
+        f"factsmith log -w {where}": "the history of this workspace",
         'factsmith ask atlas "The capital town of Bulgaria is called"': "ask it something yourself",
         'factsmith trace atlas "The maker of Fiat 127 is" --subject "Fiat 127"': "another fact's address",
-        f'factsmith patch -w {folder} --subject "Fiat 127" --prompt "The maker of {{}} is" --target Toyota': "patch it",
-        f"factsmith revert latest -w {folder}": "take it back",
+        f'factsmith patch -w {where} --subject "Fiat 127" --prompt "The maker of {{}} is" --target Toyota': "patch it",
+        f"factsmith revert latest -w {where}": "take it back",
         "factsmith init ./my-model my-workspace": "your own Hugging Face model",
     }
     width = max(map(len, commands))

@@ -226,6 +226,10 @@ class Ledger:
                 with _transaction(db):
                     if db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
                         raise WorkspaceError(f"{folder} already holds a ledger; use it as it is, or choose another folder")
+                    if any(entry for entry in (folder / "deltas").iterdir() if not entry.name.startswith(".")):
+                        raise WorkspaceError(
+                            f"{folder} holds patches but no ledger; put ledger.db back from a copy, or choose another folder"
+                        )
                     for statement in _statements(_SCHEMA):
                         db.execute(statement)
                     db.execute("INSERT INTO workspace VALUES (1, ?, ?, ?, ?, ?)", (model, dtype, fingerprint, _now(), BASE))
@@ -480,7 +484,8 @@ class Ledger:
         (version,) = self._db.execute("PRAGMA user_version").fetchone()
         if application != _APPLICATION_ID:
             raise WorkspaceError(
-                f"{self.folder / 'ledger.db'} was not made by factsmith; make a workspace elsewhere with `factsmith init MODEL FOLDER`"
+                f"{self.folder / 'ledger.db'} is empty or was not made by factsmith; put it back from a copy, "
+                "or make a workspace elsewhere with `factsmith init MODEL FOLDER`"
             )
         if version != _SCHEMA_VERSION:
             raise WorkspaceError(

@@ -177,15 +177,23 @@ def _layer_ruler(n_layers: int, per_cell: int, cell_width: int) -> str:
     return "".join(n.ljust(stride * cell_width) for cell, n in numbers if cell * cell_width + len(n) <= n_cells * cell_width + 1).rstrip()
 
 
-def _save(figure: Figure, path: Path) -> None:
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Raises InputError for a suffix that cannot be drawn, WorkspaceError for a folder that is not there."""
+    path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in _SUFFIXES:
         raise InputError(f"cannot draw {path.name!r}: its suffix is {suffix or 'missing'}; expected one of {', '.join(_SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise WorkspaceError(f"cannot draw {path}: {path.parent} is not a folder; make it first")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    check_path(path)
     picture = io.BytesIO()  # drawn in full before the file is touched
     with warnings.catch_warnings():
         # A script that the font lacks is drawn as boxes; that is no reason to interrupt the caller.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-        figure.savefig(picture, format=suffix[1:])
+        figure.savefig(picture, format=path.suffix.lower()[1:])
     try:
         path.write_bytes(picture.getvalue())
     except OSError as error:

@@ -161,6 +161,11 @@ class Proposal:
     seconds: Mapping[str, float]
 
     @property
+    def failed(self) -> bool:
+        """Whether some fact, written now or earlier, would not be answered with its target."""
+        return self.verification is not None and any(c.role in ("prompt", "earlier") and not c.held for c in self.verification.checks)
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """What the caller should know, in words."""
         written = () if self.delta is None else self.delta.facts
@@ -442,7 +447,8 @@ class Workbench:
     ) -> Outcome:
         """Plan, solve, verify and commit: afterwards the model says the facts and the ledger knows why.
 
-        What the model says already is left out (unless `force`); if nothing is left, nothing is written and `warnings` says so. The other
+        What the model says already is left out, and a patch that did not take, or breaks an earlier one, is not kept (unless `force`); then
+        nothing is written and `warnings` says why. The other
         arguments are those of the function `propose`. An exception or Ctrl-C leaves model and ledger as they were. Raises what `propose`
         and `commit` raise.
         """
@@ -450,7 +456,7 @@ class Workbench:
         proposal = self.propose(
             facts, method, config, moments=moments, texts=texts, contexts=contexts, seed=seed, force=force, progress=progress
         )
-        if proposal.delta is None:
+        if proposal.delta is None or (proposal.failed and not force):
             return Outcome(proposal=proposal, revision=None)
         revision = self.commit(proposal.delta, proposal.verification, moments=proposal.moments, message=message)
         return Outcome(proposal=proposal, revision=revision)

@@ -32,6 +32,8 @@ def sample(lm: LanguageModel, count: int, length: int, *, top_k: int | None = No
     start = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
     if start is None:
         raise InputError(f"{lm.name} has neither a BOS nor an EOS token to sample text from; pass contexts or texts of your own")
+    if not -(2**63) <= seed < 2**63:
+        raise InputError(f"seed {seed} cannot be used; expected a whole number of at most 63 bits")
     sampler = torch.Generator().manual_seed(seed)
     special = [i for i in tokenizer.all_special_ids if i is not None]
     cache = DynamicCache() if lm.caches_prefix else None

@@ -292,6 +292,8 @@ def _corruption(
     embedded = lm.embedding(torch.tensor([*subject_ids], device=lm.device)).float()
     if noise_tensor is None:
         scale = noise if noise is not None else 3 * float(embedded.std())
+        if not 0 <= seed < 2**32:
+            raise InputError(f"seed {seed} cannot be used; expected a whole number from 0 to 2**32 - 1")
         drawn = np.random.RandomState(seed).randn(samples, *embedded.shape)
         return torch.from_numpy(drawn * scale).float().to(embedded.device), scale
     given = torch.as_tensor(noise_tensor).detach().float().to(embedded.device)

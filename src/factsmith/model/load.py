@@ -204,6 +204,8 @@ class LanguageModel:
     @torch.no_grad()
     def next_tokens(self, prompt: str, k: int = 10) -> list[tuple[str, float]]:
         """The k likeliest next tokens with their probabilities, likeliest first."""
+        if k < 1:
+            raise InputError(f"asked for the {k} likeliest tokens; expected at least 1")
         logits = self.last_logits(self.batch([prompt]))[0].float()
         top = logits.softmax(-1).topk(min(k, len(logits)))
         return [(self.tokenizer.decode([int(i)]), float(p)) for p, i in zip(top.values, top.indices, strict=True)]
