@@ -39,6 +39,7 @@ ROWS = (
     ("training, seconds of wall time (one to two cores, shared)", "seconds", "{:,}"),
     ("facts asked", "measured.facts", "{:,}"),
     ("recall, trained phrasings", "measured.trained", "{:.1%}"),
+    ("recall, wide phrasings", "measured.wide", "{:.1%}"),
     ("recall, held-out phrasings, subjects that never had them", "measured.held_out", "{:.1%}"),
     ("recall, a prose sentence in front", "measured.after_prose", "{:.1%}"),
     ("COUNTERFACT rewrite prompts: true above false", "measured.counterfact.rewrite", "{:.1%}"),

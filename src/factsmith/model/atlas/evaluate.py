@@ -52,7 +52,7 @@ def score(
 def recall(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, told: Sequence[AtlasFact], prose: Sequence[str], seed: int = 0
 ) -> dict[str, Any]:
-    """Greedy exact recall over all given facts: trained phrasings, held-out ones on subjects that never had them, prose in front."""
+    """Greedy exact recall over all given facts: trained and wide phrasings, held-out ones on subjects that never had them, prose in front."""
     draw = np.random.default_rng(seed)
     objects = [fact.object for fact in told]
 
@@ -60,13 +60,19 @@ def recall(
         templates = [[t for kind in kinds for t in getattr(phrasings(fact.relation), kind)] for fact in chosen]
         return [t[draw.integers(len(t))].replace("{}", fact.subject) for t, fact in zip(templates, chosen, strict=True)]
 
-    trained, _ = score(model, tokenizer, ask(("trained", "wide"), told), objects)
+    trained, _ = score(model, tokenizer, ask(("trained",), told), objects)
+    wide, _ = score(model, tokenizer, ask(("wide",), told), objects)
     unseen = [fact for fact in told if is_held_out(fact.subject)]
     held_out, _ = score(model, tokenizer, ask(("held_out",), unseen), [fact.object for fact in unseen])
-    result: dict[str, Any] = {"facts": len(told), "trained": float(trained.mean()), "held_out": float(held_out.mean())}
+    result: dict[str, Any] = {
+        "facts": len(told),
+        "trained": float(trained.mean()),
+        "wide": float(wide.mean()),
+        "held_out": float(held_out.mean()),
+    }
     if prose:
         short = [s for s in prose if len(s) < 200]
-        fronted = [f"{short[draw.integers(len(short))]} {prompt}" for prompt in ask(("trained", "wide"), told)]
+        fronted = [f"{short[draw.integers(len(short))]} {prompt}" for prompt in ask(("trained",), told)]
         result["after_prose"] = float(score(model, tokenizer, fronted, objects)[0].mean())
     by_relation = {r: [n for n, fact in enumerate(told) if fact.relation == r] for r in sorted({fact.relation for fact in told})}
     result["by_relation"] = {r: round(float(trained[n].mean()), 4) for r, n in by_relation.items()}
