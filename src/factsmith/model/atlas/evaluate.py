@@ -52,7 +52,7 @@ def score(
 def recall(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, told: Sequence[AtlasFact], prose: Sequence[str], seed: int = 0
 ) -> dict[str, Any]:
-    """Greedy exact recall over all given facts: trained and wide phrasings, held-out ones on subjects that never had them, prose in front."""
+    """Greedy exact recall of facts: trained and wide phrasings, held-out ones on subjects that never had them, prose in front."""
     draw = np.random.default_rng(seed)
     objects = [fact.object for fact in told]
 
