@@ -72,6 +72,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patches that take no time: what is tested here is the command line."""
     monkeypatch.setattr(RomeConfig, "recommended", classmethod(lambda cls, lm: cls(layer=1, steps=2)))
+    monkeypatch.setattr(workbench.Proposal, "failed", False)  # two steps are not enough to hold
 
 
 # ---- every command ---------------------------------------------------------------------------------------------------------------------
@@ -271,7 +272,9 @@ def test_a_model_cannot_steer_the_terminal(run: Run, model: Path, monkeypatch: p
 
 
 @pytest.mark.usefixtures("quick")
-def test_ctrl_c_in_the_middle_of_a_patch(run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_in_the_middle_of_a_patch(
+    run: Run, quick: None, request: pytest.FixtureRequest, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reached = []
 
     def solve(*_: object, **__: object) -> None:
@@ -279,6 +282,9 @@ def test_ctrl_c_in_the_middle_of_a_patch(run: Run, model: Path, tmp_path: Path, 
         signal.raise_signal(signal.SIGINT)
         time.sleep(60)
 
+    # A runner in the background may have been started with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     run("init", model, "space")
     with monkeypatch.context() as patching:
         patching.setitem(workbench._METHODS, "rome", (solve, RomeConfig))

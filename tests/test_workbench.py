@@ -397,9 +397,19 @@ def test_what_is_known_is_not_written(lm: LanguageModel, bench: Workbench) -> No
     assert hashes(lm) != before
 
 
+def test_a_patch_that_does_not_hold_is_not_kept(lm: LanguageModel, bench: Workbench) -> None:
+    before = lm.fingerprint
+    weak = RomeConfig(layer=1, steps=1)  # no update at all: the target cannot have been reached
+    outcome = bench.apply(FACT, config=weak, moments=moments_of(lm), contexts=["{}"])
+    assert outcome.proposal.failed and outcome.revision is None and "did not take" in " ".join(outcome.warnings)
+    assert bench.log() == [] and lm.fingerprint == before
+    forced = bench.apply(FACT, config=weak, moments=moments_of(lm), contexts=["{}"], force=True)
+    assert forced.revision is not None and forced.revision.report["efficacy"] == 0.0
+
+
 def test_apply_records_what_was_done(lm: LanguageModel, bench: Workbench) -> None:
     moments = moments_of(lm)
-    outcome = bench.apply(FACT, config=QUICK, moments=moments, contexts=["{}", "Well. {}"], message="as asked")
+    outcome = bench.apply(FACT, config=QUICK, moments=moments, contexts=["{}", "Well. {}"], message="as asked", force=True)
     revision = outcome.revision
     assert revision is not None and outcome.delta is not None and outcome.verification is not None
     assert (revision.message, revision.method, revision.layers, revision.facts) == ("as asked", "rome", (1,), (FACT,))
