@@ -58,8 +58,8 @@ def write_table(path: Path) -> None:
     def cell(card: dict[str, Any], key: str, form: str) -> str:
         value: Any = card
         for part in key.split("."):
-            value = value[part]
-        return form.format(value)
+            value = value.get(part)
+        return "not measured apart" if value is None else form.format(value)
 
     lines = ["| | " + " | ".join(card["name"] for card in cards) + " |", "|---" * (1 + len(cards)) + "|"]
     lines += [f"| {title} | " + " | ".join(cell(card, key, form) for card in cards) + " |" for title, key, form in ROWS]
