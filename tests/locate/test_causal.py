@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 from collections.abc import Callable
@@ -296,6 +297,30 @@ def test_without_a_prefix_cache_the_scores_are_the_same(monkeypatch: pytest.Monk
     for kind, trace in cached.items():
         again = causal_trace(lm, PROMPT, SUBJECT, kind=kind, window=2, samples=SAMPLES)  # type: ignore[arg-type]
         assert torch.allclose(again.scores, trace.scores, rtol=1e-4, atol=1e-7)
+
+
+def test_shortcuts_that_a_layer_does_not_allow_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers whose attention follows their MLP, and memories that are given more than the hidden state: the long way, the same numbers."""
+    lm = model("gpt2")
+    runs = record_runs(lm, PROMPT, SUBJECT, samples=SAMPLES)
+    maps = [("state", None), ("mlp", None), ("attention", None), ("state", "mlp")]
+    short = [runs.trace(kind, window=2, sever=sever).scores for kind, sever in maps]  # type: ignore[arg-type]
+    ran: list[int] = []
+    plain = type(lm.layers[0]).forward
+
+    def counted(self: nn.Module, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        ran.append(hidden.shape[0] * hidden.shape[1])
+        return plain(self, hidden, *args, **kwargs)
+
+    monkeypatch.setattr(type(lm.layers[0]), "forward", counted)
+    runs.trace("mlp", window=2)
+    cells = sum(ran)
+    monkeypatch.setattr(causal, "tensors", lambda value: iter((value, value)))
+    long = dataclasses.replace(runs, _meets_last=(True,) * lm.n_layers)
+    for (kind, sever), scores in zip(maps, short, strict=True):
+        ran.clear()
+        assert torch.allclose(long.trace(kind, window=2, sever=sever).scores, scores, rtol=1e-4, atol=1e-7)  # type: ignore[arg-type]
+        assert sum(ran) > cells or kind != "mlp"  # it was a longer way
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
