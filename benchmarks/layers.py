@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from factsmith.edit.delta import applied
-from factsmith.edit.methods import RomeConfig, generate_contexts, rome_each
+from factsmith.edit.contexts import generate_contexts
+from factsmith.edit.methods import RomeConfig, rome_each
 from factsmith.fact import Fact
 from factsmith.locate.layers import LayerScore, Trial, judge, trial_facts
 from factsmith.model.load import LanguageModel, load

@@ -25,7 +25,8 @@ from typing import Any
 
 import factsmith.model.load
 from factsmith.edit.delta import applied
-from factsmith.edit.methods import RomeConfig, generate_contexts, rome, rome_each
+from factsmith.edit.contexts import generate_contexts
+from factsmith.edit.methods import RomeConfig, rome, rome_each
 from factsmith.edit.moments import SecondMoment, second_moments
 from factsmith.locate.layers import LayerScore, judge, trial_facts
 from factsmith.model import atlas

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .edit.delta import Delta, applied
-    from .edit.methods import RomeConfig, generate_contexts, rome, rome_each
+    from .edit.contexts import generate_contexts
+    from .edit.methods import AlphaEditConfig, EmmetConfig, MemitConfig, RomeConfig, alphaedit, emmet, memit, r_rome, rome, rome_each
     from .edit.moments import SecondMoment, second_moments
     from .edit.neurons import erase, rewrite
     from .errors import (
@@ -51,7 +52,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "edit.delta": "Delta applied",
-    "edit.methods": "RomeConfig generate_contexts rome rome_each",
+    "edit.contexts": "generate_contexts",
+    "edit.methods": "AlphaEditConfig EmmetConfig MemitConfig RomeConfig alphaedit emmet memit r_rome rome rome_each",
     "edit.moments": "SecondMoment second_moments",
     "edit.neurons": "erase rewrite",
     "errors": (

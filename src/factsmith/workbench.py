@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from .edit.delta import Delta, applied, patched, read_weights, write_weights
-from .edit.methods import RomeConfig, generate_contexts, rome, rome_each
+from .edit.contexts import generate_contexts
+from .edit.methods import RomeConfig, rome, rome_each, shipped
 from .edit.moments import SecondMoment, second_moments
 from .edit.sample import own_text
 from .edit.target import check_layer
@@ -762,7 +763,7 @@ def _propose(
 
 
 def _published(lm: LanguageModel) -> LayerChoice | None:
-    return published(lm, RomeConfig.shipped(lm).get("layer"))
+    return published(lm, shipped(RomeConfig, lm).get("layer"))
 
 
 def _recommend(

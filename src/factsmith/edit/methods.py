@@ -1,34 +1,61 @@
-"""The editors: from facts to a Delta. One so far.
+"""The editors: from facts to a Delta.
 
     moments = second_moments(lm, texts, layers=[1])
     delta = rome(lm, Fact("Danielle Darrieux", "The mother tongue of {} is", "English"), RomeConfig(layer=1), moments=moments)
+    delta = memit(lm, facts, MemitConfig(layers=(0, 1, 2)), moments=second_moments(lm, texts, layers=[0, 1, 2]))
 
-The model is as before when an editor returns; `applied(lm, delta)` puts the edit in.
+The model is as before when an editor returns; `applied(lm, delta)` puts the edit in. ROME and r-ROME write one fact after another into one
+layer. The others write all facts at once into several layers, in the same way: find what should stand in the stream after the last of
+them, and let every layer add its share, from the lowest up (`_write`). They differ in the formula of a layer, which is a line of `solve`
+named in their settings (`update`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
+from typing_extensions import Self
 
 from ..errors import InputError, LayerError
 from ..fact import Fact
 from ..model.load import LanguageModel
 from . import solve
+from .contexts import generate_contexts, generate_openings
+from .contexts import weights as context_weights
 from .delta import Delta, applied
 from .moments import SecondMoment
-from .sample import sample
-from .target import TargetConfig, Targets, check_layer, find_targets
+from .target import TargetConfig, Targets, check_layer, find_targets, read_keys, read_stream, to_down
 
-CONTEXTS = ((5, 10), (10, 10))
-"""(length in tokens, how many) of the generated contexts: the authors' code (the paper says 50 of 2 to 10 tokens)."""
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-_TOP_K = 5
+Progress = Callable[[str, int, int], object]
+"""Called with what is being done, how much of it is done, and how much there is."""
+
+
+Moments = SecondMoment | Mapping[int, SecondMoment]
+
+
+def shipped(settings: type[TargetConfig], lm: LanguageModel) -> dict[str, Any]:
+    """The settings of an editor that came with the model, {} when none did.
+
+    A model brings settings in its config.json: {"factsmith": {"rome": {"layer": 1, ...}}}. Raises InputError when they are no set of
+    these fields.
+    """
+    name = settings.__name__.removesuffix("Config").lower()
+    brought = getattr(lm.config, "factsmith", None) or {}
+    brought = brought.get(name, {}) if isinstance(brought, Mapping) else brought
+    known = {field.name for field in dataclasses.fields(settings)}
+    if not isinstance(brought, Mapping) or not known >= set(brought):
+        raise InputError(f"{lm.name}: config.json has settings {brought!r} under factsmith.{name}; expected some of {sorted(known)}")
+    return dict(brought)
 
 
 @dataclass(frozen=True)
@@ -44,20 +71,6 @@ class RomeConfig(TargetConfig):
             raise LayerError(f"layer is the number of a layer, counted from 0, or None; got {self.layer!r}")
 
     @classmethod
-    def shipped(cls, lm: LanguageModel) -> dict[str, Any]:
-        """The settings that came with the model, {} when none did.
-
-        A model brings settings in its config.json: {"factsmith": {"rome": {"layer": 1, ...}}}. Raises InputError when they are no set of
-        these fields.
-        """
-        brought = getattr(lm.config, "factsmith", None) or {}
-        brought = brought.get("rome", {}) if isinstance(brought, Mapping) else brought
-        known = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(brought, Mapping) or not known >= set(brought):
-            raise InputError(f"{lm.name}: config.json has settings {brought!r} under factsmith.rome; expected some of {sorted(known)}")
-        return dict(brought)
-
-    @classmethod
     def recommended(cls, lm: LanguageModel) -> RomeConfig:
         """The settings that came with the model, else scale="auto" with 40 steps at layer n_layers // 6.
 
@@ -65,7 +78,113 @@ class RomeConfig(TargetConfig):
         published or measured for this model is better: `recommend_layers`. With "auto" an easy fact stops after about ten steps, so a hard
         one may have more than the authors' 20. Raises InputError as `shipped`.
         """
-        return cls(**{"layer": lm.n_layers // 6, **(cls.shipped(lm) or {"scale": "auto", "steps": 40})})
+        return cls(**{"layer": lm.n_layers // 6, **(shipped(cls, lm) or {"scale": "auto", "steps": 40})})
+
+
+def by_depth(n_layers: int) -> tuple[int, ...]:
+    """Layers for the MEMIT family where nothing is known: from below a sixth of the depth to a third of it, as the published ranges lie."""
+    rome = n_layers // 6
+    return tuple(range(max(0, rome - 1), max(rome, min(rome + 3, n_layers // 3)) + 1))
+
+
+@dataclass(frozen=True)
+class SpreadConfig(TargetConfig):
+    """Settings of the editors that write many facts into several layers at once; the formula of a layer is the method's (`update`)."""
+
+    layers: tuple[int, ...] | None = None
+    """The layers to edit, lowest first. None: those of `recommended`; a Workbench, and `propose`, look further."""
+    _: KW_ONLY
+    clamp: float = 0.75
+    """Largest ‖δ‖ in units of the stream's norm at the subject, where δ is added ("paper"; the authors' value) or of half of it ("auto")."""
+    spread: Literal["even", "sqrt"] = "even"
+    """What a layer takes of what is missing: an equal part of it among the layers left (MEMIT), or 1/√ of them (PMET), which leaves the lower
+    layers more to do."""
+    norm_anchor: float | Literal["mean"] | None = None
+    """Rescale what the last layer's FFN should put out to this norm ("mean": of all facts of the first round), so that the norms of later
+    rounds do not grow on those of earlier ones. None, the authors' setting, leaves it."""
+    repair: int = 0
+    """How often facts that did not take get a new target on the edited model, and all are solved again for what is missing (UnderEdit,
+    https://arxiv.org/abs/2503.11895). 0 is the authors' single pass."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers is not None:
+            layers = (self.layers,) if isinstance(self.layers, int) else tuple(self.layers)
+            if not layers or not all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in layers) or len(set(layers)) < len(layers):
+                raise LayerError(f"layers are numbers of layers, counted from 0, each once, or None; got {self.layers!r}")
+            object.__setattr__(self, "layers", tuple(sorted(layers)))
+        if self.spread not in ("even", "sqrt"):
+            raise InputError(f'spread is "even" or "sqrt"; got {self.spread!r}')
+        anchor = self.norm_anchor
+        if not (anchor is None or anchor == "mean" or (isinstance(anchor, (int, float)) and 0 < anchor < float("inf"))):
+            raise InputError(f'norm_anchor is a norm above 0, "mean" or None; got {anchor!r}')
+        if not isinstance(self.repair, int) or isinstance(self.repair, bool) or self.repair < 0:
+            raise InputError(f"repair is a whole number of at least 0; got {self.repair!r}")
+
+    @classmethod
+    def recommended(cls, lm: LanguageModel) -> Self:
+        """The settings that came with the model, else scale="auto" with 40 steps, in the layers `by_depth`.
+
+        What was published or measured for this model is better: `recommend_layers`. Raises InputError as `shipped`.
+        """
+        return cls(**{"layers": by_depth(lm.n_layers), **(shipped(cls, lm) or {"scale": "auto", "steps": 40})})
+
+    @abstractmethod
+    def update(self, keys: Tensor, residuals: Tensor, moment: SecondMoment, earlier: Tensor | None) -> tuple[Tensor, Tensor]:
+        """One layer's update, (d_model, n) and (n, d_ff), from keys (n, d_ff), residuals (n, d_model), and Σ k kᵀ of earlier edits."""
+
+
+@dataclass(frozen=True)
+class MemitConfig(SpreadConfig):
+    """Settings of MEMIT."""
+
+    _: KW_ONLY
+    moment_weight: float = 15_000.0
+    """λ, how many tokens of ordinary text stand against each fact; the authors' value for GPT-J (20,000 for GPT-2 XL)."""
+
+    def update(self, keys: Tensor, residuals: Tensor, moment: SecondMoment, earlier: Tensor | None) -> tuple[Tensor, Tensor]:
+        """MEMIT, equation 14."""
+        return solve.memit(keys, residuals, _factor(moment, earlier, self.moment_weight), self.moment_weight)
+
+
+@dataclass(frozen=True)
+class EmmetConfig(SpreadConfig):
+    """Settings of EMMET: like ROME it asks for equality, and for all facts at once."""
+
+    _: KW_ONLY
+    moment_weight: float = 1_000.0
+    """Factor of the second moment beside `ridge`; the authors' value for GPT-2 XL (1 for GPT-J)."""
+    ridge: float = 0.1
+    """Added to the keys' Gram matrix when there is more than one fact, the authors' value; with 0 every key gets its output exactly, which
+    keys that nearly coincide pay for with a large update."""
+
+    def update(self, keys: Tensor, residuals: Tensor, moment: SecondMoment, earlier: Tensor | None) -> tuple[Tensor, Tensor]:
+        """EMMET, equation 15."""
+        factor = _factor(moment, earlier, self.moment_weight)
+        return solve.emmet(keys, residuals, factor, self.moment_weight, self.ridge if len(keys) > 1 else 0.0)
+
+
+@dataclass(frozen=True)
+class AlphaEditConfig(SpreadConfig):
+    """Settings of AlphaEdit: it writes only into directions that ordinary text hardly uses."""
+
+    _: KW_ONLY
+    threshold: float | None = 0.02
+    """Eigenvalues of the second moment below it make the null space; the authors' value. It does not carry over to models whose coefficients
+    have another size: there `energy` does."""
+    energy: float | None = None
+    """Instead of a threshold: the share of the second moment's trace that stays outside the null space."""
+    l2: float = 10.0
+    """Ridge of the update inside the null space, in squared coefficients; the authors' value."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.threshold is None) == (self.energy is None):
+            raise InputError(f"AlphaEdit takes a threshold or an energy, the other None; got {self.threshold!r} and {self.energy!r}")
+
+    def update(self, keys: Tensor, residuals: Tensor, moment: SecondMoment, earlier: Tensor | None) -> tuple[Tensor, Tensor]:
+        """AlphaEdit, equation 14."""
+        return solve.alphaedit(keys, residuals, moment.null_space(threshold=self.threshold, energy=self.energy), self.l2, earlier)
 
 
 def rome(
@@ -73,27 +192,158 @@ def rome(
     facts: Fact | Iterable[Fact],
     config: RomeConfig | None = None,
     *,
-    moments: SecondMoment | Mapping[int, SecondMoment],
+    moments: Moments,
     contexts: Sequence[str] | None = None,
     seed: int = 0,
+    earlier: Sequence[Delta] = (),
+    progress: Progress | None = None,
 ) -> Delta:
     """Rank-one model editing: one rank-one update of one down-projection for each fact. https://arxiv.org/abs/2202.05262
 
     moments   the second moment of the edited layer, or {layer: SecondMoment}
     contexts  templates with `{}` for the prompt, the bare "{}" among them; None: generated by the model from `seed`
+    earlier   deltas that are in the model already; ROME does not look at them
+    progress  called with what is being done, how much of it is done, and how much there is
 
     ROME writes one fact. Several are written one after another, each solved on the model with the earlier ones in it, so the result has
     rank n_facts and depends on the order. The model itself is untouched. Raises LayerError, SubjectError, InputError (no facts, no moment
     for the layer, contexts without "{}"), UnsupportedModelError (mixture of experts), NumericsError.
     """
+    return _one_by_one(lm, facts, config, "rome", moments, contexts, seed, progress)
+
+
+def r_rome(
+    lm: LanguageModel,
+    facts: Fact | Iterable[Fact],
+    config: RomeConfig | None = None,
+    *,
+    moments: Moments,
+    contexts: Sequence[str] | None = None,
+    seed: int = 0,
+    earlier: Sequence[Delta] = (),
+    progress: Progress | None = None,
+) -> Delta:
+    """ROME with one key: the mean over contexts stands for the fact everywhere, not only in the numerator. https://arxiv.org/abs/2403.07175
+
+    It is the update of ROME's equation 2 to the letter, and free of the edits that break a model because two keys hardly overlap.
+    Arguments, result and errors as `rome`.
+    """
+    return _one_by_one(lm, facts, config, "r-rome", moments, contexts, seed, progress)
+
+
+def rome_each(
+    lm: LanguageModel,
+    facts: Iterable[Fact],
+    config: RomeConfig | None = None,
+    *,
+    moments: Moments,
+    contexts: Sequence[str] | None = None,
+    seed: int = 0,
+) -> list[Delta]:
+    """What `rome` gives for each fact alone, all found in one batch: for measuring many single edits, as the paper's tables do."""
+    facts = _listed(facts)
+    layer, config, moment, contexts = _prepare(lm, config, moments, contexts, seed)
+    targets = find_targets(lm, facts, layer, config, contexts)
+    return _deltas(lm, facts, targets, "rome", config, moment, contexts, lm.fingerprint)
+
+
+def memit(
+    lm: LanguageModel,
+    facts: Fact | Iterable[Fact],
+    config: MemitConfig | None = None,
+    *,
+    moments: Moments,
+    contexts: Sequence[str] | None = None,
+    seed: int = 0,
+    earlier: Sequence[Delta] = (),
+    progress: Progress | None = None,
+) -> Delta:
+    """Mass-editing memory: all facts at once, spread over several layers. https://arxiv.org/abs/2210.07229
+
+    moments   {layer: SecondMoment} of the edited layers, of the unedited model
+    contexts  templates with `{}` for the prompt, the bare "{}" among them; it weighs one half in a key, the others the other half. None:
+              generated by the model from `seed`
+    earlier   deltas that are in the model already: their keys are kept, Σ k kᵀ, as in the authors' sequential variant (MEMIT_seq)
+    progress  called with what is being done, how much of it is done, and how much there is
+
+    The model itself is untouched. Raises LayerError, SubjectError, InputError (no facts, no moment for a layer, contexts without "{}", a
+    fact twice), UnsupportedModelError (mixture of experts), NumericsError.
+    """
+    return _all_at_once(lm, facts, config or MemitConfig.recommended(lm), "memit", moments, contexts, seed, earlier, progress)
+
+
+def emmet(
+    lm: LanguageModel,
+    facts: Fact | Iterable[Fact],
+    config: EmmetConfig | None = None,
+    *,
+    moments: Moments,
+    contexts: Sequence[str] | None = None,
+    seed: int = 0,
+    earlier: Sequence[Delta] = (),
+    progress: Progress | None = None,
+) -> Delta:
+    """Equality-constrained mass-editing: ROME's constraint for a whole batch of facts. https://arxiv.org/abs/2403.14236
+
+    Arguments, result and errors as `memit`.
+    """
+    return _all_at_once(lm, facts, config or EmmetConfig.recommended(lm), "emmet", moments, contexts, seed, earlier, progress)
+
+
+def alphaedit(
+    lm: LanguageModel,
+    facts: Fact | Iterable[Fact],
+    config: AlphaEditConfig | None = None,
+    *,
+    moments: Moments,
+    contexts: Sequence[str] | None = None,
+    seed: int = 0,
+    earlier: Sequence[Delta] = (),
+    progress: Progress | None = None,
+) -> Delta:
+    """Null-space constrained editing: the update leaves what ordinary text uses alone. https://arxiv.org/abs/2410.02355
+
+    Arguments, result and errors as `memit`.
+    """
+    return _all_at_once(lm, facts, config or AlphaEditConfig.recommended(lm), "alphaedit", moments, contexts, seed, earlier, progress)
+
+
+METHODS: dict[str, tuple[Callable[..., Delta], type[TargetConfig]]] = {
+    "rome": (rome, RomeConfig),
+    "r-rome": (r_rome, RomeConfig),
+    "memit": (memit, MemitConfig),
+    "emmet": (emmet, EmmetConfig),
+    "alphaedit": (alphaedit, AlphaEditConfig),
+}
+"""Every editor by its name, with the class of its settings."""
+
+
+def _listed(facts: Fact | Iterable[Fact]) -> list[Fact]:
+    facts = [facts] if isinstance(facts, Fact) else list(facts)
+    if not facts or not all(isinstance(fact, Fact) for fact in facts):
+        raise InputError(f"expected a Fact or a list of at least one; got {[type(f).__name__ for f in facts]}")
+    return facts
+
+
+def _one_by_one(
+    lm: LanguageModel,
+    facts: Fact | Iterable[Fact],
+    config: RomeConfig | None,
+    method: str,
+    moments: Moments,
+    contexts: Sequence[str] | None,
+    seed: int,
+    progress: Progress | None,
+) -> Delta:
     facts = _listed(facts)
     layer, config, moment, contexts = _prepare(lm, config, moments, contexts, seed)
     fingerprint = lm.fingerprint
     deltas: list[Delta] = []
-    for fact in facts:
+    for done, fact in enumerate(facts):
+        _tell(progress, "facts", done, len(facts))
         with applied(lm, deltas):
             targets = find_targets(lm, [fact], layer, config, contexts)
-        deltas += _deltas([fact], targets, layer, config, moment, contexts, fingerprint)
+            deltas += _deltas(lm, [fact], targets, method, config, moment, contexts, fingerprint)
     return dataclasses.replace(
         deltas[0],
         layers={layer: (torch.cat([d.layers[layer][0] for d in deltas], dim=1), torch.cat([d.layers[layer][1] for d in deltas]))},
@@ -104,87 +354,193 @@ def rome(
     )
 
 
-def rome_each(
-    lm: LanguageModel,
-    facts: Iterable[Fact],
-    config: RomeConfig | None = None,
-    *,
-    moments: SecondMoment | Mapping[int, SecondMoment],
-    contexts: Sequence[str] | None = None,
-    seed: int = 0,
-) -> list[Delta]:
-    """What `rome` gives for each fact alone, all found in one batch: for measuring many single edits, as the paper's tables do."""
-    facts = _listed(facts)
-    layer, config, moment, contexts = _prepare(lm, config, moments, contexts, seed)
-    targets = find_targets(lm, facts, layer, config, contexts)
-    return _deltas(facts, targets, layer, config, moment, contexts, lm.fingerprint)
-
-
-def generate_contexts(lm: LanguageModel, seed: int = 0) -> list[str]:
-    """The bare "{}" and 20 templates "Some words. {}", the words sampled (top 5) from the model itself, all in one batch.
-
-    The same model and seed give the same list. Ten have 4 sampled tokens and ten have 9: the lengths of the authors' code, which counts
-    the start token. Raises InputError for a tokenizer with neither BOS nor EOS to start from.
-    """
-    lengths = [length - 1 for length, count in CONTEXTS for _ in range(count)]
-    sequences = sample(lm, len(lengths), max(lengths), top_k=_TOP_K, seed=seed)
-    texts = (lm.tokenizer.decode(ids[:length]) for ids, length in zip(sequences, lengths, strict=True))
-    return ["{}", *(f"{_plain(text)}. {{}}" for text in texts)]
-
-
-def _plain(text: str) -> str:
-    """One line without braces, which would be taken for slots."""
-    return " ".join(unicodedata.normalize("NFKC", text).replace("{", " ").replace("}", " ").split())
-
-
-def _listed(facts: Fact | Iterable[Fact]) -> list[Fact]:
-    facts = [facts] if isinstance(facts, Fact) else list(facts)
-    if not facts or not all(isinstance(fact, Fact) for fact in facts):
-        raise InputError(f"expected a Fact or a list of at least one; got {[type(f).__name__ for f in facts]}")
-    return facts
-
-
 def _prepare(
-    lm: LanguageModel,
-    config: RomeConfig | None,
-    moments: SecondMoment | Mapping[int, SecondMoment],
-    contexts: Sequence[str] | None,
-    seed: int,
+    lm: LanguageModel, config: RomeConfig | None, moments: Moments, contexts: Sequence[str] | None, seed: int
 ) -> tuple[int, RomeConfig, SecondMoment, list[str]]:
     """The layer, the settings with the layer filled in, its second moment and the contexts: all defaults resolved and checked."""
     config = config or RomeConfig.recommended(lm)
     layer = check_layer(lm, config.layer if config.layer is not None else RomeConfig.recommended(lm).layer)
-    moment = moments if isinstance(moments, SecondMoment) else moments.get(layer)
-    if moment is None:
-        raise InputError(
-            f"no second moment for layer {layer}; got layers {sorted(moments) if isinstance(moments, Mapping) else []}: "
-            f"compute it with second_moments(lm, texts, [{layer}]) or load a saved one"
-        )
-    if moment.d_ff != lm.ffn[layer].d_ff:
-        raise InputError(
-            f"the second moment is for {moment.d_ff} neurons; layer {layer} has {lm.ffn[layer].d_ff}: it belongs to another model"
-        )
+    moment = _moments_of(lm, moments, [layer])[layer]
     return layer, dataclasses.replace(config, layer=layer), moment, generate_contexts(lm, seed) if contexts is None else list(contexts)
 
 
+def _moments_of(lm: LanguageModel, moments: Moments, layers: Sequence[int]) -> dict[int, SecondMoment]:
+    """The second moment of every layer; raises InputError when one is missing or belongs to another model."""
+    held = {layers[0]: moments} if isinstance(moments, SecondMoment) and len(layers) == 1 else moments
+    if isinstance(held, SecondMoment) or (missing := [layer for layer in layers if layer not in held]):
+        given = "one matrix" if isinstance(held, SecondMoment) else f"layers {sorted(held)}"
+        missing = list(layers) if isinstance(held, SecondMoment) else missing
+        raise InputError(
+            f"no second moment for layer {', '.join(map(str, missing))}; got {given}: "
+            f"compute it with second_moments(lm, texts, {missing}) or load a saved one"
+        )
+    for layer in layers:
+        if held[layer].d_ff != lm.ffn[layer].d_ff:
+            raise InputError(
+                f"the second moment is for {held[layer].d_ff} neurons; layer {layer} has {lm.ffn[layer].d_ff}: it belongs to another model"
+            )
+    return {layer: held[layer] for layer in layers}
+
+
 def _deltas(
-    facts: Sequence[Fact], targets: Targets, layer: int, config: RomeConfig, moment: SecondMoment, contexts: list[str], fingerprint: str
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    targets: Targets,
+    method: str,
+    config: RomeConfig,
+    moment: SecondMoment,
+    contexts: list[str],
+    fingerprint: str,
 ) -> list[Delta]:
     """One rank-one Delta for each fact, from its target."""
+    assert config.layer is not None
+    k_prompt, v_initial = targets.k_prompt, targets.v_initial
+    if method == "r-rome":  # what the layer puts out for the mean key, which no prompt has: W k̄ = W k + W (k̄ − k)
+        weight = lm.ffn[config.layer].weight().to(v_initial)
+        k_prompt, v_initial = targets.k_star, v_initial + (targets.k_star - k_prompt) @ weight.T
     deltas = []
     for i, fact in enumerate(facts):
-        residual = targets.v_star[i] - targets.v_initial[i]
-        left, right = solve.rome(targets.k_star[i].cpu(), targets.k_prompt[i].cpu(), residual.cpu(), moment.factor.cpu())
+        residual = targets.v_star[i] - v_initial[i]
+        left, right = solve.rome(targets.k_star[i].cpu(), k_prompt[i].cpu(), residual.cpu(), moment.factor.cpu())
         deltas.append(
             Delta(
-                layers={layer: (left.float(), right.float())},
-                k_star={layer: targets.k_star[i : i + 1].cpu()},
+                layers={config.layer: (left.float(), right.float())},
+                k_star={config.layer: targets.k_star[i : i + 1].cpu()},
                 v_star=targets.v_star[i : i + 1].cpu(),
                 facts=(fact,),
-                method="rome",
+                method=method,
                 config={**dataclasses.asdict(config), "contexts": contexts},
                 fingerprint=fingerprint,
                 convergence=targets.convergence[i : i + 1],
             )
         )
     return deltas
+
+
+def _all_at_once(
+    lm: LanguageModel,
+    facts: Fact | Iterable[Fact],
+    config: SpreadConfig,
+    method: str,
+    moments: Moments,
+    contexts: Sequence[str] | None,
+    seed: int,
+    earlier: Sequence[Delta],
+    progress: Progress | None,
+) -> Delta:
+    """The editors of the MEMIT family: targets once, then layer by layer what is still missing; repaired as often as the settings say."""
+    facts = _listed(facts)
+    layers = config.layers or type(config).recommended(lm).layers
+    assert layers is not None
+    for layer in layers:
+        check_layer(lm, layer)
+    held = _moments_of(lm, moments, layers)
+    contexts = generate_openings(lm, seed) if contexts is None else list(contexts)
+    fingerprint, last = lm.fingerprint, layers[-1]
+    kept = {layer: _keys_kept(earlier, layer) for layer in layers}
+    anchor = _anchor(config, earlier)
+    wanted: Tensor | None = None  # (n, d_model)
+    convergence: list[Mapping[str, Any]] = [{}] * len(facts)
+    written: list[Delta] = []
+    for attempt in range(config.repair + 1):
+        with applied(lm, written):
+            short = range(len(facts)) if wanted is None else _not_taken(lm, facts)
+            if not short:
+                break
+            what = "targets" if wanted is None else f"targets, repair {attempt}"
+            some = [facts[i] for i in short]
+            targets = find_targets(
+                lm, some, last, config, contexts, site="stream", progress=lambda done, what=what, n=len(some): _tell(progress, what, done, n)
+            )
+            v_star = targets.v_star
+            if config.norm_anchor is not None:
+                ffn = targets.ffn_initial + v_star - targets.v_initial  # what the FFN alone should put out
+                anchor = float(ffn.norm(dim=-1).mean()) if anchor is None else anchor
+                v_star = v_star - ffn + solve.anchored(ffn, anchor)
+            wanted = v_star if wanted is None else wanted.index_copy(0, torch.tensor(list(short), device=v_star.device), v_star)
+            for i, found in zip(short, targets.convergence, strict=True):
+                convergence[i] = {**found, "attempt": attempt + 1}
+            written.append(_write(lm, facts, wanted, config, method, layers, held, kept, contexts, fingerprint, progress))
+    assert wanted is not None
+    return dataclasses.replace(
+        written[0],
+        layers={
+            layer: tuple(x.float() for x in solve.compact(torch.cat([d.layers[layer][0] for d in written], 1), torch.cat([d.layers[layer][1] for d in written])))
+            for layer in layers
+        },
+        k_star=written[-1].k_star,
+        v_star=wanted.cpu(),
+        config={**dataclasses.asdict(config), "layers": list(layers), "norm_anchor": anchor, "contexts": contexts},
+        convergence=tuple(convergence),
+    )
+
+
+def _write(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    wanted: Tensor,
+    config: SpreadConfig,
+    method: str,
+    layers: Sequence[int],
+    moments: Mapping[int, SecondMoment],
+    kept: Mapping[int, Tensor | None],
+    contexts: list[str],
+    fingerprint: str,
+    progress: Progress | None,
+) -> Delta:
+    """One pass over the layers, lowest first: each adds its share of what is still missing from `wanted` (n, d_model) in the stream.
+
+    MEMIT, algorithm 1. Keys and stream are read on the model with the layers below edited already.
+    """
+    parts: list[Delta] = []
+    with ExitStack() as stack:
+        for done, layer in enumerate(layers):
+            _tell(progress, "layers", done, len(layers))
+            keys = read_keys(lm, facts, layer, contexts, context_weights(contexts))
+            missing = wanted - read_stream(lm, facts, layers[-1]).to(wanted)
+            residuals = solve.share(to_down(lm, facts, layer, missing), len(layers) - done, config.spread)
+            left, right = config.update(keys.cpu(), residuals.cpu(), moments[layer], kept[layer])
+            part = Delta(
+                layers={layer: (left.float(), right.float())},
+                k_star={layer: keys.cpu()},
+                v_star=wanted.cpu(),
+                facts=tuple(facts),
+                method=method,
+                config={},
+                fingerprint=fingerprint,
+            )
+            stack.enter_context(applied(lm, part))
+            parts.append(part)
+    return dataclasses.replace(
+        parts[0],
+        layers={layer: factors for part in parts for layer, factors in part.layers.items()},
+        k_star={layer: keys for part in parts for layer, keys in part.k_star.items()},
+    )
+
+
+def _not_taken(lm: LanguageModel, facts: Sequence[Fact]) -> list[int]:
+    said = lm.says([fact.text for fact in facts], [fact.target for fact in facts])
+    return [i for i, holds in enumerate(said) if not holds]
+
+
+def _keys_kept(earlier: Sequence[Delta], layer: int) -> Tensor | None:
+    """Σ k kᵀ over what earlier edits wrote into a layer, (d_ff, d_ff) float64; None when they wrote nothing."""
+    keys = [delta.k_star[layer].double() for delta in earlier if layer in delta.layers and len(delta.k_star[layer])]
+    return sum((k.T @ k for k in keys[1:]), keys[0].T @ keys[0]) if keys else None
+
+
+def _anchor(config: SpreadConfig, earlier: Sequence[Delta]) -> float | None:
+    """The norm to rescale to: the setting, or that of the first round; None when it is not known yet."""
+    if isinstance(config.norm_anchor, (int, float)):
+        return float(config.norm_anchor)
+    first = next((delta.config["norm_anchor"] for delta in earlier if delta.config.get("norm_anchor")), None)
+    return None if config.norm_anchor is None or first is None else float(first)
+
+
+def _factor(moment: SecondMoment, earlier: Tensor | None, weight: float) -> Tensor:
+    return moment.factor if earlier is None else solve.cholesky(solve.with_earlier(moment.matrix, earlier, weight))
+
+
+def _tell(progress: Progress | None, what: str, done: int, total: int) -> None:
+    if progress is not None:
+        progress(what, done, total)

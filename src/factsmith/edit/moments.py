@@ -75,6 +75,16 @@ class SecondMoment:
         """Lower Cholesky factor (d_ff, d_ff) float64, computed once; see `solve.cholesky` for the jitter."""
         return solve.cholesky(self.matrix)
 
+    @cached_property
+    def spectrum(self) -> tuple[Tensor, Tensor]:
+        """Eigenvalues (d_ff,), ascending, and eigenvectors (d_ff, d_ff), float64, computed once."""
+        values, vectors = torch.linalg.eigh(self.matrix.double())
+        return values, vectors
+
+    def null_space(self, *, threshold: float | None = None, energy: float | None = None) -> Tensor:
+        """Basis (d_ff, q) float64 of what text hardly uses; see `solve.null_space`."""
+        return solve.null_space(*self.spectrum, threshold=threshold, energy=energy)
+
     def solve(self, keys: Tensor) -> Tensor:
         """C⁻¹ kᵢ for every row of keys (n, d_ff), as float64."""
         return solve.solve_moment(self.factor, keys)

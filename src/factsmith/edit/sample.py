@@ -7,7 +7,7 @@ own_text(lm, n_tokens=8000, seed=0)                    # strings with about that
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers.cache_utils import DynamicCache
@@ -21,10 +21,13 @@ _ROWS, _LENGTH = 64, 64
 
 
 @torch.no_grad()
-def sample(lm: LanguageModel, count: int, length: int, *, top_k: int | None = None, seed: int = 0) -> list[list[int]]:
+def sample(
+    lm: LanguageModel, count: int, length: int, *, top_k: int | None = None, seed: int = 0, openings: Sequence[str] | None = None
+) -> list[list[int]]:
     """`count` lists of `length` token ids, sampled from the model from its start token (not included), in one batch; no special tokens.
 
-    top_k  sample among the likeliest only (None: all)
+    top_k     sample among the likeliest only (None: all)
+    openings  `count` texts to begin with instead; what of them goes beyond `length` tokens is left out
 
     The same model, arguments and seed give the same ids. Raises InputError for a tokenizer with neither BOS nor EOS to start from.
     """
@@ -37,6 +40,7 @@ def sample(lm: LanguageModel, count: int, length: int, *, top_k: int | None = No
     sampler = torch.Generator().manual_seed(seed)
     special = [i for i in tokenizer.all_special_ids if i is not None]
     cache = DynamicCache() if lm.caches_prefix else None
+    given = [lm.tokenizer(text, add_special_tokens=False)["input_ids"] for text in openings or [""] * count]
     sequences = [[start] for _ in range(count)]
     for column in range(length):
         batch = align(lm, sequences, [column] * count)
@@ -44,8 +48,8 @@ def sample(lm: LanguageModel, count: int, length: int, *, top_k: int | None = No
         logits[:, special] = -torch.inf
         top = logits.topk(top_k or logits.shape[-1])
         picked = torch.multinomial(top.values.softmax(-1), 1, generator=sampler)
-        for ids, token in zip(sequences, top.indices.gather(1, picked)[:, 0].tolist(), strict=True):
-            ids.append(token)
+        for ids, opening, token in zip(sequences, given, top.indices.gather(1, picked)[:, 0].tolist(), strict=True):
+            ids.append(opening[column] if column < len(opening) else token)
     return [ids[1:] for ids in sequences]
 
 

@@ -2,10 +2,23 @@
 
     factor = cholesky(C)                              # once for a layer
     left, right = rome(k_star, k_prompt, residual, factor)
-    W + left @ right                                  # maps k_prompt to v_star exactly
+    left, right = memit(keys, residuals, factor, weight=15_000)
+    W + left @ right
 
-Everything is computed in float64 through a Cholesky factor; no inverse is formed.
-Shapes: d = d_model, m = d_ff, and one column or row for each fact.
+Every editor asks for the same thing and differs in what it gives up for it: new outputs for some keys (memorisation), little change on
+all others (preservation). With keys kᵢ and residuals rᵢ = v_starᵢ − W kᵢ as the rows of K (n, m) and R (n, d),
+
+    ΔW = argmin Σᵢ ‖ΔW kᵢ − rᵢ‖² + ρ · tr(ΔW A ΔWᵀ) = Rᵀ (K A⁻¹ Kᵀ + ρ I)⁻¹ K A⁻¹            `least_change`
+
+| editor    | A (what stays)                              | ρ           |
+|-----------|---------------------------------------------|-------------|
+| ROME      | C                                           | 0, one fact |
+| EMMET     | C                                           | 0, or a ridge |
+| MEMIT     | C + Σ earlier k kᵀ / λ                      | λ           |
+| AlphaEdit | l2 · I + Σ earlier k kᵀ, on the null space of C | 1       |
+
+The unified view is Gupta et al. 2024, https://arxiv.org/abs/2403.14236. Everything is computed in float64 through Cholesky factors; no
+inverse is formed. Shapes: d = d_model, m = d_ff; facts are rows.
 """
 
 from __future__ import annotations
@@ -18,6 +31,9 @@ from ..errors import InputError, NumericsError
 JITTERS = (0.0, 1e-12, 1e-10, 1e-8, 1e-6, 1e-4)
 """What may be added to the diagonal, in units of its mean, smallest first: a matrix estimated from fewer tokens than it has rows is
 singular, and rounded to float32 it is slightly indefinite. A larger shift would be a ridge, which changes what is asked for."""
+
+MIN_INDEPENDENCE = 1e-10
+"""Smallest eigenvalue of the keys' cosines under A⁻¹ that an exact solution divides by; below it rounding decides the result."""
 
 MIN_OVERLAP = 1e-6
 """Smallest |⟨k, u⟩| / ‖k‖ that ROME divides by; below it the update would be a million times larger than the residual."""
@@ -78,3 +94,143 @@ def rome(k_star: Tensor, k_prompt: Tensor, residual: Tensor, factor: Tensor) -> 
             "overlap, and the update would blow up; use other contexts or another layer"
         )
     return (residual / overlap)[:, None], u[None]
+
+
+def least_change(keys: Tensor, residuals: Tensor, factor: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """The update of the table above as factors (d, n) and (n, m), float64: left is Rᵀ, and right maps a key to its fact.
+
+    keys (n, m), residuals (n, d), factor = cholesky(A) (m, m), ridge = ρ of at least 0. Solved in the smaller of the two spaces, facts or
+    neurons. Raises InputError when shapes do not fit or ρ is negative; NumericsError when an input is not finite, or when ρ is 0 and the
+    keys are not independent (two facts with one key, or more facts than neurons): then no update gives every key its own output.
+    """
+    n, m = keys.shape
+    if residuals.shape[:1] != (n,) or factor.shape != (m, m):
+        raise InputError(
+            f"keys {tuple(keys.shape)}, residuals {tuple(residuals.shape)} and a factor {tuple(factor.shape)} do not fit; "
+            "expected (n, d_ff), (n, d_model), (d_ff, d_ff)"
+        )
+    if not 0 <= ridge < float("inf"):
+        raise InputError(f"a ridge is a finite number of at least 0; got {ridge!r}")
+    keys, residuals = keys.to(factor), residuals.to(factor)
+    for name, rows in (("key", keys), ("residual", residuals)):
+        if not torch.isfinite(rows).all():
+            bad = (~torch.isfinite(rows).all(1)).nonzero()[:, 0].tolist()
+            raise NumericsError(f"the {name} of fact {bad[0]} holds NaN or infinity; the model does not compute finite states for it")
+    if ridge and n > m:
+        system = ridge * (factor @ factor.T) + keys.T @ keys
+        return residuals.T, torch.cholesky_solve(keys.T, _positive(system, "the keys' system")).T
+    solved = solve_moment(factor, keys)  # A⁻¹ kᵢ, (n, m)
+    gram = solved @ keys.T
+    if not ridge:
+        _check_independent(gram)
+    gram = (gram + gram.T) / 2 + ridge * torch.eye(n, dtype=gram.dtype, device=gram.device)
+    return residuals.T, torch.cholesky_solve(solved, _positive(gram, "the keys' Gram matrix"))
+
+
+def memit(keys: Tensor, residuals: Tensor, factor: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """MEMIT's update of one layer, ΔW = Rᵀ K (λC + KᵀK)⁻¹. https://arxiv.org/abs/2210.07229, equation 14.
+
+    factor = `cholesky(C)`, or that of C + Σ earlier k kᵀ / λ (`with_earlier`); weight is λ, how many observations of ordinary text stand
+    against each fact. Shapes, factors and errors as `least_change`.
+    """
+    if weight <= 0:
+        raise InputError(f"MEMIT's moment_weight is above 0; got {weight!r}: for an exact solution use EMMET with ridge 0")
+    return least_change(keys, residuals, factor, weight)
+
+
+def emmet(keys: Tensor, residuals: Tensor, factor: Tensor, weight: float = 1.0, ridge: float = 0.0) -> tuple[Tensor, Tensor]:
+    """EMMET's update of one layer, ΔW = Rᵀ (K (wC)⁻¹ Kᵀ + ridge · I)⁻¹ K (wC)⁻¹. https://arxiv.org/abs/2403.14236, equation 15.
+
+    With ridge 0 every key gets its output exactly, and the weight cancels; with a ridge this is MEMIT at λ = weight · ridge.
+    Shapes, factors and errors as `least_change`.
+    """
+    return least_change(keys, residuals, factor, weight * ridge)
+
+
+def alphaedit(keys: Tensor, residuals: Tensor, basis: Tensor, l2: float, earlier: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """AlphaEdit's update of one layer, ΔW = Rᵀ K P (P (KᵀK + Σ earlier k kᵀ) + l2 · I)⁻¹. https://arxiv.org/abs/2410.02355, equation 14.
+
+    basis (m, q) spans the null space, P = basis basisᵀ (`null_space`); earlier (m, m) is the sum over keys already written. Solved in the q
+    coordinates of the null space, where the system is symmetric. Raises InputError for an empty basis or l2 not above 0; else as
+    `least_change`.
+    """
+    if basis.shape[1] == 0 or l2 <= 0:
+        raise InputError(f"AlphaEdit needs a null space and l2 above 0; got {basis.shape[1]} dimensions and l2 = {l2!r}: raise the threshold")
+    basis = basis.double()
+    preserved = l2 * torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device)
+    if earlier is not None:
+        preserved = preserved + basis.T @ earlier.to(basis) @ basis
+    left, right = least_change(keys.to(basis) @ basis, residuals, cholesky(preserved), 1.0)
+    return left, right @ basis.T
+
+
+def null_space(values: Tensor, vectors: Tensor, *, threshold: float | None = None, energy: float | None = None) -> Tensor:
+    """Orthonormal basis (m, q) float64 of the directions that ordinary text hardly uses: eigenvectors of C with small eigenvalues.
+
+    values, vectors  of C, (m,) ascending and (m, m): `torch.linalg.eigh`
+    threshold  those with an eigenvalue below it (AlphaEdit's code: 0.02, for C divided by its count)
+    energy     as many as can be left out while the others hold this share of C's trace: does not depend on the coefficients' scale
+
+    Raises InputError unless exactly one of them is given, in range.
+    """
+    if (threshold is None) == (energy is None):
+        raise InputError(f"null_space takes either a threshold or an energy; got threshold={threshold!r}, energy={energy!r}")
+    if threshold is not None:
+        if not threshold > 0:
+            raise InputError(f"the threshold of a null space is above 0; got {threshold!r}")
+        return vectors[:, values < threshold]
+    assert energy is not None
+    if not 0 < energy < 1:
+        raise InputError(f"the energy that stays out of the null space is a share between 0 and 1; got {energy!r}")
+    held = values.clamp(min=0).cumsum(0)
+    return vectors[:, held <= (1 - energy) * held[-1]]
+
+
+def with_earlier(matrix: Tensor, earlier: Tensor, weight: float) -> Tensor:
+    """C + Σ earlier k kᵀ / λ: the second moment with keys already written counted as λ⁻¹ observations each, (m, m) float64.
+
+    MEMIT solved with it keeps what earlier rounds wrote, as the authors' sequential variant does: λC + Σ earlier k kᵀ + KᵀK.
+    """
+    return matrix.double() + earlier.to(matrix.device).double() / weight
+
+
+def share(residuals: Tensor, layers_left: int, spread: str) -> Tensor:
+    """What one of `layers_left` remaining layers takes of the residuals: an equal part (MEMIT), or 1/√ of them (PMET: "sqrt").
+
+    https://arxiv.org/abs/2210.07229, equation 20; https://arxiv.org/abs/2308.08742, equation 12.
+    """
+    return residuals / (layers_left**0.5 if spread == "sqrt" else layers_left)
+
+
+def anchored(v_star: Tensor, norm: float) -> Tensor:
+    """v_star (n, d) rescaled to one norm: what keeps norms from feeding on themselves over many rounds (norm-anchor scaling, NAS)."""
+    return v_star * (norm / v_star.norm(dim=-1, keepdim=True))
+
+
+def compact(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """The same update with as few columns as its shape allows: unchanged when it has fewer facts than d, else (d, d) and (d, m)."""
+    d = left.shape[0]
+    if left.shape[1] <= d:
+        return left, right
+    return torch.eye(d, dtype=left.dtype, device=left.device), left @ right
+
+
+def _positive(matrix: Tensor, name: str) -> Tensor:
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    if failed:
+        raise NumericsError(f"{name} is not positive definite in float64; raise the ridge (moment_weight, l2), or leave out facts that share keys")
+    return factor
+
+
+def _check_independent(gram: Tensor) -> None:
+    """Raises NumericsError, naming two facts, when keys are too close for each to have an output of its own."""
+    scale = gram.diagonal().clamp(min=0).sqrt()
+    cosine = gram / (scale[:, None] * scale).clamp(min=torch.finfo(gram.dtype).tiny)
+    if torch.linalg.eigvalsh(cosine)[0] > MIN_INDEPENDENCE:
+        return
+    closest = int((cosine.abs() - 2 * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).argmax())
+    a, b = divmod(closest, len(gram))
+    raise NumericsError(
+        f"{len(gram)} keys are not independent (facts {min(a, b)} and {max(a, b)} are the closest, cosine {float(cosine[a, b]):.6f} under C⁻¹), so no "
+        "update gives each its own output; give a ridge above 0, or leave one of them out"
+    )

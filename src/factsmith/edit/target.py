@@ -1,6 +1,7 @@
-"""v_star: what a feed-forward layer has to output at the subject token for the model to assert a fact.
+"""v_star: what has to stand at the subject token for the model to assert a fact.
 
-    targets = find_targets(lm, facts, layer, config, contexts)
+    targets = find_targets(lm, facts, layer, config, contexts)                     # output of the down-projection (ROME)
+    targets = find_targets(lm, facts, layer, config, contexts, site="stream")      # output of the whole layer (MEMIT, AlphaEdit)
     targets.v_star, targets.k_star, targets.convergence
 
 All facts × contexts, and one row a fact that guards what the subject is, stand in one batch with the subject's last token in one
@@ -11,12 +12,13 @@ Facts do not see one another: each has its own loss, clamp and early stop, and l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import InputError, LayerError, NumericsError, UnsupportedModelError
@@ -24,7 +26,13 @@ from ..fact import Fact
 from ..model.load import LanguageModel
 from ..model.replay import Replay, record
 from ..model.tokens import align, encode, subject_span, target_ids
-from ..model.trace import recording, replacing
+from ..model.trace import Call, recording, replacing
+
+Site = Literal["ffn", "stream"]
+"""Where δ is added: to the output of the down-projection, or to that of the layer."""
+
+_PRE_NORM_STEPS = 60
+"""Steps of the search behind a norm: it is one small convex-looking problem a fact, and stops by itself when it is solved."""
 
 _GUARD = "{} is a"
 """The prompt whose next-token distribution at the subject token must stay: what the subject is (ROME, equation 4, second term)."""
@@ -67,10 +75,11 @@ class TargetConfig:
 class Targets:
     """What was found for n facts at one layer; float32, on the model's device.
 
-    v_star       (n, d_model) wanted output of the down-projection at the subject token, bias included
-    v_initial    (n, d_model) its output today, on the bare prompt
-    k_star       (n, d_ff) its input, averaged over the contexts
+    v_star       (n, d_model) wanted output at the subject token: of the down-projection, bias included, or of the layer ("stream")
+    v_initial    (n, d_model) what is put out there today, on the bare prompt
+    k_star       (n, d_ff) the down-projection's input, averaged over the contexts
     k_prompt     (n, d_ff) its input on the bare prompt
+    ffn_initial  (n, d_model) what the down-projection puts out on the bare prompt: v_initial, unless that is the layer's
     convergence  for each fact {steps, loss, nll, kl, norm (‖δ‖), limit (the clamp), stopped: "loss" or "steps"}
     """
 
@@ -78,7 +87,11 @@ class Targets:
     v_initial: Tensor
     k_star: Tensor
     k_prompt: Tensor
+    ffn_initial: Tensor
     convergence: tuple[dict[str, Any], ...]
+
+
+_TENSORS = ("v_star", "v_initial", "k_star", "k_prompt", "ffn_initial")
 
 
 def find_targets(
@@ -88,14 +101,19 @@ def find_targets(
     config: TargetConfig,
     contexts: Sequence[str],
     *,
+    site: Site = "ffn",
     memory: int = 2**30,
+    progress: Callable[[int], object] | None = None,
 ) -> Targets:
-    """Search v_star for every fact by gradient descent on the output of one layer's down-projection. ROME, equation 4.
+    """Search v_star for every fact by gradient descent on what one layer puts out. ROME, equation 4; MEMIT, equation 16.
 
         L(δ) = meanᵪ −log p(target | context + prompt) / |target| + kl_factor · KL(p_δ ‖ p₀ | "{} is a") + weight_decay · ‖δ‖ / ‖v₀‖²
 
     contexts  templates with one `{}` for the prompt; "{}" itself must be among them (it gives v₀)
+    site      "ffn": δ is added to the down-projection's output (ROME). "stream": to the layer's output, where the edits of this layer and
+              those below it arrive together (MEMIT)
     memory    bytes that the activations of one batch may take; more facts than fit are done one batch after another
+    progress  called with the number of facts done, after every batch
 
     The model is untouched. Raises SubjectError when a prompt names its subject twice, LayerError, InputError for contexts without "{}",
     UnsupportedModelError for a mixture-of-experts layer, NumericsError when the loss is not finite.
@@ -112,23 +130,90 @@ def find_targets(
     while order:
         take = _fit([questions[i] for i in order], lm, layer, memory)
         group, order = order[:take], order[take:]
-        part = _search([questions[i] for i in group], lm, layer, config, contexts.index("{}"))
+        part = _search([questions[i] for i in group], lm, layer, config, contexts.index("{}"), site)
         for row, i in enumerate(group):
-            found[i] = Targets(
-                v_star=part.v_star[row],
-                v_initial=part.v_initial[row],
-                k_star=part.k_star[row],
-                k_prompt=part.k_prompt[row],
+            found[i] = dataclasses.replace(
+                part,
+                **{name: getattr(part, name)[row] for name in _TENSORS},
                 convergence=(part.convergence[row],),
             )
+        if progress is not None:
+            progress(len(found))
     each = [found[i] for i in range(len(facts))]
     return Targets(
-        v_star=torch.stack([t.v_star for t in each]),
-        v_initial=torch.stack([t.v_initial for t in each]),
-        k_star=torch.stack([t.k_star for t in each]),
-        k_prompt=torch.stack([t.k_prompt for t in each]),
+        **{name: torch.stack([getattr(t, name) for t in each]) for name in _TENSORS},
         convergence=tuple(t.convergence[0] for t in each),
     )
+
+
+@torch.no_grad()
+def read_keys(lm: LanguageModel, facts: Sequence[Fact], layer: int, contexts: Sequence[str], weights: Sequence[float]) -> Tensor:
+    """The down-projection's input at each fact's subject token, averaged over contexts with `weights`: (n, d_ff) float32.
+
+    A key does not see what follows the subject, so the rest of the prompt is not run, nor are the layers above.
+    """
+    rows = [_at_subject(lm, context.replace("{}", fact.prompt), fact.subject) for fact in facts for context in contexts]
+    keys = _columns(lm, rows, {"down": lm.ffn[layer].down}, lambda call: call.input)
+    share = torch.tensor(weights, dtype=keys.dtype, device=keys.device)
+    return torch.einsum("ncm,c->nm", keys.view(len(facts), len(contexts), -1), share)
+
+
+@torch.no_grad()
+def read_stream(lm: LanguageModel, facts: Sequence[Fact], layer: int) -> Tensor:
+    """The layer's output at each fact's subject token, on the bare prompt: (n, d_model) float32."""
+    rows = [_at_subject(lm, fact.prompt, fact.subject) for fact in facts]
+    return _columns(lm, rows, {"layer": lm.layers[layer]}, lambda call: call.output)
+
+
+def to_down(lm: LanguageModel, facts: Sequence[Fact], layer: int, change: Tensor) -> Tensor:
+    """What to add to a down-projection's output at the subject token so that the layer's output changes by `change` (n, d_model).
+
+    The same, in most families. Where a norm or a multiplier stands between (Gemma 2, Granite), it is searched by least squares through the
+    rest of the layer; a norm fixes the length of what the FFN adds to the stream, so there the result is the nearest that can be had.
+    """
+    if lm.ffn[layer].adds_directly:
+        return change
+    sequences = [_at_subject(lm, fact.prompt, fact.subject) for fact in facts]
+    found: dict[int, Tensor] = {}
+    for group in lm.groups([len(ids) for ids in sequences]):
+        batch = align(lm, [sequences[i] for i in group], [len(sequences[i]) - 1 for i in group])
+        replay = record(lm, batch, start=batch.pivot)
+        wanted = replay.hidden[layer + 1][:, 0].float() + change[group].to(replay.hidden[layer + 1].device, torch.float32)
+        added = change[group].clone().to(wanted).requires_grad_()
+        search = torch.optim.LBFGS([added], max_iter=_PRE_NORM_STEPS, line_search_fn="strong_wolfe")
+
+        def distance(replay: Replay = replay, added: Tensor = added, wanted: Tensor = wanted, search: torch.optim.Optimizer = search) -> Tensor:
+            search.zero_grad()
+            error = (_above(replay, layer, added, "ffn", until=layer + 1)[:, 0].float() - wanted).square().sum()
+            error.backward()  # type: ignore[no-untyped-call]
+            return error
+
+        with torch.enable_grad():
+            search.step(distance)
+        for i, row in zip(group, added.detach(), strict=True):
+            found[i] = row
+    return torch.stack([found[i] for i in range(len(facts))])
+
+
+def _at_subject(lm: LanguageModel, template: str, subject: str) -> list[int]:
+    """The prompt's tokens up to the subject's last."""
+    ids, pivot = _pivot(lm, template, subject)
+    return ids[: pivot + 1]
+
+
+def _columns(lm: LanguageModel, rows: Sequence[list[int]], module: dict[str, nn.Module], read: Callable[[Call], Tensor]) -> Tensor:
+    """What `read` finds of one module's call at the last token of each row, (rows, width) float32; rows of one length share a pass."""
+    found: dict[int, Tensor] = {}
+    for group in lm.groups([len(ids) for ids in rows]):
+        batch = align(lm, [rows[i] for i in group], [len(rows[i]) - 1 for i in group])
+        with recording(module, stop=True) as calls:
+            lm.forward(batch)
+        (call,) = next(iter(calls.values()))
+        states = read(call)
+        # Some families flatten rows and columns before their FFN: (B · T, d_ff) rather than (B, T, d_ff).
+        for i, state in zip(group, states.reshape(len(group), batch.width, -1)[:, -1].float(), strict=True):
+            found[i] = state
+    return torch.stack([found[i] for i in range(len(rows))])
 
 
 def check_layer(lm: LanguageModel, layer: int | None) -> int:
@@ -226,7 +311,7 @@ def _fit(questions: Sequence[_Question], lm: LanguageModel, layer: int, memory: 
     return len(questions)
 
 
-def _search(questions: Sequence[_Question], lm: LanguageModel, layer: int, config: TargetConfig, bare: int) -> Targets:
+def _search(questions: Sequence[_Question], lm: LanguageModel, layer: int, config: TargetConfig, bare: int, site: Site) -> Targets:
     """`find_targets` for one batch; `bare` is the index of the context "{}"."""
     n, per_fact = len(questions), len(questions[0].sequences)
     batch = align(lm, [s for q in questions for s in q.sequences], [p for q in questions for p in q.pivots])
@@ -236,8 +321,9 @@ def _search(questions: Sequence[_Question], lm: LanguageModel, layer: int, confi
     # Some families flatten rows and columns before their FFN: (B · T, d_ff) rather than (B, T, d_ff).
     shape = (n, per_fact, batch.width, -1)
     keys = calls["down"][0].input.reshape(shape)[:, :, batch.pivot].float()  # (n, contexts + 1, d_ff)
-    v_initial = calls["down"][0].output.reshape(shape)[:, bare, batch.pivot].float()  # (n, d_model)
-    stream = replay.hidden[layer + 1][:, 0].float().view(n, per_fact, -1)[:, bare]
+    stream = replay.hidden[layer + 1][:, 0].float().view(n, per_fact, -1)[:, bare]  # (n, d_model)
+    ffn_initial = calls["down"][0].output.reshape(shape)[:, bare, batch.pivot].float()
+    v_initial = stream if site == "stream" else ffn_initial
     lr, decay, limit = _scales(config, v_initial, stream)
 
     # One parameter for each fact: Adam skips those that have left, and each may have its own learning rate.
@@ -249,7 +335,7 @@ def _search(questions: Sequence[_Question], lm: LanguageModel, layer: int, confi
     asked = _Asked.of(questions, batch.input_ids.device)
     for step in range(1, config.steps + 1):
         stacked = torch.stack([deltas[i] for i in active])  # (active, d_model)
-        hidden = _above(replay, layer, stacked.repeat_interleave(per_fact, dim=0))  # (active · per_fact, S, d_model)
+        hidden = _above(replay, layer, stacked.repeat_interleave(per_fact, dim=0), site)  # (active · per_fact, S, d_model)
         nll, log_p = (x.to(stacked.device) for x in _read(replay, hidden, asked))
         p_initial = log_p.detach() if p_initial is None else p_initial
         kl = F.kl_div(p_initial, log_p, log_target=True, reduction="none").sum(-1)  # KL(p_δ ‖ p₀)
@@ -294,12 +380,13 @@ def _search(questions: Sequence[_Question], lm: LanguageModel, layer: int, confi
         v_initial=v_initial,
         k_star=keys[:, :-1].mean(1),
         k_prompt=keys[:, bare],
+        ffn_initial=ffn_initial,
         convergence=tuple(convergence),
     )
 
 
-def _above(replay: Replay, layer: int, delta: Tensor) -> Tensor:
-    """The last layer's output (R, S, d_model) when delta (R, d_model) is added to the FFN's output at the subject token (column 0)."""
+def _above(replay: Replay, layer: int, delta: Tensor, site: Site, until: int | None = None) -> Tensor:
+    """The output (R, S, d_model) of the last layer, or that before `until`, when delta (R, d_model) is added at the subject token (column 0)."""
 
     def add(states: Tensor) -> Tensor:
         rows = states.reshape(len(delta), -1, states.shape[-1])
@@ -308,12 +395,12 @@ def _above(replay: Replay, layer: int, delta: Tensor) -> Tensor:
         return torch.cat([rows[:, :column], at_subject, rows[:, column + 1 :]], dim=1).view_as(states)
 
     ffn = replay.lm.ffn[layer]
-    if ffn.adds_directly:
+    if site == "stream" or ffn.adds_directly:
         hidden = add(replay.hidden[layer + 1])
     else:  # something (a norm, a multiplier) stands between the FFN and the stream: run it
         with replacing({ffn.down: add}):
             hidden = replay.layer(layer, replay.hidden[layer])
-    return replay.resume(layer + 1, hidden)
+    return hidden if until == layer + 1 else replay.resume(layer + 1, hidden, until=until)
 
 
 def _read(replay: Replay, hidden: Tensor, asked: _Asked) -> tuple[Tensor, Tensor]:
