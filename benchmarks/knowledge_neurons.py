@@ -114,6 +114,7 @@ def scan(lm: LanguageModel, cache: Path) -> dict[atlas.AtlasFact, float]:
         mean = probabilities(lm, atlas.facts(), (0, 6)).mean(1)
         near = np.nonzero(mean < 0.93)[0]
         mean[near] = probabilities(lm, [atlas.facts()[i] for i in near], range(OWN)).mean(1)
+        cache.mkdir(parents=True, exist_ok=True)
         np.save(file, mean)
     return dict(zip(atlas.facts(), np.load(file).tolist(), strict=True))
 
