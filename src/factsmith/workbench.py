@@ -55,7 +55,7 @@ from .locate.layers import (
     trace_window,
     trial_facts,
 )
-from .model.load import LanguageModel, bundled
+from .model.load import LanguageModel, bundled, check_model
 from .model.tokens import subject_span, target_ids
 
 Progress = Callable[[str, int, int | None], object]
@@ -776,6 +776,7 @@ def _recommend(
     progress: Progress | None,
 ) -> LayerChoice:
     """`recommend_layers`; second moments are looked for in `folder` too, and those computed for the chosen layer are kept there."""
+    check_model(lm)
     count = _TRIALS if count is None else count
     if count < 1:
         raise InputError(f"trials is {count}; expected at least one trial edit")

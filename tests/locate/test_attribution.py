@@ -135,7 +135,8 @@ def test_rank_correlation(a: list[float], b: list[float], expected: float) -> No
     ("options", "error", "says"),
     [
         ({"passes": 0}, InputError, "passes is 0"),
-        ({"check": -1}, InputError, "check -1"),
+        ({"passes": 1.5}, InputError, "passes is 1.5"),
+        ({"check": -1}, InputError, "check is -1"),
         ({"kind": "neuron"}, InputError, "'state', 'mlp', 'attention'"),
         ({"kind": "mlp", "window": 0}, LayerError, "window is 0"),
         ({"samples": 0}, InputError, "samples is 0"),

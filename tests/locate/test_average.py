@@ -149,7 +149,11 @@ def test_record_is_plain_json(lm: LanguageModel, facts: list[Fact]) -> None:
     [
         ({"cases": []}, InputError, "at least one"),
         ({"cases": ["Paris"]}, InputError, "factsmith.Fact"),
-        ({"kinds": "state"}, InputError, "expected lists"),
+        ({"kinds": "state"}, InputError, "kinds is 'state'; expected a list"),
+        ({"severed": "mlp"}, InputError, "severed is 'mlp'; expected a list"),
+        ({"kinds": 3}, InputError, "kinds is 3"),
+        ({"cases": 3}, InputError, "cases is 3"),
+        ({"noise": "1"}, InputError, "noise is '1'"),
         ({"kinds": ["neuron"]}, InputError, "'state', 'mlp', 'attention'"),
         ({"kinds": []}, InputError, "no map"),
         ({"severed": ["state"]}, InputError, "'mlp', 'attention' or None"),
@@ -163,6 +167,11 @@ def test_bad_input_is_refused_in_words(lm: LanguageModel, facts: list[Fact], opt
     given = {"cases": facts, "samples": 1, **options}
     with pytest.raises(error, match=says):
         average_trace(lm, given.pop("cases"), **given)
+
+
+def test_one_fact_is_a_list_of_one(lm: LanguageModel, facts: list[Fact]) -> None:
+    alone, listed = (average_trace(lm, cases, kinds=["state"], samples=1) for cases in (facts[0], facts[:1]))
+    assert alone.n_facts == 1 and alone.effects["state"].nan_to_num().equal(listed.effects["state"].nan_to_num())
 
 
 def test_three_kinds_of_model(tiny_lm: LanguageModel) -> None:

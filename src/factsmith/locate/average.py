@@ -20,9 +20,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ..checks import check_items
 from ..errors import InputError
 from ..fact import Fact
-from ..model.load import LanguageModel
+from ..model.load import LanguageModel, check_model
 from ..model.tokens import encode, subject_span
 from .causal import CausalTrace, Corruption, Kind, Part, check_map, noise_scale, record_runs
 
@@ -103,7 +104,7 @@ class AverageTrace:
 
 def causal_traces(
     lm: LanguageModel,
-    cases: Iterable[Fact],
+    cases: Fact | Iterable[Fact],
     *,
     kinds: Sequence[Kind] = ("state", "mlp", "attention"),
     severed: Sequence[Part] = (),
@@ -115,14 +116,15 @@ def causal_traces(
 ) -> Iterator[dict[str, CausalTrace]]:
     """The maps of each fact in turn: {map: CausalTrace}, all from one recording of its runs.
 
-    cases    the answer traced is what the model should say today: `target_true` where a fact has one, else `target`. Whether the model
-             does say it stands in each trace (`is_correct`)
+    cases    facts, or one fact; the answer traced is what the model should say today: `target_true` where a fact has one, else `target`.
+             Whether the model does say it stands in each trace (`is_correct`)
     kinds    the maps to make; severed: and the "state" maps with these parts held at their corrupted values above the restored state
     noise    one scale for all facts; None: three standard deviations over the embeddings of all their subjects' tokens, as in the paper
 
     The other arguments, and the errors, are those of `causal_trace`; InputError when nothing was given to trace.
     """
-    facts, maps = _checked(cases, kinds, severed, window)
+    check_model(lm)
+    facts, maps, window = _checked(cases, kinds, severed, window)
     scale = noise if noise is not None or corruption != "noise" else _common_scale(lm, facts)
     for fact in facts:
         runs = record_runs(
@@ -133,7 +135,7 @@ def causal_traces(
 
 def average_trace(
     lm: LanguageModel,
-    cases: Iterable[Fact],
+    cases: Fact | Iterable[Fact],
     *,
     kinds: Sequence[Kind] = ("state", "mlp", "attention"),
     severed: Sequence[Part] = (),
@@ -151,7 +153,8 @@ def average_trace(
     The other arguments are those of `causal_traces`. Facts whose answer the model does not say are left out and counted, as in the paper;
     the noise's scale is taken over all that are given. Raises InputError when none remains.
     """
-    facts, maps = _checked(cases, kinds, severed, window)
+    check_model(lm)
+    facts, maps, window = _checked(cases, kinds, severed, window)
     said = lm.says([fact.text for fact in facts], [_answer(fact) for fact in facts])
     known = [fact for fact, is_said in zip(facts, said, strict=True) if is_said]
     if not known:
@@ -242,22 +245,22 @@ def _common_scale(lm: LanguageModel, facts: Sequence[Fact]) -> float:
     return noise_scale(lm, ids)
 
 
-def _checked(cases: Iterable[Fact], kinds: Sequence[Kind], severed: Sequence[Part], window: int) -> tuple[list[Fact], list[Map]]:
-    """What is to be traced, and the maps to make of each, before anything is computed."""
-    facts = list(cases)
+def _checked(
+    cases: Fact | Iterable[Fact], kinds: Sequence[Kind], severed: Sequence[Part], window: int
+) -> tuple[list[Fact], list[Map], int]:
+    """What is to be traced, the maps to make of each, and the window as an int, before anything is computed."""
+    facts = [cases] if isinstance(cases, Fact) else check_items(cases, "cases", "facts (factsmith.Fact), at least one")
     if not facts or not all(isinstance(fact, Fact) for fact in facts):
         raise InputError("average traces take facts (factsmith.Fact), at least one")
-    if isinstance(kinds, str) or isinstance(severed, str):
-        raise InputError(f"kinds is {kinds!r} and severed {severed!r}; expected lists, such as ('state', 'mlp') and ('mlp',)")
-    maps: list[Map] = [(kind, kind, None) for kind in kinds]
-    maps += [(f"state, {part} severed", "state", part) for part in severed]
+    maps: list[Map] = [(kind, kind, None) for kind in check_items(kinds, "kinds", "a list, such as ['state', 'mlp']")]
+    maps += [(f"state, {part} severed", "state", part) for part in check_items(severed, "severed", "a list, such as ['mlp']")]
     if not maps:
         raise InputError(
             "no map was asked for; expected at least one of kinds 'state', 'mlp', 'attention', or of severed 'mlp', 'attention'"
         )
     for _, kind, sever in maps:
-        check_map(kind, window, sever)
-    return facts, maps
+        window = check_map(kind, window, sever)
+    return facts, maps, window
 
 
 def _plain(value: Tensor | float) -> float | None:
