@@ -262,7 +262,7 @@ def trace(
             said, p = _own_answer(lm, text)
             if p is None:
                 _complain(
-                    "warning", f"the model continues {text!r} with {said!r}, which is no answer in words: its first token is followed"
+                    "warning", f"the model continues {text!r} with {said!r}, which is no answer of whole words: its first token is followed"
                 )
             else:
                 target = said
@@ -283,13 +283,7 @@ def trace(
             found: CausalTrace = attribution_trace(lm, text, subject, **settings)
         else:
             found = causal_trace(lm, text, subject, sever=None if sever is None else sever.value, **settings)
-    lost = found.clean - found.corrupted
-    if lost < max(0.01, 0.05 * found.clean):
-        _complain(
-            "warning",
-            f"p({found.answer.strip()}) is {found.clean:.3f}, and {found.corrupted:.3f} with the subject corrupted: the corruption does "
-            "not take the answer away, so there is nothing to bring back and the map shows nothing; try another corruption, or more noise",
-        )
+    _check_lost(found.answer.strip(), found.clean, found.corrupted)
     saved = [] if files is None else _save(files, lambda path: heat_map(found, path=path), "trace", found)
 
     def show(console: Console) -> None:
@@ -343,8 +337,8 @@ def neurons(
             target, p = _own_answer(lm, prompts[0])
             if p is None:
                 raise InputError(
-                    f"the model continues {prompts[0]!r} with {target!r}, which is no answer in words; end the prompt where an answer "
-                    "begins, or name one with --target and --force"
+                    f"the model continues {prompts[0]!r} with {target!r}, which is no answer of whole words; end the prompt where an "
+                    "answer begins, or name one with --target and --force"
                 )
         _check_says(lm, prompts, target, force)
         found = knowledge_neurons(
@@ -850,6 +844,16 @@ def _check_says(lm: LanguageModel, prompts: list[str], target: str, force: bool)
         _complain("warning", said)
 
 
+def _check_lost(answer: str, clean: float, corrupted: float) -> None:
+    """Warns when the corruption costs the answer hardly any probability: a map is of what comes back of the loss."""
+    if clean - corrupted < max(0.01, 0.05 * clean):
+        _complain(
+            "warning",
+            f"p({answer}) is {clean:.3f}, and {corrupted:.3f} with the subject corrupted: the corruption does not take the answer away, so "
+            "there is nothing to bring back and the map shows nothing; try another corruption, or more noise",
+        )
+
+
 def _trace_facts(
     words: list[str],
     kind: Kind | None,
@@ -886,6 +890,7 @@ def _trace_facts(
             seed=seed,
             progress=lambda done, total: tell("tracing facts", done, total),
         )
+    _check_lost("answer", found.clean, found.corrupted)
     saved: list[Path] = []
     if files is not None:
         saved = _save(files, lambda path: class_map(found, path=path), "average", found)
@@ -901,7 +906,7 @@ def _trace_facts(
         table.caption = "largest average effect of a layer, ± half of its 95 % interval, @ the layer"
         table.add_column("")
         # A cell is "0.065 ± 0.028 @0": beside one another where the terminal is wide enough, else in two lines.
-        wide = console.width >= max(map(len, found.classes)) + len(found.effects) * max(20, *(len(name) + 2 for name in found.effects))
+        wide = console.width >= max(map(len, found.classes)) + 20 * len(found.effects)
         for name in found.effects:
             table.add_column(name, justify="right")
         for row, (token, count) in enumerate(zip(found.classes, found.counts, strict=True)):
