@@ -840,7 +840,8 @@ def _recommend(
     rome_layer, memit_layers = choose(trials, effects)
     if folder is not None and rome_layer in computed:
         computed[rome_layer].save(folder / f"layer{rome_layer}.safetensors")
-    reason = f"the best of {len(layers)} layers in {sum(score.trials for score in scores)} trial edits of {len(tried)} facts"
+    n_trials, facts_tried = sum(score.trials for score in scores), "one fact" if len(tried) == 1 else f"{len(tried)} facts"
+    reason = f"the best of {len(layers)} layers in {n_trials} trial edits of {facts_tried}"
     return LayerChoice(rome=rome_layer, memit=memit_layers, source="trials", reason=reason, fingerprint=lm.fingerprint, **measured)
 
 
@@ -858,7 +859,8 @@ def _settled(lm: LanguageModel, facts: Sequence[Fact]) -> list[Fact]:
         true = fact.target_true if fact.target_true is not None and begins_with(said[fact.text], fact.target_true) else None
         settled.append(Fact.from_dict({**fact.to_dict(), "neighbours": near, "target_true": true}))
     if not settled:
-        raise InputError(f"the model says all {len(facts)} facts already, so no edit could be tried; give targets that it does not say")
+        said_already = "the fact" if len(facts) == 1 else f"all {len(facts)} facts"
+        raise InputError(f"the model says {said_already} already, so no edit could be tried; give targets that it does not say")
     return settled
 
 

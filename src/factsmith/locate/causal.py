@@ -630,7 +630,7 @@ def _given(lm: LanguageModel, text: str, subject: str, replacements: Sequence[st
         ids = _replaced(lm, text, subject, other) if other else None
         if ids is None:
             raise InputError(
-                f"replacement {other!r} does not fit into the {stop - start} tokens of {subject!r} in {text!r}; expected another subject "
+                f"replacement {other!r} does not fit into the {_tokens(stop - start)} of {subject!r} in {text!r}; expected another subject "
                 "that has as many tokens there and leaves all others as they are; or None, to draw fitting ones"
             )
         found[other] = ids
@@ -649,7 +649,7 @@ def _drawn(lm: LanguageModel, text: str, subject: str, samples: int, seed: int) 
             return found
     start, stop = subject_span(lm, text, subject)
     raise InputError(
-        f"{len(found)} of the {len(subjects)} bundled subjects fit into the {stop - start} tokens of {subject!r} in {text!r}; expected "
+        f"{len(found)} of the {len(subjects)} bundled subjects fit into the {_tokens(stop - start)} of {subject!r} in {text!r}; expected "
         f"{samples}: give replacements of your own, ask for fewer samples, or use corruption='noise'"
     )
 
@@ -673,6 +673,10 @@ def check_map(kind: Kind, window: int, sever: Part | None) -> int:
     if sever is not None and kind != "state":
         raise InputError(f"sever={sever!r} was given with kind={kind!r}; expected kind='state': a restored state is what gets cut off")
     return window
+
+
+def _tokens(n: int) -> str:
+    return f"{n} token{'' if n == 1 else 's'}"
 
 
 def _printed(decoded: str, characters: str) -> str:
