@@ -302,6 +302,8 @@ def test_a_corruption_that_takes_nothing_away_is_warned_of(run: Run, atlas: str)
     asked = ("trace", atlas, CURRENCY, "--subject", "Bulgaria", "--samples", 1)
     assert "the map shows nothing" in run(*asked, "--noise", 0.0001).err
     assert "the map shows nothing" not in run(*asked).err
+    replaced = run(*asked, "--corruption", "replace", "--replacement", "Danielle Darrieux")
+    assert replaced.code == 2 and "fit into the 1 token of 'Bulgaria'" in replaced.err
 
 
 def test_the_table_of_averages_fits_a_pipe(run: Run, atlas: str, monkeypatch: pytest.MonkeyPatch) -> None:
