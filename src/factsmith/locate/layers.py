@@ -38,8 +38,8 @@ CANDIDATES = 12
 """At most so many neighbouring layers are tried, those where the MLPs' effect is largest: however deep the model, 12 × 24 edits at most."""
 RUN = 5
 """At most so many layers for MEMIT: its published ranges have five, or six (GPT-J)."""
-LEVEL = 0.01
-"""Scores as near as this are level: the trace then says which layer is ROME's."""
+LEVEL = 0.03
+"""A layer this far below the best is never chosen before it, though few trials may leave more than that to chance."""
 NEAR = 0.95
 """MEMIT's run goes on while a layer's score is at least this share of the best: a layer that drops facts would waste its part of them."""
 
@@ -424,16 +424,19 @@ def race(
 def choose(trials: Mapping[int, Sequence[Trial]], effects: Sequence[float]) -> tuple[int, tuple[int, ...]]:
     """The layer for ROME and the consecutive layers for MEMIT, from each layer's trials of the same edits and the (n_layers,) effects.
 
-    ROME  the layer with the best score among those that tried all the edits. Of those within a point of it, 0.01, which trials never tell
-          apart, the one where the MLPs' effect is largest, then the earliest.
+    ROME  the layer with the best score among those that tried all the edits. Where the trials cannot tell others from it, the trace says:
+          of those within two standard errors of the paired difference, and within 3 points, the one where the MLPs' effect is largest, then
+          the earliest. So a trace that misleads costs 3 points of the measured score at most.
     MEMIT the run of neighbours around it whose score is at least 95 % of the best, the better side first, five at most. Each layer of a run
           takes a share of the change, so one where edits fail would lose its share. A layer that left the race early is judged by its few.
     """
     scores = {layer: LayerScore.of(layer, some).score for layer, some in trials.items()}
     most = max(len(some) for some in trials.values())
     full = [layer for layer, some in trials.items() if len(some) == most]
-    best = max(scores[layer] for layer in full)
-    rome = max((layer for layer in full if best - scores[layer] <= LEVEL), key=lambda layer: (effects[layer], -layer))
+    first = max(full, key=lambda layer: scores[layer])
+    best = scores[first]
+    level = [layer for layer in full if best - scores[layer] <= min(LEVEL, 2 * _standard_error(trials[first], trials[layer]))]
+    rome = max(level, key=lambda layer: (effects[layer], -layer))
     run = [rome]
     while best > 0 and len(run) < RUN:
         near = [layer for layer in (run[0] - 1, run[-1] + 1) if scores.get(layer, 0) >= NEAR * best]
