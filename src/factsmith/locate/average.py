@@ -13,8 +13,10 @@ The averages of Meng et al. 2022, section 2.2 and figure 3 (arXiv 2202.05262). A
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -40,7 +42,7 @@ class AverageTrace:
                   it: a subject's only token is its first and its last, one token behind the subject is the first subsequent and the last
     effects       {map: (6, n_layers) float32} mean of (score - corrupted); nan where no fact has such a token. A map is "state", "mlp",
                   "attention", or a severed one: "state, mlp severed", "state, attention severed"
-    low, high     the same: mean -+ 1.96 standard errors, over facts; nan for fewer than two facts
+    low, high     the same: the 95 % interval of the mean over facts, by Student's t; nan for fewer than two facts
     counts        (6,) facts that have such a token. A fact counts once in a class: the mean of its tokens there
     total_effect  mean of (clean - corrupted), with total_low and total_high likewise
     clean         mean p(answer) of the untouched runs
@@ -159,7 +161,7 @@ def average_trace(
     known = [fact for fact, is_said in zip(facts, said, strict=True) if is_said]
     if not known:
         raise InputError(
-            f"the model says the answer of none of the {len(facts)} facts, so there is nothing to trace; expected facts it knows "
+            f"the model says the answer of none of the facts ({len(facts)} given), so there is nothing to trace; expected facts it knows "
             "(the answer is target_true where a fact has one, else target)"
         )
     scale = noise if noise is not None or corruption != "noise" else _common_scale(lm, facts)
@@ -223,13 +225,34 @@ def _by_class(trace: CausalTrace) -> Tensor:
 
 
 def _interval(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean over the first dimension, without the nans, and mean -+ 1.96 standard errors (nan for fewer than two numbers)."""
+    """Mean over the first dimension, without the nans, and its 95 % interval by Student's t (nan for fewer than two numbers)."""
     values = values.double()
     count = (~values.isnan()).sum(0)
     mean = values.nanmean(0)
     variance = (values - mean).square().nansum(0) / (count - 1)
-    error = torch.where(count > 1, 1.96 * (variance / count).sqrt(), torch.nan)
+    factor = count.double().apply_(lambda n: t_quantile(int(n) - 1) if n > 1 else torch.nan)
+    error = factor * (variance / count).sqrt()
     return mean.float(), (mean - error).float(), (mean + error).float()
+
+
+@cache
+def t_quantile(degrees: int, share: float = 0.95) -> float:
+    """t such that `share` of Student's distribution with this many degrees of freedom lies in [-t, t]."""
+
+    def inside(angle: float) -> float:  # the share for t = sqrt(degrees) tan(angle), a finite sum (Abramowitz and Stegun 26.7.3-4)
+        odd, cosine = degrees % 2, math.cos(angle)
+        term, total = cosine if odd else 1.0, 0.0
+        for k in range(2 + odd, degrees + 1, 2):
+            total += term
+            term *= cosine**2 * (k - 1) / k
+        total = total * math.sin(angle)
+        return 2 / math.pi * (angle + total) if odd else total
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < share else (low, middle)
+    return math.sqrt(degrees) * math.tan(low)
 
 
 def _answer(fact: Fact) -> str:
