@@ -272,6 +272,8 @@ def test_without_a_target_the_whole_first_phrase_is_followed(run: Run, atlas: st
     assert whole.json["answer"] == " lev" and len(whole.json["answer_ids"]) > 1 and whole.json["clean"] == pytest.approx(p, rel=1e-4)
     assert run("trace", atlas, "The currency of {} is the", "--subject", "Bulgaria", "--samples", 2, "--json").json == whole.json
     assert "warning" not in whole.err
+    fast = run("trace", atlas, CURRENCY, "--subject", "Bulgaria", "--samples", 2, "--fast")
+    assert fast.code == 0 and "p(lev)" in fast.out and "its ranks correlate" in fast.out
     found = run("neurons", atlas, CURRENCY, "--steps", 1, "--json").json
     assert found["target"] == "lev" and found["probability"] == [pytest.approx(p, rel=1e-4)]
 

@@ -89,9 +89,11 @@ def attribution_trace(
             progress(step + 1, passes)
     each = torch.stack([(m * g).sum(-1).mean(0).float().cpu() for m, g in zip(moved, gradient, strict=True)], dim=1)  # (S, n_layers)
     spans = window_spans(lm.n_layers, window if kind != "state" else 1)
+    start, stop = runs.subject_span
+    # The runs also hold the answer's tokens but the last, which are no part of the prompt.
+    each = each[: len(runs.tokens) - start]
     effects = torch.stack([each[:, span.start : span.stop].sum(1) for span in spans], dim=1)
 
-    start, stop = runs.subject_span
     others = [t for t in range(start, len(runs.tokens)) if t not in (stop - 1, len(runs.tokens) - 1)]
     np.random.RandomState(seed).shuffle(others)
     columns = list(dict.fromkeys([stop - 1, len(runs.tokens) - 1, *others]))[:check]
