@@ -416,7 +416,7 @@ def race(
             start = min(len(trials[layer]) for layer in behind)
             for layer, more in try_edits([layer for layer in behind if len(trials[layer]) == start], range(start, upto)).items():
                 trials[layer] += more
-            # Those of `behind` that started later are still in the race unless what was just seen leaves them clearly behind.
+            # What was just seen decides anew: a layer still to make up its edits may be out after all, one that paused may be back.
             running = _in_the_race(trials)
     return trials
 
