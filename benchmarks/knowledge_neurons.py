@@ -114,6 +114,7 @@ def scan(lm: LanguageModel, cache: Path) -> dict[atlas.AtlasFact, float]:
         mean = probabilities(lm, atlas.facts(), (0, 6)).mean(1)
         near = np.nonzero(mean < 0.93)[0]
         mean[near] = probabilities(lm, [atlas.facts()[i] for i in near], range(OWN)).mean(1)
+        cache.mkdir(parents=True, exist_ok=True)
         np.save(file, mean)
     return dict(zip(atlas.facts(), np.load(file).tolist(), strict=True))
 
@@ -557,7 +558,7 @@ def rewritten(lm: LanguageModel, asked: Sequence[Asked], given: argparse.Namespa
                 continue
             own, held = a.own[::4], a.held[1:3]  # three, and one of either kind
             target = new[id(a)]
-            delta = fs.rewrite(lm, a.neurons[name], a.fact.object, target, prompt=own[0] if signed else None, add=add)
+            delta = fs.rewrite(lm, a.neurons[name], a.fact.object, target, prompt=own[0] if signed else None, remove=1, add=add)
             cuts = [len(part) for part in others(a)]
             pairs = [pair for part in others(a) for pair in part]
             for part, log in zip(before, clean[id(a)].split(cuts), strict=True):

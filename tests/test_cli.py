@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import re
@@ -21,7 +22,7 @@ from factsmith import cli, workbench
 from factsmith.edit.methods import RomeConfig
 from factsmith.fact import Fact, FactFile
 from factsmith.ledger import Ledger
-from factsmith.model.load import load
+from factsmith.model.load import LanguageModel, load
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 COMMANDS = sorted(command.callback.__name__ for command in cli.app.registered_commands if command.callback is not None)
@@ -250,6 +251,81 @@ def test_neurons(run: Run, model: Path, tmp_path: Path) -> None:
     assert run("neurons", model, "The mother tongue of {} is").code == 2
 
 
+@pytest.fixture
+def atlas(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The bundled model, which knows facts; loaded once."""
+    monkeypatch.setattr(cli, "_load", lambda name, device, dtype, tell: _atlas() if name == "atlas" else load(name, device=device))
+    return "atlas"
+
+
+@functools.cache
+def _atlas() -> LanguageModel:
+    return load("atlas")
+
+
+CURRENCY = "The currency of Bulgaria is the"
+
+
+def test_without_a_target_the_whole_first_phrase_is_followed(run: Run, atlas: str) -> None:
+    whole = run("trace", atlas, CURRENCY, "--subject", "Bulgaria", "--samples", 2, "--json")
+    (p,) = _atlas().log_prob([CURRENCY], ["lev"]).exp().tolist()
+    assert whole.json["answer"] == " lev" and len(whole.json["answer_ids"]) > 1 and whole.json["clean"] == pytest.approx(p, rel=1e-4)
+    assert run("trace", atlas, "The currency of {} is the", "--subject", "Bulgaria", "--samples", 2, "--json").json == whole.json
+    assert "warning" not in whole.err
+    fast = run("trace", atlas, CURRENCY, "--subject", "Bulgaria", "--samples", 2, "--fast")
+    assert fast.code == 0 and "p(lev)" in fast.out and "its ranks correlate" in fast.out
+    found = run("neurons", atlas, CURRENCY, "--steps", 1, "--json").json
+    assert found["target"] == "lev" and found["probability"] == [pytest.approx(p, rel=1e-4)]
+
+
+def test_an_own_answer_that_is_no_word_is_said(run: Run, atlas: str) -> None:
+    answer = _atlas().answer(["Bulgaria"])[0]
+    assert answer.startswith(","), "the prompt of this test ends where a sentence goes on"
+    refused = run("neurons", atlas, "Bulgaria")
+    assert refused.code == 2 and repr(answer) in refused.err and "no answer of whole words" in refused.err
+    traced = run("trace", atlas, "Bulgaria", "--subject", "Bulgaria", "--samples", 1, "--json")
+    assert traced.json["answer"] == "," and "its first token is followed" in traced.err
+
+
+def test_white_space_at_the_end_is_warned_of(run: Run, model: Path) -> None:
+    asked = ("trace", model, PROMPT, "--subject", "Danielle", "--samples", 1, "--json")
+    assert "ends in white space" not in run(*asked).err
+    assert "ends in white space" in run(*asked[:2], f"{PROMPT} ", *asked[3:]).err
+
+
+def test_what_the_model_says_instead_of_a_forced_target_is_said(run: Run, atlas: str) -> None:
+    for command in (["trace", atlas, CURRENCY, "--subject", "Bulgaria", "--samples", 1], ["neurons", atlas, CURRENCY, "--steps", 1]):
+        done = run(*command, "--target", "dinar", "--force", "--json")
+        assert done.code == 0 and "with 'lev' (p = 0.932), not 'dinar'" in done.err
+        assert "not 'lev'" not in run(*command, "--target", "lev", "--force", "--json").err
+
+
+def test_a_corruption_that_takes_nothing_away_is_warned_of(run: Run, atlas: str) -> None:
+    asked = ("trace", atlas, CURRENCY, "--subject", "Bulgaria", "--samples", 1)
+    assert "the map shows nothing" in run(*asked, "--noise", 0.0001).err
+    assert "the map shows nothing" not in run(*asked).err
+    replaced = run(*asked, "--corruption", "replace", "--replacement", "Danielle Darrieux")
+    assert replaced.code == 2 and "fit into the 1 token of 'Bulgaria'" in replaced.err
+
+
+def test_the_table_of_averages_fits_a_pipe(run: Run, atlas: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    facts = [Fact("Bulgaria", "The currency of {} is the", "lev"), Fact("Danielle Darrieux", "The mother tongue of {} is", "French")]
+    FactFile.write("facts.yaml", facts)
+    asked = ("trace", atlas, "facts.yaml", "--window", 2, "--sever", "attention", "--samples", 1)
+    found, shown = run(*asked, "--json").json, run(*asked).out
+    assert max(map(len, shown.splitlines())) <= 80
+    last = shown[shown.index("last token") :].splitlines()
+    for name, effects in found["effects"].items():
+        best = max(range(len(effects[-1])), key=lambda layer: effects[-1][layer])
+        half = (found["high"][name][-1][best] - found["low"][name][-1][best]) / 2
+        assert f"{effects[-1][best]:.3f} @{best}" in last[0] and f"± {half:.3f}" in last[1]
+    monkeypatch.setenv("COLUMNS", "120")
+    assert re.search(r"last token( +\d\.\d{3} ± \d\.\d{3} @\d){4}$", run(*asked).out, re.MULTILINE)
+    FactFile.write("facts.yaml", facts[:1])
+    assert run("trace", atlas, "facts.yaml", "--kind", "state", "--samples", 1).out.startswith("1 fact: ")
+
+
 def test_layers(run: Run, model: Path, tmp_path: Path) -> None:
     fallen = run("layers", model, "--json").json
     assert fallen["source"] == "depth" and fallen["rome"] in range(3)
@@ -264,7 +340,54 @@ def test_what_is_known_is_a_warning(run: Run, model: Path) -> None:
     done = run("patch", "-w", "space", *FACT[:-1], said)
     assert done.code == 0 and "warning: the model already answers" in done.err
     assert run("log", "-w", "space", "--json").json["revisions"] == []
+    assert run("patch", "-w", "space", *FACT[:-1], said, "--layer", 99).code == 2
     assert run("patch", "-w", "space", *FACT[:-1], said, "--force", "--json").json["revision"] is not None
+
+
+# ---- files that are not ours -----------------------------------------------------------------------------------------------------------
+
+
+def test_no_file_of_others_is_replaced(run: Run, model: Path, tmp_path: Path) -> None:
+    FactFile.write("input.json", [Fact("Edwin", "{} is a", "king")])
+    (tmp_path / "config.json").write_text('{"factsmith": {"rome": {"layer": 1}}}')
+    (tmp_path / "data.csv").write_text("a,b\n")
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "folder.png").mkdir()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    text = ("trace", model, PROMPT, "--subject", "Danielle Darrieux", "--samples", 1, "--out")
+    for arguments, words in (
+        (("trace", "nosuchmodel", "input.json", "--out", "input"), "input.json, which is the file of facts itself"),
+        (("trace", "nosuchmodel", "input.json", "--out", "./input.svg"), "input.json, which is the file of facts itself"),
+        ((*text, "config.png"), "config.json, which is no record"),
+        ((*text, "data"), "data.csv, which is no record"),
+        ((*text, "broken.pdf"), "broken.json, which is no record"),
+        ((*text, "folder"), "folder.png, which is a folder"),
+        (("neurons", model, PROMPT, "--out", "config"), "config.json, which is no record"),
+    ):
+        done = run(*arguments)
+        assert (done.code, done.out) == (2, "") and words in done.err, (arguments, done)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_earlier_records_are_replaced(run: Run, model: Path, tmp_path: Path) -> None:
+    text = ("trace", model, PROMPT, "--subject", "Danielle Darrieux", "--out", "map.svg", "--samples")
+    assert run(*text, 1).code == 0 and json.loads((tmp_path / "map.json").read_text())["factsmith"] == "trace"
+    (tmp_path / "map.csv").write_text("old\n")
+    assert run(*text, 2).code == 0 and json.loads((tmp_path / "map.json").read_text())["samples"] == 2
+    assert (tmp_path / "map.csv").read_text().startswith("column,")
+
+
+@pytest.mark.parametrize("out", ["", ".", "..", ".png", "d/", "space", "space/.."])
+def test_out_needs_a_file_name(run: Run, model: Path, tmp_path: Path, out: str) -> None:
+    (tmp_path / "space").mkdir()
+    for command in (["trace", model, PROMPT, "--subject", "Danielle"], ["neurons", model, PROMPT]):
+        done = run(*command, "--out", out)
+        assert done.code == 2 and "names no file" in done.err and "trace.png" in done.err
+
+
+def test_digits_after_a_point_are_no_suffix(run: Run, model: Path, tmp_path: Path) -> None:
+    assert run("trace", model, PROMPT, "--subject", "Danielle", "--samples", 1, "--out", "v1.2").code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"v1.2.{suffix}" for suffix in ("csv", "json", "png", "svg")]
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------------------------------------------
@@ -291,6 +414,24 @@ def test_exit_codes(run: Run, model: Path, tmp_path: Path) -> None:
         (2, ["patch", model, "nowhere.yaml"], "nowhere.yaml"),
         (2, ["trace", model, PROMPT, "--subject", "Nobody"], "Nobody"),
         (2, ["trace", model, PROMPT, "--subject", "Danielle", "--out", "x.doc"], ".doc"),
+        (2, ["trace", model, PROMPT, "--subject", " "], "--subject is empty"),
+        (2, ["trace", model, " ", "--subject", "x"], "a prompt is empty"),
+        (2, ["trace", model, "{} and {}", "--subject", "Edwin"], "2 slots"),
+        (2, ["trace", model, "Edwin and {}", "--subject", "Edwin"], "more than once"),
+        (2, ["trace", model, PROMPT, "--subject", "Danielle", "--window", "3"], "--kind mlp"),
+        (2, ["trace", model, PROMPT, "--subject", "Danielle", "--kind", "state", "--window", "3"], "--kind mlp"),
+        (2, ["trace", model, PROMPT, "--subject", "Danielle", "--seed", "-1"], "--seed"),
+        (2, ["trace", PROMPT, "--subject", "Danielle"], "name a model"),
+        (2, ["trace", "Danielle wrote facts.yaml", "--subject", "Danielle"], "name a model"),
+        (2, ["trace", "bad.yaml", model], "the model comes first"),
+        (2, ["neurons", model, PROMPT, "--subject", "Romania"], "'Romania' is not in"),
+        (2, ["neurons", model, PROMPT, "--subject", ""], "--subject is empty"),
+        (2, ["neurons", model, ""], "a prompt is empty"),
+        (2, ["neurons", model, PROMPT, "--seed", "-1"], "--seed"),
+        (2, ["neurons", model, PROMPT, "--top", "61"], "--top"),
+        (2, ["neurons", PROMPT], "name a model"),
+        (2, ["layers", model, "--seed", "-1"], "--seed"),
+        (2, ["layers", model, "--refresh"], "--refresh"),
         (3, ["ask", "nosuchmodel", PROMPT], "nosuchmodel"),
         (3, ["ask", "./empty", PROMPT], "empty"),
         (3, ["init", "nosuchmodel", "other"], "nosuchmodel"),

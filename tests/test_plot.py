@@ -93,7 +93,13 @@ def test_averages_are_drawn_as_they_are_by_class() -> None:
         shown = np.ma.getdata(axes.get_images()[0].get_array())
         assert np.array_equal(shown, made.effects[name].numpy(), equal_nan=True)
         assert axes.get_images()[0].get_clim() == (0, pytest.approx(float(made.effects[name].nan_to_num().max())))
+        # A class that no fact has does not look like one without effect.
         assert [label.get_text() for label in axes.get_yticklabels()] == list(made.classes)
+        assert [(text.get_text().strip(), text.get_position()[1]) for text in axes.texts] == [("none", 1)]
+        assert [(patch.get_y(), bool(patch.get_hatch())) for patch in axes.patches] == [(0.5, True)]
+    assert figure.get_supxlabel() == "restored layer, or centre of the restored layers"
+    made.effects["state"][5, 2] = -0.12
+    assert class_map(made).get_supxlabel().endswith("\nwhite: no effect, or a negative one, down to −0.12")
 
 
 def test_curves_of_averages_leave_out_what_no_fact_has() -> None:
@@ -103,6 +109,37 @@ def test_curves_of_averages_leave_out_what_no_fact_has() -> None:
     assert np.allclose(lines[1].get_ydata(), made.effects["state"][2])
     # Told apart without colour: no two share dash and marker.
     assert len({(line.get_linestyle(), line.get_marker()) for line in lines}) == len(lines)
+
+
+def test_a_class_has_the_same_line_in_every_figure() -> None:
+    made = average()
+    all_there = dataclasses.replace(made, counts=(5, 5, 9, 9, 3, 9))
+
+    def styles(figure: Figure) -> dict[object, tuple[object, ...]]:
+        lines = [line for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 4]
+        return {line.get_label(): (line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}
+
+    fewer, all_six = styles(class_lines(made)), styles(class_lines(all_there))
+    assert len(fewer) == 5 and len(set(all_six.values())) == 6
+    assert fewer == {label: style for label, style in all_six.items() if label in fewer}
+
+
+@pytest.mark.parametrize("n", [2, 60])
+def test_bars_of_neurons_fill_their_panel(tiny_gpt2: LanguageModel, n: int) -> None:
+    found = knowledge_neurons(tiny_gpt2, "Paris is the capital of", "Paris", steps=2)
+    bottom, top = neuron_chart(found, n=n).axes[0].get_ylim()
+    assert -1 <= top < -0.36 and n - 0.64 < bottom <= n
+
+
+def test_another_record_is_refused_with_what_draws_it(tiny_gpt2: LanguageModel) -> None:
+    found = knowledge_neurons(tiny_gpt2, "Paris is the capital of", "Paris", steps=2)
+    for draw in (heat_map, text_heat_map, class_map, class_lines):
+        with pytest.raises(InputError, match="got a KnowledgeNeurons; draw it with neuron_chart"):
+            draw(found)  # type: ignore[operator]
+    with pytest.raises(InputError, match="draws a KnowledgeNeurons; got a CausalTrace; draw it with heat_map"):
+        neuron_chart(trace())  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="width is 'x'"):
+        text_heat_map(trace(), "x")  # type: ignore[arg-type]
 
 
 def test_neuron_chart_shows_the_strongest_and_marks_the_refined(tiny_gpt2: LanguageModel) -> None:
@@ -149,7 +186,11 @@ def test_heat_map_shows_the_scores_with_the_subject_marked() -> None:
 )
 def test_each_kind_says_what_is_restored_in_a_colour_of_its_own(kind: Any, window: int, title: str, axis: str) -> None:
     figure = heat_map(trace(kind=kind, window=window))
-    assert title in figure.get_suptitle() and figure.axes[0].get_xlabel() == axis
+    assert title in figure.get_suptitle()
+    # Colours begin at the corrupted probability; that there are scores below it is said, with the lowest.
+    assert figure.axes[0].get_xlabel().splitlines() == [axis, "white: 0.1 or less, down to 0.02"]
+    above = heat_map(trace(kind=kind, window=window, scores=trace().scores.clamp_min(0.1)))
+    assert above.axes[0].get_xlabel() == axis
     assert title in str(text_heat_map(trace(kind=kind, window=window)))
     # Equal steps of probability are equal steps of lightness: the order survives grey print and colour blindness.
     levels = lightness(figure.axes[0].get_images()[0].get_cmap()(np.linspace(0, 1, 17))[:, :3])

@@ -16,7 +16,7 @@ SOURCE = Path(factsmith.__file__).parent
 # DESIGN: imports go one way, left to right; packages in one set never import each other.
 ORDER = [
     {"errors"},
-    {"files"},
+    {"checks", "files"},
     {"fact"},
     {"model"},
     {"inspect", "locate", "edit", "judge"},

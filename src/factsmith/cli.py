@@ -22,7 +22,8 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -74,13 +75,17 @@ class Corruption(str, enum.Enum):
     other = "replace"
 
 
+_LARGEST_SEED = 2**32 - 1
+_RECORDS = ("trace", "average", "neurons")  # what stands under "factsmith" in the JSON beside a picture
+_MOST_BARS = 60  # neurons in one chart: more do not fit on a page
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Where = Annotated[
     Path | None, typer.Option("--workspace", "-w", metavar="DIR", help="The workspace; by default the current folder, if it is one.")
 ]
 Device = Annotated[str | None, typer.Option(help="Where to run the model, such as cuda or cpu.", show_default="cpu")]
 Out = Annotated[
-    Path | None,
+    str | None,
     typer.Option(metavar="FILE", help="Also draw it: .png, .svg or .pdf; without a suffix .png and .svg. The numbers go beside it."),
 ]
 Reference = Annotated[str, typer.Argument(metavar="ID", help="A revision: its id or the first digits of it, or `latest`.")]
@@ -194,7 +199,9 @@ def trace(
         list[str], typer.Argument(metavar="[MODEL] PROMPT|FACTS.yaml", help="A model (left out: the workspace's), and a text or facts.")
     ],
     subject: Annotated[str | None, typer.Option(help="The part of the text to corrupt.")] = None,
-    target: Annotated[str | None, typer.Option(help="The answer to follow.", show_default="the model's own")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="The answer to follow.", show_default="the model's own, up to the first punctuation")
+    ] = None,
     kind: Annotated[
         Kind | None, typer.Option(help="What to restore: the whole state, or what one part adds.", show_default="state; of facts: all")
     ] = None,
@@ -203,10 +210,12 @@ def trace(
     replacement: Annotated[
         list[str] | None, typer.Option(help="A subject to put in its place; may be repeated.", show_default="bundled ones")
     ] = None,
-    window: Annotated[int, typer.Option(help="Neighbouring layers restored together, for mlp and attention.")] = 10,
+    window: Annotated[
+        int | None, typer.Option(help="Neighbouring layers restored together, for mlp and attention.", show_default="10")
+    ] = None,
     samples: Annotated[int, typer.Option(help="Corrupted runs to average.")] = 10,
     noise: Annotated[float | None, typer.Option(help="Scale of the noise.", show_default="3 sigma of the subject's embeddings")] = None,
-    seed: Annotated[int, typer.Option(help="Of the noise, or of the choice of other subjects.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, max=_LARGEST_SEED, help="Of the noise, or of the choice of other subjects.")] = 1,
     fast: Annotated[bool, typer.Option("--fast", help="Estimate by gradients, and say how well the estimate ranks.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Trace the target even if the model says something else.")] = False,
     out: Out = None,
@@ -226,29 +235,43 @@ def trace(
     from .locate.causal import causal_trace
     from .plot import heat_map, text_heat_map
 
-    if out is not None:
-        _check_out(out)  # before the work, not after it
-    if Path(words[-1]).suffix.lower() in (".yaml", ".yml", ".json"):
+    if any(map(_is_facts, words[:-1])) and not _is_facts(words[-1]):
+        raise InputError(f"got {words[0]} before {words[-1]!r}; the model comes first: factsmith trace MODEL FACTS.yaml")
+    if window is not None and (kind is Kind.state or (kind is None and not _is_facts(words[-1]))):
+        raise InputError("--window is for --kind mlp or attention: a state is restored by itself; name another --kind, or leave it out")
+    if _is_facts(words[-1]):
         given = {"--subject": subject, "--target": target, "--replacement": replacement, "--fast": fast, "--force": force}
         if unfit := [name for name, value in given.items() if value]:
             raise InputError(
                 f"got {words[-1]} and {', '.join(unfit)}; a file of facts is traced with its own subjects and answers, exactly"
             )
-        _trace_facts(words, kind, sever, corruption, window, samples, noise, seed, out, workspace, device, as_json)
+        _trace_facts(words, kind, sever, corruption, window or 10, samples, noise, seed, out, workspace, device, as_json)
         return
     if subject is None:
         raise InputError("no --subject was given; name the part of the text to corrupt, as it stands there")
+    files = None if out is None else _output(out)  # before the work, not after it
     model, prompt = _model_and_prompt(words)
+    _need_model(model, workspace)
+    if prompt.count("{}") > 1:
+        raise InputError(f"the prompt {prompt!r} has {prompt.count('{}')} slots {{}}; expected one, where the subject goes, or none")
+    (text,) = _filled([prompt], subject)
     with _progress() as tell, _opened(model, workspace, device, tell) as (lm, _):
-        text = prompt.replace("{}", subject) if "{}" in prompt else prompt
-        if target is not None and not force:
-            _check_says(lm, [text], target)
+        if target is not None:
+            _check_says(lm, [text], target, force)
+        else:
+            said, p = _own_answer(lm, text)
+            if p is None:
+                _complain(
+                    "warning", f"the model continues {text!r} with {said!r}, which is no answer of whole words: its first token is followed"
+                )
+            else:
+                target = said
         settings: dict[str, Any] = {
             "target": target,
             "kind": (kind or Kind.state).value,
             "corruption": corruption.value,
             "replacements": replacement or None,
-            "window": window,
+            "window": window or 10,
             "samples": samples,
             "noise": noise,
             "seed": seed,
@@ -257,10 +280,11 @@ def trace(
         if fast:
             if sever is not None:
                 raise InputError("--fast estimates restored states, not severed ones; leave out --fast or --sever")
-            found: CausalTrace = attribution_trace(lm, prompt, subject, **settings)
+            found: CausalTrace = attribution_trace(lm, text, subject, **settings)
         else:
-            found = causal_trace(lm, prompt, subject, sever=None if sever is None else sever.value, **settings)
-    saved = [] if out is None else _save(out, lambda path: heat_map(found, path=path), found)
+            found = causal_trace(lm, text, subject, sever=None if sever is None else sever.value, **settings)
+    _check_lost(found.answer.strip(), found.clean, found.corrupted)
+    saved = [] if files is None else _save(files, lambda path: heat_map(found, path=path), "trace", found)
 
     def show(console: Console) -> None:
         console.print(text_heat_map(found, max(20, min(console.width, 120))))
@@ -281,8 +305,10 @@ def neurons(
     steps: Annotated[int, typer.Option(min=1, help="Points of the integral.")] = 20,
     threshold: Annotated[float, typer.Option(help="Part of the largest attribution from which a neuron counts.")] = 0.2,
     share: Annotated[float, typer.Option(help="Part of the prompts in which it has to count.")] = 0.7,
-    top: Annotated[int, typer.Option(min=1, help="How many of the strongest neurons to list.")] = 12,
-    seed: Annotated[int, typer.Option(help="Of the random neurons to compare with.")] = 0,
+    top: Annotated[
+        int, typer.Option(min=1, max=_MOST_BARS, help="How many of the strongest neurons to list and draw; the CSV holds 100.")
+    ] = 12,
+    seed: Annotated[int, typer.Option(min=0, max=_LARGEST_SEED, help="Of the random neurons to compare with.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Attribute the target even if the model says something else.")] = False,
     out: Out = None,
     workspace: Where = None,
@@ -301,20 +327,20 @@ def neurons(
     from .locate.intervene import effect, random_neurons
     from .locate.neurons import knowledge_neurons
     from .plot import neuron_chart
-    from .workbench import first_phrase
 
-    if out is not None:
-        _check_out(out)
+    files = None if out is None else _output(out)
     model, prompt = _model_and_prompt(words)
-    asked = [prompt, *(paraphrase or [])]
-    if subject is None and any("{}" in text for text in asked):
-        raise InputError("a prompt has {} in it, and no --subject was given; give one, or write the subject into the prompt")
-    prompts = [text.replace("{}", subject or "") for text in asked]
+    _need_model(model, workspace)
+    prompts = _filled([prompt, *(paraphrase or [])], subject)
     with _progress() as tell, _opened(model, workspace, device, tell) as (lm, _):
         if target is None:
-            target = first_phrase(lm.answer(prompts[:1])[0]) or lm.next_tokens(prompts[0], 1)[0][0]
-        if not force:
-            _check_says(lm, prompts, target)
+            target, p = _own_answer(lm, prompts[0])
+            if p is None:
+                raise InputError(
+                    f"the model continues {prompts[0]!r} with {target!r}, which is no answer of whole words; end the prompt where an "
+                    "answer begins, or name one with --target and --force"
+                )
+        _check_says(lm, prompts, target, force)
         found = knowledge_neurons(
             lm,
             prompts,
@@ -332,7 +358,7 @@ def neurons(
                 "activation baseline": found.baseline,
             }.items()
         }
-    saved = [] if out is None else _save(out, lambda path: neuron_chart(found, n=top, path=path), found)
+    saved = [] if files is None else _save(files, lambda path: neuron_chart(found, n=top, path=path), "neurons", found)
 
     def show(console: Console) -> None:
         refined = set(found.refined)
@@ -366,7 +392,7 @@ def layers(
     trials: Annotated[int, typer.Option(min=1, help="Trial edits at the layers that stay longest in the race.")] = 16,
     preset: Annotated[bool, typer.Option("--preset", help="Print the published choice for this model, without measuring.")] = False,
     refresh: Annotated[bool, typer.Option("--refresh", help="Measure again what the workspace keeps.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the trial facts, the contexts and the text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=_LARGEST_SEED, help="Of the trial facts, the contexts and the text.")] = 0,
     workspace: Where = None,
     device: Device = None,
     as_json: Json = False,
@@ -384,9 +410,10 @@ def layers(
     from .workbench import recommend_layers
 
     wanted = None if facts is None else FactFile.read(facts)
-    if model is None and workspace is None and not (Path() / "ledger.db").is_file():
-        raise InputError("no model was given and this folder is no workspace; give a model, or a workspace with --workspace")
+    _need_model(model, workspace)
     with _progress() as tell, _opened(model, workspace, device, tell) as (lm, bench):
+        if refresh and bench is None:
+            raise InputError("--refresh measures again what a workspace keeps, and there is none; leave it out, or add --workspace")
         if preset:
             known = published(lm)
             if known is None:
@@ -452,8 +479,11 @@ def patch(
     corpus = None if texts is None else _paragraphs(texts)
     with _progress() as tell, _opened(model, workspace, device, tell) as (lm, bench):
         from .edit.methods import RomeConfig
+        from .edit.target import check_layer
         from .workbench import propose
 
+        if layer is not None:
+            check_layer(lm, layer)  # also where nothing is to be written
         config = None if layer is None else dataclasses.replace(RomeConfig.recommended(lm), layer=layer)
         revision: Revision | None = None
         if bench is None:
@@ -717,8 +747,42 @@ def _model_and_prompt(words: list[str]) -> tuple[str | None, str]:
     return (None, words[0]) if len(words) == 1 else (words[0], words[1])
 
 
+def _need_model(model: str | None, workspace: Path | None) -> None:
+    if model is None and workspace is None and not (Path() / "ledger.db").is_file():
+        raise InputError(
+            "no model was given and this folder is no workspace; name a model before everything else, or a workspace with --workspace"
+        )
+
+
+def _filled(prompts: Sequence[str], subject: str | None) -> list[str]:
+    """The prompts with the subject in their slots; raises InputError where one cannot be asked, warns where it ends in a space."""
+    if subject is not None and not subject.strip():
+        raise InputError("--subject is empty; expected a part of the prompt")
+    texts = []
+    for prompt in prompts:
+        if not prompt.strip():
+            raise InputError("a prompt is empty; expected a text for the model to continue")
+        if "{}" in prompt and subject is None:
+            raise InputError(f"{prompt!r} has {{}} in it, and no --subject was given; give one, or write the subject into the prompt")
+        if subject is not None and "{}" not in prompt and subject.strip() not in prompt:
+            raise InputError(
+                f"subject {subject!r} is not in {prompt!r}, which has no {{}} either; write it as it stands there, or leave it out"
+            )
+        texts.append(prompt if subject is None else prompt.replace("{}", subject.strip()))
+        if texts[-1][-1].isspace():
+            _complain("warning", f"{texts[-1]!r} ends in white space, after which most models answer worse; end it with the last word")
+    return texts
+
+
+def _is_facts(word: str) -> bool:
+    """Whether an argument is a file of facts, and not a text that ends in such a name."""
+    if Path(word).suffix.lower() not in (".yaml", ".yml", ".json"):
+        return False
+    return not any(map(str.isspace, word)) or os.path.isfile(word)  # noqa: PTH113 - Path's raises for a text too long to be a name
+
+
 def _model_and_facts(words: list[str]) -> tuple[str | None, Path | None]:
-    files = [word for word in words if Path(word).suffix.lower() in (".yaml", ".yml", ".json")]
+    files = [word for word in words if _is_facts(word)]
     models = [word for word in words if word not in files]
     if len(files) > 1 or len(models) > 1:
         raise InputError(f"got {' '.join(words)!r}; expected at most one model and one file of facts (.yaml or .json)")
@@ -748,18 +812,46 @@ def _paragraphs(file: Path) -> list[str]:
     return [part.strip() for part in text.split("\n\n") if part.strip()]
 
 
-def _check_says(lm: LanguageModel, prompts: list[str], target: str) -> None:
-    """Raises InputError when the model answers none of the prompts with the target, and warns of those it answers otherwise."""
+def _own_answer(lm: LanguageModel, prompt: str) -> tuple[str, float | None]:
+    """What the model itself says first after a prompt, and how likely; None where that text, as a target, is not what it says.
+
+    So it is where the continuation begins with a punctuation mark, or in the middle of a word: between prompt and target goes a space.
+    """
+    from .workbench import first_phrase
+
+    said = first_phrase(lm.answer([prompt])[0])
+    if not said or not lm.says([prompt], [said])[0]:
+        return said, None
+    return said, math.exp(float(lm.log_prob([prompt], [said])[0]))
+
+
+def _check_says(lm: LanguageModel, prompts: list[str], target: str, force: bool) -> None:
+    """Warns of prompts that the model answers otherwise; raises InputError when it answers none with the target, unless forced."""
+    from .errors import UnsupportedModelError
+
     right = lm.says(prompts, [target] * len(prompts))
     wrong = [prompt for prompt, said in zip(prompts, right, strict=True) if not said]
-    answers = dict(zip(wrong, lm.answer(wrong), strict=True)) if wrong else {}
-    if len(wrong) == len(prompts):
-        raise InputError(
-            f"the model answers {wrong[0]!r} with {answers[wrong[0]]!r}, not {target.strip()!r}; leave out --target to follow its own "
-            "answer, or add --force to follow the target all the same"
+    for prompt in wrong:
+        try:
+            answer, p = _own_answer(lm, prompt)
+        except UnsupportedModelError:  # a masked language model fills a gap; it has no continuation to show
+            said = f"the model does not answer {prompt!r} with {target.strip()!r}"
+        else:
+            likely = "" if p is None else f" (p = {p:.3f})"
+            said = f"the model answers {prompt!r} with {answer!r}{likely}, not {target.strip()!r}"
+        if len(wrong) == len(prompts) and not force:
+            raise InputError(f"{said}; leave out --target to follow its own answer, or add --force to follow the target all the same")
+        _complain("warning", said)
+
+
+def _check_lost(answer: str, clean: float, corrupted: float) -> None:
+    """Warns when the corruption costs the answer hardly any probability: a map is of what comes back of the loss."""
+    if clean - corrupted < max(0.01, 0.05 * clean):
+        _complain(
+            "warning",
+            f"p({answer}) is {clean:.3f}, and {corrupted:.3f} with the subject corrupted: the corruption does not take the answer away, so "
+            "there is nothing to bring back and the map shows nothing; try another corruption, or more noise",
         )
-    for prompt, answer in answers.items():
-        _complain("warning", f"the model answers {prompt!r} with {answer!r}, not {target.strip()!r}")
 
 
 def _trace_facts(
@@ -771,7 +863,7 @@ def _trace_facts(
     samples: int,
     noise: float | None,
     seed: int,
-    out: Path | None,
+    out: str | None,
     workspace: Path | None,
     device: str | None,
     as_json: bool,
@@ -782,6 +874,8 @@ def _trace_facts(
 
     model, file = _model_and_facts(words)
     assert file is not None
+    files = None if out is None else _output(out, curves=True, inputs=[file])
+    _need_model(model, workspace)
     facts = FactFile.read(file)
     with _progress() as tell, _opened(model, workspace, device, tell) as (lm, _):
         found = average_trace(
@@ -796,11 +890,13 @@ def _trace_facts(
             seed=seed,
             progress=lambda done, total: tell("tracing facts", done, total),
         )
+    _check_lost("answer", found.clean, found.corrupted)
     saved: list[Path] = []
-    if out is not None:
-        saved = _save(out, lambda path: class_map(found, path=path), found)
-        curves = out.with_name(f"{out.stem}-curves{out.suffix}")
-        saved += _draw(curves, lambda path: class_lines(found, path=path))
+    if files is not None:
+        saved = _save(files, lambda path: class_map(found, path=path), "average", found)
+        for picture in files.curves:
+            class_lines(found, path=picture)
+        saved += files.curves
 
     def show(console: Console) -> None:
         skipped = f"; {found.n_skipped} left out, which the model answers otherwise" if found.n_skipped else ""
@@ -809,14 +905,17 @@ def _trace_facts(
         table = Table(box=None, pad_edge=False, header_style="bold", caption_justify="left", caption_style="dim")
         table.caption = "largest average effect of a layer, ± half of its 95 % interval, @ the layer"
         table.add_column("")
+        # A cell is "0.065 ± 0.028 @0": beside one another where the terminal is wide enough, else in two lines.
+        wide = console.width >= max(map(len, found.classes)) + 20 * len(found.effects)
         for name in found.effects:
-            table.add_column(name, justify="right", min_width=17)
+            table.add_column(name, justify="right")
         for row, (token, count) in enumerate(zip(found.classes, found.counts, strict=True)):
             cells = []
             for name, effects in found.effects.items():
                 layer = int(effects[row].nan_to_num(-1).argmax())
                 margin = _margin(float(found.low[name][row, layer]), float(found.high[name][row, layer]))
-                cells.append(f"{float(effects[row, layer]):.3f}{margin} @{layer}" if count else "")
+                value = f"{float(effects[row, layer]):.3f}"
+                cells.append("" if not count else f"{value}{margin} @{layer}" if wide else f"{value} @{layer}\n{margin.strip()}".strip())
             table.add_row(token, *cells)
         console.print(table)
         for path in saved:
@@ -830,37 +929,71 @@ def _margin(low: float, high: float) -> str:
     return "" if math.isnan(low) else f" ± {(high - low) / 2:.3f}"
 
 
-def _pictures(out: Path) -> list[Path]:
-    """The picture asked for; without a suffix, as PNG and as SVG."""
-    return [out] if out.suffix else [out.with_suffix(".png"), out.with_suffix(".svg")]
+@dataclass(frozen=True)
+class _Output:
+    """The files that one --out names: pictures, of an average also curves, and the numbers beside them."""
+
+    pictures: list[Path]
+    curves: list[Path]
+    record: Path
+    table: Path
 
 
-def _check_out(out: Path) -> None:
+def _output(out: str, *, curves: bool = False, inputs: Sequence[Path] = ()) -> _Output:
+    """What --out names; raises InputError where that cannot be written, or is somebody else's file."""
     from .plot import check_path
 
-    for picture in _pictures(out):
+    path = Path(out)
+    is_hidden = path.name.startswith(".") and not path.suffix  # ".png", "..": a suffix without a name
+    if not path.name or is_hidden or out.endswith(("/", os.sep)) or path.is_dir():
+        example = Path(*([path] if path.is_dir() else []), "trace")
+        raise InputError(f"--out {out!r} names no file; expected a file name, such as {example} or {example}.png")
+    # The 2 in "v1.2" is no suffix.
+    suffix = "" if path.suffix[1:].isdigit() else path.suffix
+    stem = path.name.removesuffix(suffix)
+    endings = [suffix] if suffix else [".png", ".svg"]
+    files = _Output(
+        pictures=[path.with_name(stem + ending) for ending in endings],
+        curves=[path.with_name(f"{stem}-curves{ending}") for ending in endings] if curves else [],
+        record=path.with_name(f"{stem}.json"),
+        table=path.with_name(f"{stem}.csv"),
+    )
+    for picture in (*files.pictures, *files.curves):
         check_path(picture)
+    for file in (*files.pictures, *files.curves, files.record, files.table):
+        if file.is_dir():
+            raise InputError(f"--out {out!r} would write {file}, which is a folder; choose another name")
+        if any(file.exists() and given.exists() and file.samefile(given) for given in inputs):
+            raise InputError(f"--out {out!r} would write {file}, which is the file of facts itself; choose another name")
+    ours = _is_record(files.record)
+    for file in (files.record, files.table):
+        if file.exists() and not ours:
+            raise InputError(f"--out {out!r} would replace {file}, which is no record of an earlier run; choose another name")
+    return files
 
 
-def _draw(out: Path, draw: Callable[[Path], object]) -> list[Path]:
-    pictures = _pictures(out)
-    for picture in pictures:
+def _is_record(path: Path) -> bool:
+    """Whether a file is numbers that this program wrote beside a picture."""
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.get("factsmith") in _RECORDS
+
+
+def _save(files: _Output, draw: Callable[[Path], object], command: str, found: Any) -> list[Path]:
+    """The picture, and its numbers beside it as JSON (marked as ours) and CSV; what was written."""
+    for picture in files.pictures:
         draw(picture)
-    return pictures
-
-
-def _save(out: Path, draw: Callable[[Path], object], found: Any) -> list[Path]:
-    """The picture (without a suffix: as PNG and SVG), and its numbers beside it as JSON and CSV; what was written."""
-    pictures = _draw(out, draw)
-    record, table = out.with_suffix(".json"), out.with_suffix(".csv")
-    write_file(record, (json.dumps(found.to_dict(), ensure_ascii=False, allow_nan=False) + "\n").encode())
+    record = {"factsmith": command, **found.to_dict()}
+    write_file(files.record, (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode())
     rows = found.rows()
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_file(table, text.getvalue().encode())
-    return [*pictures, record, table]
+    write_file(files.table, text.getvalue().encode())
+    return [*files.pictures, files.record, files.table]
 
 
 # ---- printing -------------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import math
 import os
 import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
+from .checks import check_count
 from .errors import InputError, WorkspaceError
 from .locate.average import AverageTrace
 from .locate.causal import CausalTrace
@@ -56,28 +57,31 @@ _COLUMN_WIDTH = 3.4  # inches: one column of a two-column page
 _VISIBLE = str.maketrans({"\n": "↵", "\r": "↵", "\t": "→"})
 _LONGEST_LABEL = 16  # characters of a token
 _MIN_WIDTH = 20
+_PLAIN = {"facecolor": "0.93", "linewidth": 0, "pad": 0.5}  # behind words on hatching
 
 
 def heat_map(trace: CausalTrace, *, path: str | os.PathLike[str] | None = None) -> Figure:
     """Draw p(answer) after restoring each (token, layer), as Figure 1 of Meng et al. 2022 (arXiv 2202.05262).
 
     Rows are tokens, the subject's marked with *; columns are layers. The colour runs from the corrupted probability (white: restoring this
-    brings nothing, or harms) to the largest score. `path` also saves it: PNG, SVG or PDF by its suffix. Raises InputError for another
-    suffix and WorkspaceError when the file cannot be written.
+    brings nothing, or harms; a line below says down to what) to the largest score. `path` also saves it: PNG, SVG or PDF by its suffix.
+    Raises InputError for another suffix or another record, and WorkspaceError when the file cannot be written.
     """
+    _check_record(trace, CausalTrace, "heat_map")
     n_tokens, n_layers = trace.scores.shape
-    figure = Figure(figsize=(_COLUMN_WIDTH, 1.15 + 0.155 * n_tokens), dpi=300, layout="constrained")
+    figure = Figure(figsize=(_COLUMN_WIDTH, 1.25 + 0.155 * n_tokens), dpi=300, layout="constrained")
     axes = figure.add_subplot()
-    low, high = _range(trace)
+    (low, high), lowest = _range(trace), float(trace.scores.min())
     colours = _even(_COLOUR_MAPS[trace.kind])
     image = axes.imshow(trace.scores.numpy(), cmap=colours, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
     # Token text may hold `$`, which is no formula here.
     axes.set_yticks(range(n_tokens), labels=[_fit(label, _LONGEST_LABEL).rstrip() for label in _row_labels(trace)], parse_math=False)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlim(-0.5, n_layers - 0.5)
-    axes.set_xlabel(_layer_axis(trace), fontsize=7.5)
+    note = f"\nwhite: {low:.2g} or less, down to {lowest:.2g}" if lowest < low else ""
+    axes.set_xlabel(_layer_axis(trace) + note, fontsize=7.5)
     figure.suptitle(_title(trace), fontsize=8, x=0.02, ha="left", parse_math=False)
-    bar = figure.colorbar(image, ax=axes, aspect=18, pad=0.02)
+    bar = figure.colorbar(image, ax=axes, aspect=18, pad=0.02, extend="min" if lowest < low else "neither")
     bar.set_label(_answer(trace), fontsize=7.5, parse_math=False)
     for each in (axes, bar.ax):
         _quiet(each)
@@ -90,10 +94,10 @@ def text_heat_map(trace: CausalTrace, width: int = 80) -> Text:
 
     Returns a rich `Text`; `str()` of it is plain. Beside a row that beats the corrupted probability stands its largest score and the layer,
     where there is room; a trace with more layers than columns shows the maximum over neighbouring layers. Raises InputError for a
-    smaller width.
+    smaller width or another record.
     """
-    if width < _MIN_WIDTH:
-        raise InputError(f"width is {width}; expected at least {_MIN_WIDTH} columns")
+    _check_record(trace, CausalTrace, "text_heat_map")
+    width = check_count(width, "width", f"at least {_MIN_WIDTH} columns", least=_MIN_WIDTH)
     n_layers = trace.scores.shape[1]
     labels = _row_labels(trace)
     label_width = min(max(cell_len(label) for label in labels), _LONGEST_LABEL, width // 3)
@@ -130,38 +134,52 @@ def text_heat_map(trace: CausalTrace, width: int = 80) -> Text:
 def class_map(average: AverageTrace, *, path: str | os.PathLike[str] | None = None) -> Figure:
     """Draw average indirect effects by class of token and layer, one panel a map: Figure 2 of Meng et al. 2022 (arXiv 2202.05262).
 
-    White is no effect or less; each panel has a scale of its own. `path` as for `heat_map`.
+    White is no effect, or a negative one: a line below says down to which. A class that no fact has is hatched. Each panel has a scale of
+    its own. `path` as for `heat_map`.
     """
+    _check_record(average, AverageTrace, "class_map")
     names = list(average.effects)
-    figure = Figure(figsize=(_COLUMN_WIDTH, 0.45 + 1.25 * len(names)), dpi=300, layout="constrained")
+    figure = Figure(figsize=(_COLUMN_WIDTH, 0.55 + 1.25 * len(names)), dpi=300, layout="constrained")
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
+    lows: list[float] = []
     for axes, name in zip(panels, names, strict=True):
         effects = average.effects[name].numpy()
         colours = _even(_COLOUR_MAPS[_kind(name)])
         top = max(float(np.nan_to_num(effects).max()), 1e-6)
         image = axes.imshow(effects, cmap=colours, vmin=0, vmax=top, aspect="auto", interpolation="nearest")
+        for row, count in enumerate(average.counts):
+            if not count:
+                axes.axhspan(row - 0.5, row + 0.5, facecolor="0.93", edgecolor="0.7", hatch="////", linewidth=0)
+                axes.text((effects.shape[1] - 1) / 2, row, "none", fontsize=6.5, ha="center", va="center", bbox=_PLAIN)
         axes.set_yticks(range(len(average.classes)), labels=average.classes)
         axes.set_title(_map_title(name, average), fontsize=7.5, loc="left", pad=3)
-        bar = figure.colorbar(image, ax=axes, aspect=9, pad=0.02)
+        lows.append(min(0.0, float(np.nan_to_num(effects).min())))
+        bar = figure.colorbar(image, ax=axes, aspect=9, pad=0.02, extend="min" if lows[-1] < 0 else "neither")
         bar.outline.set_linewidth(0.5)
         for each in (axes, bar.ax):
             _quiet(each)
     panels[-1].xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
-    panels[-1].set_xlabel("restored layer, or centre of the restored layers", fontsize=7.5)
+    note = f"\nwhite: no effect, or a negative one, down to −{-min(lows):.2g}" if min(lows) < 0 else ""
+    figure.supxlabel(f"restored layer, or centre of the restored layers{note}", fontsize=7.5)
     figure.suptitle(f"Average indirect effect, {average.n_facts} facts", fontsize=8, x=0.02, ha="left")
     return _finished(figure, path)
 
 
 def class_lines(average: AverageTrace, *, path: str | os.PathLike[str] | None = None) -> Figure:
-    """Draw the same averages as curves over the layers with their 95 % intervals, one panel a map. `path` as for `heat_map`."""
+    """Draw the same averages as curves over the layers with their 95 % intervals, one panel a map.
+
+    A class has the same line in every figure. `path` as for `heat_map`.
+    """
+    _check_record(average, AverageTrace, "class_lines")
     names = list(average.effects)
     figure = Figure(figsize=(_COLUMN_WIDTH, 0.85 + 1.35 * len(names)), dpi=300, layout="constrained")
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
     for axes, name in zip(panels, names, strict=True):
         tables = [getattr(average, part)[name].tolist() for part in ("effects", "low", "high")]
         n_layers = average.effects[name].shape[1]
-        rows = zip(average.classes, average.counts, *tables, strict=True)
-        _draw_lines(axes, {label: (range(n_layers), mean, low, high) for label, count, mean, low, high in rows if count})
+        present = [row for row, count in enumerate(average.counts) if count]
+        series = {average.classes[row]: (range(n_layers), *(table[row] for table in tables)) for row in present}
+        _draw_lines(axes, series, [_LINES[row] for row in present])
         axes.axhline(0, color="black", linewidth=0.5)
         axes.set_title(_map_title(name, average), fontsize=7.5, loc="left", pad=3)
         axes.set_ylabel("AIE", fontsize=7.5)
@@ -191,10 +209,11 @@ def neuron_chart(found: KnowledgeNeurons, *, n: int = 12, path: str | os.PathLik
     """Draw the neurons that carry one fact: the `n` strongest as bars, and below them how the layers share the attribution.
 
     A bar is the attribution averaged over the prompts, with a dot for each prompt; refined neurons are solid, others hatched. The lower
-    panel sums each layer's positive averages, the refined neurons' part solid. `path` as for `heat_map`. Raises InputError when n < 1.
+    panel sums each layer's positive averages, the refined neurons' part solid. `path` as for `heat_map`. Raises InputError when n < 1, or
+    for another record.
     """
-    if n < 1:
-        raise InputError(f"n is {n}; expected the number of neurons to draw, 1 or more")
+    _check_record(found, KnowledgeNeurons, "neuron_chart")
+    n = check_count(n, "n", "the number of neurons to draw, 1 or more")
     top, refined = found.top(n), set(found.refined)
     figure = Figure(figsize=(_COLUMN_WIDTH, 2.1 + 0.145 * len(top)), dpi=300, layout="constrained")
     bars, layers = figure.subplots(2, 1, height_ratios=(0.145 * len(top) + 0.45, 1.0))
@@ -203,7 +222,7 @@ def neuron_chart(found: KnowledgeNeurons, *, n: int = 12, path: str | os.PathLik
         each = found.of(neuron).tolist()
         bars.plot(each, [row] * len(each), linestyle="", marker="o", markersize=2.2, color="black", alpha=0.45, markeredgewidth=0)
     bars.set_yticks(range(len(top)), labels=[_neuron_label(neuron) for neuron, _ in top])
-    bars.invert_yaxis()
+    bars.set_ylim(len(top) - 0.4, -0.6)  # the first on top, and no empty bands, however many there are
     bars.axvline(0, color="black", linewidth=0.5)
     prompts = f"mean of {len(found.prompts)} prompts" if len(found.prompts) > 1 else "one prompt"
     bars.set_xlabel(f"attribution to p({_fit(_visible(found.target), _LONGEST_LABEL).rstrip()}), {prompts}", fontsize=7.5, parse_math=False)
@@ -243,7 +262,7 @@ def curves(
         raise InputError(f"series {list(series)} cannot be drawn; expected at least one, each with as many x as y, low and high")
     figure = Figure(figsize=(_COLUMN_WIDTH, 2.4), dpi=300, layout="constrained")
     axes = figure.add_subplot()
-    _draw_lines(axes, series)
+    _draw_lines(axes, series, itertools.cycle(_LINES))
     for position, line in ((mark_x, axes.axvline), (mark_y, axes.axhline)):
         if position is not None:
             line(position, color="black", linewidth=0.5, linestyle=":")
@@ -258,8 +277,12 @@ def curves(
     return _finished(figure, path)
 
 
-def _draw_lines(axes: Axes, series: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float], Sequence[float]]]) -> None:
-    for (label, (x, y, low, high)), (colour, dash, marker) in zip(series.items(), itertools.cycle(_LINES)):
+def _draw_lines(
+    axes: Axes,
+    series: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float], Sequence[float]]],
+    styles: Iterable[tuple[str, Any, str]],
+) -> None:
+    for (label, (x, y, low, high)), (colour, dash, marker) in zip(series.items(), styles, strict=False):
         spacing = max(1, len(x) // 8)
         axes.plot(x, y, color=colour, linestyle=dash, marker=marker, markersize=2.6, markevery=spacing, linewidth=1.0, label=label)
         axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
@@ -270,6 +293,14 @@ def _filling(solid: bool) -> dict[str, Any]:
     if solid:
         return {"facecolor": _BLUE, "edgecolor": _BLUE, "linewidth": 0.5}
     return {"facecolor": "white", "edgecolor": _BLUE, "linewidth": 0.5, "hatch": "////"}
+
+
+def _check_record(record: object, kind: type, drawn_by: str) -> None:
+    """Raises InputError for what this figure cannot show, and names the one that can."""
+    if not isinstance(record, kind):
+        other = {CausalTrace: "heat_map", AverageTrace: "class_map or class_lines", KnowledgeNeurons: "neuron_chart"}
+        instead = next((f"; draw it with {name}" for known, name in other.items() if isinstance(record, known)), "")
+        raise InputError(f"{drawn_by} draws a {kind.__name__}; got a {type(record).__name__}{instead}")
 
 
 def _neuron_label(neuron: Neuron) -> str:

@@ -56,7 +56,7 @@ from .locate.layers import (
     trace_window,
     trial_facts,
 )
-from .model.load import LanguageModel, bundled
+from .model.load import LanguageModel, bundled, check_model
 from .model.tokens import subject_span, target_ids
 
 Progress = Callable[[str, int, int | None], object]
@@ -777,6 +777,7 @@ def _recommend(
     progress: Progress | None,
 ) -> LayerChoice:
     """`recommend_layers`; second moments are looked for in `folder` too, and those computed for the chosen layer are kept there."""
+    check_model(lm)
     count = _TRIALS if count is None else count
     if count < 1:
         raise InputError(f"trials is {count}; expected at least one trial edit")
@@ -840,7 +841,8 @@ def _recommend(
     rome_layer, memit_layers = choose(trials, effects)
     if folder is not None and rome_layer in computed:
         computed[rome_layer].save(folder / f"layer{rome_layer}.safetensors")
-    reason = f"the best of {len(layers)} layers in {sum(score.trials for score in scores)} trial edits of {len(tried)} facts"
+    n_trials, facts_tried = sum(score.trials for score in scores), "one fact" if len(tried) == 1 else f"{len(tried)} facts"
+    reason = f"the best of {len(layers)} layers in {n_trials} trial edits of {facts_tried}"
     return LayerChoice(rome=rome_layer, memit=memit_layers, source="trials", reason=reason, fingerprint=lm.fingerprint, **measured)
 
 
@@ -858,7 +860,8 @@ def _settled(lm: LanguageModel, facts: Sequence[Fact]) -> list[Fact]:
         true = fact.target_true if fact.target_true is not None and begins_with(said[fact.text], fact.target_true) else None
         settled.append(Fact.from_dict({**fact.to_dict(), "neighbours": near, "target_true": true}))
     if not settled:
-        raise InputError(f"the model says all {len(facts)} facts already, so no edit could be tried; give targets that it does not say")
+        said_already = "the fact" if len(facts) == 1 else f"all {len(facts)} facts"
+        raise InputError(f"the model says {said_already} already, so no edit could be tried; give targets that it does not say")
     return settled
 
 

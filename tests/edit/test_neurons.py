@@ -109,6 +109,16 @@ def test_rewrite_is_the_formula_of_the_paper(tiny_lm: LanguageModel) -> None:
         assert not torch.allclose(column(tiny_lm.module, 0, 3), wanted[0, 3], atol=1e-2)
 
 
+def test_many_neurons_share_what_four_would_change(tiny_lm: LanguageModel) -> None:
+    """Twice four change each value half as much; factors that are given are taken as they are."""
+    four, eight = [(0, i) for i in range(4)], [(0, i) for i in range(8)]
+    few, many = (rewrite(tiny_lm, neurons, "French", "English") for neurons in (four, eight))
+    torch.testing.assert_close(many.dense(0)[:, :4], few.dense(0)[:, :4] / 2)
+    assert (few.config["remove"], few.config["add"]) == (1, 8) and (many.config["remove"], many.config["add"]) == (0.5, 4)
+    given = rewrite(tiny_lm, eight, "French", "English", remove=1, add=8)
+    torch.testing.assert_close(given.dense(0)[:, :4], few.dense(0)[:, :4])
+
+
 def test_rewrite_with_a_prompt_follows_the_sign_of_each_coefficient(tiny_lm: LanguageModel) -> None:
     d_ff = tiny_lm.ffn[2].d_ff
     every = [(2, i) for i in range(d_ff)]
@@ -177,8 +187,8 @@ def test_masked_language_models() -> None:
     signs = lm.coefficients(prompt, [1])[0, mask].sign()
     assert signs.min() == -1 and signs.max() == 1 and ids[mask] == lm.tokenizer.mask_token_id
     every = [(1, i) for i in range(lm.ffn[1].d_ff)]
-    torch.testing.assert_close(rewrite(lm, every, "is", "the").dense(1), push.T)
-    torch.testing.assert_close(rewrite(lm, every, "is", "the", prompt=prompt).dense(1), (signs[:, None] * push).T)
+    torch.testing.assert_close(rewrite(lm, every, "is", "the", remove=1, add=8).dense(1), push.T)
+    torch.testing.assert_close(rewrite(lm, every, "is", "the", prompt=prompt, remove=1, add=8).dense(1), (signs[:, None] * push).T)
     with pytest.raises(InputError, match="mask"):
         rewrite(lm, NEURONS, "is", "the", prompt="The mother tongue of Danielle is")
 
@@ -199,8 +209,16 @@ def test_other_bad_input(tiny_gpt2: LanguageModel) -> None:
         rewrite(tiny_gpt2, NEURONS, "French", " French")
     with pytest.raises(InputError, match="target is empty"):
         rewrite(tiny_gpt2, NEURONS, "French", " ")
-    with pytest.raises(InputError, match="finite"):
-        rewrite(tiny_gpt2, NEURONS, "French", "English", add=float("nan"))
+    with pytest.raises(InputError, match="neurons is 3"):
+        erase(tiny_gpt2, 3)  # type: ignore[arg-type]
+    for bad in (float("nan"), "x", True):
+        with pytest.raises(InputError, match=r"add is .*; expected a finite number"):
+            rewrite(tiny_gpt2, NEURONS, "French", "English", add=bad)  # type: ignore[arg-type]
+    for targets in ((None, "English"), ("French", 3)):
+        with pytest.raises(InputError, match=r"target is (None|3); expected text"):
+            rewrite(tiny_gpt2, NEURONS, *targets)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="the prompt is 3"):
+        rewrite(tiny_gpt2, NEURONS, "French", "English", prompt=3)  # type: ignore[arg-type]
 
 
 def test_experts_and_heads_without_a_matrix_are_refused(tiny_gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,9 +81,11 @@ def test_gradient_is_that_of_finite_differences(kind: str) -> None:
 def test_estimates_rank_the_exact_map_of_a_model_that_knows_facts() -> None:
     lm = load("atlas")
     fact = Fact("Bulgaria", "The currency of {} is the", "lev")
-    for kind in KINDS:
-        found = attribution_trace(lm, fact.text, fact.subject, kind=kind, window=2, check=99)  # type: ignore[arg-type]
-        exact = causal_trace(lm, fact.text, fact.subject, kind=kind, window=2)  # type: ignore[arg-type]
+    # By default one token is followed; "lev" is two.
+    for kind, target in [*((kind, None) for kind in KINDS), ("state", fact.target)]:
+        found = attribution_trace(lm, fact.text, fact.subject, target=target, kind=kind, window=2, check=99)  # type: ignore[arg-type]
+        exact = causal_trace(lm, fact.text, fact.subject, target=target, kind=kind, window=2)  # type: ignore[arg-type]
+        assert found.scores.shape == exact.scores.shape == (len(found.tokens), lm.n_layers)
         start = found.subject_span[0]
         ours = rank_correlation(found.effects[start:].flatten(), exact.effects[start:].flatten())
         assert found.rank_correlation == pytest.approx(ours, abs=1e-3) and found.checked == exact.effects[start:].numel()
@@ -106,7 +108,7 @@ def test_record_is_a_trace_with_its_quality() -> None:
     unchecked = attribution_trace(lm, PROMPT, SUBJECT, passes=2, check=0, samples=2)
     assert unchecked.rank_correlation is None and unchecked.checked == 0 and torch.equal(unchecked.scores, found.scores)
     other = attribution_trace(lm, PROMPT, SUBJECT, target="French king", check=0, samples=2, corruption="replace", replacements=[same(lm)])
-    assert len(other.answer_ids) > 1 and other.samples == 1 and other.effects.isfinite().all()
+    assert len(other.answer_ids) > 1 and other.scores.shape == found.scores.shape and other.samples == 1 and other.effects.isfinite().all()
 
 
 def same(lm: LanguageModel) -> str:
@@ -135,7 +137,8 @@ def test_rank_correlation(a: list[float], b: list[float], expected: float) -> No
     ("options", "error", "says"),
     [
         ({"passes": 0}, InputError, "passes is 0"),
-        ({"check": -1}, InputError, "check -1"),
+        ({"passes": 1.5}, InputError, "passes is 1.5"),
+        ({"check": -1}, InputError, "check is -1"),
         ({"kind": "neuron"}, InputError, "'state', 'mlp', 'attention'"),
         ({"kind": "mlp", "window": 0}, LayerError, "window is 0"),
         ({"samples": 0}, InputError, "samples is 0"),

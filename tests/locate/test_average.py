@@ -13,7 +13,7 @@ import torch
 from conftest import GPT2, TEXTS, byte_tokenizer, tiny_model
 from factsmith.errors import InputError, LayerError, SubjectError
 from factsmith.fact import Fact
-from factsmith.locate.average import CLASSES, AverageTrace, average_trace, causal_traces, token_classes
+from factsmith.locate.average import CLASSES, AverageTrace, average_trace, causal_traces, t_quantile, token_classes
 from factsmith.locate.causal import causal_trace
 from factsmith.model.load import LanguageModel, load, wrap
 
@@ -61,6 +61,15 @@ def test_classes_of_tokens(n_tokens: int, span: tuple[int, int], expected: list[
     assert [list(columns) for columns in token_classes(n_tokens, span)] == expected
 
 
+# Two-sided 95 % points of Student's t as printed in tables, by the number of facts (one degree of freedom less).
+T = {2: 12.7062, 3: 4.30265, 4: 3.18245, 5: 2.77645, 6: 2.57058, 7: 2.44691, 9: 2.306, 11: 2.22814, 31: 2.04227, 61: 2.0003, 121: 1.97993}
+
+
+def test_quantiles_are_those_of_the_tables() -> None:
+    assert {n: round(t_quantile(n - 1), 5) for n in T} == T
+    assert t_quantile(3, 0.99) == pytest.approx(5.841, abs=1e-3) and t_quantile(3000) == pytest.approx(1.9608, abs=1e-4)
+
+
 def test_average_is_that_of_single_traces(lm: LanguageModel, facts: list[Fact]) -> None:
     told: list[tuple[int, int]] = []
     found = average_trace(lm, facts, severed=("mlp",), window=2, samples=3, noise=0.8, progress=lambda a, b: told.append((a, b)))
@@ -90,11 +99,11 @@ def test_average_is_that_of_single_traces(lm: LanguageModel, facts: list[Fact]) 
             if len(seen[row]) < 2:
                 assert found.low[name][row].isnan().all()
                 continue
-            mean, error = np.mean(seen[row], 0), 1.96 * np.std(seen[row], 0, ddof=1) / len(seen[row]) ** 0.5
+            mean, error = np.mean(seen[row], 0), T[len(seen[row])] * np.std(seen[row], 0, ddof=1) / len(seen[row]) ** 0.5
             assert np.allclose(found.effects[name][row], mean, atol=1e-6)
             assert np.allclose(found.low[name][row], mean - error, atol=1e-6)
             assert np.allclose(found.high[name][row], mean + error, atol=1e-6)
-        error = 1.96 * np.std(totals, ddof=1) / len(totals) ** 0.5
+        error = T[len(totals)] * np.std(totals, ddof=1) / len(totals) ** 0.5
         assert np.allclose(
             [found.total_effect, found.total_low, found.total_high], np.mean(totals) + error * np.array([0, -1, 1]), atol=1e-6
         )
@@ -149,20 +158,33 @@ def test_record_is_plain_json(lm: LanguageModel, facts: list[Fact]) -> None:
     [
         ({"cases": []}, InputError, "at least one"),
         ({"cases": ["Paris"]}, InputError, "factsmith.Fact"),
-        ({"kinds": "state"}, InputError, "expected lists"),
+        ({"kinds": "state"}, InputError, "kinds is 'state'; expected a list"),
+        ({"severed": "mlp"}, InputError, "severed is 'mlp'; expected a list"),
+        ({"kinds": 3}, InputError, "kinds is 3"),
+        ({"cases": 3}, InputError, "cases is 3"),
+        ({"noise": "1"}, InputError, "noise is '1'"),
         ({"kinds": ["neuron"]}, InputError, "'state', 'mlp', 'attention'"),
         ({"kinds": []}, InputError, "no map"),
         ({"severed": ["state"]}, InputError, "'mlp', 'attention' or None"),
         ({"window": 0}, LayerError, "window is 0"),
         ({"samples": 0}, InputError, "samples is 0"),
-        ({"cases": [Fact("Paris", "{} lies in", "no such thing")]}, InputError, "none of the 1 facts"),
-        ({"cases": [Fact("is", "Paris {} in", "no such thing")]}, (SubjectError, InputError), "none of the 1|more than once"),
+        ({"cases": [Fact("Paris", "{} lies in", "no such thing")]}, InputError, r"none of the facts \(1 given\)"),
+        (
+            {"cases": [Fact("is", "Paris {} in", "no such thing")]},
+            (SubjectError, InputError),
+            r"none of the facts \(1 given\)|more than once",
+        ),
     ],
 )
 def test_bad_input_is_refused_in_words(lm: LanguageModel, facts: list[Fact], options: dict[str, Any], error: Any, says: str) -> None:
     given = {"cases": facts, "samples": 1, **options}
     with pytest.raises(error, match=says):
         average_trace(lm, given.pop("cases"), **given)
+
+
+def test_one_fact_is_a_list_of_one(lm: LanguageModel, facts: list[Fact]) -> None:
+    alone, listed = (average_trace(lm, cases, kinds=["state"], samples=1) for cases in (facts[0], facts[:1]))
+    assert alone.n_facts == 1 and alone.effects["state"].nan_to_num().equal(listed.effects["state"].nan_to_num())
 
 
 def test_three_kinds_of_model(tiny_lm: LanguageModel) -> None:

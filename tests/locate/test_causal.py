@@ -459,7 +459,28 @@ def test_progress_is_told_token_by_token() -> None:
         ({"corruption": "mask"}, InputError, "'noise', 'replace'"),
         ({"corruption": "replace", "noise": 0.1}, InputError, "one of the two corruptions"),
         ({"replacements": ["Edwin"]}, InputError, "expected corruption='replace'"),
-        ({"seed": -1}, InputError, "seed -1"),
+        ({"seed": -1}, InputError, "seed is -1"),
+        ({"seed": None}, InputError, "seed is None"),
+        ({"seed": 1.5}, InputError, "seed is 1.5"),
+        ({"seed": "a"}, InputError, "seed is 'a'"),
+        ({"prompt": None}, InputError, "the prompt is None; expected text"),
+        ({"prompt": [PROMPT]}, InputError, "the prompt is "),
+        ({"prompt": PROMPT + "\ud800"}, InputError, "surrogate"),
+        ({"subject": None}, InputError, "the subject is None"),
+        ({"target": 3}, InputError, "the target is 3"),
+        ({"target": ["French"]}, InputError, "the target is "),
+        ({"window": 2.5, "kind": "mlp"}, InputError, "window is 2.5"),
+        ({"window": "2", "kind": "mlp"}, InputError, "window is '2'"),
+        ({"window": float("nan")}, InputError, "window is nan"),
+        ({"samples": 2.5}, InputError, "samples is 2.5"),
+        ({"samples": "3"}, InputError, "samples is '3'"),
+        ({"samples": True}, InputError, "samples is True"),
+        ({"noise": "1"}, InputError, "noise is '1'"),
+        ({"noise": True}, InputError, "noise is True"),
+        ({"corruption": "replace", "replacements": [None]}, InputError, "a replacement is None"),
+        ({"corruption": "replace", "replacements": 3}, InputError, "replacements is 3"),
+        ({"noise_tensor": ["a"]}, InputError, "holds no numbers"),
+        ({"noise_tensor": np.ones((2, 1, 32), complex)}, InputError, "complex"),
         ({"noise": 0.0}, InputError, "noise is 0.0"),
         ({"noise": float("nan")}, InputError, "noise is nan"),
         ({"noise_tensor": np.zeros((2, 1, 32))}, InputError, r"shape \(2, 1, 32\); expected \(samples, \d+, 32\)"),
@@ -472,6 +493,29 @@ def test_bad_input_is_refused_in_words(options: dict[str, Any], error: type[Exce
     with pytest.raises(error, match=says):
         causal_trace(model("gpt2"), given.pop("prompt"), given.pop("subject"), **given)
     assert hook_count(model("gpt2").module.modules()) == 0
+
+
+def test_noise_that_is_zero_everywhere_is_refused() -> None:
+    lm = model("gpt2")
+    start, stop = causal_trace(lm, PROMPT, SUBJECT, samples=1).subject_span
+    given = np.zeros((2, stop - start, 32))
+    with pytest.raises(InputError, match="zero everywhere"):
+        causal_trace(lm, PROMPT, SUBJECT, noise_tensor=given)
+    given[1, 0, 0] = 1  # the control
+    assert causal_trace(lm, PROMPT, SUBJECT, noise_tensor=given).samples == 2
+
+
+def test_numpys_whole_numbers_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = causal_trace(model("gpt2"), PROMPT, SUBJECT, kind="mlp", window=2, samples=2, noise=0.5, seed=3)
+    same = causal_trace(
+        model("gpt2"), PROMPT, SUBJECT, kind="mlp", window=np.int64(2), samples=np.int32(2), noise=np.float32(0.5), seed=np.uint8(3)
+    )
+    assert json.dumps(same.to_dict()) == json.dumps(plain.to_dict())
+
+
+def test_a_model_s_name_is_no_model() -> None:
+    with pytest.raises(InputError, match=r"the name 'atlas'; load it first: lm = factsmith.load"):
+        causal_trace("atlas", PROMPT, SUBJECT)  # type: ignore[arg-type]
 
 
 def test_probabilities_that_are_not_finite_are_refused() -> None:

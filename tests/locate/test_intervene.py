@@ -7,6 +7,7 @@ import math
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -183,6 +184,32 @@ def test_what_is_read_inside_the_block_is_scaled() -> None:
     torch.testing.assert_close(inside.coefficients[-1, 0, 5], 3 * routing.coefficients[-1, 0, 5])
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [[(np.int64(0), np.int64(5)), (2, 7)], torch.tensor([[0, 5], [2, 7]]), np.array([[0, 5], [2, 7]]), [[0, 5], torch.tensor([2, 7])]],
+)
+def test_neurons_may_be_rows_of_arrays_and_tensors(rows: Any) -> None:
+    lm = model("llama")
+    with intervene(lm, [(0, 5), (2, 7)], 0):
+        plain = logits(lm, lm.module, PROMPTS[0])
+    with intervene(lm, rows, 0):
+        assert torch.equal(logits(lm, lm.module, PROMPTS[0]), plain)
+    assert not torch.equal(logits(lm, lm.module, PROMPTS[0]), plain)
+    drawn = random_neurons(lm, rows, seed=0)
+    assert drawn == random_neurons(lm, [(0, 5), (2, 7)], seed=0) and all(type(n) is int for place in drawn for n in place)
+    assert effect(lm, rows, PROMPTS, "is").n_neurons == 2
+
+
+def test_a_control_is_smaller_where_a_bank_has_too_few_others() -> None:
+    lm = model("llama")
+    given = [(0, i) for i in range(40)] + [(1, 0)]
+    drawn = random_neurons(lm, given, seed=0)
+    assert sorted(n for n in drawn if n[0] == 0) == [(0, i) for i in range(40, 48)] and len(drawn) == 9
+    assert effect(lm, drawn, PROMPTS, "is").n_neurons == 9
+    with pytest.raises(InputError, match="seed is None"):
+        random_neurons(lm, given, seed=None)  # type: ignore[arg-type]
+
+
 def test_no_neuron_is_no_change() -> None:
     lm = model("llama")
     before = logits(lm, lm.module, PROMPTS[0])
@@ -200,6 +227,9 @@ def test_no_neuron_is_no_change() -> None:
         ("llama", (0, 0, 0), "no experts"),
         ("llama", (0,), "no neuron"),
         ("llama", (0, 1.0), "no neuron"),
+        ("llama", (0, True), "no neuron"),
+        ("llama", torch.tensor([0.0, 1.0]), "no neuron"),
+        ("llama", torch.tensor([True, False]), "no neuron"),
         ("llama", "ab", "no neuron"),
         ("mixtral", (0, 0), "4 experts"),
         ("mixtral", (0, 4, 0), "expert 4 does not exist"),
@@ -216,7 +246,7 @@ def test_neurons_that_do_not_exist_are_refused_in_words(family: str, neuron: Any
 def test_scales_that_are_no_numbers_are_refused_in_words(scale: Any) -> None:
     with pytest.raises(InputError, match="scale is"), intervene(model("llama"), [(0, 0)], scale):
         raise AssertionError("unreachable")
-    with pytest.raises(InputError, match="neurons are"), intervene(model("llama"), "ab", 0):
+    with pytest.raises(InputError, match="neurons is"), intervene(model("llama"), "ab", 0):
         raise AssertionError("unreachable")
 
 

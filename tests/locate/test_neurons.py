@@ -414,7 +414,11 @@ def test_the_record_is_plain_json_and_compact() -> None:
     ("prompts", "target", "options", "message"),
     [
         ([], "is", {}, "at least one"),
-        ([PROMPT, 3], "is", {}, "at least one"),
+        ([PROMPT, 3], "is", {}, "a prompt is 3"),
+        (None, "is", {}, "prompts is None"),
+        (PROMPT, None, {}, "the target is None"),
+        (PROMPT, "is", {"steps": True}, "steps is True"),
+        (PROMPT, "is", {"threshold": "a"}, "threshold is 'a'"),
         (PROMPT, " ", {}, "target is empty"),
         ("The mother tongue of {} is", "French", {}, "fill the subject in"),
         (PROMPT, "is", {"steps": 0}, "steps is 0"),

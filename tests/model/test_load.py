@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
-from conftest import LLAMA, byte_tokenizer, shared_dir, tiny_model
-from factsmith.errors import InputError, ModelError, ModelNotFoundError, TokenizerError, UnsupportedModelError
+from conftest import GPT2, LLAMA, byte_tokenizer, shared_dir, tiny_model
+from factsmith.errors import InputError, ModelError, ModelNotFoundError, NumericsError, TokenizerError, UnsupportedModelError
 from factsmith.model.load import LanguageModel, load, wrap
 from factsmith.model.tokens import encode, target_ids
 
@@ -203,6 +203,23 @@ def test_damaged_folders_are_refused_in_words(saved: Path, tmp_path: Path) -> No
     (folder / "config.json").write_text("{oops")
     with pytest.raises(ModelError, match=r"config\.json"):
         load(folder)
+
+
+@pytest.mark.parametrize("weight", ["transformer.wte", "transformer.h.0.ln_1", "transformer.h.2.mlp.c_proj"])
+def test_a_weight_that_is_not_finite_is_named(weight: str) -> None:
+    module = tiny_model("gpt2", **GPT2)
+    wrap(module, byte_tokenizer())  # the control
+    module.get_parameter(f"{weight}.weight").data.view(-1)[-1] = float("nan")
+    with pytest.raises(ModelError, match=rf"1 of the \d+ entries of {weight}.weight are not finite"):
+        wrap(module, byte_tokenizer())
+
+
+def test_outputs_that_outgrow_the_dtype_are_said() -> None:
+    module = tiny_model("gpt2", **GPT2)
+    for parameter in module.parameters():
+        parameter.data.mul_(1e30)
+    with pytest.raises(NumericsError, match=r"from layer 0 on its outputs are not finite, .* too large for torch.float32"):
+        wrap(module, byte_tokenizer())
 
 
 def test_a_device_that_is_not_there(saved: Path) -> None:

@@ -10,18 +10,21 @@ is one column of a down-projection, so the update is left @ right with one-hot r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checks import check_number, check_text
 from ..errors import InputError, UnsupportedModelError
-from ..model.ffn import Neuron, find_neuron
-from ..model.load import LanguageModel
+from ..model.ffn import Neuron, find_neurons
+from ..model.load import LanguageModel, check_model
 from ..model.tokens import target_ids
 from .delta import Delta
+
+_REMOVE, _ADD = 1.0, 8.0  # the authors' factors, for the neurons of a fact as they found them, about four
+_FEW = 4
 
 
 def erase(lm: LanguageModel, neurons: Iterable[Neuron]) -> Delta:
@@ -44,27 +47,37 @@ def rewrite(
     new_target: str,
     *,
     prompt: str | None = None,
-    remove: float = 1.0,
-    add: float = 8.0,
+    remove: float | None = None,
+    add: float | None = None,
 ) -> Delta:
     """Make neurons (layer, i) write `new_target` in place of `old_target`: v ← v − λ₁ ‖v‖ e_old/‖e_old‖ + λ₂ ‖v‖ e_new/‖e_new‖.
 
     prompt   a prompt that the targets answer (with masks, for a masked language model); neurons whose coefficient is negative where the
              answer begins, in gated memories about half of them, are updated with the opposite sign. None: the paper's formula as it stands
-    remove   λ₁ (the authors' code: 1)
-    add      λ₂ (8)
+    remove   λ₁; None: the authors' 1, of more than four neurons 4/n: together they then remove as much as four do
+    add      λ₂; None: likewise 8, of more than four neurons 32/n
 
     e is the target's row of the unembedding, by which the hidden state is read out; the paper's input embeddings are the same matrix in
     BERT and wherever the two are tied. Of targets with several tokens the first in which the two differ is taken: that is where the answer
     is decided, and the tokens after it follow from the text so far. Where one target is the beginning of the other, the shorter one has no
     such token and no term.
 
+    The authors' factors are for the about four neurons they found for a fact. For more they are far too much: over ten facts of the atlas,
+    each with its 64 strongest neurons, they left 1 % of other facts' answers as they were, and wrote the target in 50 %; 4/n and 32/n left
+    84 %, and wrote 90 % (8 neurons: 17 and 60 %, against 32 and 70 %). Fewer sufficed there at times: four neurons with `add=2` left 97 %
+    instead of 30 %, and wrote 50 % instead of 60 %. Factors that are given are taken as they are.
+
     Raises LayerError, InputError (no neuron, no target, equal targets, settings that are not finite), UnsupportedModelError (layers with
     experts, a model without an unembedding matrix).
     """
-    if not (math.isfinite(remove) and math.isfinite(add)):
-        raise InputError(f"remove and add are factors; got {remove} and {add}: expected finite numbers")
+    check_model(lm)
+    old_target, new_target = check_text(old_target, "old_target"), check_text(new_target, "new_target")
     chosen = _by_layer(lm, neurons)
+    portion = min(1.0, _FEW / sum(map(len, chosen.values())))
+    remove, add = (
+        default * portion if given is None else check_number(given, name)
+        for given, default, name in ((remove, _REMOVE, "remove"), (add, _ADD, "add"))
+    )
     if prompt is None:  # words inside a text all the same: with a space before them where the tokenizer writes one
         old, new = (target_ids(lm.tokenizer, "It is", target) for target in (old_target, new_target))
     else:
@@ -84,12 +97,12 @@ def rewrite(
 
 def _by_layer(lm: LanguageModel, neurons: Iterable[Neuron]) -> dict[int, list[int]]:
     """{layer: neuron indices}, both ascending and each once; everything is checked here."""
+    check_model(lm)
     found: dict[int, set[int]] = {}
-    for neuron in neurons:
-        layer, _, i = find_neuron(lm.ffn, neuron)
+    for layer, bank, i in find_neurons(lm.ffn, neurons):
         if lm.ffn[layer].n_experts:
             raise UnsupportedModelError(
-                f"neuron {tuple(neuron)} belongs to an expert, and weights of experts are not edited yet; "
+                f"neuron {(layer, bank, i)} belongs to an expert, and weights of experts are not edited yet; "
                 "choose a layer without experts, or intervene on it while the model runs"
             )
         found.setdefault(layer, set()).add(i)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..checks import check_count
 from ..model.load import LanguageModel
 from ..model.trace import replacing
 from .causal import CausalTrace, Corruption, Kind, Runs, answer_probability, check_map, record_runs, window_spans
@@ -65,9 +65,9 @@ def attribution_trace(
 
     The effects of a window's layers are added up. Raises what `causal_trace` raises, and InputError for `passes` or `check`.
     """
-    check_map(kind, window, None)
-    if passes < 1 or check < 0:
-        raise InputError(f"passes is {passes} and check {check}; expected 1 or more passes, and 0 or more tokens to check")
+    window = check_map(kind, window, None)
+    passes = check_count(passes, "passes", "1 or more gradients to average")
+    check = check_count(check, "check", "the number of tokens to check, 0 or more", least=0)
     runs = record_runs(
         lm,
         prompt,
@@ -89,9 +89,11 @@ def attribution_trace(
             progress(step + 1, passes)
     each = torch.stack([(m * g).sum(-1).mean(0).float().cpu() for m, g in zip(moved, gradient, strict=True)], dim=1)  # (S, n_layers)
     spans = window_spans(lm.n_layers, window if kind != "state" else 1)
+    start, stop = runs.subject_span
+    # The runs also hold the answer's tokens but the last, which are no part of the prompt.
+    each = each[: len(runs.tokens) - start]
     effects = torch.stack([each[:, span.start : span.stop].sum(1) for span in spans], dim=1)
 
-    start, stop = runs.subject_span
     others = [t for t in range(start, len(runs.tokens)) if t not in (stop - 1, len(runs.tokens) - 1)]
     np.random.RandomState(seed).shuffle(others)
     columns = list(dict.fromkeys([stop - 1, len(runs.tokens) - 1, *others]))[:check]

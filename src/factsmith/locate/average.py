@@ -13,16 +13,19 @@ The averages of Meng et al. 2022, section 2.2 and figure 3 (arXiv 2202.05262). A
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from ..checks import check_items
 from ..errors import InputError
 from ..fact import Fact
-from ..model.load import LanguageModel
+from ..model.load import LanguageModel, check_model
 from ..model.tokens import encode, subject_span
 from .causal import CausalTrace, Corruption, Kind, Part, check_map, noise_scale, record_runs
 
@@ -39,7 +42,7 @@ class AverageTrace:
                   it: a subject's only token is its first and its last, one token behind the subject is the first subsequent and the last
     effects       {map: (6, n_layers) float32} mean of (score - corrupted); nan where no fact has such a token. A map is "state", "mlp",
                   "attention", or a severed one: "state, mlp severed", "state, attention severed"
-    low, high     the same: mean -+ 1.96 standard errors, over facts; nan for fewer than two facts
+    low, high     the same: the 95 % interval of the mean over facts, by Student's t; nan for fewer than two facts
     counts        (6,) facts that have such a token. A fact counts once in a class: the mean of its tokens there
     total_effect  mean of (clean - corrupted), with total_low and total_high likewise
     clean         mean p(answer) of the untouched runs
@@ -103,7 +106,7 @@ class AverageTrace:
 
 def causal_traces(
     lm: LanguageModel,
-    cases: Iterable[Fact],
+    cases: Fact | Iterable[Fact],
     *,
     kinds: Sequence[Kind] = ("state", "mlp", "attention"),
     severed: Sequence[Part] = (),
@@ -115,14 +118,15 @@ def causal_traces(
 ) -> Iterator[dict[str, CausalTrace]]:
     """The maps of each fact in turn: {map: CausalTrace}, all from one recording of its runs.
 
-    cases    the answer traced is what the model should say today: `target_true` where a fact has one, else `target`. Whether the model
-             does say it stands in each trace (`is_correct`)
+    cases    facts, or one fact; the answer traced is what the model should say today: `target_true` where a fact has one, else `target`.
+             Whether the model does say it stands in each trace (`is_correct`)
     kinds    the maps to make; severed: and the "state" maps with these parts held at their corrupted values above the restored state
     noise    one scale for all facts; None: three standard deviations over the embeddings of all their subjects' tokens, as in the paper
 
     The other arguments, and the errors, are those of `causal_trace`; InputError when nothing was given to trace.
     """
-    facts, maps = _checked(cases, kinds, severed, window)
+    check_model(lm)
+    facts, maps, window = _checked(cases, kinds, severed, window)
     scale = noise if noise is not None or corruption != "noise" else _common_scale(lm, facts)
     for fact in facts:
         runs = record_runs(
@@ -133,7 +137,7 @@ def causal_traces(
 
 def average_trace(
     lm: LanguageModel,
-    cases: Iterable[Fact],
+    cases: Fact | Iterable[Fact],
     *,
     kinds: Sequence[Kind] = ("state", "mlp", "attention"),
     severed: Sequence[Part] = (),
@@ -151,12 +155,13 @@ def average_trace(
     The other arguments are those of `causal_traces`. Facts whose answer the model does not say are left out and counted, as in the paper;
     the noise's scale is taken over all that are given. Raises InputError when none remains.
     """
-    facts, maps = _checked(cases, kinds, severed, window)
+    check_model(lm)
+    facts, maps, window = _checked(cases, kinds, severed, window)
     said = lm.says([fact.text for fact in facts], [_answer(fact) for fact in facts])
     known = [fact for fact, is_said in zip(facts, said, strict=True) if is_said]
     if not known:
         raise InputError(
-            f"the model says the answer of none of the {len(facts)} facts, so there is nothing to trace; expected facts it knows "
+            f"the model says the answer of none of the facts ({len(facts)} given), so there is nothing to trace; expected facts it knows "
             "(the answer is target_true where a fact has one, else target)"
         )
     scale = noise if noise is not None or corruption != "noise" else _common_scale(lm, facts)
@@ -220,13 +225,34 @@ def _by_class(trace: CausalTrace) -> Tensor:
 
 
 def _interval(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean over the first dimension, without the nans, and mean -+ 1.96 standard errors (nan for fewer than two numbers)."""
+    """Mean over the first dimension, without the nans, and its 95 % interval by Student's t (nan for fewer than two numbers)."""
     values = values.double()
     count = (~values.isnan()).sum(0)
     mean = values.nanmean(0)
     variance = (values - mean).square().nansum(0) / (count - 1)
-    error = torch.where(count > 1, 1.96 * (variance / count).sqrt(), torch.nan)
+    factor = count.double().apply_(lambda n: t_quantile(int(n) - 1) if n > 1 else torch.nan)
+    error = factor * (variance / count).sqrt()
     return mean.float(), (mean - error).float(), (mean + error).float()
+
+
+@cache
+def t_quantile(degrees: int, share: float = 0.95) -> float:
+    """t such that `share` of Student's distribution with this many degrees of freedom lies in [-t, t]."""
+
+    def inside(angle: float) -> float:  # the share for t = sqrt(degrees) tan(angle), a finite sum (Abramowitz and Stegun 26.7.3-4)
+        odd, cosine = degrees % 2, math.cos(angle)
+        term, total = cosine if odd else 1.0, 0.0
+        for k in range(2 + odd, degrees + 1, 2):
+            total += term
+            term *= cosine**2 * (k - 1) / k
+        total = total * math.sin(angle)
+        return 2 / math.pi * (angle + total) if odd else total
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < share else (low, middle)
+    return math.sqrt(degrees) * math.tan(low)
 
 
 def _answer(fact: Fact) -> str:
@@ -242,22 +268,22 @@ def _common_scale(lm: LanguageModel, facts: Sequence[Fact]) -> float:
     return noise_scale(lm, ids)
 
 
-def _checked(cases: Iterable[Fact], kinds: Sequence[Kind], severed: Sequence[Part], window: int) -> tuple[list[Fact], list[Map]]:
-    """What is to be traced, and the maps to make of each, before anything is computed."""
-    facts = list(cases)
+def _checked(
+    cases: Fact | Iterable[Fact], kinds: Sequence[Kind], severed: Sequence[Part], window: int
+) -> tuple[list[Fact], list[Map], int]:
+    """What is to be traced, the maps to make of each, and the window as an int, before anything is computed."""
+    facts = [cases] if isinstance(cases, Fact) else check_items(cases, "cases", "facts (factsmith.Fact), at least one")
     if not facts or not all(isinstance(fact, Fact) for fact in facts):
         raise InputError("average traces take facts (factsmith.Fact), at least one")
-    if isinstance(kinds, str) or isinstance(severed, str):
-        raise InputError(f"kinds is {kinds!r} and severed {severed!r}; expected lists, such as ('state', 'mlp') and ('mlp',)")
-    maps: list[Map] = [(kind, kind, None) for kind in kinds]
-    maps += [(f"state, {part} severed", "state", part) for part in severed]
+    maps: list[Map] = [(kind, kind, None) for kind in check_items(kinds, "kinds", "a list, such as ['state', 'mlp']")]
+    maps += [(f"state, {part} severed", "state", part) for part in check_items(severed, "severed", "a list, such as ['mlp']")]
     if not maps:
         raise InputError(
             "no map was asked for; expected at least one of kinds 'state', 'mlp', 'attention', or of severed 'mlp', 'attention'"
         )
     for _, kind, sever in maps:
-        check_map(kind, window, sever)
-    return facts, maps
+        window = check_map(kind, window, sever)
+    return facts, maps, window
 
 
 def _plain(value: Tensor | float) -> float | None:

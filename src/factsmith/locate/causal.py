@@ -27,9 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_count, check_items, check_number, check_seed, check_text
 from ..errors import InputError, LayerError, NumericsError, UnsupportedModelError
 from ..model import atlas
-from ..model.load import LanguageModel
+from ..model.load import LanguageModel, check_model
 from ..model.replay import Replay, record
 from ..model.tokens import align, encode, subject_span, target_ids
 from ..model.trace import first_tensor, recording, replacing, standing_in, tensors, with_first_tensor
@@ -137,14 +138,14 @@ def causal_trace(
     sever         with kind "state": hold the "mlp" or "attention" outputs at the restored token, in all layers above, at the values they
                   have in the corrupted run (section 2.2, figure 3): what is lost went through them
     corruption    "noise": added to the subject's embeddings. "replace": another subject of as many tokens stands in its place
-    replacements  those other subjects, each one corrupted run; None: `samples` of them drawn by `seed` from the atlas's subjects that have
-                  as many tokens here and leave the rest of the prompt as it is
+    replacements  those other subjects, each one corrupted run, whatever `samples` says; None: `samples` of them drawn by `seed` from the
+                  atlas's subjects that have as many tokens here and leave the rest of the prompt as it is
     samples       number of corrupted runs; each has its own noise, the same for every restored state
     noise         scale of the normal noise on the subject's input embeddings. None: three times the standard deviation of the entries of
                   this subject's own embeddings. The paper takes it over all subjects of its data set: to average over many prompts, pass
                   one number to all, or use `average_trace`
     noise_tensor  (samples, n_subject_tokens, d_model) corruption to add instead of drawing it from `seed`; scaled by `noise` when that is
-                  given too, else added as it is. Its first dimension decides the number of samples
+                  given too, else added as it is. Its first dimension decides the number of samples, whatever `samples` says
     seed          of numpy's RandomState, whose randn(samples, n_subject_tokens, d_model) is the noise
     progress      called with (tokens done, tokens to do) after each token
 
@@ -153,7 +154,7 @@ def causal_trace(
     UnsupportedModelError (no attention part to restore), and NumericsError when the probabilities are not finite or the answer has none.
     The model is not changed.
     """
-    check_map(kind, window, sever)
+    window = check_map(kind, window, sever)
     runs = record_runs(
         lm,
         prompt,
@@ -221,7 +222,7 @@ class Runs:
         progress: Callable[[int, int], object] | None = None,
     ) -> CausalTrace:
         """One map; the arguments are those of `causal_trace`."""
-        check_map(kind, window, sever)
+        window = check_map(kind, window, sever)
         scores = self.scores(kind, range(self.subject_span[0], len(self.tokens)), window=window, sever=sever, progress=progress)
         return CausalTrace(**self.described(kind, scores, window=window, sever=sever))
 
@@ -328,14 +329,16 @@ def record_runs(
     seed: int = 1,
 ) -> Runs:
     """The clean and the corrupted runs of a prompt in one pass; arguments and errors are those of `causal_trace`."""
+    check_model(lm)
+    prompt, subject = check_text(prompt, "the prompt"), check_text(subject, "the subject")
     if corruption not in get_args(Corruption):
         raise InputError(f"corruption is {corruption!r}; expected one of {', '.join(map(repr, get_args(Corruption)))}")
-    if samples < 1:
-        raise InputError(f"samples is {samples}; expected 1 or more corrupted runs")
-    if noise is not None and not (math.isfinite(noise) and noise > 0):
-        raise InputError(f"noise is {noise}; expected a positive scale, or None for three standard deviations of the subject's embeddings")
-    if not 0 <= seed < 2**32:
-        raise InputError(f"seed {seed} cannot be used; expected a whole number from 0 to 2**32 - 1")
+    samples, seed = check_count(samples, "samples", "1 or more corrupted runs"), check_seed(seed)
+    if noise is not None:
+        expected = "a positive scale, or None for three standard deviations of the subject's embeddings"
+        noise = check_number(noise, "noise", expected)
+        if noise <= 0:
+            raise InputError(f"noise is {noise}; expected {expected}")
     if corruption == "replace" and (noise is not None or noise_tensor is not None):
         raise InputError("noise was given with corruption='replace'; expected one of the two corruptions")
     if corruption == "noise" and replacements is not None:
@@ -585,11 +588,21 @@ def _noise(
         scale = noise if noise is not None else noise_scale(lm, subject_ids)
         drawn = np.random.RandomState(seed).randn(samples, *shape)
         return torch.from_numpy(drawn * scale).float().to(lm.device), scale
-    given = torch.as_tensor(noise_tensor).detach().float().to(lm.device)
+    try:
+        given = torch.as_tensor(noise_tensor).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"noise_tensor is a {type(noise_tensor).__name__} that holds no numbers; expected a tensor or an array") from None
+    if given.is_complex() or given.dtype == torch.bool:
+        raise InputError(f"noise_tensor holds {given.dtype} entries; expected real numbers")
+    given = given.float().to(lm.device)
     if given.dim() != 3 or given.shape[1:] != shape or not len(given):
         raise InputError(f"noise_tensor has shape {tuple(given.shape)}; expected (samples, {', '.join(map(str, shape))})")
     if not bool(given.isfinite().all()):
         raise InputError("noise_tensor holds entries that are not finite; expected ordinary numbers")
+    if not bool(given.any()):
+        raise InputError(
+            "noise_tensor is zero everywhere, so nothing would be corrupted; expected noise to add to the subject's embeddings"
+        )
     given = given * noise if noise is not None else given
     return given, noise if noise is not None else float(given.std())
 
@@ -607,15 +620,17 @@ def _corrupting(added: Tensor, start: int, stop: int) -> Callable[[Tensor], Tens
 
 def _given(lm: LanguageModel, text: str, subject: str, replacements: Sequence[str]) -> dict[str, list[int]]:
     """{replacement: the prompt's ids with it}; raises InputError for one that does not fit into the subject's columns."""
-    if isinstance(replacements, str) or not replacements:
-        raise InputError(f"replacements are {replacements!r}; expected a list of subjects, at least one")
+    expected = "a list of subjects, at least one"
+    others = [check_text(other, "a replacement").strip() for other in check_items(replacements, "replacements", expected)]
+    if not others:
+        raise InputError(f"replacements is {replacements!r}; expected {expected}")
     start, stop = subject_span(lm, text, subject)
     found: dict[str, list[int]] = {}
-    for other in (r.strip() for r in replacements):
+    for other in others:
         ids = _replaced(lm, text, subject, other) if other else None
         if ids is None:
             raise InputError(
-                f"replacement {other!r} does not fit into the {stop - start} tokens of {subject!r} in {text!r}; expected another subject "
+                f"replacement {other!r} does not fit into the {_tokens(stop - start)} of {subject!r} in {text!r}; expected another subject "
                 "that has as many tokens there and leaves all others as they are; or None, to draw fitting ones"
             )
         found[other] = ids
@@ -634,7 +649,7 @@ def _drawn(lm: LanguageModel, text: str, subject: str, samples: int, seed: int) 
             return found
     start, stop = subject_span(lm, text, subject)
     raise InputError(
-        f"{len(found)} of the {len(subjects)} bundled subjects fit into the {stop - start} tokens of {subject!r} in {text!r}; expected "
+        f"{len(found)} of the {len(subjects)} bundled subjects fit into the {_tokens(stop - start)} of {subject!r} in {text!r}; expected "
         f"{samples}: give replacements of your own, ask for fewer samples, or use corruption='noise'"
     )
 
@@ -648,16 +663,20 @@ def _replaced(lm: LanguageModel, text: str, subject: str, other: str) -> list[in
     return changed if fits and changed != ids else None
 
 
-def check_map(kind: Kind, window: int, sever: Part | None) -> None:
-    """Raises InputError or LayerError unless this map can be made."""
+def check_map(kind: Kind, window: int, sever: Part | None) -> int:
+    """The window as an int; raises InputError or LayerError unless this map can be made."""
     if kind not in get_args(Kind):
         raise InputError(f"kind is {kind!r}; expected one of {', '.join(map(repr, get_args(Kind)))}")
-    if window < 1:
-        raise LayerError(f"window is {window}; expected the number of layers restored together, 1 or more")
+    window = check_count(window, "window", "the number of layers restored together, 1 or more", error=LayerError)
     if sever not in (None, *get_args(Part)):
         raise InputError(f"sever is {sever!r}; expected 'mlp', 'attention' or None")
     if sever is not None and kind != "state":
         raise InputError(f"sever={sever!r} was given with kind={kind!r}; expected kind='state': a restored state is what gets cut off")
+    return window
+
+
+def _tokens(n: int) -> str:
+    return f"{n} token{'' if n == 1 else 's'}"
 
 
 def _printed(decoded: str, characters: str) -> str:

@@ -9,9 +9,8 @@ When we claim that neurons carry a fact, we change them and look (Dai et al. 202
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,27 +18,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import InputError, NumericsError
-from ..model.ffn import Neuron, find_neuron
-from ..model.load import LanguageModel
+from ..checks import check_count, check_number
+from ..errors import NumericsError
+from ..model.ffn import Neuron, find_neurons
+from ..model.load import LanguageModel, check_model
 
 
 @contextmanager
 def intervene(lm: LanguageModel, neurons: Iterable[Neuron], scale: float) -> Generator[None, None, None]:
     """Multiply the coefficients of these neurons by `scale` at every token while the block runs; the model is as before when it ends.
 
-    neurons  (layer, i), or (layer, expert, i) in a layer with experts; one given twice is scaled once. An expert's neuron counts only for
-             the tokens that are routed to it
+    neurons  (layer, i), or (layer, expert, i) in a layer with experts; rows of an array or a tensor will do. One given twice is scaled
+             once. An expert's neuron counts only for the tokens that are routed to it
     scale    any finite number; blocks inside one another multiply
 
     Raises LayerError for a neuron the model does not have, InputError for a scale that is not finite.
     """
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise InputError(f"scale is {scale}; expected a finite number: 0 suppresses, 2 amplifies")
-    if isinstance(neurons, (str, Mapping)) or not isinstance(neurons, Iterable):
-        raise InputError(f"neurons are a {type(neurons).__name__}; expected a list of (layer, i)")
+    check_model(lm)
+    scale = check_number(scale, "scale", "a finite number: 0 suppresses, 2 amplifies")
     factors: dict[int, dict[int, Tensor]] = {}
-    for layer, bank, i in {find_neuron(lm.ffn, neuron) for neuron in neurons}:
+    for layer, bank, i in find_neurons(lm.ffn, neurons):
         of_layer = factors.setdefault(layer, {})
         of_layer.setdefault(bank, torch.ones(lm.ffn[layer].banks[bank].d_ff, dtype=torch.float64))[i] = scale
     with ExitStack() as stack:
@@ -82,6 +80,8 @@ def effect(lm: LanguageModel, neurons: Sequence[Neuron], prompts: Sequence[str],
 
     Raises what `intervene` and `lm.log_prob` raise, and NumericsError when the model gives the target no probability to begin with.
     """
+    check_model(lm)
+    n_neurons = len(find_neurons(lm.ffn, neurons))
 
     def mean() -> float:
         return float(lm.log_prob(prompts, [target] * len(prompts)).double().exp().mean())
@@ -93,20 +93,23 @@ def effect(lm: LanguageModel, neurons: Sequence[Neuron], prompts: Sequence[str],
         silenced = mean()
     with intervene(lm, neurons, 2):
         doubled = mean()
-    return Effect(n_neurons=len(set(neurons)), before=before, silenced=silenced, doubled=doubled)
+    return Effect(n_neurons=n_neurons, before=before, silenced=silenced, doubled=doubled)
 
 
 def random_neurons(lm: LanguageModel, like: Iterable[Neuron], *, seed: int) -> tuple[Neuron, ...]:
-    """As many other neurons of the same banks, drawn by `seed`: the control for an effect. Raises LayerError as `intervene`."""
-    draw = random.Random(seed)
-    wanted: dict[tuple[int, ...], set[int]] = {}
-    for neuron in like:
-        find_neuron(lm.ffn, neuron)
-        wanted.setdefault(neuron[:-1], set()).add(neuron[-1])
+    """As many other neurons of the same banks, drawn by `seed`: the control for an effect.
+
+    A bank of which more than half is given has not as many others: all of them are taken, and the control is smaller (`n_neurons` of its
+    `Effect` says how large). Raises LayerError as `intervene`, InputError for a seed that is no whole number.
+    """
+    check_model(lm)
+    draw = random.Random(check_count(seed, "seed", "a whole number, 0 or more", least=0))
+    wanted: dict[tuple[int, int], set[int]] = {}
+    for layer, bank, i in find_neurons(lm.ffn, like):
+        wanted.setdefault((layer, bank), set()).add(i)
     drawn: list[Neuron] = []
-    for place, own in wanted.items():
-        layer, *expert = place
-        bank = lm.ffn[layer].banks[expert[0] if expert else 0]
-        others = [i for i in range(bank.d_ff) if i not in own]
-        drawn += [(layer, *expert, i) for i in draw.sample(others, min(len(own), len(others)))]  # type: ignore[misc]
+    for (layer, bank), own in wanted.items():
+        others = [i for i in range(lm.ffn[layer].banks[bank].d_ff) if i not in own]
+        chosen = draw.sample(others, min(len(own), len(others)))
+        drawn += [(layer, bank, i) for i in chosen] if lm.ffn[layer].n_experts else [(layer, i) for i in chosen]
     return tuple(drawn)

@@ -38,6 +38,8 @@ CANDIDATES = 12
 """At most so many neighbouring layers are tried, those where the MLPs' effect is largest: however deep the model, 12 × 24 edits at most."""
 RUN = 5
 """At most so many layers for MEMIT: its published ranges have five, or six (GPT-J)."""
+LEVEL = 0.03
+"""A layer this far below the best is never chosen before it, though few trials may leave more than that to chance."""
 NEAR = 0.95
 """MEMIT's run goes on while a layer's score is at least this share of the best: a layer that drops facts would waste its part of them."""
 
@@ -398,34 +400,43 @@ def candidates(lm: LanguageModel, effects: Sequence[float]) -> list[int]:
 def race(
     layers: Sequence[int], count: int, try_edits: Callable[[Sequence[int], range], Mapping[int, Sequence[Trial]]]
 ) -> dict[int, list[Trial]]:
-    """Try edits at every layer, more of them at the better ones: after a quarter and after half of the `count` edits, layers clearly behind
-    the best leave.
+    """Try edits at every layer, more of them at the better ones, until every layer that may be the best has tried all `count`.
 
     try_edits  called with (layers, numbers of the edits to try there); gives their trials by layer
 
-    Returns every layer's trials, in the order of the edits.
+    After a quarter and after half of the edits, six at least, layers clearly behind the best pause; fewer than six tell nothing, and all
+    layers try them. A layer that paused comes back and makes up what it missed as soon as the best of the others falls to where it may be
+    itself. No edit is tried twice at a layer: `count` × layers is the most it can cost, and what it does cost when no layer is clearly
+    behind. Returns every layer's trials, in the order of the edits.
     """
     trials: dict[int, list[Trial]] = {layer: [] for layer in layers}
-    running, done = list(layers), 0
-    for upto in dict.fromkeys(math.ceil(count * share) for share in (0.25, 0.5, 1)):
-        for layer, more in try_edits(running, range(done, upto)).items():
-            trials[layer] += more
-        running, done = _level(running, trials), upto
+    running = list(layers)
+    for upto in dict.fromkeys(min(count, max(MIN_FACTS, math.ceil(count * share))) for share in (0.25, 0.5, 1)):
+        while behind := [layer for layer in running if len(trials[layer]) < upto]:
+            start = min(len(trials[layer]) for layer in behind)
+            for layer, more in try_edits([layer for layer in behind if len(trials[layer]) == start], range(start, upto)).items():
+                trials[layer] += more
+            # What was just seen decides anew: a layer still to make up its edits may be out after all, one that paused may be back.
+            running = _in_the_race(trials)
     return trials
 
 
 def choose(trials: Mapping[int, Sequence[Trial]], effects: Sequence[float]) -> tuple[int, tuple[int, ...]]:
     """The layer for ROME and the consecutive layers for MEMIT, from each layer's trials of the same edits and the (n_layers,) effects.
 
-    ROME  the layer with the best score among those that stayed in the race. Where the trials cannot tell others from it, the trace decides:
-          of those within two standard errors of the paired difference, the one where the MLPs' effect is largest, then the earliest.
+    ROME  the layer with the best score among those that tried all the edits. Where the trials cannot tell others from it, the trace says:
+          of those within two standard errors of the paired difference, and within 3 points, the one where the MLPs' effect is largest, then
+          the earliest. So a trace that misleads costs 3 points of the measured score at most.
     MEMIT the run of neighbours around it whose score is at least 95 % of the best, the better side first, five at most. Each layer of a run
           takes a share of the change, so one where edits fail would lose its share. A layer that left the race early is judged by its few.
     """
-    full = max(len(some) for some in trials.values())
-    rome = max(_level([layer for layer, some in trials.items() if len(some) == full], trials), key=lambda layer: (effects[layer], -layer))
     scores = {layer: LayerScore.of(layer, some).score for layer, some in trials.items()}
-    best = max(scores[layer] for layer, some in trials.items() if len(some) == full)
+    most = max(len(some) for some in trials.values())
+    full = [layer for layer, some in trials.items() if len(some) == most]
+    first = max(full, key=lambda layer: scores[layer])
+    best = scores[first]
+    level = [layer for layer in full if best - scores[layer] <= min(LEVEL, 2 * _standard_error(trials[first], trials[layer]))]
+    rome = max(level, key=lambda layer: (effects[layer], -layer))
     run = [rome]
     while best > 0 and len(run) < RUN:
         near = [layer for layer in (run[0] - 1, run[-1] + 1) if scores.get(layer, 0) >= NEAR * best]
@@ -435,17 +446,33 @@ def choose(trials: Mapping[int, Sequence[Trial]], effects: Sequence[float]) -> t
     return rome, tuple(run)
 
 
-def _level(layers: Sequence[int], trials: Mapping[int, Sequence[Trial]]) -> list[int]:
-    """The layers, with equally many trials, whose score is the best or not clearly below: within two standard errors of the difference."""
-    scores = {layer: LayerScore.of(layer, trials[layer]).score for layer in layers}
-    best = max(layers, key=lambda layer: scores[layer])
-    return [layer for layer in layers if scores[best] - scores[layer] <= 2 * _standard_error(trials[best], trials[layer])]
+def _in_the_race(trials: Mapping[int, Sequence[Trial]]) -> list[int]:
+    """The layers that may be the best: none is clearly, by two standard errors, behind the best of those with the most trials."""
+    scores = {layer: LayerScore.of(layer, some).score for layer, some in trials.items()}
+    most = max(len(some) for some in trials.values())
+    best = max((layer for layer, some in trials.items() if len(some) == most), key=lambda layer: scores[layer])
+    return [
+        layer for layer, some in trials.items() if layer == best or scores[best] - scores[layer] <= 2 * _cautious_error(trials[best], some)
+    ]
+
+
+def _cautious_error(these: Sequence[Trial], those: Sequence[Trial]) -> float:
+    """The standard error of the difference of two layers' scores that a race may rely on: never 0, however alike the edits went.
+
+    That of the edits, and of half an edit more that held only here and half an edit that held only there, the adjusted interval for
+    matched proportions (Agresti and Min 2005, doi 10.1002/sim.1781): with n edits that went alike it is 1 / (n + 2). Infinite for one.
+    """
+    fewest = min(len(these), len(those))
+    return math.hypot(_standard_error(these, those), 1 / (fewest + 2)) if fewest > 1 else math.inf
 
 
 def _standard_error(these: Sequence[Trial], those: Sequence[Trial]) -> float:
-    """The jackknife standard error of the difference of two layers' scores on the same edits; 0 for a single edit."""
-    n = len(these)
-    if n < 2:
+    """The jackknife standard error of the difference of two layers' scores; 0 for a single edit.
+
+    Both tried the same edits in the same order, one of them perhaps the first of them only: an edit is left out wherever it was tried.
+    """
+    n = max(len(these), len(those))
+    if min(len(these), len(those)) < 2:
         return 0.0
     differences = []
     for i in range(n):

@@ -29,9 +29,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from ..checks import check_count, check_items, check_number, check_text
 from ..errors import InputError, NumericsError
 from ..model.ffn import FeedForward, Neuron, Neurons
-from ..model.load import LanguageModel
+from ..model.load import LanguageModel, check_model
 from ..model.replay import Replay, record
 from ..model.tokens import align
 from ..model.trace import recording, replacing
@@ -171,14 +172,16 @@ def knowledge_neurons(
     Scores and gradients are computed in the model's dtype. Raises InputError (arguments, prompts too long), UnsupportedModelError,
     and NumericsError when p(target) is zero or not finite. The model is not changed.
     """
-    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not prompts or not all(isinstance(p, str) for p in prompts):
-        raise InputError(f"prompts are {prompts!r}; expected one prompt, or a list of at least one")
-    if not isinstance(steps, int) or steps < 1:
-        raise InputError(f"steps is {steps}; expected the number of points of the integral, 1 or more")
+    check_model(lm)
+    expected = "one prompt, or a list of at least one"
+    prompts = [check_text(p, "a prompt") for p in ([prompts] if isinstance(prompts, str) else check_items(prompts, "prompts", expected))]
+    if not prompts:
+        raise InputError(f"no prompt was given; expected {expected}")
+    target = check_text(target, "the target")
+    steps = check_count(steps, "steps", "the number of points of the integral, 1 or more")
     for name, value in (("threshold", threshold), ("share", share), ("baseline_threshold", baseline_threshold)):
-        if not 0 < value <= 1:
-            raise InputError(f"{name} is {value}; expected a number above 0, at most 1")
+        if not 0 < check_number(value, name, expected := "a number above 0, at most 1") <= 1:
+            raise InputError(f"{name} is {value}; expected {expected}")
     if left := [p for p in prompts if "{}" in p]:
         raise InputError(f"prompt {left[0]!r} has a place left open; fill the subject in first")
 

@@ -15,16 +15,17 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..checks import check_items, whole_number
 from ..errors import LayerError, UnsupportedModelError
 from .trace import Call, Product, first_tensor, products, recording, replacing, replacing_factors, tensors
 
@@ -760,10 +761,16 @@ def check_layer(layer: int, n_layers: int) -> int:
 
 
 def find_neuron(ffn: Sequence[FeedForward], neuron: Neuron) -> tuple[int, int, int]:
-    """(layer, bank, i) of a neuron, the bank an index into `ffn[layer].banks`; raises LayerError for one the model does not have."""
-    whole = isinstance(neuron, (tuple, list)) and len(neuron) in (2, 3) and all(isinstance(n, int) and n is not True for n in neuron)
-    if not whole:
+    """(layer, bank, i) of a neuron, the bank an index into `ffn[layer].banks`; raises LayerError for one the model does not have.
+
+    Its numbers may be numpy's, or it the row of an array or a tensor.
+    """
+    is_row = isinstance(neuron, (tuple, list)) or getattr(neuron, "ndim", 0) == 1
+    numbers = [whole_number(n) for n in neuron] if is_row else []
+    places = [n for n in numbers if n is not None]
+    if len(places) not in (2, 3) or len(places) != len(numbers):
         raise LayerError(f"{neuron!r} is no neuron; expected (layer, i), or (layer, expert, i) in a layer with experts, as whole numbers")
+    neuron = cast("Neuron", tuple(places))
     layer, *bank, i = neuron
     memory = ffn[check_layer(layer, len(ffn))]
     if bool(bank) != bool(memory.n_experts):
@@ -779,3 +786,9 @@ def find_neuron(ffn: Sequence[FeedForward], neuron: Neuron) -> tuple[int, int, i
     if not 0 <= i < d_ff:
         raise LayerError(f"neuron {tuple(neuron)}: index {i} does not exist; its bank has neurons 0 to {d_ff - 1}")
     return layer, place, i
+
+
+def find_neurons(ffn: Sequence[FeedForward], neurons: Iterable[Neuron]) -> list[tuple[int, int, int]]:
+    """`find_neuron` of each, every one once, in the order given; raises InputError for what is no list."""
+    given = check_items(neurons, "neurons", "a list of (layer, i), or of (layer, expert, i)")
+    return list(dict.fromkeys(find_neuron(ffn, neuron) for neuron in given))

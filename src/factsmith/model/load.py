@@ -29,7 +29,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as notices
 
-from ..errors import FactsmithError, InputError, ModelError, ModelNotFoundError, TokenizerError, UnsupportedModelError
+from ..errors import FactsmithError, InputError, ModelError, ModelNotFoundError, NumericsError, TokenizerError, UnsupportedModelError
 from .ffn import FeedForward, Routing, build, check_layer, counterparts, find_feed_forward, find_layers, same
 from .tokens import Batch, align, encode, fast_tokenizer, pad_id, target_ids
 from .trace import hook_count, recording, replacing, standing_in, with_first_tensor
@@ -356,16 +356,32 @@ class LanguageModel:
                 self._find_parts()
                 self._check_replay()
         except FactsmithError:
+            self._check_finite()
             raise
         except Exception as error:  # models raise whatever they like when they are run in a way they do not foresee
             raise UnsupportedModelError(
                 f"{self.name}: its dry run ended in {type(error).__name__}: {_first_line(error)}; it cannot be replayed as a text model"
             ) from error
 
+    def _check_finite(self) -> None:
+        """Raises ModelError when a weight is not finite: then nothing computed with it can be, and no other reason need be looked for."""
+        for name, weight in self.module.named_parameters():
+            if wrong := int((~weight.isfinite()).sum()):
+                raise ModelError(
+                    f"{self.name}: {wrong} of the {weight.numel()} entries of {name} are not finite (NaN or infinite); copy or download "
+                    "the weights again, or undo what was done to them"
+                ) from None
+
     def _find_parts(self) -> None:
         single = self._dry_batch([0])
         expected = getattr(self._text_config, "num_hidden_layers", None)
         self.layers, self.slot, calls = find_layers(self.module, expected, lambda: self.forward(single))
+        if lost := [index for index, call in enumerate(calls) if not bool(call.output.isfinite().all())]:
+            self._check_finite()
+            raise NumericsError(
+                f"{self.name}: from layer {lost[0]} on its outputs are not finite, though its weights are: numbers too large for "
+                f"{self.dtype}; load it in a wider dtype"
+            )
         self._layer_result: Any = calls[0].result
         self._d_model = calls[0].output.shape[-1]
         found: list[tuple[FeedForward, nn.Module | None]] = []
@@ -464,6 +480,13 @@ def wrap(module: Any, tokenizer: Any) -> LanguageModel:
     if not (hasattr(module, "config") and hasattr(module, "get_input_embeddings")):
         raise UnsupportedModelError(f"wrap takes a transformers language model; got a {type(module).__name__}")
     return _wrapped(module, tokenizer, module.config.name_or_path or type(module).__name__)
+
+
+def check_model(lm: object) -> None:
+    """Raises InputError unless this is a LanguageModel."""
+    if not isinstance(lm, LanguageModel):
+        what = f"the name {lm!r}" if isinstance(lm, str) else f"a {type(lm).__name__}"
+        raise InputError(f"expected a model, got {what}; load it first: lm = factsmith.load(...), or factsmith.wrap(module, tokenizer)")
 
 
 def _wrapped(module: Any, tokenizer: Any, name: str) -> LanguageModel:

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 import torch
 
+from ..checks import check_text
 from ..errors import InputError, TokenizerError, UnsupportedModelError
 from .ffn import same
 from .load import LanguageModel, replaced_by
@@ -59,7 +60,7 @@ class MaskedLanguageModel(LanguageModel):
         ids = self.prompt_ids(prompt)
         columns = self._masks(prompt, ids)
         first, last = text.index(mask), text.rindex(mask) + len(mask)
-        if not target.strip():
+        if not check_text(target, "the target").strip():
             raise InputError(f"the target is empty; expected what belongs into the mask of {prompt!r}")
         if text[first:last].replace(mask, "").strip():
             raise InputError(f"the masks of {prompt!r} stand apart; expected one place, with a mask for each token of the target")
@@ -108,7 +109,7 @@ class MaskedLanguageModel(LanguageModel):
             self._refuse("does not hide padding, so prompts of different lengths would change one another; give them one by one")
 
     def _with_masks(self, prompt: str) -> str:
-        return prompt.replace(_BLANK, self.tokenizer.mask_token)
+        return check_text(prompt, "the prompt").replace(_BLANK, self.tokenizer.mask_token)
 
     def _masks(self, prompt: str, ids: Sequence[int]) -> list[int]:
         """The columns of the masks; raises InputError when there is none."""

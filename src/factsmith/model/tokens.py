@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..checks import check_text
 from ..errors import InputError, SubjectError, TokenizerError
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def encode(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]
 
     An EOS or separator that the tokenizer appends is taken off: a prompt is there to be continued.
     """
-    encoded = fast_tokenizer(tokenizer)(text, return_offsets_mapping=True, return_attention_mask=False)
+    encoded = fast_tokenizer(tokenizer)(check_text(text, "the prompt"), return_offsets_mapping=True, return_attention_mask=False)
     ids, offsets = list(encoded["input_ids"]), [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
     special = set(tokenizer.all_special_ids)
     while ids and ids[-1] in special and offsets[-1] == (0, 0) and any(b > a for a, b in offsets):
@@ -100,7 +101,7 @@ def subject_span(lm_or_tokenizer: Any, text: str, subject: str) -> tuple[int, in
     text, or is in it more than once.
     """
     tokenizer = getattr(lm_or_tokenizer, "tokenizer", lm_or_tokenizer)
-    subject = subject.strip()
+    subject = check_text(subject, "the subject").strip()
     if not subject:
         raise SubjectError(f"the subject is empty; expected a part of the prompt {text!r}")
     at = text.find(subject)
@@ -122,7 +123,7 @@ def target_ids(tokenizer: Any, prompt: str, target: str) -> list[int]:
     Raises InputError when the target is empty or has no known token.
     """
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    if not target.strip():
+    if not check_text(target, "the target").strip():
         raise InputError(f"the target is empty; expected a continuation of {prompt!r}")
     gap = "" if not prompt or prompt[-1].isspace() or target[0].isspace() else " "
     head, _ = encode(tokenizer, prompt)
