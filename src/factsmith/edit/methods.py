@@ -99,6 +99,9 @@ class SpreadConfig(TargetConfig):
     spread: Literal["even", "sqrt"] = "even"
     """What a layer takes of what is missing: an equal part of it among the layers left (MEMIT), or 1/√ of them (PMET), which leaves the lower
     layers more to do."""
+    keys: Literal["mean", "each"] = "mean"
+    """"mean": one key a fact, averaged over contexts (the papers). "each": the fact's output is asked for at its key in every context, which
+    other phrasings of the fact profit from."""
     norm_anchor: float | Literal["mean"] | None = None
     """Rescale what the last layer's FFN should put out to this norm ("mean": of all facts of the first round), so that the norms of later
     rounds do not grow on those of earlier ones. None, the authors' setting, leaves it."""
@@ -115,6 +118,8 @@ class SpreadConfig(TargetConfig):
             object.__setattr__(self, "layers", tuple(sorted(layers)))
         if self.spread not in ("even", "sqrt"):
             raise InputError(f'spread is "even" or "sqrt"; got {self.spread!r}')
+        if self.keys not in ("mean", "each"):
+            raise InputError(f'keys is "mean" or "each"; got {self.keys!r}')
         anchor = self.norm_anchor
         if not (anchor is None or anchor == "mean" or (isinstance(anchor, (int, float)) and 0 < anchor < float("inf"))):
             raise InputError(f'norm_anchor is a norm above 0, "mean" or None; got {anchor!r}')
@@ -493,16 +498,24 @@ def _write(
     MEMIT, algorithm 1. Keys and stream are read on the model with the layers below edited already.
     """
     parts: list[Delta] = []
+    weights = torch.tensor(context_weights(contexts))
     with ExitStack() as stack:
         for done, layer in enumerate(layers):
             _tell(progress, "layers", done, len(layers))
-            keys = read_keys(lm, facts, layer, contexts, context_weights(contexts))
+            keys = read_keys(lm, facts, layer, contexts).cpu()  # (n, contexts, d_ff)
             missing = wanted - read_stream(lm, facts, layers[-1]).to(wanted)
-            residuals = solve.share(to_down(lm, facts, layer, missing), len(layers) - done, config.spread)
-            left, right = config.update(keys.cpu(), residuals.cpu(), moments[layer], kept[layer])
+            residuals = solve.share(to_down(lm, facts, layer, missing), len(layers) - done, config.spread).cpu()
+            mean = torch.einsum("ncm,c->nm", keys, weights)
+            if config.keys == "mean":
+                left, right = config.update(mean, residuals, moments[layer], kept[layer])
+            else:  # a row for every context, counted by its weight; those of a fact share its residual, so the rank stays that of the facts
+                roots = weights.sqrt()[:, None]
+                rows, wanted_rows = (keys * roots).flatten(0, 1), (residuals[:, None] * roots).flatten(0, 1)
+                _, right = config.update(rows, wanted_rows, moments[layer], kept[layer])
+                left, right = residuals.T, (right.view(keys.shape) * roots.to(right)).sum(1)
             part = Delta(
                 layers={layer: (left.float(), right.float())},
-                k_star={layer: keys.cpu()},
+                k_star={layer: mean},
                 v_star=wanted.cpu(),
                 facts=tuple(facts),
                 method=method,

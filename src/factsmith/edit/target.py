@@ -147,15 +147,14 @@ def find_targets(
 
 
 @torch.no_grad()
-def read_keys(lm: LanguageModel, facts: Sequence[Fact], layer: int, contexts: Sequence[str], weights: Sequence[float]) -> Tensor:
-    """The down-projection's input at each fact's subject token, averaged over contexts with `weights`: (n, d_ff) float32.
+def read_keys(lm: LanguageModel, facts: Sequence[Fact], layer: int, contexts: Sequence[str]) -> Tensor:
+    """The down-projection's input at each fact's subject token in each context: (n, n_contexts, d_ff) float32.
 
     A key does not see what follows the subject, so the rest of the prompt is not run, nor are the layers above.
     """
     rows = [_at_subject(lm, context.replace("{}", fact.prompt), fact.subject) for fact in facts for context in contexts]
     keys = _columns(lm, rows, {"down": lm.ffn[layer].down}, lambda call: call.input)
-    share = torch.tensor(weights, dtype=keys.dtype, device=keys.device)
-    return torch.einsum("ncm,c->nm", keys.view(len(facts), len(contexts), -1), share)
+    return keys.view(len(facts), len(contexts), -1)
 
 
 @torch.no_grad()
@@ -197,7 +196,7 @@ def to_down(lm: LanguageModel, facts: Sequence[Fact], layer: int, change: Tensor
 
 def _at_subject(lm: LanguageModel, template: str, subject: str) -> list[int]:
     """The prompt's tokens up to the subject's last."""
-    ids, pivot = _pivot(lm, template, subject)
+    ids, _, pivot = _pivot(lm, template, subject)
     return ids[: pivot + 1]
 
 
@@ -235,7 +234,8 @@ class _Question:
     sequences: list[list[int]]
     pivots: list[int]
     reads: list[list[int]]  # for each context, the columns right of the pivot whose next token is a target token
-    target: list[int]
+    targets: list[list[int]]  # for each context, the target's tokens; none for a fact that is to be forgotten
+    without: list[list[int]]  # for each context of such a fact, the prompt without the subject's tokens; else nothing
 
     @property
     def width(self) -> int:
@@ -249,42 +249,65 @@ class _Asked:
 
     rows: Tensor  # (N,) row of the batch
     columns: Tensor  # (N,) live column
-    targets: Tensor  # (N,) token id due there
+    targets: Tensor  # (N,) token id due there; meaningless where a distribution is due
     shares: Tensor  # (N,) its weight in its fact's mean
     facts: Tensor  # (N,) which fact
     guards: Tensor  # (n,) each fact's guard row
+    blank: Tensor  # (M,) which of the N are due a distribution
+    without: Tensor  # (M, vocab) its log-probabilities
 
     @classmethod
-    def of(cls, questions: Sequence[_Question], device: torch.device) -> _Asked:
+    def of(cls, questions: Sequence[_Question], without: Sequence[Tensor | None], device: torch.device) -> _Asked:
+        """`without`: for each fact to be forgotten what the model says without the subject, (contexts, vocab) log-probabilities."""
         per_fact = len(questions[0].sequences)
         flat = [
-            (f * per_fact + c, column, token, 1 / (len(q.reads) * len(q.target)), f)
+            (f * per_fact + c, column, token, 1 / (len(q.reads) * len(columns)), f, q.without != [])
             for f, q in enumerate(questions)
             for c, columns in enumerate(q.reads)
-            for column, token in zip(columns, q.target, strict=True)
+            for column, token in zip(columns, q.targets[c] if q.targets else [0], strict=True)
         ]
-        rows, columns, targets, shares, facts = (torch.tensor(x, device=device) for x in zip(*flat, strict=True))
+        rows, columns, targets, shares, facts, blank = (torch.tensor(x, device=device) for x in zip(*flat, strict=True))
         guards = torch.arange(1, len(questions) + 1, device=device) * per_fact - 1
-        return cls(rows, columns, targets, shares, facts, guards)
+        held = [log_p for log_p in without if log_p is not None]
+        log_p = torch.cat(held) if held else torch.empty(0, 0, device=device)
+        return cls(rows, columns, targets, shares, facts, guards, blank.nonzero()[:, 0], log_p)
 
 
 def _tokenize(lm: LanguageModel, fact: Fact, contexts: Sequence[str]) -> _Question:
     subject_span(lm, fact.text, fact.subject)  # refuses a prompt that names its subject twice
-    target = target_ids(lm.tokenizer, fact.text, fact.target)
-    sequences, pivots, reads = [], [], []
-    for template in (context.replace("{}", fact.prompt) for context in contexts):
-        ids, pivot = _pivot(lm, template, fact.subject)
-        sequences.append(ids + target[:-1])
+    bare = None if fact.target is None else target_ids(lm.tokenizer, fact.text, fact.target)
+    sequences, pivots, reads, targets, without = [], [], [], [], []
+    for context in contexts:
+        ids, first, pivot = _pivot(lm, context.replace("{}", fact.prompt), fact.subject)
+        target = bare
+        if target is not None and not context.endswith("{}"):  # a chat template: the answer begins a line of its own
+            target = target_ids(lm.tokenizer, context.replace("{}", fact.text), str(fact.target))
+        sequences.append(ids + (target or [0])[:-1])
         pivots.append(pivot)
-        reads.append([len(ids) - 1 - pivot + i for i in range(len(target))])
-    ids, pivot = _pivot(lm, _GUARD, fact.subject)
+        reads.append([len(ids) - 1 - pivot + i for i in range(len(target or [0]))])
+        if target is not None:
+            targets.append(target)
+        else:
+            without.append(ids[:first] + ids[pivot + 1 :])
+            if pivot == len(ids) - 1 or not without[-1]:
+                raise InputError(f"{fact.text!r} ends with its subject, so nothing can be said without it; to forget a fact, give a prompt that goes on")
+    ids, _, pivot = _pivot(lm, _GUARD, fact.subject)
     sequences.append(ids[: pivot + 1])  # read at the subject itself: what follows does not matter
     pivots.append(pivot)
-    return _Question(fact, sequences, pivots, reads, target)
+    return _Question(fact, sequences, pivots, reads, targets, without)
 
 
-def _pivot(lm: LanguageModel, template: str, subject: str) -> tuple[list[int], int]:
-    """Token ids of the filled-in template, and the column of the subject's last token.
+@torch.no_grad()
+def _said_without(lm: LanguageModel, question: _Question) -> Tensor | None:
+    """What the model goes on with when the subject's tokens are left out: (contexts, vocab) log-probabilities; None for a fact to be written."""
+    if not question.without:
+        return None
+    hidden = [lm.last_hidden(align(lm, [ids], [len(ids) - 1]))[0, -1] for ids in question.without]
+    return lm.head(torch.stack(hidden)).float().log_softmax(-1)
+
+
+def _pivot(lm: LanguageModel, template: str, subject: str) -> tuple[list[int], int, int]:
+    """Token ids of the filled-in template, and the columns of the subject's first and last token.
 
     By the place of the slot, not by a search: a context may happen to name the subject too.
     """
@@ -293,7 +316,7 @@ def _pivot(lm: LanguageModel, template: str, subject: str) -> tuple[list[int], i
     stop = start + len(subject.strip())
     ids, offsets = encode(lm.tokenizer, text)
     inside = [i for i, (a, b) in enumerate(offsets) if a < stop and b > start and text[a:b].strip()]
-    return ids, inside[-1]
+    return ids, inside[0], inside[-1]
 
 
 def _fit(questions: Sequence[_Question], lm: LanguageModel, layer: int, memory: int) -> int:
@@ -304,7 +327,7 @@ def _fit(questions: Sequence[_Question], lm: LanguageModel, layer: int, memory: 
     vocabulary = len(lm.tokenizer)
     answers = 0
     for count, question in enumerate(questions, start=1):
-        answers += (1 + len(question.reads) * len(question.target)) * vocabulary * 12  # logits, their softmax and its gradient
+        answers += (1 + sum(map(len, question.reads))) * vocabulary * 12  # logits, their softmax and its gradient
         taken = answers + count * len(question.sequences) * question.width * token  # sorted: the last is the widest
         if taken > memory and count > 1:
             return count - 1
@@ -332,7 +355,8 @@ def _search(questions: Sequence[_Question], lm: LanguageModel, layer: int, confi
     convergence: list[dict[str, Any]] = [{} for _ in questions]
     p_initial: Tensor | None = None  # (n, vocab) log-probabilities under δ = 0
     active = list(range(n))
-    asked = _Asked.of(questions, batch.input_ids.device)
+    without = [_said_without(lm, question) for question in questions]
+    asked = _Asked.of(questions, without, batch.input_ids.device)
     for step in range(1, config.steps + 1):
         stacked = torch.stack([deltas[i] for i in active])  # (active, d_model)
         hidden = _above(replay, layer, stacked.repeat_interleave(per_fact, dim=0), site)  # (active · per_fact, S, d_model)
@@ -367,7 +391,7 @@ def _search(questions: Sequence[_Question], lm: LanguageModel, layer: int, confi
             rows_kept = (stay[:, None] * per_fact + torch.arange(per_fact, device=stay.device)).flatten()
             replay, p_initial = replay.keep(rows_kept), p_initial[stay]
             active = [active[i] for i in stay.tolist()]
-            asked = _Asked.of([questions[i] for i in active], batch.input_ids.device)
+            asked = _Asked.of([questions[i] for i in active], [without[i] for i in active], batch.input_ids.device)
         adam.zero_grad(set_to_none=True)
         for i, gradient in zip(active, gradients, strict=True):
             deltas[i].grad = gradient
@@ -404,11 +428,15 @@ def _above(replay: Replay, layer: int, delta: Tensor, site: Site, until: int | N
 
 
 def _read(replay: Replay, hidden: Tensor, asked: _Asked) -> tuple[Tensor, Tensor]:
-    """Mean NLL of the target tokens (n,) and log-probabilities at the guard (n, vocab), from last-layer states (R, S, d_model)."""
+    """Mean NLL of the target tokens (n,), of a fact to be forgotten the KL, and log-probabilities at the guard (n, vocab), from last-layer states (R, S, d_model)."""
     states = torch.cat([hidden[asked.rows, asked.columns], hidden[asked.guards, 0]])  # the head runs on these and nothing else
     log_p = replay.logits(states).float().log_softmax(-1)
     tokens = len(asked.rows)
-    nll = -log_p[:tokens].gather(1, asked.targets[:, None])[:, 0] * asked.shares
+    nll = -log_p[:tokens].gather(1, asked.targets[:, None])[:, 0]
+    if len(asked.blank):  # KL(without the subject ‖ now): zero when the subject makes no difference any more
+        kl = F.kl_div(log_p[asked.blank], asked.without.to(log_p), log_target=True, reduction="none").sum(-1)
+        nll = nll.index_copy(0, asked.blank, kl)
+    nll = nll * asked.shares
     return torch.zeros(len(asked.guards), device=nll.device).index_add(0, asked.facts, nll), log_p[tokens:]
 
 
