@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
-from factsmith.edit.delta import applied
 from factsmith.edit.contexts import generate_contexts
+from factsmith.edit.delta import applied
 from factsmith.edit.methods import RomeConfig, rome_each
 from factsmith.fact import Fact
 from factsmith.locate.layers import LayerScore, Trial, choose, judge, race, trial_facts

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import factsmith.model.load
-from factsmith.edit.delta import applied
 from factsmith.edit.contexts import generate_contexts
+from factsmith.edit.delta import applied
 from factsmith.edit.methods import RomeConfig, rome, rome_each
 from factsmith.edit.moments import SecondMoment, second_moments
 from factsmith.locate.layers import LayerScore, judge, trial_facts

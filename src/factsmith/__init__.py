@@ -12,8 +12,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .edit.delta import Delta, applied
     from .edit.contexts import generate_contexts
+    from .edit.delta import Delta, applied
     from .edit.methods import AlphaEditConfig, EmmetConfig, MemitConfig, RomeConfig, alphaedit, emmet, memit, r_rome, rome, rome_each
     from .edit.moments import SecondMoment, second_moments
     from .edit.neurons import erase, rewrite
@@ -77,12 +77,14 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
+    "AlphaEditConfig",
     "AttributionTrace",
     "AverageTrace",
     "CausalTrace",
     "DamagedError",
     "Delta",
     "Effect",
+    "EmmetConfig",
     "Fact",
     "FactError",
     "FactFile",
@@ -98,6 +100,7 @@ __all__ = [
     "Ledger",
     "LedgerError",
     "MaskedLanguageModel",
+    "MemitConfig",
     "ModelError",
     "ModelNotFoundError",
     "NumericsError",
@@ -116,6 +119,7 @@ __all__ = [
     "Workbench",
     "WorkspaceError",
     "__version__",
+    "alphaedit",
     "applied",
     "attribution_trace",
     "average_trace",
@@ -125,14 +129,17 @@ __all__ = [
     "class_map",
     "curves",
     "effect",
+    "emmet",
     "erase",
     "generate_contexts",
     "heat_map",
     "intervene",
     "knowledge_neurons",
     "load",
+    "memit",
     "neuron_chart",
     "published",
+    "r_rome",
     "random_neurons",
     "recommend_layers",
     "refine_relation",

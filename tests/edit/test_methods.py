@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import GPT2, LLAMA, TEXTS, VOCAB, byte_tokenizer, shared_dir, tiny_model
-from factsmith.edit.delta import Delta, applied, read_weights
 from factsmith.edit.contexts import generate_contexts
+from factsmith.edit.delta import Delta, applied, read_weights
 from factsmith.edit.methods import RomeConfig, rome, rome_each
 from factsmith.edit.moments import SecondMoment, second_moments
 from factsmith.errors import FactsmithError, InputError, LayerError, SubjectError, UnsupportedModelError

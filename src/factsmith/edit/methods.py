@@ -59,7 +59,26 @@ def shipped(settings: type[TargetConfig], lm: LanguageModel) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class RomeConfig(TargetConfig):
+class EditConfig(TargetConfig):
+    """Settings of any editor: what all of them have in common."""
+
+    @property
+    @abstractmethod
+    def edited(self) -> tuple[int, ...] | None:
+        """The layers to edit; None when they are still to be chosen."""
+
+    @abstractmethod
+    def at(self, layers: Sequence[int]) -> Self:
+        """The same settings for these layers."""
+
+    @classmethod
+    @abstractmethod
+    def recommended(cls, lm: LanguageModel) -> Self:
+        """The settings that came with the model, else those for a model nothing is known about."""
+
+
+@dataclass(frozen=True)
+class RomeConfig(EditConfig):
     """Settings of ROME: where, and how the target is searched (the fields of TargetConfig)."""
 
     layer: int | None = None
@@ -70,8 +89,19 @@ class RomeConfig(TargetConfig):
         if self.layer is not None and (not isinstance(self.layer, int) or isinstance(self.layer, bool) or self.layer < 0):
             raise LayerError(f"layer is the number of a layer, counted from 0, or None; got {self.layer!r}")
 
+    @property
+    def edited(self) -> tuple[int, ...] | None:
+        """The layer as a tuple, or None."""
+        return None if self.layer is None else (self.layer,)
+
+    def at(self, layers: Sequence[int]) -> Self:
+        """The same settings for one layer; raises LayerError for several."""
+        if len(layers) != 1:
+            raise LayerError(f"ROME edits one layer; got {tuple(layers)}: name one, or use a method that spreads its edits, such as memit")
+        return dataclasses.replace(self, layer=layers[0])
+
     @classmethod
-    def recommended(cls, lm: LanguageModel) -> RomeConfig:
+    def recommended(cls, lm: LanguageModel) -> Self:
         """The settings that came with the model, else scale="auto" with 40 steps at layer n_layers // 6.
 
         A sixth of the depth is where the published layers lie on average (GPT-J 5 of 28, Llama-3 5 of 32, GPT-2 XL 17 of 48); what was
@@ -88,20 +118,20 @@ def by_depth(n_layers: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class SpreadConfig(TargetConfig):
+class SpreadConfig(EditConfig):
     """Settings of the editors that write many facts into several layers at once; the formula of a layer is the method's (`update`)."""
 
     layers: tuple[int, ...] | None = None
     """The layers to edit, lowest first. None: those of `recommended`; a Workbench, and `propose`, look further."""
     _: KW_ONLY
     clamp: float = 0.75
-    """Largest ‖δ‖ in units of the stream's norm at the subject, where δ is added ("paper"; the authors' value) or of half of it ("auto")."""
+    """Largest ‖δ‖ in units of the stream's norm where δ is added ("paper"; the authors' value) or of half of it ("auto")."""
     spread: Literal["even", "sqrt"] = "even"
-    """What a layer takes of what is missing: an equal part of it among the layers left (MEMIT), or 1/√ of them (PMET), which leaves the lower
-    layers more to do."""
+    """What a layer takes of what is missing: an equal part of it among the layers left (MEMIT), or 1/√ of them (PMET), which gives the
+    lower layers more to do."""
     keys: Literal["mean", "each"] = "mean"
-    """"mean": one key a fact, averaged over contexts (the papers). "each": the fact's output is asked for at its key in every context, which
-    other phrasings of the fact profit from."""
+    """"mean": one key a fact, averaged over contexts (the papers). "each": the fact's output is asked for at its key in every context,
+    which other phrasings of the fact profit from."""
     norm_anchor: float | Literal["mean"] | None = None
     """Rescale what the last layer's FFN should put out to this norm ("mean": of all facts of the first round), so that the norms of later
     rounds do not grow on those of earlier ones. None, the authors' setting, leaves it."""
@@ -113,7 +143,11 @@ class SpreadConfig(TargetConfig):
         super().__post_init__()
         if self.layers is not None:
             layers = (self.layers,) if isinstance(self.layers, int) else tuple(self.layers)
-            if not layers or not all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in layers) or len(set(layers)) < len(layers):
+            if (
+                not layers
+                or not all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in layers)
+                or len(set(layers)) < len(layers)
+            ):
                 raise LayerError(f"layers are numbers of layers, counted from 0, each once, or None; got {self.layers!r}")
             object.__setattr__(self, "layers", tuple(sorted(layers)))
         if self.spread not in ("even", "sqrt"):
@@ -125,6 +159,15 @@ class SpreadConfig(TargetConfig):
             raise InputError(f'norm_anchor is a norm above 0, "mean" or None; got {anchor!r}')
         if not isinstance(self.repair, int) or isinstance(self.repair, bool) or self.repair < 0:
             raise InputError(f"repair is a whole number of at least 0; got {self.repair!r}")
+
+    @property
+    def edited(self) -> tuple[int, ...] | None:
+        """The layers, or None."""
+        return self.layers
+
+    def at(self, layers: Sequence[int]) -> Self:
+        """The same settings for these layers."""
+        return dataclasses.replace(self, layers=tuple(layers))
 
     @classmethod
     def recommended(cls, lm: LanguageModel) -> Self:
@@ -175,8 +218,8 @@ class AlphaEditConfig(SpreadConfig):
 
     _: KW_ONLY
     threshold: float | None = 0.02
-    """Eigenvalues of the second moment below it make the null space; the authors' value. It does not carry over to models whose coefficients
-    have another size: there `energy` does."""
+    """Eigenvalues of the second moment below it make the null space; the authors' value. It does not carry over to models whose
+    coefficients have another size: there `energy` does."""
     energy: float | None = None
     """Instead of a threshold: the share of the second moment's trace that stays outside the null space."""
     l2: float = 10.0
@@ -313,7 +356,7 @@ def alphaedit(
     return _all_at_once(lm, facts, config or AlphaEditConfig.recommended(lm), "alphaedit", moments, contexts, seed, earlier, progress)
 
 
-METHODS: dict[str, tuple[Callable[..., Delta], type[TargetConfig]]] = {
+METHODS: dict[str, tuple[Callable[..., Delta], type[EditConfig]]] = {
     "rome": (rome, RomeConfig),
     "r-rome": (r_rome, RomeConfig),
     "memit": (memit, MemitConfig),
@@ -454,9 +497,7 @@ def _all_at_once(
                 break
             what = "targets" if wanted is None else f"targets, repair {attempt}"
             some = [facts[i] for i in short]
-            targets = find_targets(
-                lm, some, last, config, contexts, site="stream", progress=lambda done, what=what, n=len(some): _tell(progress, what, done, n)
-            )
+            targets = find_targets(lm, some, last, config, contexts, site="stream", progress=_counting(progress, what, len(some)))
             v_star = targets.v_star
             if config.norm_anchor is not None:
                 ffn = targets.ffn_initial + v_star - targets.v_initial  # what the FFN alone should put out
@@ -469,10 +510,7 @@ def _all_at_once(
     assert wanted is not None
     return dataclasses.replace(
         written[0],
-        layers={
-            layer: tuple(x.float() for x in solve.compact(torch.cat([d.layers[layer][0] for d in written], 1), torch.cat([d.layers[layer][1] for d in written])))
-            for layer in layers
-        },
+        layers={layer: _joined([delta.layers[layer] for delta in written]) for layer in layers},
         k_star=written[-1].k_star,
         v_star=wanted.cpu(),
         config={**dataclasses.asdict(config), "layers": list(layers), "norm_anchor": anchor, "contexts": contexts},
@@ -531,6 +569,12 @@ def _write(
     )
 
 
+def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The sum of several updates of one layer as one pair of factors, float32."""
+    left, right = solve.compact(torch.cat([left for left, _ in parts], dim=1), torch.cat([right for _, right in parts]))
+    return left.float(), right.float()
+
+
 def _not_taken(lm: LanguageModel, facts: Sequence[Fact]) -> list[int]:
     said = lm.says([fact.text for fact in facts], [fact.target for fact in facts])
     return [i for i, holds in enumerate(said) if not holds]
@@ -552,6 +596,10 @@ def _anchor(config: SpreadConfig, earlier: Sequence[Delta]) -> float | None:
 
 def _factor(moment: SecondMoment, earlier: Tensor | None, weight: float) -> Tensor:
     return moment.factor if earlier is None else solve.cholesky(solve.with_earlier(moment.matrix, earlier, weight))
+
+
+def _counting(progress: Progress | None, what: str, total: int) -> Callable[[int], None]:
+    return lambda done: _tell(progress, what, done, total)
 
 
 def _tell(progress: Progress | None, what: str, done: int, total: int) -> None:

@@ -155,7 +155,9 @@ def alphaedit(keys: Tensor, residuals: Tensor, basis: Tensor, l2: float, earlier
     `least_change`.
     """
     if basis.shape[1] == 0 or l2 <= 0:
-        raise InputError(f"AlphaEdit needs a null space and l2 above 0; got {basis.shape[1]} dimensions and l2 = {l2!r}: raise the threshold")
+        raise InputError(
+            f"AlphaEdit needs a null space and l2 above 0; got {basis.shape[1]} dimensions and l2 = {l2!r}: raise the threshold"
+        )
     basis = basis.double()
     preserved = l2 * torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device)
     if earlier is not None:
@@ -183,7 +185,8 @@ def null_space(values: Tensor, vectors: Tensor, *, threshold: float | None = Non
     if not 0 < energy < 1:
         raise InputError(f"the energy that stays out of the null space is a share between 0 and 1; got {energy!r}")
     held = values.clamp(min=0).cumsum(0)
-    return vectors[:, held <= (1 - energy) * held[-1]]
+    unused: Tensor = vectors[:, held <= (1 - energy) * held[-1]]
+    return unused
 
 
 def with_earlier(matrix: Tensor, earlier: Tensor, weight: float) -> Tensor:
@@ -218,7 +221,9 @@ def compact(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 def _positive(matrix: Tensor, name: str) -> Tensor:
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if failed:
-        raise NumericsError(f"{name} is not positive definite in float64; raise the ridge (moment_weight, l2), or leave out facts that share keys")
+        raise NumericsError(
+            f"{name} is not positive definite in float64; raise the ridge (moment_weight, l2), or leave out facts that share keys"
+        )
     return factor
 
 
@@ -231,6 +236,6 @@ def _check_independent(gram: Tensor) -> None:
     closest = int((cosine.abs() - 2 * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).argmax())
     a, b = divmod(closest, len(gram))
     raise NumericsError(
-        f"{len(gram)} keys are not independent (facts {min(a, b)} and {max(a, b)} are the closest, cosine {float(cosine[a, b]):.6f} under C⁻¹), so no "
-        "update gives each its own output; give a ridge above 0, or leave one of them out"
+        f"{len(gram)} keys are not independent (facts {min(a, b)} and {max(a, b)} are the closest, cosine {float(cosine[a, b]):.6f} under C⁻¹), "
+        "so no update gives each its own output; give a ridge above 0, or leave one of them out"
     )

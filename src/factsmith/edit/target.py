@@ -181,14 +181,16 @@ def to_down(lm: LanguageModel, facts: Sequence[Fact], layer: int, change: Tensor
         added = change[group].clone().to(wanted).requires_grad_()
         search = torch.optim.LBFGS([added], max_iter=_PRE_NORM_STEPS, line_search_fn="strong_wolfe")
 
-        def distance(replay: Replay = replay, added: Tensor = added, wanted: Tensor = wanted, search: torch.optim.Optimizer = search) -> Tensor:
+        def distance(
+            replay: Replay = replay, added: Tensor = added, wanted: Tensor = wanted, search: torch.optim.Optimizer = search
+        ) -> Tensor:
             search.zero_grad()
             error = (_above(replay, layer, added, "ffn", until=layer + 1)[:, 0].float() - wanted).square().sum()
             error.backward()  # type: ignore[no-untyped-call]
             return error
 
         with torch.enable_grad():
-            search.step(distance)
+            search.step(distance)  # type: ignore[no-untyped-call]
         for i, row in zip(group, added.detach(), strict=True):
             found[i] = row
     return torch.stack([found[i] for i in range(len(facts))])
@@ -276,7 +278,11 @@ class _Asked:
 def _tokenize(lm: LanguageModel, fact: Fact, contexts: Sequence[str]) -> _Question:
     subject_span(lm, fact.text, fact.subject)  # refuses a prompt that names its subject twice
     bare = None if fact.target is None else target_ids(lm.tokenizer, fact.text, fact.target)
-    sequences, pivots, reads, targets, without = [], [], [], [], []
+    sequences: list[list[int]] = []
+    pivots: list[int] = []
+    reads: list[list[int]] = []
+    targets: list[list[int]] = []
+    without: list[list[int]] = []
     for context in contexts:
         ids, first, pivot = _pivot(lm, context.replace("{}", fact.prompt), fact.subject)
         target = bare
@@ -290,7 +296,9 @@ def _tokenize(lm: LanguageModel, fact: Fact, contexts: Sequence[str]) -> _Questi
         else:
             without.append(ids[:first] + ids[pivot + 1 :])
             if pivot == len(ids) - 1 or not without[-1]:
-                raise InputError(f"{fact.text!r} ends with its subject, so nothing can be said without it; to forget a fact, give a prompt that goes on")
+                raise InputError(
+                    f"{fact.text!r} ends with its subject, so nothing can be said without it; to forget a fact, give a prompt that goes on"
+                )
     ids, _, pivot = _pivot(lm, _GUARD, fact.subject)
     sequences.append(ids[: pivot + 1])  # read at the subject itself: what follows does not matter
     pivots.append(pivot)
@@ -299,7 +307,7 @@ def _tokenize(lm: LanguageModel, fact: Fact, contexts: Sequence[str]) -> _Questi
 
 @torch.no_grad()
 def _said_without(lm: LanguageModel, question: _Question) -> Tensor | None:
-    """What the model goes on with when the subject's tokens are left out: (contexts, vocab) log-probabilities; None for a fact to be written."""
+    """What the model goes on with when the subject's tokens are left out: (contexts, vocab) log-probabilities; None without such a wish."""
     if not question.without:
         return None
     hidden = [lm.last_hidden(align(lm, [ids], [len(ids) - 1]))[0, -1] for ids in question.without]
@@ -410,7 +418,7 @@ def _search(questions: Sequence[_Question], lm: LanguageModel, layer: int, confi
 
 
 def _above(replay: Replay, layer: int, delta: Tensor, site: Site, until: int | None = None) -> Tensor:
-    """The output (R, S, d_model) of the last layer, or that before `until`, when delta (R, d_model) is added at the subject token (column 0)."""
+    """The output (R, S, d_model) of layer `until` - 1 (None: the last) when delta (R, d_model) is added at the subject token (column 0)."""
 
     def add(states: Tensor) -> Tensor:
         rows = states.reshape(len(delta), -1, states.shape[-1])
@@ -428,7 +436,10 @@ def _above(replay: Replay, layer: int, delta: Tensor, site: Site, until: int | N
 
 
 def _read(replay: Replay, hidden: Tensor, asked: _Asked) -> tuple[Tensor, Tensor]:
-    """Mean NLL of the target tokens (n,), of a fact to be forgotten the KL, and log-probabilities at the guard (n, vocab), from last-layer states (R, S, d_model)."""
+    """Mean NLL of the target tokens (n,) (KL, of a fact to be forgotten) and log-probabilities at the guard (n, vocab).
+
+    hidden: last-layer states (R, S, d_model).
+    """
     states = torch.cat([hidden[asked.rows, asked.columns], hidden[asked.guards, 0]])  # the head runs on these and nothing else
     log_p = replay.logits(states).float().log_softmax(-1)
     tokens = len(asked.rows)
