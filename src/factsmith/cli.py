@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import dataclasses
 import enum
 import importlib.metadata
 import io
@@ -74,6 +73,9 @@ class Corruption(str, enum.Enum):
     noise = "noise"
     other = "replace"
 
+
+_MANY_CHECKS = 40
+"""A patch of many facts is shown as shares and failures; one of fewer checks than this, check by check."""
 
 _LARGEST_SEED = 2**32 - 1
 _RECORDS = ("trace", "average", "neurons")  # what stands under "factsmith" in the JSON beside a picture
@@ -450,9 +452,18 @@ def patch(
     subject: Annotated[str | None, typer.Option(help="The entity, as it stands in the prompt.")] = None,
     prompt: Annotated[str | None, typer.Option(help="A text with {} where the subject goes, to be continued by the target.")] = None,
     target: Annotated[str | None, typer.Option(help="What the model should say.")] = None,
+    forget: Annotated[bool, typer.Option("--forget", help="Instead of a --target: the model should stop saying what it says now.")] = False,
     paraphrase: Annotated[list[str] | None, typer.Option(help="Another way to ask, to check it generalizes; may be repeated.")] = None,
     neighbour: Annotated[list[str] | None, typer.Option(help="A text whose answer must not change; may be repeated.")] = None,
-    layer: Annotated[int | None, typer.Option(help="The layer to edit, counted from 0.", show_default="recommended")] = None,
+    method: Annotated[str, typer.Option(help="rome, r-rome, memit, emmet or alphaedit; the last three write many facts at once.")] = "rome",
+    layer: Annotated[
+        list[int] | None,
+        typer.Option(help="A layer to edit, counted from 0; may be repeated for methods that edit several.", show_default="recommended"),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A setting of the method, such as steps=40 or clamp=3; may be repeated."),
+    ] = None,
     texts: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Plain text for the second moments.", show_default="the model's own, or what it writes"),
@@ -475,23 +486,22 @@ def patch(
       factsmith patch atlas facts.yaml --dry-run
     """
     model, file = _model_and_facts(words or [])
-    facts = _facts(file, subject, prompt, target, paraphrase or [], neighbour or [])
+    facts = _facts(file, subject, prompt, target, forget, paraphrase or [], neighbour or [])
     corpus = None if texts is None else _paragraphs(texts)
     with _progress() as tell, _opened(model, workspace, device, tell) as (lm, bench):
-        from .edit.methods import RomeConfig
         from .edit.target import check_layer
-        from .workbench import propose
+        from .workbench import propose, settings
 
-        if layer is not None:
-            check_layer(lm, layer)  # also where nothing is to be written
-        config = None if layer is None else dataclasses.replace(RomeConfig.recommended(lm), layer=layer)
+        for number in layer or ():
+            check_layer(lm, number)  # also where nothing is to be written
+        config = settings(lm, method, layer, _settings(setting or []))
         revision: Revision | None = None
         if bench is None:
-            proposal = propose(lm, facts, config=config, texts=corpus, seed=seed, force=force, progress=tell)
+            proposal = propose(lm, facts, method, config, texts=corpus, seed=seed, force=force, progress=tell)
         elif dry_run:
-            proposal = bench.propose(facts, config=config, texts=corpus, seed=seed, force=force, progress=tell)
+            proposal = bench.propose(facts, method, config, texts=corpus, seed=seed, force=force, progress=tell)
         else:
-            outcome = bench.apply(facts, config=config, texts=corpus, seed=seed, force=force, message=message, progress=tell)
+            outcome = bench.apply(facts, method, config, texts=corpus, seed=seed, force=force, message=message, progress=tell)
             proposal, revision = outcome.proposal, outcome.revision
     where = None if bench is None else str(bench.ledger.folder.resolve())
     for warning in proposal.warnings:
@@ -562,7 +572,7 @@ def show(reference: Reference, workspace: Where = None, as_json: Json = False) -
             if value:
                 _line(console, f"{name:9}", value)
         for fact in revision.facts:
-            _line(console, "fact     ", f"{fact.text} → {fact.target.strip()}")
+            _line(console, "fact     ", str(fact))
         checks = revision.report.get("checks") or []
         if checks:
             console.print(_checks_table(checks))
@@ -790,18 +800,48 @@ def _model_and_facts(words: list[str]) -> tuple[str | None, Path | None]:
 
 
 def _facts(
-    file: Path | None, subject: str | None, prompt: str | None, target: str | None, paraphrases: list[str], neighbours: list[str]
+    file: Path | None,
+    subject: str | None,
+    prompt: str | None,
+    target: str | None,
+    forget: bool,
+    paraphrases: list[str],
+    neighbours: list[str],
 ) -> list[Fact]:
-    options = {"--subject": subject, "--prompt": prompt, "--target": target}
+    options = {"--subject": subject, "--prompt": prompt, "--target": "--forget" if forget else target}
     given = [name for name, value in options.items() if value is not None]
+    if forget and target is not None:
+        raise InputError(f"got --target {target} and --forget; give one: what the model should say, or that it should stop")
     if file is not None:
         if given or paraphrases or neighbours:
             raise InputError(f"got {file} and options that describe a fact; put the fact into the file, or leave the file out")
         return FactFile.read(file)
-    if subject is None or prompt is None or target is None:
+    if subject is None or prompt is None or (target is None and not forget):
         missing = ", ".join(name for name in options if name not in given)
-        raise InputError(f"a patch needs --subject, --prompt and --target, or a file of facts; {missing} not given")
+        raise InputError(f"a patch needs --subject, --prompt and --target (or --forget), or a file of facts; {missing} not given")
     return [Fact(subject=subject, prompt=prompt, target=target, paraphrases=tuple(paraphrases), neighbours=tuple(neighbours))]
+
+
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    """{"steps": 40, "clamp": 1.5} from ["steps=40", "clamp=1.5"]; "none" is None, what is no number stays text."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.strip() or not value.strip():
+            raise InputError(f"--set takes NAME=VALUE, such as steps=40; got {pair!r}")
+        found[name.strip()] = _value(value.strip())
+    return found
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("none", "null"):
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def _paragraphs(file: Path) -> list[str]:
@@ -1056,7 +1096,19 @@ def _show_proposal(console: Console, proposal: Proposal) -> None:
     where = f"layer {', '.join(map(str, sorted(delta.layers)))}, rank {delta.rank}, {delta.n_bytes:,} bytes"
     times = ", ".join(f"{'solved' if name == 'solve' else 'verified'} in {seconds:.1f} s" for name, seconds in proposal.seconds.items())
     _line(console, delta.method, f"{where}; {times}")
-    console.print(_checks_table(proof.to_dict()["checks"]))
+    checks = proof.to_dict()["checks"]
+    if len(checks) <= _MANY_CHECKS:
+        console.print(_checks_table(checks))
+        return
+    for name in ("efficacy", "generalization", "specificity", "retention"):
+        share = getattr(proof, name)
+        if share is not None:
+            _line(console, f"{name:14}", f"{100 * share:.1f} %")
+    failed = [check for check in checks if not check["held"]]
+    if failed:
+        console.print(_checks_table(failed[:_MANY_CHECKS]))
+    shown = "" if len(failed) <= _MANY_CHECKS else f"(the first {_MANY_CHECKS} are shown)"
+    _line(console, f"{len(failed)} of {len(checks)} checks failed", shown)
 
 
 def _checks_table(checks: list[dict[str, Any]]) -> Table:

@@ -54,7 +54,7 @@ class Probe:
 class _Fact:
     subject: Text
     prompt: Annotated[Text, AfterValidator(_has_one_slot)]
-    target: Text
+    target: Text | None
     target_true: Text | None = dataclasses.field(default=None, kw_only=True)
     paraphrases: tuple[Text, ...] = dataclasses.field(default=(), kw_only=True)
     neighbours: tuple[Annotated[Probe, BeforeValidator(_as_probe)], ...] = dataclasses.field(default=(), kw_only=True)
@@ -66,8 +66,9 @@ class Fact(_Fact):
 
     subject      the entity, as it stands in the prompt
     prompt       template with exactly one `{}`
-    target       what the model should say; a leading space is added where the tokenizer needs one
-    target_true  what is so today, if known (the other side of the field's pairwise success scores)
+    target       what the model should say; a leading space is added where the tokenizer needs one. None: nothing in particular, the model
+                 is to forget what it says now
+    target_true  what is so today, if known (the other side of the field's pairwise success scores); what is forgotten
     paraphrases  other ways to ask: templates with `{}`, or whole prompts
     neighbours   prompts that must keep their answers: `Probe`s or plain strings
     relation     a label such as a Wikidata property, for grouping
@@ -79,7 +80,7 @@ class Fact(_Fact):
         self,
         subject: str,
         prompt: str,
-        target: str,
+        target: str | None,
         *,
         target_true: str | None = None,
         paraphrases: Iterable[str] = (),
@@ -91,7 +92,7 @@ class Fact(_Fact):
             super().__init__(**given, paraphrases=_entries(paraphrases), neighbours=_entries(neighbours))  # type: ignore[arg-type]
         except pydantic.ValidationError as error:
             raise FactError(_explain(error, "fact")) from None
-        if self.target_true is not None and self.target.strip() == self.target_true.strip():
+        if self.target is not None and self.target_true is not None and self.target.strip() == self.target_true.strip():
             raise FactError(f"fact about {self.subject!r}: target and target_true are both {self.target!r}; they must differ")
 
     @property
@@ -104,9 +105,13 @@ class Fact(_Fact):
         """The paraphrases with the subject filled in."""
         return tuple(p.replace("{}", self.subject) for p in self.paraphrases)
 
+    def __str__(self) -> str:
+        """The fact on one line."""
+        return f"{self.text} → {'(forgotten)' if self.target is None else self.target.strip()}"
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able fields; empty ones are left out."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if v not in (None, ())}
+        """Plain JSON-able fields; empty ones are left out, but for a target of None."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k == "target" or v not in (None, ())}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Fact:

@@ -391,7 +391,7 @@ class Ledger:
                 kind="patch",
                 parent=onto,
                 created=_now(),
-                message=_one_line(message or ", ".join(f"{fact.text} → {fact.target.strip()}" for fact in facts)),
+                message=_one_line(message or ", ".join(map(str, facts))),
                 base=self.fingerprint,
                 method=method,
                 config=dict(config or {}),

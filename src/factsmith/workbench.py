@@ -26,7 +26,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -80,7 +80,10 @@ _LAYERS_FORMAT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """What the model says about one fact today: its greedy `answer` to the prompt, p(target), and whether it says the target already."""
+    """What the model says about one fact today: its greedy `answer` to the prompt, p(target), and whether it says the target already.
+
+    Of a fact to be forgotten: p(target_true), and whether the model does not say it.
+    """
 
     fact: Fact
     answer: str
@@ -115,10 +118,11 @@ class Check:
 
     role           "prompt" or "paraphrase" of a fact that was written, a "neighbour" that must stay, or an "earlier" patch that must stay
     prompt         whole text
-    wanted         what the answer has to begin with afterwards
+    wanted         what the answer has to begin with afterwards; for a fact that was to be forgotten, what it must not begin with
     before, after  greedy answers
     p_before, p_after  p(wanted); None when there is nothing to want (the model ended the text at once)
-    held           whether `after` begins with `wanted`: exact match
+    held           whether `after` begins with `wanted`: exact match; of a forgotten fact, whether it does not
+    forget         whether the fact was to be forgotten
     """
 
     role: Role
@@ -129,6 +133,7 @@ class Check:
     p_before: float | None
     p_after: float | None
     held: bool
+    forget: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +201,9 @@ class Proposal:
         """What the caller should know, in words."""
         written = () if self.delta is None else self.delta.facts
         known = tuple(
-            f"the model already answers {fact.text!r} with {fact.target.strip()!r}: nothing to write (force it to write anyway)"
+            f"the model does not say {fact.target_true!r} after {fact.text!r}: nothing to forget (force it to write anyway)"
+            if fact.target is None
+            else f"the model already answers {fact.text!r} with {fact.target.strip()!r}: nothing to write (force it to write anyway)"
             for fact in self.plan.known
             if fact not in written
         )
@@ -208,7 +215,8 @@ class Proposal:
         checks = () if self.verification is None else self.verification.checks
         failed = tuple(
             f"{'the patch did not take' if check.role == 'prompt' else 'an earlier patch no longer holds'}: "
-            f"{check.prompt!r} is answered {check.after!r}, not {check.wanted!r}"
+            f"{check.prompt!r} is {'still ' if check.forget else ''}answered {check.after!r}"
+            f"{'' if check.forget else f', not {check.wanted!r}'}"
             for check in checks
             if check.role in ("prompt", "earlier") and not check.held
         )
@@ -264,14 +272,26 @@ def plan(lm: LanguageModel, facts: Fact | Iterable[Fact]) -> Plan:
     facts = _listed(facts)
     for fact in facts:
         subject_span(lm.tokenizer, fact.text, fact.subject)
-    prompts, targets = [fact.text for fact in facts], [fact.target for fact in facts]
-    answers = lm.answer(prompts, max_new_tokens=_answer_tokens(lm, prompts, targets))
+    prompts = [fact.text for fact in facts]
+    answers = lm.answer(prompts, max_new_tokens=_answer_tokens(lm, prompts, [fact.target or fact.target_true or "" for fact in facts]))
+    facts = [_to_forget(fact, answer) if fact.target is None else fact for fact, answer in zip(facts, answers, strict=True)]
+    asked = [fact.target or fact.target_true or "" for fact in facts]
     return Plan(
         entries=tuple(
-            Planned(fact=fact, answer=answer, probability=probability or 0.0, known=begins_with(answer, fact.target))
-            for fact, answer, probability in zip(facts, answers, _probabilities(lm, prompts, targets), strict=True)
+            Planned(fact=fact, answer=answer, probability=probability or 0.0, known=begins_with(answer, said) == (fact.target is not None))
+            for fact, answer, said, probability in zip(facts, answers, asked, _probabilities(lm, prompts, asked), strict=True)
         )
     )
+
+
+def _to_forget(fact: Fact, answer: str) -> Fact:
+    """A fact without a target, with what the model says now as what is to be forgotten, unless that was given."""
+    if fact.target_true is not None:
+        return fact
+    said = first_phrase(answer)
+    if not said:
+        raise InputError(f"the model says nothing after {fact.text!r}, so there is nothing to forget; give target_true to name it")
+    return Fact.from_dict({**fact.to_dict(), "target_true": said})
 
 
 def propose(
@@ -316,6 +336,25 @@ def propose(
         return applied(lm, delta)
 
     return _propose(lm, facts, method, config, layers, moments or find, changed, contexts, seed, force, earlier, (), progress)
+
+
+def settings(lm: LanguageModel, method: str, layers: Sequence[int] | None = None, changes: Mapping[str, Any] | None = None) -> Any:
+    """A method's recommended settings with some layers or values changed; None when nothing is.
+
+    Layers that are not given stay open, for `propose` to choose. Raises InputError for an unknown method or setting, LayerError.
+    """
+    if method not in METHODS:
+        raise InputError(f"no method {method!r}; expected one of {', '.join(METHODS)}")
+    if not layers and not changes:
+        return None
+    kind = METHODS[method][1]
+    places = {"layer", "layers"} & {field.name for field in dataclasses.fields(kind)}
+    known = {field.name for field in dataclasses.fields(kind)} - places
+    if unknown := sorted(set(changes or {}) - known):
+        raise InputError(f"{method} has no setting {', '.join(unknown)}; expected some of {', '.join(sorted(known))}")
+    values: dict[str, Any] = {**dict.fromkeys(places), **(changes or {})}
+    config = dataclasses.replace(kind.recommended(lm), **values)
+    return config.at(layers) if layers else config
 
 
 def find_moments(
@@ -734,22 +773,22 @@ def _propose(
     state: the deltas that the model carries.
     """
     if method not in METHODS:
-        raise InputError(f"no method {method!r}; expected one of {', '.join(sorted(METHODS))}")
-    solver, settings = METHODS[method]
-    if config is not None and not isinstance(config, settings):
-        raise InputError(f"{method} takes a {settings.__name__}; got {type(config).__name__}")
+        raise InputError(f"no method {method!r}; expected one of {', '.join(METHODS)}")
+    solver, kind = METHODS[method]
+    if config is not None and not isinstance(config, kind):
+        raise InputError(f"{method} takes a {kind.__name__}; got {type(config).__name__}")
     found = plan(lm, facts)
     wanted = [entry.fact for entry in found.entries if force or not entry.known]
     if not wanted:
         return Proposal(plan=found, delta=None, verification=None, moments=None, seconds={})
-    several = issubclass(settings, SpreadConfig)
+    several = issubclass(kind, SpreadConfig)
     places, choice = None if config is None else config.edited, None
     if places is None and isinstance(moments, Mapping) and (several or len(moments) == 1):
         places = tuple(moments)  # who brings the second moments of some layers means those layers
     if places is None:
         choice = layers()
         places = (choice.memit or by_depth_several(lm.n_layers)) if several else (choice.rome,)
-    config = (config or settings.recommended(lm)).at(places)
+    config = (config or kind.recommended(lm)).at(places)
     for layer in places:
         check_layer(lm, layer)
     if callable(moments):
@@ -872,7 +911,7 @@ def _settled(lm: LanguageModel, facts: Sequence[Fact]) -> list[Fact]:
     settled = []
     for fact in facts:
         subject_span(lm.tokenizer, fact.text, fact.subject)
-        if begins_with(said[fact.text], fact.target):
+        if fact.target is None or begins_with(said[fact.text], fact.target):
             continue
         near = [probe for probe in fact.neighbours if first_phrase(said[probe.prompt])]
         near = [Probe(probe.prompt, _as_said(said[probe.prompt], probe.expected)) for probe in near]
@@ -909,30 +948,40 @@ def _own_text(lm: LanguageModel, layers: Sequence[int], seed: int, progress: Pro
     return own_text(lm, n_tokens, seed=seed, progress=lambda done: _tell(progress, "sampling text", done, n_tokens))
 
 
-def _probes(facts: Sequence[Fact], earlier: Iterable[Fact] = ()) -> list[tuple[Role, str, str | None]]:
-    """(role, prompt, what should be said) for everything to ask about facts; None: what is said before."""
-    probes: list[tuple[Role, str, str | None]] = []
+class _Asked(NamedTuple):
+    """One prompt to ask before and after; `wanted` None: what is said before; `forget`: it must not be said any more."""
+
+    role: Role
+    prompt: str
+    wanted: str | None
+    forget: bool = False
+
+
+def _probes(facts: Sequence[Fact], earlier: Iterable[Fact] = ()) -> list[_Asked]:
+    """Everything to ask about facts."""
+    probes: list[_Asked] = []
     written = {fact.text for fact in facts}
     for fact in facts:
-        probes.append(("prompt", fact.text, fact.target))
-        probes += [("paraphrase", text, fact.target) for text in fact.paraphrase_texts]
-        probes += [("neighbour", probe.prompt, probe.expected) for probe in fact.neighbours if probe.prompt not in written]
-    return probes + [("earlier", fact.text, fact.target) for fact in earlier if fact.text not in written]
+        probes += [_asked("prompt", fact, fact.text), *(_asked("paraphrase", fact, text) for text in fact.paraphrase_texts)]
+        probes += [_Asked("neighbour", probe.prompt, probe.expected) for probe in fact.neighbours if probe.prompt not in written]
+    return probes + [_asked("earlier", fact, fact.text) for fact in earlier if fact.text not in written]
 
 
-def _verify(
-    lm: LanguageModel, probes: Sequence[tuple[Role, str, str | None]], changed: Callable[[], AbstractContextManager[None]]
-) -> Verification:
+def _asked(role: Role, fact: Fact, prompt: str) -> _Asked:
+    return _Asked(role, prompt, fact.target_true if fact.target is None else fact.target, forget=fact.target is None)
+
+
+def _verify(lm: LanguageModel, probes: Sequence[_Asked], changed: Callable[[], AbstractContextManager[None]]) -> Verification:
     """Ask every probe of the model as it is, and once more inside `changed()`."""
     if not probes:
         return Verification(checks=())
-    prompts = [prompt for _, prompt, _ in probes]
-    n_tokens = _answer_tokens(lm, prompts, [wanted or "" for _, _, wanted in probes])
+    prompts = [probe.prompt for probe in probes]
+    n_tokens = _answer_tokens(lm, prompts, [probe.wanted or "" for probe in probes])
     before = lm.answer(prompts, max_new_tokens=n_tokens)
     wanted = [
         # A neighbour has to stay as it is, also where it never was what the fact file expects.
-        target if target is not None and role != "neighbour" else _as_said(said, target)
-        for (role, _, target), said in zip(probes, before, strict=True)
+        probe.wanted if probe.wanted is not None and probe.role != "neighbour" else _as_said(said, probe.wanted)
+        for probe, said in zip(probes, before, strict=True)
     ]
     p_before = _probabilities(lm, prompts, wanted)
     with changed():
@@ -941,16 +990,17 @@ def _verify(
     return Verification(
         checks=tuple(
             Check(
-                role=role,
-                prompt=prompt,
+                role=probe.role,
+                prompt=probe.prompt,
                 wanted=wanted[i].strip(),
                 before=before[i],
                 after=after[i],
                 p_before=p_before[i],
                 p_after=p_after[i],
-                held=begins_with(after[i], wanted[i]) if wanted[i].strip() else after[i] == before[i],
+                held=begins_with(after[i], wanted[i]) != probe.forget if wanted[i].strip() else after[i] == before[i],
+                forget=probe.forget,
             )
-            for i, (role, prompt, _) in enumerate(probes)
+            for i, probe in enumerate(probes)
         )
     )
 

@@ -118,13 +118,15 @@ def least_change(keys: Tensor, residuals: Tensor, factor: Tensor, ridge: float) 
             raise NumericsError(f"the {name} of fact {bad[0]} holds NaN or infinity; the model does not compute finite states for it")
     if ridge and n > m:
         system = ridge * (factor @ factor.T) + keys.T @ keys
-        return residuals.T, torch.cholesky_solve(keys.T, _positive(system, "the keys' system")).T
+        primal: Tensor = torch.cholesky_solve(keys.T, _positive(system, "the keys' system"))  # (m, n)
+        return residuals.T, primal.T
     solved = solve_moment(factor, keys)  # A⁻¹ kᵢ, (n, m)
     gram = solved @ keys.T
     if not ridge:
         _check_independent(gram)
     gram = (gram + gram.T) / 2 + ridge * torch.eye(n, dtype=gram.dtype, device=gram.device)
-    return residuals.T, torch.cholesky_solve(solved, _positive(gram, "the keys' Gram matrix"))
+    right: Tensor = torch.cholesky_solve(solved, _positive(gram, "the keys' Gram matrix"))
+    return residuals.T, right
 
 
 def memit(keys: Tensor, residuals: Tensor, factor: Tensor, weight: float) -> tuple[Tensor, Tensor]:
@@ -202,12 +204,13 @@ def share(residuals: Tensor, layers_left: int, spread: str) -> Tensor:
 
     https://arxiv.org/abs/2210.07229, equation 20; https://arxiv.org/abs/2308.08742, equation 12.
     """
-    return residuals / (layers_left**0.5 if spread == "sqrt" else layers_left)
+    return residuals / float(layers_left**0.5 if spread == "sqrt" else layers_left)
 
 
 def anchored(v_star: Tensor, norm: float) -> Tensor:
     """v_star (n, d) rescaled to one norm: what keeps norms from feeding on themselves over many rounds (norm-anchor scaling, NAS)."""
-    return v_star * (norm / v_star.norm(dim=-1, keepdim=True))
+    norms: Tensor = v_star.norm(dim=-1, keepdim=True)
+    return v_star * (norm / norms)
 
 
 def compact(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,6 +222,7 @@ def compact(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _positive(matrix: Tensor, name: str) -> Tensor:
+    factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(matrix)
     if failed:
         raise NumericsError(
@@ -236,6 +240,6 @@ def _check_independent(gram: Tensor) -> None:
     closest = int((cosine.abs() - 2 * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).argmax())
     a, b = divmod(closest, len(gram))
     raise NumericsError(
-        f"{len(gram)} keys are not independent (facts {min(a, b)} and {max(a, b)} are the closest, cosine {float(cosine[a, b]):.6f} under C⁻¹), "
-        "so no update gives each its own output; give a ridge above 0, or leave one of them out"
+        f"{len(gram)} keys are not independent (facts {min(a, b)} and {max(a, b)} are the closest, with a cosine of "
+        f"{float(cosine[a, b]):.6f} under C⁻¹), so no update gives each its own output; give a ridge above 0, or leave one of them out"
     )

@@ -256,7 +256,10 @@ def t_quantile(degrees: int, share: float = 0.95) -> float:
 
 
 def _answer(fact: Fact) -> str:
-    return fact.target_true if fact.target_true is not None else fact.target
+    answer = fact.target_true if fact.target_true is not None else fact.target
+    if answer is None:
+        raise InputError(f"the fact about {fact.subject!r} has neither a target nor a target_true; a trace needs an answer to follow")
+    return answer
 
 
 def _common_scale(lm: LanguageModel, facts: Sequence[Fact]) -> float:

@@ -323,6 +323,8 @@ def judge(lm: LanguageModel, fact: Fact) -> Trial:
     """How a trial edit holds, asked of the model while it carries it; neighbours without an expected answer are not asked."""
     kept = [probe for probe in fact.neighbours if probe.expected is not None]
     prompts = [fact.text, *fact.paraphrase_texts, *(probe.prompt for probe in kept)]
+    if fact.target is None:
+        raise InputError(f"the fact about {fact.subject!r} has no target; a trial edit writes one")
     right = lm.says(prompts, [fact.target] * (1 + len(fact.paraphrases)) + [probe.expected or "" for probe in kept])
     cut = 1 + len(fact.paraphrases)
     return float(right[0]), statistics.fmean(right[1:cut]) if cut > 1 else None, statistics.fmean(right[cut:]) if kept else None
