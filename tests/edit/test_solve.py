@@ -84,3 +84,170 @@ def test_keys_that_do_not_overlap_are_refused() -> None:
         solve.rome(torch.zeros(4), unit[1], torch.ones(3), factor)
     with pytest.raises(NumericsError, match="residual holds NaN"):
         solve.rome(unit[0], unit[0], torch.full((3,), float("inf")), factor)
+
+
+# ── many facts at once ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def batch(n: int, size: int = 12, d: int = 5, seed: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(n, size, generator=draw, dtype=torch.float64), torch.randn(n, d, generator=draw, dtype=torch.float64)
+
+
+def stacked_least_squares(keys: torch.Tensor, residuals: torch.Tensor, matrix: torch.Tensor, ridge: float) -> torch.Tensor:
+    """min Σ‖Δk − r‖² + ridge · tr(Δ A Δᵀ) as one ordinary least-squares problem: the rows of √ridge · A½ are asked to give 0."""
+    values, vectors = torch.linalg.eigh(matrix)
+    root = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
+    rows = torch.cat([keys, ridge**0.5 * root])
+    wanted = torch.cat([residuals, torch.zeros(len(root), residuals.shape[1], dtype=residuals.dtype)])
+    return torch.linalg.lstsq(rows, wanted).solution.T
+
+
+@pytest.mark.parametrize("n", [1, 4, 12, 30])
+def test_memit_equals_least_squares_on_the_stacked_system(n: int) -> None:
+    """In both of the spaces that it is solved in: fewer facts than neurons, and more."""
+    keys, residuals = batch(n)
+    left, right = solve.memit(keys, residuals, solve.cholesky(moment()), 0.7)
+    assert left.shape == (5, n) and right.shape == (n, 12)
+    expected = stacked_least_squares(keys, residuals, moment(), 0.7)
+    torch.testing.assert_close(left @ right, expected, rtol=1e-7, atol=1e-9)
+    assert not torch.allclose(left @ right, stacked_least_squares(keys, residuals, moment(), 0.9), rtol=1e-3)
+
+
+def test_memit_with_earlier_keys_counts_them_as_observations() -> None:
+    keys, residuals = batch(4)
+    old, _ = batch(3, seed=8)
+    factor = solve.cholesky(solve.with_earlier(moment(), old.T @ old, 0.7))
+    left, right = solve.memit(keys, residuals, factor, 0.7)
+    expected = stacked_least_squares(torch.cat([keys, old]), torch.cat([residuals, torch.zeros(3, 5).double()]), moment(), 0.7)
+    torch.testing.assert_close(left @ right, expected, rtol=1e-7, atol=1e-9)
+    without = solve.memit(keys, residuals, solve.cholesky(moment()), 0.7)
+    assert ((without[0] @ without[1]) @ old.T).norm() > 1.2 * ((left @ right) @ old.T).norm(), "the old keys are kept"
+
+
+def test_emmet_without_a_ridge_gives_every_key_its_output() -> None:
+    keys, residuals = batch(7)
+    left, right = solve.emmet(keys, residuals, solve.cholesky(moment()))
+    torch.testing.assert_close((left @ right) @ keys.T, residuals.T)
+    softened = solve.emmet(keys, residuals, solve.cholesky(moment()), weight=1, ridge=0.1)
+    assert not torch.allclose((softened[0] @ softened[1]) @ keys.T, residuals.T, rtol=1e-3)
+    torch.testing.assert_close(softened, solve.memit(keys, residuals, solve.cholesky(moment()), 0.1))
+
+
+def test_emmet_is_the_least_change_among_those_that_fit() -> None:
+    """Against the KKT system of min tr(Δ C Δᵀ) with Δ K = R, solved by lstsq."""
+    matrix = moment()
+    keys, residuals = batch(3)
+    kkt = torch.zeros(15, 15, dtype=torch.float64)
+    kkt[:12, :12], kkt[:12, 12:], kkt[12:, :12] = 2 * matrix, keys.T, keys
+    wanted = torch.zeros(15, 5, dtype=torch.float64)
+    wanted[12:] = residuals
+    left, right = solve.emmet(keys, residuals, solve.cholesky(matrix))
+    torch.testing.assert_close(left @ right, torch.linalg.lstsq(kkt, wanted).solution[:12].T, rtol=1e-7, atol=1e-9)
+
+
+def test_emmet_with_one_fact_is_rome() -> None:
+    keys, residuals = batch(1)
+    factor = solve.cholesky(moment())
+    left, right = solve.emmet(keys, residuals, factor)
+    u, v = solve.rome(keys[0], keys[0], residuals[0], factor)
+    torch.testing.assert_close(left @ right, u @ v)
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_alphaedit_is_the_authors_system_and_leaves_ordinary_text_alone(earlier: bool) -> None:
+    """P (KᵀK + Σ k kᵀ) + l2 · I is not symmetric; a general solver takes it as it is written in the paper."""
+    matrix = moment(tokens=6)  # of rank 6: text uses half of the space
+    basis = solve.null_space(*torch.linalg.eigh(matrix), threshold=1e-9)
+    assert basis.shape == (12, 6)
+    keys, residuals = batch(4)
+    old, _ = batch(3, seed=8)
+    cache = old.T @ old if earlier else torch.zeros(12, 12).double()
+    projector = basis @ basis.T
+    system = projector @ (keys.T @ keys + cache) + 2.0 * torch.eye(12).double()
+    expected = torch.linalg.lstsq(system, projector @ keys.T @ residuals).solution.T
+    left, right = solve.alphaedit(keys, residuals, basis, 2.0, cache if earlier else None)
+    torch.testing.assert_close(left @ right, expected, rtol=1e-7, atol=1e-9)
+    texts = torch.linalg.eigh(matrix).eigenvectors[:, 6:]
+    assert (left @ right @ texts).norm() < 1e-9 * (left @ right).norm()
+    memit = solve.memit(keys, residuals, solve.cholesky(matrix + 0.1 * torch.eye(12).double()), 1.0)
+    assert (memit[0] @ memit[1] @ texts).norm() > 1e-3, "the control writes there"
+
+
+@pytest.mark.parametrize("method", ["memit", "emmet", "alphaedit"])
+def test_the_order_of_facts_does_not_matter(method: str) -> None:
+    keys, residuals = batch(6)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    factor = solve.cholesky(moment())
+    basis = solve.null_space(*torch.linalg.eigh(moment()), energy=0.5)
+    formula = {
+        "memit": lambda k, r: solve.memit(k, r, factor, 2.0),
+        "emmet": lambda k, r: solve.emmet(k, r, factor),
+        "alphaedit": lambda k, r: solve.alphaedit(k, r, basis, 1.0),
+    }[method]
+    straight, mixed = formula(keys, residuals), formula(keys[order], residuals[order])
+    torch.testing.assert_close(straight[0] @ straight[1], mixed[0] @ mixed[1], rtol=1e-7, atol=1e-9)
+    other = formula(keys, residuals[order])
+    assert not torch.allclose(straight[0] @ straight[1], other[0] @ other[1], rtol=1e-3)
+
+
+def test_the_null_space_by_energy_does_not_depend_on_the_scale() -> None:
+    values, vectors = torch.linalg.eigh(moment())
+    basis = solve.null_space(values, vectors, energy=0.9)
+    assert torch.equal(solve.null_space(1e4 * values, vectors, energy=0.9), basis)
+    left_out = torch.trace(basis.T @ moment() @ basis) / torch.trace(moment())
+    assert left_out <= 0.1
+    wider = vectors[:, : basis.shape[1] + 1]
+    assert torch.trace(wider.T @ moment() @ wider) / torch.trace(moment()) > 0.1, "one more direction would be too much"
+    assert solve.null_space(values, vectors, threshold=float(values[4])).shape[1] == 4
+
+
+@pytest.mark.parametrize("n", [2, 13])
+def test_keys_that_are_not_independent_have_no_exact_solution(n: int) -> None:
+    keys, residuals = batch(n)
+    if n == 2:
+        keys[1] = 3 * keys[0]
+    with pytest.raises(NumericsError, match=r"independent|not positive"):
+        solve.emmet(keys, residuals, solve.cholesky(moment()))
+    assert torch.isfinite(solve.memit(keys, residuals, solve.cholesky(moment()), 1e-3)[1]).all(), "a ridge averages them"
+
+
+def test_a_fact_given_twice_is_averaged_by_a_ridge() -> None:
+    keys, residuals = batch(2)
+    keys[1] = keys[0]
+    left, right = solve.memit(keys, residuals, solve.cholesky(moment()), 1e-9)
+    torch.testing.assert_close((left @ right) @ keys[0], residuals.mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_bad_input_is_refused() -> None:
+    keys, residuals = batch(3)
+    factor = solve.cholesky(moment())
+    for wrong in (lambda: solve.memit(keys, residuals[:2], factor, 1.0), lambda: solve.memit(keys, residuals, factor, 0.0)):
+        with pytest.raises(InputError):
+            wrong()
+    for energy in (0.0, 1.0, float("nan")):
+        with pytest.raises(InputError, match="energy"):
+            solve.null_space(*torch.linalg.eigh(moment()), energy=energy)
+    with pytest.raises(InputError, match="either"):
+        solve.null_space(*torch.linalg.eigh(moment()))
+    with pytest.raises(InputError, match="null space"):
+        solve.alphaedit(keys, residuals, torch.empty(12, 0), 1.0)
+    keys[1, 4] = torch.nan
+    with pytest.raises(NumericsError, match="key of fact 1"):
+        solve.memit(keys, residuals, factor, 1.0)
+
+
+def test_compact_keeps_the_update() -> None:
+    left, right = torch.randn(5, 30).double(), torch.randn(30, 12).double()
+    small = solve.compact(left, right)
+    assert small[0].shape == (5, 5) and small[1].shape == (5, 12)
+    torch.testing.assert_close(small[0] @ small[1], left @ right)
+    assert solve.compact(left[:, :5], right[:5])[0] is not small[0]
+
+
+def test_shares_and_anchors() -> None:
+    missing = torch.ones(2, 3)
+    assert [float(solve.share(missing, n, "even")[0, 0]) for n in (1, 2, 4)] == [1, 0.5, 0.25]
+    assert [float(solve.share(missing, n, "sqrt")[0, 0]) for n in (1, 4)] == [1, 0.5]
+    rescaled = solve.anchored(torch.tensor([[3.0, 4.0], [0.3, 0.4]]), 10.0)
+    torch.testing.assert_close(rescaled, torch.tensor([[6.0, 8.0], [6.0, 8.0]]))

@@ -414,6 +414,18 @@ def _listed(facts: Fact | Iterable[Fact]) -> list[Fact]:
     return facts
 
 
+def _distinct(facts: Sequence[Fact]) -> list[Fact]:
+    """Each fact once; raises InputError for two targets of one prompt, which would be averaged to something nobody asked for."""
+    found: dict[str, Fact] = {}
+    for fact in facts:
+        first = found.setdefault(fact.text, fact)
+        if first.target != fact.target:
+            raise InputError(
+                f"two targets for one prompt: {fact.text!r} is to be continued by {first.target!r} and by {fact.target!r}; leave one out"
+            )
+    return list(found.values())
+
+
 def _one_by_one(
     lm: LanguageModel,
     facts: Fact | Iterable[Fact],
@@ -518,7 +530,7 @@ def _all_at_once(
     progress: Progress | None,
 ) -> Delta:
     """The editors of the MEMIT family: targets once, then layer by layer what is still missing; repaired as often as the settings say."""
-    facts = _listed(facts)
+    facts = _distinct(_listed(facts))
     layers = config.layers or type(config).recommended(lm).layers
     assert layers is not None
     for layer in layers:
