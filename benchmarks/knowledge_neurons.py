@@ -1,6 +1,6 @@
 """Do knowledge neurons carry facts? The tables of Dai et al. 2022 (arXiv 2104.08696) on the bundled models, and how many neurons it takes.
 
-    python benchmarks/knowledge_neurons.py --model atlas --json benchmarks/results/knowledge_neurons.json
+    python benchmarks/knowledge_neurons.py --model atlas --room 0.05 0.75 --json benchmarks/results/knowledge_neurons.json    # 26 minutes
     python benchmarks/knowledge_neurons.py --model atlas-llama --json benchmarks/results/knowledge_neurons.json    # adds its part
     python benchmarks/knowledge_neurons.py --facts 24 --relations 4                                               # a minute
 
@@ -717,6 +717,28 @@ def markdown(model: str, population: str, r: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def draw(populations: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """How many neurons carry half of a prediction: the share of prompts that need no more than so many; {population: its numbers}."""
+    series = {}
+    for name, found in populations.items():
+        for way in ("attribution", "activation"):
+            counts = [c for c in found["half"][f"prediction: {way}"]["counts"] if c is not None]
+            total = len(found["half"][f"prediction: {way}"]["counts"])
+            share = [100 * sum(c <= k for c in counts) / total for k in HALVING]
+            label = {"attribution": "by attribution", "activation": "most active"}[way]
+            series[f"{name}, {label}"] = (HALVING, share, share, share)
+    fs.curves(
+        series,
+        x_label="neurons suppressed",
+        y_label="% of prompts whose p has halved",
+        title="Neurons that carry half of a prediction (line: a dozen)",
+        mark_x=12,
+        mark_y=50,
+        log_x=True,
+        path=path,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="atlas", choices=atlas.names())
@@ -727,7 +749,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()), help="where the scan of all facts is kept")
     parser.add_argument("--json", type=Path, help="write the numbers here, beside those of the other model")
+    parser.add_argument("--draw", type=Path, help="draw the halves of --json's numbers here, and measure nothing")
     given = parser.parse_args()
+    if given.draw:
+        return draw(json.loads(given.json.read_text())[given.model]["populations"], given.draw)
     torch.set_num_threads(1)
     started = time.process_time()
 

@@ -391,7 +391,9 @@ def layers(
     facts: Annotated[
         Path | None, typer.Option(metavar="FACTS.yaml", help="Facts to try the layers on.", show_default="bundled facts that it knows")
     ] = None,
-    trials: Annotated[int, typer.Option(min=1, help="Trial edits at the layers that stay longest in the race.")] = 16,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="Trial edits at the layers that stay longest in the race.", show_default="24, or what is kept")
+    ] = None,
     preset: Annotated[bool, typer.Option("--preset", help="Print the published choice for this model, without measuring.")] = False,
     refresh: Annotated[bool, typer.Option("--refresh", help="Measure again what the workspace keeps.")] = False,
     seed: Annotated[int, typer.Option(min=0, max=_LARGEST_SEED, help="Of the trial facts, the contexts and the text.")] = 0,
