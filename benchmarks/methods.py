@@ -1,0 +1,317 @@
+"""How many facts can be written? Every editor at several loads, one batch or round after round, beside plain fine-tuning.
+
+    python benchmarks/methods.py --model atlas --loads 0.003 0.03 0.1 --json benchmarks/results/methods.json
+    python benchmarks/methods.py --model atlas --rounds 100 --loads 1 --methods memit alphaedit --json benchmarks/results/methods.json
+    python benchmarks/methods.py --model atlas --json benchmarks/results/methods.json --draw docs/methods.png
+
+What a model can hold depends on its keys, so edits are counted as load = facts / (edited layers x d_ff): 10,000 facts in six layers of
+GPT-J are 0.10. Facts are real ones that the model knows in several phrasings, each given another object of its relation. By greedy exact
+match of the whole object: efficacy (the edited prompt), generalization (other phrasings of the fact, held-out ones first), specificity
+(facts outside the edits that the model said before, in a random phrasing each). The table's score is their harmonic mean.
+
+`memit`, `emmet`, `alphaedit`: the recommended settings, repair included. `memit-plain`: one pass with mean keys as published, at the best
+of several weights and step sizes for each load (its best setting is chosen by the score itself, so it is flattered). `ft-l`: Adam on one
+down-projection with an L-infinity clamp. `lora`: peft on all down-projections. Targets at one load are found once and given to all editors
+that share them; seconds are processor seconds of one thread and count them for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import factsmith as fs
+from factsmith.edit import methods as editors
+from factsmith.edit.contexts import generate_contexts, generate_openings
+from factsmith.edit.delta import applied, read_weights, write_weights
+from factsmith.edit.target import Targets, find_targets
+from factsmith.fact import Fact
+from factsmith.model import atlas
+from factsmith.model.load import LanguageModel
+from factsmith.model.tokens import target_ids
+from factsmith.workbench import find_moments
+
+SPREADING = ("memit", "emmet", "alphaedit")
+METHODS = (*SPREADING, "memit-plain", "rome", "r-rome", "ft-l", "lora")
+PLAIN = [(weight, lr) for lr in (0.5, 0.05) for weight in (0.03, 0.1, 0.3, 1.0, 3.0)]  # weight in units of d_ff, lr in those of the stream
+DEAR = 0.11  # loads above it take rome, r-rome and the fine-tuning baselines an hour
+
+
+def chosen(lm: LanguageModel, count: int, seed: int, others: int) -> tuple[list[Fact], list[tuple[str, str]]]:
+    """`count` edits, and (prompt, object) of up to `others` known facts outside them."""
+    draw = random.Random(seed)
+    pool = list(atlas.facts())
+    draw.shuffle(pool)
+    objects = {relation: sorted({fact.object for fact in atlas.facts(relation)}) for relation in atlas.relations()}
+    facts: list[Fact] = []
+    seen: set[tuple[str, str]] = set()
+    for at in range(0, len(pool), 500):
+        if len(facts) >= count:
+            break
+        some = [fact for fact in pool[at : at + 500] if (fact.subject, fact.relation) not in seen]
+        asked = [(f, t) for f in some for t in (*atlas.phrasings(f.relation).trained, *atlas.phrasings(f.relation).held_out)]
+        right = lm.says([t.replace("{}", f.subject) for f, t in asked], [f.object for f, _ in asked])
+        held: dict[atlas.AtlasFact, list[str]] = {}
+        for (fact, template), ok in zip(asked, right, strict=True):
+            if ok:
+                held.setdefault(fact, []).append(template)
+        for fact, templates in held.items():
+            told = atlas.phrasings(fact.relation)
+            near = {other.object for other in atlas.facts_about(fact.subject)}
+            wanted = [o for o in objects[fact.relation] if o not in near]
+            if templates[0] != told.trained[0] or len(templates) < 2 or not wanted or (fact.subject, fact.relation) in seen:
+                continue
+            seen.add((fact.subject, fact.relation))
+            held_out = [t for t in templates if t in told.held_out]
+            trained = [t for t in templates[1:] if t not in held_out]
+            other = [*held_out, *draw.sample(trained, min(3, len(trained)))][:5]
+            facts.append(
+                Fact(fact.subject, templates[0], draw.choice(wanted), target_true=fact.object, paraphrases=other, relation=fact.relation)
+            )
+    facts = facts[:count]
+    edited = {(fact.subject, fact.relation) for fact in facts}
+    rest = [f for f in pool if (f.subject, f.relation) not in edited]
+    rest = rest[: 2 * others] if others else rest
+    prompts = [draw.choice(atlas.phrasings(f.relation).trained).replace("{}", f.subject) for f in rest]
+    said = lm.says(prompts, [f.object for f in rest])
+    kept = [(p, f.object) for p, f, ok in zip(prompts, rest, said, strict=True) if ok]
+    return facts, kept[:others] if others else kept
+
+
+def score(lm: LanguageModel, facts: Sequence[Fact], others: Sequence[tuple[str, str]]) -> dict[str, float]:
+    """Efficacy, generalization, specificity and their harmonic mean, in percent, of the model as it is."""
+    asked = [(text, fact.target or "") for fact in facts for text in fact.paraphrase_texts]
+    shares = {
+        "efficacy": lm.says([fact.text for fact in facts], [fact.target or "" for fact in facts]),
+        "generalization": lm.says([text for text, _ in asked], [target for _, target in asked]),
+        "specificity": lm.says([prompt for prompt, _ in others], [said for _, said in others]),
+    }
+    found = {name: round(100 * statistics.fmean(right), 2) for name, right in shares.items()}
+    found["score"] = round(3 / sum(1 / max(value, 1e-9) for value in found.values()), 2)
+    return found
+
+
+# ── fine-tuning ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def batches(lm: LanguageModel, facts: Sequence[Fact], size: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Shuffled batches of prompt + target, labelled at the target."""
+    order = list(facts)
+    random.Random(seed).shuffle(order)
+    for at in range(0, len(order), size):
+        rows = []
+        for fact in order[at : at + size]:
+            head, tail = lm.prompt_ids(fact.text), target_ids(lm.tokenizer, fact.text, fact.target or "")
+            rows.append((head + tail, [-100] * len(head) + tail))
+        width = max(len(ids) for ids, _ in rows)
+        fill = [width - len(ids) for ids, _ in rows]
+        yield {
+            "input_ids": torch.tensor([ids + [0] * n for (ids, _), n in zip(rows, fill, strict=True)]),
+            "labels": torch.tensor([labels + [-100] * n for (_, labels), n in zip(rows, fill, strict=True)]),
+            "attention_mask": torch.tensor([[1] * len(ids) + [0] * n for (ids, _), n in zip(rows, fill, strict=True)]),
+        }
+
+
+@contextmanager
+def fine_tuned(lm: LanguageModel, facts: Sequence[Fact], layer: int, *, lr: float, clamp: float, epochs: int = 25) -> Iterator[None]:
+    """FT-L: Adam on one down-projection, its change kept within +-clamp at every entry; undone on the way out."""
+    base = read_weights(lm, [layer])
+    weight = lm.ffn[layer].down.weight
+    start = weight.detach().clone()
+    weight.requires_grad_(True)
+    adam = torch.optim.Adam([weight], lr=lr)
+    try:
+        with torch.enable_grad():
+            for epoch in range(epochs):
+                for batch in batches(lm, facts, 32, epoch):
+                    adam.zero_grad()
+                    lm.module(**batch).loss.backward()
+                    adam.step()
+                    with torch.no_grad():
+                        weight.copy_(start + (weight - start).clamp(-clamp, clamp))
+        weight.requires_grad_(False)
+        yield
+    finally:
+        weight.requires_grad_(False)
+        write_weights(lm, base)
+
+
+@contextmanager
+def lora(lm: LanguageModel, facts: Sequence[Fact], layers: Sequence[int], *, lr: float = 2e-3, epochs: int = 25) -> Iterator[None]:
+    """LoRA of rank 8 on the down-projections of some layers, by peft; taken off on the way out."""
+    from peft import LoraConfig, get_peft_model
+
+    names = {id(module): name for name, module in lm.module.named_modules()}
+    wanted = [names[id(lm.ffn[layer].down)] for layer in layers]
+    torch.manual_seed(0)
+    model = get_peft_model(lm.module, LoraConfig(r=8, lora_alpha=16, target_modules=wanted, lora_dropout=0.0))
+    adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    try:
+        with torch.enable_grad():
+            for epoch in range(epochs):
+                for batch in batches(lm, facts, 32, epoch):
+                    adam.zero_grad()
+                    model(**batch).loss.backward()
+                    adam.step()
+        yield
+    finally:
+        model.unload()
+
+
+# ── editing ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Bench:
+    """A model, its moments and contexts; targets found once for each set of facts and way of searching."""
+
+    def __init__(self, name: str, seed: int) -> None:
+        self.name, self.seed = name, seed
+        self.lm = fs.load(name)
+        self.layers = fs.MemitConfig.recommended(self.lm).layers or (0,)
+        self.d_ff = self.lm.ffn[self.layers[0]].d_ff
+        self.moments = find_moments(self.lm, sorted({*self.layers, fs.RomeConfig.recommended(self.lm).layer or 0}))
+        self.openings, self.contexts = generate_openings(self.lm, seed), generate_contexts(self.lm, seed)
+        self._targets: dict[tuple[Any, ...], tuple[Targets, float]] = {}
+
+    def targets(self, facts: Sequence[Fact], config: fs.MemitConfig) -> tuple[Targets, float]:
+        """Targets in the stream after the last layer, and the seconds they took."""
+        key = (tuple(f.text for f in facts), config.lr, config.steps, config.clamp, config.stop_loss, config.scale)
+        if key not in self._targets:
+            started = time.process_time()
+            found = find_targets(self.lm, facts, self.layers[-1], config, self.openings, site="stream")
+            self._targets = {key: (found, time.process_time() - started)}
+        return self._targets[key]
+
+    def measured(self, facts: Sequence[Fact], others: Sequence[tuple[str, str]], delta: fs.Delta) -> dict[str, Any]:
+        """The score with a delta in the model, and how large it is."""
+        norms = {layer: float(delta.dense(layer).norm() / self.lm.ffn[layer].weight().norm()) for layer in delta.layers}
+        with applied(self.lm, delta):
+            return {**score(self.lm, facts, others), "norms": {layer: round(norm, 3) for layer, norm in norms.items()}}
+
+    def run(self, method: str, facts: Sequence[Fact], others: Sequence[tuple[str, str]]) -> dict[str, Any]:
+        """One batch with one method."""
+        started = time.process_time()
+        if method in SPREADING:
+            solver, kind = editors.METHODS[method]
+            config = kind.recommended(self.lm)
+            found, seconds = self.targets(facts, config)
+            begun = time.process_time()
+            delta = solver(self.lm, facts, config, moments=self.moments, contexts=self.openings, targets=found)
+            took = {"targets_s": round(seconds, 1), "solve_s": round(time.process_time() - begun, 1)}
+            return {**self.measured(facts, others, delta), **took}
+        if method == "memit-plain":
+            return max((self._plain(facts, others, weight, lr) for weight, lr in PLAIN), key=lambda found: found["score"])
+        if method in ("rome", "r-rome"):
+            delta = editors.METHODS[method][0](self.lm, facts, moments=self.moments, contexts=self.contexts)
+            return {**self.measured(facts, others, delta), "solve_s": round(time.process_time() - started, 1)}
+        last = self.layers[-1]
+        tuned: Callable[[], Any] = {
+            "ft-l": lambda: fine_tuned(self.lm, facts, last, lr=5e-4, clamp=5e-3),
+            "lora": lambda: lora(self.lm, facts, self.layers),
+        }[method]
+        with tuned():
+            seconds = time.process_time() - started
+            return {**score(self.lm, facts, others), "solve_s": round(seconds, 1)}
+
+    def _plain(self, facts: Sequence[Fact], others: Sequence[tuple[str, str]], weight: float, lr: float) -> dict[str, Any]:
+        config = fs.MemitConfig(
+            layers=self.layers,
+            scale="auto",
+            lr=lr,
+            steps=20 if lr == 0.5 else 80,
+            clamp=3.0,
+            stop_loss=0.05,
+            moment_weight=weight * self.d_ff,
+        )
+        found, seconds = self.targets(facts, config)
+        delta = fs.memit(self.lm, facts, config, moments=self.moments, contexts=self.openings, targets=found)
+        return {**self.measured(facts, others, delta), "targets_s": round(seconds, 1), "setting": {"weight": weight, "lr": lr}}
+
+    def rounds(self, method: str, facts: Sequence[Fact], others: Sequence[tuple[str, str]], size: int, tell: Callable[[str], None]) -> Any:
+        """Round after round on the edited model: the score over everything written so far, and of the first round alone."""
+        solver, kind = editors.METHODS[method]
+        deltas: list[fs.Delta] = []
+        found = []
+        for at in range(0, len(facts), size):
+            started = time.process_time()
+            with applied(self.lm, deltas):
+                deltas.append(
+                    solver(
+                        self.lm,
+                        facts[at : at + size],
+                        kind.recommended(self.lm),
+                        moments=self.moments,
+                        contexts=self.openings,
+                        earlier=deltas,
+                    )
+                )
+            seconds = time.process_time() - started
+            with applied(self.lm, deltas):
+                row = {"facts": at + size, **score(self.lm, facts[: at + size], others), "solve_s": round(seconds, 1)}
+                row["first_round"] = score(self.lm, facts[:size], others)["efficacy"]
+            found.append(row)
+            tell(f"{method}, round {len(deltas)}: {row}")
+        return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="atlas", choices=atlas.names())
+    parser.add_argument("--loads", type=float, nargs="+", default=[0.003, 0.03, 0.1])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--rounds", type=int, help="facts a round: one round after another up to the load")
+    parser.add_argument("--others", type=int, default=2000, help="facts outside the edits to ask; 0: all that the model knows")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="the numbers, added to what is there")
+    parser.add_argument("--draw", type=Path, help="draw --json's numbers, and measure nothing")
+    given = parser.parse_args()
+    if given.draw:
+        return draw(json.loads(given.json.read_text()), given.model, given.draw)
+    torch.set_num_threads(1)
+    bench = Bench(given.model, given.seed)
+
+    def keep(kind: str, method: str, load: float, row: Any) -> None:
+        if given.json:
+            whole = json.loads(given.json.read_text()) if given.json.is_file() else {}
+            whole.setdefault(given.model, {}).setdefault(kind, {}).setdefault(method, {})[str(load)] = row
+            given.json.write_text(json.dumps(whole, indent=1) + "\n")
+
+    for load in given.loads:
+        count = max(1, round(load * len(bench.layers) * bench.d_ff))
+        facts, others = chosen(bench.lm, count, given.seed, given.others)
+        print(f"{given.model}, load {load}: {len(facts)} facts in layers {bench.layers}, {len(others)} others", flush=True)
+        for method in given.methods:
+            if given.rounds:
+                keep("rounds", method, load, bench.rounds(method, facts, others, given.rounds, lambda line: print(line, flush=True)))
+                continue
+            if load > DEAR and method not in (*SPREADING, "memit-plain"):
+                continue
+            row = {"facts": len(facts), **bench.run(method, facts, others)}
+            row["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            print(f"{method:12} {row}", flush=True)
+            keep("batch", method, load, row)
+
+
+def draw(found: dict[str, Any], model: str, path: Path) -> None:
+    """Score against load, one line a method."""
+    series = {}
+    for method, rows in found[model]["batch"].items():
+        loads = sorted(map(float, rows))
+        scores = [next(row["score"] for load, row in rows.items() if float(load) == wanted) for wanted in loads]
+        series[method] = (loads, scores, scores, scores)
+    title = f"{model}: facts written in one batch"
+    fs.curves(series, x_label="load = facts / (layers x d_ff)", y_label="score (harmonic mean, %)", title=title, log_x=True, path=path)
+
+
+if __name__ == "__main__":
+    main()
