@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file in one step: to a new one beside it, flushed to disk, then renamed over it. Raises OSError; nothing is left then."""
+def write_file(path: Path, content: bytes | Callable[[Path], object]) -> None:
+    """Write a file in one step: to a new one beside it, flushed to disk, then renamed over it. Raises OSError; nothing is left then.
+
+    content: the bytes, or a function that writes them to the path given, for what is too large to hold twice.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
+        if isinstance(content, bytes):
+            with temporary.open("xb") as file:
+                file.write(content)
+        else:
+            content(temporary)
+        with temporary.open("r+b") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     except BaseException:

@@ -1,11 +1,26 @@
 """Second moments of the coefficients: how often, and together with what, each neuron of a layer is on.
 
-    moments = second_moments(lm, texts, layers=[1])       # {1: SecondMoment}
-    moments[1].save("moments/layer1.safetensors")
-    SecondMoment.load("moments/layer1.safetensors").solve(keys)      # C⁻¹ k
+    moments = second_moments(lm, texts, layers=[3, 4, 5], checkpoint="moments.partial")      # {3: SecondMoment, ...}, one pass
+    moments[3]                                            # SecondMoment(d_ff=3072, count=98304, split_half=0.08, excess=0.04)
+    moments[3].save("moments/layer3.safetensors")
+    SecondMoment.load("moments/layer3.safetensors", lm, 3).solve(keys)      # C⁻¹ k; a file of another model or layer is refused
     SecondMoment.from_matrix(matrix, count=50_000)        # computed elsewhere
 
 The editors weigh a change by it: what the layer does on ordinary text should stay. It is E[m mᵀ], not centred; papers say covariance.
+
+How much text is enough shows in the result. Each text goes to one of two halves (by its digest, so that copies stay together), and two
+figures compare them:
+
+- `split_half` is ‖A − B‖ / ‖C‖ of the halves' matrices (Frobenius); C itself is about half as far from the truth. Few large directions
+  decide it.
+- `excess` is what an editor feels. Among all changes that give a key its new value, C⁻¹ k is the one that disturbs other text least; from
+  finite text it fits that text too well, and disturbs unseen text more than it had to. For keys k ~ N(0, A), u = A⁻¹ k,
+
+      ρ = E[uᵀ B u] / E[uᵀ A u],      q = ½ (1 − 1/ρ),      excess = q / (1 − q)
+
+  where B stands for the unseen text: with Gaussian coefficients ρ is 1 / (1 − 2 d_ff / n), q is d_ff / n, and the excess that of a matrix
+  of all n tokens. On trained models it agrees with the excess measured on much more text (`benchmarks/moments.py`). At its greatest, 1, the
+  halves are singular and cannot tell.
 """
 
 from __future__ import annotations
@@ -13,29 +28,42 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import math
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from contextlib import nullcontext
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..errors import DamagedError, InputError, LayerError, NumericsError, UnsupportedModelError, WorkspaceError
+from ..errors import DamagedError, FingerprintError, InputError, LayerError, NumericsError, UnsupportedModelError, WorkspaceError
 from ..files import write_file
 from ..model.load import LanguageModel
 from ..model.tokens import align, encode
-from ..model.trace import recording
+from ..model.trace import replacing, stoppable
 from . import solve
+
+TOKENS_PER_NEURON = 32
+"""Tokens read for each neuron when nobody says how many. Measured on trained models (`benchmarks/results/moments.json`)."""
 
 _FORMAT = "1"
 _WINDOW = 512
 """Texts tokenized ahead of the model and sorted by length: enough that a batch has little padding, few enough to stream a corpus."""
+_STRIPS = 8
+"""A symmetric sum is kept as strips from the diagonal to the right edge: 9/16 of the products and of the memory of all of it."""
+_PROBES = 64
+"""Keys drawn for `excess`; they add less than 1 % to what the choice of halves makes it vary."""
+_SECONDS = 60.0
+"""Between checkpoints, at least; and twenty times as long as the last one took to write."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class SecondMoment:
     """E[m mᵀ] of the input of one layer's down-projection.
 
@@ -43,6 +71,10 @@ class SecondMoment:
     count        tokens it was averaged over
     fingerprint  of the model; "" when unknown
     corpus       sha256 of the token ids it was computed from; "" when unknown
+    layer        it belongs to; None when unknown
+    split_half   relative difference between two halves of the text; None when unknown, or when all of it fell into one half
+    excess       how much more a change weighed by it disturbs other text than one weighed by endless text would, estimated from the
+                 halves: 0.05 is 5 % (of the squared norm); 1 is the most it can tell; None as above
 
     Raises InputError for a matrix that is not square or a count below 1, NumericsError when a number is not finite.
     """
@@ -51,6 +83,15 @@ class SecondMoment:
     count: int
     fingerprint: str = ""
     corpus: str = ""
+    layer: int | None = None
+    split_half: float | None = None
+    excess: float | None = None
+
+    def __repr__(self) -> str:
+        known = {"layer": self.layer, "d_ff": self.d_ff, "count": self.count, "split_half": self.split_half, "excess": self.excess}
+        return (
+            f"SecondMoment({', '.join(f'{k}={v:.3g}' if isinstance(v, float) else f'{k}={v}' for k, v in known.items() if v is not None)})"
+        )
 
     def __post_init__(self) -> None:
         if self.matrix.ndim != 2 or self.matrix.shape[0] != self.matrix.shape[1] or not self.matrix.is_floating_point():
@@ -61,9 +102,34 @@ class SecondMoment:
             raise NumericsError("the second moment holds NaN or infinity; the model that gave it does not compute finite states")
 
     @classmethod
-    def from_matrix(cls, matrix: Tensor, *, count: int, fingerprint: str = "", corpus: str = "") -> SecondMoment:
+    def from_matrix(cls, matrix: Tensor, *, count: int, fingerprint: str = "", corpus: str = "", layer: int | None = None) -> SecondMoment:
         """Take E[m mᵀ] (d_ff, d_ff), already divided by `count`, computed elsewhere."""
-        return cls(matrix=matrix, count=int(count), fingerprint=fingerprint, corpus=corpus)
+        return cls(matrix=matrix, count=int(count), fingerprint=fingerprint, corpus=corpus, layer=layer)
+
+    def check(self, lm: LanguageModel, layer: int | None = None) -> None:
+        """Raises FingerprintError unless it was computed from this model, and from this layer of it; what is unknown is not asked."""
+        if self.fingerprint and self.fingerprint != lm.fingerprint:
+            raise FingerprintError(
+                f"the second moment was computed from a model with fingerprint {self.fingerprint[:12]}; {lm.name} has "
+                f"{lm.fingerprint[:12]} now: compute it again with second_moments"
+            )
+        if layer is None:
+            return
+        if self.layer is not None and self.layer != layer:
+            raise FingerprintError(f"the second moment is of layer {self.layer}; layer {layer} was asked for: load that layer's")
+        if lm.ffn[layer].d_ff != self.d_ff:
+            raise FingerprintError(
+                f"the second moment is of {self.d_ff} neurons; layer {layer} of {lm.name} has {lm.ffn[layer].d_ff}: "
+                "it belongs to another model"
+            )
+
+    def describe(self) -> str:
+        """How much text it saw, and how far that carries, in words."""
+        text = f"{self.count:,} tokens, {self.count / self.d_ff:.1f} a neuron"
+        if self.split_half is None or self.excess is None:
+            return f"{text}; halves not compared"
+        more = "100 % or more" if self.excess > 0.99 else f"{100 * self.excess:.1f} %"
+        return f"{text}; halves differ by {100 * self.split_half:.1f} %, edits disturb unseen text {more} more than need be"
 
     @property
     def d_ff(self) -> int:
@@ -108,33 +174,38 @@ class SecondMoment:
             "count": str(self.count),
             "fingerprint": self.fingerprint,
             "corpus": self.corpus,
+            **{key: repr(value) for key in _OPTIONAL if (value := getattr(self, key)) is not None},
         }
-        metadata["sha256"] = _checksum(tensors, metadata)
-        path = Path(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_file(path, safetensors.torch.save(tensors, metadata))
-        except OSError as error:
-            raise WorkspaceError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from None
+        _write(Path(path), tensors, metadata)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> SecondMoment:
-        """Read what `save` wrote, packed or not. Raises DamagedError when the file is missing, altered, or something else."""
+    def load(cls, path: str | os.PathLike[str], lm: LanguageModel | None = None, layer: int | None = None) -> SecondMoment:
+        """Read what `save` wrote, packed or not, by this version or an earlier one.
+
+        lm, layer: what it has to belong to. Raises DamagedError when the file is missing, altered, or something else, FingerprintError
+        when it belongs to another model or layer.
+        """
         path = Path(path)
         if not path.is_file():
             raise DamagedError(f"no second moment at {path}; expected a file written by SecondMoment.save")
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = dict(file.metadata() or {})
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        except (OSError, safetensors.SafetensorError) as error:
-            raise DamagedError(f"cannot read {path}: {error}; compute the second moment again") from None
+        tensors, metadata = _read(path)
         if metadata.get("format") != _FORMAT or set(tensors) not in ({"matrix"}, {"packed", "scale"}):
             raise DamagedError(f"{path} is not a second moment of format {_FORMAT}; it holds {sorted(tensors)}")
-        if metadata.pop("sha256", None) != _checksum(tensors, metadata):
-            raise DamagedError(f"{path} does not match its checksum; compute the second moment again")
         matrix = tensors["matrix"] if "matrix" in tensors else _unpack(tensors["packed"], tensors["scale"])
-        return cls(matrix=matrix, count=int(metadata["count"]), fingerprint=metadata["fingerprint"], corpus=metadata["corpus"])
+        moment = cls(
+            matrix=matrix,
+            count=int(metadata["count"]),
+            fingerprint=metadata["fingerprint"],
+            corpus=metadata["corpus"],
+            **{key: kind(metadata[key]) for key, kind in _OPTIONAL.items() if key in metadata},
+        )
+        if lm is not None:
+            moment.check(lm, layer)
+        return moment
+
+
+_OPTIONAL: Mapping[str, Callable[[str], Any]] = {"layer": int, "split_half": float, "excess": float}
+"""What a file may state beside the rest; files of the first version do not."""
 
 
 def second_moments(
@@ -142,20 +213,74 @@ def second_moments(
     texts: Iterable[str],
     layers: Sequence[int],
     *,
-    max_tokens: int | None = None,
+    max_tokens: float | None = None,
     batch_tokens: int = 2048,
-    progress: Callable[[int], None] | None = None,
+    dtype: torch.dtype | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> dict[int, SecondMoment]:
     """E[m mᵀ] of the down-projection's input over every token of `texts`, for several layers in one pass.
 
-    max_tokens    stop after this many tokens (the last text is cut); None reads all of them
+    max_tokens    stop after this many tokens (the last text is cut); None: TOKENS_PER_NEURON for each neuron of the widest layer;
+                  math.inf: read all of them
     batch_tokens  padded tokens in one forward pass
+    dtype         torch.bfloat16 runs the forward pass in it: faster, and off by much less than the halves of the text differ. The weights
+                  are cast on their way and stay as they are. None: the model's own
+    checkpoint    file that keeps the sums, written now and then; called again with the same arguments and texts, a run that was killed goes
+                  on where it stood, and gives the same numbers. It is removed at the end
     progress      called with the number of tokens done, after every batch
 
-    Texts longer than the model's context are cut into pieces. The pass ends after the highest layer asked for. Products are taken in
-    float32 (float64 for a float64 model) for one batch and summed in float64; padding is left out. Raises LayerError for a layer
-    the model does not have, InputError when there is no text, NumericsError when a state is not finite.
+    Texts longer than the model's context are cut into pieces. The pass ends before the highest layer's down-projection. Products are taken
+    in float32 (float64 for a float64 model) for one batch and summed in float64; padding is left out.
+
+    Raises LayerError for a layer the model does not have, UnsupportedModelError for one with experts, InputError when there is no text,
+    for another dtype, or when the checkpoint was made with other arguments or texts, FingerprintError when it was made from another model,
+    DamagedError when it is not whole, WorkspaceError when it cannot be written, NumericsError when a state is not finite.
     """
+    layers = _checked(lm, layers, max_tokens, dtype)
+    limit = TOKENS_PER_NEURON * max(lm.ffn[layer].d_ff for layer in layers) if max_tokens is None else max_tokens
+    fingerprint = lm.fingerprint
+    sums = {layer: _Sum(lm.ffn[layer].d_ff) for layer in layers}
+    settings = {"layers": str(layers), "max_tokens": str(limit), "batch_tokens": str(batch_tokens), "dtype": str(dtype)}
+    kept = None if checkpoint is None else _Checkpoint(Path(checkpoint), fingerprint, settings)
+    at = _At(0, "", [0, 0]) if kept is None else kept.resume(sums)
+    batches = enumerate(_plan(_pieces(lm, [texts] if isinstance(texts, str) else texts, limit), batch_tokens), 1)
+    if at.batch:
+        last = next(itertools.islice(batches, at.batch - 1, None), None)
+        if last is None or last[1].digest != at.digest:
+            raise InputError(f"{checkpoint} was made from other text; give the same text again, or another checkpoint, or delete it")
+        if progress is not None:
+            progress(sum(at.counts))
+    for number, batch in batches:
+        for layer, m in _coefficients(lm, batch.rows, layers, dtype).items():
+            sums[layer].add(batch.half, m)
+        at.counts[batch.half] += sum(map(len, batch.rows))
+        at = _At(number, batch.digest, at.counts)
+        if kept is not None:
+            kept.save(sums, at)
+        if progress is not None:
+            progress(sum(at.counts))
+    if not at.batch:
+        raise InputError("second_moments got no text; expected strings with at least one token")
+    moments: dict[int, SecondMoment] = {}
+    for layer in layers:
+        matrix, split_half, excess = sums.pop(layer).compared(at.counts)
+        moments[layer] = SecondMoment(
+            matrix=matrix,
+            count=sum(at.counts),
+            fingerprint=fingerprint,
+            corpus=at.digest,
+            layer=layer,
+            split_half=split_half,
+            excess=excess,
+        )
+    if kept is not None:
+        kept.remove()
+    return moments
+
+
+def _checked(lm: LanguageModel, layers: Iterable[int], max_tokens: float | None, dtype: torch.dtype | None) -> list[int]:
+    """The layers in order, each once; raises what `second_moments` says about its arguments."""
     layers = sorted(set(layers))
     if not layers:
         raise InputError("second_moments needs at least one layer; got none")
@@ -164,50 +289,183 @@ def second_moments(
             raise LayerError(f"layer {layer} does not exist; the model has layers 0 to {lm.n_layers - 1}")
         if lm.ffn[layer].n_experts:
             raise UnsupportedModelError(f"layer {layer} is a mixture of experts; second moments are for dense layers: choose another")
-    if isinstance(texts, str):
-        texts = [texts]
-    sums: dict[int, Tensor] = {}
-    count, digest = 0, hashlib.sha256()
-    modules = {layer: lm.ffn[layer].down for layer in layers}
-    for sequences in _windows(_pieces(lm, texts, max_tokens)):
-        for ids in sequences:
-            digest.update(repr(ids).encode())
-        for rows in _batches(sorted(sequences, key=len), batch_tokens):
-            batch = align(lm, rows, [0] * len(rows))
-            with torch.no_grad(), recording(modules, stop=True) as calls:
-                lm.forward(batch)
-            real = batch.attention_mask.bool()
-            for layer in layers:
-                m = calls[layer][0].input
-                m = m.reshape(-1, m.shape[-1])[real.flatten().to(m.device)]  # (tokens, d_ff); some families flatten (B, T) themselves
-                m = m.to(torch.promote_types(m.dtype, torch.float32))
-                product = (m.T @ m).to(torch.float64)
-                sums[layer] = sums[layer].add_(product) if layer in sums else product
-            count += int(real.sum())
-            if progress is not None:
-                progress(count)
-    if not count:
-        raise InputError("second_moments got no text; expected strings with at least one token")
-    return {
-        layer: SecondMoment(matrix=total / count, count=count, fingerprint=lm.fingerprint, corpus=digest.hexdigest())
-        for layer, total in sums.items()
-    }
+    if max_tokens is not None and not max_tokens >= 1:
+        raise InputError(f"max_tokens is at least 1, or None for the default; got {max_tokens!r}")
+    if dtype is not None and (dtype != torch.bfloat16 or lm.dtype == torch.float64):
+        raise InputError(
+            f"a forward pass in {dtype} of a model in {lm.dtype} is not offered (float16 overflows, float64 models are there for their "
+            "precision); give torch.bfloat16, or None for the model's own"
+        )
+    return layers
 
 
-def _pieces(lm: LanguageModel, texts: Iterable[str], max_tokens: int | None) -> Iterator[list[int]]:
+def _coefficients(lm: LanguageModel, rows: Sequence[Sequence[int]], layers: Sequence[int], dtype: torch.dtype | None) -> dict[int, Tensor]:
+    """The coefficients of some layers at every token, {layer: (tokens, d_ff)}; nothing after the last of them runs."""
+    batch = align(lm, rows, [0] * len(rows))
+    found: dict[int, Tensor] = {}
+    with torch.no_grad(), stoppable() as stop:
+
+        def take(layer: int, m: Tensor) -> Tensor:
+            found[layer] = m
+            if len(found) == len(layers):
+                stop()
+            return m
+
+        in_dtype = nullcontext() if dtype is None else torch.autocast(lm.device.type, dtype)
+        with in_dtype, replacing({lm.ffn[layer].down: partial(take, layer) for layer in layers}, where="input"):
+            lm.forward(batch)
+    real = batch.attention_mask.bool().flatten()
+    # Some families flatten (B, T) themselves.
+    at_tokens = {layer: m.reshape(-1, m.shape[-1])[real.to(m.device)] for layer, m in found.items()}
+    return {layer: m.to(torch.promote_types(m.dtype, torch.float32)) for layer, m in at_tokens.items()}
+
+
+class _Sum:
+    """Σ m mᵀ of one layer in float64, apart for two halves of the text.
+
+    strips[half][i] holds rows starts[i] to starts[i] + width from the diagonal to the right edge.
+    """
+
+    def __init__(self, d_ff: int) -> None:
+        self.width = math.ceil(d_ff / _STRIPS)
+        self.starts = range(0, d_ff, self.width)
+        self.strips = [
+            [torch.zeros(min(self.width, d_ff - start), d_ff - start, dtype=torch.float64) for start in self.starts] for _ in range(2)
+        ]
+
+    def add(self, half: int, m: Tensor) -> None:
+        """Count coefficients (tokens, d_ff) in."""
+        strips = self.strips[half]
+        for i, start in enumerate(self.starts):
+            strips[i] = strips[i].to(m.device).add_(m[:, start : start + self.width].T @ m[:, start:])
+
+    def compared(self, counts: Sequence[int]) -> tuple[Tensor, float | None, float | None]:
+        """The mean over all tokens (d_ff, d_ff), and how far its halves are apart: `split_half` and `excess`, None with one half empty."""
+        halves = [self._matrix(half) for half in range(2)]
+        count = sum(counts)
+        mean = (halves[0].to(halves[1].device) + halves[1]) / count if all(counts) else halves[counts.index(count)] / count
+        if not all(counts):
+            return mean, None, None
+        a, b = (half.div_(n) for half, n in zip(halves, counts, strict=True))
+        balance = 2 * math.sqrt(counts[0] * counts[1]) / count  # halves of different size differ more; 1 for equal ones
+        difference = balance * (a - b).norm() / mean.norm().clamp(min=torch.finfo(mean.dtype).tiny)
+        return mean, float(difference), _excess(a, b, counts)
+
+    def _matrix(self, half: int) -> Tensor:
+        strips = self.strips[half]
+        full = strips[0].new_empty(strips[0].shape[1], strips[0].shape[1])
+        for start, strip in zip(self.starts, strips, strict=True):
+            block = strip[:, : len(strip)]
+            strip[:, : len(strip)] = (block + block.T) / 2  # products of rounded numbers are symmetric but for rounding
+            full[start : start + len(strip), start:] = strip
+            full[start:, start : start + len(strip)] = strip.T
+        return full
+
+
+def _excess(a: Tensor, b: Tensor, counts: Sequence[int]) -> float | None:
+    """The module's formula with the halves in both roles; None when a half has no neuron that is ever on."""
+    unused = []
+    for own, other, n in ((a, b, counts[0]), (b, a, counts[1])):
+        try:
+            factor = solve.cholesky(own)
+        except NumericsError:
+            return None
+        normal = torch.randn(len(own), _PROBES, dtype=factor.dtype, generator=torch.Generator().manual_seed(0)).to(factor.device)
+        u = torch.linalg.solve_triangular(factor.T, normal, upper=True)  # own⁻¹ k of keys k = factor @ normal
+        # Over what u does to the half itself, not over |normal|²: neurons that are never on count on neither side.
+        ratio = float((u * (other @ u)).sum() / (u * (own @ u)).sum())
+        unused.append(max(1 - 1 / ratio, 0.0) * n / sum(counts))
+    share = sum(unused) / 2
+    return min(share / (1 - share), 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class _At:
+    """How far a run is: batches done, the digest of the text up to the window of the last, tokens of either half."""
+
+    batch: int
+    digest: str
+    counts: list[int]
+
+
+class _Checkpoint:
+    """The file of an unfinished run. What it was made from is checked before anything is taken from it."""
+
+    def __init__(self, path: Path, fingerprint: str, settings: Mapping[str, str]) -> None:
+        self.path = path
+        self.made_from = {"format": f"unfinished {_FORMAT}", "fingerprint": fingerprint, **settings}
+        self.due = time.monotonic() + _SECONDS
+
+    def resume(self, sums: Mapping[int, _Sum]) -> _At:
+        """Put what the file holds into the sums; the beginning where there is no file."""
+        if not self.path.is_file():
+            return _At(0, "", [0, 0])
+        tensors, metadata = _read(self.path)
+        if metadata.get("format") != self.made_from["format"]:
+            raise DamagedError(f"{self.path} is no unfinished second moment; give another checkpoint, or delete it")
+        for key, wanted in self.made_from.items():
+            if metadata[key] != wanted:
+                error = FingerprintError if key == "fingerprint" else InputError
+                raise error(f"{self.path} was made with {key} {metadata[key]}, not {wanted}; give another checkpoint, or delete it")
+        for layer, held in sums.items():
+            for half, strips in enumerate(held.strips):
+                for i in range(len(strips)):
+                    strips[i] = tensors[f"{layer}.{half}.{i}"]
+        return _At(int(metadata["batch"]), metadata["digest"], [int(metadata["count0"]), int(metadata["count1"])])
+
+    def save(self, sums: Mapping[int, _Sum], at: _At) -> None:
+        """Write the file, if it is time to."""
+        began = time.monotonic()
+        if began < self.due:
+            return
+        tensors = {
+            f"{layer}.{half}.{i}": strip.cpu()
+            for layer, held in sums.items()
+            for half, strips in enumerate(held.strips)
+            for i, strip in enumerate(strips)
+        }
+        stand = {"batch": str(at.batch), "digest": at.digest, "count0": str(at.counts[0]), "count1": str(at.counts[1])}
+        _write(self.path, tensors, {**self.made_from, **stand})
+        self.due = time.monotonic() + max(_SECONDS, 20 * (time.monotonic() - began))
+
+    def remove(self) -> None:
+        """Take the file away: the run is finished."""
+        self.path.unlink(missing_ok=True)
+
+
+def _pieces(lm: LanguageModel, texts: Iterable[str], limit: float) -> Iterator[list[int]]:
     longest = lm.max_tokens or 1024
-    left = max_tokens
     for text in texts:
         ids, _ = encode(lm.tokenizer, text)
         for start in range(0, len(ids), longest):
             piece = ids[start : start + longest]
-            if left is not None:
-                piece = piece[:left]
-                left -= len(piece)
-            if piece:
-                yield piece
-            if left == 0:
+            yield piece if len(piece) <= limit else piece[: int(limit)]
+            limit -= len(piece)
+            if limit < 1:
                 return
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Token ids to run together, which half of the text they belong to, and the digest of the text up to the end of their window."""
+
+    rows: list[list[int]]
+    half: int
+    digest: str
+
+
+def _plan(pieces: Iterator[list[int]], batch_tokens: int) -> Iterator[_Rows]:
+    """The batches of a corpus; the same pieces give the same batches."""
+    digest = hashlib.sha256()
+    for window in _windows(pieces):
+        halves: tuple[list[list[int]], list[list[int]]] = ([], [])
+        for ids in window:
+            text = repr(ids).encode()
+            digest.update(text)
+            halves[hashlib.sha256(text).digest()[0] & 1].append(ids)
+        for half, members in enumerate(halves):
+            for rows in _batches(sorted(members, key=len), batch_tokens):
+                yield _Rows(rows, half, digest.hexdigest())
 
 
 def _windows(pieces: Iterator[list[int]]) -> Iterator[list[list[int]]]:
@@ -236,6 +494,30 @@ def _unpack(packed: Tensor, scale: Tensor) -> Tensor:
     factor[rows, columns] = packed.double()
     factor *= scale.double()[:, None]
     return factor @ factor.T
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """One safetensors file with a checksum over all it holds, in one step; raises WorkspaceError."""
+    metadata = {**metadata, "sha256": _checksum(tensors, metadata)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_file(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
+    except (OSError, safetensors.SafetensorError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise WorkspaceError(f"cannot write {path}: {why}; choose a folder that can be written") from None
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What `_write` wrote; raises DamagedError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, safetensors.SafetensorError) as error:
+        raise DamagedError(f"cannot read {path}: {error}; compute the second moment again") from None
+    if metadata.pop("sha256", None) != _checksum(tensors, metadata):
+        raise DamagedError(f"{path} does not match its checksum; compute the second moment again")
+    return tensors, metadata
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
