@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import unicodedata
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,8 +14,9 @@ from safetensors.torch import load_file
 from conftest import GPT2, LLAMA, TEXTS, VOCAB, byte_tokenizer, shared_dir, tiny_model
 from factsmith.edit.contexts import generate_contexts
 from factsmith.edit.delta import Delta, applied, read_weights
-from factsmith.edit.methods import RomeConfig, rome, rome_each
+from factsmith.edit.methods import AlphaEditConfig, MemitConfig, RomeConfig, alphaedit, memit, rome, rome_each
 from factsmith.edit.moments import SecondMoment, second_moments
+from factsmith.edit.target import Targets, read_keys
 from factsmith.errors import FactsmithError, InputError, LayerError, SubjectError, UnsupportedModelError
 from factsmith.fact import Fact
 from factsmith.model.load import LanguageModel, load, wrap
@@ -102,6 +105,74 @@ def test_one_more_update_would_not_agree(golden: dict[str, Any]) -> None:
     config = RomeConfig(layer=1, steps=21)
     delta = rome(golden["lm"], fact, config, moments=golden["moments"], contexts=golden["context_templates"])
     assert relative(delta.layers[1][0][:, 0], golden["tensors"]["case2.h.1.v"]) > 5e-3
+
+
+@pytest.fixture(scope="module")
+def golden_many() -> Callable[[str], dict[str, Any]]:
+    """What the authors' code gave for ten facts in three layers, by method."""
+    folder = shared_dir() / "golden"
+    moments = load_file(folder / "second_moment.safetensors")
+    lm = load(folder / "facts-gpt2")
+
+    def read(name: str) -> dict[str, Any]:
+        found = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+        h = found["hparams"]
+        settings = {
+            "layers": tuple(h["layers"]),
+            "steps": h["v_num_grad_steps"],
+            "lr": h["v_lr"],
+            "kl_factor": h["kl_factor"],
+            "weight_decay": h["v_weight_decay"],
+            "clamp": h["clamp_norm_factor"],
+        }
+        config = (
+            MemitConfig(**settings, moment_weight=h["mom2_update_weight"])
+            if name == "memit"
+            else AlphaEditConfig(**settings, threshold=h["nullspace_threshold"], l2=h["L2"])
+        )
+        return {
+            "lm": lm,
+            "config": config,
+            "facts": [Fact(r["subject"], r["prompt"], r["target_new"]["str"]) for r in found["requests"]],
+            "contexts": [context for group in found["context_templates"] for context in group],
+            "moments": {i: SecondMoment.from_matrix(moments[f"layer{i}"], count=int(moments[f"layer{i}.count"])) for i in range(3)},
+            "tensors": load_file(folder / f"{name}.safetensors"),
+        }
+
+    return read
+
+
+def test_memit_agrees_with_the_reference_implementation(golden_many: Callable[[str], dict[str, Any]]) -> None:
+    g = golden_many("memit")
+    delta = memit(g["lm"], g["facts"], g["config"], moments=g["moments"], contexts=g["contexts"])
+    assert relative(delta.v_star.T, g["tensors"]["zs"]) < 1e-3
+    for layer in range(3):
+        left, right = delta.layers[layer]
+        assert relative(delta.k_star[layer], g["tensors"][f"ks.L{layer}"]) < 1e-4
+        assert relative(right.T, g["tensors"][f"h.{layer}.adj_k"].float()) < 1e-4
+        assert relative(left, g["tensors"][f"h.{layer}.resid"].float()) < 1e-3
+        assert relative(delta.dense(layer).T, g["tensors"][f"h.{layer}.delta"]) < 1e-3
+    # The controls: PMET's spread, and keys averaged evenly over the contexts, are something else.
+    targets = Targets(**dict.fromkeys(("v_star", "v_initial", "k_star", "k_prompt", "ffn_initial"), delta.v_star), convergence=({},) * 10)
+    for changes in ({"spread": "sqrt"}, {"keys": "each"}):
+        other = memit(
+            g["lm"], g["facts"], dataclasses.replace(g["config"], **changes), moments=g["moments"], contexts=g["contexts"], targets=targets
+        )
+        assert relative(other.dense(0).T, g["tensors"]["h.0.delta"]) > 1e-2
+
+
+def test_alphaedit_agrees_with_the_reference_implementation(golden_many: Callable[[str], dict[str, Any]]) -> None:
+    g = golden_many("alphaedit")
+    delta = alphaedit(g["lm"], g["facts"], g["config"], moments=g["moments"], contexts=g["contexts"])
+    ranks = [g["moments"][layer].null_space(threshold=g["config"].threshold).shape[1] for layer in range(3)]
+    assert ranks == [461, 628, 593]
+    for layer in range(3):
+        assert relative(delta.dense(layer).T, g["tensors"][f"h.{layer}.delta"]) < 1e-3
+        cached = delta.k_star[layer].square().sum(0)  # the diagonal of K Kᵀ: what the next round has to keep
+        assert relative(cached, g["tensors"]["cache_c_diag"][layer]) < 1e-4
+    with applied(g["lm"], delta):  # the reference reads them again after the edit; they are the same, since only lower layers change them
+        again = read_keys(g["lm"], g["facts"], 2, g["contexts"])
+    assert relative((again * torch.tensor([0.5, *[0.1] * 5])[None, :, None]).sum(1), delta.k_star[2]) < 1e-4
 
 
 # ── properties ──────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from ..errors import InputError, UnsupportedModelError
 from .ffn import check_layer, get_slot, with_slot
-from .tokens import Batch
+from .tokens import Batch, align
 from .trace import Call, first_tensor, recording, replacing, standing_in, stoppable
 
 if TYPE_CHECKING:
@@ -31,42 +31,49 @@ if TYPE_CHECKING:
 
 
 class _PrefixLayer(DynamicLayer):  # type: ignore[misc]
-    """One layer's keys and values of the prefix; `update` joins new ones to them and changes nothing."""
+    """One layer's keys and values of the prefix; `update` joins new ones to them and changes nothing but what it was told to keep."""
 
-    def __init__(self, prefix: tuple[Tensor, Tensor] | None, rows: Tensor | None) -> None:
+    def __init__(self, prefix: tuple[Tensor, Tensor] | None, rows: Tensor | None, keep: bool) -> None:
         super().__init__()
         self.kept: tuple[Tensor, Tensor] | None = None
-        self.keep = prefix is None
+        self.keep = keep
         self.rows = rows
+        self.has_prefix = prefix is not None
         if prefix is not None:
             self.keys, self.values = prefix
             self.dtype, self.device = prefix[0].dtype, prefix[0].device
             self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.has_prefix:
+            if self.rows is not None:  # picked when first needed: a sweep asks one layer for each set of rows
+                self.keys, self.values, self.rows = _pick(self.keys, self.rows), _pick(self.values, self.rows), None
+            key_states, value_states = torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
         if self.keep:
             self.kept = (key_states, value_states)
-            return key_states, value_states
-        if self.rows is not None:  # picked when first needed: a sweep asks one layer for each set of rows
-            self.keys, self.values, self.rows = _pick(self.keys, self.rows), _pick(self.values, self.rows), None
-        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+        return key_states, value_states
 
 
 class PrefixCache(Cache):  # type: ignore[misc]
     """A key/value cache that is read and never grows, so that layers can be run again and differentiated.
 
-    prefix: per layer (keys, values), each (B, heads, columns, d_head), or None to keep what the layers hand in (`kept`).
+    prefix: per layer (keys, values), each (B, heads, columns, d_head), or None when there is none yet.
     rows: (R,) which of the B rows to use, repeats allowed; None: all of them.
+    keep: remember the prefix with what the layers hand in behind it (`kept`); by default where there is no prefix.
     """
 
-    def __init__(self, prefix: Sequence[tuple[Tensor, Tensor] | None], rows: Tensor | None = None) -> None:
-        super().__init__(layers=[_PrefixLayer(p, rows) for p in prefix])
+    def __init__(self, prefix: Sequence[tuple[Tensor, Tensor] | None], rows: Tensor | None = None, keep: bool | None = None) -> None:
+        super().__init__(layers=[_PrefixLayer(p, rows, p is None if keep is None else keep) for p in prefix])
+
+    def first_kept(self, n_layers: int) -> list[tuple[Tensor, Tensor]] | None:
+        """What the first layers were to keep, or None when some layer did not use the cache."""
+        kept = [layer.kept for layer in self.layers[:n_layers]]
+        return None if any(k is None for k in kept) else kept
 
     @property
     def kept(self) -> list[tuple[Tensor, Tensor]] | None:
-        """What each layer handed in, or None when some layer did not use the cache."""
-        kept = [layer.kept for layer in self.layers]
-        return None if any(k is None for k in kept) else kept
+        """What each layer was to keep, or None when some layer did not use the cache."""
+        return self.first_kept(len(self.layers))
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +83,8 @@ class Replay:
     lm      the model
     batch   the recorded rows, (B, T)
     start   first live column; the columns before it live only in the key/value cache
-    hidden  n_layers + 1 tensors (B, S, d_model), S = T - start: each layer's input; the last is the last layer's output
+    hidden  n_layers + 1 tensors (B, S, d_model), S = T - start: each layer's input; the last is the last layer's output. Fewer when the
+            pass was recorded up to a layer only
     """
 
     lm: LanguageModel
@@ -121,7 +129,12 @@ class Replay:
         return self.lm.head(hidden)
 
     def at(self, start: int) -> Replay:
-        """The same recorded pass, live from a later column on; nothing is computed. Raises InputError for an earlier column."""
+        """The same recorded pass, live from a later column on; nothing is computed.
+
+        Raises InputError for an earlier column, and for a pass recorded up to a layer only, which lacks later columns above it.
+        """
+        if len(self.hidden) <= self.lm.n_layers and start != self.start:
+            raise InputError(f"this pass was recorded up to layer {len(self.hidden) - 1} only; record it whole to start at a later column")
         if not self.start <= start < self.batch.width:
             raise InputError(f"column {start} cannot be made the first live one; expected {self.start} to {self.batch.width - 1}")
         _check_start(self.lm, start)
@@ -170,13 +183,19 @@ class Replay:
         return found
 
 
-def record(lm: LanguageModel, batch: Batch, *, start: int = 0, embed: Callable[[Tensor], Tensor] | None = None) -> Replay:
+def record(
+    lm: LanguageModel, batch: Batch, *, start: int = 0, embed: Callable[[Tensor], Tensor] | None = None, until: int | None = None
+) -> Replay:
     """One full pass up to the last layer's output, kept so that it can be resumed from (layer, column >= start).
 
     embed: changes the input embeddings (B, T, d) first, for instance to corrupt the subject.
+    until: run the live columns through layers 0 .. until - 1 only, when nobody asks for their states above; the columns before `start`
+    are run through every layer all the same.
+    What rows have in common before `start` is computed once (unless their embeddings are changed).
     Raises InputError when `start` is outside the batch or the batch is longer than the model's positions; UnsupportedModelError for
     padding that this model does not hide, and for a start above 0 in a model that reads text from both sides.
     """
+    until = lm.n_layers if until is None else check_layer(until - 1, lm.n_layers) + 1
     if not 0 <= start < batch.width:
         raise InputError(f"first live column {start} is outside a batch of {batch.width} columns")
     _check_start(lm, start)
@@ -188,18 +207,110 @@ def record(lm: LanguageModel, batch: Batch, *, start: int = 0, embed: Callable[[
         embeddings.append(embed(output))
         return embeddings[-1]
 
-    cache = PrefixCache([None] * lm.n_layers) if lm.caches_prefix else None
+    prefix: list[tuple[Tensor, Tensor] | None] = [None] * lm.n_layers
+    if apart := bool(start) and embed is None and lm.caches_prefix:
+        prefix = [*_prefix(lm, batch, start)]
+    elif not apart and start:
+        until = lm.n_layers  # one pass is all there is, and the columns before `start` need every layer
+    cache = PrefixCache(prefix, keep=True) if lm.caches_prefix else None
     changes = {lm.embedding: corrupt} if embed is not None else {}
-    with torch.no_grad(), replacing(changes), recording(dict(enumerate(lm.layers)), stop=True) as calls:
-        lm.forward(batch, cache=cache)
-    states = [get_slot(calls[0][0], lm.slot), *(calls[layer][0].output for layer in range(lm.n_layers))]
-    kept = cache.kept if cache is not None else []
+    with torch.no_grad(), replacing(changes), recording(dict(enumerate(lm.layers[:until])), stop=True) as calls:
+        lm.forward(batch, start=start if apart else 0, cache=cache)
+    states = [get_slot(calls[0][0], lm.slot), *(calls[layer][0].output for layer in range(until))]
+    kept = cache.first_kept(until) if cache is not None else []
     if kept is None:
         raise UnsupportedModelError("some layers keep their state outside the key/value cache; load the model again to replay without one")
+    kept += [pair for pair in prefix[until:] if pair is not None]
     before = None if lm.caches_prefix else tuple(s[:, :start] for s in states)
-    if start:  # copies, so that the earlier columns' memory is freed
+    if start and not apart:  # copies, so that the earlier columns' memory is freed
         states = [s[:, start:].clone() for s in states]
     return Replay(lm, batch, start, tuple(states), before, tuple(kept), embeddings[0] if embeddings else None)
+
+
+def _prefix(lm: LanguageModel, batch: Batch, start: int) -> list[tuple[Tensor, Tensor]]:
+    """Every layer's keys and values at the columns before `start`: a pair of (B, heads, start, d_head) for each layer.
+
+    Equal prefixes are run once, and so are equal beginnings; padding holds anything finite, for it is never looked at.
+    """
+    own = batch.attention_mask[:, :start].bool()
+    rows = [tuple(ids[seen].tolist()) for ids, seen in zip(batch.input_ids[:, :start], own, strict=True)]
+    distinct = sorted({ids for ids in rows if ids})
+    place = {ids: i for i, ids in enumerate(distinct)}
+    found = _keys_and_values(lm, distinct)
+    return _gathered(found, [place.get(ids, 0) for ids in rows], [len(ids) for ids in rows], [len(ids) for ids in distinct], start)
+
+
+@torch.no_grad()
+def _keys_and_values(lm: LanguageModel, sequences: Sequence[tuple[int, ...]]) -> list[tuple[Tensor, Tensor]]:
+    """Every layer's keys and values of token sequences (sorted, each once), the last token in the last column.
+
+    A position's keys and values depend on what stands before it and on nothing else. So what neighbours in the sorted list begin with in
+    common is run first, by the same rule, and the rest of each sequence is run behind it.
+    """
+    lengths = [len(ids) for ids in sequences]
+    shared = [0, *(_in_common(a, b) for a, b in zip(sequences, sequences[1:])), 0]
+    heads = [ids[: max(pair)] for ids, pair in zip(sequences, zip(shared, shared[1:]), strict=True)]
+    distinct = sorted(set(heads) - {()})
+    saved = sum(map(len, heads)) - sum(map(len, distinct))
+    below: list[tuple[Tensor, Tensor]] = []
+    if len(distinct) == len(sequences) or saved <= _WORTH_SHARING * sum(lengths):
+        heads, distinct = [()] * len(sequences), []
+    else:
+        below = _keys_and_values(lm, distinct)
+    place = {ids: i for i, ids in enumerate(distinct)}
+    tails = [length - len(head) for length, head in zip(lengths, heads, strict=True)]
+    width = max(lengths)
+    out: list[tuple[Tensor, Tensor]] = []
+    for group in lm.groups(tails if lm.hides_padding else lengths):
+        batch = align(lm, [sequences[i] for i in group], [lengths[i] - 1 for i in group])
+        start = batch.width - max(tails[i] for i in group)
+        prefix: list[tuple[Tensor, Tensor] | None] = [None] * lm.n_layers
+        if start:
+            at, before = [place.get(heads[i], 0) for i in group], [max(0, lengths[i] + start - batch.width) for i in group]
+            prefix = [*_gathered(below, at, before, [len(ids) for ids in distinct], start)]
+        kept: list[tuple[Tensor, Tensor]] | None = [pair for pair in prefix if pair is not None]
+        if start < batch.width:
+            cache = PrefixCache(prefix, keep=True)
+            with recording({"last": lm.layers[-1]}, stop=True, copy=False):
+                lm.forward(batch, start=start, cache=cache)
+            kept = cache.kept
+        if kept is None:
+            raise UnsupportedModelError(
+                "some layers keep their state outside the key/value cache; load the model again to replay without one"
+            )
+        rows, first = torch.tensor(group), width - batch.width
+        for layer, pair in enumerate(kept):
+            if layer == len(out):
+                out.append(tuple(x.new_zeros(len(sequences), x.shape[1], width, x.shape[3]) for x in pair))  # type: ignore[arg-type]
+            for whole, part in zip(out[layer], pair, strict=True):
+                whole[rows.to(whole.device), :, first:] = part
+    return out
+
+
+_WORTH_SHARING = 0.15
+"""The share of the tokens that must be saved: two passes of fewer rows use the machine less well than one."""
+
+
+def _in_common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
+def _gathered(
+    pairs: Sequence[tuple[Tensor, Tensor]], rows: Sequence[int], lengths: Sequence[int], whole: Sequence[int], width: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of the first lengths[r] tokens of sequence rows[r], the last of them in the last of `width` columns.
+
+    whole: how many tokens each sequence in `pairs` has, the last in the last column there.
+    """
+    picked = torch.tensor(rows)
+    columns = torch.arange(width) - width + torch.tensor(lengths)[:, None]  # (R, width) which token; negative for padding
+    out = []
+    for pair in pairs:
+        first = pair[0].shape[-2] - torch.tensor(whole)[picked]
+        at = (columns + first[:, None]).clamp(min=0).to(pair[0].device)
+        out.append(tuple(x[picked.to(x.device)[:, None], :, at.to(x.device)].transpose(1, 2).contiguous() for x in pair))
+    return out  # type: ignore[return-value]
 
 
 def _check_start(lm: LanguageModel, start: int) -> None:
