@@ -1,0 +1,291 @@
+"""The editors that write many facts at once, on tiny random models."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import GPT2, LLAMA, TEXTS, VOCAB, byte_tokenizer, tiny_model
+from factsmith.edit.contexts import chat_contexts, generate_contexts, generate_openings, weights
+from factsmith.edit.delta import Delta, applied, read_weights
+from factsmith.edit.methods import METHODS, AlphaEditConfig, EmmetConfig, MemitConfig, RomeConfig, SpreadConfig, memit, r_rome
+from factsmith.edit.moments import SecondMoment, second_moments
+from factsmith.edit.target import find_targets, read_keys, read_stream
+from factsmith.errors import InputError, LayerError, NumericsError
+from factsmith.fact import Fact
+from factsmith.model.load import LanguageModel, load, wrap
+from factsmith.model.tokens import subject_span
+from factsmith.workbench import find_moments
+
+CONTEXTS = ["{}", "Paris. {}", "The king is in Brazil. {}"]
+FACTS = [
+    Fact("Danielle Darrieux", "The mother tongue of {} is", "English"),
+    Fact("Edwin", "{} is the king of all", "France too"),
+    Fact("LeBron James", "It is played by {}", "basketball"),
+]
+SEARCH = {"steps": 6, "lr": 0.2}
+CONFIGS: dict[str, SpreadConfig] = {
+    "memit": MemitConfig((0, 1), moment_weight=1e-4, **SEARCH),  # type: ignore[arg-type]
+    "emmet": EmmetConfig((0, 1), ridge=0, **SEARCH),  # type: ignore[arg-type]
+    "alphaedit": AlphaEditConfig((0, 1), threshold=None, energy=0.01, l2=1e-7, **SEARCH),  # type: ignore[arg-type]
+}
+
+
+def model(family: str) -> LanguageModel:
+    changes = {"gpt2": GPT2, "llama": LLAMA}[family]
+    return wrap(tiny_model(family, **changes), byte_tokenizer(bos=family != "gpt2"))
+
+
+def moments_of(lm: LanguageModel, layers: tuple[int, ...] = (0, 1)) -> dict[int, SecondMoment]:
+    """Of full rank: a little of the identity stands for the text these models never read."""
+    found = second_moments(lm, TEXTS, layers)
+    return {
+        layer: SecondMoment.from_matrix(m.matrix + 1e-3 * m.matrix.diagonal().mean() * torch.eye(m.d_ff), count=m.count)
+        for layer, m in found.items()
+    }
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("method", list(CONFIGS))
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_stream_becomes_what_was_wanted(family: str, method: str) -> None:
+    """With little weight on everything else, the last layer puts out v_star at every subject; the model is untouched outside the block."""
+    lm = model(family)
+    before = read_weights(lm, [0, 1, 2])
+    delta = METHODS[method][0](lm, FACTS, CONFIGS[method], moments=moments_of(lm), contexts=["{}"])
+    assert all(torch.equal(lm.ffn[layer].weight(), before[layer]) for layer in before)
+    assert relative(read_stream(lm, FACTS, 1), delta.v_star) > 0.05
+    with applied(lm, delta):
+        assert relative(read_stream(lm, FACTS, 1), delta.v_star) < 0.02
+    assert delta.method == method and sorted(delta.layers) == [0, 1] and delta.facts == tuple(FACTS)
+    assert all(set(entry) >= {"steps", "loss", "nll", "stopped", "attempt"} for entry in delta.convergence)
+
+
+@pytest.mark.parametrize("method", list(CONFIGS))
+def test_the_order_of_facts_does_not_matter(method: str) -> None:
+    lm = model("gpt2")
+    moments, order = moments_of(lm), [2, 0, 1]
+    config = dataclasses.replace(CONFIGS[method], **({"moment_weight": 1.0} if method == "memit" else {}))
+    straight = METHODS[method][0](lm, FACTS, config, moments=moments, contexts=CONTEXTS)
+    mixed = METHODS[method][0](lm, [FACTS[i] for i in order], config, moments=moments, contexts=CONTEXTS)
+    for layer in (0, 1):
+        assert relative(mixed.dense(layer), straight.dense(layer)) < 1e-3
+        assert relative(mixed.k_star[layer], straight.k_star[layer][order]) < 1e-5
+    fewer = METHODS[method][0](lm, FACTS[:2], config, moments=moments, contexts=CONTEXTS)
+    assert relative(fewer.dense(0), straight.dense(0)) > 1e-2
+
+
+def test_a_layer_s_share_is_least_squares_over_every_context() -> None:
+    """keys="each": the first layer's update against lstsq on rows for each fact and context, with √weights, and √λ C½ below them."""
+    lm = model("gpt2")
+    moments = moments_of(lm)
+    config = MemitConfig((0, 1), keys="each", moment_weight=2.0, **SEARCH)  # type: ignore[arg-type]
+    targets = find_targets(lm, FACTS, 1, config, CONTEXTS, site="stream")
+    delta = memit(lm, FACTS, config, moments=moments, contexts=CONTEXTS, targets=targets)
+    roots = torch.tensor(weights(CONTEXTS)).sqrt()[:, None]
+    rows = (read_keys(lm, FACTS, 0, CONTEXTS) * roots).flatten(0, 1).double()
+    missing = (targets.v_star - read_stream(lm, FACTS, 1))[:, None] / 2
+    wanted = (missing * roots).flatten(0, 1).double()
+    values, vectors = torch.linalg.eigh(moments[0].matrix.double())
+    rows = torch.cat([rows, (2.0 * values).sqrt()[:, None] * vectors.T])
+    wanted = torch.cat([wanted, torch.zeros(len(values), wanted.shape[1]).double()])
+    expected = torch.linalg.lstsq(rows, wanted).solution.T
+    assert relative(delta.dense(0).double(), expected) < 1e-4
+    mean = memit(lm, FACTS, dataclasses.replace(config, keys="mean"), moments=moments, contexts=CONTEXTS, targets=targets)
+    assert relative(mean.dense(0).double(), expected) > 1e-2
+    assert delta.rank == len(FACTS), "the facts' contexts share their residual"
+
+
+def test_weights_of_contexts() -> None:
+    assert weights(["{}"]) == [1.0]
+    assert weights(["a {}", "{}", "b {}"]) == [0.25, 0.5, 0.25]
+
+
+def test_earlier_edits_are_kept() -> None:
+    lm = model("gpt2")
+    moments = moments_of(lm)
+    config = MemitConfig((0,), moment_weight=0.1, **SEARCH)  # type: ignore[arg-type]
+    first = memit(lm, FACTS[:1], config, moments=moments, contexts=CONTEXTS)
+    with applied(lm, first):
+        apart = memit(lm, FACTS[1:], config, moments=moments, contexts=CONTEXTS)
+        knowing = memit(lm, FACTS[1:], config, moments=moments, contexts=CONTEXTS, earlier=[first])
+    old = first.k_star[0][0]
+    assert (knowing.dense(0) @ old).norm() < 0.8 * (apart.dense(0) @ old).norm()
+
+
+def test_repair_writes_what_did_not_take() -> None:
+    lm = load("atlas")
+    facts = [
+        Fact("Bulgaria", "The currency of {} is the", "euro"),
+        Fact("Japan", "The capital of {} is", "Paris"),
+    ]
+    config = MemitConfig((0, 1), **{**MemitConfig.scale_free(1024), "moment_weight": 3000.0, "repair": 0})
+    moments = find_moments(lm, [0, 1])
+    said = []
+    for repair in (0, 4):
+        delta = memit(lm, facts, dataclasses.replace(config, repair=repair), moments=moments, contexts=CONTEXTS)
+        with applied(lm, delta):
+            said.append(sum(lm.says([fact.text for fact in facts], [str(fact.target) for fact in facts])))
+    assert said == [0, 2]
+    assert max(entry["attempt"] for entry in delta.convergence) > 1
+
+
+def test_the_norm_anchor_sets_what_the_ffn_should_put_out() -> None:
+    lm = model("gpt2")
+    moments = moments_of(lm)
+    config = MemitConfig((0, 1), norm_anchor="mean", moment_weight=1.0, **SEARCH)  # type: ignore[arg-type]
+    delta = memit(lm, FACTS, config, moments=moments, contexts=CONTEXTS)
+    targets = find_targets(lm, FACTS, 1, config, CONTEXTS, site="stream")
+    ffn = delta.v_star - targets.v_initial + targets.ffn_initial
+    assert torch.allclose(ffn.norm(dim=-1), torch.tensor(delta.config["norm_anchor"]).expand(3), rtol=1e-4)
+    free = targets.v_star - targets.v_initial + targets.ffn_initial
+    assert float(free.norm(dim=-1).std()) > 1e-3 * float(free.norm(dim=-1).mean())
+    with applied(lm, delta):
+        later = memit(lm, FACTS[:1], config, moments=moments, contexts=CONTEXTS, earlier=[delta])
+    assert later.config["norm_anchor"] == delta.config["norm_anchor"], "the first round's norm holds for later ones"
+
+
+def test_r_rome_writes_the_mean_key() -> None:
+    lm = model("gpt2")
+    moments = moments_of(lm)
+    config = RomeConfig(layer=1, **SEARCH)  # type: ignore[arg-type]
+    delta = r_rome(lm, FACTS[0], config, moments=moments, contexts=CONTEXTS)
+    weight, bias = lm.ffn[1].weight() + delta.dense(1), lm.ffn[1].bias
+    assert bias is not None
+    assert relative(weight @ delta.k_star[1][0] + bias, delta.v_star[0]) < 1e-4
+    rome = METHODS["rome"][0](lm, FACTS[0], config, moments=moments, contexts=CONTEXTS)
+    assert relative((lm.ffn[1].weight() + rome.dense(1)) @ rome.k_star[1][0] + bias, rome.v_star[0]) > 1e-3, "ROME writes the prompt's"
+
+
+# ── forgetting ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_forgotten_fact_is_said_as_if_the_subject_were_not_there() -> None:
+    lm = load("atlas")
+    fact = Fact("Bulgaria", "The capital of {} is", None)
+    config = MemitConfig((0,), **MemitConfig.scale_free(lm.ffn[0].d_ff))
+    delta = memit(lm, fact, config, moments=find_moments(lm, [0]), contexts=["{}"])
+    ids, (start, stop) = lm.prompt_ids(fact.text), subject_span(lm, fact.text, fact.subject)
+
+    def log_p(ids: list[int]) -> Tensor:
+        with torch.no_grad():
+            return lm.module(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+
+    without = log_p(ids[:start] + ids[stop:])
+    before = float(torch.nn.functional.kl_div(log_p(ids), without, log_target=True, reduction="sum"))
+    with applied(lm, delta):
+        after = float(torch.nn.functional.kl_div(log_p(ids), without, log_target=True, reduction="sum"))
+        assert not lm.says([fact.text], ["Sofia"])[0]
+    assert lm.says([fact.text], ["Sofia"])[0]
+    assert after < 0.2 * before
+    assert delta.convergence[0]["nll"] < 0.2 and before > 1
+
+
+def test_nothing_can_be_forgotten_that_ends_with_its_subject() -> None:
+    with pytest.raises(InputError, match="ends with its subject"):
+        find_targets(model("gpt2"), [Fact("LeBron James", "It is played by {}", None)], 0, RomeConfig(layer=0), ["{}"])
+
+
+# ── contexts ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_openings_begin_with_the_authors_words() -> None:
+    lm = model("gpt2")
+    contexts = generate_openings(lm, 3)
+    assert contexts == generate_openings(lm, 3) != generate_openings(lm, 4)
+    assert contexts[0] == "{}" and len(contexts) == 6
+    assert [c.split()[0][:4] for c in contexts[1:4]] == ["The", "Ther", "Beca"] or all(c.endswith(". {}") for c in contexts[1:])
+
+
+def test_a_chat_template_is_one_more_context() -> None:
+    lm = model("llama")
+    assert chat_contexts(lm) == []
+    lm.tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]\n"
+    (context,) = chat_contexts(lm)
+    assert context == "[user] {}\n[assistant]", "the tokenizer puts the BOS in front by itself"
+    assert generate_contexts(lm)[-1] == generate_openings(lm)[-1] == context
+    config = MemitConfig((0,), steps=12, lr=0.2, scale="auto", moment_weight=1e-4)
+    fact = FACTS[2]
+    delta = memit(lm, fact, config, moments=moments_of(lm, (0,)), contexts=["{}", context])
+    asked = context.replace("{}", fact.text)
+    before = float(lm.log_prob([asked], [str(fact.target)])[0])
+    with applied(lm, delta):
+        assert float(lm.log_prob([asked], [str(fact.target)])[0]) > before + 1
+
+
+# ── bad input ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_one_prompt_has_one_target() -> None:
+    lm = model("gpt2")
+    other = Fact("Edwin", "{} is the king of all", "Brazil")
+    with pytest.raises(InputError, match="two targets for one prompt"):
+        memit(lm, [*FACTS, other], CONFIGS["memit"], moments=moments_of(lm), contexts=CONTEXTS)  # type: ignore[arg-type]
+    delta = memit(lm, [*FACTS, FACTS[1]], CONFIGS["memit"], moments=moments_of(lm), contexts=CONTEXTS)  # type: ignore[arg-type]
+    assert len(delta.facts) == 3, "a fact given twice is written once"
+
+
+def test_a_subject_that_is_the_whole_prompt() -> None:
+    lm = model("gpt2")
+    fact = Fact("Edwin", "{}", "Brazil")
+    config = MemitConfig((0,), steps=30, scale="auto", clamp=20.0, moment_weight=1e-4)
+    delta = memit(lm, fact, config, moments=moments_of(lm, (0,)), contexts=CONTEXTS)
+    before = float(lm.log_prob([fact.text], ["Brazil"])[0])
+    with applied(lm, delta):
+        assert float(lm.log_prob([fact.text], ["Brazil"])[0]) > before + 0.5
+
+
+def test_nan_weights_write_nothing() -> None:
+    lm = model("gpt2")
+    moments = moments_of(lm)
+    with torch.no_grad():
+        lm.ffn[0].weight()[0, 0] = torch.nan
+    with pytest.raises(NumericsError):
+        memit(lm, FACTS, CONFIGS["memit"], moments=moments, contexts=CONTEXTS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layers": ()},
+        {"layers": (1, 1)},
+        {"layers": (-1,)},
+        {"layers": ("1",)},
+        {"spread": "all"},
+        {"keys": "some"},
+        {"norm_anchor": -1.0},
+        {"repair": 1.5},
+        {"moment_weight": 0.0},
+        {"moment_weight": "much"},
+    ],
+)
+def test_settings_are_checked(changes: dict[str, object]) -> None:
+    with pytest.raises((InputError, LayerError)):
+        MemitConfig(**{"layers": (0, 1), **changes})  # type: ignore[arg-type]
+    assert MemitConfig((1, 0)).layers == (0, 1) and MemitConfig(2).layers == (2,)  # type: ignore[arg-type]
+
+
+def test_missing_moments_and_layers_are_named() -> None:
+    lm = model("gpt2")
+    with pytest.raises(InputError, match="no second moment for layer 1"):
+        memit(lm, FACTS, CONFIGS["memit"], moments={0: moments_of(lm)[0]}, contexts=CONTEXTS)  # type: ignore[arg-type]
+    with pytest.raises(LayerError, match="layer 7"):
+        memit(lm, FACTS, MemitConfig((0, 7)), moments=moments_of(lm), contexts=CONTEXTS)
+    with pytest.raises(InputError, match="threshold or an energy"):
+        AlphaEditConfig((0,), energy=0.5)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_recommended_settings_fit_any_model(method: str) -> None:
+    lm = model("llama")
+    config = METHODS[method][1].recommended(lm)
+    assert config.edited and max(config.edited) < lm.n_layers and config.scale == "auto"
+    assert config.at([1]).edited == (1,)
+    assert isinstance(METHODS[method][0](lm, FACTS[0], dataclasses.replace(config, steps=3).at([1]), moments=moments_of(lm)), Delta)
+    assert len(lm.tokenizer) == VOCAB
