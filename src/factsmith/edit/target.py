@@ -15,10 +15,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import InputError, LayerError, NumericsError, UnsupportedModelError
@@ -26,7 +27,7 @@ from ..fact import Fact
 from ..model.load import LanguageModel
 from ..model.replay import Replay, record
 from ..model.tokens import align, encode, subject_span, target_ids
-from ..model.trace import Call, recording, replacing
+from ..model.trace import recording, replacing
 
 Site = Literal["ffn", "stream"]
 """Where δ is added: to the output of the down-projection, or to that of the layer."""
@@ -102,7 +103,7 @@ def find_targets(
     contexts: Sequence[str],
     *,
     site: Site = "ffn",
-    memory: int = 2**30,
+    memory: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Targets:
     """Search v_star for every fact by gradient descent on what one layer puts out. ROME, equation 4; MEMIT, equation 16.
@@ -112,7 +113,8 @@ def find_targets(
     contexts  templates with one `{}` for the prompt; "{}" itself must be among them (it gives v₀)
     site      "ffn": δ is added to the down-projection's output (ROME). "stream": to the layer's output, where the edits of this layer and
               those below it arrive together (MEMIT)
-    memory    bytes that the activations of one batch may take; more facts than fit are done one batch after another
+    memory    bytes that the activations of one batch may take; more facts than fit are done one batch after another. None: half of what is
+              free on a GPU, else 1 GiB
     progress  called with the number of facts done, after every batch
 
     The model is untouched. Raises SubjectError when a prompt names its subject twice, LayerError, InputError for contexts without "{}",
@@ -128,7 +130,7 @@ def find_targets(
     order = sorted(range(len(facts)), key=lambda i: questions[i].width)  # neighbours of one length pad little
     found: dict[int, Targets] = {}
     while order:
-        take = _fit([questions[i] for i in order], lm, layer, memory)
+        take = _fit([questions[i] for i in order], lm, layer, _memory(lm) if memory is None else memory)
         group, order = order[:take], order[take:]
         part = _search([questions[i] for i in group], lm, layer, config, contexts.index("{}"), site)
         for row, i in enumerate(group):
@@ -150,10 +152,11 @@ def find_targets(
 def read_keys(lm: LanguageModel, facts: Sequence[Fact], layer: int, contexts: Sequence[str]) -> Tensor:
     """The down-projection's input at each fact's subject token in each context: (n, n_contexts, d_ff) float32.
 
-    A key does not see what follows the subject, so the rest of the prompt is not run, nor are the layers above.
+    A key does not see what follows the subject, so the rest of the prompt is not run, nor are the layers above; beginnings that prompts
+    have in common are run once.
     """
     rows = [_at_subject(lm, context.replace("{}", fact.prompt), fact.subject) for fact in facts for context in contexts]
-    keys = _columns(lm, rows, {"down": lm.ffn[layer].down}, lambda call: call.input)
+    keys = _at_last(lm, rows, layer, lambda replay: _down(replay, layer)[0])
     return keys.view(len(facts), len(contexts), -1)
 
 
@@ -161,7 +164,7 @@ def read_keys(lm: LanguageModel, facts: Sequence[Fact], layer: int, contexts: Se
 def read_stream(lm: LanguageModel, facts: Sequence[Fact], layer: int) -> Tensor:
     """The layer's output at each fact's subject token, on the bare prompt: (n, d_model) float32."""
     rows = [_at_subject(lm, fact.prompt, fact.subject) for fact in facts]
-    return _columns(lm, rows, {"layer": lm.layers[layer]}, lambda call: call.output)
+    return _at_last(lm, rows, layer, lambda replay: replay.hidden[layer + 1][:, 0].float())
 
 
 def to_down(lm: LanguageModel, facts: Sequence[Fact], layer: int, change: Tensor) -> Tensor:
@@ -202,19 +205,25 @@ def _at_subject(lm: LanguageModel, template: str, subject: str) -> list[int]:
     return ids[: pivot + 1]
 
 
-def _columns(lm: LanguageModel, rows: Sequence[list[int]], module: dict[str, nn.Module], read: Callable[[Call], Tensor]) -> Tensor:
-    """What `read` finds of one module's call at the last token of each row, (rows, width) float32; rows of one length share a pass."""
+def _at_last(lm: LanguageModel, rows: Sequence[list[int]], layer: int, read: Callable[[Replay], Tensor]) -> Tensor:
+    """What `read` finds in a pass up to `layer` whose one live column is the last token of each row: (rows, width) float32."""
     found: dict[int, Tensor] = {}
     for group in lm.groups([len(ids) for ids in rows]):
         batch = align(lm, [rows[i] for i in group], [len(rows[i]) - 1 for i in group])
-        with recording(module, stop=True) as calls:
-            lm.forward(batch)
-        (call,) = next(iter(calls.values()))
-        states = read(call)
-        # Some families flatten rows and columns before their FFN: (B · T, d_ff) rather than (B, T, d_ff).
-        for i, state in zip(group, states.reshape(len(group), batch.width, -1)[:, -1].float(), strict=True):
-            found[i] = state
+        states = read(record(lm, batch, start=batch.pivot, until=layer + 1, top=layer + 1))
+        found.update(zip(group, states, strict=True))
     return torch.stack([found[i] for i in range(len(rows))])
+
+
+@torch.no_grad()
+def _down(replay: Replay, layer: int) -> tuple[Tensor, Tensor]:
+    """Input (R, d_ff) and output (R, d_model) of a down-projection at the first live column, float32."""
+    with recording({"down": replay.lm.ffn[layer].down}, stop=True) as calls:
+        replay.layer(layer, replay.hidden[layer])
+    (call,) = calls["down"]
+    # Some families flatten rows and columns before their FFN, (B · T, d_ff); a model without a cache runs all columns again.
+    put_in, put_out = (x.reshape(replay.batch.size, -1, x.shape[-1])[:, -replay.n_live].float() for x in (call.input, call.output))
+    return put_in, put_out
 
 
 def check_layer(lm: LanguageModel, layer: int | None) -> int:
@@ -230,11 +239,12 @@ def check_layer(lm: LanguageModel, layer: int | None) -> int:
 
 @dataclass(frozen=True)
 class _Question:
-    """One fact as token sequences: one for each context (prompt + target without its last token), then the guard."""
+    """One fact as token sequences: one for each context (prompt + target without its last token), and the guard when it is none of them."""
 
     fact: Fact
     sequences: list[list[int]]
     pivots: list[int]
+    guard: int  # the sequence that guards what the subject is; a context's own, when that begins with the subject as the guard does
     reads: list[list[int]]  # for each context, the columns right of the pivot whose next token is a target token
     targets: list[list[int]]  # for each context, the target's tokens; none for a fact that is to be forgotten
     without: list[list[int]]  # for each context of such a fact, the prompt without the subject's tokens; else nothing
@@ -244,35 +254,50 @@ class _Question:
         """Columns from the pivot on."""
         return max(len(ids) - pivot for ids, pivot in zip(self.sequences, self.pivots, strict=True))
 
+    @property
+    def length(self) -> int:
+        """Columns in all, when its sequences are aligned."""
+        return max(self.pivots) + self.width
+
 
 @dataclass(frozen=True)
 class _Asked:
     """Where the questions of a batch are answered: flat over facts, contexts and target tokens."""
 
+    owners: Tensor  # (R,) which fact each row of the batch belongs to
+    contexts: Tensor  # (n, contexts) the row of each fact in each context
+    guards: Tensor  # (n,) each fact's guard row
     rows: Tensor  # (N,) row of the batch
     columns: Tensor  # (N,) live column
     targets: Tensor  # (N,) token id due there; meaningless where a distribution is due
     shares: Tensor  # (N,) its weight in its fact's mean
-    facts: Tensor  # (N,) which fact
-    guards: Tensor  # (n,) each fact's guard row
     blank: Tensor  # (M,) which of the N are due a distribution
     without: Tensor  # (M, vocab) its log-probabilities
 
     @classmethod
     def of(cls, questions: Sequence[_Question], without: Sequence[Tensor | None], device: torch.device) -> _Asked:
         """`without`: for each fact to be forgotten what the model says without the subject, (contexts, vocab) log-probabilities."""
-        per_fact = len(questions[0].sequences)
+        firsts = [0, *accumulate(len(q.sequences) for q in questions)]
         flat = [
-            (f * per_fact + c, column, token, 1 / (len(q.reads) * len(columns)), f, q.without != [])
-            for f, q in enumerate(questions)
+            (first + c, column, token, 1 / (len(q.reads) * len(columns)), q.without != [])
+            for first, q in zip(firsts, questions, strict=False)
             for c, columns in enumerate(q.reads)
             for column, token in zip(columns, q.targets[c] if q.targets else [0], strict=True)
         ]
-        rows, columns, targets, shares, facts, blank = (torch.tensor(x, device=device) for x in zip(*flat, strict=True))
-        guards = torch.arange(1, len(questions) + 1, device=device) * per_fact - 1
+        rows, columns, targets, shares, blank = (torch.tensor(x, device=device) for x in zip(*flat, strict=True))
+        first = torch.tensor(firsts[:-1], device=device)
         held = [log_p for log_p in without if log_p is not None]
-        log_p = torch.cat(held) if held else torch.empty(0, 0, device=device)
-        return cls(rows, columns, targets, shares, facts, guards, blank.nonzero()[:, 0], log_p)
+        return cls(
+            owners=torch.repeat_interleave(torch.tensor([len(q.sequences) for q in questions], device=device)),
+            contexts=first[:, None] + torch.arange(len(questions[0].reads), device=device),
+            guards=first + torch.tensor([q.guard for q in questions], device=device),
+            rows=rows,
+            columns=columns,
+            targets=targets,
+            shares=shares,
+            blank=blank.nonzero()[:, 0],
+            without=torch.cat(held) if held else torch.empty(0, 0, device=device),
+        )
 
 
 def _tokenize(lm: LanguageModel, fact: Fact, contexts: Sequence[str]) -> _Question:
@@ -300,9 +325,12 @@ def _tokenize(lm: LanguageModel, fact: Fact, contexts: Sequence[str]) -> _Questi
                     f"{fact.text!r} ends with its subject, so nothing can be said without it; to forget a fact, give a prompt that goes on"
                 )
     ids, _, pivot = _pivot(lm, _GUARD, fact.subject)
-    sequences.append(ids[: pivot + 1])  # read at the subject itself: what follows does not matter
-    pivots.append(pivot)
-    return _Question(fact, sequences, pivots, reads, targets, without)
+    ids = ids[: pivot + 1]  # read at the subject itself: what follows does not matter
+    guard = next((i for i, sequence in enumerate(sequences) if sequence[: pivots[i] + 1] == ids), len(sequences))
+    if guard == len(sequences):
+        sequences.append(ids)
+        pivots.append(pivot)
+    return _Question(fact, sequences, pivots, guard, reads, targets, without)
 
 
 @torch.no_grad()
@@ -328,93 +356,154 @@ def _pivot(lm: LanguageModel, template: str, subject: str) -> tuple[list[int], i
 
 
 def _fit(questions: Sequence[_Question], lm: LanguageModel, layer: int, memory: int) -> int:
-    """How many of the questions, in order of width, one batch can hold within `memory` bytes (at least one)."""
-    d_ff = lm.ffn[layer].weight().shape[1]
-    # What autograd keeps for a token in a layer: a dozen vectors of the stream's size (norms, q, k, v, sums), three of the FFN's.
-    token = (lm.n_layers - layer) * (12 * lm.d_model + 3 * d_ff) * 4
-    vocabulary = len(lm.tokenizer)
-    answers = 0
-    for count, question in enumerate(questions, start=1):
-        answers += (1 + sum(map(len, question.reads))) * vocabulary * 12  # logits, their softmax and its gradient
-        taken = answers + count * len(question.sequences) * question.width * token  # sorted: the last is the widest
-        if taken > memory and count > 1:
-            return count - 1
-    return len(questions)
+    """How many of the questions, in order of width, one batch holds (at least one).
+
+    As many as fit into `memory` bytes; fewer when they would be padded much and enough of them are there to keep the machine busy.
+    """
+    count = tokens = 0
+    for question in questions:
+        taken = _bytes([*questions[:count], question], lm, layer)
+        padded = question.width > _ALIKE * questions[0].width and tokens >= _ENOUGH[lm.device.type == "cpu"]
+        if count and (taken > memory or padded):
+            break
+        count += 1
+        tokens += len(question.sequences) * question.width
+    return count
+
+
+_ALIKE = 1.25
+"""Facts of one batch may differ in width by this factor, once there is work enough."""
+_ENOUGH = (8192, 256)
+"""Live tokens that keep a GPU, or a processor's core, busy: with fewer, another pass costs more than padding."""
+
+
+def _bytes(questions: Sequence[_Question], lm: LanguageModel, layer: int) -> int:
+    """What the search for these takes at its peak, model apart; an estimate that errs on the large side."""
+    rows = sum(len(q.sequences) for q in questions)
+    width, length = max(q.width for q in questions), max(q.length for q in questions)
+    answers = sum(1 + sum(map(len, q.reads)) for q in questions)
+    above, size = lm.n_layers - layer, lm.dtype.itemsize
+    token = _STREAMS * lm.d_model + _COEFFICIENTS * lm.ffn[layer].d_ff
+    graph = rows * above * (width * token + 2 * length * lm.d_model) * size  # joined keys and values count for the prefix too
+    kept = rows * (2 * lm.n_layers * length + (layer + 2) * width) * lm.d_model * size
+    return graph + kept + answers * len(lm.tokenizer) * _LOGITS
+
+
+_STREAMS = 14
+"""Vectors of the stream's size that autograd keeps for a token in a layer: norms, queries, keys, values, sums."""
+_COEFFICIENTS = 8
+"""Vectors of the FFN's width: an activation function written out (GPT-2's) keeps every step of its own."""
+_LOGITS = 16
+"""Bytes for a token of the vocabulary where an answer is read: the logits, their logarithmic softmax, and the gradients of both."""
+
+
+def _memory(lm: LanguageModel) -> int:
+    """Half of what is free on a GPU; 1 GiB elsewhere."""
+    if lm.device.type == "cuda":
+        return int(torch.cuda.mem_get_info(lm.device)[0]) // 2
+    return 2**30
+
+
+class _Adam:
+    """Adam with a row for each fact: its own learning rate, and it may leave. Kingma and Ba, algorithm 1, with torch's defaults."""
+
+    def __init__(self, rate: Tensor, like: Tensor) -> None:
+        self.rate, self.mean, self.square, self.steps = rate, torch.zeros_like(like), torch.zeros_like(like), 0
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows."""
+        self.rate, self.mean, self.square = self.rate[rows], self.mean[rows], self.square[rows]
+
+    def update(self, gradient: Tensor) -> Tensor:
+        """What to add to the parameters (n, d)."""
+        self.steps += 1
+        self.mean.lerp_(gradient, 0.1)
+        self.square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+        spread = (self.square / (1 - 0.999**self.steps)).sqrt_().add_(1e-8)
+        return self.mean / spread * (-self.rate / (1 - 0.9**self.steps))[:, None]
 
 
 def _search(questions: Sequence[_Question], lm: LanguageModel, layer: int, config: TargetConfig, bare: int, site: Site) -> Targets:
     """`find_targets` for one batch; `bare` is the index of the context "{}"."""
-    n, per_fact = len(questions), len(questions[0].sequences)
     batch = align(lm, [s for q in questions for s in q.sequences], [p for q in questions for p in q.pivots])
-    ffn = lm.ffn[layer]
-    with torch.no_grad(), recording({"down": ffn.down}) as calls:
-        replay = record(lm, batch, start=batch.pivot)
-    # Some families flatten rows and columns before their FFN: (B · T, d_ff) rather than (B, T, d_ff).
-    shape = (n, per_fact, batch.width, -1)
-    keys = calls["down"][0].input.reshape(shape)[:, :, batch.pivot].float()  # (n, contexts + 1, d_ff)
-    stream = replay.hidden[layer + 1][:, 0].float().view(n, per_fact, -1)[:, bare]  # (n, d_model)
-    ffn_initial = calls["down"][0].output.reshape(shape)[:, bare, batch.pivot].float()
-    v_initial = stream if site == "stream" else ffn_initial
-    lr, decay, limit = _scales(config, v_initial, stream)
-
-    # One parameter for each fact: Adam skips those that have left, and each may have its own learning rate.
-    deltas = [torch.zeros_like(v, requires_grad=True) for v in v_initial]
-    adam = torch.optim.Adam([{"params": [delta], "lr": rate} for delta, rate in zip(deltas, lr.tolist(), strict=True)], foreach=False)
-    convergence: list[dict[str, Any]] = [{} for _ in questions]
-    p_initial: Tensor | None = None  # (n, vocab) log-probabilities under δ = 0
-    active = list(range(n))
+    replay = record(lm, batch, start=batch.pivot, until=layer + 1)
     without = [_said_without(lm, question) for question in questions]
     asked = _Asked.of(questions, without, batch.input_ids.device)
+    keys, outputs = _down(replay, layer)
+    keys, ffn_initial = keys[asked.contexts.to(keys.device)], outputs[asked.contexts[:, bare].to(outputs.device)]
+    stream = replay.hidden[layer + 1][:, 0]
+    stream = stream[asked.contexts[:, bare].to(stream.device)].float()  # (n, d_model)
+    v_initial = stream if site == "stream" else ffn_initial
+    lr, decay, limit = _scales(config, v_initial, stream)
+    v_star = v_initial.clone()
+    convergence: list[dict[str, Any]] = [{} for _ in questions]
+
+    delta = torch.zeros_like(v_initial)  # float32, whatever the model computes in
+    adam = _Adam(lr, delta)
+    active = torch.arange(len(questions), device=delta.device)
+    guarded: Tensor | None = None  # (n, vocab) log-probabilities under δ = 0
     for step in range(1, config.steps + 1):
-        stacked = torch.stack([deltas[i] for i in active])  # (active, d_model)
-        hidden = _above(replay, layer, stacked.repeat_interleave(per_fact, dim=0), site)  # (active · per_fact, S, d_model)
-        nll, log_p = (x.to(stacked.device) for x in _read(replay, hidden, asked))
-        p_initial = log_p.detach() if p_initial is None else p_initial
-        kl = F.kl_div(p_initial, log_p, log_target=True, reduction="none").sum(-1)  # KL(p_δ ‖ p₀)
-        norm = stacked.norm(dim=-1)
-        loss = nll + config.kl_factor * kl + decay[active] * norm
+        delta.requires_grad_()
+        with torch.set_grad_enabled(step < config.steps):  # nothing follows the last evaluation
+            terms, log_p = _loss(replay, layer, delta, site, asked, guarded, config, decay[active])
+        loss, nll, kl, norm = terms
+        if guarded is None:
+            guarded = log_p.detach().clone()
+        del log_p  # it holds on to the logits of the whole batch
         if not torch.isfinite(loss).all():
-            names = [questions[i].fact.subject for i, x in zip(active, loss, strict=True) if not torch.isfinite(x)]
+            names = [questions[i].fact.subject for i, x in zip(active.tolist(), loss, strict=True) if not torch.isfinite(x)]
             raise NumericsError(f"the loss of {names} is not finite at step {step}; lower lr, or check the model's weights for NaN")
         watched = loss if config.scale == "paper" else nll
-        done = (watched < config.stop_loss) | (step == config.steps)
-        rows = zip(active, done.tolist(), *(x.tolist() for x in (watched, loss, nll, kl, norm)), strict=True)
-        for i, leaves, watched_i, loss_i, nll_i, kl_i, norm_i in rows:
-            if leaves:
-                convergence[i] = {
-                    "steps": step,
-                    "loss": loss_i,
-                    "nll": nll_i,
-                    "kl": kl_i,
-                    "norm": norm_i,
-                    "limit": float(limit[i]),
-                    "stopped": "loss" if watched_i < config.stop_loss else "steps",
-                }
+        reached = watched < config.stop_loss
+        done = reached | (step == config.steps)
+        if done.any():
+            v_star[active[done]] += delta[done].detach()
+            rows = torch.stack([loss, nll, kl, norm, limit[active]], dim=1)[done].tolist()
+            for i, good, row in zip(active[done].tolist(), reached[done].tolist(), rows, strict=True):
+                numbers = dict(zip(("loss", "nll", "kl", "norm", "limit"), row, strict=True))
+                convergence[i] = {"steps": step, **numbers, "stopped": "loss" if good else "steps"}
         if done.all():
             break
-        staying = [deltas[i] for i, leaves in zip(active, done.tolist(), strict=True) if not leaves]
-        gradients = torch.autograd.grad(loss[~done].sum(), staying)
+        (gradient,) = torch.autograd.grad(loss[~done].sum(), delta)
+        del terms, loss, nll, kl, norm, watched
+        delta = delta.detach()
         if done.any():
             stay = (~done).nonzero()[:, 0]
-            rows_kept = (stay[:, None] * per_fact + torch.arange(per_fact, device=stay.device)).flatten()
-            replay, p_initial = replay.keep(rows_kept), p_initial[stay]
-            active = [active[i] for i in stay.tolist()]
-            asked = _Asked.of([questions[i] for i in active], [without[i] for i in active], batch.input_ids.device)
-        adam.zero_grad(set_to_none=True)
-        for i, gradient in zip(active, gradients, strict=True):
-            deltas[i].grad = gradient
-        adam.step()
-        with torch.no_grad():
-            for i in active:
-                deltas[i].mul_((limit[i] / deltas[i].norm()).clamp(max=1))
+            replay = replay.keep(torch.isin(asked.owners, stay.to(asked.owners.device)).nonzero()[:, 0])
+            adam.keep(stay)
+            active, delta, gradient, guarded = active[stay], delta[stay], gradient[stay], guarded[stay.to(guarded.device)]
+            asked = _Asked.of([questions[i] for i in active.tolist()], [without[i] for i in active.tolist()], batch.input_ids.device)
+        delta = delta + adam.update(gradient)
+        delta = delta * (limit[active] / delta.norm(dim=-1)).clamp(max=1)[:, None]
     return Targets(
-        v_star=v_initial + torch.stack(deltas).detach(),
+        v_star=v_star,
         v_initial=v_initial,
-        k_star=keys[:, :-1].mean(1),
+        k_star=keys.mean(1),
         k_prompt=keys[:, bare],
         ffn_initial=ffn_initial,
         convergence=tuple(convergence),
     )
+
+
+def _loss(
+    replay: Replay,
+    layer: int,
+    delta: Tensor,
+    site: Site,
+    asked: _Asked,
+    guarded: Tensor | None,
+    config: TargetConfig,
+    decay: Tensor,
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """Each fact's loss and its terms, NLL, KL and ‖δ‖, each (n,), and the guards' log-probabilities (n, vocab).
+
+    guarded: those under δ = 0; None when δ is.
+    """
+    hidden = _above(replay, layer, delta[asked.owners.to(delta.device)], site)  # (R, S, d_model)
+    nll, log_p = _read(replay, hidden, asked)
+    kl = F.kl_div(log_p.detach() if guarded is None else guarded, log_p, log_target=True, reduction="none").sum(-1)  # KL(p_δ ‖ p₀)
+    nll, kl, norm = nll.to(delta.device), kl.to(delta.device), delta.norm(dim=-1)
+    return (nll + config.kl_factor * kl + decay * norm, nll, kl, norm), log_p
 
 
 def _above(replay: Replay, layer: int, delta: Tensor, site: Site, until: int | None = None) -> Tensor:
@@ -448,7 +537,8 @@ def _read(replay: Replay, hidden: Tensor, asked: _Asked) -> tuple[Tensor, Tensor
         kl = F.kl_div(log_p[asked.blank], asked.without.to(log_p), log_target=True, reduction="none").sum(-1)
         nll = nll.index_copy(0, asked.blank, kl)
     nll = nll * asked.shares
-    return torch.zeros(len(asked.guards), device=nll.device).index_add(0, asked.facts, nll), log_p[tokens:]
+    facts = asked.owners[asked.rows].to(nll.device)
+    return torch.zeros(len(asked.guards), device=nll.device).index_add(0, facts, nll), log_p[tokens:]
 
 
 def _scales(config: TargetConfig, v_initial: Tensor, stream: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -115,6 +116,9 @@ class Replay:
         if layer == until == self.lm.n_layers:
             return hidden
         check_layer(layer, self.lm.n_layers)
+        recorded = len(self._cache) if self._before is None else len(self._before) - 1
+        if self.start and until > recorded:
+            raise InputError(f"this pass was recorded for {recorded} layers; record it whole to resume layer {until - 1}")
         picked = tuple(range(self.batch.size)) if rows is None else tuple(rows.tolist())
         expected = (len(picked), self.n_live, self.lm.d_model)
         if tuple(hidden.shape) != expected:
@@ -174,7 +178,7 @@ class Replay:
             cache = None
             first = self.start if self._before is None else 0
             if first:
-                cache = PrefixCache([(k[..., :first, :], v[..., :first, :]) for k, v in self._cache], index)
+                cache = PrefixCache(_for_all(self.lm, [(k[..., :first, :], v[..., :first, :]) for k, v in self._cache]), index)
             embeddings = None if self._embeddings is None else _pick(self._embeddings, index)[:, first:]
             found = arguments(self.lm, self.batch.keep(index), first, cache, embeddings)
             self._arguments[rows] = found
@@ -184,18 +188,25 @@ class Replay:
 
 
 def record(
-    lm: LanguageModel, batch: Batch, *, start: int = 0, embed: Callable[[Tensor], Tensor] | None = None, until: int | None = None
+    lm: LanguageModel,
+    batch: Batch,
+    *,
+    start: int = 0,
+    embed: Callable[[Tensor], Tensor] | None = None,
+    until: int | None = None,
+    top: int | None = None,
 ) -> Replay:
     """One full pass up to the last layer's output, kept so that it can be resumed from (layer, column >= start).
 
     embed: changes the input embeddings (B, T, d) first, for instance to corrupt the subject.
-    until: run the live columns through layers 0 .. until - 1 only, when nobody asks for their states above; the columns before `start`
-    are run through every layer all the same.
+    until: run the live columns through layers 0 .. until - 1 only, when nobody asks for their states above (None: every layer).
+    top: run the columns before `start` through layers 0 .. top - 1 only; above, the pass cannot be resumed (None: every layer).
     What rows have in common before `start` is computed once (unless their embeddings are changed).
     Raises InputError when `start` is outside the batch or the batch is longer than the model's positions; UnsupportedModelError for
     padding that this model does not hide, and for a start above 0 in a model that reads text from both sides.
     """
     until = lm.n_layers if until is None else check_layer(until - 1, lm.n_layers) + 1
+    top = lm.n_layers if top is None else max(until, check_layer(top - 1, lm.n_layers) + 1)
     if not 0 <= start < batch.width:
         raise InputError(f"first live column {start} is outside a batch of {batch.width} columns")
     _check_start(lm, start)
@@ -207,12 +218,12 @@ def record(
         embeddings.append(embed(output))
         return embeddings[-1]
 
-    prefix: list[tuple[Tensor, Tensor] | None] = [None] * lm.n_layers
+    prefix: list[tuple[Tensor, Tensor]] = []
     if apart := bool(start) and embed is None and lm.caches_prefix:
-        prefix = [*_prefix(lm, batch, start)]
-    elif not apart and start:
-        until = lm.n_layers  # one pass is all there is, and the columns before `start` need every layer
-    cache = PrefixCache(prefix, keep=True) if lm.caches_prefix else None
+        prefix = _prefix(lm, batch, start, top)
+    elif start or not lm.caches_prefix:
+        until = top  # one pass is all there is
+    cache = PrefixCache(_for_all(lm, prefix), keep=True) if lm.caches_prefix else None
     changes = {lm.embedding: corrupt} if embed is not None else {}
     with torch.no_grad(), replacing(changes), recording(dict(enumerate(lm.layers[:until])), stop=True) as calls:
         lm.forward(batch, start=start if apart else 0, cache=cache)
@@ -220,15 +231,15 @@ def record(
     kept = cache.first_kept(until) if cache is not None else []
     if kept is None:
         raise UnsupportedModelError("some layers keep their state outside the key/value cache; load the model again to replay without one")
-    kept += [pair for pair in prefix[until:] if pair is not None]
+    kept += prefix[until:]
     before = None if lm.caches_prefix else tuple(s[:, :start] for s in states)
     if start and not apart:  # copies, so that the earlier columns' memory is freed
         states = [s[:, start:].clone() for s in states]
     return Replay(lm, batch, start, tuple(states), before, tuple(kept), embeddings[0] if embeddings else None)
 
 
-def _prefix(lm: LanguageModel, batch: Batch, start: int) -> list[tuple[Tensor, Tensor]]:
-    """Every layer's keys and values at the columns before `start`: a pair of (B, heads, start, d_head) for each layer.
+def _prefix(lm: LanguageModel, batch: Batch, start: int, n_layers: int) -> list[tuple[Tensor, Tensor]]:
+    """The first layers' keys and values at the columns before `start`: a pair of (B, heads, start, d_head) for each layer.
 
     Equal prefixes are run once, and so are equal beginnings; padding holds anything finite, for it is never looked at.
     """
@@ -236,27 +247,27 @@ def _prefix(lm: LanguageModel, batch: Batch, start: int) -> list[tuple[Tensor, T
     rows = [tuple(ids[seen].tolist()) for ids, seen in zip(batch.input_ids[:, :start], own, strict=True)]
     distinct = sorted({ids for ids in rows if ids})
     place = {ids: i for i, ids in enumerate(distinct)}
-    found = _keys_and_values(lm, distinct)
+    found = _keys_and_values(lm, distinct, n_layers)
     return _gathered(found, [place.get(ids, 0) for ids in rows], [len(ids) for ids in rows], [len(ids) for ids in distinct], start)
 
 
 @torch.no_grad()
-def _keys_and_values(lm: LanguageModel, sequences: Sequence[tuple[int, ...]]) -> list[tuple[Tensor, Tensor]]:
-    """Every layer's keys and values of token sequences (sorted, each once), the last token in the last column.
+def _keys_and_values(lm: LanguageModel, sequences: Sequence[tuple[int, ...]], n_layers: int) -> list[tuple[Tensor, Tensor]]:
+    """The first layers' keys and values of token sequences (sorted, each once), the last token in the last column.
 
     A position's keys and values depend on what stands before it and on nothing else. So what neighbours in the sorted list begin with in
     common is run first, by the same rule, and the rest of each sequence is run behind it.
     """
     lengths = [len(ids) for ids in sequences]
-    shared = [0, *(_in_common(a, b) for a, b in zip(sequences, sequences[1:])), 0]
-    heads = [ids[: max(pair)] for ids, pair in zip(sequences, zip(shared, shared[1:]), strict=True)]
+    shared = [0, *(_in_common(a, b) for a, b in pairwise(sequences)), 0]
+    heads = [ids[: max(pair)] for ids, pair in zip(sequences, pairwise(shared), strict=True)]
     distinct = sorted(set(heads) - {()})
     saved = sum(map(len, heads)) - sum(map(len, distinct))
     below: list[tuple[Tensor, Tensor]] = []
     if len(distinct) == len(sequences) or saved <= _WORTH_SHARING * sum(lengths):
         heads, distinct = [()] * len(sequences), []
     else:
-        below = _keys_and_values(lm, distinct)
+        below = _keys_and_values(lm, distinct, n_layers)
     place = {ids: i for i, ids in enumerate(distinct)}
     tails = [length - len(head) for length, head in zip(lengths, heads, strict=True)]
     width = max(lengths)
@@ -264,16 +275,15 @@ def _keys_and_values(lm: LanguageModel, sequences: Sequence[tuple[int, ...]]) ->
     for group in lm.groups(tails if lm.hides_padding else lengths):
         batch = align(lm, [sequences[i] for i in group], [lengths[i] - 1 for i in group])
         start = batch.width - max(tails[i] for i in group)
-        prefix: list[tuple[Tensor, Tensor] | None] = [None] * lm.n_layers
+        kept: list[tuple[Tensor, Tensor]] | None = None
         if start:
             at, before = [place.get(heads[i], 0) for i in group], [max(0, lengths[i] + start - batch.width) for i in group]
-            prefix = [*_gathered(below, at, before, [len(ids) for ids in distinct], start)]
-        kept: list[tuple[Tensor, Tensor]] | None = [pair for pair in prefix if pair is not None]
+            kept = _gathered(below, at, before, [len(ids) for ids in distinct], start)
         if start < batch.width:
-            cache = PrefixCache(prefix, keep=True)
-            with recording({"last": lm.layers[-1]}, stop=True, copy=False):
+            cache = PrefixCache(_for_all(lm, kept or []), keep=True)
+            with recording({"last": lm.layers[n_layers - 1]}, stop=True, copy=False):
                 lm.forward(batch, start=start, cache=cache)
-            kept = cache.kept
+            kept = cache.first_kept(n_layers)
         if kept is None:
             raise UnsupportedModelError(
                 "some layers keep their state outside the key/value cache; load the model again to replay without one"
@@ -287,13 +297,18 @@ def _keys_and_values(lm: LanguageModel, sequences: Sequence[tuple[int, ...]]) ->
     return out
 
 
+def _for_all(lm: LanguageModel, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor] | None]:
+    """An entry for every layer; those that will not be run get the last one's, since masks may be made from the size of any."""
+    return [*pairs, *[pairs[-1] if pairs else None] * (lm.n_layers - len(pairs))]
+
+
 _WORTH_SHARING = 0.15
 """The share of the tokens that must be saved: two passes of fewer rows use the machine less well than one."""
 
 
 def _in_common(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two sequences begin with in common."""
-    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _gathered(
