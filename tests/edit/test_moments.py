@@ -1,15 +1,22 @@
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import itertools
+import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import TEXTS, VOCAB, byte_tokenizer, shared_dir, tiny_model
-from factsmith.edit.moments import SecondMoment, second_moments
-from factsmith.errors import DamagedError, InputError, LayerError, NumericsError, WorkspaceError
-from factsmith.model.load import LanguageModel, wrap
+from conftest import GPT2, TEXTS, VOCAB, byte_tokenizer, shared_dir, tiny_model
+from factsmith.edit import moments as module
+from factsmith.edit.moments import TOKENS_PER_NEURON, SecondMoment, second_moments
+from factsmith.errors import DamagedError, FactsmithError, FingerprintError, InputError, LayerError, NumericsError, WorkspaceError
+from factsmith.model.load import ATLAS, LanguageModel, wrap
 
 MANY = [*TEXTS, "A", "Paris lies there.", *(t[: 10 + 3 * i] for i, t in enumerate(TEXTS * 3))]
 
@@ -144,3 +151,231 @@ def test_bad_input(tiny_gpt2: LanguageModel) -> None:
         SecondMoment.from_matrix(torch.eye(3), count=0)
     with pytest.raises(NumericsError, match="NaN"):
         SecondMoment.from_matrix(torch.full((3, 3), float("nan")), count=1)
+
+
+def varied(count: int, seed: int = 0) -> list[str]:
+    """Different texts of random letters and words."""
+    words = sorted(set(" ".join(TEXTS).split()))
+    draw = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(words), (count, 8), generator=draw).tolist()
+    return [" ".join(words[i] for i in row) for row in picks]
+
+
+def test_halves_are_compared_as_stated(tiny_lm: LanguageModel) -> None:
+    texts = varied(80)
+    groups: tuple[list[str], list[str]] = ([], [])
+    for text in texts:
+        groups[hashlib.sha256(repr(tiny_lm.tokenizer(text)["input_ids"]).encode()).digest()[0] % 2].append(text)
+    found = second_moments(tiny_lm, texts, [1], batch_tokens=100, max_tokens=math.inf)[1]
+    (a, n_a), (b, n_b) = (by_hand(tiny_lm, group, 1) for group in groups)
+    whole = (n_a * a + n_b * b) / (n_a + n_b)
+    torch.testing.assert_close(found.matrix, whole, rtol=1e-5, atol=1e-6)
+    apart = float((a - b).norm() / whole.norm())
+    assert found.split_half == pytest.approx(apart, rel=0.02)  # the halves are of nearly one size
+    shares = [(1 - len(a) / float(torch.linalg.solve(x, y).trace())) * n / (n_a + n_b) for x, y, n in ((a, b, n_a), (b, a, n_b))]
+    share = sum(shares) / 2
+    assert found.excess == pytest.approx(share / (1 - share), rel=0.1)  # the trace, where the code draws keys
+    assert f"excess={found.excess:.3g}" in repr(found) and f"differ by {100 * found.split_half:.1f} %" in found.describe()
+
+
+@pytest.mark.parametrize("per", [8, 32])
+def test_excess_predicts_what_unseen_text_shows(per: int) -> None:
+    """Gaussian coefficients whose second moment is known: the excess of C⁻¹ k over the best possible, measured against it."""
+    d_ff, draw = 96, torch.Generator().manual_seed(per)
+    mixing = torch.randn(d_ff, d_ff, generator=draw, dtype=torch.float64) * torch.logspace(0, -1.5, d_ff, dtype=torch.float64)
+    truth, total = mixing @ mixing.T, module._Sum(d_ff)
+    counts = [per * d_ff // 2 - 40, per * d_ff // 2 + 40]
+    for half, n in enumerate(counts):
+        total.add(half, torch.randn(n, d_ff, generator=draw, dtype=torch.float64) @ mixing.T)
+    matrix, split_half, excess = total.compared(counts)
+    keys = torch.randn(500, d_ff, generator=draw, dtype=torch.float64) @ mixing.T
+    u = torch.linalg.solve(matrix, keys.T).T
+    least = 1 / (keys * torch.linalg.solve(truth, keys.T).T).sum(1)
+    measured = float(((u @ truth * u).sum(1) / (u * keys).sum(1) ** 2 / least - 1).mean())
+    assert excess == pytest.approx(measured, rel=0.25)
+    assert split_half is not None and split_half == pytest.approx(2 * float((matrix - truth).norm() / truth.norm()), rel=0.6)
+    assert not torch.equal(matrix, truth) and torch.equal(matrix, matrix.T)
+
+
+def test_split_half_is_small_or_large_where_it_must_be(tiny_gpt2: LanguageModel) -> None:
+    few, some, many = (second_moments(tiny_gpt2, varied(n), [1], max_tokens=math.inf)[1] for n in (5, 150, 1500))
+    assert few.split_half > 2 * some.split_half > 4 * many.split_half
+    assert few.excess > 0.9 and "100 %" in few.describe()  # each half has fewer tokens than neurons
+    assert some.excess > 2 * many.excess and many.excess < 0.05
+    alike = second_moments(tiny_gpt2, [f"{'A' * 40}{c}" for c in "abcdefghij"], [1])[1]  # texts that differ in one token
+    assert alike.split_half < 0.5 * few.split_half
+    # A text and its copies go to one half: repeating it does not make the matrix look sure.
+    copies = second_moments(tiny_gpt2, TEXTS[:1] * 40, [1])[1]
+    assert copies.split_half is None and copies.excess is None and "not compared" in copies.describe()
+    doubled = second_moments(tiny_gpt2, varied(5) * 10, [1], max_tokens=math.inf)[1]
+    assert doubled.split_half == pytest.approx(few.split_half, rel=1e-6)
+
+
+def test_default_number_of_tokens(tiny_gpt2: LanguageModel) -> None:
+    d_ff = tiny_gpt2.ffn[0].d_ff
+    assert second_moments(tiny_gpt2, itertools.cycle(varied(300)), [0])[0].count == TOKENS_PER_NEURON * d_ff  # the texts have no end
+    long = varied(300) * 2
+    assert sum(len(tiny_gpt2.tokenizer(t)["input_ids"]) for t in long) > TOKENS_PER_NEURON * d_ff
+    everything = second_moments(tiny_gpt2, long, [0], max_tokens=math.inf)[0]
+    assert everything.count == sum(len(tiny_gpt2.tokenizer(t)["input_ids"]) for t in long)
+    for wrong in (0, -3, math.nan):
+        with pytest.raises(InputError, match="max_tokens"):
+            second_moments(tiny_gpt2, TEXTS, [0], max_tokens=wrong)
+
+
+def test_bfloat16_pass(tiny_lm: LanguageModel) -> None:
+    texts = varied(60)
+    before = {name: tensor.clone() for name, tensor in tiny_lm.module.state_dict().items()}
+    seen: list[torch.dtype] = []
+    handle = tiny_lm.ffn[1].down.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    try:
+        narrow = second_moments(tiny_lm, texts, [0, 1], dtype=torch.bfloat16)
+    finally:
+        handle.remove()
+    assert set(seen) == {torch.bfloat16}
+    for layer, wide in second_moments(tiny_lm, texts, [0, 1]).items():
+        off = (narrow[layer].matrix - wide.matrix).norm() / wide.matrix.norm()
+        assert 0 < off < 0.01 and off < 0.5 * wide.split_half
+        assert narrow[layer].matrix.dtype == torch.float64 and narrow[layer].count == wide.count
+        # Sums in bfloat16 as well would be much further off: the control.
+        coefficients = [tiny_lm.coefficients(text, [layer])[0].bfloat16() for text in texts]
+        total = torch.zeros_like(wide.matrix, dtype=torch.bfloat16)
+        for m in coefficients * 5:
+            total += m.T @ m
+        assert (total.double() / (5 * wide.count) - wide.matrix).norm() / wide.matrix.norm() > 2 * off
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_lm.module.state_dict().items())
+    with pytest.raises(InputError, match="float16 overflows"):
+        second_moments(tiny_lm, texts, [0], dtype=torch.float16)
+
+
+class Killed(BaseException):
+    """Stands for a signal."""
+
+
+def killed_after(batches: int) -> Callable[[int], None]:
+    left = [batches]
+
+    def progress(done: int) -> None:
+        left[0] -= 1
+        if not left[0]:
+            raise Killed
+
+    return progress
+
+
+@pytest.fixture
+def eager_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SECONDS", 0.0)
+    monkeypatch.setattr(module.time, "monotonic", lambda: 0.0)
+
+
+@pytest.mark.usefixtures("eager_checkpoints")
+def test_a_killed_run_goes_on_where_it_stood(tiny_gpt2: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_WINDOW", 20)
+    texts, file = varied(90), tmp_path / "deep" / "moments.partial"
+    straight = second_moments(tiny_gpt2, texts, [0, 2], batch_tokens=100)
+    passes: list[int] = []
+    handle = tiny_gpt2.layers[0].register_forward_pre_hook(lambda *_: passes.append(1))
+    try:
+        second_moments(tiny_gpt2, texts, [0, 2], batch_tokens=100)
+        total = len(passes)
+        done: list[int] = []
+        for batches in (3, 9, None):
+            resumed: dict[int, SecondMoment] = {}
+            passes.clear()
+            if batches is None:
+                resumed = second_moments(tiny_gpt2, iter(texts), [2, 0], batch_tokens=100, checkpoint=file, progress=done.append)
+            else:
+                with pytest.raises(Killed):
+                    second_moments(tiny_gpt2, texts, [0, 2], batch_tokens=100, checkpoint=file, progress=killed_after(batches))
+                assert [path.name for path in file.parent.iterdir()] == [file.name]
+    finally:
+        handle.remove()
+    # The second run was told of the state it began at, and then of eight batches of its own.
+    assert total > 20 and len(passes) == total - 3 - 8 and done[-1] == straight[0].count and done[0] > 200
+    for layer, moment in straight.items():
+        assert torch.equal(resumed[layer].matrix, moment.matrix)
+        kept = [{k: v for k, v in vars(m).items() if k != "matrix"} for m in (resumed[layer], moment)]
+        assert kept[0] == kept[1] and moment.split_half is not None
+    assert not file.exists()
+
+
+@pytest.mark.usefixtures("eager_checkpoints")
+def test_a_checkpoint_of_something_else_is_refused(tiny_gpt2: LanguageModel, tmp_path: Path) -> None:
+    texts, file = varied(60), tmp_path / "moments.partial"
+    usual: dict[str, Any] = {"layers": [0, 1], "batch_tokens": 100, "checkpoint": file}
+    with pytest.raises(Killed):
+        second_moments(tiny_gpt2, texts, **usual, progress=killed_after(4))
+    raw = file.read_bytes()
+    other = wrap(tiny_model("gpt2", seed=5, **GPT2), tiny_gpt2.tokenizer)
+    refusals: list[tuple[type[FactsmithError], str, LanguageModel, list[str], dict[str, Any]]] = [
+        (FingerprintError, "fingerprint", other, texts, {}),
+        (InputError, r"layers \[0, 1\], not \[0\]", tiny_gpt2, texts, {"layers": [0]}),
+        (InputError, "batch_tokens 100, not 99", tiny_gpt2, texts, {"batch_tokens": 99}),
+        (InputError, "max_tokens", tiny_gpt2, texts, {"max_tokens": 50}),
+        (InputError, "dtype None, not torch.bfloat16", tiny_gpt2, texts, {"dtype": torch.bfloat16}),
+        (InputError, "other text", tiny_gpt2, varied(60, seed=1), {}),
+        (InputError, "other text", tiny_gpt2, texts[:59], {}),
+        (InputError, "other text", tiny_gpt2, texts[:1], {}),
+    ]
+    for error, words, lm, given, changes in refusals:
+        with pytest.raises(error, match=words):
+            second_moments(lm, given, **{**usual, **changes})
+        assert file.read_bytes() == raw
+    for damaged in (raw[:-1] + bytes([raw[-1] ^ 1]), raw[:300], b"{}"):
+        file.write_bytes(damaged)
+        with pytest.raises(DamagedError):
+            second_moments(tiny_gpt2, texts, **usual)
+    second_moments(tiny_gpt2, texts, [0])[0].save(file)
+    with pytest.raises(DamagedError, match="no unfinished"):
+        second_moments(tiny_gpt2, texts, **usual)
+    with pytest.raises(WorkspaceError, match="cannot write"):
+        second_moments(tiny_gpt2, texts, **{**usual, "checkpoint": file / "below-a-file"})
+    file.write_bytes(raw)  # the control: what it was made from is taken
+    again = second_moments(tiny_gpt2, texts, **usual)
+    assert torch.equal(again[1].matrix, second_moments(tiny_gpt2, texts, [0, 1], batch_tokens=100)[1].matrix)
+
+
+def test_checkpoints_are_not_written_all_the_time(tiny_gpt2: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, written = itertools.count(0.0, 10.0), []
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))  # every look at the clock is ten seconds later
+    monkeypatch.setattr(module, "_write", lambda *given: written.append(given[0]))
+    done: list[int] = []
+    second_moments(tiny_gpt2, varied(60), [0], batch_tokens=60, checkpoint=tmp_path / "partial", progress=done.append)
+    assert len(done) > 30 and 1 <= len(written) <= len(done) // 12  # writing took ten seconds: 200 until the next
+
+
+def test_a_file_of_another_model_or_layer_is_refused(tiny_gpt2: LanguageModel, tmp_path: Path) -> None:
+    path = tmp_path / "layer1"
+    moment = second_moments(tiny_gpt2, varied(40), [1])[1]
+    moment.save(path)
+    back = SecondMoment.load(path, tiny_gpt2, 1)
+    assert [back.layer, back.split_half, back.excess] == [1, moment.split_half, moment.excess] and moment.excess is not None
+    with pytest.raises(FingerprintError, match="layer 1; layer 2"):
+        SecondMoment.load(path, tiny_gpt2, 2)
+    other = wrap(tiny_model("gpt2", seed=5, **GPT2), tiny_gpt2.tokenizer)
+    for ask in (lambda: SecondMoment.load(path, other), lambda: moment.check(other, 1)):
+        with pytest.raises(FingerprintError, match="fingerprint"):
+            ask()
+    unknown = SecondMoment.from_matrix(torch.eye(3), count=1)
+    unknown.check(other)
+    with pytest.raises(FingerprintError, match="3 neurons"):
+        unknown.check(other, 0)
+    weight = tiny_gpt2.ffn[0].weight()
+    before = weight.clone()
+    weight[0, 0] += 1  # an edited model is another one
+    try:
+        with pytest.raises(FingerprintError):
+            moment.check(tiny_gpt2)
+    finally:
+        weight.copy_(before)
+    moment.check(tiny_gpt2)
+
+
+def test_files_of_the_first_version_load() -> None:
+    for path in sorted(ATLAS.glob("*/moments/*.safetensors")):
+        old = SecondMoment.load(path)
+        assert old.count > 1000 and old.fingerprint
+    plain = SecondMoment.from_matrix(torch.eye(4), count=9)
+    assert {f.name for f in dataclasses.fields(plain) if getattr(plain, f.name) is None} == {"layer", "split_half", "excess"}
+    assert repr(plain) == "SecondMoment(d_ff=4, count=9)"

@@ -1,0 +1,290 @@
+"""Second moments: one pass against one full pass a layer, the same numbers; and how much text is enough.
+
+    python benchmarks/moments.py --json benchmarks/results/moments.json
+    python benchmarks/moments.py --parts speed         # or: text, edits
+
+speed  GPT-2 small's shape with random weights, one thread, processor time of both sides in turn on each part of the text, median over the
+       parts. `plain_moment` is the oracle: the whole model with logits for every batch of padded texts in the order given, once for each
+       layer, products summed in float32. It knows nothing of factsmith; the module is handed to it. The texts are runs of 40 to 100 tokens
+       of ../shared/data/text, the layers those that edits use (MEMIT's are 27 to 35 % up in GPT-2 XL, 11 to 29 % in GPT-J, 12 to 25 % in
+       Llama 3) and, beside them, the middle ones, for which a plain pass costs the same. Sorting saves padding, and how much hangs on the
+       texts: the last figure takes the plain side's time times the share of its columns that hold a token.
+text   What a matrix of n tokens a neuron is worth, on trained models: its two halves against each other (what users see), and the same
+       figures measured against a matrix of much other text. `excess` is how much more C⁻¹ k, scaled to give a key k of other text its new
+       value, disturbs that text than the best u does.
+edits  Efficacy, generalization and specificity (greedy exact match) of real facts written with each of these matrices, one by one by
+       ROME at the recommended layer, and all in one batch by MEMIT.
+
+What bf16 does to the matrix is measured in `speed` and `text`, and has to stay below what the halves differ by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from factsmith.edit.contexts import generate_contexts
+from factsmith.edit.delta import applied
+from factsmith.edit.methods import MemitConfig, RomeConfig, memit, rome_each
+from factsmith.edit.moments import SecondMoment, second_moments
+from factsmith.locate.layers import LayerScore, judge, trial_facts
+from factsmith.model.load import LanguageModel, load, wrap
+
+SHARED = Path(__file__).resolve().parents[1] / "../shared"
+PER_NEURON = (2, 4, 8, 16, 32, 64, 128, 200)
+EDITED = (2, 4, 8, 32, 128)
+REFERENCE = 400
+"""Tokens a neuron of the text that stands for all text; twice what the largest matrix saw."""
+
+
+@torch.no_grad()
+def plain_moment(module: nn.Module, site: nn.Module, rows: Sequence[Sequence[int]], batch: int = 32) -> tuple[Tensor, int]:
+    """(E[m mᵀ] of what goes into `site`, tokens) by full passes with logits over padded batches of token ids, one layer at a time."""
+    seen: list[Tensor] = []
+    handle = site.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    total, count = torch.zeros(()), 0
+    try:
+        for start in range(0, len(rows), batch):
+            part = rows[start : start + batch]
+            width = max(map(len, part))
+            ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in part])
+            mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in part])
+            module(input_ids=ids, attention_mask=mask)
+            m = seen.pop()[mask.bool()]
+            total = total + m.T @ m
+            count += len(m)
+    finally:
+        handle.remove()
+    return total / count, count
+
+
+def prose(longest: int = 600) -> list[str]:
+    """The lines of the shared books, the same random order every time."""
+    lines = [line.strip()[:longest] for path in sorted((SHARED / "data" / "text").glob("*.txt")) for line in path.open(errors="replace")]
+    lines = [line for line in lines if len(line) > 20]
+    random.Random(0).shuffle(lines)
+    return lines
+
+
+def seconds_of(work: Callable[[], Any]) -> tuple[float, Any]:
+    began = time.process_time()
+    result = work()
+    return time.process_time() - began, result
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    return float((a - b).double().norm() / b.double().norm())
+
+
+def passages(lm: LanguageModel, tokens: int, parts: int) -> list[list[str]]:
+    """Parts of about so many tokens each, in runs of 40 to 100 tokens."""
+    ids, draw = iter(lm.prompt_ids(" ".join(prose()[: 40 * tokens * parts // 400])[: 8 * tokens * parts])), random.Random(0)
+    found: list[list[str]] = []
+    for _ in range(parts):
+        found.append([])
+        left = tokens
+        while left > 0:
+            run = [next(ids) for _ in range(draw.randint(40, 100))]
+            found[-1].append(lm.tokenizer.decode(run))
+            left -= len(run)
+    return found
+
+
+def measure_speed(tokens: int, parts: int, layer_sets: Sequence[tuple[int, ...]] = ((3, 4, 5), (5, 6, 7))) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    lm = wrap(GPT2LMHeadModel(GPT2Config(vocab_size=50257)).eval(), load("atlas").tokenizer)
+    before = {name: tensor.clone() for name, tensor in lm.module.state_dict().items()}
+    records: list[dict[str, Any]] = [
+        {"layers": layers, "seconds": {"plain": [], "float32": [], "bfloat16": []}, "agreement": []} for layers in layer_sets
+    ]
+    shares, counts = [], []
+    for texts in passages(lm, tokens, parts):
+        rows = [lm.prompt_ids(text) for text in texts]
+        counts.append(sum(map(len, rows)))
+        shares.append(counts[-1] / sum(max(map(len, rows[i : i + 32])) * len(rows[i : i + 32]) for i in range(0, len(rows), 32)))
+        oracle: dict[int, tuple[Tensor, int]] = {}
+        spent = 0.0
+        for layer in layer_sets[0]:
+            took, oracle[layer] = seconds_of(partial(plain_moment, lm.module, lm.ffn[layer].down, rows))
+            spent += took
+        for record in records:
+            layers, found = record["layers"], {}
+            record["seconds"]["plain"].append(spent)
+            for name, dtype in (("float32", None), ("bfloat16", torch.bfloat16)):
+                took, found[name] = seconds_of(partial(second_moments, lm, texts, layers, max_tokens=math.inf, dtype=dtype))
+                record["seconds"][name].append(took)
+            for layer in layers:
+                wide, narrow = found["float32"][layer], found["bfloat16"][layer]
+                measured = {
+                    "layer": layer,
+                    "tokens": wide.count,
+                    "float32_against_plain": apart(wide.matrix, oracle[layer][0]) if layer in oracle else None,
+                    "bfloat16_against_float32": apart(narrow.matrix, wide.matrix),
+                    "split_half": wide.split_half,
+                }
+                assert (measured["float32_against_plain"] or 0) < 1e-5, measured
+                assert measured["bfloat16_against_float32"] < 0.5 * (wide.split_half or 0), measured
+                record["agreement"].append(measured)
+        print([{key: some[-1] for key, some in record["seconds"].items()} for record in records], flush=True)
+    for record in records:
+        taken = record["seconds"]
+        for name in ("float32", "bfloat16"):
+            faster = statistics.median(plain / ours for plain, ours in zip(taken["plain"], taken[name], strict=True))
+            record[f"times_faster_{name}"] = faster
+            record[f"times_faster_{name}_without_padding"] = faster * statistics.mean(shares)
+        record["tokens"] = counts
+        print(json.dumps({key: value for key, value in record.items() if key != "agreement"}), flush=True)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in lm.module.state_dict().items())
+    assert records[0]["times_faster_float32"] > 2.5 and records[0]["times_faster_bfloat16"] > 5, "slower than asked for"
+    return records
+
+
+def divided(lm: LanguageModel, texts: Sequence[str], tokens: Sequence[int]) -> list[list[str]]:
+    """Runs of texts, one after the other, of at least so many tokens each."""
+    parts, at = [], iter(texts)
+    for n in tokens:
+        part: list[str] = []
+        while n > 0:
+            part.append(next(at))
+            n -= len(lm.prompt_ids(part[-1]))
+        parts.append(part)
+    return parts
+
+
+def keys_of(lm: LanguageModel, layer: int, texts: Sequence[str]) -> Tensor:
+    """The coefficients at the last token of each text, (n, d_ff) float64."""
+    return torch.stack([lm.coefficients(text, [layer])[0, -1] for text in texts]).double()
+
+
+def excess_of(moment: SecondMoment, keys: Tensor, truth: Tensor, best: Tensor) -> Tensor:
+    """How much more than the least possible C⁻¹ k disturbs text with second moment `truth`, for each key."""
+    u = moment.solve(keys)
+    return (u @ truth * u).sum(1) / (u * keys).sum(1) ** 2 / best - 1
+
+
+def measure_text(name: str, lm: LanguageModel, layers: Sequence[int]) -> tuple[dict[str, Any], dict[int, dict[int, SecondMoment]]]:
+    d_ff = max(lm.ffn[layer].d_ff for layer in layers)
+    ours, others, held_out = divided(lm, prose(), (max(PER_NEURON) * d_ff, REFERENCE * d_ff, 4000))
+    reference = second_moments(lm, others, layers, max_tokens=math.inf)
+    moments: dict[int, dict[int, SecondMoment]] = {}
+    rows = []
+    for per in PER_NEURON:
+        moments[per] = second_moments(lm, ours, layers, max_tokens=per * d_ff)
+        for layer in layers:
+            moment, truth = moments[per][layer], reference[layer]
+            keys = keys_of(lm, layer, held_out[:150])
+            best = 1 / (keys * truth.solve(keys)).sum(1)
+            true = excess_of(moment, keys, truth.matrix, best)
+            rows.append(
+                {
+                    "tokens_per_neuron": per,
+                    "layer": layer,
+                    "tokens": moment.count,
+                    "split_half": moment.split_half,
+                    "error": apart(moment.matrix, truth.matrix),
+                    "excess": moment.excess,
+                    "true_excess_median": float(true.median()),
+                    "true_excess_95": float(true.quantile(0.95)),
+                }
+            )
+            print(name, " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in rows[-1].items()), flush=True)
+    narrow = []
+    for per in (8, 32):
+        rounded = second_moments(lm, ours, layers, max_tokens=per * d_ff, dtype=torch.bfloat16)
+        for layer in layers:
+            wide, keys = moments[per][layer], keys_of(lm, layer, held_out[:150])
+            truth = reference[layer]
+            best = 1 / (keys * truth.solve(keys)).sum(1)
+            more = excess_of(rounded[layer], keys, truth.matrix, best) - excess_of(wide, keys, truth.matrix, best)
+            off = apart(rounded[layer].matrix, wide.matrix)
+            assert off < 0.5 * (wide.split_half or 0)
+            narrow.append(
+                {
+                    "tokens_per_neuron": per,
+                    "layer": layer,
+                    "bfloat16_against_float32": off,
+                    "split_half": wide.split_half,
+                    "added_excess_median": float(more.median()),
+                    "excess": wide.excess,
+                }
+            )
+            print(name, narrow[-1], flush=True)
+    return {
+        "model": name,
+        "d_ff": d_ff,
+        "layers": list(layers),
+        "reference_tokens": reference[layers[0]].count,
+        "rows": rows,
+        "bfloat16": narrow,
+    }, moments
+
+
+def measure_edits(
+    name: str, lm: LanguageModel, moments: dict[int, dict[int, SecondMoment]], n_single: int, n_batch: int
+) -> list[dict[str, Any]]:
+    facts = trial_facts(lm, max(n_single, n_batch), seed=7)
+    contexts = generate_contexts(lm, 7)
+    single, batch = RomeConfig.recommended(lm), MemitConfig.recommended(lm)
+    rows = []
+    for per in EDITED:
+        held, trials = moments[per], []
+        for fact, delta in zip(facts[:n_single], rome_each(lm, facts[:n_single], single, moments=held, contexts=contexts), strict=True):
+            with applied(lm, delta):
+                trials.append(judge(lm, fact))
+        with applied(lm, memit(lm, facts[:n_batch], batch, moments=held, contexts=contexts)):
+            together = [judge(lm, fact) for fact in facts[:n_batch]]
+        for method, some in (("rome", trials), ("memit", together)):
+            score = LayerScore.of(0, some)
+            kept = {key: getattr(score, key) for key in ("efficacy", "generalization", "specificity", "score")}
+            rows.append({"model": name, "tokens_per_neuron": per, "method": method, "facts": len(some), **kept})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="*", default=["speed", "text", "edits"], choices=["speed", "text", "edits"])
+    parser.add_argument("--tokens", type=int, default=8_000, help="of each part of the text in the comparison of speed")
+    parser.add_argument("--repeats", type=int, default=3, help="parts of the text")
+    parser.add_argument("--single", type=int, default=24, help="facts written one by one")
+    parser.add_argument("--batch", type=int, default=40, help="facts written together")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results: dict[str, Any] = json.loads(args.json.read_text(encoding="utf-8")) if args.json and args.json.is_file() else {}
+
+    def save(part: str, found: Any) -> None:
+        results[part] = found
+        if args.json:
+            args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+    if "speed" in args.parts:
+        save("speed", measure_speed(args.tokens, args.repeats))
+    tables, edits = [], []
+    for name, source in (("atlas", "atlas"), ("golden", str(SHARED / "golden" / "facts-gpt2"))):
+        if "text" not in args.parts and "edits" not in args.parts:
+            break
+        lm = load(source)
+        layers = (0, 1, 2)
+        table, moments = measure_text(name, lm, layers)
+        tables.append(table)
+        save("text", tables)
+        if "edits" in args.parts and name == "atlas":
+            edits += measure_edits(name, lm, moments, args.single, args.batch)
+            save("edits", edits)
+
+
+if __name__ == "__main__":
+    main()
