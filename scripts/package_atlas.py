@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def main() -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     lm = fs.load(given.name)
-    for layer, moment in fs.second_moments(lm, own_sentences(lm, given.prose, given.seed), given.layers).items():
+    for layer, moment in fs.second_moments(lm, own_sentences(lm, given.prose, given.seed), given.layers, max_tokens=math.inf).items():
         moment.save(folder / "moments" / f"layer{layer}.safetensors", packed=True)
 
     training = json.loads((given.trained / "training.json").read_text(encoding="utf-8"))
