@@ -201,8 +201,8 @@ def test_split_half_is_small_or_large_where_it_must_be(tiny_gpt2: LanguageModel)
     short = [text[:40] for text in varied(9)]
     few, some, many = (second_moments(tiny_gpt2, texts, [1], max_tokens=math.inf)[1] for texts in (short, varied(150), varied(1500)))
     assert few.split_half > 2 * some.split_half > 4 * many.split_half
-    assert few.excess > 0.9 and "100 %" in few.describe()  # each half has fewer tokens than neurons
-    assert some.excess > 2 * many.excess and many.excess < 0.05
+    assert few.excess > 0.7 and "at least" in few.describe()  # fewer than two tokens a neuron
+    assert some.excess > 2 * many.excess and many.excess < 0.05 and "at least" not in many.describe()
     alike = second_moments(tiny_gpt2, [f"{'A' * 40}{c}" for c in "abcdefghij"], [1])[1]  # texts that differ in one token
     assert alike.split_half < 0.5 * few.split_half
     # A text and its copies go to one half: repeating it does not make the matrix look sure.

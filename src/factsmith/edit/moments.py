@@ -19,8 +19,8 @@ figures compare them:
       ρ = E[uᵀ B u] / E[uᵀ A u],      q = ½ (1 − 1/ρ),      excess = q / (1 − q)
 
   where B stands for the unseen text: with Gaussian coefficients ρ is 1 / (1 − 2 d_ff / n), q is d_ff / n, and the excess that of a matrix
-  of all n tokens. On trained models it agrees with the excess measured on much more text (`benchmarks/moments.py`). At its greatest, 1, the
-  halves are singular and cannot tell.
+  of all n tokens. On trained models it agrees with the excess measured on much more text (`benchmarks/moments.py`). Above 0.5 the
+  halves are all but singular, and it is a lower bound; 1 is the most it can be.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class SecondMoment:
     layer        it belongs to; None when unknown
     split_half   relative difference between two halves of the text; None when unknown, or when all of it fell into one half
     excess       how much more a change weighed by it disturbs other text than one weighed by endless text would, estimated from the
-                 halves: 0.05 is 5 % (of the squared norm); 1 is the most it can tell; None as above
+                 halves: 0.05 is 5 % (of the squared norm); a lower bound above 0.5; None as above
 
     Raises InputError for a matrix that is not square or a count below 1, NumericsError when a number is not finite.
     """
@@ -128,7 +128,7 @@ class SecondMoment:
         text = f"{self.count:,} tokens, {self.count / self.d_ff:.1f} a neuron"
         if self.split_half is None or self.excess is None:
             return f"{text}; halves not compared"
-        more = "100 % or more" if self.excess > 0.99 else f"{100 * self.excess:.1f} %"
+        more = f"{'at least ' if self.excess > 0.5 else ''}{100 * self.excess:.1f} %"
         return f"{text}; halves differ by {100 * self.split_half:.1f} %, edits disturb unseen text {more} more than need be"
 
     @property
