@@ -141,8 +141,8 @@ class SpreadConfig(EditConfig):
     """Rescale what the last layer's FFN should put out to this norm ("mean": of all facts of the first round), so that the norms of later
     rounds do not grow on those of earlier ones. None, the authors' setting, leaves it."""
     repair: int = 0
-    """How often facts that did not take get a new target on the edited model, and all are solved again for what is missing (UnderEdit,
-    https://arxiv.org/abs/2503.11895). 0 is the authors' single pass."""
+    """How often facts that did not take get a new target on the edited model and are written again, while those that did are kept
+    (UnderEdit, https://arxiv.org/abs/2503.11895). 0 is the authors' single pass."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -550,11 +550,12 @@ def _all_at_once(
     kept = {layer: _keys_kept(earlier, layer) for layer in layers}
     anchor = _anchor(config, earlier)
     wanted: Tensor | None = None  # (n, d_model)
+    keys: dict[int, Tensor] = {}
     convergence: list[Mapping[str, Any]] = [{}] * len(facts)
     written: list[Delta] = []
     for attempt in range(config.repair + 1):
         with applied(lm, written):
-            short = range(len(facts)) if wanted is None else _not_taken(lm, facts, contexts)
+            short = list(range(len(facts))) if wanted is None else _not_taken(lm, facts, contexts)
             if not short:
                 break
             what = "targets" if wanted is None else f"targets, repair {attempt}"
@@ -567,15 +568,22 @@ def _all_at_once(
                 ffn = targets.ffn_initial + v_star - targets.v_initial  # what the FFN alone should put out
                 anchor = float(ffn.norm(dim=-1).mean()) if anchor is None else anchor
                 v_star = v_star - ffn + solve.anchored(ffn, anchor)
-            wanted = v_star if wanted is None else wanted.index_copy(0, torch.tensor(list(short), device=v_star.device), v_star)
             for i, found in zip(short, targets.convergence, strict=True):
                 convergence[i] = {**found, "attempt": attempt + 1}
-            written.append(_write(lm, facts, wanted, config, method, layers, held, kept, contexts, fingerprint, progress))
+            holding = [fact for i, fact in enumerate(facts) if i not in set(short)]
+            part = _write(lm, some, v_star, holding, config, method, layers, held, kept, contexts, fingerprint, progress)
+            written.append(part)
+            if wanted is None:
+                wanted, keys = v_star, dict(part.k_star)
+            else:
+                wanted[short] = v_star
+                for layer in layers:
+                    keys[layer][short] = part.k_star[layer]
     assert wanted is not None
     return dataclasses.replace(
         written[0],
         layers={layer: _joined([delta.layers[layer] for delta in written]) for layer in layers},
-        k_star=written[-1].k_star,
+        k_star=keys,
         v_star=wanted.cpu(),
         config={**dataclasses.asdict(config), "layers": list(layers), "norm_anchor": anchor, "contexts": contexts},
         convergence=tuple(convergence),
@@ -586,6 +594,7 @@ def _write(
     lm: LanguageModel,
     facts: Sequence[Fact],
     wanted: Tensor,
+    holding: Sequence[Fact],
     config: SpreadConfig,
     method: str,
     layers: Sequence[int],
@@ -597,27 +606,34 @@ def _write(
 ) -> Delta:
     """One pass over the layers, lowest first: each adds its share of what is still missing from `wanted` (n, d_model) in the stream.
 
-    MEMIT, algorithm 1. Keys and stream are read on the model with the layers below edited already.
+    MEMIT, algorithm 1. Keys and stream are read on the model with the layers below edited already. `holding` are facts whose outputs stay:
+    their keys count as those of earlier edits do.
     """
     parts: list[Delta] = []
     weights = torch.tensor(context_weights(contexts))
+    roots = weights.sqrt()[:, None]  # "each": a row for every context, counted by its weight
+
+    def rows(keys: Tensor) -> Tensor:
+        return torch.einsum("ncm,c->nm", keys, weights) if config.keys == "mean" else (keys * roots).flatten(0, 1)
+
     with ExitStack() as stack:
         for done, layer in enumerate(layers):
             _tell(progress, "layers", done, len(layers))
             keys = read_keys(lm, facts, layer, contexts).cpu()  # (n, contexts, d_ff)
+            earlier = kept[layer]
+            if holding:
+                stay = rows(read_keys(lm, holding, layer, contexts).cpu()).double()
+                earlier = stay.T @ stay if earlier is None else earlier + stay.T @ stay
             missing = wanted - read_stream(lm, facts, layers[-1]).to(wanted)
             residuals = solve.share(to_down(lm, facts, layer, missing), len(layers) - done, config.spread).cpu()
-            mean = torch.einsum("ncm,c->nm", keys, weights)
             if config.keys == "mean":
-                left, right = config.update(mean, residuals, moments[layer], kept[layer])
-            else:  # a row for every context, counted by its weight; those of a fact share its residual, so the rank stays that of the facts
-                roots = weights.sqrt()[:, None]
-                rows, wanted_rows = (keys * roots).flatten(0, 1), (residuals[:, None] * roots).flatten(0, 1)
-                _, right = config.update(rows, wanted_rows, moments[layer], kept[layer])
+                left, right = config.update(rows(keys), residuals, moments[layer], earlier)
+            else:  # the rows of a fact share its residual, so the rank stays that of the facts
+                _, right = config.update(rows(keys), (residuals[:, None] * roots).flatten(0, 1), moments[layer], earlier)
                 left, right = residuals.T, (right.view(keys.shape) * roots.to(right)).sum(1)
             part = Delta(
                 layers={layer: (left.float(), right.float())},
-                k_star={layer: mean},
+                k_star={layer: torch.einsum("ncm,c->nm", keys, weights)},
                 v_star=wanted.cpu(),
                 facts=tuple(facts),
                 method=method,
