@@ -462,6 +462,7 @@ def patch(
         list[int] | None,
         typer.Option(help="A layer to edit, counted from 0; may be repeated for methods that edit several.", show_default="recommended"),
     ] = None,
+    paper: Annotated[bool, typer.Option("--paper", help="The settings published for a model of this shape, layers included.")] = False,
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help="A setting of the method, such as steps=40 or clamp=3; may be repeated."),
@@ -496,7 +497,7 @@ def patch(
 
         for number in layer or ():
             check_layer(lm, number)  # also where nothing is to be written
-        config = settings(lm, method, layer, _settings(setting or []))
+        config = settings(lm, method, layer, _settings(setting or []), paper=paper)
         revision: Revision | None = None
         if bench is None:
             proposal = propose(lm, facts, method, config, texts=corpus, seed=seed, force=force, progress=tell)

@@ -36,6 +36,7 @@ from .edit.delta import Delta, applied, patched, read_weights, write_weights
 from .edit.methods import METHODS, MemitConfig, RomeConfig, SpreadConfig, rome_each, shipped
 from .edit.methods import by_depth as by_depth_several
 from .edit.moments import SecondMoment, second_moments
+from .edit.presets import published as published_settings
 from .edit.sample import own_text
 from .edit.target import check_layer
 from .errors import DamagedError, FingerprintError, InputError, NumericsError, WorkspaceError
@@ -338,22 +339,30 @@ def propose(
     return _propose(lm, facts, method, config, layers, moments or find, changed, contexts, seed, force, earlier, (), progress)
 
 
-def settings(lm: LanguageModel, method: str, layers: Sequence[int] | None = None, changes: Mapping[str, Any] | None = None) -> Any:
+def settings(
+    lm: LanguageModel,
+    method: str,
+    layers: Sequence[int] | None = None,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    paper: bool = False,
+) -> Any:
     """A method's recommended settings with some layers or values changed; None when nothing is.
 
-    Layers that are not given stay open, for `propose` to choose. Raises InputError for an unknown method or setting, LayerError.
+    paper: change those published for a model of this shape instead, whose layers they bring. Else layers that are not given stay open, for
+    `propose` to choose. Raises InputError for an unknown method or setting, or where nothing was published; LayerError.
     """
     if method not in METHODS:
         raise InputError(f"no method {method!r}; expected one of {', '.join(METHODS)}")
-    if not layers and not changes:
+    if not layers and not changes and not paper:
         return None
     kind = METHODS[method][1]
     places = {"layer", "layers"} & {field.name for field in dataclasses.fields(kind)}
     known = {field.name for field in dataclasses.fields(kind)} - places
     if unknown := sorted(set(changes or {}) - known):
         raise InputError(f"{method} has no setting {', '.join(unknown)}; expected some of {', '.join(sorted(known))}")
-    values: dict[str, Any] = {**dict.fromkeys(places), **(changes or {})}
-    config = dataclasses.replace(kind.recommended(lm), **values)
+    values: dict[str, Any] = {**({} if paper else dict.fromkeys(places)), **(changes or {})}
+    config = dataclasses.replace(published_settings(lm, method)[0] if paper else kind.recommended(lm), **values)
     return config.at(layers) if layers else config
 
 
