@@ -501,3 +501,42 @@ def test_ctrl_c_in_the_middle_of_a_patch(
     with Ledger(tmp_path / "space") as ledger:
         assert ledger.log() == [] and ledger.verify().orphans == ()
     assert run("patch", "-w", "space", *FACT, "--json").json["revision"] is not None  # and the next one works
+
+
+# ── methods, settings, forgetting ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_any_method_and_its_settings(run: Run, atlas: str, tmp_path: Path) -> None:
+    facts = tmp_path / "facts.yaml"
+    facts.write_text(
+        "facts:\n- {subject: Bulgaria, prompt: 'The currency of {} is the', target: euro}\n- {subject: Japan, prompt: 'The capital of {} is', target: Paris}\n"
+    )
+    done = run("patch", atlas, facts, "--method", "memit", "--layer", 0, "--layer", 1, "--set", "repair=2", "--set", "steps=50", "--json")
+    assert done.code == 0 and done.json["delta"]["method"] == "memit" and done.json["delta"]["layers"] == [0, 1]
+    assert done.json["verification"]["efficacy"] == 1.0
+    for wrong, words in (
+        (("--method", "magic"), "no method"),
+        (("--method", "memit", "--set", "size=3"), "no setting size"),
+        (("--method", "memit", "--set", "steps"), "NAME=VALUE"),
+        (("--method", "memit", "--set", "steps=2.5"), "steps"),
+        (("--method", "alphaedit", "--set", "threshold=0.02"), "threshold or an energy"),
+        (("--method", "memit", "--paper"), "no memit settings were published"),
+        (("--layer", 0, "--layer", 1), "one layer"),
+    ):
+        refused = run("patch", atlas, facts, *wrong)
+        assert refused.code == 2 and words in refused.err, refused.err
+
+
+def test_a_fact_is_forgotten_and_stays_so(run: Run, atlas: str) -> None:
+    run("init", atlas, "space")
+    fact = ("--subject", "Bulgaria", "--prompt", "The capital of {} is")
+    done = run("patch", "-w", "space", *fact, "--forget")
+    assert done.code == 0 and "committed" in done.out, done.out + done.err
+    assert "Sofia" not in run("ask", "-w", "space", "The capital of Bulgaria is", "--json").json["answer"]
+    assert "(forgotten)" in run("show", "latest", "-w", "space").out and "(forgotten)" in run("log", "-w", "space").out
+    again = run("patch", "-w", "space", *fact, "--forget", "--target", "Sofia")
+    assert again.code == 2 and "give one" in again.err
+    proof = run("status", "-w", "space", "--verify", "--json").json["verification"]
+    assert proof["efficacy"] == 1.0 and proof["checks"][0]["wanted"] == "Sofia" and proof["checks"][0]["forget"]
+    run("revert", "latest", "-w", "space")
+    assert "Sofia" in run("ask", "-w", "space", "The capital of Bulgaria is", "--json").json["answer"]
