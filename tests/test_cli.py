@@ -509,7 +509,9 @@ def test_ctrl_c_in_the_middle_of_a_patch(
 def test_any_method_and_its_settings(run: Run, atlas: str, tmp_path: Path) -> None:
     facts = tmp_path / "facts.yaml"
     facts.write_text(
-        "facts:\n- {subject: Bulgaria, prompt: 'The currency of {} is the', target: euro}\n- {subject: Japan, prompt: 'The capital of {} is', target: Paris}\n"
+        "facts:\n"
+        "- {subject: Bulgaria, prompt: 'The currency of {} is the', target: euro}\n"
+        "- {subject: Japan, prompt: 'The capital of {} is', target: Paris}\n"
     )
     done = run("patch", atlas, facts, "--method", "memit", "--layer", 0, "--layer", 1, "--set", "repair=2", "--set", "steps=50", "--json")
     assert done.code == 0 and done.json["delta"]["method"] == "memit" and done.json["delta"]["layers"] == [0, 1]
