@@ -40,7 +40,8 @@ class Delta:
 
     layers       {l: (left (d_model, r), right (r, d_ff))}; the update to layer l is left @ right
     k_star       {l: (n_facts, d_ff)} the key each fact was stored under, averaged over contexts
-    v_star       (n_facts, d_model) the output wanted from the (last) edited down-projection, bias included
+    v_star       (n_facts, d_model) what was wanted at the subject token: of the down-projection, bias included (ROME), or in the stream
+                 after the last edited layer (the MEMIT family)
     facts        what was written, in the order of the rows of k_star and v_star
     method       "rome", ...
     config       JSON-able settings it was made with, contexts included: with the facts, the recipe
