@@ -104,6 +104,58 @@ def test_corrupted_embeddings_reach_prefix_and_suffix(tiny_lm: LanguageModel) ->
     assert (logits[0] - logits[1]).abs().max() > 1e-2
 
 
+SHARING = [  # two openings, each behind some rows; a row that is another's beginning; twice the same; nothing before the pivot
+    [*range(10, 20), 40, 41, 42, 90, 91],
+    [*range(10, 20), 40, 41, 43, 44, 45, 92],
+    [*range(10, 20), 50, 93],
+    [*range(10, 20), 50, 94],
+    [*range(60, 68), 51, 95],
+    [*range(60, 68), 52, 53, 96, 97],
+    [10, 11, 12, 98],
+    [99, 98],
+]
+SHARING_PIVOTS = [13, 15, 11, 11, 9, 11, 3, 0]
+
+
+def test_what_rows_begin_with_in_common_is_run_once(tiny_lm: LanguageModel) -> None:
+    batch = align(tiny_lm, SHARING, SHARING_PIVOTS)
+    tokens: list[int] = []
+    handle = tiny_lm.layers[0].register_forward_hook(lambda m, args, out: tokens.append(args[0].shape[0] * args[0].shape[1]))
+    replay = record(tiny_lm, batch, start=batch.pivot)
+    handle.remove()
+    if tiny_lm.caches_prefix:
+        distinct = {tuple(ids[: i + 1]) for ids, pivot in zip(SHARING, SHARING_PIVOTS, strict=True) for i in range(pivot)}
+        live = batch.size * replay.n_live
+        assert sum(tokens) - live < 1.6 * len(distinct) < 0.7 * sum(SHARING_PIVOTS)
+    torch.manual_seed(1)
+    change = torch.randn(batch.size, replay.n_live, tiny_lm.d_model)
+    for layer in range(tiny_lm.n_layers):
+        logits = replay.logits(replay.resume(layer, replay.hidden[layer] + change))
+        for row, (ids, pivot) in enumerate(zip(SHARING, SHARING_PIVOTS, strict=True)):
+            live = len(ids) - pivot
+            expected = plain_logits(tiny_lm, ids, layer, change[row, :live], pivot)[pivot:]
+            torch.testing.assert_close(logits[row, :live], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_pass_may_be_recorded_as_far_as_it_is_needed(tiny_lm: LanguageModel) -> None:
+    batch = aligned(tiny_lm)
+    whole = record(tiny_lm, batch, start=4)
+    part = record(tiny_lm, batch, start=4, until=1)
+    change = torch.randn_like(whole.hidden[1])
+    torch.testing.assert_close(part.hidden[1], whole.hidden[1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(part.resume(1, part.hidden[1] + change), whole.resume(1, whole.hidden[1] + change), atol=1e-5, rtol=1e-5)
+    low = record(tiny_lm, batch, start=4, until=1, top=2)
+    torch.testing.assert_close(low.layer(1, whole.hidden[1]), whole.hidden[2], atol=1e-5, rtol=1e-5)
+    with pytest.raises(InputError, match="recorded for 2 layers"):
+        low.resume(1, low.hidden[1])
+    if tiny_lm.caches_prefix:
+        assert len(part.hidden) == 2
+        with pytest.raises(InputError, match="up to layer 1 only"):
+            part.at(5)
+    with pytest.raises(LayerError):
+        record(tiny_lm, batch, until=9)
+
+
 def test_bad_input_is_refused(tiny_lm: LanguageModel) -> None:
     batch = aligned(tiny_lm)
     with pytest.raises(InputError, match="first live column"):

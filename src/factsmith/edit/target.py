@@ -386,7 +386,8 @@ def _bytes(questions: Sequence[_Question], lm: LanguageModel, layer: int) -> int
     token = _STREAMS * lm.d_model + _COEFFICIENTS * lm.ffn[layer].d_ff
     graph = rows * above * (width * token + 2 * length * lm.d_model) * size  # joined keys and values count for the prefix too
     kept = rows * (2 * lm.n_layers * length + (layer + 2) * width) * lm.d_model * size
-    return graph + kept + answers * len(lm.tokenizer) * _LOGITS
+    vocabulary = next(lm.embedding.parameters()).shape[0]  # often more than the tokenizer's
+    return graph + kept + answers * vocabulary * _LOGITS
 
 
 _STREAMS = 14
