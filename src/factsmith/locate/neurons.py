@@ -364,7 +364,8 @@ def _ask(lm: LanguageModel, questions: Sequence[Question]) -> _Asked:
         if ffn.n_experts:
             found = _routed_banks(ffn, replay, columns)
         else:
-            at = _pick(calls[ffn.layer][0].input.reshape(n, batch.width, -1)[:, start:], columns)
+            live = calls[ffn.layer][-1].input  # calls before it, if any, ran what stands before the live columns
+            at = _pick(live.reshape(n, -1, live.shape[-1])[:, -replay.n_live :], columns)
             found = [_Bank(ffn, 0, torch.arange(len(at), device=at.device), at)]
         banks.append(found)
     written = []
