@@ -370,7 +370,9 @@ def record_runs(
         for part in get_args(Part):
             if all((part, layer) in parts for layer in range(lm.n_layers)):
                 put_out = (calls[part, layer][-1].output for layer in range(lm.n_layers))
-                outputs[part] = [out.reshape(batch.size, batch.width, -1)[:, start:] for out in put_out]
+                outputs[part] = [
+                    out.reshape(batch.size, -1, out.shape[-1])[:, start - batch.width :] for out in put_out
+                ]  # of the live pass
         ran = {key: call[-1].order for key, call in calls.items()}
         meets_last = tuple(ran.get(("attention", layer), 0) > ran["mlp", layer] for layer in range(lm.n_layers))
 
