@@ -190,7 +190,7 @@ class SpreadConfig(EditConfig):
         Small steps find near targets: with lr 0.5 the first steps already reach the clamp, and what is too long costs every other fact
         (measured on the bundled models: a third shorter at 0.05, and eight points of specificity).
         """
-        return {"scale": "auto", "steps": 80, "lr": 0.05, "clamp": 3.0, "stop_loss": 0.02, "keys": "each", "repair": 3}
+        return {"scale": "auto", "steps": 80, "lr": 0.05, "clamp": 3.0, "stop_loss": 0.02, "keys": "each", "repair": 4}
 
     @abstractmethod
     def update(self, keys: Tensor, residuals: Tensor, moment: SecondMoment, earlier: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -211,8 +211,11 @@ class MemitConfig(SpreadConfig):
 
     @classmethod
     def scale_free(cls, d_ff: int) -> dict[str, Any]:
-        """λ in units of d_ff, which is what kᵀ C⁻¹ k is for an ordinary key: with it a lone fact is taken to 1 / (1 + λ / d_ff)."""
-        return {**super().scale_free(d_ff), "moment_weight": 0.3 * d_ff}
+        """λ = d_ff, which is what kᵀ C⁻¹ k is for an ordinary key: a fact is taken to about a half at first, and the rest of the facts that
+        this does not suffice for is left to the repair. On the atlas, 307 facts in three layers: 86.5 (harmonic mean), against 79.5 with
+        0.3 d_ff and 84.3 with 2 d_ff.
+        """
+        return {**super().scale_free(d_ff), "moment_weight": float(d_ff)}
 
     def update(self, keys: Tensor, residuals: Tensor, moment: SecondMoment, earlier: Tensor | None) -> tuple[Tensor, Tensor]:
         """MEMIT, equation 14."""
