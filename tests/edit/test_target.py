@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -179,7 +180,8 @@ def same(a: Targets, b: Targets, row: int) -> None:
 
 
 @pytest.mark.parametrize(("scale", "site"), [("paper", "ffn"), ("auto", "ffn"), ("paper", "stream")])
-def test_batch_equals_one_by_one_while_facts_leave(family: LanguageModel, scale: Any, site: Site) -> None:
+def test_batch_equals_one_by_one_while_facts_leave(family: LanguageModel, scale: Any, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "_PASS", (10**9, 10**9))  # one batch, whatever it costs in padding
     config = TargetConfig(steps=16, stop_loss=0, lr=0.4, kl_factor=0.01, weight_decay=0.01, clamp=20, scale=scale)
     reached = sorted(
         c["loss" if scale == "paper" else "nll"] for c in find_targets(family, FACTS, 0, config, CONTEXTS, site=site).convergence
@@ -439,6 +441,26 @@ def test_the_batch_stays_within_its_memory(family: str, monkeypatch: pytest.Monk
         assert sum(sizes) == len(facts)
     assert taken[20_000_000] <= 20_000_000 < taken[2**40], "all at once would not have fitted"
     assert max(sizes) > 1 and taken[20_000_000] > 5_000_000, "and the budget is made use of"
+
+
+def test_batches_cost_as_little_as_any_cut(tiny_gpt2: LanguageModel) -> None:
+    """Against every way to cut the sorted list."""
+    sizes = [search._Size(7, width, width + 9, 8) for width in (5, 2, 12, 2, 3, 13, 2, 4, 6)]
+    order = sorted(range(len(sizes)), key=lambda i: sizes[i].width)
+
+    def cost(batches: Sequence[Sequence[int]]) -> int:
+        return sum(20 + sum(sizes[i].rows for i in batch) * max(sizes[i].width for i in batch) for batch in batches)
+
+    cuts = []
+    for mask in range(2 ** (len(order) - 1)):
+        at = [0, *(i + 1 for i in range(len(order) - 1) if mask >> i & 1), len(order)]
+        cuts.append([order[a:b] for a, b in itertools.pairwise(at)])
+    found = search._batches(sizes, tiny_gpt2, 0, 2**40)
+    assert sorted(i for batch in found for i in batch) == list(range(len(sizes)))
+    assert cost(found) == min(map(cost, cuts)) < min(cost([order]), cost([[i] for i in order]))
+    alone = search._bytes(sizes[0], tiny_gpt2, 0)
+    assert max(len(batch) for batch in search._batches(sizes, tiny_gpt2, 0, alone)) < max(map(len, found))
+    assert search._batches(sizes, tiny_gpt2, 0, 1) == [[i] for i in order], "one fact is always tried"
 
 
 def test_no_gradient_of_a_weight_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
