@@ -102,6 +102,24 @@ def test_a_layer_s_share_is_least_squares_over_every_context() -> None:
     assert delta.rank == len(FACTS), "the facts' contexts share their residual"
 
 
+def test_a_share_for_the_subject_alone() -> None:
+    """The same subject after other words is written too, and none of it without the share."""
+    lm = model("gpt2")
+    moments = moments_of(lm, (0,))
+    plain = MemitConfig((0,), keys="each", moment_weight=0.05, **SEARCH)  # type: ignore[arg-type]
+    targets = find_targets(lm, FACTS, 0, plain, CONTEXTS, site="stream")
+    wanted = (targets.v_star - read_stream(lm, FACTS, 0)).double()
+    other = [Fact(fact.subject, "Paris and the capital of {}", "x") for fact in FACTS]
+    keys = read_keys(lm, other, 0, ["{}"])[:, 0].double()
+    missing = []
+    for share in (0.0, 0.5):
+        config = dataclasses.replace(plain, subject_share=share)
+        delta = memit(lm, FACTS, config, moments=moments, contexts=CONTEXTS, targets=targets)
+        missing.append(relative(keys @ delta.dense(0).double().T, wanted))
+        assert delta.rank == len(FACTS)
+    assert missing[1] < missing[0]
+
+
 def test_weights_of_contexts() -> None:
     assert weights(["{}"]) == [1.0]
     assert weights(["a {}", "{}", "b {}"]) == [0.25, 0.5, 0.25]
@@ -261,6 +279,8 @@ def test_nan_weights_write_nothing() -> None:
         {"keys": "some"},
         {"norm_anchor": -1.0},
         {"repair": 1.5},
+        {"subject_share": 1.0, "keys": "each"},
+        {"subject_share": 0.3, "keys": "mean"},
         {"moment_weight": 0.0},
         {"moment_weight": "much"},
     ],

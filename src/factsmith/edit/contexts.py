@@ -19,6 +19,9 @@ CONTEXTS = ((5, 10), (10, 10))
 OPENINGS = ("The", "Therefore", "Because", "I", "You")
 """How MEMIT's contexts begin, each continued to `_OPENING_TOKENS`: the authors' code."""
 
+SUBJECT = ("{}", "In {}", "About {}", "The story of {}", "It was {}", "by {}")
+"""Contexts of the bare subject: other words in front of it than the fact's own prompt has."""
+
 _OPENING_TOKENS = 10
 _TOP_K = 5
 _SLOT = "factsmith-slot"
