@@ -18,6 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM,
 from factsmith.model.load import LanguageModel, wrap
 from factsmith.model.trace import hook_count
 
+torch.set_num_threads(1)  # the models are tiny: threads would wait for one another
+
 VOCAB = 320
 TEXTS = [
     "The mother tongue of Danielle Darrieux is French. Paris is the capital of France.",
