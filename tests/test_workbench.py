@@ -282,7 +282,7 @@ def test_two_workbenches_on_one_workspace(lm: LanguageModel, tmp_path: Path) -> 
 
 
 POINTS: dict[str, Callable[[pytest.MonkeyPatch, Callable[..., Any]], None]] = {
-    "solving": lambda m, bomb: m.setitem(workbench._METHODS, "rome", (bomb, RomeConfig)),
+    "solving": lambda m, bomb: m.setitem(workbench.METHODS, "rome", (bomb, RomeConfig)),
     "inside the solver": lambda m, bomb: m.setattr("factsmith.edit.methods.find_targets", bomb),
     "sampling": lambda m, bomb: m.setattr(workbench, "own_text", bomb),
     "moments": lambda m, bomb: m.setattr(workbench, "second_moments", bomb),
@@ -561,7 +561,7 @@ def test_plan_and_propose_need_no_workspace(lm: LanguageModel) -> None:
     seen: list[str] = []
     found = propose(lm, FACT, config=QUICK, progress=lambda what, done, total: seen.append(what))
     assert found.delta is not None and hashes(lm) == before
-    assert list(dict.fromkeys(seen)) == ["sampling text", "second moments", "solving", "verifying"]
+    assert list(dict.fromkeys(seen)) == ["sampling text", "second moments", "solving", "facts", "verifying"]
 
 
 @pytest.mark.parametrize(

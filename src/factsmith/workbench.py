@@ -35,7 +35,7 @@ from .edit.contexts import generate_contexts
 from .edit.delta import Delta, applied, patched, read_weights, write_weights
 from .edit.methods import METHODS, MemitConfig, RomeConfig, SpreadConfig, rome_each, shipped
 from .edit.methods import by_depth as by_depth_several
-from .edit.moments import SecondMoment, second_moments
+from .edit.moments import TOKENS_PER_NEURON, SecondMoment, second_moments
 from .edit.presets import published as published_settings
 from .edit.sample import own_text
 from .edit.target import check_layer
@@ -378,7 +378,7 @@ def find_moments(
     """Second moments of some layers: those kept in `folder`, those that came with the model, else computed now.
 
     folder  where computed ones are kept as layer<l>.safetensors; None: nowhere
-    texts   what to compute them from; None: about eight tokens a neuron that the model writes itself, from `seed`
+    texts   what to compute them from; None: 16 tokens a neuron that the model writes itself, from `seed`
 
     A file for another model (by fingerprint) is passed over. Raises LayerError, DamagedError for a file that cannot be read.
     """
@@ -951,8 +951,8 @@ def _kept_moments(lm: LanguageModel, layers: Iterable[int], folder: str | os.Pat
 
 
 def _own_text(lm: LanguageModel, layers: Sequence[int], seed: int, progress: Progress | None) -> list[str]:
-    """Text that the model writes itself, about eight tokens for every neuron of the widest of some layers."""
-    n_tokens = 8 * max(lm.ffn[layer].d_ff for layer in layers if 0 <= layer < lm.n_layers)
+    """Text that the model writes itself, as many tokens as second moments are computed from."""
+    n_tokens = TOKENS_PER_NEURON * max(lm.ffn[layer].d_ff for layer in layers if 0 <= layer < lm.n_layers)
     _tell(progress, "sampling text", 0, n_tokens)
     return own_text(lm, n_tokens, seed=seed, progress=lambda done: _tell(progress, "sampling text", done, n_tokens))
 
