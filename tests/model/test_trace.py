@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from factsmith.errors import UnsupportedModelError
+from factsmith.model import trace
 from factsmith.model.load import LanguageModel
 from factsmith.model.tokens import align
 from factsmith.model.trace import first_tensor, hook_count, products, recording, replacing, standing_in, with_first_tensor
@@ -132,3 +133,20 @@ def test_first_tensor_and_its_inverse() -> None:
         assert type(with_first_tensor(value, b)) is type(value)
     with pytest.raises(UnsupportedModelError, match="tensor"):
         first_tensor((None, 3))
+
+
+def test_a_hook_that_was_left_behind_has_no_effect(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Ctrl-C while hooks are taken off may leave one on; it must not end somebody else's pass, and goes when it is met."""
+    layers = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+
+    def interrupted(module: nn.Module, hook: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patching, pytest.raises(KeyboardInterrupt):
+        patching.setattr(trace, "_forget", interrupted)
+        with recording({"first": layers[0]}, stop=True):
+            layers(torch.ones(1, 2))
+    assert hook_count(layers) == 1, "the control: one was left behind"
+    with recording({"last": layers[1]}) as calls:
+        layers(torch.ones(1, 2))
+    assert len(calls["last"]) == 1 and hook_count(layers) == 0

@@ -112,9 +112,12 @@ def recording(modules: Mapping[Key, nn.Module], *, stop: bool = False, copy: boo
     copy: keep copies of what is returned, since models add to such tensors in place; False when only inputs are of interest.
     """
     calls: dict[Key, list[Call]] = {key: [] for key in modules}
+    live = [True]  # emptied at the end, twice: a Ctrl-C that keeps a hook from being taken off finds it without effect
 
     def remember(key: Key) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+            if not live:
+                return _forget(module, hook)
             order = sum(map(len, calls.values()))
             calls[key].append(Call(args=args, kwargs=kwargs, result=_copied(result) if copy else result, order=order))
             if stop and all(calls.values()):
@@ -123,6 +126,7 @@ def recording(modules: Mapping[Key, nn.Module], *, stop: bool = False, copy: boo
         return hook
 
     with ExitStack() as stack:
+        stack.callback(live.clear)
         for key, module in modules.items():
             hook = remember(key)
             stack.callback(_forget, module, hook)
@@ -131,6 +135,8 @@ def recording(modules: Mapping[Key, nn.Module], *, stop: bool = False, copy: boo
             yield calls
         except _Stop:
             return
+        finally:
+            live.clear()
 
 
 @contextmanager
