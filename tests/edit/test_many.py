@@ -154,6 +154,17 @@ def test_repair_writes_what_did_not_take() -> None:
     assert max(entry["attempt"] for entry in delta.convergence) > 1
 
 
+def test_repair_leaves_given_targets_alone() -> None:
+    lm = load("atlas")
+    facts = [Fact("Bulgaria", "The currency of {} is the", "euro"), Fact("Japan", "The capital of {} is", "Paris")]
+    config = MemitConfig((0, 1), **{**MemitConfig.scale_free(1024), "moment_weight": 3000.0, "repair": 1})
+    targets = find_targets(lm, facts, 1, config, ["{}"], site="stream")
+    before = targets.v_star.clone()
+    delta = memit(lm, facts, config, moments=find_moments(lm, [0, 1]), contexts=["{}"], targets=targets)
+    assert {entry["attempt"] for entry in delta.convergence} == {2} and not torch.equal(delta.v_star, before), "there was a repair"
+    assert torch.equal(targets.v_star, before)
+
+
 def test_the_norm_anchor_sets_what_the_ffn_should_put_out() -> None:
     lm = model("gpt2")
     moments = moments_of(lm)

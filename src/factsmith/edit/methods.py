@@ -601,7 +601,8 @@ def _all_at_once(
             part = _write(lm, some, v_star, holding, config, method, layers, held, kept, contexts, fingerprint, progress)
             written.append(part)
             if wanted is None:
-                wanted, keys = v_star, dict(part.k_star)
+                # Copies: what the caller gave, and what the first part keeps, stay as they are.
+                wanted, keys = v_star.clone(), {layer: k.clone() for layer, k in part.k_star.items()}
             else:
                 wanted[short] = v_star
                 for layer in layers:
