@@ -18,7 +18,7 @@ import pydantic
 import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, TypeAdapter
 
-from .errors import FactError, WorkspaceError
+from .errors import FactError, InputError, WorkspaceError
 from .files import write_file
 
 
@@ -122,6 +122,14 @@ class Fact(_Fact):
             return cls(**{str(k): v for k, v in fields.items()})
         except TypeError as error:
             raise FactError(f"fact: {str(error).split('() ')[-1]}; expected subject, prompt and target, and nothing unknown") from None
+
+
+def listed(facts: Fact | Iterable[Fact]) -> list[Fact]:
+    """One fact or several as a list; raises InputError for none, or for anything else."""
+    facts = [facts] if isinstance(facts, Fact) else list(facts)
+    if not facts or not all(isinstance(fact, Fact) for fact in facts):
+        raise InputError(f"expected a Fact or a list of at least one; got {[type(fact).__name__ for fact in facts]}")
+    return facts
 
 
 class FactFile:

@@ -40,7 +40,7 @@ from .edit.presets import published as published_settings
 from .edit.sample import own_text
 from .edit.target import check_layer
 from .errors import DamagedError, FingerprintError, InputError, NumericsError, WorkspaceError
-from .fact import Fact, Probe
+from .fact import Fact, Probe, listed
 from .files import write_file
 from .ledger import BASE, Ledger, Revision, Status
 from .locate.layers import (
@@ -270,7 +270,7 @@ def plan(lm: LanguageModel, facts: Fact | Iterable[Fact]) -> Plan:
 
     Raises SubjectError when a subject cannot be found once in its prompt, InputError when there is no fact.
     """
-    facts = _listed(facts)
+    facts = listed(facts)
     for fact in facts:
         subject_span(lm.tokenizer, fact.text, fact.subject)
     prompts = [fact.text for fact in facts]
@@ -856,7 +856,7 @@ def _recommend(
         if len(tried) < min(MIN_FACTS, count):
             return by_depth(lm, depth, f"{lm.name} knows {len(tried)} of the bundled facts that were asked, too few to try edits on")
     else:
-        tried = _settled(lm, _listed(facts))
+        tried = _settled(lm, listed(facts))
     effects = mlp_effects(lm, tried, progress=lambda done, total: _tell(progress, "tracing", done, total))
     layers = candidates(lm, effects)
     contexts = generate_contexts(lm, seed) if contexts is None else contexts
@@ -1050,13 +1050,6 @@ def _moments_digest(moments: SecondMoment | Mapping[int, SecondMoment], layers: 
     held = [moments] if isinstance(moments, SecondMoment) else [moments[layer] for layer in layers]
     digests = [hashlib.sha256(moment.matrix.detach().cpu().contiguous().numpy().data).hexdigest() for moment in held]
     return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
-
-
-def _listed(facts: Fact | Iterable[Fact]) -> list[Fact]:
-    facts = [facts] if isinstance(facts, Fact) else list(facts)
-    if not facts or not all(isinstance(fact, Fact) for fact in facts):
-        raise InputError(f"expected a Fact or a list of at least one; got {[type(fact).__name__ for fact in facts]}")
-    return facts
 
 
 def _tell(progress: Progress | None, what: str, done: int, total: int | None) -> None:

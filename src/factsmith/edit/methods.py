@@ -24,7 +24,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..errors import InputError, LayerError
-from ..fact import Fact
+from ..fact import Fact, listed
 from ..model.load import LanguageModel
 from . import solve
 from .contexts import SUBJECT, generate_contexts, generate_openings
@@ -356,7 +356,7 @@ def rome_each(
     seed: int = 0,
 ) -> list[Delta]:
     """What `rome` gives for each fact alone, all found in one batch: for measuring many single edits, as the paper's tables do."""
-    facts = _listed(facts)
+    facts = listed(facts)
     layer, config, moment, contexts = _prepare(lm, config, moments, contexts, seed)
     targets = find_targets(lm, facts, layer, config, contexts)
     return _deltas(lm, facts, targets, "rome", config, moment, contexts, lm.fingerprint)
@@ -439,13 +439,6 @@ METHODS: dict[str, tuple[Callable[..., Delta], type[EditConfig]]] = {
 """Every editor by its name, with the class of its settings."""
 
 
-def _listed(facts: Fact | Iterable[Fact]) -> list[Fact]:
-    facts = [facts] if isinstance(facts, Fact) else list(facts)
-    if not facts or not all(isinstance(fact, Fact) for fact in facts):
-        raise InputError(f"expected a Fact or a list of at least one; got {[type(f).__name__ for f in facts]}")
-    return facts
-
-
 def _distinct(facts: Sequence[Fact]) -> list[Fact]:
     """Each fact once; raises InputError for two targets of one prompt, which would be averaged to something nobody asked for."""
     found: dict[str, Fact] = {}
@@ -468,7 +461,7 @@ def _one_by_one(
     seed: int,
     progress: Progress | None,
 ) -> Delta:
-    facts = _listed(facts)
+    facts = listed(facts)
     layer, config, moment, contexts = _prepare(lm, config, moments, contexts, seed)
     fingerprint = lm.fingerprint
     deltas: list[Delta] = []
@@ -563,7 +556,7 @@ def _all_at_once(
     progress: Progress | None,
 ) -> Delta:
     """The editors of the MEMIT family: targets once, then layer by layer what is still missing; repaired as often as the settings say."""
-    facts = _distinct(_listed(facts))
+    facts = _distinct(listed(facts))
     layers = config.layers or type(config).recommended(lm).layers
     assert layers is not None
     for layer in layers:
