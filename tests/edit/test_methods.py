@@ -17,7 +17,7 @@ from factsmith.edit.delta import Delta, applied, read_weights
 from factsmith.edit.methods import AlphaEditConfig, MemitConfig, RomeConfig, alphaedit, memit, rome, rome_each
 from factsmith.edit.moments import SecondMoment, second_moments
 from factsmith.edit.target import Targets, read_keys
-from factsmith.errors import FactsmithError, InputError, LayerError, SubjectError, UnsupportedModelError
+from factsmith.errors import FactsmithError, FingerprintError, InputError, LayerError, SubjectError, UnsupportedModelError
 from factsmith.fact import Fact
 from factsmith.model.load import LanguageModel, load, wrap
 from factsmith.model.tokens import subject_span
@@ -204,7 +204,10 @@ def test_several_facts_are_written_one_after_another(tiny_lm: LanguageModel) -> 
     by_hand: list[Delta] = []
     for fact in FACTS:
         with applied(tiny_lm, by_hand):
-            one = rome(tiny_lm, fact, CONFIG, moments=moments, contexts=CONTEXTS)
+            if by_hand:
+                with pytest.raises(FingerprintError, match="another|now"):  # moments of the unedited model, without saying so
+                    rome(tiny_lm, fact, CONFIG, moments=moments, contexts=CONTEXTS)
+            one = rome(tiny_lm, fact, CONFIG, moments=moments, contexts=CONTEXTS, earlier=by_hand)
         by_hand.append(one)
     assert relative(delta.dense(1), sum(d.dense(1) for d in by_hand)) < 1e-5  # type: ignore[arg-type]
     with applied(tiny_lm, delta):
@@ -285,7 +288,7 @@ def test_bad_input_changes_nothing(tiny_gpt2: LanguageModel) -> None:
     cases: list[tuple[type[FactsmithError], str, dict[str, Any]]] = [
         (LayerError, "layers 0 to 2", {"config": RomeConfig(layer=9)}),
         (InputError, r"second_moments\(lm, texts, \[2\]\)", {"config": RomeConfig(layer=2)}),
-        (InputError, "another model", {"moments": SecondMoment.from_matrix(torch.eye(7), count=1)}),
+        (FingerprintError, "another model", {"moments": SecondMoment.from_matrix(torch.eye(7), count=1)}),
         (InputError, "at least one", {"facts": []}),
         (InputError, "str", {"facts": ["a fact"]}),
         (InputError, "bare prompt", {"contexts": ["Paris. {}"]}),

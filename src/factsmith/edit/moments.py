@@ -107,9 +107,12 @@ class SecondMoment:
         """Take E[m mᵀ] (d_ff, d_ff), already divided by `count`, computed elsewhere."""
         return cls(matrix=matrix, count=int(count), fingerprint=fingerprint, corpus=corpus, layer=layer)
 
-    def check(self, lm: LanguageModel, layer: int | None = None) -> None:
-        """Raises FingerprintError unless it was computed from this model, and from this layer of it; what is unknown is not asked."""
-        if self.fingerprint and self.fingerprint != lm.fingerprint:
+    def check(self, lm: LanguageModel, layer: int | None = None, *, edited: bool = False) -> None:
+        """Raises FingerprintError unless it was computed from this model, and from this layer of it; what is unknown is not asked.
+
+        edited: the model carries edits, and the matrix is of the model without them, so their fingerprints differ.
+        """
+        if not edited and self.fingerprint and self.fingerprint != lm.fingerprint:
             raise FingerprintError(
                 f"the second moment was computed from a model with fingerprint {self.fingerprint[:12]}; {lm.name} has "
                 f"{lm.fingerprint[:12]} now: compute it again with second_moments"
