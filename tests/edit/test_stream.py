@@ -75,9 +75,10 @@ def put_out(lm: LanguageModel, module: torch.nn.Module) -> Tensor:
 
 
 def nearest(lm: LanguageModel, layer: int, wanted: Tensor) -> Tensor:
-    """How near (n,) the layer's output can come to `wanted`, whatever its down-projection puts out: behind the norm stands (1 + w) ⊙ s, ‖s‖² = d.
+    """How near (n,) the layer's output can come to `wanted`, whatever its down-projection puts out.
 
-    The least distance under that constraint is a root of one equation in the multiplier μ, s = g t / (g² + μ) with g = 1 + w; found by bisection.
+    What comes from behind the norm is g ⊙ s with g = 1 + w and ‖s‖² = d. The least distance under that constraint belongs to
+    s = g t / (g² + μ), with a multiplier μ that bisection finds.
     """
     norm = lm.layers[layer].post_feedforward_layernorm
     assert isinstance(norm, torch.nn.Module)
