@@ -786,6 +786,7 @@ def _propose(
     solver, kind = METHODS[method]
     if config is not None and not isinstance(config, kind):
         raise InputError(f"{method} takes a {kind.__name__}; got {type(config).__name__}")
+    _check_dense(lm)
     found = plan(lm, facts)
     wanted = [entry.fact for entry in found.entries if force or not entry.known]
     if not wanted:
@@ -827,6 +828,11 @@ def _propose(
     )
 
 
+def _check_dense(lm: LanguageModel) -> None:
+    """Raises UnsupportedModelError when every layer is a mixture of experts: then there is nothing to edit, and no work need be done."""
+    check_layer(lm, next((ffn.layer for ffn in lm.ffn if not ffn.n_experts), 0))
+
+
 def _published(lm: LanguageModel) -> LayerChoice | None:
     """What came with the model, or was published for one of its shape."""
     choice, memit = published(lm, shipped(RomeConfig, lm).get("layer")), shipped(MemitConfig, lm).get("layers")
@@ -848,6 +854,7 @@ def _recommend(
     count = _TRIALS if count is None else count
     if count < 1:
         raise InputError(f"trials is {count}; expected at least one trial edit")
+    _check_dense(lm)
     config = RomeConfig.recommended(lm)
     depth = config.layer or 0
     if facts is None:

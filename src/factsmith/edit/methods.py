@@ -187,7 +187,7 @@ class SpreadConfig(EditConfig):
         What was published or measured for this model is better: `recommend_layers`. Raises InputError as `shipped`.
         """
         layers = by_depth(lm.n_layers)
-        return cls(**{"layers": layers, **(shipped(cls, lm) or cls.scale_free(lm.ffn[layers[-1]].d_ff))})
+        return cls(**{"layers": layers, **(shipped(cls, lm) or cls.scale_free(lm.ffn[layers[-1]].banks[0].d_ff))})
 
     @classmethod
     def scale_free(cls, d_ff: int) -> dict[str, Any]:

@@ -228,8 +228,10 @@ def check_layer(lm: LanguageModel, layer: int | None) -> int:
     if not isinstance(layer, int) or not 0 <= layer < lm.n_layers:
         raise LayerError(f"layer {layer!r} does not exist; the model has layers 0 to {lm.n_layers - 1}")
     if lm.ffn[layer].n_experts:
+        dense = [ffn.layer for ffn in lm.ffn if not ffn.n_experts]
         raise UnsupportedModelError(
-            f"layer {layer} is a mixture of {lm.ffn[layer].n_experts} experts; ROME writes one dense down-projection: choose a dense layer"
+            f"layer {layer} is a mixture of {lm.ffn[layer].n_experts} experts, and a fact is written into one down-projection that every token "
+            f"uses: {f'choose among layers {dense}' if dense else f'no layer of {lm.name} has one; take a model without experts'}"
         )
     return layer
 
