@@ -221,7 +221,21 @@ class Proposal:
             for check in checks
             if check.role in ("prompt", "earlier") and not check.held
         )
-        return known + measured + failed
+        return known + measured + self._shared_keys + failed
+
+    @property
+    def _shared_keys(self) -> tuple[str, ...]:
+        """That facts with different targets have nearly one key, with the closest two as an example."""
+        records = () if self.delta is None else self.delta.convergence
+        pairs = [(record["cosine"], i, record["shares_key_with"]) for i, record in enumerate(records) if "shares_key_with" in record]
+        if not pairs or self.delta is None:
+            return ()
+        cosine, a, b = max(pairs)
+        return (
+            f"{len(pairs)} facts have nearly the key of another with another target, so that what is written for one arrives at the other "
+            f"too: {self.delta.facts[a].text!r} and {self.delta.facts[b].text!r}, cosine {cosine:.3f}; see whether both took, or begin the "
+            "prompts with words of their own",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able fields; the delta's tensors are left out."""

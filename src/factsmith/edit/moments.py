@@ -147,9 +147,8 @@ class SecondMoment:
 
     @cached_property
     def spectrum(self) -> tuple[Tensor, Tensor]:
-        """Eigenvalues (d_ff,), ascending, and eigenvectors (d_ff, d_ff), float64, computed once."""
-        values, vectors = torch.linalg.eigh(self.matrix.double())
-        return values, vectors
+        """Eigenvalues (d_ff,), ascending, and eigenvectors (d_ff, d_ff), float64, computed once; see `solve.spectrum`."""
+        return solve.spectrum(self.matrix)
 
     def null_space(self, *, threshold: float | None = None, energy: float | None = None) -> Tensor:
         """Basis (d_ff, q) float64 of what text hardly uses; see `solve.null_space`."""

@@ -45,6 +45,30 @@ def cholesky(matrix: Tensor) -> Tensor:
     Raises InputError when the matrix is not square or not symmetric, NumericsError when it is not finite, is zero, or is not
     positive definite even with the largest jitter.
     """
+    matrix = _checked(matrix)
+    mean = matrix.diagonal().mean()
+    for jitter in JITTERS:
+        shifted = matrix if jitter == 0 else matrix + jitter * mean * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+        factor: Tensor
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        if not failed:
+            return factor
+    raise NumericsError(
+        f"the second moment is not positive definite, also with {JITTERS[-1]:g} of its mean diagonal added; compute it from more text"
+    )
+
+
+def spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (m,), ascending, and eigenvectors (m, m) of a second moment, float64; errors as `cholesky`."""
+    matrix = _checked(matrix)
+    values, vectors = torch.linalg.eigh(matrix)
+    if values[0] < -JITTERS[-1] * matrix.diagonal().mean():
+        raise NumericsError(f"the second moment has an eigenvalue of {values[0]:.3g}, so it is none; compute it again, from more text")
+    return values, vectors
+
+
+def _checked(matrix: Tensor) -> Tensor:
+    """A second moment in float64, square, finite, symmetric and not zero."""
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise InputError(f"a second moment is a square matrix (d_ff, d_ff); got shape {tuple(matrix.shape)}")
     matrix = matrix.to(torch.float64)
@@ -55,15 +79,7 @@ def cholesky(matrix: Tensor) -> Tensor:
         raise NumericsError(f"the second moment's mean diagonal is {mean:.3g}; expected a positive number: was it computed from any text?")
     if (matrix - matrix.T).abs().max() > 1e-3 * matrix.abs().max():
         raise InputError("a second moment is symmetric; this matrix is not: give E[m mᵀ] of the down-projection's input")
-    for jitter in JITTERS:
-        shifted = matrix if jitter == 0 else matrix + jitter * mean * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-        factor: Tensor
-        factor, failed = torch.linalg.cholesky_ex(shifted)
-        if not failed:
-            return factor
-    raise NumericsError(
-        f"the second moment is not positive definite, also with {JITTERS[-1]:g} of its mean diagonal added; compute it from more text"
-    )
+    return matrix
 
 
 def solve_moment(factor: Tensor, keys: Tensor) -> Tensor:
@@ -175,13 +191,18 @@ def null_space(values: Tensor, vectors: Tensor, *, threshold: float | None = Non
     threshold  those with an eigenvalue below it (AlphaEdit's code: 0.02, for C divided by its count)
     energy     as many as can be left out while the others hold this share of C's trace: does not depend on the coefficients' scale
 
-    Raises InputError unless exactly one of them is given, in range.
+    Raises InputError unless exactly one of them is given, in range, and when all directions are below the threshold.
     """
     if (threshold is None) == (energy is None):
         raise InputError(f"null_space takes either a threshold or an energy; got threshold={threshold!r}, energy={energy!r}")
     if threshold is not None:
         if not threshold > 0:
             raise InputError(f"the threshold of a null space is above 0; got {threshold!r}")
+        if threshold > values[-1]:
+            raise InputError(
+                f"all eigenvalues are below the threshold {threshold:g} (the largest is {values[-1]:.3g}), so nothing would be kept as it is; "
+                "give an energy instead"
+            )
         return vectors[:, values < threshold]
     assert energy is not None
     if not 0 < energy < 1:
@@ -211,6 +232,26 @@ def anchored(v_star: Tensor, norm: float) -> Tensor:
     """v_star (n, d) rescaled to one norm: what keeps norms from feeding on themselves over many rounds (norm-anchor scaling, NAS)."""
     norms: Tensor = v_star.norm(dim=-1, keepdim=True)
     return v_star * (norm / norms)
+
+
+def closest(keys: Tensor, factor: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """For every key the one of another group that is most like it: its index (n,) int64 and their cosine under A⁻¹ (n,) float64.
+
+    keys (n, m), factor = cholesky(A), groups (n,) int64. The cosine is −1 where there is no other group. What an editor writes for one key
+    arrives at another in this proportion, unless the two outputs are asked for exactly.
+    """
+    white: Tensor = torch.linalg.solve_triangular(factor, keys.to(factor).T, upper=False).T
+    white = white / white.norm(dim=1, keepdim=True).clamp(min=torch.finfo(white.dtype).tiny)
+    groups = groups.to(white.device)
+    best = [
+        (rows @ white.T).masked_fill(own[:, None] == groups, -1.0).max(dim=1)
+        for rows, own in zip(white.split(_ROWS), groups.split(_ROWS), strict=True)
+    ]
+    return torch.cat([b.indices for b in best]), torch.cat([b.values for b in best])
+
+
+_ROWS = 1024
+"""Keys compared with all others at a time."""
 
 
 def compact(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
