@@ -461,7 +461,8 @@ def _with_shared_keys(
 ) -> tuple[Mapping[str, Any], ...]:
     """How the targets were found, and for each fact which other with another target it shares its key with, if any."""
     wanted = [fact.text if fact.target is None else fact.target.strip() for fact in facts]
-    groups = torch.tensor([wanted.index(target) for target in wanted])
+    numbers = {target: number for number, target in enumerate(wanted)}
+    groups = torch.tensor([numbers[target] for target in wanted])
     others, cosines = (x.tolist() for x in solve.closest(keys, moment.factor, groups))
     return tuple(
         {**record, "shares_key_with": other, "cosine": cosine} if cosine >= SHARED_KEY else record

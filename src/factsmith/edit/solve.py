@@ -200,8 +200,8 @@ def null_space(values: Tensor, vectors: Tensor, *, threshold: float | None = Non
             raise InputError(f"the threshold of a null space is above 0; got {threshold!r}")
         if threshold > values[-1]:
             raise InputError(
-                f"all eigenvalues are below the threshold {threshold:g} (the largest is {values[-1]:.3g}), so nothing would be kept as it is; "
-                "give an energy instead"
+                f"all eigenvalues are below the threshold {threshold:g} (the largest is {values[-1]:.3g}), so nothing would be kept as it "
+                "is; give an energy instead"
             )
         return vectors[:, values < threshold]
     assert energy is not None

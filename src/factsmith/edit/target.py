@@ -230,8 +230,8 @@ def check_layer(lm: LanguageModel, layer: int | None) -> int:
     if lm.ffn[layer].n_experts:
         dense = [ffn.layer for ffn in lm.ffn if not ffn.n_experts]
         raise UnsupportedModelError(
-            f"layer {layer} is a mixture of {lm.ffn[layer].n_experts} experts, and a fact is written into one down-projection that every token "
-            f"uses: {f'choose among layers {dense}' if dense else f'no layer of {lm.name} has one; take a model without experts'}"
+            f"layer {layer} is a mixture of {lm.ffn[layer].n_experts} experts, and a fact is written into one down-projection that every "
+            f"token uses: {f'choose among layers {dense}' if dense else f'no layer of {lm.name} has one; take a model without experts'}"
         )
     return layer
 
