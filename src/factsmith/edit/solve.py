@@ -245,7 +245,7 @@ def closest(keys: Tensor, factor: Tensor, groups: Tensor) -> tuple[Tensor, Tenso
     groups = groups.to(white.device)
     best = [
         (rows @ white.T).masked_fill(own[:, None] == groups, -1.0).max(dim=1)
-        for rows, own in zip(white.split(_ROWS), groups.split(_ROWS), strict=True)
+        for rows, own in zip(torch.split(white, _ROWS), torch.split(groups, _ROWS), strict=True)
     ]
     return torch.cat([b.indices for b in best]), torch.cat([b.values for b in best])
 
