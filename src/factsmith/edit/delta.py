@@ -47,8 +47,8 @@ class Delta:
     config       JSON-able settings it was made with, contexts included: with the facts, the recipe
     fingerprint  of the model it was made on
     convergence  for each fact, how its target was found: steps, loss, nll, kl, norm, stopped ("loss" or "steps"). Where another fact with
-                 another target has nearly the same key in the last edited layer, also shares_key_with, its index, and their cosine under
-                 C⁻¹, 0.95 or more: what is written for one then arrives at the other too
+                 another target has nearly the same key in some layer, also shares_key_with, its index, and their cosine under C⁻¹, 0.95
+                 or more: what is written for one then arrives at the other too, or takes a large update to be kept apart
 
     Raises InputError when shapes or dtypes do not fit together, NumericsError when a number is not finite.
     """

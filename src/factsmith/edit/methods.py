@@ -457,16 +457,17 @@ below it, but for such as North and South Korea; one subject in different prompt
 
 
 def _with_shared_keys(
-    convergence: Sequence[Mapping[str, Any]], facts: Sequence[Fact], keys: Tensor, moment: SecondMoment
+    convergence: Sequence[Mapping[str, Any]], facts: Sequence[Fact], keys: Mapping[int, Tensor], moments: Mapping[int, SecondMoment]
 ) -> tuple[Mapping[str, Any], ...]:
-    """How the targets were found, and for each fact which other with another target it shares its key with, if any."""
+    """How the targets were found, and for each fact which other with another target it shares its key with in some layer, if any."""
     wanted = [fact.text if fact.target is None else fact.target.strip() for fact in facts]
     numbers = {target: number for number, target in enumerate(wanted)}
     groups = torch.tensor([numbers[target] for target in wanted])
-    others, cosines = (x.tolist() for x in solve.closest(keys, moment.factor, groups))
+    by_layer = [zip(*(x.tolist() for x in solve.closest(k, moments[layer].factor, groups)), strict=True) for layer, k in keys.items()]
+    most = [max(found, key=lambda pair: pair[1]) for found in zip(*by_layer, strict=True)]
     return tuple(
         {**record, "shares_key_with": other, "cosine": cosine} if cosine >= SHARED_KEY else record
-        for record, other, cosine in zip(convergence, others, cosines, strict=True)
+        for record, (other, cosine) in zip(convergence, most, strict=True)
     )
 
 
@@ -497,7 +498,7 @@ def _one_by_one(
         k_star={layer: keys},
         v_star=torch.cat([d.v_star for d in deltas]),
         facts=tuple(facts),
-        convergence=_with_shared_keys([c for d in deltas for c in d.convergence], facts, keys, moment),
+        convergence=_with_shared_keys([c for d in deltas for c in d.convergence], facts, {layer: keys}, {layer: moment}),
     )
 
 
@@ -625,7 +626,7 @@ def _all_at_once(
         k_star=keys,
         v_star=wanted.cpu(),
         config={**dataclasses.asdict(config), "layers": list(layers), "norm_anchor": anchor, "contexts": contexts},
-        convergence=_with_shared_keys(convergence, facts, keys[last], held[last]),
+        convergence=_with_shared_keys(convergence, facts, keys, held),
     )
 
 
