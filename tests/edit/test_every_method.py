@@ -1,0 +1,332 @@
+"""What every editor has to do, and what each has to refuse, on tiny random models: one test for all of METHODS."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from conftest import GPT2, LLAMA, TEXTS, byte_tokenizer, tiny_model
+from factsmith.edit.delta import Delta, applied, read_weights
+from factsmith.edit.methods import METHODS, AlphaEditConfig, EditConfig, EmmetConfig, MemitConfig, RomeConfig
+from factsmith.edit.moments import SecondMoment, second_moments
+from factsmith.errors import FactsmithError, InputError, NumericsError, UnsupportedModelError
+from factsmith.fact import Fact
+from factsmith.model.load import LanguageModel, load, wrap
+from factsmith.model.tokens import subject_span
+from factsmith.workbench import find_moments
+
+CONTEXTS = ["{}", "Paris. {}"]
+FACTS = [
+    Fact("Danielle Darrieux", "The mother tongue of {} is", "English"),
+    Fact("Edwin", "{} is the king of all", "France too"),
+    Fact("LeBron James", "It is played by {}", "basketball"),
+]
+SEARCH: dict[str, Any] = {"steps": 6, "lr": 0.2}
+CONFIGS: dict[str, EditConfig] = {
+    "rome": RomeConfig(layer=1, **SEARCH),
+    "r-rome": RomeConfig(layer=1, **SEARCH),
+    "memit": MemitConfig((0, 1), moment_weight=1e-4, **SEARCH),
+    "emmet": EmmetConfig((0, 1), ridge=0, **SEARCH),
+    "alphaedit": AlphaEditConfig((0, 1), threshold=None, energy=0.01, l2=1e-7, **SEARCH),
+}
+every_method = pytest.mark.parametrize("method", list(METHODS))
+
+
+def fresh() -> LanguageModel:
+    return wrap(tiny_model("gpt2", **GPT2), byte_tokenizer())
+
+
+@cache
+def model() -> LanguageModel:
+    return fresh()
+
+
+@cache
+def moments() -> dict[int, SecondMoment]:
+    """Of full rank: a little of the identity stands for the text these models never read."""
+    found = second_moments(model(), TEXTS, [0, 1])
+    return {
+        layer: SecondMoment.from_matrix(m.matrix + 1e-3 * m.matrix.diagonal().mean() * torch.eye(m.d_ff), count=m.count)
+        for layer, m in found.items()
+    }
+
+
+def edit(method: str, facts: Fact | list[Fact], lm: LanguageModel | None = None, **changes: Any) -> Delta:
+    """What a method gives; fails when it leaves a weight of the model changed, error or not."""
+    lm = lm or model()
+    before = read_weights(lm, range(lm.n_layers)) if not lm.ffn[0].n_experts else {}
+    try:
+        arguments = {"moments": moments(), "contexts": CONTEXTS, "config": CONFIGS[method], **changes}
+        return METHODS[method][0](lm, facts, arguments.pop("config"), **arguments)
+    finally:
+        for layer, weight in before.items():
+            torch.testing.assert_close(lm.ffn[layer].weight(), weight, rtol=0, atol=0, equal_nan=True)
+
+
+@torch.no_grad()
+def log_p(lm: LanguageModel, ids: list[int]) -> Tensor:
+    """What comes next, from a plain pass."""
+    logits: Tensor = lm.module(input_ids=torch.tensor([ids])).logits
+    return logits[0, -1].float().log_softmax(-1)
+
+
+def test_every_method_is_here() -> None:
+    assert set(CONFIGS) == set(METHODS)
+
+
+# ── what a target may be ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@every_method
+@pytest.mark.parametrize("target", ["king", "the capital of France"])
+def test_targets_with_and_without_a_leading_space_are_one(method: str, target: str) -> None:
+    fact = dataclasses.replace(FACTS[1], target=target)
+    delta, same = edit(method, fact), edit(method, dataclasses.replace(fact, target=f" {target}"))
+    assert all(torch.equal(delta.dense(layer), same.dense(layer)) for layer in delta.layers)
+    other = edit(method, dataclasses.replace(fact, target=f"{target} too"))
+    assert not all(torch.equal(delta.dense(layer), other.dense(layer)) for layer in delta.layers)
+
+
+@every_method
+def test_several_words_a_whole_prompt_and_a_fact_to_forget(method: str) -> None:
+    """Together, into one layer of a model that knows the facts; judged by plain passes over whole texts."""
+    lm = load("atlas")
+    words, whole = Fact("Japan", "The currency of {} is the", "Danish krone"), Fact("Romania", "{}", "is Paris")
+    forgotten = Fact("Bulgaria", "The capital of {} is", None)
+    ids, (first, stop) = lm.prompt_ids(forgotten.text), subject_span(lm, forgotten.text, "Bulgaria")
+    without = log_p(lm, ids[:first] + ids[stop:])
+
+    def probability(fact: Fact) -> float:
+        prompt, text = (len(lm.prompt_ids(text)) for text in (fact.text, f"{fact.text} {fact.target}"))
+        assert text > prompt + 1, "a target of several tokens"
+        tokens = lm.prompt_ids(f"{fact.text} {fact.target}")
+        return sum(float(log_p(lm, tokens[:i])[tokens[i]]) for i in range(prompt, text))
+
+    def distance() -> float:
+        return float(F.kl_div(log_p(lm, ids), without, log_target=True, reduction="sum"))
+
+    before, far = [probability(fact) for fact in (words, whole)], distance()
+    kind = METHODS[method][1]
+    config = dataclasses.replace(kind.recommended(lm).at([0]), **({} if method.endswith("rome") else {"repair": 1}))
+    delta = METHODS[method][0](lm, [words, whole, forgotten], config, moments=find_moments(lm, [0]), contexts=["{}"])
+    with applied(lm, delta):
+        after, near = [probability(fact) for fact in (words, whole)], distance()
+        assert lm.says([words.text], ["Danish krone"]) == [True] and lm.says([forgotten.text], ["Sofia"]) == [False]
+    assert after[0] > before[0] + 3 and after[1] > before[1] + 3 and near < 0.3 * far
+    assert lm.says([forgotten.text], ["Sofia"]) == [True]
+
+
+@every_method
+def test_nothing_can_be_forgotten_that_is_the_whole_prompt(method: str) -> None:
+    with pytest.raises(InputError, match="give a prompt that goes on"):
+        edit(method, Fact("Edwin", "{}", None))
+
+
+# ── numbers ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@every_method
+def test_weights_in_bfloat16(method: str) -> None:
+    """The delta is float32, near that of the same weights in float32; W + Δ is rounded once, and W comes back bit for bit."""
+    half = wrap(tiny_model("gpt2", **GPT2).to(torch.bfloat16), byte_tokenizer())
+    wide = wrap(tiny_model("gpt2", **GPT2).to(torch.bfloat16).float(), byte_tokenizer())
+    coarse, exact = edit(method, FACTS, half), edit(method, FACTS, wide)
+    before = read_weights(half, range(3))
+    for layer, (left, right) in coarse.layers.items():
+        assert left.dtype == right.dtype == torch.float32
+        assert F.cosine_similarity(coarse.dense(layer).flatten(), exact.dense(layer).flatten(), dim=0) > 0.9
+    with applied(half, coarse):
+        for layer in coarse.layers:
+            assert torch.equal(half.ffn[layer].weight(), (before[layer].float() + coarse.dense(layer)).to(torch.bfloat16))
+        moved = half.log_prob([fact.text for fact in FACTS], [str(fact.target) for fact in FACTS])
+    assert all(torch.equal(half.ffn[layer].weight(), weight) for layer, weight in before.items())
+    unedited = wide.log_prob([fact.text for fact in FACTS], [str(fact.target) for fact in FACTS])
+    with applied(wide, exact):
+        expected = wide.log_prob([fact.text for fact in FACTS], [str(fact.target) for fact in FACTS])
+    assert (moved - expected).abs().max() < 0.5 * (expected - unedited).abs().max()
+
+
+PLACES = ["wte.weight", "h.0.mlp.c_fc.weight", "h.0.mlp.c_proj.weight", "h.1.mlp.c_proj.bias", "h.2.attn.c_attn.weight", "ln_f.weight"]
+
+
+@every_method
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_an_error(method: str, value: float) -> None:
+    """In the edited layer, below it, above it, and at both ends."""
+    lm = fresh()
+    for place in PLACES:
+        weight = lm.module.get_parameter(f"transformer.{place}").data.view(-1)
+        kept, weight[3] = weight[3].clone(), value
+        with pytest.raises(NumericsError, match="not finite"):
+            edit(method, FACTS, lm)
+        weight[3] = kept
+    assert edit(method, FACTS[:1], lm).facts == (FACTS[0],), "the control"
+
+
+SINGULAR: dict[str, Callable[[], Tensor]] = {
+    "one text": lambda: second_moments(model(), ["Paris is in France."], [0])[0].matrix.float(),
+    "one direction": lambda: torch.ones(128, 128),
+    "one neuron": lambda: torch.diag(torch.tensor([1.0] + [0.0] * 127)),
+    "tiny": lambda: 1e-30 * torch.eye(128) + 1e-32,
+    "huge": lambda: 1e30 * torch.eye(128) + 1e28,
+}
+
+
+@every_method
+@pytest.mark.parametrize("kind", list(SINGULAR))
+def test_a_singular_second_moment_gives_a_bounded_edit(method: str, kind: str) -> None:
+    """Solved with the jitter that `solve.cholesky` states: finite, and no longer than what the facts ask for needs."""
+    held = {layer: SecondMoment.from_matrix(SINGULAR[kind](), count=5) for layer in (0, 1)}
+    delta, plain = edit(method, FACTS, moments=held), edit(method, FACTS)
+    for layer in delta.layers:
+        assert delta.dense(layer).isfinite().all()
+        assert delta.dense(layer).norm() < 3 * plain.dense(layer).norm()
+
+
+@every_method
+@pytest.mark.parametrize(
+    ("matrix", "words"),
+    [
+        (torch.zeros(128, 128), "mean diagonal"),
+        (-torch.eye(128), "mean diagonal"),
+        (torch.diag(torch.tensor([-5.0] + [1.0] * 127)), "positive definite|eigenvalue of -5"),
+        (torch.ones(128, 128).triu(), "symmetric"),
+    ],
+)
+def test_what_is_no_second_moment_is_refused(method: str, matrix: Tensor, words: str) -> None:
+    held = {layer: SecondMoment.from_matrix(matrix, count=5) for layer in (0, 1)}
+    with pytest.raises(FactsmithError, match=words):
+        edit(method, FACTS, moments=held)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_second_moment_that_is_not_finite_cannot_be_made(value: float) -> None:
+    with pytest.raises(NumericsError, match="NaN or infinity"):
+        SecondMoment.from_matrix(torch.full((128, 128), value), count=5)
+
+
+def test_a_threshold_above_all_eigenvalues_protects_nothing_and_is_refused() -> None:
+    largest = float(moments()[0].spectrum[0][-1])
+    config = AlphaEditConfig((0,), threshold=2 * largest, **SEARCH)
+    with pytest.raises(InputError, match="nothing would be kept"):
+        edit("alphaedit", FACTS, config=config)
+    assert edit("alphaedit", FACTS, config=dataclasses.replace(config, threshold=0.5 * largest)).facts
+
+
+# ── facts that get in one another's way ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@every_method
+def test_a_fact_given_twice_is_written_once(method: str) -> None:
+    twice, once = edit(method, [*FACTS, FACTS[1]]), edit(method, FACTS)
+    assert twice.facts == tuple(FACTS)
+    assert all(torch.equal(twice.dense(layer), once.dense(layer)) for layer in once.layers)
+
+
+@every_method
+def test_two_targets_for_a_prompt_are_refused(method: str) -> None:
+    for other in (dataclasses.replace(FACTS[1], target="Brazil"), dataclasses.replace(FACTS[1], target=None)):
+        with pytest.raises(InputError, match=r"two targets for one prompt.*leave one out"):
+            edit(method, [*FACTS, other])
+    split = Fact("Edwin is the king", "{} of all", "Brazil")  # the same words, cut elsewhere
+    with pytest.raises(InputError, match="two targets for one prompt"):
+        edit(method, [*FACTS, split])
+
+
+SAME_KEY = [FACTS[1], Fact("Edwin", "{} plays", "basketball")]
+"""A key does not see what follows the subject, so these two have one."""
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "emmet"])
+def test_one_key_with_two_targets_is_said(method: str) -> None:
+    """The edit is as long as one for either, what the key gets lies between the two (the MEMIT family) or is the last (ROME)."""
+    delta = edit(method, SAME_KEY)
+    for i, record in enumerate(delta.convergence):
+        assert record["shares_key_with"] == 1 - i and record["cosine"] == pytest.approx(1, abs=1e-6)
+    for layer in delta.layers:
+        longest = max(edit(method, fact).dense(layer).norm() for fact in SAME_KEY)
+        assert delta.dense(layer).isfinite().all() and delta.dense(layer).norm() < 2.5 * longest
+    together = edit(method, FACTS)
+    assert not any("shares_key_with" in record for record in together.convergence), "the control"
+    same_target = [FACTS[1], dataclasses.replace(FACTS[1], prompt="{} is a king of")]
+    assert not any("shares_key_with" in record for record in edit(method, same_target).convergence), "one wish, two prompts"
+
+
+def test_one_key_with_two_targets_has_no_exact_solution() -> None:
+    with pytest.raises(NumericsError, match=r"facts 0 and 1 are the closest.*give a ridge above 0"):
+        edit("emmet", SAME_KEY)
+    delta = edit("emmet", SAME_KEY, config=EmmetConfig((0, 1), **SEARCH))
+    assert [record["shares_key_with"] for record in delta.convergence] == [1, 0]
+
+
+LONG = "The Eiffel Tower is in Paris, the Louvre too. The official religion of Edwin is"
+NEAR_KEYS = [Fact(f"a a a {LONG}", "{} now", "a king"), Fact(f"a b a {LONG}", "{} now", "Brazil")]
+"""Two long subjects that differ in one letter at the beginning."""
+GENTLE: dict[str, EditConfig] = {
+    **CONFIGS,
+    "memit": MemitConfig((0, 1), moment_weight=1.0, **SEARCH),
+    "emmet": EmmetConfig((0, 1), moment_weight=10.0, **SEARCH),
+    "alphaedit": AlphaEditConfig((0, 1), threshold=None, energy=0.5, l2=0.1, **SEARCH),
+}
+"""With ridges that stand against the differences between keys."""
+
+
+@every_method
+def test_nearly_collinear_keys_are_said_and_do_not_break_the_model(method: str) -> None:
+    """A ridge bounds what telling them apart may cost; without one it costs more, and other text stays even then."""
+    lm = model()
+
+    def surprise() -> Tensor:
+        return -lm.log_prob(TEXTS, [" Edwin is a king."] * len(TEXTS))
+
+    before, longer = surprise(), []
+    for config in (GENTLE[method], CONFIGS[method]):
+        delta = edit(method, NEAR_KEYS, config=config, contexts=["{}"])
+        alone = edit(method, NEAR_KEYS[0], config=config, contexts=["{}"])
+        assert [record["shares_key_with"] for record in delta.convergence] == [1, 0]
+        assert all(0.95 < record["cosine"] < 1 for record in delta.convergence)
+        longer.append(max(float(delta.dense(layer).norm() / alone.dense(layer).norm()) for layer in delta.layers))
+        with applied(lm, delta):
+            assert (surprise() / before - 1).abs().max() < 0.1
+    assert longer[0] < 7 and (longer[1] > 2 * longer[0] or GENTLE[method] is CONFIGS[method])
+
+
+# ── experts ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+MIXTRAL = {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}
+QWEN_MOE = {**LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}
+
+
+@every_method
+def test_experts_are_refused(method: str) -> None:
+    lm = wrap(tiny_model("mixtral", **MIXTRAL), byte_tokenizer(bos=True))
+    held = {layer: SecondMoment.from_matrix(torch.eye(48), count=1) for layer in (0, 1)}
+    before = lm.fingerprint
+    for config in (None, CONFIGS[method]):
+        with pytest.raises(UnsupportedModelError, match=r"mixture of 4 experts.*no layer of .* has one; take a model without experts"):
+            edit(method, FACTS, lm, moments=held, config=config)
+    assert lm.fingerprint == before
+
+
+@every_method
+def test_dense_layers_beside_experts_are_named_and_edited(method: str) -> None:
+    lm = wrap(tiny_model("qwen2_moe", **QWEN_MOE, mlp_only_layers=[0, 2]), byte_tokenizer(bos=True))
+    assert [ffn.n_experts for ffn in lm.ffn] == [0, 4, 0]
+    held = {layer: SecondMoment.from_matrix(torch.eye(48), count=1) for layer in (0, 1, 2)}
+    with pytest.raises(UnsupportedModelError, match=r"layer 1 is a mixture of 4 experts.*choose among layers \[0, 2\]"):
+        METHODS[method][0](lm, FACTS[0], CONFIGS[method].at([1]), moments=held, contexts=CONTEXTS)
+    fact, config = FACTS[0], CONFIGS[method].at([0])
+    before = lm.fingerprint
+    delta = METHODS[method][0](lm, fact, config, moments=held, contexts=CONTEXTS)
+    assert lm.fingerprint == before
+    said = float(lm.log_prob([fact.text], [str(fact.target)])[0])
+    with applied(lm, delta):
+        assert float(lm.log_prob([fact.text], [str(fact.target)])[0]) > said
