@@ -254,6 +254,17 @@ _ROWS = 1024
 """Keys compared with all others at a time."""
 
 
+def disturbance(left: Tensor, right: Tensor, weight: Tensor, matrix: Tensor) -> float:
+    """How much an update changes what a layer puts out on ordinary text, √(tr(Δ C Δᵀ) / tr(W C Wᵀ)): root mean square, relative.
+
+    left (d, r), right (r, m), weight (d, m) before the update, bias apart; matrix is C (m, m).
+    """
+    left, right, weight, matrix = (x.to(matrix.device, torch.float32) for x in (left, right, weight, matrix))
+    change = ((right @ matrix @ right.T) * (left.T @ left)).sum()
+    whole = ((weight @ matrix) * weight).sum()
+    return float((change.clamp(min=0) / whole.clamp(min=torch.finfo(whole.dtype).tiny)).sqrt())
+
+
 def compact(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """The same update with as few columns as its shape allows: unchanged when it has fewer facts than d, else (d, d) and (d, m)."""
     d = left.shape[0]
