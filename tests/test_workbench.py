@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from conftest import GPT2, LLAMA, byte_tokenizer, shared_dir, tiny_model
 from factsmith import workbench
 from factsmith.edit.delta import Delta, applied
-from factsmith.edit.methods import RomeConfig
+from factsmith.edit.methods import METHODS, MemitConfig, RomeConfig
 from factsmith.edit.moments import SecondMoment, second_moments
 from factsmith.edit.sample import own_text, sample
 from factsmith.errors import (
@@ -29,6 +29,7 @@ from factsmith.errors import (
     NumericsError,
     RevisionError,
     SubjectError,
+    UnsupportedModelError,
     WorkspaceError,
 )
 from factsmith.fact import Fact, Probe
@@ -465,6 +466,84 @@ def test_verification_is_what_a_plain_question_gives(lm: LanguageModel) -> None:
         with applied(lm, found.delta):
             assert check.after == lm.answer([check.prompt])[0]
             assert check.p_after == pytest.approx(float(lm.log_prob([check.prompt], [check.wanted]).exp()[0]), rel=1e-4)
+
+
+def test_how_much_ordinary_text_is_disturbed(lm: LanguageModel) -> None:
+    """Against the layer's outputs at every token of the text, by hooks; a change of half of them is warned of."""
+    moments = moments_of(lm)
+    found = propose(lm, FACT, config=QUICK, moments=moments, contexts=["{}"])
+    assert found.delta is not None
+
+    def outputs() -> torch.Tensor:
+        seen: list[torch.Tensor] = []
+        handle = lm.ffn[1].down.register_forward_hook(lambda m, args, out: seen.append(out[0] - m.bias))
+        with torch.no_grad():
+            for text in TEXTS:
+                lm.module(input_ids=torch.tensor([lm.tokenizer(text)["input_ids"]]))
+        handle.remove()
+        return torch.cat(seen)
+
+    plain = outputs()
+    with applied(lm, found.delta):
+        expected = float((outputs() - plain).norm() / plain.norm())
+    assert found.disturbance == {1: pytest.approx(expected, rel=1e-3)} and 0 < expected < 0.4
+    assert found.to_dict()["disturbance"] == {"1": found.disturbance[1]} and not any("broken" in w for w in found.warnings)
+    far = dataclasses.replace(QUICK, lr=50.0, clamp=100.0, stop_loss=0.0)
+    broken = propose(lm, FACT, config=far, moments=moments, contexts=["{}"])
+    assert broken.disturbance[1] > 0.5 and any("the model may be broken" in warning for warning in broken.warnings)
+
+
+def test_facts_with_one_key_and_two_targets_are_said(lm: LanguageModel) -> None:
+    """A key does not see what follows the subject."""
+    facts = [Fact("Edwin", "{} is a", "king"), Fact("Edwin", "{} plays", "basketball")]
+    for method, kind in (("rome", QUICK), ("memit", MemitConfig((1,), steps=3))):
+        found = propose(lm, facts, method, kind, moments={1: moments_of(lm)[1]}, contexts=["{}"])
+        (warning,) = [w for w in found.warnings if "nearly the key" in w]
+        assert "'Edwin is a'" in warning and "'Edwin plays'" in warning and "cosine 1.000" in warning
+        found = propose(lm, [facts[0], FACT], method, kind, moments={1: moments_of(lm)[1]}, contexts=["{}"])
+        assert not any("nearly the key" in w for w in found.warnings)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_a_model_of_experts_is_refused_before_any_work(tmp_path: Path, method: str) -> None:
+    lm = wrap(tiny_model("mixtral", **LLAMA, num_local_experts=4, num_experts_per_tok=2), byte_tokenizer(bos=True))
+    before, seen = hashes(lm), []
+    with Workbench(lm, tmp_path) as bench:
+        files = sorted(path.name for path in tmp_path.rglob("*"))
+        for config in (None, METHODS[method][1]().at([1])):
+            with pytest.raises(UnsupportedModelError, match="take a model without experts"):
+                bench.apply(FACT, method, config, progress=lambda *told: seen.append(told))
+        with pytest.raises(UnsupportedModelError, match="take a model without experts"):
+            bench.recommend_layers()
+        assert bench.log() == [] and seen == [] and files == sorted(path.name for path in tmp_path.rglob("*"))
+    assert hashes(lm) == before
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_a_chat_template_is_asked_through_the_workbench(tmp_path: Path, method: str) -> None:
+    """An instruct model is edited, without being told, for the way it is used: the prompt as a user's message too."""
+    lm = wrap(tiny_model("llama", **LLAMA), byte_tokenizer(bos=True))
+    lm.tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"
+    fact = Fact("LeBron James", "It is played by {}", "basketball")
+    asked = lm.tokenizer.apply_chat_template([{"role": "user", "content": fact.text}], tokenize=False, add_generation_prompt=True)
+    kind = METHODS[method][1]
+    config = dataclasses.replace(kind.recommended(lm), steps=30, lr=0.1, clamp=20.0).at([0])
+    with Workbench(lm, tmp_path) as bench:
+        assert bench.plan(fact).new == (fact,)
+
+        def probability() -> float:
+            ids = lm.tokenizer(asked.removeprefix("<|begin|>") + " basketball")["input_ids"]
+            first = len(lm.tokenizer(asked.removeprefix("<|begin|>"))["input_ids"])
+            with torch.no_grad():
+                log_p = lm.module(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+            return sum(float(log_p[i - 1, ids[i]]) for i in range(first, len(ids)))
+
+        before = probability()
+        outcome = bench.apply(fact, method, config, texts=TEXTS, force=True)
+        assert outcome.revision is not None
+        assert outcome.revision.config["contexts"][-1] == "[user] {}\n[assistant]"
+        assert probability() > before + 1
+    assert probability() == before
 
 
 def test_a_neighbour_must_stay_as_it_is(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:

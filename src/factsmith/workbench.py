@@ -229,8 +229,8 @@ class Proposal:
             if check.role in ("prompt", "earlier") and not check.held
         )
         broken = tuple(
-            f"on ordinary text the output of layer {layer} changes by {share:.0%}, so the model may be broken: fewer facts at a time, a larger "
-            "ridge (moment_weight, ridge, l2) or a smaller clamp change it less"
+            f"on ordinary text the output of layer {layer} changes by {share:.0%}, so the model may be broken: fewer facts at a time, a "
+            "larger ridge (moment_weight, ridge, l2) or a smaller clamp change it less"
             for layer, share in self.disturbance.items()
             if share >= _BROKEN
         )
