@@ -469,7 +469,7 @@ def test_verification_is_what_a_plain_question_gives(lm: LanguageModel) -> None:
 
 
 def test_how_much_ordinary_text_is_disturbed(lm: LanguageModel) -> None:
-    """Against the layer's outputs at every token of the text, by hooks; a change of half of them is warned of."""
+    """Against the layer's outputs at every token of the text, by hooks; a change of a quarter of them is warned of."""
     moments = moments_of(lm)
     found = propose(lm, FACT, config=QUICK, moments=moments, contexts=["{}"])
     assert found.delta is not None
@@ -486,11 +486,11 @@ def test_how_much_ordinary_text_is_disturbed(lm: LanguageModel) -> None:
     plain = outputs()
     with applied(lm, found.delta):
         expected = float((outputs() - plain).norm() / plain.norm())
-    assert found.disturbance == {1: pytest.approx(expected, rel=1e-3)} and 0 < expected < 0.4
+    assert found.disturbance == {1: pytest.approx(expected, rel=1e-3)} and 0 < expected < 0.25
     assert found.to_dict()["disturbance"] == {"1": found.disturbance[1]} and not any("broken" in w for w in found.warnings)
     far = dataclasses.replace(QUICK, lr=50.0, clamp=100.0, stop_loss=0.0)
     broken = propose(lm, FACT, config=far, moments=moments, contexts=["{}"])
-    assert broken.disturbance[1] > 0.5 and any("the model may be broken" in warning for warning in broken.warnings)
+    assert broken.disturbance[1] > 0.25 and any("the model may be broken" in warning for warning in broken.warnings)
 
 
 def test_facts_with_one_key_and_two_targets_are_said(lm: LanguageModel) -> None:
