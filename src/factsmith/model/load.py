@@ -63,9 +63,8 @@ class LanguageModel:
         self.caches_prefix = False
         self.hides_padding = True
         self.embedding: nn.Module = module.get_input_embeddings()
-        packed = next((p.dtype for p in module.parameters() if p.dim() >= 2 and (not p.is_floating_point() or p.element_size() < 2)), None)
-        if packed is not None:
-            raise UnsupportedModelError(f"{name} is quantised ({packed}): its weights cannot be read or edited; load it in 16 or 32 bits")
+        if (packed := _packed(module)) is not None:
+            raise _quantised(name, packed)
         self._check_tokenizer()
         module.eval().requires_grad_(False)
         self._discover()
@@ -482,6 +481,31 @@ def wrap(module: Any, tokenizer: Any) -> LanguageModel:
     return _wrapped(module, tokenizer, module.config.name_or_path or type(module).__name__)
 
 
+def _packed(module: Any) -> str | None:
+    """How a model's weights are quantised; None when they are plain numbers."""
+    if getattr(module, "is_quantized", False):  # transformers' own mark, taken away by `dequantize`
+        return str(getattr(module, "quantization_method", "packed weights"))
+    for part in module.modules():
+        own = list(part.parameters(recurse=False))
+        for weight in own:
+            if weight.dim() >= 2 and (not weight.is_floating_point() or weight.element_size() < 2):
+                return str(weight.dtype)
+            if type(weight.data).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # numbers in a format of its own
+                return type(weight.data).__name__
+        if not any(weight.dim() >= 2 for weight in own):
+            for buffer in part.buffers(recurse=False):
+                if buffer.dim() == 2 and min(buffer.shape) > 1 and buffer.dtype in (torch.int8, torch.uint8, torch.int32):
+                    return str(buffer.dtype)
+    return None
+
+
+def _quantised(name: str, how: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{name} is quantised ({how}): a change of its weights would be lost in rounding, so they can neither be read nor edited; load the "
+        "checkpoint it was made from, in 16 or 32 bits, and quantise the edited model"
+    )
+
+
 def check_model(lm: object) -> None:
     """Raises InputError unless this is a LanguageModel."""
     if not isinstance(lm, LanguageModel):
@@ -511,7 +535,7 @@ def load(
 
     device: where to put it (None: the CPU). dtype: None takes float32 on the CPU and the checkpoint's own elsewhere.
     Raises ModelNotFoundError, TokenizerError, ModelError (damaged or missing weights, another kind of model), UnsupportedModelError (its
-    structure is not understood), InputError (no such device).
+    structure is not understood, or it is quantised), InputError (no such device).
     """
     name = os.fspath(name_or_path)
     source, local = _locate(name)
@@ -522,7 +546,8 @@ def load(
         raise InputError(f"device {str(device)!r} cannot be used here ({_first_line(error)}); expected 'cpu', 'cuda' ...") from None
     wanted: torch.dtype | str = dtype if dtype is not None else (torch.float32 if where.type == "cpu" else "auto")
     with _quietly():
-        auto = _class_to_load(name, source, local)
+        config = _config(name, source, local)
+        auto = _class_to_load(name, config)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
         except Exception as error:  # the tokenizer libraries raise many things, down to bare Exception
@@ -533,11 +558,16 @@ def load(
         try:
             module, report = auto.from_pretrained(source, dtype=wanted, local_files_only=local, output_loading_info=True)
         except Exception as error:  # likewise: damaged files surface as errors of many libraries
+            if quantised := getattr(config, "quantization_config", None):  # most often, its library is not there
+                how = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+                raise _quantised(repr(name), str(how or "packed weights")) from error
             raise ModelError(
                 f"the weights of {name!r} cannot be read ({type(error).__name__}: {_first_line(error)}); copy or download them again"
             ) from error
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"{name!r} lacks {len(missing)} of its weights ({', '.join(missing[:3])} ...); copy or download it again")
+    if (packed := _packed(module)) is not None:  # such a model refuses to be moved, in words of its own
+        raise _quantised(repr(name), packed)
     return _wrapped(module.to(where), tokenizer, name)
 
 
@@ -558,10 +588,10 @@ def _locate(name: str) -> tuple[str, bool]:
     return name, False
 
 
-def _class_to_load(name: str, source: str, local: bool) -> Any:
-    """The transformers class to load it with; raises ModelNotFoundError when the hub lacks it, ModelError for another kind of model."""
+def _config(name: str, source: str, local: bool) -> Any:
+    """Its config.json; raises ModelNotFoundError when the hub lacks it, ModelError when it cannot be used."""
     try:
-        config = AutoConfig.from_pretrained(source, local_files_only=local)
+        return AutoConfig.from_pretrained(source, local_files_only=local)
     except Exception as error:  # hub, network, JSON and validation errors alike
         if local:
             raise ModelError(f"the config.json of {name!r} cannot be used: {_first_line(error)}") from error
@@ -569,6 +599,10 @@ def _class_to_load(name: str, source: str, local: bool) -> Any:
             f"no model {name!r} on the hub, or the hub cannot be reached: {_first_line(error)}; "
             f"check the name and the network, or give a folder or a bundled model ({', '.join(bundled()) or 'none are installed'})"
         ) from error
+
+
+def _class_to_load(name: str, config: Any) -> Any:
+    """The transformers class to load it with; raises ModelError for another kind of model."""
     causal, masked = (type(config) in auto._model_mapping for auto in (AutoModelForCausalLM, AutoModelForMaskedLM))
     if not (causal or masked) or (masked and not causal and config.is_encoder_decoder):
         raise ModelError(
