@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,9 @@ from typing import Any
 
 import pytest
 
-from conftest import GPT2, byte_tokenizer, tiny_model
+from conftest import GPT2, LLAMA, byte_tokenizer, tiny_model
 from factsmith import cli, workbench
-from factsmith.edit.methods import RomeConfig
+from factsmith.edit.methods import METHODS, RomeConfig
 from factsmith.fact import Fact, FactFile
 from factsmith.ledger import Ledger
 from factsmith.model.load import LanguageModel, load
@@ -448,6 +449,32 @@ def test_exit_codes(run: Run, model: Path, tmp_path: Path) -> None:
         assert (done.code, done.out) == (code, ""), (arguments, done)
         assert words in done.err and "Traceback" not in done.err, (arguments, done.err)
     assert sorted(str(path) for path in tmp_path.rglob("*") if not path.name.startswith("ledger.db-")) == before
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_a_model_of_experts_is_refused(run: Run, tmp_path: Path, method: str) -> None:
+    folder = tmp_path / "experts"
+    tiny_model("mixtral", **LLAMA, num_local_experts=4, num_experts_per_tok=2).save_pretrained(folder)
+    byte_tokenizer(bos=True).save_pretrained(folder)
+    run("init", folder, "space")
+    for where in ((folder,), ("-w", "space")):
+        for more in ((), ("--layer", 1), ("--set", "steps=3")):
+            done = run("patch", *where, *FACT, "--method", method, *more)
+            assert (done.code, done.out) == (3, "") and "mixture of 4 experts" in done.err and "Traceback" not in done.err
+            assert "take a model without experts" in " ".join(done.err.split())
+    with Ledger(tmp_path / "space") as ledger:
+        assert ledger.log() == []
+    assert not (tmp_path / "space" / "moments").exists() or not list((tmp_path / "space" / "moments").iterdir())
+
+
+def test_a_quantised_model_is_refused(run: Run, model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "quantised"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}))
+    for command in (["init", folder, "space"], ["patch", folder, *FACT]):
+        done = run(*command)
+        assert (done.code, done.out) == (3, "") and "is quantised (bitsandbytes)" in " ".join(done.err.split())
+        assert "Traceback" not in done.err and not (tmp_path / "space").exists()
 
 
 def test_another_model_is_refused(run: Run, model: Path, tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers.utils import logging
 
 from conftest import GPT2, LLAMA, byte_tokenizer, shared_dir, tiny_model
@@ -225,6 +227,76 @@ def test_outputs_that_outgrow_the_dtype_are_said() -> None:
 def test_a_device_that_is_not_there(saved: Path) -> None:
     with pytest.raises(InputError, match="device"):
         load(saved, device="zork")
+
+
+QUANTISED = [
+    {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    {"quant_method": "gptq", "bits": 4},
+    {"quant_method": "awq", "bits": 4},
+    {"quant_method": "torchao", "quant_type": "int8_weight_only"},
+]
+
+
+@pytest.mark.parametrize("quantisation", QUANTISED, ids=lambda q: "-".join(map(str, q.values())))
+def test_a_quantised_checkpoint_is_refused_with_advice(saved: Path, tmp_path: Path, quantisation: dict[str, object]) -> None:
+    """Whether or not the library that could unpack it is installed."""
+    folder = Path(shutil.copytree(saved, tmp_path / "quantised"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantisation}))
+    with pytest.raises(UnsupportedModelError, match=rf"is quantised \({quantisation['quant_method']}\).*in 16 or 32 bits"):
+        load(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert load(folder).n_layers == 3, "the control"
+
+
+def _in_int8(module: Any) -> None:
+    for layer in module.model.layers:
+        layer.mlp.down_proj.weight = torch.nn.Parameter(layer.mlp.down_proj.weight.data.to(torch.int8), requires_grad=False)
+
+
+def _in_float8(module: Any) -> None:
+    for layer in module.model.layers:
+        layer.mlp.down_proj.weight.data = layer.mlp.down_proj.weight.data.to(torch.float8_e4m3fn)
+
+
+def _in_four_bits(module: Any) -> None:
+    """As GPTQ keeps them: whole numbers that hold eight weights each, in a buffer."""
+
+    class Packed(torch.nn.Module):
+        def __init__(self, linear: torch.nn.Linear) -> None:
+            super().__init__()
+            self.register_buffer("qweight", torch.zeros(linear.in_features // 8, linear.out_features, dtype=torch.int32))
+
+    for layer in module.model.layers:
+        layer.mlp.down_proj = Packed(layer.mlp.down_proj)
+
+
+def _in_a_format_of_its_own(module: Any) -> None:
+    """As torchao keeps them: a tensor that says float32 and is not."""
+    for layer in module.model.layers:
+        weight = layer.mlp.down_proj.weight.data
+        layer.mlp.down_proj.weight = torch.nn.Parameter(TwoTensor(weight, weight), requires_grad=False)
+
+
+def _marked(module: Any) -> None:
+    """As transformers marks what it quantised."""
+    module.is_quantized, module.quantization_method = True, "bitsandbytes"
+
+
+@pytest.mark.parametrize("quantise", [_in_int8, _in_float8, _in_four_bits, _in_a_format_of_its_own, _marked])
+def test_a_quantised_module_is_refused_with_advice(quantise: Callable[[Any], None]) -> None:
+    module = tiny_model("llama", **LLAMA)
+    wrap(module, byte_tokenizer(bos=True))  # the control
+    quantise(module)
+    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM is quantised \(.*in 16 or 32 bits"):
+        wrap(module, byte_tokenizer(bos=True))
+
+
+def test_a_dequantised_module_is_a_plain_one() -> None:
+    module = tiny_model("llama", **LLAMA)
+    module.is_quantized = False  # what transformers' dequantize leaves
+    assert wrap(module, byte_tokenizer(bos=True)).n_layers == 3
 
 
 def test_a_tokenizer_of_another_model_is_refused() -> None:
