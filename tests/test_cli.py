@@ -470,7 +470,8 @@ def test_a_model_of_experts_is_refused(run: Run, tmp_path: Path, method: str) ->
 def test_a_quantised_model_is_refused(run: Run, model: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(model, tmp_path / "quantised"))
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}))
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
     for command in (["init", folder, "space"], ["patch", folder, *FACT]):
         done = run(*command)
         assert (done.code, done.out) == (3, "") and "is quantised (bitsandbytes)" in " ".join(done.err.split())

@@ -549,7 +549,7 @@ def _deltas(
         left, right = solve.rome(targets.k_star[i].cpu(), k_prompt[i].cpu(), residual.cpu(), moment.factor.cpu())
         deltas.append(
             Delta(
-                layers={config.layer: (left.float(), right.float())},
+                layers={config.layer: (left.float().cpu(), right.float().cpu())},
                 k_star={config.layer: targets.k_star[i : i + 1].cpu()},
                 v_star=targets.v_star[i : i + 1].cpu(),
                 facts=(fact,),
@@ -682,7 +682,7 @@ def _write(
                 _, right = config.update(asked, (residuals[:, None] * roots).flatten(0, 1), moments[layer], earlier)
                 left, right = residuals.T, (right.view(len(facts), len(roots), -1) * roots.to(right)).sum(1)
             part = Delta(
-                layers={layer: (left.float(), right.float())},
+                layers={layer: (left.float().cpu(), right.float().cpu())},
                 k_star={layer: torch.einsum("ncm,c->nm", keys, weights)},
                 v_star=wanted.cpu(),
                 facts=tuple(facts),

@@ -32,7 +32,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -306,7 +306,7 @@ def _coefficients(lm: LanguageModel, rows: Sequence[Sequence[int]], layers: Sequ
     """The coefficients of some layers at every token, {layer: (tokens, d_ff)}; nothing after the last of them runs."""
     batch = align(lm, rows, [0] * len(rows))
     found: dict[int, Tensor] = {}
-    with torch.no_grad(), stoppable() as stop:
+    with torch.no_grad(), stoppable() as stop, ExitStack() as stack:
 
         def take(layer: int, m: Tensor) -> Tensor:
             found[layer] = m
@@ -314,8 +314,9 @@ def _coefficients(lm: LanguageModel, rows: Sequence[Sequence[int]], layers: Sequ
                 stop()
             return m
 
-        in_dtype = nullcontext() if dtype is None else torch.autocast(lm.device.type, dtype)
-        with in_dtype, replacing({lm.ffn[layer].down: partial(take, layer) for layer in layers}, where="input"):
+        for kind in {p.device.type for p in lm.module.parameters()} if dtype is not None else ():
+            stack.enter_context(torch.autocast(kind, dtype))
+        with replacing({lm.ffn[layer].down: partial(take, layer) for layer in layers}, where="input"):
             lm.forward(batch)
     real = batch.attention_mask.bool().flatten()
     # Some families flatten (B, T) themselves.

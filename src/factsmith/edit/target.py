@@ -544,14 +544,16 @@ def _read(replay: Replay, hidden: Tensor, asked: _Asked) -> tuple[Tensor, Tensor
 
     hidden: last-layer states (R, S, d_model).
     """
-    states = torch.cat([hidden[asked.rows, asked.columns], hidden[asked.guards, 0]])  # the head runs on these and nothing else
+    rows, columns, guards = (x.to(hidden.device) for x in (asked.rows, asked.columns, asked.guards))
+    states = torch.cat([hidden[rows, columns], hidden[guards, 0]])  # the head runs on these and nothing else
     log_p = replay.logits(states).float().log_softmax(-1)
-    tokens = len(asked.rows)
-    nll = -log_p[:tokens].gather(1, asked.targets[:, None])[:, 0]
-    if len(asked.blank):  # KL(without the subject ‖ now): zero when the subject makes no difference any more
-        kl = F.kl_div(log_p[asked.blank], asked.without.to(log_p), log_target=True, reduction="none").sum(-1)
-        nll = nll.index_copy(0, asked.blank, kl)
-    nll = nll * asked.shares
+    tokens = len(rows)
+    targets, blank, shares = (x.to(log_p.device) for x in (asked.targets, asked.blank, asked.shares))
+    nll = -log_p[:tokens].gather(1, targets[:, None])[:, 0]
+    if len(blank):  # KL(without the subject ‖ now): zero when the subject makes no difference any more
+        kl = F.kl_div(log_p[blank], asked.without.to(log_p), log_target=True, reduction="none").sum(-1)
+        nll = nll.index_copy(0, blank, kl)
+    nll = nll * shares
     facts = asked.owners[asked.rows].to(nll.device)
     return torch.zeros(len(asked.guards), device=nll.device).index_add(0, facts, nll), log_p[tokens:]
 

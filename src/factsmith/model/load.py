@@ -65,6 +65,11 @@ class LanguageModel:
         self.embedding: nn.Module = module.get_input_embeddings()
         if (packed := _packed(module)) is not None:
             raise _quantised(name, packed)
+        if absent := next((path for path, p in module.named_parameters() if p.is_meta), None):
+            raise UnsupportedModelError(
+                f"{name} keeps weights outside any device ({absent}, offloaded or never loaded), so they cannot be read or edited; spread it "
+                "over devices that hold all of it, or load it on the CPU"
+            )
         self._check_tokenizer()
         module.eval().requires_grad_(False)
         self._discover()
@@ -648,6 +653,7 @@ def _wide_unembedding(module: Any, hidden: Tensor) -> Generator[None, None, None
     """
     unembedding = module.get_output_embeddings()
     plain = type(unembedding) is nn.Linear and unembedding.bias is None and not hook_count([unembedding])
+    plain = plain and unembedding.weight.device == hidden.device  # parts on several devices: what moves states between them must run
     if not (plain and unembedding.out_features >= 2**14 and hidden.device.type == "cpu" and hidden.dtype == torch.float32):
         yield
         return
