@@ -2,7 +2,7 @@
 
     python benchmarks/methods.py --model atlas --loads 0.003 0.03 0.1 --json benchmarks/results/methods.json
     python benchmarks/methods.py --model atlas --rounds 100 --loads 1 --methods memit alphaedit --json benchmarks/results/methods.json
-    python benchmarks/methods.py --model atlas --json benchmarks/results/methods.json --draw docs/methods.png
+    python benchmarks/methods.py --json benchmarks/results/methods.json --draw docs/methods.png        # picture and table, nothing measured
 
 What a model can hold depends on its keys, so edits are counted as load = facts / (edited layers x d_ff): 10,000 facts in six layers of
 GPT-J are 0.10. Facts are real ones that the model knows in several phrasings, each given another object of its relation. By greedy exact
@@ -12,15 +12,17 @@ match of the whole object: efficacy (the edited prompt), generalization (other p
 `memit`, `emmet`, `alphaedit`: the recommended settings, repair included. `memit-plain`: one pass with mean keys as published, at the best
 of several weights and step sizes for each load (its best setting is chosen by the score itself, so it is flattered). `ft-l`: Adam on one
 down-projection with an L-infinity clamp. `lora`: peft on all down-projections. Targets at one load are found once and given to all editors
-that share them; seconds are processor seconds of one thread and count them for each.
+that share them; seconds are processor seconds of one thread and count them for each. Memory is the process's peak during the run, model and
+second moments included. What explains the shares stands beside them: `norms`, each layer's |delta| / |W|, and `overlap`, the share of
+a fact's key that the others' keys explain, in the metric of the second moment (median over facts, first and last edited layer).
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import random
-import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -44,7 +46,7 @@ from factsmith.workbench import find_moments
 SPREADING = ("memit", "emmet", "alphaedit")
 METHODS = (*SPREADING, "memit-plain", "rome", "r-rome", "ft-l", "lora")
 PLAIN = [(weight, lr) for lr in (0.5, 0.05) for weight in (0.03, 0.1, 0.3, 1.0, 3.0)]  # weight in units of d_ff, lr in those of the stream
-DEAR = 0.11  # loads above it take rome, r-rome and the fine-tuning baselines an hour
+COARSE = [(weight, 0.5) for weight in (0.3, 1.0, 3.0)]  # for loads above 0.11
 
 
 def chosen(lm: LanguageModel, count: int, seed: int, others: int) -> tuple[list[Fact], list[tuple[str, str]]]:
@@ -122,23 +124,40 @@ def batches(lm: LanguageModel, facts: Sequence[Fact], size: int, seed: int) -> I
         }
 
 
+def train(
+    module: torch.nn.Module, lm: LanguageModel, facts: Sequence[Fact], adam: torch.optim.Optimizer, after: Callable[[], object]
+) -> None:
+    """Steps on batches of 32 until an epoch's mean loss is below 0.05, for at most 600 steps or 8 epochs, whichever is more."""
+    steps = 0
+    with torch.enable_grad():
+        for epoch in range(600):
+            losses = []
+            for batch in batches(lm, facts, 32, epoch):
+                adam.zero_grad()
+                loss = module(**batch).loss
+                loss.backward()
+                adam.step()
+                after()
+                losses.append(float(loss))
+            steps += len(losses)
+            if statistics.fmean(losses) < 0.05 or (steps >= 600 and epoch >= 7):
+                return
+
+
 @contextmanager
-def fine_tuned(lm: LanguageModel, facts: Sequence[Fact], layer: int, *, lr: float, clamp: float, epochs: int = 25) -> Iterator[None]:
+def fine_tuned(lm: LanguageModel, facts: Sequence[Fact], layer: int, *, lr: float = 2e-3, clamp: float = 0.03) -> Iterator[None]:
     """FT-L: Adam on one down-projection, its change kept within +-clamp at every entry; undone on the way out."""
     base = read_weights(lm, [layer])
     weight = lm.ffn[layer].down.weight
     start = weight.detach().clone()
     weight.requires_grad_(True)
-    adam = torch.optim.Adam([weight], lr=lr)
+
+    def bound() -> None:
+        with torch.no_grad():
+            weight.copy_(start + (weight - start).clamp(-clamp, clamp))
+
     try:
-        with torch.enable_grad():
-            for epoch in range(epochs):
-                for batch in batches(lm, facts, 32, epoch):
-                    adam.zero_grad()
-                    lm.module(**batch).loss.backward()
-                    adam.step()
-                    with torch.no_grad():
-                        weight.copy_(start + (weight - start).clamp(-clamp, clamp))
+        train(lm.module, lm, facts, torch.optim.Adam([weight], lr=lr), bound)
         weight.requires_grad_(False)
         yield
     finally:
@@ -147,7 +166,7 @@ def fine_tuned(lm: LanguageModel, facts: Sequence[Fact], layer: int, *, lr: floa
 
 
 @contextmanager
-def lora(lm: LanguageModel, facts: Sequence[Fact], layers: Sequence[int], *, lr: float = 2e-3, epochs: int = 25) -> Iterator[None]:
+def lora(lm: LanguageModel, facts: Sequence[Fact], layers: Sequence[int], *, lr: float = 5e-4) -> Iterator[None]:
     """LoRA of rank 8 on the down-projections of some layers, by peft; taken off on the way out."""
     from peft import LoraConfig, get_peft_model
 
@@ -155,14 +174,8 @@ def lora(lm: LanguageModel, facts: Sequence[Fact], layers: Sequence[int], *, lr:
     wanted = [names[id(lm.ffn[layer].down)] for layer in layers]
     torch.manual_seed(0)
     model = get_peft_model(lm.module, LoraConfig(r=8, lora_alpha=16, target_modules=wanted, lora_dropout=0.0))
-    adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     try:
-        with torch.enable_grad():
-            for epoch in range(epochs):
-                for batch in batches(lm, facts, 32, epoch):
-                    adam.zero_grad()
-                    model(**batch).loss.backward()
-                    adam.step()
+        train(model, lm, facts, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr), lambda: None)
         yield
     finally:
         model.unload()
@@ -171,11 +184,30 @@ def lora(lm: LanguageModel, facts: Sequence[Fact], layers: Sequence[int], *, lr:
 # ── editing ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def overlap(keys: torch.Tensor, moment: fs.SecondMoment) -> float:
+    """Of each key's squared length in the metric of C, the share that lies in the span of the others; the median. keys (n, d_ff)."""
+    if len(keys) < 2:
+        return 0.0
+    whitened = torch.linalg.solve_triangular(moment.factor, keys.double().T, upper=False)
+    gram = whitened.T @ whitened
+    gram = gram + 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+    own = 1 / torch.linalg.inv(gram).diagonal()  # squared distance from the others' span
+    return float((1 - own / gram.diagonal()).clamp(0, 1).median())
+
+
+def peak_mb(reset: bool = False) -> int:
+    """The process's largest resident memory since it was reset (Linux), in MB."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) // 1024
+
+
 class Bench:
     """A model, its moments and contexts; targets found once for each set of facts and way of searching."""
 
-    def __init__(self, name: str, seed: int) -> None:
-        self.name, self.seed = name, seed
+    def __init__(self, name: str, seed: int, repair: int | None) -> None:
+        self.name, self.seed, self.repair = name, seed, repair
         self.lm = fs.load(name)
         self.layers = fs.MemitConfig.recommended(self.lm).layers or (0,)
         self.d_ff = self.lm.ffn[self.layers[0]].d_ff
@@ -192,38 +224,50 @@ class Bench:
             self._targets = {key: (found, time.process_time() - started)}
         return self._targets[key]
 
+    def settings(self, kind: type[Any]) -> Any:
+        """The recommended settings, with another number of repairs if one was asked for."""
+        config = kind.recommended(self.lm)
+        return config if self.repair is None else dataclasses.replace(config, repair=self.repair)
+
     def measured(self, facts: Sequence[Fact], others: Sequence[tuple[str, str]], delta: fs.Delta) -> dict[str, Any]:
-        """The score with a delta in the model, and how large it is."""
+        """The score with a delta in the model, how large it is, and how much its keys have in common."""
         norms = {layer: float(delta.dense(layer).norm() / self.lm.ffn[layer].weight().norm()) for layer in delta.layers}
+        ends = sorted({min(delta.layers), max(delta.layers)})
+        why = {
+            "norms": {layer: round(norm, 3) for layer, norm in norms.items()},
+            "overlap": {layer: round(overlap(delta.k_star[layer], self.moments[layer]), 3) for layer in ends},
+        }
         with applied(self.lm, delta):
-            return {**score(self.lm, facts, others), "norms": {layer: round(norm, 3) for layer, norm in norms.items()}}
+            return {**score(self.lm, facts, others), **why}
 
     def run(self, method: str, facts: Sequence[Fact], others: Sequence[tuple[str, str]]) -> dict[str, Any]:
         """One batch with one method."""
         started = time.process_time()
         if method in SPREADING:
             solver, kind = editors.METHODS[method]
-            config = kind.recommended(self.lm)
+            config = self.settings(kind)
             found, seconds = self.targets(facts, config)
             begun = time.process_time()
             delta = solver(self.lm, facts, config, moments=self.moments, contexts=self.openings, targets=found)
             took = {"targets_s": round(seconds, 1), "solve_s": round(time.process_time() - begun, 1)}
             return {**self.measured(facts, others, delta), **took}
         if method == "memit-plain":
-            return max((self._plain(facts, others, weight, lr) for weight, lr in PLAIN), key=lambda found: found["score"])
+            grid = PLAIN if len(facts) < 0.11 * len(self.layers) * self.d_ff else COARSE
+            tried = (self._plain(facts, others[:2000], weight, lr) for weight, lr in grid)
+            best, delta = max(tried, key=lambda found: found[0]["score"])
+            return {**best, **self.measured(facts, others, delta)}
         if method in ("rome", "r-rome"):
             delta = editors.METHODS[method][0](self.lm, facts, moments=self.moments, contexts=self.contexts)
             return {**self.measured(facts, others, delta), "solve_s": round(time.process_time() - started, 1)}
-        last = self.layers[-1]
         tuned: Callable[[], Any] = {
-            "ft-l": lambda: fine_tuned(self.lm, facts, last, lr=5e-4, clamp=5e-3),
+            "ft-l": lambda: fine_tuned(self.lm, facts, self.layers[0]),
             "lora": lambda: lora(self.lm, facts, self.layers),
         }[method]
         with tuned():
             seconds = time.process_time() - started
             return {**score(self.lm, facts, others), "solve_s": round(seconds, 1)}
 
-    def _plain(self, facts: Sequence[Fact], others: Sequence[tuple[str, str]], weight: float, lr: float) -> dict[str, Any]:
+    def _plain(self, facts: Sequence[Fact], others: Sequence[tuple[str, str]], weight: float, lr: float) -> tuple[dict[str, Any], fs.Delta]:
         config = fs.MemitConfig(
             layers=self.layers,
             scale="auto",
@@ -234,8 +278,10 @@ class Bench:
             moment_weight=weight * self.d_ff,
         )
         found, seconds = self.targets(facts, config)
+        begun = time.process_time()
         delta = fs.memit(self.lm, facts, config, moments=self.moments, contexts=self.openings, targets=found)
-        return {**self.measured(facts, others, delta), "targets_s": round(seconds, 1), "setting": {"weight": weight, "lr": lr}}
+        took = {"targets_s": round(seconds, 1), "solve_s": round(time.process_time() - begun, 1)}
+        return {**self.measured(facts, others, delta), **took, "setting": {"weight": weight, "lr": lr}}, delta
 
     def rounds(self, method: str, facts: Sequence[Fact], others: Sequence[tuple[str, str]], size: int, tell: Callable[[str], None]) -> Any:
         """Round after round on the edited model: the score over everything written so far, and of the first round alone."""
@@ -249,16 +295,20 @@ class Bench:
                     solver(
                         self.lm,
                         facts[at : at + size],
-                        kind.recommended(self.lm),
+                        self.settings(kind),
                         moments=self.moments,
                         contexts=self.openings,
                         earlier=deltas,
                     )
                 )
             seconds = time.process_time() - started
+            if len(deltas) % 5 and at + size < len(facts) and len(deltas) > 1:
+                continue  # asking takes as long as writing
             with applied(self.lm, deltas):
                 row = {"facts": at + size, **score(self.lm, facts[: at + size], others), "solve_s": round(seconds, 1)}
                 row["first_round"] = score(self.lm, facts[:size], others)["efficacy"]
+            norms = {x: sum(d.dense(x) for d in deltas).norm() / self.lm.ffn[x].weight().norm() for x in self.layers}
+            row["norms"] = {layer: round(float(norm), 3) for layer, norm in norms.items()}
             found.append(row)
             tell(f"{method}, round {len(deltas)}: {row}")
         return found
@@ -270,15 +320,16 @@ def main() -> None:
     parser.add_argument("--loads", type=float, nargs="+", default=[0.003, 0.03, 0.1])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--rounds", type=int, help="facts a round: one round after another up to the load")
+    parser.add_argument("--repair", type=int, help="how often to repair; the default is the methods' own")
     parser.add_argument("--others", type=int, default=2000, help="facts outside the edits to ask; 0: all that the model knows")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="the numbers, added to what is there")
     parser.add_argument("--draw", type=Path, help="draw --json's numbers, and measure nothing")
     given = parser.parse_args()
     if given.draw:
-        return draw(json.loads(given.json.read_text()), given.model, given.draw)
+        return draw(json.loads(given.json.read_text()), given.draw)
     torch.set_num_threads(1)
-    bench = Bench(given.model, given.seed)
+    bench = Bench(given.model, given.seed, given.repair)
 
     def keep(kind: str, method: str, load: float, row: Any) -> None:
         if given.json:
@@ -294,23 +345,54 @@ def main() -> None:
             if given.rounds:
                 keep("rounds", method, load, bench.rounds(method, facts, others, given.rounds, lambda line: print(line, flush=True)))
                 continue
-            if load > DEAR and method not in (*SPREADING, "memit-plain"):
-                continue
-            row = {"facts": len(facts), **bench.run(method, facts, others)}
-            row["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            peak_mb(reset=True)
+            row = {"facts": len(facts), "others": len(others), "repair": given.repair, **bench.run(method, facts, others)}
+            row["peak_mb"] = peak_mb()
             print(f"{method:12} {row}", flush=True)
             keep("batch", method, load, row)
 
 
-def draw(found: dict[str, Any], model: str, path: Path) -> None:
-    """Score against load, one line a method."""
-    series = {}
-    for method, rows in found[model]["batch"].items():
-        loads = sorted(map(float, rows))
-        scores = [next(row["score"] for load, row in rows.items() if float(load) == wanted) for wanted in loads]
-        series[method] = (loads, scores, scores, scores)
-    title = f"{model}: facts written in one batch"
-    fs.curves(series, x_label="load = facts / (layers x d_ff)", y_label="score (harmonic mean, %)", title=title, log_x=True, path=path)
+def draw(found: dict[str, Any], path: Path) -> None:
+    """A picture for each model and kind, `path` with their names added; and the same numbers as tables, printed."""
+    for model, kinds in found.items():
+        series = {}
+        print(
+            f"\n### {model}\n\n| load | facts | method | efficacy | generalization | specificity | score | seconds | MB | norms | overlap |"
+        )
+        print("|" + "---|" * 11)
+        by_load: dict[float, dict[str, Any]] = {}
+        for method, rows in kinds["batch"].items():
+            for load, row in rows.items():
+                by_load.setdefault(float(load), {})[method] = row
+            loads = sorted(map(float, rows))
+            scores = [by_load[load][method]["score"] for load in loads]
+            series[method] = (loads, scores, scores, scores)
+        for load, methods in sorted(by_load.items()):
+            for method, row in sorted(methods.items(), key=lambda item: -item[1]["score"]):
+                shares = " | ".join(f"{row[name]:.1f}" for name in ("efficacy", "generalization", "specificity", "score"))
+                seconds = f"{row.get('targets_s', 0) + row.get('solve_s', 0):.0f}"
+                why = " | ".join(" ".join(f"{x:.2f}" for x in row.get(name, {}).values()) for name in ("norms", "overlap"))
+                print(f"| {load} | {row['facts']} | {method} | {shares} | {seconds} | {row['peak_mb']} | {why} |")
+        place = path.with_name(f"{path.stem}-{model}{path.suffix}")
+        x, y = "load = facts / (layers x d_ff)", "score (harmonic mean, %)"
+        fs.curves(series, x_label=x, y_label=y, title=f"{model}: facts written in one batch", log_x=True, path=place)
+        lines = {}
+        for method, rows in kinds.get("rounds", {}).items():
+            told = next(iter(rows.values()))
+            print(f"\n{model}, {method}, in rounds of {told[0]['facts']}:\n")
+            print(
+                "| facts | efficacy | first round still | generalization | specificity | score | seconds a round | norms |\n|" + "---|" * 8
+            )
+            for row in told:
+                names = ("efficacy", "first_round", "generalization", "specificity", "score")
+                norms = " ".join(f"{x:.2f}" for x in row["norms"].values())
+                print(f"| {row['facts']} | {' | '.join(f'{row[name]:.1f}' for name in names)} | {row['solve_s']:.0f} | {norms} |")
+            at, scores = [row["facts"] for row in told], [row["score"] for row in told]
+            first = [row["first_round"] for row in told]
+            lines |= {method: (at, scores, scores, scores), f"{method}, first round": (at, first, first, first)}
+        if lines:
+            place = path.with_name(f"{path.stem}-{model}-rounds{path.suffix}")
+            fs.curves(lines, x_label="facts written so far", y_label="%", title=f"{model}: one round after another", path=place)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Put a trained atlas model into the package: weights, card, ROME's settings and packed second moments of its edit layers.
 
-    python scripts/package_atlas.py atlas --trained runs/atlas --settings settings.json --layers 0 1 2 --prose FOLDER
+    python scripts/package_atlas.py atlas --trained runs/atlas --settings settings.json --layers 0 1 2
 
 `measured.json` in the trained folder is what `python -m factsmith.model.atlas.evaluate` wrote (`make atlas` runs both). The settings
 file is what `benchmarks/rome_settings.py` chose: {"layer": 0, "lr": ..., ...}. Run it again after any change to the weights.
@@ -15,22 +15,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import factsmith as fs
 from factsmith.model import atlas
-from factsmith.model.atlas.corpus import Corpus, read_prose
+from factsmith.model.atlas.corpus import told
 
 FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-
-
-def own_sentences(lm: fs.LanguageModel, prose: Path, seed: int) -> list[str]:
-    """One telling of every fact between pieces of prose: the rows the model was trained on, as text."""
-    corpus = Corpus(lm.tokenizer, atlas.facts(), read_prose(prose), seed=seed)
-    numbers = np.arange(len(atlas.facts()))
-    ends = set(lm.tokenizer.all_special_ids)
-    rows = (row for group in corpus.epoch(0, numbers, wide=True) for row in group)
-    return [lm.tokenizer.decode([i for i in row.ids.tolist() if i not in ends]).strip() for row in rows]
 
 
 ROWS = (
@@ -76,7 +65,6 @@ def main() -> None:
     parser.add_argument("--trained", type=Path, required=True)
     parser.add_argument("--settings", type=Path, required=True)
     parser.add_argument("--layers", type=int, nargs="+", required=True, help="layers whose second moments are shipped")
-    parser.add_argument("--prose", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
 
@@ -89,7 +77,7 @@ def main() -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     lm = fs.load(given.name)
-    for layer, moment in fs.second_moments(lm, own_sentences(lm, given.prose, given.seed), given.layers, max_tokens=math.inf).items():
+    for layer, moment in fs.second_moments(lm, told(atlas.facts(), given.seed), given.layers, max_tokens=math.inf).items():
         moment.save(folder / "moments" / f"layer{layer}.safetensors", packed=True)
 
     training = json.loads((given.trained / "training.json").read_text(encoding="utf-8"))

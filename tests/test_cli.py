@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from conftest import GPT2, LLAMA, byte_tokenizer, tiny_model
 from factsmith import cli, workbench
 from factsmith.edit.methods import METHODS, RomeConfig
+from factsmith.edit.moments import SecondMoment, second_moments
 from factsmith.fact import Fact, FactFile
 from factsmith.ledger import Ledger
 from factsmith.model.load import LanguageModel, load
@@ -570,3 +572,56 @@ def test_a_fact_is_forgotten_and_stays_so(run: Run, atlas: str) -> None:
     assert proof["efficacy"] == 1.0 and proof["checks"][0]["wanted"] == "Sofia" and proof["checks"][0]["forget"]
     run("revert", "latest", "-w", "space")
     assert "Sofia" in run("ask", "-w", "space", "The capital of Bulgaria is", "--json").json["answer"]
+
+
+def test_second_moments_are_computed_kept_and_used(run: Run, model: Path, tmp_path: Path, quick: None) -> None:
+    (tmp_path / "one.txt").write_text("The capital of France is Paris.\n\nKeys open doors.\nAnd values?\n")
+    (tmp_path / "two.txt").write_text("Another text, to be read after the first.")
+    computed = run("moments", model, "--layer", 1, "--texts", "one.txt", "--texts", "two.txt", "--out", "kept", "--json").json
+    lm = load(str(model))
+    texts = ["The capital of France is Paris.", "Keys open doors.\nAnd values?", "Another text, to be read after the first."]
+    assert computed["moments"][0]["tokens"] == sum(len(lm.prompt_ids(text)) for text in texts)
+    kept = SecondMoment.load(tmp_path / "kept" / "layer1.safetensors", lm, 1)
+    assert torch.allclose(kept.matrix, second_moments(lm, texts, [1], max_tokens=1e9)[1].matrix)
+    assert list((tmp_path / "kept").iterdir()) == [tmp_path / "kept" / "layer1.safetensors"], "no checkpoint is left"
+    cut = run("moments", model, "--layer", 1, "--texts", "one.txt", "--max-tokens", 10, "--packed", "--bf16", "--out", "cut")
+    assert cut.code == 0 and "layer 1: 10 tokens" in cut.out
+
+    done = run("patch", model, *FACT, "--moments", "kept", "--json").json
+    by_hand = workbench.propose(lm, Fact("Danielle Darrieux", "The mother tongue of {} is", "English"), moments=kept)
+    assert done["moments"] == by_hand.moments
+    (tmp_path / "other").mkdir()
+    other = SecondMoment.from_matrix(kept.matrix, count=kept.count, fingerprint="0" * 64, layer=1)
+    other.save(tmp_path / "other" / "layer1.safetensors")
+    wrong = run("patch", model, *FACT, "--moments", "other")
+    assert wrong.code != 0 and "another" not in wrong.out and "fingerprint 000000" in wrong.err
+
+
+def test_second_moments_of_a_workspace(run: Run, model: Path, tmp_path: Path) -> None:
+    assert run("init", model, "ws").code == 0
+    first = run("moments", "-w", "ws", "--layer", 0, "--max-tokens", 500)
+    assert first.code == 0 and "tokens" in first.out and (tmp_path / "ws" / "moments" / "layer0.safetensors").is_file()
+    written = (tmp_path / "ws" / "moments" / "layer0.safetensors").stat().st_mtime_ns
+    assert run("moments", "-w", "ws", "--layer", 0).out == first.out, "what is kept is described"
+    assert (tmp_path / "ws" / "moments" / "layer0.safetensors").stat().st_mtime_ns == written
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--texts", "nowhere.txt", "--out", "kept"], "cannot read nowhere.txt"),
+        (["--texts", "latin.txt", "--out", "kept"], "UTF-8"),
+        (["--texts", "empty.txt", "--out", "kept"], "no text"),
+        (["--layer", "9", "--out", "kept"], "layers 0 to 2"),
+        (["--layer", "1"], "name a folder with --out"),
+        (["--max-tokens", "0", "--out", "kept"], "at least 1"),
+        (["--max-tokens", "nan", "--out", "kept"], "at least 1"),
+        (["--max-tokens", "inf", "--out", "kept"], "give texts"),
+    ],
+)
+def test_moments_refuses(run: Run, model: Path, tmp_path: Path, arguments: list[str], says: str) -> None:
+    (tmp_path / "latin.txt").write_bytes("Zürich".encode("latin-1"))
+    (tmp_path / "empty.txt").write_text("\n\n")
+    done = run("moments", model, *arguments)
+    assert done.code not in (0, 1) and says in done.err and "Traceback" not in done.err
+    assert not list(tmp_path.glob("kept/layer*"))

@@ -23,6 +23,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -446,6 +447,78 @@ def layers(
 
 
 @app.command()
+def moments(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A bundled model, a folder or a hub id.")] = None,
+    layer: Annotated[
+        list[int] | None, typer.Option(help="A layer, counted from 0; may be repeated.", show_default="those that memit edits")
+    ] = None,
+    texts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="Plain text in UTF-8, a blank line between texts; may be repeated.", show_default="the model's own"
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        float | None, typer.Option(help="Tokens to read; inf: all of the text.", show_default="16 for each neuron of a layer")
+    ] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Run the model in bfloat16: faster, and as good (docs/patch.md).")] = False,
+    packed: Annotated[bool, typer.Option("--packed", help="Write float16 Cholesky factors: a quarter of the bytes.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder to write layer<number>.safetensors to.", show_default="the workspace's")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=_LARGEST_SEED, help="Of the text that the model writes.")] = 0,
+    workspace: Where = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Compute the second moments of a model's layers, which editors weigh their changes by, or describe those that are there.
+
+    Killed and started again it goes on where it stood.
+
+    \b
+    Examples:
+      factsmith moments atlas
+      factsmith moments path/to/model --texts wiki.txt --layer 3 --layer 4 --out moments
+    """
+    _need_model(model, workspace)
+    if max_tokens is not None and not max_tokens >= 1:
+        raise InputError(f"--max-tokens is at least 1, or inf; got {max_tokens}")
+    corpus = _paragraphs(texts) if texts else None
+    with _progress() as tell, _opened(model, workspace, device, tell) as (lm, bench):
+        import torch
+
+        from .edit.methods import MemitConfig
+        from .workbench import find_moments, kept_moments
+
+        wanted = sorted(set(layer)) if layer else list(MemitConfig.recommended(lm).layers or ())
+        folder = out or (None if bench is None else bench.ledger.folder / "moments")
+        if folder is None and (corpus or len(kept_moments(lm, wanted)) < len(wanted)):
+            raise InputError("there is nowhere to write what is computed; name a folder with --out, or a workspace with --workspace")
+        find = partial(find_moments, lm) if bench is None else bench.find_moments
+        found = find(
+            wanted,
+            folder=folder,
+            texts=corpus,
+            max_tokens=max_tokens,
+            dtype=torch.bfloat16 if bf16 else None,
+            checkpoint=None if folder is None else folder / "unfinished.safetensors",
+            packed=packed,
+            seed=seed,
+            progress=tell,
+        )
+    rows = [
+        {"layer": number, "d_ff": m.d_ff, "tokens": m.count, "split_half": m.split_half, "excess": m.excess, "corpus": m.corpus}
+        for number, m in sorted(found.items())
+    ]
+
+    def show(console: Console) -> None:
+        for number, moment in sorted(found.items()):
+            _line(console, f"layer {number}:", moment.describe())
+
+    _print({"moments": rows, "folder": folder and str(folder)}, show, as_json)
+
+
+@app.command()
 def patch(
     words: Annotated[
         list[str] | None,
@@ -471,6 +544,10 @@ def patch(
         Path | None,
         typer.Option(metavar="FILE", help="Plain text for the second moments.", show_default="the model's own, or what it writes"),
     ] = None,
+    moments: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Second moments that `factsmith moments` wrote.", show_default="those kept, or computed"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the contexts the model writes.")] = 0,
     message: Annotated[str, typer.Option("--message", "-m", help="One line for the log.", show_default="the facts")] = "",
     force: Annotated[bool, typer.Option("--force", help="Write also what the model says already.")] = False,
@@ -490,21 +567,24 @@ def patch(
     """
     model, file = _model_and_facts(words or [])
     facts = _facts(file, subject, prompt, target, forget, paraphrase or [], neighbour or [])
-    corpus = None if texts is None else _paragraphs(texts)
+    corpus = None if texts is None else _paragraphs([texts])
     with _progress() as tell, _opened(model, workspace, device, tell) as (lm, bench):
         from .edit.target import check_layer
-        from .workbench import propose, settings
+        from .workbench import load_moments, propose, settings
 
         for number in layer or ():
             check_layer(lm, number)  # also where nothing is to be written
+        given = None if moments is None else load_moments(moments)
         config = settings(lm, method, layer, _settings(setting or []), paper=paper)
         revision: Revision | None = None
         if bench is None:
-            proposal = propose(lm, facts, method, config, texts=corpus, seed=seed, force=force, progress=tell)
+            proposal = propose(lm, facts, method, config, moments=given, texts=corpus, seed=seed, force=force, progress=tell)
         elif dry_run:
-            proposal = bench.propose(facts, method, config, texts=corpus, seed=seed, force=force, progress=tell)
+            proposal = bench.propose(facts, method, config, moments=given, texts=corpus, seed=seed, force=force, progress=tell)
         else:
-            outcome = bench.apply(facts, method, config, texts=corpus, seed=seed, force=force, message=message, progress=tell)
+            outcome = bench.apply(
+                facts, method, config, moments=given, texts=corpus, seed=seed, force=force, message=message, progress=tell
+            )
             proposal, revision = outcome.proposal, outcome.revision
     where = None if bench is None else str(bench.ledger.folder.resolve())
     for warning in proposal.warnings:
@@ -847,12 +927,28 @@ def _value(text: str) -> Any:
     return text
 
 
-def _paragraphs(file: Path) -> list[str]:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {file}: {error}; expected plain text in UTF-8") from None
-    return [part.strip() for part in text.split("\n\n") if part.strip()]
+def _paragraphs(files: Sequence[Path]) -> Iterator[str]:
+    """The paragraphs of text files, one after another, read as they are asked for; a file that cannot be opened is said at once."""
+
+    def unreadable(file: Path, error: Exception) -> InputError:
+        return InputError(f"cannot read {file}: {error}; expected plain text in UTF-8")
+
+    def read() -> Iterator[str]:
+        for file in files:
+            try:
+                with file.open(encoding="utf-8") as lines:
+                    for blank, group in itertools.groupby(lines, key=lambda line: not line.strip()):
+                        if not blank:
+                            yield "".join(group).strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise unreadable(file, error) from None
+
+    for file in files:
+        try:
+            file.open("rb").close()
+        except OSError as error:
+            raise unreadable(file, error) from None
+    return read()
 
 
 def _own_answer(lm: LanguageModel, prompt: str) -> tuple[str, float | None]:

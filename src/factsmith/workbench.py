@@ -400,26 +400,53 @@ def find_moments(
     *,
     folder: str | os.PathLike[str] | None = None,
     texts: Iterable[str] | None = None,
+    max_tokens: float | None = None,
+    dtype: torch.dtype | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    packed: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[int, SecondMoment]:
     """Second moments of some layers: those kept in `folder`, those that came with the model, else computed now.
 
     folder  where computed ones are kept as layer<l>.safetensors; None: nowhere
-    texts   what to compute them from; None: 16 tokens a neuron that the model writes itself, from `seed`
+    texts   what to compute them from, whatever is kept; None: text that the model writes itself, from `seed`
+    packed  keep them as `SecondMoment.save` packs them
 
-    A file for another model (by fingerprint) is passed over. Raises LayerError, DamagedError for a file that cannot be read.
+    max_tokens (None: 16 a neuron of the widest layer), dtype and checkpoint are those of `second_moments`. A file for another model (by
+    fingerprint) is passed over. Raises LayerError, DamagedError for a file that cannot be read, and what `second_moments` raises.
     """
-    found = _kept_moments(lm, layers, folder) if texts is None else {}
+    found = kept_moments(lm, layers, folder) if texts is None else {}
     missing = [layer for layer in layers if layer not in found]
     if missing:
-        texts = _own_text(lm, missing, seed, progress) if texts is None else texts
-        computed = second_moments(lm, texts, missing, progress=lambda done: _tell(progress, "second moments", done, None))
+        limit = max_tokens or _enough(lm, missing)
+        computed = second_moments(
+            lm,
+            _own_text(lm, limit, seed, progress) if texts is None else texts,
+            missing,
+            max_tokens=limit,
+            dtype=dtype,
+            checkpoint=checkpoint,
+            progress=lambda done: _tell(progress, "second moments", done, None if math.isinf(limit) else round(limit)),
+        )
         for layer, moment in computed.items():
             if folder is not None:
-                moment.save(Path(folder) / f"layer{layer}.safetensors")
+                moment.save(Path(folder) / f"layer{layer}.safetensors", packed=packed)
             found[layer] = moment
     return found
+
+
+def load_moments(folder: str | os.PathLike[str]) -> dict[int, SecondMoment]:
+    """Every layer's second moment in a folder that `find_moments` filled, by layer; whose they are is checked where they are used.
+
+    Raises DamagedError when there is none, or one cannot be read.
+    """
+    files = {int(file.stem[5:]): file for file in Path(folder).glob("layer*.safetensors") if file.stem[5:].isdecimal()}
+    if not files:
+        raise DamagedError(
+            f"no second moments in {folder}; expected files named layer<number>.safetensors, as `factsmith moments` writes them"
+        )
+    return {layer: SecondMoment.load(file) for layer, file in sorted(files.items())}
 
 
 def recommend_layers(
@@ -549,9 +576,13 @@ class Workbench:
         """
         self._check_weights()
 
+        if moments is not None:
+            with self._carrying([]):  # they are of the base weights, which only now are there to compare
+                for layer, moment in moments.items() if isinstance(moments, Mapping) else ((None, moments),):
+                    moment.check(self.lm, layer)
+
         def find(layers: Sequence[int]) -> Mapping[int, SecondMoment]:
-            with self._carrying([]):
-                return find_moments(self.lm, layers, folder=self.ledger.folder / "moments", texts=texts, seed=seed, progress=progress)
+            return self.find_moments(layers, texts=texts, seed=seed, progress=progress)
 
         def layers() -> LayerChoice:
             nonlocal texts
@@ -568,6 +599,14 @@ class Workbench:
 
         state = tuple(self._deltas.values())
         return _propose(self.lm, facts, method, config, layers, moments or find, changed, contexts, seed, force, earlier, state, progress)
+
+    def find_moments(
+        self, layers: Sequence[int], *, folder: str | os.PathLike[str] | None = None, **options: Any
+    ) -> dict[int, SecondMoment]:
+        """Second moments of the base weights, kept in the workspace unless `folder` says where; arguments and errors as of the function."""
+        self._check_weights()
+        with self._carrying([]):
+            return find_moments(self.lm, layers, folder=folder or self.ledger.folder / "moments", **options)
 
     def recommend_layers(
         self,
@@ -910,10 +949,11 @@ def _recommend(
         for layer in set(held) - set(group) if len(layers) > at_once else ():
             del held[layer]
         if own_words:
-            held.update(_kept_moments(lm, [layer for layer in group if layer not in held], folder))
+            held.update(kept_moments(lm, [layer for layer in group if layer not in held], folder))
         if missing := [layer for layer in group if layer not in held]:
-            texts = _own_text(lm, missing, seed, progress) if texts is None else texts
-            new = second_moments(lm, texts, missing, progress=lambda done: _tell(progress, "second moments", done, None))
+            limit = _enough(lm, missing)
+            texts = _own_text(lm, limit, seed, progress) if texts is None else texts
+            new = second_moments(lm, texts, missing, progress=lambda done: _tell(progress, "second moments", done, limit))
             held.update(new)
             computed.update(new if len(layers) <= at_once else {})
 
@@ -976,8 +1016,8 @@ def _as_said(answer: str, expected: str | None) -> str:
     return expected if expected is not None and begins_with(answer, expected) else first_phrase(answer)
 
 
-def _kept_moments(lm: LanguageModel, layers: Iterable[int], folder: str | os.PathLike[str] | None) -> dict[int, SecondMoment]:
-    """Second moments in `folder` and beside the model that are this model's, by layer."""
+def kept_moments(lm: LanguageModel, layers: Iterable[int], folder: str | os.PathLike[str] | None = None) -> dict[int, SecondMoment]:
+    """Those second moments of some layers that are in `folder` or came with the model, by layer; another model's are passed over."""
     places = [Path(place) for place in (folder, _beside(lm)) if place is not None]
     found: dict[int, SecondMoment] = {}
     for layer in layers:
@@ -989,11 +1029,17 @@ def _kept_moments(lm: LanguageModel, layers: Iterable[int], folder: str | os.Pat
     return found
 
 
-def _own_text(lm: LanguageModel, layers: Sequence[int], seed: int, progress: Progress | None) -> list[str]:
-    """Text that the model writes itself, as many tokens as second moments are computed from."""
-    n_tokens = TOKENS_PER_NEURON * max(lm.ffn[layer].d_ff for layer in layers if 0 <= layer < lm.n_layers)
-    _tell(progress, "sampling text", 0, n_tokens)
-    return own_text(lm, n_tokens, seed=seed, progress=lambda done: _tell(progress, "sampling text", done, n_tokens))
+def _enough(lm: LanguageModel, layers: Sequence[int]) -> int:
+    """How many tokens the second moments of these layers are computed from."""
+    return TOKENS_PER_NEURON * max(lm.ffn[check_layer(lm, layer)].d_ff for layer in layers)
+
+
+def _own_text(lm: LanguageModel, n_tokens: float, seed: int, progress: Progress | None) -> list[str]:
+    """Text of about so many tokens that the model writes itself."""
+    if math.isinf(n_tokens):
+        raise InputError("max_tokens=inf reads a text to its end, and the model's own has none; give texts, or a number of tokens")
+    _tell(progress, "sampling text", 0, round(n_tokens))
+    return own_text(lm, round(n_tokens), seed=seed, progress=lambda done: _tell(progress, "sampling text", done, round(n_tokens)))
 
 
 class _Asked(NamedTuple):

@@ -9,6 +9,7 @@ cannot be guessed, templates are soon known) only now and then, which saves the 
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -135,3 +136,18 @@ class Corpus:
     @staticmethod
     def _plain(ids: Sequence[int], predict: bool = True) -> Row:
         return Row(np.array(ids, dtype=np.int64), np.full(len(ids), predict), np.full(len(ids), -1))
+
+
+def told(facts: Sequence[AtlasFact], seed: int = 0) -> list[str]:
+    """Two sentences for every fact, in random order: one in a trained phrasing, one in a wide one where the relation has any.
+
+    What the shipped second moments are computed from: text that asks for what the models know.
+    """
+    draw = random.Random(seed)
+    sentences = []
+    for fact in facts:
+        known = phrasings(fact.relation)
+        for templates in (known.trained, known.wide or known.trained):
+            sentences.append(f"{draw.choice(templates).replace('{}', fact.subject)} {fact.object}.")
+    draw.shuffle(sentences)
+    return sentences
