@@ -67,8 +67,8 @@ class LanguageModel:
             raise _quantised(name, packed)
         if absent := next((path for path, p in module.named_parameters() if p.is_meta), None):
             raise UnsupportedModelError(
-                f"{name} keeps weights outside any device ({absent}, offloaded or never loaded), so they cannot be read or edited; spread it "
-                "over devices that hold all of it, or load it on the CPU"
+                f"{name} keeps weights outside any device ({absent}, offloaded or never loaded), so they cannot be read or edited; spread "
+                "it over devices that hold all of it, or load it on the CPU"
             )
         self._check_tokenizer()
         module.eval().requires_grad_(False)
