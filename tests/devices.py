@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -121,6 +120,8 @@ def devices() -> Generator[None, None, None]:
 
 def spread(module: Any, places: Mapping[str, str]) -> None:
     """Put the named parts of a model on devices, states moved between them as accelerate does it for a `device_map`."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
     placed: dict[int, nn.Parameter] = {}  # weights that are tied stay so
     for name, place in places.items():
         part, device = module.get_submodule(name), torch.device(place)

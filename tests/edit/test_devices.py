@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload, disk_offload
 
 from conftest import GPT2, LLAMA, TEXTS, byte_tokenizer, tiny_model
 from devices import Placed, devices, spread
@@ -64,6 +63,7 @@ def whole(family: str) -> LanguageModel:
 
 def in_parts(family: str, monkeypatch: pytest.MonkeyPatch) -> LanguageModel:
     """The same model over several devices; call it within `devices()`."""
+    pytest.importorskip("accelerate")
     monkeypatch.setattr(load, "_packed", lambda module: None)  # it takes make-believe for another number format
     module = tiny_model(family, **FAMILIES[family][0], attn_implementation="eager")
     spread(module, FAMILIES[family][1])
@@ -132,11 +132,12 @@ def test_a_workbench_on_a_model_in_parts(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])
 def test_offloaded_weights_are_refused_with_advice(tmp_path: Path, where: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
     module = tiny_model("llama", **LLAMA)
     offloaded = (
-        cpu_offload(module, execution_device=torch.device("cpu"))
+        accelerate.cpu_offload(module, execution_device=torch.device("cpu"))
         if where == "cpu"
-        else disk_offload(module, str(tmp_path), execution_device=torch.device("cpu"))
+        else accelerate.disk_offload(module, str(tmp_path), execution_device=torch.device("cpu"))
     )
     with pytest.raises(UnsupportedModelError, match=r"outside any device .*load it on the CPU"):
         wrap(offloaded, byte_tokenizer(bos=True))
