@@ -116,12 +116,12 @@ def test_commit_and_back_to_base(lm: LanguageModel, bench: Workbench) -> None:
 def test_the_other_orientation(tmp_path: Path) -> None:
     """nn.Linear and a gated FFN instead of Conv1D."""
     lm = wrap(tiny_model("llama", **LLAMA), byte_tokenizer(bos=True))
-    base, matrix = hashes(lm), lm.module.model.layers[1].mlp.down_proj.weight.clone()
+    base, matrix, moments = hashes(lm), lm.module.model.layers[1].mlp.down_proj.weight.clone(), moments_of(lm)
     with Workbench(lm, tmp_path) as bench:
         delta = some_delta(lm, 1)
         revision = bench.commit(delta)
         assert torch.equal(lm.module.model.layers[1].mlp.down_proj.weight, matrix + delta.layers[1][0] @ delta.layers[1][1])
-        outcome = bench.apply(FACT, config=QUICK, moments=moments_of(lm), contexts=["{}"], force=True)
+        outcome = bench.apply(FACT, config=QUICK, moments=moments, contexts=["{}"], force=True)
         assert outcome.revision is not None
         bench.revert(outcome.revision.id)
         bench.revert(revision.id)
@@ -320,8 +320,9 @@ class _Bomb:
 def test_a_failure_anywhere_leaves_both_as_before(
     lm: LanguageModel, bench: Workbench, monkeypatch: pytest.MonkeyPatch, point: str, exception: BaseException
 ) -> None:
+    moments = moments_of(lm)  # of the base weights
     bench.commit(some_delta(lm, 1))
-    before, log, moments = hashes(lm), bench.log(), moments_of(lm)
+    before, log = hashes(lm), bench.log()
     bomb = _Bomb(exception)
     with monkeypatch.context() as patching:
         POINTS[point](patching, bomb)
