@@ -248,6 +248,24 @@ def test_a_chat_template_is_one_more_context() -> None:
         assert float(lm.log_prob([asked], [str(fact.target)])[0]) > before + 1
 
 
+@pytest.mark.parametrize(
+    "template", ["{{ messages[0].content }}", "no place for it", "{{ messages[0].content | upper }}", "{{ messages[0].content }} {}"]
+)
+def test_a_chat_template_that_gives_no_context_is_left_out(template: str) -> None:
+    lm = model("llama")
+    lm.tokenizer.chat_template = template
+    assert chat_contexts(lm) == [] and len(generate_openings(lm)) == 6
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no system role') }}", "{% if %}", {"rag": "one of several"}])
+def test_a_chat_template_that_cannot_be_filled_is_refused(template: object) -> None:
+    lm = model("llama")
+    lm.tokenizer.chat_template = template
+    with pytest.raises(InputError, match=r"chat template .* cannot be filled .*give contexts"):
+        memit(lm, FACTS[0], MemitConfig((0,)), moments=moments_of(lm, (0,)))
+    assert memit(lm, FACTS[0], MemitConfig((0,), steps=2), moments=moments_of(lm, (0,)), contexts=["{}"]).facts == (FACTS[0],)
+
+
 # ── bad input ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import unicodedata
 
+from ..errors import InputError
 from ..model.load import LanguageModel
 from .sample import sample
 
@@ -47,14 +48,23 @@ def generate_openings(lm: LanguageModel, seed: int = 0) -> list[str]:
 
 
 def chat_contexts(lm: LanguageModel) -> list[str]:
-    """The tokenizer's chat template with the prompt as the user's message, up to where the assistant answers; [] when it has none."""
+    """The tokenizer's chat template with the prompt as the user's message, up to where the assistant answers; [] when it has none.
+
+    A template that adds nothing, or leaves no one place for the prompt, counts as none. Raises InputError when it cannot be filled.
+    """
     if not getattr(lm.tokenizer, "chat_template", None):
         return []
-    text = lm.tokenizer.apply_chat_template([{"role": "user", "content": _SLOT}], tokenize=False, add_generation_prompt=True)
+    try:
+        text = lm.tokenizer.apply_chat_template([{"role": "user", "content": _SLOT}], tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates are programs, and raise what they like
+        raise InputError(
+            f"the chat template of {lm.name} cannot be filled with a user's message ({error}); give contexts, [\"{{}}\"] for the bare prompt "
+            "alone, or take the template out of the tokenizer's files"
+        ) from error
     bos = lm.tokenizer.bos_token
     if bos and lm.tokenizer("a")["input_ids"][:1] == [lm.tokenizer.bos_token_id]:
         text = text.removeprefix(bos)  # the tokenizer puts its own in front
-    if text.count(_SLOT) != 1 or "{}" in text:
+    if text.count(_SLOT) != 1 or "{}" in text or text == _SLOT:
         return []
     return [text.replace(_SLOT, "{}")]
 
