@@ -14,7 +14,7 @@ from factsmith.edit.delta import Delta, applied, read_weights
 from factsmith.edit.methods import METHODS, AlphaEditConfig, EmmetConfig, MemitConfig, RomeConfig, SpreadConfig, memit, r_rome
 from factsmith.edit.moments import SecondMoment, second_moments
 from factsmith.edit.target import find_targets, read_keys, read_stream
-from factsmith.errors import InputError, LayerError, NumericsError
+from factsmith.errors import InputError, LayerError
 from factsmith.fact import Fact
 from factsmith.model.load import LanguageModel, load, wrap
 from factsmith.model.tokens import subject_span
@@ -267,34 +267,6 @@ def test_a_chat_template_that_cannot_be_filled_is_refused(template: object) -> N
 
 
 # ── bad input ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_one_prompt_has_one_target() -> None:
-    lm = model("gpt2")
-    other = Fact("Edwin", "{} is the king of all", "Brazil")
-    with pytest.raises(InputError, match="two targets for one prompt"):
-        memit(lm, [*FACTS, other], CONFIGS["memit"], moments=moments_of(lm), contexts=CONTEXTS)  # type: ignore[arg-type]
-    delta = memit(lm, [*FACTS, FACTS[1]], CONFIGS["memit"], moments=moments_of(lm), contexts=CONTEXTS)  # type: ignore[arg-type]
-    assert len(delta.facts) == 3, "a fact given twice is written once"
-
-
-def test_a_subject_that_is_the_whole_prompt() -> None:
-    lm = model("gpt2")
-    fact = Fact("Edwin", "{}", "Brazil")
-    config = MemitConfig((0,), steps=30, scale="auto", clamp=20.0, moment_weight=1e-4)
-    delta = memit(lm, fact, config, moments=moments_of(lm, (0,)), contexts=CONTEXTS)
-    before = float(lm.log_prob([fact.text], ["Brazil"])[0])
-    with applied(lm, delta):
-        assert float(lm.log_prob([fact.text], ["Brazil"])[0]) > before + 0.5
-
-
-def test_nan_weights_write_nothing() -> None:
-    lm = model("gpt2")
-    moments = moments_of(lm)
-    with torch.no_grad():
-        lm.ffn[0].weight()[0, 0] = torch.nan
-    with pytest.raises(NumericsError):
-        memit(lm, FACTS, CONFIGS["memit"], moments=moments, contexts=CONTEXTS)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

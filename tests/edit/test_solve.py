@@ -237,6 +237,48 @@ def test_bad_input_is_refused() -> None:
         solve.memit(keys, residuals, factor, 1.0)
 
 
+def test_the_closest_key_of_another_group() -> None:
+    """Against cosines written out with an inverse, more keys than are compared at a time."""
+    draw = torch.Generator().manual_seed(5)
+    keys, groups = torch.randn(1100, 12, generator=draw), torch.randint(0, 3, (1100,), generator=draw)
+    keys[1050] = 2 * keys[7]
+    groups[7], groups[1050] = 0, 1
+    index, cosine = solve.closest(keys, solve.cholesky(moment()), groups)
+    gram = keys.double() @ torch.linalg.inv(moment()) @ keys.double().T
+    scale = gram.diagonal().sqrt()
+    expected = (gram / (scale[:, None] * scale)).masked_fill(groups[:, None] == groups, -1)
+    torch.testing.assert_close(cosine, expected.max(1).values, rtol=1e-8, atol=1e-8)
+    assert torch.equal(index, expected.argmax(1)) and (index[7], index[1050]) == (1050, 7)
+    plain = torch.nn.functional.cosine_similarity(keys[:, None], keys[None], dim=-1).masked_fill(groups[:, None] == groups, -1)
+    assert not torch.equal(index, plain.argmax(1)), "the second moment counts"
+    alone = solve.closest(keys[:4], solve.cholesky(moment()), torch.zeros(4, dtype=torch.long))
+    assert (alone[1] == -1).all()
+
+
+def test_the_spectrum_of_what_is_no_second_moment_is_refused() -> None:
+    values, vectors = solve.spectrum(moment())
+    torch.testing.assert_close(vectors @ torch.diag(values) @ vectors.T, moment())
+    for matrix, error, words in (
+        (torch.zeros(3, 3), NumericsError, "mean diagonal"),
+        (torch.diag(torch.tensor([1.0, 1.0, -0.5])), NumericsError, "eigenvalue of -0.5"),
+        (torch.eye(3) + torch.triu(torch.ones(3, 3), 1), InputError, "symmetric"),
+        (torch.full((3, 3), float("inf")), NumericsError, "infinity"),
+    ):
+        with pytest.raises(error, match=words):
+            solve.spectrum(matrix)
+    with pytest.raises(InputError, match="nothing would be kept"):
+        solve.null_space(values, vectors, threshold=2 * float(values[-1]))
+
+
+def test_the_disturbance_is_what_samples_of_that_moment_see() -> None:
+    samples = torch.randn(400, 12, generator=torch.Generator().manual_seed(3)).double()
+    left, right, weight = torch.randn(5, 2).double(), torch.randn(2, 12).double(), torch.randn(5, 12).double()
+    expected = (samples @ (left @ right).T).norm() / (samples @ weight.T).norm()
+    found = solve.disturbance(left, right, weight, samples.T @ samples / 400)
+    assert found == pytest.approx(float(expected), rel=1e-4)
+    assert solve.disturbance(left, right, weight, torch.eye(12)) != pytest.approx(found, rel=1e-3)
+
+
 def test_compact_keeps_the_update() -> None:
     left, right = torch.randn(5, 30).double(), torch.randn(30, 12).double()
     small = solve.compact(left, right)
