@@ -58,8 +58,8 @@ def chat_contexts(lm: LanguageModel) -> list[str]:
         text = lm.tokenizer.apply_chat_template([{"role": "user", "content": _SLOT}], tokenize=False, add_generation_prompt=True)
     except Exception as error:  # templates are programs, and raise what they like
         raise InputError(
-            f"the chat template of {lm.name} cannot be filled with a user's message ({error}); give contexts, the bare prompt among them, or "
-            "take the template out of the tokenizer's files"
+            f"the chat template of {lm.name} cannot be filled with a user's message ({error}); give contexts, the bare prompt among them, "
+            "or take the template out of the tokenizer's files"
         ) from error
     bos = lm.tokenizer.bos_token
     if bos and lm.tokenizer("a")["input_ids"][:1] == [lm.tokenizer.bos_token_id]:
