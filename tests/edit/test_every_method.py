@@ -96,10 +96,10 @@ def test_targets_with_and_without_a_leading_space_are_one(method: str, target: s
 
 
 @every_method
-def test_several_words_a_whole_prompt_and_a_fact_to_forget(method: str) -> None:
+def test_several_words_and_a_fact_to_forget(method: str) -> None:
     """Together, into one layer of a model that knows the facts; judged by plain passes over whole texts."""
     lm = load("atlas")
-    words, whole = Fact("Japan", "The currency of {} is the", "Danish krone"), Fact("Romania", "{}", "is Paris")
+    words = Fact("Japan", "The currency of {} is the", "Danish krone")
     forgotten = Fact("Bulgaria", "The capital of {} is", None)
     ids, (first, stop) = lm.prompt_ids(forgotten.text), subject_span(lm, forgotten.text, "Bulgaria")
     without = log_p(lm, ids[:first] + ids[stop:])
@@ -113,15 +113,32 @@ def test_several_words_a_whole_prompt_and_a_fact_to_forget(method: str) -> None:
     def distance() -> float:
         return float(F.kl_div(log_p(lm, ids), without, log_target=True, reduction="sum"))
 
-    before, far = [probability(fact) for fact in (words, whole)], distance()
+    before, far = probability(words), distance()
     kind = METHODS[method][1]
-    config = dataclasses.replace(kind.recommended(lm).at([0]), **({} if method.endswith("rome") else {"repair": 1}))
-    delta = METHODS[method][0](lm, [words, whole, forgotten], config, moments=find_moments(lm, [0]), contexts=["{}"])
+    config = dataclasses.replace(kind.recommended(lm).at([0]), **({} if method.endswith("rome") else {"repair": 0}))
+    delta = METHODS[method][0](lm, [words, forgotten], config, moments=find_moments(lm, [0]), contexts=["{}"])
     with applied(lm, delta):
-        after, near = [probability(fact) for fact in (words, whole)], distance()
+        after, near = probability(words), distance()
         assert lm.says([words.text], ["Danish krone"]) == [True] and lm.says([forgotten.text], ["Sofia"]) == [False]
-    assert after[0] > before[0] + 3 and after[1] > before[1] + 3 and near < 0.3 * far
+    assert after > before + 3 and near < 0.3 * far
     assert lm.says([forgotten.text], ["Sofia"]) == [True]
+
+
+@every_method
+def test_a_subject_that_is_the_whole_prompt(method: str) -> None:
+    """What was wanted is there, after its last token: of the FFN (ROME), or in the stream."""
+    lm, fact = model(), Fact("Edwin", "{}", "Brazil")
+    delta = edit(method, fact, contexts=["{}"])
+    last = max(delta.layers)
+    part = lm.ffn[last].down if method.endswith("rome") else lm.layers[last]
+    seen: list[Tensor] = []
+    handle = part.register_forward_hook(lambda m, args, out: seen.append((out[0] if isinstance(out, tuple) else out)[0, -1]))
+    log_p(lm, lm.prompt_ids("Edwin"))
+    with applied(lm, delta):
+        log_p(lm, lm.prompt_ids("Edwin"))
+    handle.remove()
+    torch.testing.assert_close(seen[1], delta.v_star[0], rtol=1e-2, atol=1e-2)
+    assert (seen[0] - delta.v_star[0]).norm() > 0.5
 
 
 @every_method
