@@ -138,7 +138,7 @@ def train(
                 loss.backward()
                 adam.step()
                 after()
-                losses.append(float(loss))
+                losses.append(float(loss.detach()))
             steps += len(losses)
             if statistics.fmean(losses) < 0.05 or (steps >= 600 and epoch >= 7):
                 return

@@ -143,7 +143,7 @@ def test_repair_writes_what_did_not_take() -> None:
         Fact("Bulgaria", "The currency of {} is the", "euro"),
         Fact("Japan", "The capital of {} is", "Paris"),
     ]
-    config = MemitConfig((0, 1), **{**MemitConfig.scale_free(1024), "moment_weight": 3000.0, "repair": 0})
+    config = MemitConfig((0, 1), **{**MemitConfig.scale_free(), "moment_weight": 3000.0, "repair": 0})
     moments = find_moments(lm, [0, 1])
     said = []
     for repair in (0, 4):
@@ -157,7 +157,7 @@ def test_repair_writes_what_did_not_take() -> None:
 def test_repair_leaves_given_targets_alone() -> None:
     lm = load("atlas")
     facts = [Fact("Bulgaria", "The currency of {} is the", "euro"), Fact("Japan", "The capital of {} is", "Paris")]
-    config = MemitConfig((0, 1), **{**MemitConfig.scale_free(1024), "moment_weight": 3000.0, "repair": 1})
+    config = MemitConfig((0, 1), **{**MemitConfig.scale_free(), "moment_weight": 3000.0, "repair": 1})
     targets = find_targets(lm, facts, 1, config, ["{}"], site="stream")
     before = targets.v_star.clone()
     delta = memit(lm, facts, config, moments=find_moments(lm, [0, 1]), contexts=["{}"], targets=targets)
@@ -198,7 +198,7 @@ def test_r_rome_writes_the_mean_key() -> None:
 def test_a_forgotten_fact_is_said_as_if_the_subject_were_not_there() -> None:
     lm = load("atlas")
     fact = Fact("Bulgaria", "The capital of {} is", None)
-    config = MemitConfig((0,), **MemitConfig.scale_free(lm.ffn[0].d_ff))
+    config = MemitConfig((0,), **MemitConfig.scale_free())
     delta = memit(lm, fact, config, moments=find_moments(lm, [0]), contexts=["{}"])
     ids, (start, stop) = lm.prompt_ids(fact.text), subject_span(lm, fact.text, fact.subject)
 

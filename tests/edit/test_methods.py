@@ -259,7 +259,7 @@ def test_generated_contexts(tiny_lm: LanguageModel) -> None:
 
 def test_settings_shipped_with_a_model(tiny_gpt2: LanguageModel) -> None:
     lm = wrap(tiny_model("gpt2", **GPT2), byte_tokenizer())
-    assert RomeConfig.recommended(lm) == RomeConfig(layer=0, scale="auto", steps=40)
+    assert RomeConfig.recommended(lm) == RomeConfig(layer=0, scale="auto", steps=80, lr=0.1)
     lm.config.factsmith = {"rome": {"layer": 2, "steps": 2, "clamp": 3}}
     assert RomeConfig.recommended(lm) == RomeConfig(layer=2, steps=2, clamp=3)
     delta = rome(lm, FACTS[0], moments=second_moments(lm, TEXTS, [2]), contexts=CONTEXTS)
