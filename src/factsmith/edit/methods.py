@@ -474,6 +474,11 @@ SHARED_KEY = 0.95
 below it, but for such as North and South Korea; one subject in different prompts has 0.4 to 0.999; where it begins the prompt, 1."""
 
 
+_REACHED = 1.0
+"""Nats: a target that the search left with less probability than 1/e is not to be had at this site, and asking again for it would only cost
+what the other facts and the model hold."""
+
+
 def _with_shared_keys(
     convergence: Sequence[Mapping[str, Any]], facts: Sequence[Fact], keys: Mapping[int, Tensor], moments: Mapping[int, SecondMoment]
 ) -> tuple[Mapping[str, Any], ...]:
@@ -613,6 +618,7 @@ def _all_at_once(
     for attempt in range(config.repair + 1):
         with applied(lm, written):
             short = list(range(len(facts))) if wanted is None else _not_taken(lm, facts, contexts)
+            short = [i for i in short if convergence[i].get("nll", 0.0) < _REACHED]
             if not short:
                 break
             what = "targets" if wanted is None else f"targets, repair {attempt}"
