@@ -206,8 +206,8 @@ def peak_mb(reset: bool = False) -> int:
 class Bench:
     """A model, its moments and contexts; targets found once for each set of facts and way of searching."""
 
-    def __init__(self, name: str, seed: int, repair: int | None) -> None:
-        self.name, self.seed, self.repair = name, seed, repair
+    def __init__(self, name: str, seed: int, changes: dict[str, int]) -> None:
+        self.name, self.seed, self.changes = name, seed, changes
         self.lm = fs.load(name)
         self.layers = fs.MemitConfig.recommended(self.lm).layers or (0,)
         self.d_ff = self.lm.ffn[self.layers[0]].d_ff
@@ -225,9 +225,8 @@ class Bench:
         return self._targets[key]
 
     def settings(self, kind: type[Any]) -> Any:
-        """The recommended settings, with another number of repairs if one was asked for."""
-        config = kind.recommended(self.lm)
-        return config if self.repair is None else dataclasses.replace(config, repair=self.repair)
+        """The recommended settings, but for what was asked for."""
+        return dataclasses.replace(kind.recommended(self.lm), **self.changes)
 
     def measured(self, facts: Sequence[Fact], others: Sequence[tuple[str, str]], delta: fs.Delta) -> dict[str, Any]:
         """The score with a delta in the model, how large it is, and how much its keys have in common."""
@@ -321,6 +320,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--rounds", type=int, help="facts a round: one round after another up to the load")
     parser.add_argument("--repair", type=int, help="how often to repair; the default is the methods' own")
+    parser.add_argument("--steps", type=int, help="steps of the search; the default is the methods' own")
     parser.add_argument("--others", type=int, default=2000, help="facts outside the edits to ask; 0: all that the model knows")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="the numbers, added to what is there")
@@ -329,7 +329,8 @@ def main() -> None:
     if given.draw:
         return draw(json.loads(given.json.read_text()), given.draw)
     torch.set_num_threads(1)
-    bench = Bench(given.model, given.seed, given.repair)
+    changes = {name: getattr(given, name) for name in ("repair", "steps") if getattr(given, name) is not None}
+    bench = Bench(given.model, given.seed, changes)
 
     def keep(kind: str, method: str, load: float, row: Any) -> None:
         if given.json:
@@ -346,7 +347,7 @@ def main() -> None:
                 keep("rounds", method, load, bench.rounds(method, facts, others, given.rounds, lambda line: print(line, flush=True)))
                 continue
             peak_mb(reset=True)
-            row = {"facts": len(facts), "others": len(others), "repair": given.repair, **bench.run(method, facts, others)}
+            row = {"facts": len(facts), "others": len(others), "changes": changes, **bench.run(method, facts, others)}
             row["peak_mb"] = peak_mb()
             print(f"{method:12} {row}", flush=True)
             keep("batch", method, load, row)
