@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from .model.load import LanguageModel, load, wrap
     from .model.masked import MaskedLanguageModel
     from .plot import class_lines, class_map, curves, heat_map, neuron_chart, text_heat_map
-    from .workbench import Outcome, Plan, Proposal, Verification, Workbench, recommend_layers
+    from .workbench import Outcome, Plan, Proposal, Verification, Workbench, find_moments, load_moments, recommend_layers
 
 __version__ = "0.1.0"
 
@@ -72,7 +72,7 @@ _HOMES = {
     "model.load": "LanguageModel load wrap",
     "model.masked": "MaskedLanguageModel",
     "plot": "class_lines class_map curves heat_map neuron_chart text_heat_map",
-    "workbench": "Outcome Plan Proposal Verification Workbench recommend_layers",
+    "workbench": "Outcome Plan Proposal Verification Workbench find_moments load_moments recommend_layers",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 
@@ -131,11 +131,13 @@ __all__ = [
     "effect",
     "emmet",
     "erase",
+    "find_moments",
     "generate_contexts",
     "heat_map",
     "intervene",
     "knowledge_neurons",
     "load",
+    "load_moments",
     "memit",
     "neuron_chart",
     "published",
