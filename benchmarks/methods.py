@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import random
 import statistics
@@ -354,26 +355,33 @@ def main() -> None:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """A picture for each model and kind, `path` with their names added; and the same numbers as tables, printed."""
+    """A picture for each model and kind, `path` with their names added; and the numbers as tables, printed."""
     for model, kinds in found.items():
         series = {}
+        batch = {method: {float(load): row for load, row in rows.items()} for method, rows in kinds["batch"].items()}
+        loads = sorted({load for rows in batch.values() for load in rows})
+        print(f"\n{model}: score (efficacy / generalization / specificity)\n\n| load | " + " | ".join(map(str, loads)) + " |")
+        print("|---" * (1 + len(loads)) + "|")
+        for method, rows in batch.items():
+            cells = []
+            for load in loads:
+                row = rows.get(load)
+                parts = row and " / ".join(f"{row[name]:.0f}" for name in ("efficacy", "generalization", "specificity"))
+                cells.append(f"{row['score']:.1f} ({parts})" if row else "")
+            print(f"| {method} | " + " | ".join(cells) + " |")
+            scores = [rows[load]["score"] for load in sorted(rows)]
+            series[method] = (sorted(rows), scores, scores, scores)
         print(
-            f"\n### {model}\n\n| load | facts | method | efficacy | generalization | specificity | score | seconds | MB | norms | overlap |"
+            f"\n{model}: cost, and what explains the shares\n\n| load | facts | method | seconds | MB | norms | overlap |\n"
+            + "|---" * 7
+            + "|"
         )
-        print("|" + "---|" * 11)
-        by_load: dict[float, dict[str, Any]] = {}
-        for method, rows in kinds["batch"].items():
-            for load, row in rows.items():
-                by_load.setdefault(float(load), {})[method] = row
-            loads = sorted(map(float, rows))
-            scores = [by_load[load][method]["score"] for load in loads]
-            series[method] = (loads, scores, scores, scores)
-        for load, methods in sorted(by_load.items()):
-            for method, row in sorted(methods.items(), key=lambda item: -item[1]["score"]):
-                shares = " | ".join(f"{row[name]:.1f}" for name in ("efficacy", "generalization", "specificity", "score"))
+        for load, (method, rows) in itertools.product(loads, batch.items()):
+            if load in rows:
+                row = rows[load]
                 seconds = f"{row.get('targets_s', 0) + row.get('solve_s', 0):.0f}"
                 why = " | ".join(" ".join(f"{x:.2f}" for x in row.get(name, {}).values()) for name in ("norms", "overlap"))
-                print(f"| {load} | {row['facts']} | {method} | {shares} | {seconds} | {row['peak_mb']} | {why} |")
+                print(f"| {load} | {row['facts']} | {method} | {seconds} | {row['peak_mb']} | {why} |")
         place = path.with_name(f"{path.stem}-{model}{path.suffix}")
         x, y = "load = facts / (layers x d_ff)", "score (harmonic mean, %)"
         fs.curves(series, x_label=x, y_label=y, title=f"{model}: facts written in one batch", log_x=True, path=place)

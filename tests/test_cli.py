@@ -612,6 +612,7 @@ def test_second_moments_of_a_workspace(run: Run, model: Path, tmp_path: Path) ->
         (["--texts", "nowhere.txt", "--out", "kept"], "cannot read nowhere.txt"),
         (["--texts", "latin.txt", "--out", "kept"], "UTF-8"),
         (["--texts", "empty.txt", "--out", "kept"], "no text"),
+        (["--layer", "1", "--out", "empty.txt"], "cannot write into empty.txt"),
         (["--layer", "9", "--out", "kept"], "layers 0 to 2"),
         (["--layer", "1"], "name a folder with --out"),
         (["--max-tokens", "0", "--out", "kept"], "at least 1"),

@@ -37,7 +37,7 @@ def test_prompts_are_filled_in() -> None:
         ({"target": ""}, "target is empty"),
         ({"prompt": "no slot"}, "prompt has 0 slots"),
         ({"prompt": "{} and {}"}, "prompt has 2 slots"),
-        ({"prompt": 3}, "prompt input should be a valid string"),
+        ({"prompt": 3}, "prompt is 3; expected text"),
         ({"target_true": " b "}, "must differ"),
         ({"paraphrases": "one text"}, "paraphrases"),
         ({"neighbours": [{"prompt": "x", "answer": "y"}]}, "neighbours.0.answer"),
@@ -112,3 +112,19 @@ def test_a_file_gets_the_permissions_of_a_new_file(tmp_path: Path) -> None:
     (tmp_path / "plain").write_bytes(b"")
     write_file(tmp_path / "ours", b"")
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("- {subject: A, prompt: '{} is', target: x, target: y}", "'target' is given twice"),
+        ("- {subject: A, prompt: '{} is', target: yes}", "target is True; expected text .in quotes"),
+        ("- {subject: A, prompt: '{} is', neighbors: [x]}", "unknown 'neighbors', no target; expected"),
+        ("- {subject: A, prompt: '{} is', target: x, paraphrases: abc}", "paraphrases is 'abc'; expected a list"),
+    ],
+)
+def test_entries_are_refused_with_what_was_given(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "facts.yaml"
+    path.write_text(text)
+    with pytest.raises(FactError, match=words):
+        FactFile.read(path)

@@ -21,6 +21,7 @@ import math
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -492,6 +493,8 @@ def moments(
 
         wanted = sorted(set(layer)) if layer else list(MemitConfig.recommended(lm).layers or ())
         folder = out or (None if bench is None else bench.ledger.folder / "moments")
+        if out is not None:
+            _check_folder(out)
         if folder is None and (corpus or len(kept_moments(lm, wanted)) < len(wanted)):
             raise InputError("there is nowhere to write what is computed; name a folder with --out, or a workspace with --workspace")
         find = partial(find_moments, lm) if bench is None else bench.find_moments
@@ -548,9 +551,9 @@ def patch(
         Path | None,
         typer.Option(metavar="DIR", help="Second moments that `factsmith moments` wrote.", show_default="those kept, or computed"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the contexts the model writes.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=_LARGEST_SEED, help="Of the contexts the model writes.")] = 0,
     message: Annotated[str, typer.Option("--message", "-m", help="One line for the log.", show_default="the facts")] = "",
-    force: Annotated[bool, typer.Option("--force", help="Write also what the model says already.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write also what the model says already, and keep what does not hold.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Solve and measure, but keep nothing.")] = False,
     workspace: Where = None,
     device: Device = None,
@@ -925,6 +928,16 @@ def _value(text: str) -> Any:
         except ValueError:
             continue
     return text
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises InputError unless files can be put into a folder, which is made if need be: before the work, not after it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write into {folder}: {error.strerror}; name a folder that can be written with --out") from None
 
 
 def _paragraphs(files: Sequence[Path]) -> Iterator[str]:

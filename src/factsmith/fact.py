@@ -120,8 +120,14 @@ class Fact(_Fact):
             raise FactError(f"a fact is a mapping of fields; got {type(fields).__name__}")
         try:
             return cls(**{str(k): v for k, v in fields.items()})
-        except TypeError as error:
-            raise FactError(f"fact: {str(error).split('() ')[-1]}; expected subject, prompt and target, and nothing unknown") from None
+        except TypeError:
+            known = [field.name for field in dataclasses.fields(cls)]
+            strange = [f"unknown {key!r}" for key in fields if str(key) not in known]
+            missing = [f"no {name}" for name in ("subject", "prompt", "target") if name not in fields]
+            raise FactError(
+                f"fact: {', '.join(strange + missing)}; expected subject, prompt and target (null: to be forgotten), and some of "
+                f"{', '.join(name for name in known if name not in ('subject', 'prompt', 'target'))}"
+            ) from None
 
 
 def listed(facts: Fact | Iterable[Fact]) -> list[Fact]:
@@ -130,6 +136,19 @@ def listed(facts: Fact | Iterable[Fact]) -> list[Fact]:
     if not facts or not all(isinstance(fact, Fact) for fact in facts):
         raise InputError(f"expected a Fact or a list of at least one; got {[type(fact).__name__ for fact in facts]}")
     return facts
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain values only; a field given twice is an error, where the last would win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys differ."""
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice; leave one out", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 class FactFile:
@@ -141,7 +160,7 @@ class FactFile:
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8")
-            content = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+            content = json.loads(text) if path.suffix.lower() == ".json" else yaml.load(text, Loader=_Loader)
         except OSError as error:
             raise FactError(f"cannot read {path}: {error.strerror}; expected a YAML or JSON file of facts") from None
         except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -183,5 +202,9 @@ def _explain(error: pydantic.ValidationError, what: str) -> str:
     for item in error.errors():
         where = ".".join(str(p) for p in item["loc"]) or what
         message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "string_type":
+            message = f"is {item['input']!r}; expected text (in quotes, where it looks like a number, a date, or yes and no)"
+        elif item["type"] == "tuple_type":
+            message = f"is {item['input']!r}; expected a list"
         parts.append(f"{where} {message[0].lower() + message[1:]}" if message else where)
     return f"{what}: " + "; ".join(parts)

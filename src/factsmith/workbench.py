@@ -388,7 +388,8 @@ def settings(
     places = {"layer", "layers"} & {field.name for field in dataclasses.fields(kind)}
     known = {field.name for field in dataclasses.fields(kind)} - places
     if unknown := sorted(set(changes or {}) - known):
-        raise InputError(f"{method} has no setting {', '.join(unknown)}; expected some of {', '.join(sorted(known))}")
+        where = "; layers are not set but named: --layer" if {"layer", "layers"} & set(unknown) else ""
+        raise InputError(f"{method} has no setting {', '.join(unknown)}; expected some of {', '.join(sorted(known))}{where}")
     values: dict[str, Any] = {**({} if paper else dict.fromkeys(places)), **(changes or {})}
     config = dataclasses.replace(published_settings(lm, method)[0] if paper else kind.recommended(lm), **values)
     return config.at(layers) if layers else config

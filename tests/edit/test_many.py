@@ -349,3 +349,40 @@ def test_recommended_settings_hold_without_tuning(name: str, method: str, least:
     noise = {layer: torch.randn(left.shape, generator=torch.Generator().manual_seed(0)) for layer, (left, _) in delta.layers.items()}
     random = {layer: (noise[layer] * left.norm() / noise[layer].norm(), right) for layer, (left, right) in delta.layers.items()}
     assert max(shares(dataclasses.replace(delta, layers=random))[:2]) < 0.2
+
+
+def test_targets_are_those_of_the_facts_and_of_the_place() -> None:
+    lm = model("gpt2")
+    config = MemitConfig((0, 1), **SEARCH)  # type: ignore[arg-type]
+    found = find_targets(lm, FACTS, 1, config, CONTEXTS, site="stream")
+    moments = moments_of(lm)
+
+    def write(facts: list[Fact], config: MemitConfig, targets: object = found) -> Delta:
+        return memit(lm, facts, config, moments=moments, contexts=CONTEXTS, targets=targets)  # type: ignore[arg-type]
+
+    assert torch.equal(write(FACTS, config).v_star, found.v_star)
+    for facts, changed, targets, words in (
+        (FACTS[::-1], config, found, "another order"),
+        (FACTS[:2], config, found, "those of 3 other facts"),
+        (FACTS, dataclasses.replace(config, layers=(0,)), found, "at layer 1; expected .* at layer 0"),
+        (FACTS, config, find_targets(lm, FACTS, 1, config, CONTEXTS), 'site "ffn"'),
+        (FACTS, config, 5, "got int"),
+    ):
+        with pytest.raises(InputError, match=words):
+            write(facts, changed, targets)
+
+
+def test_arguments_of_another_kind_are_refused_in_words() -> None:
+    lm = model("gpt2")
+    moments, config = moments_of(lm), CONFIGS["memit"]
+    for changes, words in (
+        ({"config": RomeConfig(layer=1)}, "memit takes a MemitConfig; got RomeConfig"),
+        ({"earlier": [1]}, "got int"),
+        ({"earlier": 1}, "expected the deltas"),
+        ({"moments": None}, "got NoneType"),
+    ):
+        with pytest.raises(InputError, match=words):
+            memit(lm, FACTS, **{"config": config, "moments": moments, "contexts": CONTEXTS, **changes})
+    first = memit(lm, FACTS[:1], config, moments=moments, contexts=CONTEXTS)  # type: ignore[arg-type]
+    alone, listed = (memit(lm, FACTS[1:], config, moments=moments, contexts=CONTEXTS, earlier=e) for e in (first, [first]))  # type: ignore[arg-type]
+    assert torch.equal(alone.dense(1), listed.dense(1))

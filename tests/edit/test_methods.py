@@ -153,7 +153,8 @@ def test_memit_agrees_with_the_reference_implementation(golden_many: Callable[[s
         assert relative(left, g["tensors"][f"h.{layer}.resid"].float()) < 1e-3
         assert relative(delta.dense(layer).T, g["tensors"][f"h.{layer}.delta"]) < 1e-3
     # The controls: PMET's spread, and GPT-J's weight instead of GPT-2 XL's, are something else.
-    targets = Targets(**dict.fromkeys(("v_star", "v_initial", "k_star", "k_prompt", "ffn_initial"), delta.v_star), convergence=({},) * 10)
+    tensors = dict.fromkeys(("v_star", "v_initial", "k_star", "k_prompt", "ffn_initial"), delta.v_star)
+    targets = Targets(**tensors, convergence=({},) * 10, facts=tuple(g["facts"]), layer=max(delta.layers), site="stream")
     for changes in ({"spread": "sqrt"}, {"moment_weight": 15_000}):
         other = memit(
             g["lm"], g["facts"], dataclasses.replace(g["config"], **changes), moments=g["moments"], contexts=g["contexts"], targets=targets

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from ..checks import check_items
 from ..errors import InputError, LayerError
 from ..fact import Fact, listed
 from ..model.load import LanguageModel
@@ -252,8 +253,8 @@ class EmmetConfig(SpreadConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ridge != 0:
-            _check_positive("ridge", self.ridge)
+        if self.ridge != 0 or isinstance(self.ridge, bool):
+            _check_positive("ridge (or exactly 0)", self.ridge)
 
     def for_facts(self, count: int, n_layers: int) -> Self:
         """λ is filled in as in SpreadConfig, divided by the ridge."""
@@ -457,12 +458,23 @@ METHODS: dict[str, tuple[Callable[..., Delta], type[EditConfig]]] = {
 """Every editor by its name, with the class of its settings."""
 
 
+def _checked(config: EditConfig | None, method: str, earlier: Sequence[Delta]) -> list[Delta]:
+    """The earlier deltas as a list; raises InputError for anything else, and for the settings of another method."""
+    kind = METHODS[method][1]
+    if config is not None and not isinstance(config, kind):
+        raise InputError(f"{method} takes a {kind.__name__}; got {type(config).__name__}")
+    deltas = [earlier] if isinstance(earlier, Delta) else check_items(earlier, "earlier", "the deltas that are in the model already")
+    if wrong := [type(delta).__name__ for delta in deltas if not isinstance(delta, Delta)]:
+        raise InputError(f"earlier are the deltas that are in the model already; got {wrong[0]}")
+    return deltas
+
+
 def _distinct(facts: Sequence[Fact]) -> list[Fact]:
     """Each fact once; raises InputError for two targets of one prompt, which would be averaged to something nobody asked for."""
     found: dict[str, Fact] = {}
     for fact in facts:
         first = found.setdefault(fact.text, fact)
-        if first.target != fact.target:
+        if (first.target and first.target.strip()) != (fact.target and fact.target.strip()):
             raise InputError(
                 f"two targets for one prompt: {fact.text!r} is to be continued by {first.target!r} and by {fact.target!r}; leave one out"
             )
@@ -505,7 +517,7 @@ def _one_by_one(
     earlier: Sequence[Delta],
     progress: Progress | None,
 ) -> Delta:
-    facts = _distinct(listed(facts))
+    facts, earlier = _distinct(listed(facts)), _checked(config, method, earlier)
     layer, config, moment, contexts = _prepare(lm, config, moments, contexts, seed, bool(earlier))
     fingerprint = lm.fingerprint
     deltas: list[Delta] = []
@@ -537,13 +549,15 @@ def _prepare(
 
 def _moments_of(lm: LanguageModel, moments: Moments, layers: Sequence[int], edited: bool) -> dict[int, SecondMoment]:
     """The second moment of every layer; raises InputError when one is missing, FingerprintError when it is another model's or layer's."""
+    if not isinstance(moments, (SecondMoment, Mapping)):
+        raise InputError(f"moments are a SecondMoment, or those of the layers by number; got {type(moments).__name__}: see second_moments")
     held = {layers[0]: moments} if isinstance(moments, SecondMoment) and len(layers) == 1 else moments
     if isinstance(held, SecondMoment) or (missing := [layer for layer in layers if layer not in held]):
         given = "one matrix" if isinstance(held, SecondMoment) else f"layers {sorted(held)}"
         missing = list(layers) if isinstance(held, SecondMoment) else missing
         raise InputError(
             f"no second moment for layer {', '.join(map(str, missing))}; got {given}: "
-            f"compute it with second_moments(lm, texts, {missing}) or load a saved one"
+            f"compute it with `factsmith moments` or second_moments(lm, texts, {missing}), or load a saved one"
         )
     for layer in layers:
         held[layer].check(lm, layer, edited=edited)
@@ -598,15 +612,15 @@ def _all_at_once(
     progress: Progress | None,
 ) -> Delta:
     """The editors of the MEMIT family: targets once, then layer by layer what is still missing; repaired as often as the settings say."""
-    facts = _distinct(listed(facts))
+    facts, earlier = _distinct(listed(facts)), _checked(config, method, earlier)
     layers = config.layers or type(config).recommended(lm).layers
     assert layers is not None
     for layer in layers:
         check_layer(lm, layer)
     held = _moments_of(lm, moments, layers, bool(earlier))
     contexts = generate_openings(lm, seed) if contexts is None else list(contexts)
-    if given is not None and len(given.v_star) != len(facts):
-        raise InputError(f"targets for {len(given.v_star)} facts were given with {len(facts)} facts; expected one for each, in their order")
+    if given is not None:
+        _check_targets(given, facts, layers[-1])
     config = config.for_facts(len(facts) + sum(len(delta.facts) for delta in earlier if set(delta.layers) & set(layers)), len(layers))
     fingerprint, last = lm.fingerprint, layers[-1]
     kept = {layer: _keys_kept(earlier, layer) for layer in layers}
@@ -652,6 +666,22 @@ def _all_at_once(
         config={**dataclasses.asdict(config), "layers": list(layers), "norm_anchor": anchor, "contexts": contexts},
         convergence=_with_shared_keys(convergence, facts, keys, held),
     )
+
+
+def _check_targets(given: Targets, facts: Sequence[Fact], layer: int) -> None:
+    """Raises InputError unless the targets are those of these facts, in their order, in the stream after a layer."""
+    if not isinstance(given, Targets):
+        raise InputError(f"targets are what find_targets gives; got {type(given).__name__}")
+    if (given.layer, given.site) != (layer, "stream"):
+        raise InputError(
+            f'the targets are of site "{given.site}" at layer {given.layer}; expected "stream" at layer {layer}, the last that is edited: '
+            f'find_targets(lm, facts, {layer}, config, contexts, site="stream")'
+        )
+    if [(f.text, f.subject, f.target) for f in given.facts] != [(f.text, f.subject, f.target) for f in facts]:
+        raise InputError(
+            f"the targets are those of {len(given.facts)} other facts, or in another order; expected one for each of the {len(facts)} "
+            "facts given, each prompt once"
+        )
 
 
 def _write(

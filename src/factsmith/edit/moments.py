@@ -42,6 +42,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ..checks import check_items
 from ..errors import DamagedError, FingerprintError, InputError, LayerError, NumericsError, UnsupportedModelError, WorkspaceError
 from ..files import write_file
 from ..model.load import LanguageModel
@@ -115,7 +116,7 @@ class SecondMoment:
         if not edited and self.fingerprint and self.fingerprint != lm.fingerprint:
             raise FingerprintError(
                 f"the second moment was computed from a model with fingerprint {self.fingerprint[:12]}; {lm.name} has "
-                f"{lm.fingerprint[:12]} now: compute it again with second_moments"
+                f"{lm.fingerprint[:12]} now: compute it again with `factsmith moments` or second_moments"
             )
         if layer is None:
             return
@@ -284,7 +285,7 @@ def second_moments(
 
 def _checked(lm: LanguageModel, layers: Iterable[int], max_tokens: float | None, dtype: torch.dtype | None) -> list[int]:
     """The layers in order, each once; raises what `second_moments` says about its arguments."""
-    layers = sorted(set(layers))
+    layers = sorted(set(check_items(layers, "layers", "numbers of layers, such as [3, 4]")))
     if not layers:
         raise InputError("second_moments needs at least one layer; got none")
     for layer in layers:

@@ -82,6 +82,8 @@ class Targets:
     k_prompt     (n, d_ff) its input on the bare prompt
     ffn_initial  (n, d_model) what the down-projection puts out on the bare prompt: v_initial, unless that is the layer's
     convergence  for each fact {steps, loss, nll, kl, norm (‖δ‖), limit (the clamp), stopped: "loss" or "steps"}
+    facts        the facts, in their order
+    layer, site  where: at a layer's "ffn", or in the "stream" after it
     """
 
     v_star: Tensor
@@ -90,6 +92,9 @@ class Targets:
     k_prompt: Tensor
     ffn_initial: Tensor
     convergence: tuple[dict[str, Any], ...]
+    facts: tuple[Fact, ...]
+    layer: int
+    site: Site
 
 
 _TENSORS = ("v_star", "v_initial", "k_star", "k_prompt", "ffn_initial")
@@ -142,6 +147,9 @@ def find_targets(
     return Targets(
         **{name: torch.stack([getattr(t, name) for t in each]) for name in _TENSORS},
         convergence=tuple(t.convergence[0] for t in each),
+        facts=tuple(facts),
+        layer=layer,
+        site=site,
     )
 
 
@@ -497,6 +505,9 @@ def _search(questions: Sequence[_Question], lm: LanguageModel, layer: int, confi
         k_prompt=keys[:, bare],
         ffn_initial=ffn_initial,
         convergence=tuple(convergence),
+        facts=tuple(question.fact for question in questions),
+        layer=layer,
+        site=site,
     )
 
 
