@@ -147,8 +147,8 @@ class SpreadConfig(EditConfig):
     rounds do not grow on those of earlier ones. None, the authors' setting, leaves it."""
     moment_weight: float | None = None
     """λ, how many tokens of ordinary text stand against each fact. None: ten for each fact in a layer, since the more facts are written,
-    the more of what one of them asks for is the others' noise. On the atlas, three layers, by harmonic mean: 9 facts take λ = 30, 92 facts
-    300 and 307 facts 1,000."""
+    the more of what one of them asks for is the others' noise, and at most as many as the layer has neurons. On the atlas, three layers of
+    1,024, by harmonic mean: 9 facts take λ = 30, 92 facts 300 and 307 facts 1,000."""
     repair: int = 0
     """How often facts that did not take get a new target on the edited model and are written again, while those that did are kept
     (UnderEdit, https://arxiv.org/abs/2503.11895). 0 is the authors' single pass."""
@@ -216,9 +216,11 @@ class SpreadConfig(EditConfig):
             "repair": 4,
         }
 
-    def for_facts(self, count: int, n_layers: int) -> Self:
-        """The settings for a model that holds `count` facts, new and earlier, in `n_layers` layers: λ filled in if it is left open."""
-        return self if self.moment_weight is not None else dataclasses.replace(self, moment_weight=10.0 * count / n_layers)
+    def for_facts(self, count: int, n_layers: int, d_ff: int) -> Self:
+        """The settings for `count` facts, new and earlier, in `n_layers` layers of `d_ff` neurons: λ filled in if it is left open."""
+        return (
+            self if self.moment_weight is not None else dataclasses.replace(self, moment_weight=min(10.0 * count / n_layers, float(d_ff)))
+        )
 
     @abstractmethod
     def update(self, keys: Tensor, residuals: Tensor, moment: SecondMoment, earlier: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -256,11 +258,13 @@ class EmmetConfig(SpreadConfig):
         if self.ridge != 0 or isinstance(self.ridge, bool):
             _check_positive("ridge (or exactly 0)", self.ridge)
 
-    def for_facts(self, count: int, n_layers: int) -> Self:
+    def for_facts(self, count: int, n_layers: int, d_ff: int) -> Self:
         """λ is filled in as in SpreadConfig, divided by the ridge."""
         if self.moment_weight is not None:
             return self
-        return dataclasses.replace(self, moment_weight=10.0 * count / n_layers / (self.ridge or 1.0))
+        filled = super().for_facts(count, n_layers, d_ff)
+        assert filled.moment_weight is not None
+        return dataclasses.replace(filled, moment_weight=filled.moment_weight / (self.ridge or 1.0))
 
     @classmethod
     def scale_free(cls) -> dict[str, Any]:
@@ -297,9 +301,9 @@ class AlphaEditConfig(SpreadConfig):
             if self.moment_weight is not None:
                 raise InputError(f"AlphaEdit takes an l2 or a moment_weight, the other None; got {self.l2!r} and {self.moment_weight!r}")
 
-    def for_facts(self, count: int, n_layers: int) -> Self:
+    def for_facts(self, count: int, n_layers: int, d_ff: int) -> Self:
         """λ is filled in as in SpreadConfig where there is no l2."""
-        return self if self.l2 is not None else super().for_facts(count, n_layers)
+        return self if self.l2 is not None else super().for_facts(count, n_layers, d_ff)
 
     @classmethod
     def scale_free(cls) -> dict[str, Any]:
@@ -621,7 +625,8 @@ def _all_at_once(
     contexts = generate_openings(lm, seed) if contexts is None else list(contexts)
     if given is not None:
         _check_targets(given, facts, layers[-1])
-    config = config.for_facts(len(facts) + sum(len(delta.facts) for delta in earlier if set(delta.layers) & set(layers)), len(layers))
+    count = len(facts) + sum(len(delta.facts) for delta in earlier if set(delta.layers) & set(layers))
+    config = config.for_facts(count, len(layers), lm.ffn[layers[0]].d_ff)
     fingerprint, last = lm.fingerprint, layers[-1]
     kept = {layer: _keys_kept(earlier, layer) for layer in layers}
     anchor = _anchor(config, earlier)
