@@ -12,11 +12,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .edit.contexts import generate_contexts
+    from .edit.contexts import generate_contexts, generate_openings
     from .edit.delta import Delta, applied
     from .edit.methods import AlphaEditConfig, EmmetConfig, MemitConfig, RomeConfig, alphaedit, emmet, memit, r_rome, rome, rome_each
     from .edit.moments import SecondMoment, second_moments
     from .edit.neurons import erase, rewrite
+    from .edit.target import Targets, find_targets
     from .errors import (
         DamagedError,
         FactError,
@@ -52,10 +53,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "edit.delta": "Delta applied",
-    "edit.contexts": "generate_contexts",
+    "edit.contexts": "generate_contexts generate_openings",
     "edit.methods": "AlphaEditConfig EmmetConfig MemitConfig RomeConfig alphaedit emmet memit r_rome rome rome_each",
     "edit.moments": "SecondMoment second_moments",
     "edit.neurons": "erase rewrite",
+    "edit.target": "Targets find_targets",
     "errors": (
         "DamagedError FactError FactsmithError FingerprintError InputError LayerError LedgerError "
         "ModelError ModelNotFoundError NumericsError RevisionError SubjectError TokenizerError UnsupportedModelError WorkspaceError"
@@ -113,6 +115,7 @@ __all__ = [
     "RomeConfig",
     "SecondMoment",
     "SubjectError",
+    "Targets",
     "TokenizerError",
     "UnsupportedModelError",
     "Verification",
@@ -132,7 +135,9 @@ __all__ = [
     "emmet",
     "erase",
     "find_moments",
+    "find_targets",
     "generate_contexts",
+    "generate_openings",
     "heat_map",
     "intervene",
     "knowledge_neurons",
