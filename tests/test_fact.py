@@ -78,6 +78,11 @@ def test_a_bare_list_is_a_fact_file_too(tmp_path: Path) -> None:
         ("just text", "holds no facts"),
         ("facts:\n- subject: a\n  prompt: '{} is'\n  target: b\n- subject: c\n", "entry 2"),
         ("!!python/object/apply:os.getcwd []", "not valid YAML"),
+        ("- {[subject]: A, prompt: '{} is', target: x}", "not valid YAML"),
+        ("- {subject: A, prompt: '{} is', target: x, target: y}", "'target' is given twice"),
+        ("- {subject: A, prompt: '{} is', target: yes}", "target is True; expected text .in quotes"),
+        ("- {subject: A, prompt: '{} is', neighbors: [x]}", "unknown 'neighbors', no target; expected"),
+        ("- {subject: A, prompt: '{} is', target: x, paraphrases: abc}", "paraphrases is 'abc'; expected a list"),
     ],
 )
 def test_an_unusable_file_is_refused_by_name(tmp_path: Path, text: str, words: str) -> None:
@@ -112,19 +117,3 @@ def test_a_file_gets_the_permissions_of_a_new_file(tmp_path: Path) -> None:
     (tmp_path / "plain").write_bytes(b"")
     write_file(tmp_path / "ours", b"")
     assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("- {subject: A, prompt: '{} is', target: x, target: y}", "'target' is given twice"),
-        ("- {subject: A, prompt: '{} is', target: yes}", "target is True; expected text .in quotes"),
-        ("- {subject: A, prompt: '{} is', neighbors: [x]}", "unknown 'neighbors', no target; expected"),
-        ("- {subject: A, prompt: '{} is', target: x, paraphrases: abc}", "paraphrases is 'abc'; expected a list"),
-    ],
-)
-def test_entries_are_refused_with_what_was_given(tmp_path: Path, text: str, words: str) -> None:
-    path = tmp_path / "facts.yaml"
-    path.write_text(text)
-    with pytest.raises(FactError, match=words):
-        FactFile.read(path)

@@ -145,6 +145,8 @@ class _Loader(yaml.SafeLoader):
         """A mapping whose keys differ."""
         seen: set[Any] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # no name of a field; refused below
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice; leave one out", key.start_mark)
             seen.add(key.value)
