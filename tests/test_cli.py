@@ -524,7 +524,7 @@ def test_ctrl_c_in_the_middle_of_a_patch(
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     run("init", model, "space")
     with monkeypatch.context() as patching:
-        patching.setitem(workbench.METHODS, "rome", (solve, RomeConfig))
+        patching.setitem(METHODS, "rome", (solve, RomeConfig))
         done = run("patch", "-w", "space", *FACT)
     assert reached and done.code == 130 and done.out == ""
     assert done.err.startswith("interrupted: ") and "Traceback" not in done.err

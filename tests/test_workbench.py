@@ -283,7 +283,7 @@ def test_two_workbenches_on_one_workspace(lm: LanguageModel, tmp_path: Path) -> 
 
 
 POINTS: dict[str, Callable[[pytest.MonkeyPatch, Callable[..., Any]], None]] = {
-    "solving": lambda m, bomb: m.setitem(workbench.METHODS, "rome", (bomb, RomeConfig)),
+    "solving": lambda m, bomb: m.setitem(METHODS, "rome", (bomb, RomeConfig)),
     "inside the solver": lambda m, bomb: m.setattr("factsmith.edit.methods.find_targets", bomb),
     "sampling": lambda m, bomb: m.setattr(workbench, "own_text", bomb),
     "moments": lambda m, bomb: m.setattr(workbench, "second_moments", bomb),

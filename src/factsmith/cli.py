@@ -495,20 +495,23 @@ def moments(
         folder = out or (None if bench is None else bench.ledger.folder / "moments")
         if out is not None:
             _check_folder(out)
-        if folder is None and (corpus or len(kept_moments(lm, wanted)) < len(wanted)):
-            raise InputError("there is nowhere to write what is computed; name a folder with --out, or a workspace with --workspace")
-        find = partial(find_moments, lm) if bench is None else bench.find_moments
-        found = find(
-            wanted,
-            folder=folder,
-            texts=corpus,
-            max_tokens=max_tokens,
-            dtype=torch.bfloat16 if bf16 else None,
-            checkpoint=None if folder is None else folder / "unfinished.safetensors",
-            packed=packed,
-            seed=seed,
-            progress=tell,
-        )
+        if folder is None:
+            found = {} if corpus else kept_moments(lm, wanted)
+            if len(found) < len(wanted):
+                raise InputError("there is nowhere to write what is computed; name a folder with --out, or a workspace with --workspace")
+        else:
+            find = partial(find_moments, lm) if bench is None else bench.find_moments
+            found = find(
+                wanted,
+                folder=folder,
+                texts=corpus,
+                max_tokens=max_tokens,
+                dtype=torch.bfloat16 if bf16 else None,
+                checkpoint=folder / "unfinished.safetensors",
+                packed=packed,
+                seed=seed,
+                progress=tell,
+            )
     rows = [
         {"layer": number, "d_ff": m.d_ff, "tokens": m.count, "split_half": m.split_half, "excess": m.excess, "corpus": m.corpus}
         for number, m in sorted(found.items())

@@ -33,9 +33,9 @@ from torch import Tensor
 
 from .edit.contexts import generate_contexts
 from .edit.delta import Delta, applied, patched, read_weights, write_weights
-from .edit.methods import METHODS, MemitConfig, RomeConfig, SpreadConfig, rome_each, shipped
+from .edit.methods import MemitConfig, RomeConfig, SpreadConfig, editor, rome_each, shipped
 from .edit.methods import by_depth as by_depth_several
-from .edit.moments import TOKENS_PER_NEURON, SecondMoment, second_moments
+from .edit.moments import SecondMoment, enough_tokens, second_moments
 from .edit.presets import published as published_settings
 from .edit.sample import own_text
 from .edit.solve import disturbance
@@ -380,11 +380,9 @@ def settings(
     paper: change those published for a model of this shape instead, whose layers they bring. Else layers that are not given stay open, for
     `propose` to choose. Raises InputError for an unknown method or setting, or where nothing was published; LayerError.
     """
-    if method not in METHODS:
-        raise InputError(f"no method {method!r}; expected one of {', '.join(METHODS)}")
+    _, kind = editor(method)
     if not layers and not changes and not paper:
         return None
-    kind = METHODS[method][1]
     places = {"layer", "layers"} & {field.name for field in dataclasses.fields(kind)}
     known = {field.name for field in dataclasses.fields(kind)} - places
     if unknown := sorted(set(changes or {}) - known):
@@ -420,7 +418,7 @@ def find_moments(
     found = kept_moments(lm, layers, folder) if texts is None else {}
     missing = [layer for layer in layers if layer not in found]
     if missing:
-        limit = max_tokens or _enough(lm, missing)
+        limit = max_tokens or enough_tokens(lm, [check_layer(lm, layer) for layer in missing])
         computed = second_moments(
             lm,
             _own_text(lm, limit, seed, progress) if texts is None else texts,
@@ -577,10 +575,9 @@ class Workbench:
         """
         self._check_weights()
 
-        if moments is not None:
-            with self._carrying([]):  # they are of the base weights, which only now are there to compare
-                for layer, moment in moments.items() if isinstance(moments, Mapping) else ((None, moments),):
-                    moment.check(self.lm, layer)
+        for layer, moment in moments.items() if isinstance(moments, Mapping) else ((None, moments),):
+            if moment is not None:
+                moment.check(self.lm, layer, base=self.ledger.fingerprint)
 
         def find(layers: Sequence[int]) -> Mapping[int, SecondMoment]:
             return self.find_moments(layers, texts=texts, seed=seed, progress=progress)
@@ -849,11 +846,7 @@ def _propose(
 
     state: the deltas that the model carries.
     """
-    if method not in METHODS:
-        raise InputError(f"no method {method!r}; expected one of {', '.join(METHODS)}")
-    solver, kind = METHODS[method]
-    if config is not None and not isinstance(config, kind):
-        raise InputError(f"{method} takes a {kind.__name__}; got {type(config).__name__}")
+    solver, kind = editor(method, config)
     _check_dense(lm)
     found = plan(lm, facts)
     wanted = [entry.fact for entry in found.entries if force or not entry.known]
@@ -952,7 +945,7 @@ def _recommend(
         if own_words:
             held.update(kept_moments(lm, [layer for layer in group if layer not in held], folder))
         if missing := [layer for layer in group if layer not in held]:
-            limit = _enough(lm, missing)
+            limit = enough_tokens(lm, missing)
             texts = _own_text(lm, limit, seed, progress) if texts is None else texts
             new = second_moments(lm, texts, missing, progress=lambda done: _tell(progress, "second moments", done, limit))
             held.update(new)
@@ -1028,11 +1021,6 @@ def kept_moments(lm: LanguageModel, layers: Iterable[int], folder: str | os.Path
         if moment is not None:
             found[layer] = moment
     return found
-
-
-def _enough(lm: LanguageModel, layers: Sequence[int]) -> int:
-    """How many tokens the second moments of these layers are computed from."""
-    return TOKENS_PER_NEURON * max(lm.ffn[check_layer(lm, layer)].d_ff for layer in layers)
 
 
 def _own_text(lm: LanguageModel, n_tokens: float, seed: int, progress: Progress | None) -> list[str]:

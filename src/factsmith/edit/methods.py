@@ -462,11 +462,19 @@ METHODS: dict[str, tuple[Callable[..., Delta], type[EditConfig]]] = {
 """Every editor by its name, with the class of its settings."""
 
 
-def _checked(config: EditConfig | None, method: str, earlier: Sequence[Delta]) -> list[Delta]:
-    """The earlier deltas as a list; raises InputError for anything else, and for the settings of another method."""
-    kind = METHODS[method][1]
+def editor(method: str, config: object = None) -> tuple[Callable[..., Delta], type[EditConfig]]:
+    """An editor by its name, and the class of its settings; raises InputError for an unknown name, or for settings of another class."""
+    if method not in METHODS:
+        raise InputError(f"no method {method!r}; expected one of {', '.join(METHODS)}")
+    solver, kind = METHODS[method]
     if config is not None and not isinstance(config, kind):
         raise InputError(f"{method} takes a {kind.__name__}; got {type(config).__name__}")
+    return solver, kind
+
+
+def _checked(config: EditConfig | None, method: str, earlier: Sequence[Delta]) -> list[Delta]:
+    """The earlier deltas as a list; raises InputError for anything else, and for the settings of another method."""
+    editor(method, config)
     deltas = [earlier] if isinstance(earlier, Delta) else check_items(earlier, "earlier", "the deltas that are in the model already")
     if wrong := [type(delta).__name__ for delta in deltas if not isinstance(delta, Delta)]:
         raise InputError(f"earlier are the deltas that are in the model already; got {wrong[0]}")
@@ -488,11 +496,6 @@ def _distinct(facts: Sequence[Fact]) -> list[Fact]:
 SHARED_KEY = 0.95
 """Cosine of two keys under C⁻¹ from which the result says that they are nearly one. On the atlas models keys of different subjects stay
 below it, but for such as North and South Korea; one subject in different prompts has 0.4 to 0.999; where it begins the prompt, 1."""
-
-
-_REACHED = 1.0
-"""Nats: a target that the search left with less probability than 1/e is not to be had at this site, and asking again for it would only cost
-what the other facts and the model hold."""
 
 
 def _with_shared_keys(
@@ -564,7 +567,7 @@ def _moments_of(lm: LanguageModel, moments: Moments, layers: Sequence[int], edit
             f"compute it with `factsmith moments` or second_moments(lm, texts, {missing}), or load a saved one"
         )
     for layer in layers:
-        held[layer].check(lm, layer, edited=edited)
+        held[layer].check(lm, layer, base="" if edited else None)
     return {layer: held[layer] for layer in layers}
 
 
@@ -603,6 +606,11 @@ def _deltas(
     return deltas
 
 
+_REACHED = 1.0
+"""Nats: a target that the search left with less probability than 1/e is not to be had at this site, and asking again for it would only cost
+what the other facts and the model hold."""
+
+
 def _all_at_once(
     lm: LanguageModel,
     facts: Fact | Iterable[Fact],
@@ -636,8 +644,10 @@ def _all_at_once(
     written: list[Delta] = []
     for attempt in range(config.repair + 1):
         with applied(lm, written):
-            short = list(range(len(facts))) if wanted is None else _not_taken(lm, facts, contexts)
-            short = [i for i in short if convergence[i].get("nll", 0.0) < _REACHED]
+            if wanted is None:
+                short = list(range(len(facts)))
+            else:
+                short = [i for i in _not_taken(lm, facts, contexts) if convergence[i].get("nll", 0.0) < _REACHED]
             if not short:
                 break
             what = "targets" if wanted is None else f"targets, repair {attempt}"
@@ -652,7 +662,7 @@ def _all_at_once(
                 v_star = v_star - ffn + solve.anchored(ffn, anchor)
             for i, found in zip(short, targets.convergence, strict=True):
                 convergence[i] = {**found, "attempt": attempt + 1}
-            holding = [fact for i, fact in enumerate(facts) if i not in set(short)]
+            holding = [facts[i] for i in sorted(set(range(len(facts))) - set(short))]
             part = _write(lm, some, v_star, holding, config, method, layers, held, kept, contexts, fingerprint, progress)
             written.append(part)
             if wanted is None:

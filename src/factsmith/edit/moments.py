@@ -108,16 +108,18 @@ class SecondMoment:
         """Take E[m mᵀ] (d_ff, d_ff), already divided by `count`, computed elsewhere."""
         return cls(matrix=matrix, count=int(count), fingerprint=fingerprint, corpus=corpus, layer=layer)
 
-    def check(self, lm: LanguageModel, layer: int | None = None, *, edited: bool = False) -> None:
+    def check(self, lm: LanguageModel, layer: int | None = None, *, base: str | None = None) -> None:
         """Raises FingerprintError unless it was computed from this model, and from this layer of it; what is unknown is not asked.
 
-        edited: the model carries edits, and the matrix is of the model without them, so their fingerprints differ.
+        base: for a model that carries edits, the fingerprint of the model without them, which the matrix is of; "" when unknown.
         """
-        if not edited and self.fingerprint and self.fingerprint != lm.fingerprint:
-            raise FingerprintError(
-                f"the second moment was computed from a model with fingerprint {self.fingerprint[:12]}; {lm.name} has "
-                f"{lm.fingerprint[:12]} now: compute it again with `factsmith moments` or second_moments"
-            )
+        if self.fingerprint:  # a model's own fingerprint takes a pass over its weights
+            expected, which = (lm.fingerprint, "now") if base is None else (base, "without its edits")
+            if expected not in ("", self.fingerprint):
+                raise FingerprintError(
+                    f"the second moment was computed from a model with fingerprint {self.fingerprint[:12]}; {lm.name} has {expected[:12]} "
+                    f"{which}: compute it again with `factsmith moments` or second_moments"
+                )
         if layer is None:
             return
         if self.layer is not None and self.layer != layer:
@@ -242,7 +244,7 @@ def second_moments(
     DamagedError when it is not whole, WorkspaceError when it cannot be written, NumericsError when a state is not finite.
     """
     layers = _checked(lm, layers, max_tokens, dtype)
-    limit = TOKENS_PER_NEURON * max(lm.ffn[layer].d_ff for layer in layers) if max_tokens is None else max_tokens
+    limit = enough_tokens(lm, layers) if max_tokens is None else max_tokens
     fingerprint = lm.fingerprint
     sums = {layer: _Sum(lm.ffn[layer].d_ff) for layer in layers}
     settings = {"layers": str(layers), "max_tokens": str(limit), "batch_tokens": str(batch_tokens), "dtype": str(dtype)}
@@ -281,6 +283,11 @@ def second_moments(
     if kept is not None:
         kept.remove()
     return moments
+
+
+def enough_tokens(lm: LanguageModel, layers: Iterable[int]) -> int:
+    """How many tokens second moments are computed from when nobody says: TOKENS_PER_NEURON for each neuron of the widest layer."""
+    return TOKENS_PER_NEURON * max(lm.ffn[layer].d_ff for layer in layers)
 
 
 def _checked(lm: LanguageModel, layers: Iterable[int], max_tokens: float | None, dtype: torch.dtype | None) -> list[int]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..model.load import LanguageModel
-from .methods import METHODS, EditConfig
+from .methods import EditConfig, editor
 
 Shape = tuple[str, int, int]
 """Model type, number of layers, width of the stream."""
@@ -60,16 +60,15 @@ def published(lm: LanguageModel, method: str) -> tuple[EditConfig, str]:
 
     Raises InputError for an unknown method, or when none were published for such a model; the message names those that have some.
     """
-    if method not in METHODS:
-        raise InputError(f"no method {method!r}; expected one of {', '.join(METHODS)}")
+    _, kind = editor(method)
     text = lm.config.get_text_config(decoder=True)
     shape = (text.model_type, lm.n_layers, lm.d_model)
     table = PUBLISHED["rome" if method == "r-rome" else method]
     if shape not in table:
-        known = ", ".join(f"{kind} of {n_layers} x {width}" for kind, n_layers, width in table)
+        known = ", ".join(f"{family} of {n_layers} x {width}" for family, n_layers, width in table)
         raise InputError(
             f"no {method} settings were published for {lm.name} ({shape[0]}, {shape[1]} layers of width {shape[2]}), only for {known}; "
             "leave them out to use the recommended ones"
         )
     values, source = table[shape]
-    return METHODS[method][1](**values), source
+    return kind(**values), source

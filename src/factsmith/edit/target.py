@@ -12,7 +12,6 @@ Facts do not see one another: each has its own loss, clamp and early stop, and l
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from itertools import accumulate
@@ -132,21 +131,16 @@ def find_targets(
     if "{}" not in contexts:
         raise InputError('the contexts must include the bare prompt, "{}"; add it')
     questions = [_tokenize(lm, fact, contexts) for fact in facts]
-    found: dict[int, Targets] = {}
+    found: dict[int, tuple[Targets, int]] = {}
     for group in _batches([question.size for question in questions], lm, layer, _memory(lm) if memory is None else memory):
         part = _search([questions[i] for i in group], lm, layer, config, contexts.index("{}"), site)
-        for row, i in enumerate(group):
-            found[i] = dataclasses.replace(
-                part,
-                **{name: getattr(part, name)[row] for name in _TENSORS},
-                convergence=(part.convergence[row],),
-            )
+        found.update((i, (part, row)) for row, i in enumerate(group))
         if progress is not None:
             progress(len(found))
     each = [found[i] for i in range(len(facts))]
     return Targets(
-        **{name: torch.stack([getattr(t, name) for t in each]) for name in _TENSORS},
-        convergence=tuple(t.convergence[0] for t in each),
+        **{name: torch.stack([getattr(part, name)[row] for part, row in each]) for name in _TENSORS},
+        convergence=tuple(part.convergence[row] for part, row in each),
         facts=tuple(facts),
         layer=layer,
         site=site,
@@ -184,7 +178,7 @@ def to_down(lm: LanguageModel, facts: Sequence[Fact], layer: int, change: Tensor
     found: dict[int, Tensor] = {}
     for group in lm.groups([len(ids) for ids in sequences]):
         batch = align(lm, [sequences[i] for i in group], [len(sequences[i]) - 1 for i in group])
-        replay = record(lm, batch, start=batch.pivot)
+        replay = record(lm, batch, start=batch.pivot, until=layer + 1, top=layer + 1)
         wanted = replay.hidden[layer + 1][:, 0].float() + change[group].to(replay.hidden[layer + 1].device, torch.float32)
         added = change[group].clone().to(wanted).requires_grad_()
         search = torch.optim.LBFGS([added], max_iter=_PRE_NORM_STEPS, line_search_fn="strong_wolfe")
