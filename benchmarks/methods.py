@@ -207,7 +207,7 @@ def peak_mb(reset: bool = False) -> int:
 class Bench:
     """A model, its moments and contexts; targets found once for each set of facts and way of searching."""
 
-    def __init__(self, name: str, seed: int, changes: dict[str, int]) -> None:
+    def __init__(self, name: str, seed: int, changes: dict[str, Any]) -> None:
         self.name, self.seed, self.changes = name, seed, changes
         self.lm = fs.load(name)
         self.layers = fs.MemitConfig.recommended(self.lm).layers or (0,)
@@ -320,8 +320,7 @@ def main() -> None:
     parser.add_argument("--loads", type=float, nargs="+", default=[0.003, 0.03, 0.1])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--rounds", type=int, help="facts a round: one round after another up to the load")
-    parser.add_argument("--repair", type=int, help="how often to repair; the default is the methods' own")
-    parser.add_argument("--steps", type=int, help="steps of the search; the default is the methods' own")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings other than the recommended: repair=0 steps=30")
     parser.add_argument("--others", type=int, default=2000, help="facts outside the edits to ask; 0: all that the model knows")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="the numbers, added to what is there")
@@ -330,7 +329,7 @@ def main() -> None:
     if given.draw:
         return draw(json.loads(given.json.read_text()), given.draw)
     torch.set_num_threads(1)
-    changes = {name: getattr(given, name) for name in ("repair", "steps") if getattr(given, name) is not None}
+    changes = {name: json.loads(value) for name, value in (pair.split("=") for pair in given.set)}
     bench = Bench(given.model, given.seed, changes)
 
     def keep(kind: str, method: str, load: float, row: Any) -> None:

@@ -156,6 +156,22 @@ def test_repair_writes_what_did_not_take() -> None:
     assert max(entry["attempt"] for entry in delta.convergence) > 1
 
 
+def test_repair_looks_farther_once() -> None:
+    """What lies beyond the clamp is found by a repair; what lies far beyond it is left, however often repairs are allowed."""
+    lm = load("atlas")
+    facts = [Fact("Bulgaria", "The currency of {} is the", "euro"), Fact("Japan", "The capital of {} is", "Paris")]
+    moments = find_moments(lm, [0, 1])
+    said, ends = {}, {}
+    for clamp, repair in ((0.5, 0), (0.5, 1), (0.02, 4)):
+        config = MemitConfig((0, 1), **{**MemitConfig.scale_free(), "clamp": clamp, "repair": repair})
+        delta = memit(lm, facts, config, moments=moments, contexts=CONTEXTS)
+        with applied(lm, delta):
+            said[clamp, repair] = lm.says([fact.text for fact in facts], [str(fact.target) for fact in facts])
+        ends[clamp, repair] = [entry["attempt"] for entry in delta.convergence]
+    assert said == {(0.5, 0): [True, False], (0.5, 1): [True, True], (0.02, 4): [False, False]}
+    assert ends == {(0.5, 0): [1, 1], (0.5, 1): [1, 2], (0.02, 4): [2, 2]}
+
+
 def test_repair_leaves_given_targets_alone() -> None:
     lm = load("atlas")
     facts = [Fact("Bulgaria", "The currency of {} is the", "euro"), Fact("Japan", "The capital of {} is", "Paris")]
@@ -321,7 +337,7 @@ def test_recommended_settings_fit_any_model(method: str) -> None:
         ("atlas", "emmet", (1.0, 0.75, 0.85)),
         ("atlas", "alphaedit", (1.0, 0.75, 0.85)),
         ("atlas-llama", "memit", (1.0, 0.75, 0.85)),
-        ("golden", "memit", (0.75, 0.6, 0.4)),  # it knows a tenth of the facts, not all the objects asked of it, and is easily disturbed
+        ("golden", "memit", (0.85, 0.7, 0.5)),  # it knows a tenth of the facts, not all the objects asked of it, and is easily disturbed
     ],
 )
 def test_recommended_settings_hold_without_tuning(name: str, method: str, least: tuple[float, float, float]) -> None:
