@@ -608,7 +608,7 @@ def _deltas(
 
 
 _FARTHER = 1.5
-"""How much farther than the clamp the search may go for a fact that did not take: near targets cost the model less, and do for most facts."""
+"""How much farther than the clamp a repair may look for a fact that did not take: near targets cost the model less, and do for most."""
 
 _REACHED = 1.0
 """Nats: a target that even the wider search left with less probability than 1/e is not to be had at this site, and asking again for it
