@@ -28,11 +28,12 @@ import torch
 
 from factsmith.edit.contexts import generate_contexts
 from factsmith.edit.delta import applied
+from factsmith.edit.kept import find_moments
 from factsmith.edit.methods import RomeConfig, rome_each
 from factsmith.fact import Fact
 from factsmith.locate.layers import LayerScore, Trial, choose, judge, race, trial_facts
 from factsmith.model.load import LanguageModel, load
-from factsmith.workbench import find_moments, recommend_layers
+from factsmith.workbench import recommend_layers
 
 SWEEP_SEED = 1_000_003
 

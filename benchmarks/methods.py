@@ -37,12 +37,12 @@ import factsmith as fs
 from factsmith.edit import methods as editors
 from factsmith.edit.contexts import generate_contexts, generate_openings
 from factsmith.edit.delta import applied, read_weights, write_weights
+from factsmith.edit.kept import find_moments
 from factsmith.edit.target import Targets, find_targets
 from factsmith.fact import Fact
 from factsmith.model import atlas
 from factsmith.model.load import LanguageModel
 from factsmith.model.tokens import target_ids
-from factsmith.workbench import find_moments
 
 SPREADING = ("memit", "emmet", "alphaedit")
 METHODS = (*SPREADING, "memit-plain", "rome", "r-rome", "ft-l", "lora")

@@ -16,9 +16,10 @@ SOURCE = Path(factsmith.__file__).parent
 # DESIGN: imports go one way, left to right; packages in one set never import each other.
 ORDER = [
     {"errors"},
-    {"checks", "files"},
+    {"checks", "files", "progress"},
     {"fact"},
     {"model"},
+    {"verify"},
     {"inspect", "locate", "edit", "judge"},
     {"ledger"},
     {"workbench"},

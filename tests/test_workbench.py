@@ -19,7 +19,6 @@ from factsmith import workbench
 from factsmith.edit.delta import Delta, applied
 from factsmith.edit.methods import METHODS, MemitConfig, RomeConfig
 from factsmith.edit.moments import SecondMoment, second_moments
-from factsmith.edit.sample import own_text, sample
 from factsmith.errors import (
     DamagedError,
     FactsmithError,
@@ -35,7 +34,7 @@ from factsmith.errors import (
 from factsmith.fact import Fact, Probe
 from factsmith.ledger import BASE, LATEST, Ledger
 from factsmith.model.load import LanguageModel, load, wrap
-from factsmith.workbench import Workbench, begins_with, find_moments, plan, propose
+from factsmith.workbench import Workbench, plan, propose
 
 FACT = Fact(
     "Danielle Darrieux", "The mother tongue of {} is", "English", paraphrases=("{} speaks",), neighbours=("Paris is the capital of",)
@@ -285,9 +284,9 @@ def test_two_workbenches_on_one_workspace(lm: LanguageModel, tmp_path: Path) -> 
 POINTS: dict[str, Callable[[pytest.MonkeyPatch, Callable[..., Any]], None]] = {
     "solving": lambda m, bomb: m.setitem(METHODS, "rome", (bomb, RomeConfig)),
     "inside the solver": lambda m, bomb: m.setattr("factsmith.edit.methods.find_targets", bomb),
-    "sampling": lambda m, bomb: m.setattr(workbench, "own_text", bomb),
-    "moments": lambda m, bomb: m.setattr(workbench, "second_moments", bomb),
-    "verifying": lambda m, bomb: m.setattr(workbench, "first_phrase", bomb),
+    "sampling": lambda m, bomb: m.setattr("factsmith.edit.kept.own_text", bomb),
+    "moments": lambda m, bomb: m.setattr("factsmith.edit.kept.second_moments", bomb),
+    "verifying": lambda m, bomb: m.setattr("factsmith.verify.first_phrase", bomb),
     "saving": lambda m, bomb: m.setattr(Delta, "save", bomb),
     "writing weights": lambda m, bomb: _after(m, workbench, "write_weights", bomb),
     "recording": lambda m, bomb: m.setattr("factsmith.ledger.Ledger._append", bomb),
@@ -600,30 +599,9 @@ def test_second_moments_are_the_base_models_and_are_kept(lm: LanguageModel, benc
     assert outcome.revision is not None and outcome.revision.moments == hashlib.sha256(expected.numpy().tobytes()).hexdigest()
     kept = SecondMoment.load(bench.ledger.folder / "moments" / "layer1.safetensors")
     assert torch.equal(kept.matrix, expected)
-    monkeypatch.setattr(workbench, "second_moments", None)  # the next patch reads them
+    monkeypatch.setattr("factsmith.edit.kept.second_moments", None)  # the next patch reads them
     again = bench.apply(Fact("Edwin", "{} is a", "king"), config=QUICK, contexts=["{}"], force=True)
     assert again.revision is not None and again.revision.moments == outcome.revision.moments
-
-
-def test_second_moments_of_another_model_are_passed_over(lm: LanguageModel, tmp_path: Path) -> None:
-    foreign = SecondMoment.from_matrix(torch.eye(lm.ffn[1].d_ff), count=7, fingerprint="00" * 32)
-    foreign.save(tmp_path / "layer1.safetensors")
-    found = find_moments(lm, [1], folder=tmp_path)
-    assert found[1].count != 7 and found[1].fingerprint == lm.fingerprint
-
-
-def test_own_text_repeats_and_is_the_models(lm: LanguageModel) -> None:
-    texts = own_text(lm, 200, seed=3)
-    assert texts == own_text(lm, 200, seed=3) != own_text(lm, 200, seed=4)
-    assert sum(len(lm.prompt_ids(text)) for text in texts) > 150
-    # top_k=1 is greedy decoding, which the model's own logits give without any sampling
-    (ids,) = sample(lm, 1, 6, top_k=1)
-    row = [lm.tokenizer.bos_token_id]
-    for token in ids:
-        logits = lm.module(torch.tensor([row])).logits[0, -1]
-        logits[lm.tokenizer.all_special_ids] = -torch.inf
-        assert int(logits.argmax()) == token
-        row.append(token)
 
 
 def test_gradients_may_be_off_around_it(lm: LanguageModel) -> None:
@@ -642,24 +620,6 @@ def test_plan_and_propose_need_no_workspace(lm: LanguageModel) -> None:
     found = propose(lm, FACT, config=QUICK, progress=lambda what, done, total: seen.append(what))
     assert found.delta is not None and hashes(lm) == before
     assert list(dict.fromkeys(seen)) == ["sampling text", "second moments", "solving", "facts", "verifying"]
-
-
-@pytest.mark.parametrize(
-    ("answer", "target", "expected"),
-    [
-        ("French.", "French", True),
-        (" French and", "French", True),
-        ("Frenchman", "French", False),
-        ("Fr", "French", False),
-        ("New York City", " New York", True),
-        ("1984", "198", False),
-        ("東京です", "東京", True),
-        ("C++", "C", True),
-        ("anything", "", False),
-    ],
-)
-def test_begins_with(answer: str, target: str, expected: bool) -> None:
-    assert begins_with(answer, target) is expected
 
 
 # ---- which layer -----------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .edit.contexts import generate_contexts, generate_openings
     from .edit.delta import Delta, applied
+    from .edit.kept import find_moments, load_moments
     from .edit.methods import AlphaEditConfig, EmmetConfig, MemitConfig, RomeConfig, alphaedit, emmet, memit, r_rome, rome, rome_each
     from .edit.moments import SecondMoment, second_moments
     from .edit.neurons import erase, rewrite
@@ -47,7 +48,8 @@ if TYPE_CHECKING:
     from .model.load import LanguageModel, load, wrap
     from .model.masked import MaskedLanguageModel
     from .plot import class_lines, class_map, curves, heat_map, neuron_chart, text_heat_map
-    from .workbench import Outcome, Plan, Proposal, Verification, Workbench, find_moments, load_moments, recommend_layers
+    from .verify import Verification
+    from .workbench import Outcome, Plan, Proposal, Workbench, recommend_layers
 
 __version__ = "0.1.0"
 
@@ -55,6 +57,7 @@ _HOMES = {
     "edit.delta": "Delta applied",
     "edit.contexts": "generate_contexts generate_openings",
     "edit.methods": "AlphaEditConfig EmmetConfig MemitConfig RomeConfig alphaedit emmet memit r_rome rome rome_each",
+    "edit.kept": "find_moments load_moments",
     "edit.moments": "SecondMoment second_moments",
     "edit.neurons": "erase rewrite",
     "edit.target": "Targets find_targets",
@@ -74,7 +77,8 @@ _HOMES = {
     "model.load": "LanguageModel load wrap",
     "model.masked": "MaskedLanguageModel",
     "plot": "class_lines class_map curves heat_map neuron_chart text_heat_map",
-    "workbench": "Outcome Plan Proposal Verification Workbench find_moments load_moments recommend_layers",
+    "verify": "Verification",
+    "workbench": "Outcome Plan Proposal Workbench recommend_layers",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 

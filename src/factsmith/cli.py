@@ -43,7 +43,8 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import: commands tha
     from .demo import Step
     from .locate.causal import CausalTrace
     from .model.load import LanguageModel
-    from .workbench import Proposal, Verification, Workbench
+    from .verify import Verification
+    from .workbench import Proposal, Workbench
 
 app = typer.Typer(
     name="factsmith",
@@ -488,8 +489,8 @@ def moments(
     with _progress() as tell, _opened(model, workspace, device, tell) as (lm, bench):
         import torch
 
+        from .edit.kept import find_moments, kept_moments
         from .edit.methods import MemitConfig
-        from .workbench import find_moments, kept_moments
 
         wanted = sorted(set(layer)) if layer else list(MemitConfig.recommended(lm).layers or ())
         folder = out or (None if bench is None else bench.ledger.folder / "moments")
@@ -575,8 +576,9 @@ def patch(
     facts = _facts(file, subject, prompt, target, forget, paraphrase or [], neighbour or [])
     corpus = None if texts is None else _paragraphs([texts])
     with _progress() as tell, _opened(model, workspace, device, tell) as (lm, bench):
+        from .edit.kept import load_moments
         from .edit.target import check_layer
-        from .workbench import load_moments, propose, settings
+        from .workbench import propose, settings
 
         for number in layer or ():
             check_layer(lm, number)  # also where nothing is to be written
@@ -972,7 +974,7 @@ def _own_answer(lm: LanguageModel, prompt: str) -> tuple[str, float | None]:
 
     So it is where the continuation begins with a punctuation mark, or in the middle of a word: between prompt and target goes a space.
     """
-    from .workbench import first_phrase
+    from .verify import first_phrase
 
     said = first_phrase(lm.answer([prompt])[0])
     if not said or not lm.says([prompt], [said])[0]:

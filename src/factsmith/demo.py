@@ -18,7 +18,8 @@ from .locate.causal import CausalTrace, causal_trace
 from .model import atlas
 from .model.load import LanguageModel, load
 from .plot import heat_map
-from .workbench import Outcome, Verification, Workbench
+from .verify import Verification
+from .workbench import Outcome, Workbench
 
 MODEL = "atlas"
 SUBJECT, RELATION, PROMPT, TARGET = "Bulgaria", "P38", "The currency of {} is the", "euro"

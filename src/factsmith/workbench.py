@@ -15,32 +15,28 @@ W + Δ − Δ is not W in floating point.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import math
 import os
-import re
 import time
-import unicodedata
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .edit.contexts import generate_contexts
 from .edit.delta import Delta, applied, patched, read_weights, write_weights
+from .edit.kept import find_moments, kept_moments, moments_digest, moments_file, own_corpus
 from .edit.methods import MemitConfig, RomeConfig, SpreadConfig, editor, rome_each, shipped
 from .edit.methods import by_depth as by_depth_several
-from .edit.moments import SecondMoment, enough_tokens, second_moments
+from .edit.moments import SecondMoment, enough_tokens
 from .edit.presets import published as published_settings
-from .edit.sample import own_text
 from .edit.solve import disturbance
 from .edit.target import check_layer
-from .errors import DamagedError, FingerprintError, InputError, NumericsError, WorkspaceError
+from .errors import DamagedError, FingerprintError, InputError, WorkspaceError
 from .fact import Fact, Probe, listed
 from .files import write_file
 from .ledger import BASE, Ledger, Revision, Status
@@ -60,15 +56,12 @@ from .locate.layers import (
     trial_facts,
 )
 from .model.load import LanguageModel, bundled, check_model
-from .model.tokens import subject_span, target_ids
-
-Progress = Callable[[str, int, int | None], object]
-"""Called with what is being done, how much of it is done, and how much there is (None: not known)."""
+from .model.tokens import subject_span
+from .progress import Progress, tell
+from .verify import Verification, answer_tokens, as_said, begins_with, first_phrase, probabilities, verify
 
 T = TypeVar("T")
-Role = Literal["prompt", "paraphrase", "neighbour", "earlier"]
 
-_ANSWER_TOKENS = 8
 _EARLIER = 100
 """Earlier facts asked again with every new patch: the newest ones; `Workbench.verify` asks all."""
 
@@ -116,66 +109,6 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able fields."""
         return {"entries": [{**vars(entry), "fact": entry.fact.to_dict()} for entry in self.entries]}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """One prompt asked before and after.
-
-    role           "prompt" or "paraphrase" of a fact that was written, a "neighbour" that must stay, or an "earlier" patch that must stay
-    prompt         whole text
-    wanted         what the answer has to begin with afterwards; for a fact that was to be forgotten, what it must not begin with
-    before, after  greedy answers
-    p_before, p_after  p(wanted); None when there is nothing to want (the model ended the text at once)
-    held           whether `after` begins with `wanted`: exact match; of a forgotten fact, whether it does not
-    forget         whether the fact was to be forgotten
-    """
-
-    role: Role
-    prompt: str
-    wanted: str
-    before: str
-    after: str
-    p_before: float | None
-    p_after: float | None
-    held: bool
-    forget: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verification:
-    """The proof of a patch: every check, by greedy exact match beside probabilities."""
-
-    checks: tuple[Check, ...]
-
-    @property
-    def efficacy(self) -> float | None:
-        """Share of the written prompts that are answered with the target; None when there is none."""
-        return self._share("prompt")
-
-    @property
-    def generalization(self) -> float | None:
-        """The same for paraphrases."""
-        return self._share("paraphrase")
-
-    @property
-    def specificity(self) -> float | None:
-        """Share of the neighbours whose answer stayed."""
-        return self._share("neighbour")
-
-    @property
-    def retention(self) -> float | None:
-        """Share of the earlier patches still answered with their target."""
-        return self._share("earlier")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able fields, the shares included."""
-        shares = {name: getattr(self, name) for name in ("efficacy", "generalization", "specificity", "retention")}
-        return {**shares, "checks": [dict(vars(check)) for check in self.checks]}
-
-    def _share(self, role: Role) -> float | None:
-        held = [check.held for check in self.checks if check.role == role]
-        return sum(held) / len(held) if held else None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -302,13 +235,13 @@ def plan(lm: LanguageModel, facts: Fact | Iterable[Fact]) -> Plan:
     for fact in facts:
         subject_span(lm.tokenizer, fact.text, fact.subject)
     prompts = [fact.text for fact in facts]
-    answers = lm.answer(prompts, max_new_tokens=_answer_tokens(lm, prompts, [fact.target or fact.target_true or "" for fact in facts]))
+    answers = lm.answer(prompts, max_new_tokens=answer_tokens(lm, prompts, [fact.target or fact.target_true or "" for fact in facts]))
     facts = [_to_forget(fact, answer) if fact.target is None else fact for fact, answer in zip(facts, answers, strict=True)]
     asked = [fact.target or fact.target_true or "" for fact in facts]
     return Plan(
         entries=tuple(
             Planned(fact=fact, answer=answer, probability=probability or 0.0, known=begins_with(answer, said) == (fact.target is not None))
-            for fact, answer, said, probability in zip(facts, answers, asked, _probabilities(lm, prompts, asked), strict=True)
+            for fact, answer, said, probability in zip(facts, answers, asked, probabilities(lm, prompts, asked), strict=True)
         )
     )
 
@@ -391,61 +324,6 @@ def settings(
     values: dict[str, Any] = {**({} if paper else dict.fromkeys(places)), **(changes or {})}
     config = dataclasses.replace(published_settings(lm, method)[0] if paper else kind.recommended(lm), **values)
     return config.at(layers) if layers else config
-
-
-def find_moments(
-    lm: LanguageModel,
-    layers: Sequence[int],
-    *,
-    folder: str | os.PathLike[str] | None = None,
-    texts: Iterable[str] | None = None,
-    max_tokens: float | None = None,
-    dtype: torch.dtype | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
-    packed: bool = False,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> dict[int, SecondMoment]:
-    """Second moments of some layers: those kept in `folder`, those that came with the model, else computed now.
-
-    folder  where computed ones are kept as layer<l>.safetensors; None: nowhere
-    texts   what to compute them from, whatever is kept; None: text that the model writes itself, from `seed`
-    packed  keep them as `SecondMoment.save` packs them
-
-    max_tokens (None: 16 a neuron of the widest layer), dtype and checkpoint are those of `second_moments`. A file for another model (by
-    fingerprint) is passed over. Raises LayerError, DamagedError for a file that cannot be read, and what `second_moments` raises.
-    """
-    found = kept_moments(lm, layers, folder) if texts is None else {}
-    missing = [layer for layer in layers if layer not in found]
-    if missing:
-        limit = max_tokens or enough_tokens(lm, [check_layer(lm, layer) for layer in missing])
-        computed = second_moments(
-            lm,
-            _own_text(lm, limit, seed, progress) if texts is None else texts,
-            missing,
-            max_tokens=limit,
-            dtype=dtype,
-            checkpoint=checkpoint,
-            progress=lambda done: _tell(progress, "second moments", done, None if math.isinf(limit) else round(limit)),
-        )
-        for layer, moment in computed.items():
-            if folder is not None:
-                moment.save(Path(folder) / f"layer{layer}.safetensors", packed=packed)
-            found[layer] = moment
-    return found
-
-
-def load_moments(folder: str | os.PathLike[str]) -> dict[int, SecondMoment]:
-    """Every layer's second moment in a folder that `find_moments` filled, by layer; whose they are is checked where they are used.
-
-    Raises DamagedError when there is none, or one cannot be read.
-    """
-    files = {int(file.stem[5:]): file for file in Path(folder).glob("layer*.safetensors") if file.stem[5:].isdecimal()}
-    if not files:
-        raise DamagedError(
-            f"no second moments in {folder}; expected files named layer<number>.safetensors, as `factsmith moments` writes them"
-        )
-    return {layer: SecondMoment.load(file) for layer, file in sorted(files.items())}
 
 
 def recommend_layers(
@@ -553,7 +431,7 @@ class Workbench:
                 facts.pop(fact.text, None)
                 facts[fact.text] = fact
         with self._carrying([]):
-            return _verify(self.lm, _probes(list(facts.values())), lambda: self._carrying(self._deltas.values()))
+            return verify(self.lm, list(facts.values()), lambda: self._carrying(self._deltas.values()))
 
     def propose(
         self,
@@ -809,23 +687,6 @@ class Workbench:
             self._put(self._deltas.values())
 
 
-def begins_with(answer: str, target: str) -> bool:
-    """Whether a greedy answer begins with a target, as whole words: "French." begins with "French", "Frenchman" does not.
-
-    Scripts that write no spaces have no such boundary, so there the beginning is enough.
-    """
-    answer, target = answer.strip(), target.strip()
-    if not target or not answer.startswith(target):
-        return False
-    following = answer[len(target) : len(target) + 1]
-    return not (_spaced(target[-1]) and following and _spaced(following))
-
-
-def _spaced(character: str) -> bool:
-    """A digit or a letter with case, or a mark on one: the scripts with spaces between words."""
-    return unicodedata.category(character) in ("Lu", "Ll", "Lt", "Lm", "Mn", "Nd")
-
-
 @torch.enable_grad()  # solvers need it, and a Ctrl-C inside a `no_grad` can leave it off: this sets it back
 def _propose(
     lm: LanguageModel,
@@ -865,7 +726,7 @@ def _propose(
     if callable(moments):
         moments = moments(places)
     started = time.perf_counter()
-    _tell(progress, "solving", 0, None)
+    tell(progress, "solving", 0, None)
     delta = solver(
         lm,
         wanted,
@@ -874,17 +735,17 @@ def _propose(
         contexts=contexts,
         seed=seed,
         earlier=state,
-        progress=lambda what, done, total: _tell(progress, what, done, total),
+        progress=progress,
     )
     solved = time.perf_counter()
     held = {places[0]: moments} if isinstance(moments, SecondMoment) else moments
-    _tell(progress, "verifying", 0, None)
-    verification = _verify(lm, _probes(wanted, earlier), lambda: changed(delta))
+    tell(progress, "verifying", 0, None)
+    verification = verify(lm, wanted, lambda: changed(delta), earlier=earlier)
     return Proposal(
         plan=found,
         delta=delta,
         verification=verification,
-        moments=_moments_digest(moments, places),
+        moments=moments_digest(moments, places),
         layers=choice,
         seconds={"solve": solved - started, "verify": time.perf_counter() - solved},
         disturbance={
@@ -923,13 +784,13 @@ def _recommend(
     config = RomeConfig.recommended(lm)
     depth = config.layer or 0
     if facts is None:
-        _tell(progress, "looking for facts that the model knows", 0, None)
+        tell(progress, "looking for facts that the model knows", 0, None)
         tried = trial_facts(lm, count, seed=seed)
         if len(tried) < min(MIN_FACTS, count):
             return by_depth(lm, depth, f"{lm.name} knows {len(tried)} of the bundled facts that were asked, too few to try edits on")
     else:
         tried = _settled(lm, listed(facts))
-    effects = mlp_effects(lm, tried, progress=lambda done, total: _tell(progress, "tracing", done, total))
+    effects = mlp_effects(lm, tried, progress=lambda done, total: tell(progress, "tracing", done, total))
     layers = candidates(lm, effects)
     contexts = generate_contexts(lm, seed) if contexts is None else contexts
     own_words = texts is None
@@ -945,9 +806,8 @@ def _recommend(
         if own_words:
             held.update(kept_moments(lm, [layer for layer in group if layer not in held], folder))
         if missing := [layer for layer in group if layer not in held]:
-            limit = enough_tokens(lm, missing)
-            texts = _own_text(lm, limit, seed, progress) if texts is None else texts
-            new = second_moments(lm, texts, missing, progress=lambda done: _tell(progress, "second moments", done, limit))
+            texts = own_corpus(lm, enough_tokens(lm, missing), seed, progress) if texts is None else texts
+            new = find_moments(lm, missing, texts=texts, progress=progress)
             held.update(new)
             computed.update(new if len(layers) <= at_once else {})
 
@@ -958,7 +818,7 @@ def _recommend(
             group = running[at : at + at_once]
             hold(group)
             for layer in group:
-                _tell(progress, f"trial edits at layer {layer}", which.start, which.stop)
+                tell(progress, f"trial edits at layer {layer}", which.start, which.stop)
                 deltas = rome_each(lm, own, dataclasses.replace(config, layer=layer), moments=held, contexts=contexts, seed=seed)
                 found[layer] = []
                 for fact, delta in zip(own, deltas, strict=True):
@@ -980,7 +840,7 @@ def _recommend(
         return dataclasses.replace(by_depth(lm, depth, why), **measured)
     rome_layer, memit_layers = choose(trials, effects)
     if folder is not None and rome_layer in computed:
-        computed[rome_layer].save(folder / f"layer{rome_layer}.safetensors")
+        computed[rome_layer].save(moments_file(folder, rome_layer))
     n_trials, facts_tried = sum(score.trials for score in scores), "one fact" if len(tried) == 1 else f"{len(tried)} facts"
     reason = f"the best of {len(layers)} layers in {n_trials} trial edits of {facts_tried}"
     return LayerChoice(rome=rome_layer, memit=memit_layers, source="trials", reason=reason, fingerprint=lm.fingerprint, **measured)
@@ -996,136 +856,10 @@ def _settled(lm: LanguageModel, facts: Sequence[Fact]) -> list[Fact]:
         if fact.target is None or begins_with(said[fact.text], fact.target):
             continue
         near = [probe for probe in fact.neighbours if first_phrase(said[probe.prompt])]
-        near = [Probe(probe.prompt, _as_said(said[probe.prompt], probe.expected)) for probe in near]
+        near = [Probe(probe.prompt, as_said(said[probe.prompt], probe.expected)) for probe in near]
         true = fact.target_true if fact.target_true is not None and begins_with(said[fact.text], fact.target_true) else None
         settled.append(Fact.from_dict({**fact.to_dict(), "neighbours": near, "target_true": true}))
     if not settled:
         said_already = "the fact" if len(facts) == 1 else f"all {len(facts)} facts"
         raise InputError(f"the model says {said_already} already, so no edit could be tried; give targets that it does not say")
     return settled
-
-
-def _as_said(answer: str, expected: str | None) -> str:
-    """What was expected, where the answer begins with it; else what the answer says."""
-    return expected if expected is not None and begins_with(answer, expected) else first_phrase(answer)
-
-
-def kept_moments(lm: LanguageModel, layers: Iterable[int], folder: str | os.PathLike[str] | None = None) -> dict[int, SecondMoment]:
-    """Those second moments of some layers that are in `folder` or came with the model, by layer; another model's are passed over."""
-    places = [Path(place) for place in (folder, _beside(lm)) if place is not None]
-    found: dict[int, SecondMoment] = {}
-    for layer in layers:
-        files = (place / f"layer{layer}.safetensors" for place in places)
-        kept = (SecondMoment.load(file) for file in files if file.is_file())
-        moment = next((moment for moment in kept if moment.fingerprint == lm.fingerprint), None)
-        if moment is not None:
-            found[layer] = moment
-    return found
-
-
-def _own_text(lm: LanguageModel, n_tokens: float, seed: int, progress: Progress | None) -> list[str]:
-    """Text of about so many tokens that the model writes itself."""
-    if math.isinf(n_tokens):
-        raise InputError("max_tokens=inf reads a text to its end, and the model's own has none; give texts, or a number of tokens")
-    _tell(progress, "sampling text", 0, round(n_tokens))
-    return own_text(lm, round(n_tokens), seed=seed, progress=lambda done: _tell(progress, "sampling text", done, round(n_tokens)))
-
-
-class _Asked(NamedTuple):
-    """One prompt to ask before and after; `wanted` None: what is said before; `forget`: it must not be said any more."""
-
-    role: Role
-    prompt: str
-    wanted: str | None
-    forget: bool = False
-
-
-def _probes(facts: Sequence[Fact], earlier: Iterable[Fact] = ()) -> list[_Asked]:
-    """Everything to ask about facts."""
-    probes: list[_Asked] = []
-    written = {fact.text for fact in facts}
-    for fact in facts:
-        probes += [_asked("prompt", fact, fact.text), *(_asked("paraphrase", fact, text) for text in fact.paraphrase_texts)]
-        probes += [_Asked("neighbour", probe.prompt, probe.expected) for probe in fact.neighbours if probe.prompt not in written]
-    return probes + [_asked("earlier", fact, fact.text) for fact in earlier if fact.text not in written]
-
-
-def _asked(role: Role, fact: Fact, prompt: str) -> _Asked:
-    return _Asked(role, prompt, fact.target_true if fact.target is None else fact.target, forget=fact.target is None)
-
-
-def _verify(lm: LanguageModel, probes: Sequence[_Asked], changed: Callable[[], AbstractContextManager[None]]) -> Verification:
-    """Ask every probe of the model as it is, and once more inside `changed()`."""
-    if not probes:
-        return Verification(checks=())
-    prompts = [probe.prompt for probe in probes]
-    n_tokens = _answer_tokens(lm, prompts, [probe.wanted or "" for probe in probes])
-    before = lm.answer(prompts, max_new_tokens=n_tokens)
-    wanted = [
-        # A neighbour has to stay as it is, also where it never was what the fact file expects.
-        probe.wanted if probe.wanted is not None and probe.role != "neighbour" else _as_said(said, probe.wanted)
-        for probe, said in zip(probes, before, strict=True)
-    ]
-    p_before = _probabilities(lm, prompts, wanted)
-    with changed():
-        after = lm.answer(prompts, max_new_tokens=n_tokens)
-        p_after = _probabilities(lm, prompts, wanted)
-    return Verification(
-        checks=tuple(
-            Check(
-                role=probe.role,
-                prompt=probe.prompt,
-                wanted=wanted[i].strip(),
-                before=before[i],
-                after=after[i],
-                p_before=p_before[i],
-                p_after=p_after[i],
-                held=begins_with(after[i], wanted[i]) != probe.forget if wanted[i].strip() else after[i] == before[i],
-                forget=probe.forget,
-            )
-            for i, probe in enumerate(probes)
-        )
-    )
-
-
-def _answer_tokens(lm: LanguageModel, prompts: Sequence[str], wanted: Sequence[str]) -> int:
-    """How many tokens to decode so that the longest target fits, and one more to see where it ends."""
-    lengths = (len(target_ids(lm.tokenizer, prompt, target)) for prompt, target in zip(prompts, wanted, strict=True) if target.strip())
-    return max(_ANSWER_TOKENS, *(length + 1 for length in lengths), 0)
-
-
-def _probabilities(lm: LanguageModel, prompts: Sequence[str], targets: Sequence[str]) -> list[float | None]:
-    """p(target | prompt) of each pair; None where the target is empty. Raises NumericsError when one is not a number."""
-    asked = [i for i, target in enumerate(targets) if target.strip()]
-    found: list[float | None] = [None] * len(prompts)
-    if asked:
-        logs = lm.log_prob([prompts[i] for i in asked], [targets[i] for i in asked]).tolist()
-        for i, log in zip(asked, logs, strict=True):
-            if math.isnan(log):
-                raise NumericsError(
-                    f"the model gives NaN as probability of {targets[i]!r} after {prompts[i]!r}; it does not compute finite states"
-                )
-            found[i] = math.exp(log)
-    return found
-
-
-def first_phrase(answer: str) -> str:
-    """What an answer says before it goes on: up to the first punctuation."""
-    return re.split(r"[.,;:!?()\[\]\n。、,]", answer.strip(), maxsplit=1)[0].strip() or answer.strip()
-
-
-def _beside(lm: LanguageModel) -> Path | None:
-    """The folder of second moments that came with the model: `moments` beside its weights."""
-    source = getattr(lm.module.config, "_name_or_path", "")
-    return Path(source) / "moments" if source and Path(source).is_dir() else None
-
-
-def _moments_digest(moments: SecondMoment | Mapping[int, SecondMoment], layers: Sequence[int]) -> str:
-    held = [moments] if isinstance(moments, SecondMoment) else [moments[layer] for layer in layers]
-    digests = [hashlib.sha256(moment.matrix.detach().cpu().contiguous().numpy().data).hexdigest() for moment in held]
-    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
-
-
-def _tell(progress: Progress | None, what: str, done: int, total: int | None) -> None:
-    if progress is not None:
-        progress(what, done, total)

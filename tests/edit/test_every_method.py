@@ -15,13 +15,13 @@ from torch.nn import functional as F
 
 from conftest import GPT2, LLAMA, TEXTS, byte_tokenizer, tiny_model
 from factsmith.edit.delta import Delta, applied, read_weights
+from factsmith.edit.kept import find_moments
 from factsmith.edit.methods import METHODS, AlphaEditConfig, EditConfig, EmmetConfig, MemitConfig, RomeConfig
 from factsmith.edit.moments import SecondMoment, second_moments
 from factsmith.errors import FactsmithError, InputError, NumericsError, UnsupportedModelError
 from factsmith.fact import Fact
 from factsmith.model.load import LanguageModel, load, wrap
 from factsmith.model.tokens import subject_span
-from factsmith.workbench import find_moments
 
 CONTEXTS = ["{}", "Paris. {}"]
 FACTS = [

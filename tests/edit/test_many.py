@@ -12,6 +12,7 @@ from torch import Tensor
 from conftest import GPT2, LLAMA, TEXTS, VOCAB, byte_tokenizer, shared_dir, tiny_model
 from factsmith.edit.contexts import chat_contexts, generate_contexts, generate_openings, weights
 from factsmith.edit.delta import Delta, applied, read_weights
+from factsmith.edit.kept import find_moments
 from factsmith.edit.methods import METHODS, AlphaEditConfig, EmmetConfig, MemitConfig, RomeConfig, SpreadConfig, memit, r_rome
 from factsmith.edit.moments import SecondMoment, second_moments
 from factsmith.edit.target import find_targets, read_keys, read_stream
@@ -20,7 +21,6 @@ from factsmith.fact import Fact
 from factsmith.locate.layers import trial_facts
 from factsmith.model.load import LanguageModel, load, wrap
 from factsmith.model.tokens import subject_span
-from factsmith.workbench import find_moments
 
 CONTEXTS = ["{}", "Paris. {}", "The king is in Brazil. {}"]
 FACTS = [

@@ -41,6 +41,20 @@ def test_own_text(tiny_lm: LanguageModel) -> None:
     assert 300 <= done[-1] < 600 and len(texts) >= 5 and all(texts)
 
 
+def test_own_text_repeats_and_is_the_models(tiny_gpt2: LanguageModel) -> None:
+    texts = own_text(tiny_gpt2, 200, seed=3)
+    assert texts == own_text(tiny_gpt2, 200, seed=3) != own_text(tiny_gpt2, 200, seed=4)
+    assert sum(len(tiny_gpt2.prompt_ids(text)) for text in texts) > 150
+    # top_k=1 is greedy decoding, which the model's own logits give without any sampling
+    (ids,) = sample(tiny_gpt2, 1, 6, top_k=1)
+    row = [tiny_gpt2.tokenizer.bos_token_id]
+    for token in ids:
+        logits = tiny_gpt2.module(torch.tensor([row])).logits[0, -1]
+        logits[tiny_gpt2.tokenizer.all_special_ids] = -torch.inf
+        assert int(logits.argmax()) == token
+        row.append(token)
+
+
 def test_without_a_start_token() -> None:
     tokenizer = copy.deepcopy(byte_tokenizer())
     tokenizer.bos_token = tokenizer.eos_token = None

@@ -36,7 +36,8 @@ from factsmith.locate.layers import (
 )
 from factsmith.model import atlas
 from factsmith.model.load import LanguageModel, load
-from factsmith.workbench import begins_with, recommend_layers
+from factsmith.verify import begins_with
+from factsmith.workbench import recommend_layers
 
 # ---- presets ---------------------------------------------------------------------------------------------------------------------------
 

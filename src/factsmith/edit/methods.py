@@ -27,6 +27,7 @@ from ..checks import check_items
 from ..errors import InputError, LayerError
 from ..fact import Fact, listed
 from ..model.load import LanguageModel
+from ..progress import Progress, tell
 from . import solve
 from .contexts import SUBJECT, generate_contexts, generate_openings
 from .contexts import weights as context_weights
@@ -36,10 +37,6 @@ from .target import TargetConfig, Targets, check_layer, find_targets, read_keys,
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-Progress = Callable[[str, int, int], object]
-"""Called with what is being done, how much of it is done, and how much there is."""
-
 
 Moments = SecondMoment | Mapping[int, SecondMoment]
 
@@ -530,7 +527,7 @@ def _one_by_one(
     fingerprint = lm.fingerprint
     deltas: list[Delta] = []
     for done, fact in enumerate(facts):
-        _tell(progress, "facts", done, len(facts))
+        tell(progress, "facts", done, len(facts))
         with applied(lm, deltas):
             targets = find_targets(lm, [fact], layer, config, contexts)
             deltas += _deltas(lm, [fact], targets, method, config, moment, contexts, fingerprint)
@@ -742,7 +739,7 @@ def _write(
 
     with ExitStack() as stack:
         for done, layer in enumerate(layers):
-            _tell(progress, "layers", done, len(layers))
+            tell(progress, "layers", done, len(layers))
             keys, earlier = read(facts, layer), kept[layer]
             asked = rows(keys, facts, layer)
             if holding:
@@ -807,9 +804,4 @@ def _factor(moment: SecondMoment, earlier: Tensor | None, weight: float) -> Tens
 
 
 def _counting(progress: Progress | None, what: str, total: int) -> Callable[[int], None]:
-    return lambda done: _tell(progress, what, done, total)
-
-
-def _tell(progress: Progress | None, what: str, done: int, total: int) -> None:
-    if progress is not None:
-        progress(what, done, total)
+    return lambda done: tell(progress, what, done, total)

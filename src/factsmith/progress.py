@@ -1,0 +1,14 @@
+"""Progress, told to whoever asked for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Progress = Callable[[str, int, int | None], object]
+"""Called with what is being done, how much of it is done, and how much there is (None: not known)."""
+
+
+def tell(progress: Progress | None, what: str, done: int, total: int | None) -> None:
+    """Call it, where there is one."""
+    if progress is not None:
+        progress(what, done, total)

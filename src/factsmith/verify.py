@@ -1,0 +1,198 @@
+"""The proof of a patch: prompts asked of a model before and after a change, by greedy exact match beside probabilities.
+
+proof = verify(lm, facts, lambda: applied(lm, delta))
+proof.efficacy, proof.specificity, proof.checks[0].after
+begins_with("French.", "French")                          # True; of "Frenchman" it is not
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from .errors import NumericsError
+from .fact import Fact
+from .model.load import LanguageModel
+from .model.tokens import target_ids
+
+Role = Literal["prompt", "paraphrase", "neighbour", "earlier"]
+
+_ANSWER_TOKENS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One prompt asked before and after.
+
+    role           "prompt" or "paraphrase" of a fact that was written, a "neighbour" that must stay, or an "earlier" patch that must stay
+    prompt         whole text
+    wanted         what the answer has to begin with afterwards; for a fact that was to be forgotten, what it must not begin with
+    before, after  greedy answers
+    p_before, p_after  p(wanted); None when there is nothing to want (the model ended the text at once)
+    held           whether `after` begins with `wanted`: exact match; of a forgotten fact, whether it does not
+    forget         whether the fact was to be forgotten
+    """
+
+    role: Role
+    prompt: str
+    wanted: str
+    before: str
+    after: str
+    p_before: float | None
+    p_after: float | None
+    held: bool
+    forget: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """The proof of a patch: every check, by greedy exact match beside probabilities."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def efficacy(self) -> float | None:
+        """Share of the written prompts that are answered with the target; None when there is none."""
+        return self._share("prompt")
+
+    @property
+    def generalization(self) -> float | None:
+        """The same for paraphrases."""
+        return self._share("paraphrase")
+
+    @property
+    def specificity(self) -> float | None:
+        """Share of the neighbours whose answer stayed."""
+        return self._share("neighbour")
+
+    @property
+    def retention(self) -> float | None:
+        """Share of the earlier patches still answered with their target."""
+        return self._share("earlier")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able fields, the shares included."""
+        shares = {name: getattr(self, name) for name in ("efficacy", "generalization", "specificity", "retention")}
+        return {**shares, "checks": [dict(vars(check)) for check in self.checks]}
+
+    def _share(self, role: Role) -> float | None:
+        held = [check.held for check in self.checks if check.role == role]
+        return sum(held) / len(held) if held else None
+
+
+def verify(
+    lm: LanguageModel, facts: Sequence[Fact], changed: Callable[[], AbstractContextManager[None]], *, earlier: Iterable[Fact] = ()
+) -> Verification:
+    """Ask everything about some facts of the model as it is, and once more inside `changed()`.
+
+    earlier  facts written before, whose prompts are asked too, to see that they hold
+
+    Raises NumericsError when a probability is not a number.
+    """
+    probes = _probes(facts, earlier)
+    if not probes:
+        return Verification(checks=())
+    prompts = [probe.prompt for probe in probes]
+    n_tokens = answer_tokens(lm, prompts, [probe.wanted or "" for probe in probes])
+    before = lm.answer(prompts, max_new_tokens=n_tokens)
+    wanted = [
+        # A neighbour has to stay as it is, also where it never was what the fact file expects.
+        probe.wanted if probe.wanted is not None and probe.role != "neighbour" else as_said(said, probe.wanted)
+        for probe, said in zip(probes, before, strict=True)
+    ]
+    p_before = probabilities(lm, prompts, wanted)
+    with changed():
+        after = lm.answer(prompts, max_new_tokens=n_tokens)
+        p_after = probabilities(lm, prompts, wanted)
+    return Verification(
+        checks=tuple(
+            Check(
+                role=probe.role,
+                prompt=probe.prompt,
+                wanted=wanted[i].strip(),
+                before=before[i],
+                after=after[i],
+                p_before=p_before[i],
+                p_after=p_after[i],
+                held=begins_with(after[i], wanted[i]) != probe.forget if wanted[i].strip() else after[i] == before[i],
+                forget=probe.forget,
+            )
+            for i, probe in enumerate(probes)
+        )
+    )
+
+
+def begins_with(answer: str, target: str) -> bool:
+    """Whether a greedy answer begins with a target, as whole words: "French." begins with "French", "Frenchman" does not.
+
+    Scripts that write no spaces have no such boundary, so there the beginning is enough.
+    """
+    answer, target = answer.strip(), target.strip()
+    if not target or not answer.startswith(target):
+        return False
+    following = answer[len(target) : len(target) + 1]
+    return not (_spaced(target[-1]) and following and _spaced(following))
+
+
+def first_phrase(answer: str) -> str:
+    """What an answer says before it goes on: up to the first punctuation."""
+    return re.split(r"[.,;:!?()\[\]\n。、,]", answer.strip(), maxsplit=1)[0].strip() or answer.strip()
+
+
+def as_said(answer: str, expected: str | None) -> str:
+    """What was expected, where the answer begins with it; else what the answer says."""
+    return expected if expected is not None and begins_with(answer, expected) else first_phrase(answer)
+
+
+def answer_tokens(lm: LanguageModel, prompts: Sequence[str], wanted: Sequence[str]) -> int:
+    """How many tokens to decode so that the longest target fits, and one more to see where it ends."""
+    lengths = (len(target_ids(lm.tokenizer, prompt, target)) for prompt, target in zip(prompts, wanted, strict=True) if target.strip())
+    return max(_ANSWER_TOKENS, *(length + 1 for length in lengths), 0)
+
+
+def probabilities(lm: LanguageModel, prompts: Sequence[str], targets: Sequence[str]) -> list[float | None]:
+    """p(target | prompt) of each pair; None where the target is empty. Raises NumericsError when one is not a number."""
+    asked = [i for i, target in enumerate(targets) if target.strip()]
+    found: list[float | None] = [None] * len(prompts)
+    if asked:
+        logs = lm.log_prob([prompts[i] for i in asked], [targets[i] for i in asked]).tolist()
+        for i, log in zip(asked, logs, strict=True):
+            if math.isnan(log):
+                raise NumericsError(
+                    f"the model gives NaN as probability of {targets[i]!r} after {prompts[i]!r}; it does not compute finite states"
+                )
+            found[i] = math.exp(log)
+    return found
+
+
+class _Asked(NamedTuple):
+    """One prompt to ask before and after; `wanted` None: what is said before; `forget`: it must not be said any more."""
+
+    role: Role
+    prompt: str
+    wanted: str | None
+    forget: bool = False
+
+
+def _probes(facts: Sequence[Fact], earlier: Iterable[Fact]) -> list[_Asked]:
+    """Everything to ask about facts; what was written now is not asked again as a neighbour or an earlier fact."""
+    probes: list[_Asked] = []
+    written = {fact.text for fact in facts}
+    for fact in facts:
+        probes += [_asked("prompt", fact, fact.text), *(_asked("paraphrase", fact, text) for text in fact.paraphrase_texts)]
+        probes += [_Asked("neighbour", probe.prompt, probe.expected) for probe in fact.neighbours if probe.prompt not in written]
+    return probes + [_asked("earlier", fact, fact.text) for fact in earlier if fact.text not in written]
+
+
+def _asked(role: Role, fact: Fact, prompt: str) -> _Asked:
+    return _Asked(role, prompt, fact.target_true if fact.target is None else fact.target, forget=fact.target is None)
+
+
+def _spaced(character: str) -> bool:
+    """A digit or a letter with case, or a mark on one: the scripts with spaces between words."""
+    return unicodedata.category(character) in ("Lu", "Ll", "Lt", "Lm", "Mn", "Nd")

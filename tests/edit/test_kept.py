@@ -1,0 +1,16 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from factsmith.edit.kept import find_moments
+from factsmith.edit.moments import SecondMoment
+from factsmith.model.load import LanguageModel
+
+
+def test_second_moments_of_another_model_are_passed_over(tiny_gpt2: LanguageModel, tmp_path: Path) -> None:
+    foreign = SecondMoment.from_matrix(torch.eye(tiny_gpt2.ffn[1].d_ff), count=7, fingerprint="00" * 32)
+    foreign.save(tmp_path / "layer1.safetensors")
+    found = find_moments(tiny_gpt2, [1], folder=tmp_path)
+    assert found[1].count != 7 and found[1].fingerprint == tiny_gpt2.fingerprint
