@@ -1,0 +1,86 @@
+"""The command line: parse, call, print; every decision is made in the library.
+
+    factsmith init atlas my-workspace
+    factsmith patch -w my-workspace --subject "Danielle Darrieux" --prompt "The mother tongue of {} is" --target English
+    factsmith log -w my-workspace
+
+Answers go to standard output (one JSON document with --json), progress, warnings and errors to standard error. Exit codes: 0 done,
+2 the input cannot be used, 3 the model cannot be used, 4 numbers went wrong, 5 the workspace or its records, 1 anything else, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from ..errors import FactsmithError, InputError
+from . import demo, keep, locate, patch, read
+from .common import complain
+
+app = typer.Typer(
+    name="factsmith",
+    help="Read, locate, patch and keep the facts in a transformer's feed-forward memory.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+COMMANDS: tuple[Callable[..., None], ...] = (
+    keep.init,
+    read.ask,
+    locate.trace,
+    locate.neurons,
+    locate.layers,
+    patch.moments,
+    patch.patch,
+    keep.log,
+    keep.show,
+    keep.revert,
+    keep.checkout,
+    keep.status,
+    demo.demo,
+)
+"""In the order of `factsmith --help`."""
+
+for command in COMMANDS:
+    app.command()(command)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit with its code; errors of ours are one block on standard error, never a traceback."""
+    try:
+        for argument in sys.argv[1:] if arguments is None else arguments:
+            if any("\udc80" <= c <= "\udcff" for c in argument):  # how Python marks bytes it could not decode
+                raise InputError(f"the argument {argument!r} is not in UTF-8; write it in the terminal's own encoding")
+        app(arguments, prog_name="factsmith")
+    except FactsmithError as error:
+        complain("error", str(error))
+        sys.exit(error.exit_code)
+    except SystemExit as end:
+        if end.code == 130:
+            complain("interrupted", "stopped before it was done; `factsmith log` lists what is recorded")
+        raise
+    except Exception as error:
+        if os.environ.get("FACTSMITH_TRACEBACK"):
+            raise
+        text = f"{type(error).__name__}: {error}; this is a fault in factsmith: please report it with what FACTSMITH_TRACEBACK=1 prints"
+        complain("unexpected error", text)
+        sys.exit(1)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"factsmith {importlib.metadata.version('factsmith')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    pass

@@ -1,0 +1,55 @@
+"""Runs of the command line, and models to run it on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from commands import Done, Run, atlas_model
+from conftest import GPT2, byte_tokenizer, tiny_model
+from factsmith import cli, workbench
+from factsmith.edit.methods import RomeConfig
+from factsmith.model import load as load_module
+from factsmith.model.load import load
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Run the command line in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.delenv("FACTSMITH_TRACEBACK", raising=False)
+
+    def call(*arguments: object) -> Done:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        code = end.value.code
+        return Done(code if isinstance(code, int) else 0, out, err)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model as a folder on disk."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny_model("gpt2", **GPT2).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def atlas(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of the bundled model, which knows facts; loaded once."""
+    monkeypatch.setattr(load_module, "load", lambda name, **options: atlas_model() if name == "atlas" else load(name, **options))
+    return "atlas"
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patches that take no time: what is tested here is the command line."""
+    monkeypatch.setattr(RomeConfig, "recommended", classmethod(lambda cls, lm: cls(layer=1, steps=2)))
+    monkeypatch.setattr(workbench.Proposal, "failed", False)  # two steps are not enough to hold

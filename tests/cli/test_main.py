@@ -1,0 +1,112 @@
+"""Every command explains itself, prints one JSON document, and fails in one block with its exit code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from commands import FACT, PROMPT, Run
+from factsmith import cli
+from factsmith.ledger import Ledger
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+COMMANDS = sorted(command.callback.__name__ for command in cli.app.registered_commands if command.callback is not None)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example_and_is_documented(run: Run, name: str) -> None:
+    done = run(name, "--help")
+    assert done.code == 0
+    assert re.search(rf"Examples?:\s+factsmith {name}\b", done.out), "no example"
+    assert "--json" in done.out
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in DOCS.glob("*.md"))
+    assert re.search(rf"^factsmith {name}\b", pages, re.MULTILINE), "not shown in docs/"
+
+
+def test_the_commands_are_those_promised(run: Run) -> None:
+    assert {"init", "ask", "trace", "neurons", "layers", "patch", "log", "show", "revert", "checkout", "status"} <= set(COMMANDS)
+    assert re.fullmatch(r"factsmith \d+\.\d+\S*\n", run("--version").out)
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys, factsmith.cli; print({'torch', 'transformers', 'matplotlib'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_python_dash_m() -> None:
+    done = subprocess.run([sys.executable, "-m", "factsmith", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("factsmith ")
+
+
+def test_exit_codes(run: Run, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.yaml").write_text("facts: [1, {subject: x}]")
+    run("init", model, "space")
+    cases: list[tuple[int, list[object], str]] = [
+        (2, ["frob"], "No such command"),
+        (2, ["ask"], "Missing argument"),
+        (2, ["ask", model, PROMPT, "--top", "0"], "--top"),
+        (2, ["ask", model, "one", "two"], "put the text in quotes"),
+        (2, ["ask", model, "\udcff"], "UTF-8"),
+        (2, ["patch", model], "--subject"),
+        (2, ["patch", model, *FACT[:-1], " "], "target"),
+        (2, ["patch", model, "--subject", "Edwin", "--prompt", "Edwin is", "--target", "a king"], "prompt has 0 slots"),
+        (2, ["patch", model, "--subject", "Edwin", "--prompt", "Edwin and {} are", "--target", "kings"], "Edwin"),
+        (2, ["patch", model, *FACT, "--layer", "3"], "layer 3"),
+        (2, ["patch", model, *FACT, "--layer", "-1"], "layer"),
+        (2, ["patch", model, *FACT, "--texts", "nowhere.txt"], "nowhere.txt"),
+        (2, ["patch", model, "bad.yaml"], "bad.yaml, entry 1"),
+        (2, ["patch", model, "nowhere.yaml"], "nowhere.yaml"),
+        (2, ["trace", model, PROMPT, "--subject", "Nobody"], "Nobody"),
+        (2, ["trace", model, PROMPT, "--subject", "Danielle", "--out", "x.doc"], ".doc"),
+        (2, ["trace", model, PROMPT, "--subject", " "], "--subject is empty"),
+        (2, ["trace", model, " ", "--subject", "x"], "a prompt is empty"),
+        (2, ["trace", model, "{} and {}", "--subject", "Edwin"], "2 slots"),
+        (2, ["trace", model, "Edwin and {}", "--subject", "Edwin"], "more than once"),
+        (2, ["trace", model, PROMPT, "--subject", "Danielle", "--window", "3"], "--kind mlp"),
+        (2, ["trace", model, PROMPT, "--subject", "Danielle", "--kind", "state", "--window", "3"], "--kind mlp"),
+        (2, ["trace", model, PROMPT, "--subject", "Danielle", "--seed", "-1"], "--seed"),
+        (2, ["trace", PROMPT, "--subject", "Danielle"], "name a model"),
+        (2, ["trace", "Danielle wrote facts.yaml", "--subject", "Danielle"], "name a model"),
+        (2, ["trace", "bad.yaml", model], "the model comes first"),
+        (2, ["neurons", model, PROMPT, "--subject", "Romania"], "'Romania' is not in"),
+        (2, ["neurons", model, PROMPT, "--subject", ""], "--subject is empty"),
+        (2, ["neurons", model, ""], "a prompt is empty"),
+        (2, ["neurons", model, PROMPT, "--seed", "-1"], "--seed"),
+        (2, ["neurons", model, PROMPT, "--top", "61"], "--top"),
+        (2, ["neurons", PROMPT], "name a model"),
+        (2, ["layers", model, "--seed", "-1"], "--seed"),
+        (2, ["layers", model, "--refresh"], "--refresh"),
+        (3, ["ask", "nosuchmodel", PROMPT], "nosuchmodel"),
+        (3, ["ask", "./empty", PROMPT], "empty"),
+        (3, ["init", "nosuchmodel", "other"], "nosuchmodel"),
+        (5, ["ask", PROMPT], "factsmith init"),
+        (5, ["log"], "factsmith init"),
+        (5, ["init", model, "space"], "already holds a ledger"),
+        (5, ["show", "ffff", "-w", "space"], "ffff"),
+        (5, ["revert", "latest", "-w", "space"], "no record"),
+        (5, ["checkout", "../..", "-w", "space"], "names no revision"),
+    ]
+    before = sorted(str(path) for path in tmp_path.rglob("*") if not path.name.startswith("ledger.db-"))
+    for code, arguments, words in cases:
+        done = run(*arguments)
+        assert (done.code, done.out) == (code, ""), (arguments, done)
+        assert words in done.err and "Traceback" not in done.err, (arguments, done.err)
+    assert sorted(str(path) for path in tmp_path.rglob("*") if not path.name.startswith("ledger.db-")) == before
+
+
+def test_a_fault_of_ours_is_said_without_a_traceback(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("division by zero")
+
+    run("init", model, "space")
+    monkeypatch.setattr(Ledger, "log", fault)
+    done = run("log", "-w", "space")
+    assert done.code == 1 and "ZeroDivisionError: division by zero" in done.err and "report" in done.err
+    monkeypatch.setenv("FACTSMITH_TRACEBACK", "1")
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["log", "-w", "space"])

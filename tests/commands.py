@@ -1,0 +1,35 @@
+"""What the tests of the command line share: what a run gives back, and texts to run it on."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from factsmith.model.load import LanguageModel, load
+
+PROMPT = "The mother tongue of Danielle Darrieux is"
+FACT = ["--subject", "Danielle Darrieux", "--prompt", "The mother tongue of {} is", "--target", "English"]
+CURRENCY = "The currency of Bulgaria is the"
+
+
+@dataclass
+class Done:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Run = Callable[..., Done]
+
+
+@functools.cache
+def atlas_model() -> LanguageModel:
+    """The bundled model, loaded once."""
+    return load("atlas")
