@@ -347,7 +347,8 @@ def main() -> None:
                 keep("rounds", method, load, bench.rounds(method, facts, others, given.rounds, lambda line: print(line, flush=True)))
                 continue
             peak_mb(reset=True)
-            row = {"facts": len(facts), "others": len(others), "changes": changes, **bench.run(method, facts, others)}
+            row = {"facts": len(facts), "others": len(others), "changes": changes if method in SPREADING else {}}
+            row.update(bench.run(method, facts, others))
             row["peak_mb"] = peak_mb()
             print(f"{method:12} {row}", flush=True)
             keep("batch", method, load, row)

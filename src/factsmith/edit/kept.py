@@ -19,7 +19,6 @@ from ..model.load import LanguageModel
 from ..progress import Progress, tell
 from .moments import SecondMoment, enough_tokens, second_moments
 from .sample import own_text
-from .target import check_layer
 
 
 def find_moments(
@@ -47,7 +46,7 @@ def find_moments(
     found = kept_moments(lm, layers, folder) if texts is None else {}
     missing = [layer for layer in layers if layer not in found]
     if missing:
-        limit = max_tokens or enough_tokens(lm, [check_layer(lm, layer) for layer in missing])
+        limit = enough_tokens(lm, missing, max_tokens)
         computed = second_moments(
             lm,
             own_corpus(lm, limit, seed, progress) if texts is None else texts,

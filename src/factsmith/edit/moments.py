@@ -43,8 +43,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..checks import check_items
-from ..errors import DamagedError, FingerprintError, InputError, LayerError, NumericsError, UnsupportedModelError, WorkspaceError
+from ..errors import DamagedError, FingerprintError, InputError, NumericsError, UnsupportedModelError, WorkspaceError
 from ..files import write_file
+from ..model.ffn import check_layer
 from ..model.load import LanguageModel
 from ..model.tokens import align, encode
 from ..model.trace import replacing, stoppable
@@ -243,8 +244,8 @@ def second_moments(
     for another dtype, or when the checkpoint was made with other arguments or texts, FingerprintError when it was made from another model,
     DamagedError when it is not whole, WorkspaceError when it cannot be written, NumericsError when a state is not finite.
     """
-    layers = _checked(lm, layers, max_tokens, dtype)
-    limit = enough_tokens(lm, layers) if max_tokens is None else max_tokens
+    layers = _checked(lm, layers, dtype)
+    limit = enough_tokens(lm, layers, max_tokens)
     fingerprint = lm.fingerprint
     sums = {layer: _Sum(lm.ffn[layer].d_ff) for layer in layers}
     settings = {"layers": str(layers), "max_tokens": str(limit), "batch_tokens": str(batch_tokens), "dtype": str(dtype)}
@@ -285,23 +286,26 @@ def second_moments(
     return moments
 
 
-def enough_tokens(lm: LanguageModel, layers: Iterable[int]) -> int:
-    """How many tokens second moments are computed from when nobody says: TOKENS_PER_NEURON for each neuron of the widest layer."""
-    return TOKENS_PER_NEURON * max(lm.ffn[layer].d_ff for layer in layers)
+def enough_tokens(lm: LanguageModel, layers: Iterable[int], max_tokens: float | None = None) -> float:
+    """How many tokens second moments are computed from: `max_tokens`, or TOKENS_PER_NEURON for each neuron of the widest layer.
+
+    Raises InputError for anything but a number of at least 1 (infinity included), LayerError for a layer the model does not have.
+    """
+    if max_tokens is None:
+        return TOKENS_PER_NEURON * max(lm.ffn[check_layer(layer, lm.n_layers)].d_ff for layer in layers)
+    if not isinstance(max_tokens, (int, float)) or isinstance(max_tokens, bool) or not max_tokens >= 1:
+        raise InputError(f"max_tokens is at least 1, or None for the default; got {max_tokens!r}")
+    return max_tokens
 
 
-def _checked(lm: LanguageModel, layers: Iterable[int], max_tokens: float | None, dtype: torch.dtype | None) -> list[int]:
+def _checked(lm: LanguageModel, layers: Iterable[int], dtype: torch.dtype | None) -> list[int]:
     """The layers in order, each once; raises what `second_moments` says about its arguments."""
     layers = sorted(set(check_items(layers, "layers", "numbers of layers, such as [3, 4]")))
     if not layers:
         raise InputError("second_moments needs at least one layer; got none")
     for layer in layers:
-        if not 0 <= layer < lm.n_layers:
-            raise LayerError(f"layer {layer} does not exist; the model has layers 0 to {lm.n_layers - 1}")
-        if lm.ffn[layer].n_experts:
+        if lm.ffn[check_layer(layer, lm.n_layers)].n_experts:
             raise UnsupportedModelError(f"layer {layer} is a mixture of experts; second moments are for dense layers: choose another")
-    if max_tokens is not None and not max_tokens >= 1:
-        raise InputError(f"max_tokens is at least 1, or None for the default; got {max_tokens!r}")
     if dtype is not None and (dtype != torch.bfloat16 or lm.dtype == torch.float64):
         raise InputError(
             f"a forward pass in {dtype} of a model in {lm.dtype} is not offered (float16 overflows, float64 models are there for their "
