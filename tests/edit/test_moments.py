@@ -16,6 +16,7 @@ from conftest import GPT2, TEXTS, VOCAB, byte_tokenizer, shared_dir, tiny_model
 from factsmith.edit import moments as module
 from factsmith.edit.moments import TOKENS_PER_NEURON, SecondMoment, second_moments
 from factsmith.errors import DamagedError, FactsmithError, FingerprintError, InputError, LayerError, NumericsError, WorkspaceError
+from factsmith.model import scan as corpus
 from factsmith.model.load import ATLAS, LanguageModel, wrap
 
 MANY = [*TEXTS, "A", "Paris lies there.", *(t[: 10 + 3 * i] for i, t in enumerate(TEXTS * 3))]
@@ -272,7 +273,7 @@ def eager_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("eager_checkpoints")
 def test_a_killed_run_goes_on_where_it_stood(tiny_gpt2: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_WINDOW", 20)
+    monkeypatch.setattr(corpus, "WINDOW", 20)
     texts, file = varied(90), tmp_path / "deep" / "moments.partial"
     straight = second_moments(tiny_gpt2, texts, [0, 2], batch_tokens=100)
     passes: list[int] = []

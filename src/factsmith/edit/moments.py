@@ -32,8 +32,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +46,7 @@ from ..errors import DamagedError, FingerprintError, InputError, NumericsError, 
 from ..files import write_file
 from ..model.ffn import check_layer
 from ..model.load import LanguageModel
-from ..model.tokens import align, encode
-from ..model.trace import replacing, stoppable
+from ..model.scan import Piece, batches, pieces, scan, windows
 from . import solve
 
 TOKENS_PER_NEURON = 16
@@ -56,8 +54,6 @@ TOKENS_PER_NEURON = 16
 neurons), and as edits of trained models stopped getting better from; the excess is then 9 to 12 % (`benchmarks/results/moments.json`)."""
 
 _FORMAT = "1"
-_WINDOW = 512
-"""Texts tokenized ahead of the model and sorted by length: enough that a batch has little padding, few enough to stream a corpus."""
 _STRIPS = 8
 """A symmetric sum is kept as strips from the diagonal to the right edge: 9/16 of the products and of the memory of all of it."""
 _PROBES = 64
@@ -251,16 +247,16 @@ def second_moments(
     settings = {"layers": str(layers), "max_tokens": str(limit), "batch_tokens": str(batch_tokens), "dtype": str(dtype)}
     kept = None if checkpoint is None else _Checkpoint(Path(checkpoint), fingerprint, settings)
     at = _At(0, "", [0, 0]) if kept is None else kept.resume(sums)
-    batches = enumerate(_plan(_pieces(lm, [texts] if isinstance(texts, str) else texts, limit), batch_tokens), 1)
+    plan = enumerate(_plan(pieces(lm, texts, limit), batch_tokens), 1)
     if at.batch:
-        last = next(itertools.islice(batches, at.batch - 1, None), None)
+        last = next(itertools.islice(plan, at.batch - 1, None), None)
         if last is None or last[1].digest != at.digest:
             raise InputError(f"{checkpoint} was made from other text; give the same text again, or another checkpoint, or delete it")
         if progress is not None:
             progress(sum(at.counts))
-    for number, batch in batches:
-        for layer, m in _coefficients(lm, batch.rows, layers, dtype).items():
-            sums[layer].add(batch.half, m)
+    for number, batch in plan:
+        for (layer, *_), found in scan(lm, batch.rows, layers, dtype).items():
+            sums[layer].add(batch.half, found.m)
         at.counts[batch.half] += sum(map(len, batch.rows))
         at = _At(number, batch.digest, at.counts)
         if kept is not None:
@@ -312,28 +308,6 @@ def _checked(lm: LanguageModel, layers: Iterable[int], dtype: torch.dtype | None
             "precision); give torch.bfloat16, or None for the model's own"
         )
     return layers
-
-
-def _coefficients(lm: LanguageModel, rows: Sequence[Sequence[int]], layers: Sequence[int], dtype: torch.dtype | None) -> dict[int, Tensor]:
-    """The coefficients of some layers at every token, {layer: (tokens, d_ff)}; nothing after the last of them runs."""
-    batch = align(lm, rows, [0] * len(rows))
-    found: dict[int, Tensor] = {}
-    with torch.no_grad(), stoppable() as stop, ExitStack() as stack:
-
-        def take(layer: int, m: Tensor) -> Tensor:
-            found[layer] = m
-            if len(found) == len(layers):
-                stop()
-            return m
-
-        for kind in {p.device.type for p in lm.module.parameters()} if dtype is not None else ():
-            stack.enter_context(torch.autocast(kind, dtype))
-        with replacing({lm.ffn[layer].down: partial(take, layer) for layer in layers}, where="input"):
-            lm.forward(batch)
-    real = batch.attention_mask.bool().flatten()
-    # Some families flatten (B, T) themselves.
-    at_tokens = {layer: m.reshape(-1, m.shape[-1])[real.to(m.device)] for layer, m in found.items()}
-    return {layer: m.to(torch.promote_types(m.dtype, torch.float32)) for layer, m in at_tokens.items()}
 
 
 class _Sum:
@@ -449,18 +423,6 @@ class _Checkpoint:
         self.path.unlink(missing_ok=True)
 
 
-def _pieces(lm: LanguageModel, texts: Iterable[str], limit: float) -> Iterator[list[int]]:
-    longest = lm.max_tokens or 1024
-    for text in texts:
-        ids, _ = encode(lm.tokenizer, text)
-        for start in range(0, len(ids), longest):
-            piece = ids[start : start + longest]
-            yield piece if len(piece) <= limit else piece[: int(limit)]
-            limit -= len(piece)
-            if limit < 1:
-                return
-
-
 @dataclasses.dataclass(frozen=True)
 class _Rows:
     """Token ids to run together, which half of the text they belong to, and the digest of the text up to the end of their window."""
@@ -470,35 +432,18 @@ class _Rows:
     digest: str
 
 
-def _plan(pieces: Iterator[list[int]], batch_tokens: int) -> Iterator[_Rows]:
+def _plan(found: Iterator[Piece], batch_tokens: int) -> Iterator[_Rows]:
     """The batches of a corpus; the same pieces give the same batches."""
     digest = hashlib.sha256()
-    for window in _windows(pieces):
-        halves: tuple[list[list[int]], list[list[int]]] = ([], [])
-        for ids in window:
-            text = repr(ids).encode()
+    for window in windows(found):
+        halves: tuple[list[Piece], list[Piece]] = ([], [])
+        for piece in window:
+            text = repr(piece.ids).encode()
             digest.update(text)
-            halves[hashlib.sha256(text).digest()[0] & 1].append(ids)
+            halves[hashlib.sha256(text).digest()[0] & 1].append(piece)
         for half, members in enumerate(halves):
-            for rows in _batches(sorted(members, key=len), batch_tokens):
-                yield _Rows(rows, half, digest.hexdigest())
-
-
-def _windows(pieces: Iterator[list[int]]) -> Iterator[list[list[int]]]:
-    while window := list(itertools.islice(pieces, _WINDOW)):
-        yield window
-
-
-def _batches(sequences: list[list[int]], batch_tokens: int) -> Iterator[list[list[int]]]:
-    """Runs of sequences, sorted by length, whose padded size stays within the budget (at least one sequence each)."""
-    rows: list[list[int]] = []
-    for ids in sequences:
-        if rows and len(ids) * (len(rows) + 1) > batch_tokens:
-            yield rows
-            rows = []
-        rows.append(ids)
-    if rows:
-        yield rows
+            for rows in batches(members, batch_tokens):
+                yield _Rows([piece.ids for piece in rows], half, digest.hexdigest())
 
 
 def _unpack(packed: Tensor, scale: Tensor) -> Tensor:
