@@ -17,6 +17,7 @@ SOURCE = Path(factsmith.__file__).parent
 ORDER = [
     {"errors"},
     {"checks", "files", "progress"},
+    {"tensors"},
     {"fact"},
     {"model"},
     {"verify"},

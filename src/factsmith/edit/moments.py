@@ -36,17 +36,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from ..checks import check_items
-from ..errors import DamagedError, FingerprintError, InputError, NumericsError, UnsupportedModelError, WorkspaceError
-from ..files import write_file
+from ..errors import DamagedError, FingerprintError, InputError, NumericsError, UnsupportedModelError
 from ..model.ffn import check_layer
 from ..model.load import LanguageModel
 from ..model.scan import Piece, batches, pieces, scan, windows
+from ..tensors import read_tensors, write_tensors
 from . import solve
 
 TOKENS_PER_NEURON = 16
@@ -179,7 +177,7 @@ class SecondMoment:
             "corpus": self.corpus,
             **{key: repr(value) for key in _OPTIONAL if (value := getattr(self, key)) is not None},
         }
-        _write(Path(path), tensors, metadata)
+        write_tensors(Path(path), tensors, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], lm: LanguageModel | None = None, layer: int | None = None) -> SecondMoment:
@@ -191,7 +189,7 @@ class SecondMoment:
         path = Path(path)
         if not path.is_file():
             raise DamagedError(f"no second moment at {path}; expected a file written by SecondMoment.save")
-        tensors, metadata = _read(path)
+        tensors, metadata = read_tensors(path, "compute the second moment again")
         if metadata.get("format") != _FORMAT or set(tensors) not in ({"matrix"}, {"packed", "scale"}):
             raise DamagedError(f"{path} is not a second moment of format {_FORMAT}; it holds {sorted(tensors)}")
         matrix = tensors["matrix"] if "matrix" in tensors else _unpack(tensors["packed"], tensors["scale"])
@@ -390,7 +388,7 @@ class _Checkpoint:
         """Put what the file holds into the sums; the beginning where there is no file."""
         if not self.path.is_file():
             return _At(0, "", [0, 0])
-        tensors, metadata = _read(self.path)
+        tensors, metadata = read_tensors(self.path, "compute the second moment again")
         if metadata.get("format") != self.made_from["format"]:
             raise DamagedError(f"{self.path} is no unfinished second moment; give another checkpoint, or delete it")
         for key, wanted in self.made_from.items():
@@ -415,7 +413,7 @@ class _Checkpoint:
             for i, strip in enumerate(strips)
         }
         stand = {"batch": str(at.batch), "digest": at.digest, "count0": str(at.counts[0]), "count1": str(at.counts[1])}
-        _write(self.path, tensors, {**self.made_from, **stand})
+        write_tensors(self.path, tensors, {**self.made_from, **stand})
         self.due = time.monotonic() + max(_SECONDS, 20 * (time.monotonic() - began))
 
     def remove(self) -> None:
@@ -455,35 +453,3 @@ def _unpack(packed: Tensor, scale: Tensor) -> Tensor:
     factor[rows, columns] = packed.double()
     factor *= scale.double()[:, None]
     return factor @ factor.T
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """One safetensors file with a checksum over all it holds, in one step; raises WorkspaceError."""
-    metadata = {**metadata, "sha256": _checksum(tensors, metadata)}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, lambda temporary: safetensors.torch.save_file(tensors, temporary, metadata))
-    except (OSError, safetensors.SafetensorError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise WorkspaceError(f"cannot write {path}: {why}; choose a folder that can be written") from None
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What `_write` wrote; raises DamagedError."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, safetensors.SafetensorError) as error:
-        raise DamagedError(f"cannot read {path}: {error}; compute the second moment again") from None
-    if metadata.pop("sha256", None) != _checksum(tensors, metadata):
-        raise DamagedError(f"{path} does not match its checksum; compute the second moment again")
-    return tensors, metadata
-
-
-def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

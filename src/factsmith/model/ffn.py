@@ -251,9 +251,23 @@ class FeedForward(Neurons):
 
     def routing(self, run: Callable[[], Any]) -> Routing:
         """What the experts of this layer do with every token of one pass, which `run` makes. Raises LayerError without experts."""
+        with recording(self.routing_parts()) as calls:
+            run()
+        return self.routing_of(calls)
+
+    def routing_parts(self) -> dict[str, nn.Module]:
+        """The modules whose calls `routing_of` needs. Raises LayerError without experts."""
         if self._routed is None:
             raise LayerError(f"layer {self.layer} has no experts; its coefficients are the input of its down-projection")
-        return self._routed.read(self, run)
+        parts: dict[str, nn.Module] = {"block": self.module, "routed": self._routed.module}
+        if self.shared is not None and self.shared._weight is not None:
+            parts["shared"] = self.shared._weight.module
+        return parts
+
+    def routing_of(self, calls: Mapping[str, Sequence[Call]]) -> Routing:
+        """What the experts did in a pass in which the calls of `routing_parts` were recorded."""
+        assert self._routed is not None
+        return self._routed.read(self, calls)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -631,13 +645,8 @@ class _Routed:
         """One expert's coefficients on (n, d_model): (n, d_ff)."""
         return next(p for p in reversed(self.one(expert, hidden, changes)[0]) if p.name == self.down).left
 
-    def read(self, ffn: FeedForward, run: Callable[[], Any]) -> Routing:
-        """The routing of one pass; see FeedForward.routing."""
-        wanted: dict[str, nn.Module] = {"block": ffn.module, "routed": self.module}
-        if ffn.shared is not None and ffn.shared._weight is not None:
-            wanted["shared"] = ffn.shared._weight.module
-        with recording(wanted, stop=False) as calls:
-            run()
+    def read(self, ffn: FeedForward, calls: Mapping[str, Sequence[Call]]) -> Routing:
+        """The routing of one recorded pass; see FeedForward.routing_of."""
         routed = calls["routed"][0]
         hidden, chosen, weights = (get_slot(routed, s) for s in (self.hidden, self.chosen, self.weights))
         d_ff = ffn.experts[0].d_ff

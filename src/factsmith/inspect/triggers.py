@@ -1,0 +1,463 @@
+"""What the memory's keys match: for every neuron the places in a corpus where its coefficient is largest, and where it is smallest.
+
+    found = find_triggers(lm, texts, top=25, folder="triggers")     # one pass over the corpus, all layers at once
+    found = Triggers.load("triggers")                               # later, without the model
+    for trigger in found.of((3, 17)):
+        print(trigger.coefficient, trigger.prefix)                  # ends with the token at which the neuron fires
+
+Geva et al. 2021 (arXiv 2012.14913): a key is known by the prefixes it fires on. Per text a neuron counts once, at the position of its
+largest coefficient (the first of equals), and of texts that tie the earlier ones stay. Coefficients of GELU and gated neurons have a sign,
+and what is far below zero writes the value's opposite, so the smallest are kept as well.
+
+What is held in memory grows with neurons times `top`, not with the corpus.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from ..checks import check_count, check_items
+from ..errors import DamagedError, FingerprintError, InputError, LayerError, NumericsError
+from ..model.ffn import Neuron, check_layer
+from ..model.load import LanguageModel, check_model
+from ..model.scan import Bank, Coefficients, Piece, batches, pieces, scan, windows
+from ..progress import Progress, tell
+from ..tensors import read_tensors, write_tensors
+
+Sign = Literal["top", "bottom"]
+_SIGNS: tuple[Sign, ...] = ("top", "bottom")
+_LAST = 2**31 - 1  # piece numbers are kept below it
+_FORMAT = "triggers 1"
+_KEPT = 4096  # texts held beside those some neuron refers to, before the others are let go
+_SECONDS = 60.0
+"""Between checkpoints, at least; and twenty times as long as the last one took to write."""
+
+
+@dataclass(frozen=True)
+class Trigger:
+    """A place in a text where a neuron's coefficient is among its largest (or smallest).
+
+    coefficient  the neuron's
+    text         the whole text
+    start, stop  the characters of the token at which it fires
+    token        that token's id
+    next_token   the id of the token behind it; None at the end of the text
+    position     which token of the text it is
+    """
+
+    coefficient: float
+    text: str
+    start: int
+    stop: int
+    token: int
+    next_token: int | None
+    position: int
+
+    @property
+    def prefix(self) -> str:
+        """The text up to and with the token."""
+        return self.text[: self.stop]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class BankTriggers:
+    """The triggers of one bank of neurons, best first; a coefficient of 0 marks an empty place.
+
+    coefficients  {"top", "bottom"}: (d_ff, t) float32
+    texts         {"top", "bottom"}: (d_ff, t) int64, indices into `Triggers.texts`
+    positions     {"top", "bottom"}: (d_ff, t) int64, which token of the text
+    fired         (d_ff,) float64, the share of tokens at which the coefficient was above zero
+    mean_square   (d_ff,) float64, its mean square over all tokens of the corpus
+    """
+
+    coefficients: Mapping[Sign, Tensor]
+    texts: Mapping[Sign, Tensor]
+    positions: Mapping[Sign, Tensor]
+    fired: Tensor
+    mean_square: Tensor
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Triggers:
+    """What every neuron of some layers fires on in a corpus.
+
+    banks        {(layer,) or (layer, expert): BankTriggers}
+    texts        the texts that are referred to
+    model        what the model was loaded as
+    fingerprint  the model's
+    corpus       sha256 of the corpus' tokens
+    n_texts      texts read
+    n_tokens     tokens read
+    """
+
+    banks: Mapping[Bank, BankTriggers]
+    texts: Sequence[str]
+    model: str
+    fingerprint: str
+    corpus: str
+    n_texts: int
+    n_tokens: int
+    _ids: Tensor = field(repr=False)  # the texts' tokens, one after another
+    _spans: Tensor = field(repr=False)  # (n, 2) their characters
+    _starts: Tensor = field(repr=False)  # (texts + 1,) where each text's tokens begin
+
+    def of(self, neuron: Neuron, *, sign: Sign = "top", k: int | None = None) -> list[Trigger]:
+        """The triggers of a neuron, strongest first, at most k. Raises LayerError for a neuron that was not scanned."""
+        *place, i = (int(n) for n in neuron)
+        bank = self.banks.get(cast("Bank", tuple(place)))
+        if bank is None or not 0 <= i < len(bank.fired):
+            raise LayerError(f"neuron {tuple(neuron)} was not scanned; there are those of {', '.join(map(str, self.banks))}")
+        columns = zip(bank.coefficients[sign][i].tolist(), bank.texts[sign][i].tolist(), bank.positions[sign][i].tolist(), strict=True)
+        return [self._trigger(*column) for column in columns if column[0]][:k]
+
+    def _trigger(self, coefficient: float, text: int, position: int) -> Trigger:
+        at, end = int(self._starts[text]) + position, int(self._starts[text + 1])
+        start, stop = self._spans[at].tolist()
+        next_token = int(self._ids[at + 1]) if at + 1 < end else None
+        return Trigger(coefficient, self.texts[text], start, stop, int(self._ids[at]), next_token, position)
+
+    def next_tokens(self, bank: Bank, sign: Sign = "top") -> Tensor:
+        """The token behind each trigger: (d_ff, t) int64, -1 where there is none."""
+        own = self.banks[bank]
+        at = self._starts[own.texts[sign]] + own.positions[sign]
+        inside = (at + 1 < self._starts[own.texts[sign] + 1]) & (own.coefficients[sign] != 0)
+        return torch.where(inside, self._ids[(at + 1).clamp(max=len(self._ids) - 1)], -1)
+
+    def tokens(self, bank: Bank, sign: Sign = "top") -> Tensor:
+        """The token at each trigger: (d_ff, t) int64, -1 where there is none."""
+        own = self.banks[bank]
+        return torch.where(own.coefficients[sign] != 0, self._ids[self._starts[own.texts[sign]] + own.positions[sign]], -1)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `triggers.safetensors`, with the texts and what they are of, in one step. Raises WorkspaceError."""
+        raw = [text.encode() for text in self.texts]
+        tensors = {
+            "ids": self._ids,
+            "spans": self._spans,
+            "starts": self._starts,
+            "characters": torch.frombuffer(bytearray(b"".join(raw) or b" "), dtype=torch.uint8),
+            "lengths": torch.tensor([len(text) for text in raw]),
+        }
+        for bank, own in self.banks.items():
+            for name, tensor in _named(own).items():
+                tensors[f"{'.'.join(map(str, bank))}/{name}"] = tensor
+        described = {name: str(getattr(self, name)) for name in _DESCRIBED}
+        write_tensors(Path(folder) / _FILE, tensors, {"format": _FORMAT, **described})
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], lm: LanguageModel | None = None) -> Triggers:
+        """Read what `save` wrote. Raises DamagedError when it is missing or altered, FingerprintError when it is not of `lm`."""
+        path = Path(folder) / _FILE
+        if not path.is_file():
+            raise DamagedError(f"no triggers in {folder}; expected {_FILE}, as find_triggers writes it")
+        tensors, metadata = read_tensors(path, "scan the corpus again")
+        if metadata.get("format") != _FORMAT:
+            raise DamagedError(f"{path} holds {metadata.get('format')!r}; expected {_FORMAT!r}: scan the corpus again")
+        if lm is not None and metadata["fingerprint"] != lm.fingerprint:
+            raise FingerprintError(
+                f"the triggers in {folder} are of {metadata['model']} with fingerprint {metadata['fingerprint'][:12]}; {lm.name} has "
+                f"{lm.fingerprint[:12]}: scan the corpus with it"
+            )
+        characters, ends = tensors["characters"].numpy().tobytes(), tensors["lengths"].cumsum(0).tolist()
+        texts = [characters[a:b].decode() for a, b in zip([0, *ends], ends)]  # noqa: B905 - one more start than ends
+        parts: dict[Bank, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if "/" in name:
+                bank, _, part = name.partition("/")
+                parts.setdefault(tuple(map(int, bank.split("."))), {})[part] = tensor  # type: ignore[arg-type]
+        return cls(
+            banks={bank: _bank(own) for bank, own in sorted(parts.items())},
+            texts=texts,
+            **{name: kind(metadata[name]) for name, kind in _DESCRIBED.items()},
+            _ids=tensors["ids"],
+            _spans=tensors["spans"],
+            _starts=tensors["starts"],
+        )
+
+
+_FILE = "triggers.safetensors"
+_DESCRIBED: Mapping[str, Any] = {"model": str, "fingerprint": str, "corpus": str, "n_texts": int, "n_tokens": int}
+_BY_SIGN = ("coefficients", "texts", "positions")
+
+
+def _named(own: BankTriggers) -> dict[str, Tensor]:
+    signed = {f"{sign}.{name}": getattr(own, name)[sign].contiguous() for name in _BY_SIGN for sign in _SIGNS}
+    return {**signed, "fired": own.fired, "mean_square": own.mean_square}
+
+
+def _bank(tensors: Mapping[str, Tensor]) -> BankTriggers:
+    signed = {name: {sign: tensors[f"{sign}.{name}"] for sign in _SIGNS} for name in _BY_SIGN}
+    return BankTriggers(**signed, fired=tensors["fired"], mean_square=tensors["mean_square"])
+
+
+# ── the pass ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Best:
+    """The largest coefficients of one bank so far.
+
+    keys    {sign: (t, d_ff) int64}, descending: the coefficient's bits above, and below how early its piece came. The bits of floats above
+            zero are in the floats' order, so one number orders by coefficient, then by piece, and the order of batches does not matter
+    places  {sign: (t, d_ff) int32} the token's position
+    fired   (d_ff,) float64; squares (d_ff,) float64; sums over tokens
+    """
+
+    def __init__(self, d_ff: int, top: int) -> None:
+        self.keys = {sign: torch.zeros(top, d_ff, dtype=torch.int64) for sign in _SIGNS}
+        self.places = {sign: torch.zeros(top, d_ff, dtype=torch.int32) for sign in _SIGNS}
+        self.fired = torch.zeros(d_ff, dtype=torch.float64)
+        self.squares = torch.zeros(d_ff, dtype=torch.float64)
+
+    def add(self, found: Coefficients, rows: Sequence[Piece]) -> None:
+        """Take in one batch."""
+        m = found.m.float()
+        self.fired += (m > 0).sum(0).cpu()
+        self.squares += m.square().sum(0).double().cpu()
+        written = torch.tensor([b > a for piece in rows for a, b in piece.spans], device=m.device)  # not added by the tokenizer
+        starts = torch.tensor([0, *itertools.accumulate(len(piece.ids) for piece in rows)], device=m.device)
+        grid, columns, present = _grid(m, found.row, found.column, written[starts[found.row] + found.column])
+        if not present:
+            return
+        early = _LAST - torch.tensor([rows[r].number for r in present])
+        for sign in _SIGNS:
+            grid.masked_fill_((columns < 0)[:, :, None], -math.inf if sign == "top" else math.inf)
+            ends, at = grid.max(1) if sign == "top" else grid.min(1)  # the first of equals
+            strength = ends.cpu() if sign == "top" else -ends.cpu()
+            if not bool(strength.isfinite().all()):
+                raise NumericsError("a coefficient is not finite; load the model in a wider dtype, or look for damaged weights")
+            keys = (strength.clamp(min=0).view(torch.int32).long() << 32) | early[:, None]
+            keys[strength <= 0] = 0
+            self._merge(sign, keys, columns.cpu().gather(1, at.cpu()).int())
+
+    def _merge(self, sign: Sign, keys: Tensor, places: Tensor) -> None:
+        held, top = self.keys[sign], len(self.keys[sign])
+        changed = (keys.amax(0) > held[-1]).nonzero()[:, 0]
+        if not len(changed):
+            return
+        both = torch.cat([held[:, changed], keys[:, changed]])
+        where = torch.cat([self.places[sign][:, changed], places[:, changed]])
+        best = both.topk(top, dim=0)
+        held[:, changed] = best.values
+        self.places[sign][:, changed] = where.gather(0, best.indices)
+
+    def numbers(self, sign: Sign) -> Tensor:
+        """The numbers of the pieces held: (t, d_ff), meaningless where a key is 0."""
+        return _LAST - (self.keys[sign] & 0xFFFFFFFF)
+
+    def state(self) -> dict[str, Tensor]:
+        """All of it by name, for a checkpoint."""
+        signed = {f"{sign}.{name}": getattr(self, name)[sign] for sign in _SIGNS for name in ("keys", "places")}
+        return {**signed, "fired": self.fired, "squares": self.squares}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """The inverse of `state`."""
+        for name, tensor in tensors.items():
+            sign, _, part = name.rpartition(".")
+            if sign:
+                getattr(self, part)[sign] = tensor
+            else:
+                setattr(self, name, tensor)
+
+    def result(self, index: Tensor, n_tokens: int) -> BankTriggers:
+        """The triggers held, texts numbered by their place in `index` (sorted piece numbers)."""
+        coefficients, texts, positions = {}, {}, {}
+        for sign in _SIGNS:
+            keys = self.keys[sign].T
+            strength = (keys >> 32).int().view(torch.float32)
+            coefficients[sign] = (strength if sign == "top" else -strength).contiguous()
+            held = keys != 0
+            texts[sign] = torch.searchsorted(index, torch.where(held, self.numbers(sign).T, index[0]).contiguous())
+            positions[sign] = torch.where(held, self.places[sign].T, 0).long()
+        return BankTriggers(
+            coefficients=coefficients, texts=texts, positions=positions, fired=self.fired / n_tokens, mean_square=self.squares / n_tokens
+        )
+
+
+def _grid(m: Tensor, row: Tensor, column: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """Coefficients by row of the batch, of the tokens to keep: (rows, width, d_ff), their columns (-1: nothing there), and which rows."""
+    if not bool(keep.all()):
+        m, row, column = m[keep], row[keep], column[keep]
+    present, place, counts = torch.unique_consecutive(row, return_inverse=True, return_counts=True)
+    if not len(present):
+        return m, column, []
+    rank = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[place]
+    width = int(counts.max())
+    columns = torch.full((len(present), width), -1, device=column.device)
+    columns[place, rank] = column
+    if len(row) == columns.numel():
+        return m.reshape(len(present), width, -1), columns, present.tolist()
+    grid = m.new_zeros(len(present), width, m.shape[1])
+    grid[place, rank] = m
+    return grid, columns, present.tolist()
+
+
+def find_triggers(
+    lm: LanguageModel,
+    texts: str | Iterable[str],
+    layers: Iterable[int] | None = None,
+    *,
+    top: int = 25,
+    max_tokens: float = math.inf,
+    batch_tokens: int = 4096,
+    dtype: torch.dtype | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Triggers:
+    """The `top` strongest triggers, of either sign, of every neuron of some layers (None: all) in one pass over a corpus.
+
+    max_tokens    stop after this many tokens (the last text is cut)
+    batch_tokens  padded tokens in one forward pass
+    dtype         torch.bfloat16 runs the pass in it; None: the model's own
+    folder        where the result is kept, and before it now and then what there is: called again with the same arguments and texts, a run
+                  that was killed goes on where it stood
+
+    Tokens that the tokenizer adds (BOS) are not taken for triggers: every text begins with them. Texts longer than the model's context are
+    cut, and each part counts as a text. Raises LayerError, InputError when there is no text, or the folder holds an unfinished run of other
+    texts or arguments, FingerprintError when it is another model's, NumericsError for coefficients that are not finite, WorkspaceError.
+    """
+    check_model(lm)
+    top = check_count(top, "top", "the number of triggers to keep for each neuron")
+    wanted = sorted(
+        {check_layer(x, lm.n_layers) for x in (range(lm.n_layers) if layers is None else check_items(layers, "layers", "numbers"))}
+    )
+    if not wanted:
+        raise InputError("no layer was asked for; expected at least one, or None for all")
+    settings = {
+        "layers": str(wanted),
+        "top": str(top),
+        "max_tokens": str(max_tokens),
+        "dtype": str(dtype),
+        "batch_tokens": str(batch_tokens),
+    }
+    run = _Run(lm, wanted, top)
+    kept = None if folder is None else _Checkpoint(Path(folder) / "unfinished.safetensors", lm, settings)
+    resume = kept.resume(run) if kept is not None else None
+    for number, window in enumerate(windows(pieces(lm, texts, max_tokens)), 1):
+        for piece in window:
+            run.digest.update(repr(piece.ids).encode())
+        if resume is not None and number <= resume[0]:
+            if number == resume[0] and run.digest.hexdigest() != resume[1]:
+                raise InputError(f"the unfinished run in {folder} is of other texts; give the same again, or another folder, or delete it")
+            continue
+        for rows in batches(window, batch_tokens):
+            for bank, found in scan(lm, [piece.ids for piece in rows], wanted, dtype).items():
+                run.best[bank].add(found, rows)
+            run.n_texts += len(rows)
+            run.n_tokens += sum(len(piece.ids) for piece in rows)
+            tell(progress, "scanning", run.n_tokens, None if math.isinf(max_tokens) else int(max_tokens))
+        run.texts.update((piece.number, piece) for piece in window)
+        run.forget()
+        if kept is not None:
+            kept.save(run, number)
+    result = run.result(lm)
+    if folder is not None and kept is not None:
+        result.save(folder)
+        kept.remove()
+    return result
+
+
+class _Run:
+    """A pass under way."""
+
+    def __init__(self, lm: LanguageModel, layers: Sequence[int], top: int) -> None:
+        self.best: dict[Bank, _Best] = {}
+        for layer in layers:
+            memory = lm.ffn[layer]
+            for place, bank in enumerate(memory.banks):
+                self.best[(layer, place) if memory.n_experts else (layer,)] = _Best(bank.d_ff, top)
+        self.texts: dict[int, Piece] = {}
+        self.digest = hashlib.sha256()
+        self.n_texts = self.n_tokens = self._held = 0
+
+    def numbers(self) -> Tensor:
+        """The numbers of all pieces that some neuron holds, ascending."""
+        held = [torch.unique(best.numbers(sign)[best.keys[sign] != 0]) for best in self.best.values() for sign in _SIGNS]
+        found: Tensor = torch.unique(torch.cat(held))
+        return found
+
+    def forget(self) -> None:
+        """Let go of texts that no neuron holds, whenever they may have become half of all."""
+        if len(self.texts) > 2 * self._held + _KEPT:
+            self.texts = {number: self.texts[number] for number in self.numbers().tolist()}
+            self._held = len(self.texts)
+
+    def result(self, lm: LanguageModel) -> Triggers:
+        """What was found."""
+        if not self.n_tokens:
+            raise InputError("find_triggers got no text; expected strings with at least one token")
+        index = self.numbers()
+        if not len(index):  # not a neuron is ever on
+            index = torch.tensor(sorted(self.texts)[:1])
+        held = [self.texts[number] for number in index.tolist()]
+        ids, spans, starts = _packed(held)
+        return Triggers(
+            banks={bank: best.result(index, self.n_tokens) for bank, best in self.best.items()},
+            texts=[piece.text for piece in held],
+            model=lm.name,
+            fingerprint=lm.fingerprint,
+            corpus=self.digest.hexdigest(),
+            n_texts=self.n_texts,
+            n_tokens=self.n_tokens,
+            _ids=ids,
+            _spans=spans,
+            _starts=starts,
+        )
+
+
+def _packed(held: Sequence[Piece]) -> tuple[Tensor, Tensor, Tensor]:
+    """Their tokens one after another, the tokens' characters (n, 2), and where each piece begins and the last ends."""
+    ids = torch.tensor([i for piece in held for i in piece.ids])
+    spans = torch.tensor([span for piece in held for span in piece.spans])
+    return ids, spans, torch.tensor([0, *itertools.accumulate(len(piece.ids) for piece in held)])
+
+
+class _Checkpoint:
+    """The file of an unfinished pass."""
+
+    def __init__(self, path: Path, lm: LanguageModel, settings: Mapping[str, str]) -> None:
+        self.path = path
+        self.made_from = {"format": f"unfinished {_FORMAT}", "fingerprint": lm.fingerprint, **settings}
+        self.due = time.monotonic() + _SECONDS
+
+    def resume(self, run: _Run) -> tuple[int, str] | None:
+        """Put what the file holds into the run; (windows done, digest up to there), or None where there is no file."""
+        if not self.path.is_file():
+            return None
+        tensors, metadata = read_tensors(self.path, "delete it, and scan the corpus again")
+        for key, wanted in self.made_from.items():
+            if metadata.get(key) != wanted:
+                error = FingerprintError if key == "fingerprint" else InputError
+                raise error(f"{self.path} was made with {key} {metadata.get(key)}, not {wanted}; give another folder, or delete it")
+        for bank, best in run.best.items():
+            begin = f"{'.'.join(map(str, bank))}/"
+            best.restore({name.removeprefix(begin): tensor for name, tensor in tensors.items() if name.startswith(begin)})
+        run.n_texts, run.n_tokens = int(metadata["n_texts"]), int(metadata["n_tokens"])
+        run.texts = {number: Piece(number, *rest) for number, *rest in json.loads(metadata["texts"])}
+        return int(metadata["window"]), metadata["digest"]
+
+    def save(self, run: _Run, window: int) -> None:
+        """Write the file, if it is time to."""
+        began = time.monotonic()
+        if began < self.due:
+            return
+        tensors = {f"{'.'.join(map(str, bank))}/{name}": t for bank, best in run.best.items() for name, t in best.state().items()}
+        held = [(number, run.texts[number].text, run.texts[number].ids, run.texts[number].spans) for number in run.numbers().tolist()]
+        stand = {"window": str(window), "digest": run.digest.hexdigest(), "n_texts": str(run.n_texts), "n_tokens": str(run.n_tokens)}
+        write_tensors(self.path, tensors, {**self.made_from, **stand, "texts": json.dumps(held)})
+        self.due = time.monotonic() + max(_SECONDS, 20 * (time.monotonic() - began))
+
+    def remove(self) -> None:
+        """Take the file away: the pass is finished."""
+        self.path.unlink(missing_ok=True)

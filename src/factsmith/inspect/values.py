@@ -1,0 +1,239 @@
+"""What the memory's values promote: each value read out through the unembedding, as the model's own last layer is.
+
+    found = value_tokens(lm, layers=[3], top=10)       # top and bottom tokens of every value of layer 3
+    found.of(3, 17)                                    # those of one neuron, with their scores
+    head = find_unembedding(lm)                        # the model's tail as scale, shift and a matrix
+
+Geva et al. 2022 (arXiv 2203.14680): a value v is a distribution over the vocabulary, softmax(E v), and tokens with a large score are what
+it promotes; with a negative coefficient it demotes them. The paper leaves the final norm out (`norm=False`); folded in, a value is
+centred where the norm centres and weighed by the norm's scale, which is what becomes of it on the way to the logits.
+
+Thousands of values times a whole vocabulary are screened in bfloat16, and what comes near the top is scored again in float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_count, check_items
+from ..errors import LayerError, UnsupportedModelError
+from ..model.ffn import Neuron, check_layer, find_neuron, same, tolerance
+from ..model.load import LanguageModel, check_model
+from ..model.scan import Bank
+from ..model.trace import recording, replacing
+from ..progress import Progress, tell
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Unembedding:
+    """How a last hidden state h becomes logits: weight @ (scale * centre(h) / size(h) + shift) + bias.
+
+    weight   (vocab, d_model), a view of the model's own
+    bias     (vocab,), or None
+    scale    (d_model,) of the final norm; ones where there is none
+    shift    (d_model,) of the final norm; zeros where it has none
+    centres  whether the norm takes the mean off first (LayerNorm)
+    divides  whether it divides by the root mean square; False where no norm comes last
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor
+    shift: Tensor
+    centres: bool
+    divides: bool
+
+    def fold(self, values: Tensor) -> Tensor:
+        """What becomes of additions to the stream, but for the division: (..., d_model) to (..., d_model)."""
+        values = values.to(self.scale)
+        return (values - values.mean(-1, keepdim=True) if self.centres else values) * self.scale
+
+    def size(self, hidden: Tensor) -> Tensor:
+        """The root mean square that the norm divides a state by, without its epsilon: (..., d_model) to (...)."""
+        if not self.divides:
+            return hidden.new_ones(hidden.shape[:-1])
+        hidden = hidden - hidden.mean(-1, keepdim=True) if self.centres else hidden
+        return hidden.square().mean(-1).sqrt()
+
+
+@torch.no_grad()
+def find_unembedding(lm: LanguageModel, *, norm: bool = True) -> Unembedding:
+    """The model's unembedding and its final norm, which is told by what it does with a few random states; without it: norm=False.
+
+    Raises UnsupportedModelError when the model has no single unembedding matrix, or does more before it than normalise.
+    """
+    last: nn.Module | None = lm.module.get_output_embeddings()
+    weight = getattr(last, "weight", None)
+    if last is None or not isinstance(weight, Tensor) or weight.dim() != 2 or weight.shape[1] != lm.d_model:
+        raise UnsupportedModelError(f"{lm.name} has no single matrix from its last hidden state to the vocabulary to read values with")
+    bias = getattr(last, "bias", None)
+    plain = Unembedding(
+        weight=weight.detach(),
+        bias=None if bias is None else bias.detach(),
+        scale=torch.ones(lm.d_model, device=weight.device),
+        shift=torch.zeros(lm.d_model, device=weight.device),
+        centres=False,
+        divides=False,
+    )
+    if not norm:
+        return plain
+
+    def read(states: Tensor) -> Tensor:
+        with recording({"last": last}, copy=False) as calls:
+            lm.head(states.to(next(lm.layers[-1].parameters())))
+        return calls["last"][0].input.reshape(states.shape).to(plain.scale)
+
+    states = _probes(lm).to(weight.device)
+    found, shift = read(states), read(torch.zeros_like(states))[0]
+    for centres, divides in ((False, True), (True, True), (False, False)):
+        kind = dataclasses.replace(plain, centres=centres, divides=divides)
+        scale = _scale(kind.fold(states) / kind.size(states)[:, None], found - shift, lm.dtype)
+        if scale is not None:
+            return dataclasses.replace(kind, scale=scale, shift=shift)
+    raise UnsupportedModelError(
+        f"{lm.name} does more than normalise its last hidden state before the vocabulary; read values with norm=False"
+    )
+
+
+@torch.no_grad()
+def behind(lm: LanguageModel, layer: int) -> Tensor:
+    """What a layer multiplies its memory's output by on the way to the stream, (d_model,): ones in most models, else a norm's scale.
+
+    The division by the output's size, which such a norm also does, is left out. Raises UnsupportedModelError for anything else.
+    """
+    ffn = lm.ffn[layer]
+    probes = _probes(lm).to(next(lm.layers[layer].parameters()).device)
+    if ffn.adds_directly:
+        return torch.ones_like(probes[0])
+    batch = lm.batch(["The name of the place is"])
+
+    def added(output: Tensor) -> Tensor:
+        with replacing({ffn.module: lambda own: output.to(own).expand_as(own)}), recording({"layer": lm.layers[layer]}, stop=True) as calls:
+            lm.forward(batch)
+        return calls["layer"][0].output[0, -1].float()
+
+    without = added(torch.zeros_like(probes[0]))
+    found = torch.stack([added(probe) - without for probe in probes])
+    for divisor in (probes.square().mean(-1, keepdim=True).sqrt(), 1.0):
+        scale = _scale(probes / divisor, found, lm.dtype)
+        if scale is not None:
+            return scale
+    raise UnsupportedModelError(
+        f"{lm.name}: what layer {layer} puts behind its memory is no norm and no multiplier; read values with norm=False"
+    )
+
+
+def _probes(lm: LanguageModel) -> Tensor:
+    """A few random states whose mean is not zero, exact in the model's dtype: (4, d_model) float32."""
+    return (torch.randn(4, lm.d_model, generator=torch.Generator().manual_seed(0)) + 1).to(lm.dtype).float()
+
+
+def _scale(given: Tensor, found: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The one vector (d,) whose product with the rows given (n, d) is what was found (n, d); None when there is none."""
+    scale = (found / given).median(0).values  # of several, since one may be near zero
+    return scale if same(given * scale, found, tolerance(dtype)) else None
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ValueTokens:
+    """The tokens that values promote most and least, by bank of neurons.
+
+    top_ids, bottom_ids        {bank: (d_ff, k) int64}, best first; bottom: the most demoted first
+    top_scores, bottom_scores  {bank: (d_ff, k) float32}, what one unit of coefficient adds to the token's logit, but for the norm's divisor
+    norm                       whether the final norm is folded in
+    """
+
+    top_ids: Mapping[Bank, Tensor]
+    top_scores: Mapping[Bank, Tensor]
+    bottom_ids: Mapping[Bank, Tensor]
+    bottom_scores: Mapping[Bank, Tensor]
+    norm: bool
+    _lm: LanguageModel = field(repr=False)
+
+    def of(self, neuron: Neuron, *, bottom: bool = False) -> list[tuple[str, float]]:
+        """The tokens of one neuron's value with their scores. Raises LayerError for one that was not asked for."""
+        layer, place, i = find_neuron(self._lm.ffn, neuron)
+        bank: Bank = (layer, place) if self._lm.ffn[layer].n_experts else (layer,)
+        if bank not in self.top_ids:
+            raise LayerError(f"the values of {bank} were not read; there are those of {', '.join(map(str, self.top_ids))}")
+        ids, scores = (self.bottom_ids, self.bottom_scores) if bottom else (self.top_ids, self.top_scores)
+        return [(self._lm.tokenizer.decode([int(t)]), float(s)) for t, s in zip(ids[bank][i], scores[bank][i], strict=True)]
+
+    def __repr__(self) -> str:
+        n, k = sum(map(len, self.top_ids.values())), next(iter(self.top_ids.values())).shape[1]
+        return f"ValueTokens({n:,} values in {len(self.top_ids)} banks, top and bottom {k} tokens, norm={self.norm})"
+
+
+@torch.no_grad()
+def value_tokens(
+    lm: LanguageModel,
+    layers: Iterable[int] | None = None,
+    *,
+    top: int = 10,
+    norm: bool = True,
+    progress: Progress | None = None,
+) -> ValueTokens:
+    """The `top` most promoted and most demoted tokens of every value of some layers (None: all).
+
+    norm: fold the final norm in, and what the layer puts behind its memory (Gemma 2); False: the paper's bare projection.
+    Raises LayerError for a layer that does not exist, InputError for `top`, UnsupportedModelError as `find_unembedding`.
+    """
+    check_model(lm)
+    head = find_unembedding(lm, norm=norm)
+    top = check_count(top, f"top (of {len(head.weight)} tokens)", "the number of tokens wanted for each value")
+    wanted = range(lm.n_layers) if layers is None else [check_layer(x, lm.n_layers) for x in check_items(layers, "layers", "layer numbers")]
+    found: dict[Bank, tuple[Tensor, ...]] = {}
+    banks = [(layer, place) for layer in wanted for place in range(len(lm.ffn[layer].banks))]
+    for number, (layer, place) in enumerate(banks):
+        memory = lm.ffn[layer]
+        values = head.fold(memory.banks[place].values.float() * (behind(lm, layer) if norm else 1.0))
+        found[(layer, place) if memory.n_experts else (layer,)] = extreme_tokens(values, head.weight, top)
+        tell(progress, "values", number + 1, len(banks))
+    parts = [{bank: tensors[i] for bank, tensors in found.items()} for i in range(4)]
+    return ValueTokens(top_ids=parts[0], top_scores=parts[1], bottom_ids=parts[2], bottom_scores=parts[3], norm=norm, _lm=lm)
+
+
+_ROWS, _GROUP, _MARGIN = 256, 64, 14
+
+
+def extreme_tokens(vectors: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of the rows of a matrix (vocab, d), the k with the largest and the k with the smallest product with each vector (n, d).
+
+    Returns (ids, scores, ids, scores), each (n, k), best and most negative first. Where the processor multiplies bfloat16 faster, it
+    screens: rows are kept by groups of 64, then one by one, `_MARGIN` more than asked for, and these are scored in float32. bfloat16
+    errs by about 1/300 of a typical score, and the ranks k and k + 14 lie a hundred times as far apart.
+    """
+    k = min(k, len(weight))
+    device = weight.device
+    near = min(len(weight), k + _MARGIN)
+    groups = -(-len(weight) // _GROUP)
+    screen = torch.zeros(groups * _GROUP, weight.shape[1], dtype=_screening(device), device=device)
+    screen[: len(weight)] = weight
+    found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for part in torch.split(vectors.to(device, torch.float32), _ROWS):
+        scores = part.to(screen.dtype) @ screen.T
+        row: list[Tensor] = []
+        for sign in (1, -1):
+            scores[:, len(weight) :] = -sign * torch.inf
+            strided = scores.view(len(part), _GROUP, groups)  # group g holds the rows g, g + groups, ...
+            ends = strided.amax(1) if sign > 0 else -strided.amin(1)
+            kept = ends.float().topk(min(groups, near), dim=1).indices
+            columns = (kept[:, :, None] + groups * torch.arange(_GROUP, device=device)).flatten(1)
+            best = (sign * scores.gather(1, columns).float()).topk(near, dim=1).indices
+            columns = columns.gather(1, best)
+            exact = torch.bmm(weight[columns].float(), part[:, :, None])[..., 0]
+            order = (sign * exact).topk(k, dim=1).indices
+            row += [columns.gather(1, order), exact.gather(1, order)]
+        found.append(tuple(row))  # type: ignore[arg-type]
+    return tuple(torch.cat(parts).cpu() for parts in zip(*found, strict=True))  # type: ignore[return-value]
+
+
+def _screening(device: torch.device) -> torch.dtype:
+    """bfloat16 on a CPU that multiplies it by instruction, else float32."""
+    known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    return torch.bfloat16 if known.get("amx_bf16") or known.get("avx512_bf16") else torch.float32

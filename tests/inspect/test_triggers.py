@@ -1,0 +1,185 @@
+"""Triggers against brute force: every coefficient of every text, sorted."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import GPT2, LLAMA, TEXTS, byte_tokenizer, tiny_model
+from factsmith.errors import DamagedError, FingerprintError, InputError, LayerError, NumericsError
+from factsmith.inspect import triggers as module
+from factsmith.inspect.triggers import Trigger, Triggers, find_triggers
+from factsmith.model import scan as corpus
+from factsmith.model.load import LanguageModel, wrap
+
+CORPUS = [*TEXTS, "Paris", *[" ".join(text.split()[n:]) for n in range(1, 9) for text in TEXTS], TEXTS[1], "Paris", TEXTS[0]]
+"""With texts that stand in it twice, so that coefficients tie."""
+
+
+def brute_force(lm: LanguageModel, layer: int, texts: list[str], top: int, sign: int) -> list[list[tuple[int, int]]]:
+    """For each neuron (text, position) of its strongest triggers, computed one text at a time."""
+    added = [lm.prompt_ids(text)[0] in lm.tokenizer.all_special_ids for text in texts]
+    each = [sign * lm.coefficients(text, [layer])[0][skip:] for text, skip in zip(texts, added, strict=True)]
+    best = torch.stack([m.amax(0) for m in each])
+    found = []
+    for i in range(best.shape[1]):
+        order = sorted((t for t in range(len(texts)) if best[t, i] > 0), key=lambda t: (-float(best[t, i].float()), t))[:top]
+        found.append([(t, int(each[t][:, i].float().argmax()) + added[t]) for t in order])
+    return found
+
+
+def double(family: str) -> LanguageModel:
+    """In float64, so that ties are ties however texts share a batch."""
+    changes = {"gpt2": GPT2, "llama": LLAMA}[family]
+    return wrap(tiny_model(family, **changes).double(), byte_tokenizer(bos=family == "llama"))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("batch_tokens", [40, 4096])
+def test_triggers_are_those_of_brute_force(family: str, batch_tokens: int) -> None:
+    lm = double(family)
+    found = find_triggers(lm, CORPUS, [0, 2], top=5, batch_tokens=batch_tokens)
+    assert set(found.banks) == {(0,), (2,)} and found.n_texts == len(CORPUS)
+    assert found.n_tokens == sum(len(lm.prompt_ids(text)) for text in CORPUS)
+    for layer, sign in ((0, "top"), (2, "top"), (2, "bottom")):
+        expected = brute_force(lm, layer, CORPUS, 5, 1 if sign == "top" else -1)
+        for i, places in enumerate(expected):
+            triggers = found.of((layer, i), sign=sign)  # type: ignore[arg-type]
+            assert [(t.text, t.position) for t in triggers] == [(CORPUS[text], position) for text, position in places]
+            for trigger, (text, position) in zip(triggers, places, strict=True):
+                assert trigger.coefficient == pytest.approx(float(lm.coefficients(CORPUS[text], [layer])[0, position, i]), rel=1e-5)
+    assert any(a.coefficient == b.coefficient for i in range(48) for a, b in itertools.pairwise(found.of((0, i)))), "there are ties"
+
+
+def test_a_trigger_knows_its_token_and_the_next() -> None:
+    lm = double("llama")
+    found = find_triggers(lm, CORPUS, [1], top=3)
+    ends = 0
+    for i in range(48):
+        for column, trigger in enumerate(found.of((1, i))):
+            ids = lm.prompt_ids(trigger.text)
+            assert ids[trigger.position] == trigger.token == int(found.tokens((1,))[i, column])
+            assert trigger.position > 0, "BOS is no trigger"
+            following = ids[trigger.position + 1] if trigger.position + 1 < len(ids) else None
+            assert trigger.next_token == following and int(found.next_tokens((1,))[i, column]) == (-1 if following is None else following)
+            assert trigger.prefix == trigger.text[: trigger.stop] and trigger.start < trigger.stop
+            ends += following is None
+    assert ends, "some fire at the end of a text"
+
+
+def test_how_often_neurons_fire_and_how_strongly() -> None:
+    lm = double("gpt2")
+    found = find_triggers(lm, TEXTS, [1], top=2)
+    m = torch.cat([lm.coefficients(text, [1])[0] for text in TEXTS])
+    assert torch.allclose(found.banks[1,].fired, (m > 0).double().mean(0))
+    assert torch.allclose(found.banks[1,].mean_square, m.square().mean(0), rtol=1e-5)
+
+
+def test_experts_have_triggers_where_they_are_routed_to() -> None:
+    changes = {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}
+    lm = wrap(tiny_model("mixtral", **changes), byte_tokenizer(bos=True))
+    found = find_triggers(lm, TEXTS, [1], top=3, batch_tokens=60)
+    assert set(found.banks) == {(1, expert) for expert in range(4)}
+    best: dict[int, list[tuple[float, int, int]]] = {expert: [] for expert in range(4)}
+    for t, text in enumerate(TEXTS):
+        routing = lm.routing(text, 1)
+        own: dict[int, tuple[float, int, int]] = {}
+        for position in range(1, len(routing.experts)):
+            for k, expert in enumerate(routing.experts[position].tolist()):
+                value = float(routing.coefficients[position, k, 7].float())
+                if value > 0 and value > own.get(expert, (0.0, 0, 0))[0]:
+                    own[expert] = (value, t, position)
+        for expert, place in own.items():
+            best[expert].append(place)
+    for expert, places in best.items():
+        triggers = found.of((1, expert, 7))
+        expected = sorted(places, key=lambda place: (-place[0], place[1]))[:3]
+        assert [(t.text, t.position) for t in triggers] == [(TEXTS[text], position) for _, text, position in expected]
+    assert any(best.values())
+
+
+def test_it_is_kept_and_read_without_the_model(tmp_path: Path, tiny_llama: LanguageModel, tiny_gpt2: LanguageModel) -> None:
+    texts = ["Zürich lies in São Paulo? ", *CORPUS]
+    found = find_triggers(tiny_llama, texts, top=4, folder=tmp_path)
+    read = Triggers.load(tmp_path)
+    for neuron in ((0, 3), (2, 47)):
+        for sign in ("top", "bottom"):
+            assert read.of(neuron, sign=sign) == found.of(neuron, sign=sign) != []  # type: ignore[arg-type]
+    assert (read.model, read.corpus, read.n_texts) == (found.model, found.corpus, len(texts))
+    assert isinstance(read.of((0, 3))[0], Trigger) and len(read.of((0, 3), k=2)) == 2
+    Triggers.load(tmp_path, tiny_llama)
+    with pytest.raises(FingerprintError, match="scan the corpus"):
+        Triggers.load(tmp_path, tiny_gpt2)
+    file = tmp_path / "triggers.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(DamagedError):
+            Triggers.load(folder)
+
+
+def test_a_killed_pass_goes_on_where_it_stood(tiny_gpt2: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SECONDS", 0.0)
+    monkeypatch.setattr(module.time, "monotonic", lambda: 0.0)
+    monkeypatch.setattr(corpus, "WINDOW", 10)
+    straight = find_triggers(tiny_gpt2, CORPUS, top=3, batch_tokens=100)
+
+    def killed(what: str, done: int, total: int | None) -> None:
+        if done > straight.n_tokens // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        find_triggers(tiny_gpt2, CORPUS, top=3, batch_tokens=100, folder=tmp_path, progress=killed)
+    file = tmp_path / "unfinished.safetensors"
+    assert file.is_file()
+    for changes, words in (({"top": 4}, "top 3"), ({"layers": [1]}, "layers")):
+        with pytest.raises(InputError, match=words):
+            find_triggers(tiny_gpt2, CORPUS, **{"top": 3, "batch_tokens": 100, "folder": tmp_path, **changes})  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="other texts"):
+        find_triggers(tiny_gpt2, CORPUS[::-1], top=3, batch_tokens=100, folder=tmp_path)
+    done: list[int] = []
+    again = find_triggers(tiny_gpt2, CORPUS, top=3, batch_tokens=100, folder=tmp_path, progress=lambda _, n, __: done.append(n))
+    assert min(done) > straight.n_tokens // 3, "what was done is not done again"
+    assert not file.exists() and (again.corpus, again.n_tokens) == (straight.corpus, straight.n_tokens)
+    for layer in range(3):
+        for i in range(0, 128, 9):
+            assert again.of((layer, i)) == straight.of((layer, i))
+        assert torch.equal(again.banks[layer,].fired, straight.banks[layer,].fired)
+
+
+def test_texts_nobody_refers_to_are_let_go(tiny_gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[int] = []
+    forget = module._Run.forget
+    monkeypatch.setattr(module, "_KEPT", 8)
+    monkeypatch.setattr(corpus, "WINDOW", 10)
+    monkeypatch.setattr(module._Run, "forget", lambda run: (forget(run), held.append(len(run.texts))))
+    texts = [f"{text} {n}" for n in range(60) for text in TEXTS]
+    found = find_triggers(tiny_gpt2, texts, [0], top=1)
+    assert len(found.texts) < 150 and max(held) < 240
+    assert len(found.texts) == len({t.text for i in range(128) for sign in ("top", "bottom") for t in found.of((0, i), sign=sign)})  # type: ignore[arg-type]
+
+
+def test_bad_input_is_refused_in_words(tiny_gpt2: LanguageModel, tmp_path: Path) -> None:
+    for texts, layers, error, words in (
+        (TEXTS, [3], LayerError, "layer 3"),
+        (TEXTS, [], InputError, "no layer"),
+        ([], None, InputError, "no text"),
+        ([5], None, InputError, "expected text"),
+    ):
+        with pytest.raises(error, match=words):
+            find_triggers(tiny_gpt2, texts, layers, folder=tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="top"):
+        find_triggers(tiny_gpt2, TEXTS, top=0)
+    assert not any(tmp_path.iterdir())
+    with pytest.raises(LayerError, match="not scanned"):
+        find_triggers(tiny_gpt2, TEXTS, [0], top=1).of((1, 0))
+
+
+def test_coefficients_that_are_not_finite_are_an_error() -> None:
+    lm = wrap(tiny_model("gpt2", **GPT2), byte_tokenizer())
+    with torch.no_grad():
+        lm.module.transformer.h[0].mlp.c_fc.bias[3] = float("inf")
+    with pytest.raises(NumericsError, match="not finite"):
+        find_triggers(lm, TEXTS, [0], top=1)
