@@ -124,8 +124,8 @@ def behind(lm: LanguageModel, layer: int) -> Tensor:
         if scale is not None:
             return scale
     raise UnsupportedModelError(
-        f"{lm.name}: what layer {layer} puts behind its memory is no norm of its output and no multiplier, so its sub-updates have no share "
-        "of what follows; values alone can be read with norm=False"
+        f"{lm.name}: what layer {layer} puts behind its memory is no norm of its output and no multiplier, so sub-updates have no share of "
+        "what follows; values alone can be read with norm=False"
     )
 
 
