@@ -135,10 +135,11 @@ class Triggers:
         inside = (at + 1 < self._starts[own.texts[sign] + 1]) & (own.coefficients[sign] != 0)
         return torch.where(inside, self._ids[(at + 1).clamp(max=len(self._ids) - 1)], -1)
 
-    def tokens(self, bank: Bank, sign: Sign = "top") -> Tensor:
-        """The token at each trigger: (d_ff, t) int64, -1 where there is none."""
+    def tokens(self, bank: Bank, sign: Sign = "top", *, back: int = 0) -> Tensor:
+        """The token at each trigger, or so many before it: (d_ff, t) int64, -1 where there is none."""
         own = self.banks[bank]
-        return torch.where(own.coefficients[sign] != 0, self._ids[self._starts[own.texts[sign]] + own.positions[sign]], -1)
+        there = (own.coefficients[sign] != 0) & (own.positions[sign] >= back)
+        return torch.where(there, self._ids[(self._starts[own.texts[sign]] + own.positions[sign] - back).clamp(min=0)], -1)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `triggers.safetensors`, with the texts and what they are of, in one step. Raises WorkspaceError."""

@@ -139,15 +139,17 @@ class Corpus:
 
 
 def told(facts: Sequence[AtlasFact], seed: int = 0) -> list[str]:
-    """Two sentences for every fact, in random order: one in a trained phrasing, one in a wide one where the relation has any.
+    """The sentences of `stated`: what the shipped second moments are computed from, text that asks for what the models know."""
+    return [sentence for sentence, _ in stated(facts, seed)]
 
-    What the shipped second moments are computed from: text that asks for what the models know.
-    """
+
+def stated(facts: Sequence[AtlasFact], seed: int = 0) -> list[tuple[str, AtlasFact]]:
+    """Two sentences for every fact, each with its fact, in random order: one in a trained phrasing, one in a wide one if there is any."""
     draw = random.Random(seed)
     sentences = []
     for fact in facts:
         known = phrasings(fact.relation)
         for templates in (known.trained, known.wide or known.trained):
-            sentences.append(f"{draw.choice(templates).replace('{}', fact.subject)} {fact.object}.")
+            sentences.append((f"{draw.choice(templates).replace('{}', fact.subject)} {fact.object}.", fact))
     draw.shuffle(sentences)
     return sentences
