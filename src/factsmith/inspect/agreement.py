@@ -1,0 +1,62 @@
+"""Do keys and values agree: does a value promote the token that comes next where its key fires most?
+
+    found = agreement(triggers, values)
+    found.share, found.chance          # by layer
+
+Geva et al. 2021 (arXiv 2012.14913), section 4: next to nothing in the lower layers of a 16-layer model, rising to 3.5 % in its upper ones,
+against 0.0004 % by chance. Chance here is the same values against the same next tokens, each with every neuron of its layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .triggers import Sign, Triggers
+from .values import ValueTokens
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Agreement:
+    """How often a value promotes what follows its strongest trigger.
+
+    layers   the layers that were scanned and read, ascending
+    share    (layers,) of the neurons whose strongest trigger has a next token, how many values have it as their first token
+    within   (layers,) among the first k, as many as were read
+    chance   (layers,) what `share` would be were triggers and values of a layer paired at random
+    counted  (layers,) neurons with a next token
+    """
+
+    layers: tuple[int, ...]
+    share: Tensor
+    within: Tensor
+    chance: Tensor
+    counted: Tensor
+
+
+def agreement(triggers: Triggers, values: ValueTokens, *, sign: Sign = "top") -> Agreement:
+    """Key-value agreement of every layer that both know; for "bottom" triggers with the tokens demoted, which are promoted there.
+
+    Raises InputError when they have no layer in common.
+    """
+    ids = values.top_ids if sign == "top" else values.bottom_ids
+    banks = [bank for bank in triggers.banks if bank in ids]
+    layers = tuple(sorted({bank[0] for bank in banks}))
+    if not layers:
+        raise InputError("triggers and values have no layer in common; read the values of the layers that were scanned")
+    rows = []
+    for layer in layers:
+        own = [bank for bank in banks if bank[0] == layer]
+        following = torch.cat([triggers.next_tokens(bank, sign)[:, 0] for bank in own])
+        promoted = torch.cat([ids[bank] for bank in own])[following >= 0]
+        following = following[following >= 0]
+        n = len(following)
+        size = int(max(following.max(), promoted.max())) + 1 if n else 1
+        first = torch.bincount(promoted[:, 0], minlength=size).double() @ torch.bincount(following, minlength=size).double()
+        hits = promoted == following[:, None]
+        rows.append([float(hits[:, 0].sum()) / max(n, 1), float(hits.any(1).sum()) / max(n, 1), float(first) / max(n, 1) ** 2, n])
+    share, within, chance, counted = torch.tensor(rows, dtype=torch.float64).T
+    return Agreement(layers=layers, share=share, within=within, chance=chance, counted=counted.long())
