@@ -32,7 +32,7 @@ from ..checks import check_count, check_items
 from ..errors import DamagedError, FingerprintError, InputError, LayerError, NumericsError
 from ..model.ffn import Neuron, check_layer
 from ..model.load import LanguageModel, check_model
-from ..model.scan import Bank, Coefficients, Piece, batches, pieces, scan, windows
+from ..model.scan import Bank, Coefficients, Piece, bank_name, batches, named_bank, pieces, scan, windows
 from ..progress import Progress, tell
 from ..tensors import read_tensors, write_tensors
 
@@ -141,6 +141,12 @@ class Triggers:
         there = (own.coefficients[sign] != 0) & (own.positions[sign] >= back)
         return torch.where(there, self._ids[(self._starts[own.texts[sign]] + own.positions[sign] - back).clamp(min=0)], -1)
 
+    def position(self, text: int, character: int) -> int | None:
+        """The first token of a text that ends at or behind a character; None where there is none."""
+        stops = self._spans[int(self._starts[text]) : int(self._starts[text + 1]), 1]
+        behind = (stops >= character).nonzero()
+        return int(behind[0, 0]) if len(behind) else None
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `triggers.safetensors`, with the texts and what they are of, in one step. Raises WorkspaceError."""
         raw = [text.encode() for text in self.texts]
@@ -153,7 +159,7 @@ class Triggers:
         }
         for bank, own in self.banks.items():
             for name, tensor in _named(own).items():
-                tensors[f"{'.'.join(map(str, bank))}/{name}"] = tensor
+                tensors[f"{bank_name(bank)}/{name}"] = tensor
         described = {name: str(getattr(self, name)) for name in _DESCRIBED}
         write_tensors(Path(folder) / _FILE, tensors, {"format": _FORMAT, **described})
 
@@ -177,7 +183,7 @@ class Triggers:
         for name, tensor in tensors.items():
             if "/" in name:
                 bank, _, part = name.partition("/")
-                parts.setdefault(tuple(map(int, bank.split("."))), {})[part] = tensor  # type: ignore[arg-type]
+                parts.setdefault(named_bank(bank), {})[part] = tensor
         return cls(
             banks={bank: _bank(own) for bank, own in sorted(parts.items())},
             texts=texts,
@@ -442,7 +448,7 @@ class _Checkpoint:
                 error = FingerprintError if key == "fingerprint" else InputError
                 raise error(f"{self.path} was made with {key} {metadata.get(key)}, not {wanted}; give another folder, or delete it")
         for bank, best in run.best.items():
-            begin = f"{'.'.join(map(str, bank))}/"
+            begin = f"{bank_name(bank)}/"
             best.restore({name.removeprefix(begin): tensor for name, tensor in tensors.items() if name.startswith(begin)})
         run.n_texts, run.n_tokens = int(metadata["n_texts"]), int(metadata["n_tokens"])
         run.texts = {number: Piece(number, *rest) for number, *rest in json.loads(metadata["texts"])}
@@ -453,7 +459,7 @@ class _Checkpoint:
         began = time.monotonic()
         if began < self.due:
             return
-        tensors = {f"{'.'.join(map(str, bank))}/{name}": t for bank, best in run.best.items() for name, t in best.state().items()}
+        tensors = {f"{bank_name(bank)}/{name}": t for bank, best in run.best.items() for name, t in best.state().items()}
         held = [(number, run.texts[number].text, run.texts[number].ids, run.texts[number].spans) for number in run.numbers().tolist()]
         stand = {"window": str(window), "digest": run.digest.hexdigest(), "n_texts": str(run.n_texts), "n_tokens": str(run.n_tokens)}
         write_tensors(self.path, tensors, {**self.made_from, **stand, "texts": json.dumps(held)})

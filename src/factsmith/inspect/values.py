@@ -14,19 +14,24 @@ Thousands of values times a whole vocabulary are screened in bfloat16, and what 
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ..checks import check_count, check_items
-from ..errors import LayerError, UnsupportedModelError
-from ..model.ffn import Neuron, check_layer, find_neuron, same, tolerance
+from ..errors import DamagedError, LayerError, UnsupportedModelError
+from ..model.ffn import Neuron, check_layer, same, tolerance
 from ..model.load import LanguageModel, check_model
-from ..model.scan import Bank
+from ..model.scan import Bank, bank_name, named_bank
 from ..model.trace import recording, replacing
 from ..progress import Progress, tell
+from ..tensors import read_tensors, write_tensors
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -146,28 +151,64 @@ class ValueTokens:
 
     top_ids, bottom_ids        {bank: (d_ff, k) int64}, best first; bottom: the most demoted first
     top_scores, bottom_scores  {bank: (d_ff, k) float32}, what one unit of coefficient adds to the token's logit, but for the norm's divisor
+    words                      {id: text} of every token among them
     norm                       whether the final norm is folded in
+    model, fingerprint         what the model was loaded as, and its fingerprint
     """
 
     top_ids: Mapping[Bank, Tensor]
     top_scores: Mapping[Bank, Tensor]
     bottom_ids: Mapping[Bank, Tensor]
     bottom_scores: Mapping[Bank, Tensor]
+    words: Mapping[int, str]
     norm: bool
-    _lm: LanguageModel = field(repr=False)
+    model: str
+    fingerprint: str
 
     def of(self, neuron: Neuron, *, bottom: bool = False) -> list[tuple[str, float]]:
-        """The tokens of one neuron's value with their scores. Raises LayerError for one that was not asked for."""
-        layer, place, i = find_neuron(self._lm.ffn, neuron)
-        bank: Bank = (layer, place) if self._lm.ffn[layer].n_experts else (layer,)
-        if bank not in self.top_ids:
-            raise LayerError(f"the values of {bank} were not read; there are those of {', '.join(map(str, self.top_ids))}")
+        """The tokens of one neuron's value with their scores. Raises LayerError for one whose value was not read."""
+        *place, i = (int(n) for n in neuron)
+        bank = cast("Bank", tuple(place))
+        if bank not in self.top_ids or not 0 <= i < len(self.top_ids[bank]):
+            raise LayerError(f"the value of {tuple(neuron)} was not read; there are those of {', '.join(map(str, self.top_ids))}")
         ids, scores = (self.bottom_ids, self.bottom_scores) if bottom else (self.top_ids, self.top_scores)
-        return [(self._lm.tokenizer.decode([int(t)]), float(s)) for t, s in zip(ids[bank][i], scores[bank][i], strict=True)]
+        return [(self.words[token], score) for token, score in zip(ids[bank][i].tolist(), scores[bank][i].tolist(), strict=True)]
 
     def __repr__(self) -> str:
         n, k = sum(map(len, self.top_ids.values())), next(iter(self.top_ids.values())).shape[1]
         return f"ValueTokens({n:,} values in {len(self.top_ids)} banks, top and bottom {k} tokens, norm={self.norm})"
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write `values.safetensors` in one step. Raises WorkspaceError."""
+        tensors = {f"{bank_name(bank)}/{part}": t.contiguous() for part in _PARTS for bank, t in getattr(self, part).items()}
+        described = {"model": self.model, "fingerprint": self.fingerprint, "norm": str(self.norm), "words": json.dumps(dict(self.words))}
+        write_tensors(Path(folder) / _FILE, tensors, {"format": _FORMAT, **described})
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> ValueTokens:
+        """Read what `save` wrote. Raises DamagedError when it is missing or altered."""
+        path = Path(folder) / _FILE
+        if not path.is_file():
+            raise DamagedError(f"no values in {folder}; expected {_FILE}, as ValueTokens.save writes it")
+        tensors, metadata = read_tensors(path, "read the values again")
+        if metadata.get("format") != _FORMAT:
+            raise DamagedError(f"{path} holds {metadata.get('format')!r}; expected {_FORMAT!r}: read the values again")
+        parts: dict[str, dict[Bank, Tensor]] = {part: {} for part in _PARTS}
+        for name, tensor in tensors.items():
+            bank, _, part = name.partition("/")
+            parts[part][named_bank(bank)] = tensor
+        return cls(
+            **{part: dict(sorted(own.items())) for part, own in parts.items()},
+            words={int(i): word for i, word in json.loads(metadata["words"]).items()},
+            norm=metadata["norm"] == "True",
+            model=metadata["model"],
+            fingerprint=metadata["fingerprint"],
+        )
+
+
+_FILE = "values.safetensors"
+_FORMAT = "values 1"
+_PARTS = ("top_ids", "top_scores", "bottom_ids", "bottom_scores")
 
 
 @torch.no_grad()
@@ -195,8 +236,14 @@ def value_tokens(
         values = head.fold(memory.banks[place].values.float() * (behind(lm, layer) if norm else 1.0))
         found[(layer, place) if memory.n_experts else (layer,)] = extreme_tokens(values, head.weight, top)
         tell(progress, "values", number + 1, len(banks))
-    parts = [{bank: tensors[i] for bank, tensors in found.items()} for i in range(4)]
-    return ValueTokens(top_ids=parts[0], top_scores=parts[1], bottom_ids=parts[2], bottom_scores=parts[3], norm=norm, _lm=lm)
+    used = torch.unique(torch.cat([ids.flatten() for tensors in found.values() for ids in tensors[::2]])).tolist()
+    return ValueTokens(
+        **{part: {bank: tensors[i] for bank, tensors in found.items()} for i, part in enumerate(_PARTS)},
+        words={token: lm.tokenizer.decode([token]) for token in used},
+        norm=norm,
+        model=lm.name,
+        fingerprint=lm.fingerprint,
+    )
 
 
 _ROWS, _GROUP, _MARGIN = 256, 64, 14

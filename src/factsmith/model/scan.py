@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,17 @@ from .trace import recording, replacing, stoppable
 
 Bank: TypeAlias = tuple[int] | tuple[int, int]
 """(layer,), or (layer, expert) in a layer with experts: where a bank of neurons lies."""
+
+
+def bank_name(bank: Bank) -> str:
+    """A bank as it is written in files: "3", or "3.5" for an expert."""
+    return ".".join(map(str, bank))
+
+
+def named_bank(name: str) -> Bank:
+    """The inverse of `bank_name`."""
+    return cast("Bank", tuple(map(int, name.split("."))))
+
 
 WINDOW = 512
 """Pieces tokenized ahead of the model and sorted by length: enough that a batch has little padding, few enough to stream a corpus."""
