@@ -37,6 +37,12 @@ if TYPE_CHECKING:
         WorkspaceError,
     )
     from .fact import Fact, FactFile, Probe
+    from .inspect.agreement import Agreement, agreement
+    from .inspect.composition import Composition, compose
+    from .inspect.index import Index, build_index
+    from .inspect.profile import Profile, profile
+    from .inspect.triggers import Trigger, Triggers, find_triggers
+    from .inspect.values import ValueTokens, value_tokens
     from .ledger import Ledger, Revision
     from .locate.attribution import AttributionTrace, attribution_trace
     from .locate.average import AverageTrace, average_trace, causal_traces
@@ -66,6 +72,12 @@ _HOMES = {
         "ModelError ModelNotFoundError NumericsError RevisionError SubjectError TokenizerError UnsupportedModelError WorkspaceError"
     ),
     "fact": "Fact FactFile Probe",
+    "inspect.agreement": "Agreement agreement",
+    "inspect.composition": "Composition compose",
+    "inspect.index": "Index build_index",
+    "inspect.profile": "Profile profile",
+    "inspect.triggers": "Trigger Triggers find_triggers",
+    "inspect.values": "ValueTokens value_tokens",
     "ledger": "Ledger Revision",
     "locate.attribution": "AttributionTrace attribution_trace",
     "locate.average": "AverageTrace average_trace causal_traces",
@@ -83,10 +95,12 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 
 __all__ = [
+    "Agreement",
     "AlphaEditConfig",
     "AttributionTrace",
     "AverageTrace",
     "CausalTrace",
+    "Composition",
     "DamagedError",
     "Delta",
     "Effect",
@@ -97,6 +111,7 @@ __all__ = [
     "FactsmithError",
     "FeedForward",
     "FingerprintError",
+    "Index",
     "InputError",
     "KnowledgeNeurons",
     "LanguageModel",
@@ -113,6 +128,7 @@ __all__ = [
     "Outcome",
     "Plan",
     "Probe",
+    "Profile",
     "Proposal",
     "Revision",
     "RevisionError",
@@ -121,25 +137,32 @@ __all__ = [
     "SubjectError",
     "Targets",
     "TokenizerError",
+    "Trigger",
+    "Triggers",
     "UnsupportedModelError",
+    "ValueTokens",
     "Verification",
     "Workbench",
     "WorkspaceError",
     "__version__",
+    "agreement",
     "alphaedit",
     "applied",
     "attribution_trace",
     "average_trace",
+    "build_index",
     "causal_trace",
     "causal_traces",
     "class_lines",
     "class_map",
+    "compose",
     "curves",
     "effect",
     "emmet",
     "erase",
     "find_moments",
     "find_targets",
+    "find_triggers",
     "generate_contexts",
     "generate_openings",
     "heat_map",
@@ -149,6 +172,7 @@ __all__ = [
     "load_moments",
     "memit",
     "neuron_chart",
+    "profile",
     "published",
     "r_rome",
     "random_neurons",
@@ -159,6 +183,7 @@ __all__ = [
     "rome_each",
     "second_moments",
     "text_heat_map",
+    "value_tokens",
     "wrap",
 ]
 

@@ -33,6 +33,7 @@ app = typer.Typer(
 COMMANDS: tuple[Callable[..., None], ...] = (
     keep.init,
     read.ask,
+    read.explain,
     locate.trace,
     locate.neurons,
     locate.layers,

@@ -1,13 +1,13 @@
-"""Read: what a model says."""
+"""Read: what a model says, and how its memory puts it together."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from .common import Device, Json, ModelAndPrompt, Where, line, model_and_prompt, opened, print_result, progress
+from .common import Device, Json, ModelAndPrompt, Where, line, model_and_prompt, opened, plain_table, print_result, progress, visible
 
 
 def ask(
@@ -44,3 +44,74 @@ def ask(
             line(console, f"  {p:7.2%}", repr(token))
 
     print_result(found, show, as_json)
+
+
+def explain(
+    words: ModelAndPrompt,
+    target: Annotated[str | None, typer.Option(help="The answer to look at; by default what the model says.")] = None,
+    instead_of: Annotated[
+        str | None,
+        typer.Option("--instead-of", metavar="TEXT", help="Why the answer and not this: shares of the logits' difference."),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many neurons to list.")] = 10,
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens of each neuron's value to list.")] = 5,
+    workspace: Where = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Tell how a prediction comes about: the neurons that move it most, what each part adds, and its way up the layers.
+
+    \b
+    Examples:
+      factsmith explain atlas "The currency of Bulgaria is the"
+      factsmith explain atlas "The currency of Bulgaria is the" --instead-of euro
+    """
+    model, prompt = model_and_prompt(words)
+    with progress() as tell, opened(model, workspace, device, tell) as (lm, _):
+        from ..inspect.composition import compose
+        from ..inspect.values import tokens_of
+
+        found = compose(lm, prompt, target, contrast=instead_of)
+        strongest, against = found.strongest(top), found.strongest(top, against=True)
+        promoted = tokens_of(lm, [c.neuron for c in (*strongest, *against)], [c.coefficient < 0 for c in (*strongest, *against)], tokens)
+    neurons: list[dict[str, Any]] = [
+        {"neuron": list(c.neuron), "coefficient": c.coefficient, "logit": c.logit, "writes": [token for token, _ in own]}
+        for c, own in zip((*strongest, *against), promoted, strict=True)
+    ]
+    layers: list[dict[str, Any]] = [
+        {"layer": layer, "part": part, "logit": share.logit, "rank": int(found.ranks[at]), "probability": float(found.probabilities[at])}
+        for at, share in enumerate(found.parts[:-1])
+        for layer, part in [(share.layer, share.kind)]
+    ]
+    result = {
+        "prompt": prompt,
+        "target": found.target,
+        "instead_of": instead_of,
+        "logit": found.logit,
+        "half": found.half,
+        "neurons": neurons,
+        "parts": [*layers, {"layer": None, "part": "shift", "logit": found.parts[-1].logit, "rank": None, "probability": None}],
+        "model": lm.name,
+    }
+
+    def show(console: Console) -> None:
+        line(console, prompt, found.target.strip(), style="bold")
+        against_it = "" if instead_of is None else f" above that of {instead_of!r}"
+        line(console, "", f"logit {found.logit:.2f}{against_it}; {found.half} neurons carry half of what speaks for it")
+        table = plain_table()
+        for name in ("part", "adds", "rank", "probability"):
+            table.add_column(name, justify="left" if name == "part" else "right")
+        for part in layers:
+            label = part["part"] if part["layer"] is None else f"layer {part['layer']} {part['part']}"
+            table.add_row(label, f"{part['logit']:+.2f}", f"{part['rank']:,}", f"{part['probability']:.1%}")
+        table.add_row("shift and bias", f"{found.parts[-1].logit:+.2f}", "", "")
+        console.print(table)
+        table = plain_table()
+        for name in ("neuron", "coefficient", "adds", "what it writes"):
+            table.add_column(name, justify="right" if name in ("coefficient", "adds") else "left")
+        for row in neurons:
+            writes = " ".join(repr(visible(token)) for token in row["writes"])
+            table.add_row(" ".join(map(str, row["neuron"])), f"{row['coefficient']:+.2f}", f"{row['logit']:+.3f}", writes)
+        console.print(table)
+
+    print_result(result, show, as_json)

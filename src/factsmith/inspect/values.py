@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..checks import check_count, check_items
 from ..errors import DamagedError, LayerError, UnsupportedModelError
-from ..model.ffn import Neuron, check_layer, same, tolerance
+from ..model.ffn import Neuron, check_layer, find_neuron, same, tolerance
 from ..model.load import LanguageModel, check_model
 from ..model.scan import Bank, bank_name, named_bank
 from ..model.trace import recording, replacing
@@ -244,6 +244,27 @@ def value_tokens(
         model=lm.name,
         fingerprint=lm.fingerprint,
     )
+
+
+@torch.no_grad()
+def tokens_of(
+    lm: LanguageModel, neurons: Sequence[Neuron], negative: Sequence[bool], k: int = 10, *, norm: bool = True
+) -> list[list[tuple[str, float]]]:
+    """The k tokens that each neuron's sub-update promotes most, with their scores for one unit: of a negative coefficient those the value
+    demotes. Raises LayerError for a neuron the model does not have."""
+    head = find_unembedding(lm, norm=norm)
+    places = [find_neuron(lm.ffn, neuron) for neuron in neurons]
+    if not places:
+        return []
+    scale = {layer: behind(lm, layer) if norm else torch.ones(lm.d_model) for layer, _, _ in places}
+    device = head.weight.device
+    values = torch.stack([(lm.ffn[layer].banks[bank].values[i].float() * scale[layer]).to(device) for layer, bank, i in places])
+    top, top_scores, bottom, bottom_scores = extreme_tokens(head.fold(values), head.weight, k)
+    found = []
+    for row, is_negative in enumerate(negative):
+        ids, scores = (bottom[row], -bottom_scores[row]) if is_negative else (top[row], top_scores[row])
+        found.append([(lm.tokenizer.decode([token]), score) for token, score in zip(ids.tolist(), scores.tolist(), strict=True)])
+    return found
 
 
 _ROWS, _GROUP, _MARGIN = 256, 64, 14
