@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from .fact import Fact, FactFile, Probe
     from .inspect.agreement import Agreement, agreement
     from .inspect.composition import Composition, compose
-    from .inspect.index import Index, build_index
+    from .inspect.index import Index, build_index, find_index
     from .inspect.profile import Profile, profile
     from .inspect.triggers import Trigger, Triggers, find_triggers
     from .inspect.values import ValueTokens, value_tokens
@@ -74,7 +74,7 @@ _HOMES = {
     "fact": "Fact FactFile Probe",
     "inspect.agreement": "Agreement agreement",
     "inspect.composition": "Composition compose",
-    "inspect.index": "Index build_index",
+    "inspect.index": "Index build_index find_index",
     "inspect.profile": "Profile profile",
     "inspect.triggers": "Trigger Triggers find_triggers",
     "inspect.values": "ValueTokens value_tokens",
@@ -160,6 +160,7 @@ __all__ = [
     "effect",
     "emmet",
     "erase",
+    "find_index",
     "find_moments",
     "find_targets",
     "find_triggers",

@@ -34,3 +34,42 @@ def test_a_prediction_that_cannot_be_explained(run: Run, model: Path) -> None:
     for arguments in (("explain", model, ""), ("explain", model, PROMPT, "--target", ""), ("explain", "a", "b", "c")):
         done = run(*arguments)
         assert done.code == 2 and done.err.startswith("error: ") and "Traceback" not in done.err
+
+
+def test_neurons_are_found_by_a_word(run: Run, model: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("Paris is in France.\n\nThe capital of France is Paris.\n\nEdwin is a king in Northumbria, far from Paris it is said.")
+    arguments = ("find", model, "is", "--index", tmp_path / "index", "--top", "3")
+    found = run(*arguments, "--texts", texts, "--json").json
+    assert found["n_texts"] == 3 and len(found["triggers"]) == 3 and Path(found["index"]) == tmp_path / "index"
+    assert all("is" in trigger["prefix"].split() for trigger in found["triggers"])
+    again = run(*arguments, "--json")
+    assert again.json == found, "opened, not made again"
+    text = run(*arguments).out
+    assert "neurons that fire behind 'is':" in text and "3 texts" in text
+    nothing = run("find", model, "xyzzy", "--index", tmp_path / "index").out
+    assert "none has it among its first tokens" in nothing and "none, in the texts that were scanned" in nothing
+
+
+def test_an_index_is_made_from_the_model_s_own_words(run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FACTSMITH_CACHE", str(tmp_path / "cache"))
+    found = run("find", model, "is", "--max-tokens", "200", "--json").json
+    assert found["n_tokens"] >= 200 and Path(found["index"]).is_relative_to(tmp_path / "cache")
+    monkeypatch.setattr("factsmith.inspect.index.build_index", lambda *_, **__: pytest.fail("it is there already"))
+    assert run("find", model, "is", "--json").json == found
+
+
+def test_an_index_that_cannot_be_used(run: Run, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("Paris is in France.")
+    run("find", model, "is", "--texts", tmp_path / "texts.txt", "--index", tmp_path / "index")
+    other = run("find", "atlas", "is", "--index", tmp_path / "index")
+    assert other.code == 5 and "fingerprint" in other.err
+    (tmp_path / "index" / "values.safetensors").write_bytes(b"damaged")
+    for arguments, code in (
+        (("find", model, "is", "--index", tmp_path / "index"), 5),
+        (("find", model, " ", "--index", tmp_path / "index"), 5),
+        (("find", model, "is", "--texts", tmp_path / "none.txt"), 2),
+        (("find", model, "is", "--texts", tmp_path / "texts.txt", "--index", tmp_path / "texts.txt" / "below"), 5),
+    ):
+        done = run(*arguments)
+        assert done.code == code and done.err.startswith("error: ") and "Traceback" not in done.err, done.err

@@ -34,6 +34,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     keep.init,
     read.ask,
     read.explain,
+    read.find,
     locate.trace,
     locate.neurons,
     locate.layers,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import itertools
 import json
 import os
 import shlex
@@ -125,6 +126,30 @@ def _holds(folder: Path, model: str) -> bool:
         return False
     with Ledger(folder) as ledger:
         return ledger.model in (model, str(Path(model).resolve()))
+
+
+def paragraphs(files: Sequence[Path]) -> Iterator[str]:
+    """The paragraphs of text files, one after another, read as they are asked for; a file that cannot be opened is said at once."""
+
+    def unreadable(file: Path, error: Exception) -> InputError:
+        return InputError(f"cannot read {file}: {error}; expected plain text in UTF-8")
+
+    def read() -> Iterator[str]:
+        for file in files:
+            try:
+                with file.open(encoding="utf-8") as lines:
+                    for blank, group in itertools.groupby(lines, key=lambda line: not line.strip()):
+                        if not blank:
+                            yield "".join(group).strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise unreadable(file, error) from None
+
+    for file in files:
+        try:
+            file.open("rb").close()
+        except OSError as error:
+            raise unreadable(file, error) from None
+    return read()
 
 
 # ---- printing -------------------------------------------------------------------------------------------------------------------------

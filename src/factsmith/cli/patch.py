@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import tempfile
-from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +26,7 @@ from .common import (
     model_and_facts,
     need_model,
     opened,
+    paragraphs,
     print_result,
     progress,
 )
@@ -75,7 +74,7 @@ def moments(
     need_model(model, workspace)
     if max_tokens is not None and not max_tokens >= 1:
         raise InputError(f"--max-tokens is at least 1, or inf; got {max_tokens}")
-    corpus = _paragraphs(texts) if texts else None
+    corpus = paragraphs(texts) if texts else None
     with progress() as tell, opened(model, workspace, device, tell) as (lm, bench):
         import torch
 
@@ -163,7 +162,7 @@ def patch(
     """
     model, file = model_and_facts(words or [])
     facts = _facts(file, subject, prompt, target, forget, paraphrase or [], neighbour or [])
-    corpus = None if texts is None else _paragraphs([texts])
+    corpus = None if texts is None else paragraphs([texts])
     with progress() as tell, opened(model, workspace, device, tell) as (lm, bench):
         from ..edit.kept import load_moments
         from ..edit.target import check_layer
@@ -248,30 +247,6 @@ def _value(text: str) -> Any:
         except ValueError:
             continue
     return text
-
-
-def _paragraphs(files: Sequence[Path]) -> Iterator[str]:
-    """The paragraphs of text files, one after another, read as they are asked for; a file that cannot be opened is said at once."""
-
-    def unreadable(file: Path, error: Exception) -> InputError:
-        return InputError(f"cannot read {file}: {error}; expected plain text in UTF-8")
-
-    def read() -> Iterator[str]:
-        for file in files:
-            try:
-                with file.open(encoding="utf-8") as lines:
-                    for blank, group in itertools.groupby(lines, key=lambda line: not line.strip()):
-                        if not blank:
-                            yield "".join(group).strip()
-            except (OSError, UnicodeDecodeError) as error:
-                raise unreadable(file, error) from None
-
-    for file in files:
-        try:
-            file.open("rb").close()
-        except OSError as error:
-            raise unreadable(file, error) from None
-    return read()
 
 
 def _check_folder(folder: Path) -> None:

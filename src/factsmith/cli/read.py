@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from .common import Device, Json, ModelAndPrompt, Where, line, model_and_prompt, opened, plain_table, print_result, progress, visible
+from .common import (
+    Device,
+    Json,
+    ModelAndPrompt,
+    Where,
+    line,
+    model_and_prompt,
+    opened,
+    paragraphs,
+    plain_table,
+    print_result,
+    progress,
+    visible,
+)
 
 
 def ask(
@@ -115,3 +129,81 @@ def explain(
         console.print(table)
 
     print_result(result, show, as_json)
+
+
+def find(
+    words: ModelAndPrompt,
+    index: Annotated[
+        Path | None, typer.Option("--index", metavar="DIR", help="Where the model's index is kept; by default in the user's cache.")
+    ] = None,
+    texts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--texts", metavar="FILE", help="Plain text to scan, blank lines between paragraphs; by default the model's own words."
+        ),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="How many neurons to list of either kind.")] = 10,
+    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="How many tokens of text to scan.")] = None,
+    workspace: Where = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Find neurons by a word: those whose values promote it, and those that fire behind it.
+
+    The first time, the model reads some text and its index is made; then it is only opened.
+
+    \b
+    Examples:
+      factsmith find atlas Paris
+      factsmith find path/to/model "capital of" --texts wiki.txt --index model-index
+    """
+    model, word = model_and_prompt(words)
+    corpus = paragraphs(texts) if texts else None
+    with progress() as tell, opened(model, workspace, device, tell) as (lm, _):
+        from ..inspect.index import find_index
+
+        found = find_index(lm, index, texts=corpus, max_tokens=max_tokens, progress=tell)
+        promoting, firing = found.promoting(word, top), found.triggered_by(word, top)
+    result = {
+        "word": word,
+        "promoted_by": [{"neuron": list(p.neuron), "token": p.token, "rank": p.rank, "score": p.score} for p in promoting],
+        "triggers": [
+            {
+                "neuron": list(f.neuron),
+                "share": f.share,
+                "coefficient": f.trigger.coefficient,
+                "prefix": f.trigger.prefix,
+            }
+            for f in firing
+        ],
+        "n_texts": found.triggers.n_texts,
+        "n_tokens": found.triggers.n_tokens,
+        "index": str(found.folder),
+        "model": lm.name,
+    }
+
+    def show(console: Console) -> None:
+        line(console, f"values that promote {word!r}:", "" if promoting else "none has it among its first tokens")
+        table = plain_table()
+        for name in ("neuron", "token", "rank", "score"):
+            table.add_column(name, justify="right" if name in ("rank", "score") else "left")
+        for p in promoting:
+            table.add_row(" ".join(map(str, p.neuron)), repr(visible(p.token)), str(p.rank + 1), f"{p.score:.2f}")
+        if promoting:
+            console.print(table)
+        line(console, f"neurons that fire behind {word!r}:", "" if firing else "none, in the texts that were scanned")
+        table = plain_table()
+        for name in ("neuron", "share", "strongest such trigger"):
+            table.add_column(name, justify="right" if name == "share" else "left")
+        for f in firing:
+            table.add_row(" ".join(map(str, f.neuron)), f"{f.share:.0%}", _end_of(visible(f.trigger.prefix)))
+        if firing:
+            console.print(table)
+        line(console, "from", f"{found.triggers.n_texts:,} texts, {found.triggers.n_tokens:,} tokens, in {found.folder}")
+
+    print_result(result, show, as_json)
+
+
+def _end_of(text: str, width: int = 70) -> str:
+    """The last so many characters of a text, whole words."""
+    return text if len(text) <= width else "… " + text[-width:].partition(" ")[2]

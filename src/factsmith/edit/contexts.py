@@ -12,7 +12,7 @@ import unicodedata
 
 from ..errors import InputError
 from ..model.load import LanguageModel
-from .sample import sample
+from ..model.sample import sample
 
 CONTEXTS = ((5, 10), (10, 10))
 """(length in tokens, how many) of ROME's contexts: the authors' code (the paper says 50 of 2 to 10 tokens)."""

@@ -16,9 +16,9 @@ import torch
 
 from ..errors import DamagedError, InputError
 from ..model.load import LanguageModel
+from ..model.sample import own_text
 from ..progress import Progress, tell
 from .moments import SecondMoment, enough_tokens, second_moments
-from .sample import own_text
 
 
 def find_moments(

@@ -23,9 +23,10 @@ from ..checks import check_count, check_text
 from ..errors import DamagedError, InputError, WorkspaceError
 from ..files import write_file
 from ..model.ffn import Neuron
-from ..model.load import LanguageModel
+from ..model.load import LanguageModel, check_model
+from ..model.sample import own_text
 from ..model.scan import Bank
-from ..progress import Progress
+from ..progress import Progress, tell
 from .triggers import Sign, Trigger, Triggers, find_triggers
 from .values import ValueTokens, value_tokens
 
@@ -157,6 +158,43 @@ def build_index(
     except (OSError, sqlite3.Error) as error:
         raise WorkspaceError(f"cannot write {path}: {error}; choose a folder that can be written") from None
     return Index(Path(folder), triggers, values)
+
+
+_TOKENS = 100_000
+"""Tokens scanned when nobody gives a text: about a minute for the bundled models on one thread."""
+
+
+def find_index(
+    lm: LanguageModel,
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    texts: str | Iterable[str] | None = None,
+    max_tokens: float | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Index:
+    """The model's index in a folder (None: the user's cache), built first where there is none, or where texts are given.
+
+    texts       what to scan; None: what is there, else text that the model writes itself, from `seed`
+    max_tokens  how much of it; None: all of the texts, or 100,000 tokens of the model's own
+
+    Raises FingerprintError for another model's index in the folder, and what `Index.open` and `build_index` raise.
+    """
+    check_model(lm)
+    place = _cache() / lm.fingerprint[:16] if folder is None else Path(folder)
+    if texts is None and (place / _TEXTS).is_file():
+        return Index.open(place, lm)
+    if texts is None:
+        wanted = _TOKENS if max_tokens is None else check_count(max_tokens, "max_tokens", "how many tokens to scan")
+        texts = own_text(lm, wanted, seed=seed, progress=lambda done: tell(progress, "sampling text", done, wanted))
+    return build_index(lm, texts, place, max_tokens=float("inf") if max_tokens is None else max_tokens, progress=progress)
+
+
+def _cache() -> Path:
+    """Where indices are kept when nobody says: $FACTSMITH_CACHE, $XDG_CACHE_HOME/factsmith, or ~/.cache/factsmith."""
+    if own := os.environ.get("FACTSMITH_CACHE"):
+        return Path(own) / "index"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "factsmith" / "index"
 
 
 def _asked(words: str) -> str:

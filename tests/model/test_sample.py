@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from conftest import GPT2, byte_tokenizer, tiny_model
-from factsmith.edit.sample import own_text, sample
 from factsmith.errors import InputError
 from factsmith.model.load import LanguageModel, wrap
+from factsmith.model.sample import own_text, sample
 
 
 def test_sampling_follows_the_models_distribution(tiny_lm: LanguageModel) -> None:

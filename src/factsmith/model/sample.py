@@ -13,8 +13,8 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from ..errors import InputError
-from ..model.load import LanguageModel
-from ..model.tokens import align
+from .load import LanguageModel
+from .tokens import align
 
 _ROWS, _LENGTH = 64, 64
 """Strings sampled together by `own_text`, and their length in tokens: sentences, not words, and enough of them in one pass."""
