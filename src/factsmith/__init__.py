@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     )
     from .fact import Fact, FactFile, Probe
     from .inspect.agreement import Agreement, agreement
+    from .inspect.census import Census, census
     from .inspect.composition import Composition, compose
     from .inspect.index import Index, build_index, find_index
     from .inspect.profile import Profile, profile
@@ -73,6 +74,7 @@ _HOMES = {
     ),
     "fact": "Fact FactFile Probe",
     "inspect.agreement": "Agreement agreement",
+    "inspect.census": "Census census",
     "inspect.composition": "Composition compose",
     "inspect.index": "Index build_index find_index",
     "inspect.profile": "Profile profile",
@@ -100,6 +102,7 @@ __all__ = [
     "AttributionTrace",
     "AverageTrace",
     "CausalTrace",
+    "Census",
     "Composition",
     "DamagedError",
     "Delta",
@@ -153,6 +156,7 @@ __all__ = [
     "build_index",
     "causal_trace",
     "causal_traces",
+    "census",
     "class_lines",
     "class_map",
     "compose",

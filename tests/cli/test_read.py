@@ -73,3 +73,16 @@ def test_an_index_that_cannot_be_used(run: Run, model: Path, tmp_path: Path) -> 
     ):
         done = run(*arguments)
         assert done.code == code and done.err.startswith("error: ") and "Traceback" not in done.err, done.err
+
+
+def test_a_census(run: Run, model: Path, tmp_path: Path) -> None:
+    quick = run("census", model, "--quick", "--json").json
+    assert sum(quick["parts"].values()) == quick["parameters"] and {layer["idle"] for layer in quick["layers"]} == {None}
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n\n".join(f"Paris is in France, {n} of {n + 1} say." for n in range(40)))
+    full = run("census", model, "--texts", texts, "--index", tmp_path / "index", "--json").json
+    assert full["parts"] == quick["parts"]
+    assert all(1 <= layer["effective_rank"] <= layer["neurons"] and layer["idle"] < layer["neurons"] for layer in full["layers"])
+    text = run("census", model, "--index", tmp_path / "index").out
+    assert "memory (FFN)" in text and "effective rank" in text
+    assert run("census").code == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,10 +12,12 @@ from rich.console import Console
 from .common import (
     Device,
     Json,
+    Model,
     ModelAndPrompt,
     Where,
     line,
     model_and_prompt,
+    need_model,
     opened,
     paragraphs,
     plain_table,
@@ -22,6 +25,15 @@ from .common import (
     progress,
     visible,
 )
+
+IndexFolder = Annotated[
+    Path | None, typer.Option("--index", metavar="DIR", help="Where the model's index is kept; by default in the user's cache.")
+]
+Texts = Annotated[
+    list[Path] | None,
+    typer.Option("--texts", metavar="FILE", help="Plain text to scan, blank lines between paragraphs; by default the model's own words."),
+]
+MaxTokens = Annotated[int | None, typer.Option("--max-tokens", min=1, help="How many tokens of text to scan.")]
 
 
 def ask(
@@ -133,17 +145,10 @@ def explain(
 
 def find(
     words: ModelAndPrompt,
-    index: Annotated[
-        Path | None, typer.Option("--index", metavar="DIR", help="Where the model's index is kept; by default in the user's cache.")
-    ] = None,
-    texts: Annotated[
-        list[Path] | None,
-        typer.Option(
-            "--texts", metavar="FILE", help="Plain text to scan, blank lines between paragraphs; by default the model's own words."
-        ),
-    ] = None,
+    index: IndexFolder = None,
+    texts: Texts = None,
     top: Annotated[int, typer.Option(min=1, help="How many neurons to list of either kind.")] = 10,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="How many tokens of text to scan.")] = None,
+    max_tokens: MaxTokens = None,
     workspace: Where = None,
     device: Device = None,
     as_json: Json = False,
@@ -200,6 +205,61 @@ def find(
         if firing:
             console.print(table)
         line(console, "from", f"{found.triggers.n_texts:,} texts, {found.triggers.n_tokens:,} tokens, in {found.folder}")
+
+    print_result(result, show, as_json)
+
+
+def census(
+    model: Model = None,
+    index: IndexFolder = None,
+    texts: Texts = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Count parameters only; read no text.")] = False,
+    max_tokens: MaxTokens = None,
+    workspace: Where = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Count what a model is made of, layer by layer: memory, attention, embeddings; idle neurons, and how many directions text uses.
+
+    \b
+    Examples:
+      factsmith census atlas
+      factsmith census path/to/model --quick
+    """
+    need_model(model, workspace)
+    corpus = paragraphs(texts) if texts else None
+    with progress() as tell, opened(model, workspace, device, tell) as (lm, _):
+        from ..inspect.census import census as counted_parts
+
+        if quick:
+            found = counted_parts(lm)
+        else:
+            from ..edit.kept import find_moments
+            from ..inspect.index import find_index
+
+            scanned = find_index(lm, index, texts=corpus, max_tokens=max_tokens, progress=tell)
+            dense = [ffn.layer for ffn in lm.ffn if not ffn.n_experts]
+            moments = find_moments(lm, dense, texts=scanned.triggers.texts, max_tokens=float("inf"), progress=tell) if dense else {}
+            found = counted_parts(lm, triggers=scanned.triggers, moments={layer: moment.matrix for layer, moment in moments.items()})
+    parts = {"memory (FFN)": found.ffn, "attention": found.attention, "embeddings": found.embeddings, "other": found.other}
+    result = {
+        "model": found.model,
+        "parameters": found.parameters,
+        "parts": {"ffn": found.ffn, "attention": found.attention, "embeddings": found.embeddings, "other": found.other},
+        "neurons": found.neurons,
+        "layers": [dataclasses.asdict(layer) for layer in found.layers],
+    }
+
+    def show(console: Console) -> None:
+        line(console, found.model, f"{found.parameters:,} parameters, {found.neurons:,} neurons")
+        for name, n in parts.items():
+            line(console, f"  {n / found.parameters:6.1%}", f"{name}, {n:,}", style="default")
+        table = plain_table("layer", "memory", "attention", "neurons", "idle", "effective rank")
+        for layer in found.layers:
+            idle = "" if layer.idle is None else str(layer.idle)
+            rank = "" if layer.effective_rank is None else f"{layer.effective_rank:,.0f} of {layer.neurons:,}"
+            table.add_row(str(layer.layer), f"{layer.ffn:,}", f"{layer.attention:,}", f"{layer.neurons:,}", idle, rank)
+        console.print(table)
 
     print_result(result, show, as_json)
 
