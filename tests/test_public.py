@@ -23,7 +23,7 @@ ORDER = [
     {"verify"},
     {"inspect", "locate", "edit", "judge"},
     {"ledger"},
-    {"workbench"},
+    {"workbench", "card"},
     {"export", "plot"},
     {"demo"},
     {"cli"},

@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .card import Card, card
     from .edit.contexts import generate_contexts, generate_openings
     from .edit.delta import Delta, applied
     from .edit.kept import find_moments, load_moments
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "card": "Card card",
     "edit.delta": "Delta applied",
     "edit.contexts": "generate_contexts generate_openings",
     "edit.methods": "AlphaEditConfig EmmetConfig MemitConfig RomeConfig alphaedit emmet memit r_rome rome rome_each",
@@ -101,6 +103,7 @@ __all__ = [
     "AlphaEditConfig",
     "AttributionTrace",
     "AverageTrace",
+    "Card",
     "CausalTrace",
     "Census",
     "Composition",
@@ -154,6 +157,7 @@ __all__ = [
     "attribution_trace",
     "average_trace",
     "build_index",
+    "card",
     "causal_trace",
     "causal_traces",
     "census",

@@ -86,3 +86,16 @@ def test_a_census(run: Run, model: Path, tmp_path: Path) -> None:
     text = run("census", model, "--index", tmp_path / "index").out
     assert "memory (FFN)" in text and "effective rank" in text
     assert run("census").code == 2
+
+
+def test_a_neuron_is_shown(run: Run, model: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n\n".join(f"Paris is in France, {n} say." for n in range(9)))
+    arguments = (model, "1", "7", "--index", tmp_path / "index", "--top", "3")
+    found = run("neuron", *arguments, "--texts", texts, "--json").json
+    assert found["neuron"] == [1, 7] and len(found["promotes"]) == 3 and sum(found["histogram"]["counts"]) > 9
+    text = run("neuron", *arguments).out
+    assert "promotes" in text and "fires most at" in text
+    for words, code in ((["1"], 2), (["a", "b", "1", "2"], 2), ([model, "1"], 2), ([model, "1", "99999"], 2), ([model, "7", "1"], 2)):
+        done = run("neuron", *words, "--index", tmp_path / "index")
+        assert done.code == code and "Traceback" not in done.err, (words, done.err)

@@ -35,6 +35,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     read.ask,
     read.explain,
     read.find,
+    read.neuron,
     read.census,
     locate.trace,
     locate.neurons,

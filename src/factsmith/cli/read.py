@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from ..errors import InputError
 from .common import (
     Device,
     Json,
@@ -207,6 +209,77 @@ def find(
         line(console, "from", f"{found.triggers.n_texts:,} texts, {found.triggers.n_tokens:,} tokens, in {found.folder}")
 
     print_result(result, show, as_json)
+
+
+def neuron(
+    words: Annotated[
+        list[str], typer.Argument(metavar="[MODEL] LAYER [EXPERT] I", help="A model (left out: the workspace's), and the neuron's numbers.")
+    ],
+    index: IndexFolder = None,
+    texts: Texts = None,
+    top: Annotated[int, typer.Option(min=1, help="How many triggers and tokens to list.")] = 10,
+    facts: Annotated[int, typer.Option(min=0, help="On how many facts to silence it.")] = 5,
+    max_tokens: MaxTokens = None,
+    workspace: Where = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Show one neuron: where its key fires, what its value promotes, and what becomes of facts without it.
+
+    \b
+    Examples:
+      factsmith neuron atlas 5 992
+    """
+    numbers = [int(word) for word in words if word.isdecimal()][-3:]
+    names = words[: len(words) - len(numbers)]
+    if len(names) > 1 or len(numbers) < 2:
+        raise InputError(f"got {' '.join(words)!r}; expected a model and a neuron's layer and number, such as: atlas 5 992")
+    corpus = paragraphs(texts) if texts else None
+    with progress() as tell, opened(names[0] if names else None, workspace, device, tell) as (lm, _):
+        from ..card import card
+        from ..inspect.index import find_index
+        from ..model.ffn import find_neuron
+
+        wanted: Any = tuple(numbers)
+        find_neuron(lm.ffn, wanted)  # before an index is made for it
+        found = card(lm, find_index(lm, index, texts=corpus, max_tokens=max_tokens, progress=tell), wanted, k=top, n_facts=facts)
+    result = {
+        "neuron": list(found.neuron),
+        "promotes": [{"token": token, "score": score} for token, score in found.promotes],
+        "demotes": [{"token": token, "score": score} for token, score in found.demotes],
+        "triggers": [{"coefficient": t.coefficient, "prefix": t.prefix} for t in found.triggers],
+        "bottom": [{"coefficient": t.coefficient, "prefix": t.prefix} for t in found.bottom],
+        "fired": found.fired,
+        "histogram": {"edges": found.edges.tolist(), "counts": found.counts.tolist()},
+        "facts": [dataclasses.asdict(fact) for fact in found.facts],
+        "n_asked": found.n_asked,
+        "model": found.model,
+    }
+
+    def show(console: Console) -> None:
+        line(console, f"neuron {' '.join(map(str, found.neuron))}", f"of {found.model}; on at {found.fired:.1%} of the tokens")
+        line(console, "  promotes", " ".join(repr(visible(token)) for token, _ in found.promotes))
+        line(console, "  demotes ", " ".join(repr(visible(token)) for token, _ in found.demotes))
+        line(console, "  coefficients", f"{_bars(found.counts.tolist())} from {float(found.edges[0]):.2f} to {float(found.edges[-1]):.2f}")
+        for title, triggers in (("fires most at", found.triggers), ("is lowest at", found.bottom[:3])):
+            line(console, title, "" if triggers else "nothing")
+            for t in triggers:
+                line(console, f"  {t.coefficient:+7.2f}", _end_of(visible(t.prefix)))
+        line(
+            console,
+            "without it",
+            f"the facts it adds most to, of {found.n_asked} known ones" if found.facts else "it adds to no fact asked",
+        )
+        for use in found.facts:
+            line(console, f"  {use.p:6.1%} -> {use.p_silenced:6.1%}", f"{visible(use.prompt)} {visible(use.answer)}")
+
+    print_result(result, show, as_json)
+
+
+def _bars(counts: list[int]) -> str:
+    """A histogram in one line, its heights by logarithm."""
+    most = math.log1p(max(counts))
+    return "".join(" ▁▂▃▄▅▆▇█"[round(8 * math.log1p(n) / most) if most else 0] for n in counts)
 
 
 def census(
