@@ -305,7 +305,12 @@ class Bench:
             if len(deltas) % 5 and at + size < len(facts) and len(deltas) > 1:
                 continue  # asking takes as long as writing
             with applied(self.lm, deltas):
-                row = {"facts": at + size, **score(self.lm, facts[: at + size], others), "solve_s": round(seconds, 1)}
+                row = {
+                    "facts": at + size,
+                    "changes": self.changes,
+                    **score(self.lm, facts[: at + size], others),
+                    "solve_s": round(seconds, 1),
+                }
                 row["first_round"] = score(self.lm, facts[:size], others)["efficacy"]
             norms = {x: sum(d.dense(x) for d in deltas).norm() / self.lm.ffn[x].weight().norm() for x in self.layers}
             row["norms"] = {layer: round(float(norm), 3) for layer, norm in norms.items()}
