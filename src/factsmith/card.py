@@ -25,7 +25,7 @@ from .locate.intervene import intervene
 from .model import atlas
 from .model.ffn import Neuron, find_neuron
 from .model.load import LanguageModel, check_model
-from .model.scan import Bank, Coefficients, scan
+from .model.scan import Bank, Coefficients, banks, scan
 from .model.tokens import target_ids
 
 
@@ -95,7 +95,7 @@ def card(
     bank: Bank = (layer, place) if lm.ffn[layer].n_experts else (layer,)
     own: Neuron = (*bank, i)
     triggers, bottom = index.triggers.of(own, k=k), index.triggers.of(own, sign="bottom", k=k)
-    parts = [own.m[:, 0] for _, own in _coefficients(lm, index.triggers.texts[:_TEXTS], layer, bank, i)]
+    parts = [found.m[:, 0] for _, found in _coefficients(lm, index.triggers.texts[:_TEXTS], layer, bank, i)]
     seen = torch.cat(parts) if parts else torch.zeros(1)  # an expert to which no token went
     low, high = float(seen.min()), float(seen.max())
     edges = torch.linspace(low, high if high > low else low + 1, _BINS + 1)
@@ -143,7 +143,7 @@ def _uses(lm: LanguageModel, known: Sequence[tuple[str, str]], neuron: Neuron, b
         return ()
     layer, i = bank[0], neuron[-1]
     head = find_unembedding(lm)
-    value = lm.ffn[layer].banks[bank[1] if len(bank) > 1 else 0].values[i].float() * behind(lm, layer)
+    value = banks(lm, [layer])[bank].values[i].float() * behind(lm, layer)
     scores = (head.weight.float() @ head.fold(value.to(head.scale))).cpu()
     lengths = torch.tensor([len(lm.prompt_ids(prompt)) for prompt, _ in known])
     at_end = torch.zeros(len(known))

@@ -107,9 +107,8 @@ def explain(
         for c, own in zip((*strongest, *against), promoted, strict=True)
     ]
     layers: list[dict[str, Any]] = [
-        {"layer": layer, "part": part, "logit": share.logit, "rank": int(found.ranks[at]), "probability": float(found.probabilities[at])}
-        for at, share in enumerate(found.parts[:-1])
-        for layer, part in [(share.layer, share.kind)]
+        {"layer": part.layer, "part": part.kind, "logit": part.logit, "rank": rank, "probability": probability}
+        for part, rank, probability in zip(found.parts, found.ranks.tolist(), found.probabilities.tolist(), strict=False)  # but the shift
     ]
     result = {
         "prompt": prompt,

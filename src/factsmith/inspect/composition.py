@@ -24,7 +24,7 @@ from ..checks import whole_number
 from ..errors import InputError
 from ..model.ffn import Neuron, get_slot
 from ..model.load import LanguageModel, check_model
-from ..model.scan import Bank, scan
+from ..model.scan import Bank, banks, scan
 from ..model.tokens import Batch, target_ids
 from ..model.trace import recording, replacing
 from .values import Unembedding, behind, find_unembedding
@@ -127,10 +127,11 @@ def compose(lm: LanguageModel, prompt: str, target: str | None = None, *, contra
     neurons: dict[Bank, tuple[Tensor, Tensor]] = {}
     for layer in range(lm.n_layers):
         parts += [Part("attention", layer, read.share(stream.attention[layer])), Part("ffn", layer, read.share(stream.ffn[layer]))]
-        for bank, coefficients in _coefficients(lm, ids, prompt, layer, at).items():
-            values = lm.ffn[layer].banks[bank[1] if len(bank) > 1 else 0].values
-            shares = coefficients.to(values.device) * (values.float() @ (read.direction * stream.behind[layer]).to(values.device))
-            neurons[bank] = (coefficients.cpu(), shares.cpu())
+    every = banks(lm)
+    for bank, coefficients in _coefficients(lm, ids, prompt, at).items():
+        values = every[bank].values
+        shares = coefficients.to(values.device) * (values.float() @ (read.direction * stream.behind[bank[0]]).to(values.device))
+        neurons[bank] = (coefficients.cpu(), shares.cpu())
     parts.append(Part("shift", None, read.constant))
     states = torch.stack(stream.states)
     probabilities = lm.head(states).float().softmax(-1)
@@ -214,16 +215,17 @@ def _read(lm: LanguageModel, head: Unembedding, last: Tensor, wanted: int, other
     return _Read(direction, constant, float((normed + head.shift).double() @ row.double()) + bias)
 
 
-def _coefficients(lm: LanguageModel, ids: Sequence[int], prompt: str, layer: int, at: int) -> dict[Bank, Tensor]:
+def _coefficients(lm: LanguageModel, ids: Sequence[int], prompt: str, at: int) -> dict[Bank, Tensor]:
     """Each bank's coefficients (d_ff,) at one token, times its expert's weight; of experts those that were chosen."""
-    ffn = lm.ffn[layer]
-    if not ffn.n_experts:
-        return {(layer,): scan(lm, [ids], [layer])[layer,].m[at].float()}
-    routing = lm.routing(prompt, layer)
-    found: dict[Bank, Tensor] = {}
-    for expert, weight, m in zip(routing.experts[at].tolist(), routing.weights[at], routing.coefficients[at], strict=True):
-        if 0 <= expert < ffn.n_experts:
-            found[layer, expert] = (weight * m).float()
-    if routing.shared is not None and routing.shared_weight is not None:
-        found[layer, ffn.n_experts] = (routing.shared_weight[at] * routing.shared[at]).float()
+    dense = [ffn.layer for ffn in lm.ffn if not ffn.n_experts]
+    found = {bank: own.m[at].float() for bank, own in scan(lm, [ids], dense).items()} if dense else {}
+    for ffn in lm.ffn:
+        if not ffn.n_experts:
+            continue
+        routing = lm.routing(prompt, ffn.layer)
+        for expert, weight, m in zip(routing.experts[at].tolist(), routing.weights[at], routing.coefficients[at], strict=True):
+            if 0 <= expert < ffn.n_experts:
+                found[ffn.layer, expert] = (weight * m).float()
+        if routing.shared is not None and routing.shared_weight is not None:
+            found[ffn.layer, ffn.n_experts] = (routing.shared_weight[at] * routing.shared[at]).float()
     return found

@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from ..checks import check_count, check_items
 from ..errors import DamagedError, FingerprintError, InputError, LayerError, NumericsError
 from ..model.ffn import Neuron, check_layer
 from ..model.load import LanguageModel, check_model
-from ..model.scan import Bank, Coefficients, Piece, bank_name, batches, named_bank, pieces, scan, windows
+from ..model.scan import Bank, Coefficients, Piece, bank_name, bank_of, banks, batches, named_bank, pieces, scan, windows
 from ..progress import Progress, tell
 from ..tensors import read_tensors, write_tensors
 
@@ -115,8 +115,8 @@ class Triggers:
 
     def of(self, neuron: Neuron, *, sign: Sign = "top", k: int | None = None) -> list[Trigger]:
         """The triggers of a neuron, strongest first, at most k. Raises LayerError for a neuron that was not scanned."""
-        *place, i = (int(n) for n in neuron)
-        bank = self.banks.get(cast("Bank", tuple(place)))
+        place, i = bank_of(neuron)
+        bank = self.banks.get(place)
         if bank is None or not 0 <= i < len(bank.fired):
             raise LayerError(f"neuron {tuple(neuron)} was not scanned; there are those of {', '.join(map(str, self.banks))}")
         columns = zip(bank.coefficients[sign][i].tolist(), bank.texts[sign][i].tolist(), bank.positions[sign][i].tolist(), strict=True)
@@ -379,11 +379,7 @@ class _Run:
     """A pass under way."""
 
     def __init__(self, lm: LanguageModel, layers: Sequence[int], top: int) -> None:
-        self.best: dict[Bank, _Best] = {}
-        for layer in layers:
-            memory = lm.ffn[layer]
-            for place, bank in enumerate(memory.banks):
-                self.best[(layer, place) if memory.n_experts else (layer,)] = _Best(bank.d_ff, top)
+        self.best = {bank: _Best(neurons.d_ff, top) for bank, neurons in banks(lm, layers).items()}
         self.texts: dict[int, Piece] = {}
         self.digest = hashlib.sha256()
         self.n_texts = self.n_tokens = self._held = 0

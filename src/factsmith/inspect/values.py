@@ -1,7 +1,7 @@
 """What the memory's values promote: each value read out through the unembedding, as the model's own last layer is.
 
     found = value_tokens(lm, layers=[3], top=10)       # top and bottom tokens of every value of layer 3
-    found.of(3, 17)                                    # those of one neuron, with their scores
+    found.of((3, 17))                                  # those of one neuron, with their scores
     head = find_unembedding(lm)                        # the model's tail as scale, shift and a matrix
 
 Geva et al. 2022 (arXiv 2203.14680): a value v is a distribution over the vocabulary, softmax(E v), and tokens with a large score are what
@@ -19,7 +19,6 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ from ..checks import check_count, check_items
 from ..errors import DamagedError, LayerError, UnsupportedModelError
 from ..model.ffn import Neuron, check_layer, find_neuron, same, tolerance
 from ..model.load import LanguageModel, check_model
-from ..model.scan import Bank, bank_name, named_bank
+from ..model.scan import Bank, bank_name, bank_of, banks, named_bank
 from ..model.trace import recording, replacing
 from ..progress import Progress, tell
 from ..tensors import read_tensors, write_tensors
@@ -134,6 +133,11 @@ def behind(lm: LanguageModel, layer: int) -> Tensor:
     )
 
 
+def _behind(lm: LanguageModel, layers: Iterable[int], norm: bool) -> dict[int, Tensor | float]:
+    """`behind` for each of some layers; 1 where norms are left out."""
+    return {layer: behind(lm, layer) if norm else 1.0 for layer in layers}
+
+
 def _probes(lm: LanguageModel) -> Tensor:
     """A few random states whose mean is not zero, exact in the model's dtype: (4, d_model) float32."""
     return (torch.randn(4, lm.d_model, generator=torch.Generator().manual_seed(0)) + 1).to(lm.dtype).float()
@@ -167,8 +171,7 @@ class ValueTokens:
 
     def of(self, neuron: Neuron, *, bottom: bool = False) -> list[tuple[str, float]]:
         """The tokens of one neuron's value with their scores. Raises LayerError for one whose value was not read."""
-        *place, i = (int(n) for n in neuron)
-        bank = cast("Bank", tuple(place))
+        bank, i = bank_of(neuron)
         if bank not in self.top_ids or not 0 <= i < len(self.top_ids[bank]):
             raise LayerError(f"the value of {tuple(neuron)} was not read; there are those of {', '.join(map(str, self.top_ids))}")
         ids, scores = (self.bottom_ids, self.bottom_scores) if bottom else (self.top_ids, self.top_scores)
@@ -230,12 +233,10 @@ def value_tokens(
     top = check_count(top, f"top (of {len(head.weight)} tokens)", "the number of tokens wanted for each value")
     wanted = range(lm.n_layers) if layers is None else [check_layer(x, lm.n_layers) for x in check_items(layers, "layers", "layer numbers")]
     found: dict[Bank, tuple[Tensor, ...]] = {}
-    banks = [(layer, place) for layer in wanted for place in range(len(lm.ffn[layer].banks))]
-    for number, (layer, place) in enumerate(banks):
-        memory = lm.ffn[layer]
-        values = head.fold(memory.banks[place].values.float() * (behind(lm, layer) if norm else 1.0))
-        found[(layer, place) if memory.n_experts else (layer,)] = extreme_tokens(values, head.weight, top)
-        tell(progress, "values", number + 1, len(banks))
+    every, scale, screen = banks(lm, wanted), _behind(lm, wanted, norm), screening(head.weight)
+    for bank, neurons in every.items():
+        found[bank] = extreme_tokens(head.fold(neurons.values.float() * scale[neurons.layer]), head.weight, top, screen)
+        tell(progress, "values", len(found), len(every))
     used = torch.unique(torch.cat([ids.flatten() for tensors in found.values() for ids in tensors[::2]])).tolist()
     return ValueTokens(
         **{part: {bank: tensors[i] for bank, tensors in found.items()} for i, part in enumerate(_PARTS)},
@@ -256,9 +257,9 @@ def tokens_of(
     places = [find_neuron(lm.ffn, neuron) for neuron in neurons]
     if not places:
         return []
-    scale = {layer: behind(lm, layer) if norm else torch.ones(lm.d_model) for layer, _, _ in places}
-    device = head.weight.device
-    values = torch.stack([(lm.ffn[layer].banks[bank].values[i].float() * scale[layer]).to(device) for layer, bank, i in places])
+    scale = _behind(lm, {layer for layer, _, _ in places}, norm)
+    own = [lm.ffn[layer].banks[bank].values[i].float() * scale[layer] for layer, bank, i in places]
+    values = torch.stack([value.to(head.weight.device) for value in own])
     top, top_scores, bottom, bottom_scores = extreme_tokens(head.fold(values), head.weight, k)
     found = []
     for row, is_negative in enumerate(negative):
@@ -270,19 +271,19 @@ def tokens_of(
 _ROWS, _GROUP, _MARGIN = 256, 64, 14
 
 
-def extreme_tokens(vectors: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def extreme_tokens(vectors: Tensor, weight: Tensor, k: int, screen: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of the rows of a matrix (vocab, d), the k with the largest and the k with the smallest product with each vector (n, d).
 
     Returns (ids, scores, ids, scores), each (n, k), best and most negative first. Where the processor multiplies bfloat16 faster, it
     screens: rows are kept by groups of 64, then one by one, `_MARGIN` more than asked for, and these are scored in float32. bfloat16
-    errs by about 1/300 of a typical score, and the ranks k and k + 14 lie a hundred times as far apart.
+    errs by about 1/300 of a typical score, and the ranks k and k + 14 lie a hundred times as far apart. `screen` is `screening(weight)`,
+    for who asks often.
     """
     k = min(k, len(weight))
     device = weight.device
     near = min(len(weight), k + _MARGIN)
-    groups = -(-len(weight) // _GROUP)
-    screen = torch.zeros(groups * _GROUP, weight.shape[1], dtype=_screening(device), device=device)
-    screen[: len(weight)] = weight
+    screen = screening(weight) if screen is None else screen
+    groups = len(screen) // _GROUP
     found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     for part in torch.split(vectors.to(device, torch.float32), _ROWS):
         scores = part.to(screen.dtype) @ screen.T
@@ -302,7 +303,10 @@ def extreme_tokens(vectors: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Ten
     return tuple(torch.cat(parts).cpu() for parts in zip(*found, strict=True))  # type: ignore[return-value]
 
 
-def _screening(device: torch.device) -> torch.dtype:
-    """bfloat16 on a CPU that multiplies it by instruction, else float32."""
-    known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    return torch.bfloat16 if known.get("amx_bf16") or known.get("avx512_bf16") else torch.float32
+def screening(weight: Tensor) -> Tensor:
+    """A matrix (vocab, d) and zeros up to whole groups: in bfloat16 on a CPU that multiplies it by instruction, else in float32."""
+    known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)() if weight.device.type == "cpu" else {}
+    dtype = torch.bfloat16 if known.get("amx_bf16") or known.get("avx512_bf16") else torch.float32
+    screen = torch.zeros(-(-len(weight) // _GROUP) * _GROUP, weight.shape[1], dtype=dtype, device=weight.device)
+    screen[: len(weight)] = weight
+    return screen

@@ -21,12 +21,25 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor
 
+from .ffn import Neuron, Neurons
 from .load import LanguageModel
 from .tokens import align, encode
 from .trace import recording, replacing, stoppable
 
 Bank: TypeAlias = tuple[int] | tuple[int, int]
 """(layer,), or (layer, expert) in a layer with experts: where a bank of neurons lies."""
+
+
+def banks(lm: LanguageModel, layers: Iterable[int] | None = None) -> dict[Bank, Neurons]:
+    """Every bank of some layers (None: all), experts and the shared one included, by where it lies."""
+    wanted = [lm.ffn[layer] for layer in (range(lm.n_layers) if layers is None else layers)]
+    return {(ffn.layer, place) if ffn.n_experts else (ffn.layer,): bank for ffn in wanted for place, bank in enumerate(ffn.banks)}
+
+
+def bank_of(neuron: Neuron) -> tuple[Bank, int]:
+    """A neuron's bank, and which of its neurons it is."""
+    *place, i = (int(n) for n in neuron)
+    return cast("Bank", tuple(place)), i
 
 
 def bank_name(bank: Bank) -> str:
@@ -66,7 +79,7 @@ def pieces(lm: LanguageModel, texts: str | Iterable[str], limit: float = math.in
     for text in [texts] if isinstance(texts, str) else texts:
         ids, spans = encode(lm.tokenizer, text)
         for start in range(0, len(ids), longest):
-            size = min(longest, len(ids) - start) if math.isinf(limit) else min(longest, len(ids) - start, int(limit))
+            size = int(min(longest, len(ids) - start, limit))
             own = spans[start : start + size]
             first, last = min((a for a, b in own if b > a), default=0), max(b for _, b in own)
             own = [(a - first, b - first) if b > a else (0, 0) for a, b in own]
