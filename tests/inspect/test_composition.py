@@ -105,4 +105,6 @@ def test_bad_input_is_refused_in_words(tiny_gpt2: LanguageModel) -> None:
     for prompt, target in (("", None), (PROMPT, ""), (5, None)):
         with pytest.raises(InputError):
             compose(tiny_gpt2, prompt, target)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="positions for 64"):
+        compose(tiny_gpt2, "king " * 100)
     assert compose(tiny_gpt2, PROMPT, position=0).position == 0

@@ -117,6 +117,7 @@ def compose(lm: LanguageModel, prompt: str, target: str | None = None, *, contra
         )
     at %= len(ids)
     batch = lm.batch([prompt])
+    lm.check_batch(batch)
     head = find_unembedding(lm)
     stream = _stream(lm, batch, at)
     logits = lm.head(stream.last)
