@@ -364,6 +364,8 @@ def test_an_interruption_when_it_is_recorded_leaves_both_moved(
     assert hashes(lm) == one
 
 
+# Between a file's opening and the `with` that closes it a signal can still land: Python then closes the file itself, and warns.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_real_ctrl_c_in_the_middle(lm: LanguageModel, bench: Workbench) -> None:
     """A SIGINT from a timer lands at moments nobody chose."""
     moments, before, interrupted = moments_of(lm), hashes(lm), 0
