@@ -13,7 +13,7 @@ divisor is fixed at what it was in this pass. So every addition has a share of t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,12 +22,12 @@ from torch import Tensor
 
 from ..checks import whole_number
 from ..errors import InputError
-from ..model.ffn import Neuron, get_slot
+from ..model.ffn import Neuron
 from ..model.load import LanguageModel, check_model
-from ..model.scan import Bank, banks, scan
-from ..model.tokens import Batch, target_ids
-from ..model.trace import recording, replacing
-from .values import Unembedding, behind, find_unembedding
+from ..model.scan import Bank
+from ..model.tokens import target_ids
+from .stream import carrying_half, read_logits, read_stream, shares, way_up
+from .values import behind, find_unembedding
 
 Kind = Literal["embedding", "attention", "ffn", "shift"]
 
@@ -94,8 +94,7 @@ class Composition:
     @property
     def half(self) -> int:
         """How many of the sub-updates that speak for the target it takes to make up half of what they add; 0 when none does."""
-        each = torch.cat([logits for _, logits in self.neurons.values()]).clamp(min=0).double().sort(descending=True).values
-        return 0 if not float(each.sum()) else int((each.cumsum(0) < each.sum() / 2).sum()) + 1
+        return int(carrying_half(torch.cat([logits for _, logits in self.neurons.values()])))
 
 
 @torch.no_grad()
@@ -116,27 +115,28 @@ def compose(lm: LanguageModel, prompt: str, target: str | None = None, *, contra
             f"position is one of the prompt's {len(ids)} tokens, 0 to {len(ids) - 1}, or negative from its end; got {position!r}"
         )
     at %= len(ids)
-    batch = lm.batch([prompt])
-    lm.check_batch(batch)
     head = find_unembedding(lm)
-    stream = _stream(lm, batch, at)
-    logits = lm.head(stream.last)
-    wanted = int(logits.argmax()) if target is None else target_ids(lm.tokenizer, prompt, target)[0]
+    stream = read_stream(lm, [ids], [at], [behind(lm, layer) for layer in range(lm.n_layers)])
+    reading = read_logits(lm, head, stream.states[-1])
+    wanted = int(reading.logits[0].argmax()) if target is None else target_ids(lm.tokenizer, prompt, target)[0]
     other = None if contrast is None else target_ids(lm.tokenizer, prompt, contrast)[0]
-    read = _read(lm, head, stream.last, wanted, other)
-    parts = [Part("embedding", None, read.share(stream.embedding))]
+    chosen = torch.tensor([wanted])
+    direction, constant, logit = reading.directions(head, chosen, None if other is None else torch.tensor([other]))
+
+    def share(added: Tensor) -> float:
+        return float(added[0].double() @ direction[0].double().to(added.device))
+
+    parts = [Part("embedding", None, share(stream.embedding))]
     neurons: dict[Bank, tuple[Tensor, Tensor]] = {}
-    for layer in range(lm.n_layers):
-        parts += [Part("attention", layer, read.share(stream.attention[layer])), Part("ffn", layer, read.share(stream.ffn[layer]))]
-    every = banks(lm)
-    for bank, coefficients in _coefficients(lm, ids, prompt, at).items():
-        values = every[bank].values
-        shares = coefficients.to(values.device) * (values.float() @ (read.direction * stream.behind[bank[0]]).to(values.device))
-        neurons[bank] = (coefficients.cpu(), shares.cpu())
-    parts.append(Part("shift", None, read.constant))
-    states = torch.stack(stream.states)
-    probabilities = lm.head(states).float().softmax(-1)
-    own = probabilities[:, wanted]
+    for ffn, attention, memory, factor, fired in zip(lm.ffn, stream.attention, stream.ffn, stream.behind, stream.fired, strict=True):
+        parts += [Part("attention", ffn.layer, share(attention)), Part("ffn", ffn.layer, share(memory))]
+        for banks in fired:
+            added = shares(ffn, banks, direction.to(factor.device) * factor)[0].cpu()
+            for slot, place in enumerate(banks.places[0].tolist()):
+                if place >= 0:
+                    neurons[(ffn.layer, place) if ffn.n_experts else (ffn.layer,)] = (banks.m[0, slot].cpu(), added[slot])
+    parts.append(Part("shift", None, float(constant)))
+    ranks, probabilities, _ = way_up(lm, stream.states, chosen)
     return Composition(
         prompt=prompt,
         tokens=tuple(lm.tokenizer.decode([i]) for i in ids),
@@ -144,89 +144,9 @@ def compose(lm: LanguageModel, prompt: str, target: str | None = None, *, contra
         target=lm.tokenizer.decode([wanted]),
         target_id=wanted,
         contrast_id=other,
-        logit=read.total,
+        logit=float(logit),
         parts=tuple(parts),
         neurons=neurons,
-        ranks=(probabilities > own[:, None]).sum(1).cpu(),
-        probabilities=own.cpu(),
+        ranks=ranks[:, 0],
+        probabilities=probabilities[:, 0],
     )
-
-
-@dataclass(frozen=True, eq=False)
-class _Stream:
-    """One position's way up: what was added where, each (d_model,) float32, and what its memory's output was multiplied by."""
-
-    embedding: Tensor
-    attention: list[Tensor]
-    ffn: list[Tensor]
-    behind: list[Tensor]
-    states: list[Tensor]  # embedding, then behind attention and memory of every layer
-    last: Tensor
-
-
-def _stream(lm: LanguageModel, batch: Batch, at: int) -> _Stream:
-    parts = {("in", 0): lm.layers[0], **{("layer", i): layer for i, layer in enumerate(lm.layers)}}
-    parts.update({("ffn", ffn.layer): ffn.module for ffn in lm.ffn})
-    with recording(parts) as calls:
-        lm.forward(batch)
-    before = get_slot(calls["in", 0][0], lm.slot)[0, at].float()
-    found = _Stream(before, [], [], [], [before.to(lm.dtype)], before)
-    for ffn in lm.ffn:
-        after = calls["layer", ffn.layer][0].output[0, at].float().to(before.device)
-        added = calls["ffn", ffn.layer][0].output.reshape(batch.width, -1)[at].float().to(before.device)
-        scale = behind(lm, ffn.layer).to(before.device)
-        if not ffn.adds_directly:
-            with replacing({ffn.module: torch.zeros_like}), recording({"layer": lm.layers[ffn.layer]}, stop=True) as without:
-                lm.forward(batch)
-            put_out, added = scale * added, after - without["layer"][0].output[0, at].float().to(before.device)
-            scale = scale * (put_out @ added) / (put_out @ put_out)  # what the norm divided by
-        found.behind.append(scale)
-        found.ffn.append(added)
-        found.attention.append(after - added - before)
-        found.states.extend([(after - added).to(lm.dtype), after.to(lm.dtype)])
-        before = after
-    return _Stream(found.embedding, found.attention, found.ffn, found.behind, found.states, before)
-
-
-@dataclass(frozen=True, eq=False)
-class _Read:
-    """How one state's additions become one logit: addition @ direction, and a constant beside them."""
-
-    direction: Tensor  # (d_model,)
-    constant: float
-    total: float
-
-    def share(self, added: Tensor) -> float:
-        return float(added.double() @ self.direction.double().to(added.device))
-
-
-def _read(lm: LanguageModel, head: Unembedding, last: Tensor, wanted: int, other: int | None) -> _Read:
-    """The reading of the wanted token's logit, less the other's, with the norm's divisor as it is for this state."""
-    with recording({"last": lm.module.get_output_embeddings()}, copy=False) as calls:
-        lm.head(last.to(lm.dtype))
-    normed = calls["last"][0].input.reshape(-1).float() - head.shift
-    folded = head.fold(last.to(head.scale))
-    size = (folded @ folded) / (folded @ normed)
-    row, bias = head.weight[wanted].float(), 0.0 if head.bias is None else float(head.bias[wanted])
-    if other is not None:
-        row, bias = row - head.weight[other].float(), bias - (0.0 if head.bias is None else float(head.bias[other]))
-    direction = row * head.scale
-    direction = (direction - direction.mean() if head.centres else direction) / size
-    constant = float(head.shift.double() @ row.double()) + bias
-    return _Read(direction, constant, float((normed + head.shift).double() @ row.double()) + bias)
-
-
-def _coefficients(lm: LanguageModel, ids: Sequence[int], prompt: str, at: int) -> dict[Bank, Tensor]:
-    """Each bank's coefficients (d_ff,) at one token, times its expert's weight; of experts those that were chosen."""
-    dense = [ffn.layer for ffn in lm.ffn if not ffn.n_experts]
-    found = {bank: own.m[at].float() for bank, own in scan(lm, [ids], dense).items()} if dense else {}
-    for ffn in lm.ffn:
-        if not ffn.n_experts:
-            continue
-        routing = lm.routing(prompt, ffn.layer)
-        for expert, weight, m in zip(routing.experts[at].tolist(), routing.weights[at], routing.coefficients[at], strict=True):
-            if 0 <= expert < ffn.n_experts:
-                found[ffn.layer, expert] = (weight * m).float()
-        if routing.shared is not None and routing.shared_weight is not None:
-            found[ffn.layer, ffn.n_experts] = (routing.shared_weight[at] * routing.shared[at]).float()
-    return found
