@@ -23,8 +23,8 @@ ORDER = [
     {"verify"},
     {"inspect", "locate", "edit", "judge"},
     {"ledger"},
-    {"workbench", "card"},
-    {"export", "plot"},
+    {"workbench", "cards"},
+    {"export", "pages", "plot"},
     {"demo"},
     {"cli"},
 ]
@@ -62,6 +62,11 @@ def test_every_public_name_is_there_and_sorted() -> None:
     assert set(dir(factsmith)) == set(factsmith.__all__)
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = factsmith.no_such_name
+
+
+def test_no_name_is_hidden_by_a_module() -> None:
+    """Importing a module sets it as an attribute of the package: `factsmith.card` would be the module, once anything had imported it."""
+    assert not set(factsmith.__all__) & {path.stem for path in SOURCE.iterdir()}
 
 
 def test_type_checkers_see_the_same_names() -> None:

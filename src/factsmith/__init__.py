@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .card import Card, card
+    from .cards import Card, FactAdds, card, fact_adds
     from .edit.contexts import generate_contexts, generate_openings
     from .edit.delta import Delta, applied
     from .edit.kept import find_moments, load_moments
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from .model.ffn import FeedForward
     from .model.load import LanguageModel, load, wrap
     from .model.masked import MaskedLanguageModel
+    from .pages import card_page, layer_page, write_pages
     from .plot import class_lines, class_map, curves, heat_map, neuron_chart, text_heat_map
     from .verify import Verification
     from .workbench import Outcome, Plan, Proposal, Workbench, recommend_layers
@@ -62,7 +63,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "card": "Card card",
+    "cards": "Card FactAdds card fact_adds",
     "edit.delta": "Delta applied",
     "edit.contexts": "generate_contexts generate_openings",
     "edit.methods": "AlphaEditConfig EmmetConfig MemitConfig RomeConfig alphaedit emmet memit r_rome rome rome_each",
@@ -92,6 +93,7 @@ _HOMES = {
     "model.ffn": "FeedForward",
     "model.load": "LanguageModel load wrap",
     "model.masked": "MaskedLanguageModel",
+    "pages": "card_page layer_page write_pages",
     "plot": "class_lines class_map curves heat_map neuron_chart text_heat_map",
     "verify": "Verification",
     "workbench": "Outcome Plan Proposal Workbench recommend_layers",
@@ -112,6 +114,7 @@ __all__ = [
     "Effect",
     "EmmetConfig",
     "Fact",
+    "FactAdds",
     "FactError",
     "FactFile",
     "FactsmithError",
@@ -158,6 +161,7 @@ __all__ = [
     "average_trace",
     "build_index",
     "card",
+    "card_page",
     "causal_trace",
     "causal_traces",
     "census",
@@ -168,6 +172,7 @@ __all__ = [
     "effect",
     "emmet",
     "erase",
+    "fact_adds",
     "find_index",
     "find_moments",
     "find_targets",
@@ -177,6 +182,7 @@ __all__ = [
     "heat_map",
     "intervene",
     "knowledge_neurons",
+    "layer_page",
     "load",
     "load_moments",
     "memit",
@@ -194,6 +200,7 @@ __all__ = [
     "text_heat_map",
     "value_tokens",
     "wrap",
+    "write_pages",
 ]
 
 

@@ -235,7 +235,7 @@ def neuron(
         raise InputError(f"got {' '.join(words)!r}; expected a model and a neuron's layer and number, such as: atlas 5 992")
     corpus = paragraphs(texts) if texts else None
     with progress() as tell, opened(names[0] if names else None, workspace, device, tell) as (lm, _):
-        from ..card import card
+        from ..cards import card
         from ..inspect.index import find_index
         from ..model.ffn import find_neuron
 

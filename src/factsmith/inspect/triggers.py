@@ -120,7 +120,7 @@ class Triggers:
         if bank is None or not 0 <= i < len(bank.fired):
             raise LayerError(f"neuron {tuple(neuron)} was not scanned; there are those of {', '.join(map(str, self.banks))}")
         columns = zip(bank.coefficients[sign][i].tolist(), bank.texts[sign][i].tolist(), bank.positions[sign][i].tolist(), strict=True)
-        return [self._trigger(*column) for column in columns if column[0]][:k]
+        return [self._trigger(*column) for column in itertools.islice((column for column in columns if column[0]), k)]
 
     def _trigger(self, coefficient: float, text: int, position: int) -> Trigger:
         at, end = int(self._starts[text]) + position, int(self._starts[text + 1])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import TEXTS
-from factsmith.card import card
+from factsmith.cards import card
 from factsmith.errors import InputError, LayerError
 from factsmith.inspect.index import Index, build_index
 from factsmith.model.load import LanguageModel, load

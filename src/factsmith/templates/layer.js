@@ -1,0 +1,220 @@
+// data.neurons: [bank, number, share of tokens it is on at, [token, score, ...] promoted, the same demoted,
+//                [coefficient, text, start, stop, ...] top, the same bottom, [fact, coefficient, adds, ...]]
+const [BANK, NUMBER, FIRED, UP, DOWN, TOP, BOTTOM, FACTS] = [0, 1, 2, 3, 4, 5, 6, 7];
+const CHUNK = 60;
+const field = (id) => document.getElementById(id);
+const list = field("neurons");
+const lowered = { words: data.words.map(folded), texts: data.texts.map((text) => text.toLowerCase()), facts: null };
+lowered.facts = data.facts.map((pair) => pair.join(" ").toLowerCase());
+let shown = [];
+let wanted = "";
+
+function rows(flat, width) {
+  const found = [];
+  for (let at = 0; at < flat.length; at += width) found.push(flat.slice(at, at + width));
+  return found;
+}
+
+function nameOf(neuron) {
+  const expert = data.banks[neuron[BANK]].expert;
+  return { id: (expert === null ? "" : "e" + expert) + "n" + neuron[NUMBER], text: (expert === null ? "" : expert + " · ") + neuron[NUMBER] };
+}
+
+// ── search ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+// How well each neuron answers: larger is better, 0 not at all.
+function scorer(query, where) {
+  const inside = (kind) => where === "any" || where === kind;
+  const word = folded(query);
+  const words = lowered.words.map((own) => (own === word ? 2 : own.includes(word) ? 1 : 0));
+  const ends = lowered.texts.map((own) => (own.includes(word) ? own.indexOf(word) + word.length : -1));
+  const facts = lowered.facts.map((own) => own.includes(word));
+  const best = (flat) => {
+    let score = 0;
+    for (let at = 0; at < flat.length; at += 2) score = Math.max(score, words[flat[at]] * (1 - at / (4 * flat.length)));
+    return score;
+  };
+  const behind = (flat) => {
+    let hits = 0;
+    for (let at = 0; at < flat.length; at += 4) hits += ends[flat[at + 1]] >= 0 && ends[flat[at + 1]] <= flat[at + 3];
+    return flat.length ? hits / (flat.length / 4) : 0;
+  };
+  return (neuron) => {
+    let score = 0;
+    if (where === "any" && String(neuron[NUMBER]) === word) score += 1000;
+    if (inside("promotes")) score += 100 * best(neuron[UP]);
+    if (inside("demotes")) score += 10 * best(neuron[DOWN]);
+    if (inside("triggers")) score += 5 * behind(neuron[TOP]) + behind(neuron[BOTTOM]);
+    if (inside("facts")) score += rows(neuron[FACTS], 3).filter((row) => facts[row[0]]).length;
+    return score;
+  };
+}
+
+const extreme = (neuron) => Math.max(Math.abs(neuron[TOP][0] || 0), Math.abs(neuron[BOTTOM][0] || 0));
+const ORDERS = {
+  number: (neuron) => 0,
+  fired: (neuron) => neuron[FIRED],
+  rare: (neuron) => -neuron[FIRED],
+  score: (neuron) => neuron[UP][1] || 0,
+  coefficient: extreme,
+};
+
+function search() {
+  const { neuron, expert, query } = address();
+  if (neuron !== undefined) {
+    wanted = "";
+    shown = data.neurons.filter((own) => own[NUMBER] === neuron && data.banks[own[BANK]].expert === expert);
+  } else {
+    wanted = (query.get("q") || "").trim();
+    const sort = query.get("sort") || "best";
+    const bank = query.get("expert");
+    field("q").value = field("q").value.trim() === wanted ? field("q").value : wanted;
+    field("in").value = query.get("in") || "any";
+    field("sort").value = sort;
+    if (field("expert")) field("expert").value = bank || "";
+    shown = data.neurons.filter((own) => !bank || String(data.banks[own[BANK]].expert) === bank);
+    if (wanted) {
+      const score = scorer(wanted, field("in").value);
+      const scores = new Map(shown.map((own) => [own, score(own)]));
+      shown = shown.filter((own) => scores.get(own) > 0);
+      if (sort === "best") shown.sort((a, b) => scores.get(b) - scores.get(a));
+    }
+    const order = ORDERS[sort];
+    if (order) shown.sort((a, b) => order(b) - order(a));
+  }
+  const all = data.neurons.length.toLocaleString("en");
+  field("count").replaceChildren(
+    neuron === undefined ? `${shown.length.toLocaleString("en")} of ${all} neurons` : shown.length ? "one neuron; " : "no such neuron here; ",
+  );
+  if (neuron !== undefined) field("count").append(make("a", { href: "#" }, `show all ${all}`));
+  list.replaceChildren();
+  extend();
+  if (neuron !== undefined && shown.length) list.querySelector("details").open = true;
+}
+
+// Where the fields say to look, as the address has it, so that it can be shared.
+function remember() {
+  const query = new URLSearchParams();
+  if (field("q").value.trim()) query.set("q", field("q").value.trim());
+  if (field("in").value !== "any") query.set("in", field("in").value);
+  if (field("sort").value !== "best") query.set("sort", field("sort").value);
+  if (field("expert") && field("expert").value) query.set("expert", field("expert").value);
+  history.replaceState(null, "", "#" + query);
+  search();
+}
+
+// ── the list ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+function extend() {
+  const from = list.children.length;
+  list.append(...shown.slice(from, from + CHUNK).map(item));
+  field("more").hidden = list.children.length >= shown.length;
+}
+
+const hit = (word) => wanted !== "" && lowered.words[word].includes(folded(wanted));
+
+function item(neuron) {
+  const name = nameOf(neuron);
+  const top = neuron[TOP];
+  const end = top.length ? triggerText(top[1], top[2], top[3], true) : make("span", { class: "quiet" }, "nothing");
+  const tokens = rows(neuron[UP], 2);
+  const first = [...tokens.filter(([word]) => hit(word)), ...tokens.filter(([word]) => !hit(word))].slice(0, 5);
+  const details = make(
+    "details",
+    null,
+    make(
+      "summary",
+      null,
+      make("span", { class: "name" }, name.text),
+      make("span", { class: "tokens" }, first.map(([word]) => chip(data.words[word], hit(word)))),
+      end,
+      make("span", { class: "right" }, (100 * neuron[FIRED]).toFixed(1) + "%"),
+    ),
+  );
+  details.addEventListener("toggle", () => {
+    if (details.open && details.children.length === 1) details.append(inside(neuron, name));
+  });
+  return make("li", { id: name.id }, details);
+}
+
+function triggerText(text, start, stop, short) {
+  const whole = data.texts[text];
+  const before = short ? whole.slice(Math.max(0, start - 90), start) : whole.slice(0, start);
+  const behind = short ? null : make("span", { class: "behind" }, whole.slice(stop));
+  return make("span", { class: "text", dir: "auto" }, make("span", null, before), make("mark", null, whole.slice(start, stop)), behind);
+}
+
+function table(caption, heads, body) {
+  const head = make("thead", null, make("tr", null, heads.map(([text, kind]) => make("th", { scope: "col", class: kind }, text))));
+  return make("table", null, make("caption", null, caption), head, make("tbody", null, body));
+}
+
+function scores(title, flat, most, kind) {
+  const body = rows(flat, 2).map(([word, score]) => {
+    const bar = make("span", { class: "bar " + kind });
+    bar.style.width = (100 * Math.abs(score)) / most + "%";
+    return make("tr", null, make("td", null, chip(data.words[word], hit(word))), make("td", { class: "bars" }, bar), number(score, 2));
+  });
+  return make("section", { class: "panel" }, make("h3", null, title), table("by one unit of coefficient", [["token"], ["", ""], ["score", "n"]], body));
+}
+
+const number = (value, digits) => make("td", { class: "n" }, (value < 0 ? "−" : "+") + Math.abs(value).toFixed(digits));
+
+function places(title, flat) {
+  const body = rows(flat, 4).map(([coefficient, text, start, stop]) =>
+    make("tr", null, number(coefficient, 2), make("td", null, triggerText(text, start, stop, false))),
+  );
+  return make("section", { class: "panel wide" }, make("h3", null, title), table(
+    "the token at which it fires is marked; what stands behind it, it has not seen", [["coefficient", "n"], ["text"]], body,
+  ));
+}
+
+function facts(flat) {
+  const body = rows(flat, 3).map(([fact, coefficient, adds]) => {
+    const [prompt, answer] = data.facts[fact];
+    return make("tr", null, number(coefficient, 2), number(adds, 2), make("td", { dir: "auto" }, prompt + " ", make("strong", null, answer)));
+  });
+  const caption = `of ${data.facts.length} it was tried on; a correlation: what the answer loses without the neuron is on its card`;
+  return make("section", { class: "panel wide" }, make("h3", null, "Facts it adds most to"), table(
+    caption, [["coefficient", "n"], ["adds", "n"], ["fact"]], body,
+  ));
+}
+
+function inside(neuron, name) {
+  const most = Math.max(...rows(neuron[UP], 2).concat(rows(neuron[DOWN], 2)).map((row) => Math.abs(row[1])), 1e-9);
+  const numbers = [data.layer, ...(data.banks[neuron[BANK]].expert === null ? [] : [data.banks[neuron[BANK]].expert]), neuron[NUMBER]];
+  const near = (step, text) => {
+    const id = name.id.replace(/\d+$/, neuron[NUMBER] + step);
+    const exists = neuron[NUMBER] + step >= 0 && neuron[NUMBER] + step < data.banks[neuron[BANK]].neurons;
+    return exists ? make("a", { href: "#" + id }, text) : null;
+  };
+  return make(
+    "div",
+    { class: "details" },
+    make(
+      "div",
+      { class: "grid" },
+      scores("Promotes", neuron[UP], most, "up"),
+      scores("Demotes", neuron[DOWN], most, "down"),
+      neuron[TOP].length ? places("Fires most at", neuron[TOP]) : null,
+      neuron[BOTTOM].length ? places("Is lowest at", neuron[BOTTOM]) : null,
+      neuron[FACTS].length ? facts(neuron[FACTS]) : null,
+    ),
+    make("nav", null, make("a", { href: "#" + name.id }, "link to this neuron"), near(-1, "← previous"), near(1, "next →")),
+    make("p", { class: "quiet" }, "Its card: ", make("code", null, `${data.command} ${numbers.join(" ")} --out card.html`)),
+  );
+}
+
+for (const id of ["in", "sort", "expert"]) if (field(id)) field(id).addEventListener("change", remember);
+field("q").addEventListener("input", later(remember));
+field("search").addEventListener("submit", (event) => {
+  event.preventDefault();
+  remember();
+});
+field("more").addEventListener("click", extend);
+if ("IntersectionObserver" in window) {
+  new IntersectionObserver((seen) => seen[0].isIntersecting && extend(), { rootMargin: "600px" }).observe(field("more"));
+}
+window.addEventListener("hashchange", search);
+for (const part of document.querySelectorAll(".scripted")) part.hidden = false;
+search();
