@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from conftest import GPT2, LLAMA, TEXTS, byte_tokenizer, tiny_model
+from devices import devices, spread
 from factsmith.errors import InputError, UnsupportedModelError
 from factsmith.inspect.composition import compose
 from factsmith.inspect.refinement import CASES, Refinement, refinement
 from factsmith.inspect.values import value_tokens
+from factsmith.model import load
 from factsmith.model.ffn import get_slot
 from factsmith.model.load import LanguageModel, wrap
 from factsmith.model.trace import hook_count, recording
@@ -146,6 +148,23 @@ def test_a_memory_that_decides_alone() -> None:
 
 
 @torch.no_grad()
+def test_the_cases_of_a_stream_that_is_told_what_it_says() -> None:
+    lm = model("gpt2")
+    first, second, third = (block.mlp for block in lm.module.transformer.h)
+    rows = lm.module.transformer.wte.weight
+    for mlp, token in ((first, 100), (second, 100), (third, 200)):
+        mlp.c_proj.weight.zero_()
+        mlp.c_proj.bias.copy_(1e3 * rows[token] / rows[token].norm())
+        lm.module.transformer.h[mlp is second].attn.c_proj.weight.mul_(1e-3)
+    third.c_proj.bias.mul_(1e-4)
+    found = refinement(lm, PROMPTS)
+    assert [float(found.cases[case][i]) for i, case in enumerate(("ffn", "agreement", "residual"))] == [1, 1, 1]
+    assert found.says.tolist() == [1, 1, 0] and found.answers.tolist() == [100] * len(PROMPTS)
+    assert float(found.first[2:].min()) == 1.0 and float(found.first[0]) < 1
+    assert found.half.tolist() == [0] * len(PROMPTS), "biases decide, no sub-update"
+
+
+@torch.no_grad()
 def test_a_negative_coefficient_says_what_its_value_demotes() -> None:
     lm = wrap(tiny_model("llama", **LLAMA), byte_tokenizer(bos=True))
     mlp, rows = lm.module.model.layers[1].mlp, lm.module.lm_head.weight
@@ -179,6 +198,28 @@ def test_targets_positions_and_values_given(tiny_llama: LanguageModel) -> None:
     table = bare.rows()
     assert len(table) == 3 and table[2]["ffn first"] == 1.0 and table[1]["composed 0.5"] == float(bare.composed[1, 1])
     assert "12 predictions" in repr(bare)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_a_model_over_several_devices(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("accelerate")
+    monkeypatch.setattr(load, "_packed", lambda module: None)  # it takes make-believe for another number format
+    body, ends = ("transformer.h", "transformer.wte transformer.wpe transformer.ln_f")
+    if family == "gemma2":
+        body, ends = ("model.layers", "model.embed_tokens model.rotary_emb model.norm")
+    places = dict.fromkeys((*ends.split(), "lm_head"), "cpu:1") | {f"{body}.{i}": f"cpu:{i + 1}" for i in range(3)}
+    settings = {**FAMILIES[family], "attn_implementation": "eager"}
+    whole, parted = (tiny_model(family, **settings) for _ in range(2))
+    one = wrap(whole, byte_tokenizer(bos=family != "gpt2"))
+    expected, folded, alone = refinement(one, PROMPTS), refinement(one, PROMPTS, norm=True), compose(one, PROMPTS[0])
+    with devices():
+        spread(parted, places)
+        lm = wrap(parted, byte_tokenizer(bos=family != "gpt2"))
+        found, single = refinement(lm, PROMPTS), compose(lm, PROMPTS[0])
+        assert torch.allclose(refinement(lm, PROMPTS, norm=True).composed, folded.composed)
+    assert torch.allclose(found.composed, expected.composed) and torch.allclose(found.chance, expected.chance)
+    assert torch.equal(found.half, expected.half) and torch.equal(found.ranks, expected.ranks)
+    assert single.logit == pytest.approx(alone.logit, abs=1e-4) and torch.equal(single.ranks, alone.ranks)
 
 
 def test_sixteen_bits() -> None:

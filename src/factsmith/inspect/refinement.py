@@ -229,12 +229,13 @@ class _Memories:
         values = value_tokens(lm, top=1, norm=norm) if values is None else values
         self.lm, self.norm, self.among = lm, values.norm, among
         self.head: Unembedding = find_unembedding(lm, norm=self.norm)
-        self.scales = [behind(lm, ffn.layer) if self.norm else 1.0 for ffn in lm.ffn]
+        self.scales = [behind(lm, ffn.layer).to(self.head.scale) if self.norm else torch.ones_like(self.head.scale) for ffn in lm.ffn]
         self.says = [  # by layer and bank: (d_ff,) and (d_ff,), the tokens for a positive and for a negative coefficient
             [(values.top_ids[bank][:, 0], values.bottom_ids[bank][:, 0]) for bank in banks(lm, [layer])] for layer in range(lm.n_layers)
         ]
         self.lengths = [
-            [(bank.values.float() * scale).norm(dim=1).cpu() for bank in ffn.banks] for ffn, scale in zip(lm.ffn, self.scales, strict=True)
+            [(bank.values.float() * scale.to(bank.values.device)).norm(dim=1).cpu() for bank in ffn.banks]
+            for ffn, scale in zip(lm.ffn, self.scales, strict=True)
         ]
         shape = (len(among), lm.n_layers)
         self.hits, self.counts = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
@@ -243,7 +244,7 @@ class _Memories:
 
     def predictions(self, stream: Stream) -> Tensor:
         """What each layer says by itself: (n, n_layers)."""
-        written = torch.stack([self.head.fold(out * scale) for out, scale in zip(stream.written, self.scales, strict=True)], 1)
+        written = torch.stack([self.head.fold(out.to(scale) * scale) for out, scale in zip(stream.written, self.scales, strict=True)], 1)
         ids, *_ = extreme_tokens(written.flatten(0, 1), self.head.weight, 1)
         return ids.view(written.shape[:2])
 
@@ -275,10 +276,10 @@ class _Memories:
 
     def _weighed(self, layer: int, fired: Fired) -> tuple[Tensor, Tensor]:
         """What each sub-update says by itself, and |m| times the length of its value: (n, neurons) on the CPU."""
-        m = fired.m.cpu()
-        said, weights = torch.zeros(m.shape, dtype=torch.long), torch.zeros_like(m)
-        for place, row, slot in fired.by_bank():
-            own = m[row, slot]
+        here = Fired(fired.places.cpu(), fired.m.cpu())
+        said, weights = torch.zeros(here.m.shape, dtype=torch.long), torch.zeros_like(here.m)
+        for place, row, slot in here.by_bank():
+            own = here.m[row, slot]
             promoted, demoted = self.says[layer][place]
             said[row, slot] = torch.where(own > 0, promoted, demoted)
             weights[row, slot] = own.abs() * self.lengths[layer][place]
