@@ -84,7 +84,7 @@ def values() -> dict[str, Any]:
         "times_faster": seconds["plain"] / seconds["ours"],
         "times_faster_both": seconds["plain_both"] / seconds["ours"],
         "same_top_10": statistics.fmean(agree),
-        "processor": {name: capabilities.get(name) for name in ("cpu_name", "avx512_bf16", "amx_bf16")},
+        "processor": {name: capabilities.get(name) for name in ("cpu_name", "avx512_vnni", "avx512_bf16", "amx_int8")},
     }
 
 

@@ -9,6 +9,7 @@ import torch
 
 from conftest import GPT2, LLAMA, VOCAB, byte_tokenizer, tiny_model
 from factsmith.errors import InputError, LayerError, UnsupportedModelError
+from factsmith.inspect import values
 from factsmith.inspect.values import behind, extreme_tokens, find_unembedding, value_tokens
 from factsmith.model.load import LanguageModel, wrap
 from factsmith.model.trace import hook_count
@@ -80,16 +81,38 @@ def test_every_bank_of_experts_is_read() -> None:
     assert found.of((2, 3, 7))[0][1] == pytest.approx(float(scores[7].max()), rel=1e-4)
 
 
-@pytest.mark.parametrize("k", [1, 10])
-def test_screening_finds_what_an_exact_product_finds(k: int) -> None:
-    generator = torch.Generator().manual_seed(1)
-    weight, vectors = torch.randn(5003, 64, generator=generator), torch.randn(600, 64, generator=generator)
+def same_as_exact(vectors: torch.Tensor, weight: torch.Tensor, k: int) -> float:
+    """The share of vectors whose k largest and smallest products are those found in float64; the scores must agree everywhere."""
     scores = vectors.double() @ weight.double().T
     top, top_scores, bottom, bottom_scores = extreme_tokens(vectors, weight, k)
+    same = []
     for ids, own, sign in ((top, top_scores, 1), (bottom, bottom_scores, -1)):
-        best = (sign * scores).topk(k)
-        assert (ids == best.indices).all(1).double().mean() >= 0.999
-        assert torch.allclose(own.double(), sign * best.values, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(own.double(), scores.gather(1, ids), rtol=1e-4, atol=1e-4 * float(scores.abs().max()))
+        same.append((ids == (sign * scores).topk(k).indices).all(1))
+    return float(torch.stack(same).double().mean())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("k", [1, 10])
+def test_screening_finds_what_an_exact_product_finds(k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(values, "_fastest", lambda device: dtype)
+    generator = torch.Generator().manual_seed(1)
+    weight, vectors = torch.randn(5003, 64, generator=generator), torch.randn(600, 64, generator=generator)
+    vectors[3] = 0
+    assert same_as_exact(vectors[4:], weight, k) >= 0.999
+    assert extreme_tokens(vectors, weight, k)[1][3].tolist() == [0.0] * k
+    assert same_as_exact(vectors[4:].bfloat16(), weight.bfloat16(), k) >= 0.99, "a model in bfloat16"
+
+
+def test_what_screening_cannot_tell_apart_is_multiplied_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A column a thousand times the others takes the steps of int8 from them; the control takes the rough order's word for it."""
+    monkeypatch.setattr(values, "_fastest", lambda device: torch.int8)
+    generator = torch.Generator().manual_seed(1)
+    weight, vectors = torch.randn(5003, 64, generator=generator), torch.randn(600, 64, generator=generator)
+    weight[:, 5] = 1000 + 0.01 * weight[:, 5]
+    assert same_as_exact(vectors, weight, 10) >= 0.99  # float32 itself cannot tell all apart
+    monkeypatch.setattr(values, "_ERRORS", -torch.inf)
+    assert same_as_exact(vectors, weight, 10) < 0.5
 
 
 def test_a_vocabulary_smaller_than_what_is_asked_for() -> None:
