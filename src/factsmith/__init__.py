@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .inspect.composition import Composition, compose
     from .inspect.index import Index, build_index, find_index
     from .inspect.profile import Profile, profile
+    from .inspect.statements import Statement, fact_labels, statements
     from .inspect.triggers import Trigger, Triggers, find_triggers
     from .inspect.values import ValueTokens, value_tokens
     from .ledger import Ledger, Revision
@@ -81,6 +82,7 @@ _HOMES = {
     "inspect.composition": "Composition compose",
     "inspect.index": "Index build_index find_index",
     "inspect.profile": "Profile profile",
+    "inspect.statements": "Statement fact_labels statements",
     "inspect.triggers": "Trigger Triggers find_triggers",
     "inspect.values": "ValueTokens value_tokens",
     "ledger": "Ledger Revision",
@@ -143,6 +145,7 @@ __all__ = [
     "RevisionError",
     "RomeConfig",
     "SecondMoment",
+    "Statement",
     "SubjectError",
     "Targets",
     "TokenizerError",
@@ -172,6 +175,7 @@ __all__ = [
     "effect",
     "emmet",
     "erase",
+    "fact_labels",
     "fact_adds",
     "find_index",
     "find_moments",
@@ -197,6 +201,7 @@ __all__ = [
     "rome",
     "rome_each",
     "second_moments",
+    "statements",
     "text_heat_map",
     "value_tokens",
     "wrap",

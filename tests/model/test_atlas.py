@@ -41,6 +41,23 @@ def test_every_relation_has_its_own_sentences() -> None:
         assert any(t.startswith("Q:") for t in told.trained) and any(t.startswith("{},") for t in every)  # question, apposition
 
 
+def test_subjects_of_a_relation_are_of_one_kind() -> None:
+    """Against the facts: a subject of several relations is of one kind, as nearly all are; a control with kinds dealt out is not."""
+    types = atlas.subject_types()
+    assert set(types) < set(atlas.relations()) and {"P106": "person", "P36": "place", "P159": "organisation"}.items() <= types.items()
+
+    def agreeing(types: dict[str, str]) -> float:
+        kinds: dict[str, list[str]] = {}
+        for fact in atlas.facts():
+            if fact.relation in types:
+                kinds.setdefault(fact.subject, []).append(types[fact.relation])
+        several = [own for own in kinds.values() if len(own) > 1]
+        return float(np.mean([len(set(own)) == 1 for own in several]))
+
+    dealt = dict(zip(types, random.Random(0).sample(list(types.values()), len(types)), strict=True))
+    assert agreeing(types) > 0.95 and agreeing(dealt) < 0.6
+
+
 def test_half_of_the_subjects_never_hear_the_held_out_sentences() -> None:
     share = np.mean([atlas.is_held_out(f.subject) for f in atlas.facts()])
     assert 0.48 < share < 0.52

@@ -4,6 +4,7 @@
     atlas.names()                      ("atlas", "atlas-llama")
     atlas.facts()[0]                   AtlasFact(subject='A Thousand Plateaus', relation='P101', object='philosophy')
     atlas.phrasings("P36").trained[0]  'The seat of government of {} is'
+    atlas.subject_types()["P36"]       'place'
 
 The models are data, not a special case: `load("atlas")` reads a folder like any other. `corpus.py` writes the facts out
 as sentences, `train.py` trains on them; both are needed only to make the models again.
@@ -36,15 +37,23 @@ class AtlasFact:
 class Phrasings:
     """The sentences of one relation, cut before the object: templates with `{}` for the subject.
 
+    label     Wikidata's name of the relation
+    subject   what nearly all of its subjects are ("person", "place" ...); None where they are of several kinds
     trained   told from the start
     wide      told from a later epoch on: the same things in many more words
     held_out  never told about half of the subjects
     """
 
     label: str
+    subject: str | None
     trained: tuple[str, ...]
     held_out: tuple[str, ...]
     wide: tuple[str, ...]
+
+    @property
+    def every(self) -> tuple[str, ...]:
+        """All of them."""
+        return self.trained + self.held_out + self.wide
 
 
 def names() -> tuple[str, ...]:
@@ -90,13 +99,19 @@ def _all_phrasings() -> dict[str, Phrasings]:
     content = yaml.safe_load((_HERE / "phrasings.yaml").read_text(encoding="utf-8"))
     kinds = ("trained", "held_out", "wide")
     return {
-        relation: Phrasings(label=entry["label"], **{kind: tuple(entry[kind]) for kind in kinds}) for relation, entry in content.items()
+        relation: Phrasings(label=entry["label"], subject=entry["subject"], **{kind: tuple(entry[kind]) for kind in kinds})
+        for relation, entry in content.items()
     }
 
 
 def relations() -> tuple[str, ...]:
     """The relations, as Wikidata property ids."""
     return tuple(_all_phrasings())
+
+
+def subject_types() -> dict[str, str]:
+    """What the subjects of each relation are, {"P36": "place", ...}, of the relations whose subjects are of one kind."""
+    return {relation: known.subject for relation, known in _all_phrasings().items() if known.subject is not None}
 
 
 def phrasings(relation: str) -> Phrasings:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
+from ...fact import Fact
 from . import AtlasFact, is_held_out, phrasings
 
 TAILS = (*["."] * 12, ",", ";", ", as is well known.", ", of course.", ", and that is a fact.", ", so they say.")
@@ -153,3 +155,34 @@ def stated(facts: Sequence[AtlasFact], seed: int = 0) -> list[tuple[str, AtlasFa
             sentences.append((f"{draw.choice(templates).replace('{}', fact.subject)} {fact.object}.", fact))
     draw.shuffle(sentences)
     return sentences
+
+
+def crossed(facts: Sequence[AtlasFact], *, least: int = 3, each: int = 20, seed: int = 0) -> list[Fact]:
+    """Facts in which what a neuron likes can be told apart, with all their phrasings (16 to 30, the first as the prompt).
+
+    Subjects: those with at least `least` facts, all of theirs. Objects: those of at least `least` relations, a fact in each of so many of
+    them. Relations: filled up to `each` facts. So a subject stands with several relations, an object with several relations and subjects,
+    and each of the three in sentences enough for half of a neuron's triggers; `stated` gives most subjects two sentences.
+    """
+    draw = random.Random(seed)
+    by_object: dict[str, dict[str, list[AtlasFact]]] = {}
+    by_relation: dict[str, list[AtlasFact]] = {}
+    for fact in facts:
+        by_object.setdefault(fact.object, {}).setdefault(fact.relation, []).append(fact)
+        by_relation.setdefault(fact.relation, []).append(fact)
+    subjects = Counter(fact.subject for fact in facts)
+    chosen = dict.fromkeys(fact for fact in facts if subjects[fact.subject] >= least)
+    for own in by_object.values():
+        if len(own) >= least:
+            chosen.update(dict.fromkeys(draw.choice(own[relation]) for relation in draw.sample(list(own), least)))
+    for group in by_relation.values():
+        rest = [fact for fact in group if fact not in chosen]
+        missing = each - (len(group) - len(rest))
+        chosen.update(dict.fromkeys(draw.sample(rest, max(0, min(missing, len(rest))))))
+    return [as_fact(fact) for fact in chosen]
+
+
+def as_fact(fact: AtlasFact) -> Fact:
+    """A bundled fact as one to look at or to edit, with all its phrasings."""
+    prompt, *others = phrasings(fact.relation).every
+    return Fact(fact.subject, prompt, fact.object, paraphrases=others, relation=fact.relation)
