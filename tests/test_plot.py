@@ -15,11 +15,13 @@ from matplotlib.figure import Figure
 from rich.cells import cell_len
 
 from factsmith.errors import InputError, WorkspaceError
+from factsmith.inspect.composition import compose
+from factsmith.inspect.refinement import refinement
 from factsmith.locate.average import AverageTrace
 from factsmith.locate.causal import CausalTrace
 from factsmith.locate.neurons import knowledge_neurons
 from factsmith.model.load import LanguageModel
-from factsmith.plot import class_lines, class_map, curves, heat_map, neuron_chart, text_heat_map
+from factsmith.plot import class_lines, class_map, curves, heat_map, neuron_chart, prediction_chart, refinement_chart, text_heat_map
 
 TOKENS = ("<s>", "The", " tower", " of", " Pi", "sa\n", " is", " in")
 
@@ -288,3 +290,44 @@ def test_a_trace_that_gains_nothing_is_blank() -> None:
 def test_too_narrow_is_refused() -> None:
     with pytest.raises(InputError, match="at least 20"):
         text_heat_map(trace(), 10)
+
+
+@pytest.mark.parametrize("contrast", [None, " Brazil"])
+def test_a_prediction_is_drawn_as_it_was_taken_apart(tiny_llama: LanguageModel, contrast: str | None, tmp_path: Path) -> None:
+    found = compose(tiny_llama, "Paris is the capital of $x_{", contrast=contrast)
+    probability, rank, bars = prediction_chart(found, path=tmp_path / "p.svg").axes
+    line, attention = probability.get_lines()
+    assert list(line.get_ydata()) == found.probabilities.tolist()
+    assert list(attention.get_ydata()) == found.probabilities[1::2].tolist() and attention.get_linestyle() == "None"
+    assert list(rank.get_lines()[0].get_ydata()) == (found.ranks + 1).tolist()
+    assert rank.get_ylim()[0] > rank.get_ylim()[1], "the likeliest on top"
+    drawn = {round(bar.get_x() + bar.get_width() / 2, 6): bar.get_height() for bar in bars.patches}
+    at = [-1.0] + [layer + side for layer in range(3) for side in (-0.2, 0.2)]
+    for place, part in zip(at, found.parts, strict=False):  # but the shift
+        assert drawn[round(place, 6)] == part.logit
+    assert [bool(bar.get_hatch()) for bar in bars.patches[1:7]] == [True] * 3 + [False] * 3, "attention is hatched"
+    assert bars.get_ylabel() == ("added to logit" if contrast is None else "added to lead")
+
+
+def test_many_predictions_are_drawn_by_layer(tiny_gpt2: LanguageModel, tmp_path: Path) -> None:
+    found = refinement(tiny_gpt2, ["Paris is the capital of", "The Eiffel Tower is in", "Edwin is"], among=(1, 0.5, 0))
+    figure = refinement_chart(found, path=tmp_path / "r.png")
+    alone, whose, first, rank = figure.axes
+    lines = alone.get_lines()
+    for i in range(3):
+        assert list(lines[2 * i].get_ydata()) == found.composed[i].tolist()
+        assert list(lines[2 * i + 1].get_ydata()) == found.chance[i].tolist() and lines[2 * i + 1].get_linestyle() == ":"
+    assert [line.get_label() for line in lines[:6:2]] == ["all", "strongest 50%", "strongest"]
+    heights = np.array([bar.get_height() for bar in whose.patches]).reshape(4, -1)
+    assert np.allclose(heights.sum(0), 1)
+    assert np.allclose(heights, [found.cases[case].tolist() for case in ("residual", "agreement", "composition", "ffn")])
+    assert list(first.get_lines()[0].get_ydata()) == found.first.tolist()
+    assert list(rank.get_lines()[0].get_ydata()) == (found.quantiles(0.5)[0] + 1).tolist()
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        box = axes.get_legend().get_window_extent()
+        assert box.x0 >= figure.bbox.x0 and box.x1 <= figure.bbox.x1
+        title = axes.title.get_window_extent() if axes.get_title() else axes._left_title.get_window_extent()
+        assert not title.overlaps(box), "a title beside or above its legend"
+    with pytest.raises(InputError, match="got a Refinement; draw it with refinement_chart"):
+        prediction_chart(found)  # type: ignore[arg-type]

@@ -5,6 +5,8 @@
     class_map(average), class_lines(average) average indirect effects by kind of token and layer: the map, and curves with intervals
     neuron_chart(found)                      the neurons that carry one fact, and the layers they lie in
     curves({"label": (x, y, low, high)})     lines with bands, such as an effect against the number of neurons
+    prediction_chart(composition)            one prediction: how it comes up the layers, and what each part adds to it
+    refinement_chart(refinement)             many of them: whose a layer's prediction is, and where answers come up
 
 Figures are made without pyplot, so nothing here opens a window or touches the caller's plotting state.
 """
@@ -27,12 +29,14 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, ScalarFormatter
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
 from .checks import check_count
 from .errors import InputError, WorkspaceError
+from .inspect.composition import Composition
+from .inspect.refinement import Refinement
 from .locate.average import AverageTrace
 from .locate.causal import CausalTrace
 from .locate.neurons import KnowledgeNeurons
@@ -279,6 +283,124 @@ def curves(
     return _finished(figure, path)
 
 
+def prediction_chart(found: Composition, *, path: str | os.PathLike[str] | None = None) -> Figure:
+    """Draw one prediction on its way up: the answer's probability and rank behind each part, and below what each part adds to its logit.
+
+    Parts stand from left to right: the embedding, then attention (hatched, open marks) and memory (solid) of every layer; last the final
+    norm's shift with the unembedding's bias, where it adds anything. `path` as for `heat_map`. Raises InputError for another record.
+    """
+    _check_record(found, Composition, "prediction_chart")
+    n_layers = len(found.ranks) // 2
+    figure = Figure(figsize=(_COLUMN_WIDTH, 3.6), dpi=300, layout="constrained")
+    panels = figure.subplots(3, 1, sharex=True, height_ratios=(1, 1, 1.3))
+    at = _up_the_layers(n_layers)
+    _draw_way_up(panels[0], at, found.probabilities.tolist(), "behind FFN", "behind attention")
+    _draw_way_up(panels[1], at, (found.ranks + 1).tolist())
+    panels[0].set_ylim(-0.05, 1.05)
+    panels[0].set_ylabel("probability", fontsize=7.5)
+    panels[0].legend(fontsize=6.5, frameon=False, handlelength=1.4, ncols=2, loc="lower right", bbox_to_anchor=(1.02, 0.97), borderpad=0)
+    _rank_axis(panels[1])
+    bars = panels[2]
+    logits = [part.logit for part in found.parts]
+    for kind, places, solid in (("embedding", at[:1], True), ("attention", at[1::2], False), ("FFN", at[2::2], True)):
+        own = [logit for part, logit in zip(found.parts, logits, strict=True) if part.kind == kind.lower()]
+        label = None if kind == "embedding" else kind
+        bars.bar(places, own, width=0.36, label=label, **_filling(solid))
+    shown = [*at, n_layers] if abs(logits[-1]) > 0.01 * max(map(abs, logits)) else at
+    if len(shown) > len(at):
+        bars.bar([n_layers], logits[-1:], width=0.36, facecolor="0.6", edgecolor="0.6", linewidth=0.5, label="shift and bias")
+    bars.axhline(0, color="black", linewidth=0.5)
+    bars.set_ylabel("added to logit" if found.contrast_id is None else "added to lead", fontsize=7.5)
+    bars.legend(fontsize=6.5, frameon=False, handlelength=1.4, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.32))
+    _layer_ticks(bars, n_layers)
+    bars.set_xlim(-1.5, shown[-1] + 0.5)
+    title = f"{textwrap.shorten(_visible(found.prompt), 52, placeholder=' …')}\n→ {_fit(_visible(found.target), 40).rstrip()}"
+    figure.suptitle(title, fontsize=8, x=0.02, ha="left", parse_math=False)
+    for axes in panels:
+        _quiet(axes)
+    return _finished(figure, path)
+
+
+def refinement_chart(found: Refinement, *, path: str | os.PathLike[str] | None = None) -> Figure:
+    """Draw many predictions by layer, in four panels: whether a layer says what one of its memories says, beside chance (dotted); whose
+    prediction the stream's then is; how often the answer is the likeliest already, with its mean probability; and its rank, with quartiles.
+
+    `path` as for `heat_map`. Raises InputError for another record.
+    """
+    _check_record(found, Refinement, "refinement_chart")
+    n_layers = len(found.says)
+    figure = Figure(figsize=(_COLUMN_WIDTH, 6.3), dpi=300, layout="constrained")
+    alone, whose, first, rank = figure.subplots(4, 1, sharex=True)
+    for share, composed, chance, (colour, _, marker) in zip(found.among, found.composed, found.chance, _LINES, strict=False):
+        label = "all" if share == 1 else f"strongest {share:.0%}" if share else "strongest"
+        alone.plot(range(n_layers), composed.tolist(), color=colour, marker=marker, markersize=2.6, linewidth=1.0, label=label)
+        alone.plot(range(n_layers), chance.tolist(), color=colour, linestyle=":", linewidth=0.8)
+    alone.plot([], [], color="black", linestyle=":", linewidth=0.8, label="chance")
+    alone.set_title("layer's prediction is that of none of its memories", fontsize=7.5, loc="left", pad=13)
+    bottom = np.zeros(n_layers)
+    fillings = (("residual", "white", ""), ("agreement", "0.8", ""), ("composition", "white", "////"), ("ffn", _BLUE, ""))
+    for case, colour, hatch in fillings:
+        heights = np.array(found.cases[case].tolist())
+        look = {"facecolor": colour, "hatch": hatch, "edgecolor": _BLUE, "linewidth": 0.5}
+        whose.bar(range(n_layers), heights, bottom=bottom, width=0.72, label="FFN" if case == "ffn" else case, **look)
+        bottom += heights
+    whose.set_title("stream's prediction behind the FFN is that of", fontsize=7.5, loc="left", pad=13)
+    at = _up_the_layers(n_layers)
+    _draw_way_up(first, at, found.first.tolist(), "the likeliest")
+    colour, dash, _ = _LINES[1]
+    first.plot(at, found.probabilities.double().mean(0).tolist(), color=colour, linestyle=dash, linewidth=1.0, label="mean probability")
+    first.set_title("answer is", fontsize=7.5, loc="left", pad=3)
+    low, median, high = (found.quantiles(0.25, 0.5, 0.75) + 1).tolist()
+    _draw_way_up(rank, at, median, "median, quartiles")
+    rank.fill_between(at, low, high, color=_BLUE, alpha=0.18, linewidth=0)
+    _rank_axis(rank)
+    rank.set_title("answer's rank", fontsize=7.5, loc="left", pad=3)
+    rank.set_ylabel("")
+    for axes in (alone, whose, first):
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_ylabel("share", fontsize=7.5)
+    for axes in (alone, whose, first, rank):
+        side, x = ("left", -0.02) if axes in (alone, whose) else ("right", 1.02)
+        legend = {"loc": f"lower {side}", "bbox_to_anchor": (x, 0.97), "ncols": 6, "columnspacing": 1.0, "borderpad": 0}
+        axes.legend(fontsize=6, frameon=False, handlelength=1.6, **legend).set_in_layout(False)
+        _quiet(axes)
+    _layer_ticks(rank, n_layers)
+    rank.set_xlim(-1.5, n_layers - 0.5)
+    figure.suptitle(f"{len(found.answers):,} predictions of {found.model}", fontsize=8, x=0.02, ha="left", parse_math=False)
+    return _finished(figure, path)
+
+
+def _up_the_layers(n_layers: int) -> list[float]:
+    """Where the embedding and each layer's attention and memory stand on an axis of layers."""
+    return [-1.0, *(layer + side for layer in range(n_layers) for side in (-0.2, 0.2))]
+
+
+def _draw_way_up(axes: Axes, at: Sequence[float], values: Sequence[float], label: str = "", attention: str = "") -> None:
+    """A line through the states behind each part: open marks behind attention, solid ones behind the memory and the embedding."""
+    size = 3.2 if len(at) < 30 else 1.6
+    axes.plot(at, values, color=_BLUE, linewidth=1.0, marker="o", markersize=size, markevery=[0, *range(2, len(at), 2)], label=label)
+    behind = {"marker": "o", "markersize": size, "markerfacecolor": "white", "markeredgecolor": _BLUE, "markeredgewidth": 0.7}
+    axes.plot(at[1::2], values[1::2], linestyle="", label=attention, **behind)  # type: ignore[arg-type]
+
+
+def _rank_axis(axes: Axes) -> None:
+    """Ranks from 1, the likeliest, on top."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(high, 2), min(low, 0.8))
+    axes.set_ylabel("rank", fontsize=7.5)
+
+
+def _layer_ticks(axes: Axes, n_layers: int) -> None:
+    """Layer numbers, evenly spaced, and before them the embedding."""
+    step = math.ceil(n_layers / 8)
+    layers = range(0, n_layers, step)
+    axes.set_xticks([-1, *layers], labels=["emb.", *map(str, layers)])
+    axes.set_xlabel("layer", fontsize=7.5)
+
+
 def _draw_lines(
     axes: Axes,
     series: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float], Sequence[float]]],
@@ -301,6 +423,7 @@ def _check_record(record: object, kind: type, drawn_by: str) -> None:
     """Raises InputError for what this figure cannot show, and names the one that can."""
     if not isinstance(record, kind):
         other = {CausalTrace: "heat_map", AverageTrace: "class_map or class_lines", KnowledgeNeurons: "neuron_chart"}
+        other |= {Composition: "prediction_chart", Refinement: "refinement_chart"}
         instead = next((f"; draw it with {name}" for known, name in other.items() if isinstance(record, known)), "")
         raise InputError(f"{drawn_by} draws a {kind.__name__}; got a {type(record).__name__}{instead}")
 
