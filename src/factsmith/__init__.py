@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .inspect.composition import Composition, compose
     from .inspect.index import Index, build_index, find_index
     from .inspect.profile import Profile, profile
+    from .inspect.refinement import Refinement, refinement
     from .inspect.statements import Statement, fact_labels, statements
     from .inspect.triggers import Trigger, Triggers, find_triggers
     from .inspect.values import ValueTokens, value_tokens
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
     from .model.load import LanguageModel, load, wrap
     from .model.masked import MaskedLanguageModel
     from .pages import card_page, layer_page, write_pages
-    from .plot import class_lines, class_map, curves, heat_map, neuron_chart, text_heat_map
+    from .plot import class_lines, class_map, curves, heat_map, neuron_chart, prediction_chart, refinement_chart, text_heat_map
     from .verify import Verification
     from .workbench import Outcome, Plan, Proposal, Workbench, recommend_layers
 
@@ -82,6 +83,7 @@ _HOMES = {
     "inspect.composition": "Composition compose",
     "inspect.index": "Index build_index find_index",
     "inspect.profile": "Profile profile",
+    "inspect.refinement": "Refinement refinement",
     "inspect.statements": "Statement fact_labels statements",
     "inspect.triggers": "Trigger Triggers find_triggers",
     "inspect.values": "ValueTokens value_tokens",
@@ -96,7 +98,7 @@ _HOMES = {
     "model.load": "LanguageModel load wrap",
     "model.masked": "MaskedLanguageModel",
     "pages": "card_page layer_page write_pages",
-    "plot": "class_lines class_map curves heat_map neuron_chart text_heat_map",
+    "plot": "class_lines class_map curves heat_map neuron_chart prediction_chart refinement_chart text_heat_map",
     "verify": "Verification",
     "workbench": "Outcome Plan Proposal Workbench recommend_layers",
 }
@@ -141,6 +143,7 @@ __all__ = [
     "Probe",
     "Profile",
     "Proposal",
+    "Refinement",
     "Revision",
     "RevisionError",
     "RomeConfig",
@@ -191,12 +194,15 @@ __all__ = [
     "load_moments",
     "memit",
     "neuron_chart",
+    "prediction_chart",
     "profile",
     "published",
     "r_rome",
     "random_neurons",
     "recommend_layers",
     "refine_relation",
+    "refinement",
+    "refinement_chart",
     "rewrite",
     "rome",
     "rome_each",

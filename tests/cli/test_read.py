@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,20 @@ def test_a_prediction_is_explained(run: Run, model: Path) -> None:
     assert "above that of 'Paris'" in text and "neurons carry half" in text
     other = run("explain", model, PROMPT, "--instead-of", "Paris", "--json").json
     assert other["logit"] != pytest.approx(found["logit"])
+
+
+def test_a_prediction_is_drawn(run: Run, model: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "explained.png"
+    found = run("explain", model, PROMPT, "--out", picture, "--json").json
+    assert picture.read_bytes().startswith(b"\x89PNG") and found["out"] == [str(picture.with_suffix(s)) for s in (".png", ".json", ".csv")]
+    record = json.loads(picture.with_suffix(".json").read_text())
+    assert record["factsmith"] == "explain" and record["parts"] == found["parts"]
+    table = picture.with_suffix(".csv").read_text().splitlines()
+    assert table[0] == "layer,part,logit,rank,probability" and len(table) == 1 + len(found["parts"])
+    assert f"saved {picture}" in run("explain", model, PROMPT, "--out", picture).out, "its own record may be replaced"
+    (tmp_path / "other.json").write_text("{}")
+    refused = run("explain", model, PROMPT, "--out", tmp_path / "other.png")
+    assert refused.code == 2 and "no record of an earlier run" in refused.err and not (tmp_path / "other.png").exists()
 
 
 def test_a_prediction_that_cannot_be_explained(run: Run, model: Path) -> None:

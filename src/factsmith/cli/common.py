@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 LARGEST_SEED = 2**32 - 1
 
-_RECORDS = ("trace", "average", "neurons")  # what stands under "factsmith" in the JSON beside a picture
+_RECORDS = ("trace", "average", "neurons", "explain")  # what stands under "factsmith" in the JSON beside a picture
 
 # ---- options --------------------------------------------------------------------------------------------------------------------------
 

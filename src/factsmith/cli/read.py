@@ -16,15 +16,18 @@ from .common import (
     Json,
     Model,
     ModelAndPrompt,
+    Out,
     Where,
     line,
     model_and_prompt,
     need_model,
     opened,
+    output,
     paragraphs,
     plain_table,
     print_result,
     progress,
+    save,
     visible,
 )
 
@@ -83,6 +86,7 @@ def explain(
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many neurons to list.")] = 10,
     tokens: Annotated[int, typer.Option(min=1, help="How many tokens of each neuron's value to list.")] = 5,
+    out: Out = None,
     workspace: Where = None,
     device: Device = None,
     as_json: Json = False,
@@ -93,33 +97,24 @@ def explain(
     Examples:
       factsmith explain atlas "The currency of Bulgaria is the"
       factsmith explain atlas "The currency of Bulgaria is the" --instead-of euro
+      factsmith explain atlas "The currency of Bulgaria is the" --out explained.png
     """
+    files = output(out)  # before the work, not after it
     model, prompt = model_and_prompt(words)
     with progress() as tell, opened(model, workspace, device, tell) as (lm, _):
         from ..inspect.composition import compose
         from ..inspect.values import tokens_of
 
         found = compose(lm, prompt, target, contrast=instead_of)
-        strongest, against = found.strongest(top), found.strongest(top, against=True)
-        promoted = tokens_of(lm, [c.neuron for c in (*strongest, *against)], [c.coefficient < 0 for c in (*strongest, *against)], tokens)
-    neurons: list[dict[str, Any]] = [
-        {"neuron": list(c.neuron), "coefficient": c.coefficient, "logit": c.logit, "writes": [token for token, _ in own]}
-        for c, own in zip((*strongest, *against), promoted, strict=True)
-    ]
-    layers: list[dict[str, Any]] = [
-        {"layer": part.layer, "part": part.kind, "logit": part.logit, "rank": rank, "probability": probability}
-        for part, rank, probability in zip(found.parts, found.ranks.tolist(), found.probabilities.tolist(), strict=False)  # but the shift
-    ]
-    result = {
-        "prompt": prompt,
-        "target": found.target,
-        "instead_of": instead_of,
-        "logit": found.logit,
-        "half": found.half,
-        "neurons": neurons,
-        "parts": [*layers, {"layer": None, "part": "shift", "logit": found.parts[-1].logit, "rank": None, "probability": None}],
-        "model": lm.name,
-    }
+        result = {**found.to_dict(top), "instead_of": instead_of, "model": lm.name}
+        neurons = result["neurons"]
+        promoted = tokens_of(lm, [tuple(row["neuron"]) for row in neurons], [row["coefficient"] < 0 for row in neurons], tokens)
+    for row, own in zip(neurons, promoted, strict=True):
+        row["writes"] = [token for token, _ in own]
+    from ..plot import prediction_chart
+
+    saved = save(files, "explain", found, lambda path: prediction_chart(found, path=path))
+    *layers, shift = result["parts"]
 
     def show(console: Console) -> None:
         line(console, prompt, found.target.strip(), style="bold")
@@ -131,7 +126,7 @@ def explain(
         for part in layers:
             label = part["part"] if part["layer"] is None else f"layer {part['layer']} {part['part']}"
             table.add_row(label, f"{part['logit']:+.2f}", f"{part['rank']:,}", f"{part['probability']:.1%}")
-        table.add_row("shift and bias", f"{found.parts[-1].logit:+.2f}", "", "")
+        table.add_row("shift and bias", f"{shift['logit']:+.2f}", "", "")
         console.print(table)
         table = plain_table()
         for name in ("neuron", "coefficient", "adds", "what it writes"):
@@ -141,7 +136,7 @@ def explain(
             table.add_row(" ".join(map(str, row["neuron"])), f"{row['coefficient']:+.2f}", f"{row['logit']:+.3f}", writes)
         console.print(table)
 
-    print_result(result, show, as_json)
+    print_result(result, show, as_json, saved)
 
 
 def find(

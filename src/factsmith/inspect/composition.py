@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -90,6 +90,24 @@ class Composition:
                 if value > 0
             ]
         return sorted(found, key=lambda c: -sign * c.logit)[:k]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The parts as a table, from the embedding up; rank and probability are those behind the part, None for the shift."""
+        way_up = [*zip(self.ranks.tolist(), self.probabilities.tolist(), strict=True), (None, None)]
+        return [
+            {"layer": part.layer, "part": part.kind, "logit": part.logit, "rank": rank, "probability": probability}
+            for part, (rank, probability) in zip(self.parts, way_up, strict=True)
+        ]
+
+    def to_dict(self, k: int = 10) -> dict[str, Any]:
+        """The record as plain JSON-able values: of the neurons the k that add most, then the k that take most."""
+        named = ("prompt", "tokens", "position", "target", "target_id", "contrast_id", "logit", "half")
+        neurons = [*self.strongest(k), *self.strongest(k, against=True)]
+        return {
+            **{name: getattr(self, name) for name in named},
+            "parts": self.rows(),
+            "neurons": [{"neuron": list(c.neuron), "coefficient": c.coefficient, "logit": c.logit} for c in neurons],
+        }
 
     @property
     def half(self) -> int:
