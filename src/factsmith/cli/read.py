@@ -111,9 +111,13 @@ def explain(
         promoted = tokens_of(lm, [tuple(row["neuron"]) for row in neurons], [row["coefficient"] < 0 for row in neurons], tokens)
     for row, own in zip(neurons, promoted, strict=True):
         row["writes"] = [token for token, _ in own]
-    from ..plot import prediction_chart
 
-    saved = save(files, "explain", found, lambda path: prediction_chart(found, path=path))
+    def draw(path: Path) -> None:
+        from ..plot import prediction_chart  # takes a second, which an answer without a picture need not wait
+
+        prediction_chart(found, path=path)
+
+    saved = save(files, "explain", found, draw)
     *layers, shift = result["parts"]
 
     def show(console: Console) -> None:
