@@ -58,7 +58,20 @@ if TYPE_CHECKING:
     from .model.load import LanguageModel, load, wrap
     from .model.masked import MaskedLanguageModel
     from .pages import card_page, layer_page, write_pages
-    from .plot import class_lines, class_map, curves, heat_map, neuron_chart, prediction_chart, refinement_chart, text_heat_map
+    from .plot import (
+        agreement_chart,
+        census_chart,
+        class_lines,
+        class_map,
+        curves,
+        heat_map,
+        neuron_chart,
+        prediction_chart,
+        profile_bars,
+        profile_lines,
+        refinement_chart,
+        text_heat_map,
+    )
     from .verify import Verification
     from .workbench import Outcome, Plan, Proposal, Workbench, recommend_layers
 
@@ -98,7 +111,10 @@ _HOMES = {
     "model.load": "LanguageModel load wrap",
     "model.masked": "MaskedLanguageModel",
     "pages": "card_page layer_page write_pages",
-    "plot": "class_lines class_map curves heat_map neuron_chart prediction_chart refinement_chart text_heat_map",
+    "plot": (
+        "agreement_chart census_chart class_lines class_map curves heat_map neuron_chart prediction_chart profile_bars profile_lines "
+        "refinement_chart text_heat_map"
+    ),
     "verify": "Verification",
     "workbench": "Outcome Plan Proposal Workbench recommend_layers",
 }
@@ -161,6 +177,7 @@ __all__ = [
     "WorkspaceError",
     "__version__",
     "agreement",
+    "agreement_chart",
     "alphaedit",
     "applied",
     "attribution_trace",
@@ -171,6 +188,7 @@ __all__ = [
     "causal_trace",
     "causal_traces",
     "census",
+    "census_chart",
     "class_lines",
     "class_map",
     "compose",
@@ -196,6 +214,8 @@ __all__ = [
     "neuron_chart",
     "prediction_chart",
     "profile",
+    "profile_bars",
+    "profile_lines",
     "published",
     "r_rome",
     "random_neurons",

@@ -5,6 +5,8 @@
     class_map(average), class_lines(average) average indirect effects by kind of token and layer: the map, and curves with intervals
     neuron_chart(found)                      the neurons that carry one fact, and the layers they lie in
     curves({"label": (x, y, low, high)})     lines with bands, such as an effect against the number of neurons
+    profile_lines(found), profile_bars(...)  what a layer's neurons go by: shares of them by feature, and one feature's values
+    agreement_chart(found), census_chart(..) whether keys and values agree, by layer; what a model is made of
     prediction_chart(composition)            one prediction: how it comes up the layers, and what each part adds to it
     refinement_chart(refinement)             many of them: whose a layer's prediction is, and where answers come up
 
@@ -19,7 +21,8 @@ import math
 import os
 import textwrap
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,10 @@ from rich.text import Text
 
 from .checks import check_count
 from .errors import InputError, WorkspaceError
+from .inspect.agreement import Agreement
+from .inspect.census import Census
 from .inspect.composition import Composition
+from .inspect.profile import Profile
 from .inspect.refinement import Refinement
 from .locate.average import AverageTrace
 from .locate.causal import CausalTrace
@@ -56,6 +62,17 @@ _LINES = (
     ("#000000", (0, (1, 1)), "x"),
     ("#56B4E9", (0, (3, 1, 1, 1)), "P"),
     ("#808080", (0, (8, 2)), "*"),
+)
+# Fillings of bars, told apart by lightness and hatching as well.
+_FILLINGS: tuple[dict[str, Any], ...] = (
+    {"facecolor": _BLUE},
+    {"facecolor": "#E69F00", "hatch": "////"},
+    {"facecolor": "#009E73"},
+    {"facecolor": "#F0E442", "hatch": "...."},
+    {"facecolor": "#D55E00"},
+    {"facecolor": "#CCCCCC", "hatch": "xxxx"},
+    {"facecolor": "#56B4E9"},
+    {"facecolor": "#CC79A7", "hatch": "\\\\\\\\"},
 )
 _BLOCKS = " ·░▒▓█"
 _SUFFIXES = (".png", ".svg", ".pdf")
@@ -401,6 +418,180 @@ def _layer_ticks(axes: Axes, n_layers: int) -> None:
     axes.set_xlabel("layer", fontsize=7.5)
 
 
+def profile_lines(
+    found: Profile | Mapping[str, Profile],
+    features: Sequence[str | tuple[str, ...]] | None = None,
+    *,
+    path: str | os.PathLike[str] | None = None,
+) -> Figure:
+    """Draw by layer which share of the neurons is selective for each feature, with what chance allows: grey, up to the largest of them.
+
+    found     one profile, or several by title, side by side
+    features  which, in this order; None: all. ("relation", "token") counts the neurons selective for the first and for none of the others
+
+    `path` as for `heat_map`. Raises InputError for features that are not there, more than can be told apart, or another record.
+    """
+    panels = _by_title(found, Profile, "profile_lines")
+    features = tuple(features if features is not None else next(iter(panels.values())).features)
+    if not 1 <= len(features) <= len(_LINES):
+        raise InputError(f"got {len(features)} features to draw; expected 1 to {len(_LINES)}: choose some with features=[...]")
+    figure, grid = _side_by_side(len(panels), 2.9)
+    for axes, (title, own) in zip(grid, panels.items(), strict=True):
+        chance = torch.zeros(len(own.layers), dtype=torch.float64)
+        for feature, (colour, dash, marker) in zip(features, _LINES, strict=False):
+            name, *without = (feature,) if isinstance(feature, str) else feature
+            shares = own.share_of(name, without=without)
+            label = name + (f", not {' or '.join(without)}" if without else "")
+            axes.plot(own.layers, shares.tolist(), color=colour, linestyle=dash, marker=marker, markersize=2.6, linewidth=1.0, label=label)
+            chance = torch.maximum(chance, own.chance[:, own.features.index(name)].double().nan_to_num())
+        axes.fill_between(own.layers, 0, chance.tolist(), color="0.6", linewidth=0, label="by chance")
+        axes.set_title(title, fontsize=7.5, loc="left", pad=3)
+        _layer_axes(axes)
+    _shared_heights(grid, "share of neurons")
+    _legend_below(figure, grid[0])
+    figure.suptitle("Selective neurons", fontsize=8, x=0.02, ha="left")
+    return _finished(figure, path)
+
+
+def profile_bars(
+    found: Profile | Mapping[str, Profile],
+    feature: str,
+    *,
+    n: int = 6,
+    names: Mapping[Hashable, str] | None = None,
+    path: str | os.PathLike[str] | None = None,
+) -> Figure:
+    """Draw by layer how many neurons are selective for which value of a feature: the n commonest values, and the others together.
+
+    found  one profile, or several by title, side by side; a value has the same filling in all
+    names  how values are called; a value that is not there is called as it is written
+
+    `path` as for `heat_map`. Raises InputError for a feature that is not there, n < 1, or another record.
+    """
+    panels = _by_title(found, Profile, "profile_bars")
+    n = check_count(n, "n", f"the number of values to tell apart, 1 to {len(_FILLINGS)}")
+    tallies = {title: [own.tally(feature, layer) for layer in own.layers] for title, own in panels.items()}
+    totals: Counter[Hashable] = Counter()
+    for layers in tallies.values():
+        for tally in layers:
+            totals.update(tally)
+    values = [value for value, _ in totals.most_common(min(n, len(_FILLINGS)))]
+    figure, grid = _side_by_side(len(panels), 2.9)
+    for axes, (title, own) in zip(grid, panels.items(), strict=True):
+        neurons = [sum(len(each) for bank, each in own.neurons.items() if bank[0] == layer) for layer in own.layers]
+        heights = [[tally.get(value, 0) for tally in tallies[title]] for value in values]
+        labels = [_fit((names or {}).get(value, str(value)), 28).rstrip() for value in values]
+        if len(totals) > len(values):
+            heights.append([sum(tally.values()) - sum(own) for tally, own in zip(tallies[title], zip(*heights, strict=True), strict=True)])
+            labels.append("others")
+        bottom = np.zeros(len(neurons))
+        for row, (height, label) in enumerate(zip(heights, labels, strict=True)):
+            shares = np.array(height) / neurons
+            look: dict[str, Any] = _FILLINGS[row] if row < len(values) else {"facecolor": "white"}
+            axes.bar(own.layers, shares, bottom=bottom, width=0.72, label=label, edgecolor="black", linewidth=0.4, **look)
+            bottom += shares
+        axes.set_title(title, fontsize=7.5, loc="left", pad=3)
+        _layer_axes(axes)
+    _shared_heights(grid, "share of neurons")
+    _legend_below(figure, grid[0])
+    figure.suptitle(f"Neurons selective for one value of: {feature}", fontsize=8, x=0.02, ha="left", parse_math=False)
+    return _finished(figure, path)
+
+
+def agreement_chart(found: Agreement | Mapping[str, Agreement], *, path: str | os.PathLike[str] | None = None) -> Figure:
+    """Draw by layer how often a value promotes what follows its key's strongest trigger, as its first token or among the first, and chance.
+
+    found  one record, or several by title, side by side
+
+    `path` as for `heat_map`. Raises InputError for another record.
+    """
+    panels = _by_title(found, Agreement, "agreement_chart")
+    figure, grid = _side_by_side(len(panels), 2.4)
+    for axes, (title, own) in zip(grid, panels.items(), strict=True):
+        for part, label, (colour, dash, marker) in zip(
+            ("share", "within", "chance"), ("first token", "among the first", "first, by chance"), _LINES, strict=False
+        ):
+            heights = getattr(own, part).tolist()
+            axes.plot(own.layers, heights, color=colour, linestyle=dash, marker=marker, markersize=2.6, linewidth=1.0, label=label)
+        axes.set_title(title, fontsize=7.5, loc="left", pad=3)
+        _layer_axes(axes)
+    _shared_heights(grid, "share of neurons")
+    _legend_below(figure, grid[0])
+    figure.suptitle("Values that promote the token behind the strongest trigger", fontsize=8, x=0.02, ha="left")
+    return _finished(figure, path)
+
+
+def census_chart(found: Census | Mapping[str, Census], *, path: str | os.PathLike[str] | None = None) -> Figure:
+    """Draw what a model is made of: parameters by layer, memory solid and attention hatched, beside the embeddings; below, where second
+    moments were given, the share of the coefficients' directions that the text uses: the effective rank in a hundred neurons.
+
+    found  one census, or several by title, side by side
+
+    `path` as for `heat_map`. Raises InputError for another record.
+    """
+    panels = _by_title(found, Census, "census_chart")
+    ranked = any(layer.effective_rank is not None for own in panels.values() for layer in own.layers)
+    figure, grid = _side_by_side(len(panels), 3.6 if ranked else 2.2, rows=1 + ranked)
+    for place, (title, own) in enumerate(panels.items()):
+        axes, layers = grid[place], [layer.layer for layer in own.layers]
+        memory, attention = ([getattr(layer, part) / 1e6 for layer in own.layers] for part in ("ffn", "attention"))
+        axes.bar(layers, memory, width=0.72, label=f"memory {own.ffn / own.parameters:.0%}", **_filling(True))
+        axes.bar(layers, attention, bottom=memory, width=0.72, label=f"attention {own.attention / own.parameters:.0%}", **_filling(False))
+        look: dict[str, Any] = {"facecolor": "0.75", "edgecolor": "0.4", "linewidth": 0.5}
+        axes.bar([-1.3], [own.embeddings / 1e6], width=0.72, label=f"embeddings {own.embeddings / own.parameters:.0%}", **look)
+        axes.legend(fontsize=6.5, frameon=False, handlelength=1.4, loc="upper right")
+        axes.set_title(f"{title}: {own.parameters / 1e6:,.1f} million parameters", fontsize=7.5, loc="left", pad=3, parse_math=False)
+        ticks = range(0, len(layers), math.ceil(len(layers) / 8))
+        axes.set_xticks([-1.3, *ticks], labels=["emb.", *map(str, ticks)])
+        _quiet(axes)
+        if ranked:
+            below = grid[len(panels) + place]
+            shares = [math.nan if x.effective_rank is None else x.effective_rank / x.neurons for x in own.layers]
+            below.bar(layers, shares, width=0.72, **_filling(True))
+            below.set_xlim(axes.get_xlim())
+            below.set_xticks(list(ticks))
+            below.set_xlabel("layer", fontsize=7.5)
+            _quiet(below)
+    _shared_heights(grid[: len(panels)], "parameters, millions")
+    if ranked:
+        _shared_heights(grid[len(panels) :], "effective rank / neurons")
+    return _finished(figure, path)
+
+
+def _by_title(found: Any, kind: type, drawn_by: str) -> dict[str, Any]:
+    """One record, or several by title, as several by title. Raises InputError for others, or none."""
+    panels = dict(found) if isinstance(found, Mapping) else {getattr(found, "model", ""): found}
+    for record in list(panels.values()) or [panels]:
+        _check_record(record, kind, drawn_by)
+    return panels
+
+
+def _side_by_side(n: int, height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure with so many panels in a row, two to the width of a page, and rows of them."""
+    figure = Figure(figsize=(_COLUMN_WIDTH * max(1, n * 0.94), height), dpi=300 if n == 1 else 200, layout="constrained")
+    return figure, list(figure.subplots(rows, n, squeeze=False).flat)
+
+
+def _shared_heights(grid: Sequence[Axes], label: str) -> None:
+    """The same scale from 0 for all, so that heights can be compared."""
+    top = max(axes.get_ylim()[1] for axes in grid)
+    for axes in grid:
+        axes.set_ylim(0, top)
+    grid[0].set_ylabel(label, fontsize=7.5)
+
+
+def _layer_axes(axes: Axes) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
+    axes.set_xlabel("layer", fontsize=7.5)
+    _quiet(axes)
+
+
+def _legend_below(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    columns = 2 if figure.get_figwidth() < 1.5 * _COLUMN_WIDTH else 4
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=6.5, frameon=False, handlelength=2.6)
+
+
 def _draw_lines(
     axes: Axes,
     series: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float], Sequence[float]]],
@@ -424,6 +615,7 @@ def _check_record(record: object, kind: type, drawn_by: str) -> None:
     if not isinstance(record, kind):
         other = {CausalTrace: "heat_map", AverageTrace: "class_map or class_lines", KnowledgeNeurons: "neuron_chart"}
         other |= {Composition: "prediction_chart", Refinement: "refinement_chart"}
+        other |= {Profile: "profile_lines or profile_bars", Agreement: "agreement_chart", Census: "census_chart"}
         instead = next((f"; draw it with {name}" for known, name in other.items() if isinstance(record, known)), "")
         raise InputError(f"{drawn_by} draws a {kind.__name__}; got a {type(record).__name__}{instead}")
 
