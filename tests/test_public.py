@@ -16,7 +16,7 @@ SOURCE = Path(factsmith.__file__).parent
 # DESIGN: imports go one way, left to right; packages in one set never import each other.
 ORDER = [
     {"errors"},
-    {"checks", "files", "progress"},
+    {"checks", "files", "progress", "tables"},
     {"tensors"},
     {"fact"},
     {"model"},

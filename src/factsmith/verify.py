@@ -19,6 +19,7 @@ from .errors import NumericsError
 from .fact import Fact
 from .model.load import LanguageModel
 from .model.tokens import target_ids
+from .tables import Shown, Table
 
 Role = Literal["prompt", "paraphrase", "neighbour", "earlier"]
 
@@ -49,8 +50,8 @@ class Check:
     forget: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verification:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Verification(Shown):
     """The proof of a patch: every check, by greedy exact match beside probabilities."""
 
     checks: tuple[Check, ...]
@@ -75,14 +76,40 @@ class Verification:
         """Share of the earlier patches still answered with their target."""
         return self._share("earlier")
 
+    def tables(self) -> list[Table]:
+        """The shares, and every check, those that failed first."""
+        shares = {name: getattr(self, name) for name in _SHARES}
+        title = ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share is not None) or "nothing was asked"
+        columns = {"": "<", "prompt": "<", "before": "<", "p before": ">", "after": "<", "p after": ">", "held": "<"}
+        rows = [
+            (
+                check.role,
+                check.prompt,
+                check.before,
+                _number(check.p_before),
+                check.after,
+                _number(check.p_after),
+                "ok" if check.held else "no",
+            )
+            for check in sorted(self.checks, key=lambda check: check.held)
+        ]
+        return [Table(title, columns, rows, "p: of the target; for neighbours, of the answer before")]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able fields, the shares included."""
-        shares = {name: getattr(self, name) for name in ("efficacy", "generalization", "specificity", "retention")}
+        shares = {name: getattr(self, name) for name in _SHARES}
         return {**shares, "checks": [dict(vars(check)) for check in self.checks]}
 
     def _share(self, role: Role) -> float | None:
         held = [check.held for check in self.checks if check.role == role]
         return sum(held) / len(held) if held else None
+
+
+_SHARES = ("efficacy", "generalization", "specificity", "retention")
+
+
+def _number(p: float | None) -> str:
+    return "" if p is None else f"{p:.3f}"
 
 
 def verify(

@@ -58,6 +58,7 @@ from .locate.layers import (
 from .model.load import LanguageModel, bundled, check_model
 from .model.tokens import subject_span
 from .progress import Progress, tell
+from .tables import Shown, Table, counted
 from .verify import Verification, answer_tokens, as_said, begins_with, first_phrase, probabilities, verify
 
 T = TypeVar("T")
@@ -90,8 +91,8 @@ class Planned:
     known: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Plan(Shown):
     """What an edit would have to do; nothing was changed to find out."""
 
     entries: tuple[Planned, ...]
@@ -106,13 +107,22 @@ class Plan:
         """The facts that it says already."""
         return tuple(entry.fact for entry in self.entries if entry.known)
 
+    def tables(self) -> list[Table]:
+        """What the model says about each fact now."""
+        rows = [
+            (e.fact.text, e.answer, e.fact.target or "(forget)", f"{e.probability:.3f}", "known" if e.known else "new")
+            for e in self.entries
+        ]
+        title = f"{counted(len(self.new), 'fact')} to write, {len(self.known)} known"
+        return [Table(title, {"prompt": "<", "answer": "<", "target": "<", "p": ">", "": "<"}, rows)]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able fields."""
         return {"entries": [{**vars(entry), "fact": entry.fact.to_dict()} for entry in self.entries]}
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Proposal:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Proposal(Shown):
     """A change that was solved for and measured, and is in no model.
 
     plan          what the model said before
@@ -131,6 +141,13 @@ class Proposal:
     seconds: Mapping[str, float]
     layers: LayerChoice | None = None
     disturbance: Mapping[int, float] = dataclasses.field(default_factory=dict)
+
+    def tables(self) -> list[Table]:
+        """What was solved for, and its proof; where there was nothing to write, the plan."""
+        warnings = [Table(warning, {}) for warning in self.warnings]
+        if self.delta is None or self.verification is None:
+            return [*self.plan.tables(), *warnings]
+        return [Table(repr(self.delta), {}), *self.verification.tables(), *warnings]
 
     @property
     def failed(self) -> bool:
@@ -199,8 +216,8 @@ class Proposal:
         }
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Outcome:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Outcome(Shown):
     """What `Workbench.apply` did: the proposal, and the revision that keeps it (None: nothing was to be written, see `warnings`)."""
 
     proposal: Proposal
@@ -220,6 +237,11 @@ class Outcome:
     def warnings(self) -> tuple[str, ...]:
         """What the caller should know, in words."""
         return self.proposal.warnings
+
+    def tables(self) -> list[Table]:
+        """The proposal's, under what became of it."""
+        kept = "nothing was written" if self.revision is None else f"committed as {self.revision.id[:10]}"
+        return [Table(kept, {}), *self.proposal.tables()]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able fields."""

@@ -28,13 +28,14 @@ from ..errors import DamagedError, FactError, InputError, LayerError, NumericsEr
 from ..fact import Fact
 from ..files import write_file
 from ..model.load import LanguageModel
+from ..tables import counted
 
 _FORMAT = 1
 _JSON = "edit.json"
 _TENSORS = "delta.safetensors"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Delta:
     """An update of down-projections, kept as factors; float32 on the CPU, whatever the model's dtype and device.
 
@@ -83,6 +84,9 @@ class Delta:
                 raise InputError(f"{name} is {tensor.dtype}; a delta is kept in float32: convert it with .float()")
             if not torch.isfinite(tensor).all():
                 raise NumericsError(f"{name} holds NaN or infinity; this update would break the model")
+
+    def __repr__(self) -> str:
+        return f"Delta({self.method}, {counted(len(self.facts), 'fact')}, layers {sorted(self.layers)}, rank {self.rank}, {self.n_bytes:,} bytes)"
 
     def dense(self, layer: int) -> Tensor:
         """The update to one layer's down-projection, (d_model, d_ff) float32; raises LayerError for a layer it does not touch."""

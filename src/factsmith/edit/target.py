@@ -71,7 +71,7 @@ class TargetConfig:
             raise InputError(f'scale is "paper" or "auto"; got {self.scale!r}')
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Targets:
     """What was found for n facts at one layer; float32, on the model's device.
 
@@ -94,6 +94,10 @@ class Targets:
     facts: tuple[Fact, ...]
     layer: int
     site: Site
+
+    def __repr__(self) -> str:
+        steps = [int(found["steps"]) for found in self.convergence]
+        return f"Targets({len(self.facts)} at layer {self.layer} ({self.site}), {min(steps, default=0)} to {max(steps, default=0)} steps)"
 
 
 _TENSORS = ("v_star", "v_initial", "k_star", "k_prompt", "ffn_initial")

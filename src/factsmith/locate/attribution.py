@@ -26,7 +26,7 @@ from ..model.trace import replacing
 from .causal import CausalTrace, Corruption, Kind, Runs, answer_probability, check_map, record_runs, window_spans
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class AttributionTrace(CausalTrace):
     """A `CausalTrace` whose scores are estimates: corrupted + first-order effect, which may leave [0, 1].
 

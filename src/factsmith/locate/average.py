@@ -27,6 +27,7 @@ from ..errors import InputError
 from ..fact import Fact
 from ..model.load import LanguageModel, check_model
 from ..model.tokens import encode, subject_span
+from ..tables import Shown, Table, counted
 from .causal import CausalTrace, Corruption, Kind, Part, check_map, noise_scale, record_runs
 
 CLASSES = ("first subject token", "middle subject tokens", "last subject token", "first subsequent token", "further tokens", "last token")
@@ -34,8 +35,8 @@ CLASSES = ("first subject token", "middle subject tokens", "last subject token",
 Map: TypeAlias = tuple[str, Kind, Part | None]  # its name, what is restored, what is severed
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class AverageTrace:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class AverageTrace(Shown):
     """Average indirect effects (AIE) of many facts by class of token and layer, and their average total effect (ATE).
 
     classes       the six kinds of token, the rows of all arrays. As in the paper's figures a token counts in every class whose words fit
@@ -72,6 +73,16 @@ class AverageTrace:
     corruption: Corruption
     samples: int
     seed: int
+
+    def tables(self) -> list[Table]:
+        """The largest average effect of each class of token, by map; all of them is `class_map(average)`."""
+        title = f"p(answer) of {counted(self.n_facts, 'fact')}: {self.clean:.3f}, with the subject corrupted {self.corrupted:.3f}"
+        rows = []
+        for row, (name, count) in enumerate(zip(self.classes, self.counts, strict=True)):
+            best = {kind: effects[row].nan_to_num(-torch.inf).max(0) for kind, effects in self.effects.items()}
+            rows.append((name, str(count), *(f"{float(b.values):.3f} @{int(b.indices)}" if count else "" for b in best.values())))
+        columns = {"": "<", "facts": ">", **dict.fromkeys(self.effects, ">")}
+        return [Table(title, columns, rows, "the largest average effect of a layer, @ the layer")]
 
     def peak(self, kind: str) -> tuple[str, int]:
         """(class, layer) with the largest average effect of a map."""

@@ -34,6 +34,7 @@ from ..model.load import LanguageModel, check_model
 from ..model.replay import Replay, record
 from ..model.tokens import align, encode, subject_span, target_ids
 from ..model.trace import first_tensor, recording, replacing, standing_in, tensors, with_first_tensor
+from ..tables import Shown, Table
 
 Part: TypeAlias = Literal["mlp", "attention"]
 Kind: TypeAlias = Literal["state", "mlp", "attention"]
@@ -45,8 +46,8 @@ _BATCH_BYTES, _CPU_BATCH_BYTES = 512 * 2**20, 32 * 2**20
 _HEAD_ROWS = 128  # rows unembedded at once: a vocabulary's worth of numbers each
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class CausalTrace:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class CausalTrace(Shown):
     """What restoring each state of one prompt brings back of its answer. Probabilities are joint over the answer's tokens.
 
     prompt, subject  the whole text, and the part of it that was corrupted
@@ -98,6 +99,18 @@ class CausalTrace:
         """(token, layer) with the largest indirect effect."""
         token, layer = divmod(int(self.scores.argmax()), self.scores.shape[1])
         return token, layer
+
+    def tables(self) -> list[Table]:
+        """The best layer of every token; the whole map is `heat_map(trace)`."""
+        title = f"p({self.answer.strip()}) after {self.prompt!r}: {self.clean:.3f}, with the subject corrupted {self.corrupted:.3f}"
+        best, layers = self.scores.max(1)
+        start, stop = self.subject_span
+        rows = [
+            (f"{token}{'*' if start <= t < stop else ''}", str(layer), f"{p:.3f}")
+            for t, (token, layer, p) in enumerate(zip(self.tokens, layers.tolist(), best.tolist(), strict=True))
+        ]
+        restored = "state" if self.kind == "state" else f"{self.window} layers of {self.kind}"
+        return [Table(title, {"token": "<", "best layer": ">", "p": ">"}, rows, f"* subject; p: with one {restored} restored")]
 
     def to_dict(self) -> dict[str, Any]:
         """The record as plain JSON-able values."""

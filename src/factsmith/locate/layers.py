@@ -28,6 +28,7 @@ from ..fact import Fact, Probe
 from ..model import atlas
 from ..model.load import LanguageModel
 from ..model.tokens import target_ids
+from ..tables import Shown, Table
 from .causal import causal_trace
 
 Source: TypeAlias = Literal["workspace", "model", "preset", "trials", "depth"]
@@ -96,8 +97,8 @@ Trial: TypeAlias = tuple[float, float | None, float | None]
 """One edit's efficacy, generalization and specificity, each 0 to 1."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LayerChoice:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class LayerChoice(Shown):
     """Layers to edit, and why.
 
     rome         the layer for ROME
@@ -132,6 +133,16 @@ class LayerChoice:
             raise InputError(f"MEMIT's layers are consecutive and ascending; got {self.memit}")
         if self.source not in get_args(Source):
             raise InputError(f"source is one of {', '.join(get_args(Source))}; got {self.source!r}")
+
+    def tables(self) -> list[Table]:
+        """The choice with its reason, and what the trial edits measured at each layer."""
+        title = f"ROME: layer {self.rome}; MEMIT: {', '.join(map(str, self.memit)) or 'not known'}; {self.reason}"
+        columns = dict.fromkeys(["layer", "trials", "efficacy", "generalization", "specificity", "score", "trace"], ">")
+        rows = []
+        for row in self.scores:
+            shares = ("" if x is None else f"{x:.3f}" for x in (row.efficacy, row.generalization, row.specificity, row.score))
+            rows.append((str(row.layer), str(row.trials), *shares, f"{self.effects[row.layer]:.4f}" if self.effects else ""))
+        return [Table(title, columns if rows else {}, rows)]
 
     @property
     def trials(self) -> int:

@@ -36,6 +36,7 @@ from ..model.load import LanguageModel, check_model
 from ..model.replay import Replay, record
 from ..model.tokens import align
 from ..model.trace import recording, replacing
+from ..tables import Shown, Table, counted
 
 Question: TypeAlias = tuple[list[int], list[int], list[int]]
 """What `LanguageModel.question` gives: token ids to run, columns that predict the target, the target's ids."""
@@ -47,8 +48,8 @@ _NODES = 8  # points that stand for the whole Riemann sum where the gradient is 
 _LEAST = 3  # the authors count a neuron as shared only from this many prompts on
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class KnowledgeNeurons:
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class KnowledgeNeurons(Shown):
     """Which neurons carry one fact, asked for in one or more phrasings.
 
     A neuron is (layer, i), or (layer, expert, i) in a layer with experts (expert == n_experts: the shared bank). In the last dimension of
@@ -97,6 +98,16 @@ class KnowledgeNeurons:
         experts, when a layer above chooses others; with a norm behind the memory (as in Gemma 2), close to alpha = 0.
         """
         return self.scores.sum(-1) - (self.probability[:, None] - self.silent)
+
+    def tables(self) -> list[Table]:
+        """The strongest neurons, and in how many of the prompts each is strong."""
+        p, refined = float(self.probability.mean()), set(self.refined)
+        title = f"{counted(len(refined), 'neuron')} for {self.target.strip()!r} (p {p:.3f} over {counted(len(self.prompts), 'prompt')})"
+        rows = []
+        for neuron, score in self.top(len(refined) + 10):
+            strong = sum(neuron in coarse for coarse in self.coarse)
+            rows.append((" ".join(map(str, neuron)), f"{score:.4f}", str(strong), "refined" if neuron in refined else ""))
+        return [Table(title, {"neuron": "<", "attribution": ">", f"strong in, of {len(self.prompts)}": ">", "": "<"}, rows)]
 
     def top(self, n: int = 20) -> list[tuple[Neuron, float]]:
         """The n neurons with the largest score averaged over the prompts, with that average."""
