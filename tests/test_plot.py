@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,33 @@ import torch
 from matplotlib.figure import Figure
 from rich.cells import cell_len
 
+from conftest import TEXTS
 from factsmith.errors import InputError, WorkspaceError
+from factsmith.inspect.agreement import agreement
+from factsmith.inspect.census import census
 from factsmith.inspect.composition import compose
+from factsmith.inspect.profile import profile
 from factsmith.inspect.refinement import refinement
+from factsmith.inspect.triggers import Triggers, find_triggers
+from factsmith.inspect.values import value_tokens
 from factsmith.locate.average import AverageTrace
 from factsmith.locate.causal import CausalTrace
 from factsmith.locate.neurons import knowledge_neurons
 from factsmith.model.load import LanguageModel
-from factsmith.plot import class_lines, class_map, curves, heat_map, neuron_chart, prediction_chart, refinement_chart, text_heat_map
+from factsmith.plot import (
+    agreement_chart,
+    census_chart,
+    class_lines,
+    class_map,
+    curves,
+    heat_map,
+    neuron_chart,
+    prediction_chart,
+    profile_bars,
+    profile_lines,
+    refinement_chart,
+    text_heat_map,
+)
 
 TOKENS = ("<s>", "The", " tower", " of", " Pi", "sa\n", " is", " in")
 
@@ -166,6 +186,73 @@ def test_curves_draw_what_they_are_given_and_refuse_ragged_series() -> None:
         curves({"a": ([1, 2], [0.1], [0, 0.1], [0.2, 0.3])}, x_label="k", y_label="share")
     with pytest.raises(InputError):
         curves({}, x_label="k", y_label="share")
+
+
+@pytest.fixture(scope="module")
+def scanned(tiny_gpt2: LanguageModel) -> Triggers:
+    words = " ".join(TEXTS).split()
+    return find_triggers(tiny_gpt2, [" ".join(random.Random(n).sample(words, 6)) for n in range(60)], top=12)
+
+
+def test_profile_lines_are_the_shares_above_chance(scanned: Triggers, tmp_path: Path) -> None:
+    found = profile(scanned, {"length": {text: len(text) % 3 for text in scanned.texts}})
+    figure = profile_lines({"one": found, "again": found}, ["token", ("position", "token"), "length"], path=tmp_path / "lines.png")
+    assert (tmp_path / "lines.png").stat().st_size > 1000
+    for axes in figure.axes:
+        token, position, length = axes.get_lines()
+        assert np.allclose(token.get_ydata(), found.share[:, 0]) and np.allclose(length.get_ydata(), found.share[:, 4])
+        assert position.get_label() == "position, not token" and np.allclose(
+            position.get_ydata(), found.share_of("position", without=["token"])
+        )
+        grey = axes.collections[0].get_paths()[0].vertices[:, 1]
+        assert grey.max() == pytest.approx(float(found.chance[:, [0, 3, 4]].max()))
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["one", "again"]
+    assert len(profile_lines(found).axes[0].get_lines()) == 5 and profile_lines(found).get_figwidth() < 3.5
+    with pytest.raises(InputError, match="got 0 features"):
+        profile_lines(found, [])
+    with pytest.raises(InputError, match="no profile of 'noun'"):
+        profile_lines(found, ["noun"])
+
+
+def test_profile_bars_stack_up_to_the_selective_share(scanned: Triggers) -> None:
+    found = profile(scanned)
+    figure = profile_bars(found, "position", n=2, names={0: "the first"})
+    axes = figure.axes[0]
+    heights = np.array([[bar.get_height() for bar in container] for container in axes.containers])
+    assert np.allclose(heights.sum(0), found.share[:, 3], atol=1e-6)
+    tallies = [found.tally("position", layer) for layer in found.layers]
+    total = {position: sum(tally.get(position, 0) for tally in tallies) for tally in tallies for position in tally}
+    (first, second) = sorted(total, key=lambda position: -total[position])[:2]
+    assert [container.get_label() for container in axes.containers] == [
+        *("the first" if position == 0 else str(position) for position in (first, second)),
+        "others",
+    ]
+    assert np.allclose(heights[0], [tally.get(first, 0) / 128 for tally in tallies])
+    with pytest.raises(InputError, match="n is 0"):
+        profile_bars(found, "position", n=0)
+    with pytest.raises(InputError, match="no profile of 'noun'"):
+        profile_bars(found, "noun")
+
+
+def test_agreement_and_census_are_drawn_as_they_are(scanned: Triggers, tiny_gpt2: LanguageModel) -> None:
+    agree = agreement(scanned, value_tokens(tiny_gpt2))
+    share, within, chance = agreement_chart(agree).axes[0].get_lines()
+    for line, part in ((share, agree.share), (within, agree.within), (chance, agree.chance)):
+        assert np.allclose(line.get_ydata(), part)
+    bare = census(tiny_gpt2)
+    (axes,) = census_chart(bare).axes
+    memory, attention, embeddings = ([bar.get_height() * 1e6 for bar in container] for container in axes.containers)
+    assert np.allclose([sum(memory), sum(attention), *embeddings], [bare.ffn, bare.attention, bare.embeddings])
+    assert axes.get_title(loc="left").startswith(bare.model)
+    measured = census(tiny_gpt2, moments={1: torch.eye(128)})
+    _, below = census_chart(measured).axes
+    assert [bar.get_height() for bar in below.containers[0]][1] == pytest.approx(1)
+    assert len(census_chart({"a": measured, "b": bare}).axes) == 4
+    for draw in (profile_lines, agreement_chart, census_chart):
+        with pytest.raises(InputError, match="got a CausalTrace; draw it with heat_map"):
+            draw(trace())  # type: ignore[operator]
+        with pytest.raises(InputError, match="got a dict"):
+            draw({})
 
 
 def test_heat_map_shows_the_scores_with_the_subject_marked() -> None:

@@ -1,0 +1,145 @@
+"""What the neurons of the bundled models go by, layer by layer; whether keys and values agree; what the models are made of.
+
+    python benchmarks/selectivity.py --kept FOLDER --pictures docs --json benchmarks/results/selectivity.json
+
+Two corpora. `crossed`: facts chosen so that subjects, relations and objects can be told apart, each in six phrasings: fewer than half of a
+neuron's 25 triggers, so that none is selective for what it met in one fact alone. The control deals labels out fact by fact. `stated`: two
+sentences for each of 5,000 facts at random, for the agreement of keys and values, and for the census.
+
+A neuron that fires on a word of a name tells nothing of what it knows of the bearer. So subjects are also looked for behind the subject,
+and objects before the answer is read, each among the neurons with at least 15 of their triggers there.
+
+FOLDER keeps the triggers: four scans of about a minute each. Pictures: profile-lines.png, profile-parts.png, agreement.png, census.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import factsmith as fs
+from factsmith.inspect.profile import Profile
+from factsmith.inspect.statements import Statement
+from factsmith.model import atlas
+from factsmith.model.atlas.corpus import crossed, told
+
+TOP, EACH, LEAST, SAMPLE = 25, 6, 15, 5000
+SIGNS = ("top", "bottom")
+
+
+def scanned(lm: fs.LanguageModel, texts: list[str], folder: Path) -> fs.Triggers:
+    """The triggers kept in a folder, else found and kept."""
+    if (folder / "triggers.safetensors").is_file():
+        return fs.Triggers.load(folder, lm)
+    return fs.find_triggers(lm, texts, top=TOP, folder=folder)
+
+
+def rows(found: Profile) -> dict[str, Any]:
+    """A profile as plain numbers, with the selective neurons that are so for nothing simpler."""
+    result: dict[str, Any] = {
+        feature: {
+            "share": found.share[:, column].tolist(),
+            "chance": found.chance[:, column].tolist(),
+            "needed": found.needed[:, column].tolist(),
+            "without_token": found.share_of(feature, without=["token"]).tolist(),
+        }
+        for column, feature in enumerate(found.features)
+    }
+    if "type" in found.features:
+        result["type"]["without_relation"] = found.share_of("type", without=["relation"]).tolist()
+    for feature, possible in zip(found.features, found.possible.tolist(), strict=True):
+        if not math.isnan(possible):
+            result[feature]["possible"] = possible
+    return {"neurons": found.counted.tolist(), "features": result}
+
+
+def profiles(triggers: fs.Triggers, statements: list[Statement], sign: Any) -> dict[str, Profile]:
+    """All triggers; those behind the subject; those before the answer is read."""
+    labels = fs.fact_labels(statements, atlas.subject_types())
+    groups = {each.text: each.fact for each in statements}
+    by_text = {each.text: each for each in statements}
+
+    def behind_subject(trigger: fs.Trigger) -> bool:
+        subject = by_text[trigger.text].subject
+        return subject is not None and trigger.start >= subject[1]
+
+    def before_answer(trigger: fs.Trigger) -> bool:
+        return trigger.stop < by_text[trigger.text].answer[0]
+
+    return {
+        "all": fs.profile(triggers, labels, groups=groups, sign=sign),
+        "behind subject": fs.profile(triggers, {"subject": labels["subject"]}, groups=groups, only=behind_subject, sign=sign, least=LEAST),
+        "before answer": fs.profile(triggers, {"object": labels["object"]}, groups=groups, only=before_answer, sign=sign, least=LEAST),
+    }
+
+
+def shuffled(triggers: fs.Triggers, statements: list[Statement], sign: Any) -> dict[str, list[float]]:
+    """The control that must show nothing: each fact's labels are another fact's."""
+    facts = list(dict.fromkeys(each.fact for each in statements))
+    other = dict(zip(facts, random.Random(1).sample(facts, len(facts)), strict=True))
+    types = atlas.subject_types()
+    labels: dict[str, dict[str, Any]] = {
+        "relation": {each.text: other[each.fact].relation for each in statements},
+        "type": {each.text: types.get(other[each.fact].relation or "") for each in statements},
+        "subject": {each.text: other[each.fact].subject for each in statements},
+        "object": {each.text: other[each.fact].target for each in statements},
+    }
+    found = fs.profile(triggers, labels, groups={each.text: each.fact for each in statements}, sign=sign)
+    return {feature: found.share[:, found.features.index(feature)].tolist() for feature in labels}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kept", type=Path, required=True, help="folder for the triggers")
+    parser.add_argument("--pictures", type=Path, help="folder for the pictures")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    statements = fs.statements(crossed(atlas.facts()), each=EACH)
+    sample = told(random.Random(0).sample(atlas.facts(), SAMPLE))
+    result: dict[str, Any] = {"crossed": {"sentences": len(statements), "facts": len({each.fact for each in statements})}}
+    seen: dict[str, Profile] = {}
+    agreements, censuses = {}, {}
+    for name in atlas.names():
+        lm = fs.load(name)
+        triggers = scanned(lm, [each.text for each in statements], given.kept / f"{name}-crossed")
+        own: dict[str, Any] = {}
+        for sign in SIGNS:
+            found = profiles(triggers, statements, sign)
+            own[sign] = {what: rows(each) for what, each in found.items()}
+            own[sign]["shuffled"] = shuffled(triggers, statements, sign)
+            layers = found["all"].layers
+            own[sign]["parts"] = [found["all"].tally("part", layer) for layer in layers]
+            own[sign]["types"] = [found["all"].tally("type", layer) for layer in layers]
+            own[sign]["relations"] = [found["all"].tally("relation", layer) for layer in layers]
+            if sign == "top":
+                seen[name] = found["all"]
+            print(name, sign, json.dumps(own[sign]["all"]["features"]), flush=True)
+        stated = scanned(lm, sample, given.kept / f"{name}-stated")
+        values = fs.value_tokens(lm, top=10)
+        for sign in SIGNS:
+            agree = fs.agreement(stated, values, sign=sign)  # type: ignore[arg-type]
+            own[sign]["agreement"] = {part: getattr(agree, part).tolist() for part in ("share", "within", "chance")}
+            agreements.update({name: agree} if sign == "top" else {})
+        moments = fs.second_moments(lm, sample, range(lm.n_layers), max_tokens=math.inf)
+        censuses[name] = fs.census(lm, triggers=stated, moments={layer: each.matrix for layer, each in moments.items()})
+        own["census"] = [[each.ffn, each.attention, each.neurons, each.idle, each.effective_rank] for each in censuses[name].layers]
+        result[name] = own
+    if given.json:
+        given.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if given.pictures:
+        known = ("token", "bigram", "position", "relation", ("relation", "token"), "subject", ("subject", "token"), "object")
+        fs.profile_lines(seen, known, path=given.pictures / "profile-lines.png")
+        fs.profile_bars(seen, "part", path=given.pictures / "profile-parts.png")
+        fs.agreement_chart(agreements, path=given.pictures / "agreement.png")
+        fs.census_chart(censuses, path=given.pictures / "census.png")
+
+
+if __name__ == "__main__":
+    main()
