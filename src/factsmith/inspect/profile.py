@@ -85,12 +85,16 @@ class Profile:
         return [neuron for _, neuron in sorted(found, key=lambda pair: (-pair[0], pair[1]))]
 
     def share_of(self, feature: str, *, without: Iterable[str] = ()) -> Tensor:
-        """(layers,) float64: `share` of a feature, counting only neurons that are not selective for any of some others."""
+        """(layers,) float64: `share` of a feature, counting only neurons that are not selective for any of some others.
+
+        Raises InputError for a feature that is not there.
+        """
         without = tuple(without)
         shares = []
         for layer in self.layers:
+            chosen = self.selective(feature, layer, without=without)
             known = _known(each[:, self.features.index(feature)] for bank, each in self.neurons.items() if bank[0] == layer)
-            shares.append(len(self.selective(feature, layer, without=without)) / len(known) if len(known) else math.nan)
+            shares.append(len(chosen) / len(known) if len(known) else math.nan)
         return torch.tensor(shares, dtype=torch.float64)
 
     def tally(self, feature: str, layer: int) -> dict[Hashable, int]:
