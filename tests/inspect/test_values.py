@@ -10,8 +10,9 @@ import torch
 from conftest import GPT2, LLAMA, VOCAB, byte_tokenizer, tiny_model
 from factsmith.errors import InputError, LayerError, UnsupportedModelError
 from factsmith.inspect import values
-from factsmith.inspect.values import behind, extreme_tokens, find_unembedding, value_tokens
+from factsmith.inspect.values import behind, extreme_tokens, find_unembedding, promoters, value_tokens
 from factsmith.model.load import LanguageModel, wrap
+from factsmith.model.tokens import word_ids
 from factsmith.model.trace import hook_count
 
 GEMMA = {**LLAMA, "head_dim": 8, "final_logit_softcapping": None}
@@ -113,6 +114,38 @@ def test_what_screening_cannot_tell_apart_is_multiplied_exactly(monkeypatch: pyt
     assert same_as_exact(vectors, weight, 10) >= 0.99  # float32 itself cannot tell all apart
     monkeypatch.setattr(values, "_ERRORS", -torch.inf)
     assert same_as_exact(vectors, weight, 10) < 0.5
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mixtral"])
+@pytest.mark.parametrize("demoted", [False, True])
+def test_promoters_are_those_whose_values_rank_a_word_first(family: str, demoted: bool) -> None:
+    config = {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2} if family == "mixtral" else GPT2
+    lm = wrap(tiny_model(family, **config), byte_tokenizer(bos=False))
+    head, token = find_unembedding(lm), lm.tokenizer("a", add_special_tokens=False)["input_ids"][0]
+    ids, sign = word_ids(lm.tokenizer, "a"), -1 if demoted else 1
+    assert token in ids
+    expected = []
+    for ffn in lm.ffn:
+        for e, bank in enumerate(ffn.banks):
+            scores = sign * (head.fold(bank.values).double() @ head.weight.double().T)
+            for i, row in enumerate(scores):
+                rank, own = min((int((row > row[t]).sum()), -float(row[t])) for t in ids)
+                expected.append((rank, own, (ffn.layer, e, i) if ffn.n_experts else (ffn.layer, i)))
+    found = promoters(lm, "a", 6, demoted=demoted)
+    assert [p.neuron for p in found] == [neuron for *_, neuron in sorted(expected)[:6]]
+    assert [p.rank for p in found] == [rank for rank, *_ in sorted(expected)[:6]]
+    assert [sign * p.score for p in found] == pytest.approx([-own for _, own, _ in sorted(expected)[:6]], rel=1e-4)
+    assert {p.token.strip().casefold() for p in found} == {"a"}
+
+
+def test_a_word_of_several_tokens_is_looked_for_by_its_first(tiny_gpt2: LanguageModel) -> None:
+    """Of a tokenizer of bytes every word has several."""
+    first = promoters(tiny_gpt2, "zebra", 3)
+    assert {p.token.strip() for p in first} <= {"z", ""} and first
+    with pytest.raises(InputError, match="empty"):
+        promoters(tiny_gpt2, " ")
+    with pytest.raises(InputError, match="how many"):
+        promoters(tiny_gpt2, "zebra", 0)
 
 
 def test_a_vocabulary_smaller_than_what_is_asked_for() -> None:

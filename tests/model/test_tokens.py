@@ -11,7 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import byte_tokenizer, merging_tokenizer
 from factsmith.errors import InputError, SubjectError, TokenizerError
-from factsmith.model.tokens import align, encode, subject_span, target_ids
+from factsmith.model import atlas
+from factsmith.model.load import load
+from factsmith.model.tokens import align, encode, subject_span, target_ids, word_ids
 
 MAKERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "plain": byte_tokenizer,
@@ -133,3 +135,14 @@ def test_a_tokenizer_without_offsets_is_refused() -> None:
     slow: Any = Slow()
     with pytest.raises(TokenizerError, match="fast"):
         encode(slow, "Paris")
+
+
+def test_a_word_is_looked_for_with_and_without_its_space_and_case() -> None:
+    for name in atlas.names():
+        tokenizer = load(name).tokenizer
+        whole = word_ids(tokenizer, " paris ")
+        assert whole and {tokenizer.decode([i]).strip() for i in whole} <= {"Paris", "paris", "PARIS"}
+        several = word_ids(tokenizer, "Danielle Darrieux")
+        assert several and all("Danielle".startswith(tokenizer.decode([i]).strip()) for i in several)
+        with pytest.raises(InputError, match="empty"):
+            word_ids(tokenizer, "  ")

@@ -86,7 +86,8 @@ class Delta:
                 raise NumericsError(f"{name} holds NaN or infinity; this update would break the model")
 
     def __repr__(self) -> str:
-        return f"Delta({self.method}, {counted(len(self.facts), 'fact')}, layers {sorted(self.layers)}, rank {self.rank}, {self.n_bytes:,} bytes)"
+        facts = counted(len(self.facts), "fact")
+        return f"Delta({self.method}, {facts}, layers {sorted(self.layers)}, rank {self.rank}, {self.n_bytes:,} bytes)"
 
     def dense(self, layer: int) -> Tensor:
         """The update to one layer's down-projection, (d_model, d_ff) float32; raises LayerError for a layer it does not touch."""

@@ -28,19 +28,9 @@ from ..model.sample import own_text
 from ..model.scan import Bank
 from ..progress import Progress, tell
 from .triggers import Sign, Trigger, Triggers, find_triggers
-from .values import ValueTokens, value_tokens
+from .values import Promotion, ValueTokens, value_tokens
 
 _TEXTS = "texts.sqlite"
-
-
-@dataclass(frozen=True)
-class Promotion:
-    """A neuron whose value has a word among its tokens: which token, its rank (0: the first), and the score."""
-
-    neuron: Neuron
-    token: str
-    rank: int
-    score: float
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from ..errors import DamagedError, LayerError, UnsupportedModelError
 from ..model.ffn import Neuron, check_layer, find_neuron, same, tolerance
 from ..model.load import LanguageModel, check_model
 from ..model.scan import Bank, bank_name, bank_of, banks, named_bank
+from ..model.tokens import word_ids
 from ..model.trace import recording, replacing
 from ..progress import Progress, tell
 from ..tensors import read_tensors, write_tensors
@@ -266,6 +267,60 @@ def tokens_of(
         ids, scores = (bottom[row], -bottom_scores[row]) if is_negative else (top[row], top_scores[row])
         found.append([(lm.tokenizer.decode([token]), score) for token, score in zip(ids.tolist(), scores.tolist(), strict=True)])
     return found
+
+
+@dataclass(frozen=True)
+class Promotion:
+    """A neuron whose value has a word among its tokens: which token, its rank (0: the first), and the score."""
+
+    neuron: Neuron
+    token: str
+    rank: int
+    score: float
+
+
+@torch.no_grad()
+def promoters(lm: LanguageModel, word: str, k: int = 20, *, demoted: bool = False, norm: bool = True) -> list[Promotion]:
+    """The k neurons, of all the model's, whose values promote (or demote) a word most, by its rank among all tokens, then by score.
+
+    Any word will do: of one that is no single token its first is looked for (`word_ids`). Ranks are counted for the `_NEAR` · k values with
+    the largest share of their length along a token. Raises InputError for a word without a token, UnsupportedModelError as
+    `find_unembedding`.
+    """
+    check_model(lm)
+    k = check_count(k, "k", "how many neurons to find")
+    ids = word_ids(lm.tokenizer, word)
+    head, sign = find_unembedding(lm, norm=norm), -1.0 if demoted else 1.0
+    rows = head.weight[ids].float() * sign
+    every = banks(lm)
+    scale = _behind(lm, {bank[0] for bank in every}, norm)
+
+    def folded(bank: Bank, chosen: Tensor | slice) -> Tensor:
+        return head.fold((every[bank].values[chosen].float() * scale[bank[0]]).to(rows.device))
+
+    best: list[tuple[float, Bank, int, int]] = []
+    for bank in every:
+        values = folded(bank, slice(None))
+        along = (values @ rows.T) / values.norm(dim=1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
+        share, column = along.max(1)
+        top = share.topk(min(_NEAR * k, len(share)))
+        best += [(float(s), bank, int(i), int(column[i])) for s, i in zip(top.values, top.indices, strict=True) if s > 0]
+        best = sorted(best, key=lambda entry: -entry[0])[: _NEAR * k]
+    if not best:
+        return []
+    chosen = torch.stack([folded(bank, torch.tensor([i], device=every[bank].values.device))[0] for _, bank, i, _ in best])
+    own = (chosen * rows[[column for *_, column in best]]).sum(1)
+    ranks = torch.zeros(len(best), dtype=torch.int64, device=rows.device)
+    for part in torch.split(head.weight, 16_384):
+        ranks += (sign * (chosen @ part.float().T) > own[:, None] + own.abs()[:, None] * 1e-6).sum(1)  # itself is not above itself
+    found = [
+        Promotion((*bank, i), lm.tokenizer.decode([ids[column]]), rank, sign * score)
+        for (_, bank, i, column), rank, score in zip(best, ranks.tolist(), own.tolist(), strict=True)
+    ]
+    return sorted(found, key=lambda p: (p.rank, -abs(p.score), p.neuron))[:k]
+
+
+_NEAR = 16
 
 
 _ROWS, _GROUP, _MARGIN, _ERRORS = 256, 64, 14, 5

@@ -141,6 +141,21 @@ def target_ids(tokenizer: Any, prompt: str, target: str) -> list[int]:
     return tail
 
 
+def word_ids(tokenizer: Any, word: str) -> list[int]:
+    """The tokens that are a word, whatever their case and the space before them; where none is, those that a text begins it with.
+
+    Raises InputError when the word is empty or has no known token.
+    """
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    wanted = check_text(word, "the word").strip().casefold()
+    every = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    if wanted and (found := [i for i, text in enumerate(every) if text.strip().casefold() == wanted]):
+        return found
+    behind = target_ids(tokenizer, "The", word.strip())  # inside a text, where most tokenizers write a space into the token
+    alone = target_ids(tokenizer, "", word.strip())
+    return list(dict.fromkeys(ids[0] for ids in (behind, alone) if every[ids[0]].strip()))
+
+
 def align(lm_or_tokenizer: LanguageModel | Any, sequences: Sequence[Sequence[int]], pivots: Sequence[int]) -> Batch:
     """Put the pivot token of every sequence into one column; prefixes are padded on the left, suffixes on the right.
 
