@@ -4,7 +4,8 @@
 
 Two corpora. `crossed`: facts chosen so that subjects, relations and objects can be told apart, each in six phrasings: fewer than half of a
 neuron's 25 triggers, so that none is selective for what it met in one fact alone. The control deals labels out fact by fact. `stated`: two
-sentences for each of 5,000 facts at random, for the agreement of keys and values, and for the census.
+sentences for each of 5,000 facts at random, where triggers are of many facts: for the subject's type, the agreement of keys and values, and
+the census.
 
 A neuron that fires on a word of a name tells nothing of what it knows of the bearer. So subjects are also looked for behind the subject,
 and objects before the answer is read, each among the neurons with at least 15 of their triggers there.
@@ -25,9 +26,9 @@ import torch
 
 import factsmith as fs
 from factsmith.inspect.profile import Profile
-from factsmith.inspect.statements import Statement
+from factsmith.inspect.statements import PARTS, Statement
 from factsmith.model import atlas
-from factsmith.model.atlas.corpus import crossed, told
+from factsmith.model.atlas.corpus import as_fact, crossed
 
 TOP, EACH, LEAST, SAMPLE = 25, 6, 15, 5000
 SIGNS = ("top", "bottom")
@@ -102,17 +103,22 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     statements = fs.statements(crossed(atlas.facts()), each=EACH)
-    sample = told(random.Random(0).sample(atlas.facts(), SAMPLE))
+    sample = fs.statements(map(as_fact, random.Random(0).sample(atlas.facts(), SAMPLE)), each=2)
+    sentences, groups = [each.text for each in sample], {each.text: each.fact for each in sample}
+    known = fs.fact_labels(sample, atlas.subject_types())
+    known = {feature: known[feature] for feature in ("relation", "type")}
     result: dict[str, Any] = {"crossed": {"sentences": len(statements), "facts": len({each.fact for each in statements})}}
     seen: dict[str, Profile] = {}
     agreements, censuses = {}, {}
     for name in atlas.names():
         lm = fs.load(name)
+        stated = scanned(lm, sentences, given.kept / f"{name}-stated")
         triggers = scanned(lm, [each.text for each in statements], given.kept / f"{name}-crossed")
         own: dict[str, Any] = {}
         for sign in SIGNS:
             found = profiles(triggers, statements, sign)
             own[sign] = {what: rows(each) for what, each in found.items()}
+            own[sign]["stated"] = rows(fs.profile(stated, known, groups=groups, sign=sign))  # type: ignore[arg-type]
             own[sign]["shuffled"] = shuffled(triggers, statements, sign)
             layers = found["all"].layers
             own[sign]["parts"] = [found["all"].tally("part", layer) for layer in layers]
@@ -121,22 +127,21 @@ def main() -> None:
             if sign == "top":
                 seen[name] = found["all"]
             print(name, sign, json.dumps(own[sign]["all"]["features"]), flush=True)
-        stated = scanned(lm, sample, given.kept / f"{name}-stated")
         values = fs.value_tokens(lm, top=10)
         for sign in SIGNS:
             agree = fs.agreement(stated, values, sign=sign)  # type: ignore[arg-type]
             own[sign]["agreement"] = {part: getattr(agree, part).tolist() for part in ("share", "within", "chance")}
             agreements.update({name: agree} if sign == "top" else {})
-        moments = fs.second_moments(lm, sample, range(lm.n_layers), max_tokens=math.inf)
+        moments = fs.second_moments(lm, sentences, range(lm.n_layers), max_tokens=math.inf)
         censuses[name] = fs.census(lm, triggers=stated, moments={layer: each.matrix for layer, each in moments.items()})
         own["census"] = [[each.ffn, each.attention, each.neurons, each.idle, each.effective_rank] for each in censuses[name].layers]
         result[name] = own
     if given.json:
         given.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if given.pictures:
-        known = ("token", "bigram", "position", "relation", ("relation", "token"), "subject", ("subject", "token"), "object")
-        fs.profile_lines(seen, known, path=given.pictures / "profile-lines.png")
-        fs.profile_bars(seen, "part", path=given.pictures / "profile-parts.png")
+        lines = ("token", "position", "relation", ("relation", "token"), "subject", ("subject", "token"), "object")
+        fs.profile_lines(seen, lines, path=given.pictures / "profile-lines.png")
+        fs.profile_bars(seen, "part", values=PARTS, path=given.pictures / "profile-parts.png")
         fs.agreement_chart(agreements, path=given.pictures / "agreement.png")
         fs.census_chart(censuses, path=given.pictures / "census.png")
 

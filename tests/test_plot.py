@@ -228,6 +228,10 @@ def test_profile_bars_stack_up_to_the_selective_share(scanned: Triggers) -> None
         "others",
     ]
     assert np.allclose(heights[0], [tally.get(first, 0) / 128 for tally in tallies])
+    chosen = profile_bars(found, "position", values=[second, first]).axes[0].containers
+    assert [bar.get_height() for bar in chosen[1]] == pytest.approx(heights[0]) and len(chosen) == 3
+    with pytest.raises(InputError, match="got 9 values"):
+        profile_bars(found, "position", values=range(9))
     with pytest.raises(InputError, match="n is 0"):
         profile_bars(found, "position", n=0)
     with pytest.raises(InputError, match="no profile of 'noun'"):

@@ -458,15 +458,17 @@ def profile_bars(
     feature: str,
     *,
     n: int = 6,
+    values: Sequence[Hashable] | None = None,
     names: Mapping[Hashable, str] | None = None,
     path: str | os.PathLike[str] | None = None,
 ) -> Figure:
-    """Draw by layer how many neurons are selective for which value of a feature: the n commonest values, and the others together.
+    """Draw by layer how many neurons are selective for which value of a feature: some values, and the others together.
 
-    found  one profile, or several by title, side by side; a value has the same filling in all
-    names  how values are called; a value that is not there is called as it is written
+    found   one profile, or several by title, side by side; a value has the same filling in all
+    values  which to tell apart, from below; None: the n commonest
+    names   how values are called; a value that is not there is called as it is written
 
-    `path` as for `heat_map`. Raises InputError for a feature that is not there, n < 1, or another record.
+    `path` as for `heat_map`. Raises InputError for a feature that is not there, n < 1, too many values to tell apart, or another record.
     """
     panels = _by_title(found, Profile, "profile_bars")
     n = check_count(n, "n", f"the number of values to tell apart, 1 to {len(_FILLINGS)}")
@@ -475,13 +477,15 @@ def profile_bars(
     for layers in tallies.values():
         for tally in layers:
             totals.update(tally)
-    values = [value for value, _ in totals.most_common(min(n, len(_FILLINGS)))]
+    values = [value for value, _ in totals.most_common(n)] if values is None else list(values)
+    if len(values) > len(_FILLINGS):
+        raise InputError(f"got {len(values)} values to draw; expected at most {len(_FILLINGS)}: the others are drawn together")
     figure, grid = _side_by_side(len(panels), 2.9)
     for axes, (title, own) in zip(grid, panels.items(), strict=True):
         neurons = [sum(len(each) for bank, each in own.neurons.items() if bank[0] == layer) for layer in own.layers]
         heights = [[tally.get(value, 0) for tally in tallies[title]] for value in values]
         labels = [_fit((names or {}).get(value, str(value)), 28).rstrip() for value in values]
-        if len(totals) > len(values):
+        if set(totals) - set(values):
             heights.append([sum(tally.values()) - sum(own) for tally, own in zip(tallies[title], zip(*heights, strict=True), strict=True)])
             labels.append("others")
         bottom = np.zeros(len(neurons))
@@ -494,7 +498,7 @@ def profile_bars(
         _layer_axes(axes)
     _shared_heights(grid, "share of neurons")
     _legend_below(figure, grid[0])
-    figure.suptitle(f"Neurons selective for one value of: {feature}", fontsize=8, x=0.02, ha="left", parse_math=False)
+    figure.suptitle(f"Selective neurons, by {feature}", fontsize=8, x=0.02, ha="left", parse_math=False)
     return _finished(figure, path)
 
 
@@ -613,7 +617,7 @@ def _filling(solid: bool) -> dict[str, Any]:
 def _check_record(record: object, kind: type, drawn_by: str) -> None:
     """Raises InputError for what this figure cannot show, and names the one that can."""
     if not isinstance(record, kind):
-        other = {CausalTrace: "heat_map", AverageTrace: "class_map or class_lines", KnowledgeNeurons: "neuron_chart"}
+        other: dict[type, str] = {CausalTrace: "heat_map", AverageTrace: "class_map or class_lines", KnowledgeNeurons: "neuron_chart"}
         other |= {Composition: "prediction_chart", Refinement: "refinement_chart"}
         other |= {Profile: "profile_lines or profile_bars", Agreement: "agreement_chart", Census: "census_chart"}
         instead = next((f"; draw it with {name}" for known, name in other.items() if isinstance(record, known)), "")

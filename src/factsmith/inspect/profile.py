@@ -45,7 +45,7 @@ class Profile:
     chance    (layers, features) the same for triggers or groups dealt out at random once more: about 0.01 or less
     purity    (layers, features) mean share of a neuron's triggers that have its commonest value
     control   (layers, features) the same for triggers or groups dealt out at random
-    needed    (layers, features) the purity that counts as selective
+    needed    (layers, features) the purity that counts as selective; above 1 where more than 1 in 100 of the control is pure: then none is
     possible  (features,) how much of the corpus a neuron could be selective for at all: the share of the labelled texts whose value stands
               in texts enough to fill half of a neuron's triggers; NaN for what is no mapping of texts
     neurons   {bank: (d_ff, features)} each neuron's purity; NaN for one with fewer triggers than `least`
