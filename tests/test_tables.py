@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
-from factsmith.tables import Shown, Table, counted, ending, visible
+import factsmith as fs
+from conftest import GPT2, byte_tokenizer, tiny_model
+from factsmith.tables import Shown, Table, counted, ending, quoted, visible
 from factsmith.verify import Check, Verification
 
 EVIL = "<script>alert(1)</script>\x1b[31m\u202e"
@@ -82,3 +85,26 @@ def test_small_words() -> None:
     assert counted(2, "patch", "es") == "2 patches"
     assert visible("a\tb\x07c") == "a b�c"
     assert ending("one two three four", 10) == "… four" and ending("short", 10) == "short"
+
+
+def test_every_result_of_reading_shows_itself_without_its_tensors(tmp_path: Path) -> None:
+    lm = fs.wrap(tiny_model("gpt2", **GPT2), byte_tokenizer())
+    index = fs.build_index(lm, ["The capital of France is Paris.", "Bulgaria joined in 2007, <i>it</i> is said."], tmp_path)
+    composed = fs.compose(lm, "The capital of", contrast="x")
+    results = [
+        composed,
+        fs.refinement(lm, ["The capital of", "Where is"]),
+        fs.agreement(index.triggers, index.values),
+        fs.profile(index.triggers, least=1),
+        fs.census(lm),
+        fs.card(lm, index, (1, 2), [("The capital of France is", "Paris")]),
+    ]
+    for result in results:
+        assert isinstance(result, Shown)
+        assert 2 <= len(repr(result).splitlines()) < 60 and "tensor(" not in repr(result)
+        assert "<i>" not in result._repr_html_() and cells(result._repr_html_()).elements >= {"table", "td"}
+    for part in composed.parts:
+        assert f"{part.logit:+.2f}" in repr(composed)
+    assert all(quoted(c.writes) in repr(composed).replace("\n", " ") and len(c.writes) == 5 for c in composed.strongest(3))
+    for other in (index, index.triggers, index.values, index.triggers.of((1, 2)), index.triggers.banks):
+        assert len(repr(other)) < 3000 and "tensor(" not in repr(other)

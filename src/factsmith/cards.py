@@ -11,6 +11,7 @@ answer's probability measured again. `fact_adds` leaves that out: what it finds 
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from .model.load import LanguageModel, check_model
 from .model.scan import Bank, Coefficients, bank_of, banks, scan
 from .model.tokens import target_ids
 from .progress import Progress, tell
+from .tables import Shown, Table, ending, quoted
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class FactUse:
     p_silenced: float
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Card:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Card(Shown):
     """A neuron.
 
     neuron       (layer, i) or (layer, expert, i)
@@ -73,6 +75,30 @@ class Card:
     counts: Tensor
     facts: tuple[FactUse, ...]
     n_asked: int
+
+    def tables(self) -> list[Table]:
+        """The value's tokens, the coefficients, the key's triggers, and facts with and without the neuron."""
+        low, high = float(self.edges[0]), float(self.edges[-1])
+        title = f"neuron {' '.join(map(str, self.neuron))} of {self.model}; on at {self.fired:.1%} of the tokens"
+        value = [
+            ("promotes", quoted([token for token, _ in self.promotes])),
+            ("demotes", quoted([token for token, _ in self.demotes])),
+            ("coefficients", f"{_bars(self.counts.tolist())} from {low:.2f} to {high:.2f}"),
+        ]
+        found = [Table(title, {"": "<", " ": "<"}, value)]
+        for name, triggers in (("fires most at", self.triggers), ("is lowest at", self.bottom[:3])):
+            rows = [(f"{t.coefficient:+.2f}", ending(t.prefix)) for t in triggers]
+            columns = {"coefficient": ">", "text up to the token": "<"} if rows else {}
+            found.append(Table(name if rows else f"{name} nothing", columns, rows))
+        uses = [(f"{use.p:.1%}", f"{use.p_silenced:.1%}", f"{use.prompt} {use.answer}") for use in self.facts]
+        asked = f"the facts it adds most to, of {self.n_asked:,} known ones" if uses else "it adds to no fact asked"
+        return [*found, Table(asked, {"p": ">", "p without it": ">", "fact": "<"} if uses else {}, uses)]
+
+
+def _bars(counts: list[int]) -> str:
+    """A histogram in one line, its heights by logarithm."""
+    most = math.log1p(max(counts))
+    return "".join(" ▁▂▃▄▅▆▇█"[round(8 * math.log1p(n) / most) if most else 0] for n in counts)
 
 
 _BINS, _TEXTS, _POOL = 30, 256, 400

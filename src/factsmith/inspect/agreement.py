@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..tables import Shown, Table
 from .triggers import Sign, Triggers
 from .values import ValueTokens
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Agreement:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Agreement(Shown):
     """How often a value promotes what follows its strongest trigger.
 
     layers   the layers that were scanned and read, ascending
@@ -35,6 +36,13 @@ class Agreement:
     within: Tensor
     chance: Tensor
     counted: Tensor
+
+    def tables(self) -> list[Table]:
+        """The shares by layer, beside chance."""
+        columns = zip(self.layers, self.counted.tolist(), self.share.tolist(), self.within.tolist(), self.chance.tolist(), strict=True)
+        rows = [(str(layer), f"{n:,}", f"{share:.2%}", f"{within:.2%}", f"{chance:.2%}") for layer, n, share, within, chance in columns]
+        names = ("layer", "neurons", "first token", "among its first", "by chance")
+        return [Table("values that promote what follows their strongest trigger", dict.fromkeys(names, ">"), rows)]
 
 
 def agreement(triggers: Triggers, values: ValueTokens, *, sign: Sign = "top") -> Agreement:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import FingerprintError, InputError
 from ..model.load import LanguageModel, check_model
+from ..tables import Shown, Table, counted
 from .triggers import Triggers
 
 
@@ -38,8 +39,8 @@ class LayerCensus:
     effective_rank: float | None
 
 
-@dataclass(frozen=True)
-class Census:
+@dataclass(frozen=True, repr=False)
+class Census(Shown):
     """Parameters by part, and each layer's.
 
     ffn, attention, embeddings, other  numbers of parameters; a tied unembedding counts once, as an embedding
@@ -51,6 +52,30 @@ class Census:
     embeddings: int
     other: int
     layers: tuple[LayerCensus, ...]
+
+    def tables(self) -> list[Table]:
+        """Parameters by part, and layer by layer."""
+        parts = {"memory (FFN)": self.ffn, "attention": self.attention, "embeddings": self.embeddings, "other": self.other}
+        names = ("layer", "memory", "attention", "neurons", "idle", "effective rank")
+        rows = [
+            (
+                str(layer.layer),
+                f"{layer.ffn:,}",
+                f"{layer.attention:,}",
+                f"{layer.neurons:,}",
+                "" if layer.idle is None else f"{layer.idle:,}",
+                "" if layer.effective_rank is None else f"{layer.effective_rank:,.0f} of {layer.neurons:,}",
+            )
+            for layer in self.layers
+        ]
+        return [
+            Table(
+                f"{self.model}: {self.parameters:,} parameters, {counted(self.neurons, 'neuron')}",
+                {"part": "<", "parameters": ">", "share": ">"},
+                [(name, f"{n:,}", f"{n / self.parameters:.1%}") for name, n in parts.items()],
+            ),
+            Table("", dict.fromkeys(names, ">"), rows),
+        ]
 
     @property
     def parameters(self) -> int:

@@ -14,20 +14,21 @@ divisor is fixed at what it was in this pass. So every addition has a share of t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..checks import whole_number
+from ..checks import check_count, whole_number
 from ..errors import InputError
 from ..model.ffn import Neuron
 from ..model.load import LanguageModel, check_model
 from ..model.scan import Bank
 from ..model.tokens import target_ids
+from ..tables import Shown, Table, counted, quoted
 from .stream import carrying_half, read_logits, read_stream, shares, way_up
-from .values import behind, find_unembedding
+from .values import behind, find_unembedding, tokens_of
 
 Kind = Literal["embedding", "attention", "ffn", "shift"]
 
@@ -43,27 +44,30 @@ class Part:
 
 @dataclass(frozen=True)
 class Contribution:
-    """One sub-update: the neuron, its coefficient (times its expert's weight), and what it adds to the token's logit."""
+    """One sub-update: the neuron, its coefficient (times its expert's weight), what it adds to the token's logit, and the tokens that it
+    promotes most, where they were looked up."""
 
     neuron: Neuron
     coefficient: float
     logit: float
+    writes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Composition:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Composition(Shown):
     """A prediction taken apart.
 
     prompt         the text
     tokens         its tokens as text
     position       which of them the prediction is made at
     target         the token predicted, as text, and `target_id`
-    contrast_id    the token whose logit is taken off; None: the logit alone
+    contrast       the token whose logit is taken off, as text, and `contrast_id`; None: the logit alone
     logit          of the target (less the contrast's), before any softcap
     parts          what every part adds to it, from the embedding up; their sum is the logit
     neurons        {bank: (coefficients (d_ff,), logits (d_ff,))}, float32; of experts those that were chosen
     ranks          (2 n_layers + 1,) int64, rank of the target (0: the likeliest) in the stream: embedding, behind each attention and memory
     probabilities  (2 n_layers + 1,) float32, its probability there, read through the model's own tail
+    writes         the tokens that the strongest sub-updates promote most
     """
 
     prompt: str
@@ -71,12 +75,35 @@ class Composition:
     position: int
     target: str
     target_id: int
+    contrast: str | None
     contrast_id: int | None
     logit: float
     parts: tuple[Part, ...]
     neurons: Mapping[Bank, tuple[Tensor, Tensor]]
     ranks: Tensor
     probabilities: Tensor
+    writes: Mapping[Neuron, tuple[str, ...]]
+
+    def tables(self, k: int = 10) -> list[Table]:
+        """What every part adds, with the target's way up; then the k neurons that add most to it, and the k that take most."""
+        against = "" if self.contrast is None else f" above that of {self.contrast!r}"
+        half = f"{counted(self.half, 'neuron')} of {sum(len(m) for m, _ in self.neurons.values()):,} carry half of what speaks for it"
+        title = f"{self.prompt} {self.target.strip()}: logit {self.logit:.2f}{against}; {half}"
+        parts = []
+        for row in self.rows():
+            alone = "shift and bias" if row["part"] == "shift" else row["part"]
+            name = alone if row["layer"] is None else f"layer {row['layer']} {row['part']}"
+            behind = ("", "") if row["rank"] is None else (f"{row['rank']:,}", f"{row['probability']:.1%}")
+            parts.append((name, f"{row['logit']:+.2f}", *behind))
+        columns = {"neuron": "<", "coefficient": ">", "adds": ">", "what it writes": "<"}
+        neurons = [
+            (" ".join(map(str, c.neuron)), f"{c.coefficient:+.2f}", f"{c.logit:+.3f}", quoted(c.writes))
+            for c in (*self.strongest(k), *self.strongest(k, against=True))
+        ]
+        return [
+            Table(title, {"part": "<", "adds": ">", "rank": ">", "probability": ">"}, parts),
+            Table("the neurons that add most, and take most", columns, neurons),
+        ]
 
     def strongest(self, k: int = 10, *, against: bool = False) -> list[Contribution]:
         """The k sub-updates that add most to the logit, or (against) take most from it."""
@@ -85,7 +112,7 @@ class Composition:
         for bank, (coefficients, logits) in self.neurons.items():
             best = (sign * logits).topk(min(k, len(logits)))
             found += [
-                Contribution((*bank, int(i)), float(coefficients[i]), float(logits[i]))
+                Contribution((*bank, int(i)), float(coefficients[i]), float(logits[i]), self.writes.get((*bank, int(i)), ()))
                 for value, i in zip(best.values, best.indices, strict=True)
                 if value > 0
             ]
@@ -101,12 +128,14 @@ class Composition:
 
     def to_dict(self, k: int = 10) -> dict[str, Any]:
         """The record as plain JSON-able values: of the neurons the k that add most, then the k that take most."""
-        named = ("prompt", "tokens", "position", "target", "target_id", "contrast_id", "logit", "half")
+        named = ("prompt", "tokens", "position", "target", "target_id", "contrast", "contrast_id", "logit", "half")
         neurons = [*self.strongest(k), *self.strongest(k, against=True)]
         return {
             **{name: getattr(self, name) for name in named},
             "parts": self.rows(),
-            "neurons": [{"neuron": list(c.neuron), "coefficient": c.coefficient, "logit": c.logit} for c in neurons],
+            "neurons": [
+                {"neuron": list(c.neuron), "coefficient": c.coefficient, "logit": c.logit, "writes": list(c.writes)} for c in neurons
+            ],
         }
 
     @property
@@ -116,16 +145,28 @@ class Composition:
 
 
 @torch.no_grad()
-def compose(lm: LanguageModel, prompt: str, target: str | None = None, *, contrast: str | None = None, position: int = -1) -> Composition:
+def compose(
+    lm: LanguageModel,
+    prompt: str,
+    target: str | None = None,
+    *,
+    contrast: str | None = None,
+    position: int = -1,
+    top: int = 10,
+    tokens: int = 5,
+) -> Composition:
     """Take the prediction at one token of a prompt apart.
 
     target    text whose first token is looked at; None: the token the model says
     contrast  text whose first token's logit is taken off, so that shares say why the one and not the other
     position  which token of the prompt predicts (negative: from its end)
+    top       of how many of the sub-updates that add most, and that take most, the tokens they promote are looked up, so many `tokens` each
 
-    Raises InputError for an empty prompt, a position outside it, or a target without a token; UnsupportedModelError as `find_unembedding`.
+    Raises InputError for an empty prompt, a position outside it, a count below 1, or a target without a token; UnsupportedModelError as
+    `find_unembedding`.
     """
     check_model(lm)
+    top, tokens = check_count(top, "top", "how many sub-updates to look up"), check_count(tokens, "tokens", "how many tokens of each")
     ids = lm.prompt_ids(prompt)
     at = whole_number(position)
     if at is None or not -len(ids) <= at < len(ids):
@@ -155,16 +196,21 @@ def compose(lm: LanguageModel, prompt: str, target: str | None = None, *, contra
                     neurons[(ffn.layer, place) if ffn.n_experts else (ffn.layer,)] = (banks.m[0, slot].cpu(), added[slot])
     parts.append(Part("shift", None, float(constant)))
     ranks, probabilities, _ = way_up(lm, stream.states, chosen)
-    return Composition(
+    found = Composition(
         prompt=prompt,
         tokens=tuple(lm.tokenizer.decode([i]) for i in ids),
         position=at,
         target=lm.tokenizer.decode([wanted]),
         target_id=wanted,
+        contrast=None if other is None else lm.tokenizer.decode([other]),
         contrast_id=other,
         logit=float(logit),
         parts=tuple(parts),
         neurons=neurons,
         ranks=ranks[:, 0],
         probabilities=probabilities[:, 0],
+        writes={},
     )
+    looked_up = [*found.strongest(top), *found.strongest(top, against=True)]
+    written = tokens_of(lm, [c.neuron for c in looked_up], [c.coefficient < 0 for c in looked_up], tokens)
+    return replace(found, writes={c.neuron: tuple(token for token, _ in own) for c, own in zip(looked_up, written, strict=True)})

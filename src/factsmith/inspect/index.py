@@ -42,13 +42,16 @@ class Firing:
     trigger: Trigger
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Index:
     """Triggers and value tokens of one model, and the folder they are in."""
 
     folder: Path
     triggers: Triggers
     values: ValueTokens
+
+    def __repr__(self) -> str:
+        return f"Index({str(self.folder)!r}, {self.triggers!r}, {self.values!r})"
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], lm: LanguageModel | None = None) -> Index:

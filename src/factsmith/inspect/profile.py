@@ -29,14 +29,15 @@ from torch import Tensor
 from ..checks import check_count, check_seed
 from ..errors import InputError
 from ..model.scan import Bank
+from ..tables import Shown, Table
 from .triggers import Sign, Trigger, Triggers
 
 Label: TypeAlias = Mapping[str, Hashable] | Callable[[Trigger], Hashable | None]
 """What is known about triggers: a value for each text, or a function of the trigger; None, or a text that is not there, is no value."""
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Profile:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Profile(Shown):
     """What triggers share, by layer and feature.
 
     layers    the layers, ascending
@@ -64,6 +65,16 @@ class Profile:
     counted: Tensor
     _commonest: Mapping[Bank, Tensor] = field(repr=False)  # (d_ff, features) which value it is, -1 for none
     _values: Mapping[str, Sequence[Hashable]] = field(repr=False)
+
+    def tables(self) -> list[Table]:
+        """Of each layer's neurons, how many are selective for each feature."""
+        rows = [
+            (str(layer), f"{int(n):,}", *("" if math.isnan(x) else f"{x:.1%}" for x in share))
+            for layer, n, share in zip(self.layers, self.counted, self.share.tolist(), strict=True)
+        ]
+        chance = [x for x in self.chance.flatten().tolist() if not math.isnan(x)]
+        note = f"dealt out at random: at most {max(chance):.1%}" if chance else ""
+        return [Table("neurons selective for", {"layer": ">", "neurons": ">", **dict.fromkeys(self.features, ">")}, rows, note)]
 
     def selective(self, feature: str, layer: int, *, without: Iterable[str] = ()) -> list[tuple[int, ...]]:
         """The neurons of a layer that are selective for a feature, and not for any of some others, purest first.

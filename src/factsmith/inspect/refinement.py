@@ -30,6 +30,7 @@ from ..model.load import LanguageModel, check_model
 from ..model.scan import banks
 from ..model.tokens import target_ids
 from ..progress import Progress, tell
+from ..tables import Shown, Table
 from .stream import Fired, Stream, carrying_half, read_logits, read_stream, shares, unfold, way_up
 from .values import Unembedding, ValueTokens, behind, extreme_tokens, find_unembedding, value_tokens
 
@@ -38,8 +39,8 @@ CASES = ("residual", "ffn", "agreement", "composition")
 _ROWS = 64  # prompts in a batch: each brings the coefficients of all layers
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Refinement:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class Refinement(Shown):
     """n predictions of a model with L layers, layer by layer; shares are float64.
 
     answers        (n,) int64, the token looked at: the one the model says, or the target's first
@@ -74,6 +75,27 @@ class Refinement:
     norm: bool
     model: str
 
+    def tables(self) -> list[Table]:
+        """Layer by layer what its own prediction is, and how far the answer is."""
+        title = (
+            f"{len(self.answers):,} predictions of {self.model}; half of what speaks for the answer: "
+            f"{int(self.half.median()):,} of {self.neurons:,} sub-updates"
+        )
+        median, first = self.quantiles(0.5)[0].tolist(), self.first.tolist()
+        rows = [
+            (
+                str(layer),
+                f"{float(self.composed[0, layer]):.1%}",
+                f"{float(self.says[layer]):.1%}",
+                *(f"{float(self.cases[case][layer]):.1%}" for case in self.cases),
+                f"{median[2 * layer + 2]:,.0f}",
+                f"{first[2 * layer + 2]:.1%}",
+            )
+            for layer in range(len(self.says))
+        ]
+        names = ("layer", "no memory's", "says the answer", *self.cases, "median rank", "first")
+        return [Table(title, dict.fromkeys(names, ">"), rows, "no memory's: the layer's prediction is that of none of its memories")]
+
     @property
     def first(self) -> Tensor:
         """(2 L + 1,) of the predictions, in how many the answer is the likeliest token already."""
@@ -97,12 +119,6 @@ class Refinement:
                 row |= {f"{name} rank": float(median[at]), f"{name} first": float(first[at]), f"{name} p": float(probability[at])}
             found.append(row)
         return found
-
-    def __repr__(self) -> str:
-        return (
-            f"Refinement({len(self.answers):,} predictions of {self.model}, {len(self.says)} layers, "
-            f"half carried by {int(self.half.median())} of {self.neurons:,} sub-updates, norm={self.norm})"
-        )
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ from ..model.ffn import Neuron, check_layer
 from ..model.load import LanguageModel, check_model
 from ..model.scan import Bank, Coefficients, Piece, bank_name, bank_of, banks, batches, named_bank, pieces, scan, windows
 from ..progress import Progress, tell
+from ..tables import counted, ending
 from ..tensors import read_tensors, write_tensors
 
 Sign = Literal["top", "bottom"]
@@ -45,7 +46,7 @@ _SECONDS = 60.0
 """Between checkpoints, at least; and twenty times as long as the last one took to write."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trigger:
     """A place in a text where a neuron's coefficient is among its largest (or smallest).
 
@@ -70,8 +71,11 @@ class Trigger:
         """The text up to and with the token."""
         return self.text[: self.stop]
 
+    def __repr__(self) -> str:
+        return f"Trigger({self.coefficient:+.2f}, {ending(self.prefix)!r})"
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class BankTriggers:
     """The triggers of one bank of neurons, best first; a coefficient of 0 marks an empty place.
 
@@ -88,8 +92,12 @@ class BankTriggers:
     fired: Tensor
     mean_square: Tensor
 
+    def __repr__(self) -> str:
+        n, t = self.coefficients["top"].shape
+        return f"BankTriggers({counted(n, 'neuron')}, {t} triggers each)"
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Triggers:
     """What every neuron of some layers fires on in a corpus.
 
@@ -112,6 +120,10 @@ class Triggers:
     _ids: Tensor = field(repr=False)  # the texts' tokens, one after another
     _spans: Tensor = field(repr=False)  # (n, 2) their characters
     _starts: Tensor = field(repr=False)  # (texts + 1,) where each text's tokens begin
+
+    def __repr__(self) -> str:
+        n = counted(sum(len(bank.fired) for bank in self.banks.values()), "neuron")
+        return f"Triggers({n} of {self.model} in {counted(len(self.banks), 'bank')}, from {counted(self.n_tokens, 'token')})"
 
     def of(self, neuron: Neuron, *, sign: Sign = "top", k: int | None = None) -> list[Trigger]:
         """The triggers of a neuron, strongest first, at most k. Raises LayerError for a neuron that was not scanned."""
