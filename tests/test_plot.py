@@ -422,3 +422,9 @@ def test_many_predictions_are_drawn_by_layer(tiny_gpt2: LanguageModel, tmp_path:
         assert not title.overlaps(box), "a title beside or above its legend"
     with pytest.raises(InputError, match="got a Refinement; draw it with refinement_chart"):
         prediction_chart(found)  # type: ignore[arg-type]
+
+
+def test_a_notebook_shows_a_picture_at_the_size_of_a_column() -> None:
+    drawn = curves({"line": ([0, 1], [0.0, 1.0], [0.0, 0.9], [0.1, 1.1])}, x_label="x", y_label="y")
+    png, size = drawn._repr_png_()  # type: ignore[attr-defined]
+    assert png.startswith(b"\x89PNG") and 200 < size["width"] < 600

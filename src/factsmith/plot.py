@@ -83,6 +83,13 @@ _MIN_WIDTH = 20
 _PLAIN = {"facecolor": "0.93", "linewidth": 0, "pad": 0.5}  # behind words on hatching
 
 
+class _Picture(Figure):
+    """A figure that a notebook shows as it is, at the size of a column on the page."""
+
+    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+        return _drawn(self, "png"), {"width": round(110 * self.get_figwidth())}
+
+
 def heat_map(trace: CausalTrace, *, path: str | os.PathLike[str] | None = None) -> Figure:
     """Draw p(answer) after restoring each (token, layer), as Figure 1 of Meng et al. 2022 (arXiv 2202.05262).
 
@@ -92,7 +99,7 @@ def heat_map(trace: CausalTrace, *, path: str | os.PathLike[str] | None = None) 
     """
     _check_record(trace, CausalTrace, "heat_map")
     n_tokens, n_layers = trace.scores.shape
-    figure = Figure(figsize=(_COLUMN_WIDTH, 1.25 + 0.155 * n_tokens), dpi=300, layout="constrained")
+    figure = _Picture(figsize=(_COLUMN_WIDTH, 1.25 + 0.155 * n_tokens), dpi=300, layout="constrained")
     axes = figure.add_subplot()
     (low, high), lowest = _range(trace), float(trace.scores.min())
     colours = _even(_COLOUR_MAPS[trace.kind])
@@ -162,7 +169,7 @@ def class_map(average: AverageTrace, *, path: str | os.PathLike[str] | None = No
     """
     _check_record(average, AverageTrace, "class_map")
     names = list(average.effects)
-    figure = Figure(figsize=(_COLUMN_WIDTH, 0.55 + 1.25 * len(names)), dpi=300, layout="constrained")
+    figure = _Picture(figsize=(_COLUMN_WIDTH, 0.55 + 1.25 * len(names)), dpi=300, layout="constrained")
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
     lows: list[float] = []
     for axes, name in zip(panels, names, strict=True):
@@ -195,7 +202,7 @@ def class_lines(average: AverageTrace, *, path: str | os.PathLike[str] | None = 
     """
     _check_record(average, AverageTrace, "class_lines")
     names = list(average.effects)
-    figure = Figure(figsize=(_COLUMN_WIDTH, 0.85 + 1.35 * len(names)), dpi=300, layout="constrained")
+    figure = _Picture(figsize=(_COLUMN_WIDTH, 0.85 + 1.35 * len(names)), dpi=300, layout="constrained")
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
     for axes, name in zip(panels, names, strict=True):
         tables = [getattr(average, part)[name].tolist() for part in ("effects", "low", "high")]
@@ -238,7 +245,7 @@ def neuron_chart(found: KnowledgeNeurons, *, n: int = 12, path: str | os.PathLik
     _check_record(found, KnowledgeNeurons, "neuron_chart")
     n = check_count(n, "n", "the number of neurons to draw, 1 or more")
     top, refined = found.top(n), set(found.refined)
-    figure = Figure(figsize=(_COLUMN_WIDTH, 2.1 + 0.145 * len(top)), dpi=300, layout="constrained")
+    figure = _Picture(figsize=(_COLUMN_WIDTH, 2.1 + 0.145 * len(top)), dpi=300, layout="constrained")
     bars, layers = figure.subplots(2, 1, height_ratios=(0.145 * len(top) + 0.45, 1.0))
     for row, (neuron, average) in enumerate(top):
         bars.barh(row, average, height=0.72, **_filling(neuron in refined))
@@ -283,7 +290,7 @@ def curves(
     """
     if not series or any(len({len(part) for part in parts}) != 1 for parts in series.values()):
         raise InputError(f"series {list(series)} cannot be drawn; expected at least one, each with as many x as y, low and high")
-    figure = Figure(figsize=(_COLUMN_WIDTH, 2.4), dpi=300, layout="constrained")
+    figure = _Picture(figsize=(_COLUMN_WIDTH, 2.4), dpi=300, layout="constrained")
     axes = figure.add_subplot()
     _draw_lines(axes, series, itertools.cycle(_LINES))
     for position, line in ((mark_x, axes.axvline), (mark_y, axes.axhline)):
@@ -308,7 +315,7 @@ def prediction_chart(found: Composition, *, path: str | os.PathLike[str] | None 
     """
     _check_record(found, Composition, "prediction_chart")
     n_layers = len(found.ranks) // 2
-    figure = Figure(figsize=(_COLUMN_WIDTH, 3.6), dpi=300, layout="constrained")
+    figure = _Picture(figsize=(_COLUMN_WIDTH, 3.6), dpi=300, layout="constrained")
     panels = figure.subplots(3, 1, sharex=True, height_ratios=(1, 1, 1.3))
     at = _up_the_layers(n_layers)
     _draw_way_up(panels[0], at, found.probabilities.tolist(), "behind FFN", "behind attention")
@@ -346,7 +353,7 @@ def refinement_chart(found: Refinement, *, path: str | os.PathLike[str] | None =
     """
     _check_record(found, Refinement, "refinement_chart")
     n_layers = len(found.says)
-    figure = Figure(figsize=(_COLUMN_WIDTH, 6.3), dpi=300, layout="constrained")
+    figure = _Picture(figsize=(_COLUMN_WIDTH, 6.3), dpi=300, layout="constrained")
     alone, whose, first, rank = figure.subplots(4, 1, sharex=True)
     for share, composed, chance, (colour, _, marker) in zip(found.among, found.composed, found.chance, _LINES, strict=False):
         label = "all" if share == 1 else f"strongest {share:.0%}" if share else "strongest"
@@ -572,7 +579,7 @@ def _by_title(found: Any, kind: type, drawn_by: str) -> dict[str, Any]:
 
 def _side_by_side(n: int, height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
     """A figure with so many panels in a row, two to the width of a page, and rows of them."""
-    figure = Figure(figsize=(_COLUMN_WIDTH * max(1, n * 0.94), height), dpi=300 if n == 1 else 200, layout="constrained")
+    figure = _Picture(figsize=(_COLUMN_WIDTH * max(1, n * 0.94), height), dpi=300 if n == 1 else 200, layout="constrained")
     return figure, list(figure.subplots(rows, n, squeeze=False).flat)
 
 
@@ -722,12 +729,17 @@ def check_path(path: str | os.PathLike[str]) -> None:
 
 def _save(figure: Figure, path: Path) -> None:
     check_path(path)
-    picture = io.BytesIO()  # drawn in full before the file is touched
+    picture = _drawn(figure, path.suffix.lower()[1:])  # in full before the file is touched
+    try:
+        path.write_bytes(picture)
+    except OSError as error:
+        raise WorkspaceError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from None
+
+
+def _drawn(figure: Figure, kind: str) -> bytes:
+    written = io.BytesIO()
     with warnings.catch_warnings():
         # A script that the font lacks is drawn as boxes; that is no reason to interrupt the caller.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-        figure.savefig(picture, format=path.suffix.lower()[1:])
-    try:
-        path.write_bytes(picture.getvalue())
-    except OSError as error:
-        raise WorkspaceError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from None
+        figure.savefig(written, format=kind)
+    return written.getvalue()
