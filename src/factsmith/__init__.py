@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from .inspect.refinement import Refinement, refinement
     from .inspect.statements import Statement, fact_labels, statements
     from .inspect.triggers import Trigger, Triggers, find_triggers
-    from .inspect.values import ValueTokens, value_tokens
+    from .inspect.values import ValueTokens, promoters, value_tokens
     from .ledger import Ledger, Revision
     from .locate.attribution import AttributionTrace, attribution_trace
     from .locate.average import AverageTrace, average_trace, causal_traces
@@ -99,7 +99,7 @@ _HOMES = {
     "inspect.refinement": "Refinement refinement",
     "inspect.statements": "Statement fact_labels statements",
     "inspect.triggers": "Trigger Triggers find_triggers",
-    "inspect.values": "ValueTokens value_tokens",
+    "inspect.values": "ValueTokens promoters value_tokens",
     "ledger": "Ledger Revision",
     "locate.attribution": "AttributionTrace attribution_trace",
     "locate.average": "AverageTrace average_trace causal_traces",
@@ -216,6 +216,7 @@ __all__ = [
     "profile",
     "profile_bars",
     "profile_lines",
+    "promoters",
     "published",
     "r_rome",
     "random_neurons",
