@@ -98,31 +98,35 @@ def shuffled(triggers: fs.Triggers, statements: list[Statement], sign: Any) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kept", type=Path, required=True, help="folder for the triggers")
+    parser.add_argument(
+        "--each", type=int, default=EACH, help="phrasings of a crossed fact; with 24 a fact fills a neuron's triggers by itself"
+    )
     parser.add_argument("--pictures", type=Path, help="folder for the pictures")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    statements = fs.statements(crossed(atlas.facts()), each=EACH)
+    statements = fs.statements(crossed(atlas.facts()), each=given.each)
     sample = fs.statements(map(as_fact, random.Random(0).sample(atlas.facts(), SAMPLE)), each=2)
     sentences, groups = [each.text for each in sample], {each.text: each.fact for each in sample}
     known = fs.fact_labels(sample, atlas.subject_types())
-    known = {feature: known[feature] for feature in ("relation", "type")}
+    known = {feature: known[feature] for feature in ("relation", "type", "subject")}
     result: dict[str, Any] = {"crossed": {"sentences": len(statements), "facts": len({each.fact for each in statements})}}
     seen: dict[str, Profile] = {}
     agreements, censuses = {}, {}
     for name in atlas.names():
         lm = fs.load(name)
         stated = scanned(lm, sentences, given.kept / f"{name}-stated")
-        triggers = scanned(lm, [each.text for each in statements], given.kept / f"{name}-crossed")
+        triggers = scanned(lm, [each.text for each in statements], given.kept / f"{name}-crossed-{given.each}")
         own: dict[str, Any] = {}
         for sign in SIGNS:
             found = profiles(triggers, statements, sign)
             own[sign] = {what: rows(each) for what, each in found.items()}
-            own[sign]["stated"] = rows(fs.profile(stated, known, groups=groups, sign=sign))  # type: ignore[arg-type]
+            many = fs.profile(stated, known, groups=groups, sign=sign)  # type: ignore[arg-type]
+            own[sign]["stated"] = rows(many)
             own[sign]["shuffled"] = shuffled(triggers, statements, sign)
             layers = found["all"].layers
             own[sign]["parts"] = [found["all"].tally("part", layer) for layer in layers]
-            own[sign]["types"] = [found["all"].tally("type", layer) for layer in layers]
+            own[sign]["types"] = [many.tally("type", layer) for layer in layers]
             own[sign]["relations"] = [found["all"].tally("relation", layer) for layer in layers]
             if sign == "top":
                 seen[name] = found["all"]
