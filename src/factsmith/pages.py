@@ -105,6 +105,7 @@ def write_pages(
     wanted = _layers(index, layers)
     _check_adds(index, adds)
     folder = Path(folder)
+    check_folder(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -139,6 +140,15 @@ def check_page(path: str | os.PathLike[str]) -> None:
         raise WorkspaceError(f"cannot read {path}, which is there already: {error.strerror}; choose another name") from None
     if not ours:
         raise InputError(f"{path} is there already, and no page of factsmith's; choose another name, or delete it")
+
+
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Raises WorkspaceError for a folder that is a file, InputError for one with an index.html that is no page of ours."""
+    folder = Path(folder)
+    if folder.is_dir():
+        check_page(folder / "index.html")
+    elif folder.exists():
+        raise WorkspaceError(f"cannot make the folder {folder}: there is a file of that name; choose another")
 
 
 def _kept(html: str, path: str | os.PathLike[str] | None) -> str:
@@ -178,7 +188,11 @@ def _layer(index: Index, layer: int, adds: FactAdds | None, nav: Sequence[tuple[
     own = sorted(bank for bank in index.triggers.banks if bank[0] == layer)
     adds = adds if adds is not None and all(bank in adds.facts for bank in own) else None
     banks = [{"expert": bank[1] if len(bank) > 1 else None, "neurons": len(index.triggers.banks[bank].fired)} for bank in own]
+    n = sum(bank["neurons"] or 0 for bank in banks)
     for fit in _FITS:
+        least = n * (20 * (fit[0] + fit[1]) + 16 * fit[2])  # characters, were no text long
+        if least > _LARGEST and fit != _FITS[-1]:
+            continue
         parts = _neurons(index, own, adds, *fit)
         data = _json({"layer": layer, "command": f"factsmith neuron {shlex.quote(index.triggers.model)}", "banks": banks, **parts})
         if len(data) <= _LARGEST:
@@ -189,7 +203,7 @@ def _layer(index: Index, layer: int, adds: FactAdds | None, nav: Sequence[tuple[
         index.triggers,
         title=f"Layer {layer} of {_shown(index.triggers.model)}",
         layer=layer,
-        n=sum(bank["neurons"] or 0 for bank in banks),
+        n=n,
         banks=banks,
         n_facts=0 if adds is None else len(adds.known),
         nav=nav,
@@ -308,7 +322,11 @@ def _excerpt(trigger: Trigger, before: int, behind: int) -> tuple[str, str, str]
             first = space
         if last < len(text) and (space := text.rfind(" ", stop, last)) >= 0:
             last = space
-    parts = ("…" if first else "") + text[first:start], text[start:stop], text[stop:last] + ("…" if last < len(text) else "")
+    parts = (
+        "…" + text[first:start] if first else text[:start].lstrip(" "),
+        text[start:stop],
+        text[stop:last] + ("…" if last < len(text) else ""),
+    )
     return tuple(map(_shown, parts))  # type: ignore[return-value]
 
 
@@ -356,28 +374,20 @@ def _chip(token: str) -> Markup:
     return Markup('<span class="token" dir="auto">{}{}{}</span>').format(dots[0], escape(word if text else "(empty)"), dots[1])
 
 
-_WIDTH, _HEIGHT, _FOOT = 640, 150, 22
-
-
 def _chart(edges: Sequence[float], counts: Sequence[int]) -> dict[str, Any]:
-    """A histogram's bars and ticks in the picture's own units, heights by logarithm."""
-    low, high, most, base = edges[0], edges[-1], math.log1p(max(counts)) or 1, _HEIGHT - _FOOT
+    """A histogram's bars in a square of 100, heights by logarithm; zero: where 0 lies in it, if not at an end."""
+    low, high, most = edges[0], edges[-1], math.log1p(max(counts)) or 1
 
     def across(x: float) -> float:
-        return round(_WIDTH * (x - low) / (high - low), 2)
+        return round(100 * (x - low) / (high - low), 3)
 
     bars = []
-    for a, b, n in zip(edges, edges[1:], counts, strict=False):
-        height = round((base - 4) * math.log1p(n) / most, 2)
+    for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True):
+        height = round(100 * math.log1p(n) / most, 2)
         label = f"{_signed(a)} to {_signed(b)}: {n:,} tokens"
-        kind = "down" if a + b < 0 else "up"
-        bars.append(
-            {"x": across(a), "y": base - height, "width": max(across(b) - across(a) - 1, 1), "height": height, "kind": kind, "label": label}
-        )
-    ticks = [{"x": 0, "anchor": "start", "label": _signed(low)}, {"x": _WIDTH, "anchor": "end", "label": _signed(high)}]
-    if 60 < across(0) < _WIDTH - 60:
-        ticks.append({"x": across(0), "anchor": "middle", "label": "0"})
-    return {"width": _WIDTH, "height": _HEIGHT, "base": base, "bars": bars, "ticks": ticks, "total": sum(counts)}
+        place = {"x": across(a), "y": round(100 - height, 2), "width": round(0.94 * (across(b) - across(a)), 3), "height": height}
+        bars.append({**place, "kind": "down" if a + b < 0 else "up", "label": label})
+    return {"bars": bars, "zero": across(0) if 8 < across(0) < 92 else None, "total": sum(counts)}
 
 
 # ── templates ───────────────────────────────────────────────────────────────────────────────────────────────────────────────

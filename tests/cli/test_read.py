@@ -114,3 +114,48 @@ def test_a_neuron_is_shown(run: Run, model: Path, tmp_path: Path) -> None:
     for words, code in ((["1"], 2), (["a", "b", "1", "2"], 2), ([model, "1"], 2), ([model, "1", "99999"], 2), ([model, "7", "1"], 2)):
         done = run("neuron", *words, "--index", tmp_path / "index")
         assert done.code == code and "Traceback" not in done.err, (words, done.err)
+
+
+def test_a_neuron_s_page_is_written(run: Run, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("Paris is in France.\n\nEdwin is a king.")
+    arguments = ("neuron", model, "1", "7", "--index", tmp_path / "index", "--texts", tmp_path / "texts.txt")
+    assert run(*arguments, "--json").json["out"] == []
+    done = run(*arguments, "--out", "card.html")
+    assert done.code == 0 and "saved card.html" in done.out
+    assert "<h1>Neuron 1 7" in (tmp_path / "card.html").read_text(encoding="utf-8")
+    assert run(*arguments, "--out", "card.html", "--json").json["out"] == ["card.html"], "its own page it replaces"
+    (tmp_path / "mine.html").write_text("mine")
+    for out, code in (("card.png", 2), ("mine.html", 2), ("none/card.html", 5), (".", 2)):
+        done = run(*arguments, "--out", out)
+        assert done.code == code and done.err.startswith("error: ") and "Traceback" not in done.err, done.err
+    assert (tmp_path / "mine.html").read_text() == "mine"
+
+
+def test_pages_of_all_layers(run: Run, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("Paris is in France.\n\nEdwin is a king.")
+    found = run("browse", model, "--texts", "texts.txt", "--index", "index", "--out", "pages", "--json").json
+    names = ["index.html", "layer-0.html", "layer-1.html", "layer-2.html"]
+    assert [Path(page["file"]).name for page in found["pages"]] == names and found["n_texts"] == 2
+    assert all((tmp_path / page["file"]).stat().st_size == page["bytes"] for page in found["pages"])
+    (tmp_path / "texts.txt").unlink()
+    done = run("browse", "--index", "index", "--layer", "1", "--out", "few")
+    assert done.code == 0 and done.out.splitlines()[-1] == "open few/index.html"
+    assert sorted(path.name for path in (tmp_path / "few").iterdir()) == ["index.html", "layer-1.html"]
+    assert run("browse", model, "--index", "index", "--no-facts", "--out", "few", "--json").json["facts"] == 0
+
+
+def test_pages_that_cannot_be_made(run: Run, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "texts.txt").write_text("Paris is in France.")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "index.html").write_text("mine")
+    for arguments, code, words in (
+        ((), 2, "name a model"),
+        ((model, "--out", "texts.txt"), 5, "a file of that name"),
+        ((model, "--out", "site"), 2, "no page of factsmith's"),
+        ((model, "--layer", "7"), 2, "layer 7"),
+        (("--index", "none"), 5, "no triggers"),
+        (("--index", "none", "--texts", "texts.txt"), 2, "name the model"),
+    ):
+        done = run("browse", *arguments)
+        assert done.code == code and words in done.err and "Traceback" not in done.err, (arguments, done.err)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["index.html", "site", "texts.txt"]

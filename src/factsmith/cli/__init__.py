@@ -36,6 +36,7 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     read.explain,
     read.find,
     read.neuron,
+    read.browse,
     read.census,
     locate.trace,
     locate.neurons,

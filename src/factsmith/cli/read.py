@@ -218,6 +218,7 @@ def neuron(
     top: Annotated[int, typer.Option(min=1, help="How many triggers and tokens to list.")] = 10,
     facts: Annotated[int, typer.Option(min=0, help="On how many facts to silence it.")] = 5,
     max_tokens: MaxTokens = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Also write it as a page that a browser shows offline.")] = None,
     workspace: Where = None,
     device: Device = None,
     as_json: Json = False,
@@ -227,12 +228,17 @@ def neuron(
     \b
     Examples:
       factsmith neuron atlas 5 992
+      factsmith neuron atlas 5 992 --out card.html
     """
     numbers = [int(word) for word in words if word.isdecimal()][-3:]
     names = words[: len(words) - len(numbers)]
     if len(names) > 1 or len(numbers) < 2:
         raise InputError(f"got {' '.join(words)!r}; expected a model and a neuron's layer and number, such as: atlas 5 992")
     corpus = paragraphs(texts) if texts else None
+    if out is not None:
+        from ..pages import check_page
+
+        check_page(out)  # before the work, not after it
     with progress() as tell, opened(names[0] if names else None, workspace, device, tell) as (lm, _):
         from ..cards import card
         from ..inspect.index import find_index
@@ -241,6 +247,10 @@ def neuron(
         wanted: Any = tuple(numbers)
         find_neuron(lm.ffn, wanted)  # before an index is made for it
         found = card(lm, find_index(lm, index, texts=corpus, max_tokens=max_tokens, progress=tell), wanted, k=top, n_facts=facts)
+    if out is not None:
+        from ..pages import card_page
+
+        card_page(found, out)
     result = {
         "neuron": list(found.neuron),
         "promotes": [{"token": token, "score": score} for token, score in found.promotes],
@@ -271,13 +281,79 @@ def neuron(
         for use in found.facts:
             line(console, f"  {use.p:6.1%} -> {use.p_silenced:6.1%}", f"{visible(use.prompt)} {visible(use.answer)}")
 
-    print_result(result, show, as_json)
+    print_result(result, show, as_json, [] if out is None else [out])
 
 
 def _bars(counts: list[int]) -> str:
     """A histogram in one line, its heights by logarithm."""
     most = math.log1p(max(counts))
     return "".join(" ▁▂▃▄▅▆▇█"[round(8 * math.log1p(n) / most) if most else 0] for n in counts)
+
+
+def browse(
+    model: Model = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write the pages to.")] = Path("pages"),
+    layer: Annotated[list[int] | None, typer.Option(help="A layer; may be repeated.", show_default="all")] = None,
+    index: IndexFolder = None,
+    texts: Texts = None,
+    facts: Annotated[
+        bool, typer.Option("--facts/--no-facts", help="Name the facts that each neuron adds most to; needs the model.")
+    ] = True,
+    max_tokens: MaxTokens = None,
+    workspace: Where = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Write every neuron of a model, or of some layers, as pages that a browser searches offline.
+
+    With an index and no model, the pages are made from the index alone.
+
+    \b
+    Examples:
+      factsmith browse atlas --out pages
+      factsmith browse atlas --layer 3 --layer 5
+      factsmith browse --index model-index --out pages
+    """
+    bare = model is None and workspace is None and index is not None
+    if bare and (texts or max_tokens is not None):
+        raise InputError("--texts and --max-tokens ask for a new index, which only a model can make; name the model before everything else")
+    if not bare:
+        need_model(model, workspace)
+    from ..pages import check_folder, write_pages
+
+    check_folder(out)  # before the work, not after it
+    corpus = paragraphs(texts) if texts else None
+    with progress() as tell:
+        from ..cards import fact_adds
+        from ..inspect.index import Index, find_index
+        from ..model.ffn import check_layer
+
+        if index is not None and bare:
+            opened_index, adds = Index.open(index), None
+        else:
+            with opened(model, workspace, device, tell) as (lm, _):
+                for wanted in layer or ():
+                    check_layer(wanted, lm.n_layers)  # before an index is made for it
+                opened_index = find_index(lm, index, texts=corpus, max_tokens=max_tokens, progress=tell)
+                adds = fact_adds(lm, layer, progress=tell) if facts else None
+        files = write_pages(opened_index, out, layer, adds=adds, progress=tell)
+    triggers = opened_index.triggers
+    sizes = [path.stat().st_size for path in files]
+    result = {
+        "pages": [{"file": str(path), "bytes": size} for path, size in zip(files, sizes, strict=True)],
+        "facts": 0 if adds is None else len(adds.known),
+        "n_texts": triggers.n_texts,
+        "n_tokens": triggers.n_tokens,
+        "index": str(opened_index.folder),
+        "model": triggers.model,
+    }
+
+    def show(console: Console) -> None:
+        for path, size in zip(files, sizes, strict=True):
+            line(console, f"{size / 1e6:6.1f} MB", str(path))
+        line(console, "open", str(files[0]))
+
+    print_result(result, show, as_json)
 
 
 def census(

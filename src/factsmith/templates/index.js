@@ -30,8 +30,8 @@ function search() {
   field("found").hidden = !word || !data.width;
   const found = word && data.width ? find(word) : [];
   field("count").textContent = !word || !data.width ? "" : found.length > MOST
-    ? `${found.length.toLocaleString("en")} places, of which the first ${MOST}`
-    : `${found.length} place${found.length === 1 ? "" : "s"} among the first ${data.width} tokens of each value`;
+    ? `${found.length.toLocaleString("en")} matches, of which the first ${MOST}`
+    : `${found.length} match${found.length === 1 ? "" : "es"} among the first ${data.width} tokens of each value`;
   field("rows").replaceChildren(...found.slice(0, MOST).map((row) => {
     const id = (row.expert === null ? "" : `e${row.expert}`) + `n${row.neuron}`;
     const name = [row.layer, ...(row.expert === null ? [] : [row.expert]), row.neuron].join(" ");

@@ -8,6 +8,7 @@ const lowered = { words: data.words.map(folded), texts: data.texts.map((text) =>
 lowered.facts = data.facts.map((pair) => pair.join(" ").toLowerCase());
 let shown = [];
 let wanted = "";
+let isBehind = null;
 
 function rows(flat, width) {
   const found = [];
@@ -22,29 +23,31 @@ function nameOf(neuron) {
 
 // ── search ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+// Whether a trigger fires behind a word, or at it.
+function behind(word) {
+  const ends = lowered.texts.map((own) => (own.includes(word) ? own.indexOf(word) + word.length : Infinity));
+  return ([, text, , stop]) => ends[text] <= stop;
+}
+
 // How well each neuron answers: larger is better, 0 not at all.
 function scorer(query, where) {
   const inside = (kind) => where === "any" || where === kind;
   const word = folded(query);
   const words = lowered.words.map((own) => (own === word ? 2 : own.includes(word) ? 1 : 0));
-  const ends = lowered.texts.map((own) => (own.includes(word) ? own.indexOf(word) + word.length : -1));
+  const is = behind(word);
   const facts = lowered.facts.map((own) => own.includes(word));
   const best = (flat) => {
     let score = 0;
     for (let at = 0; at < flat.length; at += 2) score = Math.max(score, words[flat[at]] * (1 - at / (4 * flat.length)));
     return score;
   };
-  const behind = (flat) => {
-    let hits = 0;
-    for (let at = 0; at < flat.length; at += 4) hits += ends[flat[at + 1]] >= 0 && ends[flat[at + 1]] <= flat[at + 3];
-    return flat.length ? hits / (flat.length / 4) : 0;
-  };
+  const share = (flat) => (flat.length ? rows(flat, 4).filter(is).length / (flat.length / 4) : 0);
   return (neuron) => {
     let score = 0;
     if (where === "any" && String(neuron[NUMBER]) === word) score += 1000;
     if (inside("promotes")) score += 100 * best(neuron[UP]);
     if (inside("demotes")) score += 10 * best(neuron[DOWN]);
-    if (inside("triggers")) score += 5 * behind(neuron[TOP]) + behind(neuron[BOTTOM]);
+    if (inside("triggers")) score += 5 * share(neuron[TOP]) + share(neuron[BOTTOM]);
     if (inside("facts")) score += rows(neuron[FACTS], 3).filter((row) => facts[row[0]]).length;
     return score;
   };
@@ -87,6 +90,7 @@ function search() {
     neuron === undefined ? `${shown.length.toLocaleString("en")} of ${all} neurons` : shown.length ? "one neuron; " : "no such neuron here; ",
   );
   if (neuron !== undefined) field("count").append(make("a", { href: "#" }, `show all ${all}`));
+  isBehind = behind(folded(wanted));
   list.replaceChildren();
   extend();
   if (neuron !== undefined && shown.length) list.querySelector("details").open = true;
@@ -115,8 +119,9 @@ const hit = (word) => wanted !== "" && lowered.words[word].includes(folded(wante
 
 function item(neuron) {
   const name = nameOf(neuron);
-  const top = neuron[TOP];
-  const end = top.length ? triggerText(top[1], top[2], top[3], true) : make("span", { class: "quiet" }, "nothing");
+  const top = rows(neuron[TOP], 4);
+  const firing = (wanted !== "" && top.find(isBehind)) || top[0];
+  const end = firing ? triggerText(...firing.slice(1), true) : make("span", { class: "quiet" }, "nothing");
   const tokens = rows(neuron[UP], 2);
   const first = [...tokens.filter(([word]) => hit(word)), ...tokens.filter(([word]) => !hit(word))].slice(0, 5);
   const details = make(
@@ -139,7 +144,7 @@ function item(neuron) {
 
 function triggerText(text, start, stop, short) {
   const whole = data.texts[text];
-  const before = short ? whole.slice(Math.max(0, start - 90), start) : whole.slice(0, start);
+  const before = short && start > 90 ? "…" + whole.slice(start - 90, start).trimStart() : whole.slice(0, start);
   const behind = short ? null : make("span", { class: "behind" }, whole.slice(stop));
   return make("span", { class: "text", dir: "auto" }, make("span", null, before), make("mark", null, whole.slice(start, stop)), behind);
 }
