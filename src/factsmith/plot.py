@@ -87,7 +87,7 @@ class _Picture(Figure):
     """A figure that a notebook shows as it is, at the size of a column on the page."""
 
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
-        return _drawn(self, "png"), {"width": round(110 * self.get_figwidth())}
+        return _drawn(self, "png", dpi=150), {"width": round(110 * self.get_figwidth())}
 
 
 def heat_map(trace: CausalTrace, *, path: str | os.PathLike[str] | None = None) -> Figure:
@@ -434,12 +434,13 @@ def profile_lines(
     """Draw by layer which share of the neurons is selective for each feature, with what chance allows: grey, up to the largest of them.
 
     found     one profile, or several by title, side by side
-    features  which, in this order; None: all. ("relation", "token") counts the neurons selective for the first and for none of the others
+    features  which, in this order; None: all, or the eight that most neurons go by. ("relation", "token") counts the neurons selective
+              for the first and for none of the others
 
     `path` as for `heat_map`. Raises InputError for features that are not there, more than can be told apart, or another record.
     """
     panels = _by_title(found, Profile, "profile_lines")
-    features = tuple(features if features is not None else next(iter(panels.values())).features)
+    features = tuple(features if features is not None else _commonest(next(iter(panels.values())), len(_LINES)))
     if not 1 <= len(features) <= len(_LINES):
         raise InputError(f"got {len(features)} features to draw; expected 1 to {len(_LINES)}: choose some with features=[...]")
     figure, grid = _side_by_side(len(panels), 2.9)
@@ -458,6 +459,13 @@ def profile_lines(
     _legend_below(figure, grid[0])
     figure.suptitle("Selective neurons", fontsize=8, x=0.02, ha="left")
     return _finished(figure, path)
+
+
+def _commonest(found: Profile, n: int) -> list[str]:
+    """The n features that the largest share of some layer's neurons is selective for, in their order."""
+    most = {feature: float(found.share[:, i].nan_to_num().max()) for i, feature in enumerate(found.features)}
+    kept = set(sorted(most, key=lambda feature: -most[feature])[:n])
+    return [feature for feature in found.features if feature in kept]
 
 
 def profile_bars(
@@ -736,10 +744,10 @@ def _save(figure: Figure, path: Path) -> None:
         raise WorkspaceError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from None
 
 
-def _drawn(figure: Figure, kind: str) -> bytes:
+def _drawn(figure: Figure, kind: str, dpi: float | str = "figure") -> bytes:
     written = io.BytesIO()
     with warnings.catch_warnings():
         # A script that the font lacks is drawn as boxes; that is no reason to interrupt the caller.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-        figure.savefig(written, format=kind)
+        figure.savefig(written, format=kind, dpi=dpi)
     return written.getvalue()

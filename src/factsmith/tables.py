@@ -43,7 +43,7 @@ class Table:
         """For a rich console, at most n rows."""
         parts: list[RenderableType] = [Text(visible(self.title), style="bold")] if self.title else []
         if self.columns:
-            found = rich_table.Table(box=None, pad_edge=False, header_style="bold")
+            found = rich_table.Table(box=None, pad_edge=False, header_style="bold", show_header=self._has_names)
             for name, side in self.columns.items():
                 found.add_column(Text(name), justify="right" if side == ">" else "left", no_wrap=side == ">")
             for row in self.rows[:n]:
@@ -60,6 +60,7 @@ class Table:
         head = "".join(
             f'<th scope="col" style="text-align:{side}">{_escaped(name)}</th>' for name, side in zip(self.columns, sides, strict=True)
         )
+        names = f"<thead><tr>{head}</tr></thead>" if self._has_names else ""
         body = "".join(
             "<tr>"
             + "".join(f'<td style="text-align:{side}">{_escaped(cell)}</td>' for cell, side in zip(row, sides, strict=True))
@@ -68,7 +69,11 @@ class Table:
         )
         below = "".join(f"<p>{_escaped(line)}</p>" for line in (_rest(self.rows, n), self.note) if line)
         caption = f'<caption style="text-align:left"><b>{_escaped(self.title)}</b></caption>' if self.title else ""
-        return f"<table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{below}"
+        return f"<table>{caption}{names}<tbody>{body}</tbody></table>{below}"
+
+    @property
+    def _has_names(self) -> bool:
+        return any(name.strip() for name in self.columns)
 
 
 class Shown(ABC):
@@ -79,13 +84,12 @@ class Shown(ABC):
         """What there is to see, most important first."""
 
     def __repr__(self) -> str:
-        # As wide as the terminal, but wide enough for a table where there is none.
-        console = Console(
-            file=io.StringIO(), width=max(80, min(140, shutil.get_terminal_size((120, 24)).columns)), color_system=None, highlight=False
-        )
-        with console.capture() as written:
-            console.print(Group(*(table.as_rich(_ROWS) for table in self.tables())))
-        return "\n".join(line.rstrip() for line in written.get().splitlines())
+        # As wide as the terminal, but wide enough for a table where there is none; in a notebook rich would print by itself.
+        width = max(80, min(140, shutil.get_terminal_size((120, 24)).columns))
+        written = io.StringIO()
+        console = Console(file=written, width=width, color_system=None, highlight=False, force_jupyter=False)
+        console.print(Group(*(table.as_rich(_ROWS) for table in self.tables())))
+        return "\n".join(line.rstrip() for line in written.getvalue().splitlines())
 
     def _repr_html_(self) -> str:
         return "".join(table.as_html(_ROWS) for table in self.tables())

@@ -56,25 +56,24 @@ class Census(Shown):
     def tables(self) -> list[Table]:
         """Parameters by part, and layer by layer."""
         parts = {"memory (FFN)": self.ffn, "attention": self.attention, "embeddings": self.embeddings, "other": self.other}
-        names = ("layer", "memory", "attention", "neurons", "idle", "effective rank")
-        rows = [
-            (
-                str(layer.layer),
-                f"{layer.ffn:,}",
-                f"{layer.attention:,}",
-                f"{layer.neurons:,}",
-                "" if layer.idle is None else f"{layer.idle:,}",
-                "" if layer.effective_rank is None else f"{layer.effective_rank:,.0f} of {layer.neurons:,}",
-            )
-            for layer in self.layers
-        ]
+        columns = {
+            "layer": [str(layer.layer) for layer in self.layers],
+            "memory": [f"{layer.ffn:,}" for layer in self.layers],
+            "attention": [f"{layer.attention:,}" for layer in self.layers],
+            "neurons": [f"{layer.neurons:,}" for layer in self.layers],
+            "idle": ["" if layer.idle is None else f"{layer.idle:,}" for layer in self.layers],
+            "effective rank": [
+                "" if layer.effective_rank is None else f"{layer.effective_rank:,.0f} of {layer.neurons:,}" for layer in self.layers
+            ],
+        }
+        columns = {name: cells for name, cells in columns.items() if any(cells)}
         return [
             Table(
                 f"{self.model}: {self.parameters:,} parameters, {counted(self.neurons, 'neuron')}",
                 {"part": "<", "parameters": ">", "share": ">"},
                 [(name, f"{n:,}", f"{n / self.parameters:.1%}") for name, n in parts.items()],
             ),
-            Table("", dict.fromkeys(names, ">"), rows),
+            Table("by layer", dict.fromkeys(columns, ">"), [*zip(*columns.values(), strict=True)]),
         ]
 
     @property
