@@ -15,6 +15,7 @@ import math
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +76,23 @@ class Card(Shown):
     counts: Tensor
     facts: tuple[FactUse, ...]
     n_asked: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able fields."""
+        return {
+            "neuron": list(self.neuron),
+            "promotes": [{"token": token, "score": score} for token, score in self.promotes],
+            "demotes": [{"token": token, "score": score} for token, score in self.demotes],
+            "triggers": [{"coefficient": t.coefficient, "prefix": t.prefix} for t in self.triggers],
+            "bottom": [{"coefficient": t.coefficient, "prefix": t.prefix} for t in self.bottom],
+            "fired": self.fired,
+            "histogram": {"edges": self.edges.tolist(), "counts": self.counts.tolist()},
+            "facts": [dict(vars(fact)) for fact in self.facts],
+            "n_asked": self.n_asked,
+            "model": self.model,
+            "n_texts": self.n_texts,
+            "n_tokens": self.n_tokens,
+        }
 
     def tables(self) -> list[Table]:
         """The value's tokens, the coefficients, the key's triggers, and facts with and without the neuron."""

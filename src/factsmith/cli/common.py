@@ -24,10 +24,12 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from .. import tables
 from ..errors import InputError
 from ..files import write_file
 from ..ledger import Ledger
 from ..progress import Progress
+from ..tables import visible
 
 if TYPE_CHECKING:
     from ..model.load import LanguageModel
@@ -212,6 +214,16 @@ def plain_table(*numbers: str, caption: str | None = None) -> Table:
     return table
 
 
+def show_tables(tables: Sequence[tables.Table]) -> Callable[[Console], None]:
+    """What prints some tables."""
+
+    def show(console: Console) -> None:
+        for table in tables:
+            console.print(table.as_rich())
+
+    return show
+
+
 def checks_table(checks: Sequence[dict[str, Any]]) -> Table:
     """Before and after, one row a prompt: answers beside probabilities."""
     table = plain_table(caption="p: of the target; for neighbours, of the answer before")
@@ -232,16 +244,6 @@ def checks_table(checks: Sequence[dict[str, Any]]) -> Table:
 def line(console: Console, first: str, rest: str, style: str = "") -> None:
     """Two texts in a line of whatever length; the first is bold, or the second has a style."""
     console.print(Text.assemble((visible(first), "" if style else "bold"), " ", (visible(rest), style)), soft_wrap=True)
-
-
-def visible(text: str) -> str:
-    """Text from models and files without what would steer the terminal."""
-    return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in text)
-
-
-def counted(n: int, noun: str, plural: str = "s") -> str:
-    """So many of something: "1 fact", "2 facts"."""
-    return f"{n} {noun}{'' if n == 1 else plural}"
 
 
 def in_workspace(workspace: Path | None) -> str:

@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from .common import Json, checks_table, plain_console, print_json, progress, visible
+from ..tables import visible
+from .common import Json, checks_table, plain_console, print_json, progress
 
 if TYPE_CHECKING:
     from ..demo import Step

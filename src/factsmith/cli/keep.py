@@ -11,19 +11,18 @@ from rich.console import Console
 from rich.text import Text
 
 from ..ledger import Ledger, Revision
+from ..tables import counted, visible
 from .common import (
     Device,
     Json,
     Where,
     checks_table,
-    counted,
     in_workspace,
     line,
     load_model,
     opened,
     print_result,
     progress,
-    visible,
 )
 
 if TYPE_CHECKING:

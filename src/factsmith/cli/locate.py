@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ..errors import InputError, UnsupportedModelError
 from ..fact import FactFile
+from ..tables import counted
 from .common import (
     LARGEST_SEED,
     Device,
@@ -22,7 +23,6 @@ from .common import (
     Out,
     Where,
     complain,
-    counted,
     is_facts,
     line,
     model_and_facts,

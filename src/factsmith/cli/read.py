@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +9,7 @@ import typer
 from rich.console import Console
 
 from ..errors import InputError
+from ..tables import Table, counted, ending
 from .common import (
     Device,
     Json,
@@ -24,11 +23,10 @@ from .common import (
     opened,
     output,
     paragraphs,
-    plain_table,
     print_result,
     progress,
     save,
-    visible,
+    show_tables,
 )
 
 IndexFolder = Annotated[
@@ -103,14 +101,8 @@ def explain(
     model, prompt = model_and_prompt(words)
     with progress() as tell, opened(model, workspace, device, tell) as (lm, _):
         from ..inspect.composition import compose
-        from ..inspect.values import tokens_of
 
-        found = compose(lm, prompt, target, contrast=instead_of)
-        result = {**found.to_dict(top), "instead_of": instead_of, "model": lm.name}
-        neurons = result["neurons"]
-        promoted = tokens_of(lm, [tuple(row["neuron"]) for row in neurons], [row["coefficient"] < 0 for row in neurons], tokens)
-    for row, own in zip(neurons, promoted, strict=True):
-        row["writes"] = [token for token, _ in own]
+        found = compose(lm, prompt, target, contrast=instead_of, top=top, tokens=tokens)
 
     def draw(path: Path) -> None:
         from ..plot import prediction_chart  # takes a second, which an answer without a picture need not wait
@@ -118,29 +110,8 @@ def explain(
         prediction_chart(found, path=path)
 
     saved = save(files, "explain", found, draw)
-    *layers, shift = result["parts"]
-
-    def show(console: Console) -> None:
-        line(console, prompt, found.target.strip(), style="bold")
-        against_it = "" if instead_of is None else f" above that of {instead_of!r}"
-        line(console, "", f"logit {found.logit:.2f}{against_it}; {found.half} neurons carry half of what speaks for it")
-        table = plain_table()
-        for name in ("part", "adds", "rank", "probability"):
-            table.add_column(name, justify="left" if name == "part" else "right")
-        for part in layers:
-            label = part["part"] if part["layer"] is None else f"layer {part['layer']} {part['part']}"
-            table.add_row(label, f"{part['logit']:+.2f}", f"{part['rank']:,}", f"{part['probability']:.1%}")
-        table.add_row("shift and bias", f"{shift['logit']:+.2f}", "", "")
-        console.print(table)
-        table = plain_table()
-        for name in ("neuron", "coefficient", "adds", "what it writes"):
-            table.add_column(name, justify="right" if name in ("coefficient", "adds") else "left")
-        for row in neurons:
-            writes = " ".join(repr(visible(token)) for token in row["writes"])
-            table.add_row(" ".join(map(str, row["neuron"])), f"{row['coefficient']:+.2f}", f"{row['logit']:+.3f}", writes)
-        console.print(table)
-
-    print_result(result, show, as_json, saved)
+    result = {**found.to_dict(top), "instead_of": instead_of, "model": lm.name}
+    print_result(result, show_tables(found.tables(top)), as_json, saved)
 
 
 def find(
@@ -166,45 +137,40 @@ def find(
     corpus = paragraphs(texts) if texts else None
     with progress() as tell, opened(model, workspace, device, tell) as (lm, _):
         from ..inspect.index import find_index
+        from ..inspect.values import promoters
 
+        promoting = promoters(lm, word, top)
         found = find_index(lm, index, texts=corpus, max_tokens=max_tokens, progress=tell)
-        promoting, firing = found.promoting(word, top), found.triggered_by(word, top)
+        firing = found.triggered_by(word, top)
     result = {
         "word": word,
         "promoted_by": [{"neuron": list(p.neuron), "token": p.token, "rank": p.rank, "score": p.score} for p in promoting],
         "triggers": [
-            {
-                "neuron": list(f.neuron),
-                "share": f.share,
-                "coefficient": f.trigger.coefficient,
-                "prefix": f.trigger.prefix,
-            }
-            for f in firing
+            {"neuron": list(f.neuron), "share": f.share, "coefficient": f.trigger.coefficient, "prefix": f.trigger.prefix} for f in firing
         ],
         "n_texts": found.triggers.n_texts,
         "n_tokens": found.triggers.n_tokens,
         "index": str(found.folder),
         "model": lm.name,
     }
+    in_parts = all(p.token.strip().casefold() != word.strip().casefold() for p in promoting)
+    tables = [
+        Table(
+            f"values that promote {word!r}" + (", by the first of its tokens" if promoting and in_parts else "" if promoting else ": none"),
+            {"neuron": "<", "token": "<", "rank": ">", "score": ">"} if promoting else {},
+            [(" ".join(map(str, p.neuron)), repr(p.token), f"{p.rank + 1:,}", f"{p.score:.2f}") for p in promoting],
+        ),
+        Table(
+            f"neurons that fire behind {word!r}" + ("" if firing else ": none, in the texts that were scanned"),
+            {"neuron": "<", "share": ">", "strongest such trigger": "<"} if firing else {},
+            [(" ".join(map(str, f.neuron)), f"{f.share:.0%}", ending(f.trigger.prefix)) for f in firing],
+        ),
+    ]
 
     def show(console: Console) -> None:
-        line(console, f"values that promote {word!r}:", "" if promoting else "none has it among its first tokens")
-        table = plain_table()
-        for name in ("neuron", "token", "rank", "score"):
-            table.add_column(name, justify="right" if name in ("rank", "score") else "left")
-        for p in promoting:
-            table.add_row(" ".join(map(str, p.neuron)), repr(visible(p.token)), str(p.rank + 1), f"{p.score:.2f}")
-        if promoting:
-            console.print(table)
-        line(console, f"neurons that fire behind {word!r}:", "" if firing else "none, in the texts that were scanned")
-        table = plain_table()
-        for name in ("neuron", "share", "strongest such trigger"):
-            table.add_column(name, justify="right" if name == "share" else "left")
-        for f in firing:
-            table.add_row(" ".join(map(str, f.neuron)), f"{f.share:.0%}", _end_of(visible(f.trigger.prefix)))
-        if firing:
-            console.print(table)
-        line(console, "from", f"{found.triggers.n_texts:,} texts, {found.triggers.n_tokens:,} tokens, in {found.folder}")
+        show_tables(tables)(console)
+        read = found.triggers
+        line(console, "from", f"{counted(read.n_texts, 'text')}, {counted(read.n_tokens, 'token')}, in {found.folder}")
 
     print_result(result, show, as_json)
 
@@ -251,43 +217,7 @@ def neuron(
         from ..pages import card_page
 
         card_page(found, out)
-    result = {
-        "neuron": list(found.neuron),
-        "promotes": [{"token": token, "score": score} for token, score in found.promotes],
-        "demotes": [{"token": token, "score": score} for token, score in found.demotes],
-        "triggers": [{"coefficient": t.coefficient, "prefix": t.prefix} for t in found.triggers],
-        "bottom": [{"coefficient": t.coefficient, "prefix": t.prefix} for t in found.bottom],
-        "fired": found.fired,
-        "histogram": {"edges": found.edges.tolist(), "counts": found.counts.tolist()},
-        "facts": [dataclasses.asdict(fact) for fact in found.facts],
-        "n_asked": found.n_asked,
-        "model": found.model,
-    }
-
-    def show(console: Console) -> None:
-        line(console, f"neuron {' '.join(map(str, found.neuron))}", f"of {found.model}; on at {found.fired:.1%} of the tokens")
-        line(console, "  promotes", " ".join(repr(visible(token)) for token, _ in found.promotes))
-        line(console, "  demotes ", " ".join(repr(visible(token)) for token, _ in found.demotes))
-        line(console, "  coefficients", f"{_bars(found.counts.tolist())} from {float(found.edges[0]):.2f} to {float(found.edges[-1]):.2f}")
-        for title, triggers in (("fires most at", found.triggers), ("is lowest at", found.bottom[:3])):
-            line(console, title, "" if triggers else "nothing")
-            for t in triggers:
-                line(console, f"  {t.coefficient:+7.2f}", _end_of(visible(t.prefix)))
-        line(
-            console,
-            "without it",
-            f"the facts it adds most to, of {found.n_asked} known ones" if found.facts else "it adds to no fact asked",
-        )
-        for use in found.facts:
-            line(console, f"  {use.p:6.1%} -> {use.p_silenced:6.1%}", f"{visible(use.prompt)} {visible(use.answer)}")
-
-    print_result(result, show, as_json, [] if out is None else [out])
-
-
-def _bars(counts: list[int]) -> str:
-    """A histogram in one line, its heights by logarithm."""
-    most = math.log1p(max(counts))
-    return "".join(" ▁▂▃▄▅▆▇█"[round(8 * math.log1p(n) / most) if most else 0] for n in counts)
+    print_result(found.to_dict(), show_tables(found.tables()), as_json, [] if out is None else [out])
 
 
 def browse(
@@ -388,29 +318,4 @@ def census(
             dense = [ffn.layer for ffn in lm.ffn if not ffn.n_experts]
             moments = find_moments(lm, dense, texts=scanned.triggers.texts, max_tokens=float("inf"), progress=tell) if dense else {}
             found = counted_parts(lm, triggers=scanned.triggers, moments={layer: moment.matrix for layer, moment in moments.items()})
-    parts = {"memory (FFN)": found.ffn, "attention": found.attention, "embeddings": found.embeddings, "other": found.other}
-    result = {
-        "model": found.model,
-        "parameters": found.parameters,
-        "parts": {"ffn": found.ffn, "attention": found.attention, "embeddings": found.embeddings, "other": found.other},
-        "neurons": found.neurons,
-        "layers": [dataclasses.asdict(layer) for layer in found.layers],
-    }
-
-    def show(console: Console) -> None:
-        line(console, found.model, f"{found.parameters:,} parameters, {found.neurons:,} neurons")
-        for name, n in parts.items():
-            line(console, f"  {n / found.parameters:6.1%}", f"{name}, {n:,}", style="default")
-        table = plain_table("layer", "memory", "attention", "neurons", "idle", "effective rank")
-        for layer in found.layers:
-            idle = "" if layer.idle is None else str(layer.idle)
-            rank = "" if layer.effective_rank is None else f"{layer.effective_rank:,.0f} of {layer.neurons:,}"
-            table.add_row(str(layer.layer), f"{layer.ffn:,}", f"{layer.attention:,}", f"{layer.neurons:,}", idle, rank)
-        console.print(table)
-
-    print_result(result, show, as_json)
-
-
-def _end_of(text: str, width: int = 70) -> str:
-    """The last so many characters of a text, whole words."""
-    return text if len(text) <= width else "… " + text[-width:].partition(" ")[2]
+    print_result(found.to_dict(), show_tables(found.tables()), as_json)

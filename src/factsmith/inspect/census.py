@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +53,16 @@ class Census(Shown):
     embeddings: int
     other: int
     layers: tuple[LayerCensus, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able fields."""
+        return {
+            "model": self.model,
+            "parameters": self.parameters,
+            "parts": {"ffn": self.ffn, "attention": self.attention, "embeddings": self.embeddings, "other": self.other},
+            "neurons": self.neurons,
+            "layers": [dict(vars(layer)) for layer in self.layers],
+        }
 
     def tables(self) -> list[Table]:
         """Parameters by part, and layer by layer."""

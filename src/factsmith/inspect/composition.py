@@ -86,7 +86,7 @@ class Composition(Shown):
 
     def tables(self, k: int = 10) -> list[Table]:
         """What every part adds, with the target's way up; then the k neurons that add most to it, and the k that take most."""
-        against = "" if self.contrast is None else f" above that of {self.contrast!r}"
+        against = "" if self.contrast is None else f" above that of {self.contrast.strip()!r}"
         half = f"{counted(self.half, 'neuron')} of {sum(len(m) for m, _ in self.neurons.values()):,} carry half of what speaks for it"
         title = f"{self.prompt} {self.target.strip()}: logit {self.logit:.2f}{against}; {half}"
         parts = []

@@ -148,8 +148,10 @@ def word_ids(tokenizer: Any, word: str) -> list[int]:
     """
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     wanted = check_text(word, "the word").strip().casefold()
+    if not wanted:
+        raise InputError("the word is empty; give one to look for")
     every = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    if wanted and (found := [i for i, text in enumerate(every) if text.strip().casefold() == wanted]):
+    if found := [i for i, text in enumerate(every) if text.strip().casefold() == wanted]:
         return found
     behind = target_ids(tokenizer, "The", word.strip())  # inside a text, where most tokenizers write a space into the token
     alone = target_ids(tokenizer, "", word.strip())
