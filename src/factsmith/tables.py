@@ -110,7 +110,7 @@ def quoted(tokens: Sequence[str]) -> str:
     return " ".join(repr(visible(token)) for token in tokens)
 
 
-def ending(text: str, width: int = 70) -> str:
+def ending(text: str, width: int = 60) -> str:
     """The last so many characters of a text, whole words."""
     text = visible(text)
     return text if len(text) <= width else "… " + text[-width:].partition(" ")[2]
