@@ -1,9 +1,10 @@
-"""Tensors in one safetensors file with a checksum over all it holds, written in one step."""
+"""Tensors in one safetensors file with a checksum over all it holds, written in one step; and checkpoints of long work in such a file."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -11,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from .errors import DamagedError, WorkspaceError
+from .errors import DamagedError, FingerprintError, InputError, WorkspaceError
 from .files import write_file
 
 
@@ -46,3 +47,42 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+_SECONDS = 60.0
+"""Between checkpoints, at least; and twenty times as long as the last one took to write."""
+
+
+class Checkpoint:
+    """The file of unfinished work. What the work was made from is checked before anything is taken from the file."""
+
+    def __init__(self, path: Path, made_from: Mapping[str, str]) -> None:
+        """made_from: "format" and "fingerprint" among them, by which the file is told from others."""
+        self.path, self.made_from = path, dict(made_from)
+        self.due = time.monotonic() + _SECONDS
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+        """What `save` wrote; None where there is no file. Raises DamagedError, FingerprintError or InputError for one of other work."""
+        if not self.path.is_file():
+            return None
+        tensors, metadata = read_tensors(self.path, "delete it, and begin again")
+        if metadata.get("format") != self.made_from["format"]:
+            raise DamagedError(f"{self.path} holds no {self.made_from['format']}; choose another place, or delete it")
+        for key, wanted in self.made_from.items():
+            if metadata.get(key) != wanted:
+                error = FingerprintError if key == "fingerprint" else InputError
+                raise error(f"{self.path} was made with {key} {metadata.get(key)}, not {wanted}; choose another place, or delete it")
+        return tensors, metadata
+
+    def save(self, state: Callable[[], tuple[Mapping[str, Tensor], Mapping[str, str]]]) -> None:
+        """Write what there is, tensors and how far the work is, if it is time to."""
+        began = time.monotonic()
+        if began < self.due:
+            return
+        tensors, stand = state()
+        write_tensors(self.path, tensors, {**self.made_from, **stand})
+        self.due = time.monotonic() + max(_SECONDS, 20 * (time.monotonic() - began))
+
+    def remove(self) -> None:
+        """Take the file away: the work is finished."""
+        self.path.unlink(missing_ok=True)

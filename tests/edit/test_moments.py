@@ -267,8 +267,8 @@ def killed_after(batches: int) -> Callable[[int], None]:
 
 @pytest.fixture
 def eager_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_SECONDS", 0.0)
-    monkeypatch.setattr(module.time, "monotonic", lambda: 0.0)
+    monkeypatch.setattr("factsmith.tensors._SECONDS", 0.0)
+    monkeypatch.setattr("factsmith.tensors.time.monotonic", lambda: 0.0)
 
 
 @pytest.mark.usefixtures("eager_checkpoints")
@@ -340,8 +340,8 @@ def test_a_checkpoint_of_something_else_is_refused(tiny_gpt2: LanguageModel, tmp
 
 def test_checkpoints_are_not_written_all_the_time(tiny_gpt2: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, written = itertools.count(0.0, 10.0), []
-    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))  # every look at the clock is ten seconds later
-    monkeypatch.setattr(module, "write_tensors", lambda *given: written.append(given[0]))
+    monkeypatch.setattr("factsmith.tensors.time.monotonic", lambda: next(clock))  # every look at the clock is ten seconds later
+    monkeypatch.setattr("factsmith.tensors.write_tensors", lambda *given: written.append(given[0]))
     done: list[int] = []
     second_moments(tiny_gpt2, varied(60), [0], batch_tokens=60, checkpoint=tmp_path / "partial", progress=done.append)
     assert len(done) > 30 and 1 <= len(written) <= len(done) // 12  # writing took ten seconds: 200 until the next

@@ -121,8 +121,8 @@ def test_it_is_kept_and_read_without_the_model(tmp_path: Path, tiny_llama: Langu
 
 
 def test_a_killed_pass_goes_on_where_it_stood(tiny_gpt2: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_SECONDS", 0.0)
-    monkeypatch.setattr(module.time, "monotonic", lambda: 0.0)
+    monkeypatch.setattr("factsmith.tensors._SECONDS", 0.0)
+    monkeypatch.setattr("factsmith.tensors.time.monotonic", lambda: 0.0)
     monkeypatch.setattr(corpus, "WINDOW", 10)
     straight = find_triggers(tiny_gpt2, CORPUS, top=3, batch_tokens=100)
 
@@ -139,6 +139,8 @@ def test_a_killed_pass_goes_on_where_it_stood(tiny_gpt2: LanguageModel, tmp_path
             find_triggers(tiny_gpt2, CORPUS, **{"top": 3, "batch_tokens": 100, "folder": tmp_path, **changes})  # type: ignore[arg-type]
     with pytest.raises(InputError, match="other texts"):
         find_triggers(tiny_gpt2, CORPUS[::-1], top=3, batch_tokens=100, folder=tmp_path)
+    with pytest.raises(InputError, match="other texts"):
+        find_triggers(tiny_gpt2, CORPUS[:3], top=3, batch_tokens=100, folder=tmp_path)
     done: list[int] = []
     again = find_triggers(tiny_gpt2, CORPUS, top=3, batch_tokens=100, folder=tmp_path, progress=lambda _, n, __: done.append(n))
     assert min(done) > straight.n_tokens // 3, "what was done is not done again"

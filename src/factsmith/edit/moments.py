@@ -30,9 +30,8 @@ import hashlib
 import itertools
 import math
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,7 @@ from ..errors import DamagedError, FingerprintError, InputError, NumericsError, 
 from ..model.ffn import check_layer
 from ..model.load import LanguageModel
 from ..model.scan import Piece, batches, pieces, scan, windows
-from ..tensors import read_tensors, write_tensors
+from ..tensors import Checkpoint, read_tensors, write_tensors
 from . import solve
 
 TOKENS_PER_NEURON = 16
@@ -56,8 +55,6 @@ _STRIPS = 8
 """A symmetric sum is kept as strips from the diagonal to the right edge: 9/16 of the products and of the memory of all of it."""
 _PROBES = 64
 """Keys drawn for `excess`; they add less than 1 % to what the choice of halves makes it vary."""
-_SECONDS = 60.0
-"""Between checkpoints, at least; and twenty times as long as the last one took to write."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -243,8 +240,10 @@ def second_moments(
     fingerprint = lm.fingerprint
     sums = {layer: _Sum(lm.ffn[layer].d_ff) for layer in layers}
     settings = {"layers": str(layers), "max_tokens": str(limit), "batch_tokens": str(batch_tokens), "dtype": str(dtype)}
-    kept = None if checkpoint is None else _Checkpoint(Path(checkpoint), fingerprint, settings)
-    at = _At(0, "", [0, 0]) if kept is None else kept.resume(sums)
+    made_from = {"format": f"unfinished second moments {_FORMAT}", "fingerprint": fingerprint, **settings}
+    kept = None if checkpoint is None else Checkpoint(Path(checkpoint), made_from)
+    held = None if kept is None else kept.load()
+    at = _At(0, "", [0, 0]) if held is None else _restore(sums, *held)
     plan = enumerate(_plan(pieces(lm, texts, limit), batch_tokens), 1)
     if at.batch:
         last = next(itertools.islice(plan, at.batch - 1, None), None)
@@ -258,7 +257,7 @@ def second_moments(
         at.counts[batch.half] += sum(map(len, batch.rows))
         at = _At(number, batch.digest, at.counts)
         if kept is not None:
-            kept.save(sums, at)
+            kept.save(partial(_state, sums, at))
         if progress is not None:
             progress(sum(at.counts))
     if not at.batch:
@@ -376,49 +375,24 @@ class _At:
     counts: list[int]
 
 
-class _Checkpoint:
-    """The file of an unfinished run. What it was made from is checked before anything is taken from it."""
+def _state(sums: Mapping[int, _Sum], at: _At) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Sums and how far they are, for a checkpoint."""
+    tensors = {
+        f"{layer}.{half}.{i}": strip.cpu()
+        for layer, held in sums.items()
+        for half, strips in enumerate(held.strips)
+        for i, strip in enumerate(strips)
+    }
+    return tensors, {"batch": str(at.batch), "digest": at.digest, "count0": str(at.counts[0]), "count1": str(at.counts[1])}
 
-    def __init__(self, path: Path, fingerprint: str, settings: Mapping[str, str]) -> None:
-        self.path = path
-        self.made_from = {"format": f"unfinished {_FORMAT}", "fingerprint": fingerprint, **settings}
-        self.due = time.monotonic() + _SECONDS
 
-    def resume(self, sums: Mapping[int, _Sum]) -> _At:
-        """Put what the file holds into the sums; the beginning where there is no file."""
-        if not self.path.is_file():
-            return _At(0, "", [0, 0])
-        tensors, metadata = read_tensors(self.path, "compute the second moment again")
-        if metadata.get("format") != self.made_from["format"]:
-            raise DamagedError(f"{self.path} is no unfinished second moment; give another checkpoint, or delete it")
-        for key, wanted in self.made_from.items():
-            if metadata[key] != wanted:
-                error = FingerprintError if key == "fingerprint" else InputError
-                raise error(f"{self.path} was made with {key} {metadata[key]}, not {wanted}; give another checkpoint, or delete it")
-        for layer, held in sums.items():
-            for half, strips in enumerate(held.strips):
-                for i in range(len(strips)):
-                    strips[i] = tensors[f"{layer}.{half}.{i}"]
-        return _At(int(metadata["batch"]), metadata["digest"], [int(metadata["count0"]), int(metadata["count1"])])
-
-    def save(self, sums: Mapping[int, _Sum], at: _At) -> None:
-        """Write the file, if it is time to."""
-        began = time.monotonic()
-        if began < self.due:
-            return
-        tensors = {
-            f"{layer}.{half}.{i}": strip.cpu()
-            for layer, held in sums.items()
-            for half, strips in enumerate(held.strips)
-            for i, strip in enumerate(strips)
-        }
-        stand = {"batch": str(at.batch), "digest": at.digest, "count0": str(at.counts[0]), "count1": str(at.counts[1])}
-        write_tensors(self.path, tensors, {**self.made_from, **stand})
-        self.due = time.monotonic() + max(_SECONDS, 20 * (time.monotonic() - began))
-
-    def remove(self) -> None:
-        """Take the file away: the run is finished."""
-        self.path.unlink(missing_ok=True)
+def _restore(sums: Mapping[int, _Sum], tensors: Mapping[str, Tensor], stand: Mapping[str, str]) -> _At:
+    """The inverse of `_state`."""
+    for layer, held in sums.items():
+        for half, strips in enumerate(held.strips):
+            for i in range(len(strips)):
+                strips[i] = tensors[f"{layer}.{half}.{i}"]
+    return _At(int(stand["batch"]), stand["digest"], [int(stand["count0"]), int(stand["count1"])])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,9 +19,9 @@ import itertools
 import json
 import math
 import os
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,15 +35,13 @@ from ..model.load import LanguageModel, check_model
 from ..model.scan import Bank, Coefficients, Piece, bank_name, bank_of, banks, batches, named_bank, pieces, scan, windows
 from ..progress import Progress, tell
 from ..tables import counted, ending
-from ..tensors import read_tensors, write_tensors
+from ..tensors import Checkpoint, read_tensors, write_tensors
 
 Sign = Literal["top", "bottom"]
 _SIGNS: tuple[Sign, ...] = ("top", "bottom")
 _LAST = 2**31 - 1  # piece numbers are kept below it
 _FORMAT = "triggers 1"
 _KEPT = 4096  # texts held beside those some neuron refers to, before the others are let go
-_SECONDS = 60.0
-"""Between checkpoints, at least; and twenty times as long as the last one took to write."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -361,14 +359,18 @@ def find_triggers(
         "batch_tokens": str(batch_tokens),
     }
     run = _Run(lm, wanted, top)
-    kept = None if folder is None else _Checkpoint(Path(folder) / "unfinished.safetensors", lm, settings)
-    resume = kept.resume(run) if kept is not None else None
+    made_from = {"format": f"unfinished {_FORMAT}", "fingerprint": lm.fingerprint, **settings}
+    kept = None if folder is None else Checkpoint(Path(folder) / "unfinished.safetensors", made_from)
+    held = None if kept is None else kept.load()
+    done, digest = (0, "") if held is None else run.restore(*held)
+    other = InputError(f"the unfinished run in {folder} is of other texts; give the same again, or another folder, or delete it")
+    number = 0
     for number, window in enumerate(windows(pieces(lm, texts, max_tokens)), 1):
         for piece in window:
             run.digest.update(repr(piece.ids).encode())
-        if resume is not None and number <= resume[0]:
-            if number == resume[0] and run.digest.hexdigest() != resume[1]:
-                raise InputError(f"the unfinished run in {folder} is of other texts; give the same again, or another folder, or delete it")
+        if number == done and run.digest.hexdigest() != digest:
+            raise other
+        if number <= done:
             continue
         for rows in batches(window, batch_tokens):
             for bank, found in scan(lm, [piece.ids for piece in rows], wanted, dtype).items():
@@ -379,7 +381,9 @@ def find_triggers(
         run.texts.update((piece.number, piece) for piece in window)
         run.forget()
         if kept is not None:
-            kept.save(run, number)
+            kept.save(partial(run.state, number))
+    if number < done:
+        raise other
     result = run.result(lm)
     if folder is not None and kept is not None:
         result.save(folder)
@@ -407,6 +411,22 @@ class _Run:
         if len(self.texts) > 2 * self._held + _KEPT:
             self.texts = {number: self.texts[number] for number in self.numbers().tolist()}
             self._held = len(self.texts)
+
+    def state(self, window: int) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """All of it behind so many windows, for a checkpoint."""
+        tensors = {f"{bank_name(bank)}/{name}": tensor for bank, best in self.best.items() for name, tensor in best.state().items()}
+        held = [(number, self.texts[number].text, self.texts[number].ids, self.texts[number].spans) for number in self.numbers().tolist()]
+        stand = {"window": str(window), "digest": self.digest.hexdigest(), "n_texts": str(self.n_texts), "n_tokens": str(self.n_tokens)}
+        return tensors, {**stand, "texts": json.dumps(held)}
+
+    def restore(self, tensors: Mapping[str, Tensor], stand: Mapping[str, str]) -> tuple[int, str]:
+        """The inverse of `state`: how many windows, and the texts' digest up to there."""
+        for bank, best in self.best.items():
+            begin = f"{bank_name(bank)}/"
+            best.restore({name.removeprefix(begin): tensor for name, tensor in tensors.items() if name.startswith(begin)})
+        self.n_texts, self.n_tokens = int(stand["n_texts"]), int(stand["n_tokens"])
+        self.texts = {number: Piece(number, *rest) for number, *rest in json.loads(stand["texts"])}
+        return int(stand["window"]), stand["digest"]
 
     def result(self, lm: LanguageModel) -> Triggers:
         """What was found."""
@@ -436,43 +456,3 @@ def _packed(held: Sequence[Piece]) -> tuple[Tensor, Tensor, Tensor]:
     ids = torch.tensor([i for piece in held for i in piece.ids])
     spans = torch.tensor([span for piece in held for span in piece.spans])
     return ids, spans, torch.tensor([0, *itertools.accumulate(len(piece.ids) for piece in held)])
-
-
-class _Checkpoint:
-    """The file of an unfinished pass."""
-
-    def __init__(self, path: Path, lm: LanguageModel, settings: Mapping[str, str]) -> None:
-        self.path = path
-        self.made_from = {"format": f"unfinished {_FORMAT}", "fingerprint": lm.fingerprint, **settings}
-        self.due = time.monotonic() + _SECONDS
-
-    def resume(self, run: _Run) -> tuple[int, str] | None:
-        """Put what the file holds into the run; (windows done, digest up to there), or None where there is no file."""
-        if not self.path.is_file():
-            return None
-        tensors, metadata = read_tensors(self.path, "delete it, and scan the corpus again")
-        for key, wanted in self.made_from.items():
-            if metadata.get(key) != wanted:
-                error = FingerprintError if key == "fingerprint" else InputError
-                raise error(f"{self.path} was made with {key} {metadata.get(key)}, not {wanted}; give another folder, or delete it")
-        for bank, best in run.best.items():
-            begin = f"{bank_name(bank)}/"
-            best.restore({name.removeprefix(begin): tensor for name, tensor in tensors.items() if name.startswith(begin)})
-        run.n_texts, run.n_tokens = int(metadata["n_texts"]), int(metadata["n_tokens"])
-        run.texts = {number: Piece(number, *rest) for number, *rest in json.loads(metadata["texts"])}
-        return int(metadata["window"]), metadata["digest"]
-
-    def save(self, run: _Run, window: int) -> None:
-        """Write the file, if it is time to."""
-        began = time.monotonic()
-        if began < self.due:
-            return
-        tensors = {f"{bank_name(bank)}/{name}": t for bank, best in run.best.items() for name, t in best.state().items()}
-        held = [(number, run.texts[number].text, run.texts[number].ids, run.texts[number].spans) for number in run.numbers().tolist()]
-        stand = {"window": str(window), "digest": run.digest.hexdigest(), "n_texts": str(run.n_texts), "n_tokens": str(run.n_tokens)}
-        write_tensors(self.path, tensors, {**self.made_from, **stand, "texts": json.dumps(held)})
-        self.due = time.monotonic() + max(_SECONDS, 20 * (time.monotonic() - began))
-
-    def remove(self) -> None:
-        """Take the file away: the pass is finished."""
-        self.path.unlink(missing_ok=True)
