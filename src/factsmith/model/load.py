@@ -293,30 +293,48 @@ class LanguageModel:
     @torch.no_grad()
     def continue_greedily(self, sequences: Sequence[Sequence[int]], n_tokens: int) -> list[list[int]]:
         """Greedy new ids for sequences that share a batch, each up to (not including) its EOS, or to the end of its first line."""
-        ends = self.end_ids
-        new: list[list[int]] = [[] for _ in sequences]
-        is_open = [True] * len(sequences)
         batch = align(self, sequences, [len(ids) - 1 for ids in sequences])
+        if n_tokens < 1:
+            return [[] for _ in sequences]
+        return self.continue_from(batch, *self.begin(batch), n_tokens)
+
+    @torch.no_grad()
+    def begin(self, batch: Batch) -> tuple[Tensor, DynamicCache | None]:
+        """One pass over a batch whose rows end together: the logits (B, vocab) behind them, and their keys and values, if those serve.
+
+        Raises what `check_batch` raises.
+        """
         self.check_batch(batch)
-        if self.max_tokens is not None:
-            n_tokens = min(n_tokens, self.max_tokens - int(batch.attention_mask.sum(1).max()) + 1)
         # A cache of plain growing layers serves sliding windows too: the model's own masks hide what is out of reach.
         cache = DynamicCache() if self.caches_prefix else None
-        start = 0
-        for _ in range(n_tokens):
-            with recording({"last": self.layers[-1]}, stop=True) as calls:
-                self.forward(batch, start=start, cache=cache)
-            chosen = self.head(calls["last"][0].output[:, -1]).argmax(-1)
+        return self._next_logits(batch, 0, cache), cache
+
+    @torch.no_grad()
+    def continue_from(self, batch: Batch, logits: Tensor, cache: DynamicCache | None, n_tokens: int) -> list[list[int]]:
+        """`continue_greedily` from what `begin` gave; the cache grows."""
+        ends = self.end_ids
+        new: list[list[int]] = [[] for _ in range(batch.size)]
+        is_open = [True] * batch.size
+        if self.max_tokens is not None:
+            n_tokens = min(n_tokens, self.max_tokens - int(batch.attention_mask.sum(1).max()) + 1)
+        for step in range(n_tokens):
+            chosen = logits.argmax(-1)
             for row, token in enumerate(chosen.tolist()):
                 is_open[row] = is_open[row] and token not in ends
                 if is_open[row]:
                     new[row].append(token)
                     is_open[row] = "\n" not in self.tokenizer.decode(new[row]).lstrip()
-            if not any(is_open):
+            if not any(is_open) or step + 1 == n_tokens:
                 break
             start = batch.width if cache is not None else 0
             batch = batch.extended(chosen)
+            logits = self._next_logits(batch, start, cache)
         return new
+
+    def _next_logits(self, batch: Batch, start: int, cache: DynamicCache | None) -> Tensor:
+        with recording({"last": self.layers[-1]}, stop=True) as calls:
+            self.forward(batch, start=start, cache=cache)
+        return self.head(calls["last"][0].output[:, -1])
 
     def groups(self, lengths: list[int], budget: int = 4096) -> list[list[int]]:
         """Indices in groups of similar length (equal length where padding shows), each at most `budget` tokens wide."""
