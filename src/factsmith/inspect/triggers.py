@@ -44,6 +44,12 @@ _FORMAT = "triggers 1"
 _KEPT = 4096  # texts held beside those some neuron refers to, before the others are let go
 
 
+def check_sign(sign: object) -> None:
+    """Raises InputError for anything but "top" and "bottom"."""
+    if sign not in _SIGNS:
+        raise InputError(f'sign is "top" (where coefficients are largest) or "bottom" (lowest); got {sign!r}')
+
+
 @dataclass(frozen=True, repr=False)
 class Trigger:
     """A place in a text where a neuron's coefficient is among its largest (or smallest).
