@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from .inspect.statements import Statement, fact_labels, statements
     from .inspect.triggers import Trigger, Triggers, find_triggers
     from .inspect.values import ValueTokens, promoters, value_tokens
+    from .judge.suites import Suite, load_suite
     from .ledger import Ledger, Revision
     from .locate.attribution import AttributionTrace, attribution_trace
     from .locate.average import AverageTrace, average_trace, causal_traces
@@ -100,6 +101,7 @@ _HOMES = {
     "inspect.statements": "Statement fact_labels statements",
     "inspect.triggers": "Trigger Triggers find_triggers",
     "inspect.values": "ValueTokens promoters value_tokens",
+    "judge.suites": "Suite load_suite",
     "ledger": "Ledger Revision",
     "locate.attribution": "AttributionTrace attribution_trace",
     "locate.average": "AverageTrace average_trace causal_traces",
@@ -166,6 +168,7 @@ __all__ = [
     "SecondMoment",
     "Statement",
     "SubjectError",
+    "Suite",
     "Targets",
     "TokenizerError",
     "Trigger",
@@ -210,6 +213,7 @@ __all__ = [
     "layer_page",
     "load",
     "load_moments",
+    "load_suite",
     "memit",
     "neuron_chart",
     "prediction_chart",
