@@ -397,7 +397,7 @@ def test_a_prediction_is_drawn_as_it_was_taken_apart(tiny_llama: LanguageModel, 
     for place, part in zip(at, found.parts, strict=False):  # but the shift
         assert drawn[round(place, 6)] == part.logit
     assert [bool(bar.get_hatch()) for bar in bars.patches[1:7]] == [True] * 3 + [False] * 3, "attention is hatched"
-    assert bars.get_ylabel() == ("added to logit" if contrast is None else "added to lead")
+    assert bars.get_ylabel() == ("added to logit" if contrast is None else "added to the lead")
 
 
 def test_many_predictions_are_drawn_by_layer(tiny_gpt2: LanguageModel, tmp_path: Path) -> None:

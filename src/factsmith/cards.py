@@ -32,7 +32,7 @@ from .model.load import LanguageModel, check_model
 from .model.scan import Bank, Coefficients, bank_of, banks, scan
 from .model.tokens import target_ids
 from .progress import Progress, tell
-from .tables import Shown, Table, ending, quoted
+from .tables import Shown, Table, counted, ending, quoted
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Card(Shown):
         value = [
             ("promotes", quoted([token for token, _ in self.promotes])),
             ("demotes", quoted([token for token, _ in self.demotes])),
-            ("coefficients", f"{_bars(self.counts.tolist())} from {low:.2f} to {high:.2f}"),
+            ("coefficients", f"{_bars(self.counts.tolist())} from {low:.2f} to {high:.2f} at {int(self.counts.sum()):,} tokens"),
         ]
         found = [Table(title, {"": "<", " ": "<"}, value)]
         for name, triggers in (("fires most at", self.triggers), ("is lowest at", self.bottom[:3])):
@@ -213,7 +213,7 @@ def _uses(lm: LanguageModel, known: Sequence[tuple[str, str]], neuron: Neuron, b
     return tuple(sorted(found, key=lambda use: use.p_silenced - use.p))
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class FactAdds:
     """For every neuron of some layers the facts that it adds most to: what goes together, without an intervention.
 
@@ -230,6 +230,10 @@ class FactAdds:
     coefficients: Mapping[Bank, Tensor]
     adds: Mapping[Bank, Tensor]
     fingerprint: str
+
+    def __repr__(self) -> str:
+        n = counted(sum(map(len, self.facts.values())), "neuron")
+        return f"FactAdds({n}, {counted(len(self.known), 'fact')})"
 
     def of(self, neuron: Neuron) -> list[tuple[str, str, float, float]]:
         """A neuron's facts: (prompt, answer, coefficient, what it adds). Raises LayerError for one that was not looked at."""

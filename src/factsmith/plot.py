@@ -334,11 +334,12 @@ def prediction_chart(found: Composition, *, path: str | os.PathLike[str] | None 
     if len(shown) > len(at):
         bars.bar([n_layers], logits[-1:], width=0.36, facecolor="0.6", edgecolor="0.6", linewidth=0.5, label="shift and bias")
     bars.axhline(0, color="black", linewidth=0.5)
-    bars.set_ylabel("added to logit" if found.contrast_id is None else "added to lead", fontsize=7.5)
+    bars.set_ylabel("added to logit" if found.contrast is None else "added to the lead", fontsize=7.5)
     bars.legend(fontsize=6.5, frameon=False, handlelength=1.4, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.32))
     _layer_ticks(bars, n_layers)
     bars.set_xlim(-1.5, shown[-1] + 0.5)
-    title = f"{textwrap.shorten(_visible(found.prompt), 52, placeholder=' …')}\n→ {_fit(_visible(found.target), 40).rstrip()}"
+    against = "" if found.contrast is None else f", not {_visible(found.contrast).strip()}"
+    title = f"{textwrap.shorten(_visible(found.prompt), 52, placeholder=' …')}\n→ {_fit(_visible(found.target) + against, 40).rstrip()}"
     figure.suptitle(title, fontsize=8, x=0.02, ha="left", parse_math=False)
     for axes in panels:
         _quiet(axes)

@@ -77,8 +77,8 @@ def test_labels_that_say_nothing_select_nobody(triggers: Triggers) -> None:
     found = profile(triggers, {"nothing": nothing, "common": common})
     column = found.features.index("nothing")
     assert float(found.share[:, column].max()) < 0.05 and torch.allclose(found.purity[:, column], found.control[:, column], atol=0.05)
-    assert float(found.share[:, column + 1].max()) == 0 and float(found.purity[:, column + 1].min()) == 1
-    assert float(found.chance.max()) < 0.05
+    assert found.share[:, column + 1].isnan().all() and found.selective("common", 0) == [] and float(found.purity[:, column + 1].min()) == 1
+    assert float(found.chance.nan_to_num().max()) < 0.05
 
 
 def test_bad_input_is_refused_in_words(triggers: Triggers) -> None:
@@ -160,8 +160,8 @@ def test_made_triggers_have_the_answers_they_were_made_with() -> None:
     assert found.counted.tolist() == [300 + 4 + 300 + 1, 300]
     assert float(found.share[1, found.features.index("name")]) < 0.03
     # All fire at the full stop: one token, one position. What all share says nothing about any.
-    assert found.share[:, 0].tolist() == [0, 0] and found.purity[:, 0].tolist() == [1, 1] and found.selective("position", 0) == []
-    assert torch.equal(profile(triggers, LABELS, seed=0).share, found.share)
+    assert found.share[:, 0].isnan().all() and found.purity[:, 0].tolist() == [1, 1] and found.selective("position", 0) == []
+    assert torch.equal(profile(triggers, LABELS, seed=0).share.nan_to_num(9), found.share.nan_to_num(9))
     assert profile(triggers, sign="bottom").counted.tolist() == [0, 0]
 
 

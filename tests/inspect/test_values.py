@@ -10,6 +10,7 @@ import torch
 from conftest import GPT2, LLAMA, VOCAB, byte_tokenizer, tiny_model
 from factsmith.errors import InputError, LayerError, UnsupportedModelError
 from factsmith.inspect import values
+from factsmith.inspect.composition import compose
 from factsmith.inspect.values import behind, extreme_tokens, find_unembedding, promoters, value_tokens
 from factsmith.model.load import LanguageModel, wrap
 from factsmith.model.tokens import word_ids
@@ -146,6 +147,41 @@ def test_a_word_of_several_tokens_is_looked_for_by_its_first(tiny_gpt2: Language
         promoters(tiny_gpt2, " ")
     with pytest.raises(InputError, match="how many"):
         promoters(tiny_gpt2, "zebra", 0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_in_bfloat16_the_norms_are_the_model_s_own_to_the_bit(family: str) -> None:
+    """Told from what a norm does with states in bfloat16, they would be off by half a per cent."""
+    lm = model(family)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for p in lm.module.parameters():
+            if p.dim() == 1:
+                p.add_(0.3 * torch.randn(p.shape, generator=generator))
+    lm = wrap(lm.module.bfloat16(), lm.tokenizer)
+    base = lm.module.base_model
+    norm = base.ln_f if family == "gpt2" else base.norm
+    more = 1 if family == "gemma2" else 0
+    head = find_unembedding(lm)
+    assert torch.equal(head.scale, norm.weight.float() + more)
+    assert torch.equal(head.shift, norm.bias.float() if family == "gpt2" else torch.zeros(lm.d_model))
+    if family == "gemma2":
+        assert torch.equal(behind(lm, 1), base.layers[1].post_feedforward_layernorm.weight.float() + 1)
+    found = value_tokens(lm, [1], top=5)
+    own = lm.ffn[1].values.float() * behind(lm, 1)
+    own = own - own.mean(-1, keepdim=True) if family == "gpt2" else own
+    scores = (own * (norm.weight.float() + more)) @ lm.module.get_output_embeddings().weight.float().T
+    assert torch.equal(found.top_ids[1,], scores.topk(5).indices) and torch.allclose(found.top_scores[1,], scores.topk(5).values, rtol=1e-4)
+
+
+def test_a_model_that_multiplies_its_logits() -> None:
+    lm = wrap(tiny_model("cohere", **{**LLAMA, "logit_scale": 0.25}), byte_tokenizer(bos=True))
+    found = compose(lm, "Paris is the capital of")
+    assert found.logit == pytest.approx(float(lm.last_logits(lm.batch(["Paris is the capital of"])).max()), rel=1e-4)
+    assert sum(part.logit for part in found.parts) == pytest.approx(found.logit, rel=1e-4)
+    assert find_unembedding(lm).multiplier == pytest.approx(0.25, rel=1e-4)
+    with pytest.raises(InputError, match="same token"):
+        compose(lm, "Paris is the capital of", "France", contrast="Finland")
 
 
 def test_a_vocabulary_smaller_than_what_is_asked_for() -> None:

@@ -142,6 +142,8 @@ def test_a_word_is_looked_for_with_and_without_its_space_and_case() -> None:
         tokenizer = load(name).tokenizer
         whole = word_ids(tokenizer, " paris ")
         assert whole and {tokenizer.decode([i]).strip() for i in whole} <= {"Paris", "paris", "PARIS"}
+        for word in ("zebra", "xylophone", "1999", "x-ray", "東京", "Ω", "☕", "İzmir"):
+            assert word_ids(tokenizer, word), "whose space is a token by itself"
         several = word_ids(tokenizer, "Danielle Darrieux")
         assert several and all("Danielle".startswith(tokenizer.decode([i]).strip()) for i in several)
         with pytest.raises(InputError, match="empty"):

@@ -17,6 +17,7 @@ from .common import (
     ModelAndPrompt,
     Out,
     Where,
+    complain,
     line,
     model_and_prompt,
     need_model,
@@ -101,8 +102,12 @@ def explain(
     model, prompt = model_and_prompt(words)
     with progress() as tell, opened(model, workspace, device, tell) as (lm, _):
         from ..inspect.composition import compose
+        from ..model.tokens import target_ids
 
         found = compose(lm, prompt, target, contrast=instead_of, top=top, tokens=tokens)
+        for text in (target, instead_of):
+            if text is not None and len(ids := target_ids(lm.tokenizer, prompt, text)) > 1:
+                complain("warning", f"{text!r} is {len(ids)} tokens; looked at is the first, {lm.tokenizer.decode(ids[:1])!r}")
 
     def draw(path: Path) -> None:
         from ..plot import prediction_chart  # takes a second, which an answer without a picture need not wait

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import FingerprintError, InputError
 from ..tables import Shown, Table
-from .triggers import Sign, Triggers
+from .triggers import Sign, Triggers, check_sign
 from .values import ValueTokens
 
 
@@ -48,8 +48,11 @@ class Agreement(Shown):
 def agreement(triggers: Triggers, values: ValueTokens, *, sign: Sign = "top") -> Agreement:
     """Key-value agreement of every layer that both know; for "bottom" triggers with the tokens demoted, which are promoted there.
 
-    Raises InputError when they have no layer in common.
+    Raises FingerprintError when they are of different models, InputError when they have no layer in common.
     """
+    check_sign(sign)
+    if triggers.fingerprint != values.fingerprint:
+        raise FingerprintError(f"the triggers are of {triggers.model}, the values of {values.model}, another model: read both of one")
     ids = values.top_ids if sign == "top" else values.bottom_ids
     banks = [bank for bank in triggers.banks if bank in ids]
     layers = tuple(sorted({bank[0] for bank in banks}))

@@ -93,7 +93,7 @@ class Composition(Shown):
         for row in self.rows():
             alone = "shift and bias" if row["part"] == "shift" else row["part"]
             name = alone if row["layer"] is None else f"layer {row['layer']} {row['part']}"
-            behind = ("", "") if row["rank"] is None else (f"{row['rank']:,}", f"{row['probability']:.1%}")
+            behind = ("", "") if row["rank"] is None else (f"{row['rank'] + 1:,}", f"{row['probability']:.1%}")
             parts.append((name, f"{row['logit']:+.2f}", *behind))
         columns = {"neuron": "<", "coefficient": ">", "adds": ">", "what it writes": "<"}
         neurons = [
@@ -107,7 +107,7 @@ class Composition(Shown):
 
     def strongest(self, k: int = 10, *, against: bool = False) -> list[Contribution]:
         """The k sub-updates that add most to the logit, or (against) take most from it."""
-        sign = -1 if against else 1
+        sign, k = -1 if against else 1, check_count(k, "k", "how many sub-updates are wanted")
         found = []
         for bank, (coefficients, logits) in self.neurons.items():
             best = (sign * logits).topk(min(k, len(logits)))
@@ -179,6 +179,12 @@ def compose(
     reading = read_logits(lm, head, stream.states[-1])
     wanted = int(reading.logits[0].argmax()) if target is None else target_ids(lm.tokenizer, prompt, target)[0]
     other = None if contrast is None else target_ids(lm.tokenizer, prompt, contrast)[0]
+    if other == wanted:
+        both = lm.tokenizer.decode([wanted])
+        raise InputError(
+            f"{target or both!r} and {contrast!r} begin with the same token, {both!r}, so there is nothing between them at this place; put "
+            "what they have in common into the prompt"
+        )
     chosen = torch.tensor([wanted])
     direction, constant, logit = reading.directions(head, chosen, None if other is None else torch.tensor([other]))
 

@@ -30,7 +30,7 @@ from ..checks import check_count, check_seed
 from ..errors import InputError
 from ..model.scan import Bank
 from ..tables import Shown, Table
-from .triggers import Sign, Trigger, Triggers
+from .triggers import Sign, Trigger, Triggers, check_sign
 
 Label: TypeAlias = Mapping[str, Hashable] | Callable[[Trigger], Hashable | None]
 """What is known about triggers: a value for each text, or a function of the trigger; None, or a text that is not there, is no value."""
@@ -42,7 +42,8 @@ class Profile(Shown):
 
     layers    the layers, ascending
     features  "token", "bigram", "trigram", "position", and the labels given
-    share     (layers, features) of the neurons with triggers, how many are selective for the feature
+    share     (layers, features) of the neurons with triggers, how many are selective for the feature; NaN where the control is so pure
+              that none can be told from it
     chance    (layers, features) the same for triggers or groups dealt out at random once more: about 0.01 or less
     purity    (layers, features) mean share of a neuron's triggers that have its commonest value
     control   (layers, features) the same for triggers or groups dealt out at random
@@ -105,7 +106,8 @@ class Profile(Shown):
         for layer in self.layers:
             chosen = self.selective(feature, layer, without=without)
             known = _known(each[:, self.features.index(feature)] for bank, each in self.neurons.items() if bank[0] == layer)
-            shares.append(len(chosen) / len(known) if len(known) else math.nan)
+            there = len(known) and not self.share[self.layers.index(layer), self.features.index(feature)].isnan()
+            shares.append(len(chosen) / len(known) if there else math.nan)
         return torch.tensor(shares, dtype=torch.float64)
 
     def tally(self, feature: str, layer: int) -> dict[Hashable, int]:
@@ -146,6 +148,7 @@ def profile(
     with several values.
     """
     least, seed = check_count(least, "least", "how many triggers a neuron must have"), check_seed(seed)
+    check_sign(sign)
     labels = dict(labels or {})
     if taken := labels.keys() & {*_NGRAMS, "position"}:
         raise InputError(f"a label is called {min(taken)!r}, as a feature that is always there; give it another name")
@@ -183,8 +186,9 @@ def profile(
                 controls = [_dealt([own.codes[bank] for bank in banks], generator) for _ in range(2)]
             dealt, again = (_known(_purity(each, least)[0] for each in values) for values in controls)
             needed[row, column] = max(0.5, float(dealt.quantile(_QUANTILE)) + 1e-6)
-            share[row, column] = (both >= needed[row, column]).float().mean()
-            chance[row, column] = (again >= needed[row, column]).float().mean()
+            if needed[row, column] <= 1:  # else the control is as pure as can be, and nothing tells a neuron from it
+                share[row, column] = (both >= needed[row, column]).float().mean()
+                chance[row, column] = (again >= needed[row, column]).float().mean()
             purity[row, column], control[row, column] = both.mean(), dealt.mean()
             counted[row] = max(int(counted[row]), len(both))
     return Profile(

@@ -129,7 +129,7 @@ class Reading:
     """How n last hidden states become logits.
 
     logits  (n, vocab), after any softcap
-    normed  (n, d_model) float32, what the unembedding takes
+    normed  (n, d_model) float32, what the unembedding takes, times the head's multiplier
     size    (n,) what the final norm divides by
     """
 
@@ -160,7 +160,7 @@ def read_logits(lm: LanguageModel, head: Unembedding, last: Tensor) -> Reading:
     """The model's own tail on last hidden states (n, d_model), with the divisor of its norm held at what it is for them."""
     with recording({"last": lm.module.get_output_embeddings()}, copy=False) as calls:
         logits = lm.head(last.to(lm.dtype))
-    normed = calls["last"][0].input.reshape(last.shape).float()
+    normed = calls["last"][0].input.reshape(last.shape).float() * head.multiplier
     folded = head.fold(last)
     return Reading(logits, normed, folded.square().sum(-1) / (folded * (normed - head.shift)).sum(-1))
 

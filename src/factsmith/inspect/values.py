@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_count, check_items
-from ..errors import DamagedError, LayerError, UnsupportedModelError
+from ..errors import DamagedError, InputError, LayerError, UnsupportedModelError
 from ..model.ffn import Neuron, check_layer, find_neuron, same, tolerance
 from ..model.load import LanguageModel, check_model
 from ..model.scan import Bank, bank_name, bank_of, banks, named_bank
@@ -36,14 +36,15 @@ from ..tensors import read_tensors, write_tensors
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Unembedding:
-    """How a last hidden state h becomes logits: weight @ (scale * centre(h) / size(h) + shift) + bias.
+    """How a last hidden state h becomes logits: weight @ (scale * centre(h) / size(h) + shift) + bias, before any softcap.
 
-    weight   (vocab, d_model), a view of the model's own
-    bias     (vocab,), or None
-    scale    (d_model,) of the final norm; ones where there is none
-    shift    (d_model,) of the final norm; zeros where it has none
-    centres  whether the norm takes the mean off first (LayerNorm)
-    divides  whether it divides by the root mean square; False where no norm comes last
+    weight      (vocab, d_model), a view of the model's own
+    bias        (vocab,), or None
+    scale       (d_model,) of the final norm, times the multiplier; ones where there is neither
+    shift       (d_model,) of the final norm, times the multiplier; zeros where it has none
+    centres     whether the norm takes the mean off first (LayerNorm)
+    divides     whether it divides by the root mean square; False where no norm comes last
+    multiplier  what the model multiplies its logits by (Cohere, Granite); 1 in most; the bias is multiplied as well
     """
 
     weight: Tensor
@@ -52,6 +53,7 @@ class Unembedding:
     shift: Tensor
     centres: bool
     divides: bool
+    multiplier: float = 1.0
 
     def fold(self, values: Tensor) -> Tensor:
         """What becomes of additions to the stream, but for the division: (..., d_model) to (..., d_model)."""
@@ -88,18 +90,25 @@ def find_unembedding(lm: LanguageModel, *, norm: bool = True) -> Unembedding:
     if not norm:
         return plain
 
-    def read(states: Tensor) -> Tensor:
+    def read(states: Tensor) -> tuple[Tensor, Tensor]:
         with recording({"last": last}, copy=False) as calls:
-            lm.head(states.to(next(lm.layers[-1].parameters())))
-        return calls["last"][0].input.reshape(states.shape).to(plain.scale)
+            logits = lm.head(states.to(next(lm.layers[-1].parameters())))
+        return calls["last"][0].input.reshape(states.shape).to(plain.scale), logits.to(plain.scale)
 
     states = _probes(lm).to(weight.device)
-    found, shift = read(states), read(torch.zeros_like(states))[0]
+    (found, logits), (shift, _) = read(states), read(torch.zeros_like(states))
+    multiplier = _multiplier(plain, found, logits, lm.dtype)
     for centres, divides in ((False, True), (True, True), (False, False)):
         kind = dataclasses.replace(plain, centres=centres, divides=divides)
-        scale = _scale(kind.fold(states) / kind.size(states)[:, None], found - shift, lm.dtype)
+        scale = _scale(lm, kind.fold(states) / kind.size(states)[:, None], found - shift[0])
         if scale is not None:
-            return dataclasses.replace(kind, scale=scale, shift=shift)
+            return dataclasses.replace(
+                kind,
+                scale=scale * multiplier,
+                shift=shift[0] * multiplier,
+                bias=None if bias is None else bias.detach() * multiplier,
+                multiplier=multiplier,
+            )
     raise UnsupportedModelError(
         f"{lm.name} does more than normalise its last hidden state before the vocabulary; read values with norm=False"
     )
@@ -125,7 +134,7 @@ def behind(lm: LanguageModel, layer: int) -> Tensor:
     without = added(torch.zeros_like(probes[0]))
     found = torch.stack([added(probe) - without for probe in probes])
     for divisor in (probes.square().mean(-1, keepdim=True).sqrt(), 1.0):
-        scale = _scale(probes / divisor, found, lm.dtype)
+        scale = _scale(lm, probes / divisor, found)
         if scale is not None:
             return scale
     raise UnsupportedModelError(
@@ -144,10 +153,32 @@ def _probes(lm: LanguageModel) -> Tensor:
     return (torch.randn(4, lm.d_model, generator=torch.Generator().manual_seed(0)) + 1).to(lm.dtype).float()
 
 
-def _scale(given: Tensor, found: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The one vector (d,) whose product with the rows given (n, d) is what was found (n, d); None when there is none."""
+def _scale(lm: LanguageModel, given: Tensor, found: Tensor) -> Tensor | None:
+    """The one vector (d,) whose product with the rows given (n, d) is what was found (n, d); None when there is none.
+
+    Where a vector of the model's own (or one more than it, as some norms count) is that within the dtype's rounding, it is that vector,
+    and exact.
+    """
     scale = (found / given).median(0).values  # of several, since one may be near zero
-    return scale if same(given * scale, found, tolerance(dtype)) else None
+    if not same(given * scale, found, tolerance(lm.dtype)):
+        return None
+    own = [p.detach().to(scale) + more for p in lm.module.parameters() if p.shape == scale.shape for more in (0, 1)]
+    own.append(torch.ones_like(scale))
+    errors = torch.stack([(vector - scale).abs().mean() for vector in own]) / scale.abs().mean()
+    best = int(errors.argmin())
+    return own[best] if float(errors[best]) < _ROUNDING else scale
+
+
+_ROUNDING = 0.01
+
+
+def _multiplier(plain: Unembedding, given: Tensor, logits: Tensor, dtype: torch.dtype) -> float:
+    """What the model multiplies weight @ given + bias by to have its logits (n, vocab); 1 where they are no multiple (a softcap)."""
+    raw = given @ plain.weight.to(given).T + (0 if plain.bias is None else plain.bias.to(given))
+    found = float((raw * logits).sum() / raw.square().sum())
+    if same(raw, logits, tolerance(dtype)) or not same(raw * found, logits, tolerance(dtype)):
+        return 1.0
+    return found
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -233,6 +264,8 @@ def value_tokens(
     head = find_unembedding(lm, norm=norm)
     top = check_count(top, f"top (of {len(head.weight)} tokens)", "the number of tokens wanted for each value")
     wanted = range(lm.n_layers) if layers is None else [check_layer(x, lm.n_layers) for x in check_items(layers, "layers", "layer numbers")]
+    if not wanted:
+        raise InputError("no layer was asked for; expected at least one, or None for all")
     found: dict[Bank, tuple[Tensor, ...]] = {}
     every, scale, screen = banks(lm, wanted), _behind(lm, wanted, norm), Screen.of(head.weight)
     for bank, neurons in every.items():

@@ -142,7 +142,7 @@ def target_ids(tokenizer: Any, prompt: str, target: str) -> list[int]:
 
 
 def word_ids(tokenizer: Any, word: str) -> list[int]:
-    """The tokens that are a word, whatever their case and the space before them; where none is, those that a text begins it with.
+    """The tokens that are a word, whatever their case and the space before them; where none is, the first that a text writes it with.
 
     Raises InputError when the word is empty or has no known token.
     """
@@ -155,7 +155,10 @@ def word_ids(tokenizer: Any, word: str) -> list[int]:
         return found
     behind = target_ids(tokenizer, "The", word.strip())  # inside a text, where most tokenizers write a space into the token
     alone = target_ids(tokenizer, "", word.strip())
-    return list(dict.fromkeys(ids[0] for ids in (behind, alone) if every[ids[0]].strip()))
+    visible = [next((i for i in ids if every[i].strip()), None) for ids in (behind, alone)]  # a space may be a token by itself
+    if not (known := [i for i in dict.fromkeys(visible) if i is not None]):
+        raise InputError(f"{word!r} has no token the model knows; look for a word that its tokenizer can write")
+    return known
 
 
 def align(lm_or_tokenizer: LanguageModel | Any, sequences: Sequence[Sequence[int]], pivots: Sequence[int]) -> Batch:
