@@ -32,7 +32,7 @@ from ..checks import check_count, check_items
 from ..errors import DamagedError, FingerprintError, InputError, LayerError, NumericsError
 from ..model.ffn import Neuron, check_layer
 from ..model.load import LanguageModel, check_model
-from ..model.scan import Bank, Coefficients, Piece, bank_name, bank_of, banks, batches, named_bank, pieces, scan, windows
+from ..model.scan import ADDED, Bank, Coefficients, Piece, bank_name, bank_of, banks, batches, named_bank, pieces, scan, windows
 from ..progress import Progress, tell
 from ..tables import counted, ending
 from ..tensors import Checkpoint, read_tensors, write_tensors
@@ -248,7 +248,7 @@ class _Best:
         m = found.m.float()
         self.fired += (m > 0).sum(0).cpu()
         self.squares += m.square().sum(0).double().cpu()
-        written = torch.tensor([b > a for piece in rows for a, b in piece.spans], device=m.device)  # not added by the tokenizer
+        written = torch.tensor([tuple(span) != ADDED for piece in rows for span in piece.spans], device=m.device)
         starts = torch.tensor([0, *itertools.accumulate(len(piece.ids) for piece in rows)], device=m.device)
         grid, columns, present = _grid(m, found.row, found.column, written[starts[found.row] + found.column])
         if not present:

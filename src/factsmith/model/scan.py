@@ -12,15 +12,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
+from ..checks import check_text, whole_number
+from ..errors import InputError, LayerError
 from .ffn import Neuron, Neurons
 from .load import LanguageModel
 from .tokens import align, encode
@@ -37,9 +39,12 @@ def banks(lm: LanguageModel, layers: Iterable[int] | None = None) -> dict[Bank, 
 
 
 def bank_of(neuron: Neuron) -> tuple[Bank, int]:
-    """A neuron's bank, and which of its neurons it is."""
-    *place, i = (int(n) for n in neuron)
-    return cast("Bank", tuple(place)), i
+    """A neuron's bank, and which of its neurons it is. Raises LayerError for what is not two or three whole numbers."""
+    numbers = [whole_number(n) for n in neuron] if isinstance(neuron, Iterable) and not isinstance(neuron, (str, bytes)) else []
+    if len(numbers) not in (2, 3) or None in numbers:
+        raise LayerError(f"{neuron!r} is no neuron; expected (layer, number), or (layer, expert, number) in a layer with experts")
+    *place, i = numbers
+    return cast("Bank", tuple(place)), cast("int", i)
 
 
 def bank_name(bank: Bank) -> str:
@@ -56,14 +61,24 @@ WINDOW = 512
 """Pieces tokenized ahead of the model and sorted by length: enough that a batch has little padding, few enough to stream a corpus."""
 
 
+LONGEST = 1024
+"""Tokens of a piece at most: a pass holds every layer's coefficients at all of them, and models with many more positions would run out."""
+
+ADDED = (-1, -1)
+"""The span of a token that stands for no place in the text: one that the tokenizer puts in front (BOS) or behind."""
+
+_PART, _MARGIN = 50_000, 500
+"""Characters of a long text that are tokenized together, and those on either side that the tokenizer sees as well."""
+
+
 @dataclass(frozen=True)
 class Piece:
-    """A text, or as much of a longer one as the model has positions for.
+    """A text, or as much of a longer one as goes through the model at a time.
 
     number  its place among all pieces of the corpus
     text    the characters it stands for
     ids     its tokens
-    spans   for each token the characters [start, stop) of `text`; (0, 0) for one the tokenizer added
+    spans   for each token the characters [start, stop) of `text`; `ADDED` for one the tokenizer added
     """
 
     number: int
@@ -73,20 +88,62 @@ class Piece:
 
 
 def pieces(lm: LanguageModel, texts: str | Iterable[str], limit: float = math.inf) -> Iterator[Piece]:
-    """The pieces of a corpus in order, up to `limit` tokens; the last is cut. Raises InputError for what is no text."""
-    longest = lm.max_tokens or 1024
+    """The pieces of a corpus in order, up to `limit` tokens; the last is cut. Raises InputError for what is no text.
+
+    A text is cut where the model's context ends, at `LONGEST` tokens at most. Texts are tokenized as they are asked for, long ones part by
+    part: what is held does not grow with them.
+    """
+    if isinstance(texts, (bytes, Mapping)) or not isinstance(texts, Iterable):
+        raise InputError(f"the texts are {texts!r:.60}; expected a text, or texts one after another")
+    longest = min(lm.max_tokens or LONGEST, LONGEST)
     number = itertools.count()
     for text in [texts] if isinstance(texts, str) else texts:
-        ids, spans = encode(lm.tokenizer, text)
-        for start in range(0, len(ids), longest):
-            size = int(min(longest, len(ids) - start, limit))
-            own = spans[start : start + size]
-            first, last = min((a for a, b in own if b > a), default=0), max(b for _, b in own)
-            own = [(a - first, b - first) if b > a else (0, 0) for a, b in own]
-            yield Piece(next(number), text[first:last], ids[start : start + size], own)
-            limit -= size
+        tokens = _tokens(lm.tokenizer, check_text(text, "a text of the corpus"))
+        while own := list(itertools.islice(tokens, int(min(longest, limit)))):
+            written = [span for _, span in own if span != ADDED]
+            first, last = min((a for a, _ in written), default=0), max((b for _, b in written), default=0)
+            spans = [ADDED if span == ADDED else (span[0] - first, span[1] - first) for _, span in own]
+            yield Piece(next(number), text[first:last], [token for token, _ in own], spans)
+            limit -= len(own)
             if limit < 1:
                 return
+
+
+def _tokens(tokenizer: Any, text: str) -> Iterator[tuple[int, tuple[int, int]]]:
+    """The tokens of a text and their characters, as `encode` finds them, but with those of white space that tokenizers trim off.
+
+    A long text is cut at white space. The tokenizer sees some characters beyond the cut, so that tokens are those of the whole text unless
+    one of them reaches further than that.
+    """
+    special = set(tokenizer.all_special_ids)
+    for start, stop in _parts(text):
+        begin = max(start - _MARGIN, 0)
+        ids, spans = encode(tokenizer, text[begin : stop + _MARGIN])
+        added = [token in special and a == b for token, (a, b) in zip(ids, spans, strict=True)]
+        front = next((i for i, own in enumerate(added) if not own), len(ids))
+        back = len(ids) - next((i for i, own in enumerate(reversed(added)) if not own), 0)
+        behind = begin  # where the token before ended
+        for i, (token, (a, b)) in enumerate(zip(ids, spans, strict=True)):
+            if not front <= i < back:
+                if start == 0 if i < front else stop == len(text):
+                    yield token, ADDED
+                continue
+            # Of trimmed white space only its end is told.
+            a, b = (begin + a, begin + b) if b > a else (behind, max(behind, begin + b))
+            behind = b
+            if (a >= start or start == 0) and (a < stop or stop == len(text)):
+                yield token, (a, b)
+
+
+def _parts(text: str) -> Iterator[tuple[int, int]]:
+    """A text as [start, stop), cut at white space into parts of `_PART` characters at most."""
+    start = 0
+    while len(text) - start > _PART:
+        space = max(text.rfind(c, start + 1, start + _PART) for c in " \n\t")
+        stop = space if space > start else start + _PART
+        yield start, stop
+        start = stop
+    yield start, len(text)
 
 
 def windows(found: Iterator[Piece]) -> Iterator[list[Piece]]:
