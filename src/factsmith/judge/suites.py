@@ -162,7 +162,7 @@ def load_suite(
     if kind is not None and kind not in _LAYOUTS:
         raise InputError(f"kind is {kind!r}; expected one of {', '.join(_LAYOUTS)}, or None")
     named, _, rest = what.partition(":")
-    if named in _LAYOUTS and rest and not Path(what).exists():
+    if named in _LAYOUTS and rest:
         if kind not in (None, named):
             raise InputError(f"{what!r} names the layout {named}, kind is {kind!r}; give one of them")
         what, kind = rest, named
@@ -224,12 +224,13 @@ def _find(what: str) -> Path:
     """The file that is meant; raises InputError."""
     path = Path(what).expanduser()
     try:
-        if path.is_file():
-            return path
-        if path.is_dir():
-            raise InputError(f"{what!r} is a folder; expected one .json, .jsonl or .csv file in it")
-    except (OSError, ValueError):  # a name no file can have
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, ValueError):
         raise InputError(f"{what[:80]!r} cannot be the name of a file; expected atlas, a file or a hub dataset") from None
+    if is_file:
+        return path
+    if is_folder:
+        raise InputError(f"{what!r} is a folder; expected one .json, .jsonl or .csv file in it")
     if what in _LAYOUTS:
         raise InputError(f"{what!r} is a layout, and its data is not bundled; download its file and give it as {what}:FILE")
     if re.fullmatch(r"[\w.-]+/[\w.-]+(/[^:]+)?", what) and not what.startswith((".", "~")):
@@ -333,7 +334,7 @@ def _read(
                 raise _Refused("", f"is no JSON: {rows[index]}")
             found[index] = layout.read(_Row(rows[index], dropped=dropped), index)
         except _Refused as refused:
-            dropped.append(refused)
+            dropped = [refused]
         skipped += (wrong := [Malformed(what, index, each.field, each.message) for each in dropped])
         if fatal and wrong:
             raise InputError(f"{wrong[0]}; correct it, or leave it out with malformed='skip'")
