@@ -61,6 +61,13 @@ def check_number(value: object, name: str, expected: str = "a finite number") ->
     return value if isinstance(value, (int, float)) else float(value)
 
 
+def check_limit(value: object, name: str) -> float:
+    """How much to read of something: a number of at least 1, infinity for all of it."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not value >= 1:
+        raise InputError(f"{name} is {_shown(value)}; expected a number of at least 1, or math.inf for all there is")
+    return value if isinstance(value, (int, float)) else float(value)
+
+
 def check_items(value: Any, name: str, expected: str) -> list[Any]:
     """The items of a list or of anything else that can be gone through, but a text or a mapping."""
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Iterable):

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import secrets
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+from .errors import InputError, WorkspaceError
 
 
 def write_file(path: Path, content: bytes | Callable[[Path], object]) -> None:
@@ -27,6 +30,24 @@ def write_file(path: Path, content: bytes | Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
         raise
     flush_folder(path.parent)
+
+
+def check_writable(folder: str | os.PathLike[str]) -> Path:
+    """The folder as a path, if files can be written into it, or it can be made; nothing is left there.
+
+    Raises InputError for what is no path, WorkspaceError for what cannot be written.
+    """
+    if not isinstance(folder, (str, os.PathLike)):
+        raise InputError(f"the folder is {folder!r:.60}; expected a path")
+    path = Path(folder)
+    there = next((place for place in (path, *path.absolute().parents) if place.exists()), path)
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except (OSError, ValueError) as error:  # a name with a zero byte
+        why = "there is a file of that name" if there.is_file() else getattr(error, "strerror", None) or error
+        raise WorkspaceError(f"cannot write into {path}: {why}; choose a folder that can be written") from None
+    return path
 
 
 def flush_folder(folder: Path) -> None:

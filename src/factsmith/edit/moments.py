@@ -38,11 +38,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_items
+from ..checks import check_items, check_limit
 from ..errors import DamagedError, FingerprintError, InputError, NumericsError, UnsupportedModelError
 from ..model.ffn import check_layer
 from ..model.load import LanguageModel
-from ..model.scan import Piece, batches, pieces, scan, windows
+from ..model.scan import Piece, batches, check_dtype, pieces, scan, windows
 from ..tensors import Checkpoint, read_tensors, write_tensors
 from . import solve
 
@@ -286,9 +286,7 @@ def enough_tokens(lm: LanguageModel, layers: Iterable[int], max_tokens: float | 
     """
     if max_tokens is None:
         return TOKENS_PER_NEURON * max(lm.ffn[check_layer(layer, lm.n_layers)].d_ff for layer in layers)
-    if not isinstance(max_tokens, (int, float)) or isinstance(max_tokens, bool) or not max_tokens >= 1:
-        raise InputError(f"max_tokens is at least 1, or None for the default; got {max_tokens!r}")
-    return max_tokens
+    return check_limit(max_tokens, "max_tokens")
 
 
 def _checked(lm: LanguageModel, layers: Iterable[int], dtype: torch.dtype | None) -> list[int]:
@@ -299,11 +297,7 @@ def _checked(lm: LanguageModel, layers: Iterable[int], dtype: torch.dtype | None
     for layer in layers:
         if lm.ffn[check_layer(layer, lm.n_layers)].n_experts:
             raise UnsupportedModelError(f"layer {layer} is a mixture of experts; second moments are for dense layers: choose another")
-    if dtype is not None and (dtype != torch.bfloat16 or lm.dtype == torch.float64):
-        raise InputError(
-            f"a forward pass in {dtype} of a model in {lm.dtype} is not offered (float16 overflows, float64 models are there for their "
-            "precision); give torch.bfloat16, or None for the model's own"
-        )
+    check_dtype(lm, dtype)
     return layers
 
 

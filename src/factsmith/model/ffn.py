@@ -764,9 +764,10 @@ def _expert(dry: _Dry, routed: _Routed, seen: Sequence[Product], hidden: Tensor)
 
 def check_layer(layer: int, n_layers: int) -> int:
     """A layer index in [0, n_layers); raises LayerError."""
-    if not 0 <= layer < n_layers:
-        raise LayerError(f"layer {layer} does not exist; this model has layers 0 to {n_layers - 1}")
-    return layer
+    number = whole_number(layer)
+    if number is None or not 0 <= number < n_layers:
+        raise LayerError(f"layer {layer!r} does not exist; this model has layers 0 to {n_layers - 1}")
+    return number
 
 
 def find_neuron(ffn: Sequence[FeedForward], neuron: Neuron) -> tuple[int, int, int]:

@@ -178,6 +178,15 @@ class Coefficients:
     column: Tensor
 
 
+def check_dtype(lm: LanguageModel, dtype: torch.dtype | None) -> None:
+    """Raises InputError for anything but what `scan` can run a model in."""
+    if dtype is not None and (dtype != torch.bfloat16 or lm.dtype == torch.float64):
+        raise InputError(
+            f"a forward pass in {dtype!r} of a model in {lm.dtype} is not offered (float16 overflows, float64 models are there for their "
+            "precision); give torch.bfloat16, or None for the model's own"
+        )
+
+
 def scan(
     lm: LanguageModel, rows: Sequence[Sequence[int]], layers: Sequence[int], dtype: torch.dtype | None = None
 ) -> dict[Bank, Coefficients]:
