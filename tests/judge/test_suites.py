@@ -454,6 +454,19 @@ def test_broken_bytes_are_refused(tmp_path: Path) -> None:
         load_suite(path)
 
 
+def test_endless_nesting_is_a_malformed_field(tmp_path: Path) -> None:
+    deep: Any = "a"
+    for _ in range(400):
+        deep = [deep]
+    suite = load_suite(
+        _write(tmp_path, [COUNTERFACT, {**COUNTERFACT, "paraphrase_prompts": deep}, {**COUNTERFACT, "requested_rewrite": deep}])
+    )
+    assert [(each.field, each.message) for each in suite.skipped] == [
+        ("paraphrase_prompts.0.0.0", "is a list; expected text"),
+        ("requested_rewrite", "is a list; expected fields with names"),
+    ]
+
+
 def _spoilt(value: Any, draw: random.Random) -> Any:
     """The same with one thing in it taken away or put in another type."""
     if isinstance(value, (dict, list)) and value and draw.random() < 0.8:

@@ -456,18 +456,20 @@ def _as_text(value: object, field: str) -> str:
     return value.strip()
 
 
-def _flat(value: object, field: str) -> Iterator[str]:
-    """The texts of a list, however nested, but the blank ones."""
-    if isinstance(value, list):
+def _flat(value: object, field: str, depth: int = 0) -> Iterator[str]:
+    """The texts of a list, or of a list of lists of them, but the blank ones."""
+    if isinstance(value, list) and depth < 3:
         for at, each in enumerate(value):
-            yield from _flat(each, f"{field}.{at}")
+            yield from _flat(each, f"{field}.{at}", depth + 1)
     elif text := _as_text(value, field):
         yield text
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..." if isinstance(value, str) else f"a {type(value).__name__}"
+    """A value in a message; of what holds others only its type, since a file may nest them without end."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= 60 else f"{value[:57]}...")
+    return f"a {type(value).__name__}" if isinstance(value, (Mapping, list)) else repr(value)
 
 
 # ── layouts ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
