@@ -1,0 +1,217 @@
+"""The runner: what is asked when, what is counted how, and that a killed run goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import GPT2, byte_tokenizer, shared_dir, tiny_model
+from factsmith.errors import DamagedError, FingerprintError, InputError
+from factsmith.fact import Fact
+from factsmith.judge.evaluate import BASE, Editor, Row, evaluate, score
+from factsmith.judge.suites import Question, Record, load_suite
+from factsmith.model.load import LanguageModel, wrap
+
+
+def record(n: int, *questions: Question) -> Record:
+    fact = Fact(f"Entity{n}", "The home of {} is", "Oslo", target_true="Rome")
+    own = (
+        Question(kind="prompt", prompt=fact.text, answers=("Oslo",), against="Rome"),
+        Question(kind="paraphrase", prompt=f"Entity{n} lives in", answers=("Oslo",), against="Rome"),
+        Question(kind="neighbour", prompt=f"The home of Other{n} is", answers=("Rome",), against="Oslo"),
+        Question(kind="locality", prompt=f"The colour of Entity{n} is", answers=()),
+        Question(kind="negation", prompt=f"It is not true that the home of Entity{n} is", answers=(), against="Oslo"),
+    )
+    return Record(id=f"r{n}", facts=(fact,), questions=(*own, *questions))
+
+
+RECORDS = [record(n) for n in range(5)]
+
+
+@pytest.fixture
+def lm() -> LanguageModel:
+    return wrap(tiny_model("gpt2", **GPT2), byte_tokenizer())
+
+
+def editor(lm: LanguageModel, log: list[tuple[str, ...]], strength: float = 300.0) -> Editor:
+    """Pushes the unembedding's row of O, so that every answer begins with it; says what it was given."""
+
+    @contextmanager
+    def write(facts: Sequence[Fact]) -> Iterator[dict[str, float]]:
+        bias = lm.module.transformer.ln_f.bias
+        row = lm.module.get_output_embeddings().weight[lm.tokenizer("O", add_special_tokens=False)["input_ids"][0]]
+        before = bias.detach().clone()
+        log.append(tuple(fact.subject for fact in facts))
+        with torch.no_grad():
+            bias += strength * row
+        try:
+            yield {"facts": len(facts), "what": "not a number"}  # type: ignore[dict-item]
+        finally:
+            with torch.no_grad():
+                bias.copy_(before)
+
+    return write
+
+
+def test_two_way_success_agrees_with_a_few_plain_lines(lm: LanguageModel) -> None:
+    """COUNTERFACT's ES, PS and NS: the mean log-probability of either candidate, from one plain pass each."""
+    rows = score(lm, RECORDS)
+    by_kind: dict[str, list[bool]] = {}
+    for one in RECORDS:
+        for q in one.questions:
+            if q.answers and q.against:
+                logs = []
+                for text in (q.answers[0], q.against):
+                    head, tail = lm.tokenizer(q.prompt)["input_ids"], lm.tokenizer(" " + text)["input_ids"]
+                    log_p = lm.module(input_ids=torch.tensor([head + tail])).logits[0, len(head) - 1 : -1].log_softmax(-1)
+                    logs.append(float(log_p.gather(1, torch.tensor(tail)[:, None]).mean()))
+                by_kind.setdefault(q.kind, []).append(logs[0] > logs[1])
+    for kind, expected in by_kind.items():
+        assert [row.success for row in rows if row.kind == kind] == expected
+    assert {row.success for row in rows if row.kind in ("locality", "negation")} == {None}
+
+
+def test_single_edits_are_written_judged_and_taken_back(lm: LanguageModel) -> None:
+    log: list[tuple[str, ...]] = []
+    before = lm.fingerprint
+    found = evaluate(lm, RECORDS, {"pusher": editor(lm, log)}, size=1)
+    assert log == [(f"Entity{n}",) for n in range(5)] and lm.fingerprint == before
+    base, after = found.asked(BASE), found.asked("pusher")
+    assert len(base) == len(after) == 25 and [row.prompt for row in base] == [row.prompt for row in after]
+    assert all(row.answer.startswith("O") for row in after) and not any(row.answer.startswith("O") for row in base)
+    assert {row.stayed for row in base} == {None} and {row.stayed for row in after if row.kind in ("neighbour", "locality")} == {False}
+    assert found.notes["pusher", 3] == {"facts": 1.0} and found.notes[BASE, 0] == {}
+    negated = [row.exact for row in after if row.kind == "negation"]
+    assert negated == [not row.answer.startswith("Oslo") for row in after if row.kind == "negation"]
+    assert "base" in repr(found) and "pusher" in repr(found) and "<table>" in found._repr_html_()
+    control = evaluate(lm, RECORDS, {"nothing": editor(lm, [], 0.0)}, size=1)
+    assert [row.answer for row in control.asked("nothing")] == [row.answer for row in control.asked(BASE)]
+    assert all(row.stayed for row in control.asked("nothing") if row.kind in ("neighbour", "locality"))
+
+
+def test_a_sequence_puts_one_round_upon_another(lm: LanguageModel) -> None:
+    log: list[tuple[str, ...]] = []
+    found = evaluate(lm, RECORDS, {"pusher": editor(lm, log, 0.1)}, size=2, sequence=True, retained=1)
+    assert log == [("Entity0", "Entity1"), ("Entity2", "Entity3"), ("Entity4",)]
+    last = found.asked("pusher")
+    assert {row.record for row in last} == {f"r{n}" for n in range(5)} and {row.unit for row in last} == {2}
+    again = [row for row in found.asked("pusher", 1) if row.written == 0]
+    assert [(row.record, row.kind) for row in again] == [("r0", "prompt")]
+    kept = found.retention("pusher", "tokens")
+    assert set(kept) == {0, 1, 2} and set(kept[0]) == {0, 1, 2} and set(kept[2]) == {2}
+    rows = {(row.unit, row.prompt): row.log_wanted for row in found.rows if row.editor == "pusher" and row.record == "r0"}
+    pushed = [rows[unit, RECORDS[0].questions[0].prompt] for unit in range(3)]
+    assert len(set(pushed)) == 3, "each round changed the model further"
+
+
+def test_a_killed_run_goes_on_where_it_stood(lm: LanguageModel, tmp_path: Path) -> None:
+    for name, arguments in (("single", {"size": 1}), ("sequence", {"size": 2, "sequence": True})):
+        straight = evaluate(lm, RECORDS, {"pusher": editor(lm, [], 0.1)}, **arguments)  # type: ignore[arg-type]
+        folder, log = tmp_path / name, []  # type: tuple[Path, list[tuple[str, ...]]]
+
+        @contextmanager
+        def dies(facts: Sequence[Fact], log: list[tuple[str, ...]] = log) -> Iterator[None]:
+            if len(log) == 2:
+                raise KeyboardInterrupt
+            with editor(lm, log, 0.1)(facts):
+                yield {"facts": len(facts)}  # type: ignore[misc]
+
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(lm, RECORDS, {"pusher": dies}, folder=folder, **arguments)  # type: ignore[arg-type, dict-item]
+        file = folder / "rows.jsonl"
+        with file.open("a") as torn:
+            torn.write(json.dumps(vars(straight.rows[0])) + '\n{"editor": "pus')
+        log.clear()
+        again = evaluate(lm, RECORDS, {"pusher": editor(lm, log, 0.1)}, folder=folder, **arguments)  # type: ignore[arg-type]
+        assert again.rows == straight.rows and again.notes == straight.notes
+        assert len(log) == 3, "rounds that were asked are written again, single edits are not"
+        log.clear()
+        assert evaluate(lm, RECORDS, {"pusher": editor(lm, log)}, folder=folder, **arguments).rows == straight.rows and not log  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="size"):
+            evaluate(lm, RECORDS, {"pusher": editor(lm, [])}, size=3, folder=folder, sequence=bool(arguments.get("sequence")))
+        with pytest.raises(InputError, match="records"):
+            evaluate(lm, RECORDS[:4], {"pusher": editor(lm, [])}, folder=folder, **arguments)  # type: ignore[arg-type]
+        with pytest.raises(FingerprintError):
+            other = wrap(tiny_model("gpt2", seed=7, **GPT2), byte_tokenizer())
+            evaluate(other, RECORDS, {"pusher": editor(other, [])}, folder=folder, **arguments)  # type: ignore[arg-type]
+        for damaged in (b"\xff\xfe", b"{}\n", b"nothing\n", file.read_bytes().replace(b'"kind"', b'"sort"', 1)):
+            (tmp_path / "damaged").mkdir(exist_ok=True)
+            (tmp_path / "damaged" / "rows.jsonl").write_bytes(damaged)
+            with pytest.raises(DamagedError):
+                evaluate(lm, RECORDS, {"pusher": editor(lm, [])}, folder=tmp_path / "damaged", **arguments)  # type: ignore[arg-type]
+
+
+def test_shares_scores_and_their_intervals_by_hand(lm: LanguageModel) -> None:
+    """Three records, one question each of the three kinds and a multi-hop case that any of two questions hits."""
+    found = evaluate(lm, RECORDS[:3], {"pusher": editor(lm, [])})
+
+    def row(n: int, kind: str, success: bool, exact: bool, group: int | None = None) -> Row:
+        logs = (-1.0, -2.0) if success else (-2.0, -1.0)
+        fields = {**vars(found.rows[0]), "record": f"r{n}", "kind": kind, "exact": exact, "group": group, "editor": "made"}
+        return Row(**{**fields, "log_wanted": logs[0], "log_against": logs[1]})
+
+    rows = [row(n, kind, success, n == 0) for kind, shares in _SHARES.items() for n, success in enumerate(shares)]
+    rows += [row(0, "multihop", True, False, 0), row(0, "multihop", True, True, 0), row(1, "multihop", True, False, 0)]
+    made = type(found)(**{**vars(found), "rows": (*found.rows, *rows)})
+    shares = made.summary("made")
+    assert shares["prompt success"].value == 1 and shares["paraphrase success"].value == pytest.approx(2 / 3)
+    assert shares["score"].value == pytest.approx(3 / (1 + 3 / 2 + 3)) and shares["score exact"].value == pytest.approx(1 / 3)
+    assert (shares["multihop exact"].value, shares["multihop exact"].n) == (0.5, 2)
+    assert shares["prompt success"].low == shares["prompt success"].high == 1
+    assert 0 == shares["neighbour success"].low < shares["neighbour success"].value < shares["neighbour success"].high
+    assert shares["score"].low <= shares["score"].value <= shares["score"].high
+    assert "score" not in {name for name in made.summary("made") if name.startswith("multihop")}
+
+
+_SHARES = {"prompt": (True, True, True), "paraphrase": (True, True, False), "neighbour": (True, False, False)}
+
+
+def test_bad_input_is_refused_in_words(lm: LanguageModel) -> None:
+    nothing = Record(id="x", facts=(), questions=())
+    write = editor(lm, [])
+    cases = (
+        ([], {"a": write}, {}, "none with a fact"),
+        ([nothing], {"a": write}, {}, "none with a fact"),
+        ([RECORDS[0], RECORDS[0]], {"a": write}, {}, "same id"),
+        (RECORDS, {}, {}, "at least one"),
+        (RECORDS, {BASE: write}, {}, "base"),
+        (RECORDS, {"a": write}, {"size": 0}, "size"),
+        (RECORDS, {"a": write}, {"retained": -1}, "retained"),
+    )
+    for records, editors, arguments, words in cases:
+        with pytest.raises(InputError, match=words):
+            evaluate(lm, records, editors, **arguments)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="no editor"):
+        evaluate(lm, RECORDS[:1], {"a": write}).asked("b")
+
+
+def test_counterfact_success_of_a_hundred_records_agrees_with_plain_lines() -> None:
+    path = shared_dir() / "data" / "counterfact" / "full-1017.json"
+    lm = wrap(tiny_model("gpt2", **{**GPT2, "n_positions": 512}), byte_tokenizer())
+    suite = load_suite(path, limit=100, seed=4)
+    rows = score(lm, suite.records, max_new_tokens=1)
+    raw = {f"{entry['case_id']}": entry for entry in json.loads(path.read_text())}
+    compared = 0
+    for one in suite.records[:100:10]:
+        entry = raw[one.id.split()[-1]]
+        edit = entry["requested_rewrite"]
+        asked = [(edit["prompt"].format(edit["subject"]), False)]
+        asked += [(p, False) for p in entry["paraphrase_prompts"]] + [(p, True) for p in entry["neighborhood_prompts"]]
+        for prompt, stays in asked:
+            nll = []
+            for text in (edit["target_new"]["str"], edit["target_true"]["str"]):
+                head, tail = lm.tokenizer(prompt)["input_ids"], lm.tokenizer(" " + text.strip())["input_ids"]
+                log_p = lm.module(input_ids=torch.tensor([head + tail])).logits[0, len(head) - 1 : -1].log_softmax(-1)
+                nll.append(-float(log_p.gather(1, torch.tensor(tail)[:, None]).mean()))
+            expected = nll[1] < nll[0] if stays else nll[0] < nll[1]
+            own = [
+                row for row in rows if row.record == one.id and row.prompt == prompt and row.kind in ("prompt", "paraphrase", "neighbour")
+            ]
+            assert own and all(row.success == expected for row in own)
+            compared += 1
+    assert compared > 100
