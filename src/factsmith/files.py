@@ -40,12 +40,14 @@ def check_writable(folder: str | os.PathLike[str]) -> Path:
     if not isinstance(folder, (str, os.PathLike)):
         raise InputError(f"the folder is {folder!r:.60}; expected a path")
     path = Path(folder)
+    if "\0" in str(path):
+        raise InputError(f"the folder is {folder!r:.60}; no name holds a zero byte")
     there = next((place for place in (path, *path.absolute().parents) if place.exists()), path)
     try:
         with tempfile.TemporaryFile(dir=there):
             pass
-    except (OSError, ValueError) as error:  # a name with a zero byte
-        why = "there is a file of that name" if there.is_file() else getattr(error, "strerror", None) or error
+    except OSError as error:
+        why = "there is a file of that name" if there.is_file() else error.strerror
         raise WorkspaceError(f"cannot write into {path}: {why}; choose a folder that can be written") from None
     return path
 

@@ -41,6 +41,15 @@ def read_tensors(path: Path, advice: str) -> tuple[dict[str, Tensor], dict[str, 
     return tensors, metadata
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What `write_tensors` described the file by, unchecked; nothing for one that cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, safetensors.SafetensorError):
+        return {}
+
+
 def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     digest = hashlib.sha256(repr(sorted(metadata.items())).encode())
     for name, tensor in sorted(tensors.items()):

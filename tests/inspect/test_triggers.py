@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tokenizers import pre_tokenizers, processors
 
 from conftest import GPT2, LLAMA, TEXTS, byte_tokenizer, tiny_model
-from factsmith.errors import DamagedError, FingerprintError, InputError, LayerError, NumericsError
+from factsmith.errors import DamagedError, FingerprintError, InputError, LayerError, NumericsError, WorkspaceError
 from factsmith.inspect import triggers as module
 from factsmith.inspect.triggers import Trigger, Triggers, find_triggers
 from factsmith.model import scan as corpus
@@ -153,14 +156,52 @@ def test_a_killed_pass_goes_on_where_it_stood(tiny_gpt2: LanguageModel, tmp_path
 
 def test_texts_nobody_refers_to_are_let_go(tiny_gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[int] = []
-    forget = module._Run.forget
-    monkeypatch.setattr(module, "_KEPT", 8)
+    keep = module._Run.keep
+    monkeypatch.setattr(module, "_KEPT", 300)
     monkeypatch.setattr(corpus, "WINDOW", 10)
-    monkeypatch.setattr(module._Run, "forget", lambda run: (forget(run), held.append(len(run.texts))))
+    monkeypatch.setattr(module._Run, "keep", lambda run, window: (keep(run, window), held.append(len(run.texts))))
     texts = [f"{text} {n}" for n in range(60) for text in TEXTS]
     found = find_triggers(tiny_gpt2, texts, [0], top=1)
     assert len(found.texts) < 150 and max(held) < 240
     assert len(found.texts) == len({t.text for i in range(128) for sign in ("top", "bottom") for t in found.of((0, i), sign=sign)})  # type: ignore[arg-type]
+
+
+def test_white_space_that_the_tokenizer_trims_is_a_trigger() -> None:
+    """Its characters lie between its neighbours', and what it fires behind is told without them."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    lm = wrap(tiny_model("gpt2", **GPT2).double(), tokenizer)
+    texts = ["Paris   is    in France  ", "if x:\n        return   Paris", *TEXTS]
+    found = find_triggers(lm, texts, [1], top=4)
+    blank = 0
+    for i, places in enumerate(brute_force(lm, 1, texts, 4, 1)):
+        triggers = found.of((1, i))
+        assert [(t.text, t.position) for t in triggers] == [(texts[text], position) for text, position in places]
+        for t in triggers:
+            if not lm.tokenizer.decode([t.token]).strip():
+                blank += 1
+                assert not t.text[t.start : t.stop].strip() and t.text.startswith(t.prefix)
+    assert blank > 10
+
+
+def test_one_long_text_is_held_no_longer_than_many(tiny_llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it is, so many tokens are held as for short texts."""
+    held: list[int] = []
+    keep = module._Run.keep
+    monkeypatch.setattr(module, "_KEPT", 2000)
+    monkeypatch.setattr(corpus, "WINDOW", 10)
+    monkeypatch.setattr(
+        module._Run, "keep", lambda run, window: (keep(run, window), held.append(sum(len(p.ids) for p in run.texts.values())))
+    )
+    monkeypatch.setattr(corpus, "_PART", 2000)
+    seen: list[int] = []
+    encode = corpus.encode
+    monkeypatch.setattr(corpus, "encode", lambda tokenizer, text: (seen.append(len(text)), encode(tokenizer, text))[1])
+    found = find_triggers(tiny_llama, " ".join(TEXTS * 200), [0], top=1, max_tokens=24_000)
+    assert max(seen) <= 3000 and found.n_tokens == 24_000
+    assert max(held) < 2 * (2 * 48 * 64) + 2000 + 10 * 64 < 24_000
+    assert sum(seen) < 70_000, "what is not asked for is not tokenized"
 
 
 def test_bad_input_is_refused_in_words(tiny_gpt2: LanguageModel, tmp_path: Path) -> None:
@@ -174,9 +215,48 @@ def test_bad_input_is_refused_in_words(tiny_gpt2: LanguageModel, tmp_path: Path)
             find_triggers(tiny_gpt2, texts, layers, folder=tmp_path)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="top"):
         find_triggers(tiny_gpt2, TEXTS, top=0)
+    wrong: tuple[tuple[str, Any], ...] = (
+        *(("max_tokens", value) for value in (0, -5, "abc", None, float("nan"), True)),
+        *(("batch_tokens", value) for value in (0, "x", None, 1.5)),
+        *(("dtype", value) for value in ("bfloat16", torch.int8, torch.float16)),
+        *(("layers", value) for value in ([0.5], ["x"], 3)),
+        *(("texts", value) for value in (None, 5, b"Paris", {"a": 1})),
+        ("folder", 5),
+    )
+    for name, value in wrong:
+        with pytest.raises(InputError):
+            find_triggers(**{"lm": tiny_gpt2, "texts": TEXTS, "folder": tmp_path, name: value})  # type: ignore[arg-type]
     assert not any(tmp_path.iterdir())
+    found = find_triggers(tiny_gpt2, TEXTS, [0], top=2)
+    for neuron in (0, (0,), (0.5, 1.2), "00", (0, -1), (0, 0, 0)):
+        with pytest.raises(LayerError):
+            found.of(neuron)  # type: ignore[arg-type]
+    for arguments in ({"sign": "mid"}, {"k": -1}, {"k": 1.5}):
+        with pytest.raises(InputError):
+            found.of((0, 0), **arguments)  # type: ignore[arg-type]
+    for read in (found.tokens, found.next_tokens):
+        with pytest.raises(InputError, match="'mid'"):
+            read((0,), "mid")  # type: ignore[arg-type]
+    assert found.of((0, 0), k=0) == []
     with pytest.raises(LayerError, match="not scanned"):
         find_triggers(tiny_gpt2, TEXTS, [0], top=1).of((1, 0))
+
+
+def test_where_it_cannot_write_it_does_not_read(tiny_gpt2: LanguageModel, tiny_llama: LanguageModel, tmp_path: Path) -> None:
+    def never() -> Iterator[str]:
+        pytest.fail("a text was asked for")
+        yield ""
+
+    (tmp_path / "file").write_text("mine")
+    for place, error in (("file", WorkspaceError), ("file/below", WorkspaceError), ("a\0b", InputError)):
+        with pytest.raises(error, match="cannot write|zero byte"):
+            find_triggers(tiny_gpt2, never(), folder=tmp_path / place)
+    find_triggers(tiny_llama, TEXTS, top=1, folder=tmp_path / "llama")
+    with pytest.raises(FingerprintError, match="another folder"):
+        find_triggers(tiny_gpt2, never(), folder=tmp_path / "llama")
+    Triggers.load(tmp_path / "llama", tiny_llama)
+    find_triggers(tiny_gpt2, TEXTS, top=1, folder=tmp_path / "made" / "for it")
+    Triggers.load(tmp_path / "made" / "for it", tiny_gpt2)
 
 
 def test_coefficients_that_are_not_finite_are_an_error() -> None:

@@ -28,20 +28,35 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..checks import check_count, check_items
+from ..checks import check_count, check_items, check_limit
 from ..errors import DamagedError, FingerprintError, InputError, LayerError, NumericsError
+from ..files import check_writable
 from ..model.ffn import Neuron, check_layer
 from ..model.load import LanguageModel, check_model
-from ..model.scan import ADDED, Bank, Coefficients, Piece, bank_name, bank_of, banks, batches, named_bank, pieces, scan, windows
+from ..model.scan import (
+    ADDED,
+    Bank,
+    Coefficients,
+    Piece,
+    bank_name,
+    bank_of,
+    banks,
+    batches,
+    check_dtype,
+    named_bank,
+    pieces,
+    scan,
+    windows,
+)
 from ..progress import Progress, tell
-from ..tables import counted, ending
-from ..tensors import Checkpoint, read_tensors, write_tensors
+from ..tables import Shown, Table, counted, ending
+from ..tensors import Checkpoint, read_metadata, read_tensors, write_tensors
 
 Sign = Literal["top", "bottom"]
 _SIGNS: tuple[Sign, ...] = ("top", "bottom")
 _LAST = 2**31 - 1  # piece numbers are kept below it
 _FORMAT = "triggers 1"
-_KEPT = 4096  # texts held beside those some neuron refers to, before the others are let go
+_KEPT = 200_000  # tokens held beside those of texts some neuron refers to, before the others are let go
 
 
 def check_sign(sign: object) -> None:
@@ -102,7 +117,7 @@ class BankTriggers:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
-class Triggers:
+class Triggers(Shown):
     """What every neuron of some layers fires on in a corpus.
 
     banks        {(layer,) or (layer, expert): BankTriggers}
@@ -125,17 +140,27 @@ class Triggers:
     _spans: Tensor = field(repr=False)  # (n, 2) their characters
     _starts: Tensor = field(repr=False)  # (texts + 1,) where each text's tokens begin
 
-    def __repr__(self) -> str:
-        n = counted(sum(len(bank.fired) for bank in self.banks.values()), "neuron")
-        return f"Triggers({n} of {self.model} in {counted(len(self.banks), 'bank')}, from {counted(self.n_tokens, 'token')})"
+    def tables(self) -> list[Table]:
+        """What was scanned, of which model, and on what."""
+        each = max((len(bank.coefficients["top"][0]) for bank in self.banks.values()), default=0)
+        rows = [
+            ("neurons", f"{sum(len(bank.fired) for bank in self.banks.values()):,} in {counted(len(self.banks), 'bank')}"),
+            ("triggers each", f"{each} largest, {each} smallest"),
+            ("read", f"{counted(self.n_texts, 'text')}, {counted(self.n_tokens, 'token')}"),
+            ("kept", counted(len(self.texts), "text")),
+            ("corpus", self.corpus[:12]),
+        ]
+        return [Table(f"triggers of {self.model}", {"": "<", " ": "<"}, rows)]
 
     def of(self, neuron: Neuron, *, sign: Sign = "top", k: int | None = None) -> list[Trigger]:
-        """The triggers of a neuron, strongest first, at most k. Raises LayerError for a neuron that was not scanned."""
+        """The triggers of a neuron, strongest first, at most k (None: all). Raises LayerError for a neuron that was not scanned."""
         place, i = bank_of(neuron)
         bank = self.banks.get(place)
         if bank is None or not 0 <= i < len(bank.fired):
             raise LayerError(f"neuron {tuple(neuron)} was not scanned; there are those of {', '.join(map(str, self.banks))}")
         columns = zip(bank.coefficients[sign][i].tolist(), bank.texts[sign][i].tolist(), bank.positions[sign][i].tolist(), strict=True)
+        check_sign(sign)
+        k = None if k is None else check_count(k, "k", "how many triggers to give, or None for all", least=0)
         return [self._trigger(*column) for column in itertools.islice((column for column in columns if column[0]), k)]
 
     def _trigger(self, coefficient: float, text: int, position: int) -> Trigger:
@@ -148,6 +173,7 @@ class Triggers:
         """The token behind each trigger: (d_ff, t) int64, -1 where there is none."""
         own = self.banks[bank]
         at = self._starts[own.texts[sign]] + own.positions[sign]
+        check_sign(sign)
         inside = (at + 1 < self._starts[own.texts[sign] + 1]) & (own.coefficients[sign] != 0)
         return torch.where(inside, self._ids[(at + 1).clamp(max=len(self._ids) - 1)], -1)
 
@@ -155,6 +181,7 @@ class Triggers:
         """The token at each trigger, or so many before it: (d_ff, t) int64, -1 where there is none."""
         own = self.banks[bank]
         there = (own.coefficients[sign] != 0) & (own.positions[sign] >= back)
+        check_sign(sign)
         return torch.where(there, self._ids[(self._starts[own.texts[sign]] + own.positions[sign] - back).clamp(min=0)], -1)
 
     def position(self, text: int, character: int) -> int | None:
@@ -188,11 +215,8 @@ class Triggers:
         tensors, metadata = read_tensors(path, "scan the corpus again")
         if metadata.get("format") != _FORMAT:
             raise DamagedError(f"{path} holds {metadata.get('format')!r}; expected {_FORMAT!r}: scan the corpus again")
-        if lm is not None and metadata["fingerprint"] != lm.fingerprint:
-            raise FingerprintError(
-                f"the triggers in {folder} are of {metadata['model']} with fingerprint {metadata['fingerprint'][:12]}; {lm.name} has "
-                f"{lm.fingerprint[:12]}: scan the corpus with it"
-            )
+        if lm is not None:
+            _check_model(metadata, folder, lm)
         characters, ends = tensors["characters"].numpy().tobytes(), tensors["lengths"].cumsum(0).tolist()
         texts = [characters[a:b].decode() for a, b in zip([0, *ends], ends)]  # noqa: B905 - one more start than ends
         parts: dict[Bank, dict[str, Tensor]] = {}
@@ -211,6 +235,22 @@ class Triggers:
 
 
 _FILE = "triggers.safetensors"
+def holds_triggers(folder: str | os.PathLike[str], lm: LanguageModel) -> bool:
+    """Whether there are triggers in a folder, of whatever corpus. Raises FingerprintError when they are another model's."""
+    path = Path(folder) / _FILE
+    if path.is_file():
+        _check_model(read_metadata(path), folder, lm)
+    return path.is_file()
+
+
+def _check_model(metadata: Mapping[str, str], folder: str | os.PathLike[str], lm: LanguageModel) -> None:
+    if metadata.get("fingerprint", lm.fingerprint) != lm.fingerprint:
+        raise FingerprintError(
+            f"the triggers in {folder} are of {metadata['model']} with fingerprint {metadata['fingerprint'][:12]}; {lm.name} has "
+            f"{lm.fingerprint[:12]}: scan the corpus with it, into another folder"
+        )
+
+
 _DESCRIBED: Mapping[str, Any] = {"model": str, "fingerprint": str, "corpus": str, "n_texts": int, "n_tokens": int}
 _BY_SIGN = ("coefficients", "texts", "positions")
 
@@ -346,9 +386,11 @@ def find_triggers(
     folder        where the result is kept, and before it now and then what there is: called again with the same arguments and texts, a run
                   that was killed goes on where it stood
 
-    Tokens that the tokenizer adds (BOS) are not taken for triggers: every text begins with them. Texts longer than the model's context are
-    cut, and each part counts as a text. Raises LayerError, InputError when there is no text, or the folder holds an unfinished run of other
-    texts or arguments, FingerprintError when it is another model's, NumericsError for coefficients that are not finite, WorkspaceError.
+    Tokens that the tokenizer adds (BOS) are not taken for triggers: every text begins with them. Texts longer than the model's context, or
+    1,024 tokens, are cut, and each part counts as a text. Long texts are tokenized part by part, cut at white space: a token that reaches
+    hundreds of characters beyond the cut may come out as two. Raises LayerError, InputError when there is no text, or the folder holds an
+    unfinished run of other texts or arguments, FingerprintError when it, or the triggers in the folder, are another model's, NumericsError
+    for coefficients that are not finite, WorkspaceError for a folder that cannot be written, before anything is read.
     """
     check_model(lm)
     top = check_count(top, "top", "the number of triggers to keep for each neuron")
@@ -371,6 +413,11 @@ def find_triggers(
     done, digest = (0, "") if held is None else run.restore(*held)
     other = InputError(f"the unfinished run in {folder} is of other texts; give the same again, or another folder, or delete it")
     number = 0
+    max_tokens = check_limit(max_tokens, "max_tokens")
+    batch_tokens = check_count(batch_tokens, "batch_tokens", "the number of tokens to run together")
+    check_dtype(lm, dtype)
+    if folder is not None:
+        holds_triggers(check_writable(folder), lm)
     for number, window in enumerate(windows(pieces(lm, texts, max_tokens)), 1):
         for piece in window:
             run.digest.update(repr(piece.ids).encode())
@@ -384,8 +431,7 @@ def find_triggers(
             run.n_texts += len(rows)
             run.n_tokens += sum(len(piece.ids) for piece in rows)
             tell(progress, "scanning", run.n_tokens, None if math.isinf(max_tokens) else int(max_tokens))
-        run.texts.update((piece.number, piece) for piece in window)
-        run.forget()
+        run.keep(window)
         if kept is not None:
             kept.save(partial(run.state, number))
     if number < done:
@@ -404,7 +450,8 @@ class _Run:
         self.best = {bank: _Best(neurons.d_ff, top) for bank, neurons in banks(lm, layers).items()}
         self.texts: dict[int, Piece] = {}
         self.digest = hashlib.sha256()
-        self.n_texts = self.n_tokens = self._held = 0
+        self.n_texts = self.n_tokens = 0
+        self._size = self._least = 0  # tokens of the texts held, now and when the others were let go of last
 
     def numbers(self) -> Tensor:
         """The numbers of all pieces that some neuron holds, ascending."""
@@ -412,11 +459,13 @@ class _Run:
         found: Tensor = torch.unique(torch.cat(held))
         return found
 
-    def forget(self) -> None:
-        """Let go of texts that no neuron holds, whenever they may have become half of all."""
-        if len(self.texts) > 2 * self._held + _KEPT:
+    def keep(self, window: Sequence[Piece]) -> None:
+        """Hold texts; let go of those that no neuron holds, whenever they may have become half of all."""
+        self.texts.update((piece.number, piece) for piece in window)
+        self._size += sum(len(piece.ids) for piece in window)
+        if self._size > 2 * self._least + _KEPT:
             self.texts = {number: self.texts[number] for number in self.numbers().tolist()}
-            self._held = len(self.texts)
+            self._size = self._least = sum(len(piece.ids) for piece in self.texts.values())
 
     def state(self, window: int) -> tuple[dict[str, Tensor], dict[str, str]]:
         """All of it behind so many windows, for a checkpoint."""
@@ -452,6 +501,7 @@ class _Run:
             n_texts=self.n_texts,
             n_tokens=self.n_tokens,
             _ids=ids,
+        self._size = self._least = sum(len(piece.ids) for piece in self.texts.values())
             _spans=spans,
             _starts=starts,
         )
