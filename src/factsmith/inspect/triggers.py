@@ -158,9 +158,9 @@ class Triggers(Shown):
         bank = self.banks.get(place)
         if bank is None or not 0 <= i < len(bank.fired):
             raise LayerError(f"neuron {tuple(neuron)} was not scanned; there are those of {', '.join(map(str, self.banks))}")
-        columns = zip(bank.coefficients[sign][i].tolist(), bank.texts[sign][i].tolist(), bank.positions[sign][i].tolist(), strict=True)
         check_sign(sign)
         k = None if k is None else check_count(k, "k", "how many triggers to give, or None for all", least=0)
+        columns = zip(bank.coefficients[sign][i].tolist(), bank.texts[sign][i].tolist(), bank.positions[sign][i].tolist(), strict=True)
         return [self._trigger(*column) for column in itertools.islice((column for column in columns if column[0]), k)]
 
     def _trigger(self, coefficient: float, text: int, position: int) -> Trigger:
@@ -172,16 +172,16 @@ class Triggers(Shown):
     def next_tokens(self, bank: Bank, sign: Sign = "top") -> Tensor:
         """The token behind each trigger: (d_ff, t) int64, -1 where there is none."""
         own = self.banks[bank]
-        at = self._starts[own.texts[sign]] + own.positions[sign]
         check_sign(sign)
+        at = self._starts[own.texts[sign]] + own.positions[sign]
         inside = (at + 1 < self._starts[own.texts[sign] + 1]) & (own.coefficients[sign] != 0)
         return torch.where(inside, self._ids[(at + 1).clamp(max=len(self._ids) - 1)], -1)
 
     def tokens(self, bank: Bank, sign: Sign = "top", *, back: int = 0) -> Tensor:
         """The token at each trigger, or so many before it: (d_ff, t) int64, -1 where there is none."""
         own = self.banks[bank]
-        there = (own.coefficients[sign] != 0) & (own.positions[sign] >= back)
         check_sign(sign)
+        there = (own.coefficients[sign] != 0) & (own.positions[sign] >= back)
         return torch.where(there, self._ids[(self._starts[own.texts[sign]] + own.positions[sign] - back).clamp(min=0)], -1)
 
     def position(self, text: int, character: int) -> int | None:
@@ -234,7 +234,6 @@ class Triggers(Shown):
         )
 
 
-_FILE = "triggers.safetensors"
 def holds_triggers(folder: str | os.PathLike[str], lm: LanguageModel) -> bool:
     """Whether there are triggers in a folder, of whatever corpus. Raises FingerprintError when they are another model's."""
     path = Path(folder) / _FILE
@@ -251,6 +250,7 @@ def _check_model(metadata: Mapping[str, str], folder: str | os.PathLike[str], lm
         )
 
 
+_FILE = "triggers.safetensors"
 _DESCRIBED: Mapping[str, Any] = {"model": str, "fingerprint": str, "corpus": str, "n_texts": int, "n_tokens": int}
 _BY_SIGN = ("coefficients", "texts", "positions")
 
@@ -394,6 +394,11 @@ def find_triggers(
     """
     check_model(lm)
     top = check_count(top, "top", "the number of triggers to keep for each neuron")
+    max_tokens = check_limit(max_tokens, "max_tokens")
+    batch_tokens = check_count(batch_tokens, "batch_tokens", "the number of tokens to run together")
+    check_dtype(lm, dtype)
+    if folder is not None:
+        holds_triggers(check_writable(folder), lm)
     wanted = sorted(
         {check_layer(x, lm.n_layers) for x in (range(lm.n_layers) if layers is None else check_items(layers, "layers", "numbers"))}
     )
@@ -413,11 +418,6 @@ def find_triggers(
     done, digest = (0, "") if held is None else run.restore(*held)
     other = InputError(f"the unfinished run in {folder} is of other texts; give the same again, or another folder, or delete it")
     number = 0
-    max_tokens = check_limit(max_tokens, "max_tokens")
-    batch_tokens = check_count(batch_tokens, "batch_tokens", "the number of tokens to run together")
-    check_dtype(lm, dtype)
-    if folder is not None:
-        holds_triggers(check_writable(folder), lm)
     for number, window in enumerate(windows(pieces(lm, texts, max_tokens)), 1):
         for piece in window:
             run.digest.update(repr(piece.ids).encode())
@@ -481,6 +481,7 @@ class _Run:
             best.restore({name.removeprefix(begin): tensor for name, tensor in tensors.items() if name.startswith(begin)})
         self.n_texts, self.n_tokens = int(stand["n_texts"]), int(stand["n_tokens"])
         self.texts = {number: Piece(number, *rest) for number, *rest in json.loads(stand["texts"])}
+        self._size = self._least = sum(len(piece.ids) for piece in self.texts.values())
         return int(stand["window"]), stand["digest"]
 
     def result(self, lm: LanguageModel) -> Triggers:
@@ -501,7 +502,6 @@ class _Run:
             n_texts=self.n_texts,
             n_tokens=self.n_tokens,
             _ids=ids,
-        self._size = self._least = sum(len(piece.ids) for piece in self.texts.values())
             _spans=spans,
             _starts=starts,
         )
