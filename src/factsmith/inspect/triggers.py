@@ -19,7 +19,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -55,6 +55,7 @@ from ..tensors import Checkpoint, read_metadata, read_tensors, write_tensors
 Sign = Literal["top", "bottom"]
 _SIGNS: tuple[Sign, ...] = ("top", "bottom")
 _LAST = 2**31 - 1  # piece numbers are kept below it
+_AT_ONCE = 2**22  # coefficients looked through for their place at a time
 _FORMAT = "triggers 1"
 _KEPT = 200_000  # tokens held beside those of texts some neuron refers to, before the others are let go
 
@@ -283,37 +284,32 @@ class _Best:
         self.fired = torch.zeros(d_ff, dtype=torch.float64)
         self.squares = torch.zeros(d_ff, dtype=torch.float64)
 
-    def add(self, found: Coefficients, rows: Sequence[Piece]) -> None:
+    def add(self, found: Coefficients, batch: _Batch) -> None:
         """Take in one batch."""
         m = found.m.float()
-        self.fired += (m > 0).sum(0).cpu()
+        self.fired += (m > 0).sum(0, dtype=torch.int32).cpu()
         self.squares += m.square().sum(0).double().cpu()
-        written = torch.tensor([tuple(span) != ADDED for piece in rows for span in piece.spans], device=m.device)
-        starts = torch.tensor([0, *itertools.accumulate(len(piece.ids) for piece in rows)], device=m.device)
-        grid, columns, present = _grid(m, found.row, found.column, written[starts[found.row] + found.column])
-        if not present:
-            return
-        early = _LAST - torch.tensor([rows[r].number for r in present])
+        places = batch.places(found)
         for sign in _SIGNS:
-            grid.masked_fill_((columns < 0)[:, :, None], -math.inf if sign == "top" else math.inf)
-            ends, at = grid.max(1) if sign == "top" else grid.min(1)  # the first of equals
-            strength = ends.cpu() if sign == "top" else -ends.cpu()
-            if not bool(strength.isfinite().all()):
+            ends = m.new_zeros(len(batch.early) + 1, m.shape[1])
+            ends.scatter_reduce_(0, places.row[:, None].expand_as(m), m, "amax" if sign == "top" else "amin")
+            strength = ends[:-1].abs().cpu()
+            if not bool(strength.amax() < math.inf):
                 raise NumericsError("a coefficient is not finite; load the model in a wider dtype, or look for damaged weights")
-            keys = (strength.clamp(min=0).view(torch.int32).long() << 32) | early[:, None]
-            keys[strength <= 0] = 0
-            self._merge(sign, keys, columns.cpu().gather(1, at.cpu()).int())
+            keys = (strength.view(torch.int32).long() << 32) | batch.early[:, None]
+            self._merge(sign, keys.masked_fill_(strength == 0, 0), partial(places.first, m, ends))
 
-    def _merge(self, sign: Sign, keys: Tensor, places: Tensor) -> None:
-        held, top = self.keys[sign], len(self.keys[sign])
+    def _merge(self, sign: Sign, keys: Tensor, find: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """Keep the largest of what is held and of new keys (rows, d_ff); find: the positions of some, by row and neuron."""
+        held, places, top = self.keys[sign], self.places[sign], len(self.keys[sign])
         changed = (keys.amax(0) > held[-1]).nonzero()[:, 0]
         if not len(changed):
             return
-        both = torch.cat([held[:, changed], keys[:, changed]])
-        where = torch.cat([self.places[sign][:, changed], places[:, changed]])
-        best = both.topk(top, dim=0)
-        held[:, changed] = best.values
-        self.places[sign][:, changed] = where.gather(0, best.indices)
+        best = torch.cat([held[:, changed], keys[:, changed]]).topk(top, dim=0)
+        where = places[:, changed].gather(0, best.indices.clamp(max=top - 1))
+        new = ((best.indices >= top) & (best.values > 0)).nonzero(as_tuple=True)
+        where[new] = find(best.indices[new] - top, changed[new[1]])
+        held[:, changed], places[:, changed] = best.values, where
 
     def numbers(self, sign: Sign) -> Tensor:
         """The numbers of the pieces held: (t, d_ff), meaningless where a key is 0."""
@@ -348,22 +344,45 @@ class _Best:
         )
 
 
-def _grid(m: Tensor, row: Tensor, column: Tensor, keep: Tensor) -> tuple[Tensor, Tensor, list[int]]:
-    """Coefficients by row of the batch, of the tokens to keep: (rows, width, d_ff), their columns (-1: nothing there), and which rows."""
-    if not bool(keep.all()):
-        m, row, column = m[keep], row[keep], column[keep]
-    present, place, counts = torch.unique_consecutive(row, return_inverse=True, return_counts=True)
-    if not len(present):
-        return m, column, []
-    rank = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[place]
-    width = int(counts.max())
-    columns = torch.full((len(present), width), -1, device=column.device)
-    columns[place, rank] = column
-    if len(row) == columns.numel():
-        return m.reshape(len(present), width, -1), columns, present.tolist()
-    grid = m.new_zeros(len(present), width, m.shape[1])
-    grid[place, rank] = m
-    return grid, columns, present.tolist()
+class _Batch:
+    """The pieces in the rows of a batch: which of their tokens are written in the text, and by when each piece came, later ones lower."""
+
+    def __init__(self, rows: Sequence[Piece]) -> None:
+        self.written = torch.tensor([tuple(span) != ADDED for piece in rows for span in piece.spans])
+        self.starts = torch.tensor([0, *itertools.accumulate(len(piece.ids) for piece in rows)])
+        self.early = _LAST - torch.tensor([piece.number for piece in rows])
+
+    def places(self, found: Coefficients) -> _Places:
+        """Where the tokens of a bank stand; those that the tokenizer added are put in a row behind the last."""
+        n, device = len(self.early), found.m.device
+        written = self.written.to(device)[self.starts.to(device)[found.row] + found.column]
+        row = torch.where(written, found.row, n)
+        return _Places(row, found.column, row.argsort(stable=True), torch.bincount(row, minlength=n + 1))
+
+
+@dataclass(frozen=True, eq=False)
+class _Places:
+    """Where in a batch the n tokens of a bank stand.
+
+    row, column  (n,); order (n,) the tokens row by row; counts (rows + 1,) how many each row has
+    """
+
+    row: Tensor
+    column: Tensor
+    order: Tensor
+    counts: Tensor
+
+    def first(self, m: Tensor, ends: Tensor, row: Tensor, i: Tensor) -> Tensor:
+        """The columns (p,) at which some neurons first reach their ends (rows + 1, d_ff) in some rows (p,), on the CPU."""
+        steps = torch.arange(int(self.counts[:-1].max()), device=m.device)
+        begins = self.counts.cumsum(0) - self.counts
+        found = []
+        for pairs in torch.split(torch.stack([row, i], 1).to(m.device), max(_AT_ONCE // len(steps), 1)):
+            r, at = pairs[:, :1], pairs[:, 1:]
+            token = self.order[begins[r] + torch.minimum(steps, self.counts[r] - 1)]  # a shorter row's last again
+            hit = (m[token, at] == ends[r, at]).byte().argmax(1, keepdim=True)  # the first of equals
+            found.append(self.column[token.gather(1, hit)[:, 0]])
+        return torch.cat(found).int().cpu()
 
 
 def find_triggers(
@@ -426,8 +445,9 @@ def find_triggers(
         if number <= done:
             continue
         for rows in batches(window, batch_tokens):
+            batch = _Batch(rows)
             for bank, found in scan(lm, [piece.ids for piece in rows], wanted, dtype).items():
-                run.best[bank].add(found, rows)
+                run.best[bank].add(found, batch)
             run.n_texts += len(rows)
             run.n_tokens += sum(len(piece.ids) for piece in rows)
             tell(progress, "scanning", run.n_tokens, None if math.isinf(max_tokens) else int(max_tokens))

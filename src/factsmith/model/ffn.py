@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..checks import check_items, whole_number
 from ..errors import LayerError, UnsupportedModelError
-from .trace import Call, Product, first_tensor, products, recording, replacing, replacing_factors, tensors
+from .trace import Call, Product, first_tensor, products, recording, replacing, replacing_factors, tensors, with_first_tensor
 
 Changes = Mapping[str, Callable[[Tensor], Tensor]]
 Slot = int | str
@@ -35,6 +35,9 @@ Slot = int | str
 
 Neuron: TypeAlias = tuple[int, int] | tuple[int, int, int]
 """(layer, i), or (layer, expert, i) in a layer with experts, where expert == n_experts is the shared bank."""
+
+Take: TypeAlias = Callable[[int, Tensor, Tensor | None], None]
+"""Given the place of a bank, coefficients (n, d_ff), and the n tokens they are of, counted through (B, T), ascending; None: all of them."""
 
 
 def get_slot(call: Call, slot: Slot) -> Tensor:
@@ -249,6 +252,17 @@ class FeedForward(Neurons):
                 stack.enter_context(replacing({down.module: partial(_times, factors[place])}, where="input"))
             yield
 
+    @contextmanager
+    def taking(self, take: Take) -> Generator[None, None, None]:
+        """While the block runs, `take` is given the coefficients of each of the `banks` as the pass computes them, experts' unweighted."""
+        with ExitStack() as stack:
+            if self._routed is not None:
+                stack.enter_context(self._routed.taking(take))
+            for place, bank in enumerate(self.banks[self.n_experts :], self.n_experts):
+                assert bank._weight is not None
+                stack.enter_context(replacing({bank._weight.module: partial(_taken, take, place)}, where="input"))
+            yield
+
     def routing(self, run: Callable[[], Any]) -> Routing:
         """What the experts of this layer do with every token of one pass, which `run` makes. Raises LayerError without experts."""
         with recording(self.routing_parts()) as calls:
@@ -301,6 +315,11 @@ class Routing:
             written = self.shared @ ffn.shared.values + (0 if ffn.shared.bias is None else ffn.shared.bias)
             total += written * self.shared_weight[:, None]
         return total
+
+
+def _taken(take: Take, place: int, coefficients: Tensor) -> Tensor:
+    take(place, coefficients.reshape(-1, coefficients.shape[-1]), None)  # some families flatten (B, T) themselves
+    return coefficients
 
 
 def _times(factor: Tensor, coefficients: Tensor) -> Tensor:
@@ -617,13 +636,23 @@ class _Routed:
         """One expert on (n, d_model): its matrix products and its output."""
         chosen = torch.full((len(hidden), 1), expert, dtype=get_slot(self.example, self.chosen).dtype, device=hidden.device)
         weights = torch.ones((len(hidden), 1), dtype=get_slot(self.example, self.weights).dtype, device=hidden.device)
-        call = self.example
-        for slot, value in ((self.hidden, hidden), (self.chosen, chosen), (self.weights, weights)):
-            args, kwargs = with_slot(call, slot, value)
-            call = Call(args=args, kwargs=kwargs, result=None)
+        call = self.asked(self.example, hidden, chosen, weights)
         with torch.no_grad(), products(dict(self.module.named_parameters(recurse=False)), changes) as seen:
             out = first_tensor(self.forward(self.module, *call.args, **call.kwargs))
         return list(seen), out
+
+    def asked(self, call: Call, hidden: Tensor, chosen: Tensor, weights: Tensor) -> Call:
+        """The call with other hidden states, chosen experts and weights."""
+        for slot, value in ((self.hidden, hidden), (self.chosen, chosen), (self.weights, weights)):
+            args, kwargs = with_slot(call, slot, value)
+            call = Call(args=args, kwargs=kwargs, result=None)
+        return call
+
+    @property
+    def expert_at(self) -> dict[int, int]:
+        """Which expert's down-projection begins where in the parameter's storage."""
+        stored = getattr(self.module, self.down)
+        return {int(stored[expert].storage_offset()): expert for expert in range(len(stored))}
 
     @property
     def forward(self) -> Callable[..., Any]:
@@ -633,13 +662,37 @@ class _Routed:
 
     def scaled(self, factors: Mapping[int, Tensor]) -> AbstractContextManager[None]:
         """A block in which the coefficients of some experts are multiplied by factors (d_ff,), gradients included."""
-        stored = getattr(self.module, self.down)
-        expert_at = {int(stored[expert].storage_offset()): expert for expert in factors}
+        expert_at = self.expert_at
 
         def change(coefficients: Tensor, offset: int) -> Tensor:
-            return _times(factors[expert_at[offset]], coefficients) if offset in expert_at else coefficients
+            expert = expert_at[offset]
+            return _times(factors[expert], coefficients) if expert in factors else coefficients
 
         return replacing_factors({self.module: (self.down, self.forward, change)})
+
+    def taking(self, take: Take) -> AbstractContextManager[None]:
+        """A block in which the experts' coefficients are handed to `take`.
+
+        The module is asked with each token once for every expert it is routed to, as if it were so many tokens with one expert each: an
+        expert's coefficients then stand in the order of the tokens, in whatever order the module goes through what a token chose.
+        """
+        expert_at = self.expert_at
+        given: list[Tensor] = []
+
+        def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            call = Call(args=args, kwargs=kwargs, result=None)
+            hidden, chosen, weights = (get_slot(call, s) for s in (self.hidden, self.chosen, self.weights))
+            given[:] = [chosen]
+            call = self.asked(call, hidden.repeat_interleave(chosen.shape[1], 0), chosen.reshape(-1, 1), weights.reshape(-1, 1))
+            result = self.forward(module, *call.args, **call.kwargs)
+            return with_first_tensor(result, first_tensor(result).view(*chosen.shape, -1).sum(1))
+
+        def keep(coefficients: Tensor, offset: int) -> Tensor:
+            expert = expert_at[offset]
+            take(expert, coefficients, (given[0] == expert).nonzero()[:, 0])
+            return coefficients
+
+        return replacing_factors({self.module: (self.down, forward, keep)})
 
     def coefficients(self, expert: int, hidden: Tensor, changes: Changes | None = None) -> Tensor:
         """One expert's coefficients on (n, d_model): (n, d_ff)."""

@@ -26,7 +26,7 @@ from ..errors import InputError, LayerError
 from .ffn import Neuron, Neurons
 from .load import LanguageModel
 from .tokens import align, encode
-from .trace import recording, replacing, stoppable
+from .trace import recording, stoppable
 
 Bank: TypeAlias = tuple[int] | tuple[int, int]
 """(layer,), or (layer, expert) in a layer with experts: where a bank of neurons lies."""
@@ -192,49 +192,36 @@ def scan(
 ) -> dict[Bank, Coefficients]:
     """The coefficients of some layers at every token of a few rows of token ids; nothing after the last of these layers runs.
 
-    Of a layer with experts each bank has the tokens that were routed to it, the shared one all.
+    Of a layer with experts each bank has the tokens that were routed to it, and none is there to which none was; the shared one has all.
 
     dtype: torch.bfloat16 runs the pass in it, the weights cast on their way; None: the model's own.
     """
     batch = align(lm, rows, [0] * len(rows))
-    dense = [layer for layer in layers if not lm.ffn[layer].n_experts]
-    parts = {(layer, name): part for layer in layers if layer not in dense for name, part in lm.ffn[layer].routing_parts().items()}
-    found: dict[int, Tensor] = {}
+    found: dict[Bank, tuple[Tensor, Tensor | None]] = {}
     with torch.no_grad(), stoppable() as stop, ExitStack() as stack:
 
-        def take(layer: int, m: Tensor) -> Tensor:
-            found[layer] = m
-            if layer == max(layers):
+        def take(layer: int, place: int, m: Tensor, token: Tensor | None) -> None:
+            experts = lm.ffn[layer].n_experts
+            found[(layer, place) if experts else (layer,)] = m, token
+            if layer == max(layers) and not experts:
                 stop()
-            return m
 
         for kind in {p.device.type for p in lm.module.parameters()} if dtype is not None else ():
             stack.enter_context(torch.autocast(kind, dtype))
-        calls = stack.enter_context(recording(parts))
         stack.enter_context(recording({"end": lm.layers[max(layers)]}, stop=True, copy=False))
-        stack.enter_context(replacing({lm.ffn[layer].down: partial(take, layer) for layer in dense}, where="input"))
+        for layer in layers:
+            stack.enter_context(lm.ffn[layer].taking(partial(take, layer)))
         lm.forward(batch)
     real = batch.attention_mask.bool().flatten()
-    row, column = batch.attention_mask.bool().nonzero(as_tuple=True)
+    row, column = (
+        x.flatten() for x in torch.meshgrid(*(torch.arange(n, device=real.device) for n in batch.attention_mask.shape), indexing="ij")
+    )
     result: dict[Bank, Coefficients] = {}
-    for layer in layers:
-        ffn = lm.ffn[layer]
-        if not ffn.n_experts:
-            m = found[layer]
-            m = m.reshape(-1, m.shape[-1])[real.to(m.device)]  # some families flatten (B, T) themselves
-            result[layer,] = _coefficients(m, row, column)
-            continue
-        routing = ffn.routing_of({name: calls[layer, name] for name in ffn.routing_parts()})
-        own = real.to(routing.experts.device)
-        for expert in range(ffn.n_experts):
-            token, place = (routing.experts[own] == expert).nonzero(as_tuple=True)
-            result[layer, expert] = _coefficients(
-                routing.coefficients[own][token, place], row[token.to(row.device)], column[token.to(row.device)]
-            )
-        if routing.shared is not None:
-            result[layer, ffn.n_experts] = _coefficients(routing.shared[own], row, column)
+    for bank, (m, token) in sorted(found.items()):
+        token = torch.arange(len(m)) if token is None else token
+        at = token.to(real.device)
+        own = real[at]
+        if not bool(own.all()):
+            m, at = m[own.to(m.device)], at[own]
+        result[bank] = Coefficients(m.to(torch.promote_types(m.dtype, torch.float32)), row[at].to(m.device), column[at].to(m.device))
     return result
-
-
-def _coefficients(m: Tensor, row: Tensor, column: Tensor) -> Coefficients:
-    return Coefficients(m.to(torch.promote_types(m.dtype, torch.float32)), row.to(m.device), column.to(m.device))
