@@ -297,19 +297,22 @@ class _Best:
             if not bool(strength.amax() < math.inf):
                 raise NumericsError("a coefficient is not finite; load the model in a wider dtype, or look for damaged weights")
             keys = (strength.view(torch.int32).long() << 32) | batch.early[:, None]
-            self._merge(sign, keys.masked_fill_(strength == 0, 0), partial(places.first, m, ends))
+            self._merge(sign, keys, partial(places.first, m, ends))
 
     def _merge(self, sign: Sign, keys: Tensor, find: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """Keep the largest of what is held and of new keys (rows, d_ff); find: the positions of some, by row and neuron."""
+        """Keep the largest of what is held and of new keys (rows, d_ff), at most `_LAST` for coefficients of 0, which are none.
+
+        find: the positions of some, by row and neuron.
+        """
         held, places, top = self.keys[sign], self.places[sign], len(self.keys[sign])
-        changed = (keys.amax(0) > held[-1]).nonzero()[:, 0]
+        changed = (keys.amax(0) > held[-1].clamp(min=_LAST)).nonzero()[:, 0]
         if not len(changed):
             return
         best = torch.cat([held[:, changed], keys[:, changed]]).topk(top, dim=0)
         where = places[:, changed].gather(0, best.indices.clamp(max=top - 1))
-        new = ((best.indices >= top) & (best.values > 0)).nonzero(as_tuple=True)
+        new = ((best.indices >= top) & (best.values > _LAST)).nonzero(as_tuple=True)
         where[new] = find(best.indices[new] - top, changed[new[1]])
-        held[:, changed], places[:, changed] = best.values, where
+        held[:, changed], places[:, changed] = best.values.masked_fill(best.values <= _LAST, 0), where
 
     def numbers(self, sign: Sign) -> Tensor:
         """The numbers of the pieces held: (t, d_ff), meaningless where a key is 0."""
@@ -380,7 +383,7 @@ class _Places:
         for pairs in torch.split(torch.stack([row, i], 1).to(m.device), max(_AT_ONCE // len(steps), 1)):
             r, at = pairs[:, :1], pairs[:, 1:]
             token = self.order[begins[r] + torch.minimum(steps, self.counts[r] - 1)]  # a shorter row's last again
-            hit = (m[token, at] == ends[r, at]).byte().argmax(1, keepdim=True)  # the first of equals
+            hit = (m.take(token * m.shape[1] + at) == ends[r, at]).byte().argmax(1, keepdim=True)  # the first of equals
             found.append(self.column[token.gather(1, hit)[:, 0]])
         return torch.cat(found).int().cpu()
 
@@ -461,6 +464,14 @@ def find_triggers(
         result.save(folder)
         kept.remove()
     return result
+
+
+def corpus_digest(lm: LanguageModel, texts: str | Iterable[str], max_tokens: float = math.inf) -> str:
+    """What `Triggers.corpus` of these texts would be; they are tokenized, and no model runs. Raises InputError for what is no text."""
+    digest = hashlib.sha256()
+    for piece in pieces(lm, texts, check_limit(max_tokens, "max_tokens")):
+        digest.update(repr(piece.ids).encode())
+    return digest.hexdigest()
 
 
 class _Run:
