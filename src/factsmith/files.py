@@ -32,16 +32,19 @@ def write_file(path: Path, content: bytes | Callable[[Path], object]) -> None:
     flush_folder(path.parent)
 
 
+def folder_path(folder: str | os.PathLike[str]) -> Path:
+    """A folder's name as a path; raises InputError for what is none."""
+    if not isinstance(folder, (str, os.PathLike)) or "\0" in os.fspath(folder):
+        raise InputError(f"the folder is {folder!r:.60}; expected a path")
+    return Path(folder)
+
+
 def check_writable(folder: str | os.PathLike[str]) -> Path:
     """The folder as a path, if files can be written into it, or it can be made; nothing is left there.
 
     Raises InputError for what is no path, WorkspaceError for what cannot be written.
     """
-    if not isinstance(folder, (str, os.PathLike)):
-        raise InputError(f"the folder is {folder!r:.60}; expected a path")
-    path = Path(folder)
-    if "\0" in str(path):
-        raise InputError(f"the folder is {folder!r:.60}; no name holds a zero byte")
+    path = folder_path(folder)
     there = next((place for place in (path, *path.absolute().parents) if place.exists()), path)
     try:
         with tempfile.TemporaryFile(dir=there):

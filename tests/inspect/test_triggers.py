@@ -249,7 +249,7 @@ def test_where_it_cannot_write_it_does_not_read(tiny_gpt2: LanguageModel, tiny_l
 
     (tmp_path / "file").write_text("mine")
     for place, error in (("file", WorkspaceError), ("file/below", WorkspaceError), ("a\0b", InputError)):
-        with pytest.raises(error, match="cannot write|zero byte"):
+        with pytest.raises(error, match="cannot write|expected a path"):
             find_triggers(tiny_gpt2, never(), folder=tmp_path / place)
     find_triggers(tiny_llama, TEXTS, top=1, folder=tmp_path / "llama")
     with pytest.raises(FingerprintError, match="another folder"):

@@ -18,6 +18,7 @@ from .common import (
     Device,
     Json,
     Model,
+    Paragraphs,
     Where,
     checks_table,
     complain,
@@ -26,7 +27,6 @@ from .common import (
     model_and_facts,
     need_model,
     opened,
-    paragraphs,
     print_result,
     progress,
 )
@@ -74,7 +74,7 @@ def moments(
     need_model(model, workspace)
     if max_tokens is not None and not max_tokens >= 1:
         raise InputError(f"--max-tokens is at least 1, or inf; got {max_tokens}")
-    corpus = paragraphs(texts) if texts else None
+    corpus = Paragraphs(texts) if texts else None
     with progress() as tell, opened(model, workspace, device, tell) as (lm, bench):
         import torch
 
@@ -162,7 +162,7 @@ def patch(
     """
     model, file = model_and_facts(words or [])
     facts = _facts(file, subject, prompt, target, forget, paraphrase or [], neighbour or [])
-    corpus = None if texts is None else paragraphs([texts])
+    corpus = None if texts is None else Paragraphs([texts])
     with progress() as tell, opened(model, workspace, device, tell) as (lm, bench):
         from ..edit.kept import load_moments
         from ..edit.target import check_layer

@@ -16,6 +16,7 @@ from .common import (
     Model,
     ModelAndPrompt,
     Out,
+    Paragraphs,
     Where,
     complain,
     line,
@@ -23,7 +24,6 @@ from .common import (
     need_model,
     opened,
     output,
-    paragraphs,
     print_result,
     progress,
     save,
@@ -139,7 +139,7 @@ def find(
       factsmith find path/to/model "capital of" --texts wiki.txt --index model-index
     """
     model, word = model_and_prompt(words)
-    corpus = paragraphs(texts) if texts else None
+    corpus = Paragraphs(texts) if texts else None
     with progress() as tell, opened(model, workspace, device, tell) as (lm, _):
         from ..inspect.index import find_index
         from ..inspect.values import promoters
@@ -205,7 +205,7 @@ def neuron(
     names = words[: len(words) - len(numbers)]
     if len(names) > 1 or len(numbers) < 2:
         raise InputError(f"got {' '.join(words)!r}; expected a model and a neuron's layer and number, such as: atlas 5 992")
-    corpus = paragraphs(texts) if texts else None
+    corpus = Paragraphs(texts) if texts else None
     if out is not None:
         from ..pages import check_page
 
@@ -257,7 +257,7 @@ def browse(
     from ..pages import check_folder, write_pages
 
     check_folder(out)  # before the work, not after it
-    corpus = paragraphs(texts) if texts else None
+    corpus = Paragraphs(texts) if texts else None
     with progress() as tell:
         from ..cards import fact_adds
         from ..inspect.index import Index, find_index
@@ -303,24 +303,43 @@ def census(
 ) -> None:
     """Count what a model is made of, layer by layer: memory, attention, embeddings; idle neurons, and how many directions text uses.
 
+    Idle neurons are those of the model's index. Directions are counted on the same texts where they are given, else on the model's own
+    words: an index keeps only the texts that some neuron fires on.
+
     \b
     Examples:
       factsmith census atlas
       factsmith census path/to/model --quick
     """
     need_model(model, workspace)
-    corpus = paragraphs(texts) if texts else None
+    corpus = Paragraphs(texts) if texts else None
     with progress() as tell, opened(model, workspace, device, tell) as (lm, _):
         from ..inspect.census import census as counted_parts
 
+        read: dict[str, Any] = {}
         if quick:
             found = counted_parts(lm)
         else:
-            from ..edit.kept import find_moments
+            from ..edit.kept import own_corpus
+            from ..edit.moments import enough_tokens, second_moments
             from ..inspect.index import find_index
 
             scanned = find_index(lm, index, texts=corpus, max_tokens=max_tokens, progress=tell)
-            dense = [ffn.layer for ffn in lm.ffn if not ffn.n_experts]
-            moments = find_moments(lm, dense, texts=scanned.triggers.texts, max_tokens=float("inf"), progress=tell) if dense else {}
+            read["idle"] = {"n_texts": scanned.triggers.n_texts, "n_tokens": scanned.triggers.n_tokens, "index": str(scanned.folder)}
+            moments = {}
+            if dense := [ffn.layer for ffn in lm.ffn if not ffn.n_experts]:
+                n = min(enough_tokens(lm, dense), max_tokens or float("inf"))
+                words = own_corpus(lm, n, 0, tell) if corpus is None else corpus
+                moments = second_moments(lm, words, dense, max_tokens=n, progress=lambda done: tell("second moments", done, round(n)))
+                whose = "the model's own words" if corpus is None else "the texts"
+                read["effective_rank"] = {"n_tokens": moments[dense[0]].count, "of": whose}
             found = counted_parts(lm, triggers=scanned.triggers, moments={layer: moment.matrix for layer, moment in moments.items()})
-    print_result(found.to_dict(), show_tables(found.tables()), as_json)
+
+    def show(console: Console) -> None:
+        show_tables(found.tables())(console)
+        if idle := read.get("idle"):
+            line(console, "idle", f"in {counted(idle['n_texts'], 'text')}, {counted(idle['n_tokens'], 'token')}, of {idle['index']}")
+        if rank := read.get("effective_rank"):
+            line(console, "effective rank", f"in the first {counted(rank['n_tokens'], 'token')} of {rank['of']}")
+
+    print_result({**found.to_dict(), "read": read}, show, as_json)

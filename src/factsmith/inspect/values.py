@@ -31,6 +31,7 @@ from ..model.scan import Bank, bank_name, bank_of, banks, named_bank
 from ..model.tokens import word_ids
 from ..model.trace import recording, replacing
 from ..progress import Progress, tell
+from ..tables import Shown, Table, counted
 from ..tensors import read_tensors, write_tensors
 
 
@@ -181,8 +182,8 @@ def _multiplier(plain: Unembedding, given: Tensor, logits: Tensor, dtype: torch.
     return found
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class ValueTokens:
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class ValueTokens(Shown):
     """The tokens that values promote most and least, by bank of neurons.
 
     top_ids, bottom_ids        {bank: (d_ff, k) int64}, best first; bottom: the most demoted first
@@ -209,9 +210,15 @@ class ValueTokens:
         ids, scores = (self.bottom_ids, self.bottom_scores) if bottom else (self.top_ids, self.top_scores)
         return [(self.words[token], score) for token, score in zip(ids[bank][i].tolist(), scores[bank][i].tolist(), strict=True)]
 
-    def __repr__(self) -> str:
-        n, k = sum(map(len, self.top_ids.values())), next(iter(self.top_ids.values())).shape[1]
-        return f"ValueTokens({n:,} values in {len(self.top_ids)} banks, top and bottom {k} tokens, norm={self.norm})"
+    def tables(self) -> list[Table]:
+        """What was read, of which model."""
+        k = max((ids.shape[1] for ids in self.top_ids.values()), default=0)
+        rows = [
+            ("values", f"{sum(map(len, self.top_ids.values())):,} in {counted(len(self.top_ids), 'bank')}"),
+            ("tokens each", f"{k} most promoted, {k} most demoted"),
+            ("final norm", "folded in" if self.norm else "left out"),
+        ]
+        return [Table(f"values of {self.model}", {"": "<", " ": "<"}, rows)]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `values.safetensors` in one step. Raises WorkspaceError."""
