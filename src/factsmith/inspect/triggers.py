@@ -377,13 +377,13 @@ class _Places:
 
     def first(self, m: Tensor, ends: Tensor, row: Tensor, i: Tensor) -> Tensor:
         """The columns (p,) at which some neurons first reach their ends (rows + 1, d_ff) in some rows (p,), on the CPU."""
-        steps = torch.arange(int(self.counts[:-1].max()), device=m.device)
-        begins = self.counts.cumsum(0) - self.counts
+        counts, begins = self.counts[:-1, None], (self.counts.cumsum(0) - self.counts)[:-1, None]
+        steps = torch.arange(int(counts.max()), device=m.device)
+        tokens = self.order[(begins + steps.minimum(counts - 1)).clamp(0, len(m) - 1)]  # a shorter row has its last again
         found = []
-        for pairs in torch.split(torch.stack([row, i], 1).to(m.device), max(_AT_ONCE // len(steps), 1)):
-            r, at = pairs[:, :1], pairs[:, 1:]
-            token = self.order[begins[r] + torch.minimum(steps, self.counts[r] - 1)]  # a shorter row's last again
-            hit = (m.take(token * m.shape[1] + at) == ends[r, at]).byte().argmax(1, keepdim=True)  # the first of equals
+        for r, at in zip(*(torch.split(x.to(m.device), max(_AT_ONCE // len(steps), 1)) for x in (row, i)), strict=True):
+            token = tokens[r]
+            hit = (m.take(token * m.shape[1] + at[:, None]) == ends[r, at, None]).byte().argmax(1, keepdim=True)  # the first of equals
             found.append(self.column[token.gather(1, hit)[:, 0]])
         return torch.cat(found).int().cpu()
 
