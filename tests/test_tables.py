@@ -98,6 +98,9 @@ def test_every_result_of_reading_shows_itself_without_its_tensors(tmp_path: Path
         fs.profile(index.triggers, least=1),
         fs.census(lm),
         fs.card(lm, index, (1, 2), [("The capital of France is", "Paris")]),
+        index,
+        index.triggers,
+        index.values,
     ]
     for result in results:
         assert isinstance(result, Shown)
@@ -106,5 +109,8 @@ def test_every_result_of_reading_shows_itself_without_its_tensors(tmp_path: Path
     for part in composed.parts:
         assert f"{part.logit:+.2f}" in repr(composed)
     assert all(quoted(c.writes) in repr(composed).replace("\n", " ") and len(c.writes) == 5 for c in composed.strongest(3))
-    for other in (index, index.triggers, index.values, index.triggers.of((1, 2)), index.triggers.banks):
+    assert "384 in 3 banks" in repr(index.triggers) and "25 largest, 25 smallest" in repr(index.triggers)
+    assert "10 most promoted" in repr(index.values) and str(tmp_path) in repr(index).replace("\n", "")
+    assert "in 1 bank\n" in repr(fs.value_tokens(lm, [1]))
+    for other in (index.triggers.of((1, 2)), index.triggers.banks):
         assert len(repr(other)) < 3000 and "tensor(" not in repr(other)

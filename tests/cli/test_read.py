@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from commands import PROMPT, Run
+from factsmith.cli import common
+from factsmith.cli.common import Paragraphs
+from factsmith.edit.moments import second_moments
+from factsmith.inspect.census import effective_rank
+from factsmith.inspect.triggers import Triggers, find_triggers
+from factsmith.model.load import load
 
 
 def test_a_model_cannot_steer_the_terminal(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +77,7 @@ def test_an_index_is_made_from_the_model_s_own_words(run: Run, model: Path, tmp_
     monkeypatch.setenv("FACTSMITH_CACHE", str(tmp_path / "cache"))
     found = run("find", model, "is", "--max-tokens", "200", "--json").json
     assert found["n_tokens"] >= 200 and Path(found["index"]).is_relative_to(tmp_path / "cache")
-    monkeypatch.setattr("factsmith.inspect.index.build_index", lambda *_, **__: pytest.fail("it is there already"))
+    monkeypatch.setattr("factsmith.inspect.index.find_triggers", lambda *_, **__: pytest.fail("it is there already"))
     assert run("find", model, "is", "--json").json == found
 
 
@@ -98,8 +105,12 @@ def test_a_census(run: Run, model: Path, tmp_path: Path) -> None:
     full = run("census", model, "--texts", texts, "--index", tmp_path / "index", "--json").json
     assert full["parts"] == quick["parts"]
     assert all(1 <= layer["effective_rank"] <= layer["neurons"] and layer["idle"] < layer["neurons"] for layer in full["layers"])
+    assert full["read"]["idle"]["n_texts"] == 40 and full["read"]["effective_rank"]["of"] == "the texts"
+    assert full["read"]["effective_rank"]["n_tokens"] == full["read"]["idle"]["n_tokens"], "all of them, not those that some neuron kept"
+    part = run("census", model, "--texts", texts, "--index", tmp_path / "part", "--max-tokens", "90", "--json").json
+    assert part["read"]["effective_rank"]["n_tokens"] == part["read"]["idle"]["n_tokens"] == 90
     text = run("census", model, "--index", tmp_path / "index").out
-    assert "memory (FFN)" in text and "effective rank" in text
+    assert "memory (FFN)" in text and "idle in 40 texts" in text and "of the model's own words" in text
     assert run("census").code == 2
 
 
@@ -159,3 +170,55 @@ def test_pages_that_cannot_be_made(run: Run, model: Path, tmp_path: Path) -> Non
         done = run("browse", *arguments)
         assert done.code == code and words in done.err and "Traceback" not in done.err, (arguments, done.err)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["index.html", "site", "texts.txt"]
+
+
+def test_a_census_counts_directions_on_the_corpus(run: Run, model: Path, tmp_path: Path) -> None:
+    """Not on the texts that some neuron fires on most, which are few of many."""
+    told = [f"{name} is number {n} in France" for n in range(40) for name in ("Paris", "Edwin", "Tower", "LeBron James plays")]
+    (tmp_path / "texts.txt").write_text("\n\n".join(told))
+    lm = load(str(model))
+    moments = second_moments(lm, told, [0, 1, 2], max_tokens=16 * 128)
+    found = run("census", model, "--texts", "texts.txt", "--index", "index", "--json").json
+    assert found["read"]["effective_rank"]["n_tokens"] == moments[0].count
+    for layer in found["layers"]:
+        assert layer["effective_rank"] == pytest.approx(effective_rank(moments[layer["layer"]].matrix), rel=1e-6)
+    kept = second_moments(lm, Triggers.load(tmp_path / "index").texts, [1], max_tokens=math.inf)
+    assert effective_rank(kept[1].matrix) != pytest.approx(found["layers"][1]["effective_rank"], rel=1e-4)
+
+
+def test_texts_that_are_read_as_they_are(run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mark of the byte order is no text; a file without blank lines is read in parts."""
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfParis is in France.\r\n\r\nSo is\r\nLyon.\n")
+    paragraphs = Paragraphs([tmp_path / "bom.txt"])
+    assert list(paragraphs) == list(paragraphs) == ["Paris is in France.", "So is\nLyon."]
+    monkeypatch.setattr(common, "_LONGEST", 50)
+    for words in ("word " * 400, "line of words\n" * 100, "x" * 400, "a b\n \nc d" * 20):
+        (tmp_path / "long.txt").write_text(words)
+        parts = list(Paragraphs([tmp_path / "long.txt"]))
+        assert len(parts) > 7 and max(map(len, parts)) <= 100
+        assert " ".join(parts).split() == words.split() or set(words) == {"x"}
+        assert "".join("".join(parts).split()) == "".join(words.split())
+    (tmp_path / "latin.txt").write_bytes("Zürich lies in Switzerland".encode("latin-1"))
+    done = run("find", model, "is", "--texts", "latin.txt", "--index", "index")
+    assert done.code == 2 and "expected plain text in UTF-8" in done.err and not (tmp_path / "index").exists()
+
+
+def test_an_index_is_not_replaced(run: Run, model: Path, tmp_path: Path) -> None:
+    find_triggers(load(str(model)), [f"my own text number {n} is Paris" for n in range(20)], folder=tmp_path / "mine")
+    found = run("find", model, "Paris", "--index", "mine", "--json").json
+    assert found["n_texts"] == 20 and "my own text" in found["triggers"][0]["prefix"]
+    (tmp_path / "other.txt").write_text("Edwin is a king.")
+    for arguments, words in (
+        (("find", model, "Paris", "--index", "mine", "--texts", "other.txt"), "other than the texts given"),
+        (("census", model, "--index", "mine", "--max-tokens", "5"), "not of 5 tokens"),
+        (("neuron", model, "1", "7", "--index", "mine", "--texts", "other.txt"), "holds an index of 20 texts"),
+        (("browse", model, "--index", "mine", "--texts", "other.txt", "--out", "pages"), "choose another folder"),
+    ):
+        done = run(*arguments)
+        assert done.code == 2 and words in done.err and "Traceback" not in done.err, (arguments, done.err)
+    other = run("find", "atlas", "Paris", "--index", "mine", "--texts", "other.txt")
+    assert other.code == 5 and "fingerprint" in other.err
+    assert run("find", model, "Paris", "--index", "mine", "--json").json == found
+    (tmp_path / "file").write_text("mine")
+    done = run("find", model, "Paris", "--index", "file")
+    assert done.code == 5 and "a file of that name" in done.err

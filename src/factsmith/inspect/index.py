@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -29,7 +30,7 @@ from ..files import check_writable, folder_path, write_file
 from ..model.ffn import Neuron
 from ..model.load import LanguageModel, check_model
 from ..model.sample import own_text
-from ..model.scan import Bank
+from ..model.scan import Bank, check_texts
 from ..progress import Progress, tell
 from ..tables import Shown, Table, counted
 from ..tensors import read_metadata
@@ -160,6 +161,7 @@ def build_index(
     An index of this model in the folder is replaced; FingerprintError is raised for another model's.
     """
     check_model(lm)
+    check_texts(texts)
     place = _own_place(lm, folder)
     values = value_tokens(lm, top=tokens, norm=norm, progress=progress)
     triggers = find_triggers(lm, texts, top=top, max_tokens=max_tokens, dtype=dtype, folder=place, progress=progress)
@@ -199,8 +201,10 @@ def find_index(
         limit = check_count(max_tokens, "max_tokens", "how many tokens to scan")
     if folder is None:
         place = _cache() / lm.fingerprint[:16]
+        if isinstance(texts, Iterator):  # they are gone through twice: to tell which they are, and to be scanned
+            with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
+                return find_index(lm, texts=_Again(texts, file), max_tokens=max_tokens, progress=progress)
         if texts is not None:
-            texts = _Again(texts) if isinstance(texts, Iterator) else texts
             place = place.with_name(f"{place.name}-{corpus_digest(lm, texts, limit)[:16]}")
     else:
         place = folder_path(folder)
@@ -261,9 +265,9 @@ def _own_words(lm: LanguageModel, n_tokens: int, seed: int, progress: Progress |
 class _Again:
     """Texts that can be gone through once, kept on disk as they are read, to be gone through again as far."""
 
-    def __init__(self, texts: Iterator[str]) -> None:
+    def __init__(self, texts: Iterator[str], file: IO[str]) -> None:
         self._texts: Iterator[str] | None = texts
-        self._file = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115 - closed with the last reference to it
+        self._file = file
 
     def __iter__(self) -> Iterator[str]:
         texts, self._texts = self._texts, None

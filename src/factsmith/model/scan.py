@@ -87,14 +87,19 @@ class Piece:
     spans: list[tuple[int, int]]
 
 
+def check_texts(texts: str | Iterable[str]) -> None:
+    """Raises InputError for what can be no corpus; each text is looked at when it is read."""
+    if isinstance(texts, (bytes, Mapping)) or not isinstance(texts, Iterable):
+        raise InputError(f"the texts are {texts!r:.60}; expected a text, or texts one after another")
+
+
 def pieces(lm: LanguageModel, texts: str | Iterable[str], limit: float = math.inf) -> Iterator[Piece]:
     """The pieces of a corpus in order, up to `limit` tokens; the last is cut. Raises InputError for what is no text.
 
     A text is cut where the model's context ends, at `LONGEST` tokens at most. Texts are tokenized as they are asked for, long ones part by
     part: what is held does not grow with them.
     """
-    if isinstance(texts, (bytes, Mapping)) or not isinstance(texts, Iterable):
-        raise InputError(f"the texts are {texts!r:.60}; expected a text, or texts one after another")
+    check_texts(texts)
     longest = min(lm.max_tokens or LONGEST, LONGEST)
     number = itertools.count()
     for text in [texts] if isinstance(texts, str) else texts:
