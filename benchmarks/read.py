@@ -6,8 +6,8 @@ values    GPT-2 small's shape with random weights, one thread: the ten most prom
           oracle: one float32 product with the whole vocabulary and a topk, 256 values at a time. Both are run in turn on each layer,
           processor time of one thread, median over layers times twelve. Ours finds the ten most demoted as well; the plain side of that
           is timed apart.
-triggers  the bundled models on sentences of their facts: tokens a second of `find_triggers`, both signs, beside those of `bare_pass`, the
-          same batches through all layers without the unembedding.
+triggers  the bundled models, and random ones with experts, on sentences of the bundled models' facts: tokens a second of `find_triggers`,
+          both signs, beside those of `bare_pass`, the same batches through all layers without the unembedding.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import factsmith as fs
 from factsmith.inspect.values import extreme_tokens, find_unembedding
@@ -88,9 +88,36 @@ def values() -> dict[str, Any]:
     }
 
 
+_SMALL = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+_LARGE = {**_SMALL, "hidden_size": 768, "num_hidden_layers": 2, "num_attention_heads": 12, "num_key_value_heads": 4}
+_MIXTRAL = {"num_local_experts": 8}
+_QWEN = {"num_experts": 16, "num_experts_per_tok": 4, "mlp_only_layers": []}
+EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral-256": ("mixtral", {**_SMALL, **_MIXTRAL, "intermediate_size": 512}),
+    "mixtral-768": ("mixtral", {**_LARGE, **_MIXTRAL, "intermediate_size": 2048}),
+    "qwen2_moe-256": ("qwen2_moe", {**_SMALL, **_QWEN, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 512}),
+    "qwen2_moe-768": ("qwen2_moe", {**_LARGE, **_QWEN, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 2048}),
+}
+"""Random models with experts: family and shape, by the width of the hidden state."""
+
+
+def with_experts(name: str) -> LanguageModel:
+    """One of `EXPERTS`, with the tokenizer of a bundled model and weights large enough that the router has something to choose by."""
+    family, shape = EXPERTS[name]
+    tokenizer = fs.load("atlas").tokenizer
+    torch.manual_seed(0)
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    module = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=len(tokenizer), **special, **shape)).eval()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(0, 1.3 * parameter.shape[-1] ** -0.5)
+    return fs.wrap(module, tokenizer)
+
+
 def triggers(name: str, n_facts: int) -> dict[str, Any]:
     """Tokens a second of a scan and of a bare pass, in turn on five parts of the text."""
-    lm = fs.load(name)
+    lm = with_experts(name) if name in EXPERTS else fs.load(name)
     texts = told(atlas.facts()[:n_facts])
     parts = [texts[start::5] for start in range(5)]
     ours, bare = [], []
@@ -120,7 +147,7 @@ def main() -> None:
         found["values"] = values()
         print(json.dumps(found["values"]), flush=True)
     if "triggers" in given.parts:
-        found["triggers"] = {name: triggers(name, given.facts) for name in atlas.names()}
+        found["triggers"] = {name: triggers(name, given.facts) for name in (*atlas.names(), *EXPERTS)}
     if given.json:
         before = json.loads(given.json.read_text()) if given.json.is_file() else {}
         given.json.write_text(json.dumps({**before, **found}, indent=1) + "\n")

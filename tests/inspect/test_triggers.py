@@ -123,8 +123,10 @@ def test_experts_have_triggers_where_they_are_routed_to(
     family: str, changes: dict[str, object], batch_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_AT_ONCE", 100 * batch_tokens // 60)
-    lm = wrap(tiny_model(family, **changes).double(), byte_tokenizer(bos=True))
-    texts = [*TEXTS, *CORPUS[30:50]]
+    lm = wrap(tiny_model(family, **changes), byte_tokenizer(bos=True))
+    texts = [
+        chr(33 + n) + text[n:] for n, text in enumerate(dict.fromkeys(CORPUS[:40])) if len(text) > n
+    ]  # no two begin alike, so none tie
     found = find_triggers(lm, texts, [1, 2], top=3, batch_tokens=batch_tokens)
     n_banks = 4 if family == "mixtral" else 7
     assert set(found.banks) == {(layer, bank) for layer in (1, 2) for bank in range(n_banks)}
@@ -132,19 +134,18 @@ def test_experts_have_triggers_where_they_are_routed_to(
     for bank, own in ((bank, found.banks[2, bank]) for bank in range(n_banks)):
         every = torch.stack([m for used in each for _, m in used[bank]])
         assert torch.allclose(own.fired * found.n_tokens, (every > 0).double().sum(0))
-        assert torch.allclose(own.mean_square * found.n_tokens, every.square().sum(0), rtol=1e-5)
+        assert torch.allclose(own.mean_square * found.n_tokens, every.double().square().sum(0), rtol=1e-4)
         for i, sign in itertools.product(range(every.shape[1]), ("top", "bottom")):
             best: list[tuple[float, int, int]] = []
             for t, used in enumerate(each):
                 ends = [(-float(m[i] if sign == "top" else -m[i]), position) for position, m in used[bank] if position]
                 if ends and min(ends)[0] < 0:
                     best.append((min(ends)[0], t, min(ends)[1]))
-            # Texts that stand in the corpus twice tie, up to the rounding of float32, in which triggers are told apart.
-            expected = sorted(best, key=lambda place: (float(torch.tensor(place[0], dtype=torch.float32)), place[1]))[:3]
+            expected = sorted(best)[:3]
             triggers = found.of((2, bank, i), sign=sign)  # type: ignore[arg-type]
             assert [(t.text, t.position) for t in triggers] == [(texts[text], position) for _, text, position in expected]
             for trigger, (strength, _, _) in zip(triggers, expected, strict=True):
-                assert abs(trigger.coefficient) == pytest.approx(-strength, rel=1e-5)
+                assert abs(trigger.coefficient) == pytest.approx(-strength, rel=1e-4, abs=1e-5)
 
 
 def test_it_is_kept_and_read_without_the_model(tmp_path: Path, tiny_llama: LanguageModel, tiny_gpt2: LanguageModel) -> None:

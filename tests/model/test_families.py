@@ -14,6 +14,9 @@ import pytest
 import torch
 
 from factsmith.errors import LayerError, UnsupportedModelError
+from factsmith.model.scan import scan
+from factsmith.model.tokens import align
+from factsmith.model.trace import hook_count, recording
 
 DENSE = [
     *("gpt2", "gptj", "gpt_neo", "gpt_neox", "opt", "bloom", "mpt", "codegen", "falcon", "llama", "mistral", "qwen2", "qwen3"),
@@ -75,6 +78,49 @@ def test_experts_are_banks_with_keys_and_values(family: str) -> None:
             getattr(ffn, name)
     with pytest.raises(UnsupportedModelError, match="routing"):
         lm.coefficients("Paris is")
+
+
+@pytest.mark.parametrize("family", ["llama", *EXPERTS])
+@pytest.mark.filterwarnings("ignore")
+def test_a_scan_of_a_batch_takes_what_each_bank_does(family: str) -> None:
+    """Against the routing of each row alone, computed again expert by expert from the inputs of the module that holds them."""
+    lm = families.wrap(families.tiny_model(family), families.letters())
+    rows = [[5, 6, 7, 8, 9, 10, 11], [3, 12], [7, 7, 4, 7]]
+    layers = [0, 1]
+    scanned = scan(lm, rows, layers)
+    half = scan(lm, rows, layers, torch.bfloat16)
+    seen = 0
+    for layer in layers:
+        ffn = lm.ffn[layer]
+        for r, ids in enumerate(rows):
+            batch = align(lm, [ids], [0])
+            own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+            if not ffn.n_experts:
+                with recording({"down": ffn.down}) as calls:
+                    lm.forward(batch)
+                own[0] = (calls["down"][0].input.reshape(len(ids), -1), torch.arange(len(ids)))
+            else:
+                routing = ffn.routing(lambda batch=batch: lm.forward(batch))
+                for expert in range(ffn.n_experts):
+                    token, slot = (routing.experts == expert).nonzero(as_tuple=True)
+                    own[expert] = (routing.coefficients[token, slot], token)
+                if routing.shared is not None:
+                    own[ffn.n_experts] = (routing.shared, torch.arange(len(ids)))
+            for place, (m, column) in own.items():
+                found = scanned.get((layer, place) if ffn.n_experts else (layer,))
+                seen += len(column)
+                if found is None:
+                    assert not len(column)
+                    continue
+                here = found.row == r
+                assert torch.equal(found.column[here], column)
+                torch.testing.assert_close(found.m[here], m, rtol=1e-4, atol=1e-5)
+    assert seen >= 2 * sum(map(len, rows)) and sum(len(found.row) for found in scanned.values()) == seen
+    assert not hook_count(lm.module.modules())
+    first = min(half)
+    assert half[first].m.dtype == torch.float32
+    error = (half[first].m - scanned[first].m).abs().max() / scanned[first].m.abs().max()
+    assert 1e-5 < error < 0.05, "bfloat16 in the pass itself"
 
 
 def test_a_model_without_feed_forward_memories_is_refused_in_words() -> None:
