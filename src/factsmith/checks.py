@@ -63,7 +63,7 @@ def check_number(value: object, name: str, expected: str = "a finite number") ->
 
 def check_limit(value: object, name: str) -> float:
     """How much to read of something: a number of at least 1, infinity for all of it."""
-    if not isinstance(value, Real) or isinstance(value, bool) or not value >= 1:
+    if not isinstance(value, Real) or isinstance(value, bool) or not float(value) >= 1:
         raise InputError(f"{name} is {_shown(value)}; expected a number of at least 1, or math.inf for all there is")
     return value if isinstance(value, (int, float)) else float(value)
 
