@@ -138,7 +138,7 @@ def triggers(name: str, n_facts: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=["values", "triggers"], choices=["values", "triggers"])
-    parser.add_argument("--facts", type=int, default=4000, help="facts whose sentences are scanned")
+    parser.add_argument("--facts", type=int, default=2000, help="facts whose sentences are scanned")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
