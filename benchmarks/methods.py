@@ -26,8 +26,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +35,13 @@ import torch
 import factsmith as fs
 from factsmith.edit import methods as editors
 from factsmith.edit.contexts import generate_contexts, generate_openings
-from factsmith.edit.delta import applied, read_weights, write_weights
+from factsmith.edit.delta import applied
+from factsmith.edit.finetune import FineTuneConfig, LoraConfig, fine_tune, lora, written
 from factsmith.edit.kept import find_moments
 from factsmith.edit.target import Targets, find_targets
 from factsmith.fact import Fact
 from factsmith.model import atlas
 from factsmith.model.load import LanguageModel
-from factsmith.model.tokens import target_ids
 
 SPREADING = ("memit", "emmet", "alphaedit")
 METHODS = (*SPREADING, "memit-plain", "rome", "r-rome", "ft-l", "lora")
@@ -102,84 +101,6 @@ def score(lm: LanguageModel, facts: Sequence[Fact], others: Sequence[tuple[str, 
     found = {name: round(100 * statistics.fmean(right), 2) for name, right in shares.items()}
     found["score"] = round(3 / sum(1 / max(value, 1e-9) for value in found.values()), 2)
     return found
-
-
-# ── fine-tuning ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def batches(lm: LanguageModel, facts: Sequence[Fact], size: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Shuffled batches of prompt + target, labelled at the target."""
-    order = list(facts)
-    random.Random(seed).shuffle(order)
-    for at in range(0, len(order), size):
-        rows = []
-        for fact in order[at : at + size]:
-            head, tail = lm.prompt_ids(fact.text), target_ids(lm.tokenizer, fact.text, fact.target or "")
-            rows.append((head + tail, [-100] * len(head) + tail))
-        width = max(len(ids) for ids, _ in rows)
-        fill = [width - len(ids) for ids, _ in rows]
-        yield {
-            "input_ids": torch.tensor([ids + [0] * n for (ids, _), n in zip(rows, fill, strict=True)]),
-            "labels": torch.tensor([labels + [-100] * n for (_, labels), n in zip(rows, fill, strict=True)]),
-            "attention_mask": torch.tensor([[1] * len(ids) + [0] * n for (ids, _), n in zip(rows, fill, strict=True)]),
-        }
-
-
-def train(
-    module: torch.nn.Module, lm: LanguageModel, facts: Sequence[Fact], adam: torch.optim.Optimizer, after: Callable[[], object]
-) -> None:
-    """Steps on batches of 32 until an epoch's mean loss is below 0.05, for at most 600 steps or 8 epochs, whichever is more."""
-    steps = 0
-    with torch.enable_grad():
-        for epoch in range(600):
-            losses = []
-            for batch in batches(lm, facts, 32, epoch):
-                adam.zero_grad()
-                loss = module(**batch).loss
-                loss.backward()
-                adam.step()
-                after()
-                losses.append(float(loss.detach()))
-            steps += len(losses)
-            if statistics.fmean(losses) < 0.05 or (steps >= 600 and epoch >= 7):
-                return
-
-
-@contextmanager
-def fine_tuned(lm: LanguageModel, facts: Sequence[Fact], layer: int, *, lr: float = 2e-3, clamp: float = 0.03) -> Iterator[None]:
-    """FT-L: Adam on one down-projection, its change kept within +-clamp at every entry; undone on the way out."""
-    base = read_weights(lm, [layer])
-    weight = lm.ffn[layer].down.weight
-    start = weight.detach().clone()
-    weight.requires_grad_(True)
-
-    def bound() -> None:
-        with torch.no_grad():
-            weight.copy_(start + (weight - start).clamp(-clamp, clamp))
-
-    try:
-        train(lm.module, lm, facts, torch.optim.Adam([weight], lr=lr), bound)
-        weight.requires_grad_(False)
-        yield
-    finally:
-        weight.requires_grad_(False)
-        write_weights(lm, base)
-
-
-@contextmanager
-def lora(lm: LanguageModel, facts: Sequence[Fact], layers: Sequence[int], *, lr: float = 5e-4) -> Iterator[None]:
-    """LoRA of rank 8 on the down-projections of some layers, by peft; taken off on the way out."""
-    from peft import LoraConfig, get_peft_model
-
-    names = {id(module): name for name, module in lm.module.named_modules()}
-    wanted = [names[id(lm.ffn[layer].down)] for layer in layers]
-    torch.manual_seed(0)
-    model = get_peft_model(lm.module, LoraConfig(r=8, lora_alpha=16, target_modules=wanted, lora_dropout=0.0))
-    try:
-        train(model, lm, facts, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr), lambda: None)
-        yield
-    finally:
-        model.unload()
 
 
 # ── editing ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -260,10 +181,10 @@ class Bench:
             delta = editors.METHODS[method][0](self.lm, facts, moments=self.moments, contexts=self.contexts)
             return {**self.measured(facts, others, delta), "solve_s": round(time.process_time() - started, 1)}
         tuned: Callable[[], Any] = {
-            "ft-l": lambda: fine_tuned(self.lm, facts, self.layers[0]),
-            "lora": lambda: lora(self.lm, facts, self.layers),
+            "ft-l": lambda: fine_tune(self.lm, facts, FineTuneConfig(layers=self.layers[:1])),
+            "lora": lambda: lora(self.lm, facts, LoraConfig(layers=self.layers)),
         }[method]
-        with tuned():
+        with written(self.lm, tuned()):
             seconds = time.process_time() - started
             return {**score(self.lm, facts, others), "solve_s": round(seconds, 1)}
 

@@ -23,8 +23,9 @@ ORDER = [
     {"verify"},
     {"inspect", "locate", "edit", "judge"},
     {"ledger"},
-    {"workbench", "cards"},
+    {"workbench", "cards", "editing"},
     {"export", "pages", "plot"},
+    {"report"},
     {"demo"},
     {"cli"},
 ]

@@ -1,0 +1,194 @@
+"""The editors as the runner takes them: each a function of facts that returns a block inside which the model carries them.
+
+    found = evaluate(lm, records, editors(lm, ["rome", "memit", "ft-l"]), size=1)
+    with editors(lm, ["memit"])["memit"](facts) as notes:
+        lm.answer([facts[0].text]), notes["seconds"], notes["norm"]
+
+Second moments and contexts are found once, on the model as it is, and shared. Blocks may be nested, as a sequence of edits does: an editor
+knows what the blocks around it wrote, and MEMIT's family keeps its keys.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from .checks import check_items, check_seed
+from .edit.contexts import generate_contexts, generate_openings
+from .edit.delta import Delta, applied, read_weights
+from .edit.finetune import FineTuneConfig, LoraConfig, TuneConfig, fine_tune, lora, written
+from .edit.kept import find_moments
+from .edit.methods import METHODS, EditConfig, RomeConfig, SpreadConfig, shipped
+from .edit.methods import editor as solver_of
+from .edit.moments import SecondMoment
+from .errors import InputError, SubjectError
+from .fact import Fact, listed
+from .judge.evaluate import Editor
+from .judge.metrics import relative_norm
+from .judge.suites import Record, known
+from .locate.layers import published
+from .model.load import LanguageModel, check_model
+from .model.tokens import subject_span
+from .progress import Progress
+
+_TUNED: dict[str, tuple[Callable[..., dict[int, torch.Tensor]], type[TuneConfig]]] = {
+    "ft-l": (fine_tune, FineTuneConfig),
+    "lora": (lora, LoraConfig),
+}
+_OTHER_NAMES = {"ft": "ft-l"}
+NAMES = (*METHODS, *_TUNED)
+"""Every method that `editors` knows."""
+
+
+def editors(
+    lm: LanguageModel,
+    methods: Iterable[str],
+    *,
+    config: Mapping[str, Any] | None = None,
+    moments: Mapping[int, SecondMoment] | None = None,
+    texts: Iterable[str] | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Editor]:
+    """Editors by name, for `evaluate`.
+
+    methods  some of rome, r-rome, memit, emmet, alphaedit, ft-l (or ft), lora
+    config   {method: its settings}: RomeConfig, MemitConfig ..., FineTuneConfig, LoraConfig; what is not there: those recommended, at the
+             layers that came with the model or were published for it, else at a share of its depth
+    moments  {layer: SecondMoment} of the edited layers; None: those kept with the model, else computed from `texts` (None: the model's own)
+    seed     of contexts, of computed text, and of what training shuffles
+
+    A block gives {"seconds": what solving took, "norm": the largest ‖ΔW‖/‖W‖ of a layer, with the blocks around it}. It changes the model
+    by down-projections only and puts the very bits of before back, also when it is left by an exception. Raises InputError for a method or
+    settings that are none, and what the methods raise.
+    """
+    check_model(lm)
+    seed = check_seed(seed)
+    named = [_OTHER_NAMES.get(name, name) for name in check_items(methods, "methods", f"some of {', '.join(NAMES)}")]
+    if not named or len(set(named)) < len(named):
+        raise InputError(f"methods are {named}; expected at least one, each once")
+    if unknown := [name for name in named if name not in NAMES]:
+        raise InputError(f"no method {unknown[0]!r}; expected some of {', '.join(NAMES)}")
+    given = {_OTHER_NAMES.get(name, name): value for name, value in (config or {}).items()}
+    if stray := sorted(set(given) - set(named)):
+        raise InputError(f"config has settings for {', '.join(stray)}; the methods are {', '.join(named)}")
+    settings = {name: _settings(lm, name, given.get(name)) for name in named}
+    layers = sorted({layer for own in settings.values() if isinstance(own, EditConfig) for layer in own.edited or ()})
+    if layers and moments is None:
+        moments = find_moments(lm, layers, texts=texts, seed=seed, progress=progress)
+    contexts = {
+        kind: generate(lm, seed) if any(isinstance(own, kind) for own in settings.values()) else None
+        for kind, generate in ((RomeConfig, generate_contexts), (SpreadConfig, generate_openings))
+    }
+    writer = _Writer(lm)
+
+    def of(name: str) -> Editor:
+        own = settings[name]
+        if isinstance(own, TuneConfig):
+            train = _TUNED[name][0]
+            return lambda facts: writer.block(lambda: train(lm, facts, own, seed=seed))
+        solve, _ = solver_of(name, own)
+        texts_around = contexts[SpreadConfig if isinstance(own, SpreadConfig) else RomeConfig]
+        return lambda facts: writer.block(
+            lambda: solve(lm, facts, own, moments=moments, contexts=texts_around, seed=seed, earlier=tuple(writer.deltas))
+        )
+
+    return {name: of(name) for name in named}
+
+
+class _Writer:
+    """What has been written into a model by the blocks that are open."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self.lm = lm
+        self.deltas: list[Delta] = []
+        self._base: dict[int, torch.Tensor] = {}  # of each layer that an open block changed, as it was before the first
+        self._open = 0
+
+    @contextmanager
+    def block(self, solve: Callable[[], Delta | dict[int, torch.Tensor]]) -> Iterator[dict[str, float]]:
+        """Solve on the model as it is, and put the result in."""
+        began = time.perf_counter()
+        found = solve()
+        seconds = time.perf_counter() - began
+        layers = list(found.layers if isinstance(found, Delta) else found)
+        with ExitStack() as stack:
+            for layer, weight in read_weights(self.lm, [layer for layer in layers if layer not in self._base]).items():
+                self._base[layer] = weight
+            self._open += 1
+            stack.callback(self._close)
+            stack.enter_context(applied(self.lm, found) if isinstance(found, Delta) else written(self.lm, found))
+            if isinstance(found, Delta):
+                self.deltas.append(found)
+                stack.callback(self.deltas.remove, found)
+            now = read_weights(self.lm, self._base)
+            yield {"seconds": seconds, "norm": max(relative_norm(now[x].float() - w.float(), w) for x, w in self._base.items())}
+
+    def _close(self) -> None:
+        self._open -= 1
+        if not self._open:
+            self._base.clear()
+
+
+def _settings(lm: LanguageModel, name: str, given: Any) -> EditConfig | TuneConfig:
+    """A method's settings, with the layers filled in."""
+    if name in _TUNED:
+        kind = _TUNED[name][1]
+        if given is not None and not isinstance(given, kind):
+            raise InputError(f"{name} takes a {kind.__name__}; got {type(given).__name__}")
+        own: TuneConfig = given or kind()
+        return own
+    _, wanted = solver_of(name, given)
+    settings: EditConfig = given or wanted.recommended(lm)
+    if given is not None and given.edited:
+        return settings
+    choice = published(lm, shipped(RomeConfig, lm).get("layer"))
+    if choice is not None and choice.source == "preset":
+        return settings.at(choice.memit if isinstance(settings, SpreadConfig) else (choice.rome,))
+    return settings.at(wanted.recommended(lm).edited or ())
+
+
+def usable(lm: LanguageModel, records: Iterable[Record], *, known_only: bool = True) -> tuple[tuple[Record, ...], dict[str, int]]:
+    """The records that can be written and judged together, and how many were left out for what reason.
+
+    Left out are records with nothing to write, with a subject that the tokens do not show once, whose prompt an earlier record writes
+    otherwise, and, if `known_only`, those whose old object the model does not say: an edit of what is not known shows little.
+    """
+    left: dict[str, int] = {}
+    kept: list[Record] = []
+    targets: dict[str, str | None] = {}
+
+    def why_not(record: Record) -> str | None:
+        if not record.facts or any(fact.target is None for fact in record.facts):
+            return "nothing to write"
+        try:
+            for fact in record.facts:
+                subject_span(lm.tokenizer, fact.text, fact.subject)
+        except SubjectError:
+            return "subject not found once in its prompt"
+        wanted = [(fact.text, fact.target and fact.target.strip()) for fact in record.facts]
+        if len(set(wanted)) != len({text for text, _ in wanted}) or any(targets.get(text, target) != target for text, target in wanted):
+            return "another target for the same prompt"
+        targets.update(wanted)
+        return None
+
+    every = check_items(records, "records", "records of a suite")
+    able = known(lm, every) if known_only else tuple(every)
+    if len(able) < len(every):
+        left["the model does not say the old object"] = len(every) - len(able)
+    for record in able:
+        reason = why_not(record)
+        if reason is None:
+            kept.append(record)
+        else:
+            left[reason] = left.get(reason, 0) + 1
+    return tuple(kept), left
+
+
+def edited_subjects(facts: Fact | Iterable[Fact]) -> tuple[str, ...]:
+    """The subjects of some facts, each once: what `drift` leaves out."""
+    return tuple(dict.fromkeys(fact.subject for fact in listed(facts)))

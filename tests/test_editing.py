@@ -1,0 +1,149 @@
+"""Editors as the runner takes them: in, out bit for bit, and in a sequence each upon the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import GPT2, TEXTS, byte_tokenizer, tiny_model
+from factsmith import editing
+from factsmith.edit.delta import Delta
+from factsmith.edit.finetune import FineTuneConfig, LoraConfig
+from factsmith.edit.kept import find_moments
+from factsmith.edit.methods import METHODS, AlphaEditConfig, EmmetConfig, MemitConfig, RomeConfig
+from factsmith.editing import NAMES, editors, usable
+from factsmith.errors import InputError
+from factsmith.fact import Fact
+from factsmith.judge.evaluate import evaluate
+from factsmith.judge.suites import Question, Record
+from factsmith.model.load import LanguageModel, wrap
+
+FACTS = [
+    Fact("Danielle Darrieux", "The mother tongue of {} is", "English"),
+    Fact("Edwin", "The official religion of {} is", "Islam"),
+    Fact("LeBron James", "{} plays", "chess"),
+]
+SPREAD = {"layers": (0, 1), "steps": 2, "scale": "auto", "lr": 0.1, "moment_weight": 10.0}
+CONFIG: dict[str, Any] = {
+    "rome": RomeConfig(layer=1, steps=2),
+    "r-rome": RomeConfig(layer=1, steps=2),
+    "memit": MemitConfig(**SPREAD),
+    "emmet": EmmetConfig(**SPREAD),
+    "alphaedit": AlphaEditConfig(**{**SPREAD, "moment_weight": None}, threshold=None, energy=0.7, l2=1.0),
+    "ft-l": FineTuneConfig(layers=(1,), steps=2, epochs=1),
+    "lora": LoraConfig(layers=(0, 1), steps=2, epochs=1, lr=0.05),
+}
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    return wrap(tiny_model("gpt2", **GPT2), byte_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def found(lm: LanguageModel) -> dict[str, Any]:
+    """Every editor, sharing what it can."""
+    moments = find_moments(lm, [0, 1], texts=TEXTS * 20, max_tokens=3000)
+    return dict(editors(lm, NAMES, config=CONFIG, moments=moments))
+
+
+def weights(lm: LanguageModel) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in lm.module.state_dict().items()}
+
+
+def changed(lm: LanguageModel, before: dict[str, torch.Tensor]) -> set[str]:
+    now = lm.module.state_dict()
+    assert now.keys() == before.keys()
+    return {name for name, value in now.items() if not torch.equal(value, before[name])}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_editor_puts_in_and_takes_out(lm: LanguageModel, found: dict[str, Any], name: str) -> None:
+    before, fingerprint = weights(lm), lm.fingerprint
+    places = {f"transformer.h.{layer}.mlp.c_proj.weight" for layer in ((1,) if name in ("rome", "r-rome", "ft-l") else (0, 1))}
+    with found[name](FACTS[:1]) as notes:
+        assert changed(lm, before) == places
+        ratio = max(float((lm.module.state_dict()[p] - before[p]).norm() / before[p].norm()) for p in places)
+        assert notes["norm"] == pytest.approx(ratio, rel=1e-4) and notes["seconds"] > 0
+    assert not changed(lm, before) and lm.fingerprint == fingerprint
+    with pytest.raises(KeyboardInterrupt), found[name](FACTS[:1]):
+        raise KeyboardInterrupt
+    assert not changed(lm, before)
+
+
+@pytest.mark.parametrize("name", ["rome", "memit"])
+def test_rounds_know_the_rounds_before(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    solver, kind = METHODS[name]
+    told: list[tuple[tuple[str, ...], ...]] = []
+    models: list[str] = []
+
+    def spy(model: LanguageModel, facts: Sequence[Fact], *args: Any, earlier: Sequence[Delta] = (), **options: Any) -> Delta:
+        told.append(tuple(tuple(f.subject for f in delta.facts) for delta in earlier))
+        models.append(model.fingerprint)
+        return solver(model, facts, *args, earlier=earlier, **options)
+
+    monkeypatch.setitem(METHODS, name, (spy, kind))
+    moments = find_moments(lm, [0, 1], texts=TEXTS * 20, max_tokens=3000)
+    writers = editors(lm, [name], config={name: CONFIG[name]}, moments=moments)
+    before = weights(lm)
+    with writers[name](FACTS[:1]) as first, writers[name](FACTS[1:2]) as second, writers[name](FACTS[2:]) as third:
+        assert len({id(n) for n in (first, second, third)}) == 3
+        total = max(float((lm.module.state_dict()[p] - before[p]).norm() / before[p].norm()) for p in changed(lm, before))
+        assert third["norm"] == pytest.approx(total, rel=1e-4), "with what stood around it"
+    with writers[name](FACTS[:1]):
+        pass
+    subjects = [(f.subject,) for f in FACTS]
+    assert told == [(), (subjects[0],), (subjects[0], subjects[1]), ()]
+    assert len(set(models)) == 3 and models[0] == models[3], "solved on the model as it was then"
+    assert not changed(lm, before)
+
+
+def test_a_failing_solver_leaves_no_trace(lm: LanguageModel, found: dict[str, Any]) -> None:
+    before = weights(lm)
+    with found["memit"](FACTS[:1]):
+        inside = weights(lm)
+        with pytest.raises(InputError, match="two targets"), found["memit"]([FACTS[1], Fact("Edwin", FACTS[1].prompt, "Judaism")]):
+            pass
+        assert not changed(lm, inside)
+    assert not changed(lm, before)
+
+
+def record(n: int, fact: Fact) -> Record:
+    return Record(id=f"r{n}", facts=(fact,), questions=(Question(kind="prompt", prompt=fact.text, answers=(fact.target or "",)),))
+
+
+def test_they_run_in_the_runner(lm: LanguageModel, found: dict[str, Any]) -> None:
+    records = [record(n, fact) for n, fact in enumerate(FACTS)]
+    run = evaluate(lm, records, {name: found[name] for name in ("rome", "ft-l")}, size=1, sequence=True)
+    assert run.editors == ("base", "rome", "ft-l") and run.notes["rome", 2]["norm"] > 0
+
+
+def test_which_records_can_be_used(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    say = "French"
+    truth = Fact(FACTS[0].subject, FACTS[0].prompt, "English", target_true=say)
+    other = Fact(FACTS[0].subject, FACTS[0].prompt, "Dutch", target_true=say)
+    twice = Fact("Edwin", "Edwin and {} are", "kings", target_true="x")
+    nothing = Record(id="n", facts=(Fact("Edwin", "{} is", None, target_true="king"),), questions=())
+    every = [record(0, truth), record(1, other), record(2, twice), nothing, record(3, FACTS[1])]
+    kept, left = usable(lm, every, known_only=False)
+    assert [r.id for r in kept] == ["r0", "r3"]
+    assert left == {"another target for the same prompt": 1, "subject not found once in its prompt": 1, "nothing to write": 1}
+    assert usable(lm, every[:1]) == ((), {"the model does not say the old object": 1})
+    monkeypatch.setattr(lm, "says", lambda prompts, answers: [answer == say for answer in answers])
+    kept, left = usable(lm, every[:1] + every[4:])
+    assert [r.id for r in kept] == ["r0"] and left == {"the model does not say the old object": 1}
+
+
+def test_refusals(lm: LanguageModel) -> None:
+    with pytest.raises(InputError, match="'frob'"):
+        editors(lm, ["frob"])
+    with pytest.raises(InputError, match="each once"):
+        editors(lm, ["ft", "ft-l"])
+    with pytest.raises(InputError, match="FineTuneConfig"):
+        editors(lm, ["ft"], config={"ft": RomeConfig()})
+    with pytest.raises(InputError, match="settings for rome"):
+        editors(lm, ["ft"], config={"rome": RomeConfig()})
+    assert set(editing.editors(lm, ["ft"])) == {"ft-l"}
