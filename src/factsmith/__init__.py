@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from .cards import Card, FactAdds, card, fact_adds
     from .edit.contexts import generate_contexts, generate_openings
     from .edit.delta import Delta, applied
+    from .edit.finetune import FineTuneConfig, LoraConfig
     from .edit.kept import find_moments, load_moments
     from .edit.methods import AlphaEditConfig, EmmetConfig, MemitConfig, RomeConfig, alphaedit, emmet, memit, r_rome, rome, rome_each
     from .edit.moments import SecondMoment, second_moments
     from .edit.neurons import erase, rewrite
     from .edit.target import Targets, find_targets
+    from .editing import editors
     from .errors import (
         DamagedError,
         FactError,
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
     from .inspect.statements import Statement, fact_labels, statements
     from .inspect.triggers import Trigger, Triggers, find_triggers
     from .inspect.values import ValueTokens, promoters, value_tokens
+    from .judge.drift import Drift, drift
+    from .judge.evaluate import Evaluation, evaluate
     from .judge.suites import Suite, load_suite
     from .ledger import Ledger, Revision
     from .locate.attribution import AttributionTrace, attribution_trace
@@ -73,6 +77,7 @@ if TYPE_CHECKING:
         refinement_chart,
         text_heat_map,
     )
+    from .report import Report, report_markdown, report_page
     from .verify import Verification
     from .workbench import Outcome, Plan, Proposal, Workbench, recommend_layers
 
@@ -81,12 +86,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "cards": "Card FactAdds card fact_adds",
     "edit.delta": "Delta applied",
+    "edit.finetune": "FineTuneConfig LoraConfig",
     "edit.contexts": "generate_contexts generate_openings",
     "edit.methods": "AlphaEditConfig EmmetConfig MemitConfig RomeConfig alphaedit emmet memit r_rome rome rome_each",
     "edit.kept": "find_moments load_moments",
     "edit.moments": "SecondMoment second_moments",
     "edit.neurons": "erase rewrite",
     "edit.target": "Targets find_targets",
+    "editing": "editors",
     "errors": (
         "DamagedError FactError FactsmithError FingerprintError InputError LayerError LedgerError "
         "ModelError ModelNotFoundError NumericsError RevisionError SubjectError TokenizerError UnsupportedModelError WorkspaceError"
@@ -101,6 +108,8 @@ _HOMES = {
     "inspect.statements": "Statement fact_labels statements",
     "inspect.triggers": "Trigger Triggers find_triggers",
     "inspect.values": "ValueTokens promoters value_tokens",
+    "judge.drift": "Drift drift",
+    "judge.evaluate": "Evaluation evaluate",
     "judge.suites": "Suite load_suite",
     "ledger": "Ledger Revision",
     "locate.attribution": "AttributionTrace attribution_trace",
@@ -117,6 +126,7 @@ _HOMES = {
         "agreement_chart census_chart class_lines class_map curves heat_map neuron_chart prediction_chart profile_bars profile_lines "
         "refinement_chart text_heat_map"
     ),
+    "report": "Report report_markdown report_page",
     "verify": "Verification",
     "workbench": "Outcome Plan Proposal Workbench recommend_layers",
 }
@@ -133,14 +143,17 @@ __all__ = [
     "Composition",
     "DamagedError",
     "Delta",
+    "Drift",
     "Effect",
     "EmmetConfig",
+    "Evaluation",
     "Fact",
     "FactAdds",
     "FactError",
     "FactFile",
     "FactsmithError",
     "FeedForward",
+    "FineTuneConfig",
     "FingerprintError",
     "Index",
     "InputError",
@@ -151,6 +164,7 @@ __all__ = [
     "LayerScore",
     "Ledger",
     "LedgerError",
+    "LoraConfig",
     "MaskedLanguageModel",
     "MemitConfig",
     "ModelError",
@@ -162,6 +176,7 @@ __all__ = [
     "Profile",
     "Proposal",
     "Refinement",
+    "Report",
     "Revision",
     "RevisionError",
     "RomeConfig",
@@ -196,9 +211,12 @@ __all__ = [
     "class_map",
     "compose",
     "curves",
+    "drift",
+    "editors",
     "effect",
     "emmet",
     "erase",
+    "evaluate",
     "fact_adds",
     "fact_labels",
     "find_index",
@@ -228,6 +246,8 @@ __all__ = [
     "refine_relation",
     "refinement",
     "refinement_chart",
+    "report_markdown",
+    "report_page",
     "rewrite",
     "rome",
     "rome_each",

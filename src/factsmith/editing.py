@@ -26,7 +26,6 @@ from .edit.methods import METHODS, EditConfig, RomeConfig, SpreadConfig, shipped
 from .edit.methods import editor as solver_of
 from .edit.moments import SecondMoment
 from .errors import InputError, SubjectError
-from .fact import Fact, listed
 from .judge.evaluate import Editor
 from .judge.metrics import relative_norm
 from .judge.suites import Record, known
@@ -187,8 +186,3 @@ def usable(lm: LanguageModel, records: Iterable[Record], *, known_only: bool = T
         else:
             left[reason] = left.get(reason, 0) + 1
     return tuple(kept), left
-
-
-def edited_subjects(facts: Fact | Iterable[Fact]) -> tuple[str, ...]:
-    """The subjects of some facts, each once: what `drift` leaves out."""
-    return tuple(dict.fromkeys(fact.subject for fact in listed(facts)))

@@ -58,7 +58,7 @@ def card_page(found: Card, path: str | os.PathLike[str] | None = None) -> str:
         check_page(path)
     layer, *expert, i = found.neuron
     around = tuple(5 * n for n in _AROUND)
-    html = _render(
+    html = render(
         "card.html",
         found,
         title=f"Neuron {' '.join(map(str, found.neuron))} of {_shown(found.model)}",
@@ -71,7 +71,7 @@ def card_page(found: Card, path: str | os.PathLike[str] | None = None) -> str:
         top=[(t.coefficient, _excerpt(t, *around)) for t in found.triggers],
         bottom=[(t.coefficient, _excerpt(t, *around)) for t in found.bottom],
     )
-    return _kept(html, path)
+    return keep_page(html, path)
 
 
 def layer_page(index: Index, layer: int, path: str | os.PathLike[str] | None = None, *, adds: FactAdds | None = None) -> str:
@@ -87,7 +87,7 @@ def layer_page(index: Index, layer: int, path: str | os.PathLike[str] | None = N
     _check_adds(index, adds)
     if path is not None:
         check_page(path)
-    return _kept(_layer(index, layer, adds, ()), path)
+    return keep_page(_layer(index, layer, adds, ()), path)
 
 
 def write_pages(
@@ -118,9 +118,9 @@ def write_pages(
         at = wanted.index(layer)
         near = [(f"← layer {x}", files[x].name) for x in wanted[max(at - 1, 0) : at]]
         near += [(f"layer {x} →", files[x].name) for x in wanted[at + 1 : at + 2]]
-        _kept(_layer(index, layer, adds, (("all layers", first.name), *near)), path)
+        keep_page(_layer(index, layer, adds, (("all layers", first.name), *near)), path)
         tell(progress, "pages", done, len(files))
-    _kept(_front(index, files), first)
+    keep_page(_front(index, files), first)
     return [first, *files.values()]
 
 
@@ -151,7 +151,8 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
         raise WorkspaceError(f"cannot make the folder {folder}: there is a file of that name; choose another")
 
 
-def _kept(html: str, path: str | os.PathLike[str] | None) -> str:
+def keep_page(html: str, path: str | os.PathLike[str] | None) -> str:
+    """The page itself, written to `path` in one step if that is given. Raises WorkspaceError where it cannot be."""
     if path is not None:
         try:
             write_file(Path(path), html.encode())
@@ -198,7 +199,7 @@ def _layer(index: Index, layer: int, adds: FactAdds | None, nav: Sequence[tuple[
         if len(data) <= _LARGEST:
             break
     words = parts["words"]
-    return _render(
+    return render(
         "layer.html",
         index.triggers,
         title=f"Layer {layer} of {_shown(index.triggers.model)}",
@@ -298,7 +299,7 @@ def _front(index: Index, files: Mapping[int, Path]) -> str:
                 "size": size,
             }
         )
-    return _render(
+    return render(
         "index.html",
         index.triggers,
         title=f"Neurons of {_shown(index.triggers.model)}",
@@ -421,8 +422,11 @@ def _script(name: str) -> Markup:
     return Markup(_source("common.js") + "\n" + _source(name))
 
 
-def _render(template: str, source: Card | Triggers, *, script: Markup | None = None, **content: Any) -> str:
-    """A page, whose policy lets the one script run that it is told by its hash, and fetches nothing."""
+def render(template: str, source: Card | Triggers | None, *, script: Markup | None = None, **content: Any) -> str:
+    """A page, whose policy lets the one script run that it is told by its hash, and fetches nothing.
+
+    source  what the footer says it was read from; None: the template says it in a footer of its own
+    """
     allowed = "'none'" if script is None else f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
     page = _environment().get_template(template)
     return page.render(source=source, style=Markup(_source("style.css")), script=script, script_source=Markup(allowed), **content)

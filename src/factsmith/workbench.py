@@ -39,6 +39,7 @@ from .edit.target import check_layer
 from .errors import DamagedError, FingerprintError, InputError, WorkspaceError
 from .fact import Fact, Probe, listed
 from .files import write_file
+from .judge.drift import Drift, drift
 from .ledger import BASE, Ledger, Revision, Status
 from .locate.layers import (
     MIN_FACTS,
@@ -454,6 +455,18 @@ class Workbench:
                 facts[fact.text] = fact
         with self._carrying([]):
             return verify(self.lm, list(facts.values()), lambda: self._carrying(self._deltas.values()))
+
+    def drift(self, **options: Any) -> Drift:
+        """What the patches that the model carries change of everything else, against the model without them; options as of `drift`.
+
+        Raises InputError when it carries none.
+        """
+        deltas = list(self._deltas.values())
+        if not deltas:
+            raise InputError("the workspace carries no patch, so nothing can have drifted; see `factsmith log`")
+        subjects = [fact.subject for delta in deltas for fact in delta.facts]
+        with self._carrying(()):
+            return drift(self.lm, lambda: applied(self.lm, deltas), without=subjects, **options)
 
     def propose(
         self,

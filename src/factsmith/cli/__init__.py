@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 
 from ..errors import FactsmithError, InputError
-from . import demo, keep, locate, patch, read
+from . import demo, judge, keep, locate, patch, read
 from .common import complain
 
 app = typer.Typer(
@@ -43,6 +43,8 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     locate.layers,
     patch.moments,
     patch.patch,
+    judge.evaluate,
+    judge.drift,
     keep.log,
     keep.show,
     keep.revert,

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from ..checks import check_count, check_number
 from ..errors import InputError, LayerError, NumericsError
@@ -245,8 +246,9 @@ def _train(
             losses = []
             for batch in _batches(lm, facts, config.batch, f"{seed} {epoch}"):
                 adam.zero_grad()
-                loss = module(**batch).loss
-                loss.backward()
+                logits = module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+                loss = cross_entropy(logits.flatten(0, 1).float(), batch["labels"][:, 1:].flatten())
+                torch.autograd.backward(loss)
                 adam.step()
                 after()
                 losses.append(float(loss.detach()))

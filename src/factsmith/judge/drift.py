@@ -111,6 +111,8 @@ class Drift(Shown):
         return {**vars(self), "perplexity": list(self.perplexity), "changed": [dict(vars(c)) for c in self.changed]}
 
 
+LIMITS = ("kl_text", "kl_text_worst", "kl_facts", "changed_share", "perplexity")
+"""What `Drift.exceeded` takes."""
 _BATCH = 512  # tokens whose distributions are held at a time, twice
 _ANSWER = 8
 
