@@ -182,6 +182,7 @@ def report_page(found: Report, path: str | os.PathLike[str] | None = None) -> st
         runs.append(
             {
                 "title": _title(run),
+                "short": _short(run),
                 "editors": list(summary),
                 "rows": [(name, [own.get(name) for own in summary.values()]) for name in names],
                 "bars": _bars(summary),
@@ -246,7 +247,7 @@ def _check(found: object) -> None:
 
 
 def _title(run: Evaluation) -> str:
-    how = f"in rounds of {counted(run.size, 'record')}, one upon another" if run.sequence else f"{counted(run.size, 'record')} at a time"
+    how = f"rounds of {counted(run.size, 'record')}, one upon another" if run.sequence else f"{counted(run.size, 'record')} at a time"
     return f"{how}; per cent, beside the model as it was"
 
 
@@ -257,7 +258,8 @@ def _short(run: Evaluation) -> str:
 def _names(summary: Mapping[str, Mapping[str, Share]]) -> list[str]:
     """The measures of a run; a question's next to one another, the scores first."""
     names = dict.fromkeys(name for own in summary.values() for name in own)
-    return sorted(names, key=lambda name: not name.startswith("score"))
+    kinds = list(dict.fromkeys(name.partition(" ")[0] for name in names if not name.startswith("score")))
+    return sorted(names, key=lambda name: -1 if name.startswith("score") else kinds.index(name.partition(" ")[0]))
 
 
 def _cell(share: Share | None) -> str:
