@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,6 +136,26 @@ def test_which_records_can_be_used(lm: LanguageModel, monkeypatch: pytest.Monkey
     monkeypatch.setattr(lm, "says", lambda prompts, answers: [answer == say for answer in answers])
     kept, left = usable(lm, every[:1] + every[4:])
     assert [r.id for r in kept] == ["r0"] and left == {"the model does not say the old object": 1}
+
+
+def test_what_is_not_said_is_recommended(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(editing, "find_moments", lambda lm, layers, **options: asked.update(layers=layers, **options) or {})
+    trained: list[Any] = []
+
+    def spy(lm: LanguageModel, facts: Any, config: Any, **options: Any) -> Any:
+        trained.append(config.layers)
+        return {0: lm.ffn[0].weight().clone()}
+
+    for name in ("ft-l", "lora"):
+        monkeypatch.setitem(editing._TUNED, name, (spy, editing._TUNED[name][1]))
+    layers = MemitConfig.recommended(lm).layers or ()
+    writers = editors(lm, ["memit", "ft", "lora"], folder=tmp_path)
+    assert asked["layers"] == list(layers) and asked["folder"] == tmp_path
+    for name in ("ft-l", "lora"):
+        with writers[name](FACTS[:1]):
+            pass
+    assert trained == [layers[:1], layers]
 
 
 def test_refusals(lm: LanguageModel) -> None:

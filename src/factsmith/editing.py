@@ -10,10 +10,12 @@ knows what the blocks around it wrote, and MEMIT's family keeps its keys.
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 
@@ -50,6 +52,7 @@ def editors(
     config: Mapping[str, Any] | None = None,
     moments: Mapping[int, SecondMoment] | None = None,
     texts: Iterable[str] | None = None,
+    folder: str | os.PathLike[str] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Editor]:
@@ -57,8 +60,10 @@ def editors(
 
     methods  some of rome, r-rome, memit, emmet, alphaedit, ft-l (or ft), lora
     config   {method: its settings}: RomeConfig, MemitConfig ..., FineTuneConfig, LoraConfig; what is not there: those recommended, at the
-             layers that came with the model or were published for it, else at a share of its depth
+             layers that came with the model or were published for it, else at a share of its depth;
+             FT-L takes the lowest of MEMIT's, LoRA all
     moments  {layer: SecondMoment} of the edited layers; None: those kept with the model, else computed from `texts` (None: the model's own)
+    folder   where computed ones are kept, and looked for
     seed     of contexts, of computed text, and of what training shuffles
 
     A block gives {"seconds": what solving took, "norm": the largest ‖ΔW‖/‖W‖ of a layer, with the blocks around it}. It changes the model
@@ -78,7 +83,7 @@ def editors(
     settings = {name: _settings(lm, name, given.get(name)) for name in named}
     layers = sorted({layer for own in settings.values() if isinstance(own, EditConfig) for layer in own.edited or ()})
     if layers and moments is None:
-        moments = find_moments(lm, layers, texts=texts, seed=seed, progress=progress)
+        moments = find_moments(lm, layers, folder=folder, texts=texts, seed=seed, progress=progress)
     contexts = {
         kind: generate(lm, seed) if any(isinstance(own, kind) for own in settings.values()) else None
         for kind, generate in ((RomeConfig, generate_contexts), (SpreadConfig, generate_openings))
@@ -133,6 +138,10 @@ class _Writer:
             self._base.clear()
 
 
+@overload
+def _settings(lm: LanguageModel, name: Literal["memit"], given: None) -> EditConfig: ...
+@overload
+def _settings(lm: LanguageModel, name: str, given: Any) -> EditConfig | TuneConfig: ...
 def _settings(lm: LanguageModel, name: str, given: Any) -> EditConfig | TuneConfig:
     """A method's settings, with the layers filled in."""
     if name in _TUNED:
@@ -140,7 +149,8 @@ def _settings(lm: LanguageModel, name: str, given: Any) -> EditConfig | TuneConf
         if given is not None and not isinstance(given, kind):
             raise InputError(f"{name} takes a {kind.__name__}; got {type(given).__name__}")
         own: TuneConfig = given or kind()
-        return own
+        spread = _settings(lm, "memit", None).edited if own.layers is None else None
+        return own if spread is None else dataclasses.replace(own, layers=spread[:1] if kind is FineTuneConfig else spread)
     _, wanted = solver_of(name, given)
     settings: EditConfig = given or wanted.recommended(lm)
     if given is not None and given.edited:

@@ -65,6 +65,15 @@ def test_evaluate_prints_keeps_and_reports(run: Run, model: Path, suite: Path, t
     assert other.code in (2, 5) and "another run" in other.err, "it is of other records"
 
 
+def test_evaluate_in_sequence(run: Run, model: Path, suite: Path, tmp_path: Path) -> None:
+    done = run("evaluate", model, "--suite", suite, "--methods", "ft-l", "--sizes", "2", "--sequence", "--all", "--out", "kept", "--json")
+    assert done.code == 0, done.err
+    (found,) = done.json["runs"]
+    assert set(found["retention"]["ft-l"]) == {"0", "1"} and set(found["retention"]["ft-l"]["0"]) == {"0", "1"}
+    assert "What is left of earlier rounds" in (tmp_path / "kept/report.html").read_text()
+    assert (tmp_path / "kept/sequence-2/rows.jsonl").is_file()
+
+
 def test_evaluate_refuses(run: Run, model: Path, suite: Path, tmp_path: Path) -> None:
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/report.html").write_text("<p>mine</p>")

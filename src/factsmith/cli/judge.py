@@ -82,7 +82,8 @@ def evaluate(
             complain("warning", f"{counted(len(found.skipped), 'malformed record')} left out, the first: {found.skipped[0]}")
         if not records:
             raise InputError(f"none of {counted(len(found.records), 'record')} can be judged; try another --suite, or --all")
-        writers = editors(lm, names, texts=corpus, seed=seed, progress=tell)
+        moments = None if out is None else out / "moments"
+        writers = editors(lm, names, texts=corpus, folder=moments, seed=seed, progress=tell)
 
         def judged(size: int) -> runner.Evaluation:
             def told(what: str, done: int, total: int | None) -> None:
