@@ -61,7 +61,7 @@ class Index(Shown):
 
     def tables(self) -> list[Table]:
         """What it is an index of."""
-        return [Table(f"index in {self.folder}", {}), *self.triggers.tables(), *self.values.tables()]
+        return [*self.triggers.tables(), *self.values.tables(), Table(f"searched in {self.folder}", {})]
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str], lm: LanguageModel | None = None) -> Index:
