@@ -116,11 +116,10 @@ def fine_tune(
         _train(lm.module, lm, told, torch.optim.Adam(weights, lr=config.lr), config, seed, bound, progress)
         found = {layer: weight.detach().clone() for layer, weight in read_weights(lm, layers).items()}
     finally:
-        for weight, start in zip(weights, starts, strict=True):
+        for weight in weights:
             weight.requires_grad_(False)
             weight.grad = None
-            with torch.no_grad():
-                weight.copy_(start)
+        write_weights(lm, base)
     return _finite(found, base)
 
 
