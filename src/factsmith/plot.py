@@ -35,6 +35,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator, ScalarFormatter
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
+from torch import Tensor
 
 from .checks import check_count
 from .errors import InputError, WorkspaceError
@@ -447,19 +448,25 @@ def profile_lines(
     figure, grid = _side_by_side(len(panels), 2.9)
     for axes, (title, own) in zip(grid, panels.items(), strict=True):
         chance = torch.zeros(len(own.layers), dtype=torch.float64)
-        for feature, (colour, dash, marker) in zip(features, _LINES, strict=False):
+        lines: dict[str, Tensor] = {}
+        for feature in features:
             name, *without = (feature,) if isinstance(feature, str) else feature
-            shares = own.share_of(name, without=without)
-            label = name + (f", not {' or '.join(without)}" if without else "")
-            axes.plot(own.layers, shares.tolist(), color=colour, linestyle=dash, marker=marker, markersize=2.6, linewidth=1.0, label=label)
+            lines[name + (f", not {' or '.join(without)}" if without else "")] = own.share_of(name, without=without)
             chance = torch.maximum(chance, own.chance[:, own.features.index(name)].double().nan_to_num())
+        _draw_by_layer(axes, title, own.layers, lines)
         axes.fill_between(own.layers, 0, chance.tolist(), color="0.6", linewidth=0, label="by chance")
-        axes.set_title(title, fontsize=7.5, loc="left", pad=3)
-        _layer_axes(axes)
     _shared_heights(grid, "share of neurons")
     _legend_below(figure, grid[0])
     figure.suptitle("Selective neurons", fontsize=8, x=0.02, ha="left")
     return _finished(figure, path)
+
+
+def _draw_by_layer(axes: Axes, title: str, layers: Sequence[int], lines: Mapping[str, Tensor]) -> None:
+    """Lines (layers,) by their labels in one panel, each told from the others."""
+    for (label, heights), (colour, dash, marker) in zip(lines.items(), _LINES, strict=False):
+        axes.plot(layers, heights.tolist(), color=colour, linestyle=dash, marker=marker, markersize=2.6, linewidth=1.0, label=label)
+    axes.set_title(title, fontsize=7.5, loc="left", pad=3)
+    _layer_axes(axes)
 
 
 def _commonest(found: Profile, n: int) -> list[str]:
@@ -528,13 +535,8 @@ def agreement_chart(found: Agreement | Mapping[str, Agreement], *, path: str | o
     panels = _by_title(found, Agreement, "agreement_chart")
     figure, grid = _side_by_side(len(panels), 2.4)
     for axes, (title, own) in zip(grid, panels.items(), strict=True):
-        for part, label, (colour, dash, marker) in zip(
-            ("share", "within", "chance"), ("first token", "among the first", "first, by chance"), _LINES, strict=False
-        ):
-            heights = getattr(own, part).tolist()
-            axes.plot(own.layers, heights, color=colour, linestyle=dash, marker=marker, markersize=2.6, linewidth=1.0, label=label)
-        axes.set_title(title, fontsize=7.5, loc="left", pad=3)
-        _layer_axes(axes)
+        lines = {"first token": own.share, "among the first": own.within, "first, by chance": own.chance}
+        _draw_by_layer(axes, title, own.layers, lines)
     _shared_heights(grid, "share of neurons")
     _legend_below(figure, grid[0])
     figure.suptitle("Values that promote the token behind the strongest trigger", fontsize=8, x=0.02, ha="left")

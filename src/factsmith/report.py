@@ -16,11 +16,9 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from .errors import InputError, WorkspaceError
-from .files import write_file
+from .errors import InputError
 from .judge.evaluate import BASE, Evaluation, Row, Share
 from .judge.suites import Suite
 from .pages import check_page, keep_page, render
@@ -230,12 +228,7 @@ def report_markdown(found: Report, path: str | os.PathLike[str] | None = None) -
     lines += ["## What each number means", "", *(f"- **{name}**: {_md(text)}" for name, text in _meanings(found).items()), ""]
     lines += ["## Made from", "", *(f"- {_md(name)}: {_md(value)}" for name, value in found.facts().items())]
     text = "\n".join(lines) + "\n"
-    if path is not None:
-        try:
-            write_file(Path(path), text.encode())
-        except OSError as error:
-            raise WorkspaceError(f"cannot write {path}: {error.strerror}; choose a folder that can be written") from None
-    return text
+    return keep_page(text, path)
 
 
 # ── what is shown ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -41,6 +41,16 @@ def read_tensors(path: Path, advice: str) -> tuple[dict[str, Tensor], dict[str, 
     return tensors, metadata
 
 
+def read_artefact(path: Path, what: str, wanted: str, maker: str, advice: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """`read_tensors` of a file in a folder that holds such things in a known format, as `maker` writes them. Raises DamagedError."""
+    if not path.is_file():
+        raise DamagedError(f"no {what} in {path.parent}; expected {path.name}, as {maker} writes it")
+    tensors, metadata = read_tensors(path, advice)
+    if metadata.get("format") != wanted:
+        raise DamagedError(f"{path} holds {metadata.get('format')!r}; expected {wanted!r}: {advice}")
+    return tensors, metadata
+
+
 def read_metadata(path: Path) -> dict[str, str]:
     """What `write_tensors` described the file by, unchecked; nothing for one that cannot be read."""
     try:

@@ -355,11 +355,10 @@ def layers(
         line(console, "MEMIT:", f"layers {', '.join(map(str, choice.memit))}" if choice.memit else "not known")
         line(console, "why:", f"  {choice.reason}")
         if choice.scores:
-            table = plain_table("layer", "trials", "efficacy", "generalization", "specificity", "score", "trace")
-            for row in choice.scores:
-                shares = ("" if x is None else f"{x:.3f}" for x in (row.efficacy, row.generalization, row.specificity, row.score))
-                traced = f"{choice.effects[row.layer]:.4f}" if choice.effects else ""
-                table.add_row(str(row.layer), str(row.trials), *shares, traced, style="bold" if row.layer == choice.rome else "")
+            (own,) = choice.tables()
+            table = plain_table(*own.columns)
+            for row in own.rows:
+                table.add_row(*row, style="bold" if row[0] == str(choice.rome) else "")
             console.print(table)
 
     print_result(choice.to_dict(), show, as_json)

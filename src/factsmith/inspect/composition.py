@@ -175,7 +175,8 @@ def compose(
         )
     at %= len(ids)
     head = find_unembedding(lm)
-    stream = read_stream(lm, [ids], [at], [behind(lm, layer) for layer in range(lm.n_layers)])
+    scales = [behind(lm, layer) for layer in range(lm.n_layers)]
+    stream = read_stream(lm, [ids], [at], scales)
     reading = read_logits(lm, head, stream.states[-1])
     wanted = int(reading.logits[0].argmax()) if target is None else target_ids(lm.tokenizer, prompt, target)[0]
     other = None if contrast is None else target_ids(lm.tokenizer, prompt, contrast)[0]
@@ -218,5 +219,5 @@ def compose(
         writes={},
     )
     looked_up = [*found.strongest(top), *found.strongest(top, against=True)]
-    written = tokens_of(lm, [c.neuron for c in looked_up], [c.coefficient < 0 for c in looked_up], tokens)
+    written = tokens_of(lm, head, scales, [c.neuron for c in looked_up], [c.coefficient < 0 for c in looked_up], tokens)
     return replace(found, writes={c.neuron: tuple(token for token, _ in own) for c, own in zip(looked_up, written, strict=True)})

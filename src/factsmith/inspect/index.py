@@ -36,9 +36,10 @@ from ..tables import Shown, Table, counted
 from ..tensors import read_metadata
 from .phrase import folded, phrase_end
 from .triggers import Sign, Trigger, Triggers, check_sign, corpus_digest, find_triggers, holds_triggers
+from .values import FILE as _VALUES
 from .values import Promotion, ValueTokens, value_tokens
 
-_TEXTS, _VALUES = "texts.sqlite", "values.safetensors"
+_TEXTS = "texts.sqlite"
 _TEXTS_FORMAT = "texts 1"
 
 

@@ -152,8 +152,8 @@ def refinement(
     rows, at, wanted = _asked(lm, prompts, targets, positions)
     if not kept:
         raise InputError("among is empty; expected shares from 0 to 1, at least one")
-    told = _Memories(lm, norm, values, kept)
     scales = [behind(lm, layer) for layer in range(lm.n_layers)]
+    told = _Memories(lm, norm, values, kept, scales)
     head = find_unembedding(lm)
     n, points = len(rows), 2 * lm.n_layers + 1
     answers, half, half_of_layer = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.long), torch.zeros(n, lm.n_layers).long()
@@ -239,13 +239,15 @@ class _Memories:
     often each token is predicted and in how many predictions one of the memories that count says it.
     """
 
-    def __init__(self, lm: LanguageModel, norm: bool, values: ValueTokens | None, among: Sequence[float]) -> None:
+    def __init__(self, lm: LanguageModel, norm: bool, values: ValueTokens | None, among: Sequence[float], scales: Sequence[Tensor]) -> None:
         if values is not None and (values.fingerprint != lm.fingerprint or {bank[0] for bank in values.top_ids} != set(range(lm.n_layers))):
-            raise InputError(f"{values!r} are not those of all layers of {lm.name}; read them with value_tokens(lm), or leave them out")
+            raise InputError(
+                f"the values of {values.model} given are not those of all layers of {lm.name}; read them with value_tokens(lm), or leave them out"
+            )
         values = value_tokens(lm, top=1, norm=norm) if values is None else values
         self.lm, self.norm, self.among = lm, values.norm, among
         self.head: Unembedding = find_unembedding(lm, norm=self.norm)
-        self.scales = [behind(lm, ffn.layer).to(self.head.scale) if self.norm else torch.ones_like(self.head.scale) for ffn in lm.ffn]
+        self.scales = [scale.to(self.head.scale) if self.norm else torch.ones_like(self.head.scale) for scale in scales]
         self.says = [  # by layer and bank: (d_ff,) and (d_ff,), the tokens for a positive and for a negative coefficient
             [(values.top_ids[bank][:, 0], values.bottom_ids[bank][:, 0]) for bank in banks(lm, [layer])] for layer in range(lm.n_layers)
         ]

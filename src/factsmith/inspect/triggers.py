@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_count, check_items, check_limit
-from ..errors import DamagedError, FingerprintError, InputError, LayerError, NumericsError
+from ..errors import FingerprintError, InputError, LayerError, NumericsError
 from ..files import check_writable
 from ..model.ffn import Neuron, check_layer
 from ..model.load import LanguageModel, check_model
@@ -50,7 +50,7 @@ from ..model.scan import (
 )
 from ..progress import Progress, tell
 from ..tables import Shown, Table, counted, ending
-from ..tensors import Checkpoint, read_metadata, read_tensors, write_tensors
+from ..tensors import Checkpoint, read_artefact, read_metadata, write_tensors
 
 Sign = Literal["top", "bottom"]
 _SIGNS: tuple[Sign, ...] = ("top", "bottom")
@@ -210,12 +210,7 @@ class Triggers(Shown):
     @classmethod
     def load(cls, folder: str | os.PathLike[str], lm: LanguageModel | None = None) -> Triggers:
         """Read what `save` wrote. Raises DamagedError when it is missing or altered, FingerprintError when it is not of `lm`."""
-        path = Path(folder) / _FILE
-        if not path.is_file():
-            raise DamagedError(f"no triggers in {folder}; expected {_FILE}, as find_triggers writes it")
-        tensors, metadata = read_tensors(path, "scan the corpus again")
-        if metadata.get("format") != _FORMAT:
-            raise DamagedError(f"{path} holds {metadata.get('format')!r}; expected {_FORMAT!r}: scan the corpus again")
+        tensors, metadata = read_artefact(Path(folder) / _FILE, "triggers", _FORMAT, "find_triggers", "scan the corpus again")
         if lm is not None:
             _check_model(metadata, folder, lm)
         characters, ends = tensors["characters"].numpy().tobytes(), tensors["lengths"].cumsum(0).tolist()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_count, check_items
-from ..errors import DamagedError, InputError, LayerError, UnsupportedModelError
+from ..errors import InputError, LayerError, UnsupportedModelError
 from ..model.ffn import Neuron, check_layer, find_neuron, same, tolerance
 from ..model.load import LanguageModel, check_model
 from ..model.scan import Bank, bank_name, bank_of, banks, named_bank
@@ -32,7 +32,7 @@ from ..model.tokens import word_ids
 from ..model.trace import recording, replacing
 from ..progress import Progress, tell
 from ..tables import Shown, Table, counted
-from ..tensors import read_tensors, write_tensors
+from ..tensors import read_artefact, write_tensors
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -224,17 +224,12 @@ class ValueTokens(Shown):
         """Write `values.safetensors` in one step. Raises WorkspaceError."""
         tensors = {f"{bank_name(bank)}/{part}": t.contiguous() for part in _PARTS for bank, t in getattr(self, part).items()}
         described = {"model": self.model, "fingerprint": self.fingerprint, "norm": str(self.norm), "words": json.dumps(dict(self.words))}
-        write_tensors(Path(folder) / _FILE, tensors, {"format": _FORMAT, **described})
+        write_tensors(Path(folder) / FILE, tensors, {"format": _FORMAT, **described})
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> ValueTokens:
         """Read what `save` wrote. Raises DamagedError when it is missing or altered."""
-        path = Path(folder) / _FILE
-        if not path.is_file():
-            raise DamagedError(f"no values in {folder}; expected {_FILE}, as ValueTokens.save writes it")
-        tensors, metadata = read_tensors(path, "read the values again")
-        if metadata.get("format") != _FORMAT:
-            raise DamagedError(f"{path} holds {metadata.get('format')!r}; expected {_FORMAT!r}: read the values again")
+        tensors, metadata = read_artefact(Path(folder) / FILE, "values", _FORMAT, "ValueTokens.save", "read the values again")
         parts: dict[str, dict[Bank, Tensor]] = {part: {} for part in _PARTS}
         for name, tensor in tensors.items():
             bank, _, part = name.partition("/")
@@ -248,7 +243,7 @@ class ValueTokens(Shown):
         )
 
 
-_FILE = "values.safetensors"
+FILE = "values.safetensors"
 _FORMAT = "values 1"
 _PARTS = ("top_ids", "top_scores", "bottom_ids", "bottom_scores")
 
@@ -290,16 +285,14 @@ def value_tokens(
 
 @torch.no_grad()
 def tokens_of(
-    lm: LanguageModel, neurons: Sequence[Neuron], negative: Sequence[bool], k: int = 10, *, norm: bool = True
+    lm: LanguageModel, head: Unembedding, scales: Sequence[Tensor], neurons: Sequence[Neuron], negative: Sequence[bool], k: int
 ) -> list[list[tuple[str, float]]]:
     """The k tokens that each neuron's sub-update promotes most, with their scores for one unit: of a negative coefficient those the value
-    demotes. Raises LayerError for a neuron the model does not have."""
-    head = find_unembedding(lm, norm=norm)
+    demotes. scales: `behind` of every layer. Raises LayerError for a neuron the model does not have."""
     places = [find_neuron(lm.ffn, neuron) for neuron in neurons]
     if not places:
         return []
-    scale = _behind(lm, {layer for layer, _, _ in places}, norm)
-    own = [lm.ffn[layer].banks[bank].values[i].float() * scale[layer] for layer, bank, i in places]
+    own = [lm.ffn[layer].banks[bank].values[i].float() * scales[layer] for layer, bank, i in places]
     values = torch.stack([value.to(head.weight.device) for value in own])
     top, top_scores, bottom, bottom_scores = extreme_tokens(head.fold(values), head.weight, k)
     found = []

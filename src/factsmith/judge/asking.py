@@ -118,7 +118,7 @@ def _asked(
         scored[row][name] = (each / len(ids), n_right / len(ids), len(ids))
     answers = lm.continue_from(batch, logits, cache, n_new) if n_new else [[] for _ in rows]
     for ids, own in zip(answers, scored, strict=True):
-        yield lm.tokenizer.decode(ids, skip_special_tokens=True).strip().split("\n")[0].strip(), own
+        yield lm.as_answer(ids), own
 
 
 def _count(total: Tensor, right: Tensor, owners: Tensor, logits: Tensor, tokens: Tensor) -> None:

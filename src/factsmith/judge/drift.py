@@ -11,6 +11,7 @@ with success" that could not write any more); what changes a distribution shows 
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -30,6 +31,7 @@ from ..progress import Progress, tell
 from ..tables import Shown, Table
 from ..verify import begins_with, first_phrase
 from .asking import ask
+from .metrics import divergences, kl_divergence
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def drift(
     rows = _rows(lm, listed, max_tokens)
     if not rows:
         raise InputError("there is no text of two tokens or more to compare on; give some with texts")
-    divergences, before, after, done = [], 0.0, 0.0, 0
+    apart, before, after, done = [], 0.0, 0.0, 0
     total = sum(len(ids) - 1 for ids in rows)
     for group in lm.groups([len(ids) for ids in rows], _BATCH):
         some = [rows[i] for i in group]
@@ -155,17 +157,17 @@ def drift(
         with changed():
             new = _distributions(lm, some)
         due = torch.tensor([token for ids in some for token in ids[1:]], device=old.device)[:, None]
-        divergences.append((old.exp() * (old - new)).sum(-1).clamp(min=0).cpu())
+        apart.append(divergences(old, new))
         before, after = before - float(old.gather(1, due).sum()), after - float(new.gather(1, due).sum())
         done += len(due)
         tell(progress, "comparing text", done, total)
-    each = torch.cat(divergences)
+    each = torch.cat(apart)
     edited = [subject for subject in check_items(without, "without", "subjects") if subject.strip()]
     kl_facts, otherwise, n_known = _unrelated(lm, changed, facts, edited, n_facts, seed)
     return Drift(
         kl_text=float(each.mean()),
         kl_text_worst=float(each.quantile(0.99)),
-        perplexity=(float(torch.tensor(before / total).exp()), float(torch.tensor(after / total).exp())),
+        perplexity=(math.exp(before / total), math.exp(after / total)),
         kl_facts=kl_facts,
         changed=otherwise,
         n_facts=n_known,
@@ -222,13 +224,12 @@ def _unrelated(
     old, answers = _last(lm, prompts), [reply.answer for reply in ask(lm, prompts, max_new_tokens=_ANSWER)]
     with changed():
         new, now = _last(lm, prompts), [reply.answer for reply in ask(lm, prompts, max_new_tokens=_ANSWER)]
-    divergence = (old.exp() * (old - new)).sum(-1).clamp(min=0)
     otherwise = [
         Changed(prompt, first_phrase(was), first_phrase(is_now))
         for (prompt, answer), was, is_now in zip(known, answers, now, strict=True)
         if not begins_with(is_now, answer)
     ]
-    return float(divergence.mean()), tuple(otherwise), len(known)
+    return kl_divergence(old, new), tuple(otherwise), len(known)
 
 
 def _last(lm: LanguageModel, prompts: Sequence[str]) -> torch.Tensor:
@@ -236,7 +237,7 @@ def _last(lm: LanguageModel, prompts: Sequence[str]) -> torch.Tensor:
     rows = [lm.prompt_ids(prompt) for prompt in prompts]
     found: list[torch.Tensor] = [torch.empty(0)] * len(rows)
     for group in lm.groups([len(ids) for ids in rows]):
-        logits, _ = lm.begin(align(lm, [rows[i] for i in group], [len(rows[i]) - 1 for i in group]))
+        logits = lm.last_logits(align(lm, [rows[i] for i in group], [len(rows[i]) - 1 for i in group]))
         for i, row in zip(group, logits.float().log_softmax(-1).cpu(), strict=True):
             found[i] = row
     return torch.stack(found)

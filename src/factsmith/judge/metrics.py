@@ -160,7 +160,12 @@ def reference_consistency(generated: Iterable[str], references: Iterable[str], *
 
 
 def kl_divergence(log_p: Any, log_q: Any) -> float:
-    """Mean over rows of KL(p ‖ q) = Σ p (log p − log q) in nats: how far q has moved from p; infinite where q rules out what p allows.
+    """The mean of `divergences`: how far q has moved from p."""
+    return float(divergences(log_p, log_q).mean())
+
+
+def divergences(log_p: Any, log_q: Any) -> Tensor:
+    """KL(p ‖ q) = Σ p (log p − log q) of each row in nats, (n,) float64 on the CPU; infinite where q rules out what p allows.
 
     log_p, log_q  (n, vocab) or (vocab,) log-probabilities in nats, before and after; computed in float64
 
@@ -169,7 +174,7 @@ def kl_divergence(log_p: Any, log_q: Any) -> float:
     ps, qs = _rows(log_p, "log_p"), _rows(log_q, "log_q")
     if ps.shape != qs.shape or not ps.numel():
         raise InputError(f"log_p has shape {tuple(ps.shape)}, log_q {tuple(qs.shape)}; expected two of one shape (n, vocab), not empty")
-    total = 0.0
+    found = []
     for p, q in zip(torch.split(ps, 64), torch.split(qs, 64), strict=True):  # a vocabulary is wide: float64 for a few rows at a time
         p, q = p.double(), q.double().to(p.device)
         for name, rows in (("log_p", p), ("log_q", q)):
@@ -178,8 +183,8 @@ def kl_divergence(log_p: Any, log_q: Any) -> float:
                 raise NumericsError(f"{name} holds NaN; the model does not compute finite states")
             if (off := float((sums - 1).abs().max())) > 0.02:
                 raise InputError(f"a row of {name} adds up to 1 ± {off:.3g} as probabilities; expected log-probabilities: use log_softmax")
-        total += float(torch.where(p == -math.inf, 0.0, p.exp() * (p - q)).sum())
-    return max(0.0, total / len(ps))
+        found.append(torch.where(p == -math.inf, 0.0, p.exp() * (p - q)).sum(-1).clamp(min=0).cpu())
+    return torch.cat(found)
 
 
 def perplexity(log_probs: Any) -> float:

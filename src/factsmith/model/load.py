@@ -287,8 +287,13 @@ class LanguageModel:
         answers = [""] * len(sequences)
         for group in self.groups([len(ids) for ids in sequences]):
             for index, ids in zip(group, self.continue_greedily([sequences[i] for i in group], max_new_tokens), strict=True):
-                answers[index] = self.tokenizer.decode(ids, skip_special_tokens=True).strip().split("\n")[0].strip()
+                answers[index] = self.as_answer(ids)
         return answers
+
+    def as_answer(self, ids: Sequence[int]) -> str:
+        """New token ids as an answer: the first line that says something, without white space around it."""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return text.strip().split("\n")[0].strip()
 
     @torch.no_grad()
     def continue_greedily(self, sequences: Sequence[Sequence[int]], n_tokens: int) -> list[list[int]]:
