@@ -241,9 +241,8 @@ class _Memories:
 
     def __init__(self, lm: LanguageModel, norm: bool, values: ValueTokens | None, among: Sequence[float], scales: Sequence[Tensor]) -> None:
         if values is not None and (values.fingerprint != lm.fingerprint or {bank[0] for bank in values.top_ids} != set(range(lm.n_layers))):
-            raise InputError(
-                f"the values of {values.model} given are not those of all layers of {lm.name}; read them with value_tokens(lm), or leave them out"
-            )
+            there = f"the values of {values.model} are not those of all layers of {lm.name}"
+            raise InputError(f"{there}; read them with value_tokens(lm), or leave them out")
         values = value_tokens(lm, top=1, norm=norm) if values is None else values
         self.lm, self.norm, self.among = lm, values.norm, among
         self.head: Unembedding = find_unembedding(lm, norm=self.norm)
