@@ -7,6 +7,7 @@ import hashlib
 import json
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import GPT2, LLAMA, byte_tokenizer, shared_dir, tiny_model
-from factsmith import workbench
+from factsmith import recommend, workbench
 from factsmith.edit.delta import Delta, applied
-from factsmith.edit.methods import METHODS, MemitConfig, RomeConfig
+from factsmith.edit.kept import moments_file
+from factsmith.edit.methods import METHODS, MemitConfig, RomeConfig, resolve
 from factsmith.edit.moments import SecondMoment, second_moments
+from factsmith.edit.target import read_keys
 from factsmith.errors import (
     DamagedError,
     FactsmithError,
@@ -32,9 +35,13 @@ from factsmith.errors import (
     WorkspaceError,
 )
 from factsmith.fact import Fact, Probe
+from factsmith.folders import read_patch
 from factsmith.ledger import BASE, LATEST, Ledger
+from factsmith.model import atlas
 from factsmith.model.load import LanguageModel, load, wrap
-from factsmith.workbench import Workbench, plan, propose
+from factsmith.proposals import plan, propose
+from factsmith.records import Revision
+from factsmith.workbench import Workbench
 
 FACT = Fact(
     "Danielle Darrieux", "The mother tongue of {} is", "English", paraphrases=("{} speaks",), neighbours=("Paris is the capital of",)
@@ -197,13 +204,230 @@ def test_middle_revert(lm: LanguageModel, bench: Workbench) -> None:
     before_apart = hashes(lm)
     last = bench.commit(some_delta(lm, 3, (1,)))
     state = hashes(lm)
-    with pytest.raises(RevisionError, match=last.id[:10]):
+    with pytest.raises(InputError, match="write its facts again"):  # this one has no recipe to be solved again by
         bench.revert(one.id)
     assert hashes(lm) == state and bench.log()[0].id == last.id
     bench.revert(apart.id)
     assert torch.equal(lm.ffn[2].weight(), bench._base[2])
     bench.revert(last.id)
     assert {n for n, h in hashes(lm).items() if h != before_apart[n]} == {n for n in state if ".2.mlp.c_proj.weight" in n}
+
+
+THREE = [Fact(f"Entity{n}", "The home of {} is", " q", relation="home") for n in range(3)]
+SPREADING = MemitConfig(layers=(0, 1), steps=4, scale="auto", lr=0.2, moment_weight=5.0)
+
+
+@pytest.mark.parametrize("method", ["rome", "memit"])
+def test_what_stands_on_a_reverted_patch_is_solved_again(lm: LanguageModel, bench: Workbench, tmp_path: Path, method: str) -> None:
+    config = RomeConfig(layer=1, steps=4) if method == "rome" else SPREADING
+    moments = moments_of(lm)
+
+    def put(facts: list[Fact]) -> Revision:
+        done = bench.apply(facts, method, config, moments=moments, force=True)
+        assert done.revision is not None
+        return done.revision
+
+    base = hashes(lm)
+    one, two = put(THREE[:1]), put(THREE[1:])
+    both = hashes(lm)
+    undo = bench.revert(one.id, moments=moments, force=True)
+    without = hashes(lm)
+    assert without not in (base, both)
+    (left,) = bench.ledger.active()
+    assert left.id == two.id and left.in_effect == tuple(THREE[1:]) and left.carried != two.delta
+    original, again = Delta.load(bench.ledger.delta_folder(left, two.delta)), Delta.load(bench.ledger.delta_folder(left))
+    assert torch.equal(again.v_star, original.v_star) if method == "rome" else torch.allclose(again.v_star, original.v_star)
+    with Workbench(wrap(tiny_model("gpt2", **GPT2), byte_tokenizer()), tmp_path / "other") as alone:
+        expected = resolve(alone.lm, original, moments=moments)
+    for layer in again.layers:
+        assert torch.allclose(again.dense(layer), expected.dense(layer), atol=1e-6)
+        assert not torch.allclose(original.dense(layer), expected.dense(layer), atol=1e-6)
+    asked = [check["prompt"] for check in undo.report["checks"] if check["role"] == "prompt"]
+    assert asked == [fact.text for fact in THREE[1:]]
+    part = bench.revert(two.id, facts=[1], moments=moments, force=True)
+    assert part.facts == (THREE[2],) and bench.ledger.active()[0].in_effect == (THREE[1],)
+    bench.revert(part.id)
+    assert hashes(lm) == without, "undoing the newest brings back the very bits"
+    bench.checkout(two.id)
+    assert hashes(lm) == both
+    bench.checkout("latest")
+    assert hashes(lm) == without
+    bench.close()
+    with Workbench(lm, bench.ledger.folder) as opened:
+        assert hashes(lm) == without
+        opened.checkout("base")
+        assert hashes(lm) == base
+
+
+def test_a_revert_that_would_lose_a_fact_is_not_recorded(lm: LanguageModel, bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = moments_of(lm)
+    one = bench.apply(THREE[:1], "memit", SPREADING, moments=moments, force=True).revision
+    two = bench.apply([EASY], "memit", SPREADING, moments=moments, force=True).revision
+    assert one is not None and two is not None
+    state = hashes(lm)
+    proof = workbench.verify(lm, [EASY], nullcontext)
+    held = dataclasses.replace(proof.checks[0], before=" Paris", wanted=" Paris", after="x", held=False)
+    monkeypatch.setattr(workbench, "verify", lambda *_, **__: dataclasses.replace(proof, checks=(held,)))
+    with pytest.raises(NumericsError, match="would lose 1 fact"):
+        bench.revert(one.id, moments=moments)
+    assert hashes(lm) == state and bench.log()[0].id == two.id
+    assert bench.revert(one.id, moments=moments, force=True).report["checks"][0]["held"] is False
+    other = {layer: dataclasses.replace(moment, matrix=moment.matrix * 1.5) for layer, moment in moments.items()}
+    bench.revert("latest")
+    monkeypatch.setattr(bench, "find_moments", lambda *_, **__: other)
+    with pytest.raises(InputError, match="not there any more"):
+        bench.revert(one.id)
+
+
+def test_a_preview_leaves_nothing(lm: LanguageModel, bench: Workbench) -> None:
+    before, moments = hashes(lm), moments_of(lm)
+    with bench.preview(THREE[:1], "rome", RomeConfig(layer=1, steps=4), moments=moments, force=True) as shown:
+        assert shown is lm and hashes(lm) != before
+    assert hashes(lm) == before and bench.log() == []
+    with pytest.raises(RuntimeError), bench.preview(THREE[:1], "rome", RomeConfig(layer=1, steps=4), moments=moments, force=True):
+        raise RuntimeError
+    assert hashes(lm) == before
+
+
+def test_a_diff_is_of_weights_and_facts(lm: LanguageModel, bench: Workbench) -> None:
+    base = lm.ffn[1].weight().detach().clone()
+    one = bench.commit(some_delta(lm, 1, (1,)))
+    first = lm.ffn[1].weight().detach().clone()
+    two = bench.commit(some_delta(lm, 2, (1, 2)))
+    state = hashes(lm)
+    found = bench.diff("base", one.id)
+    assert found.norms == {1: pytest.approx(float((first - base).norm() / base.norm()), rel=1e-4)}
+    assert [(f.prompt, f.before, f.after) for f in found.facts] == [("subject 1 is", None, "x")]
+    assert found.facts[0].answer_before == load_fresh_answer(lm, bench, "base", "subject 1 is")
+    back = bench.diff(two.id, "base")
+    assert set(back.norms) == {1, 2} and [f.after for f in back.facts] == [None, None] and hashes(lm) == state
+    assert "2 facts different" in repr(back) and json.dumps(back.to_dict())
+    assert bench.rebuild().revisions == 2
+    lm.ffn[2].weight().data[0, 0] += 1
+    with pytest.raises(FingerprintError):
+        bench.rebuild()
+
+
+def load_fresh_answer(lm: LanguageModel, bench: Workbench, reference: str, prompt: str) -> str:
+    """What the model answers at a revision, by checking it out."""
+    here = bench.ledger.current
+    bench.checkout(reference)
+    answer = lm.answer([prompt])[0]
+    bench.checkout(here)
+    return answer
+
+
+def test_a_plan_knows_one_question_in_other_words(lm: LanguageModel, bench: Workbench) -> None:
+    """Without a relation: by the paraphrases that either has, or as phrasings of one bundled relation."""
+    currency = atlas.phrasings("P38").every
+    held = [Fact("Entity0", "The home of {} is", " q", paraphrases=["Entity0 lives in"]), Fact("Bulgaria", currency[0], "euro")]
+    bench.apply(held, "rome", RomeConfig(layer=1, steps=4), moments=moments_of(lm), force=True)
+    facts = [
+        Fact("Entity0", "{} lives in", " z"),
+        Fact("Entity0", "A house of {} is", " z", paraphrases=[held[0].text]),
+        Fact("Bulgaria", currency[1], "yen"),
+        Fact("Bulgaria", currency[1].replace("{}", "all of {}"), "yen"),  # nobody can know
+        Fact("Romania", currency[1], "yen"),
+        Fact("Someone", "{} lives in", " z"),
+    ]
+    found = [bench.plan(fact, "rome", RomeConfig(layer=1, steps=4)).entries[0] for fact in facts]
+    assert [entry.standing for entry in found] == ["conflict", "conflict", "conflict", "new", "new", "new"]
+    assert str(held[0]) in found[0].because and str(held[1]) in found[2].because
+
+
+def test_a_plan_knows_what_facts_meet(lm: LanguageModel, bench: Workbench) -> None:
+    moments, config = moments_of(lm), RomeConfig(layer=1, steps=4)
+    first = Fact("Entity0", "The home of {} is", " q", relation="home")
+    bench.apply([first], "rome", config, moments=moments, force=True)
+    facts = [
+        Fact("Entity0", "The home of {} is", " z"),  # its very prompt, another target
+        Fact("Entity0", "Home: {} in", " z", relation="home"),  # the same fact in other words
+        Fact("Someone", "A thing of {} is", " y"),
+        Fact("Someone", "A thing of {} was", " x"),  # one key, two targets: nothing is different up to the subject
+    ]
+    bare = bench.plan(facts, "rome", config)
+    assert bare.layers == (1,)
+    assert [e.standing for e in bare.entries] == ["changed", "conflict", "new", "new"] and bare.entries[0].crowding is None
+    assert bare.seconds is not None and bare.seconds > 0
+    for layer, moment in moments.items():
+        moment.save(moments_file(bench.ledger.folder / "moments", layer))
+    before = hashes(lm)
+    found = bench.plan(facts, "rome", config)
+    assert [e.standing for e in found.entries] == ["changed", "conflict", "conflict", "conflict"] and hashes(lm) == before
+    assert "nearly the key" in found.entries[2].because and len(found.conflicts) == 3
+    with bench._carrying([]):
+        keys = read_keys(lm, [*facts, first], 1, ["{}"])[:, 0].double()
+    lower = torch.linalg.cholesky(moments[1].matrix.double())
+    white = torch.linalg.inv(lower) @ keys.T
+    held = white[:, 4:]
+    for entry, key in zip(found.entries, white.T, strict=False):
+        share = float((held.T @ key / held.norm()).square() / key.square().sum())
+        assert entry.crowding == pytest.approx(share, rel=1e-3, abs=1e-6)
+    assert found.entries[0].crowding == pytest.approx(1) and found.entries[2].crowding < 0.99
+    assert "what they meet" in repr(found) and json.dumps(found.to_dict())
+
+
+def test_facts_get_something_to_be_asked(lm: LanguageModel, bench: Workbench) -> None:
+    given = Fact("Ann", "{} was born in", "Oslo", paraphrases=("{} comes from",), neighbours=("The sky is",))
+    bare = Fact("Bob", "The currency of {} is the", "lev")
+    full, made = bench.completed([given, bare])
+    assert full == given
+    assert len(made.paraphrases) == 5 and all(text.endswith("The currency of {} is the") and len(text) > 26 for text in made.paraphrases)
+    assert bench.completed([bare], seed=1)[0].paraphrases != made.paraphrases
+    assert all("Bob" not in probe.prompt for probe in made.neighbours)
+
+
+def test_patches_of_another_workspace_are_taken_in(lm: LanguageModel, bench: Workbench, tmp_path: Path) -> None:
+    moments = moments_of(lm)
+    bench.apply(THREE[:1], "memit", SPREADING, moments=moments, force=True)
+    bench.apply(THREE[1:2], "memit", SPREADING, moments=moments, force=True)
+    state = hashes(lm)
+    bench.export(tmp_path / "patch", format="patch")
+    bench.close()
+    with Workbench(lm, tmp_path / "same") as same:
+        made = same.import_patches(tmp_path / "patch", force=True)
+        assert len(made) == 2 and hashes(lm) == state, "on the very weights they were made on they are taken as they are"
+        assert same.import_patches(tmp_path / "patch") == (), "nothing twice"
+    with Workbench(lm, tmp_path / "other") as other:
+        other.apply(THREE[2:], "memit", SPREADING, moments=moments, force=True)
+        there = hashes(lm)
+        made = other.import_patches(tmp_path / "patch", moments=moments, force=True)
+        assert len(made) == 2 and [r.in_effect for r in other.ledger.active()] == [(THREE[2],), (THREE[0],), (THREE[1],)]
+        original = read_patch(tmp_path / "patch").patches[0].delta
+        again = Delta.load(other.ledger.delta_folder(made[0]))
+        other.checkout(other.log()[-1].id)
+        assert hashes(lm) == there
+        expected = resolve(lm, original, moments=moments, earlier=[other._deltas[other.log()[-1].id]])
+        for layer in again.layers:
+            assert torch.allclose(again.dense(layer), expected.dense(layer), atol=1e-6)
+            assert not torch.allclose(again.dense(layer), original.dense(layer), atol=1e-6)
+    with Workbench(lm, tmp_path / "contrary") as contrary:
+        against = Fact("Entity0", "The home of {} is", " z")
+        contrary.apply([against], "memit", SPREADING, moments=moments, force=True)
+        before = hashes(lm)
+        with pytest.raises(RevisionError, match="revert that first"):
+            contrary.import_patches(tmp_path / "patch", moments=moments)
+        assert hashes(lm) == before and len(contrary.log()) == 1
+    stranger = wrap(tiny_model("gpt2", seed=9, **GPT2), byte_tokenizer())
+    with Workbench(stranger, tmp_path / "stranger") as wrong, pytest.raises(FingerprintError, match="was made for"):
+        wrong.import_patches(tmp_path / "patch")
+
+
+def test_apply_says_when_there_is_little_room(lm: LanguageModel, bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, set[int]]] = []
+
+    def warned(deltas: list[Delta], weights: dict[int, torch.Tensor], moments: dict[int, SecondMoment]) -> str:
+        assert set(weights) == set(moments) and torch.equal(weights[1], base)
+        asked.append((len(deltas), set(moments)))
+        return "little room"
+
+    base, moments = lm.ffn[1].weight().detach().clone(), moments_of(lm)
+    monkeypatch.setattr(workbench, "capacity_warning", warned)
+    bare = bench.apply(THREE[:1], "rome", RomeConfig(layer=1, steps=2), moments=moments, force=True)
+    assert bare.room is None and not asked, "second moments that are not kept are not computed for it"
+    moments[1].save(moments_file(bench.ledger.folder / "moments", 1))
+    found = bench.apply(THREE[1:2], "rome", RomeConfig(layer=1, steps=2), moments=moments, force=True)
+    assert asked == [(2, {1})] and found.room == "little room" and "little room" in found.warnings and "little room" in repr(found)
 
 
 # ---- faults ----------------------------------------------------------------------------------------------------------------------------
@@ -362,6 +586,42 @@ def test_an_interruption_when_it_is_recorded_leaves_both_moved(
     assert bench.commit(some_delta(lm, 3)).state == "active", "and it goes on"
     bench.checkout(first.id)
     assert hashes(lm) == one
+
+
+@pytest.mark.parametrize("step", ["commit", "revert", "checkout"])
+def test_another_process_that_commits_in_the_same_moment_is_not_taken_over(
+    lm: LanguageModel, bench: Workbench, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """What was recorded here is what the model carries, though the ledger's newest revision is already somebody else's."""
+    first = bench.commit(some_delta(lm, 1))
+    second = bench.commit(some_delta(lm, 2))
+    calls = {
+        "commit": lambda: bench.commit(some_delta(lm, 3)).id,
+        "revert": lambda: bench.revert(second.id).id,
+        "checkout": lambda: bench.checkout(first.id),
+    }
+    original = getattr(Ledger, step)
+
+    def overtaken(ledger: Ledger, *args: Any, **kwargs: Any) -> Any:
+        noted = original(ledger, *args, **kwargs)
+        if ledger is bench.ledger:
+            with Ledger(bench.ledger.folder) as other:
+                other.checkout(LATEST)
+                other.commit(some_delta(lm, 9).save, onto=other.head, method="rome", config={}, facts=(FACT,), layers=[1])
+        return noted
+
+    with monkeypatch.context() as patching:
+        patching.setattr(Ledger, step, overtaken)
+        mine = calls[step]()
+    carried, newest = hashes(lm), bench.ledger.head
+    assert newest != mine, "the other did not come in between: the test did not test"
+    with pytest.raises(WorkspaceError, match="somebody committed"):
+        bench.commit(some_delta(lm, 4))
+    assert hashes(lm) == carried
+    bench.checkout(mine)
+    assert hashes(lm) == carried
+    bench.checkout(newest)
+    assert hashes(lm) != carried and bench.commit(some_delta(lm, 5)).state == "active"
 
 
 # Between a file's opening and the `with` that closes it a signal can still land: Python then closes the file itself, and warns.
@@ -656,7 +916,7 @@ def test_recommended_layers_are_kept_in_the_workspace(eager: LanguageModel, benc
     assert torch.equal(moment.matrix, moments_of(eager)[first.rome].matrix)
     assert len(list((bench.ledger.folder / "moments").iterdir())) == 1, "those of the losers are not kept"
 
-    monkeypatch.setattr(workbench, "_recommend", None)  # from here on nothing may be measured
+    monkeypatch.setattr(workbench, "measure_layers", None)  # from here on nothing may be measured
     again = bench.recommend_layers()
     assert (again.source, again.rome, again.memit, again.scores) == ("workspace", first.rome, first.memit, first.scores)
     assert bench.recommend_layers(trials=1) == again
@@ -733,7 +993,7 @@ def test_a_model_that_knows_nothing_falls_back_and_says_so(lm: LanguageModel, be
 
 
 def test_a_layer_measured_for_a_patch_is_said_and_kept(eager: LanguageModel, bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workbench, "trial_facts", lambda lm, count, seed: [EASY] * 6)
+    monkeypatch.setattr(recommend, "trial_facts", lambda lm, count, seed: [EASY] * 6)
     found = bench.propose(FACT, texts=iter(TEXTS), contexts=["{}"])
     assert found.layers is not None and found.layers.source == "trials" and found.layers.trials == 6
     assert found.delta is not None and sorted(found.delta.layers) == [found.layers.rome]
@@ -751,10 +1011,10 @@ def test_layers_are_measured_on_the_base_weights(eager: LanguageModel, bench: Wo
 
 def test_second_moments_too_large_to_hold_are_computed_again(eager: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = [dataclasses.replace(EASY, subject=name) for name in ("Edwin", "Paris", "LeBron", "Anaal")]
-    expected = workbench.recommend_layers(eager, facts, **ASKED)
+    expected = recommend.recommend_layers(eager, facts, **ASKED)
     assert len(expected.scores) == 3
-    monkeypatch.setattr(workbench, "_MOMENT_BYTES", 1)
-    assert workbench.recommend_layers(eager, facts, **ASKED) == expected
+    monkeypatch.setattr(recommend, "_MOMENT_BYTES", 1)
+    assert recommend.recommend_layers(eager, facts, **ASKED) == expected
 
 
 # ---- a real model ----------------------------------------------------------------------------------------------------------------------

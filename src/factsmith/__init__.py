@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cards import Card, FactAdds, card, fact_adds
+    from .edit.capacity import Capacity, Interference, capacity, interference
     from .edit.contexts import generate_contexts, generate_openings
     from .edit.delta import Delta, applied
     from .edit.finetune import FineTuneConfig, LoraConfig
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from .edit.moments import SecondMoment, second_moments
     from .edit.neurons import erase, rewrite
     from .edit.target import Targets, find_targets
-    from .editing import editors
+    from .editing import configured, editors, usable
     from .errors import (
         DamagedError,
         FactError,
@@ -39,7 +40,9 @@ if TYPE_CHECKING:
         UnsupportedModelError,
         WorkspaceError,
     )
-    from .fact import Fact, FactFile, Probe
+    from .export import Export, export_adapter, export_checkpoint, export_patch
+    from .fact import Fact, FactFile, FactSheet, Gates, Probe
+    from .folders import PatchFolder, read_patch
     from .inspect.agreement import Agreement, agreement
     from .inspect.census import Census, census
     from .inspect.composition import Composition, compose
@@ -49,10 +52,11 @@ if TYPE_CHECKING:
     from .inspect.statements import Statement, fact_labels, statements
     from .inspect.triggers import Trigger, Triggers, find_triggers
     from .inspect.values import ValueTokens, promoters, value_tokens
-    from .judge.drift import Drift, drift
+    from .judge.ability import ability
+    from .judge.drift import Drift, Reference, drift
     from .judge.evaluate import Evaluation, evaluate
     from .judge.suites import Suite, load_suite
-    from .ledger import Ledger, Revision
+    from .ledger import Ledger
     from .locate.attribution import AttributionTrace, attribution_trace
     from .locate.average import AverageTrace, average_trace, causal_traces
     from .locate.causal import CausalTrace, causal_trace
@@ -69,6 +73,7 @@ if TYPE_CHECKING:
         class_lines,
         class_map,
         curves,
+        evaluation_chart,
         heat_map,
         neuron_chart,
         prediction_chart,
@@ -77,14 +82,18 @@ if TYPE_CHECKING:
         refinement_chart,
         text_heat_map,
     )
+    from .proposals import Plan, Proposal
+    from .recommend import recommend_layers
+    from .records import Revision
     from .report import Report, report_markdown, report_page
     from .verify import Verification
-    from .workbench import Outcome, Plan, Proposal, Workbench, recommend_layers
+    from .workbench import Diff, Outcome, Workbench
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "cards": "Card FactAdds card fact_adds",
+    "edit.capacity": "Capacity Interference capacity interference",
     "edit.delta": "Delta applied",
     "edit.finetune": "FineTuneConfig LoraConfig",
     "edit.contexts": "generate_contexts generate_openings",
@@ -93,12 +102,14 @@ _HOMES = {
     "edit.moments": "SecondMoment second_moments",
     "edit.neurons": "erase rewrite",
     "edit.target": "Targets find_targets",
-    "editing": "editors",
+    "editing": "configured editors usable",
     "errors": (
         "DamagedError FactError FactsmithError FingerprintError InputError LayerError LedgerError "
         "ModelError ModelNotFoundError NumericsError RevisionError SubjectError TokenizerError UnsupportedModelError WorkspaceError"
     ),
-    "fact": "Fact FactFile Probe",
+    "export": "Export export_adapter export_checkpoint export_patch",
+    "fact": "Fact FactFile FactSheet Gates Probe",
+    "folders": "PatchFolder read_patch",
     "inspect.agreement": "Agreement agreement",
     "inspect.census": "Census census",
     "inspect.composition": "Composition compose",
@@ -108,10 +119,11 @@ _HOMES = {
     "inspect.statements": "Statement fact_labels statements",
     "inspect.triggers": "Trigger Triggers find_triggers",
     "inspect.values": "ValueTokens promoters value_tokens",
-    "judge.drift": "Drift drift",
+    "judge.ability": "ability",
+    "judge.drift": "Drift Reference drift",
     "judge.evaluate": "Evaluation evaluate",
     "judge.suites": "Suite load_suite",
-    "ledger": "Ledger Revision",
+    "ledger": "Ledger",
     "locate.attribution": "AttributionTrace attribution_trace",
     "locate.average": "AverageTrace average_trace causal_traces",
     "locate.causal": "CausalTrace causal_trace",
@@ -123,12 +135,16 @@ _HOMES = {
     "model.masked": "MaskedLanguageModel",
     "pages": "card_page layer_page write_pages",
     "plot": (
-        "agreement_chart census_chart class_lines class_map curves heat_map neuron_chart prediction_chart profile_bars profile_lines "
+        "agreement_chart census_chart class_lines class_map curves evaluation_chart heat_map neuron_chart "
+        "prediction_chart profile_bars profile_lines "
         "refinement_chart text_heat_map"
     ),
     "report": "Report report_markdown report_page",
     "verify": "Verification",
-    "workbench": "Outcome Plan Proposal Workbench recommend_layers",
+    "proposals": "Plan Proposal",
+    "recommend": "recommend_layers",
+    "records": "Revision",
+    "workbench": "Diff Outcome Workbench",
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names.split()}
 
@@ -137,26 +153,32 @@ __all__ = [
     "AlphaEditConfig",
     "AttributionTrace",
     "AverageTrace",
+    "Capacity",
     "Card",
     "CausalTrace",
     "Census",
     "Composition",
     "DamagedError",
     "Delta",
+    "Diff",
     "Drift",
     "Effect",
     "EmmetConfig",
     "Evaluation",
+    "Export",
     "Fact",
     "FactAdds",
     "FactError",
     "FactFile",
+    "FactSheet",
     "FactsmithError",
     "FeedForward",
     "FineTuneConfig",
     "FingerprintError",
+    "Gates",
     "Index",
     "InputError",
+    "Interference",
     "KnowledgeNeurons",
     "LanguageModel",
     "LayerChoice",
@@ -171,10 +193,12 @@ __all__ = [
     "ModelNotFoundError",
     "NumericsError",
     "Outcome",
+    "PatchFolder",
     "Plan",
     "Probe",
     "Profile",
     "Proposal",
+    "Reference",
     "Refinement",
     "Report",
     "Revision",
@@ -194,6 +218,7 @@ __all__ = [
     "Workbench",
     "WorkspaceError",
     "__version__",
+    "ability",
     "agreement",
     "agreement_chart",
     "alphaedit",
@@ -201,6 +226,7 @@ __all__ = [
     "attribution_trace",
     "average_trace",
     "build_index",
+    "capacity",
     "card",
     "card_page",
     "causal_trace",
@@ -210,6 +236,7 @@ __all__ = [
     "class_lines",
     "class_map",
     "compose",
+    "configured",
     "curves",
     "drift",
     "editors",
@@ -217,6 +244,10 @@ __all__ = [
     "emmet",
     "erase",
     "evaluate",
+    "evaluation_chart",
+    "export_adapter",
+    "export_checkpoint",
+    "export_patch",
     "fact_adds",
     "fact_labels",
     "find_index",
@@ -226,6 +257,7 @@ __all__ = [
     "generate_contexts",
     "generate_openings",
     "heat_map",
+    "interference",
     "intervene",
     "knowledge_neurons",
     "layer_page",
@@ -242,6 +274,7 @@ __all__ = [
     "published",
     "r_rome",
     "random_neurons",
+    "read_patch",
     "recommend_layers",
     "refine_relation",
     "refinement",
@@ -254,6 +287,7 @@ __all__ = [
     "second_moments",
     "statements",
     "text_heat_map",
+    "usable",
     "value_tokens",
     "wrap",
     "write_pages",

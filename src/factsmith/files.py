@@ -34,7 +34,7 @@ def write_file(path: Path, content: bytes | Callable[[Path], object]) -> None:
 
 def folder_path(folder: str | os.PathLike[str]) -> Path:
     """A folder's name as a path; raises InputError for what is none."""
-    if not isinstance(folder, (str, os.PathLike)) or "\0" in os.fspath(folder):
+    if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder) or "\0" in os.fspath(folder):
         raise InputError(f"the folder is {folder!r:.60}; expected a path")
     return Path(folder)
 
@@ -45,8 +45,9 @@ def check_writable(folder: str | os.PathLike[str]) -> Path:
     Raises InputError for what is no path, WorkspaceError for what cannot be written.
     """
     path = folder_path(folder)
-    there = next((place for place in (path, *path.absolute().parents) if place.exists()), path)
+    there = path
     try:
+        there = next((place for place in (path, *path.absolute().parents) if place.exists()), path)
         with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:

@@ -27,24 +27,34 @@ import re
 import secrets
 import shutil
 import sqlite3
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Any, NoReturn
 from urllib.parse import quote
-
-import pydantic
 
 from .errors import DamagedError, FactError, FactsmithError, InputError, RevisionError, WorkspaceError
 from .fact import Fact
 from .files import flush_folder
+from .records import Change, Integrity, Revision, State, Status, Step, StoredChange, StoredRecord
 
 BASE = "base"
 LATEST = "latest"
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _APPLICATION_ID = 0x46435453  # "FCTS" in the file's header, so that another program's ledger.db is not taken for ours
-_SCHEMA = """
+_HISTORY = """
+CREATE TABLE revisions (
+    seq      INTEGER PRIMARY KEY,
+    id       TEXT NOT NULL UNIQUE,
+    parent   TEXT NOT NULL UNIQUE,
+    record   TEXT NOT NULL
+);
+CREATE TRIGGER revisions_keep BEFORE DELETE ON revisions BEGIN SELECT RAISE(ABORT, 'history is appended, never rewritten'); END;
+CREATE TRIGGER revisions_stay BEFORE UPDATE ON revisions BEGIN SELECT RAISE(ABORT, 'history is appended, never rewritten'); END;
+"""
+_SCHEMA = (
+    """
 CREATE TABLE workspace (
     one          INTEGER PRIMARY KEY CHECK (one = 1),
     model        TEXT NOT NULL,
@@ -53,129 +63,22 @@ CREATE TABLE workspace (
     created      TEXT NOT NULL,
     current      TEXT NOT NULL
 );
-CREATE TABLE revisions (
-    seq      INTEGER PRIMARY KEY,
-    id       TEXT NOT NULL UNIQUE,
-    parent   TEXT NOT NULL UNIQUE,
-    reverts  TEXT UNIQUE REFERENCES revisions (id),
-    delta    TEXT,
-    record   TEXT NOT NULL
-);
-CREATE TRIGGER revisions_keep BEFORE DELETE ON revisions BEGIN SELECT RAISE(ABORT, 'history is appended, never rewritten'); END;
-CREATE TRIGGER revisions_stay BEFORE UPDATE ON revisions BEGIN SELECT RAISE(ABORT, 'history is appended, never rewritten'); END;
 """
+    + _HISTORY
+)
+_MIGRATIONS = {
+    1: f"""
+ALTER TABLE revisions RENAME TO older;
+DROP TRIGGER revisions_keep;
+DROP TRIGGER revisions_stay;
+{_HISTORY}
+INSERT INTO revisions SELECT seq, id, parent, record FROM older ORDER BY seq;
+DROP TABLE older;
+"""
+}
+"""What brings a ledger of a format to the next. 1: a patch could be taken out once, whole, and by a column; now records say all of it."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PREFIX = re.compile(r"[0-9a-f]{4,64}")
-
-Kind = Literal["patch", "revert"]
-State = Literal["active", "reverted", "later"]
-
-
-class _Record(pydantic.BaseModel):
-    """What is kept of a revision, and what its id is the sha256 of."""
-
-    model_config = pydantic.ConfigDict(strict=True, extra="forbid")
-
-    kind: Kind
-    parent: str
-    created: str
-    message: str
-    base: str
-    method: str
-    config: dict[str, Any]
-    facts: list[dict[str, Any]]
-    layers: list[int]
-    moments: str | None
-    report: dict[str, Any]
-    delta: Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")] | None
-    delta_bytes: int
-    reverts: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Revision:
-    """One entry of the history.
-
-    id           sha256 hex of the record; any unique prefix of at least four digits names it
-    parent       id of the entry before it, or "base"
-    number       1 for the first entry
-    kind         "patch" (adds a delta) or "revert" (takes one out)
-    state        "active" (in effect where the workspace is checked out), "reverted", or "later" (comes after the checked-out entry)
-    created      UTC, ISO 8601
-    message      one line
-    base         fingerprint of the unpatched model
-    method       name of the editing method; for a revert, that of the reverted entry
-    config       its settings, plain JSON values
-    facts        what was written, or taken out
-    layers       the layers touched
-    moments      digest of the second moments used, or None
-    report       the evaluation kept with the entry, plain JSON values
-    delta        sha256 of the delta's files; None for a revert
-    delta_bytes  their size
-    reverts      id of the entry that a revert takes out; None for a patch
-    reverted_by  id of the revert that took this patch out (in effect or not), or None
-    """
-
-    id: str
-    parent: str
-    number: int
-    kind: Kind
-    state: State
-    created: str
-    message: str
-    base: str
-    method: str
-    config: Mapping[str, Any]
-    facts: tuple[Fact, ...]
-    layers: tuple[int, ...]
-    moments: str | None
-    report: Mapping[str, Any]
-    delta: str | None
-    delta_bytes: int
-    reverts: str | None
-    reverted_by: str | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able fields."""
-        return {**vars(self), "facts": [fact.to_dict() for fact in self.facts], "layers": list(self.layers)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Integrity:
-    """What `Ledger.verify` counted: revisions read, delta folders checked against their sha256, and those that no revision names."""
-
-    revisions: int
-    deltas: int
-    orphans: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able fields."""
-        return {**vars(self), "orphans": list(self.orphans)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Status:
-    """A workspace at a glance.
-
-    folder, model, dtype, fingerprint  as in `Ledger`
-    head, current                      ids of the newest and of the checked-out revision, or "base"
-    active                             the patches in effect, oldest first
-    integrity                          what was counted while every record and every delta's sha256 was checked
-    """
-
-    folder: Path
-    model: str
-    dtype: str
-    fingerprint: str
-    head: str
-    current: str
-    active: tuple[Revision, ...]
-    integrity: Integrity
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able fields; the active patches by their ids."""
-        active = [revision.id for revision in self.active]
-        return {**vars(self), "folder": str(self.folder.resolve()), "active": active, "integrity": self.integrity.to_dict()}
 
 
 class Ledger:
@@ -194,6 +97,7 @@ class Ledger:
     def __init__(self, folder: str | os.PathLike[str], *, wait: float = 5.0) -> None:
         """Open a workspace; `wait` is how many seconds to wait for another process that is writing."""
         self.folder = Path(folder)
+        self._read: dict[str, tuple[tuple[str, str], StoredRecord]] = {}  # records that were read and checked
         file = self.folder / "ledger.db"
         if not file.is_file():
             raise WorkspaceError(
@@ -262,19 +166,18 @@ class Ledger:
 
     def log(self) -> list[Revision]:
         """Every revision, newest first; raises DamagedError when a record does not match its id."""
-        return self._select("TRUE")[::-1]
+        return self._history()[::-1]
 
     def show(self, reference: str) -> Revision:
         """The revision with this id, unique prefix of at least four digits, or "latest"; raises RevisionError."""
         identity = self.resolve(reference)
         if identity == BASE:
             raise RevisionError(f"{reference!r} is the unpatched model, which has no record; see `factsmith log` for the revisions")
-        return self._select("entry.id = ?", identity)[0]
+        return next(revision for revision in self._history() if revision.id == identity)
 
     def active(self, reference: str | None = None) -> list[Revision]:
         """The patches in effect at a revision (None: the one checked out; "base": none), oldest first: the order they are added in."""
-        here = self._number(self.current if reference is None else self.resolve(reference))
-        return self._select("entry.reverts IS NULL AND entry.seq <= ? AND (undo.seq IS NULL OR undo.seq > ?)", here, here)
+        return [revision for revision in self._history(reference) if revision.carried is not None]
 
     def resolve(self, reference: str) -> str:
         """The full id (or "base") that an id prefix, "latest" or "base" stands for; raises RevisionError."""
@@ -294,18 +197,28 @@ class Ledger:
             raise RevisionError(f"{reference!r} is ambiguous: {', '.join(row[0][:12] for row in rows)}; give more digits")
         return str(rows[0][0])
 
-    def delta_folder(self, revision: Revision) -> Path:
-        """The folder with a patch's delta, after checking its sha256; raises DamagedError when a file is missing or changed."""
-        if revision.delta is None:
+    def delta_folder(self, revision: Revision, delta: str | None = None) -> Path:
+        """The folder with the delta that is carried for a patch (its own where none is), or with another of it, after checking its sha256.
+
+        Raises DamagedError when a file is missing or changed, RevisionError for a revert.
+        """
+        if revision.kind == "revert":
             raise RevisionError(f"revision {revision.id[:10]} is a revert and has no delta; ask for the patch {str(revision.reverts)[:10]}")
-        folder = self.folder / "deltas" / revision.delta
+        return self._whole(str(delta or revision.carried or revision.delta), revision)
+
+    def _whole(self, delta: str, revision: Revision) -> Path:
+        """The folder of a delta of a revision, checked."""
+        folder = self.folder / "deltas" / delta
         try:
-            found = _digest(folder)[0] if folder.is_dir() else "nothing"
+            found = _digest(folder)[0] if folder.exists() or folder.is_symlink() else "nothing"
         except OSError as error:
-            raise DamagedError(f"cannot read the delta of revision {revision.id[:10]} in {folder}: {error.strerror}") from None
-        if found != revision.delta:
             raise DamagedError(
-                f"the delta of revision {revision.id[:10]} is damaged: {folder} should be {revision.delta[:10]}, is {found[:10]};"
+                f"cannot read the delta of revision {revision.id[:10]} in {folder}: {error.strerror};"
+                f" restore that folder from a backup, or go back with `factsmith checkout {revision.parent[:10]}`"
+            ) from None
+        if found != delta:
+            raise DamagedError(
+                f"the delta of revision {revision.id[:10]} is damaged: {folder} should be {delta[:10]}, is {found[:10]};"
                 f" restore that folder from a backup, or go back with `factsmith checkout {revision.parent[:10]}`"
             )
         return folder
@@ -328,9 +241,9 @@ class Ledger:
                     f"revision {revision.id[:10]} was made for model {revision.base[:10]}, the workspace for {self.fingerprint[:10]}"
                 )
             parent = revision.id
-            if revision.kind == "patch":
-                self.delta_folder(revision)
-        named = {revision.delta for revision in revisions}
+            for delta in _named(revision):
+                self._whole(delta, revision)
+        named = {delta for revision in revisions for delta in _named(revision)}
         folder = self.folder / "deltas"
         found = sorted(entry.name for entry in folder.iterdir() if _SHA256.fullmatch(entry.name)) if folder.is_dir() else []
         orphans = tuple(name for name in found if name not in named)
@@ -349,11 +262,64 @@ class Ledger:
             integrity=self.verify(),
         )
 
-    def blockers(self, reference: str) -> list[Revision]:
-        """The later patches in effect that touch a layer this one touches, newest first: they were solved on top of it."""
-        revision = self.show(reference)
-        later = [other for other in self.active() if other.number > revision.number and set(other.layers) & set(revision.layers)]
-        return later[::-1]
+    def undoing(self, reference: str, facts: Sequence[int] | None = None) -> list[Step]:
+        """What reverting an entry would make of each patch that is in effect before or after it, in ledger order; nothing changes.
+
+        reference  a patch: its facts go. A revert: what it took out comes back
+        facts      indices of the patch's facts that go; None: all
+
+        A patch is solved again when some of its facts go, or when it touches a layer that an earlier patch leaves or is solved again in:
+        it was solved on top of it. Undoing the newest revision brings back the very deltas of before. Raises RevisionError when there is no
+        such revision, it is not in effect, or has no such facts.
+        """
+        revision, current, head = self.show(reference), self.current, self.head
+        now = {patch.id: patch for patch in self._history() if patch.kind == "patch"}
+        before = {patch.id: patch for patch in self._history(revision.parent) if patch.id in now}
+        held = {identity: self._places(patch) for identity, patch in now.items()}  # None: out of effect
+        if revision.kind == "patch":
+            there = held[revision.id]
+            if revision.state != "active" or there is None:
+                raise RevisionError(f"revision {revision.id[:10]} is not in effect ({revision.state}); `factsmith log` shows which are")
+            gone = set(there if facts is None else facts)
+            if facts is not None and (not gone or not gone <= set(there)):
+                raise RevisionError(f"facts {list(there)} of revision {revision.id[:10]} are in effect; got {sorted(gone)}: name some")
+            held[revision.id] = tuple(i for i in there if i not in gone) or None
+        else:
+            if facts is not None:
+                raise RevisionError(f"revision {revision.id[:10]} is a revert, which comes back whole; leave the facts out")
+            if revision.state == "later":
+                raise RevisionError(f"revision {revision.id[:10]} is not in effect (later); `factsmith checkout latest` first")
+            for identity, change in revision.changes.items():
+                was = self._places(before[identity])
+                if was is not None and (change.delta is None or set(was) - set(change.facts)):
+                    held[identity] = tuple(sorted(set(held[identity] or ()) | (set(was) - set(change.facts))))
+            if all(held[identity] == self._places(patch) for identity, patch in now.items()):
+                raise RevisionError(f"what revision {revision.id[:10]} took out is in effect; there is nothing to bring back")
+        if revision.id == head == current:  # the state before it is known to the bit
+            after = {identity: (before[identity].carried if identity in before else None) for identity in now}
+            return [
+                Step(patch=patch, facts=held[identity], delta=after[identity])
+                for identity, patch in now.items()
+                if patch.carried is not None or after[identity] is not None
+            ]
+        steps, moved = [], set[int]()
+        for identity, patch in now.items():
+            if held[identity] is None and patch.carried is None:
+                continue
+            # A patch without facts, of neurons, was not solved on top of anything.
+            stays = held[identity] == self._places(patch) and not (patch.facts and moved & set(patch.layers))
+            kept = patch.carried if stays else patch.delta if held[identity] == () else None
+            if not stays:
+                moved |= set(patch.layers)
+            steps.append(Step(patch=patch, facts=held[identity], delta=kept))
+        return steps
+
+    @staticmethod
+    def _places(patch: Revision) -> tuple[int, ...] | None:
+        """Which of a patch's facts are in effect; None where it is not."""
+        if patch.carried is None:
+            return None
+        return tuple(i for i, fact in enumerate(patch.facts) if any(fact is kept for kept in patch.in_effect))
 
     # ---- writing ----------------------------------------------------------------------------------------------------------------------
 
@@ -387,7 +353,7 @@ class Ledger:
         with self._writing():
             self._expect(onto)
             digest, size = self._store(write)
-            record = _Record(
+            record = StoredRecord(
                 kind="patch",
                 parent=onto,
                 created=_now(),
@@ -406,55 +372,87 @@ class Ledger:
             identity = self._append(record)
         return self.show(identity)
 
-    def revert(self, reference: str, *, onto: str | None = None, message: str = "") -> Revision:
-        """Append a revision that takes a patch out of effect, and check it out.
+    def revert(
+        self,
+        reference: str,
+        *,
+        facts: Sequence[int] | None = None,
+        solved: Mapping[str, Callable[[Path], object]] | None = None,
+        onto: str | None = None,
+        report: Mapping[str, Any] | None = None,
+        message: str = "",
+    ) -> Revision:
+        """Append a revision that takes a patch, or some of its facts, out of effect (or brings back what a revert took), and check it out.
 
-        onto  the newest revision the caller knows (None: do not check)
+        solved  {patch id: writes its new delta's files}, for each step of `undoing` that has to be solved again
+        onto    the newest revision the caller knows (None: do not check)
+        report  kept with the entry
 
-        Raises RevisionError when there is no such patch, it is not in effect, or later patches were solved on top of it; DamagedError when
-        a delta that stays is not whole; WorkspaceError as `commit` does.
+        Raises RevisionError as `undoing`, and when a delta that has to be solved again is not given; DamagedError when a delta that stays
+        is not whole; WorkspaceError as `commit` does.
         """
+        given = dict(solved or {})
         with self._writing():
             self._expect(self.head if onto is None else onto)
-            revision = self.show(reference)
-            if revision.kind == "revert":
-                active = self.active()
-                newest = f"the newest patch in effect is {active[-1].id[:10]}" if active else "no patch is in effect"
+            revision, steps = self.show(reference), self.undoing(reference, facts)
+            again = [step.patch.id for step in steps if step.solve]
+            if missing := [identity for identity in again if identity not in given]:
                 raise RevisionError(
-                    f"revision {revision.id[:10]} is itself a revert of {str(revision.reverts)[:10]}; to have that patch "
-                    f"again, patch again ({newest})"
+                    f"taking out {revision.id[:10]} leaves {', '.join(name[:10] for name in missing)} on top of what is gone; "
+                    "a Workbench solves them again"
                 )
-            if revision.state != "active":
-                raise RevisionError(f"revision {revision.id[:10]} is not in effect ({revision.state}); `factsmith log` shows which are")
-            blockers = self.blockers(revision.id)
-            if blockers:
-                names = ", ".join(later.id[:10] for later in blockers)
-                raise RevisionError(
-                    f"revision {revision.id[:10]} cannot be taken out alone: {names} changed the same layers later and "
-                    f"{'was' if len(blockers) == 1 else 'were'} solved on top of it; revert {names} first (newest first), "
-                    f"or look at the model before all of them with `factsmith checkout {revision.parent[:10]}`"
-                )
-            for other in self.active():
-                if other.id != revision.id:
-                    self.delta_folder(other)
-            record = _Record(
+            if stray := sorted(set(given) - set(again)):
+                raise InputError(f"{', '.join(name[:10] for name in stray)} need not be solved again; got a new delta")
+            changes: dict[str, StoredChange] = {}
+            for step in steps:
+                patch = step.patch
+                if step.solve:
+                    delta, size = self._store(given[patch.id])
+                    changes[patch.id] = StoredChange(delta=delta, delta_bytes=size, facts=list(step.facts or ()))
+                    continue
+                if step.delta is not None:
+                    folder = self._whole(step.delta, patch)
+                if step.delta != patch.carried:
+                    size = 0 if step.delta is None else _digest(folder)[1]
+                    changes[patch.id] = StoredChange(delta=step.delta, delta_bytes=size, facts=list(step.facts or ()))
+            taken = {step.patch.id: (set(self._places(step.patch) or ()), set(step.facts or ()), step.patch) for step in steps}
+            moved = [patch.facts[i] for was, now, patch in taken.values() for i in sorted(was ^ now)]
+            what = "" if facts is None else f" {len(moved)} of {len(revision.facts)} facts of"
+            record = StoredRecord(
                 kind="revert",
                 parent=self.head,
                 created=_now(),
-                message=_one_line(message or f"revert {revision.id[:10]}: {revision.message}"),
+                message=_one_line(message or f"revert{what} {revision.id[:10]}: {revision.message}"),
                 base=self.fingerprint,
                 method=revision.method,
                 config={},
-                facts=[fact.to_dict() for fact in revision.facts],
-                layers=list(revision.layers),
+                facts=[fact.to_dict() for fact in moved],
+                layers=sorted({layer for patch in changes for layer in taken[patch][2].layers}),
                 moments=None,
-                report={},
+                report=dict(report or {}),
                 delta=None,
-                delta_bytes=0,
+                delta_bytes=sum(change.delta_bytes for identity, change in changes.items() if identity in again),
                 reverts=revision.id,
+                changes=changes,
             )
             identity = self._append(record)
         return self.show(identity)
+
+    def gc(self, *, dry_run: bool = False) -> tuple[str, ...]:
+        """Delete what no revision names: deltas of commits that were killed, and what they were staging. The names, deleted or not.
+
+        History keeps all it names, so nothing that can be checked out goes. Raises WorkspaceError, DamagedError.
+        """
+        with self._writing():
+            named = {delta for revision in self._history() for delta in _named(revision)}
+            deltas = self.folder / "deltas"
+            there = sorted(deltas.iterdir()) if deltas.is_dir() else []
+            loose = [e for e in there if e.name.startswith(".staging-") or (_SHA256.fullmatch(e.name) and e.name not in named)]
+            for entry in () if dry_run else loose:
+                _remove(entry)
+            if loose and not dry_run:
+                flush_folder(deltas)
+        return tuple(entry.name for entry in loose)
 
     def checkout(self, reference: str) -> str:
         """Note which revision the model is to carry ("base", "latest", or an id), and return its full id; history does not change.
@@ -487,59 +485,106 @@ class Ledger:
                 f"{self.folder / 'ledger.db'} is empty or was not made by factsmith; put it back from a copy, "
                 "or make a workspace elsewhere with `factsmith init MODEL FOLDER`"
             )
-        if version != _SCHEMA_VERSION:
+        if not 1 <= version <= _SCHEMA_VERSION:
             raise WorkspaceError(
-                f"{self.folder} has ledger format {version}, this factsmith reads format {_SCHEMA_VERSION}; "
+                f"{self.folder} has ledger format {version}, this factsmith reads formats 1 to {_SCHEMA_VERSION}; "
                 "upgrade factsmith with `pip install -U factsmith`"
             )
+        if version < _SCHEMA_VERSION and self._writable:  # of one that cannot be written all can be read as it is
+            with _transaction(self._db):
+                (version,) = self._db.execute("PRAGMA user_version").fetchone()  # somebody else may have been faster
+                while version < _SCHEMA_VERSION:
+                    for statement in _statements(_MIGRATIONS[version]):
+                        self._db.execute(statement)
+                    version += 1
+                    self._db.execute(f"PRAGMA user_version = {version}")
 
     def _pointers(self) -> tuple[str, str]:
         with _explained(self.folder):
-            newest, current = self._db.execute(
-                "SELECT (SELECT id FROM revisions ORDER BY seq DESC LIMIT 1), current FROM workspace"
-            ).fetchone()
-        return newest or BASE, current
+            row = self._db.execute("SELECT (SELECT id FROM revisions ORDER BY seq DESC LIMIT 1), current FROM workspace").fetchone()
+        if row is None or not isinstance(row[1], str):
+            raise DamagedError(f"{self.folder / 'ledger.db'} does not say which revision is checked out; {self._restore}")
+        return str(row[0] or BASE), row[1]
 
     def _number(self, identity: str) -> int:
         """The place of a revision in the history; 0 for "base"."""
         with _explained(self.folder):
             row = self._db.execute("SELECT seq FROM revisions WHERE id = ?", (identity,)).fetchone()
-        if row is None and identity != BASE:
+        if row is None and identity == BASE:
+            return 0
+        if row is None or not isinstance(row[0], int):
             raise DamagedError(f"{self.folder} is checked out at {identity[:10]}, which its history does not hold; {self._restore}")
-        return 0 if row is None else int(row[0])
+        return row[0]
 
-    def _select(self, condition: str, *values: object) -> list[Revision]:
-        """The revisions for which an SQL condition on `entry` and the revert `undo` of it holds, oldest first."""
+    def _history(self, reference: str | None = None) -> list[Revision]:
+        """Every revision, oldest first, as seen from a revision (None: the one checked out)."""
         with _explained(self.folder), _snapshot(self._db):
-            here = self._number(self.current)
-            rows = self._db.execute(
-                "SELECT entry.seq, entry.id, entry.parent, entry.reverts, entry.delta, entry.record, undo.id, undo.seq "
-                f"FROM revisions AS entry LEFT JOIN revisions AS undo ON undo.reverts = entry.id WHERE {condition} ORDER BY entry.seq",
-                values,
-            ).fetchall()
+            here = self._number(self.current if reference is None else self.resolve(reference))
+            rows = self._db.execute("SELECT seq, id, parent, record FROM revisions ORDER BY seq").fetchall()
+        if not all(isinstance(number, int) for number, *_ in rows):
+            raise DamagedError(f"the revisions in {self.folder / 'ledger.db'} are in no order; {self._restore}")
+        read = [
+            (int(number), str(identity), self._checked(str(identity), str(parent), str(text))) for number, identity, parent, text in rows
+        ]
+        carried: dict[str, tuple[str, tuple[int, ...]]] = {}  # patch -> its delta, and which of its facts are in it, seen from here
+        undone: dict[str, str] = {}
+        for number, identity, record in read:
+            if record.kind == "revert":
+                undone |= {str(record.reverts): identity} if str(record.reverts) not in record.changed else {}
+                undone |= {patch: identity if change.delta is None else "" for patch, change in record.changed.items()}
+            if number > here:
+                continue
+            if record.delta is not None:
+                carried[identity] = (record.delta, tuple(range(len(record.facts))))
+            for patch, change in record.changed.items():
+                if change.delta is None:
+                    carried.pop(patch, None)
+                else:
+                    carried[patch] = (change.delta, tuple(change.facts))
         revisions = []
-        for number, identity, *columns, undo, undone in rows:
-            record = self._checked(identity, columns)
-            state: State = "later" if number > here else "reverted" if undo is not None and undone <= here else "active"
-            fields = {**vars(record), "facts": self._facts(identity, record), "layers": tuple(record.layers)}
-            revisions.append(Revision(id=identity, number=number, state=state, reverted_by=undo, **fields))
+        for number, identity, record in read:
+            facts = self._facts(identity, record)
+            delta, kept = carried.get(identity, (None, ()))
+            if any(not 0 <= i < len(facts) for i in kept):
+                raise DamagedError(f"revision {identity[:10]} has {len(facts)} facts, of which others are said to stay; {self._restore}")
+            state: State = "later" if number > here else "reverted" if record.kind == "patch" and delta is None else "active"
+            fields = {name: value for name, value in vars(record).items() if name != "changes"}
+            revisions.append(
+                Revision(
+                    id=identity,
+                    number=number,
+                    state=state,
+                    reverted_by=undone.get(identity) or None,
+                    carried=delta,
+                    in_effect=tuple(facts[i] for i in kept),
+                    changes={
+                        patch: Change(delta=change.delta, delta_bytes=change.delta_bytes, facts=tuple(change.facts))
+                        for patch, change in record.changed.items()
+                    },
+                    **{**fields, "facts": facts, "layers": tuple(record.layers)},
+                )
+            )
         return revisions
 
-    def _checked(self, identity: str, columns: Sequence[Any]) -> _Record:
-        """A row's record, once it matches its id and says the same as the columns beside it."""
-        parent, reverts, delta, text = columns
+    def _checked(self, identity: str, parent: str, text: str) -> StoredRecord:
+        """A row's record, once it matches its id and says the same as the column beside it."""
+        if (known := self._read.get(identity)) is not None and known[0] == (parent, text):
+            return known[1]
         try:
-            if hashlib.sha256(str(text).encode()).hexdigest() != identity:
+            if hashlib.sha256(text.encode()).hexdigest() != identity:
                 raise ValueError("its record does not match its id")
-            record = _Record.model_validate_json(text)
-            if (record.parent, record.reverts, record.delta) != (parent, reverts, delta):
+            record = StoredRecord.model_validate_json(text)
+            if record.parent != parent:
                 raise ValueError("its record and its columns disagree")
+            if (record.kind == "revert") != (record.reverts is not None) or (record.kind == "patch") != (record.delta is not None):
+                raise ValueError("it is neither a patch nor a revert")
         except ValueError as error:  # pydantic's is one too
             problem = "; ".join(str(error).splitlines())
             raise DamagedError(f"revision {str(identity)[:10]} is damaged: {problem}; {self._restore}") from None
+        self._read[identity] = ((parent, text), record)
         return record
 
-    def _facts(self, identity: str, record: _Record) -> tuple[Fact, ...]:
+    def _facts(self, identity: str, record: StoredRecord) -> tuple[Fact, ...]:
         try:
             return tuple(Fact.from_dict(fact) for fact in record.facts)
         except FactError as error:
@@ -577,16 +622,15 @@ class Ledger:
                 _flush(file)
             flush_folder(staging)
             target = deltas / digest
-            if target.exists() and _digest(target)[0] != digest:
-                shutil.rmtree(target)
-            if not target.exists():
+            if not _is_whole(target):
+                _remove(target)
                 staging.rename(target)
                 flush_folder(deltas)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
         return digest, size
 
-    def _append(self, record: _Record) -> str:
+    def _append(self, record: StoredRecord) -> str:
         try:
             text = json.dumps(record.model_dump(), ensure_ascii=False, sort_keys=True, allow_nan=False)
             identity = hashlib.sha256(text.encode()).hexdigest()
@@ -595,8 +639,8 @@ class Ledger:
                 f"config, facts and report are kept as JSON in UTF-8, finite numbers only; got something else: {error}"
             ) from None
         self._db.execute(
-            "INSERT INTO revisions (id, parent, reverts, delta, record) VALUES (?, ?, ?, ?, ?)",
-            (identity, record.parent, record.reverts, record.delta, text),
+            "INSERT INTO revisions (id, parent, record) VALUES (?, ?, ?)",
+            (identity, record.parent, text),
         )
         self._db.execute("UPDATE workspace SET current = ?", (identity,))
         return identity
@@ -653,6 +697,8 @@ def _explained(folder: Path) -> Iterator[None]:
         raise
     except sqlite3.Error as error:
         _explain_database(error, folder)
+    except UnicodeDecodeError:  # of a text in the database, or of SQLite's own message about it
+        raise DamagedError(f"{folder / 'ledger.db'} is damaged (a text in it is none); restore it from a backup") from None
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise WorkspaceError(f"the disk is full: nothing was recorded in {folder}; free some space and run this again") from error
@@ -676,12 +722,40 @@ def _explain_database(error: sqlite3.Error, folder: Path) -> NoReturn:
     raise WorkspaceError(f"the ledger in {folder} refused: {text}") from error
 
 
+def _named(revision: Revision) -> list[str]:
+    """The deltas that a revision names."""
+    return [delta for delta in (revision.delta, *(change.delta for change in revision.changes.values())) if delta is not None]
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a delta's folder is there and holds what its name says."""
+    try:
+        return _digest(folder)[0] == folder.name
+    except OSError:
+        return False
+
+
+def _remove(entry: Path) -> None:
+    """Delete a folder or file if it is there; of a link the link."""
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink(missing_ok=True)
+
+
 def _digest(folder: Path) -> tuple[str, int]:
-    """sha256 over the names and contents of a folder's files, and their size in bytes; names that begin with a dot do not count."""
+    """sha256 over the names and contents of a folder's files, and their size in bytes; names that begin with a dot do not count.
+
+    Raises OSError for what cannot be read, and for links, pipes and devices: what is in a workspace lies in it.
+    """
     total = hashlib.sha256()
     size = 0
+    if not stat.S_ISDIR(folder.lstat().st_mode):
+        raise OSError(errno.EINVAL, "it is no plain folder")
     for file in sorted(entry for entry in folder.iterdir() if not entry.name.startswith(".")):
         content = hashlib.sha256()
+        if not stat.S_ISREG(file.lstat().st_mode):
+            raise OSError(errno.EINVAL, f"{file.name} is no plain file")
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 content.update(block)

@@ -157,13 +157,17 @@ def verify(
 def begins_with(answer: str, target: str) -> bool:
     """Whether a greedy answer begins with a target, as whole words: "French." begins with "French", "Frenchman" does not.
 
-    Scripts that write no spaces have no such boundary, so there the beginning is enough.
+    However letters are composed and white space is written; "1,000" does not begin with "1". Scripts that write no spaces have no such
+    boundary, so there the beginning is enough, but for marks that belong to the last letter.
     """
-    answer, target = answer.strip(), target.strip()
+    answer, target = (" ".join(unicodedata.normalize("NFC", text).split()) for text in (answer, target))
     if not target or not answer.startswith(target):
         return False
-    following = answer[len(target) : len(target) + 1]
-    return not (_spaced(target[-1]) and following and _spaced(following))
+    following = answer[len(target) :]
+    if target[-1].isdigit() and re.match(r"[.,]\d", following):
+        return False
+    mark = following[:1] and unicodedata.category(following[0]).startswith("M")
+    return not (following and (mark or (_spaced(target[-1]) and _spaced(following[0]))))
 
 
 def first_phrase(answer: str) -> str:

@@ -17,212 +17,76 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .edit.contexts import generate_contexts
+from .checks import check_count
+from .edit.capacity import LIMIT, Capacity, capacity
+from .edit.capacity import warning as capacity_warning
+from .edit.contexts import CONTEXTS, OPENINGS, generate_contexts
 from .edit.delta import Delta, applied, patched, read_weights, write_weights
-from .edit.kept import find_moments, kept_moments, moments_digest, moments_file, own_corpus
-from .edit.methods import MemitConfig, RomeConfig, SpreadConfig, editor, rome_each, shipped
-from .edit.methods import by_depth as by_depth_several
-from .edit.moments import SecondMoment, enough_tokens
-from .edit.presets import published as published_settings
-from .edit.solve import disturbance
-from .edit.target import check_layer
-from .errors import DamagedError, FingerprintError, InputError, WorkspaceError
-from .fact import Fact, Probe, listed
+from .edit.kept import find_moments, kept_moments, moments_digest
+from .edit.methods import SpreadConfig, by_depth, editor, resolve
+from .edit.moments import SecondMoment
+from .errors import DamagedError, FingerprintError, InputError, NumericsError, RevisionError, WorkspaceError
+from .export import Export, export
+from .fact import Fact, Gates, Probe, listed
 from .files import write_file
+from .folders import Origin, read_patch
+from .gates import GateResult, check_gates, gates_table, measures_drift
 from .judge.drift import Drift, drift
-from .ledger import BASE, Ledger, Revision, Status
-from .locate.layers import (
-    MIN_FACTS,
-    LayerChoice,
-    LayerScore,
-    Trial,
-    by_depth,
-    candidates,
-    choose,
-    judge,
-    mlp_effects,
-    published,
-    race,
-    trace_window,
-    trial_facts,
-)
-from .model.load import LanguageModel, bundled, check_model
-from .model.tokens import subject_span
+from .ledger import BASE, LATEST, Ledger
+from .locate.layers import LayerChoice
+from .model import atlas
+from .model.load import LanguageModel, bundled
 from .progress import Progress, tell
+from .proposals import Plan, Proposal, chosen_layers, plan, solve_and_prove
+from .recommend import measure_layers, published_choice
+from .records import Integrity, Revision, Status
+from .standing import relations, standing
 from .tables import Shown, Table, counted
-from .verify import Verification, answer_tokens, as_said, begins_with, first_phrase, probabilities, verify
+from .verify import Check, Verification, begins_with, first_phrase, verify
 
-T = TypeVar("T")
+T = TypeVar("T", Revision, str)
 
+_MADE = 5
+"""Paraphrases and neighbours that are made for a fact that has none, so that gates have something to ask."""
 _EARLIER = 100
 """Earlier facts asked again with every new patch: the newest ones; `Workbench.verify` asks all."""
 
-_TRIALS = 24
-"""Trial edits at the layers that stay in the race to the end; `benchmarks/layers.py` measures what they are worth."""
-_MOMENT_BYTES = 4 * 2**30
-"""Second moments of several layers are held together up to so much memory; beyond it they are computed anew for each round of trials."""
-
 _LAYERS_FORMAT = 1
-
-_BROKEN = 0.25
-"""Change of a layer's output on ordinary text from which a warning is given. One fact on the atlas model changes it by 4 %, three in three
-layers by 12 % at most; forced to 12 % one fact's target spills over to other subjects, at 42 % to other questions."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Planned:
-    """What the model says about one fact today: its greedy `answer` to the prompt, p(target), and whether it says the target already.
-
-    Of a fact to be forgotten: p(target_true), and whether the model does not say it.
-    """
-
-    fact: Fact
-    answer: str
-    probability: float
-    known: bool
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Plan(Shown):
-    """What an edit would have to do; nothing was changed to find out."""
-
-    entries: tuple[Planned, ...]
-
-    @property
-    def new(self) -> tuple[Fact, ...]:
-        """The facts that the model does not say yet."""
-        return tuple(entry.fact for entry in self.entries if not entry.known)
-
-    @property
-    def known(self) -> tuple[Fact, ...]:
-        """The facts that it says already."""
-        return tuple(entry.fact for entry in self.entries if entry.known)
-
-    def tables(self) -> list[Table]:
-        """What the model says about each fact now."""
-        rows = [
-            (e.fact.text, e.answer, e.fact.target or "(forget)", f"{e.probability:.3f}", "known" if e.known else "new")
-            for e in self.entries
-        ]
-        title = f"{counted(len(self.new), 'fact')} to write, {len(self.known)} known"
-        return [Table(title, {"prompt": "<", "answer": "<", "target": "<", "p": ">", "": "<"}, rows)]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able fields."""
-        return {"entries": [{**vars(entry), "fact": entry.fact.to_dict()} for entry in self.entries]}
-
-
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Proposal(Shown):
-    """A change that was solved for and measured, and is in no model.
-
-    plan          what the model said before
-    delta         the change; None when every fact was known already
-    verification  its proof; None when there is no delta
-    layers        how the layer was chosen; None when the caller named it, or there is no delta
-    moments       sha256 of the second moments used, by layer
-    seconds       time to solve (second moments not counted) and to verify
-    disturbance   for each edited layer, how much its output changes on ordinary text (`solve.disturbance`): 0.05 is 5 %
-    """
-
-    plan: Plan
-    delta: Delta | None
-    verification: Verification | None
-    moments: str | None
-    seconds: Mapping[str, float]
-    layers: LayerChoice | None = None
-    disturbance: Mapping[int, float] = dataclasses.field(default_factory=dict)
-
-    def tables(self) -> list[Table]:
-        """What was solved for, and its proof; where there was nothing to write, the plan."""
-        warnings = [Table(warning, {}) for warning in self.warnings]
-        if self.delta is None or self.verification is None:
-            return [*self.plan.tables(), *warnings]
-        return [Table(repr(self.delta), {}), *self.verification.tables(), *warnings]
-
-    @property
-    def failed(self) -> bool:
-        """Whether some fact, written now or earlier, would not be answered with its target."""
-        return self.verification is not None and any(c.role in ("prompt", "earlier") and not c.held for c in self.verification.checks)
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What the caller should know, in words."""
-        written = () if self.delta is None else self.delta.facts
-        known = tuple(
-            f"the model does not say {fact.target_true!r} after {fact.text!r}: nothing to forget (force it to write anyway)"
-            if fact.target is None
-            else f"the model already answers {fact.text!r} with {fact.target.strip()!r}: nothing to write (force it to write anyway)"
-            for fact in self.plan.known
-            if fact not in written
-        )
-        measured = (
-            (f"no layer was given: layer {', '.join(map(str, sorted(self.delta.layers)))} is {self.layers.reason}",)
-            if self.layers is not None and self.delta is not None and self.layers.source in ("trials", "depth")
-            else ()
-        )
-        checks = () if self.verification is None else self.verification.checks
-        failed = tuple(
-            f"{'the patch did not take' if check.role == 'prompt' else 'an earlier patch no longer holds'}: "
-            f"{check.prompt!r} is {'still ' if check.forget else ''}answered {check.after!r}"
-            f"{'' if check.forget else f', not {check.wanted!r}'}"
-            for check in checks
-            if check.role in ("prompt", "earlier") and not check.held
-        )
-        broken = tuple(
-            f"on ordinary text the output of layer {layer} changes by {share:.0%}, so the model may be broken: fewer facts at a time, a "
-            "larger ridge (moment_weight, ridge, l2) or a smaller clamp change it less"
-            for layer, share in self.disturbance.items()
-            if share >= _BROKEN
-        )
-        return known + measured + self._shared_keys + broken + failed
-
-    @property
-    def _shared_keys(self) -> tuple[str, ...]:
-        """That facts with different targets have nearly one key, with the closest two as an example."""
-        records = () if self.delta is None else self.delta.convergence
-        pairs = [(record["cosine"], i, record["shares_key_with"]) for i, record in enumerate(records) if "shares_key_with" in record]
-        if not pairs or self.delta is None:
-            return ()
-        cosine, a, b = max(pairs)
-        return (
-            f"{len(pairs)} facts have nearly the key of another with another target, so that what is written for one arrives at the other "
-            f"too: {self.delta.facts[a].text!r} and {self.delta.facts[b].text!r}, cosine {cosine:.3f}; see whether both took, or begin the "
-            "prompts with words of their own",
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able fields; the delta's tensors are left out."""
-        delta = self.delta
-        described = delta and {"method": delta.method, "layers": sorted(delta.layers), "rank": delta.rank, "bytes": delta.n_bytes}
-        return {
-            "plan": self.plan.to_dict(),
-            "delta": described,
-            "verification": self.verification and self.verification.to_dict(),
-            "moments": self.moments,
-            "layers": self.layers and {"rome": self.layers.rome, "source": self.layers.source, "reason": self.layers.reason},
-            "disturbance": {str(layer): share for layer, share in self.disturbance.items()},
-            "seconds": dict(self.seconds),
-            "warnings": list(self.warnings),
-        }
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Outcome(Shown):
-    """What `Workbench.apply` did: the proposal, and the revision that keeps it (None: nothing was to be written, see `warnings`)."""
+    """What `Workbench.apply` did: the proposal, and the revision that keeps it (None: nothing was to be written, see `warnings`).
+
+    gates   how it stood with each gate that was asked, if any
+    drift   what the patch changed of everything else, where a gate asked for it
+    forced  whether it was kept though a gate failed, or what it met was a conflict
+    room    what `capacity` has to say of all patches with this one, where it nears the measured breaking point; None: nothing
+    """
 
     proposal: Proposal
     revision: Revision | None
+    gates: tuple[GateResult, ...] = ()
+    drift: Drift | None = None
+    forced: bool = False
+    room: str | None = None
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """Which gate failed and which fact failed where, in words."""
+        return tuple(f"{gate.name}: {why}" for gate in self.gates if not gate.passed for why in gate.failures)
 
     @property
     def delta(self) -> Delta | None:
@@ -237,141 +101,65 @@ class Outcome(Shown):
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the caller should know, in words."""
-        return self.proposal.warnings
+        return (*self.proposal.warnings, *(() if self.room is None else (self.room,)))
 
     def tables(self) -> list[Table]:
         """The proposal's, under what became of it."""
         kept = "nothing was written" if self.revision is None else f"committed as {self.revision.id[:10]}"
-        return [Table(kept, {}), *self.proposal.tables()]
+        gates = [gates_table(self.gates)] if self.gates else []
+        room = [] if self.room is None else [Table(self.room, {})]
+        return [Table(kept, {}), *gates, *self.proposal.tables(), *room]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able fields."""
-        return {"proposal": self.proposal.to_dict(), "revision": self.revision and self.revision.to_dict()}
+        return {
+            "proposal": self.proposal.to_dict(),
+            "revision": self.revision and self.revision.to_dict(),
+            "gates": [gate.to_dict() for gate in self.gates],
+            "drift": self.drift and self.drift.to_dict(),
+            "forced": self.forced,
+            "failures": list(self.failures),
+            "room": self.room,
+        }
 
 
-def plan(lm: LanguageModel, facts: Fact | Iterable[Fact]) -> Plan:
-    """Ask what the model says about each fact now; the model is untouched.
+@dataclass(frozen=True, kw_only=True)
+class FactChange:
+    """A fact that differs between two revisions: what was there (None: nothing), what is, and what the model answers at either."""
 
-    Raises SubjectError when a subject cannot be found once in its prompt, InputError when there is no fact.
-    """
-    facts = listed(facts)
-    for fact in facts:
-        subject_span(lm.tokenizer, fact.text, fact.subject)
-    prompts = [fact.text for fact in facts]
-    answers = lm.answer(prompts, max_new_tokens=answer_tokens(lm, prompts, [fact.target or fact.target_true or "" for fact in facts]))
-    facts = [_to_forget(fact, answer) if fact.target is None else fact for fact, answer in zip(facts, answers, strict=True)]
-    asked = [fact.target or fact.target_true or "" for fact in facts]
-    return Plan(
-        entries=tuple(
-            Planned(fact=fact, answer=answer, probability=probability or 0.0, known=begins_with(answer, said) == (fact.target is not None))
-            for fact, answer, said, probability in zip(facts, answers, asked, probabilities(lm, prompts, asked), strict=True)
-        )
-    )
+    prompt: str
+    before: str | None
+    after: str | None
+    answer_before: str
+    answer_after: str
 
 
-def _to_forget(fact: Fact, answer: str) -> Fact:
-    """A fact without a target, with what the model says now as what is to be forgotten, unless that was given."""
-    if fact.target_true is not None:
-        return fact
-    said = first_phrase(answer)
-    if not said:
-        raise InputError(f"the model says nothing after {fact.text!r}, so there is nothing to forget; give target_true to name it")
-    return Fact.from_dict({**fact.to_dict(), "target_true": said})
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Diff(Shown):
+    """What is different between two revisions.
 
-
-def propose(
-    lm: LanguageModel,
-    facts: Fact | Iterable[Fact],
-    method: str = "rome",
-    config: Any = None,
-    *,
-    moments: SecondMoment | Mapping[int, SecondMoment] | None = None,
-    texts: Iterable[str] | None = None,
-    contexts: Sequence[str] | None = None,
-    seed: int = 0,
-    force: bool = False,
-    earlier: Iterable[Fact] = (),
-    progress: Progress | None = None,
-) -> Proposal:
-    """Solve for a change that makes the facts true, and measure it; the model is as before when this returns, exception or not.
-
-    method    "rome", "r-rome", "memit", "emmet" or "alphaedit"
-    config    its settings; None: what the model recommends. Without layers: what came with the model, else what was published for it, else
-              what `recommend_layers` measures now, which takes a while and is said in `Proposal.warnings`
-    moments   second moments of the layers; None: what came with the model, else computed from `texts`, else from the model's own text
-    contexts  templates with `{}` for the prompt; None: generated by the model from `seed`
-    force     write also what the model says already
-    earlier   facts whose prompts are asked again, to see that they hold
-
-    Raises InputError (unknown method, no facts), SubjectError, LayerError, NumericsError.
+    before, after  their ids, or "base"
+    facts          those that come, go, or have another target
+    norms          for each layer in which they differ, ‖W_after − W_before‖ / ‖W_base‖
     """
 
-    def find(layers: Sequence[int]) -> Mapping[int, SecondMoment]:
-        return find_moments(lm, layers, texts=texts, seed=seed, progress=progress)
+    before: str
+    after: str
+    facts: tuple[FactChange, ...]
+    norms: Mapping[int, float]
 
-    def layers() -> LayerChoice:
-        nonlocal texts
-        known = _published(lm)
-        if known is not None:
-            return known
-        texts = None if texts is None else list(texts)  # read twice now
-        return recommend_layers(lm, texts=texts, contexts=contexts, seed=seed, progress=progress)
+    def tables(self) -> list[Table]:
+        """The facts, and the layers."""
+        rows = [(f.prompt, f.before or "", f.after or "", f.answer_before, f.answer_after) for f in self.facts]
+        columns = dict.fromkeys(("prompt", "target before", "after", "answer before", "answer after"), "<")
+        layers = [(str(layer), f"{norm:.4f}") for layer, norm in self.norms.items()]
+        title = f"{self.before[:10]} → {self.after[:10]}: {counted(len(self.facts), 'fact')} different"
+        return [Table(title, columns, rows), Table("layers", {"layer": ">", "‖ΔW‖/‖W‖": ">"}, layers)]
 
-    def changed(delta: Delta) -> AbstractContextManager[None]:
-        return applied(lm, delta)
-
-    return _propose(lm, facts, method, config, layers, moments or find, changed, contexts, seed, force, earlier, (), progress)
-
-
-def settings(
-    lm: LanguageModel,
-    method: str,
-    layers: Sequence[int] | None = None,
-    changes: Mapping[str, Any] | None = None,
-    *,
-    paper: bool = False,
-) -> Any:
-    """A method's recommended settings with some layers or values changed; None when nothing is.
-
-    paper: change those published for a model of this shape instead, whose layers they bring. Else layers that are not given stay open, for
-    `propose` to choose. Raises InputError for an unknown method or setting, or where nothing was published; LayerError.
-    """
-    _, kind = editor(method)
-    if not layers and not changes and not paper:
-        return None
-    places = {"layer", "layers"} & {field.name for field in dataclasses.fields(kind)}
-    known = {field.name for field in dataclasses.fields(kind)} - places
-    if unknown := sorted(set(changes or {}) - known):
-        where = "; layers are not set but named: --layer" if {"layer", "layers"} & set(unknown) else ""
-        raise InputError(f"{method} has no setting {', '.join(unknown)}; expected some of {', '.join(sorted(known))}{where}")
-    values: dict[str, Any] = {**({} if paper else dict.fromkeys(places)), **(changes or {})}
-    config = dataclasses.replace(published_settings(lm, method)[0] if paper else kind.recommended(lm), **values)
-    return config.at(layers) if layers else config
-
-
-def recommend_layers(
-    lm: LanguageModel,
-    facts: Iterable[Fact] | None = None,
-    *,
-    trials: int | None = None,
-    texts: Iterable[str] | None = None,
-    contexts: Sequence[str] | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> LayerChoice:
-    """The layers to edit, measured: an average causal trace, then trial edits of real facts at the promising layers, each taken back.
-
-    facts     edits to try, with paraphrases and neighbours to judge them by; None: `trials` facts of the bundled table that the model knows
-    trials    edits at the layers that stay in the race to the end, 24 if None; a quarter or half as many (six at least) at those far behind
-    texts     what to compute second moments from; None: what came with the model, else text that it writes itself
-    contexts  templates with `{}` for the prompt; None: generated by the model
-    seed      of the facts, the contexts and the text
-
-    The other settings of the edits are those recommended for the model. A model that knows too few bundled facts gets a fixed share of its
-    depth, and `source` and `reason` say so. The model is as before when this returns, exception or not. Raises InputError (fewer than one
-    trial, facts that cannot be asked), SubjectError, UnsupportedModelError (no dense layer), NumericsError.
-    """
-    return _recommend(lm, facts, trials, None if texts is None else list(texts), contexts, seed, None, progress)
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able fields."""
+        norms = {str(layer): norm for layer, norm in self.norms.items()}
+        return {**vars(self), "facts": [dict(vars(fact)) for fact in self.facts], "norms": norms}
 
 
 def create(lm: LanguageModel, folder: str | os.PathLike[str]) -> Ledger:
@@ -399,6 +187,7 @@ class Workbench:
             self.ledger = create(lm, folder)
         self._base: dict[int, Tensor] = {}
         self._deltas: dict[str, Delta] = {}
+        self._held: dict[str, str | None] = {}  # sha256 of each
         self._at = BASE
         self._carried = lm.fingerprint
         try:
@@ -427,9 +216,59 @@ class Workbench:
 
     # ---- reading ----------------------------------------------------------------------------------------------------------------------
 
-    def plan(self, facts: Fact | Iterable[Fact]) -> Plan:
-        """Ask what the model, with its active patches, says about each fact; nothing changes. Raises as the function `plan`."""
-        return plan(self.lm, facts)
+    def plan(self, facts: Fact | Iterable[Fact], method: str = "rome", config: Any = None) -> Plan:
+        """What writing these facts would meet and take: what the model says now, what the ledger has, how crowded their keys are.
+
+        method, config  as of `propose`
+
+        Nothing changes and little is computed: a forward pass or two, and second moments only where they are kept already (without them
+        nothing is said of crowding and of shared keys). Raises as the function `plan`, InputError for an unknown method.
+        """
+        self._check_weights()
+        found = plan(self.lm, facts)
+        _, kind = editor(method, config)
+        places = None if config is None else config.edited
+        config = config or kind.recommended(self.lm)
+        if places is None:
+            choice = self._kept_layers() or published_choice(self.lm)
+            places = (config.edited or ()) if choice is None else chosen_layers(self.lm, kind, choice)
+        held = [(f"{revision.id[:10]} has", fact) for revision in self.ledger.active(self._at) for fact in revision.in_effect]
+        with self._carrying([]):
+            moments = kept_moments(self.lm, places, self.ledger.folder / "moments")
+            met = standing(self.lm, [entry.fact for entry in found.entries], held, moments)
+        entries = tuple(
+            dataclasses.replace(
+                entry,
+                standing="known" if entry.known else place.standing,
+                because="" if entry.known else place.because,
+                crowding=place.crowding,
+            )
+            for entry, place in zip(found.entries, met, strict=True)
+        )
+        n_new = sum(not entry.known for entry in entries)
+        widths = [self.lm.d_model + 2 * self.lm.ffn[layer].d_ff for layer in places]  # two factors, and the keys
+        return dataclasses.replace(
+            found,
+            entries=entries,
+            method=method,
+            layers=tuple(places),
+            n_bytes=4 * n_new * (sum(widths) + self.lm.d_model),
+            seconds=self._seconds_for([entry.fact for entry in entries if not entry.known], method, config),
+        )
+
+    def _seconds_for(self, facts: Sequence[Fact], method: str, config: Any) -> float:
+        """About how long writing takes: a fact takes what it took in the newest patches of the method, else by how long a key took."""
+        told = [(r.report["seconds"], len(r.facts)) for r in self.ledger.log() if r.method == method and "seconds" in r.report][:5]
+        if told and all(isinstance(seconds, (int, float)) for seconds, _ in told):
+            return len(facts) * sum(float(seconds) for seconds, _ in told) / sum(n for _, n in told)
+        some = facts[:8]
+        if not some:
+            return 0.0
+        began = time.perf_counter()
+        self.lm.log_prob([fact.text for fact in some], [fact.target or fact.target_true or "?" for fact in some])
+        # A step is a forward pass and a backward one of twice its work, in every context; most searches end at a third of their steps.
+        contexts = len(OPENINGS) + 1 if isinstance(config, SpreadConfig) else 1 + sum(count for _, count in CONTEXTS)
+        return float(len(facts) * (time.perf_counter() - began) / len(some) * config.steps * contexts)
 
     def log(self) -> list[Revision]:
         """Every revision, newest first."""
@@ -448,13 +287,67 @@ class Workbench:
 
         Where two patches have the same prompt, only the newer one's is asked.
         """
-        facts: dict[str, Fact] = {}
-        for delta in self._deltas.values():
-            for fact in delta.facts:
-                facts.pop(fact.text, None)
-                facts[fact.text] = fact
         with self._carrying([]):
-            return verify(self.lm, list(facts.values()), lambda: self._carrying(self._deltas.values()))
+            return verify(self.lm, _newest(self._deltas.values()), lambda: self._carrying(self._deltas.values()))
+
+    def diff(self, before: str, after: str = LATEST) -> Diff:
+        """What is different between two revisions ("base", "latest", or ids): facts, the model's answers to their prompts, norms by layer.
+
+        The model is as before when this returns. Raises RevisionError, DamagedError.
+        """
+        self._check_weights()
+        sides = [self.ledger.resolve(reference) for reference in (before, after)]
+        facts, deltas = [], []
+        for side in sides:
+            active = self.ledger.active(side)
+            facts.append({fact.text: fact for revision in active for fact in revision.in_effect})
+            deltas.append([self._delta_of(revision) for revision in active])
+        texts = [text for text in dict.fromkeys([*facts[0], *facts[1]]) if facts[0].get(text) != facts[1].get(text)]
+        answers, weights = [], []
+        touched = sorted({layer for carried in deltas for delta in carried for layer in delta.layers})
+        for carried in deltas:
+            with self._carrying(carried):
+                answers.append(dict(zip(texts, self.lm.answer(texts), strict=True)) if texts else {})
+                weights.append(read_weights(self.lm, touched))
+        with self._carrying([]):
+            base = read_weights(self.lm, touched)
+        moved = {layer: (weights[1][layer].double() - weights[0][layer].double()).norm() for layer in touched}
+        norms = {layer: float(norm / base[layer].double().norm()) for layer, norm in moved.items()}
+        return Diff(
+            before=sides[0],
+            after=sides[1],
+            facts=tuple(
+                FactChange(
+                    prompt=text,
+                    before=_target(facts[0].get(text)),
+                    after=_target(facts[1].get(text)),
+                    answer_before=answers[0][text],
+                    answer_after=answers[1][text],
+                )
+                for text in texts
+            ),
+            norms={layer: norm for layer, norm in norms.items() if norm},
+        )
+
+    def _delta_of(self, revision: Revision) -> Delta:
+        """What is carried for a patch, from memory where it is there."""
+        if revision.carried is not None and revision.carried == self._held.get(revision.id):
+            return self._deltas[revision.id]
+        return Delta.load(self.ledger.delta_folder(revision))
+
+    def rebuild(self) -> Integrity:
+        """Check every record and file, then build the weights anew from the base and the files, and compare them with the model's.
+
+        Raises DamagedError at the first fault, and when the weights are others than those the model carries; then these stay.
+        """
+        counted_up = self.ledger.verify()
+        self._check_weights()
+        fresh = [Delta.load(self.ledger.delta_folder(revision)) for revision in self.ledger.active()]
+        built = patched(self._base, fresh)
+        now = read_weights(self.lm, built)
+        if wrong := [layer for layer, weight in built.items() if not torch.equal(weight, now[layer])]:
+            raise DamagedError(f"the weights of layer {', '.join(map(str, wrong))} are not base + patches; open the workspace again")
+        return counted_up
 
     def drift(self, **options: Any) -> Drift:
         """What the patches that the model carries change of everything else, against the model without them; options as of `drift`.
@@ -467,6 +360,42 @@ class Workbench:
         subjects = [fact.subject for delta in deltas for fact in delta.facts]
         with self._carrying(()):
             return drift(self.lm, lambda: applied(self.lm, deltas), without=subjects, **options)
+
+    def capacity(self, next_facts: int = 0, *, limit: float = LIMIT, ask: bool = True, **options: Any) -> Capacity:
+        """How full the edited layers are, and what `next_facts` more will cost everything else.
+
+        limit    per cent of unrelated facts answered otherwise that count as broken
+        ask      ask the model which of the stored facts it still says
+        options  where second moments come from, as of the function `find_moments`; they are kept in the workspace
+
+        Raises InputError for a number out of range, and what `find_moments` raises.
+        """
+        self._check_weights()
+        deltas = list(self._deltas.values())
+        layers = sorted({layer for delta in deltas for layer in delta.layers})
+        choice = None if layers else self._kept_layers() or published_choice(self.lm)
+        free = (choice.memit if choice is not None else ()) or by_depth(self.lm.n_layers)
+        checks = [check for check in self.verify().checks if check.role == "prompt"] if ask and deltas else []
+        return capacity(
+            deltas,
+            self._base,
+            self.find_moments(layers, **options) if layers else {},
+            layers={layer: self.lm.ffn[layer].d_ff for layer in free},
+            next_facts=next_facts,
+            limit=limit,
+            asked=len(checks) if ask else None,
+            kept=sum(check.held for check in checks) if ask else None,
+        )
+
+    def export(self, folder: str | os.PathLike[str], format: str = "checkpoint", **options: Any) -> Export:
+        """Write the model with the patches that it carries as a "checkpoint" or an "adapter", or the patches alone as a "patch".
+
+        Options and errors are those of `export_checkpoint`, `export_adapter` and `export_patch`.
+        """
+        self._check_weights()
+        origins = [Origin(revision=r.id, message=r.message, moments=r.moments) for r in self.ledger.active(self._at)]
+        with self._carrying([]):
+            return export(self.lm, list(self._deltas.values()), folder, format, origins=origins, **options)
 
     def propose(
         self,
@@ -497,7 +426,7 @@ class Workbench:
 
         def layers() -> LayerChoice:
             nonlocal texts
-            known = self._kept_layers() or _published(self.lm)
+            known = self._kept_layers() or published_choice(self.lm)
             if known is not None:
                 return known
             texts = None if texts is None else list(texts)  # read twice now
@@ -509,7 +438,9 @@ class Workbench:
             return self._carrying([*self._deltas.values(), delta])
 
         state = tuple(self._deltas.values())
-        return _propose(self.lm, facts, method, config, layers, moments or find, changed, contexts, seed, force, earlier, state, progress)
+        return solve_and_prove(
+            self.lm, facts, method, config, layers, moments or find, changed, contexts, seed, force, earlier, state, progress
+        )
 
     def find_moments(
         self, layers: Sequence[int], *, folder: str | os.PathLike[str] | None = None, **options: Any
@@ -542,7 +473,7 @@ class Workbench:
         with self._carrying([]):
             words = None if texts is None else list(texts)
             folder = self.ledger.folder / "moments"
-            choice = _recommend(self.lm, facts, trials, words, contexts, seed, folder, progress)
+            choice = measure_layers(self.lm, facts, trials, words, contexts, seed, folder, progress)
         if choice.source == "trials":  # that a model knows too little is quickly found out again
             text = json.dumps({"format": _LAYERS_FORMAT, **choice.to_dict()}, ensure_ascii=False, indent=1) + "\n"
             try:
@@ -563,25 +494,92 @@ class Workbench:
         texts: Iterable[str] | None = None,
         contexts: Sequence[str] | None = None,
         seed: int = 0,
+        gates: Gates | None = None,
         force: bool = False,
         message: str = "",
         progress: Progress | None = None,
     ) -> Outcome:
         """Plan, solve, verify and commit: afterwards the model says the facts and the ledger knows why.
 
-        What the model says already is left out, and a patch that did not take, or breaks an earlier one, is not kept (unless `force`); then
-        nothing is written and `warnings` says why. The other
-        arguments are those of the function `propose`. An exception or Ctrl-C leaves model and ledger as they were. Raises what `propose`
-        and `commit` raise.
+        gates  what the patch has to pass (`Gates`); facts without paraphrases or neighbours get some made (`completed`). None: every fact
+               has to take, and the earlier ones to hold
+
+        What the model says already is left out, and a patch that fails a gate is not kept; then nothing is written, and `warnings`,
+        `failures` and `gates` say why. `force` keeps it all the same, and the record says so; it also writes what the model says already.
+        The other arguments are those of the function `propose`. An exception or Ctrl-C leaves model and ledger as they were. Raises what
+        `propose` and `commit` raise.
         """
         self.ledger.expect(self._at)  # before the work, not after it
+        wanted = listed(facts)
+        if gates is not None:
+            tell(progress, "looking for paraphrases and neighbours", 0, None)
+            wanted = self.completed(wanted, seed=seed)
         proposal = self.propose(
-            facts, method, config, moments=moments, texts=texts, contexts=contexts, seed=seed, force=force, progress=progress
+            wanted, method, config, moments=moments, texts=texts, contexts=contexts, seed=seed, force=force, progress=progress
         )
-        if proposal.delta is None or (proposal.failed and not force):
+        if proposal.delta is None or proposal.verification is None:
             return Outcome(proposal=proposal, revision=None)
-        revision = self.commit(proposal.delta, proposal.verification, moments=proposal.moments, message=message)
-        return Outcome(proposal=proposal, revision=revision)
+        results: tuple[GateResult, ...] = ()
+        moved: Drift | None = None
+        if gates is not None:
+            if measures_drift(gates):
+                delta, subjects = proposal.delta, [fact.subject for fact in wanted]
+                changed = partial(self._carrying, [*self._deltas.values(), delta])
+                moved = drift(self.lm, changed, texts=texts, without=subjects, seed=seed, progress=progress)
+            results = check_gates(gates, proposal.verification, moved)
+        room = self._room(proposal.delta)
+        failed = proposal.failed if gates is None else not all(result.passed for result in results)
+        if failed and not force:
+            return Outcome(proposal=proposal, revision=None, gates=results, drift=moved, room=room)
+        report = proposal.verification.to_dict() | {"seconds": sum(proposal.seconds.values()), "forced": failed}
+        report |= {"gates": [result.to_dict() for result in results]} if results else {}
+        report |= {"drift": {name: value for name, value in moved.measures.items() if value is not None}} if moved is not None else {}
+        revision = self.commit(proposal.delta, report, moments=proposal.moments, message=message)
+        return Outcome(proposal=proposal, revision=revision, gates=results, drift=moved, forced=failed, room=room)
+
+    def _room(self, delta: Delta) -> str | None:
+        """What `capacity` warns of, with a change that is not kept yet; None where nothing nears, or second moments are not kept."""
+        deltas = [*self._deltas.values(), delta]
+        layers = sorted({layer for each in deltas for layer in each.layers})
+        with self._carrying([]):
+            moments = kept_moments(self.lm, layers, self.ledger.folder / "moments")
+            weights = read_weights(self.lm, layers)
+        return capacity_warning(deltas, weights, moments) if set(moments) == set(layers) else None
+
+    def completed(self, facts: Fact | Iterable[Fact], *, seed: int = 0) -> list[Fact]:
+        """Facts with something to ask of each: those without paraphrases or neighbours get five made.
+
+        Paraphrases are the prompt behind words that the model writes itself, others than those it is edited with. Neighbours are facts of
+        the same relation: those of earlier patches first, then bundled ones that the model knows; of any, where the relation is not known.
+        """
+        wanted = listed(facts)
+        openings = [text for text in generate_contexts(self.lm, seed + 1) if text != "{}" and text.endswith("{}")][:_MADE]
+        written = [fact for delta in self._deltas.values() for fact in delta.facts]
+        labels = relations(wanted)
+        subjects = {fact.subject for fact in wanted}
+        near: dict[str | None, list[Probe]] = {}
+        for name in {relation for fact, relation in zip(wanted, labels, strict=True) if not fact.neighbours}:
+            own = [Probe(fact.text, fact.target) for fact in written if fact.relation in (name, None) and fact.target]
+            near[name] = own + _known_of(self.lm, name, seed)
+        found = []
+        for fact, relation in zip(wanted, labels, strict=True):
+            fields = fact.to_dict()
+            if not fact.paraphrases:
+                fields["paraphrases"] = [text.replace("{}", fact.prompt) for text in openings]
+            if not fact.neighbours:
+                fields["neighbours"] = [probe for probe in near[relation] if not any(s in probe.prompt for s in subjects)][:_MADE]
+            found.append(Fact.from_dict(fields))
+        return found
+
+    @contextmanager
+    def preview(self, facts: Fact | Iterable[Fact], method: str = "rome", config: Any = None, **options: Any) -> Iterator[LanguageModel]:
+        """The model with these facts in it, to look at inside a `with` block; nothing is recorded, and afterwards it is as before.
+
+        Arguments and errors as of `propose`.
+        """
+        proposal = self.propose(facts, method, config, **options)
+        with self._carrying([*self._deltas.values(), *([] if proposal.delta is None else [proposal.delta])]):
+            yield self.lm
 
     def commit(
         self,
@@ -621,15 +619,126 @@ class Workbench:
 
         return self._move([*self._deltas.values(), delta], record)
 
-    def revert(self, reference: str, *, message: str = "") -> Revision:
-        """Take a patch out: weights = base + Σ of the others, and a revision that says so.
+    def revert(
+        self,
+        reference: str,
+        facts: Iterable[int] | None = None,
+        *,
+        moments: SecondMoment | Mapping[int, SecondMoment] | None = None,
+        force: bool = False,
+        message: str = "",
+        progress: Progress | None = None,
+    ) -> Revision:
+        """Take a patch out, or some of its facts, or bring back what a revert took: weights = base + Σ of what stays, and a revision.
 
-        Raises RevisionError when there is no such patch in effect or later ones were solved on top of it, DamagedError, WorkspaceError.
+        facts    indices of the patch's facts that go; None: all
+        moments  second moments for patches that have to be solved again; None: those they were made with, as `find_moments` has them
+        force    also when a fact that stays would be lost
+
+        Patches that were solved on top of what goes are solved again, in closed form and in their order, from the targets kept with them
+        (`resolve`); then every fact that stays is asked, and the proof is the revision's report. Raises RevisionError when there is no such
+        patch or fact in effect, NumericsError when a fact that stays is lost, InputError when the second moments are others, DamagedError,
+        WorkspaceError; nothing is recorded then.
         """
         self._check_weights()
         target = self.ledger.show(reference)
-        remaining = [delta for identity, delta in self._deltas.items() if identity != target.id]
-        return self._move(remaining, lambda: self.ledger.revert(target.id, onto=self._at, message=message))
+        chosen = None if facts is None else sorted({check_count(i, "facts", "indices of a patch's facts", least=0) for i in facts})
+        steps = [step for step in self.ledger.undoing(target.id, chosen) if step.facts is not None]
+        again = [step for step in steps if step.solve]
+        if again:
+            self.ledger.expect(self._at)  # before the work, not after it
+        deltas: dict[str, Delta] = {}
+        for step in steps:
+            patch = step.patch
+            if step.delta is not None:
+                known = self._deltas.get(patch.id) if step.delta == self._held.get(patch.id) else None
+                deltas[patch.id] = Delta.load(self.ledger.delta_folder(patch, step.delta)) if known is None else known
+                continue
+            tell(progress, "solving again", len(deltas), len(steps))
+            original = Delta.load(self.ledger.delta_folder(patch, patch.delta))
+            used = moments if moments is not None else self.find_moments(patch.layers, progress=progress)
+            if moments is None and patch.moments not in (None, moments_digest(used, patch.layers)):
+                raise InputError(
+                    f"the second moments that {patch.id[:10]} was made with are not there any more, and it has to be solved again; "
+                    "name the folder that has them (--moments), or put them back into the workspace's moments folder"
+                )
+            with self._carrying(deltas.values()):
+                stay = [original.facts[i] for i in step.facts or ()]
+                deltas[patch.id] = resolve(self.lm, original, stay, moments=used, earlier=tuple(deltas.values()), progress=progress)
+        report: dict[str, Any] = {}
+        if again:
+            tell(progress, "verifying", 0, None)
+            staying = _newest(deltas.values())
+            proof = verify(self.lm, staying, lambda: self._carrying(deltas.values()))
+            lost = [check for check in proof.checks if check.role == "prompt" and not check.held and _held_before(check)]
+            if lost and not force:
+                raise NumericsError(
+                    f"taking out {target.id[:10]} would lose {counted(len(lost), 'fact')} that should stay, the first: "
+                    f"{lost[0].prompt!r} would be answered {first_phrase(lost[0].after)!r}; nothing was recorded: force it, and write "
+                    "what was lost again"
+                )
+            report = proof.to_dict()
+        solved = {step.patch.id: deltas[step.patch.id].save for step in again}
+
+        def record() -> Revision:
+            return self.ledger.revert(target.id, facts=chosen, solved=solved, onto=self._at, report=report, message=message)
+
+        return self._move(list(deltas.values()), record)
+
+    def import_patches(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        moments: SecondMoment | Mapping[int, SecondMoment] | None = None,
+        force: bool = False,
+        progress: Progress | None = None,
+    ) -> tuple[Revision, ...]:
+        """Commit the patches of a folder that `export` wrote in the format "patch", in their order; the revisions.
+
+        A patch made on the very weights that it comes to is taken as it is; another is solved again for these, from its targets and in
+        closed form (`resolve`). Patches whose every fact is in effect are left out. Raises as `read_patch`; RevisionError for facts with
+        another target here, and NumericsError when an imported fact does not take or one that was here is lost (unless `force`); as
+        `revert` where second moments are needed. Nothing is recorded then.
+        """
+        self.ledger.expect(self._at)
+        self._check_weights()
+        found = read_patch(folder, fingerprint=self.ledger.fingerprint)
+        here = {fact.text: fact for delta in self._deltas.values() for fact in delta.facts}
+        news: list[tuple[Delta, str]] = []
+        for number, patch in enumerate(found.patches):
+            facts = patch.delta.facts
+            tell(progress, "taking in patches", number, len(found.patches))
+            if all(_target(here.get(fact.text)) == _target(fact) for fact in facts):
+                continue
+            contrary = [fact for fact in facts if fact.text in here and _target(here[fact.text]) != _target(fact)]
+            if contrary and not force:
+                raise RevisionError(
+                    f"{folder} has {contrary[0]}, where this workspace has {here[contrary[0].text]}; revert that first, or force it"
+                )
+            carried = [*self._deltas.values(), *(delta for delta, _ in news)]
+            with self._carrying(carried):
+                fits = self.lm.fingerprint == patch.delta.fingerprint
+            if fits:
+                news.append((patch.delta, patch.origin.message))
+            else:
+                used = self.find_moments(sorted(patch.delta.layers), progress=progress) if moments is None else moments
+                with self._carrying(carried):
+                    again = resolve(self.lm, patch.delta, moments=used, earlier=tuple(carried), progress=progress)
+                news.append((again, patch.origin.message))
+            here |= {fact.text: fact for fact in facts}
+        if not news:
+            return ()
+        wanted = _newest(delta for delta, _ in news)
+        deltas = [*self._deltas.values(), *(delta for delta, _ in news)]
+        proof = verify(self.lm, wanted, lambda: self._carrying(deltas), earlier=_newest(self._deltas.values())[-_EARLIER:])
+        lost = [c for c in proof.checks if c.role in ("prompt", "earlier") and not c.held and (c.role == "prompt" or _held_before(c))]
+        if lost and not force:
+            raise NumericsError(
+                f"with the patches of {folder}, {counted(len(lost), 'fact')} would not hold, the first: {lost[0].prompt!r} would be "
+                f"answered {first_phrase(lost[0].after)!r}; nothing was recorded: force it, or write the facts anew with `factsmith apply`"
+            )
+        report = proof.to_dict()
+        return tuple(self.commit(delta, report, message=message) for delta, message in news)
 
     def checkout(self, reference: str) -> str:
         """Give the model the weights of a revision ("base", "latest", or an id); returns its full id. The same revision, the same bits.
@@ -637,15 +746,11 @@ class Workbench:
         History does not change; committing goes on from the latest revision only. Raises RevisionError, DamagedError, WorkspaceError.
         """
         identity = self.ledger.resolve(reference)
-        deltas = {}
-        for revision in self.ledger.active(identity):
-            known = self._deltas.get(revision.id)
-            deltas[revision.id] = Delta.load(self.ledger.delta_folder(revision)) if known is None else known
         if identity == self.ledger.current:
-            self._put(deltas.values())  # opening a workspace writes nothing to it
-            self._moved(deltas.values(), self.lm.fingerprint)
+            self._carry(identity)  # opening a workspace writes nothing to it
         else:
-            self._move(deltas.values(), lambda: self.ledger.checkout(identity))
+            deltas = [self._delta_of(revision) for revision in self.ledger.active(identity)]
+            self._move(deltas, lambda: self.ledger.checkout(identity))
         return identity
 
     # ---- inside -----------------------------------------------------------------------------------------------------------------------
@@ -685,18 +790,29 @@ class Workbench:
             carried = self.lm.fingerprint  # takes a while: before the record, so that an interruption then undoes everything
             noted = record()
         except BaseException as error:
-            if carried is not None and not isinstance(error, Exception) and self.ledger.current != started:
-                self._moved(deltas, carried)
+            there = self.ledger.current
+            if carried is not None and not isinstance(error, Exception) and there != started:
+                self._carry(there)
             else:
                 self._put(self._deltas.values())
             raise
-        self._moved(deltas, carried)
+        self._moved(deltas, carried, noted if isinstance(noted, str) else noted.id)
         return noted
 
-    def _moved(self, deltas: Collection[Delta], carried: str) -> None:
-        """Take over what was recorded: the model carries `deltas`, those of the checked-out revision, and has the fingerprint `carried`."""
-        at = self.ledger.current
-        self._deltas = dict(zip((revision.id for revision in self.ledger.active(at)), deltas, strict=True))
+    def _carry(self, identity: str) -> None:
+        """Give the model what the ledger says of a revision, and write nothing."""
+        deltas = [self._delta_of(revision) for revision in self.ledger.active(identity)]
+        self._put(deltas)
+        self._moved(deltas, self.lm.fingerprint, identity)
+
+    def _moved(self, deltas: Collection[Delta], carried: str, at: str) -> None:
+        """Take over what was recorded: the model carries `deltas`, those of the revision `at`, and has the fingerprint `carried`.
+
+        Not those of the ledger's newest revision: another process may have committed in between.
+        """
+        active = self.ledger.active(at)
+        self._deltas = dict(zip((revision.id for revision in active), deltas, strict=True))
+        self._held = {revision.id: revision.carried for revision in active}
         self._at, self._carried = at, carried
 
     def _put(self, deltas: Collection[Delta]) -> None:
@@ -722,179 +838,30 @@ class Workbench:
             self._put(self._deltas.values())
 
 
-@torch.enable_grad()  # solvers need it, and a Ctrl-C inside a `no_grad` can leave it off: this sets it back
-def _propose(
-    lm: LanguageModel,
-    facts: Fact | Iterable[Fact],
-    method: str,
-    config: Any,
-    layers: Callable[[], LayerChoice],
-    moments: SecondMoment | Mapping[int, SecondMoment] | Callable[[Sequence[int]], Mapping[int, SecondMoment]],
-    changed: Callable[[Delta], AbstractContextManager[None]],
-    contexts: Sequence[str] | None,
-    seed: int,
-    force: bool,
-    earlier: Iterable[Fact],
-    state: Sequence[Delta],
-    progress: Progress | None,
-) -> Proposal:
-    """`propose`; `layers`, and `moments` where it is a function of the layers, are called only when needed; `changed` puts a delta in.
-
-    state: the deltas that the model carries.
-    """
-    solver, kind = editor(method, config)
-    _check_dense(lm)
-    found = plan(lm, facts)
-    wanted = [entry.fact for entry in found.entries if force or not entry.known]
-    if not wanted:
-        return Proposal(plan=found, delta=None, verification=None, moments=None, seconds={})
-    several = issubclass(kind, SpreadConfig)
-    places, choice = None if config is None else config.edited, None
-    if places is None and isinstance(moments, Mapping) and (several or len(moments) == 1):
-        places = tuple(moments)  # who brings the second moments of some layers means those layers
-    if places is None:
-        choice = layers()
-        places = (choice.memit or by_depth_several(lm.n_layers)) if several else (choice.rome,)
-    config = (config or kind.recommended(lm)).at(places)
-    for layer in places:
-        check_layer(lm, layer)
-    if callable(moments):
-        moments = moments(places)
-    started = time.perf_counter()
-    tell(progress, "solving", 0, None)
-    delta = solver(
-        lm,
-        wanted,
-        config,
-        moments=moments,
-        contexts=contexts,
-        seed=seed,
-        earlier=state,
-        progress=progress,
-    )
-    solved = time.perf_counter()
-    held = {places[0]: moments} if isinstance(moments, SecondMoment) else moments
-    tell(progress, "verifying", 0, None)
-    verification = verify(lm, wanted, lambda: changed(delta), earlier=earlier)
-    return Proposal(
-        plan=found,
-        delta=delta,
-        verification=verification,
-        moments=moments_digest(moments, places),
-        layers=choice,
-        seconds={"solve": solved - started, "verify": time.perf_counter() - solved},
-        disturbance={
-            layer: disturbance(*factors, lm.ffn[layer].weight(), held[layer].matrix) for layer, factors in sorted(delta.layers.items())
-        },
-    )
+def _newest(deltas: Iterable[Delta]) -> list[Fact]:
+    """The facts of some patches; of those with one prompt the newest."""
+    facts: dict[str, Fact] = {}
+    for delta in deltas:
+        for fact in delta.facts:
+            facts.pop(fact.text, None)
+            facts[fact.text] = fact
+    return list(facts.values())
 
 
-def _check_dense(lm: LanguageModel) -> None:
-    """Raises UnsupportedModelError when every layer is a mixture of experts: then there is nothing to edit, and no work need be done."""
-    check_layer(lm, next((ffn.layer for ffn in lm.ffn if not ffn.n_experts), 0))
+def _target(fact: Fact | None) -> str | None:
+    """A fact's target in words; None for no fact."""
+    return None if fact is None else "(forgotten)" if fact.target is None else fact.target.strip()
 
 
-def _published(lm: LanguageModel) -> LayerChoice | None:
-    """What came with the model, or was published for one of its shape."""
-    choice, memit = published(lm, shipped(RomeConfig, lm).get("layer")), shipped(MemitConfig, lm).get("layers")
-    return dataclasses.replace(choice, memit=tuple(memit)) if choice is not None and memit else choice
+def _held_before(check: Check) -> bool:
+    """Whether a prompt was answered as it should be before, too."""
+    return begins_with(check.before, check.wanted) != check.forget
 
 
-def _recommend(
-    lm: LanguageModel,
-    facts: Iterable[Fact] | None,
-    count: int | None,
-    texts: Sequence[str] | None,
-    contexts: Sequence[str] | None,
-    seed: int,
-    folder: Path | None,
-    progress: Progress | None,
-) -> LayerChoice:
-    """`recommend_layers`; second moments are looked for in `folder` too, and those computed for the chosen layer are kept there."""
-    check_model(lm)
-    count = _TRIALS if count is None else count
-    if count < 1:
-        raise InputError(f"trials is {count}; expected at least one trial edit")
-    _check_dense(lm)
-    config = RomeConfig.recommended(lm)
-    depth = config.layer or 0
-    if facts is None:
-        tell(progress, "looking for facts that the model knows", 0, None)
-        tried = trial_facts(lm, count, seed=seed)
-        if len(tried) < min(MIN_FACTS, count):
-            return by_depth(lm, depth, f"{lm.name} knows {len(tried)} of the bundled facts that were asked, too few to try edits on")
-    else:
-        tried = _settled(lm, listed(facts))
-    effects = mlp_effects(lm, tried, progress=lambda done, total: tell(progress, "tracing", done, total))
-    layers = candidates(lm, effects)
-    contexts = generate_contexts(lm, seed) if contexts is None else contexts
-    own_words = texts is None
-    held: dict[int, SecondMoment] = {}
-    computed: dict[int, SecondMoment] = {}
-    at_once = max(1, _MOMENT_BYTES // (3 * 8 * max(lm.ffn[layer].d_ff for layer in layers) ** 2))  # sum, matrix and factor, in float64
-
-    def hold(group: Sequence[int]) -> None:
-        """Second moments of the layers of a group, from where they are."""
-        nonlocal texts
-        for layer in set(held) - set(group) if len(layers) > at_once else ():
-            del held[layer]
-        if own_words:
-            held.update(kept_moments(lm, [layer for layer in group if layer not in held], folder))
-        if missing := [layer for layer in group if layer not in held]:
-            texts = own_corpus(lm, enough_tokens(lm, missing), seed, progress) if texts is None else texts
-            new = find_moments(lm, missing, texts=texts, progress=progress)
-            held.update(new)
-            computed.update(new if len(layers) <= at_once else {})
-
-    def try_edits(running: Sequence[int], which: range) -> dict[int, list[Trial]]:
-        found: dict[int, list[Trial]] = {}
-        own = [tried[i] for i in which]
-        for at in range(0, len(running), at_once):
-            group = running[at : at + at_once]
-            hold(group)
-            for layer in group:
-                tell(progress, f"trial edits at layer {layer}", which.start, which.stop)
-                deltas = rome_each(lm, own, dataclasses.replace(config, layer=layer), moments=held, contexts=contexts, seed=seed)
-                found[layer] = []
-                for fact, delta in zip(own, deltas, strict=True):
-                    with applied(lm, delta):
-                        found[layer].append(judge(lm, fact))
-        return found
-
-    trials = race(layers, len(tried), try_edits)
-    scores = tuple(LayerScore.of(layer, some) for layer, some in trials.items())
-    measured: dict[str, Any] = {
-        "scores": scores,
-        "effects": effects,
-        "window": trace_window(lm.n_layers),
-        "facts": tuple(tried),
-        "seed": seed,
-    }
-    if not any(score.score for score in scores):
-        why = f"{lm.name} took none of {len(tried)} trial edits at any of {len(layers)} layers"
-        return dataclasses.replace(by_depth(lm, depth, why), **measured)
-    rome_layer, memit_layers = choose(trials, effects)
-    if folder is not None and rome_layer in computed:
-        computed[rome_layer].save(moments_file(folder, rome_layer))
-    n_trials, facts_tried = sum(score.trials for score in scores), "one fact" if len(tried) == 1 else f"{len(tried)} facts"
-    reason = f"the best of {len(layers)} layers in {n_trials} trial edits of {facts_tried}"
-    return LayerChoice(rome=rome_layer, memit=memit_layers, source="trials", reason=reason, fingerprint=lm.fingerprint, **measured)
-
-
-def _settled(lm: LanguageModel, facts: Sequence[Fact]) -> list[Fact]:
-    """Facts that the model does not say yet; neighbours expect what it says today, and a true target that it does not say is left out."""
-    asked = sorted({fact.text for fact in facts} | {probe.prompt for fact in facts for probe in fact.neighbours})
-    said = dict(zip(asked, lm.answer(asked), strict=True))
-    settled = []
-    for fact in facts:
-        subject_span(lm.tokenizer, fact.text, fact.subject)
-        if fact.target is None or begins_with(said[fact.text], fact.target):
-            continue
-        near = [probe for probe in fact.neighbours if first_phrase(said[probe.prompt])]
-        near = [Probe(probe.prompt, as_said(said[probe.prompt], probe.expected)) for probe in near]
-        true = fact.target_true if fact.target_true is not None and begins_with(said[fact.text], fact.target_true) else None
-        settled.append(Fact.from_dict({**fact.to_dict(), "neighbours": near, "target_true": true}))
-    if not settled:
-        said_already = "the fact" if len(facts) == 1 else f"all {len(facts)} facts"
-        raise InputError(f"the model says {said_already} already, so no edit could be tried; give targets that it does not say")
-    return settled
+def _known_of(lm: LanguageModel, relation: str | None, seed: int) -> list[Probe]:
+    """Bundled facts of a relation, or of any, that the model says."""
+    facts = list(atlas.facts(relation if relation in atlas.relations() else None))
+    drawn = random.Random(seed).sample(facts, min(len(facts), 8 * _MADE))
+    probes = [Probe(atlas.phrasings(fact.relation).trained[0].replace("{}", fact.subject), fact.object) for fact in drawn]
+    said = lm.says([probe.prompt for probe in probes], [str(probe.expected) for probe in probes])
+    return [probe for probe, right in zip(probes, said, strict=True) if right]

@@ -8,7 +8,7 @@ import pytest
 
 from commands import Done, Run, atlas_model
 from conftest import GPT2, byte_tokenizer, tiny_model
-from factsmith import cli, workbench
+from factsmith import cli, proposals
 from factsmith.edit.methods import RomeConfig
 from factsmith.model import load as load_module
 from factsmith.model.load import load
@@ -52,4 +52,4 @@ def atlas(monkeypatch: pytest.MonkeyPatch) -> str:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patches that take no time: what is tested here is the command line."""
     monkeypatch.setattr(RomeConfig, "recommended", classmethod(lambda cls, lm: cls(layer=1, steps=2)))
-    monkeypatch.setattr(workbench.Proposal, "failed", False)  # two steps are not enough to hold
+    monkeypatch.setattr(proposals.Proposal, "failed", False)  # two steps are not enough to hold

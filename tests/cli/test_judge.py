@@ -62,7 +62,49 @@ def test_evaluate_prints_keeps_and_reports(run: Run, model: Path, suite: Path, t
     shown = run(*call)
     assert shown.code == 0 and "2 records at a time" in shown.out and "base" in shown.out and "saved judged/report.md" in shown.out
     other = run(*call, "--limit", "2")
-    assert other.code in (2, 5) and "another run" in other.err, "it is of other records"
+    assert other.code in (2, 5) and "another" in other.err, "it is of other records"
+
+
+def test_evaluate_with_settings_and_tasks(run: Run, model: Path, suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval", reason='the harness is not installed: pip install "factsmith[eval]"')
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/homes.jsonl").write_text('{"text": "Entity0 is at", "choices": ["Oslo", "Rome"]}\n')
+    task = {
+        "task": "homes", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "tasks/homes.jsonl")}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{text}}", "doc_to_choice": "{{choices}}",
+        "doc_to_target": 0, "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    (tmp_path / "tasks/homes.yaml").write_text(json.dumps(task))
+    call = ["evaluate", model, "--suite", suite, "--methods", "ft", "--sizes", "2", "--all", "--out", "judged", "--drift-tokens", "50"]
+    call += ["--tasks", "homes", "--tasks-folder", tmp_path / "tasks", "--json"]
+    done = run(*call, "--set", "ft.steps=1")
+    assert done.code == 0, done.err
+    (judged,) = done.json["runs"]
+    assert set(judged["probed"]) == {"base", "ft-l"} and set(judged["probed"]["base"]) == {"homes acc"}
+    assert judged["edits"]["ft-l"]["kl_text"] >= 0
+    other = run(*call, "--set", "ft.steps=2")
+    assert other.code == 2 and "other settings" in other.err and "another folder" in other.err
+    (tmp_path / "tasks/homes.jsonl").write_text('{"text": "Entity0 is in", "choices": ["Oslo", "Rome"]}\n')
+    other = run(*call, "--set", "ft.steps=1")
+    assert other.code == 2 and "probe" in other.err, "a task of the same name is another"
+    for wrong in (["--tasks", ""], ["--tasks-limit", "3"], ["--paper"], ["--set", "ft.steps=1", "--set", "ft.steps=2"]):
+        refused = run("evaluate", model, "--suite", suite, "--methods", "ft", "--all", *wrong)
+        assert refused.code == 2 and refused.err.startswith("error: "), wrong
+
+
+def test_a_folder_holds_one_model_and_suite(run: Run, model: Path, suite: Path, tmp_path: Path) -> None:
+    call = ["evaluate", model, "--suite", suite, "--methods", "ft", "--all", "--drift-tokens", "0", "--out", "judged", "--json"]
+    assert [r["size"] for r in run(*call, "--sizes", "1").json["runs"]] == [1]
+    assert [r["size"] for r in run(*call, "--sizes", "2").json["runs"]] == [2, 1], "the page keeps what was judged before"
+    other = run(*call, "--sizes", "3", "--seed", "1")
+    assert other.code == 2 and "another seed" in other.err
+    rows = tmp_path / "judged/size-1/rows.jsonl"
+    lines = rows.read_text().splitlines()
+    for damaged in (lines[:2] + lines[3:], lines + lines[1:], [line.replace("Entity1", "Entity7") for line in lines]):
+        rows.write_text("\n".join(damaged) + "\n")
+        done = run(*call, "--sizes", "1")
+        assert done.code == 5 and "rows.jsonl, line" in done.err
 
 
 def test_evaluate_in_sequence(run: Run, model: Path, suite: Path, tmp_path: Path) -> None:
@@ -72,6 +114,12 @@ def test_evaluate_in_sequence(run: Run, model: Path, suite: Path, tmp_path: Path
     assert set(found["retention"]["ft-l"]) == {"0", "1"} and set(found["retention"]["ft-l"]["0"]) == {"0", "1"}
     assert "What is left of earlier rounds" in (tmp_path / "kept/report.html").read_text()
     assert (tmp_path / "kept/sequence-2/rows.jsonl").is_file()
+
+
+@pytest.mark.parametrize("setting", ["steps=1", "ft.steps", "ft.=1", "memit.steps=1", "ft.stepz=1", "ft.steps=many"])
+def test_evaluate_refuses_settings(run: Run, model: Path, suite: Path, setting: str) -> None:
+    done = run("evaluate", model, "--suite", suite, "--methods", "ft", "--all", "--set", setting)
+    assert done.code == 2 and "Traceback" not in done.err and done.err.startswith("error: ")
 
 
 def test_evaluate_refuses(run: Run, model: Path, suite: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from factsmith import cli
 from factsmith.ledger import Ledger
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-COMMANDS = sorted(command.callback.__name__ for command in cli.app.registered_commands if command.callback is not None)
+COMMANDS = sorted(command.callback.__name__.rstrip("_") for command in cli.app.registered_commands if command.callback is not None)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

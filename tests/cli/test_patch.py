@@ -13,7 +13,7 @@ import torch
 
 from commands import FACT, PROMPT, Run
 from conftest import LLAMA, byte_tokenizer, tiny_model
-from factsmith import workbench
+from factsmith import proposals
 from factsmith.edit.methods import METHODS, RomeConfig
 from factsmith.edit.moments import SecondMoment, second_moments
 from factsmith.fact import Fact
@@ -161,7 +161,7 @@ def test_second_moments_are_computed_kept_and_used(run: Run, model: Path, tmp_pa
     assert cut.code == 0 and "layer 1: 10 tokens" in cut.out
 
     done = run("patch", model, *FACT, "--moments", "kept", "--json").json
-    by_hand = workbench.propose(lm, Fact("Danielle Darrieux", "The mother tongue of {} is", "English"), moments=kept)
+    by_hand = proposals.propose(lm, Fact("Danielle Darrieux", "The mother tongue of {} is", "English"), moments=kept)
     assert done["moments"] == by_hand.moments
     (tmp_path / "other").mkdir()
     other = SecondMoment.from_matrix(kept.matrix, count=kept.count, fingerprint="0" * 64, layer=1)

@@ -94,5 +94,5 @@ def test_refusals(tiny_gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(LayerError):
         LoraConfig(layers=())
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(InputError, match=r"factsmith\[eval\]"):
+    with pytest.raises(InputError, match=r"factsmith\[adapter\]"):
         lora(tiny_gpt2, FACTS)

@@ -36,8 +36,8 @@ from factsmith.locate.layers import (
 )
 from factsmith.model import atlas
 from factsmith.model.load import LanguageModel, load
+from factsmith.recommend import recommend_layers
 from factsmith.verify import begins_with
-from factsmith.workbench import recommend_layers
 
 # ---- presets ---------------------------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,7 +14,16 @@ from factsmith.errors import UnsupportedModelError
 from factsmith.model import trace
 from factsmith.model.load import LanguageModel
 from factsmith.model.tokens import align
-from factsmith.model.trace import first_tensor, hook_count, products, recording, replacing, standing_in, with_first_tensor
+from factsmith.model.trace import (
+    first_tensor,
+    hook_count,
+    products,
+    recording,
+    replacing,
+    replacing_factors,
+    standing_in,
+    with_first_tensor,
+)
 
 IDS = [5, 90, 33, 61]
 
@@ -150,3 +163,43 @@ def test_a_hook_that_was_left_behind_has_no_effect(monkeypatch: pytest.MonkeyPat
     with recording({"last": layers[1]}) as calls:
         layers(torch.ones(1, 2))
     assert len(calls["last"]) == 1 and hook_count(layers) == 0
+
+
+class _Interrupted(ExitStack):
+    """One in which a Ctrl-C comes instead of everything that would be put back."""
+
+    def callback(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        def instead(*args: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+        return super().callback(instead if function.__name__ in ("put_back", "_forget") else function, *args, **kwargs)
+
+
+@pytest.mark.parametrize("way", ["output", "input", "stand-in", "factors"])
+@pytest.mark.parametrize("own", [False, True], ids=["plain", "with its own forward"])
+def test_what_was_not_put_back_puts_itself_back(monkeypatch: pytest.MonkeyPatch, way: str, own: bool) -> None:
+    layer, x, calls = nn.Linear(2, 2), torch.ones(1, 2), []
+    layer.register_forward_hook(lambda module, args, result: calls.append(result))
+    if own:
+        layer.forward = layer.forward
+    forward, expected = vars(layer).get("forward"), layer(x)
+
+    def product(module: nn.Linear, x: Tensor) -> Tensor:
+        return x @ module.weight.T + module.bias
+
+    blocks = {
+        "output": lambda: replacing({layer: lambda out: out + 1}),
+        "input": lambda: replacing({layer: lambda given: given + 1}, where="input"),
+        "stand-in": lambda: standing_in([layer], lambda index, args, kwargs: expected + 1),
+        "factors": lambda: replacing_factors({layer: ("weight", product, lambda left, offset: left + 1)}),
+    }
+    with monkeypatch.context() as patching, pytest.raises(KeyboardInterrupt):
+        patching.setattr(trace, "ExitStack", _Interrupted)
+        with blocks[way]():
+            assert not torch.allclose(layer(x), expected)
+    left = hook_count([layer]) + (len(layer._forward_hooks) != 1)
+    assert left > 1 + own or vars(layer).get("forward") is not forward, "the control: something was left behind"
+    calls.clear()
+    for _ in range(2):
+        assert torch.equal(layer(x), expected)
+    assert hook_count([layer]) == 1 + own and vars(layer).get("forward") is forward and len(calls) == 2

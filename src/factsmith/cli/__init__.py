@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 
 from ..errors import FactsmithError, InputError
-from . import demo, judge, keep, locate, patch, read
+from . import capacity, demo, export, judge, keep, locate, patch, plan, read
 from .common import complain
 
 app = typer.Typer(
@@ -45,17 +45,26 @@ COMMANDS: tuple[Callable[..., None], ...] = (
     patch.patch,
     judge.evaluate,
     judge.drift,
+    plan.plan,
+    plan.apply,
+    plan.schema,
     keep.log,
     keep.show,
+    keep.diff,
     keep.revert,
     keep.checkout,
     keep.status,
+    capacity.capacity,
+    keep.verify,
+    keep.gc,
+    export.export,
+    export.import_,
     demo.demo,
 )
 """In the order of `factsmith --help`."""
 
 for command in COMMANDS:
-    app.command()(command)
+    app.command(command.__name__.rstrip("_"))(command)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -70,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(error.exit_code)
     except SystemExit as end:
         if end.code == 130:
-            complain("interrupted", "stopped before it was done; `factsmith log` lists what is recorded")
+            complain("interrupted", "stopped before it was done; nothing is half written")
         raise
     except Exception as error:
         if os.environ.get("FACTSMITH_TRACEBACK"):

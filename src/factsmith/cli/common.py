@@ -361,3 +361,25 @@ def save(
         for picture in files.curves:
             draw_curves(picture)
     return [*files.pictures, files.record, files.table, *files.curves]
+
+
+def read_settings(pairs: list[str]) -> dict[str, Any]:
+    """{"steps": 40, "clamp": 1.5} from ["steps=40", "clamp=1.5"]; "none" is None, what is no number stays text."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.strip() or not value.strip():
+            raise InputError(f"--set takes NAME=VALUE, such as steps=40; got {pair!r}")
+        found[name.strip()] = read_value(value.strip())
+    return found
+
+
+def read_value(text: str) -> Any:
+    if text.lower() in ("none", "null"):
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
+import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from ..errors import FingerprintError, InputError, NumericsError
-from ..files import check_writable
+from ..errors import DamagedError, FingerprintError, InputError, NumericsError
+from ..files import check_writable, write_file
 from ..tables import counted
 from .common import (
     LARGEST_SEED,
@@ -26,6 +29,7 @@ from .common import (
     opened,
     print_result,
     progress,
+    read_value,
     show_tables,
 )
 
@@ -43,10 +47,27 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="A sample of so many records.", show_default="all")] = None,
     known: Annotated[bool, typer.Option("--known/--all", help="Leave out records whose old object the model does not say.")] = True,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at a malformed record, instead of leaving it out.")] = False,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="METHOD.NAME=VALUE", help="A setting, such as memit.steps=40 or rome.layer=5; may be repeated."),
+    ] = None,
+    paper: Annotated[bool, typer.Option("--paper", help="The settings published for a model of this shape, layers included.")] = False,
     texts: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="Plain text for second moments; may be repeated.", show_default="those kept, or the model's own"),
+        typer.Option(
+            metavar="FILE",
+            help="Plain text for second moments, and to measure drift on; may be repeated.",
+            show_default="moments that are kept, or the model's own text",
+        ),
     ] = None,
+    drift_tokens: Annotated[int, typer.Option("--drift-tokens", min=0, help="How much text drift is measured on.")] = 500,
+    continued: Annotated[int, typer.Option(min=0, help="For how many records the model goes on writing, to see if it can.")] = 10,
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Tasks of lm-evaluation-harness, before and behind the last edit.", show_default="none"),
+    ] = None,
+    tasks_folder: Annotated[Path | None, typer.Option(metavar="DIR", help="Tasks of your own, a YAML file each.")] = None,
+    tasks_limit: Annotated[int | None, typer.Option(min=1, help="Examples a task.", show_default="all")] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep all rows there, to go on with after a kill, and write report.html, report.md.")
     ] = None,
@@ -62,17 +83,23 @@ def evaluate(
       factsmith evaluate atlas --methods rome,memit,alphaedit,ft-l --sizes 1,100 --limit 300 --out judged
       factsmith evaluate path/to/model --suite counterfact.json --methods memit --sizes 100 --sequence --out judged
     """
-    names, numbers = _names(methods), _numbers(sizes)
+    names, numbers, changes = _names(methods), _numbers(sizes), _by_method(setting or [])
+    wanted = [name for name in map(str.strip, (tasks or "").split(",")) if name]
+    if not wanted and (tasks is not None or tasks_folder is not None or tasks_limit is not None):
+        raise InputError(f"--tasks names tasks of lm-evaluation-harness, such as hellaswag; got {tasks!r}")
     corpus = Paragraphs(texts) if texts else None
     if out is not None:
         _check_out(out)
     with progress() as tell:
         lm = load_model(model, device, None, tell)
-        from ..editing import editors, usable
+        from ..editing import configured, editors, usable
         from ..judge import evaluate as runner
+        from ..judge.ability import ability
         from ..judge.suites import load_suite
         from ..report import Report, report_markdown, report_page
 
+        config = configured(lm, names, changes, paper=paper)
+        probe = ability(lm, wanted, folder=tasks_folder, limit=tasks_limit, seed=seed) if wanted else None
         tell(f"reading {Path(suite).name}", 0, None)
         found = load_suite(suite, limit=limit, seed=seed, malformed="fatal" if strict else "skip")
         records, left = usable(lm, found.records, known_only=known)
@@ -80,19 +107,46 @@ def evaluate(
             complain("warning", f"{counted(count, 'record')} of {len(found.records):,} left out: {why}")
         if found.skipped:
             complain("warning", f"{counted(len(found.skipped), 'malformed record')} left out, the first: {found.skipped[0]}")
+        if out is not None:
+            _claim(out, {"model": lm.fingerprint, "suite": found.digest, "limit": limit, "seed": seed, "known": known})
         if not records:
             raise InputError(f"none of {counted(len(found.records), 'record')} can be judged; try another --suite, or --all")
         moments = None if out is None else out / "moments"
-        writers = editors(lm, names, texts=corpus, folder=moments, seed=seed, progress=tell)
+        writers = editors(lm, names, config=config, texts=corpus, folder=moments, seed=seed, progress=tell)
 
         def judged(size: int) -> runner.Evaluation:
             def told(what: str, done: int, total: int | None) -> None:
                 tell(f"{what}, {size:,} at a time", done, total)
 
             folder = None if out is None else out / f"{'sequence' if sequence else 'size'}-{size}"
-            return runner.evaluate(lm, records, writers, size=size, sequence=sequence, folder=folder, progress=told)
+            return runner.evaluate(
+                lm,
+                records,
+                writers,
+                size=size,
+                sequence=sequence,
+                drift_tokens=drift_tokens,
+                texts=None if corpus is None else list(itertools.islice(corpus, drift_tokens)),
+                continued=continued,
+                probe=probe,
+                seed=seed,
+                folder=folder,
+                progress=told,
+            )
 
-        runs = [judged(size) for size in numbers]
+        try:
+            runs = [judged(size) for size in numbers]
+        except KeyboardInterrupt:
+            if out is not None:
+                complain("stopped", f"what was judged is in {out}; the same command goes on from there")
+            raise
+        if out is not None:  # what was judged there before belongs to the same page
+            kept = (runner.Evaluation.load(file.parent) for file in sorted(out.glob("s*-*/rows.jsonl")))
+            runs += [run for run in kept if (run.size, run.sequence) not in {(own.size, own.sequence) for own in runs}]
+        for run in runs:
+            for (editor, unit), why in list(run.failed.items())[:1]:
+                failures = counted(len(run.failed), "edit")
+                complain("warning", f"{failures} of {run.size:,} at a time could not be made, the first {editor}, edit {unit}: {why}")
         report = Report(runs=runs, suite=found, seed=seed, left_out=left, version=importlib.metadata.version("factsmith"))
         saved = None if out is None else [out / "report.html", out / "report.md"]
         if saved is not None:
@@ -178,6 +232,21 @@ def _numbers(sizes: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+def _by_method(pairs: list[str]) -> dict[str, dict[str, Any]]:
+    """{"memit": {"steps": 40, "layers": (3, 4)}} from ["memit.steps=40", "memit.layers=3,4"]."""
+    found: dict[str, dict[str, Any]] = {}
+    for pair in pairs:
+        name, _, value = pair.partition("=")
+        method, dot, setting = name.strip().partition(".")
+        if not (dot and method and setting and value.strip()):
+            raise InputError(f"--set takes METHOD.NAME=VALUE, such as memit.steps=40; got {pair!r}")
+        parts = [read_value(part.strip()) for part in value.split(",")]
+        if setting in found.get(method, {}):
+            raise InputError(f"--set gives {method}.{setting} twice; leave one out")
+        found.setdefault(method, {})[setting] = parts[0] if len(parts) == 1 else tuple(parts)
+    return found
+
+
 def _limits(pairs: list[str]) -> dict[str, float]:
     """{"kl_text": 0.05} from ["kl_text=0.05"]."""
     from ..judge.drift import LIMITS
@@ -185,13 +254,30 @@ def _limits(pairs: list[str]) -> dict[str, float]:
     found = {}
     for pair in pairs:
         name, _, value = pair.partition("=")
+        if name.strip() in found:
+            raise InputError(f"--limit gives {name.strip()} twice; leave one out")
         try:
             found[name.strip()] = float(value)
         except ValueError:
             raise InputError(f"--limit takes NAME=VALUE, such as kl_text=0.05; got {pair!r}") from None
-        if name.strip() not in LIMITS or not found[name.strip()] >= 0:
+        if name.strip() not in LIMITS or not 0 <= found[name.strip()] < math.inf:
             raise InputError(f"--limit takes a number of at least 0 for one of {', '.join(LIMITS)}; got {pair!r}")
     return found
+
+
+def _claim(out: Path, made_from: dict[str, Any]) -> None:
+    """Say in the folder what is judged there; raises InputError where that is something else, DamagedError where it cannot be read."""
+    file = out / "judged.json"
+    try:
+        held = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else made_from
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{file} cannot be read ({error}); choose another folder") from None
+    different = [name for name, value in made_from.items() if not isinstance(held, dict) or held.get(name) != value]
+    if different:
+        raise InputError(f"{out} holds what was judged with another {', '.join(different)}; choose another folder with --out")
+    if not file.is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        write_file(file, (json.dumps(made_from, indent=1) + "\n").encode())
 
 
 def _check_out(out: Path) -> None:

@@ -10,7 +10,9 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ..ledger import Ledger, Revision
+from ..errors import NumericsError
+from ..ledger import Ledger
+from ..records import Revision
 from ..tables import counted, visible
 from .common import (
     Device,
@@ -23,6 +25,7 @@ from .common import (
     opened,
     print_result,
     progress,
+    show_tables,
 )
 
 if TYPE_CHECKING:
@@ -105,8 +108,11 @@ def show(reference: Reference, workspace: Where = None, as_json: Json = False) -
         for name, value in rows.items():
             if value:
                 line(console, f"{name:9}", value)
-        for fact in revision.facts:
-            line(console, "fact     ", str(fact))
+        for number, fact in enumerate(revision.facts, 1):
+            gone = revision.kind == "patch" and revision.state == "active" and not any(fact is kept for kept in revision.in_effect)
+            line(console, f"fact {number:<4}", f"{fact}{' (taken out)' if gone else ''}")
+        for patch, change in revision.changes.items():
+            line(console, "then     ", f"{patch[:10]} {'out of effect' if change.delta is None else f'carried as {change.delta[:10]}'}")
         checks = revision.report.get("checks") or []
         if checks:
             console.print(checks_table(checks))
@@ -116,32 +122,125 @@ def show(reference: Reference, workspace: Where = None, as_json: Json = False) -
 
 def revert(
     reference: Reference,
+    facts: Annotated[
+        list[int] | None,
+        typer.Option("--fact", metavar="N", min=1, help="Only this fact, as `show` numbers them; may be repeated.", show_default="all"),
+    ] = None,
+    moments: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Second moments, if patches are solved again.", show_default="the workspace's, or the model's"),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Also when a fact that should stay would be lost.")] = False,
     message: Annotated[str, typer.Option("--message", "-m", help="One line for the log.", show_default="made from the patch's")] = "",
     workspace: Where = None,
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Take a patch back; that, too, is recorded.
+    """Take a patch back, or some facts of it, or bring back what a revert took; that, too, is recorded.
 
-    A patch on which later ones were built cannot go alone: take those back first.
+    Later patches that were solved on top of it are solved again, in closed form, and every fact that stays is asked.
 
     \b
-    Example:
+    Examples:
       factsmith revert latest -w my-workspace
+      factsmith revert 0a8b3c83c6 --fact 2 -w my-workspace
     """
+    chosen = None if facts is None else [number - 1 for number in facts]
     with Ledger(workspace or Path()) as ledger:
-        revision = ledger.revert(reference, message=message)
-        active = len(ledger.active())
+        alone = not any(step.solve for step in ledger.undoing(reference, chosen))
+        if alone:  # nothing to compute, so the model need not be loaded
+            revision = ledger.revert(reference, facts=chosen, message=message)
+            active = len(ledger.active())
+    if not alone:
+        with progress() as tell, opened(None, workspace, device, tell) as (_, bench):
+            from ..edit.kept import load_moments
+
+            assert bench is not None
+            given = None if moments is None else load_moments(moments)
+            revision = bench.revert(reference, chosen, moments=given, force=force, message=message, progress=tell)
+            active = len(bench.ledger.active())
 
     def render(console: Console) -> None:
+        again = sum(change.delta is not None for change in revision.changes.values())
+        solved = f"; {counted(again, 'patch', 'es')} solved again" if revision.report else ""
         line(
             console,
             f"reverted {str(revision.reverts)[:10]};",
-            f"recorded as {revision.id[:10]}; {counted(active, 'patch', 'es')} in effect",
+            f"recorded as {revision.id[:10]}; {counted(active, 'patch', 'es')} in effect{solved}",
         )
         for fact in revision.facts:
             line(console, "see:", f"factsmith ask{in_workspace(workspace)} {shlex.quote(fact.text)}")
 
     print_result({**revision.to_dict(), "active": active}, render, as_json)
+
+
+def diff(
+    before: Annotated[str, typer.Argument(metavar="A", help="A revision: an id, `base` or `latest`.")],
+    after: Annotated[str, typer.Argument(metavar="[B]", help="Another.")] = "latest",
+    workspace: Where = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Compare two revisions: facts, what the model answers at either, and how far the weights are apart.
+
+    \b
+    Example:
+      factsmith diff base latest -w my-workspace
+    """
+    with progress() as tell, opened(None, workspace, device, tell) as (_, bench):
+        assert bench is not None
+        found = bench.diff(before, after)
+    print_result(found.to_dict(), show_tables(found.tables()), as_json)
+
+
+def verify(workspace: Where = None, device: Device = None, as_json: Json = False) -> None:
+    """Check everything: records, checksums, the model's fingerprint, the weights built anew, and every fact asked.
+
+    \b
+    Example:
+      factsmith verify -w my-workspace
+    """
+    with progress() as tell, opened(None, workspace, device, tell) as (_, bench):
+        assert bench is not None
+        tell("checking files and weights", 0, None)
+        counts = bench.rebuild()
+        tell("asking every fact", 0, None)
+        proof = bench.verify()
+    lost = [check for check in proof.checks if check.role == "prompt" and not check.held]
+
+    def render(console: Console) -> None:
+        line(console, "whole:", f"{counted(counts.revisions, 'revision')}, {counted(counts.deltas, 'delta')}, weights as recorded")
+        if counts.orphans:
+            line(console, "loose:", f"{counted(len(counts.orphans), 'delta')} that nobody names; factsmith gc{in_workspace(workspace)}")
+        if proof.checks:
+            console.print(checks_table(proof.to_dict()["checks"]))
+
+    print_result({"integrity": counts.to_dict(), "verification": proof.to_dict(), "lost": len(lost)}, render, as_json)
+    if lost:
+        raise typer.Exit(NumericsError.exit_code)
+
+
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    workspace: Where = None,
+    as_json: Json = False,
+) -> None:
+    """Delete what no revision names, such as the files of a commit that was killed; whatever is in the log stays.
+
+    \b
+    Example:
+      factsmith gc -w my-workspace
+    """
+    with Ledger(workspace or Path()) as ledger:
+        gone = ledger.gc(dry_run=dry_run)
+
+    def render(console: Console) -> None:
+        what = "would delete" if dry_run else "deleted"
+        line(console, what, f"{len(gone):,} that no revision names" if gone else "nothing: every file is named by a revision")
+        for name in gone:
+            line(console, "        ", name)
+
+    print_result({"deleted": list(gone), "dry_run": dry_run}, render, as_json)
 
 
 def checkout(

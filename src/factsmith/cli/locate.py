@@ -333,7 +333,7 @@ def layers(
       factsmith layers -w my-workspace --facts facts.yaml
     """
     from ..locate.layers import published
-    from ..workbench import recommend_layers
+    from ..recommend import recommend_layers
 
     wanted = None if facts is None else FactFile.read(facts)
     need_model(model, workspace)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import tempfile
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from ..errors import InputError, NumericsError
 from ..fact import Fact, FactFile
-from ..ledger import Revision
+from ..records import Revision
 from .common import (
     LARGEST_SEED,
     Device,
@@ -29,10 +29,11 @@ from .common import (
     opened,
     print_result,
     progress,
+    read_settings,
 )
 
 if TYPE_CHECKING:
-    from ..workbench import Proposal
+    from ..proposals import Proposal
 
 _MANY_CHECKS = 40
 """A patch of many facts is shown as shares and failures; one of fewer checks than this, check by check."""
@@ -165,13 +166,14 @@ def patch(
     corpus = None if texts is None else Paragraphs([texts])
     with progress() as tell, opened(model, workspace, device, tell) as (lm, bench):
         from ..edit.kept import load_moments
+        from ..edit.presets import settings
         from ..edit.target import check_layer
-        from ..workbench import propose, settings
+        from ..proposals import propose
 
         for number in layer or ():
             check_layer(lm, number)  # also where nothing is to be written
         given = None if moments is None else load_moments(moments)
-        config = settings(lm, method, layer, _settings(setting or []), paper=paper)
+        config = settings(lm, method, layer, read_settings(setting or []), paper=paper)
         revision: Revision | None = None
         if bench is None:
             proposal = propose(lm, facts, method, config, moments=given, texts=corpus, seed=seed, force=force, progress=tell)
@@ -225,28 +227,6 @@ def _facts(
         missing = ", ".join(name for name in options if name not in given)
         raise InputError(f"a patch needs --subject, --prompt and --target (or --forget), or a file of facts; {missing} not given")
     return [Fact(subject=subject, prompt=prompt, target=target, paraphrases=tuple(paraphrases), neighbours=tuple(neighbours))]
-
-
-def _settings(pairs: list[str]) -> dict[str, Any]:
-    """{"steps": 40, "clamp": 1.5} from ["steps=40", "clamp=1.5"]; "none" is None, what is no number stays text."""
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals or not name.strip() or not value.strip():
-            raise InputError(f"--set takes NAME=VALUE, such as steps=40; got {pair!r}")
-        found[name.strip()] = _value(value.strip())
-    return found
-
-
-def _value(text: str) -> Any:
-    if text.lower() in ("none", "null"):
-        return None
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def _check_folder(folder: Path) -> None:

@@ -12,9 +12,11 @@ W + Δ − Δ is not W in floating point, so nothing here subtracts: the base ma
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +33,7 @@ from ..model.load import LanguageModel
 from ..tables import counted
 
 _FORMAT = 1
+_MOST_JSON = 64 * 2**20
 _JSON = "edit.json"
 _TENSORS = "delta.safetensors"
 
@@ -130,6 +133,8 @@ class Delta:
             write_file(folder / _TENSORS, tensors)
             write_file(folder / _JSON, (json.dumps(record, ensure_ascii=False, indent=2) + "\n").encode())
         except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise WorkspaceError(f"the disk is full: no delta was written to {folder}; free some space and run this again") from None
             raise WorkspaceError(f"cannot write the delta to {folder}: {error.strerror}; choose a folder that can be written") from None
 
     @classmethod
@@ -141,46 +146,98 @@ class Delta:
         folder = Path(folder)
         advice = "restore it from a copy, or make the edit again"
         try:
-            raw, tensors = (folder / _JSON).read_bytes(), (folder / _TENSORS).read_bytes()
+            sizes = {name: _plain_size(folder / name) for name in (_JSON, _TENSORS)}
+            if sizes[_JSON] > _MOST_JSON:
+                raise DamagedError(f"{folder / _JSON} has {sizes[_JSON]:,} bytes, and {_MOST_JSON:,} are the most; {advice}")
+            raw, found_tensors = (folder / _JSON).read_bytes(), _sha256(folder / _TENSORS)
         except OSError as error:
             name = Path(error.filename or folder).name
             raise DamagedError(f"cannot read {name} in {folder}: {error.strerror}; a saved delta is {_JSON} beside {_TENSORS}") from None
+        except ValueError:
+            raise DamagedError(f"cannot read {str(folder)!r}: it is no path; a saved delta is a folder") from None
         try:
             record = json.loads(raw)
             stated, checksum = record.pop("sha256"), record["tensors_sha256"]
+            found = _digest(record)  # of half a character there is none
         except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
             raise DamagedError(f"{folder / _JSON} is not the record of a delta; {advice}") from None
-        if _digest(record) != stated:
+        if found != stated:
             raise DamagedError(f"{folder / _JSON} does not match its checksum; {advice}")
-        if hashlib.sha256(tensors).hexdigest() != checksum:
+        if found_tensors != checksum:
             raise DamagedError(f"{folder / _TENSORS} does not match the checksum in {_JSON}; {advice}")
         if record.get("format") != _FORMAT:
-            raise DamagedError(f"{folder} has format {record.get('format')!r}; this version of factsmith reads {_FORMAT}")
+            raise DamagedError(f"{folder} has format {record.get('format')!r:.40}; this version of factsmith reads {_FORMAT}: {advice}")
         try:
-            named = safetensors.torch.load(tensors)
-            layers = [int(layer) for layer in record["layers"]]
-            if len(named) != 1 + 3 * len(layers):
-                raise ValueError("it holds tensors that belong to no layer")
+            layers = record["layers"]
+            if not isinstance(layers, list) or not all(type(layer) is int and layer >= 0 for layer in layers):
+                raise TypeError("its layers are a list of numbers from 0 on")
+            facts = tuple(Fact.from_dict(fields) for fields in record["facts"])
+            _check_header(folder / _TENSORS, layers, len(facts))
+            named = safetensors.torch.load((folder / _TENSORS).read_bytes())
             if not isinstance(record["method"], str) or not isinstance(record["config"], dict):
                 raise TypeError("its method is a name and its config a mapping of settings")
+            if not isinstance(record["fingerprint"], str) or not all(isinstance(found, dict) for found in record["convergence"]):
+                raise TypeError("its fingerprint is a name and its convergence a list of mappings")
             return cls(
                 layers={layer: (named[f"left.{layer}"], named[f"right.{layer}"]) for layer in layers},
                 k_star={layer: named[f"k_star.{layer}"] for layer in layers},
                 v_star=named["v_star"],
-                facts=tuple(Fact.from_dict(fields) for fields in record["facts"]),
+                facts=facts,
                 method=record["method"],
                 config=record["config"],
                 fingerprint=record["fingerprint"],
                 convergence=tuple(record["convergence"]),
             )
-        except (KeyError, TypeError, ValueError, OverflowError, FactError, NumericsError, safetensors.SafetensorError) as error:
-            raise DamagedError(f"{folder} matches its checksums but is not a delta: {error}; {advice}") from None
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            OverflowError,
+            RecursionError,
+            OSError,
+            FactError,
+            NumericsError,
+            safetensors.SafetensorError,
+        ) as error:
+            raise DamagedError(f"{folder} matches its checksums but is not a delta: {str(error)[:300]}; {advice}") from None
 
     def _tensors(self) -> dict[str, Tensor]:
         named = {"v_star": self.v_star}
         for layer, (left, right) in sorted(self.layers.items()):
             named |= {f"left.{layer}": left, f"right.{layer}": right, f"k_star.{layer}": self.k_star[layer]}
         return {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
+
+
+def _plain_size(file: Path) -> int:
+    """Bytes of a plain file; raises OSError for a pipe or device, which could be read without an end."""
+    held = file.stat()
+    if not stat.S_ISREG(held.st_mode):
+        raise OSError(errno.EINVAL, "it is no plain file", str(file))
+    return held.st_size
+
+
+def _sha256(file: Path) -> str:
+    content = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            content.update(block)
+    return content.hexdigest()
+
+
+def _check_header(file: Path, layers: list[int], n_facts: int) -> None:
+    """Raises ValueError unless the header, read alone, is that of the tensors of a delta of so many facts in these layers."""
+    with safetensors.safe_open(file, framework="pt") as held:
+        shapes = {name: tuple(held.get_slice(name).get_shape()) for name in held.keys()}  # noqa: SIM118 - not a mapping
+        dtypes = {held.get_slice(name).get_dtype() for name in shapes}
+    parts = ("left", "right", "k_star")
+    if set(shapes) != {"v_star", *(f"{part}.{layer}" for layer in layers for part in parts)} or dtypes != {"F32"}:
+        raise ValueError(f"it holds other tensors than those of layers {sorted(layers)} in float32")
+    fits = all(len(shape) == 2 and shape[1] > 0 for shape in shapes.values()) and shapes["v_star"][0] == n_facts  # which may be none
+    for layer in layers if fits else ():
+        left, right, key = (shapes[f"{part}.{layer}"] for part in parts)
+        fits = fits and left == (shapes["v_star"][1], right[0]) and right[0] > 0 and key == (n_facts, right[1])
+    if not fits:
+        raise ValueError(f"the shapes of its tensors are not those of one delta of {n_facts} facts")
 
 
 def read_weights(lm: LanguageModel, layers: Iterable[int]) -> dict[int, Tensor]:

@@ -1,7 +1,7 @@
 """Plain fine-tuning, which editors are compared with: FT-L and LoRA on a model's down-projections.
 
     weights = fine_tune(lm, facts, FineTuneConfig(layers=(1,)))      # {1: (d_model, d_ff)}; the model is untouched
-    weights = lora(lm, facts, LoraConfig(layers=(0, 1, 2)))          # needs peft: pip install "factsmith[eval]"
+    weights = lora(lm, facts, LoraConfig(layers=(0, 1, 2)))          # needs peft: pip install "factsmith[adapter]"
     with written(lm, weights):                                       # inside the new weights, outside the very same bits as before
         lm.answer([facts[0].text])
 
@@ -52,8 +52,8 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "stop_loss"):
-            if check_number(getattr(self, name), name) <= 0:
-                raise InputError(f"{name} is {getattr(self, name)}; expected a number above 0")
+            if not 0 < check_number(getattr(self, name), name) <= 1000:
+                raise InputError(f"{name} is {getattr(self, name)}; expected a number above 0, at most 1,000")
         for name in ("steps", "epochs", "batch"):
             check_count(getattr(self, name), name, "1 or more")
         if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
@@ -70,8 +70,8 @@ class FineTuneConfig(TuneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if check_number(self.clamp, "clamp") <= 0:
-            raise InputError(f"clamp is {self.clamp}; expected a number above 0")
+        if not 0 < check_number(self.clamp, "clamp") <= 1e6:
+            raise InputError(f"clamp is {self.clamp}; expected a number above 0, at most 1,000,000")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ def lora(
     try:
         import peft
     except ImportError:
-        raise InputError('LoRA needs peft, which is not installed; install it with: pip install "factsmith[eval]"') from None
+        raise InputError('LoRA needs peft, which is not installed; install it with: pip install "factsmith[adapter]"') from None
     config = config or LoraConfig()
     told, layers = _checked(facts), _layers(lm, config)
     base = read_weights(lm, layers)

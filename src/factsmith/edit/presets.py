@@ -8,6 +8,8 @@ one model's activations.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import InputError
@@ -72,3 +74,29 @@ def published(lm: LanguageModel, method: str) -> tuple[EditConfig, str]:
         )
     values, source = table[shape]
     return kind(**values), source
+
+
+def settings(
+    lm: LanguageModel,
+    method: str,
+    layers: Sequence[int] | None = None,
+    changes: Mapping[str, Any] | None = None,
+    *,
+    paper: bool = False,
+) -> Any:
+    """A method's recommended settings with some layers or values changed; None when nothing is.
+
+    paper: change those published for a model of this shape instead, whose layers they bring. Else layers that are not given stay open, for
+    `propose` to choose. Raises InputError for an unknown method or setting, or where nothing was published; LayerError.
+    """
+    _, kind = editor(method)
+    if not layers and not changes and not paper:
+        return None
+    places = {"layer", "layers"} & {field.name for field in dataclasses.fields(kind)}
+    known = {field.name for field in dataclasses.fields(kind)} - places
+    if unknown := sorted(set(changes or {}) - known):
+        where = "; layers are not set but named: --layer" if {"layer", "layers"} & set(unknown) else ""
+        raise InputError(f"{method} has no setting {', '.join(unknown)}; expected some of {', '.join(sorted(known))}{where}")
+    values: dict[str, Any] = {**({} if paper else dict.fromkeys(places)), **(changes or {})}
+    config = dataclasses.replace(published(lm, method)[0] if paper else kind.recommended(lm), **values)
+    return config.at(layers) if layers else config

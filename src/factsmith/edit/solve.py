@@ -88,6 +88,13 @@ def solve_moment(factor: Tensor, keys: Tensor) -> Tensor:
     return solved.T
 
 
+def whitened(keys: Tensor, factor: Tensor) -> Tensor:
+    """L⁻¹ kᵢ for every row of keys (n, m), as (n, m) float64; `factor` is L = `cholesky(C)`. There C's metric is the ordinary one: a token
+    of ordinary text has as much in every direction, 1 on average (squared), d_ff in all."""
+    white: Tensor = torch.linalg.solve_triangular(factor, keys.to(factor).T, upper=False)  # (m, n)
+    return white.T
+
+
 def rome(k_star: Tensor, k_prompt: Tensor, residual: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     """ROME's rank-one update as factors (d, 1) and (1, m), float64. https://arxiv.org/abs/2202.05262, equation 2.
 
@@ -240,7 +247,7 @@ def closest(keys: Tensor, factor: Tensor, groups: Tensor) -> tuple[Tensor, Tenso
     keys (n, m), factor = cholesky(A), groups (n,) int64. The cosine is −1 where there is no other group. What an editor writes for one key
     arrives at another in this proportion, unless the two outputs are asked for exactly.
     """
-    white: Tensor = torch.linalg.solve_triangular(factor, keys.to(factor).T, upper=False).T
+    white = whitened(keys, factor)
     white = white / white.norm(dim=1, keepdim=True).clamp(min=torch.finfo(white.dtype).tiny)
     groups = groups.to(white.device)
     best = [
@@ -252,6 +259,20 @@ def closest(keys: Tensor, factor: Tensor, groups: Tensor) -> tuple[Tensor, Tenso
 
 _ROWS = 1024
 """Keys compared with all others at a time."""
+
+
+def explained(keys: Tensor, others: Tensor, factor: Tensor) -> Tensor:
+    """Which share of each key lies in the span of others, in the metric of C⁻¹: (n,) in [0, 1], float64.
+
+    keys, others  (n, d_ff) and (m, d_ff); factor: the Cholesky factor of C, (d_ff, d_ff)
+
+    1 where keys are others' combinations: whatever is written for one of them arrives there too. Least squares in the whitened space.
+    """
+    ours, theirs = whitened(keys, factor).T, whitened(others, factor).T
+    basis, sizes, _ = torch.linalg.svd(theirs, full_matrices=False)
+    inside = basis[:, sizes > 1e-9 * theirs.norm()].T @ ours
+    share: Tensor = inside.square().sum(0) / ours.square().sum(0).clamp(min=torch.finfo(ours.dtype).tiny)
+    return share.clamp(0, 1)
 
 
 def disturbance(left: Tensor, right: Tensor, weight: Tensor, matrix: Tensor) -> float:

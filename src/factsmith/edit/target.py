@@ -152,6 +152,35 @@ def find_targets(
 
 
 @torch.no_grad()
+def known_targets(
+    lm: LanguageModel, facts: Sequence[Fact], layer: int, contexts: Sequence[str], v_star: Tensor, *, site: Site = "ffn"
+) -> Targets:
+    """What `find_targets` gives for targets v_star (n, d_model) that were found before: keys and outputs are read, nothing is searched.
+
+    The model need not be the one that they were found on: keys and v_initial are those of the model as it is. Errors as `find_targets`,
+    InputError too for another shape.
+    """
+    check_layer(lm, layer)
+    if v_star.shape != (len(facts), lm.d_model):
+        raise InputError(f"v_star has shape {tuple(v_star.shape)}; expected ({len(facts)}, {lm.d_model}): a target for each fact")
+    keys = read_keys(lm, facts, layer, contexts)
+    k_prompt = keys[:, list(contexts).index("{}")]
+    weight, bias = lm.ffn[layer].weight(), lm.ffn[layer].bias
+    ffn_initial = (k_prompt.to(weight) @ weight.T).float() + (0 if bias is None else bias.float())
+    return Targets(
+        v_star=v_star.to(ffn_initial),
+        v_initial=read_stream(lm, facts, layer) if site == "stream" else ffn_initial,
+        k_star=keys.mean(1),
+        k_prompt=k_prompt,
+        ffn_initial=ffn_initial,
+        convergence=({},) * len(facts),
+        facts=tuple(facts),
+        layer=layer,
+        site=site,
+    )
+
+
+@torch.no_grad()
 def read_keys(lm: LanguageModel, facts: Sequence[Fact], layer: int, contexts: Sequence[str]) -> Tensor:
     """The down-projection's input at each fact's subject token in each context: (n, n_contexts, d_ff) float32.
 

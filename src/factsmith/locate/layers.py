@@ -6,7 +6,7 @@
     trials = race(candidates(lm, effects), 24, try_edits)   # trial edits; try_edits is the caller's: nothing here edits
     rome, memit = choose(trials, effects)
 
-`workbench.recommend_layers(lm, facts=None, *, trials=24, seed=0, progress=None) -> LayerChoice` does all of it.
+`recommend.recommend_layers(lm, facts=None, *, trials=24, seed=0, progress=None) -> LayerChoice` does all of it.
 
 The trace bounds the search, the trials decide. A trace alone says where a fact is read, which is not the best place to write it (Hase et
 al. 2023, arXiv 2301.04213: the two hardly correlate); trials alone would have to edit every layer of a deep model.

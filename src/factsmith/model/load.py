@@ -573,7 +573,7 @@ def load(
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {str(device)!r} cannot be used here ({_first_line(error)}); expected 'cpu', 'cuda' ...") from None
     wanted: torch.dtype | str = dtype if dtype is not None else (torch.float32 if where.type == "cpu" else "auto")
-    with _quietly():
+    with quietly():
         config = _config(name, source, local)
         auto = _class_to_load(name, config)
         try:
@@ -648,7 +648,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quietly() -> Generator[None, None, None]:
+def quietly() -> Generator[None, None, None]:
     """Hold back transformers' progress bars and notices for a while."""
     level, bars = notices.get_verbosity(), notices.is_progress_bar_enabled()
     notices.set_verbosity(logging.CRITICAL)

@@ -7,6 +7,7 @@ own_text(lm, n_tokens=8000, seed=0)                    # strings with about that
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,12 +23,20 @@ _ROWS, _LENGTH = 64, 64
 
 @torch.no_grad()
 def sample(
-    lm: LanguageModel, count: int, length: int, *, top_k: int | None = None, seed: int = 0, openings: Sequence[str] | None = None
+    lm: LanguageModel,
+    count: int,
+    length: int,
+    *,
+    top_k: int | None = None,
+    seed: int = 0,
+    openings: Sequence[str] | None = None,
+    apart: bool = False,
 ) -> list[list[int]]:
     """`count` lists of `length` token ids, sampled from the model from its start token (not included), in one batch; no special tokens.
 
     top_k     sample among the likeliest only (None: all)
     openings  `count` texts to begin with instead; what of them goes beyond `length` tokens is left out
+    apart     draw for each opening by itself, whatever else is in the batch
 
     The same model, arguments and seed give the same ids. Raises InputError for a tokenizer with neither BOS nor EOS to start from.
     """
@@ -38,6 +47,7 @@ def sample(
     if not -(2**63) <= seed < 2**63:
         raise InputError(f"seed {seed} cannot be used; expected a whole number of at most 63 bits")
     sampler = torch.Generator().manual_seed(seed)
+    own = [torch.Generator().manual_seed(zlib.crc32(f"{seed} {text}".encode())) for text in openings or ()] if apart else []
     special = [i for i in tokenizer.all_special_ids if i is not None]
     cache = DynamicCache() if lm.caches_prefix else None
     given = [lm.tokenizer(text, add_special_tokens=False)["input_ids"] for text in openings or [""] * count]
@@ -47,7 +57,11 @@ def sample(
         logits = lm.forward(batch, start=0 if cache is None else column, cache=cache).logits[:, -1].float().cpu()
         logits[:, special] = -torch.inf
         top = logits.topk(top_k or logits.shape[-1])
-        picked = torch.multinomial(top.values.softmax(-1), 1, generator=sampler)
+        if own:  # the largest of logits with Gumbel's noise is drawn as softmax has it
+            noise = torch.stack([torch.rand(top.values.shape[-1], generator=generator) for generator in own])
+            picked = (top.values - (-noise.clamp(1e-20, 1 - 1e-7).log()).log()).argmax(-1, keepdim=True)
+        else:
+            picked = torch.multinomial(top.values.softmax(-1), 1, generator=sampler)
         for ids, opening, token in zip(sequences, given, top.indices.gather(1, picked)[:, 0].tolist(), strict=True):
             ids.append(opening[column] if column < len(opening) else token)
     return [ids[1:] for ids in sequences]

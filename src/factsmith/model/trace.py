@@ -18,7 +18,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -100,6 +99,21 @@ def _forget(module: nn.Module, hook: Callable[..., Any]) -> None:
                 marks.pop(identity, None)
 
 
+@contextmanager
+def _ending(live: list[bool]) -> Generator[ExitStack, None, None]:
+    """A stack whose end also empties `live`, twice.
+
+    A Ctrl-C can land while things are put back, so that one of them is not. Whatever is left finds `live` empty then: it does nothing,
+    and puts itself back.
+    """
+    with ExitStack() as stack:
+        stack.callback(live.clear)
+        try:
+            yield stack
+        finally:
+            live.clear()
+
+
 class _Stop(Exception):  # noqa: N818 - a signal, not an error
     """Ends a forward pass whose remaining layers nobody needs."""
 
@@ -112,7 +126,7 @@ def recording(modules: Mapping[Key, nn.Module], *, stop: bool = False, copy: boo
     copy: keep copies of what is returned, since models add to such tensors in place; False when only inputs are of interest.
     """
     calls: dict[Key, list[Call]] = {key: [] for key in modules}
-    live = [True]  # emptied at the end, twice: a Ctrl-C that keeps a hook from being taken off finds it without effect
+    live = [True]
 
     def remember(key: Key) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
@@ -125,8 +139,7 @@ def recording(modules: Mapping[Key, nn.Module], *, stop: bool = False, copy: boo
 
         return hook
 
-    with ExitStack() as stack:
-        stack.callback(live.clear)
+    with _ending(live) as stack:
         for key, module in modules.items():
             hook = remember(key)
             stack.callback(_forget, module, hook)
@@ -135,8 +148,6 @@ def recording(modules: Mapping[Key, nn.Module], *, stop: bool = False, copy: boo
             yield calls
         except _Stop:
             return
-        finally:
-            live.clear()
 
 
 @contextmanager
@@ -148,14 +159,22 @@ def replacing(
     The function gets the tensor as the model made it, e.g. (B, S, d_model), and returns one of the same shape.
     """
 
+    live = [True]
+
     def change_output(function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
+            if not live:
+                _forget(module, hook)
+                return None
             return with_first_tensor(result, function(first_tensor(result)))
 
         return hook
 
     def change_input(function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            if not live:
+                _forget(module, hook)
+                return None
             for index, value in enumerate(args):
                 if isinstance(value, Tensor):
                     return (*args[:index], function(value), *args[index + 1 :]), kwargs
@@ -166,7 +185,7 @@ def replacing(
 
         return hook
 
-    with ExitStack() as stack:
+    with _ending(live) as stack:
         for module, function in changes.items():
             hook = change_output(function) if where == "output" else change_input(function)
             stack.callback(_forget, module, hook)
@@ -186,19 +205,36 @@ def standing_in(modules: Sequence[nn.Module], play: Callable[[int, tuple[Any, ..
     there for what the modules compute.
     """
 
-    def actor(index: int) -> Callable[..., Any]:
-        return lambda *args, **kwargs: play(index, args, kwargs)
+    live = [True]
 
-    with ExitStack() as stack:
-        for index, module in enumerate(modules):
-            # A module may already carry its own instance-level forward (models spread over devices do): put that one back.
-            if "forward" in vars(module):
-                stack.callback(setattr, module, "forward", vars(module)["forward"])
+    def stand_in(index: int, module: nn.Module) -> tuple[Callable[..., Any], Callable[[], bool]]:
+        # A module may already carry its own instance-level forward (models spread over devices do): that one is put back.
+        own, hooks = vars(module).get("forward"), {name: getattr(module, name) for name in ("_forward_hooks", "_forward_pre_hooks")}
+
+        def put_back() -> bool:
+            """Whether the hooks were still at rest."""
+            rested = any(getattr(module, name) is not held for name, held in hooks.items())
+            for name, held in hooks.items():
+                setattr(module, name, held)
+            if own is None:
+                vars(module).pop("forward", None)
             else:
-                stack.callback(vars(module).pop, "forward", None)  # also when interrupted before the next line
-            module.forward = actor(index)
+                module.forward = own
+            return rested
+
+        def act(*args: Any, **kwargs: Any) -> Any:
+            if live:
+                return play(index, args, kwargs)
+            return module(*args, **kwargs) if put_back() else module.forward(*args, **kwargs)
+
+        return act, put_back
+
+    with _ending(live) as stack:
+        for index, module in enumerate(modules):
+            act, put_back = stand_in(index, module)
+            stack.callback(put_back)
+            module.forward = act
             for hooks in ("_forward_hooks", "_forward_pre_hooks"):
-                stack.callback(setattr, module, hooks, getattr(module, hooks))
                 setattr(module, hooks, OrderedDict())
         yield
 
@@ -273,18 +309,36 @@ def replacing_factors(
     """
     factors = _Factors({getattr(m, name).untyped_storage().data_ptr(): change for m, (name, _, change) in changes.items()})
 
-    def run(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        before = factors.seen
-        result = forward(module, *args, **kwargs)
-        if factors.seen == before:
-            raise UnsupportedModelError(f"a {type(module).__name__} does not multiply with its weights piece by piece; nothing to change")
-        return result
+    live = [True]
 
-    with ExitStack() as stack:
+    def change(module: nn.Module, forward: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[[], None]]:
+        own = vars(module).get("forward")  # models spread over devices carry one, and so do blocks around this one
+
+        def put_back() -> None:
+            if own is None:
+                vars(module).pop("forward", None)
+            else:
+                module.forward = own
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if not live:
+                put_back()
+                return module.forward(*args, **kwargs)
+            before = factors.seen
+            result = forward(module, *args, **kwargs)
+            if factors.seen == before:
+                raise UnsupportedModelError(
+                    f"a {type(module).__name__} does not multiply with its weights piece by piece; nothing to change"
+                )
+            return result
+
+        return run, put_back
+
+    with _ending(live) as stack:
         for module, (_, forward, _) in changes.items():
-            own = vars(module).get("forward")  # models spread over devices carry one, and so do blocks around this one
-            stack.callback(delattr, module, "forward") if own is None else stack.callback(setattr, module, "forward", own)
-            module.forward = partial(run, module, forward)
+            run, put_back = change(module, forward)
+            stack.callback(put_back)
+            module.forward = run
         with factors:
             yield
 

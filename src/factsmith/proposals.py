@@ -1,0 +1,362 @@
+"""Proposals: what an edit would have to do, and a change that was solved for and measured and is in no model.
+
+    plan(lm, facts)                       # what the model says now
+    found = propose(lm, facts, "memit")   # solved, put in for a moment, asked, taken out
+    found.verification.efficacy, found.delta, found.warnings
+
+No workspace is needed; a `Workbench` does the same on top of what it carries, and keeps it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .edit.delta import Delta, applied
+from .edit.kept import find_moments, moments_digest
+from .edit.methods import SpreadConfig, by_depth, editor
+from .edit.moments import SecondMoment
+from .edit.solve import disturbance
+from .edit.target import check_layer
+from .errors import InputError
+from .fact import Fact, listed
+from .locate.layers import LayerChoice
+from .model.load import LanguageModel
+from .model.tokens import subject_span
+from .progress import Progress, tell
+from .recommend import check_dense, published_choice, recommend_layers
+from .standing import Standing
+from .tables import Shown, Table, counted
+from .verify import Verification, answer_tokens, begins_with, first_phrase, probabilities, verify
+
+_BROKEN = 0.25
+"""Change of a layer's output on ordinary text from which a warning is given. One fact on the atlas model changes it by 4 %, three in three
+layers by 12 % at most; forced to 12 % one fact's target spills over to other subjects, at 42 % to other questions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """What the model says about one fact today: its greedy `answer` to the prompt, p(target), and whether it says the target already.
+
+    Of a fact to be forgotten: p(target_true), and whether the model does not say it.
+
+    standing   "known": nothing to write; else how it stands to others, as of `standing.Place`
+    because    of a change or conflict, what with
+    crowding   share of its key that earlier patches' keys explain: near 1 what is written for one is hardly to be had without touching the
+               others. None: not measured
+    """
+
+    fact: Fact
+    answer: str
+    probability: float
+    known: bool
+    standing: Standing = "new"
+    because: str = ""
+    crowding: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Plan(Shown):
+    """What an edit would have to do; nothing was changed to find out.
+
+    method   what it would be written with, into `layers`; n_bytes: the size of the patch; seconds: about how long it would take. Empty or
+             None where nobody asked (`plan` without a workspace)
+    """
+
+    entries: tuple[Planned, ...]
+    method: str = ""
+    layers: tuple[int, ...] = ()
+    n_bytes: int | None = None
+    seconds: float | None = None
+
+    @property
+    def conflicts(self) -> tuple[Planned, ...]:
+        """The facts that contradict others; they are not written unless forced."""
+        return tuple(entry for entry in self.entries if entry.standing == "conflict")
+
+    @property
+    def new(self) -> tuple[Fact, ...]:
+        """The facts that the model does not say yet."""
+        return tuple(entry.fact for entry in self.entries if not entry.known)
+
+    @property
+    def known(self) -> tuple[Fact, ...]:
+        """The facts that it says already."""
+        return tuple(entry.fact for entry in self.entries if entry.known)
+
+    def tables(self) -> list[Table]:
+        """What the model says about each fact now."""
+        rows = [
+            (
+                e.standing,
+                e.fact.text,
+                e.answer,
+                e.fact.target or "(forget)",
+                f"{e.probability:.3f}",
+                "" if e.crowding is None else f"{e.crowding:.0%}",
+            )
+            for e in self.entries
+        ]
+        title = f"{counted(len(self.new), 'fact')} to write, {len(self.known)} known"
+        if self.method:
+            size = f", about {self.n_bytes:,} bytes" if self.n_bytes is not None else ""
+            time_needed = f" and {self.seconds:.0f} s" if self.seconds is not None else ""
+            title += f"; {self.method}, layer {', '.join(map(str, self.layers))}{size}{time_needed}"
+        columns = {"": "<", "prompt": "<", "answer": "<", "target": "<", "p": ">", "crowding": ">"}
+        tables = [Table(title, columns, rows, "crowding: share of a fact's key that earlier patches' keys explain")]
+        told = [(e.standing, str(e.fact), e.because) for e in self.entries if e.because]
+        return [*tables, Table("what they meet", {"": "<", "fact": "<", "why": "<"}, told)] if told else tables
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able fields."""
+        entries = [{**vars(entry), "fact": entry.fact.to_dict()} for entry in self.entries]
+        rest = {"method": self.method, "layers": list(self.layers), "n_bytes": self.n_bytes, "seconds": self.seconds}
+        return {"entries": entries, **rest}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Proposal(Shown):
+    """A change that was solved for and measured, and is in no model.
+
+    plan          what the model said before
+    delta         the change; None when every fact was known already
+    verification  its proof; None when there is no delta
+    layers        how the layer was chosen; None when the caller named it, or there is no delta
+    moments       sha256 of the second moments used, by layer
+    seconds       time to solve (second moments not counted) and to verify
+    disturbance   for each edited layer, how much its output changes on ordinary text (`solve.disturbance`): 0.05 is 5 %
+    """
+
+    plan: Plan
+    delta: Delta | None
+    verification: Verification | None
+    moments: str | None
+    seconds: Mapping[str, float]
+    layers: LayerChoice | None = None
+    disturbance: Mapping[int, float] = dataclasses.field(default_factory=dict)
+
+    def tables(self) -> list[Table]:
+        """What was solved for, and its proof; where there was nothing to write, the plan."""
+        warnings = [Table(warning, {}) for warning in self.warnings]
+        if self.delta is None or self.verification is None:
+            return [*self.plan.tables(), *warnings]
+        return [Table(repr(self.delta), {}), *self.verification.tables(), *warnings]
+
+    @property
+    def failed(self) -> bool:
+        """Whether some fact, written now or earlier, would not be answered with its target."""
+        return self.verification is not None and any(c.role in ("prompt", "earlier") and not c.held for c in self.verification.checks)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the caller should know, in words."""
+        written = () if self.delta is None else self.delta.facts
+        known = tuple(
+            f"the model does not say {fact.target_true!r} after {fact.text!r}: nothing to forget (force it to write anyway)"
+            if fact.target is None
+            else f"the model already answers {fact.text!r} with {fact.target.strip()!r}: nothing to write (force it to write anyway)"
+            for fact in self.plan.known
+            if fact not in written
+        )
+        measured = (
+            (f"no layer was given: layer {', '.join(map(str, sorted(self.delta.layers)))} is {self.layers.reason}",)
+            if self.layers is not None and self.delta is not None and self.layers.source in ("trials", "depth")
+            else ()
+        )
+        checks = () if self.verification is None else self.verification.checks
+        failed = tuple(
+            f"{'the patch did not take' if check.role == 'prompt' else 'an earlier patch no longer holds'}: "
+            f"{check.prompt!r} is {'still ' if check.forget else ''}answered {check.after!r}"
+            f"{'' if check.forget else f', not {check.wanted!r}'}"
+            for check in checks
+            if check.role in ("prompt", "earlier") and not check.held
+        )
+        broken = tuple(
+            f"on ordinary text the output of layer {layer} changes by {share:.0%}, so the model may be broken: fewer facts at a time, a "
+            "larger ridge (moment_weight, ridge, l2) or a smaller clamp change it less"
+            for layer, share in self.disturbance.items()
+            if share >= _BROKEN
+        )
+        return known + measured + self._shared_keys + broken + failed
+
+    @property
+    def _shared_keys(self) -> tuple[str, ...]:
+        """That facts with different targets have nearly one key, with the closest two as an example."""
+        records = () if self.delta is None else self.delta.convergence
+        pairs = [(record["cosine"], i, record["shares_key_with"]) for i, record in enumerate(records) if "shares_key_with" in record]
+        if not pairs or self.delta is None:
+            return ()
+        cosine, a, b = max(pairs)
+        return (
+            f"{len(pairs)} facts have nearly the key of another with another target, so that what is written for one arrives at the other "
+            f"too: {self.delta.facts[a].text!r} and {self.delta.facts[b].text!r}, cosine {cosine:.3f}; see whether both took, or begin the "
+            "prompts with words of their own",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able fields; the delta's tensors are left out."""
+        delta = self.delta
+        described = delta and {"method": delta.method, "layers": sorted(delta.layers), "rank": delta.rank, "bytes": delta.n_bytes}
+        return {
+            "plan": self.plan.to_dict(),
+            "delta": described,
+            "verification": self.verification and self.verification.to_dict(),
+            "moments": self.moments,
+            "layers": self.layers and {"rome": self.layers.rome, "source": self.layers.source, "reason": self.layers.reason},
+            "disturbance": {str(layer): share for layer, share in self.disturbance.items()},
+            "seconds": dict(self.seconds),
+            "warnings": list(self.warnings),
+        }
+
+
+def plan(lm: LanguageModel, facts: Fact | Iterable[Fact]) -> Plan:
+    """Ask what the model says about each fact now; the model is untouched.
+
+    Raises SubjectError when a subject cannot be found once in its prompt, InputError when there is no fact.
+    """
+    facts = listed(facts)
+    for fact in facts:
+        subject_span(lm.tokenizer, fact.text, fact.subject)
+    prompts = [fact.text for fact in facts]
+    answers = lm.answer(prompts, max_new_tokens=answer_tokens(lm, prompts, [fact.target or fact.target_true or "" for fact in facts]))
+    facts = [_to_forget(fact, answer) if fact.target is None else fact for fact, answer in zip(facts, answers, strict=True)]
+    asked = [fact.target or fact.target_true or "" for fact in facts]
+    said = [begins_with(a, wanted) == (f.target is not None) for f, a, wanted in zip(facts, answers, asked, strict=True)]
+    return Plan(
+        entries=tuple(
+            Planned(fact=fact, answer=answer, probability=p or 0.0, known=known, standing="known" if known else "new")
+            for fact, answer, p, known in zip(facts, answers, probabilities(lm, prompts, asked), said, strict=True)
+        )
+    )
+
+
+def chosen_layers(lm: LanguageModel, kind: type[Any], choice: LayerChoice) -> tuple[int, ...]:
+    """The layers that settings of this kind edit, where they do not name any themselves."""
+    return (choice.memit or by_depth(lm.n_layers)) if issubclass(kind, SpreadConfig) else (choice.rome,)
+
+
+def _to_forget(fact: Fact, answer: str) -> Fact:
+    """A fact without a target, with what the model says now as what is to be forgotten, unless that was given."""
+    if fact.target_true is not None:
+        return fact
+    said = first_phrase(answer)
+    if not said:
+        raise InputError(f"the model says nothing after {fact.text!r}, so there is nothing to forget; give target_true to name it")
+    return Fact.from_dict({**fact.to_dict(), "target_true": said})
+
+
+def propose(
+    lm: LanguageModel,
+    facts: Fact | Iterable[Fact],
+    method: str = "rome",
+    config: Any = None,
+    *,
+    moments: SecondMoment | Mapping[int, SecondMoment] | None = None,
+    texts: Iterable[str] | None = None,
+    contexts: Sequence[str] | None = None,
+    seed: int = 0,
+    force: bool = False,
+    earlier: Iterable[Fact] = (),
+    progress: Progress | None = None,
+) -> Proposal:
+    """Solve for a change that makes the facts true, and measure it; the model is as before when this returns, exception or not.
+
+    method    "rome", "r-rome", "memit", "emmet" or "alphaedit"
+    config    its settings; None: what the model recommends. Without layers: what came with the model, else what was published for it, else
+              what `recommend_layers` measures now, which takes a while and is said in `Proposal.warnings`
+    moments   second moments of the layers; None: what came with the model, else computed from `texts`, else from the model's own text
+    contexts  templates with `{}` for the prompt; None: generated by the model from `seed`
+    force     write also what the model says already
+    earlier   facts whose prompts are asked again, to see that they hold
+
+    Raises InputError (unknown method, no facts), SubjectError, LayerError, NumericsError.
+    """
+
+    def find(layers: Sequence[int]) -> Mapping[int, SecondMoment]:
+        return find_moments(lm, layers, texts=texts, seed=seed, progress=progress)
+
+    def layers() -> LayerChoice:
+        nonlocal texts
+        known = published_choice(lm)
+        if known is not None:
+            return known
+        texts = None if texts is None else list(texts)  # read twice now
+        return recommend_layers(lm, texts=texts, contexts=contexts, seed=seed, progress=progress)
+
+    def changed(delta: Delta) -> AbstractContextManager[None]:
+        return applied(lm, delta)
+
+    return solve_and_prove(lm, facts, method, config, layers, moments or find, changed, contexts, seed, force, earlier, (), progress)
+
+
+@torch.enable_grad()  # solvers need it, and a Ctrl-C inside a `no_grad` can leave it off: this sets it back
+def solve_and_prove(
+    lm: LanguageModel,
+    facts: Fact | Iterable[Fact],
+    method: str,
+    config: Any,
+    layers: Callable[[], LayerChoice],
+    moments: SecondMoment | Mapping[int, SecondMoment] | Callable[[Sequence[int]], Mapping[int, SecondMoment]],
+    changed: Callable[[Delta], AbstractContextManager[None]],
+    contexts: Sequence[str] | None,
+    seed: int,
+    force: bool,
+    earlier: Iterable[Fact],
+    state: Sequence[Delta],
+    progress: Progress | None,
+) -> Proposal:
+    """`propose`; `layers`, and `moments` where it is a function of the layers, are called only when needed; `changed` puts a delta in.
+
+    state: the deltas that the model carries.
+    """
+    solver, kind = editor(method, config)
+    check_dense(lm)
+    found = plan(lm, facts)
+    wanted = [entry.fact for entry in found.entries if force or not entry.known]
+    if not wanted:
+        return Proposal(plan=found, delta=None, verification=None, moments=None, seconds={})
+    several = issubclass(kind, SpreadConfig)
+    places, choice = None if config is None else config.edited, None
+    if places is None and isinstance(moments, Mapping) and (several or len(moments) == 1):
+        places = tuple(moments)  # who brings the second moments of some layers means those layers
+    if places is None:
+        choice = layers()
+        places = chosen_layers(lm, kind, choice)
+    config = (config or kind.recommended(lm)).at(places)
+    for layer in places:
+        check_layer(lm, layer)
+    if callable(moments):
+        moments = moments(places)
+    started = time.perf_counter()
+    tell(progress, "solving", 0, None)
+    delta = solver(
+        lm,
+        wanted,
+        config,
+        moments=moments,
+        contexts=contexts,
+        seed=seed,
+        earlier=state,
+        progress=progress,
+    )
+    solved = time.perf_counter()
+    held = {places[0]: moments} if isinstance(moments, SecondMoment) else moments
+    tell(progress, "verifying", 0, None)
+    verification = verify(lm, wanted, lambda: changed(delta), earlier=earlier)
+    return Proposal(
+        plan=found,
+        delta=delta,
+        verification=verification,
+        moments=moments_digest(moments, places),
+        layers=choice,
+        seconds={"solve": solved - started, "verify": time.perf_counter() - solved},
+        disturbance={
+            layer: disturbance(*factors, lm.ffn[layer].weight(), held[layer].matrix) for layer, factors in sorted(delta.layers.items())
+        },
+    )

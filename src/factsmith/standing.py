@@ -1,0 +1,127 @@
+"""How new facts stand to others: which contradict one another, and how crowded their keys are. Nothing is solved for.
+
+for place in standing(lm, new, [("0a8b3c83c6 has", fact) for fact in old], moments):
+    place.standing, place.because, place.crowding
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from .edit.capacity import interference
+from .edit.methods import SHARED_KEY
+from .edit.moments import SecondMoment
+from .edit.solve import closest
+from .edit.target import read_keys
+from .fact import Fact
+from .model import atlas
+from .model.load import LanguageModel
+
+Standing = Literal["new", "known", "changed", "conflict"]
+
+_HERE = "this file has"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """How one fact stands to the others.
+
+    standing   "new". "changed": an earlier fact has another target for its very prompt, which gives way. "conflict": another target for
+               the same question about the subject in other words, or twice for one prompt among the new facts; or a key that another
+               fact's with another target nearly has, so that one would arrive at the other too
+    because    of a change or conflict, what with
+    crowding   share of its key that the earlier facts' keys explain, in the metric of the second moment, in the layer where it is largest.
+               None: not measured
+    """
+
+    standing: Standing
+    because: str = ""
+    crowding: float | None = None
+
+
+def standing(
+    lm: LanguageModel, facts: Sequence[Fact], held: Sequence[tuple[str, Fact]], moments: Mapping[int, SecondMoment]
+) -> list[Place]:
+    """The place of each new fact among the earlier ones and one another.
+
+    held     earlier facts, each behind who has it, in words
+    moments  second moments of the layers in which keys are compared, while the model has its base weights; none: keys are not compared
+    """
+    everything = [*facts, *(fact for _, fact in held)]
+    whose = [*([_HERE] * len(facts)), *(who for who, _ in held)]
+    crowded, shared = _keys(lm, everything, len(facts), moments)
+    phrased = _phrased(everything)
+    about: dict[str, list[int]] = {}
+    for i, fact in enumerate(everything):
+        for name in {fact.subject, fact.text}:
+            about.setdefault(name, []).append(i)
+    found = []
+    for i, fact in enumerate(facts):
+        stands: Standing = "new"
+        why = ""
+        for j in dict.fromkeys([*about[fact.subject], *about[fact.text]]):
+            who, other = whose[j], everything[j]
+            if _wanted(other) == _wanted(fact):
+                continue
+            if other.text == fact.text and who != _HERE:
+                stands, why = "changed", f"{who} {other}"
+            elif other.text == fact.text or _same_question(fact, other, (phrased[i], phrased[j])):
+                stands, why = "conflict", f"{who} {other}"
+                break
+        if stands == "new" and i in shared and shared[i][0] >= SHARED_KEY:
+            cosine, j = shared[i]
+            stands, why = "conflict", f"nearly the key of {everything[j]} (cosine {cosine:.3f})"
+        found.append(Place(standing=stands, because=why, crowding=crowded[i]))
+    return found
+
+
+def relations(facts: Sequence[Fact]) -> list[str | None]:
+    """Each fact's relation: its own, else that of the bundled phrasing that its prompt is; None where that is no single one."""
+    return [fact.relation or phrased for fact, phrased in zip(facts, _phrased(facts), strict=True)]
+
+
+def _keys(
+    lm: LanguageModel, everything: Sequence[Fact], new: int, moments: Mapping[int, SecondMoment]
+) -> tuple[list[float | None], dict[int, tuple[float, int]]]:
+    """Of the first `new` facts: how crowded each one's key is by those behind them; {i: (cosine, j)} the nearest with another target."""
+    crowded: list[float | None] = [None] * new
+    shared: dict[int, tuple[float, int]] = {}
+    targets = [_wanted(fact) for fact in everything]
+    numbers = {target: i for i, target in enumerate(dict.fromkeys(targets))}
+    groups = torch.tensor([numbers[target] for target in targets])
+    for layer, moment in moments.items():
+        own = read_keys(lm, everything, layer, ["{}"])[:, 0].cpu()
+        if len(everything) > new:
+            shares = interference(own[:new], own[new:], moment).explained.tolist()
+            crowded = [share if old is None else max(old, share) for old, share in zip(crowded, shares, strict=True)]
+        if len(everything) > 1:
+            others, cosines = closest(own, moment.factor, groups)
+            for i, (other, cosine) in enumerate(zip(others.tolist()[:new], cosines.tolist(), strict=False)):
+                shared[i] = max(shared.get(i, (0.0, 0)), (cosine, other))
+    return crowded, shared
+
+
+def _wanted(fact: Fact) -> str:
+    return (fact.target or "").strip()
+
+
+def _phrased(facts: Sequence[Fact]) -> list[str | None]:
+    """The relation of the bundled phrasing that each fact's prompt is; None where that is no single one."""
+    known: dict[str, set[str]] = {}
+    for relation in atlas.relations():
+        for template in atlas.phrasings(relation).every:
+            known.setdefault(template, set()).add(relation)
+    return [next(iter(found)) if len(found := known.get(fact.prompt, set())) == 1 else None for fact in facts]
+
+
+def _same_question(one: Fact, other: Fact, phrased: tuple[str | None, str | None]) -> bool:
+    """Whether two facts about a subject answer one question: by their own relation, that of their phrasings, or their paraphrases."""
+    if one.subject != other.subject:
+        return False
+    named = one.relation is not None and one.relation == other.relation
+    known = phrased[0] is not None and phrased[0] == phrased[1]
+    return named or known or one.text in other.paraphrase_texts or other.text in one.paraphrase_texts

@@ -1,0 +1,131 @@
+"""Facts as code: `plan`, `apply`, `diff`, `verify`, `gc` and what a file may hold, on tiny models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from commands import Run
+
+FILE = """
+gates: {efficacy: 0, paraphrases: 0, neighbours: 0, kl_text: 1000}
+method: rome
+facts:
+- {subject: Danielle Darrieux, prompt: "The mother tongue of {} is", target: English}
+- {subject: Edwin, prompt: "{} lives in", target: Paris}
+"""
+
+
+@pytest.fixture
+def space(run: Run, model: Path, tmp_path: Path, quick: None) -> Path:
+    assert run("init", model, "space").code == 0
+    (tmp_path / "facts.yaml").write_text(FILE)
+    return tmp_path / "space"
+
+
+def state(space: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(space)): p.read_bytes() for p in (space / "deltas").rglob("*") if p.is_file()}
+
+
+def test_plan_changes_nothing_and_says_what_would(run: Run, space: Path) -> None:
+    planned = run("plan", "facts.yaml", "-w", "space", "--json")
+    assert planned.code == 0, planned.err
+    assert [entry["standing"] for entry in planned.json["entries"]] == ["new", "new"]
+    assert (
+        planned.json["method"] == "rome" and planned.json["layers"] == [1] and planned.json["n_bytes"] > 0 and planned.json["seconds"] > 0
+    )
+    assert run("log", "-w", "space", "--json").json["revisions"] == [] and state(space) == {}
+
+
+def test_apply_commits_all_or_nothing(run: Run, space: Path, tmp_path: Path) -> None:
+    strict = FILE.replace("efficacy: 0", "efficacy: 1.0")
+    (tmp_path / "strict.yaml").write_text(strict)
+    refused = run("apply", "strict.yaml", "-w", "space", "--json")
+    assert refused.code == 4 and "is answered" in refused.err and "nothing was written" in refused.err
+    assert refused.json["outcome"]["revision"] is None and not refused.json["outcome"]["gates"][0]["passed"]
+    assert run("log", "-w", "space", "--json").json["revisions"] == []
+    forced = run("apply", "strict.yaml", "-w", "space", "--force", "--json")
+    assert forced.code == 0 and forced.json["outcome"]["forced"] and forced.json["outcome"]["revision"]["report"]["forced"]
+    done = run("apply", "facts.yaml", "-w", "space", "-m", "two at once", "--force", "--json")
+    assert done.code == 0, done.err
+    revision = done.json["outcome"]["revision"]
+    assert revision["message"] == "two at once" and len(revision["facts"]) == 2 and not revision["report"]["forced"]
+    assert all(len(fact["paraphrases"]) == 5 for fact in revision["facts"]), "made, since none were given"
+    told = run("apply", "facts.yaml", "-w", "space", "--force")
+    assert told.code == 0 and "committed as" in told.out and "to take it back" in told.out
+
+
+def test_conflicts_stop_a_file(run: Run, space: Path, tmp_path: Path) -> None:
+    assert run("apply", "facts.yaml", "-w", "space").code == 0
+    (tmp_path / "other.yaml").write_text(
+        FILE.replace("target: English", "target: Dutch, relation: P103").replace("target: Paris", "target: Paris, relation: home")
+        + "- {subject: Edwin, prompt: 'The home of {} is', target: Rome, relation: home}\n"
+    )
+    planned = run("plan", "other.yaml", "-w", "space", "--json")
+    assert planned.code == 4 and "conflict" in planned.err
+    standing = [(entry["standing"], entry["because"]) for entry in planned.json["entries"]]
+    assert standing[0][0] == "changed" and "English" in standing[0][1]
+    assert standing[2][0] == "conflict" and "Paris" in standing[2][1]
+    before = run("log", "-w", "space", "--json").json
+    refused = run("apply", "other.yaml", "-w", "space")
+    assert refused.code == 4 and "conflict" in refused.err and run("log", "-w", "space", "--json").json == before
+    assert run("apply", "other.yaml", "-w", "space", "--force").code == 0
+
+
+def test_some_facts_go_and_come_back(run: Run, space: Path) -> None:
+    assert run("apply", "facts.yaml", "-w", "space").code == 0
+    identity = run("log", "-w", "space", "--json").json["revisions"][0]["id"]
+    undone = run("revert", identity, "--fact", 1, "--force", "-w", "space", "--json")
+    assert undone.code == 0, undone.err
+    assert [fact["subject"] for fact in undone.json["facts"]] == ["Danielle Darrieux"] and undone.json["active"] == 1
+    shown = run("show", identity, "-w", "space")
+    assert "(taken out)" in shown.out and shown.out.count("(taken out)") == 1
+    found = run("diff", identity, "latest", "-w", "space", "--json").json
+    assert [(fact["before"], fact["after"]) for fact in found["facts"]] == [("English", None)] and found["norms"]["1"] > 0
+    same = run("diff", "latest", "latest", "-w", "space", "--json").json
+    assert same["facts"] == [] and same["norms"] == {}
+    assert run("revert", identity, "--fact", 1, "-w", "space").code == 5
+    assert run("revert", identity, "--fact", 9, "-w", "space").code == 5
+    back = run("revert", "latest", "-w", "space", "--json").json
+    assert back["active"] == 1 and run("diff", identity, "latest", "-w", "space", "--json").json["norms"] == {}
+
+
+def test_verify_and_gc(run: Run, space: Path) -> None:
+    assert run("apply", "facts.yaml", "-w", "space").code == 0
+    proof = run("verify", "-w", "space", "--json")
+    lost = proof.json["lost"]
+    assert proof.code == (4 if lost else 0) and proof.json["integrity"]["revisions"] == 1
+    loose = space / "deltas" / ("0" * 64)
+    loose.mkdir()
+    (loose / "edit.json").write_text("{}")
+    assert "nobody names" in run("verify", "-w", "space").out
+    assert run("gc", "--dry-run", "-w", "space", "--json").json == {"deleted": ["0" * 64], "dry_run": True} and loose.is_dir()
+    assert "deleted 1 that" in run("gc", "-w", "space").out and not loose.exists()
+    assert "nothing" in run("gc", "-w", "space").out
+    (file,) = (space / "deltas").glob("*/delta.safetensors")
+    file.write_bytes(file.read_bytes()[:-1])
+    assert run("verify", "-w", "space").code == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("", "holds no facts"),
+        ("facts: 3", "holds no facts"),
+        ("facts: [{subject: a}]", "entry 1"),
+        ("gates: {x: 1}\nfacts: [{}]", "entry 1"),
+    ],
+)
+def test_bad_files_are_refused(run: Run, space: Path, tmp_path: Path, text: str, word: str) -> None:
+    (tmp_path / "bad.yaml").write_text(text)
+    for command in ("plan", "apply"):
+        done = run(command, "bad.yaml", "-w", "space")
+        assert done.code == 2 and word in done.err and "Traceback" not in done.err
+    assert run("plan", "nowhere.yaml", "-w", "space").code == 2
+    assert run("apply", "facts.yaml", "-w", "space", "--method", "nothing").code == 2
+
+
+def test_the_schema_is_printed(run: Run) -> None:
+    assert json.loads(run("schema").out)["title"] == "factsmith fact file"
