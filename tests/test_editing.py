@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import torch
 
 from conftest import GPT2, TEXTS, byte_tokenizer, tiny_model
 from factsmith import editing
+from factsmith.edit import methods
 from factsmith.edit.delta import Delta
 from factsmith.edit.finetune import FineTuneConfig, LoraConfig
 from factsmith.edit.kept import find_moments
 from factsmith.edit.methods import METHODS, AlphaEditConfig, EmmetConfig, MemitConfig, RomeConfig
-from factsmith.editing import NAMES, editors, usable
+from factsmith.edit.target import find_targets
+from factsmith.editing import NAMES, configured, editors, usable
 from factsmith.errors import InputError
 from factsmith.fact import Fact
 from factsmith.judge.evaluate import evaluate
@@ -37,6 +40,7 @@ CONFIG: dict[str, Any] = {
     "ft-l": FineTuneConfig(layers=(1,), steps=2, epochs=1),
     "lora": LoraConfig(layers=(0, 1), steps=2, epochs=1, lr=0.05),
 }
+SHARING = ("rome", "r-rome", "memit", "emmet")
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +104,50 @@ def test_rounds_know_the_rounds_before(lm: LanguageModel, monkeypatch: pytest.Mo
     assert told == [(), (subjects[0],), (subjects[0], subjects[1]), ()]
     assert len(set(models)) == 3 and models[0] == models[3], "solved on the model as it was then"
     assert not changed(lm, before)
+
+
+def test_methods_share_targets(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found once for facts written into the model as it is, and what comes out is what each method finds alone."""
+    moments = find_moments(lm, [0, 1], texts=TEXTS * 20, max_tokens=3000)
+    searched: list[tuple[str, ...]] = []
+
+    def counting(*args: Any, **options: Any) -> Any:
+        searched.append(tuple(fact.subject for fact in args[1]))
+        return find_targets(*args, **options)
+
+    for module in (editing, methods):
+        monkeypatch.setattr(module, "find_targets", counting)
+    config = {name: dataclasses.replace(CONFIG[name], **({"repair": 0} if name in ("memit", "emmet") else {})) for name in SHARING}
+    shared = editors(lm, SHARING, config=config, moments=moments, seed=3)
+    before = weights(lm)
+    for name in SHARING:
+        for facts in (FACTS[:1], FACTS[1:2]):
+            alone = editors(lm, [name], config={name: config[name]}, moments=moments, seed=3)[name]
+            with alone(facts):
+                expected = weights(lm)
+            with shared[name](facts) as noted:
+                found = weights(lm)
+            assert noted["seconds"] > 0 and all(torch.equal(found[key], expected[key]) for key in found)
+    own = [subjects for subjects in searched if subjects == ("Edwin",)]
+    assert len(own) == len(SHARING) + 2, "one of the solo editors each, one of ROME's and one of MEMIT's for the sharing ones"
+    assert not changed(lm, before)
+    searched.clear()
+    with shared["memit"](FACTS[:1]), shared["emmet"](FACTS[1:2]), shared["rome"](FACTS[:1]):
+        assert searched == [("Edwin",), ("Danielle Darrieux",)], "what stands on other edits is searched anew"
+
+
+def test_settings_by_name(lm: LanguageModel) -> None:
+    assert configured(lm, ["rome", "memit", "ft"]) == {}
+    found = configured(
+        lm, ["rome", "memit", "ft"], {"memit": {"steps": 7, "layers": (0, 1)}, "ft": {"steps": 3, "layers": 1}, "rome": {"layer": 2}}
+    )
+    assert (found["memit"].steps, found["memit"].layers, found["ft-l"].steps, found["ft-l"].layers) == (7, (0, 1), 3, (1,))
+    assert found["rome"].layer == 2
+    for changes, word in (({"memit": {"stepz": 1}}, "stepz"), ({"ft": {"rank": 1}}, "rank"), ({"lora": {"rank": 2}}, "lora")):
+        with pytest.raises(InputError, match=word):
+            configured(lm, ["memit", "ft"], changes)
+    with pytest.raises(InputError, match="published"):
+        configured(lm, ["memit"], paper=True)
 
 
 def test_a_failing_solver_leaves_no_trace(lm: LanguageModel, found: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ from factsmith.inspect.profile import profile
 from factsmith.inspect.refinement import refinement
 from factsmith.inspect.triggers import Triggers, find_triggers
 from factsmith.inspect.values import value_tokens
+from factsmith.judge.evaluate import Evaluation, Row
 from factsmith.locate.average import AverageTrace
 from factsmith.locate.causal import CausalTrace
 from factsmith.locate.neurons import knowledge_neurons
@@ -34,6 +35,7 @@ from factsmith.plot import (
     class_lines,
     class_map,
     curves,
+    evaluation_chart,
     heat_map,
     neuron_chart,
     prediction_chart,
@@ -257,6 +259,40 @@ def test_agreement_and_census_are_drawn_as_they_are(scanned: Triggers, tiny_gpt2
             draw(trace())  # type: ignore[operator]
         with pytest.raises(InputError, match="got a dict"):
             draw({})
+
+
+def judged(size: int, right: float, *, sequence: bool = False) -> Evaluation:
+    """Four records, of whose prompts a share is answered right; in a sequence those of the first round are lost in the second."""
+    rows = []
+    for at, kind in itertools.product(range(4), ("prompt", "paraphrase")):
+        asked = range(at // size, 4 // size) if sequence else [at // size]
+        for unit in asked:
+            good = at < 4 * right if not sequence else unit == at // size
+            rows.append(
+                Row(editor="it", unit=unit, record=f"r{at}", kind=kind, group=None, prompt="p", written=at // size, answer="",  # type: ignore[arg-type]
+                    exact=good, stayed=None, log_wanted=-1.0, log_against=-2.0, tokens=None)
+            )  # fmt: skip
+    base = [dataclasses.replace(row, editor="base") for row in rows]
+    notes = {("it", unit): {"kl_text": 0.5 * (unit + 1), "changed_share": 0.1} for unit in range(4 // size)}
+    return Evaluation(rows=(*base, *rows), notes=notes, size=size, sequence=sequence, skipped=0, model="m", fingerprint="f" * 64)
+
+
+def test_judged_edits_are_drawn_as_they_are(tmp_path: Path) -> None:
+    runs = [judged(2, 0.5), judged(1, 1.0), judged(2, 0, sequence=True)]
+    figure = evaluation_chart(runs, names={"it": "That one"}, path=tmp_path / "judged.png")
+    prompt, _, neighbour, _, first, so_far, changed, prose = figure.axes
+    thin, solid = prompt.get_lines()
+    assert solid.get_xydata().tolist() == [[1, 100], [2, 50]] and thin.get_xydata().tolist() == [[1, 100], [2, 100]]
+    assert solid.get_label() == "That one" and not neighbour.get_lines()
+    assert first.get_lines()[0].get_xydata().tolist() == [[2, 100], [4, 0]]
+    assert so_far.get_lines()[0].get_xydata().tolist() == [[2, 100], [4, 50]]
+    assert changed.get_lines()[0].get_ydata().tolist() == [10, 10] and prose.get_lines()[0].get_ydata().tolist() == [0.5, 1.0]
+    assert len(evaluation_chart(runs[:2]).axes) == 4 and len(evaluation_chart(runs[2]).axes) == 4
+    for few in ([], [judged(1, 1.0)]):
+        with pytest.raises(InputError, match="expected two sizes"):
+            evaluation_chart(few)
+    with pytest.raises(InputError, match="got a CausalTrace"):
+        evaluation_chart([trace()])  # type: ignore[list-item]
 
 
 def test_heat_map_shows_the_scores_with_the_subject_marked() -> None:

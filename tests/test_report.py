@@ -40,10 +40,14 @@ def evaluation(size: int, *, sequence: bool = False, wrong: int = 1) -> Evaluati
             if (sequence and at // size <= unit) or (not sequence and at // size == unit):
                 rows += [row("rome", unit, f"r{at}", kind, at >= wrong, at // size) for kind in kinds]
     notes: dict[tuple[str, int], dict[str, float]] = {
-        ("rome", unit): {"seconds": 2.0, "norm": 0.1 * (unit + 1)} for unit in range(len(units))
+        ("rome", unit): {"seconds": 2.0, "norm": 0.1 * (unit + 1), "kl_text": 0.1 + 0.3 * unit} for unit in range(len(units))
     }
+    if size > 1:
+        notes[BASE, 0] = {"probe: task acc": 0.5}
+        notes["rome", len(units) - 1] |= {"probe: task acc": 0.25}
     return Evaluation(
-        rows=tuple(rows), notes=notes, size=size, sequence=sequence, skipped=0, model=f"model {NASTY}", fingerprint="f" * 64
+        rows=tuple(rows), notes=notes, failed={("rome", 0): f"no {NASTY}"} if size > 1 else {}, size=size, sequence=sequence, skipped=0,
+        model=f"model {NASTY}", fingerprint="f" * 64,
     )  # fmt: skip
 
 
@@ -112,7 +116,11 @@ def test_the_numbers_are_those_of_the_runs() -> None:
     plain = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert [run["measures"]["rome"]["paraphrase success"]["value"] for run in plain["runs"]] == [0.75, 0.5]
     assert plain["runs"][0]["measures"]["base"]["prompt exact"]["value"] == 0
-    assert plain["runs"][1]["costs"] == [{"editor": "rome", "edits": 2, "seconds": 2.0, "each": 1.0, "norm": 0.2}]
+    assert plain["runs"][1]["edits"] == {
+        "rome": {"edits": 1, "failed": 1, "seconds": 2.0, "seconds_a_record": 1.0, "norm": 0.2, "kl_text": 0.25}
+    }
+    assert plain["runs"][1]["probed"] == {"base": {"task acc": 0.5}, "rome": {"task acc": 0.25}}
+    assert plain["runs"][1]["failed"] == [{"editor": "rome", "edit": 0, "why": f"no {NASTY}"}] and not plain["runs"][0]["failed"]
     for text in (report_page(found), report_markdown(found), repr(found)):
         assert "75.0" in text and "50.0" in text
     assert set(re.findall(r"<dt>(\w+)</dt>", report_page(found))) >= {"success", "exact", "stayed", "score", "norm"} & set(MEANINGS)
@@ -137,6 +145,9 @@ def test_a_sequence_shows_what_is_left() -> None:
     assert 'class="heat"' in html and "--share: 0.500" in html and "--share: 1.000" in html
     assert re.search(r"\| written in 1 \| 50 \| 50 \|", report_markdown(found))
     assert 'class="heat"' not in report_page(report())
+    left = next(table for table in found.tables() if table.title == "what is left")
+    assert list(left.rows) == [("rome", "50 · 50", "50 · 75")], "of the first round · of all so far: two of two are right in the second"
+    assert "prompts of all rounds so far answered right" in html and "KL on prose, 2 a round" in html
 
 
 def test_markdown_holds_no_markup_of_theirs(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@
     curves({"label": (x, y, low, high)})     lines with bands, such as an effect against the number of neurons
     profile_lines(found), profile_bars(...)  what a layer's neurons go by: shares of them by feature, and one feature's values
     agreement_chart(found), census_chart(..) whether keys and values agree, by layer; what a model is made of
+    evaluation_chart(runs)                   judged edits: against their number, and round by round
     prediction_chart(composition)            one prediction: how it comes up the layers, and what each part adds to it
     refinement_chart(refinement)             many of them: whose a layer's prediction is, and where answers come up
 
@@ -44,6 +45,7 @@ from .inspect.census import Census
 from .inspect.composition import Composition
 from .inspect.profile import Profile
 from .inspect.refinement import Refinement
+from .judge.evaluate import BASE, Evaluation
 from .locate.average import AverageTrace
 from .locate.causal import CausalTrace
 from .locate.neurons import KnowledgeNeurons
@@ -543,6 +545,86 @@ def agreement_chart(found: Agreement | Mapping[str, Agreement], *, path: str | o
     return _finished(figure, path)
 
 
+def evaluation_chart(
+    runs: Evaluation | Sequence[Evaluation], *, names: Mapping[str, str] | None = None, path: str | os.PathLike[str] | None = None
+) -> Figure:
+    """Draw judged edits. Above, against the number of records an edit: what is really said (solid), and two-way success (thin, dashed).
+    Below, of runs in sequence, round by round: what is left of the first round and of all, other facts changed, divergence on prose.
+
+    runs   of one model and suite; above are those at a time (two sizes at least), below is the first in sequence of each size
+    names  {editor: how it is called in the picture}
+
+    `path` as for `heat_map`. Raises InputError when there is nothing to draw, more editors than can be told apart, or another record.
+    """
+    listed = [runs] if isinstance(runs, Evaluation) else list(runs)
+    for run in listed:
+        _check_record(run, Evaluation, "evaluation_chart")
+    apart = sorted((run for run in listed if not run.sequence), key=lambda run: run.size)
+    rounds = [run for run in listed if run.sequence]
+    above = len({run.size for run in apart}) > 1
+    editors = [editor for editor in dict.fromkeys(editor for run in listed for editor in run.editors) if editor != BASE]
+    if not (above or rounds) or not 1 <= len(editors) <= len(_LINES):
+        raise InputError(
+            f"got {len(listed)} runs of {len(editors)} editors; expected two sizes, or a run in sequence, of 1 to {len(_LINES)} editors"
+        )
+    figure, grid = _side_by_side(len(_QUALITY), 1.0 + 1.9 * (above + bool(rounds)), rows=above + bool(rounds))
+    styles = dict(zip(editors, _LINES, strict=False))
+
+    def draw(axes: Axes, editor: str, dots: Sequence[tuple[float, float]], thin: bool = False) -> None:
+        if dots:
+            colour, dash, marker = styles[editor]
+            look: dict[str, Any] = (
+                {"linestyle": (0, (2, 2)), "linewidth": 0.6, "alpha": 0.7} if thin else {"linestyle": dash, "linewidth": 1.0}
+            )
+            label = None if thin else (names or {}).get(editor, editor)
+            axes.plot(*zip(*dots, strict=True), color=colour, marker=None if thin else marker, markersize=2.6, label=label, **look)
+
+    if above:
+        told = [(run.size, {editor: run.summary(editor) for editor in run.editors}) for run in apart]
+        for axes, (kind, measure) in zip(grid, _QUALITY, strict=False):
+            for editor in editors:
+                for name, thin in ((f"{kind} success", True), (f"{kind} {measure}", False)):
+                    draw(axes, editor, [(n, 100 * own[editor][name].value) for n, own in told if name in own.get(editor, {})], thin)
+            axes.set_xscale("log")
+            axes.set_xlabel("records an edit", fontsize=7.5)
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+            _percent(axes, f"{kind}: {'says what it said' if measure == 'stayed' else 'says it'}")
+    if rounds:
+        first, so_far, changed, prose = grid[-len(_QUALITY) :]
+        for run in rounds:
+            for editor in run.editors[1:]:
+                left = run.remaining(editor)
+                for at, axes in enumerate((first, so_far)):
+                    draw(axes, editor, [((k + 1) * run.size, 100 * own[at]) for k, own in left.items()])
+                drifts = [((k + 1) * run.size, run.drift(editor, k)) for name, k in run.notes if name == editor]
+                draw(changed, editor, [(n, 100 * own["changed_share"]) for n, own in drifts if "changed_share" in own])
+                draw(prose, editor, [(n, own["kl_text"]) for n, own in drifts if "kl_text" in own])
+        for axes, title in (
+            (first, "first round: still says it"),
+            (so_far, "all rounds so far: says it"),
+            (changed, "other facts changed"),
+        ):
+            _percent(axes, title)
+        prose.set_title("KL on prose, nats a token", fontsize=7.5, loc="left", pad=3)
+        prose.set_ylim(bottom=0)
+        _quiet(prose)
+        for axes in (first, so_far, changed, prose):
+            axes.set_xlabel("records written, round by round", fontsize=7.5)
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    _legend_below(figure, max(grid, key=lambda axes: len(axes.get_legend_handles_labels()[1])))
+    return _finished(figure, path)
+
+
+_QUALITY = (("prompt", "exact"), ("paraphrase", "exact"), ("neighbour", "stayed"), ("multihop", "exact"))
+
+
+def _percent(axes: Axes, title: str) -> None:
+    axes.set_title(title, fontsize=7.5, loc="left", pad=3)
+    axes.set_ylim(-3, 103)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
+    _quiet(axes)
+
+
 def census_chart(found: Census | Mapping[str, Census], *, path: str | os.PathLike[str] | None = None) -> Figure:
     """Draw what a model is made of: parameters by layer, memory solid and attention hatched, beside the embeddings; below, where second
     moments were given, the share of the coefficients' directions that the text uses: the effective rank in a hundred neurons.
@@ -637,6 +719,7 @@ def _check_record(record: object, kind: type, drawn_by: str) -> None:
     if not isinstance(record, kind):
         other: dict[type, str] = {CausalTrace: "heat_map", AverageTrace: "class_map or class_lines", KnowledgeNeurons: "neuron_chart"}
         other |= {Composition: "prediction_chart", Refinement: "refinement_chart"}
+        other |= {Evaluation: "evaluation_chart"}
         other |= {Profile: "profile_lines or profile_bars", Agreement: "agreement_chart", Census: "census_chart"}
         instead = next((f"; draw it with {name}" for known, name in other.items() if isinstance(record, known)), "")
         raise InputError(f"{drawn_by} draws a {kind.__name__}; got a {type(record).__name__}{instead}")

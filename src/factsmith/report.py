@@ -16,10 +16,10 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from .errors import InputError
-from .judge.evaluate import BASE, Evaluation, Row, Share
+from .judge.evaluate import BASE, INTERVALS, Evaluation, Row, Share
 from .judge.suites import Suite
 from .pages import check_page, keep_page, render
 from .tables import Shown, Table, counted, visible
@@ -41,12 +41,26 @@ MEANINGS = {
     "relation": "What follows from the new fact in another relation.",
     "negation": '"It is not true that …" before the prompt: a model that understood says something other than what was written.',
     "norm": "‖ΔW‖ / ‖W‖ of the layer that changed most, earlier rounds included: what grows before a model breaks.",
+    "text": "What the model writes by itself, going on from a few prompts about the subject.",
+    "entropy": "How little that text repeats itself: n-gram entropy in bits, times 100 as papers print it. It falls when a model breaks.",
+    "consistency": "How much that text resembles texts about things of which the new fact is true (tf-idf cosine).",
+    "kl_text": "How far the distribution of the next token has moved on prose, in nats: 0.01 is hardly seen, at 1 it is another model.",
+    "perplexity": "Of the same prose, after the edit divided by before.",
+    "kl_facts": "The same divergence where the answers of facts are due that nothing was written about.",
+    "changed_share": "Share of those facts that are answered otherwise than before.",
     "seconds": "Time to solve an edit, without what is computed once for a model.",
 }
 """What each number means, in a line."""
 
 _PAIRS = (("prompt", "exact"), ("paraphrase", "exact"), ("neighbour", "stayed"), ("multihop", "exact"))
+_DRIFT_NAMES = {
+    "kl_text": "KL on prose",
+    "perplexity": "perplexity, times",
+    "kl_facts": "KL on other facts",
+    "changed_share": "other facts changed",
+}
 _MOST_ROUNDS = 16  # rows and columns of a heat
+_FEW = 8  # rounds of a table
 _FAILURES = 48  # of a report, shared among kinds and runs
 
 
@@ -75,11 +89,8 @@ class Report(Shown):
 
     @functools.cached_property
     def summaries(self) -> list[dict[str, dict[str, Share]]]:
-        """For each run {editor: {measure: Share}}, but for magnitudes."""
-        return [
-            {editor: {k: v for k, v in run.summary(editor).items() if not k.endswith("magnitude")} for editor in run.editors}
-            for run in self.runs
-        ]
+        """For each run {editor: {measure: Share}}."""
+        return [{editor: run.summary(editor) for editor in run.editors} for run in self.runs]
 
     @property
     def editors(self) -> tuple[str, ...]:
@@ -92,13 +103,12 @@ class Report(Shown):
         for run, summary in zip(self.runs, self.summaries, strict=True):
             measures = [(name, *(_cell(own.get(name)) for own in summary.values())) for name in _names(summary)]
             columns = {"per cent": "<", **dict.fromkeys(summary, ">")}
-            found.append(Table(_title(run), columns, measures, "± half of the 95 % interval over records"))
-            costs = _costs(run)
-            rows = [(c["editor"], f"{c['edits']:,}", f"{c['seconds']:.3g}", f"{c['each']:.3g}", f"{c['norm']:.3g}") for c in costs]
-            columns = {"editor": "<", "edits": ">", "seconds an edit": ">", "seconds a record": ">", "largest ‖ΔW‖/‖W‖": ">"}
-            if rows:
-                found.append(Table("", columns, rows))
-        return found
+            found.append(Table(_title(run), columns, measures, INTERVALS))
+            if run.sequence:
+                found.append(_left_table(run))
+            found.append(_probe_table(run))
+            found += _measured_tables(run)
+        return [table for table in found if table.rows]
 
     def facts(self) -> dict[str, str]:
         """What the report is of, by name."""
@@ -112,6 +122,7 @@ class Report(Shown):
             "its sha256": self.suite.digest,
             "records judged": f"{records:,}",
             **{f"left out: {why}": f"{n:,}" for why, n in self.left_out.items()},
+            "edits that could not be made": _failed(self.runs),
             "malformed": f"{len(self.suite.skipped):,}",
             "records an edit": ", ".join(f"{run.size:,}{' in sequence' if run.sequence else ''}" for run in self.runs),
             "seed": str(self.seed),
@@ -158,7 +169,9 @@ class Report(Shown):
                     "size": run.size,
                     "sequence": run.sequence,
                     "measures": {e: {name: _plain(share) for name, share in own.items()} for e, own in summary.items()},
-                    "costs": _costs(run),
+                    "probed": {e: dict(run.probed(e)) for e in run.editors},
+                    "failed": [{"editor": e, "edit": unit, "why": why} for (e, unit), why in run.failed.items()],
+                    "edits": {e: _measured(run, e) for e in run.editors if e != BASE},
                     "retention": {e: run.retention(e) for e in run.editors if run.sequence and e != BASE},
                 }
                 for run, summary in zip(self.runs, self.summaries, strict=True)
@@ -184,7 +197,7 @@ def report_page(found: Report, path: str | os.PathLike[str] | None = None) -> st
                 "editors": list(summary),
                 "rows": [(name, [own.get(name) for own in summary.values()]) for name in names],
                 "bars": _bars(summary),
-                "costs": _costs(run),
+                "tables": [table for table in (_probe_table(run), *_measured_tables(run)) if table.rows],
                 "heats": [(e, _heat(run, e)) for e in run.editors if run.sequence and e != BASE],
             }
         )
@@ -196,6 +209,7 @@ def report_page(found: Report, path: str | os.PathLike[str] | None = None) -> st
         model=found.runs[0].model,
         suite=found.suite.name,
         runs=runs,
+        intervals=INTERVALS,
         charts=_charts(found),
         colours={editor: at for at, editor in enumerate(found.editors)},
         failures=failures,
@@ -250,7 +264,7 @@ def _short(run: Evaluation) -> str:
 
 def _names(summary: Mapping[str, Mapping[str, Share]]) -> list[str]:
     """The measures of a run; a question's next to one another, the scores first."""
-    names = dict.fromkeys(name for own in summary.values() for name in own)
+    names = dict.fromkeys(name for own in summary.values() for name in own if not name.endswith("magnitude"))
     kinds = list(dict.fromkeys(name.partition(" ")[0] for name in names if not name.startswith("score")))
     return sorted(names, key=lambda name: -1 if name.startswith("score") else kinds.index(name.partition(" ")[0]))
 
@@ -266,17 +280,64 @@ def _plain(share: Share) -> dict[str, float | int | None]:
     return {name: value if math.isfinite(value) else None for name, value in vars(share).items()}
 
 
-def _costs(run: Evaluation) -> list[dict[str, Any]]:
-    """For each editor its edits, mean seconds and the largest norm."""
-    found = []
-    for editor in run.editors:
-        notes = [own for (name, _), own in run.notes.items() if name == editor and {"seconds", "norm"} <= set(own)]
-        if notes:
-            seconds = sum(own["seconds"] for own in notes)
-            records = len({row.record for row in run.rows if row.editor == editor})
-            cost = {"editor": editor, "edits": len(notes), "seconds": seconds / len(notes), "each": seconds / max(1, records)}
-            found.append({**cost, "norm": max(own["norm"] for own in notes)})
-    return found
+_COSTS = {"edits": "edits", "failed": "failed", "seconds": "seconds an edit", "seconds_a_record": "seconds a record", "norm": "‖ΔW‖/‖W‖"}
+
+
+def _measured(run: Evaluation, editor: str) -> dict[str, float]:
+    """What an editor noted of its edits: how many, mean seconds, the largest norm, drift."""
+    notes = [own for (name, _), own in run.notes.items() if name == editor]
+    records = len({row.record for row in run.rows if row.editor == editor})
+    failed = sum(name == editor for name, _ in run.failed)
+    found: dict[str, float] = {"edits": len(notes) - failed, **({"failed": failed} if failed else {})}
+    if seconds := [own["seconds"] for own in notes if "seconds" in own]:
+        found |= {"seconds": sum(seconds) / len(seconds), "seconds_a_record": sum(seconds) / max(1, records)}
+    if norms := [own["norm"] for own in notes if "norm" in own]:
+        found["norm"] = max(norms)
+    return found | run.drift(editor)
+
+
+def _measured_tables(run: Evaluation) -> list[Table]:
+    """The same in words: what edits cost, and what they did to the rest."""
+    told = {editor: _measured(run, editor) for editor in run.editors if editor != BASE}
+    tables = []
+    for title, names, note in (
+        ("what it cost", _COSTS, "means over edits; ‖ΔW‖/‖W‖: the largest"),
+        ("what it did to the rest", _DRIFT_NAMES, "KL in nats; perplexity after divided by before"),
+    ):
+        names = {name: told_as for name, told_as in names.items() if name != "failed" or run.failed}
+        rows = [(editor, *(_number(name, own.get(name)) for name in names)) for editor, own in told.items() if set(own) & set(names)]
+        tables.append(Table(title, {"editor": "<", **dict.fromkeys(names.values(), ">")}, rows, note))
+    return tables
+
+
+def _number(name: str, value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f} %" if name == "changed_share" else f"{value:.3g}"
+
+
+def _failed(runs: Sequence[Evaluation]) -> str:
+    """How many edits failed, and why the first did; "" when none."""
+    failed = [f"{editor}: {why}" for run in runs for (editor, _), why in run.failed.items()]
+    return f"{len(failed):,}, the first of {failed[0]}" if failed else ""
+
+
+def _probe_table(run: Evaluation) -> Table:
+    """What a probe measured, a column an editor."""
+    told = {editor: run.probed(editor) for editor in run.editors}
+    names = dict.fromkeys(name for own in told.values() for name in own)
+    rows = [(name, *(f"{own[name]:.4g}" if name in own else "" for own in told.values())) for name in names]
+    return Table("general ability", {"": "<", **dict.fromkeys(told, ">")}, rows, "behind the last edit; base: before any")
+
+
+def _left_table(run: Evaluation) -> Table:
+    """What is left of a sequence, behind a few rounds."""
+    told = {editor: run.remaining(editor) for editor in run.editors if editor != BASE}
+    rounds = sorted({at for own in told.values() for at in own})
+    shown = rounds if len(rounds) <= _FEW else sorted({rounds[round(i * (len(rounds) - 1) / (_FEW - 1))] for i in range(_FEW)})
+    rows = [
+        (editor, *(f"{100 * own[at][0]:.0f} · {100 * own[at][1]:.0f}" if at in own else "" for at in shown)) for editor, own in told.items()
+    ]
+    columns = {"behind round": "<", **{str(at + 1): ">" for at in shown}}
+    return Table("what is left", columns, rows, "prompts answered right, per cent: those of the first round · of all rounds so far")
 
 
 def _bars(summary: Mapping[str, Mapping[str, Share]]) -> list[dict[str, Any]]:
@@ -298,28 +359,60 @@ def _heat(run: Evaluation, editor: str) -> tuple[list[int], list[tuple[int, list
     return rounds, [(at, [told.get(at, {}).get(asked) for asked in rounds]) for at in rounds]
 
 
+_Dots: TypeAlias = "Mapping[str, Sequence[tuple[int, float, str]]]"
+"""Of a chart's lines, {editor: [(x, y, what it says)]}."""
+
+
 def _charts(found: Report) -> list[dict[str, Any]]:
-    """Quality against the number of edits, a chart a measure, in a box of 100 x 60; none for a single size."""
-    order = sorted(range(len(found.runs)), key=lambda at: (found.runs[at].sequence, found.runs[at].size))
-    sizes = [found.runs[at].size for at in order]
-    if len(set(sizes)) < 2:
-        return []
-    low, high = math.log(min(sizes)), math.log(max(sizes))
+    """Quality and drift against the number of edits, and what is left of a sequence after each round."""
     charts = []
-    for kind, measure in _PAIRS:
-        name, lines = f"{kind} {measure}", []
-        for editor in found.editors:
-            dots = []
-            for at, size in zip(order, sizes, strict=True):
-                share = found.summaries[at].get(editor, {}).get(name)
-                if share is not None:
-                    x = 4 + 92 * (math.log(size) - low) / (high - low)
-                    dots.append((round(x, 2), round(58 - 56 * share.value, 2), f"{editor}, {size:,} at a time: {_cell(share)}"))
-            if dots:
-                lines.append({"editor": editor, "dots": dots, "points": " ".join(f"{x},{y}" for x, y, _ in dots)})
-        if lines:
-            charts.append({"title": name, "lines": lines, "first": f"{min(sizes):,}", "last": f"{max(sizes):,}"})
-    return charts
+    apart = [at for at, run in enumerate(found.runs) if not run.sequence]
+    if len({found.runs[at].size for at in apart}) > 1:
+        for kind, measure in _PAIRS:
+            name = f"{kind} {measure}"
+            shares = {e: [(found.runs[at].size, found.summaries[at].get(e, {}).get(name)) for at in apart] for e in found.editors}
+            dots = {e: [(size, share.value, _cell(share)) for size, share in own if share] for e, own in shares.items()}
+            charts.append(_chart(f"{name} against the number of edits", dots, "records an edit", top=1.0, logarithmic=True))
+        told = {e: [(run.size, run.drift(e)) for run in found.runs if not run.sequence] for e in found.editors if e != BASE}
+        charts += [_drift_chart(name, "against the number of edits", told, "records an edit", logarithmic=True) for name in _DRIFT_NAMES]
+    for run in found.runs:
+        if run.sequence:
+            left = {e: run.remaining(e) for e in run.editors if e != BASE}
+            for at, of in enumerate(("the first round", "all rounds so far")):
+                dots = {e: [(k + 1, own[at], f"{100 * own[at]:.0f} %") for k, own in each.items()] for e, each in left.items()}
+                charts.append(_chart(f"prompts of {of} answered right, {_short(run)}", dots, "rounds", top=1.0))
+            told = {e: [(k + 1, run.drift(e, k)) for name, k in run.notes if name == e] for e in left}
+            charts += [_drift_chart(name, _short(run), told, "rounds") for name in _DRIFT_NAMES]
+    return [chart for chart in charts if chart["lines"]]
+
+
+def _drift_chart(
+    name: str, of: str, told: Mapping[str, Sequence[tuple[int, Mapping[str, float]]]], unit: str, *, logarithmic: bool = False
+) -> dict[str, Any]:
+    dots = {e: [(x, own[name], f"{own[name]:.3g}") for x, own in each if name in own] for e, each in told.items()}
+    return _chart(f"{_DRIFT_NAMES[name]}, {of}", dots, unit, top=1.0 if name == "changed_share" else None, logarithmic=logarithmic)
+
+
+def _chart(title: str, lines: _Dots, unit: str, *, top: float | None = None, logarithmic: bool = False) -> dict[str, Any]:
+    """Lines in a box of 100 x 60, y from 0 to `top`, which is 100 %; None: to the largest."""
+    most = top
+    xs = [x for dots in lines.values() for x, *_ in dots]
+    top = max((y for dots in lines.values() for _, y, _ in dots), default=1.0) or 1.0 if most is None else most
+    low, high = (math.log(end(xs)) if logarithmic else end(xs) for end in (min, max)) if xs else (0.0, 1.0)
+    found = []
+    for editor, dots in lines.items():
+        places = [
+            (
+                round(4 + 92 * ((math.log(x) if logarithmic else x) - low) / max(high - low, 1e-9), 2),
+                round(58 - 56 * y / top, 2),
+                f"{editor}, {x:,} {unit}: {text}",
+            )
+            for x, y, text in sorted(dots)
+        ]
+        if places:
+            found.append({"editor": editor, "dots": places, "points": " ".join(f"{x},{y}" for x, y, _ in places)})
+    ends = [f"{x:,}" for x in (min(xs), max(xs))] if xs else ["", ""]
+    return {"title": title, "lines": found, "first": ends[0], "last": ends[1], "unit": unit, "top": "100 %" if most else f"{top:.3g}"}
 
 
 def _margin(row: Row) -> float:
@@ -331,8 +424,8 @@ def _margin(row: Row) -> float:
 
 def _meanings(found: Report) -> dict[str, str]:
     """Those of what the report shows."""
-    words = {word for summary in found.summaries for own in summary.values() for name in own for word in name.split()}
-    words |= {"norm", "seconds"} if any(_costs(run) for run in found.runs) else set()
+    words = {word for summary in found.summaries for own in summary.values() for name in own for word in name.split()} - {"magnitude"}
+    words |= {name for run in found.runs for editor in run.editors if editor != BASE for name in _measured(run, editor)}
     return {name: text for name, text in MEANINGS.items() if name in words}
 
 

@@ -74,14 +74,16 @@ def test_it_is_what_full_distributions_say(family: str) -> None:
 def test_nothing_changed_is_nothing_found(tiny_gpt2: LanguageModel) -> None:
     found = drift(tiny_gpt2, nullcontext, max_tokens=100, n_facts=5)
     assert found.kl_text == pytest.approx(0, abs=1e-6) and found.perplexity[0] == pytest.approx(found.perplexity[1])
-    assert found.changed == () and found.exceeded(kl_text=1e-3, kl_facts=1e-3, changed_share=0, perplexity=1.001) == ()
+    assert found.changed == () and found.exceeded(kl_text=1e-3, perplexity=1.001) == ()
+    unmeasured = found.exceeded(kl_facts=1e-3, changed_share=0)
+    assert found.n_facts or [text.partition(" was not measured")[0] for text in unmeasured] == ["kl_facts", "changed_share"]
 
 
 def test_limits_that_are_broken_are_named(tiny_gpt2: LanguageModel) -> None:
     found = drift(tiny_gpt2, other(tiny_gpt2, 2.0), texts=TEXTS, facts=[])
     assert found.kl_facts is None and found.changed_share == 0
     broken = found.exceeded(kl_text=found.kl_text / 2, kl_text_worst=1e9, kl_facts=0.0, perplexity=1e9)
-    assert len(broken) == 1 and broken[0].startswith("kl_text is ")
+    assert len(broken) == 2 and broken[0].startswith("kl_text is ") and broken[1].startswith("kl_facts was not measured")
     with pytest.raises(InputError, match="no limit 'kl'"):
         found.exceeded(kl=1)
 

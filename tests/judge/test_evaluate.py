@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from conftest import GPT2, byte_tokenizer, shared_dir, tiny_model
-from factsmith.errors import DamagedError, FingerprintError, InputError
+from factsmith.errors import DamagedError, FingerprintError, InputError, NumericsError
 from factsmith.fact import Fact
-from factsmith.judge.evaluate import BASE, Editor, Row, evaluate, score
+from factsmith.judge.drift import drift
+from factsmith.judge.evaluate import BASE, Editor, Evaluation, Row, evaluate, score
+from factsmith.judge.metrics import ngram_entropy, reference_consistency
 from factsmith.judge.suites import Question, Record, load_suite
 from factsmith.model.load import LanguageModel, wrap
 
@@ -30,6 +34,7 @@ def record(n: int, *questions: Question) -> Record:
     return Record(id=f"r{n}", facts=(fact,), questions=(*own, *questions))
 
 
+PROSE = "The harbour was quiet in the morning, and nobody had seen the old captain since."
 RECORDS = [record(n) for n in range(5)]
 
 
@@ -79,7 +84,7 @@ def test_two_way_success_agrees_with_a_few_plain_lines(lm: LanguageModel) -> Non
 def test_single_edits_are_written_judged_and_taken_back(lm: LanguageModel) -> None:
     log: list[tuple[str, ...]] = []
     before = lm.fingerprint
-    found = evaluate(lm, RECORDS, {"pusher": editor(lm, log)}, size=1)
+    found = evaluate(lm, RECORDS, {"pusher": editor(lm, log)}, size=1, drift_tokens=0)
     assert log == [(f"Entity{n}",) for n in range(5)] and lm.fingerprint == before
     base, after = found.asked(BASE), found.asked("pusher")
     assert len(base) == len(after) == 25 and [row.prompt for row in base] == [row.prompt for row in after]
@@ -129,6 +134,8 @@ def test_a_killed_run_goes_on_where_it_stood(lm: LanguageModel, tmp_path: Path) 
         log.clear()
         again = evaluate(lm, RECORDS, {"pusher": editor(lm, log, 0.1)}, folder=folder, **arguments)  # type: ignore[arg-type]
         assert again.rows == straight.rows and again.notes == straight.notes
+        loaded = Evaluation.load(folder)
+        assert vars(loaded) == vars(again) and loaded.summary("pusher") == straight.summary("pusher")
         assert len(log) == 3, "rounds that were asked are written again, single edits are not"
         log.clear()
         assert evaluate(lm, RECORDS, {"pusher": editor(lm, log)}, folder=folder, **arguments).rows == straight.rows and not log  # type: ignore[arg-type]
@@ -144,6 +151,108 @@ def test_a_killed_run_goes_on_where_it_stood(lm: LanguageModel, tmp_path: Path) 
             (tmp_path / "damaged" / "rows.jsonl").write_bytes(damaged)
             with pytest.raises(DamagedError):
                 evaluate(lm, RECORDS, {"pusher": editor(lm, [])}, folder=tmp_path / "damaged", **arguments)  # type: ignore[arg-type]
+
+
+def test_drift_is_that_of_the_edited_model(lm: LanguageModel) -> None:
+    """What is noted behind an edit is what `drift` says of the same change, and grows along a sequence; nothing changed is no drift."""
+    push = editor(lm, [], 0.2)
+    found = evaluate(lm, RECORDS, {"pusher": push, "nothing": editor(lm, [], 0.0)}, size=2, sequence=True, drift_tokens=60, texts=[PROSE])
+    one = drift(lm, lambda: push([]), texts=[PROSE], max_tokens=60, n_facts=0)
+    noted = found.drift("pusher", 0)
+    assert noted["kl_text"] == pytest.approx(one.kl_text, rel=1e-4)
+    assert noted["perplexity"] == pytest.approx(one.perplexity[1] / one.perplexity[0], rel=1e-4)
+    assert noted["kl_text"] < found.drift("pusher", 1)["kl_text"] < found.drift("pusher")["kl_text"]
+    assert found.drift("nothing") == {"kl_text": pytest.approx(0, abs=1e-6), "perplexity": pytest.approx(1)}
+    assert found.drift(BASE) == {} and not evaluate(lm, RECORDS, {"pusher": push}, size=5, drift_tokens=0).drift("pusher")
+    many = evaluate(lm, [record(n) for n in range(12)], {"pusher": push}, drift_tokens=20, texts=[PROSE])
+    assert sum("kl_text" in note for note in many.notes.values()) == 10, "of single edits the first few"
+
+
+def test_models_go_on_writing(lm: LanguageModel, tmp_path: Path) -> None:
+    writing = [replace(one, generation_prompts=(f"Entity{n} is",), references=("OOOO is nice.",)[: n % 2]) for n, one in enumerate(RECORDS)]
+    arguments: dict[str, Any] = {"size": 2, "drift_tokens": 0, "continued": 3}
+    found = evaluate(lm, writing, {"pusher": editor(lm, [])}, **arguments)
+    told = {(one.editor, one.record): one for one in found.written}
+    assert set(told) == {(name, f"r{n}") for name in (BASE, "pusher") for n in range(3)}
+    base, pushed = told[BASE, "r1"], told["pusher", "r1"]
+    assert base.texts[0].startswith("Entity1 is") and base.texts != pushed.texts
+    for one in (base, pushed):
+        assert one.entropy == ngram_entropy(one.texts) and one.consistency == reference_consistency(one.texts, ["OOOO is nice."])
+    assert told[BASE, "r0"].consistency is None
+    assert found.summary("pusher")["text entropy"].value == pytest.approx(sum(told["pusher", f"r{n}"].entropy for n in range(3)) / 3)
+    assert found.summary(BASE)["text consistency"].n == 1
+    assert evaluate(lm, writing, {"pusher": editor(lm, [])}, **arguments).written == found.written, "the same seed, the same text"
+    assert evaluate(lm, writing, {"pusher": editor(lm, [])}, **{**arguments, "seed": 1}).written != found.written
+    evaluate(lm, writing, {"pusher": editor(lm, [])}, folder=tmp_path, **arguments)
+    assert evaluate(lm, writing, {"pusher": editor(lm, [])}, folder=tmp_path, **arguments).written == found.written
+    behind = evaluate(lm, writing, {"pusher": editor(lm, [], 0.1)}, sequence=True, **arguments)
+    assert {one.unit for one in behind.written if one.editor == "pusher"} == {2}
+
+
+def test_kept_rows_hold_any_text(lm: LanguageModel, tmp_path: Path) -> None:
+    """What splits a line for Python, and for nobody else, does not split one here."""
+    odd = [replace(RECORDS[0], questions=(replace(RECORDS[0].questions[0], prompt="a\u2028b\x85c\x1cd\x0be"),))]
+    found = evaluate(lm, odd, {"pusher": editor(lm, [])}, drift_tokens=0, folder=tmp_path)
+    assert Evaluation.load(tmp_path).rows == found.rows
+    assert evaluate(lm, odd, {"pusher": editor(lm, [])}, drift_tokens=0, folder=tmp_path).rows == found.rows
+    with pytest.raises(InputError, match="no rows"):
+        Evaluation.load(tmp_path / "nowhere")
+    (tmp_path / "rows.jsonl").write_text('{"format": "evaluation 3"}\n')
+    with pytest.raises(DamagedError, match="line 1"):
+        Evaluation.load(tmp_path)
+
+
+def test_an_edit_that_fails_is_counted_and_said(lm: LanguageModel, tmp_path: Path) -> None:
+    @contextmanager
+    def sometimes(facts: Sequence[Fact]) -> Iterator[dict[str, float]]:
+        if facts[0].subject == "Entity1":
+            raise NumericsError("no finite target")
+        with editor(lm, [])(facts) as notes:
+            yield notes
+
+    for _ in range(2):
+        found = evaluate(lm, RECORDS, {"pusher": sometimes}, drift_tokens=0, folder=tmp_path)
+        assert found.failed == {("pusher", 1): "no finite target"} and found.notes["pusher", 1] == {}
+        answers = {(row.editor, row.prompt): row.answer for row in found.rows}
+        prompts = [question.prompt for question in RECORDS[1].questions]
+        assert [answers["pusher", p] for p in prompts] == [answers[BASE, p] for p in prompts]
+
+    def refuses(facts: Sequence[Fact]) -> Any:
+        raise InputError("not for me")
+
+    with pytest.raises(InputError, match="not for me"):
+        evaluate(lm, RECORDS, {"refuses": refuses})
+
+
+def test_a_probe_is_asked_before_and_at_the_end(lm: LanguageModel, tmp_path: Path) -> None:
+    bias, asked = lm.module.transformer.ln_f.bias, []
+
+    def probe() -> dict[str, float]:
+        asked.append(1)
+        return {"bias": float(bias.norm())}
+
+    for sequence in (False, True):
+        found = evaluate(lm, RECORDS, {"pusher": editor(lm, [], 0.1)}, size=2, sequence=sequence, probe=probe, drift_tokens=0)
+        assert found.probed(BASE) == {"bias": float(bias.norm())} and found.probed("pusher")["bias"] != found.probed(BASE)["bias"]
+        assert all(set(note) <= {"facts", "probe: bias"} for note in found.notes.values())
+    assert len(asked) == 4
+    evaluate(lm, RECORDS, {"pusher": editor(lm, [])}, drift_tokens=0, folder=tmp_path)
+    with pytest.raises(InputError, match="probe"):
+        evaluate(lm, RECORDS, {"pusher": editor(lm, [])}, drift_tokens=0, folder=tmp_path, probe=probe)
+
+
+def test_a_run_is_gone_on_with_by_the_same_editor(lm: LanguageModel, tmp_path: Path) -> None:
+    class Described:
+        def __init__(self, description: str) -> None:
+            self.description = description
+
+        def __call__(self, facts: Sequence[Fact]) -> Any:
+            return editor(lm, [])(facts)
+
+    evaluate(lm, RECORDS, {"it": Described("steps=1")}, drift_tokens=0, folder=tmp_path)
+    assert evaluate(lm, RECORDS, {"it": Described("steps=1")}, drift_tokens=0, folder=tmp_path).editors == (BASE, "it")
+    with pytest.raises(InputError, match="steps=2"):
+        evaluate(lm, RECORDS, {"it": Described("steps=2")}, drift_tokens=0, folder=tmp_path)
 
 
 def test_shares_scores_and_their_intervals_by_hand(lm: LanguageModel) -> None:

@@ -262,7 +262,16 @@ def test_the_interval_is_the_same_for_the_same_seed() -> None:
         (lambda: reference_consistency("a", ["b"]), "list of texts"),
         (lambda: kl_divergence(torch.randn(2, 9), torch.randn(2, 9)), "log_softmax"),  # logits
         (lambda: kl_divergence(torch.zeros(2, 1), torch.zeros(3, 1)), "one shape"),
-        (lambda: kl_divergence("a", "b"), "log-probabilities"),
+        (lambda: kl_divergence("a", "b"), "no array of numbers"),
+        (lambda: kl_divergence([], []), "expected"),
+        (lambda: kl_divergence(None, None), "no array"),
+        (lambda: relative_norm(torch.tensor([3 + 4j]), torch.tensor([10.0])), "complex"),
+        (lambda: relative_norm("a", [1.0]), "no array"),
+        (lambda: success([1j], [1j]), "no numbers"),
+        (lambda: token_accuracy([[1], [1, 2]], [1]), "token ids"),
+        (lambda: ngram_entropy([[[1], [2], [1]]]), "no token"),
+        (lambda: bootstrap_interval([1.0], groups=5), "groups"),
+        (lambda: bootstrap_interval([1.0], groups=[[1]]), "group of each value"),
         (lambda: perplexity([]), "at least one"),
         (lambda: relative_norm([1.0], [1.0, 2.0]), "one shape"),
         (lambda: bootstrap_interval([]), "at least one"),
@@ -292,3 +301,29 @@ def test_what_cannot_be_measured_is_refused(call: Callable[[], Any], words: str)
 def test_what_is_not_a_number_is_an_error_of_numerics(call: Callable[[], Any]) -> None:
     with pytest.raises(NumericsError):
         call()
+
+
+def test_arrays_of_tokens_count_as_lists() -> None:
+    ids = [1, 2, 1, 2, 1, 2, 3]
+    assert ngram_entropy([torch.tensor(ids)]) == ngram_entropy([ids]) == ngram_entropy([np.array(ids)]) > 0
+    assert success(torch.tensor([-1.0], requires_grad=True), torch.tensor([-2.0])) == 1
+    assert perplexity([-1000.0]) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("answer", "wanted", "right"),
+    [
+        ("Sa\u0303o Paulo.", "São Paulo", True),
+        ("New\u00a0York", "New York", True),
+        ("New  York", "New York", True),
+        ("1,000", "1", False),
+        ("5.7", "5", False),
+        ("5. Then", "5", True),
+        ("1, 2", "1", True),
+        ("हिन्दी", "हिन्द", False),
+        ("हिन्दी है", "हिन्दी", True),
+        ("東京です", "東京", True),
+    ],
+)
+def test_words_end_where_readers_end_them(answer: str, wanted: str, right: bool) -> None:
+    assert exact_match(answer, wanted) == right

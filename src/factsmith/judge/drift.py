@@ -17,11 +17,11 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ..checks import check_count, check_items, check_number, check_seed
+from ..checks import check_count, check_items, check_number, check_seed, check_text
 from ..errors import InputError
 from ..model import atlas
 from ..model.load import LanguageModel, check_model
@@ -30,7 +30,6 @@ from ..model.tokens import align
 from ..progress import Progress, tell
 from ..tables import Shown, Table
 from ..verify import begins_with, first_phrase
-from .asking import ask
 from .metrics import divergences, kl_divergence
 
 
@@ -71,24 +70,31 @@ class Drift(Shown):
         """Share of the unrelated facts that are answered otherwise; 0 where none is known."""
         return len(self.changed) / max(1, self.n_facts)
 
+    @property
+    def measures(self) -> dict[str, float | None]:
+        """What limits are held against, by their names; None: not measured. perplexity is after divided by before."""
+        return {
+            "kl_text": self.kl_text,
+            "kl_text_worst": self.kl_text_worst,
+            "kl_facts": self.kl_facts,
+            "changed_share": self.changed_share if self.n_facts else None,
+            "perplexity": self.perplexity[1] / self.perplexity[0],
+        }
+
     def exceeded(self, **limits: float) -> tuple[str, ...]:
         """Which limits are broken, in words; limits by name: kl_text, kl_text_worst, kl_facts, changed_share, perplexity (after / before).
 
         Raises InputError for a limit that is none of these.
         """
-        found = {
-            "kl_text": self.kl_text,
-            "kl_text_worst": self.kl_text_worst,
-            "kl_facts": self.kl_facts,
-            "changed_share": self.changed_share,
-            "perplexity": self.perplexity[1] / self.perplexity[0],
-        }
+        found = self.measures
         broken = []
         for name, limit in limits.items():
             if name not in found:
                 raise InputError(f"no limit {name!r}; expected one of {', '.join(found)}")
             limit, value = check_number(limit, f"the limit of {name}", "a number"), found[name]
-            if value is not None and not value <= limit:
+            if value is None:
+                broken.append(f"{name} was not measured: no unrelated fact that the model knows was asked")
+            elif not value <= limit:
                 broken.append(f"{name} is {value:.3g}, above {limit:g}")
         return tuple(broken)
 
@@ -119,6 +125,40 @@ _BATCH = 512  # tokens whose distributions are held at a time, twice
 _ANSWER = 8
 
 
+class Reference:
+    """What a model says before it is edited: to compare with, as often as wanted, once it is.
+
+        reference = Reference(lm, max_tokens=500)
+        with applied(lm, delta):
+            reference.compare()                 # a Drift
+
+    Holds the distributions of all tokens, (max_tokens, vocab) float32. Arguments and errors as `drift`.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        lm: LanguageModel,
+        *,
+        texts: Iterable[str] | None = None,
+        facts: Iterable[tuple[str, str]] | None = None,
+        without: Iterable[str] = (),
+        max_tokens: int = 500,
+        n_facts: int = 100,
+        seed: int = 0,
+    ) -> None:
+        self.lm = lm
+        rows = _text(lm, texts, max_tokens, check_seed(seed))
+        self._parts = [_Part(lm, [rows[i] for i in group]) for group in _groups(lm, rows)]
+        self._facts = _Facts(lm, facts, without, n_facts, seed)
+
+    @torch.no_grad()
+    def compare(self) -> Drift:
+        """How far the model, as it is now, is from what it was."""
+        began = time.perf_counter()
+        return _found([part.compare() for part in self._parts], self._facts.compare(), time.perf_counter() - began)
+
+
 @torch.no_grad()
 def drift(
     lm: LanguageModel,
@@ -141,39 +181,105 @@ def drift(
 
     Raises InputError when there is no text, and what `ask` raises.
     """
-    check_model(lm)
     began = time.perf_counter()
-    max_tokens, n_facts = check_count(max_tokens, "max_tokens", "how much text"), check_count(n_facts, "n_facts", "how many facts", least=0)
-    seed = check_seed(seed)
-    listed = own_text(lm, max_tokens, seed=seed) if texts is None else check_items(texts, "texts", "a list of texts")
-    rows = _rows(lm, listed, max_tokens)
-    if not rows:
-        raise InputError("there is no text of two tokens or more to compare on; give some with texts")
-    apart, before, after, done = [], 0.0, 0.0, 0
-    total = sum(len(ids) - 1 for ids in rows)
-    for group in lm.groups([len(ids) for ids in rows], _BATCH):
-        some = [rows[i] for i in group]
-        old = _distributions(lm, some)
+    if not callable(changed):
+        raise InputError(
+            "changed is a function that gives a `with` block inside which the model is edited, such as lambda: applied(lm, delta)"
+        )
+    rows = _text(lm, texts, max_tokens, check_seed(seed))
+    compared: list[_Compared] = []
+    for group in _groups(lm, rows):  # a part is compared before the next is begun: what it holds is large
+        part = _Part(lm, [rows[i] for i in group])
         with changed():
-            new = _distributions(lm, some)
-        due = torch.tensor([token for ids in some for token in ids[1:]], device=old.device)[:, None]
-        apart.append(divergences(old, new))
-        before, after = before - float(old.gather(1, due).sum()), after - float(new.gather(1, due).sum())
-        done += len(due)
-        tell(progress, "comparing text", done, total)
-    each = torch.cat(apart)
-    edited = [subject for subject in check_items(without, "without", "subjects") if subject.strip()]
-    kl_facts, otherwise, n_known = _unrelated(lm, changed, facts, edited, n_facts, seed)
+            compared.append(part.compare())
+        tell(progress, "comparing text", sum(len(one.apart) for one in compared), sum(len(ids) - 1 for ids in rows))
+    unrelated = _Facts(lm, facts, without, n_facts, seed)
+    with changed():
+        told = unrelated.compare()
+    return _found(compared, told, time.perf_counter() - began)
+
+
+def _found(compared: Sequence[_Compared], told: tuple[float | None, tuple[Changed, ...], int], seconds: float) -> Drift:
+    each = torch.cat([one.apart for one in compared])
+    before, after = (math.exp(sum(getattr(one, name) for one in compared) / len(each)) for name in ("before", "after"))
     return Drift(
         kl_text=float(each.mean()),
         kl_text_worst=float(each.quantile(0.99)),
-        perplexity=(math.exp(before / total), math.exp(after / total)),
-        kl_facts=kl_facts,
-        changed=otherwise,
-        n_facts=n_known,
-        n_tokens=total,
-        seconds=time.perf_counter() - began,
+        perplexity=(before, after),
+        kl_facts=told[0],
+        changed=told[1],
+        n_facts=told[2],
+        n_tokens=len(each),
+        seconds=seconds,
     )
+
+
+class _Compared(NamedTuple):
+    apart: torch.Tensor  # (tokens,) nats
+    before: float  # Σ -log p
+    after: float
+
+
+class _Part:
+    """Some rows of text, and what was said to follow each of their tokens."""
+
+    def __init__(self, lm: LanguageModel, rows: Sequence[Sequence[int]]) -> None:
+        self.lm, self.rows = lm, rows
+        self.old = _distributions(lm, rows)
+
+    def compare(self) -> _Compared:
+        new = _distributions(self.lm, self.rows)
+        due = torch.tensor([token for ids in self.rows for token in ids[1:]], device=new.device)[:, None]
+        return _Compared(divergences(self.old, new), *(-float(logs.gather(1, due).sum()) for logs in (self.old, new)))
+
+
+class _Facts:
+    """Known facts that were not edited, and what was said of them."""
+
+    def __init__(self, lm: LanguageModel, facts: Iterable[tuple[str, str]] | None, without: Iterable[str], n_facts: int, seed: int) -> None:
+        self.lm, self.known = lm, _known(lm, facts, without, n_facts, seed)
+        self.prompts = [prompt for prompt, _ in self.known]
+        self.old, self.answers = self._say()
+
+    def compare(self) -> tuple[float | None, tuple[Changed, ...], int]:
+        """Divergence where answers are due, those answered otherwise, and how many there are."""
+        if not self.known:
+            return None, (), 0
+        new, now = self._say()
+        otherwise = [
+            Changed(prompt, first_phrase(was), first_phrase(is_now))
+            for (prompt, answer), was, is_now in zip(self.known, self.answers, now, strict=True)
+            if not begins_with(is_now, answer)
+        ]
+        return kl_divergence(self.old, new), tuple(otherwise), len(self.known)
+
+    def _say(self) -> tuple[torch.Tensor, list[str]]:
+        """log p of what follows each prompt, (n, vocab) float32 on the CPU, and the greedy answers; each prompt is run once."""
+        lm, rows = self.lm, [self.lm.prompt_ids(prompt) for prompt in self.prompts]
+        found: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+        answers = [""] * len(rows)
+        for group in lm.groups([len(ids) for ids in rows]) if rows else []:
+            batch = align(lm, [rows[i] for i in group], [len(rows[i]) - 1 for i in group])
+            logits, cache = lm.begin(batch)
+            told = lm.continue_from(batch, logits, cache, _ANSWER)
+            for i, row, ids in zip(group, logits.float().log_softmax(-1).cpu(), told, strict=True):
+                found[i], answers[i] = row, lm.as_answer(ids)
+        return (torch.stack(found) if found else torch.empty(0)), answers
+
+
+def _text(lm: LanguageModel, texts: Iterable[str] | None, max_tokens: int, seed: int) -> list[list[int]]:
+    """The rows to compare on; raises InputError when there are none."""
+    check_model(lm)
+    max_tokens = check_count(max_tokens, "max_tokens", "how much text")
+    given = None if texts is None else [check_text(text, "a text") for text in check_items(texts, "texts", "a list of texts")]
+    listed = own_text(lm, max_tokens, seed=seed) if given is None else given
+    if rows := _rows(lm, listed, max_tokens):
+        return rows
+    raise InputError("there is no text of two tokens or more to compare on; give some with texts")
+
+
+def _groups(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    return lm.groups([len(ids) for ids in rows], _BATCH)
 
 
 def _rows(lm: LanguageModel, texts: Iterable[str], max_tokens: int) -> list[list[int]]:
@@ -199,15 +305,11 @@ def _distributions(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> torch.Te
     return torch.cat([lm.head(part).float().log_softmax(-1) for part in torch.split(own, 256)])
 
 
-def _unrelated(
-    lm: LanguageModel,
-    changed: Callable[[], AbstractContextManager[Any]],
-    facts: Iterable[tuple[str, str]] | None,
-    edited: Sequence[str],
-    n_facts: int,
-    seed: int,
-) -> tuple[float | None, tuple[Changed, ...], int]:
-    """Divergence where known facts' answers are due, those answered otherwise, and how many are known."""
+def _known(
+    lm: LanguageModel, facts: Iterable[tuple[str, str]] | None, without: Iterable[str], n_facts: int, seed: int
+) -> list[tuple[str, str]]:
+    """Facts that the model says and that are about something else."""
+    n_facts = check_count(n_facts, "n_facts", "how many facts", least=0)
     if facts is None:
         drawn = random.Random(seed).sample(atlas.facts(), min(2 * n_facts, len(atlas.facts())))
         pairs = [(atlas.phrasings(f.relation).trained[0].replace("{}", f.subject), f.object) for f in drawn]
@@ -215,29 +317,7 @@ def _unrelated(
         pairs = check_items(facts, "facts", "pairs of a prompt and its answer")
         if any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in pairs):
             raise InputError("facts are pairs of a prompt and its answer; got something else")
+    edited = [subject for subject in check_items(without, "without", "subjects") if check_text(subject, "a subject").strip()]
     pairs = [(prompt, answer) for prompt, answer in pairs if not any(subject in prompt for subject in edited)]
     said = lm.says([p for p, _ in pairs], [a for _, a in pairs]) if pairs else []
-    known = [pair for pair, right in zip(pairs, said, strict=True) if right][:n_facts]
-    if not known:
-        return None, (), 0
-    prompts = [prompt for prompt, _ in known]
-    old, answers = _last(lm, prompts), [reply.answer for reply in ask(lm, prompts, max_new_tokens=_ANSWER)]
-    with changed():
-        new, now = _last(lm, prompts), [reply.answer for reply in ask(lm, prompts, max_new_tokens=_ANSWER)]
-    otherwise = [
-        Changed(prompt, first_phrase(was), first_phrase(is_now))
-        for (prompt, answer), was, is_now in zip(known, answers, now, strict=True)
-        if not begins_with(is_now, answer)
-    ]
-    return kl_divergence(old, new), tuple(otherwise), len(known)
-
-
-def _last(lm: LanguageModel, prompts: Sequence[str]) -> torch.Tensor:
-    """log p of what follows each prompt: (n, vocab) float32, on the CPU."""
-    rows = [lm.prompt_ids(prompt) for prompt in prompts]
-    found: list[torch.Tensor] = [torch.empty(0)] * len(rows)
-    for group in lm.groups([len(ids) for ids in rows]):
-        logits = lm.last_logits(align(lm, [rows[i] for i in group], [len(rows[i]) - 1 for i in group]))
-        for i, row in zip(group, logits.float().log_softmax(-1).cpu(), strict=True):
-            found[i] = row
-    return torch.stack(found)
+    return [pair for pair, right in zip(pairs, said, strict=True) if right][:n_facts]

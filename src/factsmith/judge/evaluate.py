@@ -18,34 +18,41 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import pydantic
 
-from ..checks import check_count, check_items
-from ..errors import DamagedError, FingerprintError, InputError, WorkspaceError
+from ..checks import check_count, check_items, check_seed
+from ..errors import DamagedError, FingerprintError, InputError, NumericsError, WorkspaceError
 from ..fact import Fact
-from ..files import write_file
+from ..files import folder_path, write_file
 from ..model.load import LanguageModel, check_model
+from ..model.sample import sample
 from ..model.tokens import target_ids
 from ..progress import Progress, tell
 from ..tables import Shown, Table, counted
 from ..verify import as_said, begins_with
 from .asking import ask
-from .metrics import alias_match, bootstrap_interval, harmonic_mean
+from .drift import Reference
+from .metrics import alias_match, bootstrap_interval, harmonic_mean, ngram_entropy, reference_consistency
 from .suites import Kind, Question, Record
 
 Editor: TypeAlias = Callable[[Sequence[Fact]], AbstractContextManager[Any]]
 """Writes facts into the model for as long as the block runs, on top of what it carries. What the block is given, if it is a mapping of
-names to numbers, is noted beside the rows: norms, seconds."""
+names to numbers, is noted beside the rows: norms, seconds. Where it has a `description`, a run is only gone on with by one of the same."""
 
 BASE = "base"
 """The model as it was."""
 STAYING: tuple[Kind, ...] = ("neighbour", "locality")
-_FORMAT = "evaluation 1"
+_FORMAT = "evaluation 3"
 _ANSWER = 8  # tokens decoded at least
+_CONTINUED, _TOP_K = 100, 5  # how the papers let a model write: so many tokens, each among the likeliest five
+_TOGETHER = 64  # texts written in one batch
+_PROBE = "probe: "
+_DRIFTING = 10  # single edits whose drift is measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +67,8 @@ class Row:
     stayed        of what must stay, whether it says what it said before any edit; None for other kinds, and for the base model
     log_wanted    mean log-probability a token of the first right answer; None where there is none
     log_against   of the other side of the comparison; None where there is none
-    tokens        share of the right answer's tokens that are the likeliest in their place, each after those before it (teacher forced)
+    tokens        share of the right answer's tokens that are the likeliest in their place, each after those before it (teacher forced);
+                  None for a negation, to which more than one thing is right
     """
 
     editor: str
@@ -83,9 +91,27 @@ class Row:
         return None if self.log_wanted is None or self.log_against is None else self.log_wanted > self.log_against
 
 
+@dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """What a model wrote when it was given a record's generation prompts to go on from.
+
+    editor, unit, record  as in `Row`
+    texts        one a prompt, which it begins with
+    entropy      n-gram entropy in bits, the mean over the texts: low when the model repeats itself
+    consistency  with the record's references, in [0, 1]; None where it has none
+    """
+
+    editor: str
+    unit: int
+    record: str
+    texts: tuple[str, ...]
+    entropy: float
+    consistency: float | None
+
+
 @dataclass(frozen=True)
 class Share:
-    """A mean over questions: of n of them, with its 95 % bootstrap interval over records."""
+    """A mean over questions (of entropies, in bits): of n of them, with its 95 % bootstrap interval over records."""
 
     value: float
     low: float
@@ -98,19 +124,43 @@ class Evaluation(Shown):
     """All rows of a run, the base model's among them.
 
     rows      in the order in which they were asked
-    notes     {(editor, unit): {name: number}}, what the editors said of themselves
+    written   what the models wrote by themselves
+    notes     {(editor, unit): {name: number}}, what the editors said of themselves, and where drift was measured, `DRIFTS` of it
+    failed    {(editor, unit): why}, edits that could not be made; what was asked behind them was asked of the model without them
     size      records an edit; sequence: whether edits were put upon one another
     skipped   records left out because there is nothing to write in them
     model     what it was loaded as; fingerprint: the model's
     """
 
     rows: tuple[Row, ...]
+    written: tuple[Continuation, ...] = ()
     notes: Mapping[tuple[str, int], Mapping[str, float]]
+    failed: Mapping[tuple[str, int], str] = field(default_factory=dict)
     size: int
     sequence: bool
     skipped: int
     model: str
     fingerprint: str
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Evaluation:
+        """What a run has kept so far, of edits that were finished. Raises InputError where there is none, DamagedError, WorkspaceError."""
+        store = _Store(Path(folder), None)
+        told = store.header
+        try:
+            return cls(
+                rows=tuple(store.rows),
+                written=tuple(store.written),
+                notes=store.notes,
+                failed=store.failed,
+                size=int(told["size"]),
+                sequence=bool(told["sequence"]),
+                skipped=int(told.get("skipped", 0)),
+                model=str(told.get("model", "")),
+                fingerprint=str(told["fingerprint"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise DamagedError(f"{store.path}, line 1, cannot be read ({error}); delete the file to begin again") from None
 
     @property
     def editors(self) -> tuple[str, ...]:
@@ -128,7 +178,10 @@ class Evaluation(Shown):
         if unit is None and not (self.sequence and editor != BASE):
             return own
         wanted = max(row.unit for row in own) if unit is None else unit
-        return [row for row in own if row.unit == wanted]
+        chosen = [row for row in own if row.unit == wanted]
+        if not chosen:
+            raise InputError(f"{editor} was not asked behind edit {unit}; there are 0 to {max(row.unit for row in own)}")
+        return chosen
 
     def summary(self, editor: str, unit: int | None = None, *, seed: int = 0) -> dict[str, Share]:
         """Every measure that the questions allow, by name: "prompt success", "prompt exact", "neighbour stayed", "multihop exact" ...
@@ -149,6 +202,11 @@ class Evaluation(Shown):
                     values, groups = [max(each) for each in cases.values()], [record for record, _ in cases]
                     low, high = bootstrap_interval(values, groups=groups, seed=seed)
                     found[f"{kind} {name}"] = Share(sum(values) / len(values), low, high, len(values))
+        told = [one for one in self.written if one.editor == editor and (unit is None or one.unit == unit)]
+        for name in ("entropy", "consistency"):
+            if some := [(value, one.record) for one in told if (value := getattr(one, name)) is not None]:
+                values, groups = [value for value, _ in some], [record for _, record in some]
+                found[f"text {name}"] = Share(sum(values) / len(values), *bootstrap_interval(values, groups=groups, seed=seed), len(values))
         for name, measure in (("score", "success"), ("score exact", "exact")):
             if (overall := _score(rows, _MEASURES[measure], seed)) is not None:
                 found[name] = overall
@@ -157,11 +215,43 @@ class Evaluation(Shown):
     def retention(self, editor: str, name: str = "exact") -> dict[int, dict[int, float]]:
         """Of a sequence: {round written: {round asked: share of its prompts}}, to see what becomes of earlier rounds."""
         found: dict[int, dict[int, list[float]]] = {}
+        self.asked(editor)  # raises for one that did not run
         for row in self.rows:
             value = _MEASURES[name](row) if row.editor == editor and row.kind == "prompt" else None
             if value is not None:
                 found.setdefault(row.written, {}).setdefault(row.unit, []).append(float(value))
         return {written: {asked: sum(v) / len(v) for asked, v in sorted(own.items())} for written, own in sorted(found.items())}
+
+    def remaining(self, editor: str) -> dict[int, tuple[float, float]]:
+        """Of a sequence, behind each round: the share of prompts answered right of those of the first round, and of all rounds so far."""
+        told = self.retention(editor)
+        rounds = sorted({asked for own in told.values() for asked in own})
+        sizes = {
+            at: sum(row.unit == at == row.written for row in self.rows if row.editor == editor and row.kind == "prompt") for at in rounds
+        }
+        found = {}
+        for at in rounds:
+            own = [(told[old][at], sizes[old]) for old in rounds if at in told.get(old, {})]
+            if at in told.get(rounds[0], {}):
+                found[at] = (told[rounds[0]][at], sum(share * n for share, n in own) / max(1, sum(n for _, n in own)))
+        return found
+
+    def drift(self, editor: str, unit: int | None = None) -> dict[str, float]:
+        """The means of `DRIFTS` where they were measured: of a sequence behind its last round, or behind `unit`. {} where they were not."""
+        told = {at: note for (name, at), note in self.notes.items() if name == editor and set(DRIFTS) & set(note)}
+        if unit is not None or self.sequence:
+            told = {at: note for at, note in told.items() if at == (max(told) if unit is None else unit)}
+        found = {name: [note[name] for note in told.values() if name in note] for name in DRIFTS}
+        return {name: sum(values) / len(values) for name, values in found.items() if values}
+
+    def probed(self, editor: str) -> dict[str, float]:
+        """What the probe measured of a model: the base model, or what it was behind an editor's last edit."""
+        return {
+            name.removeprefix(_PROBE): value
+            for (of, _), note in self.notes.items()
+            for name, value in note.items()
+            if of == editor and name.startswith(_PROBE)
+        }
 
     def tables(self) -> list[Table]:
         """One column an editor, the base model first."""
@@ -180,9 +270,12 @@ class Evaluation(Shown):
         how = "in rounds of" if self.sequence else "at a time:"
         title = f"{self.model}, {how} {counted(self.size, 'record')}"
         columns = {"per cent": "<", **dict.fromkeys(summaries, ">")}
-        return [Table(title, columns, rows, "± half of the 95 % interval over records")]
+        return [Table(title, columns, rows, INTERVALS)]
 
 
+INTERVALS = "± half of the 95 % interval over records; entropy in bits, times 100"
+DRIFTS = ("kl_text", "perplexity", "kl_facts", "changed_share")
+"""What of a `Drift` is noted beside an edit's rows: perplexity is after divided by before."""
 _MEASURES: Mapping[str, Callable[[Row], float | None]] = {
     "success": lambda row: row.success,
     "exact": lambda row: row.exact,
@@ -262,10 +355,32 @@ def score(
                 stayed=_same(reply.answer, before.get(question.prompt), right) if stays and before is not None else None,
                 log_wanted=log_wanted,
                 log_against=logs.pop(0) if question.against is not None else None,
-                tokens=reply.right[0] if right is not None else None,
+                tokens=reply.right[0] if right is not None and question.kind != "negation" else None,
             )
         )
     return rows
+
+
+def continue_texts(
+    lm: LanguageModel, records: Sequence[Record], *, seed: int = 0, editor: str = BASE, unit: int = -1
+) -> list[Continuation]:
+    """Let a model go on from every generation prompt of some records, and measure what it writes; raises what `sample` raises."""
+    prompts = [prompt for record in records for prompt in record.generation_prompts]
+    if not prompts:
+        return []
+    length = min(_CONTINUED, (lm.max_tokens or _CONTINUED + 1) - 1)
+    texts = iter(
+        lm.tokenizer.decode(ids)
+        for start in range(0, len(prompts), _TOGETHER)
+        for some in [prompts[start : start + _TOGETHER]]
+        for ids in sample(lm, len(some), length, top_k=_TOP_K, seed=seed, openings=some, apart=True)
+    )
+    found = []
+    for record in records:
+        own = tuple(next(texts) for _ in record.generation_prompts)
+        alike = reference_consistency(own, record.references) if record.references else None
+        found.append(Continuation(editor=editor, unit=unit, record=record.id, texts=own, entropy=ngram_entropy(own), consistency=alike))
+    return found
 
 
 def _exact(question: Question, answer: str) -> bool | None:
@@ -295,6 +410,11 @@ def evaluate(
     sequence: bool = False,
     retained: int = 100,
     max_new_tokens: int | None = None,
+    drift_tokens: int = 500,
+    texts: Iterable[str] | None = None,
+    continued: int = 10,
+    probe: Callable[[], Mapping[str, float]] | None = None,
+    seed: int = 0,
     folder: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -304,15 +424,25 @@ def evaluate(
     size      records an edit: 1, each by itself; more, batches; the last may be smaller
     sequence  put each batch upon those before it, and take all back at the end. Behind each round its own records are asked, and again the
               prompts of up to `retained` records of each earlier one; behind the last, every question of every record
+    drift_tokens  of how much text divergence and perplexity are measured, and with it 100 facts that nothing was written about: behind each
+              round, batch, or one of the first 10 single edits; 0: not at all. Its distributions are held, (drift_tokens, vocab) float32
+    texts     that text; None: the model writes it itself
+    continued for how many records, the first that have generation prompts, the model goes on from them: 100 tokens, each drawn among the
+              likeliest five as in the papers, behind the edit that wrote the record (of a sequence: behind the last)
+    probe     anything else to measure of a model, such as what `ability` gives: asked of the base model and behind every editor's last edit
+    seed      of what is drawn
     folder    keeps rows.jsonl and what they are of. Called again with the same arguments a run that was killed goes on where it stood: of a
               sequence the rounds that were asked are written again, and not asked again
 
-    Records without a fact to write are left out. Raises InputError for no such record, two of one id, or an editor called "base",
+    Records without a fact to write are left out. An edit whose editor raises NumericsError has failed: its questions are asked of the model
+    without it, and `failed` says why. Raises InputError for no such record, two of one id, or an editor called "base",
     FingerprintError or InputError when the folder holds another run, DamagedError when it cannot be read, and what editors raise; the model
     is then as it was.
     """
     check_model(lm)
     every = check_items(records, "records", "records of a suite")
+    if strange := [type(record).__name__ for record in every if not isinstance(record, Record)]:
+        raise InputError(f"records hold a {strange[0]}; expected those of a suite: load_suite(...).records")
     kept = [record for record in every if record.facts and all(fact.target is not None or fact.target_true for fact in record.facts)]
     size = check_count(size, "size", "how many records are written at a time")
     retained = check_count(retained, "retained", "how many records of an earlier round are asked again", least=0)
@@ -320,8 +450,17 @@ def evaluate(
         raise InputError(f"{counted(len(every), 'record')} and none with a fact to write; expected at least one")
     if len({record.id for record in kept}) < len(kept):
         raise InputError("two records have the same id; rows could not be told apart: make ids unique")
-    if BASE in editors or not editors:
-        raise InputError(f'editors are {{name: editor}}, at least one and none called "{BASE}"; got {list(editors)}')
+    named = isinstance(editors, Mapping) and all(isinstance(name, str) and callable(write) for name, write in editors.items())
+    if not named or BASE in editors or not editors:
+        got = list(editors) if isinstance(editors, Mapping) else type(editors).__name__
+        raise InputError(f'editors are {{name: editor}}, functions of facts, at least one and none called "{BASE}"; got {got}')
+    if probe is not None and not callable(probe):
+        raise InputError(f"the probe is a {type(probe).__name__}; expected a function without arguments that gives numbers by name")
+    if max_new_tokens is not None:
+        max_new_tokens = check_count(max_new_tokens, "max_new_tokens", "how far answers go, 1 token or more")
+    drift_tokens = check_count(drift_tokens, "drift_tokens", "how much text", least=0)
+    continued, seed = check_count(continued, "continued", "how many records are continued", least=0), check_seed(seed)
+    listed = None if texts is None else check_items(texts, "texts", "a list of texts")
     units = [kept[start : start + size] for start in range(0, len(kept), size)]
     written = {record.id: unit for unit, members in enumerate(units) for record in members}
     made_from = {
@@ -332,8 +471,16 @@ def evaluate(
         "sequence": sequence,
         "retained": retained,
         "max_new_tokens": max_new_tokens,
+        "drift_tokens": drift_tokens,
+        "texts": None if listed is None else hashlib.sha256("\0".join(listed).encode()).hexdigest(),
+        "continued": continued,
+        "seed": seed,
+        "probe": None if probe is None else str(getattr(probe, "description", "")),
     }
-    store = _Store(None if folder is None else Path(folder), made_from)
+    skipped = len(every) - len(kept)
+    store = _Store(None if folder is None else folder_path(folder), made_from, {"model": lm.name, "skipped": skipped})
+    for editor, write in editors.items():
+        store.check_editor(editor, str(getattr(write, "description", "")))
     total, done = (len(editors) + 1) * len(units), 0
 
     def step() -> None:
@@ -341,12 +488,33 @@ def evaluate(
         done += 1
         tell(progress, "judging", done, total)
 
+    def probed(wanted: bool) -> dict[str, float]:
+        return {f"{_PROBE}{name}": value for name, value in _numbers(probe()).items()} if wanted and probe is not None else {}
+
+    chosen = [record for record in kept if record.generation_prompts][:continued]
+
+    def gone_on(editor: str, unit: int, some: Sequence[Record]) -> list[Continuation]:
+        return continue_texts(lm, [record for record in chosen if record in some], seed=seed, editor=editor, unit=unit)
+
     for unit, members in enumerate(units):
         if not store.has(BASE, unit):
             rows = score(lm, members, max_new_tokens=max_new_tokens)
-            store.add(BASE, unit, [replace(row, written=written[row.record]) for row in rows], {})
+            store.add(
+                BASE, unit, [replace(row, written=written[row.record]) for row in rows], gone_on(BASE, unit, members), probed(unit == 0)
+            )
         step()
     before = {row.prompt: row.answer for row in store.rows if row.editor == BASE}
+    reference = None
+    if drift_tokens and not all(store.has(editor, unit) for editor in editors for unit in range(len(units))):
+        subjects = [fact.subject for record in kept for fact in record.facts]
+        reference = Reference(lm, texts=listed, without=subjects, max_tokens=drift_tokens, seed=seed)
+
+    def drifted(unit: int) -> dict[str, float]:
+        if reference is None or (size == 1 and not sequence and unit >= _DRIFTING):
+            return {}
+        found = reference.compare()
+        values = (found.kl_text, found.perplexity[1] / found.perplexity[0], found.kl_facts, found.changed_share if found.n_facts else None)
+        return {name: value for name, value in zip(DRIFTS, values, strict=True) if value is not None}
 
     def asked(editor: str, unit: int, some: Sequence[Record]) -> list[Row]:
         rows = score(lm, some, before=before, max_new_tokens=max_new_tokens)
@@ -360,23 +528,38 @@ def evaluate(
                     step()
                     continue
                 with nullcontext() if sequence else ExitStack() as alone:
-                    notes = (stack if alone is None else alone).enter_context(write(facts))
+                    notes, failure = _entered(stack if alone is None else alone, write, facts)
                     if not store.has(editor, unit):
                         last = sequence and unit == len(units) - 1
                         rows = asked(editor, unit, kept if last else members)
                         if sequence and not last:
                             rows += asked(editor, unit, [_prompts(record) for old in units[:unit] for record in old[:retained]])
-                        store.add(editor, unit, rows, _numbers(notes))
+                        texts_written = gone_on(editor, unit, kept if last else [] if sequence else members)
+                        measured = {**_numbers(notes), **drifted(unit), **probed(unit == len(units) - 1)}
+                        store.add(editor, unit, rows, texts_written, measured, failure)
                 step()
     return Evaluation(
         rows=tuple(store.rows),
+        written=tuple(store.written),
         notes=store.notes,
+        failed=store.failed,
         size=size,
         sequence=sequence,
-        skipped=len(every) - len(kept),
+        skipped=skipped,
         model=lm.name,
         fingerprint=lm.fingerprint,
     )
+
+
+def _entered(stack: ExitStack, write: Editor, facts: Sequence[Fact]) -> tuple[object, str]:
+    """What an editor says of its edit, which stays until the stack is closed, and why there is none."""
+    try:
+        block = write(facts)
+        if not isinstance(block, AbstractContextManager):
+            raise InputError(f"an editor gave a {type(block).__name__}; expected a `with` block inside which the model carries the facts")
+        return stack.enter_context(block), ""
+    except NumericsError as error:
+        return {}, str(error)
 
 
 def _prompts(record: Record) -> Record:
@@ -392,25 +575,43 @@ def _numbers(notes: object) -> dict[str, float]:
 class _Store:
     """Rows and notes, in memory and in rows.jsonl of a folder, if any: a line a row, and behind each edit's rows a line that ends it."""
 
-    def __init__(self, folder: Path | None, made_from: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path | None, made_from: Mapping[str, Any] | None, told: Mapping[str, Any] | None = None) -> None:
+        """made_from: what a folder's rows must be of; None: whatever they are of, and they are only read. told: said beside it."""
         self.path = None if folder is None else folder / "rows.jsonl"
+        self.header: dict[str, Any] = {**(made_from or {}), **(told or {})}
         self.rows: list[Row] = []
+        self.written: list[Continuation] = []
         self.notes: dict[tuple[str, int], dict[str, float]] = {}
+        self.failed: dict[tuple[str, int], str] = {}
+        self.described: dict[str, str] = {}
+        self.size = 0  # of the file, as it was left
         if self.path is None:
             return
-        first = json.dumps(made_from, ensure_ascii=False)
+        first = json.dumps(self.header, ensure_ascii=False)
         try:
+            if made_from is None:
+                if not self.path.is_file():
+                    raise InputError(f"{folder} holds no rows.jsonl; expected a folder that `evaluate` kept its rows in")
+                lines = self._lines()
+                self.header = self._check(lines[0], {})
+                self._take(lines[1:])
+                return
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else [first]
-            self._check(lines[0] if lines else "", made_from)
-            kept = [first, *self._take(lines[1:])]
-            write_file(self.path, ("\n".join(kept) + "\n").encode())  # without the rows of an edit that was not finished
+            lines = self._lines() if self.path.is_file() and self.path.stat().st_size else [first]
+            self._check(lines[0], made_from)
+            content = ("\n".join([first, *self._take(lines[1:])]) + "\n").encode()
+            write_file(self.path, content)  # without the rows of an edit that was not finished
+            self.size = len(content)
         except OSError as error:
-            raise WorkspaceError(f"cannot write {self.path}: {error.strerror}; choose a folder that can be written") from None
+            raise WorkspaceError(f"cannot use {self.path}: {error.strerror}; choose a folder that can be read and written") from None
         except UnicodeDecodeError as error:
             raise DamagedError(f"{self.path} is no text ({error.reason}); delete it to begin again") from None
 
-    def _check(self, line: str, made_from: Mapping[str, Any]) -> None:
+    def _lines(self) -> list[str]:
+        assert self.path is not None
+        return self.path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # texts may hold what str.splitlines splits at
+
+    def _check(self, line: str, made_from: Mapping[str, Any]) -> dict[str, Any]:
         try:
             held = json.loads(line)
         except ValueError:
@@ -420,45 +621,98 @@ class _Store:
         for name, value in made_from.items():
             if held.get(name) != value:
                 error = FingerprintError if name == "fingerprint" else InputError
-                raise error(f"{self.path} is of another run: {name} is {held.get(name)!r} there, {value!r} here; choose another folder")
+                there = f"{name} is {held.get(name)!r} there, {value!r} here"
+                if name in ("records", "texts"):
+                    there = f"its {name} are others (another suite, sample, seed or text)"
+                raise error(f"{self.path} is of another run: {there}; choose another folder")
+        return held
 
     def _take(self, lines: Sequence[str]) -> list[str]:
         """Rows of finished edits into memory; the lines that hold them."""
         kept: list[str] = []
-        open_lines: list[str] = []
-        open_rows: list[Row] = []
+        begun: list[str] = []
         for number, line in enumerate(lines, 2):
             try:
                 entry = json.loads(line)
-                if "ends" in entry:
-                    self.rows += open_rows
-                    self.notes[str(entry["ends"]), int(entry["unit"])] = _numbers(entry["notes"])
-                    kept += [*open_lines, line]
-                    open_lines, open_rows = [], []
-                else:
-                    open_rows.append(Row(**entry))
-                    open_lines.append(line)
-            except (ValueError, TypeError, KeyError) as error:
+                if not isinstance(entry, dict):
+                    raise TypeError("it is no row")
+                if "ends" not in entry:
+                    begun.append(line)
+                    continue
+                at = (str(entry["ends"]), int(entry["unit"]))
+                if entry["sha256"] != _checksum(begun):
+                    raise ValueError(f"the rows of {at[0]}, edit {at[1]}, do not match their checksum")
+                if at in self.notes:
+                    raise ValueError(f"{at[0]}, edit {at[1]}, is there twice")
+                for each in begun:
+                    if "texts" in json.loads(each, parse_constant=_no_number):
+                        self.written.append(_CONTINUATION.validate_json(each, strict=True))
+                    else:
+                        self.rows.append(_ROW.validate_json(each, strict=True))
+                self.notes[at] = _numbers(entry["notes"])
+                self.described.setdefault(at[0], str(entry["by"]))
+                if entry.get("failed"):
+                    self.failed[at] = str(entry["failed"])
+                kept += [*begun, line]
+                begun = []
+            except (ValueError, TypeError, KeyError) as error:  # pydantic's is a ValueError
                 if number <= len(lines):  # only the last line can be torn
-                    raise DamagedError(f"{self.path}, line {number}, cannot be read ({error}); delete the file to begin again") from None
+                    why = "; ".join(str(error).splitlines()[:3])
+                    raise DamagedError(f"{self.path}, line {number}, cannot be read ({why}); delete the file to begin again") from None
         return kept
+
+    def check_editor(self, editor: str, description: str) -> None:
+        """Raises InputError where rows of an editor of this name are there that was another."""
+        held = self.described.setdefault(editor, description)
+        if held and description and held != description:
+            raise InputError(
+                f"{self.path} has rows of {editor} with other settings: {held} there, {description} here; choose another folder"
+            )
 
     def has(self, editor: str, unit: int) -> bool:
         """Whether an edit's rows are there."""
         return (editor, unit) in self.notes
 
-    def add(self, editor: str, unit: int, rows: Sequence[Row], notes: Mapping[str, float]) -> None:
-        """Keep an edit's rows."""
+    def add(
+        self,
+        editor: str,
+        unit: int,
+        rows: Sequence[Row],
+        texts: Sequence[Continuation],
+        notes: Mapping[str, float],
+        failed: str = "",
+    ) -> None:
+        """Keep what belongs to an edit."""
         self.rows += rows
+        self.written += texts
         self.notes[editor, unit] = dict(notes)
+        if failed:
+            self.failed[editor, unit] = failed
         if self.path is None:
             return
-        lines = [json.dumps(vars(row), ensure_ascii=False) for row in rows]
-        lines.append(json.dumps({"ends": editor, "unit": unit, "notes": dict(notes)}, ensure_ascii=False))
+        lines = [json.dumps(vars(row), ensure_ascii=False) for row in (*rows, *texts)]
+        end = {"ends": editor, "unit": unit, "notes": dict(notes), "by": self.described.get(editor, ""), "sha256": _checksum(lines)}
+        lines.append(json.dumps(end | ({"failed": failed} if failed else {}), ensure_ascii=False))
+        content = ("\n".join(lines) + "\n").encode()
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("\n".join(lines) + "\n")
+            with self.path.open("ab") as file:
+                if file.seek(0, os.SEEK_END) != self.size:
+                    raise WorkspaceError(f"somebody else writes to {self.path}, too; let one run finish, or choose another folder")
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
+            self.size += len(content)
         except OSError as error:
             raise WorkspaceError(f"cannot write {self.path}: {error.strerror}; make room, and start again to go on") from None
+
+
+def _checksum(lines: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no number")
+
+
+_ROW = pydantic.TypeAdapter(Row)
+_CONTINUATION = pydantic.TypeAdapter(Continuation)

@@ -128,7 +128,12 @@ def ngram_entropy(texts: str | Iterable[str | Sequence[Hashable]]) -> float:
         raise InputError("texts is empty; expected at least one text")
     entropies = []
     for text in listed:
-        tokens = re.findall(r"\w+|[^\w\s]", text) if isinstance(text, str) else check_items(text, "a text", "a string or a list of tokens")
+        if isinstance(text, str):
+            tokens = re.findall(r"\w+|[^\w\s]", text)
+        else:  # elements of an array are no tokens: each is an object of its own
+            tokens = _numpy(text).tolist() if _is_array(text) else check_items(text, "a text", "a string or a list of tokens")
+        if not isinstance(tokens, list) or not all(isinstance(token, Hashable) for token in tokens):
+            raise InputError("a text holds what is no token; expected a string, or a list of strings or token ids")
         entropies.append((2 / 3 * _entropy(tokens, 2) + 4 / 3 * _entropy(tokens, 3)) / 2)
     return sum(entropies) / len(entropies)
 
@@ -190,7 +195,8 @@ def divergences(log_p: Any, log_q: Any) -> Tensor:
 def perplexity(log_probs: Any) -> float:
     """exp of the mean negative log-probability of tokens: (n_tokens,) in nats. Raises InputError for none, NumericsError for NaN."""
     logs = _log_probs(log_probs, "log_probs")
-    return float(np.exp(-np.mean(logs)))
+    with np.errstate(over="ignore"):  # infinite where it is larger than a float
+        return float(np.exp(-np.mean(logs)))
 
 
 def relative_norm(delta: Any, weight: Any) -> float:
@@ -198,7 +204,7 @@ def relative_norm(delta: Any, weight: Any) -> float:
 
     Gupta et al. 2024 (arXiv 2401.07453). Raises InputError for different shapes, NumericsError where it is not finite.
     """
-    change, whole = torch.as_tensor(delta), torch.as_tensor(weight)
+    change, whole = _real(delta, "delta"), _real(weight, "weight")
     if change.shape != whole.shape:
         raise InputError(f"delta has shape {tuple(change.shape)}, weight {tuple(whole.shape)}; expected one shape")
     lengths = [float(torch.linalg.vector_norm(part.double())) for part in (change, whole)]
@@ -235,8 +241,9 @@ def bootstrap_interval(
     if groups is None:
         sums, sizes = numbers, np.ones_like(numbers)
     else:
-        if len(groups) != len(numbers):
-            raise InputError(f"got {len(groups)} groups for {len(numbers)} values; expected the group of each value")
+        groups = check_items(groups, "groups", "the group of each value")
+        if len(groups) != len(numbers) or not all(isinstance(group, Hashable) for group in groups):
+            raise InputError(f"got {len(groups)} groups for {len(numbers)} values; expected the group of each value, a name or a number")
         order: dict[Hashable, int] = {}
         number = np.array([order.setdefault(group, len(order)) for group in groups])
         sums, sizes = np.bincount(number, numbers), np.bincount(number).astype(float)
@@ -266,8 +273,11 @@ def _numpy(values: Any) -> NDArray[Any]:
 def _log_probs(values: Any, name: str) -> NDArray[np.float64]:
     """Log-probabilities as (n,) float64; a single number is one."""
     try:
-        logs = np.atleast_1d(_numpy(values)).astype(np.float64)
-    except (TypeError, ValueError):
+        given = np.atleast_1d(_numpy(values))
+        if np.iscomplexobj(given):
+            raise TypeError
+        logs = given.astype(np.float64)
+    except (TypeError, ValueError, RuntimeError):
         raise InputError(f"{name} are no numbers; expected log-probabilities in nats, (n,)") from None
     if logs.ndim != 1 or not len(logs):
         raise InputError(f"{name} have shape {logs.shape}; expected (n,), at least one log-probability")
@@ -286,18 +296,31 @@ def _candidates(log_wanted: Any, log_other: Any) -> tuple[NDArray[np.float64], N
 
 
 def _integers(values: Any, name: str) -> NDArray[np.int64]:
-    ids = _numpy(values)
+    try:
+        ids = _numpy(values)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"{name} are no list of token ids, (n_tokens,)") from None
     if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
         raise InputError(f"{name} have shape {ids.shape} and dtype {ids.dtype}; expected token ids, (n_tokens,)")
     return ids.astype(np.int64)
 
 
-def _rows(values: Any, name: str) -> Tensor:
+def _real(values: Any, name: str) -> Tensor:
+    """An array of real numbers."""
     try:
-        rows = torch.as_tensor(values).detach()
-    except (TypeError, ValueError):
-        raise InputError(f"{name} is no array of numbers; expected log-probabilities, (n, vocab)") from None
-    if rows.ndim not in (1, 2):
+        tensor = torch.as_tensor(values).detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(
+            f"{name} is a {type(values).__name__} and no array of numbers; expected one of the shape that is described"
+        ) from None
+    if tensor.is_complex():
+        raise InputError(f"{name} holds complex numbers; expected real ones")
+    return tensor
+
+
+def _rows(values: Any, name: str) -> Tensor:
+    rows = _real(values, name)
+    if rows.ndim not in (1, 2) or not rows.numel():
         raise InputError(f"{name} has shape {tuple(rows.shape)}; expected (n, vocab) or (vocab,)")
     return rows.reshape(-1, rows.shape[-1])
 

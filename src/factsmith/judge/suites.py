@@ -337,7 +337,7 @@ def _read(
             dropped = [refused]
         skipped += (wrong := [Malformed(what, index, each.field, each.message) for each in dropped])
         if fatal and wrong:
-            raise InputError(f"{wrong[0]}; correct it, or leave it out with malformed='skip'")
+            raise InputError(f"{wrong[0]}; correct it, or let such records be left out (malformed='skip'; no --strict)")
     skipped.sort(key=lambda each: each.index)
     if not found:
         raise InputError(f"{what} has no usable record of the layout {layout.name}; the first of {len(skipped)} errors: {skipped[0]}")
@@ -389,6 +389,16 @@ class _Row:
         if not isinstance(value, (list, str)):
             raise _Refused(self.at(name), f"is {_shown(value)}; expected text or a list of texts")
         return tuple(dict.fromkeys(_flat(value, self.at(name))))
+
+    def wanted(self, name: str) -> tuple[str, ...]:
+        """The texts of a list that every record of the layout has; a note in `dropped` where it is missing or has nothing in it."""
+        value = self.fields.get(name)
+        blank = isinstance(value, list) and any(each is None or (isinstance(each, str) and not each.strip()) for each in value)
+        found = self.texts(name)
+        if blank or not found:
+            state = "has a blank text" if blank else "is empty" if name in self.fields else "is missing"
+            self.dropped.append(_Refused(self.at(name), f"{state}; expected texts, so these questions are left out"))
+        return found
 
     def row(self, name: str) -> _Row:
         """Fields inside a field."""
@@ -497,9 +507,9 @@ def _counterfact(row: _Row, index: int) -> Record:
     subject, prompt = rewrite.text("subject"), rewrite.text("prompt")
     fact = rewrite.fact(subject, prompt, new, true, rewrite.optional("relation_id"), "prompt")
     asked = _written(row, fact)
-    for text in row.texts("paraphrase_prompts"):
+    for text in row.wanted("paraphrase_prompts"):
         asked += row.ask("paraphrase", "paraphrase_prompts", text, (new,), true)
-    for text in row.texts("neighborhood_prompts"):
+    for text in row.wanted("neighborhood_prompts"):
         asked += row.ask("neighbour", "neighborhood_prompts", text, (true,), new)
     if alias := row.optional("alternative_subject"):
         asked += row.ask("aliasing", "alternative_subject", prompt.replace("{}", alias), (new,), true)
@@ -560,7 +570,7 @@ def _mquake(row: _Row, index: int) -> Record:
         raise _Refused(row.at("requested_rewrite"), "is empty; expected at least one fact to write")
     answers = (row.text("new_answer"), *row.texts("new_answer_alias"))
     before = row.optional("answer")
-    for text in row.texts("questions"):
+    for text in row.wanted("questions"):
         multi = row.ask("multihop", "questions", text, answers, before if before not in answers else None)
         asked += [replace(question, group=0) for question in multi]
     for question, stays in hops:
