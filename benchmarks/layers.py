@@ -33,7 +33,7 @@ from factsmith.edit.methods import RomeConfig, rome_each
 from factsmith.fact import Fact
 from factsmith.locate.layers import LayerScore, Trial, choose, judge, race, trial_facts
 from factsmith.model.load import LanguageModel, load
-from factsmith.workbench import recommend_layers
+from factsmith.recommend import recommend_layers
 
 SWEEP_SEED = 1_000_003
 

@@ -1,0 +1,137 @@
+"""Do exports of every causal language model that transformers can build read back as the patched model? A line a type, and JSON.
+
+    python benchmarks/exports.py [--json FILE] [TYPE ...]
+
+Tiny random models as in `families.py`, saved with a tokenizer and loaded. A random update of rank 2 goes into their first two layers
+without experts, and is exported as a checkpoint and as an adapter, which a process without factsmith loads through plain transformers and
+peft and which is compared with the patched model in memory. Types that are refused, or have no such layer, are passed over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from factsmith.edit.delta import Delta
+from factsmith.errors import FactsmithError, ModelError, NumericsError
+from factsmith.export import export_adapter, export_checkpoint
+from factsmith.fact import Fact
+from factsmith.model.load import LanguageModel, load
+from factsmith.readback import LIMITS, Job, ask, compare, read_back
+from families import letters, tiny_model
+
+TOGETHER = 24
+"""Exports read back by one process: importing peft takes seconds."""
+
+
+def update(lm: LanguageModel) -> Delta | None:
+    """A random change of the first two layers without experts; None where there is none."""
+    layers = [ffn.layer for ffn in lm.ffn if not ffn.n_experts][:2]
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.1
+
+    shapes = {layer: lm.ffn[layer].weight().shape for layer in layers}
+    if not shapes or not lm.is_causal:
+        return None
+    return Delta(
+        layers={layer: (draw(d, 2), draw(2, d_ff)) for layer, (d, d_ff) in shapes.items()},
+        k_star={layer: draw(1, d_ff) for layer, (_, d_ff) in shapes.items()},
+        v_star=draw(1, shapes[layers[0]][0]),
+        facts=(Fact("Paris", "The mother tongue of {} is", "x"),),
+        method="random",
+        config={},
+        fingerprint=lm.fingerprint,
+    )
+
+
+def written(family: str, place: Path) -> list[dict[str, Any]]:
+    """Both exports of a type's model, not read back yet; a row with an outcome where there are none."""
+    try:
+        tiny_model(family).save_pretrained(place / "base")
+        letters().save_pretrained(place / "base")
+        lm = load(place / "base", dtype=torch.float32)
+        delta = update(lm)
+    except FactsmithError as error:
+        return [{"family": family, "outcome": "refused", "why": str(error).replace(str(place / "base"), family)}]
+    except Exception as error:
+        return [{"family": family, "outcome": "not built", "why": f"{type(error).__name__}: {error}"[:200]}]
+    if delta is None:
+        return [{"family": family, "outcome": "no dense layer"}]
+    questions = ask(lm, [delta])
+    export_checkpoint(lm, delta, place / "checkpoint", verify=False)
+    export_adapter(lm, delta, place / "adapter", verify=False)
+    return [
+        {"family": family, "format": "checkpoint", "job": Job(str(place / "checkpoint"), questions)},
+        {
+            "family": family,
+            "format": "adapter",
+            "job": Job(str(place / "base"), questions, dtype="float32", adapter=str(place / "adapter")),
+        },
+    ]
+
+
+def settle(rows: list[dict[str, Any]]) -> None:
+    """Read back what is waiting; one that cannot be loaded ends the process, so then each gets its own."""
+    waiting = [row for row in rows if "job" in row]
+    try:
+        heard = read_back([row["job"] for row in waiting]) if waiting else []
+    except ModelError as error:
+        if len(waiting) > 1:
+            for row in waiting:
+                settle([row])
+            return
+        del waiting[0]["job"]
+        waiting[0].update(outcome="not loaded", why=str(error))
+        return
+    for row, answers in zip(waiting, heard, strict=True):
+        job = row.pop("job")
+        try:
+            found = compare(job.questions, answers, LIMITS[torch.float32])
+            row.update(outcome="equal", difference=found.difference, moved=found.moved)
+        except NumericsError as error:
+            row.update(outcome="other", why=str(error))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", help="model types (default: all of transformers' causal language models)")
+    parser.add_argument("--json", help="write the results here")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.set_verbosity(logging.CRITICAL)
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as place:
+        for family in options.families or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+            rows += written(family, Path(place) / family)
+            if sum("job" in row for row in rows) >= TOGETHER:
+                settle(rows)
+        settle(rows)
+    for row in rows:
+        said = f"{row['difference']:.0e} of {row['moved']:.0e}" if row["outcome"] == "equal" else row.get("why", "")
+        print(f"{row['family']:24} {row.get('format', ''):10} {row['outcome']:14} {said[:160]}")
+    counts = {form: dict(Counter(row["outcome"] for row in rows if row.get("format") == form)) for form in ("checkpoint", "adapter")}
+    worst = max((row["difference"] for row in rows if row["outcome"] == "equal"), default=0.0)
+    print(f"\n{counts}; logits of those that are equal are off by {worst:.0e} at most")
+    if options.json:
+        result = {"counts": counts, "worst": worst, "results": rows}
+        Path(options.json).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
