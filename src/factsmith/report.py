@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -22,7 +21,7 @@ from .errors import InputError
 from .judge.evaluate import BASE, INTERVALS, Evaluation, Row, Share
 from .judge.suites import Suite
 from .pages import check_page, keep_page, render
-from .tables import Shown, Table, counted, visible
+from .tables import Shown, Table, as_text, counted, visible
 
 MEANINGS = {
     "success": "The papers' measure: of two candidates, the new object and the old one, the wanted one is the likelier. It is kind: the "
@@ -87,10 +86,10 @@ class Report(Shown):
         if len({(run.size, run.sequence) for run in self.runs}) < len(self.runs):
             raise InputError("a report has one run of a size; got two of the same")
 
-    @functools.cached_property
-    def summaries(self) -> list[dict[str, dict[str, Share]]]:
+    @property
+    def summaries(self) -> list[Mapping[str, Mapping[str, Share]]]:
         """For each run {editor: {measure: Share}}."""
-        return [{editor: run.summary(editor) for editor in run.editors} for run in self.runs]
+        return [run.summaries for run in self.runs]
 
     @property
     def editors(self) -> tuple[str, ...]:
@@ -164,19 +163,12 @@ class Report(Shown):
         return {
             "facts": self.facts(),
             "left_out": dict(self.left_out),
-            "runs": [
-                {
-                    "size": run.size,
-                    "sequence": run.sequence,
-                    "measures": {e: {name: _plain(share) for name, share in own.items()} for e, own in summary.items()},
-                    "probed": {e: dict(run.probed(e)) for e in run.editors},
-                    "failed": [{"editor": e, "edit": unit, "why": why} for (e, unit), why in run.failed.items()],
-                    "edits": {e: _measured(run, e) for e in run.editors if e != BASE},
-                    "retention": {e: run.retention(e) for e in run.editors if run.sequence and e != BASE},
-                }
-                for run, summary in zip(self.runs, self.summaries, strict=True)
-            ],
+            "runs": [run.to_dict() for run in self.runs],
         }
+
+    def to_markdown(self) -> str:
+        """The report as Markdown; `report_markdown` writes it to a file."""
+        return report_markdown(self)
 
 
 def report_page(found: Report, path: str | os.PathLike[str] | None = None) -> str:
@@ -223,24 +215,27 @@ def report_page(found: Report, path: str | os.PathLike[str] | None = None) -> st
 def report_markdown(found: Report, path: str | os.PathLike[str] | None = None) -> str:
     """A report as Markdown; written to `path` if given, in one step. Raises WorkspaceError for a file that cannot be written."""
     _check(found)
-    lines = [f"# Edits of {_md(found.runs[0].model)}, judged", ""]
+    lines = [f"# Edits of {as_text(found.runs[0].model)}, judged", ""]
     for table in found.tables():
-        lines += [f"## {_md(table.title)}", ""] if table.title else []
-        lines += _md_table(list(table.columns), table.rows, list(table.columns.values()))
-        lines += [_md(table.note), ""] if table.note else []
+        lines += table.as_markdown()
     for run in found.runs:
         for editor in run.editors if run.sequence else ():
             if editor != BASE:
                 marks, rows = _heat(run, editor)
-                lines += [f"### What is left of earlier rounds: {_md(editor)}", "", "Prompts answered right, per cent, after round …", ""]
+                lines += [
+                    f"### What is left of earlier rounds: {as_text(editor)}",
+                    "",
+                    "Prompts answered right, per cent, after round …",
+                    "",
+                ]
                 cells = [(f"written in {at + 1}", *("" if x is None else f"{100 * x:.0f}" for x in own)) for at, own in rows]
-                lines += _md_table(["", *(str(m + 1) for m in marks)], cells, ["<", *(">" for _ in marks)])
+                lines += Table("", {"": "<", **{str(mark + 1): ">" for mark in marks}}, cells).as_markdown()
     if failures := found.failures():
-        lines += ["## Worst failures", ""]
-        names = ["run", "editor", "kind", "prompt", "wanted", "said"]
-        lines += _md_table(names, [tuple(f[name] for name in names) for f in failures], ["<"] * len(names))
-    lines += ["## What each number means", "", *(f"- **{name}**: {_md(text)}" for name, text in _meanings(found).items()), ""]
-    lines += ["## Made from", "", *(f"- {_md(name)}: {_md(value)}" for name, value in found.facts().items())]
+        names = ("run", "editor", "kind", "prompt", "wanted", "said")
+        rows_said = [tuple(f[name] for name in names) for f in failures]
+        lines += Table("Worst failures", dict.fromkeys(names, "<"), rows_said).as_markdown()
+    lines += ["## What each number means", "", *(f"- **{name}**: {as_text(text)}" for name, text in _meanings(found).items()), ""]
+    lines += ["## Made from", "", *(f"- {as_text(name)}: {as_text(value)}" for name, value in found.facts().items())]
     text = "\n".join(lines) + "\n"
     return keep_page(text, path)
 
@@ -276,29 +271,12 @@ def _cell(share: Share | None) -> str:
     return f"{100 * share.value:.1f}" + (f" ± {spread:.1f}" if math.isfinite(spread) else "")
 
 
-def _plain(share: Share) -> dict[str, float | int | None]:
-    return {name: value if math.isfinite(value) else None for name, value in vars(share).items()}
-
-
 _COSTS = {"edits": "edits", "failed": "failed", "seconds": "seconds an edit", "seconds_a_record": "seconds a record", "norm": "‖ΔW‖/‖W‖"}
-
-
-def _measured(run: Evaluation, editor: str) -> dict[str, float]:
-    """What an editor noted of its edits: how many, mean seconds, the largest norm, drift."""
-    notes = [own for (name, _), own in run.notes.items() if name == editor]
-    records = len({row.record for row in run.rows if row.editor == editor})
-    failed = sum(name == editor for name, _ in run.failed)
-    found: dict[str, float] = {"edits": len(notes) - failed, **({"failed": failed} if failed else {})}
-    if seconds := [own["seconds"] for own in notes if "seconds" in own]:
-        found |= {"seconds": sum(seconds) / len(seconds), "seconds_a_record": sum(seconds) / max(1, records)}
-    if norms := [own["norm"] for own in notes if "norm" in own]:
-        found["norm"] = max(norms)
-    return found | run.drift(editor)
 
 
 def _measured_tables(run: Evaluation) -> list[Table]:
     """The same in words: what edits cost, and what they did to the rest."""
-    told = {editor: _measured(run, editor) for editor in run.editors if editor != BASE}
+    told = {editor: run.measured(editor) for editor in run.editors if editor != BASE}
     tables = []
     for title, names, note in (
         ("what it cost", _COSTS, "means over edits; ‖ΔW‖/‖W‖: the largest"),
@@ -425,16 +403,5 @@ def _margin(row: Row) -> float:
 def _meanings(found: Report) -> dict[str, str]:
     """Those of what the report shows."""
     words = {word for summary in found.summaries for own in summary.values() for name in own for word in name.split()} - {"magnitude"}
-    words |= {name for run in found.runs for editor in run.editors if editor != BASE for name in _measured(run, editor)}
+    words |= {name for run in found.runs for editor in run.editors if editor != BASE for name in run.measured(editor)}
     return {name: text for name, text in MEANINGS.items() if name in words}
-
-
-def _md(text: str) -> str:
-    """Text in which nothing is Markdown."""
-    return re.sub(r"([\\`*_{}\[\]<>|#~&!])", r"\\\1", visible(text))
-
-
-def _md_table(names: Sequence[str], rows: Sequence[Sequence[str]], sides: Sequence[str]) -> list[str]:
-    body = [names, *rows]
-    lines = ["| " + " | ".join(_md(str(cell)) for cell in row) + " |" for row in body]
-    return [lines[0], "|" + "|".join("---:" if side == ">" else "---" for side in sides) + "|", *lines[1:], ""]

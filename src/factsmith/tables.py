@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import html
 import io
+import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -71,6 +72,15 @@ class Table:
         caption = f'<caption style="text-align:left"><b>{_escaped(self.title)}</b></caption>' if self.title else ""
         return f"<table>{caption}{names}<tbody>{body}</tbody></table>{below}"
 
+    def as_markdown(self, level: int = 2) -> list[str]:
+        """Lines of Markdown, the title as a heading; nothing of what is in the cells is read as Markdown."""
+        lines = [f"{'#' * level} {as_text(self.title)}", ""] if self.title else []
+        if self.columns:
+            sides = ("---:" if side == ">" else "---" for side in self.columns.values())
+            head, *body = ["| " + " | ".join(map(as_text, row)) + " |" for row in (tuple(self.columns), *self.rows)]
+            lines += [head, "|" + "|".join(sides) + "|", *body, ""]
+        return [*lines, *([as_text(self.note), ""] if self.note else [])]
+
     @property
     def _has_names(self) -> bool:
         return any(name.strip() for name in self.columns)
@@ -91,8 +101,17 @@ class Shown(ABC):
         console.print(Group(*(table.as_rich(_ROWS) for table in self.tables())))
         return "\n".join(line.rstrip() for line in written.getvalue().splitlines())
 
+    def to_markdown(self) -> str:
+        """The tables as Markdown, every row of them."""
+        return "\n".join(line for table in self.tables() for line in table.as_markdown()) + "\n"
+
     def _repr_html_(self) -> str:
         return "".join(table.as_html(_ROWS) for table in self.tables())
+
+
+def as_text(text: str) -> str:
+    """Text in which nothing is Markdown."""
+    return re.sub(r"([\\`*_{}\[\]<>|#~&!])", r"\\\1", visible(text))
 
 
 def visible(text: str) -> str:

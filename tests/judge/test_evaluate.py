@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from conftest import GPT2, byte_tokenizer, shared_dir, tiny_model
+from factsmith.edit.delta import Delta, applied
 from factsmith.errors import DamagedError, FingerprintError, InputError, NumericsError
 from factsmith.fact import Fact
 from factsmith.judge.drift import drift
 from factsmith.judge.evaluate import BASE, Editor, Evaluation, Row, evaluate, score
 from factsmith.judge.metrics import ngram_entropy, reference_consistency
-from factsmith.judge.suites import Question, Record, load_suite
+from factsmith.judge.suites import Question, Record, Suite, load_suite
 from factsmith.model.load import LanguageModel, wrap
 
 
@@ -97,6 +98,56 @@ def test_single_edits_are_written_judged_and_taken_back(lm: LanguageModel) -> No
     control = evaluate(lm, RECORDS, {"nothing": editor(lm, [], 0.0)}, size=1)
     assert [row.answer for row in control.asked("nothing")] == [row.answer for row in control.asked(BASE)]
     assert all(row.stayed for row in control.asked("nothing") if row.kind in ("neighbour", "locality"))
+
+
+def pushed(lm: LanguageModel, strength: float) -> Delta:
+    """Layer 1 writes the unembedding's row of O wherever its first neuron fires."""
+    row = lm.module.get_output_embeddings().weight[lm.tokenizer("O", add_special_tokens=False)["input_ids"][0]].detach().clone()
+    key = torch.zeros(1, lm.ffn[1].d_ff)
+    key[0, 0] = 1.0
+    return Delta(
+        layers={1: (strength * row[:, None], key)},
+        k_star={1: key},
+        v_star=row[None],
+        facts=(Fact("Entity9", "{} is", "O"),),
+        method="by hand",
+        config={},
+        fingerprint=lm.fingerprint,
+    )
+
+
+def test_a_delta_is_judged_as_it_is(lm: LanguageModel, tmp_path: Path) -> None:
+    delta, suite = pushed(lm, 300.0), Suite(name="own", records=tuple(RECORDS), skipped=(), source="here", digest="0")
+    before = lm.fingerprint
+    found = evaluate(lm, suite, delta=delta, folder=tmp_path / "kept")
+    assert lm.fingerprint == before and found.editors == (BASE, "delta") and found.size == 5
+    assert [row.answer for row in found.asked(BASE)] == [row.answer for row in score(lm, RECORDS)]
+    with applied(lm, delta):
+        inside = score(lm, RECORDS)
+    assert [(row.answer, row.log_wanted) for row in found.asked("delta")] == [(row.answer, row.log_wanted) for row in inside]
+    assert [row.log_wanted for row in inside] != [row.log_wanted for row in score(lm, RECORDS)]  # it does something
+    told = found.to_dict()
+    assert json.loads(json.dumps(told))["measures"]["delta"]["prompt exact"]["value"] == found.summary("delta")["prompt exact"].value
+    assert "| prompt exact |" in found.to_markdown() and "delta" in found.to_markdown()
+    with pytest.raises(InputError, match="other settings"):  # the folder holds another delta's rows
+        evaluate(lm, suite, delta=pushed(lm, 2.0), folder=tmp_path / "kept")
+
+
+def test_several_deltas_lie_on_top_of_one_another(lm: LanguageModel) -> None:
+    deltas = [pushed(lm, 1.0), pushed(lm, 2.0)]
+    both = evaluate(lm, RECORDS, delta=deltas, drift_tokens=0).asked("delta")
+    with applied(lm, deltas):
+        assert [row.log_wanted for row in both] == pytest.approx([row.log_wanted for row in score(lm, RECORDS)], abs=1e-5)
+    assert [row.log_wanted for row in both] != [row.log_wanted for row in evaluate(lm, RECORDS, delta=deltas[0]).asked("delta")]
+
+
+def test_a_sample_is_drawn_by_seed_and_the_base_alone_can_be_asked(lm: LanguageModel) -> None:
+    found = evaluate(lm, RECORDS, limit=3, seed=1)
+    assert found.editors == (BASE,) and len({row.record for row in found.rows}) == 3
+    assert found.rows == evaluate(lm, RECORDS, limit=3, seed=1).rows
+    assert len({tuple(row.record for row in evaluate(lm, RECORDS, limit=3, seed=seed).rows) for seed in range(8)}) > 1
+    assert len({row.record for row in evaluate(lm, RECORDS, limit=99).rows}) == 5
+    assert evaluate(lm, "atlas", limit=2).asked(BASE)[0].prompt == load_suite("atlas", limit=2).records[0].questions[0].prompt
 
 
 def test_a_sequence_puts_one_round_upon_another(lm: LanguageModel) -> None:

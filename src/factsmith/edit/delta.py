@@ -18,7 +18,7 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,15 @@ class Delta:
         """Bytes of the factors, as they are saved."""
         return sum(x.numel() * x.element_size() for factors in self.layers.values() for x in factors)
 
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of the tensors, as they are saved."""
+        return hashlib.sha256(self._saved()).hexdigest()
+
+    def inside(self, lm: LanguageModel) -> AbstractContextManager[None]:
+        """A `with` block in which a model carries this delta, as `applied` makes it."""
+        return applied(lm, self)
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `edit.json` and `delta.safetensors` into a folder, made if absent; each file replaces an older one in one step.
 
@@ -116,7 +125,7 @@ class Delta:
         Raises WorkspaceError when the folder cannot be written.
         """
         folder = Path(folder)
-        tensors = safetensors.torch.save(self._tensors())
+        tensors = self._saved()
         record: dict[str, Any] = {
             "format": _FORMAT,
             "method": self.method,
@@ -200,6 +209,10 @@ class Delta:
             safetensors.SafetensorError,
         ) as error:
             raise DamagedError(f"{folder} matches its checksums but is not a delta: {str(error)[:300]}; {advice}") from None
+
+    def _saved(self) -> bytes:
+        """The tensors as a safetensors file; copies, since one tensor may stand in two places of a delta, and not of a file."""
+        return safetensors.torch.save({name: tensor.clone() for name, tensor in self._tensors().items()})
 
     def _tensors(self) -> dict[str, Tensor]:
         named = {"v_star": self.v_star}

@@ -1,7 +1,8 @@
 """The runner: edit, ask, restore; over single facts, batches or rounds upon rounds, with the model as it was beside it.
 
-    found = evaluate(lm, suite.records, {"rome": write}, size=1)            # each record by itself
-    found = evaluate(lm, suite.records, {"memit": write}, size=100, sequence=True, folder="runs/memit")
+    found = evaluate(lm, suite, {"rome": write}, size=1)                    # each record by itself
+    found = evaluate(lm, suite, {"memit": write}, size=100, sequence=True, folder="runs/memit")
+    found = evaluate(lm, "atlas", delta=delta, limit=100)                   # a change that is made already
     found                                                                   # a table: the base model first, shares with 95 % intervals
     found.rows, found.summary("memit")
 
@@ -12,15 +13,17 @@ says by greedy decoding. Both always stand side by side.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import pydantic
@@ -38,11 +41,27 @@ from ..verify import as_said, begins_with
 from .asking import ask
 from .drift import Reference
 from .metrics import alias_match, bootstrap_interval, harmonic_mean, ngram_entropy, reference_consistency
-from .suites import Kind, Question, Record
+from .suites import Kind, Question, Record, Suite, load_suite
 
 Editor: TypeAlias = Callable[[Sequence[Fact]], AbstractContextManager[Any]]
 """Writes facts into the model for as long as the block runs, on top of what it carries. What the block is given, if it is a mapping of
 names to numbers, is noted beside the rows: norms, seconds. Where it has a `description`, a run is only gone on with by one of the same."""
+
+
+class Change(Protocol):
+    """What is made already and can be put into a model: a Delta."""
+
+    @property
+    def facts(self) -> Sequence[Fact]:
+        """What it writes."""
+
+    @property
+    def digest(self) -> str:
+        """Tells it from others."""
+
+    def inside(self, lm: LanguageModel) -> AbstractContextManager[Any]:
+        """A `with` block in which a model carries it."""
+
 
 BASE = "base"
 """The model as it was."""
@@ -253,9 +272,39 @@ class Evaluation(Shown):
             if of == editor and name.startswith(_PROBE)
         }
 
+    def measured(self, editor: str) -> dict[str, float]:
+        """What an editor noted of its edits: how many were made, mean seconds, the largest norm, and drift where it was measured."""
+        notes = [own for (name, _), own in self.notes.items() if name == editor]
+        records = len({row.record for row in self.rows if row.editor == editor})
+        failed = sum(name == editor for name, _ in self.failed)
+        found: dict[str, float] = {"edits": len(notes) - failed, **({"failed": failed} if failed else {})}
+        if seconds := [own["seconds"] for own in notes if "seconds" in own]:
+            found |= {"seconds": sum(seconds) / len(seconds), "seconds_a_record": sum(seconds) / max(1, records)}
+        if norms := [own["norm"] for own in notes if "norm" in own]:
+            found["norm"] = max(norms)
+        return found | self.drift(editor)
+
+    @functools.cached_property
+    def summaries(self) -> Mapping[str, Mapping[str, Share]]:
+        """{editor: its summary}."""
+        return {editor: self.summary(editor) for editor in self.editors}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able fields: measures, what edits cost and did, retention; not the rows."""
+        edits = [editor for editor in self.editors if editor != BASE]
+        return {
+            "size": self.size,
+            "sequence": self.sequence,
+            "measures": {e: {name: _plain(share) for name, share in own.items()} for e, own in self.summaries.items()},
+            "probed": {e: dict(self.probed(e)) for e in self.editors},
+            "failed": [{"editor": e, "edit": unit, "why": why} for (e, unit), why in self.failed.items()],
+            "edits": {e: self.measured(e) for e in edits},
+            "retention": {e: self.retention(e) for e in edits if self.sequence},
+        }
+
     def tables(self) -> list[Table]:
         """One column an editor, the base model first."""
-        summaries = {editor: self.summary(editor) for editor in self.editors}
+        summaries = self.summaries
         names = list(dict.fromkeys(name for own in summaries.values() for name in own if not name.endswith(("tokens", "magnitude"))))
         rows = [
             (
@@ -283,6 +332,10 @@ _MEASURES: Mapping[str, Callable[[Row], float | None]] = {
     "magnitude": lambda row: None if row.success is None else _p(row.log_wanted) - _p(row.log_against),
     "tokens": lambda row: row.tokens,
 }
+
+
+def _plain(share: Share) -> dict[str, float | int | None]:
+    return {name: value if math.isfinite(value) else None for name, value in vars(share).items()}
 
 
 def _p(log: float | None) -> float:
@@ -403,10 +456,12 @@ def _same(answer: str, before: str | None, right: str | None) -> bool | None:
 
 def evaluate(
     lm: LanguageModel,
-    records: Iterable[Record],
-    editors: Mapping[str, Editor],
+    suite: Suite | str | os.PathLike[str] | Iterable[Record],
+    editors: Mapping[str, Editor] | None = None,
     *,
-    size: int = 1,
+    delta: Change | Iterable[Change] | None = None,
+    limit: int | None = None,
+    size: int | None = None,
     sequence: bool = False,
     retained: int = 100,
     max_new_tokens: int | None = None,
@@ -420,8 +475,12 @@ def evaluate(
 ) -> Evaluation:
     """Judge editors by records: write so many at a time, ask everything about them, and take the edit back.
 
-    editors   {name: editor}; the base model is asked first, whatever they are called
-    size      records an edit: 1, each by itself; more, batches; the last may be smaller
+    suite     the records: a suite, some of its records, or what `load_suite` takes
+    editors   {name: editor}, such as `editors` of factsmith gives; the base model is asked first, whatever they are called
+    delta     instead of editors, a change that is made already, or several on top of one another: everything is asked of the model as it is
+              and with the change in it. With neither, the base model alone is asked
+    limit     a sample of so many records, drawn by seed; None: all
+    size      records an edit: 1, each by itself; more, batches; the last may be smaller. None: 1, with a delta all
     sequence  put each batch upon those before it, and take all back at the end. Behind each round its own records are asked, and again the
               prompts of up to `retained` records of each earlier one; behind the last, every question of every record
     drift_tokens  of how much text divergence and perplexity are measured, and with it 100 facts that nothing was written about: behind each
@@ -434,32 +493,39 @@ def evaluate(
     folder    keeps rows.jsonl and what they are of. Called again with the same arguments a run that was killed goes on where it stood: of a
               sequence the rounds that were asked are written again, and not asked again
 
-    Records without a fact to write are left out. An edit whose editor raises NumericsError has failed: its questions are asked of the model
-    without it, and `failed` says why. Raises InputError for no such record, two of one id, or an editor called "base",
+    Records without a fact to write are left out where editors write. An edit whose editor raises NumericsError has failed: its questions
+    are asked of the model without it, and `failed` says why. Raises InputError for no such record, two of one id, or an editor called "base",
     FingerprintError or InputError when the folder holds another run, DamagedError when it cannot be read, and what editors raise; the model
     is then as it was.
     """
     check_model(lm)
-    every = check_items(records, "records", "records of a suite")
+    seed = check_seed(seed)
+    every = _chosen(suite, limit, seed)
     if strange := [type(record).__name__ for record in every if not isinstance(record, Record)]:
         raise InputError(f"records hold a {strange[0]}; expected those of a suite: load_suite(...).records")
-    kept = [record for record in every if record.facts and all(fact.target is not None or fact.target_true for fact in record.facts)]
-    size = check_count(size, "size", "how many records are written at a time")
+    changes = () if delta is None else _changes(delta)
+    if changes and (editors is not None or size is not None or sequence):
+        raise InputError("a delta is judged as it is: give no editors, size or sequence with it")
+    named = isinstance(editors, Mapping) and all(isinstance(name, str) and callable(write) for name, write in editors.items())
+    if editors is not None and (not named or BASE in editors or not editors):
+        got = list(editors) if isinstance(editors, Mapping) else type(editors).__name__
+        raise InputError(f'editors are {{name: editor}}, functions of facts, at least one and none called "{BASE}"; got {got}')
+    kept = every if editors is None else [record for record in every if _writable(record)]
+    if editors is None:
+        editors = {"delta": _Given(lm, changes)} if changes else {}
+        size = max(1, len(kept)) if size is None else size
+    size = check_count(1 if size is None else size, "size", "how many records are written at a time")
     retained = check_count(retained, "retained", "how many records of an earlier round are asked again", least=0)
     if not kept:
         raise InputError(f"{counted(len(every), 'record')} and none with a fact to write; expected at least one")
     if len({record.id for record in kept}) < len(kept):
         raise InputError("two records have the same id; rows could not be told apart: make ids unique")
-    named = isinstance(editors, Mapping) and all(isinstance(name, str) and callable(write) for name, write in editors.items())
-    if not named or BASE in editors or not editors:
-        got = list(editors) if isinstance(editors, Mapping) else type(editors).__name__
-        raise InputError(f'editors are {{name: editor}}, functions of facts, at least one and none called "{BASE}"; got {got}')
     if probe is not None and not callable(probe):
         raise InputError(f"the probe is a {type(probe).__name__}; expected a function without arguments that gives numbers by name")
     if max_new_tokens is not None:
         max_new_tokens = check_count(max_new_tokens, "max_new_tokens", "how far answers go, 1 token or more")
     drift_tokens = check_count(drift_tokens, "drift_tokens", "how much text", least=0)
-    continued, seed = check_count(continued, "continued", "how many records are continued", least=0), check_seed(seed)
+    continued = check_count(continued, "continued", "how many records are continued", least=0)
     listed = None if texts is None else check_items(texts, "texts", "a list of texts")
     units = [kept[start : start + size] for start in range(0, len(kept), size)]
     written = {record.id: unit for unit, members in enumerate(units) for record in members}
@@ -506,7 +572,7 @@ def evaluate(
     before = {row.prompt: row.answer for row in store.rows if row.editor == BASE}
     reference = None
     if drift_tokens and not all(store.has(editor, unit) for editor in editors for unit in range(len(units))):
-        subjects = [fact.subject for record in kept for fact in record.facts]
+        subjects = [fact.subject for facts in (*(record.facts for record in kept), *(one.facts for one in changes)) for fact in facts]
         reference = Reference(lm, texts=listed, without=subjects, max_tokens=drift_tokens, seed=seed)
 
     def drifted(unit: int) -> dict[str, float]:
@@ -549,6 +615,48 @@ def evaluate(
         model=lm.name,
         fingerprint=lm.fingerprint,
     )
+
+
+def _chosen(suite: Suite | str | os.PathLike[str] | Iterable[Record], limit: int | None, seed: int) -> list[Record]:
+    """The records to judge, a sample of `limit` in their order."""
+    if isinstance(suite, (str, os.PathLike)):
+        return list(load_suite(Path(suite) if isinstance(suite, os.PathLike) else suite, limit=limit, seed=seed).records)
+    every = list(check_items(suite.records if isinstance(suite, Suite) else suite, "suite", "a suite, its records, or its name or file"))
+    if limit is None or check_count(limit, "limit", "how many records to draw, 1 or more") >= len(every):
+        return every
+    return [every[at] for at in sorted(random.Random(seed).sample(range(len(every)), limit))]
+
+
+def _writable(record: Record) -> bool:
+    """Whether there is something to write."""
+    return bool(record.facts) and all(fact.target is not None or fact.target_true for fact in record.facts)
+
+
+def _changes(delta: Change | Iterable[Change]) -> tuple[Change, ...]:
+    """One change or several, checked."""
+    found = (delta,) if hasattr(delta, "inside") else tuple(check_items(delta, "delta", "a Delta, or several"))
+    if not found or not all(hasattr(one, "inside") for one in found):
+        raise InputError("delta is what an editor such as `memit` gave, or several on top of one another; got something else, or none")
+    return found
+
+
+@dataclass(frozen=True)
+class _Given:
+    """An editor that puts what is made already into the model, whatever facts are judged."""
+
+    lm: LanguageModel
+    changes: tuple[Change, ...]
+
+    @property
+    def description(self) -> str:
+        return " + ".join(change.digest for change in self.changes)
+
+    @contextmanager
+    def __call__(self, facts: Sequence[Fact]) -> Iterator[dict[str, float]]:
+        with ExitStack() as stack:
+            for change in self.changes:
+                stack.enter_context(change.inside(self.lm))
+            yield {}
 
 
 def _entered(stack: ExitStack, write: Editor, facts: Sequence[Fact]) -> tuple[object, str]:
