@@ -27,6 +27,7 @@ from factsmith.edit.methods import METHODS
 from factsmith.editing import usable
 from factsmith.judge.evaluate import BASE, Editor, Evaluation
 from factsmith.judge.suites import Record, Suite
+from factsmith.plot import judged_chart, round_by_round
 
 SPREAD = ("memit", "emmet", "alphaedit")
 TRAINED = ("ft-l", "lora")
@@ -121,14 +122,15 @@ def summarised(run: Evaluation) -> dict[str, Any]:
         norm = {"norm": max(note["norm"] for note in notes)} if any("norm" in note for note in notes) else {}
         found[editor] = {"measures": shares, **norm, **run.drift(editor)}
         if run.sequence and editor != BASE:
-            found[editor]["remaining"] = {at + 1: [round(100 * x, 1) for x in left] for at, left in run.remaining(editor).items()}
+            found[editor]["rounds"] = round_by_round(run, editor)
     return found
 
 
-def table(job: Job, told: dict[str, Any], size: int, out: list[str]) -> None:
+def table(job: dict[str, Any], out: list[str]) -> None:
     """One run as Markdown: a row an editor, two-way success / what is really said or done."""
-    how = {"single": "one record at a time", "batch": f"batches of {job.size:,}", "sequence": f"rounds of {job.size:,}, one upon another"}
-    out += [f"### {how[job.how]} (load {job.load:.2g}; {size:,} records)", ""]
+    told, size = job["found"], job["size"]
+    how = {"single": "one record at a time", "batch": f"batches of {size:,}", "sequence": f"rounds of {size:,}, one upon another"}
+    out += [f"### {how[job['how']]} (load {job['load']:.2g}; {job['judged']:,} records)", ""]
     heads = [kind for kind, measure in KINDS if any(f"{kind} {measure}" in own["measures"] for own in told.values())]
     out.append("| | score | " + " | ".join(heads) + " | entropy | KL prose | facts changed | ‖ΔW‖/‖W‖ |")
     out.append("|---" + "|---:" * (len(heads) + 5) + "|")
@@ -145,9 +147,9 @@ def table(job: Job, told: dict[str, Any], size: int, out: list[str]) -> None:
         out.append(f"| {NAMES.get(editor, editor)} | " + " | ".join(cells) + " |")
     out.append("")
     for editor, own in told.items():
-        if left := own.get("remaining"):
+        if left := {int(at): each for at, each in own.get("rounds", {}).items() if "first" in each}:
             some = [at for at in left if at in (1, 2, 5, 10) or at == max(left)]
-            words = ", ".join(f"{left[at][0]:.0f} · {left[at][1]:.0f} behind {at}" for at in some)
+            words = ", ".join(f"{100 * left[at]['first']:.0f} · {100 * left[at]['so far']:.0f} behind {at}" for at in some)
             out.append(f"- {NAMES[editor]}, what is left of the first round · of all so far: {words}")
     out.append("")
 
@@ -170,39 +172,61 @@ def collect(folder: Path, model: str) -> dict[str, list[tuple[Job, Evaluation]]]
                 rows = tuple(row for row in run.rows if row.editor in done)
                 notes = {key: note for key, note in run.notes.items() if key[0] in done}
                 runs.append((job, dataclasses.replace(run, rows=rows, notes=notes, model=model)))
-        order = ("single", "batch", "sequence")
-        found[home.name] = sorted(runs, key=lambda pair: (order.index(pair[0].how), pair[0].size))
+        found[home.name] = runs
     return found
 
 
-def draw(folder: Path, models: list[str], numbers: Path | None, pages: Path) -> None:
-    """All runs as JSON, a picture for each model and suite, and a page of tables for each model."""
-    everything: dict[str, Any] = {}
+def gathered(folder: Path, models: list[str], told: dict[str, Any]) -> dict[str, Any]:
+    """What is told already, with what has run in a folder since: {model: {suite: [job with its numbers]}}."""
     for model in models:
+        for name, runs in collect(folder, model).items():
+            kept = {_which(job): job for job in told.setdefault(model, {}).get(name, [])}
+            for job, run in runs:
+                fields = {**job._asdict(), "judged": len({row.record for row in run.rows})}
+                found = {**kept.get(_which(fields), {"found": {}})["found"], **summarised(run)}
+                found = {editor: found[editor] for editor in (BASE, *EVERY) if editor in found}
+                kept[_which(fields)] = {**fields, "methods": [editor for editor in found if editor != BASE], "found": found}
+            order = ("single", "batch", "sequence")
+            told[model][name] = sorted(kept.values(), key=lambda job: (order.index(job["how"]), job["size"], job["records"]))
+    return told
+
+
+def _which(job: dict[str, Any]) -> tuple[str, int, int]:
+    return job["how"], job["size"], job["records"]
+
+
+def draw(told: dict[str, Any], pages: Path) -> None:
+    """A picture for each model and suite, and a page of tables for each model."""
+    for model, suites in told.items():
         out = [
             f"# Truth on {model}",
             "",
-            "Written by `python benchmarks/truth.py`; [Judge](judge.md) says what each number means. In each cell: ",
+            "Written by `python benchmarks/truth.py`; [Judge](judge.md) says what each number means. In each cell: two-way success / what "
+            "the model really says (neighbour: says what it said before), per cent; entropy in bits, times 100.",
             "",
         ]
-        out[-2] += (
-            "two-way success / what the model really says (neighbour: says what it said before), per cent; entropy in bits, times 100."
-        )
-        for name, runs in collect(folder, model).items():
-            told = [(job, summarised(run), len({row.record for row in run.rows})) for job, run in runs]
-            everything.setdefault(model, {})[name] = [
-                {**job._asdict(), "methods": [e for e in found if e != BASE], "judged": size, "found": found} for job, found, size in told
-            ]
-            picture, drawn = pages / f"truth-{model}-{name}.png", [run for _, run in runs]
+        for name, jobs_done in suites.items():
+            picture = pages / f"truth-{model}-{name}.png"
             out += [f"## Suite: {name}", ""]
-            if len({run.size for run in drawn}) > 1:
-                fs.evaluation_chart(drawn, names=NAMES, path=picture)
+            apart = [
+                (job["size"], {e: {k: v[0] / 100 for k, v in own["measures"].items()} for e, own in job["found"].items() if e != BASE})
+                for job in jobs_done
+                if job["how"] != "sequence"
+            ]
+            rounds = [
+                (
+                    job["size"],
+                    {e: {int(at): each for at, each in own["rounds"].items()} for e, own in job["found"].items() if "rounds" in own},
+                )
+                for job in jobs_done
+                if job["how"] == "sequence"
+            ]
+            if len(apart) > 1 or rounds:
+                judged_chart(apart, rounds, names=NAMES, path=picture)
                 out += [f"![{model}, {name}]({picture.name})", ""]
-            for job, found, size in told:
-                table(job, found, size, out)
+            for job in jobs_done:
+                table(job, out)
         (pages / f"truth-{model}.md").write_text("\n".join(out).rstrip() + "\n", encoding="utf-8")
-    if numbers is not None:
-        numbers.write_text(json.dumps(everything, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -212,12 +236,14 @@ def main() -> None:
     parser.add_argument("--suite", default="atlas")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--only", nargs="*", help="jobs by number, from 0")
-    parser.add_argument("--json", type=Path, help="with --pages: write all numbers there")
+    parser.add_argument("--json", type=Path, default=Path("benchmarks/results/truth.json"), help="with --pages: all numbers, added to")
     parser.add_argument("--pages", type=Path, help="run nothing; write pictures and tables into this folder")
     given = parser.parse_args()
     if given.pages is not None:
-        draw(given.folder, [model for model in ("atlas", "atlas-llama") if (given.folder / model).is_dir()], given.json, given.pages)
-        return
+        told = json.loads(given.json.read_text(encoding="utf-8")) if given.json.is_file() else {}
+        told = gathered(given.folder, [model for model in ("atlas", "atlas-llama") if (given.folder / model).is_dir()], told)
+        given.json.write_text(json.dumps(told, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        return draw(told, given.pages)
     lm = fs.load(given.model)
     suite, records = drawn(lm, given.suite)
     todo = jobs(LAYERS * lm.ffn[0].d_ff, len(records))

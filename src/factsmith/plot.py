@@ -559,13 +559,44 @@ def evaluation_chart(
     listed = [runs] if isinstance(runs, Evaluation) else list(runs)
     for run in listed:
         _check_record(run, Evaluation, "evaluation_chart")
-    apart = sorted((run for run in listed if not run.sequence), key=lambda run: run.size)
-    rounds = [run for run in listed if run.sequence]
-    above = len({run.size for run in apart}) > 1
-    editors = [editor for editor in dict.fromkeys(editor for run in listed for editor in run.editors) if editor != BASE]
+    apart = [
+        (run.size, {e: {name: share.value for name, share in own.items()} for e, own in run.summaries.items() if e != BASE})
+        for run in listed
+        if not run.sequence
+    ]
+    rounds = [(run.size, {e: round_by_round(run, e) for e in run.editors if e != BASE}) for run in listed if run.sequence]
+    return judged_chart(apart, rounds, names=names, path=path)
+
+
+def round_by_round(run: Evaluation, editor: str) -> dict[int, dict[str, float]]:
+    """Of a run in sequence, behind each round (from 1): shares of the "first" round and of all "so far" that are said, and its drift."""
+    left = run.remaining(editor)
+    drifts = {at: run.drift(editor, at) for name, at in run.notes if name == editor}
+    told: dict[int, dict[str, float]] = {at + 1: dict(own) for at, own in drifts.items()}
+    for at, (first, so_far) in left.items():
+        told.setdefault(at + 1, {}).update({"first": first, "so far": so_far})
+    return dict(sorted(told.items()))
+
+
+def judged_chart(
+    apart: Sequence[tuple[int, Mapping[str, Mapping[str, float]]]],
+    rounds: Sequence[tuple[int, Mapping[str, Mapping[int, Mapping[str, float]]]]],
+    *,
+    names: Mapping[str, str] | None = None,
+    path: str | os.PathLike[str] | None = None,
+) -> Figure:
+    """Draw numbers of judged edits, as `evaluation_chart` does of runs.
+
+    apart   [(records an edit, {editor: {measure: share}})]
+    rounds  [(records a round, {editor: {round, from 1: what `round_by_round` gives}})]
+    """
+    apart = sorted(apart, key=lambda pair: pair[0])
+    above = len({size for size, _ in apart}) > 1
+    editors = list(dict.fromkeys(editor for _, own in (*apart, *rounds) for editor in own))
     if not (above or rounds) or not 1 <= len(editors) <= len(_LINES):
         raise InputError(
-            f"got {len(listed)} runs of {len(editors)} editors; expected two sizes, or a run in sequence, of 1 to {len(_LINES)} editors"
+            f"got {len(apart) + len(rounds)} runs of {len(editors)} editors; expected two sizes, or a run in sequence, of 1 to "
+            f"{len(_LINES)} editors"
         )
     figure, grid = _side_by_side(len(_QUALITY), 1.0 + 1.9 * (above + bool(rounds)), rows=above + bool(rounds))
     styles = dict(zip(editors, _LINES, strict=False))
@@ -580,35 +611,28 @@ def evaluation_chart(
             axes.plot(*zip(*dots, strict=True), color=colour, marker=None if thin else marker, markersize=2.6, label=label, **look)
 
     if above:
-        told = [(run.size, {editor: run.summary(editor) for editor in run.editors}) for run in apart]
         for axes, (kind, measure) in zip(grid, _QUALITY, strict=False):
             for editor in editors:
                 for name, thin in ((f"{kind} success", True), (f"{kind} {measure}", False)):
-                    draw(axes, editor, [(n, 100 * own[editor][name].value) for n, own in told if name in own.get(editor, {})], thin)
+                    draw(axes, editor, [(n, 100 * own[editor][name]) for n, own in apart if name in own.get(editor, {})], thin)
             axes.set_xscale("log")
             axes.set_xlabel("records an edit", fontsize=7.5)
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
             _percent(axes, f"{kind}: {'says what it said' if measure == 'stayed' else 'says it'}")
     if rounds:
-        first, so_far, changed, prose = grid[-len(_QUALITY) :]
-        for run in rounds:
-            for editor in run.editors[1:]:
-                left = run.remaining(editor)
-                for at, axes in enumerate((first, so_far)):
-                    draw(axes, editor, [((k + 1) * run.size, 100 * own[at]) for k, own in left.items()])
-                drifts = [((k + 1) * run.size, run.drift(editor, k)) for name, k in run.notes if name == editor]
-                draw(changed, editor, [(n, 100 * own["changed_share"]) for n, own in drifts if "changed_share" in own])
-                draw(prose, editor, [(n, own["kl_text"]) for n, own in drifts if "kl_text" in own])
-        for axes, title in (
-            (first, "first round: still says it"),
-            (so_far, "all rounds so far: says it"),
-            (changed, "other facts changed"),
-        ):
+        below = grid[-len(_QUALITY) :]
+        for size, told in rounds:
+            for editor, own in told.items():
+                for axes, name in zip(below, ("first", "so far", "changed_share", "kl_text"), strict=True):
+                    scale = 1 if name == "kl_text" else 100
+                    draw(axes, editor, [(at * size, scale * each[name]) for at, each in own.items() if name in each])
+        for axes, title in zip(below, ("first round: still says it", "all rounds so far: says it", "other facts changed"), strict=False):
             _percent(axes, title)
+        prose = below[-1]
         prose.set_title("KL on prose, nats a token", fontsize=7.5, loc="left", pad=3)
         prose.set_ylim(bottom=0)
         _quiet(prose)
-        for axes in (first, so_far, changed, prose):
+        for axes in below:
             axes.set_xlabel("records written, round by round", fontsize=7.5)
             axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     _legend_below(figure, max(grid, key=lambda axes: len(axes.get_legend_handles_labels()[1])))

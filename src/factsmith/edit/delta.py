@@ -212,7 +212,8 @@ class Delta:
 
     def _saved(self) -> bytes:
         """The tensors as a safetensors file; copies, since one tensor may stand in two places of a delta, and not of a file."""
-        return safetensors.torch.save({name: tensor.clone() for name, tensor in self._tensors().items()})
+        content: bytes = safetensors.torch.save({name: tensor.clone() for name, tensor in self._tensors().items()})
+        return content
 
     def _tensors(self) -> dict[str, Tensor]:
         named = {"v_star": self.v_star}

@@ -494,9 +494,9 @@ def evaluate(
               sequence the rounds that were asked are written again, and not asked again
 
     Records without a fact to write are left out where editors write. An edit whose editor raises NumericsError has failed: its questions
-    are asked of the model without it, and `failed` says why. Raises InputError for no such record, two of one id, or an editor called "base",
-    FingerprintError or InputError when the folder holds another run, DamagedError when it cannot be read, and what editors raise; the model
-    is then as it was.
+    are asked of the model without it, and `failed` says why. Raises InputError for no such record, two of one id, an editor called "base",
+    or a delta beside editors; FingerprintError or InputError when the folder holds another run, DamagedError when it cannot be read, and
+    what editors and `load_suite` raise; the model is then as it was.
     """
     check_model(lm)
     seed = check_seed(seed)
