@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import secrets
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError, WorkspaceError
 
@@ -54,6 +57,20 @@ def check_writable(folder: str | os.PathLike[str]) -> Path:
         why = "there is a file of that name" if there.is_file() else error.strerror
         raise WorkspaceError(f"cannot write into {path}: {why}; choose a folder that can be written") from None
     return path
+
+
+def file_digest(path: Path) -> str:
+    """sha256 (hex) of a file's content, read piece by piece; raises OSError."""
+    content = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            content.update(block)
+    return content.hexdigest()
+
+
+def record_digest(record: Mapping[str, Any]) -> str:
+    """sha256 (hex) of JSON-able fields, in whatever order they are."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def flush_folder(folder: Path) -> None:

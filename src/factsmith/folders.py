@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import secrets
@@ -32,7 +31,7 @@ import safetensors
 from .edit.delta import Delta
 from .errors import DamagedError, FingerprintError, InputError, WorkspaceError
 from .fact import Fact
-from .files import check_writable, flush_folder, folder_path, write_file
+from .files import check_writable, file_digest, flush_folder, folder_path, record_digest, write_file
 from .model.load import LanguageModel
 from .tables import Shown, Table, counted
 
@@ -174,14 +173,14 @@ def describe(
             }
             for delta, origin in zip(deltas, origins or [Origin()] * len(deltas), strict=True)
         ],
-        "files": {name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in files.items()},
+        "files": {name: {"bytes": path.stat().st_size, "sha256": file_digest(path)} for name, path in files.items()},
         "read_back": None if found is None else dict(found),
     }
     try:
         _Manifest.model_validate_json(json.dumps(record, ensure_ascii=False))
     except ValueError as error:
         raise InputError(f"the origin of a patch cannot be noted: {'; '.join(str(error).splitlines())[:300]}") from None
-    write_file(staging / _MANIFEST, as_json({**record, "sha256": _digest(record)}))
+    write_file(staging / _MANIFEST, as_json({**record, "sha256": record_digest(record)}))
     return {name: (staging / name).stat().st_size for name in [*files, _MANIFEST]}
 
 
@@ -299,7 +298,7 @@ def read_patch(folder: str | os.PathLike[str], *, fingerprint: str | None = None
             stated = manifest.files[f"{numbered(i)}/{name}"]
             if name.endswith(".json") and stated.bytes > _MOST_JSON:
                 raise _damaged(path, f"{numbered(i)}/{name} has {stated.bytes:,} bytes, and {_MOST_JSON:,} are the most")
-            if _sha256(place / name) != stated.sha256:
+            if file_digest(place / name) != stated.sha256:
                 raise _damaged(path, f"{numbered(i)}/{name} does not match its checksum")
         try:
             delta = Delta.load(place)
@@ -328,7 +327,7 @@ def _manifest(folder: Path) -> _Manifest:
             raise ValueError(
                 f"it has format {record.get('format')!r}, and this factsmith reads {_MANIFEST_FORMAT}: pip install -U factsmith"
             )
-        if record.pop("sha256", None) != _digest(record):
+        if record.pop("sha256", None) != record_digest(record):
             raise ValueError("it does not match its checksum")
         return _Manifest.model_validate(record)
     except FileNotFoundError:
@@ -374,18 +373,6 @@ def _facts(folder: Path, entry: _Entry) -> tuple[Fact, ...]:
 def _damaged(folder: Path, what: str) -> DamagedError:
     what = what if len(what) <= 400 else f"{what[:399]}…"
     return DamagedError(f"{folder}: {what}; have it exported or sent again")
-
-
-def _sha256(path: Path) -> str:
-    content = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            content.update(block)
-    return content.hexdigest()
-
-
-def _digest(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def as_json(record: Any) -> bytes:

@@ -35,7 +35,7 @@ from urllib.parse import quote
 
 from .errors import DamagedError, FactError, FactsmithError, InputError, RevisionError, WorkspaceError
 from .fact import Fact
-from .files import flush_folder
+from .files import file_digest, flush_folder
 from .records import Change, Integrity, Revision, State, Status, Step, StoredChange, StoredRecord
 
 BASE = "base"
@@ -753,14 +753,11 @@ def _digest(folder: Path) -> tuple[str, int]:
     if not stat.S_ISDIR(folder.lstat().st_mode):
         raise OSError(errno.EINVAL, "it is no plain folder")
     for file in sorted(entry for entry in folder.iterdir() if not entry.name.startswith(".")):
-        content = hashlib.sha256()
-        if not stat.S_ISREG(file.lstat().st_mode):
+        held = file.lstat()
+        if not stat.S_ISREG(held.st_mode):
             raise OSError(errno.EINVAL, f"{file.name} is no plain file")
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                content.update(block)
-                size += len(block)
-        total.update(f"{file.name}\0{content.hexdigest()}\n".encode())
+        size += held.st_size
+        total.update(f"{file.name}\0{file_digest(file)}\n".encode())
     return total.hexdigest(), size
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..errors import DamagedError, FactError, InputError, LayerError, NumericsError, WorkspaceError
 from ..fact import Fact
-from ..files import write_file
+from ..files import file_digest, record_digest, write_file
 from ..model.load import LanguageModel
 from ..tables import counted
 
@@ -136,7 +136,7 @@ class Delta:
             "convergence": [dict(c) for c in self.convergence],
             "tensors_sha256": hashlib.sha256(tensors).hexdigest(),
         }
-        record["sha256"] = _digest(record)
+        record["sha256"] = record_digest(record)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_file(folder / _TENSORS, tensors)
@@ -158,7 +158,7 @@ class Delta:
             sizes = {name: _plain_size(folder / name) for name in (_JSON, _TENSORS)}
             if sizes[_JSON] > _MOST_JSON:
                 raise DamagedError(f"{folder / _JSON} has {sizes[_JSON]:,} bytes, and {_MOST_JSON:,} are the most; {advice}")
-            raw, found_tensors = (folder / _JSON).read_bytes(), _sha256(folder / _TENSORS)
+            raw, found_tensors = (folder / _JSON).read_bytes(), file_digest(folder / _TENSORS)
         except OSError as error:
             name = Path(error.filename or folder).name
             raise DamagedError(f"cannot read {name} in {folder}: {error.strerror}; a saved delta is {_JSON} beside {_TENSORS}") from None
@@ -167,7 +167,7 @@ class Delta:
         try:
             record = json.loads(raw)
             stated, checksum = record.pop("sha256"), record["tensors_sha256"]
-            found = _digest(record)  # of half a character there is none
+            found = record_digest(record)  # of half a character there is none
         except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
             raise DamagedError(f"{folder / _JSON} is not the record of a delta; {advice}") from None
         if found != stated:
@@ -228,14 +228,6 @@ def _plain_size(file: Path) -> int:
     if not stat.S_ISREG(held.st_mode):
         raise OSError(errno.EINVAL, "it is no plain file", str(file))
     return held.st_size
-
-
-def _sha256(file: Path) -> str:
-    content = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            content.update(block)
-    return content.hexdigest()
 
 
 def _check_header(file: Path, layers: list[int], n_facts: int) -> None:
@@ -325,7 +317,3 @@ def _copy(lm: LanguageModel, weights: Mapping[int, Tensor]) -> None:
     with torch.no_grad():
         for layer, new in weights.items():
             _weight(lm, layer).copy_(new)
-
-
-def _digest(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
