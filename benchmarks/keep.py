@@ -11,6 +11,7 @@ and all. Processor seconds of one thread; what the facts are answered with after
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import tempfile
 import time
@@ -37,6 +38,8 @@ def measured(name: str, size: int, seed: int) -> dict[str, Any]:
     plain = [fs.Fact(f.subject, f.prompt, f.target, target_true=f.target_true, relation=f.relation) for f in facts]
     first, second = plain[:size], plain[size:]
     config = MemitConfig.recommended(lm)
+    if size > 300:
+        config = dataclasses.replace(config, steps=30, repair=0)
     gates = fs.Gates(efficacy=0.0, paraphrases=None, neighbours=None, earlier=None)
     row: dict[str, Any] = {"facts": size}
 
