@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from factsmith.errors import FactError
@@ -14,6 +15,7 @@ from factsmith.gates import check_gates, gates_table, measures_drift
 from factsmith.judge.drift import LIMITS, Changed, Drift
 from factsmith.verify import Check, Role, Verification
 
+FACT = {"subject": "Ann", "prompt": "{} lives in", "target": "Oslo"}
 NONE = {field.name: None for field in dataclasses.fields(Gates)}
 
 
@@ -92,6 +94,42 @@ def test_a_file_names_gates_method_and_settings(tmp_path: Path) -> None:
 def test_the_schema_that_is_published_is_that_of_the_code() -> None:
     published = Path(__file__).parent.parent / "docs/facts.schema.json"
     assert json.loads(published.read_text(encoding="utf-8")) == FactFile.schema()
-    schema = FactFile.schema()
-    assert set(schema["properties"]) == {"facts", "gates", "method", "settings"} and schema["required"] == ["facts"]
-    assert schema["additionalProperties"] is False
+    whole, bare = FactFile.schema()["anyOf"]
+    assert set(whole["properties"]) == {"facts", "gates", "method", "settings"} and whole["required"] == ["facts"]
+    assert whole["additionalProperties"] is False and bare["items"] == whole["properties"]["facts"]["items"]
+
+
+@pytest.mark.parametrize(
+    ("content", "valid"),
+    [
+        ({"facts": [FACT]}, True),
+        ([FACT], True),
+        ({"facts": [FACT | {"neighbours": ["Blake Mills was born in", {"prompt": "Rome is", "expected": "old"}]}]}, True),
+        (
+            {"facts": [FACT | {"target": None}], "gates": {"efficacy": 1, "kl_text": None}, "method": "memit", "settings": {"steps": 4}},
+            True,
+        ),
+        ({"facts": []}, False),
+        ([], False),
+        ({"facts": [FACT], "more": 1}, False),
+        ({"facts": [FACT | {"prompt": "no slot"}]}, False),
+        ({"facts": [FACT | {"prompt": "{} and {}"}]}, False),
+        ({"facts": [FACT | {"subject": " "}]}, False),
+        ({"facts": [FACT | {"neighbours": [""]}]}, False),
+        ({"facts": [FACT], "gates": {"efficacy": True}}, False),
+        ({"facts": [FACT], "gates": {"efficacy": 1.5}}, False),
+        ({"facts": [FACT], "gates": []}, False),
+        ({"facts": [FACT], "gates": False}, False),
+        ({"facts": [FACT], "method": ""}, False),
+    ],
+)
+def test_schema_and_reader_agree(tmp_path: Path, content: object, valid: bool) -> None:
+    """By the reference implementation of JSON Schema, which knows nothing of ours."""
+    file = tmp_path / "facts.json"
+    file.write_text(json.dumps(content))
+    assert jsonschema.Draft202012Validator(FactFile.schema()).is_valid(content) is valid
+    if valid:
+        assert FactFile.sheet(file).facts
+    else:
+        with pytest.raises(FactError, match=r"facts\.json"):
+            FactFile.sheet(file)

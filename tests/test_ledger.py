@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -173,8 +174,12 @@ def test_a_revert_is_reverted(ledger: Ledger) -> None:
     back = ledger.revert(gone.id)
     assert [(r.id, r.carried) for r in ledger.active()] == [(first.id, first.delta), (second.id, second.delta)]
     assert ledger.show(gone.id).reverted_by == back.id and ledger.show(second.id).reverted_by is None
-    with pytest.raises(RevisionError, match="nothing to bring back"):
+    with pytest.raises(RevisionError, match="undone already"):
         ledger.revert(gone.id)
+    out = ledger.revert(back.id)  # what brought it back is reverted in turn, and so on
+    assert [r.id for r in ledger.active()] == [first.id] and ledger.show(second.id).reverted_by == out.id
+    ledger.revert(out.id)
+    assert [(r.id, r.carried) for r in ledger.active()] == [(first.id, first.delta), (second.id, second.delta)]
     part = ledger.revert(first.id, facts=[1], solved={first.id: delta_of("one'"), second.id: delta_of("two'")})
     ledger.revert(second.id)
     with pytest.raises(RevisionError, match="a Workbench"):
@@ -229,11 +234,34 @@ def test_patches_without_facts_go_and_come_back(ledger: Ledger) -> None:
     ledger.revert(first.id, solved={last.id: delta_of("last''")})
     back = ledger.revert(gone.id, solved={last.id: delta_of("last again")})
     assert [(r.id, r.carried == r.delta) for r in ledger.active()] == [(bare.id, True), (last.id, False)] and back.facts == ()
-    with pytest.raises(RevisionError, match="nothing to bring back"):
+    with pytest.raises(RevisionError, match="undone already"):
         ledger.revert(gone.id)
+    out = ledger.revert(back.id)
+    assert [r.id for r in ledger.active()] == [last.id]
+    ledger.revert(out.id)
     ledger.revert(last.id)
     ledger.revert(bare.id)
-    assert ledger.active() == [] and ledger.verify().revisions == 8
+    assert ledger.active() == [] and ledger.verify().revisions == 10
+
+
+def test_several_commits_are_one_or_none(ledger: Ledger) -> None:
+    first = commit(ledger, "one")
+
+    def three(last: Callable[[Path], object]) -> None:
+        with ledger.together(first.id):
+            for n, write in enumerate((delta_of("two"), delta_of("three"), last)):
+                ledger.commit(write, onto=first.id, method="rome", facts=[Fact(f"Entity{n}", "{} is", "a")], layers=[1])
+
+    def full(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(WorkspaceError, match="nothing was recorded"):
+        three(full)
+    assert [r.id for r in ledger.log()] == [first.id] and ledger.current == first.id
+    three(delta_of("four"))
+    assert len(ledger.log()) == 4 and ledger.verify().revisions == 4
+    with pytest.raises(WorkspaceError, match="somebody committed"):
+        three(delta_of("five"))
 
 
 def test_gc_takes_what_nobody_names(ledger: Ledger) -> None:
@@ -337,7 +365,7 @@ class Histories(RuleBasedStateMachine):
         self.states: list[dict[str, tuple[frozenset[int], str]]] = [{}]
         self.layers: dict[str, frozenset[int]] = {}
         self.size: dict[str, int] = {}
-        self.undid: dict[str, tuple[int, dict[str, frozenset[int]]]] = {}  # revert: its place, and what it took out
+        self.undid: dict[str, dict[str, tuple[frozenset[int], frozenset[int]]]] = {}  # revert: what it took out, and what it brought back
         self.at = 0
 
     def teardown(self) -> None:
@@ -399,10 +427,10 @@ class Histories(RuleBasedStateMachine):
             asked = [i for i in sorted(wanted[target]) if some >> i & 1] or None
             wanted[target] = wanted[target] - set(wanted[target] if asked is None else asked)
         else:
-            for patch, lost in self.undid[target][1].items():
-                wanted[patch] = wanted.get(patch, frozenset()) | lost
+            for patch, (lost, won) in self.undid[target].items():
+                wanted[patch] = (wanted.get(patch, frozenset()) | lost) - won
             if {p: f for p, f in wanted.items() if f} == {p: f for p, (f, _) in now.items()}:
-                with pytest.raises(RevisionError, match="nothing to bring back"):
+                with pytest.raises(RevisionError, match="undone already"):
                     self.ledger.revert(target)
                 return
         after: dict[str, tuple[frozenset[int], str]] = {}
@@ -422,8 +450,8 @@ class Histories(RuleBasedStateMachine):
                     again.append(patch)
                     after[patch] = (facts, f"{name} {patch[:6]}")
         undo = self.ledger.revert(target, facts=asked, solved={patch: delta_of(f"{name} {patch[:6]}") for patch in again})
-        lost = {patch: now[patch][0] - after.get(patch, (frozenset(), ""))[0] for patch in now}
-        self.undid[undo.id] = (len(self.ids), {patch: facts for patch, facts in lost.items() if facts})
+        sides = {patch: [state.get(patch, (frozenset[int](), ""))[0] for state in (now, after)] for patch in {*now, *after}}
+        self.undid[undo.id] = {patch: (was - became, became - was) for patch, (was, became) in sides.items()}
         self._append(undo.id, after)
 
     @invariant()

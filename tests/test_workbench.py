@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -34,13 +35,15 @@ from factsmith.errors import (
     UnsupportedModelError,
     WorkspaceError,
 )
-from factsmith.fact import Fact, Probe
+from factsmith.fact import Fact, Gates, Probe
 from factsmith.folders import read_patch
 from factsmith.ledger import BASE, LATEST, Ledger
 from factsmith.model import atlas
 from factsmith.model.load import LanguageModel, load, wrap
 from factsmith.proposals import plan, propose
 from factsmith.records import Revision
+from factsmith.standing import standing
+from factsmith.verify import answer_tokens
 from factsmith.workbench import Workbench
 
 FACT = Fact(
@@ -185,7 +188,7 @@ def test_the_proof_is_of_the_weights_that_are_kept(tmp_path: Path, dtype: torch.
         outcome = bench.apply(FACT, config=QUICK, moments=moments, contexts=["{}"], force=True)
         assert outcome.verification is not None and outcome.delta is not None
         prompts, wanted = zip(*((check.prompt, check.wanted) for check in outcome.verification.checks), strict=True)
-        assert [check.p_after for check in outcome.verification.checks] == lm.log_prob(prompts, wanted).double().exp().tolist()
+        assert [check.p_after for check in outcome.verification.checks] == [math.exp(log) for log in lm.log_prob(prompts, wanted).tolist()]
         twice = (on_top.float() + outcome.delta.dense(1)).to(dtype)
         assert torch.equal(twice, lm.ffn[1].weight()) is (dtype == torch.float32)
 
@@ -347,14 +350,17 @@ def test_a_plan_knows_what_facts_meet(lm: LanguageModel, bench: Workbench) -> No
     ]
     bare = bench.plan(facts, "rome", config)
     assert bare.layers == (1,)
-    assert [e.standing for e in bare.entries] == ["changed", "conflict", "new", "new"] and bare.entries[0].crowding is None
+    assert [e.standing for e in bare.entries] == ["changed", "conflict", "conflict", "conflict"] and bare.entries[0].crowding is None
+    assert "cosine 1.000" in bare.entries[2].because and any("second moments are not kept" in note for note in bare.notes)
+    apart = bench.plan([facts[2], Fact("Somebody", "A thing of {} was", " x")], "rome", config)  # other subjects, other keys
+    assert [e.standing for e in apart.entries] == ["new", "new"]
     assert bare.seconds is not None and bare.seconds > 0
     for layer, moment in moments.items():
         moment.save(moments_file(bench.ledger.folder / "moments", layer))
     before = hashes(lm)
     found = bench.plan(facts, "rome", config)
     assert [e.standing for e in found.entries] == ["changed", "conflict", "conflict", "conflict"] and hashes(lm) == before
-    assert "nearly the key" in found.entries[2].because and len(found.conflicts) == 3
+    assert "nearly the same key" in found.entries[2].because and len(found.conflicts) == 3 and found.notes == ()
     with bench._carrying([]):
         keys = read_keys(lm, [*facts, first], 1, ["{}"])[:, 0].double()
     lower = torch.linalg.cholesky(moments[1].matrix.double())
@@ -841,23 +847,29 @@ def test_an_answer_that_ends_at_once_must_stay_so(lm: LanguageModel, monkeypatch
 
 def test_earlier_patches_are_asked_again(lm: LanguageModel, bench: Workbench) -> None:
     moments = moments_of(lm)
-    options: dict[str, Any] = {"config": QUICK, "moments": moments, "contexts": ["{}"], "force": True}
-    bench.apply(FACT, **options)
-    second = bench.apply(Fact("Paris", "{} is the capital of", "Spain"), **options)
-    assert second.verification is not None
-    assert [check.prompt for check in second.verification.checks if check.role == "earlier"] == [FACT.text]
+    slight = dataclasses.replace(QUICK, clamp=1e-6)  # nothing takes, and nothing is lost
+    options: dict[str, Any] = {"config": slight, "moments": moments, "contexts": ["{}"], "force": True}
+    (said,) = lm.answer(["Rome is the capital of"])
+    holds = Fact("Rome", "{} is the capital of", said)  # written by force, though the model says it
+    bench.apply(holds, **options)
+    bench.apply(FACT, **options)  # does not take: what never held cannot be lost, and is not asked again
+    asked = bench.apply(Fact("Paris", "{} is the capital of", "Spain"), **options).verification
+    assert asked is not None and lm.answer([FACT.text])[0].strip() != "Finnish"
+    assert [check.prompt for check in asked.checks if check.role == "earlier"] == [holds.text]
     again = bench.apply(Fact(FACT.subject, FACT.prompt, "Spanish"), **options)
     assert again.verification is not None
-    assert [check.prompt for check in again.verification.checks if check.role == "earlier"] == ["Paris is the capital of"]
+    assert [check.prompt for check in again.verification.checks if check.role == "earlier"] == [holds.text]
     now = hashes(lm)
     checks = bench.verify().checks
     assert hashes(lm) == now
     assert {check.prompt: check.wanted for check in checks if check.role == "prompt"} == {
+        holds.text: said.strip(),
         FACT.text: "Spanish",
         "Paris is the capital of": "Spain",
     }
     bench.checkout(BASE)
-    assert [check.before for check in checks] == lm.answer([check.prompt for check in checks])
+    prompts, wanted = [check.prompt for check in checks], [check.wanted for check in checks]
+    assert [check.before for check in checks] == lm.answer(prompts, max_new_tokens=answer_tokens(lm, prompts, wanted))
 
 
 def test_second_moments_are_the_base_models_and_are_kept(lm: LanguageModel, bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1040,3 +1052,112 @@ def test_a_real_fact_is_patched_and_taken_back(tmp_path: Path) -> None:
         assert sum(patched[name] != base[name] for name in base) == 1
         bench.revert(LATEST)
         assert hashes(lm) == base and lm.answer([fact.text])[0].startswith("French")
+
+
+# ---- facts as code, on a model that knows some -----------------------------------------------------------------------------------------
+
+FIAT = Fact("Fiat 127", "The maker of {} is", "Toyota", neighbours=["The maker of Nokia Lumia 900 is"])
+DARRIEUX = Fact("Danielle Darrieux", "The mother tongue of {} is", "English", neighbours=["The mother tongue of Léon Blum is"])
+
+
+@pytest.fixture
+def known(tmp_path: Path) -> Iterator[Workbench]:
+    with Workbench(load("atlas"), tmp_path / "space") as opened:
+        yield opened
+
+
+def other(fact: Fact, **changes: Any) -> Fact:
+    return Fact.from_dict(fact.to_dict() | changes)
+
+
+def test_what_a_newer_patch_replaced_is_not_asked_of_later_ones(known: Workbench) -> None:
+    known.apply(FIAT)
+    assert known.plan(other(FIAT, target="Honda")).entries[0].standing == "changed"
+    assert known.apply(other(FIAT, target="Honda")).revision is not None
+    outcome = known.apply(DARRIEUX)
+    assert outcome.revision is not None and outcome.verification is not None
+    earlier = {check.prompt: check.wanted for check in outcome.verification.checks if check.role == "earlier"}
+    assert earlier == {FIAT.text: "Honda"}
+    in_other_words = known.plan(Fact("Fiat 127", "{} is made by", "Honda"))  # agrees with what is in effect, not with what was
+    assert not in_other_words.conflicts
+    control = known.plan(Fact("Fiat 127", "{} is made by", "Toyota"))
+    assert control.conflicts and "Honda" in control.entries[0].because
+
+
+def test_what_the_model_says_already_is_asked_with_the_rest(known: Workbench) -> None:
+    """Two ways to say one fact, of which the model says one already: writing the other takes it away, and that is seen."""
+    kept = Fact("Fiat 127", "Everybody knows that the maker of {} is", "Fiat", neighbours=FIAT.neighbours)
+    asked = known.plan([FIAT, kept])
+    assert [entry.standing for entry in asked.entries] == ["new", "known"]
+    outcome = known.apply([FIAT, kept], gates=Gates(paraphrases=None, kl_text=None))
+    assert outcome.revision is None and known.log() == []
+    assert any(kept.text in why for why in outcome.failures) and any("said already" in why for why in outcome.warnings)
+    forced = known.apply([FIAT, DARRIEUX], "memit", gates=Gates(paraphrases=None, kl_text=None))  # control: nothing is lost
+    assert forced.revision is not None and not forced.forced
+
+
+def test_a_conflict_is_refused_in_python_too_and_recorded_when_forced(known: Workbench) -> None:
+    first = known.apply(FIAT).revision
+    assert first is not None
+    against = Fact("Fiat 127", "{} is made by", "Honda")
+    refused = known.apply(against)
+    assert refused.revision is None and refused.delta is None and len(known.log()) == 1
+    assert refused.failures[0].startswith("conflict") and first.id[:10] in refused.failures[0]
+    forced = known.apply(against, force=True)
+    assert forced.forced and forced.revision is not None
+    assert forced.revision.report["forced"] and "Toyota" in forced.revision.report["conflicts"][0]
+
+
+def test_what_the_model_says_already_can_be_a_conflict(lm: LanguageModel) -> None:
+    """It would be taken from the one that is in effect; its key alone is no conflict, since it holds beside the other as it is."""
+    held = [("0a8b has", Fact("Lumia", "The maker of {} is", "Samsung", relation="maker"))]
+
+    def place(target: str, **fields: Any) -> tuple[str, str]:
+        (found,) = standing(lm, [Fact("Lumia", "{} is made by", target, **fields)], held, (), {}, [True])
+        return found.standing, found.because
+
+    assert place("Nokia", relation="maker") == ("conflict", "0a8b has The maker of Lumia is → Samsung")
+    assert place("Samsung", relation="maker") == ("known", "") and place("Nokia") == ("known", "")
+    one_key = [Fact("Lumia", "{} is in", "Oslo"), Fact("Lumia", "{} is by", "Rome")]
+    assert [p.standing for p in standing(lm, one_key, [], (1,), {}, [True, True])] == ["known", "known"]
+    assert [p.standing for p in standing(lm, one_key, [], (1,), {})] == ["conflict", "conflict"]
+
+
+def test_neighbours_are_of_the_relation_that_the_model_knows(known: Workbench) -> None:
+    """The prompt is no bundled phrasing, but what the model says of the subject is a bundled fact."""
+    fact = Fact("Danielle Darrieux", "It is well known that the mother tongue of {} is", "English")
+    (done,) = known.completed(fact)
+    french = {one.object for one in atlas.facts("P103")}
+    assert done.neighbours and all(probe.expected in french for probe in done.neighbours)
+    strange = known.apply(Fact("Fiat 127", "A thing about {} is that it likes", "tea"), gates=Gates(), force=True)
+    assert any("of no relation that is known" in note for note in strange.made)
+    assert not known.apply(fact, gates=Gates(), force=True).made
+
+
+def test_patches_are_taken_in_all_or_none(known: Workbench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known.apply(FIAT)
+    known.apply(DARRIEUX)
+    known.export(tmp_path / "out", format="patch")
+    lm = known.lm
+    known.close()
+    with Workbench(lm, tmp_path / "theirs") as theirs:
+        store, calls = Ledger._store, []
+
+        def full(ledger: Ledger, write: Callable[[Path], object]) -> tuple[str, int]:
+            calls.append(write)
+            if len(calls) == 2:
+                raise OSError(28, "No space left on device")
+            return store(ledger, write)
+
+        before = hashes(lm)
+        with monkeypatch.context() as patching:
+            patching.setattr(Ledger, "_store", full)
+            with pytest.raises(WorkspaceError, match="nothing was recorded"):
+                theirs.import_patches(tmp_path / "out")
+        assert theirs.log() == [] and hashes(lm) == before and len(calls) == 2
+        assert len(theirs.import_patches(tmp_path / "out")) == 2 and [r.state for r in theirs.log()] == ["active"] * 2
+    with Workbench(lm, tmp_path / "another") as another:
+        another.apply(Fact("Fiat 127", "{} is made by", "Honda"))
+        with pytest.raises(RevisionError, match="Honda"):  # the same question in other words
+            another.import_patches(tmp_path / "out")
+        assert len(another.log()) == 1

@@ -137,8 +137,7 @@ def configured(
         own = changed.get(name, {})
         if name not in _TUNED:
             layers = own.pop("layers", own.pop("layer", None))
-            layers = (layers,) if isinstance(layers, int) else layers
-            if own or layers or paper:
+            if own or layers is not None or paper:
                 found[name] = settings(lm, name, layers, own, paper=paper)
         elif own:
             kind = _TUNED[name][1]

@@ -44,7 +44,13 @@ def _as_probe(value: object) -> object:
     return {"prompt": value} if isinstance(value, str) else value
 
 
-Text = Annotated[str, AfterValidator(_not_blank)]
+def _no_truth(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError(f"is {str(value).lower()}; expected a number, or null to switch it off")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_not_blank), pydantic.WithJsonSchema({"type": "string", "pattern": "\\S", "maxLength": 20_000})]
 _STRICT = ConfigDict(extra="forbid", str_max_length=20_000)
 
 
@@ -59,16 +65,22 @@ class Probe:
 @pydantic.dataclasses.dataclass(frozen=True, config=_STRICT)
 class _Fact:
     subject: Text
-    prompt: Annotated[Text, AfterValidator(_has_one_slot)]
+    prompt: Annotated[
+        Text,
+        AfterValidator(_has_one_slot),
+        pydantic.WithJsonSchema({"type": "string", "pattern": r"^((?!\{\})[\s\S])*\{\}((?!\{\})[\s\S])*$", "maxLength": 20_000}),
+    ]
     target: Text | None
     target_true: Text | None = dataclasses.field(default=None, kw_only=True)
     paraphrases: tuple[Text, ...] = dataclasses.field(default=(), kw_only=True)
-    neighbours: tuple[Annotated[Probe, BeforeValidator(_as_probe)], ...] = dataclasses.field(default=(), kw_only=True)
+    neighbours: tuple[Annotated[Probe, BeforeValidator(_as_probe, json_schema_input_type=Text | Probe)], ...] = dataclasses.field(
+        default=(), kw_only=True
+    )
     relation: str | None = dataclasses.field(default=None, kw_only=True)
 
 
-Share = Annotated[float, pydantic.Field(ge=0, le=1, allow_inf_nan=False)]
-Amount = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, pydantic.Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_no_truth)]
+Amount = Annotated[float, pydantic.Field(ge=0, allow_inf_nan=False), BeforeValidator(_no_truth)]
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", strict=False))
@@ -325,7 +337,10 @@ class FactFile:
     def schema() -> dict[str, Any]:
         """The JSON Schema of a fact file, for editors and checks."""
         found = TypeAdapter(_Content).json_schema()
-        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found, "title": "factsmith fact file"}
+        definitions = found.pop("$defs")
+        listed_bare = {"type": "array", "minItems": 1, "items": found["properties"]["facts"]["items"]}
+        head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "factsmith fact file"}
+        return {**head, "anyOf": [found, listed_bare], "$defs": definitions}
 
     @staticmethod
     def read(path: str | os.PathLike[str]) -> list[Fact]:
@@ -349,11 +364,12 @@ class FactFile:
         rest = {name: value for name, value in content.items() if name != "facts"} if isinstance(content, Mapping) else {}
         if unknown := sorted(str(name) for name in rest if name not in ("gates", "method", "settings")):
             raise FactError(f"{path} has {', '.join(map(_short, unknown[:_NAMED]))}; expected facts, and some of gates, method, settings")
-        method, settings = rest.get("method"), rest.get("settings") or {}
-        if not isinstance(method, (str, type(None))) or not isinstance(settings, Mapping):
+        method, settings, gates_told = rest.get("method"), rest.get("settings"), rest.get("gates")
+        settings, gates_told = ({} if told is None else told for told in (settings, gates_told))
+        if not isinstance(method, (str, type(None))) or method == "" or not isinstance(settings, Mapping):
             raise FactError(f"{path}: method is a name, and settings are values by name; got {_short(method)} and {_short(settings)}")
         try:
-            gates = Gates.from_dict(rest.get("gates") or {})
+            gates = Gates.from_dict(gates_told)
         except FactError as error:
             raise FactError(f"{path}: {error}") from None
         return FactSheet(facts=tuple(facts), gates=gates, method=method, settings={str(name): value for name, value in settings.items()})

@@ -98,6 +98,7 @@ class Ledger:
         """Open a workspace; `wait` is how many seconds to wait for another process that is writing."""
         self.folder = Path(folder)
         self._read: dict[str, tuple[tuple[str, str], StoredRecord]] = {}  # records that were read and checked
+        self._together = False
         file = self.folder / "ledger.db"
         if not file.is_file():
             raise WorkspaceError(
@@ -265,7 +266,7 @@ class Ledger:
     def undoing(self, reference: str, facts: Sequence[int] | None = None) -> list[Step]:
         """What reverting an entry would make of each patch that is in effect before or after it, in ledger order; nothing changes.
 
-        reference  a patch: its facts go. A revert: what it took out comes back
+        reference  a patch: its facts go. A revert: what it took out comes back, and what it brought back goes
         facts      indices of the patch's facts that go; None: all
 
         A patch is solved again when some of its facts go, or when it touches a layer that an earlier patch leaves or is solved again in:
@@ -290,11 +291,19 @@ class Ledger:
             if revision.state == "later":
                 raise RevisionError(f"revision {revision.id[:10]} is not in effect (later); `factsmith checkout latest` first")
             for identity, change in revision.changes.items():
-                was = self._places(before[identity])
-                if was is not None and (change.delta is None or set(was) - set(change.facts)):
-                    held[identity] = tuple(sorted(set(held[identity] or ()) | (set(was) - set(change.facts))))
+                was, became = self._places(before[identity]), None if change.delta is None else change.facts
+                if was == became:
+                    continue  # only solved again
+                if not before[identity].facts:  # of neurons: in effect as a whole, or not
+                    held[identity] = was
+                    continue
+                taken, brought = set(was or ()) - set(became or ()), set(became or ()) - set(was or ())
+                held[identity] = tuple(sorted((set(held[identity] or ()) | taken) - brought)) or None
             if all(held[identity] == self._places(patch) for identity, patch in now.items()):
-                raise RevisionError(f"what revision {revision.id[:10]} took out is in effect; there is nothing to bring back")
+                raise RevisionError(
+                    f"what revision {revision.id[:10]} did has been undone already; `factsmith log` shows what is in effect, and any "
+                    "patch of it can be reverted by its own id"
+                )
         if revision.id == head == current:  # the state before it is known to the bit
             after = {identity: (before[identity].carried if identity in before else None) for identity in now}
             return [
@@ -350,12 +359,11 @@ class Ledger:
         Raises WorkspaceError, with nothing recorded, when the history has moved on since `onto`, when an older revision is checked out,
         or when the folder cannot be written (read-only, disk full, locked).
         """
-        with self._writing():
-            self._expect(onto)
+        with self.together(onto):
             digest, size = self._store(write)
             record = StoredRecord(
                 kind="patch",
-                parent=onto,
+                parent=self.head,
                 created=_now(),
                 message=_one_line(message or ", ".join(map(str, facts))),
                 base=self.fingerprint,
@@ -371,6 +379,20 @@ class Ledger:
             )
             identity = self._append(record)
         return self.show(identity)
+
+    @contextlib.contextmanager
+    def together(self, onto: str) -> Iterator[None]:
+        """Several commits as one: all of those made inside the block are recorded, or none. Raises what `commit` does."""
+        if self._together:
+            yield  # inside of a block whose first commit has been checked
+            return
+        with self._writing():
+            self._expect(onto)
+            self._together = True
+            try:
+                yield
+            finally:
+                self._together = False
 
     def revert(
         self,
@@ -443,7 +465,7 @@ class Ledger:
 
         History keeps all it names, so nothing that can be checked out goes. Raises WorkspaceError, DamagedError.
         """
-        with self._writing():
+        with contextlib.nullcontext() if dry_run else self._writing():
             named = {delta for revision in self._history() for delta in _named(revision)}
             deltas = self.folder / "deltas"
             there = sorted(deltas.iterdir()) if deltas.is_dir() else []

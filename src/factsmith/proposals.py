@@ -40,6 +40,13 @@ _BROKEN = 0.25
 layers by 12 % at most; forced to 12 % one fact's target spills over to other subjects, at 42 % to other questions."""
 
 
+_LOST = {
+    "prompt": "the patch did not take",
+    "known": "what the model said already no longer holds",
+    "earlier": "an earlier patch no longer holds",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Planned:
     """What the model says about one fact today: its greedy `answer` to the prompt, p(target), and whether it says the target already.
@@ -65,6 +72,8 @@ class Planned:
 class Plan(Shown):
     """What an edit would have to do; nothing was changed to find out.
 
+    notes    what could not be told beforehand, in words
+
     method   what it would be written with, into `layers`; n_bytes: the size of the patch; seconds: about how long it would take. Empty or
              None where nobody asked (`plan` without a workspace)
     """
@@ -74,6 +83,7 @@ class Plan(Shown):
     layers: tuple[int, ...] = ()
     n_bytes: int | None = None
     seconds: float | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def conflicts(self) -> tuple[Planned, ...]:
@@ -109,15 +119,16 @@ class Plan(Shown):
             time_needed = f" and {self.seconds:.0f} s" if self.seconds is not None else ""
             title += f"; {self.method}, layer {', '.join(map(str, self.layers))}{size}{time_needed}"
         columns = {"": "<", "prompt": "<", "answer": "<", "target": "<", "p": ">", "crowding": ">"}
-        tables = [Table(title, columns, rows, "crowding: share of a fact's key that earlier patches' keys explain")]
+        crowding = ["crowding: share of a fact's key that earlier patches' keys explain"] if any(row[-1] for row in rows) else []
+        tables = [Table(title, columns, rows, "; ".join([*crowding, *self.notes]))]
         told = [(e.standing, str(e.fact), e.because) for e in self.entries if e.because]
         return [*tables, Table("what they meet", {"": "<", "fact": "<", "why": "<"}, told)] if told else tables
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able fields."""
         entries = [{**vars(entry), "fact": entry.fact.to_dict()} for entry in self.entries]
-        rest = {"method": self.method, "layers": list(self.layers), "n_bytes": self.n_bytes, "seconds": self.seconds}
-        return {"entries": entries, **rest}
+        told = {"method": self.method, "layers": list(self.layers), "n_bytes": self.n_bytes, "seconds": self.seconds}
+        return {"entries": entries, **told, "notes": list(self.notes)}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -170,8 +181,9 @@ class Proposal(Shown):
             else ()
         )
         checks = () if self.verification is None else self.verification.checks
+        texts = {fact.text for fact in written}
         failed = tuple(
-            f"{'the patch did not take' if check.role == 'prompt' else 'an earlier patch no longer holds'}: "
+            f"{_LOST[check.role if check.role == 'earlier' or check.prompt in texts else 'known']}: "
             f"{check.prompt!r} is {'still ' if check.forget else ''}answered {check.after!r}"
             f"{'' if check.forget else f', not {check.wanted!r}'}"
             for check in checks
@@ -310,14 +322,16 @@ def solve_and_prove(
     earlier: Iterable[Fact],
     state: Sequence[Delta],
     progress: Progress | None,
+    found: Plan | None = None,
 ) -> Proposal:
     """`propose`; `layers`, and `moments` where it is a function of the layers, are called only when needed; `changed` puts a delta in.
 
-    state: the deltas that the model carries.
+    state  the deltas that the model carries
+    found  the plan of these facts, where it is made already
     """
     solver, kind = editor(method, config)
     check_dense(lm)
-    found = plan(lm, facts)
+    found = plan(lm, facts) if found is None else found
     wanted = [entry.fact for entry in found.entries if force or not entry.known]
     if not wanted:
         return Proposal(plan=found, delta=None, verification=None, moments=None, seconds={})
@@ -348,7 +362,8 @@ def solve_and_prove(
     solved = time.perf_counter()
     held = {places[0]: moments} if isinstance(moments, SecondMoment) else moments
     tell(progress, "verifying", 0, None)
-    verification = verify(lm, wanted, lambda: changed(delta), earlier=earlier)
+    # What the model says already is asked too: what is written may take it away.
+    verification = verify(lm, [entry.fact for entry in found.entries], lambda: changed(delta), earlier=earlier)
     return Proposal(
         plan=found,
         delta=delta,

@@ -24,6 +24,8 @@ from .model.load import LanguageModel
 Standing = Literal["new", "known", "changed", "conflict"]
 
 _HERE = "this file has"
+SAME_KEY = 0.9999
+"""Cosine from which keys are one where no second moment weighs them: all keys have much in common, and only the metric takes that out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,8 @@ class Place:
     standing   "new". "changed": an earlier fact has another target for its very prompt, which gives way. "conflict": another target for
                the same question about the subject in other words, or twice for one prompt among the new facts; or a key that another
                fact's with another target nearly has, so that one would arrive at the other too
-    because    of a change or conflict, what with
+    because    of a change or conflict, what with. A fact that the model says already is in conflict too where another is asked for in its
+               place, but not for its key: it holds with the other as it is
     crowding   share of its key that the earlier facts' keys explain, in the metric of the second moment, in the layer where it is largest.
                None: not measured
     """
@@ -44,16 +47,23 @@ class Place:
 
 
 def standing(
-    lm: LanguageModel, facts: Sequence[Fact], held: Sequence[tuple[str, Fact]], moments: Mapping[int, SecondMoment]
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    held: Sequence[tuple[str, Fact]],
+    layers: Sequence[int],
+    moments: Mapping[int, SecondMoment],
+    known: Sequence[bool] = (),
 ) -> list[Place]:
     """The place of each new fact among the earlier ones and one another.
 
     held     earlier facts, each behind who has it, in words
-    moments  second moments of the layers in which keys are compared, while the model has its base weights; none: keys are not compared
+    layers   in which keys are compared, while the model has its base weights
+    moments  second moments of these layers. Where there is none keys are compared as they are, which finds only those that are the same
+    known    for each new fact whether the model says it already
     """
     everything = [*facts, *(fact for _, fact in held)]
     whose = [*([_HERE] * len(facts)), *(who for who, _ in held)]
-    crowded, shared = _keys(lm, everything, len(facts), moments)
+    crowded, shared = _keys(lm, everything, len(facts), layers, moments)
     phrased = _phrased(everything)
     about: dict[str, list[int]] = {}
     for i, fact in enumerate(everything):
@@ -61,20 +71,20 @@ def standing(
             about.setdefault(name, []).append(i)
     found = []
     for i, fact in enumerate(facts):
-        stands: Standing = "new"
+        stands: Standing = "known" if i < len(known) and known[i] else "new"
         why = ""
         for j in dict.fromkeys([*about[fact.subject], *about[fact.text]]):
             who, other = whose[j], everything[j]
             if _wanted(other) == _wanted(fact):
                 continue
             if other.text == fact.text and who != _HERE:
-                stands, why = "changed", f"{who} {other}"
+                stands, why = ("known", "") if i < len(known) and known[i] else ("changed", f"{who} {other}")
             elif other.text == fact.text or _same_question(fact, other, (phrased[i], phrased[j])):
                 stands, why = "conflict", f"{who} {other}"
                 break
-        if stands == "new" and i in shared and shared[i][0] >= SHARED_KEY:
+        if stands == "new" and i in shared:
             cosine, j = shared[i]
-            stands, why = "conflict", f"nearly the key of {everything[j]} (cosine {cosine:.3f})"
+            stands, why = "conflict", f"{whose[j]} {everything[j]}, with nearly the same key (cosine {cosine:.3f})"
         found.append(Place(standing=stands, because=why, crowding=crowded[i]))
     return found
 
@@ -85,23 +95,28 @@ def relations(facts: Sequence[Fact]) -> list[str | None]:
 
 
 def _keys(
-    lm: LanguageModel, everything: Sequence[Fact], new: int, moments: Mapping[int, SecondMoment]
+    lm: LanguageModel, everything: Sequence[Fact], new: int, layers: Sequence[int], moments: Mapping[int, SecondMoment]
 ) -> tuple[list[float | None], dict[int, tuple[float, int]]]:
-    """Of the first `new` facts: how crowded each one's key is by those behind them; {i: (cosine, j)} the nearest with another target."""
+    """Of the first `new` facts: how crowded each one's key is by those behind them; {i: (cosine, j)} where j, with another target, has
+    nearly its key."""
     crowded: list[float | None] = [None] * new
     shared: dict[int, tuple[float, int]] = {}
     targets = [_wanted(fact) for fact in everything]
     numbers = {target: i for i, target in enumerate(dict.fromkeys(targets))}
     groups = torch.tensor([numbers[target] for target in targets])
-    for layer, moment in moments.items():
+    for layer in layers:
         own = read_keys(lm, everything, layer, ["{}"])[:, 0].cpu()
-        if len(everything) > new:
+        moment = moments.get(layer)
+        if moment is not None and len(everything) > new:
             shares = interference(own[:new], own[new:], moment).explained.tolist()
             crowded = [share if old is None else max(old, share) for old, share in zip(crowded, shares, strict=True)]
         if len(everything) > 1:
-            others, cosines = closest(own, moment.factor, groups)
+            factor = torch.eye(own.shape[1], dtype=torch.float64) if moment is None else moment.factor
+            others, cosines = closest(own, factor, groups)
+            least = SAME_KEY if moment is None else SHARED_KEY
             for i, (other, cosine) in enumerate(zip(others.tolist()[:new], cosines.tolist(), strict=False)):
-                shared[i] = max(shared.get(i, (0.0, 0)), (cosine, other))
+                if cosine >= least:
+                    shared[i] = max(shared.get(i, (0.0, 0)), (cosine, other))
     return crowded, shared
 
 

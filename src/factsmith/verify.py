@@ -117,16 +117,22 @@ def verify(
 ) -> Verification:
     """Ask everything about some facts of the model as it is, and once more inside `changed()`.
 
-    earlier  facts written before, whose prompts are asked too, to see that they hold
+    earlier  facts written before, whose prompts are asked too, to see that they hold; those that do not hold as it is are left out
 
     Raises NumericsError when a probability is not a number.
     """
-    probes = _probes(facts, earlier)
-    if not probes:
+    every = _probes(facts, earlier)
+    if not every:
         return Verification(checks=())
+    n_tokens = answer_tokens(lm, [probe.prompt for probe in every], [probe.wanted or "" for probe in every])
+    said_now = lm.answer([probe.prompt for probe in every], max_new_tokens=n_tokens)
+    stands = [
+        probe.role != "earlier" or begins_with(said, probe.wanted or "") != probe.forget
+        for probe, said in zip(every, said_now, strict=True)
+    ]
+    probes = [probe for probe, kept in zip(every, stands, strict=True) if kept]
+    before = [said for said, kept in zip(said_now, stands, strict=True) if kept]
     prompts = [probe.prompt for probe in probes]
-    n_tokens = answer_tokens(lm, prompts, [probe.wanted or "" for probe in probes])
-    before = lm.answer(prompts, max_new_tokens=n_tokens)
     wanted = [
         # A neighbour has to stay as it is, also where it never was what the fact file expects.
         probe.wanted if probe.wanted is not None and probe.role != "neighbour" else as_said(said, probe.wanted)

@@ -37,6 +37,7 @@ from .edit.delta import Delta, applied, patched, read_weights, write_weights
 from .edit.kept import find_moments, kept_moments, moments_digest
 from .edit.methods import SpreadConfig, by_depth, editor, resolve
 from .edit.moments import SecondMoment
+from .edit.target import check_layer
 from .errors import DamagedError, FingerprintError, InputError, NumericsError, RevisionError, WorkspaceError
 from .export import Export, export
 from .fact import Fact, Gates, Probe, listed
@@ -50,7 +51,7 @@ from .model import atlas
 from .model.load import LanguageModel, bundled
 from .progress import Progress, tell
 from .proposals import Plan, Proposal, chosen_layers, plan, solve_and_prove
-from .recommend import measure_layers, published_choice
+from .recommend import check_dense, measure_layers, published_choice
 from .records import Integrity, Revision, Status
 from .standing import relations, standing
 from .tables import Shown, Table, counted
@@ -73,6 +74,7 @@ class Outcome(Shown):
     gates   how it stood with each gate that was asked, if any
     drift   what the patch changed of everything else, where a gate asked for it
     forced  whether it was kept though a gate failed, or what it met was a conflict
+    made    what is to be known of paraphrases and neighbours that were made, in words
     room    what `capacity` has to say of all patches with this one, where it nears the measured breaking point; None: nothing
     """
 
@@ -82,11 +84,13 @@ class Outcome(Shown):
     drift: Drift | None = None
     forced: bool = False
     room: str | None = None
+    made: tuple[str, ...] = ()
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """Which gate failed and which fact failed where, in words."""
-        return tuple(f"{gate.name}: {why}" for gate in self.gates if not gate.passed for why in gate.failures)
+        """Which facts are in conflict, which gate failed and which fact failed where, in words."""
+        conflicts = tuple(f"conflict: {entry.fact}: {entry.because}" for entry in self.proposal.plan.conflicts)
+        return conflicts + tuple(f"{gate.name}: {why}" for gate in self.gates if not gate.passed for why in gate.failures)
 
     @property
     def delta(self) -> Delta | None:
@@ -101,7 +105,7 @@ class Outcome(Shown):
     @property
     def warnings(self) -> tuple[str, ...]:
         """What the caller should know, in words."""
-        return (*self.proposal.warnings, *(() if self.room is None else (self.room,)))
+        return (*self.proposal.warnings, *self.made, *(() if self.room is None else (self.room,)))
 
     def tables(self) -> list[Table]:
         """The proposal's, under what became of it."""
@@ -120,6 +124,7 @@ class Outcome(Shown):
             "forced": self.forced,
             "failures": list(self.failures),
             "room": self.room,
+            "made": list(self.made),
         }
 
 
@@ -224,25 +229,40 @@ class Workbench:
         Nothing changes and little is computed: a forward pass or two, and second moments only where they are kept already (without them
         nothing is said of crowding and of shared keys). Raises as the function `plan`, InputError for an unknown method.
         """
+        found = self._plan(facts, method, config)
+        new = [entry.fact for entry in found.entries if not entry.known]
+        return dataclasses.replace(found, seconds=self._seconds_for(new, method, config or editor(method)[1].recommended(self.lm)))
+
+    def _plan(self, facts: Fact | Iterable[Fact], method: str, config: Any) -> Plan:
+        """`plan`, but for the time."""
         self._check_weights()
+        check_dense(self.lm)
         found = plan(self.lm, facts)
         _, kind = editor(method, config)
         places = None if config is None else config.edited
         config = config or kind.recommended(self.lm)
+        notes = []
         if places is None:
             choice = self._kept_layers() or published_choice(self.lm)
             places = (config.edited or ()) if choice is None else chosen_layers(self.lm, kind, choice)
-        held = [(f"{revision.id[:10]} has", fact) for revision in self.ledger.active(self._at) for fact in revision.in_effect]
+            if choice is None:
+                notes.append(
+                    "layers by depth: this model's are not known yet, and the first patch measures them, which takes minutes beside the "
+                    "time above; `factsmith layers` does it now, `--layer` and `settings` name some"
+                )
+        for layer in places:
+            check_layer(self.lm, layer)
         with self._carrying([]):
             moments = kept_moments(self.lm, places, self.ledger.folder / "moments")
-            met = standing(self.lm, [entry.fact for entry in found.entries], held, moments)
-        entries = tuple(
-            dataclasses.replace(
-                entry,
-                standing="known" if entry.known else place.standing,
-                because="" if entry.known else place.because,
-                crowding=place.crowding,
+            known = [entry.known for entry in found.entries]
+            met = standing(self.lm, [entry.fact for entry in found.entries], self._held_facts(), places, moments, known)
+        if set(moments) != set(places):
+            notes.append(
+                "second moments are not kept yet, so of keys only those that are the same were told; the first patch computes them, and "
+                "`factsmith moments` does it now"
             )
+        entries = tuple(
+            dataclasses.replace(entry, standing=place.standing, because=place.because, crowding=place.crowding)
             for entry, place in zip(found.entries, met, strict=True)
         )
         n_new = sum(not entry.known for entry in entries)
@@ -253,22 +273,33 @@ class Workbench:
             method=method,
             layers=tuple(places),
             n_bytes=4 * n_new * (sum(widths) + self.lm.d_model),
-            seconds=self._seconds_for([entry.fact for entry in entries if not entry.known], method, config),
+            notes=tuple(notes),
         )
+
+    def _held_facts(self) -> list[tuple[str, Fact]]:
+        """The facts in effect, each behind who has it, in words; of those with one prompt the newest."""
+        held: dict[str, tuple[str, Fact]] = {}
+        for revision in self.ledger.active(self._at):
+            for fact in revision.in_effect:
+                held.pop(fact.text, None)
+                held[fact.text] = (f"{revision.id[:10]} has", fact)
+        return list(held.values())
 
     def _seconds_for(self, facts: Sequence[Fact], method: str, config: Any) -> float:
         """About how long writing takes: a fact takes what it took in the newest patches of the method, else by how long a key took."""
         told = [(r.report["seconds"], len(r.facts)) for r in self.ledger.log() if r.method == method and "seconds" in r.report][:5]
         if told and all(isinstance(seconds, (int, float)) for seconds, _ in told):
             return len(facts) * sum(float(seconds) for seconds, _ in told) / sum(n for _, n in told)
-        some = facts[:8]
+        some = facts[:4]
         if not some:
             return 0.0
-        began = time.perf_counter()
-        self.lm.log_prob([fact.text for fact in some], [fact.target or fact.target_true or "?" for fact in some])
         # A step is a forward pass and a backward one of twice its work, in every context; most searches end at a third of their steps.
         contexts = len(OPENINGS) + 1 if isinstance(config, SpreadConfig) else 1 + sum(count for _, count in CONTEXTS)
-        return float(len(facts) * (time.perf_counter() - began) / len(some) * config.steps * contexts)
+        asked = [(fact.text, fact.target or fact.target_true or "?") for fact in some for _ in range(contexts)]
+        self.lm.log_prob([asked[0][0]], [asked[0][1]])  # the first pass of a model takes longer than those after it
+        began = time.perf_counter()
+        self.lm.log_prob([text for text, _ in asked], [target for _, target in asked])
+        return float(len(facts) * (time.perf_counter() - began) / len(some) * config.steps)
 
     def log(self) -> list[Revision]:
         """Every revision, newest first."""
@@ -415,6 +446,22 @@ class Workbench:
         Second moments and a recommended layer are those of the base weights, kept in the workspace once computed; a kept layer goes before
         what came with the model. The newest 100 earlier facts are asked again. Raises DamagedError when what is kept cannot be read.
         """
+        return self._propose(facts, method, config, moments, texts, contexts, seed, force, progress, None)
+
+    def _propose(
+        self,
+        facts: Fact | Iterable[Fact],
+        method: str,
+        config: Any,
+        moments: SecondMoment | Mapping[int, SecondMoment] | None,
+        texts: Iterable[str] | None,
+        contexts: Sequence[str] | None,
+        seed: int,
+        force: bool,
+        progress: Progress | None,
+        planned: Plan | None,
+    ) -> Proposal:
+        """`propose`, of facts whose plan may be made already."""
         self._check_weights()
 
         for layer, moment in moments.items() if isinstance(moments, Mapping) else ((None, moments),):
@@ -432,14 +479,14 @@ class Workbench:
             texts = None if texts is None else list(texts)  # read twice now
             return self.recommend_layers(texts=texts, contexts=contexts, seed=seed, progress=progress)
 
-        earlier = [fact for delta in self._deltas.values() for fact in delta.facts][-_EARLIER:]
+        earlier = _newest(self._deltas.values())[-_EARLIER:]
 
         def changed(delta: Delta) -> AbstractContextManager[None]:
             return self._carrying([*self._deltas.values(), delta])
 
         state = tuple(self._deltas.values())
         return solve_and_prove(
-            self.lm, facts, method, config, layers, moments or find, changed, contexts, seed, force, earlier, state, progress
+            self.lm, facts, method, config, layers, moments or find, changed, contexts, seed, force, earlier, state, progress, planned
         )
 
     def find_moments(
@@ -504,21 +551,27 @@ class Workbench:
         gates  what the patch has to pass (`Gates`); facts without paraphrases or neighbours get some made (`completed`). None: every fact
                has to take, and the earlier ones to hold
 
-        What the model says already is left out, and a patch that fails a gate is not kept; then nothing is written, and `warnings`,
-        `failures` and `gates` say why. `force` keeps it all the same, and the record says so; it also writes what the model says already.
+        What the model says already is not written, but asked with the rest. Where a fact is in conflict (`plan`) none is written, and a
+        patch that fails a gate is not kept; then nothing is recorded, and `warnings`, `failures` and `gates` say why. `force` keeps it all
+        the same, and the record says so; it also writes what the model says already.
         The other arguments are those of the function `propose`. An exception or Ctrl-C leaves model and ledger as they were. Raises what
         `propose` and `commit` raise.
         """
         self.ledger.expect(self._at)  # before the work, not after it
-        wanted = listed(facts)
+        check_dense(self.lm)
+        wanted = list(dict.fromkeys(listed(facts)))
+        made: tuple[str, ...] = ()
         if gates is not None:
             tell(progress, "looking for paraphrases and neighbours", 0, None)
-            wanted = self.completed(wanted, seed=seed)
-        proposal = self.propose(
-            wanted, method, config, moments=moments, texts=texts, contexts=contexts, seed=seed, force=force, progress=progress
-        )
+            wanted, made = self._completed(wanted, seed)
+        tell(progress, "planning", 0, None)
+        planned = self._plan(wanted, method, config)
+        if planned.conflicts and not force:
+            nothing = Proposal(plan=planned, delta=None, verification=None, moments=None, seconds={})
+            return Outcome(proposal=nothing, revision=None, made=made)
+        proposal = self._propose(wanted, method, config, moments, texts, contexts, seed, force, progress, planned)
         if proposal.delta is None or proposal.verification is None:
-            return Outcome(proposal=proposal, revision=None)
+            return Outcome(proposal=proposal, revision=None, made=made)
         results: tuple[GateResult, ...] = ()
         moved: Drift | None = None
         if gates is not None:
@@ -530,12 +583,14 @@ class Workbench:
         room = self._room(proposal.delta)
         failed = proposal.failed if gates is None else not all(result.passed for result in results)
         if failed and not force:
-            return Outcome(proposal=proposal, revision=None, gates=results, drift=moved, room=room)
-        report = proposal.verification.to_dict() | {"seconds": sum(proposal.seconds.values()), "forced": failed}
+            return Outcome(proposal=proposal, revision=None, gates=results, drift=moved, room=room, made=made)
+        forced = failed or bool(planned.conflicts)
+        report = proposal.verification.to_dict() | {"seconds": sum(proposal.seconds.values()), "forced": forced}
+        report |= {"conflicts": [f"{entry.fact}: {entry.because}" for entry in planned.conflicts]} if planned.conflicts else {}
         report |= {"gates": [result.to_dict() for result in results]} if results else {}
         report |= {"drift": {name: value for name, value in moved.measures.items() if value is not None}} if moved is not None else {}
         revision = self.commit(proposal.delta, report, moments=proposal.moments, message=message)
-        return Outcome(proposal=proposal, revision=revision, gates=results, drift=moved, forced=failed, room=room)
+        return Outcome(proposal=proposal, revision=revision, gates=results, drift=moved, forced=forced, room=room, made=made)
 
     def _room(self, delta: Delta) -> str | None:
         """What `capacity` warns of, with a change that is not kept yet; None where nothing nears, or second moments are not kept."""
@@ -550,12 +605,21 @@ class Workbench:
         """Facts with something to ask of each: those without paraphrases or neighbours get five made.
 
         Paraphrases are the prompt behind words that the model writes itself, others than those it is edited with. Neighbours are facts of
-        the same relation: those of earlier patches first, then bundled ones that the model knows; of any, where the relation is not known.
+        the same relation: those of earlier patches first, then bundled ones that the model knows; of any, where the relation is not known:
+        not named, not that of a bundled phrasing, and no bundled fact about the subject says what the model says.
         """
-        wanted = listed(facts)
+        return self._completed(listed(facts), seed)[0]
+
+    def _completed(self, wanted: Sequence[Fact], seed: int) -> tuple[list[Fact], tuple[str, ...]]:
+        """`completed`, and what is to be said of it."""
         openings = [text for text in generate_contexts(self.lm, seed + 1) if text != "{}" and text.endswith("{}")][:_MADE]
         written = [fact for delta in self._deltas.values() for fact in delta.facts]
         labels = relations(wanted)
+        open_ = [i for i, fact in enumerate(wanted) if labels[i] is None and not fact.neighbours]
+        for i, said in zip(open_, self.lm.answer([wanted[i].text for i in open_]) if open_ else [], strict=True):
+            told = {known.relation for known in atlas.facts_about(wanted[i].subject) if begins_with(said, known.object)}
+            labels[i] = next(iter(told)) if len(told) == 1 else None
+        strange = [wanted[i] for i in open_ if labels[i] is None]
         subjects = {fact.subject for fact in wanted}
         near: dict[str | None, list[Probe]] = {}
         for name in {relation for fact, relation in zip(wanted, labels, strict=True) if not fact.neighbours}:
@@ -569,7 +633,10 @@ class Workbench:
             if not fact.neighbours:
                 fields["neighbours"] = [probe for probe in near[relation] if not any(s in probe.prompt for s in subjects)][:_MADE]
             found.append(Fact.from_dict(fields))
-        return found
+        return found, () if not strange else (
+            f"{counted(len(strange), 'fact')} without neighbours and of no relation that is known got neighbours of any, the first: "
+            f"{strange[0]}; name its relation, or neighbours",
+        )
 
     @contextmanager
     def preview(self, facts: Fact | Iterable[Fact], method: str = "rome", config: Any = None, **options: Any) -> Iterator[LanguageModel]:
@@ -604,20 +671,22 @@ class Workbench:
                 "this model with the patches it carries now"
             )
 
-        def record() -> Revision:
-            return self.ledger.commit(
-                delta.save,
-                onto=self._at,
-                method=delta.method,
-                config=delta.config,
-                facts=delta.facts,
-                layers=sorted(delta.layers),
-                moments=moments,
-                report=report.to_dict() if isinstance(report, Verification) else report,
-                message=message,
-            )
+        told = report.to_dict() if isinstance(report, Verification) else report
+        return self._move([*self._deltas.values(), delta], lambda: self._record(delta, told, moments, message))
 
-        return self._move([*self._deltas.values(), delta], record)
+    def _record(self, delta: Delta, report: Mapping[str, Any] | None, moments: str | None, message: str) -> Revision:
+        """Append a delta to the ledger; inside of `together` to what that has appended already."""
+        return self.ledger.commit(
+            delta.save,
+            onto=self._at,
+            method=delta.method,
+            config=delta.config,
+            facts=delta.facts,
+            layers=sorted(delta.layers),
+            moments=moments,
+            report=report,
+            message=message,
+        )
 
     def revert(
         self,
@@ -703,18 +772,25 @@ class Workbench:
         self.ledger.expect(self._at)
         self._check_weights()
         found = read_patch(folder, fingerprint=self.ledger.fingerprint)
-        here = {fact.text: fact for delta in self._deltas.values() for fact in delta.facts}
+        for patch in found.patches:
+            if patch.delta.facts:
+                editor(patch.delta.method)  # one that is not known could never be solved again
+        held = self._held_facts()
+        here = {fact.text: fact for _, fact in held}
+        contradicted = False
         news: list[tuple[Delta, str]] = []
         for number, patch in enumerate(found.patches):
             facts = patch.delta.facts
             tell(progress, "taking in patches", number, len(found.patches))
             if all(_target(here.get(fact.text)) == _target(fact) for fact in facts):
                 continue
-            contrary = [fact for fact in facts if fact.text in here and _target(here[fact.text]) != _target(fact)]
+            with self._carrying([]):
+                layers = sorted(patch.delta.layers)
+                met = standing(self.lm, facts, held, layers, kept_moments(self.lm, layers, self.ledger.folder / "moments"))
+            contrary = [(fact, place) for fact, place in zip(facts, met, strict=True) if place.standing in ("changed", "conflict")]
             if contrary and not force:
-                raise RevisionError(
-                    f"{folder} has {contrary[0]}, where this workspace has {here[contrary[0].text]}; revert that first, or force it"
-                )
+                raise RevisionError(f"{folder} has {contrary[0][0]}, but {contrary[0][1].because}; revert that first, or force it")
+            contradicted = contradicted or bool(contrary)
             carried = [*self._deltas.values(), *(delta for delta, _ in news)]
             with self._carrying(carried):
                 fits = self.lm.fingerprint == patch.delta.fingerprint
@@ -737,8 +813,16 @@ class Workbench:
                 f"with the patches of {folder}, {counted(len(lost), 'fact')} would not hold, the first: {lost[0].prompt!r} would be "
                 f"answered {first_phrase(lost[0].after)!r}; nothing was recorded: force it, or write the facts anew with `factsmith apply`"
             )
-        report = proof.to_dict()
-        return tuple(self.commit(delta, report, message=message) for delta, message in news)
+        report, made = proof.to_dict() | {"forced": bool(lost or contradicted)}, list[Revision]()
+
+        def record() -> Revision:
+            with self.ledger.together(self._at):
+                for delta, message in news:
+                    made.append(self._record(delta, report, None, message))
+            return made[-1]
+
+        self._move(deltas, record)
+        return tuple(made)
 
     def checkout(self, reference: str) -> str:
         """Give the model the weights of a revision ("base", "latest", or an id); returns its full id. The same revision, the same bits.

@@ -104,6 +104,7 @@ def show(reference: Reference, workspace: Where = None, as_json: Json = False) -
             "settings": ", ".join(f"{name}={value}" for name, value in revision.config.items() if not isinstance(value, (list, dict))),
             "delta": revision.delta and f"{revision.delta[:10]}, {revision.delta_bytes:,} bytes",
             "moments": revision.moments and revision.moments[:10],
+            "forced": revision.report.get("forced") and "; ".join(revision.report.get("conflicts") or ["though a gate failed"]),
         }
         for name, value in rows.items():
             if value:
@@ -317,6 +318,7 @@ def _show_line(console: Console, revision: Revision, current: str) -> None:
     text = Text.assemble(
         (f"{mark} {revision.id[:10]}", "bold yellow"),
         f" {revision.created[:16].replace('T', ' ')} {revision.state if revision.kind == 'patch' else 'revert':8} ",
+        ("forced: " if revision.report.get("forced") else "", "bold red"),
         (visible(revision.message), style),
     )
     console.print(text, soft_wrap=True)

@@ -175,6 +175,7 @@ def patch(
         given = None if moments is None else load_moments(moments)
         config = settings(lm, method, layer, read_settings(setting or []), paper=paper)
         revision: Revision | None = None
+        conflicts: tuple[str, ...] = ()
         if bench is None:
             proposal = propose(lm, facts, method, config, moments=given, texts=corpus, seed=seed, force=force, progress=tell)
         elif dry_run:
@@ -184,6 +185,7 @@ def patch(
                 facts, method, config, moments=given, texts=corpus, seed=seed, force=force, message=message, progress=tell
             )
             proposal, revision = outcome.proposal, outcome.revision
+            conflicts = outcome.failures if proposal.delta is None else ()
     where = None if bench is None else str(bench.ledger.folder.resolve())
     for warning in proposal.warnings:
         complain("warning", warning)
@@ -202,7 +204,11 @@ def patch(
             line(console, "dry run:", "nothing was kept; run this again without --dry-run")
 
     print_result({**proposal.to_dict(), "workspace": where, "revision": revision and revision.to_dict()}, show, as_json)
-    if proposal.failed and revision is None:
+    for one in conflicts:
+        complain("conflict", one.removeprefix("conflict: "))
+    if conflicts:
+        complain("error", "nothing was written; revert what is there, or --force")
+    if conflicts or (proposal.failed and revision is None):
         raise typer.Exit(NumericsError.exit_code)
 
 

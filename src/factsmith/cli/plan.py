@@ -84,7 +84,9 @@ def apply(
         typer.Option(metavar="FILE", help="Plain text for second moments and drift; may be repeated.", show_default="the model's own"),
     ] = None,
     message: Annotated[str, typer.Option("--message", "-m", help="One line for the log.", show_default="made from the facts")] = "",
-    force: Annotated[bool, typer.Option("--force", help="Also through conflicts and failed gates; the record says so.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also through conflicts and failed gates, and what the model says already; the record says so.")
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of contexts, and of paraphrases and neighbours that are made.")] = 0,
     workspace: Where = None,
     device: Device = None,
@@ -92,7 +94,8 @@ def apply(
 ) -> None:
     """Write a fact file into a workspace: solve, prove, pass its gates, commit; all of it or nothing.
 
-    Facts that the model says already are left out. A failed gate writes nothing, says which fact failed where, and the exit code is 4.
+    Facts that the model says already are asked with the rest, but not written. A failed gate writes nothing, says which fact failed
+    where, and the exit code is 4.
 
     \b
     Examples:
@@ -104,19 +107,15 @@ def apply(
     with progress() as tell, opened(None, workspace, device, tell) as (lm, bench):
         assert bench is not None
         name, config = _chosen(lm, sheet, method, setting)
-        tell("planning", 0, None)
-        planned = bench.plan(sheet.facts, name, config)
-        outcome = None
-        if not planned.conflicts or force:
-            options: dict[str, Any] = {"texts": corpus, "seed": seed, "force": force, "message": message, "progress": tell}
-            facts = sheet.facts if force else planned.new
-            outcome = bench.apply(facts, name, config, gates=sheet.gates, **options) if facts else None
+        options: dict[str, Any] = {"texts": corpus, "seed": seed, "force": force, "message": message, "progress": tell}
+        outcome = bench.apply(sheet.facts, name, config, gates=sheet.gates, **options)
+    planned = outcome.proposal.plan
     conflicts = [f"{entry.fact}: {entry.because}" for entry in planned.conflicts]
-    result = {"plan": planned.to_dict(), "outcome": outcome and outcome.to_dict(), "conflicts": conflicts}
-    failed = (conflicts if not force else []) + list(outcome.failures if outcome is not None and outcome.revision is None else [])
+    result = {"plan": planned.to_dict(), "outcome": outcome.to_dict(), "conflicts": conflicts}
+    failed = outcome.failures if outcome.revision is None else ()
 
     def show(console: Console) -> None:
-        if outcome is None:
+        if outcome.delta is None:
             show_tables(planned.tables())(console)
             if not conflicts:
                 line(console, "nothing", "to write: the model says all of it already")
@@ -127,8 +126,9 @@ def apply(
 
     print_result(result, show, as_json)
     for one in failed:
-        complain("conflict" if one in conflicts else "failed", one)
-    if failed or (outcome is not None and outcome.revision is None and outcome.delta is not None):
+        kind, _, why = one.partition(": ")
+        complain(kind if kind == "conflict" else "failed", why if kind == "conflict" else one)
+    if failed or (outcome.revision is None and outcome.delta is not None):
         complain("error", f"nothing was written; correct {file}, its gates or the method's settings, or --force")
         raise typer.Exit(NumericsError.exit_code)
 
@@ -151,4 +151,4 @@ def _chosen(lm: LanguageModel, sheet: FactSheet, method: str | None, setting: li
     name = method or sheet.method or ("memit" if len(sheet.facts) > 1 else "rome")
     told = {**(sheet.settings if name == (sheet.method or name) else {}), **read_settings(setting or [])}
     layers = told.pop("layers", told.pop("layer", None))
-    return name, settings(lm, name, [layers] if isinstance(layers, int) else layers, told)
+    return name, settings(lm, name, layers, told)

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import InputError
+from ..errors import InputError, LayerError
 from ..model.load import LanguageModel
 from .methods import EditConfig, editor
 
@@ -79,7 +79,7 @@ def published(lm: LanguageModel, method: str) -> tuple[EditConfig, str]:
 def settings(
     lm: LanguageModel,
     method: str,
-    layers: Sequence[int] | None = None,
+    layers: int | Sequence[int] | None = None,
     changes: Mapping[str, Any] | None = None,
     *,
     paper: bool = False,
@@ -90,6 +90,7 @@ def settings(
     `propose` to choose. Raises InputError for an unknown method or setting, or where nothing was published; LayerError.
     """
     _, kind = editor(method)
+    layers = _numbers(layers)
     if not layers and not changes and not paper:
         return None
     places = {"layer", "layers"} & {field.name for field in dataclasses.fields(kind)}
@@ -100,3 +101,13 @@ def settings(
     values: dict[str, Any] = {**({} if paper else dict.fromkeys(places)), **(changes or {})}
     config = dataclasses.replace(published(lm, method)[0] if paper else kind.recommended(lm), **values)
     return config.at(layers) if layers else config
+
+
+def _numbers(layers: object) -> list[int] | None:
+    """Layers as a file or a caller may give them; None or none: not given. Raises LayerError for what are no numbers of layers."""
+    found = [layers] if isinstance(layers, int) else layers
+    if found is None:
+        return None
+    if isinstance(found, (list, tuple)) and all(isinstance(layer, int) and not isinstance(layer, bool) for layer in found):
+        return list(found)
+    raise LayerError(f"layers are numbers, counted from 0, such as 5 or [3, 4, 5]; got {layers!r:.60}")
