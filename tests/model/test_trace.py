@@ -175,6 +175,29 @@ class _Interrupted(ExitStack):
         return super().callback(instead if function.__name__ in ("put_back", "_forget") else function, *args, **kwargs)
 
 
+def test_what_was_left_standing_in_takes_no_hook_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hooks of a module rest while something stands in for it; what is put on afterwards must not lie where the rest is cleared away."""
+    for use in ("recording", "replacing", "stand-in"):
+        layers = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        expected = layers(torch.ones(1, 2))
+        with monkeypatch.context() as patching, pytest.raises(KeyboardInterrupt):
+            patching.setattr(trace, "ExitStack", _Interrupted)
+            with standing_in([layers[1]], lambda index, args, kwargs: args[0]):
+                layers(torch.ones(1, 2))
+        assert "forward" in vars(layers[1]), "the control: it was left behind"
+        if use == "recording":
+            with recording({"last": layers[1]}, stop=True) as calls:
+                layers(torch.ones(1, 2))
+            assert torch.equal(calls["last"][0].output, expected) and len(calls["last"]) == 1
+        elif use == "replacing":
+            with replacing({layers[1]: lambda hidden: hidden + 1}):
+                assert torch.equal(layers(torch.ones(1, 2)), expected + 1)
+        else:
+            with standing_in([layers[1]], lambda index, args, kwargs: args[0] * 0):
+                assert not layers(torch.ones(1, 2)).any()
+        assert torch.equal(layers(torch.ones(1, 2)), expected) and hook_count(layers) == 0 and "forward" not in vars(layers[1])
+
+
 @pytest.mark.parametrize("way", ["output", "input", "stand-in", "factors"])
 @pytest.mark.parametrize("own", [False, True], ids=["plain", "with its own forward"])
 def test_what_was_not_put_back_puts_itself_back(monkeypatch: pytest.MonkeyPatch, way: str, own: bool) -> None:

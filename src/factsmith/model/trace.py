@@ -18,6 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -141,6 +142,7 @@ def recording(modules: Mapping[Key, nn.Module], *, stop: bool = False, copy: boo
 
     with _ending(live) as stack:
         for key, module in modules.items():
+            _settle(module)
             hook = remember(key)
             stack.callback(_forget, module, hook)
             module.register_forward_hook(hook, with_kwargs=True)
@@ -187,6 +189,7 @@ def replacing(
 
     with _ending(live) as stack:
         for module, function in changes.items():
+            _settle(module)
             hook = change_output(function) if where == "output" else change_input(function)
             stack.callback(_forget, module, hook)
             if where == "output":
@@ -206,37 +209,48 @@ def standing_in(modules: Sequence[nn.Module], play: Callable[[int, tuple[Any, ..
     """
 
     live = [True]
-
-    def stand_in(index: int, module: nn.Module) -> tuple[Callable[..., Any], Callable[[], bool]]:
-        # A module may already carry its own instance-level forward (models spread over devices do): that one is put back.
-        own, hooks = vars(module).get("forward"), {name: getattr(module, name) for name in ("_forward_hooks", "_forward_pre_hooks")}
-
-        def put_back() -> bool:
-            """Whether the hooks were still at rest."""
-            rested = any(getattr(module, name) is not held for name, held in hooks.items())
-            for name, held in hooks.items():
-                setattr(module, name, held)
-            if own is None:
-                vars(module).pop("forward", None)
-            else:
-                module.forward = own
-            return rested
-
-        def act(*args: Any, **kwargs: Any) -> Any:
-            if live:
-                return play(index, args, kwargs)
-            return module(*args, **kwargs) if put_back() else module.forward(*args, **kwargs)
-
-        return act, put_back
-
     with _ending(live) as stack:
         for index, module in enumerate(modules):
-            act, put_back = stand_in(index, module)
-            stack.callback(put_back)
-            module.forward = act
-            for hooks in ("_forward_hooks", "_forward_pre_hooks"):
-                setattr(module, hooks, OrderedDict())
+            _settle(module)
+            found = _StandIn(module, partial(play, index), live)
+            stack.callback(found.put_back)
+            module.forward = found
+            for name in found.hooks:
+                setattr(module, name, OrderedDict())
         yield
+
+
+class _StandIn:
+    """What answers in place of a module's own forward while `live` holds something; found afterwards, it puts itself back."""
+
+    def __init__(self, module: nn.Module, play: Callable[..., Any], live: list[bool]) -> None:
+        self.module, self.play, self.live = module, play, live
+        # A module may already carry its own instance-level forward (models spread over devices do): that one is put back.
+        self.own = vars(module).get("forward")
+        self.hooks = {name: getattr(module, name) for name in ("_forward_hooks", "_forward_pre_hooks")}
+
+    def put_back(self) -> bool:
+        """Whether the hooks were still at rest."""
+        rested = any(getattr(self.module, name) is not held for name, held in self.hooks.items())
+        for name, held in self.hooks.items():
+            setattr(self.module, name, held)
+        if self.own is None:
+            vars(self.module).pop("forward", None)
+        else:
+            self.module.forward = self.own
+        return rested
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.live:
+            return self.play(args, kwargs)
+        return self.module(*args, **kwargs) if self.put_back() else self.module.forward(*args, **kwargs)
+
+
+def _settle(module: nn.Module) -> None:
+    """Put back what a Ctrl-C left standing in for a module: a hook that is put on meanwhile would go with it."""
+    there = vars(module).get("forward")
+    if isinstance(there, _StandIn) and not there.live:
+        there.put_back()
 
 
 @dataclass(frozen=True, kw_only=True)
