@@ -34,14 +34,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from factsmith.errors import DamagedError, FactError, FactsmithError, FingerprintError, WorkspaceError
-from factsmith.fact import Fact, FactFile, FactSheet, Probe
+from factsmith.fact import Fact, FactFile, FactSheet, Gates, Probe
 from factsmith.ledger import BASE, LATEST, Ledger
 from factsmith.records import Revision
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs fork, SIGKILL and RLIMIT_FSIZE as Linux has them")
 
 FINGERPRINT = "ab" * 32
-KILLS = {"ledger": 200, "lines": 40, "workbench": 20}
+KILLS = {"ledger": 200, "lines": 40, "workbench": 200}
 KINDS = ("commit", "revert", "middle", "gc", "checkout")
 
 
@@ -320,12 +320,18 @@ def _bench_work(tiny: _Tiny, folder: Path, kind: str, seed: int, told: _Told) ->
         told("ready", "", "")
         while True:
             active = bench.ledger.active()
-            if kind == "commit" or len(active) < 3:
-                fact = Fact(f"Entity{rng.randrange(10**6)}", "The home of {} is", " q")
+            if kind in ("commit", "apply") or len(active) < 3:
+                fact = Fact(f"Entity{rng.randrange(10**6)}", "The home of {} is", " q", neighbours=["A is"], paraphrases=["{} lives in"])
                 config = dataclasses.replace(tiny.config, layer=rng.choice([1, 1, 2]))
+                gates = Gates(efficacy=0, paraphrases=0, neighbours=0, earlier=0) if kind == "apply" else None
                 with told.doing("commit") as given:
-                    done = bench.apply(fact, config=config, moments=tiny.moments, contexts=["{}"], force=True)
+                    done = bench.apply(
+                        fact, config=config, moments=tiny.moments, contexts=["{}"], texts=["a b c d e"], gates=gates, force=True
+                    )
                     given.append(done.revision.id if done.revision else "nothing was written")
+            elif kind == "gc":
+                with told.doing("gc"):
+                    bench.ledger.gc()
             elif kind == "checkout":
                 target = rng.choice([BASE, active[0].id])
                 with told.doing("checkout", target):
@@ -374,12 +380,12 @@ def _kill_workbenches(tiny: _Tiny, folder: Path, seed: int, kills: int) -> dict[
 
     books.ids = _at_once([begin])[0]["ids"]  # forked, so that this process itself never computes a gradient
     for n in range(kills):
-        kind, child_seed = ("commit", "middle", "commit", "revert", "checkout")[n % 5], rng.randrange(10**9)
+        kind, child_seed = ("commit", "middle", "apply", "revert", "gc", "checkout", "apply")[n % 7], rng.randrange(10**9)
 
         def work(told: _Told, kind: str = kind, child_seed: int = child_seed) -> None:
             _bench_work(tiny, folder, kind, child_seed, told)
 
-        told = _killed(work, rng.choice([2, 2, 4]), rng.random() * (0.15 if kind in ("commit", "middle") else 0.05))
+        told = _killed(work, rng.choice([2, 2, 4]), rng.random() * {"commit": 0.15, "middle": 0.15, "apply": 0.2}.get(kind, 0.05))
         books.current = books.ids[-1]  # where the child began
         hit[books.settle(told[1:], *_check_weights(tiny, folder))] += 1
     with Ledger(folder) as ledger:
@@ -392,14 +398,14 @@ def _kill_workbenches(tiny: _Tiny, folder: Path, seed: int, kills: int) -> dict[
 def with_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """What became of workbenches that were killed, and of several at once: one process, since torch takes seconds to load."""
     folder = tmp_path_factory.mktemp("benches")
-    return folder, _killing("workbenches", str(folder), "1", str(KILLS["workbench"]), "4", "3")
+    return folder, _killing("workbenches", str(folder), "1", str(KILLS["workbench"]), "8", "3")
 
 
 def test_kill_at_any_moment_of_a_workbenchs_work(with_models: tuple[Path, dict[str, Any]]) -> None:
     counted = with_models[1]["killed"]
-    assert counted["kills"] == KILLS["workbench"] and counted["revisions"] >= 6
+    assert counted["kills"] == KILLS["workbench"] >= 200 and counted["revisions"] >= 20
     hit = counted["hit"]
-    assert hit.get("commit", 0) >= 3 and hit.get("middle", 0) >= 1 and sum(hit[kind] for kind in hit if kind != "nothing") >= 10, hit
+    assert hit.get("commit", 0) >= 30 and hit.get("middle", 0) >= 10 and sum(hit[kind] for kind in hit if kind != "nothing") >= 100, hit
 
 
 # ---- many at once ---------------------------------------------------------------------------------------------------------------------
@@ -517,7 +523,7 @@ def test_eight_ledgers_at_once_lose_nothing(tmp_path: Path) -> None:
 
 def test_workbenches_at_once_lose_nothing(with_models: tuple[Path, dict[str, Any]]) -> None:
     folder, found = with_models
-    _check_crowd(found["crowd"], folder / "crowd", 4 * 3)
+    _check_crowd(found["crowd"], folder / "crowd", 8 * 3)
 
 
 def _check_crowd(crowd: list[dict[str, Any]], space: Path, n_revisions: int) -> None:

@@ -129,3 +129,21 @@ def test_bad_files_are_refused(run: Run, space: Path, tmp_path: Path, text: str,
 
 def test_the_schema_is_printed(run: Run) -> None:
     assert json.loads(run("schema").out)["title"] == "factsmith fact file"
+
+
+ODD = [99, -1, 1.0, True, "x", [], [99], [0, "a"], [0.5], {"a": "b"}, "2024-01-01", None, [[1]], 10**30, -0.5, "nan", "inf"]
+
+
+@pytest.mark.parametrize("method", ["rome", "memit", "alphaedit", "emmet"])
+def test_no_setting_ends_in_anything_but_words(run: Run, space: Path, tmp_path: Path, method: str) -> None:
+    """Whatever stands behind a setting's name: a plan, or a refusal that says what was got; never a fault of ours (exit code 1)."""
+    codes = set()
+    for name in ("layer", "layers", "steps", "lr", "clamp", "moment_weight", "scale", "strange"):
+        for value in ODD:
+            content = {"facts": [{"subject": "Edwin", "prompt": "{} lives in", "target": "Paris"}], "method": method}
+            (tmp_path / "odd.json").write_text(json.dumps({**content, "settings": {name: value}}))
+            done = run("plan", "odd.json", "-w", "space")
+            assert done.code in (0, 2), (name, value, done.code, done.err)
+            assert done.code == 0 or "fault in factsmith" not in done.err, (name, value, done.err)
+            codes.add(done.code)
+    assert codes == {0, 2}
