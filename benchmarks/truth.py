@@ -236,6 +236,7 @@ def main() -> None:
     parser.add_argument("--suite", default="atlas")
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--only", nargs="*", help="jobs by number, from 0")
+    parser.add_argument("--methods", nargs="+", choices=EVERY, default=EVERY, help="only these of each job's")
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/truth.json"), help="with --pages: all numbers, added to")
     parser.add_argument("--pages", type=Path, help="run nothing; write pictures and tables into this folder")
     given = parser.parse_args()
@@ -252,7 +253,7 @@ def main() -> None:
         if given.only and str(number) not in given.only:
             continue
         began, folder = time.process_time(), place(given.folder, given.model, suite, job)
-        missing = [name for name in job.methods if name not in finished(folder, job)]
+        missing = [name for name in job.methods if name in given.methods and name not in finished(folder, job)]
         for name, editor in writers(lm, job._replace(methods=tuple(missing)), given.folder).items() if missing else ():
             run(lm, job, records, {name: editor}, folder)
             print(f"{job.how} {job.load:.3g} {name}: {time.process_time() - began:.0f} s", flush=True)
