@@ -1121,6 +1121,7 @@ def test_what_the_model_says_already_can_be_a_conflict(lm: LanguageModel) -> Non
     one_key = [Fact("Lumia", "{} is in", "Oslo"), Fact("Lumia", "{} is by", "Rome")]
     assert [p.standing for p in standing(lm, one_key, [], (1,), {}, [True, True])] == ["known", "known"]
     assert [p.standing for p in standing(lm, one_key, [], (1,), {})] == ["conflict", "conflict"]
+    assert [p.standing for p in standing(lm, one_key, [], (1,), {}, [True, False])] == ["known", "new"]  # one is not written
 
 
 def test_neighbours_are_of_the_relation_that_the_model_knows(known: Workbench) -> None:

@@ -63,7 +63,8 @@ def standing(
     """
     everything = [*facts, *(fact for _, fact in held)]
     whose = [*([_HERE] * len(facts)), *(who for who, _ in held)]
-    crowded, shared = _keys(lm, everything, len(facts), layers, moments)
+    told = [*known, *([False] * (len(everything) - len(known)))]
+    crowded, shared = _keys(lm, everything, len(facts), layers, moments, [i for i, holds in enumerate(told) if not holds])
     phrased = _phrased(everything)
     about: dict[str, list[int]] = {}
     for i, fact in enumerate(everything):
@@ -71,14 +72,14 @@ def standing(
             about.setdefault(name, []).append(i)
     found = []
     for i, fact in enumerate(facts):
-        stands: Standing = "known" if i < len(known) and known[i] else "new"
+        stands: Standing = "known" if told[i] else "new"
         why = ""
         for j in dict.fromkeys([*about[fact.subject], *about[fact.text]]):
             who, other = whose[j], everything[j]
             if _wanted(other) == _wanted(fact):
                 continue
             if other.text == fact.text and who != _HERE:
-                stands, why = ("known", "") if i < len(known) and known[i] else ("changed", f"{who} {other}")
+                stands, why = ("known", "") if told[i] else ("changed", f"{who} {other}")
             elif other.text == fact.text or _same_question(fact, other, (phrased[i], phrased[j])):
                 stands, why = "conflict", f"{who} {other}"
                 break
@@ -95,10 +96,15 @@ def relations(facts: Sequence[Fact]) -> list[str | None]:
 
 
 def _keys(
-    lm: LanguageModel, everything: Sequence[Fact], new: int, layers: Sequence[int], moments: Mapping[int, SecondMoment]
+    lm: LanguageModel,
+    everything: Sequence[Fact],
+    new: int,
+    layers: Sequence[int],
+    moments: Mapping[int, SecondMoment],
+    written: Sequence[int],
 ) -> tuple[list[float | None], dict[int, tuple[float, int]]]:
     """Of the first `new` facts: how crowded each one's key is by those behind them; {i: (cosine, j)} where j, with another target, has
-    nearly its key."""
+    nearly its key, both among the facts that are `written`."""
     crowded: list[float | None] = [None] * new
     shared: dict[int, tuple[float, int]] = {}
     targets = [_wanted(fact) for fact in everything]
@@ -110,13 +116,13 @@ def _keys(
         if moment is not None and len(everything) > new:
             shares = interference(own[:new], own[new:], moment).explained.tolist()
             crowded = [share if old is None else max(old, share) for old, share in zip(crowded, shares, strict=True)]
-        if len(everything) > 1:
+        if len(written) > 1:
             factor = torch.eye(own.shape[1], dtype=torch.float64) if moment is None else moment.factor
-            others, cosines = closest(own, factor, groups)
+            others, cosines = closest(own[list(written)], factor, groups[list(written)])
             least = SAME_KEY if moment is None else SHARED_KEY
-            for i, (other, cosine) in enumerate(zip(others.tolist()[:new], cosines.tolist(), strict=False)):
-                if cosine >= least:
-                    shared[i] = max(shared.get(i, (0.0, 0)), (cosine, other))
+            for i, other, cosine in zip(written, others.tolist(), cosines.tolist(), strict=True):
+                if i < new and cosine >= least:
+                    shared[i] = max(shared.get(i, (0.0, 0)), (cosine, written[other]))
     return crowded, shared
 
 
