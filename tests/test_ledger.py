@@ -264,6 +264,34 @@ def test_several_commits_are_one_or_none(ledger: Ledger) -> None:
         three(delta_of("five"))
 
 
+@pytest.mark.parametrize("statement", ["BEGIN IMMEDIATE", "BEGIN", "COMMIT"])
+def test_a_ctrl_c_behind_any_statement_leaves_no_transaction_open(ledger: Ledger, statement: str) -> None:
+    first, db = commit(ledger, "one"), ledger._db
+
+    class Interrupted:
+        """The connection, with a Ctrl-C as soon as the statement is done."""
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(db, name)
+
+        def execute(self, sql: str, *rest: object) -> object:
+            done = db.execute(sql, *rest)
+            if sql == statement:
+                raise KeyboardInterrupt
+            return done
+
+    ledger._db = Interrupted()  # type: ignore[assignment]
+    with pytest.raises(KeyboardInterrupt):
+        if statement == "BEGIN":
+            ledger.log()
+        else:
+            commit(ledger, "two")
+    ledger._db = db
+    assert not db.in_transaction
+    assert len(ledger.log()) == (2 if statement == "COMMIT" else 1) and ledger.log()[-1].id == first.id
+    commit(ledger, "three")  # the lock is free
+
+
 def test_gc_takes_what_nobody_names(ledger: Ledger) -> None:
     first = commit(ledger, "one", n_facts=2)
     ledger.revert(first.id, facts=[0], solved={first.id: delta_of("one'")})

@@ -1113,7 +1113,7 @@ def test_what_the_model_says_already_can_be_a_conflict(lm: LanguageModel) -> Non
     held = [("0a8b has", Fact("Lumia", "The maker of {} is", "Samsung", relation="maker"))]
 
     def place(target: str, **fields: Any) -> tuple[str, str]:
-        (found,) = standing(lm, [Fact("Lumia", "{} is made by", target, **fields)], held, (), {}, [True])
+        (found,) = standing(lm, [Fact("Lumia", "{} comes out of", target, **fields)], held, (), {}, [True])
         return found.standing, found.because
 
     assert place("Nokia", relation="maker") == ("conflict", "0a8b has The maker of Lumia is → Samsung")

@@ -686,8 +686,8 @@ def _open(file: Path, wait: float) -> tuple[sqlite3.Connection, bool]:
 @contextlib.contextmanager
 def _transaction(db: sqlite3.Connection) -> Iterator[None]:
     """Hold the write lock; all of the block is recorded, or none of it."""
-    db.execute("BEGIN IMMEDIATE")
-    try:
+    try:  # from before it begins: a Ctrl-C between the two would leave it open, and the lock held
+        db.execute("BEGIN IMMEDIATE")
         yield
         db.execute("COMMIT")
     except BaseException:
@@ -702,8 +702,8 @@ def _snapshot(db: sqlite3.Connection) -> Iterator[None]:
     if db.in_transaction:
         yield
         return
-    db.execute("BEGIN")
     try:
+        db.execute("BEGIN")
         yield
     finally:
         if db.in_transaction:
