@@ -145,13 +145,13 @@ def table(job: dict[str, Any], out: list[str]) -> None:
         cells += [f"{own['kl_text']:.3f}" if "kl_text" in own else "", f"{own['changed_share']:.1%}" if "changed_share" in own else ""]
         cells.append(f"{own['norm']:.2f}" if "norm" in own else "")
         out.append(f"| {NAMES.get(editor, editor)} | " + " | ".join(cells) + " |")
-    out.append("")
+    notes = []
     for editor, own in told.items():
         if left := {int(at): each for at, each in own.get("rounds", {}).items() if "first" in each}:
             some = [at for at in left if at in (1, 2, 5, 10) or at == max(left)]
             words = ", ".join(f"{100 * left[at]['first']:.0f} · {100 * left[at]['so far']:.0f} behind {at}" for at in some)
-            out.append(f"- {NAMES[editor]}, what is left of the first round · of all so far: {words}")
-    out.append("")
+            notes.append(f"- {NAMES[editor]}, what is left of the first round · of all so far: {words}")
+    out += ["", *notes, ""] if notes else [""]
 
 
 def collect(folder: Path, model: str) -> dict[str, list[tuple[Job, Evaluation]]]:
@@ -184,8 +184,7 @@ def gathered(folder: Path, models: list[str], told: dict[str, Any]) -> dict[str,
             for job, run in runs:
                 fields = {**job._asdict(), "judged": len({row.record for row in run.rows})}
                 found = {**kept.get(_which(fields), {"found": {}})["found"], **summarised(run)}
-                found = {editor: found[editor] for editor in (BASE, *EVERY) if editor in found}
-                kept[_which(fields)] = {**fields, "methods": [editor for editor in found if editor != BASE], "found": found}
+                kept[_which(fields)] = {**fields, "methods": [editor for editor in EVERY if editor in found], "found": found}
             order = ("single", "batch", "sequence")
             told[model][name] = sorted(kept.values(), key=lambda job: (order.index(job["how"]), job["size"], job["records"]))
     return told
@@ -205,7 +204,8 @@ def draw(told: dict[str, Any], pages: Path) -> None:
             "the model really says (neighbour: says what it said before), per cent; entropy in bits, times 100.",
             "",
         ]
-        for name, jobs_done in suites.items():
+        for name, kept in suites.items():
+            jobs_done = [{**job, "found": {e: job["found"][e] for e in (BASE, *EVERY) if e in job["found"]}} for job in kept]
             picture = pages / f"truth-{model}-{name}.png"
             out += [f"## Suite: {name}", ""]
             apart = [
