@@ -85,7 +85,10 @@ def encode(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]
 
     An EOS or separator that the tokenizer appends is taken off: a prompt is there to be continued.
     """
-    encoded = fast_tokenizer(tokenizer)(check_text(text, "the prompt"), return_offsets_mapping=True, return_attention_mask=False)
+    # Not verbose: it would warn of more tokens than the model has positions, which is said where a model is given them.
+    encoded = fast_tokenizer(tokenizer)(
+        check_text(text, "the prompt"), return_offsets_mapping=True, return_attention_mask=False, verbose=False
+    )
     ids, offsets = list(encoded["input_ids"]), [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
     special = set(tokenizer.all_special_ids)
     while ids and ids[-1] in special and offsets[-1] == (0, 0) and any(b > a for a, b in offsets):
