@@ -400,7 +400,7 @@ def _drift_chart(
 
 
 def _chart(title: str, lines: _Dots, unit: str, *, top: float | None = None, logarithmic: bool = False) -> dict[str, Any]:
-    """Lines in a box of 100 x 60, y from 0 to `top`, which is 100 %; None: to the largest."""
+    """Lines in a box of 100 x 60 right of `left`, over a grid with its values, y from 0 to `top`, which is 100 %; None: to the largest."""
     most = top
     xs = [x for dots in lines.values() for x, *_ in dots]
     top = max((y for dots in lines.values() for _, y, _ in dots), default=1.0) or 1.0 if most is None else most
@@ -409,8 +409,8 @@ def _chart(title: str, lines: _Dots, unit: str, *, top: float | None = None, log
     for editor, dots in lines.items():
         places = [
             (
-                round(4 + 92 * ((math.log(x) if logarithmic else x) - low) / max(high - low, 1e-9), 2),
-                round(58 - 56 * y / top, 2),
+                round(_LEFT + 2 + (96 - _LEFT) * ((math.log(x) if logarithmic else x) - low) / max(high - low, 1e-9), 2),
+                _height(y / top),
                 f"{editor}, {x:,} {unit}: {text}",
             )
             for x, y, text in sorted(dots)
@@ -418,7 +418,24 @@ def _chart(title: str, lines: _Dots, unit: str, *, top: float | None = None, log
         if places:
             found.append({"editor": editor, "dots": places, "points": " ".join(f"{x},{y}" for x, y, _ in places)})
     ends = [f"{x:,}" for x in (min(xs), max(xs))] if xs else ["", ""]
-    return {"title": title, "lines": found, "first": ends[0], "last": ends[1], "unit": unit, "top": "100 %" if most else f"{top:.3g}"}
+    grid = [(_height(y / top), f"{100 * y:.0f} %" if most else f"{y:.3g}") for y in _round_values(top)]
+    told = {"first": ends[0], "last": ends[1], "unit": unit, "top": "100 %" if most else f"{top:.3g}"}
+    return {"title": title, "lines": found, "grid": grid, "left": _LEFT, **told}
+
+
+_LEFT = 10  # of a chart's 100, where the values of its grid stand
+
+
+def _round_values(top: float) -> list[float]:
+    """Round numbers from 0 to the largest, three to six of them."""
+    power = 10.0 ** math.floor(math.log10(top / 2))
+    step = next(n * power for n in (1, 2, 5, 10) if top / (n * power) <= 5)
+    return [k * step for k in range(math.floor(top / step * (1 + 1e-9)) + 1)]
+
+
+def _height(share: float) -> float:
+    """Where a share of what a chart reaches up to is drawn."""
+    return round(58 - 56 * share, 2)
 
 
 def _margin(row: Row) -> float:
