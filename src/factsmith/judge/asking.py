@@ -73,12 +73,15 @@ def ask(
     budget = check_count(batch_tokens, "batch_tokens", "a number of tokens, 1 or more")
     # What is asked of equal prompts is asked once.
     tails: dict[str, dict[str, list[int]]] = {}
+    heads: dict[str, list[int]] = {}
     for text, own in zip(texts, wanted, strict=True):
         known = tails.setdefault(text, {})
+        if text not in heads:
+            heads[text] = lm.prompt_ids(text)
         for candidate in own:
-            known.setdefault(candidate, target_ids(lm.tokenizer, text, candidate))
-    distinct = list(tails)
-    rows = [lm.prompt_ids(text) for text in distinct]
+            if candidate not in known:
+                known[candidate] = target_ids(lm.tokenizer, text, candidate, head=heads[text])
+    distinct, rows = list(heads), list(heads.values())
     found: dict[str, tuple[str, dict[str, tuple[float, float, int]]]] = {}
     for group in _groups(lm, [len(ids) for ids in rows], n_new, budget):
         names = [distinct[i] for i in group]
