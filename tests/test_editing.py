@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -167,6 +168,8 @@ def record(n: int, fact: Fact) -> Record:
 def test_they_run_in_the_runner(lm: LanguageModel, found: dict[str, Any]) -> None:
     records = [record(n, fact) for n, fact in enumerate(FACTS)]
     run = evaluate(lm, records, {name: found[name] for name in ("rome", "ft-l")}, size=1, sequence=True)
+    assert run.settings["rome"].startswith("steps=2; lr=0.5; ") and run.settings["rome"].endswith("; layer=1; seed=0")
+    assert "layers=1; " in run.settings["ft-l"]
     assert run.editors == ("base", "rome", "ft-l") and run.notes["rome", 2]["norm"] > 0
 
 
@@ -183,7 +186,33 @@ def test_which_records_can_be_used(lm: LanguageModel, monkeypatch: pytest.Monkey
     assert usable(lm, every[:1]) == ((), {"the model does not say the old object": 1})
     monkeypatch.setattr(lm, "says", lambda prompts, answers: [answer == say for answer in answers])
     kept, left = usable(lm, every[:1] + every[4:])
-    assert [r.id for r in kept] == ["r0"] and left == {"the model does not say the old object": 1}
+    reason = "no old object is given, by which to tell what the model knows; --all judges them (in Python: known_only=False)"
+    assert [r.id for r in kept] == ["r0"] and left == {reason: 1}
+
+
+def test_records_too_long_for_the_model_are_left_out(lm: LanguageModel) -> None:
+    """64 positions; every byte of these prompts is a token or nearly."""
+    fact = Fact("Edwin", "{} is", "wise", target_true="king")
+    long = "q" * 63
+
+    def asking(n: int, *prompts: str, written: Fact = fact) -> Record:
+        questions = tuple(Question(kind="locality", prompt=prompt, answers=()) for prompt in prompts)
+        return Record(id=f"r{n}", facts=(written,), questions=questions)
+
+    whole = Question(kind="paraphrase", prompt=long, answers=("zq zq",))
+    records = [
+        asking(0, long),
+        asking(1, long + "qq"),
+        asking(2, "short", written=Fact("Edwin", f"{long} {{}} is", "wise", target_true="king")),
+        Record(id="r3", facts=(fact,), questions=(whole,)),
+    ]
+    assert len(lm.prompt_ids(long)) == 63, "with the answer, or two letters more, it is too long"
+    kept, left = usable(lm, records, known_only=False)
+    assert [record.id for record in kept] == ["r0"] and left == {"too long for the model's positions": 3}
+    assert usable(lm, records)[1]["too long for the model's positions"] == 3
+    assert evaluate(lm, kept, {"nothing": lambda facts: contextlib.nullcontext()}, drift_tokens=0).editors == ("base", "nothing")
+    with pytest.raises(InputError, match="positions for 64"):
+        evaluate(lm, [records[1]], {"nothing": lambda facts: contextlib.nullcontext()}, drift_tokens=0)
 
 
 def test_what_is_not_said_is_recommended(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

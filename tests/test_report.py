@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -128,6 +129,35 @@ def test_the_numbers_are_those_of_the_runs() -> None:
     assert "against the number of edits" not in report_page(report(runs=[evaluation(1)]))
 
 
+def test_runs_stand_in_order_with_their_settings() -> None:
+    runs = [evaluation(2, sequence=True), evaluation(4), evaluation(1), evaluation(2)]
+    told = [dataclasses.replace(run, settings={"rome": "layer=1; seed=0", "other": "x"}) for run in runs]
+    found = report(runs=told)
+    assert [(run.size, run.sequence) for run in found.runs] == [(1, False), (2, False), (4, False), (2, True)]
+    assert [run["size"] for run in found.to_dict()["runs"]] == [1, 2, 4, 2]
+    assert found.facts()["settings of rome"] == "layer=1; seed=0" and "settings of other" not in found.facts()
+    for text in (report_page(found), report_markdown(found).replace("\\", "")):
+        assert "layer=1; seed=0" in text and "magnitude" in text
+    other = dataclasses.replace(evaluation(1), settings={"rome": "layer=2; seed=0"})
+    assert report(runs=[other, told[1]]).facts()["settings of rome, 1 at a time"] == "layer=2; seed=0"
+
+
+def test_what_is_not_finished_is_no_report() -> None:
+    run = evaluation(2)
+    half = dataclasses.replace(run, units=3, notes={**run.notes, (BASE, 0): {}, (BASE, 1): {}, (BASE, 2): {}})
+    with pytest.raises(InputError, match=r"rome, 2 at a time: 2 of 3 edits are there; .* run.finished\(\)"):
+        report(runs=[half])
+    assert report(runs=[half.finished()]).editors == (BASE,)
+
+
+def test_edits_that_broke_the_model_are_counted() -> None:
+    run = evaluation(2)
+    broken = dataclasses.replace(run, notes={**run.notes, ("rome", 1): {"broken": 1.0}})
+    for found, there in ((report(runs=[broken]), True), (report(runs=[run]), False)):
+        cost = next(table for table in found.tables() if table.title == "what it cost")
+        assert ("broken" in cost.columns) is there and ("no longer computes finite numbers" in report_page(found)) is there
+
+
 def test_failures_say_what_was_wanted_and_said() -> None:
     found = report().failures()
     assert {f["kind"] for f in found} == {"prompt", "paraphrase", "neighbour"} and len(found) == 9
@@ -145,6 +175,7 @@ def test_a_sequence_shows_what_is_left() -> None:
     assert 'class="heat"' in html and "--share: 0.500" in html and "--share: 1.000" in html
     assert re.search(r"\| written in 1 \| 50 \| 50 \|", report_markdown(found))
     assert 'class="heat"' not in report_page(report())
+    assert set(re.findall(r"<text[^>]*>([^<]+)</text>", html)) >= {"0 %", "20 %", "100 %", "0.2", "0.4"}, "axes"
     left = next(table for table in found.tables() if table.title == "what is left")
     assert list(left.rows) == [("rome", "50 · 50", "50 · 75")], "of the first round · of all so far: two of two are right in the second"
     assert "prompts of all rounds so far answered right" in html and "KL on prose, 2 a round" in html

@@ -100,7 +100,7 @@ def editors(
         own = settings[name]
         if isinstance(own, TuneConfig):
             train = _TUNED[name][0]
-            return _MethodEditor(writer, lambda facts: train(lm, facts, own, seed=seed), f"{own}, seed {seed}")
+            return _MethodEditor(writer, lambda facts: train(lm, facts, own, seed=seed), _told(own, seed))
         solve, _ = solver_of(name, own)
         texts_around = contexts[SpreadConfig if isinstance(own, SpreadConfig) else RomeConfig]
         assert texts_around is not None
@@ -109,7 +109,7 @@ def editors(
             targets = writer.targets(facts, own, texts_around)
             return solve(lm, facts, own, moments=moments, contexts=texts_around, seed=seed, earlier=tuple(writer.deltas), targets=targets)
 
-        return _MethodEditor(writer, solved, f"{own}, seed {seed}")
+        return _MethodEditor(writer, solved, _told(own, seed))
 
     return {name: of(name) for name in named}
 
@@ -217,6 +217,12 @@ class _Writer:
             self._base.clear()
 
 
+def _told(config: EditConfig | TuneConfig, seed: int) -> str:
+    """Settings in words, as `--set` takes them: "steps=40; layers=3,4,5; seed=0"."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)} | {"seed": seed}
+    return "; ".join(f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}" for name, value in values.items())
+
+
 @overload
 def _settings(lm: LanguageModel, name: Literal["memit"], given: None) -> EditConfig: ...
 @overload
@@ -243,12 +249,17 @@ def _settings(lm: LanguageModel, name: str, given: Any) -> EditConfig | TuneConf
 def usable(lm: LanguageModel, records: Iterable[Record], *, known_only: bool = True) -> tuple[tuple[Record, ...], dict[str, int]]:
     """The records that can be written and judged together, and how many were left out for what reason.
 
-    Left out are records with nothing to write, with a subject that the tokens do not show once, whose prompt an earlier record writes
-    otherwise, and, if `known_only`, those whose old object the model does not say: an edit of what is not known shows little.
+    Left out are records with more tokens in a prompt, with its answer, than the model has positions; with nothing to write; with a subject
+    that the tokens do not show once; whose prompt an earlier record writes otherwise; and, if `known_only`, those that give no old object,
+    or one that the model does not say: an edit of what is not known shows little.
     """
     left: dict[str, int] = {}
     kept: list[Record] = []
     targets: dict[str, str | None] = {}
+
+    def leave(reason: str, count: int = 1) -> None:
+        if count:
+            left[reason] = left.get(reason, 0) + count
 
     def why_not(record: Record) -> str | None:
         if not record.facts or any(fact.target is None for fact in record.facts):
@@ -265,13 +276,38 @@ def usable(lm: LanguageModel, records: Iterable[Record], *, known_only: bool = T
         return None
 
     every = check_items(records, "records", "records of a suite")
-    able = known(lm, every) if known_only else tuple(every)
-    if len(able) < len(every):
-        left["the model does not say the old object"] = len(every) - len(able)
+    able = [record for record in every if _fits(lm, record)]
+    leave("too long for the model's positions", len(every) - len(able))
+    if known_only:
+        given = [record for record in able if all(fact.target_true is not None for fact in record.facts)]
+        leave(
+            "no old object is given, by which to tell what the model knows; --all judges them (in Python: known_only=False)",
+            len(able) - len(given),
+        )
+        able = list(known(lm, given))
+        leave("the model does not say the old object", len(given) - len(able))
     for record in able:
         reason = why_not(record)
         if reason is None:
             kept.append(record)
         else:
-            left[reason] = left.get(reason, 0) + 1
+            leave(reason)
     return tuple(kept), left
+
+
+def _fits(lm: LanguageModel, record: Record) -> bool:
+    """Whether the model has positions for all that is asked and written, with the contexts that editors put before a fact's prompt."""
+    if lm.max_tokens is None:
+        return True
+    asked = [(q.prompt, text, 0) for q in record.questions for text in (*q.answers[:1], q.against)]
+    asked += [(fact.text, text, _CONTEXT) for fact in record.facts for text in (fact.target, fact.target_true)]
+    # A token is a character or more, nearly always: what is short needs not be looked at.
+    return all(
+        len(lm.question(prompt, text)[0] if text else lm.prompt_ids(prompt)) + room <= lm.max_tokens
+        for prompt, text, room in asked
+        if len(prompt.encode()) + len((text or "").encode()) + room + 2 > lm.max_tokens
+    )
+
+
+_CONTEXT = 16
+"""Tokens kept free for a context before a prompt: the longest of contexts.py has 9 of the model's, a full stop, and perhaps a BOS."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from .errors import InputError
-from .judge.evaluate import BASE, INTERVALS, Evaluation, Row, Share
+from .judge.evaluate import BASE, INTERVALS, LOWEST, Evaluation, Row, Share
 from .judge.suites import Suite
 from .pages import check_page, keep_page, render
 from .tables import Shown, Table, as_text, counted, visible
@@ -26,6 +26,7 @@ from .tables import Shown, Table, as_text, counted, visible
 MEANINGS = {
     "success": "The papers' measure: of two candidates, the new object and the old one, the wanted one is the likelier. It is kind: the "
     "model need not say either.",
+    "magnitude": "By how much: the probability of the wanted one minus that of the other, each the mean a token; from -100 to 100.",
     "tokens": "Share of the right answer's tokens that come out when all tokens before them are given away (teacher forcing).",
     "exact": "What the model says by itself, greedily, begins with a right answer. For a negation: it does not begin with the new object.",
     "stayed": "Of what must not change: the model says what it said before the edit, right or wrong.",
@@ -47,6 +48,8 @@ MEANINGS = {
     "perplexity": "Of the same prose, after the edit divided by before.",
     "kl_facts": "The same divergence where the answers of facts are due that nothing was written about.",
     "changed_share": "Share of those facts that are answered otherwise than before.",
+    "broken": "Edits behind which the model no longer computes finite numbers. What it is asked then counts as wrong, and drift cannot be "
+    "measured.",
     "seconds": "Time to solve an edit, without what is computed once for a model.",
 }
 """What each number means, in a line."""
@@ -67,7 +70,7 @@ _FAILURES = 48  # of a report, shared among kinds and runs
 class Report(Shown):
     """Runs of the same records at several sizes, with what they were made from.
 
-    runs      one for each size, at least one
+    runs      one for each size, at least one, all finished; kept in the order of their sizes, those in sequence last
     suite     the records' suite
     seed      of the sample and of the editors
     left_out  {why: how many records were not judged}
@@ -81,10 +84,17 @@ class Report(Shown):
     version: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "runs", sorted(self.runs, key=lambda run: (run.sequence, run.size)))
         if not self.runs or len({run.fingerprint for run in self.runs}) > 1:
             raise InputError(f"a report is of one model's runs, at least one; got {len(self.runs)} of several models or none")
         if len({(run.size, run.sequence) for run in self.runs}) < len(self.runs):
             raise InputError("a report has one run of a size; got two of the same")
+        for run in self.runs:
+            for editor, there in run.unfinished.items():
+                raise InputError(
+                    f"{editor}, {run.pace}: {there:,} of {run.units:,} edits are there; run it again to finish it, or leave out what is "
+                    "not finished: run.finished()"
+                )
 
     @property
     def summaries(self) -> list[Mapping[str, Mapping[str, Share]]]:
@@ -122,8 +132,9 @@ class Report(Shown):
             "records judged": f"{records:,}",
             **{f"left out: {why}": f"{n:,}" for why, n in self.left_out.items()},
             "edits that could not be made": _failed(self.runs),
-            "malformed": f"{len(self.suite.skipped):,}",
+            "malformed, left out": self.suite.left_out or "nothing",
             "records an edit": ", ".join(f"{run.size:,}{' in sequence' if run.sequence else ''}" for run in self.runs),
+            **self._settings(),
             "seed": str(self.seed),
             "factsmith": self.version,
         }
@@ -144,9 +155,22 @@ class Report(Shown):
             before = {row.prompt: row.answer for row in self.runs[at].asked(BASE)}
             for row in sorted(rows, key=_margin)[:each]:
                 should = before.get(row.prompt, "") if row.stayed is not None else wanted.get((row.record, row.prompt), "")
-                place = {"run": _short(self.runs[at]), "editor": editor, "kind": kind, "record": row.record}
+                place = {"run": self.runs[at].pace, "editor": editor, "kind": kind, "record": row.record}
                 found.append({**place, "prompt": row.prompt, "wanted": should, "said": row.answer})
         return found[: 2 * _FAILURES]
+
+    def _settings(self) -> dict[str, str]:
+        """{"settings of memit": what they are}; by run where they are not the same in all."""
+        found: dict[str, dict[str, str]] = {}
+        for run in self.runs:
+            for editor, told in run.settings.items():
+                if editor in run.editors:
+                    found.setdefault(editor, {})[run.pace] = told
+        return {
+            f"settings of {editor}{'' if len(set(own.values())) == 1 else f', {pace}'}": told
+            for editor, own in found.items()
+            for pace, told in own.items()
+        }
 
     @functools.cached_property
     def _wanted(self) -> dict[tuple[str, str], str]:
@@ -185,7 +209,7 @@ def report_page(found: Report, path: str | os.PathLike[str] | None = None) -> st
         runs.append(
             {
                 "title": _title(run),
-                "short": _short(run),
+                "short": run.pace,
                 "editors": list(summary),
                 "rows": [(name, [own.get(name) for own in summary.values()]) for name in names],
                 "bars": _bars(summary),
@@ -253,13 +277,9 @@ def _title(run: Evaluation) -> str:
     return f"{how}; per cent, beside the model as it was"
 
 
-def _short(run: Evaluation) -> str:
-    return f"{run.size:,} {'a round' if run.sequence else 'at a time'}"
-
-
 def _names(summary: Mapping[str, Mapping[str, Share]]) -> list[str]:
     """The measures of a run; a question's next to one another, the scores first."""
-    names = dict.fromkeys(name for own in summary.values() for name in own if not name.endswith("magnitude"))
+    names = dict.fromkeys(name for own in summary.values() for name in own)
     kinds = list(dict.fromkeys(name.partition(" ")[0] for name in names if not name.startswith("score")))
     return sorted(names, key=lambda name: -1 if name.startswith("score") else kinds.index(name.partition(" ")[0]))
 
@@ -271,7 +291,14 @@ def _cell(share: Share | None) -> str:
     return f"{100 * share.value:.1f}" + (f" ± {spread:.1f}" if math.isfinite(spread) else "")
 
 
-_COSTS = {"edits": "edits", "failed": "failed", "seconds": "seconds an edit", "seconds_a_record": "seconds a record", "norm": "‖ΔW‖/‖W‖"}
+_COSTS = {
+    "edits": "edits",
+    "failed": "failed",
+    "broken": "broken",
+    "seconds": "seconds an edit",
+    "seconds_a_record": "seconds a record",
+    "norm": "‖ΔW‖/‖W‖",
+}
 
 
 def _measured_tables(run: Evaluation) -> list[Table]:
@@ -282,7 +309,8 @@ def _measured_tables(run: Evaluation) -> list[Table]:
         ("what it cost", _COSTS, "means over edits; ‖ΔW‖/‖W‖: the largest"),
         ("what it did to the rest", _DRIFT_NAMES, "KL in nats; perplexity after divided by before"),
     ):
-        names = {name: told_as for name, told_as in names.items() if name != "failed" or run.failed}
+        seldom = {name for name in ("failed", "broken") if not any(name in own for own in told.values())}
+        names = {name: told_as for name, told_as in names.items() if name not in seldom}
         rows = [(editor, *(_number(name, own.get(name)) for name in names)) for editor, own in told.items() if set(own) & set(names)]
         tables.append(Table(title, {"editor": "<", **dict.fromkeys(names.values(), ">")}, rows, note))
     return tables
@@ -358,9 +386,9 @@ def _charts(found: Report) -> list[dict[str, Any]]:
             left = {e: run.remaining(e) for e in run.editors if e != BASE}
             for at, of in enumerate(("the first round", "all rounds so far")):
                 dots = {e: [(k + 1, own[at], f"{100 * own[at]:.0f} %") for k, own in each.items()] for e, each in left.items()}
-                charts.append(_chart(f"prompts of {of} answered right, {_short(run)}", dots, "rounds", top=1.0))
+                charts.append(_chart(f"prompts of {of} answered right, {run.pace}", dots, "rounds", top=1.0))
             told = {e: [(k + 1, run.drift(e, k)) for name, k in run.notes if name == e] for e in left}
-            charts += [_drift_chart(name, _short(run), told, "rounds") for name in _DRIFT_NAMES]
+            charts += [_drift_chart(name, run.pace, told, "rounds") for name in _DRIFT_NAMES]
     return [chart for chart in charts if chart["lines"]]
 
 
@@ -372,7 +400,7 @@ def _drift_chart(
 
 
 def _chart(title: str, lines: _Dots, unit: str, *, top: float | None = None, logarithmic: bool = False) -> dict[str, Any]:
-    """Lines in a box of 100 x 60, y from 0 to `top`, which is 100 %; None: to the largest."""
+    """Lines in a box of 100 x 60 right of `left`, over a grid with its values, y from 0 to `top`, which is 100 %; None: to the largest."""
     most = top
     xs = [x for dots in lines.values() for x, *_ in dots]
     top = max((y for dots in lines.values() for _, y, _ in dots), default=1.0) or 1.0 if most is None else most
@@ -381,8 +409,8 @@ def _chart(title: str, lines: _Dots, unit: str, *, top: float | None = None, log
     for editor, dots in lines.items():
         places = [
             (
-                round(4 + 92 * ((math.log(x) if logarithmic else x) - low) / max(high - low, 1e-9), 2),
-                round(58 - 56 * y / top, 2),
+                round(_LEFT + 2 + (96 - _LEFT) * ((math.log(x) if logarithmic else x) - low) / max(high - low, 1e-9), 2),
+                _height(y / top),
                 f"{editor}, {x:,} {unit}: {text}",
             )
             for x, y, text in sorted(dots)
@@ -390,11 +418,30 @@ def _chart(title: str, lines: _Dots, unit: str, *, top: float | None = None, log
         if places:
             found.append({"editor": editor, "dots": places, "points": " ".join(f"{x},{y}" for x, y, _ in places)})
     ends = [f"{x:,}" for x in (min(xs), max(xs))] if xs else ["", ""]
-    return {"title": title, "lines": found, "first": ends[0], "last": ends[1], "unit": unit, "top": "100 %" if most else f"{top:.3g}"}
+    grid = [(_height(y / top), f"{100 * y:.0f} %" if most else f"{y:.3g}") for y in _round_values(top)]
+    told = {"first": ends[0], "last": ends[1], "unit": unit, "top": "100 %" if most else f"{top:.3g}"}
+    return {"title": title, "lines": found, "grid": grid, "left": _LEFT, **told}
+
+
+_LEFT = 10  # of a chart's 100, where the values of its grid stand
+
+
+def _round_values(top: float) -> list[float]:
+    """Round numbers from 0 to the largest, three to six of them."""
+    power = 10.0 ** math.floor(math.log10(top / 2))
+    step = next(n * power for n in (1, 2, 5, 10) if top / (n * power) <= 5)
+    return [k * step for k in range(math.floor(top / step * (1 + 1e-9)) + 1)]
+
+
+def _height(share: float) -> float:
+    """Where a share of what a chart reaches up to is drawn."""
+    return round(58 - 56 * share, 2)
 
 
 def _margin(row: Row) -> float:
     """How far an answer is from what was wanted: the smaller, the worse."""
+    if row.broken:
+        return LOWEST
     if row.log_wanted is None:
         return 0.0
     return row.log_wanted - (row.log_against if row.log_against is not None else 0.0)
@@ -402,6 +449,6 @@ def _margin(row: Row) -> float:
 
 def _meanings(found: Report) -> dict[str, str]:
     """Those of what the report shows."""
-    words = {word for summary in found.summaries for own in summary.values() for name in own for word in name.split()} - {"magnitude"}
+    words = {word for summary in found.summaries for own in summary.values() for name in own for word in name.split()}
     words |= {name for run in found.runs for editor in run.editors if editor != BASE for name in run.measured(editor)}
     return {name: text for name, text in MEANINGS.items() if name in words}

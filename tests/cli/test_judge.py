@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def test_evaluate_prints_keeps_and_reports(run: Run, model: Path, suite: Path, t
     call = ["evaluate", model, "--suite", suite, "--methods", "ft", "--sizes", "1,2", "--all", "--out", "judged"]
     done = run(*call, "--json")
     assert done.code == 0, done.err
-    assert "1 malformed record left out" in done.err
+    assert "malformed: 1 record left out, the first" in done.err
     found = done.json
     assert [r["size"] for r in found["runs"]] == [1, 2] and list(found["runs"][0]["measures"]) == ["base", "ft-l"]
     assert found["out"] == ["judged/report.html", "judged/report.md"]
@@ -96,7 +97,7 @@ def test_evaluate_with_settings_and_tasks(run: Run, model: Path, suite: Path, tm
 def test_a_folder_holds_one_model_and_suite(run: Run, model: Path, suite: Path, tmp_path: Path) -> None:
     call = ["evaluate", model, "--suite", suite, "--methods", "ft", "--all", "--drift-tokens", "0", "--out", "judged", "--json"]
     assert [r["size"] for r in run(*call, "--sizes", "1").json["runs"]] == [1]
-    assert [r["size"] for r in run(*call, "--sizes", "2").json["runs"]] == [2, 1], "the page keeps what was judged before"
+    assert [r["size"] for r in run(*call, "--sizes", "2").json["runs"]] == [1, 2], "the page keeps what was judged before"
     other = run(*call, "--sizes", "3", "--seed", "1")
     assert other.code == 2 and "another seed" in other.err
     rows = tmp_path / "judged/size-1/rows.jsonl"
@@ -105,6 +106,76 @@ def test_a_folder_holds_one_model_and_suite(run: Run, model: Path, suite: Path, 
         rows.write_text("\n".join(damaged) + "\n")
         done = run(*call, "--sizes", "1")
         assert done.code == 5 and "rows.jsonl, line" in done.err
+
+
+def test_a_folder_holds_one_layout_text_and_setting_of_a_method(run: Run, model: Path, suite: Path, tmp_path: Path) -> None:
+    for name, text in (("a.txt", "The home of Edwin is Rome. " * 20), ("b.txt", "Edwin is at home in Rome. " * 20)):
+        (tmp_path / name).write_text(text)
+    call = ["evaluate", model, "--suite", suite, "--methods", "ft", "--all", "--drift-tokens", "20", "--out", "judged", "--json"]
+    done = run(*call, "--sizes", "1", "--texts", "a.txt")
+    assert done.code == 0, done.err
+    (judged,) = done.json["runs"]
+    assert "clamp=0.03" in judged["settings"]["ft-l"] and done.json["facts"]["settings of ft-l"] == judged["settings"]["ft-l"]
+    assert "clamp=0.03" in (tmp_path / "judged/report.html").read_text() and "clamp=0.03" in (tmp_path / "judged/report.md").read_text()
+    for options, words in (
+        (["--sizes", "2", "--texts", "b.txt"], "another texts"),
+        (["--sizes", "2"], "another texts"),
+        (["--sizes", "2", "--texts", "a.txt", "--set", "ft.clamp=0.5"], "clamp=0.03 there, clamp=0.5 here"),
+    ):
+        other = run(*call, *options)
+        assert other.code == 2 and words in other.err and "--out" in other.err, other.err
+    assert [r["size"] for r in run(*call, "--sizes", "2", "--texts", "a.txt").json["runs"]] == [1, 2]
+    zsre = {
+        "subject": "Edwin",
+        "src": "Who is Edwin?",
+        "alt": "a king",
+        "answers": ["a poet"],
+        "rephrase": "Edwin is",
+        "loc": "a",
+        "loc_ans": "b",
+    }
+    (tmp_path / "zsre.json").write_text(json.dumps([zsre]))
+    call = ["evaluate", model, "--methods", "ft", "--all", "--drift-tokens", "0", "--out", "zsre"]
+    assert run(*call, "--suite", "zsre.json").code == 0
+    other = run(*call, "--suite", "zsre-rome:zsre.json", "--sizes", "1", "--sequence")
+    assert other.code == 2 and "another layout" in other.err
+
+
+def test_what_is_not_finished_is_not_on_the_page(run: Run, model: Path, suite: Path, tmp_path: Path) -> None:
+    call = ["evaluate", model, "--suite", suite, "--all", "--drift-tokens", "0", "--continued", "0", "--out", "judged", "--json"]
+    assert run(*call, "--sizes", "2", "--sequence", "--methods", "ft").code == 0
+    rows = tmp_path / "judged/sequence-2/rows.jsonl"
+    lines = rows.read_text().splitlines()
+    ends = [at for at, line in enumerate(lines) if line.startswith('{"ends": "ft-l"')]
+    rows.write_text("\n".join(lines[: ends[0] + 1]) + "\n")
+    done = run(*call, "--sizes", "1", "--methods", "ft")
+    assert [(r["size"], r["sequence"]) for r in done.json["runs"]] == [(1, False)]
+    assert "ft-l, 2 a round: 1 of 2 edits are there; run it again to finish it" in done.err
+    finished = run(*call, "--sizes", "2", "--sequence", "--methods", "ft")
+    assert [(r["size"], r["sequence"]) for r in finished.json["runs"]] == [(1, False), (2, True)] and "edits are there" not in finished.err
+
+
+def test_sizes_are_at_most_the_number_of_records(run: Run, model: Path, suite: Path, tmp_path: Path) -> None:
+    call = ["evaluate", model, "--suite", suite, "--methods", "ft", "--all", "--drift-tokens", "0", "--out", "judged", "--json"]
+    done = run(*call, "--sizes", "1,100,4,1000")
+    assert [r["size"] for r in done.json["runs"]] == [1, 4], done.err
+    assert done.err.count("there are 4 records to write, so 4 are written at a time") == 2
+    assert sorted(path.name for path in (tmp_path / "judged").glob("size-*")) == ["size-1", "size-4"]
+
+
+def test_strict_looks_at_the_whole_file(run: Run, model: Path, suite: Path) -> None:
+    call = ["evaluate", model, "--suite", suite, "--methods", "ft", "--all", "--limit", "1", "--drift-tokens", "0"]
+    for seed in range(4):
+        done = run(*call, "--strict", "--seed", str(seed))
+        assert done.code == 2 and "record 4" in done.err
+    suite.write_text(json.dumps([{**SUITE[0], "paraphrase_prompts": None}]))
+    done = run(*call)
+    assert done.code == 0 and "malformed: 1 question left out" in done.err, done.err
+
+
+def test_a_suite_of_nobodys_home_is_refused(run: Run, model: Path) -> None:
+    done = run("evaluate", model, "--suite", "~nobody-of-this-name/x.json")
+    assert done.code == 2 and "'~nobody-of-this-name/x.json'" in done.err
 
 
 def test_evaluate_in_sequence(run: Run, model: Path, suite: Path, tmp_path: Path) -> None:
@@ -163,6 +234,21 @@ def test_drift_of_a_delta_and_limits(run: Run, atlas: str, tmp_path: Path) -> No
     assert run("drift", atlas).code == 2 and run("drift").code == 2
     assert run("drift", atlas, "--delta", "nowhere").code == 5
     assert Delta.load("delta").fingerprint == lm.fingerprint, "the model is as it was"
+
+
+def test_a_long_text_makes_no_noise(run: Run, atlas: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fact = Fact("Danielle Darrieux", "The mother tongue of {} is", "English")
+    moments = second_moments(atlas_model(), ["The home of Edwin is Rome. " * 40], [1], max_tokens=2000)
+    rome(atlas_model(), fact, RomeConfig(layer=1, steps=1), moments=moments, contexts=["{}"]).save("delta")
+    (tmp_path / "book.txt").write_text("The harbour was quiet in the morning. " * 400)
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        done = run("drift", atlas, "--delta", "delta", "--texts", "book.txt", "--max-tokens", "100", "--facts", "0", "--json")
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert done.code == 0 and done.json["n_tokens"] == 100
+    assert "Token indices" not in done.err + caplog.text
 
 
 def test_drift_of_a_workspace(run: Run, model: Path, quick: None) -> None:

@@ -76,3 +76,13 @@ def test_bad_input_is_refused_in_words(tiny_llama: LanguageModel) -> None:
         ask(tiny_llama, ["a"], max_new_tokens=-1)
     with pytest.raises(InputError, match="positions"):
         ask(tiny_llama, ["a"], [["b" * 5000]])
+
+
+def test_no_answer_is_cut_short_for_anothers_sake(tiny_gpt2: LanguageModel) -> None:
+    """A prompt with room for two tokens more, and one of like length that has room for all: each says what it says alone."""
+    long = "q" * 62
+    near = "q" * 55
+    assert len(tiny_gpt2.prompt_ids(long)) == 62 and len(tiny_gpt2.prompt_ids(near)) == 55, "of 64 positions"
+    together = ask(tiny_gpt2, [long, near], max_new_tokens=8)
+    assert [reply.answer for reply in together] == [ask(tiny_gpt2, [text], max_new_tokens=8)[0].answer for text in (long, near)]
+    assert len(together[1].answer) > len(together[0].answer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,7 +18,7 @@ from factsmith.edit.delta import Delta, applied
 from factsmith.errors import DamagedError, FingerprintError, InputError, NumericsError
 from factsmith.fact import Fact
 from factsmith.judge.drift import drift
-from factsmith.judge.evaluate import BASE, Editor, Evaluation, Row, evaluate, score
+from factsmith.judge.evaluate import BASE, Editor, Evaluation, Row, _same, evaluate, score
 from factsmith.judge.metrics import ngram_entropy, reference_consistency
 from factsmith.judge.suites import Question, Record, Suite, load_suite
 from factsmith.model.load import LanguageModel, wrap
@@ -204,6 +205,98 @@ def test_a_killed_run_goes_on_where_it_stood(lm: LanguageModel, tmp_path: Path) 
                 evaluate(lm, RECORDS, {"pusher": editor(lm, [])}, folder=tmp_path / "damaged", **arguments)  # type: ignore[arg-type]
 
 
+def test_a_run_says_what_is_missing(lm: LanguageModel, tmp_path: Path) -> None:
+    """A run that was stopped holds fewer edits than there are to be, and what is not finished can be left out."""
+    done = evaluate(lm, RECORDS, {"first": editor(lm, [])}, size=2, drift_tokens=0, folder=tmp_path)
+    assert (done.units, done.unfinished, done.pace) == (3, {}, "2 at a time") and done.finished().rows == done.rows
+    calls: list[int] = []
+
+    def dies(facts: Sequence[Fact]) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return editor(lm, [])(facts)
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(lm, RECORDS, {"first": editor(lm, []), "second": dies}, size=2, drift_tokens=0, folder=tmp_path)
+    stopped = Evaluation.load(tmp_path)
+    assert stopped.editors == (BASE, "first", "second") and stopped.unfinished == {"second": 2}
+    assert vars(stopped.finished()) == vars(done)
+
+
+def test_a_size_above_the_number_of_records_is_that_number(lm: LanguageModel) -> None:
+    found = evaluate(lm, RECORDS, {"pusher": editor(lm, [])}, size=100, drift_tokens=0)
+    assert (found.size, found.units) == (5, 1)
+
+
+def breaking(lm: LanguageModel, value: float) -> Editor:
+    """Writes a value into a whole down-projection."""
+
+    @contextmanager
+    def write(facts: Sequence[Fact]) -> Iterator[dict[str, float]]:
+        weight = lm.module.transformer.h[1].mlp.c_proj.weight
+        before = weight.detach().clone()
+        with torch.no_grad():
+            weight.fill_(value)
+        try:
+            yield {"norm": float("inf"), "seconds": 1.0}
+        finally:
+            with torch.no_grad():
+                weight.copy_(before)
+
+    return write
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), 1e38])
+def test_a_broken_model_counts_as_wrong_and_the_run_goes_on(lm: LanguageModel, tmp_path: Path, value: float, sequence: bool) -> None:
+    records = [replace(one, generation_prompts=("Entity is",)) for one in RECORDS]
+    editors = {"breaker": breaking(lm, value), "pusher": editor(lm, [], 0.1)}
+    arguments: dict[str, Any] = {"size": 2, "sequence": sequence, "texts": [PROSE], "drift_tokens": 30}
+    found = evaluate(lm, records, editors, folder=tmp_path, **arguments)
+    broken, others = found.asked("breaker"), found.asked("pusher")
+    assert {row.success for row in broken if row.log_wanted is not None and row.log_against is not None} == {False}
+    assert {row.tokens for row in broken} == {0.0, None} and all(row.broken for row in broken if row.log_wanted is not None)
+    assert found.summary("breaker")["prompt magnitude"].value == 0
+    assert not any(row.broken for row in others) and len(others) == len(broken), "the control"
+    assert [found.notes["breaker", unit] for unit in range(3)] == [{"seconds": 1.0, "broken": 1.0}] * 3
+    assert found.measured("breaker")["broken"] == 3 and "broken" not in found.measured("pusher") and found.drift("pusher")
+    for line in (tmp_path / "rows.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert vars(Evaluation.load(tmp_path)) == vars(found) == vars(evaluate(lm, records, editors, folder=tmp_path, **arguments))
+
+
+def test_a_write_torn_inside_a_character_is_dropped(lm: LanguageModel, tmp_path: Path) -> None:
+    records = [replace(one, questions=(replace(one.questions[0], prompt=f"Zürich {one.id}"),)) for one in RECORDS]
+    found = evaluate(lm, records, {"pusher": editor(lm, [])}, drift_tokens=0, folder=tmp_path)
+    file = tmp_path / "rows.jsonl"
+    whole = file.read_bytes()
+    place = whole.rindex("ü".encode())
+    file.write_bytes(whole[: place + 1])
+    assert Evaluation.load(tmp_path).unfinished == {"pusher": 4}
+    again = evaluate(lm, records, {"pusher": editor(lm, [])}, drift_tokens=0, folder=tmp_path)
+    assert again.rows == found.rows
+    first = whole.index("ü".encode())
+    file.write_bytes(whole[: first + 1] + whole[first + 2 :])
+    with pytest.raises(DamagedError, match="no text"):  # not in the last line: damaged
+        Evaluation.load(tmp_path)
+
+
+def test_what_was_not_touched_stayed(lm: LanguageModel) -> None:
+    """Records that share a prompt, with right answers of different lengths, in different edits; and an answer whose first phrase is cut."""
+    long = "Oslo and then Rome and then Bergen and then Paris"
+    asked = [Question(kind="locality", prompt="The colour is", answers=(answer,)) for answer in ("Oslo", long, "Rome")]
+    asked += [Question(kind="neighbour", prompt="The colour is", answers=("Oslo",), against="Rome")]
+    records = [replace(one, questions=(question,)) for one, question in zip(RECORDS, asked, strict=False)]
+    for size, sequence in ((1, False), (2, False), (2, True)):
+        found = evaluate(lm, records, {"nothing": editor(lm, [], 0.0)}, size=size, sequence=sequence, drift_tokens=0)
+        assert len({row.answer for row in found.rows}) == 1, "decoded equally far"
+        assert {row.stayed for row in found.asked("nothing")} == {True}
+    for said in ("1,000 people", "3.5 million", "", "... and so on"):
+        assert _same(said, said, "Rome") is True
+    assert _same("Oslo", "Rome", None) is False and _same("2,000", "1,000", None) is False
+
+
 def test_drift_is_that_of_the_edited_model(lm: LanguageModel) -> None:
     """What is noted behind an edit is what `drift` says of the same change, and grows along a sequence; nothing changed is no drift."""
     push = editor(lm, [], 0.2)
@@ -248,7 +341,7 @@ def test_kept_rows_hold_any_text(lm: LanguageModel, tmp_path: Path) -> None:
     assert evaluate(lm, odd, {"pusher": editor(lm, [])}, drift_tokens=0, folder=tmp_path).rows == found.rows
     with pytest.raises(InputError, match="no rows"):
         Evaluation.load(tmp_path / "nowhere")
-    (tmp_path / "rows.jsonl").write_text('{"format": "evaluation 3"}\n')
+    (tmp_path / "rows.jsonl").write_text('{"format": "evaluation 4"}\n')
     with pytest.raises(DamagedError, match="line 1"):
         Evaluation.load(tmp_path)
 
@@ -325,6 +418,8 @@ def test_shares_scores_and_their_intervals_by_hand(lm: LanguageModel) -> None:
     assert shares["prompt success"].low == shares["prompt success"].high == 1
     assert 0 == shares["neighbour success"].low < shares["neighbour success"].value < shares["neighbour success"].high
     assert shares["score"].low <= shares["score"].value <= shares["score"].high
+    assert shares["prompt magnitude"].value == pytest.approx(math.exp(-1) - math.exp(-2))
+    assert "prompt magnitude" in {row[0] for row in made.tables()[0].rows}
     assert "score" not in {name for name in made.summary("made") if name.startswith("multihop")}
 
 

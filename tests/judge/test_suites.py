@@ -393,6 +393,34 @@ def test_so_in_every_layout(tmp_path: Path, row: dict[str, Any], field: str) -> 
     assert [(each.index, each.field) for each in suite.skipped if each.index == 1] == [(1, field)]
 
 
+@pytest.mark.parametrize(
+    ("own", "field"),
+    [
+        (SLIM, "rephrase_prompt"),
+        (SLIM, "locality_prompt"),
+        (ZSRE, "answers"),
+        (ZSRE, "rephrase"),
+        (ZSRE, "loc"),
+        (WIKIBIGEDIT, "rephrase"),
+        (QAEDIT, "rephrase"),
+        (COUNTERFACT, "paraphrase_prompts"),
+    ],
+)
+def test_what_a_layout_has_is_missed_by_its_field(tmp_path: Path, own: dict[str, Any], field: str) -> None:
+    """The record stays, without these questions, and that is said; or it is an error."""
+    for row in (_without(own, field), {**own, field: None}, {**own, field: " "}, {**own, field: []}):
+        path = _write(tmp_path, [own, row, own])
+        suite = load_suite(path)
+        assert len(suite.records) == 3 and [(each.index, each.field, each.whole) for each in suite.skipped] == [(1, field, False)]
+        assert suite.left_out == "1 question"
+        with pytest.raises(InputError, match=f"record 1: {field} is (missing|empty)"):
+            load_suite(path, malformed="fatal")
+        with pytest.raises(InputError, match=f"record 1: {field}"):
+            load_suite(path, malformed="fatal", limit=1, seed=1)
+    assert not load_suite(_write(tmp_path, [own] * 3), malformed="fatal").skipped, "the control"
+    assert load_suite(_write(tmp_path, [own, _without(own, field), {}, own])).left_out == "1 record, 1 question of others"
+
+
 def test_a_line_that_is_no_json_is_a_malformed_record(tmp_path: Path) -> None:
     path = tmp_path / "suite.jsonl"
     path.write_text(f"{json.dumps(SLIM)}\n\n{{oops\n{json.dumps(SLIM)}\n", encoding="utf-8")
@@ -440,6 +468,7 @@ def test_what_is_no_suite_is_refused(tmp_path: Path, content: str, words: str) -
         (7, {}, "expected text"),
         ("a\0b", {}, "no file of this name|cannot be the name"),
         (".", {}, "is a folder"),
+        ("~nobody-of-this-name/x.json", {}, "cannot be the name"),
     ],
 )
 def test_what_cannot_be_found_is_refused(what: Any, options: dict[str, Any], words: str) -> None:

@@ -7,13 +7,13 @@ import itertools
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from ..errors import DamagedError, FingerprintError, InputError, NumericsError
-from ..files import check_writable, write_file
+from ..files import check_writable, file_digest, write_file
 from ..tables import counted
 from .common import (
     LARGEST_SEED,
@@ -32,6 +32,9 @@ from .common import (
     read_value,
     show_tables,
 )
+
+if TYPE_CHECKING:
+    from ..judge.evaluate import Evaluation
 
 Seed = Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of samples, contexts and whatever else is drawn.")]
 
@@ -106,13 +109,27 @@ def evaluate(
         for why, count in left.items():
             complain("warning", f"{counted(count, 'record')} of {len(found.records):,} left out: {why}")
         if found.skipped:
-            complain("warning", f"{counted(len(found.skipped), 'malformed record')} left out, the first: {found.skipped[0]}")
-        if out is not None:
-            _claim(out, {"model": lm.fingerprint, "suite": found.digest, "limit": limit, "seed": seed, "known": known})
+            complain("warning", f"malformed: {found.left_out} left out, the first: {found.skipped[0]}")
         if not records:
             raise InputError(f"none of {counted(len(found.records), 'record')} can be judged; try another --suite, or --all")
+        numbers = _fitting(numbers, len(records))
+        compared = None if corpus is None else list(itertools.islice(corpus, drift_tokens))
+        made_from = {
+            "model": lm.fingerprint,
+            "suite": found.digest,
+            "layout": found.name,
+            "limit": limit,
+            "seed": seed,
+            "known": known,
+            "texts": None if texts is None else [file_digest(file) for file in texts],
+            "drift_tokens": drift_tokens,
+        }
+        if out is not None:  # before moments are computed, which takes longest
+            _claim(out, made_from, {})
         moments = None if out is None else out / "moments"
         writers = editors(lm, names, config=config, texts=corpus, folder=moments, seed=seed, progress=tell)
+        if out is not None:
+            _claim(out, made_from, {name: str(getattr(write, "description", "")) for name, write in writers.items()})
 
         def judged(size: int) -> runner.Evaluation:
             def told(what: str, done: int, total: int | None) -> None:
@@ -126,7 +143,7 @@ def evaluate(
                 size=size,
                 sequence=sequence,
                 drift_tokens=drift_tokens,
-                texts=None if corpus is None else list(itertools.islice(corpus, drift_tokens)),
+                texts=compared,
                 continued=continued,
                 probe=probe,
                 seed=seed,
@@ -143,10 +160,17 @@ def evaluate(
         if out is not None:  # what was judged there before belongs to the same page
             kept = (runner.Evaluation.load(file.parent) for file in sorted(out.glob("s*-*/rows.jsonl")))
             runs += [run for run in kept if (run.size, run.sequence) not in {(own.size, own.sequence) for own in runs}]
+        runs = [run for each in runs if (run := _finished(each)) is not None]
         for run in runs:
+            for editor in run.editors:
+                if broken := run.measured(editor).get("broken"):
+                    edits = counted(int(broken), "edit")
+                    complain(
+                        "warning", f"{editor}, {run.pace}: {edits} left a model without finite numbers; what it was asked counts as wrong"
+                    )
             for (editor, unit), why in list(run.failed.items())[:1]:
                 failures = counted(len(run.failed), "edit")
-                complain("warning", f"{failures} of {run.size:,} at a time could not be made, the first {editor}, edit {unit}: {why}")
+                complain("warning", f"{failures}, {run.pace}, could not be made, the first {editor}, edit {unit}: {why}")
         report = Report(runs=runs, suite=found, seed=seed, left_out=left, version=importlib.metadata.version("factsmith"))
         saved = None if out is None else [out / "report.html", out / "report.md"]
         if saved is not None:
@@ -232,6 +256,26 @@ def _numbers(sizes: str) -> list[int]:
     return [int(part) for part in parts]
 
 
+def _fitting(sizes: list[int], n_records: int) -> list[int]:
+    """Sizes of at most as many records as there are, each once."""
+    for size in sizes:
+        if size > n_records:
+            complain(
+                "warning", f"--sizes {size}: there are {counted(n_records, 'record')} to write, so {n_records:,} are written at a time"
+            )
+    return list(dict.fromkeys(min(size, n_records) for size in sizes))
+
+
+def _finished(run: Evaluation) -> Evaluation | None:
+    """A run without the editors that were stopped, which is said; None where no editor is left."""
+    for editor, there in run.unfinished.items():
+        complain("warning", f"{editor}, {run.pace}: {there:,} of {run.units:,} edits are there; run it again to finish it")
+    found = run.finished()
+    if len(run.editors) == 1 and not run.unfinished:
+        complain("warning", f"{run.pace}: no method was judged to the end of an edit; run it again")
+    return found if len(found.editors) > 1 else None
+
+
 def _by_method(pairs: list[str]) -> dict[str, dict[str, Any]]:
     """{"memit": {"steps": 40, "layers": (3, 4)}} from ["memit.steps=40", "memit.layers=3,4"]."""
     found: dict[str, dict[str, Any]] = {}
@@ -265,19 +309,29 @@ def _limits(pairs: list[str]) -> dict[str, float]:
     return found
 
 
-def _claim(out: Path, made_from: dict[str, Any]) -> None:
-    """Say in the folder what is judged there; raises InputError where that is something else, DamagedError where it cannot be read."""
+def _claim(out: Path, made_from: dict[str, Any], settings: dict[str, str]) -> None:
+    """Say in the folder what is judged there, and {method: its settings}, beside those of other methods that are there.
+
+    Raises InputError where that is something else, DamagedError where it cannot be read.
+    """
     file = out / "judged.json"
     try:
-        held = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else made_from
+        held = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {**made_from, "settings": {}}
     except (OSError, ValueError) as error:
         raise DamagedError(f"{file} cannot be read ({error}); choose another folder") from None
-    different = [name for name, value in made_from.items() if not isinstance(held, dict) or held.get(name) != value]
-    if different:
+    if not isinstance(held, dict) or not isinstance(there := held.get("settings"), dict):
+        raise InputError(f"{out} holds what another version judged; choose another folder with --out")
+    if different := [name for name, value in made_from.items() if held.get(name) != value]:
         raise InputError(f"{out} holds what was judged with another {', '.join(different)}; choose another folder with --out")
-    if not file.is_file():
+    for name, told in settings.items():
+        if there.get(name, told) != told:
+            own, others = str(there[name]).split("; "), told.split("; ")
+            apart = [", ".join(part for part in some if part not in rest) for some, rest in ((own, others), (others, own))]
+            raise InputError(f"{out} holds {name} with other settings: {apart[0]} there, {apart[1]} here; choose another folder with --out")
+    if not file.is_file() or not settings.keys() <= there.keys():
         out.mkdir(parents=True, exist_ok=True)
-        write_file(file, (json.dumps(made_from, indent=1) + "\n").encode())
+        content = {**made_from, "settings": {**there, **settings}}
+        write_file(file, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def _check_out(out: Path) -> None:

@@ -29,7 +29,8 @@ class Reply:
     """What a model says to one prompt.
 
     answer     its greedy continuation, without white space around it, to the end of the text or the line; "" where none was asked for
-    log_probs  for each candidate the mean log-probability of its tokens, in nats (teacher forced: each after those before it)
+    log_probs  for each candidate the mean log-probability of its tokens, in nats (teacher forced: each after those before it); NaN from a
+               model that computes no finite states
     right      for each candidate the share of its tokens that are the likeliest in their place
     n_tokens   for each candidate its number of tokens
     """
@@ -58,7 +59,7 @@ def ask(
     """Put prompts to a model, each with any number of candidate answers.
 
     candidates      for each prompt its candidates; None: none for any
-    max_new_tokens  how far the greedy answers go; 0: none are asked for
+    max_new_tokens  how far the greedy answers go, or to the model's last position, whatever else is asked; 0: none are asked for
     batch_tokens    padded tokens in one pass
 
     Raises InputError for no prompts, lists of different length, an empty prompt or candidate, and prompts too long for the model.
@@ -72,14 +73,17 @@ def ask(
     budget = check_count(batch_tokens, "batch_tokens", "a number of tokens, 1 or more")
     # What is asked of equal prompts is asked once.
     tails: dict[str, dict[str, list[int]]] = {}
+    heads: dict[str, list[int]] = {}
     for text, own in zip(texts, wanted, strict=True):
         known = tails.setdefault(text, {})
+        if text not in heads:
+            heads[text] = lm.prompt_ids(text)
         for candidate in own:
-            known.setdefault(candidate, target_ids(lm.tokenizer, text, candidate))
-    distinct = list(tails)
-    rows = [lm.prompt_ids(text) for text in distinct]
+            if candidate not in known:
+                known[candidate] = target_ids(lm.tokenizer, text, candidate, head=heads[text])
+    distinct, rows = list(heads), list(heads.values())
     found: dict[str, tuple[str, dict[str, tuple[float, float, int]]]] = {}
-    for group in lm.groups([len(ids) for ids in rows], budget):
+    for group in _groups(lm, [len(ids) for ids in rows], n_new, budget):
         names = [distinct[i] for i in group]
         for name, reply in zip(names, _asked(lm, [rows[i] for i in group], [tails[name] for name in names], n_new), strict=True):
             found[name] = reply
@@ -90,6 +94,15 @@ def ask(
         columns = [scored[candidate] for candidate in own]
         replies.append(Reply(answer, *(tuple(column) for column in zip(*columns, strict=True))) if columns else Reply(answer, (), (), ()))
     return replies
+
+
+def _groups(lm: LanguageModel, lengths: list[int], n_new: int, budget: int) -> Iterator[list[int]]:
+    """Prompts that share a pass: alike in length, and with room for as long an answer, so that none is cut short for another's sake."""
+    apart: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        apart.setdefault(n_new if lm.max_tokens is None else min(n_new, lm.max_tokens - length + 1), []).append(i)
+    for own in apart.values():
+        yield from ([own[i] for i in group] for group in lm.groups([lengths[i] for i in own], budget))
 
 
 def _asked(
@@ -124,8 +137,9 @@ def _asked(
 def _count(total: Tensor, right: Tensor, owners: Tensor, logits: Tensor, tokens: Tensor) -> None:
     """Add what logits (N, vocab) say about the tokens (N,) due there to the sums of their owners (N,)."""
     due = tokens.to(logits.device)
-    total.index_add_(0, owners, logits.float().log_softmax(-1).gather(1, due[:, None])[:, 0].cpu())
-    right.index_add_(0, owners, (logits.argmax(-1) == due).float().cpu())
+    logs = logits.float().log_softmax(-1).gather(1, due[:, None])[:, 0]
+    total.index_add_(0, owners, logs.cpu())
+    right.index_add_(0, owners, ((logits.argmax(-1) == due) & ~logs.isnan()).float().cpu())
 
 
 def _behind(

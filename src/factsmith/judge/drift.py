@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -26,6 +27,7 @@ from ..errors import InputError
 from ..model import atlas
 from ..model.load import LanguageModel, check_model
 from ..model.sample import own_text
+from ..model.scan import pieces
 from ..model.tokens import align
 from ..progress import Progress, tell
 from ..tables import Shown, Table
@@ -201,7 +203,7 @@ def drift(
 
 def _found(compared: Sequence[_Compared], told: tuple[float | None, tuple[Changed, ...], int], seconds: float) -> Drift:
     each = torch.cat([one.apart for one in compared])
-    before, after = (math.exp(sum(getattr(one, name) for one in compared) / len(each)) for name in ("before", "after"))
+    before, after = (_exp(sum(getattr(one, name) for one in compared) / len(each)) for name in ("before", "after"))
     return Drift(
         kl_text=float(each.mean()),
         kl_text_worst=float(each.quantile(0.99)),
@@ -212,6 +214,11 @@ def _found(compared: Sequence[_Compared], told: tuple[float | None, tuple[Change
         n_tokens=len(each),
         seconds=seconds,
     )
+
+
+def _exp(nats: float) -> float:
+    """exp, infinite where it is larger than a float."""
+    return math.exp(nats) if nats < math.log(sys.float_info.max) else math.inf
 
 
 class _Compared(NamedTuple):
@@ -286,10 +293,9 @@ def _rows(lm: LanguageModel, texts: Iterable[str], max_tokens: int) -> list[list
     """Token ids of texts, cut to what the model reads at once and so many in all; texts of one token say nothing."""
     rows: list[list[int]] = []
     left, longest = max_tokens, min(_BATCH, lm.max_tokens or _BATCH)
-    for text in texts:
-        ids = lm.prompt_ids(text) if text.strip() else []
-        for start in range(0, len(ids), longest):
-            part = ids[start : start + longest][: left + 1]
+    for piece in pieces(lm, (text for text in texts if text.strip())):
+        for start in range(0, len(piece.ids), longest):
+            part = piece.ids[start : start + longest][: left + 1]
             if len(part) > 1 and left > 0:
                 rows.append(part)
                 left -= len(part) - 1

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -66,12 +67,15 @@ class Change(Protocol):
 BASE = "base"
 """The model as it was."""
 STAYING: tuple[Kind, ...] = ("neighbour", "locality")
-_FORMAT = "evaluation 3"
+_FORMAT = "evaluation 4"
 _ANSWER = 8  # tokens decoded at least
 _CONTINUED, _TOP_K = 100, 5  # how the papers let a model write: so many tokens, each among the likeliest five
 _TOGETHER = 64  # texts written in one batch
 _PROBE = "probe: "
 _DRIFTING = 10  # single edits whose drift is measured
+_BROKEN = "broken"
+LOWEST = -1e4
+"""Stands for both log-probabilities of a comparison where a model gives no finite number: neither side is the likelier, exp of it is 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +88,10 @@ class Row:
     answer        what the model said
     exact         whether that is right: it begins with an answer; for a negation, that it does not begin with what was written
     stayed        of what must stay, whether it says what it said before any edit; None for other kinds, and for the base model
-    log_wanted    mean log-probability a token of the first right answer; None where there is none
-    log_against   of the other side of the comparison; None where there is none
+    log_wanted    mean log-probability a token of the first right answer; None where there is none, `LOWEST` where it is no finite number
+    log_against   of the other side of the comparison; None where there is none, `LOWEST` where either side's is no finite number
     tokens        share of the right answer's tokens that are the likeliest in their place, each after those before it (teacher forced);
-                  None for a negation, to which more than one thing is right
+                  None for a negation, to which more than one thing is right; 0 from a model that gives no finite numbers
     """
 
     editor: str
@@ -108,6 +112,11 @@ class Row:
     def success(self) -> bool | None:
         """Whether the wanted side of the comparison is the likelier; for a negation, the side that was not written."""
         return None if self.log_wanted is None or self.log_against is None else self.log_wanted > self.log_against
+
+    @property
+    def broken(self) -> bool:
+        """Whether the model gave no finite number here: what it was asked counts as wrong."""
+        return LOWEST in (self.log_wanted, self.log_against)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,9 +153,12 @@ class Evaluation(Shown):
 
     rows      in the order in which they were asked
     written   what the models wrote by themselves
-    notes     {(editor, unit): {name: number}}, what the editors said of themselves, and where drift was measured, `DRIFTS` of it
+    notes     {(editor, unit): {name: number}}, what the editors said of themselves, and where drift was measured, `DRIFTS` of it; "broken"
+              is 1 where the model gave numbers that are not finite: what it was asked counts as wrong, such drift is left out
     failed    {(editor, unit): why}, edits that could not be made; what was asked behind them was asked of the model without them
     size      records an edit; sequence: whether edits were put upon one another
+    units     how many edits of each editor there are to be; 0: not told
+    settings  {editor: its settings in words}, of those that say theirs
     skipped   records left out because there is nothing to write in them
     model     what it was loaded as; fingerprint: the model's
     """
@@ -160,10 +172,15 @@ class Evaluation(Shown):
     skipped: int
     model: str
     fingerprint: str
+    units: int = 0
+    settings: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Evaluation:
-        """What a run has kept so far, of edits that were finished. Raises InputError where there is none, DamagedError, WorkspaceError."""
+        """What a run has kept so far, of edits that were finished (`unfinished` says where some are missing).
+
+        Raises InputError where there is none, DamagedError, WorkspaceError.
+        """
         store = _Store(Path(folder), None)
         told = store.header
         try:
@@ -177,6 +194,8 @@ class Evaluation(Shown):
                 skipped=int(told.get("skipped", 0)),
                 model=str(told.get("model", "")),
                 fingerprint=str(told["fingerprint"]),
+                units=int(told["units"]),
+                settings=store.settings,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedError(f"{store.path}, line 1, cannot be read ({error}); delete the file to begin again") from None
@@ -185,6 +204,28 @@ class Evaluation(Shown):
     def editors(self) -> tuple[str, ...]:
         """Base first, then in the order in which they ran."""
         return tuple(dict.fromkeys(row.editor for row in self.rows))
+
+    @property
+    def unfinished(self) -> dict[str, int]:
+        """{editor: how many of its edits are there} of those, base among them, that have fewer than `units`: the run was stopped."""
+        there = Counter(editor for editor, _ in self.notes)
+        return {editor: there[editor] for editor in self.editors if there[editor] < self.units}
+
+    def finished(self) -> Evaluation:
+        """The same without editors that are unfinished."""
+        gone = self.unfinished
+        return replace(
+            self,
+            rows=tuple(row for row in self.rows if row.editor not in gone),
+            written=tuple(one for one in self.written if one.editor not in gone),
+            notes={at: note for at, note in self.notes.items() if at[0] not in gone},
+            failed={at: why for at, why in self.failed.items() if at[0] not in gone},
+        )
+
+    @property
+    def pace(self) -> str:
+        """How many records were written together, in words: "100 at a time", "100 a round"."""
+        return f"{self.size:,} {'a round' if self.sequence else 'at a time'}"
 
     def asked(self, editor: str, unit: int | None = None) -> list[Row]:
         """The rows of an editor: of a sequence those asked behind its last round (or behind `unit`), else of every edit on its own records.
@@ -273,11 +314,16 @@ class Evaluation(Shown):
         }
 
     def measured(self, editor: str) -> dict[str, float]:
-        """What an editor noted of its edits: how many were made, mean seconds, the largest norm, and drift where it was measured."""
+        """What an editor noted of its edits: how many were made, mean seconds, the largest norm, and drift where it was measured.
+
+        "failed": edits that could not be made; "broken": edits behind which the model gave no finite numbers; where there are any.
+        """
         notes = [own for (name, _), own in self.notes.items() if name == editor]
         records = len({row.record for row in self.rows if row.editor == editor})
         failed = sum(name == editor for name, _ in self.failed)
-        found: dict[str, float] = {"edits": len(notes) - failed, **({"failed": failed} if failed else {})}
+        broken = sum(_BROKEN in own for own in notes)
+        found: dict[str, float] = {"edits": len(notes) - failed}
+        found |= {name: n for name, n in (("failed", failed), (_BROKEN, broken)) if n}
         if seconds := [own["seconds"] for own in notes if "seconds" in own]:
             found |= {"seconds": sum(seconds) / len(seconds), "seconds_a_record": sum(seconds) / max(1, records)}
         if norms := [own["norm"] for own in notes if "norm" in own]:
@@ -295,6 +341,7 @@ class Evaluation(Shown):
         return {
             "size": self.size,
             "sequence": self.sequence,
+            "settings": {e: self.settings[e] for e in edits if e in self.settings},
             "measures": {e: {name: _plain(share) for name, share in own.items()} for e, own in self.summaries.items()},
             "probed": {e: dict(self.probed(e)) for e in self.editors},
             "failed": [{"editor": e, "edit": unit, "why": why} for (e, unit), why in self.failed.items()],
@@ -305,7 +352,7 @@ class Evaluation(Shown):
     def tables(self) -> list[Table]:
         """One column an editor, the base model first."""
         summaries = self.summaries
-        names = list(dict.fromkeys(name for own in summaries.values() for name in own if not name.endswith(("tokens", "magnitude"))))
+        names = list(dict.fromkeys(name for own in summaries.values() for name in own if not name.endswith("tokens")))
         rows = [
             (
                 name,
@@ -378,6 +425,7 @@ def score(
     before          {prompt: what the model said to it before any edit}, by which `stayed` is told; None: this is the model before
     max_new_tokens  how far greedy answers go; None: as far as the longest right answer and one token more, 8 at least
 
+    Where the model gives no finite number the answer is what greedy decoding makes of that, and everything else counts as wrong.
     Raises what `ask` raises.
     """
     asked = [(record, question) for record in check_items(records, "records", "records of a suite") for question in record.questions]
@@ -386,12 +434,12 @@ def score(
     wanted = [question.answers[0] if question.answers else None for _, question in asked]
     candidates = [[text for text in (right, q.against) if text is not None] for right, (_, q) in zip(wanted, asked, strict=True)]
     if max_new_tokens is None:
-        lengths = (len(target_ids(lm.tokenizer, q.prompt, answer)) for _, q in asked for answer in q.answers)
-        max_new_tokens = max(_ANSWER, *(length + 1 for length in lengths), 0)
+        max_new_tokens = _answer_tokens(lm, [question for _, question in asked])
     replies = ask(lm, [q.prompt for _, q in asked], candidates, max_new_tokens=max_new_tokens, progress=progress)
     rows = []
     for (record, question), right, reply in zip(asked, wanted, replies, strict=True):
-        logs = list(reply.log_probs)
+        broken = not all(map(math.isfinite, reply.log_probs))
+        logs = [LOWEST if broken else log for log in reply.log_probs]
         log_wanted = logs.pop(0) if right is not None else None
         stays = before is not None and question.kind in STAYING
         rows.append(
@@ -408,10 +456,16 @@ def score(
                 stayed=_same(reply.answer, before.get(question.prompt), right) if stays and before is not None else None,
                 log_wanted=log_wanted,
                 log_against=logs.pop(0) if question.against is not None else None,
-                tokens=reply.right[0] if right is not None and question.kind != "negation" else None,
+                tokens=None if right is None or question.kind == "negation" else 0.0 if broken else reply.right[0],
             )
         )
     return rows
+
+
+def _answer_tokens(lm: LanguageModel, questions: Iterable[Question]) -> int:
+    """How far greedy answers go: as far as the longest right answer and one token more, so far at least."""
+    lengths = (len(target_ids(lm.tokenizer, question.prompt, answer)) for question in questions for answer in question.answers)
+    return max(_ANSWER, max(lengths, default=0) + 1)
 
 
 def continue_texts(
@@ -447,8 +501,9 @@ def _same(answer: str, before: str | None, right: str | None) -> bool | None:
     """Whether an answer says what was said before, by its first phrase."""
     if before is None:
         return None
-    told = as_said(before, right)
-    return begins_with(answer, told) if told else answer == before
+    return answer == before or begins_with(
+        answer, as_said(before, right)
+    )  # of "1,000" the first phrase is "1", which it does not begin with
 
 
 # ── running ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -480,9 +535,10 @@ def evaluate(
     delta     instead of editors, a change that is made already, or several on top of one another: everything is asked of the model as it is
               and with the change in it. With neither, the base model alone is asked
     limit     a sample of so many records, drawn by seed; None: all
-    size      records an edit: 1, each by itself; more, batches; the last may be smaller. None: 1, with a delta all
+    size      records an edit: 1, each by itself; more, batches, of all records at most; the last may be smaller. None: 1, with a delta all
     sequence  put each batch upon those before it, and take all back at the end. Behind each round its own records are asked, and again the
               prompts of up to `retained` records of each earlier one; behind the last, every question of every record
+    max_new_tokens  how far greedy answers go, the same for all; None: as far as the longest right answer and one token more, 8 at least
     drift_tokens  of how much text divergence and perplexity are measured, and with it 100 facts that nothing was written about: behind each
               round, batch, or one of the first 10 single edits; 0: not at all. Its distributions are held, (drift_tokens, vocab) float32
     texts     that text; None: the model writes it itself
@@ -494,7 +550,8 @@ def evaluate(
               sequence the rounds that were asked are written again, and not asked again
 
     Records without a fact to write are left out where editors write. An edit whose editor raises NumericsError has failed: its questions
-    are asked of the model without it, and `failed` says why. Raises InputError for no such record, two of one id, an editor called "base",
+    are asked of the model without it, and `failed` says why. Where an edited model gives no finite numbers, what it is asked counts as
+    wrong, `notes` say so, and the run goes on. Raises InputError for no such record, two of one id, an editor called "base",
     or a delta beside editors; FingerprintError or InputError when the folder holds another run, DamagedError when it cannot be read, and
     what editors and `load_suite` raise; the model is then as it was.
     """
@@ -522,11 +579,13 @@ def evaluate(
         raise InputError("two records have the same id; rows could not be told apart: make ids unique")
     if probe is not None and not callable(probe):
         raise InputError(f"the probe is a {type(probe).__name__}; expected a function without arguments that gives numbers by name")
-    if max_new_tokens is not None:
-        max_new_tokens = check_count(max_new_tokens, "max_new_tokens", "how far answers go, 1 token or more")
+    if max_new_tokens is None:  # once for all: answers of different length would not be the same ones
+        max_new_tokens = _answer_tokens(lm, [question for record in kept for question in record.questions])
+    max_new_tokens = check_count(max_new_tokens, "max_new_tokens", "how far answers go, 1 token or more")
     drift_tokens = check_count(drift_tokens, "drift_tokens", "how much text", least=0)
     continued = check_count(continued, "continued", "how many records are continued", least=0)
     listed = None if texts is None else check_items(texts, "texts", "a list of texts")
+    size = min(size, len(kept))
     units = [kept[start : start + size] for start in range(0, len(kept), size)]
     written = {record.id: unit for unit, members in enumerate(units) for record in members}
     made_from = {
@@ -544,7 +603,7 @@ def evaluate(
         "probe": None if probe is None else str(getattr(probe, "description", "")),
     }
     skipped = len(every) - len(kept)
-    store = _Store(None if folder is None else folder_path(folder), made_from, {"model": lm.name, "skipped": skipped})
+    store = _Store(None if folder is None else folder_path(folder), made_from, {"model": lm.name, "skipped": skipped, "units": len(units)})
     for editor, write in editors.items():
         store.check_editor(editor, str(getattr(write, "description", "")))
     total, done = (len(editors) + 1) * len(units), 0
@@ -555,7 +614,10 @@ def evaluate(
         tell(progress, "judging", done, total)
 
     def probed(wanted: bool) -> dict[str, float]:
-        return {f"{_PROBE}{name}": value for name, value in _numbers(probe()).items()} if wanted and probe is not None else {}
+        try:
+            return {f"{_PROBE}{name}": value for name, value in _numbers(probe()).items()} if wanted and probe is not None else {}
+        except NumericsError:
+            return {_BROKEN: 1.0}
 
     chosen = [record for record in kept if record.generation_prompts][:continued]
 
@@ -578,9 +640,13 @@ def evaluate(
     def drifted(unit: int) -> dict[str, float]:
         if reference is None or (size == 1 and not sequence and unit >= _DRIFTING):
             return {}
-        found = reference.compare()
-        values = (found.kl_text, found.perplexity[1] / found.perplexity[0], found.kl_facts, found.changed_share if found.n_facts else None)
-        return {name: value for name, value in zip(DRIFTS, values, strict=True) if value is not None}
+        try:
+            found = reference.compare()
+        except NumericsError:
+            return {_BROKEN: 1.0}
+        values = {name: value for name, value in found.measures.items() if name in DRIFTS and value is not None}
+        finite = _numbers(values)
+        return finite if len(finite) == len(values) else {**finite, _BROKEN: 1.0}
 
     def asked(editor: str, unit: int, some: Sequence[Record]) -> list[Row]:
         rows = score(lm, some, before=before, max_new_tokens=max_new_tokens)
@@ -602,6 +668,7 @@ def evaluate(
                             rows += asked(editor, unit, [_prompts(record) for old in units[:unit] for record in old[:retained]])
                         texts_written = gone_on(editor, unit, kept if last else [] if sequence else members)
                         measured = {**_numbers(notes), **drifted(unit), **probed(unit == len(units) - 1)}
+                        measured |= {_BROKEN: 1.0} if any(row.broken for row in rows) else {}
                         store.add(editor, unit, rows, texts_written, measured, failure)
                 step()
     return Evaluation(
@@ -614,6 +681,8 @@ def evaluate(
         skipped=skipped,
         model=lm.name,
         fingerprint=lm.fingerprint,
+        units=len(units),
+        settings=store.settings,
     )
 
 
@@ -676,8 +745,9 @@ def _prompts(record: Record) -> Record:
 
 
 def _numbers(notes: object) -> dict[str, float]:
+    """What of some notes are finite numbers."""
     found = notes if isinstance(notes, Mapping) else {}
-    return {str(name): float(value) for name, value in found.items() if isinstance(value, (int, float))}
+    return {str(name): float(value) for name, value in found.items() if isinstance(value, (int, float)) and math.isfinite(value)}
 
 
 class _Store:
@@ -716,8 +786,10 @@ class _Store:
             raise DamagedError(f"{self.path} is no text ({error.reason}); delete it to begin again") from None
 
     def _lines(self) -> list[str]:
+        """As they stand, split at line feeds alone; of the last, which may be torn inside a character, what can be read."""
         assert self.path is not None
-        return self.path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # texts may hold what str.splitlines splits at
+        *lines, last = self.path.read_bytes().removesuffix(b"\n").split(b"\n")
+        return [*(line.decode() for line in lines), last.decode(errors="replace")]
 
     def _check(self, line: str, made_from: Mapping[str, Any]) -> dict[str, Any]:
         try:
@@ -725,7 +797,7 @@ class _Store:
         except ValueError:
             held = None
         if not isinstance(held, dict) or held.get("format") != _FORMAT:
-            raise DamagedError(f"{self.path} holds no evaluation; choose another folder, or delete it")
+            raise DamagedError(f"{self.path} holds no evaluation, or an earlier version's; choose another folder, or delete it")
         for name, value in made_from.items():
             if held.get(name) != value:
                 error = FingerprintError if name == "fingerprint" else InputError
@@ -776,6 +848,11 @@ class _Store:
             raise InputError(
                 f"{self.path} has rows of {editor} with other settings: {held} there, {description} here; choose another folder"
             )
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """{editor: its description} of those that have one."""
+        return {editor: text for editor, text in self.described.items() if text}
 
     def has(self, editor: str, unit: int) -> bool:
         """Whether an edit's rows are there."""

@@ -45,6 +45,7 @@ from ..errors import FactError, InputError
 from ..fact import Fact
 from ..model import atlas
 from ..model.load import LanguageModel
+from ..tables import counted
 
 Kind = Literal["prompt", "paraphrase", "neighbour", "reasoning", "aliasing", "relation", "multihop", "locality", "negation"]
 """prompt, paraphrase: the fact that was written. neighbour: another subject, same relation; must stay. reasoning, aliasing, relation: what
@@ -110,12 +111,14 @@ class Malformed:
 
     index  of the record in the file, from 0
     field  such as "requested_rewrite.target_new.str"; "" where the record is none at all
+    whole  whether all of the record is left out; else it is used without what this is
     """
 
     file: str
     index: int
     field: str
     message: str
+    whole: bool = True
 
     def __str__(self) -> str:
         return f"{self.file}, record {self.index}: {self.field} {self.message}".replace(":  ", ": ")
@@ -138,6 +141,14 @@ class Suite:
     source: str
     digest: str
 
+    @property
+    def left_out(self) -> str:
+        """How much was malformed, in words: "2 records, 1 question of others"; "" where nothing was."""
+        whole = len({each.index for each in self.skipped if each.whole})
+        parts = len(self.skipped) - sum(each.whole for each in self.skipped)
+        told = [(whole, counted(whole, "record")), (parts, counted(parts, "question") + (" of others" if whole else ""))]
+        return ", ".join(text for n, text in told if n)
+
 
 def load_suite(
     what: str | Path, *, kind: str | None = None, malformed: Literal["skip", "fatal"] = "skip", limit: int | None = None, seed: int = 0
@@ -147,8 +158,8 @@ def load_suite(
     what       "atlas"; a .json, .jsonl or .csv file; a hub dataset, owner/name or owner/name/file; or one of these with the layout's name
                in front ("zsre-rome:FILE")
     kind       the layout's name; None: recognised by its fields
-    malformed  "skip": leave out and list in `skipped`; "fatal": an error
-    limit      a sample of so many usable records, drawn by seed; only records that were drawn are looked at. None: all
+    malformed  "skip": leave out and list in `skipped`; "fatal": an error, wherever in the file
+    limit      a sample of so many usable records, drawn by seed; unless malformed ones are fatal, only those drawn are looked at. None: all
     seed       of the sample, and of what "atlas" draws
 
     Raises InputError for what is no suite, a file that cannot be read or is not of the layout, no usable record, and, if that is fatal, a
@@ -222,10 +233,10 @@ _OPENERS = re.compile("(A|An|As|At|By|During|For|From|Her|His|In|Its|Of|On|Our|T
 
 def _find(what: str) -> Path:
     """The file that is meant; raises InputError."""
-    path = Path(what).expanduser()
     try:
+        path = Path(what).expanduser()
         is_file, is_folder = path.is_file(), path.is_dir()
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):  # the last for a user's home that is none
         raise InputError(f"{what[:80]!r} cannot be the name of a file; expected atlas, a file or a hub dataset") from None
     if is_file:
         return path
@@ -302,6 +313,9 @@ def _layout(what: str, rows: Sequence[Any], kind: str | None) -> _Layout:
     first = [set(row) for row in rows[:200] if isinstance(row, Mapping)]
     fitting = {name: sum(layout.fields <= keys for keys in first) for name, layout in _LAYOUTS.items() if name != "zsre-rome"}
     best = max(fitting, key=lambda name: (fitting[name], len(_LAYOUTS[name].fields)))
+    # Records that lack a field may be of a layout with fewer: what the others are of is meant.
+    finer = [name for name in fitting if _LAYOUTS[name].fields > _LAYOUTS[best].fields and 2 * fitting[name] > fitting[best]]
+    best = max(finer, key=lambda name: fitting[name], default=best)
     if kind is not None and any(_LAYOUTS[kind].fields <= keys for keys in first):
         return _LAYOUTS[kind]
     if kind is None and fitting[best]:
@@ -326,19 +340,22 @@ def _read(
     found: dict[int, Record] = {}
     skipped: list[Malformed] = []
     for index in order:
-        if len(found) == limit:
+        if len(found) == limit and not fatal:
             break
         dropped: list[_Refused] = []
+        record: Record | None = None
         try:
             if isinstance(rows[index], Exception):
                 raise _Refused("", f"is no JSON: {rows[index]}")
-            found[index] = layout.read(_Row(rows[index], dropped=dropped), index)
+            record = layout.read(_Row(rows[index], dropped=dropped), index)
         except _Refused as refused:
             dropped = [refused]
-        skipped += (wrong := [Malformed(what, index, each.field, each.message) for each in dropped])
-        if fatal and wrong:
-            raise InputError(f"{wrong[0]}; correct it, or let such records be left out (malformed='skip'; no --strict)")
+        if record is not None and len(found) != limit:
+            found[index] = record
+        skipped += [Malformed(what, index, each.field, each.message, whole=record is None) for each in dropped]
     skipped.sort(key=lambda each: each.index)
+    if fatal and skipped:
+        raise InputError(f"{skipped[0]}; correct it, or let such records be left out (malformed='skip'; no --strict)")
     if not found:
         raise InputError(f"{what} has no usable record of the layout {layout.name}; the first of {len(skipped)} errors: {skipped[0]}")
     ids = Counter(record.id for record in found.values())
@@ -390,14 +407,14 @@ class _Row:
             raise _Refused(self.at(name), f"is {_shown(value)}; expected text or a list of texts")
         return tuple(dict.fromkeys(_flat(value, self.at(name))))
 
-    def wanted(self, name: str) -> tuple[str, ...]:
-        """The texts of a list that every record of the layout has; a note in `dropped` where it is missing or has nothing in it."""
+    def wanted(self, name: str, otherwise: str = "these questions are left out") -> tuple[str, ...]:
+        """The texts of a field that every record of the layout has; a note in `dropped` where it is missing or has nothing in it."""
         value = self.fields.get(name)
         blank = isinstance(value, list) and any(each is None or (isinstance(each, str) and not each.strip()) for each in value)
         found = self.texts(name)
         if blank or not found:
             state = "has a blank text" if blank else "is empty" if name in self.fields else "is missing"
-            self.dropped.append(_Refused(self.at(name), f"{state}; expected texts, so these questions are left out"))
+            self.dropped.append(_Refused(self.at(name), f"{state}; expected text, so {otherwise}"))
         return found
 
     def row(self, name: str) -> _Row:
@@ -523,15 +540,15 @@ def _slim(row: _Row, index: int) -> Record:
     fact = _named(row, "prompt", "target_new", row.texts("ground_truth"))
     asked = _written(row, fact)
     assert fact.target is not None
-    for text in row.texts("rephrase_prompt"):
+    for text in row.wanted("rephrase_prompt"):
         asked += row.ask("paraphrase", "rephrase_prompt", text, (fact.target,), fact.target_true)
-    for text in row.texts("locality_prompt"):
+    for text in row.wanted("locality_prompt"):
         asked += row.ask("neighbour", "locality_prompt", text, row.texts("locality_ground_truth"), fact.target)
     return Record(id=row.id(index, "case_id"), facts=(fact,), questions=tuple(asked))
 
 
 def _zsre(row: _Row, index: int, *, rome: bool) -> Record:
-    true = row.texts("answers")
+    true = row.wanted("answers", "no old object is known")
     template, subject = row.told("src", row.text("subject"))
     if rome:
         if not true:
@@ -542,9 +559,9 @@ def _zsre(row: _Row, index: int, *, rome: bool) -> Record:
         old = true[0] if true and new not in true else None
     fact = row.fact(subject, template, new, old, None, "src")
     asked = _written(row, fact, aliases=true[1:] if rome else (), compared=False)
-    if text := row.optional("rephrase"):
+    for text in row.wanted("rephrase"):
         asked += row.ask("paraphrase", "rephrase", text, (new,))
-    if text := row.optional("loc"):
+    for text in row.wanted("loc"):
         asked += row.ask("locality", "loc", text if text.endswith("?") else f"{text}?", row.texts("loc_ans"))
     if row.has("portability") and not rome:
         further = row.row("portability")
@@ -618,8 +635,8 @@ def _wikibigedit(row: _Row, index: int) -> Record:
     fact = _named(row, "update", "ans", (), relation=row.optional("relation"))
     assert fact.target is not None
     asked = _written(row, fact)
-    for field in ("rephrase", "personas"):
-        for text in row.texts(field):
+    for field, texts in (("rephrase", row.wanted("rephrase")), ("personas", row.texts("personas"))):
+        for text in texts:
             asked += row.ask("paraphrase", field, text, (fact.target,))
     if row.has("mhop"):
         asked += row.ask("multihop", "mhop", row.text("mhop"), row.texts("mhop_ans"))
@@ -632,7 +649,7 @@ def _qaedit(row: _Row, index: int) -> Record:
     fact = _named(row, "prompt", "target", ())
     assert fact.target is not None
     asked = _written(row, fact)
-    for text in row.texts("rephrase"):
+    for text in row.wanted("rephrase"):
         asked += row.ask("paraphrase", "rephrase", text, (fact.target,))
     for each in row.rows("locality"):
         asked += each.ask("locality", "loc", each.text("loc"), each.texts("loc_ans"))

@@ -316,21 +316,27 @@ class LanguageModel:
 
     @torch.no_grad()
     def continue_from(self, batch: Batch, logits: Tensor, cache: DynamicCache | None, n_tokens: int) -> list[list[int]]:
-        """`continue_greedily` from what `begin` gave; the cache grows."""
+        """`continue_greedily` from what `begin` gave; the cache grows, and loses rows that have ended."""
         ends = self.end_ids
         new: list[list[int]] = [[] for _ in range(batch.size)]
-        is_open = [True] * batch.size
+        rows = list(range(batch.size))  # which of them each row of the batch is
         if self.max_tokens is not None:
             n_tokens = min(n_tokens, self.max_tokens - int(batch.attention_mask.sum(1).max()) + 1)
         for step in range(n_tokens):
             chosen = logits.argmax(-1)
-            for row, token in enumerate(chosen.tolist()):
-                is_open[row] = is_open[row] and token not in ends
-                if is_open[row]:
+            still = []
+            for at, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
+                if token not in ends:
                     new[row].append(token)
-                    is_open[row] = "\n" not in self.tokenizer.decode(new[row]).lstrip()
-            if not any(is_open) or step + 1 == n_tokens:
+                    if "\n" not in self.tokenizer.decode(new[row]).lstrip():
+                        still.append(at)
+            if not still or step + 1 == n_tokens:
                 break
+            if len(still) < len(rows):
+                kept = torch.tensor(still)
+                rows, batch, chosen = [rows[at] for at in still], batch.keep(kept), chosen[kept.to(chosen.device)]
+                if cache is not None:
+                    cache.batch_select_indices(kept)
             start = batch.width if cache is not None else 0
             batch = batch.extended(chosen)
             logits = self._next_logits(batch, start, cache)

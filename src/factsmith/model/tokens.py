@@ -85,7 +85,10 @@ def encode(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]
 
     An EOS or separator that the tokenizer appends is taken off: a prompt is there to be continued.
     """
-    encoded = fast_tokenizer(tokenizer)(check_text(text, "the prompt"), return_offsets_mapping=True, return_attention_mask=False)
+    # Not verbose: it would warn of more tokens than the model has positions, which is said where a model is given them.
+    encoded = fast_tokenizer(tokenizer)(
+        check_text(text, "the prompt"), return_offsets_mapping=True, return_attention_mask=False, verbose=False
+    )
     ids, offsets = list(encoded["input_ids"]), [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
     special = set(tokenizer.all_special_ids)
     while ids and ids[-1] in special and offsets[-1] == (0, 0) and any(b > a for a, b in offsets):
@@ -117,8 +120,10 @@ def subject_span(lm_or_tokenizer: Any, text: str, subject: str) -> tuple[int, in
     return inside[0], inside[-1] + 1
 
 
-def target_ids(tokenizer: Any, prompt: str, target: str) -> list[int]:
+def target_ids(tokenizer: Any, prompt: str, target: str, *, head: Sequence[int] | None = None) -> list[int]:
     """The token ids that continue `prompt` with `target`: a space goes between them unless one is there; no BOS, no UNK.
+
+    head: the prompt's own token ids, where they are known.
 
     Raises InputError when the target is empty or has no known token.
     """
@@ -126,7 +131,7 @@ def target_ids(tokenizer: Any, prompt: str, target: str) -> list[int]:
     if not check_text(target, "the target").strip():
         raise InputError(f"the target is empty; expected a continuation of {prompt!r}")
     gap = "" if not prompt or prompt[-1].isspace() or target[0].isspace() else " "
-    head, _ = encode(tokenizer, prompt)
+    head = encode(tokenizer, prompt)[0] if head is None else list(head)
     whole, _ = encode(tokenizer, prompt + gap + target)
     # Mostly the whole text begins with the prompt's own tokens; where a token would reach across, the prompt keeps its tokens
     # (the model is asked with them) and the target is encoded alone.
