@@ -44,6 +44,7 @@ from ..errors import DamagedError, FingerprintError, InputError, NumericsError, 
 from ..model.ffn import check_layer
 from ..model.load import LanguageModel
 from ..model.scan import Piece, batches, check_dtype, pieces, scan, windows
+from ..tables import counted
 from ..tensors import Checkpoint, read_tensors, write_tensors
 from . import solve
 
@@ -169,8 +170,8 @@ class SecondMoment:
         more = TOKENS_PER_NEURON * self.d_ff
         layer = "" if self.layer is None else f" of layer {self.layer}"
         return (
-            f"the second moment{layer} is from too little text ({self.count:,} tokens, {self.count / self.d_ff:.1f} a neuron) to tell what "
-            f"ordinary text needs; give more text, at least {more:,} tokens"
+            f"the second moment{layer} is from too little text ({counted(self.count, 'token')}, {self.count / self.d_ff:.2g} a neuron) to "
+            f"tell what ordinary text needs; give more text, at least {more:,} tokens"
         )
 
     @cached_property
