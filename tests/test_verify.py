@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
-from factsmith.verify import begins_with
+from factsmith.fact import Fact
+from factsmith.model.load import LanguageModel
+from factsmith.verify import begins_with, verify
 
 
 @pytest.mark.parametrize(
@@ -21,3 +25,14 @@ from factsmith.verify import begins_with
 )
 def test_begins_with(answer: str, target: str, expected: bool) -> None:
     assert begins_with(answer, target) is expected
+
+
+def test_prompts_are_asked_in_the_chat_template_too(tiny_gpt2: LanguageModel) -> None:
+    fact = Fact("Edwin", "{} is a", "king")
+    proof = verify(tiny_gpt2, [fact], contextlib.nullcontext, templates=["Q: {}\nA:"])
+    assert [(check.role, check.prompt, check.wanted) for check in proof.checks] == [
+        ("prompt", "Edwin is a", "king"),
+        ("chat", "Q: Edwin is a\nA:", "king"),
+    ]
+    assert proof.chat == 0.0 and proof.to_dict()["chat"] == 0.0 and "chat 0.0%" in proof.tables()[0].title
+    assert verify(tiny_gpt2, [fact], contextlib.nullcontext).chat is None

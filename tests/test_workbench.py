@@ -956,6 +956,9 @@ def test_a_patch_without_a_layer_uses_what_is_kept(eager: LanguageModel, bench: 
     assert shipped.layers is not None and (shipped.layers.source, shipped.layers.rome) == ("model", 1)
     brought = bench.propose(FACT, moments={2: moments_of(eager)[2]}, contexts=["{}"])
     assert brought.layers is None and brought.delta is not None and sorted(brought.delta.layers) == [2]
+    assert "recommended layer 1: layer 2 is edited" in brought.warnings[0]
+    every = bench.propose(FACT, moments=moments_of(eager), contexts=["{}"])
+    assert every.delta is not None and sorted(every.delta.layers) == [1] and every.notes == (), "the recommended, where it has moments"
 
 
 def test_a_choice_for_another_model_is_passed_over(eager: LanguageModel, bench: Workbench) -> None:
@@ -1010,6 +1013,9 @@ def test_a_layer_measured_for_a_patch_is_said_and_kept(eager: LanguageModel, ben
     assert found.layers is not None and found.layers.source == "trials" and found.layers.trials == 6
     assert found.delta is not None and sorted(found.delta.layers) == [found.layers.rome]
     assert any("no layer was given" in warning and "trial edits" in warning for warning in found.warnings)
+    assert found.layers.quick and sum(score.trials for score in found.layers.scores) <= 30
+    assert not bench.recommend_layers([EASY], **ASKED).quick, "who asks for the layers gets the thorough measurement"
+    (bench.ledger.folder / "layers.json").write_text(json.dumps({"format": 1, **found.layers.to_dict()}))
     again = bench.propose(FACT, **ASKED)
     assert again.layers is not None and (again.layers.source, again.layers.rome) == ("workspace", found.layers.rome)
 

@@ -19,6 +19,7 @@ import pydantic
 import yaml
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, TypeAdapter
 
+from .checks import check_items
 from .errors import FactError, InputError, WorkspaceError
 from .files import write_file
 
@@ -189,7 +190,7 @@ class Fact(_Fact):
 
 def listed(facts: Fact | Iterable[Fact]) -> list[Fact]:
     """One fact or several as a list; raises InputError for none, or for anything else."""
-    facts = [facts] if isinstance(facts, Fact) else list(facts)
+    facts = [facts] if isinstance(facts, Fact) else check_items(facts, "facts", "a Fact or a list of at least one")
     if not facts or not all(isinstance(fact, Fact) for fact in facts):
         raise InputError(f"expected a Fact or a list of at least one; got {[type(fact).__name__ for fact in facts]}")
     return facts

@@ -7,6 +7,9 @@ from collections.abc import Callable
 Progress = Callable[[str, int, int | None], object]
 """Called with what is being done, how much of it is done, and how much there is (None: not known)."""
 
+CHOOSING = "choosing layers to edit"
+"""What is told before layers are tried out that nobody named: work that the caller can spare."""
+
 
 def tell(progress: Progress | None, what: str, done: int, total: int | None) -> None:
     """Call it, where there is one."""

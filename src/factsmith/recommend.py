@@ -20,6 +20,7 @@ from .edit.target import check_layer
 from .errors import InputError
 from .fact import Fact, Probe, listed
 from .locate.layers import (
+    CANDIDATES,
     MIN_FACTS,
     LayerChoice,
     LayerScore,
@@ -36,11 +37,13 @@ from .locate.layers import (
 )
 from .model.load import LanguageModel, check_model
 from .model.tokens import subject_span
-from .progress import Progress, tell
+from .progress import CHOOSING, Progress, tell
 from .verify import as_said, begins_with, first_phrase
 
 _TRIALS = 24
 """Trial edits at the layers that stay in the race to the end; `benchmarks/layers.py` measures what they are worth."""
+QUICK = 5
+"""Layers that a patch without one tries itself, with MIN_FACTS edits each: 30 in all."""
 _MOMENT_BYTES = 4 * 2**30
 """Second moments of several layers are held together up to so much memory; beyond it they are computed anew for each round of trials."""
 
@@ -81,6 +84,19 @@ def published_choice(lm: LanguageModel) -> LayerChoice | None:
     return dataclasses.replace(choice, memit=tuple(memit)) if choice is not None and memit else choice
 
 
+def quick_layers(
+    lm: LanguageModel,
+    texts: Sequence[str] | None,
+    contexts: Sequence[str] | None,
+    seed: int,
+    folder: Path | None,
+    progress: Progress | None,
+) -> LayerChoice:
+    """What `measure_layers` says after a few trial edits at the layers where the trace is strongest: for a patch that names no layer."""
+    tell(progress, CHOOSING, 0, None)
+    return measure_layers(lm, None, MIN_FACTS, texts, contexts, seed, folder, progress, quick=True)
+
+
 def measure_layers(
     lm: LanguageModel,
     facts: Iterable[Fact] | None,
@@ -90,8 +106,13 @@ def measure_layers(
     seed: int,
     folder: Path | None,
     progress: Progress | None,
+    *,
+    quick: bool = False,
 ) -> LayerChoice:
-    """`recommend_layers`; second moments are looked for in `folder` too, and those computed for the chosen layer are kept there."""
+    """`recommend_layers`; second moments are looked for in `folder` too, and those computed for the chosen layer are kept there.
+
+    quick: try QUICK layers only, those neighbours whose effects have the largest sum
+    """
     check_model(lm)
     count = _TRIALS if count is None else count
     if count < 1:
@@ -107,7 +128,7 @@ def measure_layers(
     else:
         tried = _settled(lm, listed(facts))
     effects = mlp_effects(lm, tried, progress=lambda done, total: tell(progress, "tracing", done, total))
-    layers = candidates(lm, effects)
+    layers = candidates(lm, effects, QUICK if quick else CANDIDATES)
     contexts = generate_contexts(lm, seed) if contexts is None else contexts
     own_words = texts is None
     held: dict[int, SecondMoment] = {}
@@ -150,6 +171,7 @@ def measure_layers(
         "window": trace_window(lm.n_layers),
         "facts": tuple(tried),
         "seed": seed,
+        "quick": quick,
     }
     if not any(score.score for score in scores):
         why = f"{lm.name} took none of {len(tried)} trial edits at any of {len(layers)} layers"
@@ -158,7 +180,8 @@ def measure_layers(
     if folder is not None and rome_layer in computed:
         computed[rome_layer].save(moments_file(folder, rome_layer))
     n_trials, facts_tried = sum(score.trials for score in scores), "one fact" if len(tried) == 1 else f"{len(tried)} facts"
-    reason = f"the best of {len(layers)} layers in {n_trials} trial edits of {facts_tried}"
+    more = "; `factsmith layers` tries more" if quick else ""
+    reason = f"the best of {len(layers)} layers in {n_trials} trial edits of {facts_tried}{more}"
     return LayerChoice(rome=rome_layer, memit=memit_layers, source="trials", reason=reason, fingerprint=lm.fingerprint, **measured)
 
 

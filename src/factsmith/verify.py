@@ -21,7 +21,7 @@ from .model.load import LanguageModel
 from .model.tokens import target_ids
 from .tables import Shown, Table
 
-Role = Literal["prompt", "paraphrase", "neighbour", "earlier"]
+Role = Literal["prompt", "chat", "paraphrase", "neighbour", "earlier"]
 
 _ANSWER_TOKENS = 8
 
@@ -30,7 +30,8 @@ _ANSWER_TOKENS = 8
 class Check:
     """One prompt asked before and after.
 
-    role           "prompt" or "paraphrase" of a fact that was written, a "neighbour" that must stay, or an "earlier" patch that must stay
+    role           "prompt" or "paraphrase" of a fact that was written, its prompt in a "chat" template, a "neighbour" that must stay, or an
+                   "earlier" patch that must stay
     prompt         whole text
     wanted         what the answer has to begin with afterwards; for a fact that was to be forgotten, what it must not begin with
     before, after  greedy answers
@@ -60,6 +61,11 @@ class Verification(Shown):
     def efficacy(self) -> float | None:
         """Share of the written prompts that are answered with the target; None when there is none."""
         return self._share("prompt")
+
+    @property
+    def chat(self) -> float | None:
+        """The same in chat templates."""
+        return self._share("chat")
 
     @property
     def generalization(self) -> float | None:
@@ -105,7 +111,7 @@ class Verification(Shown):
         return sum(held) / len(held) if held else None
 
 
-_SHARES = ("efficacy", "generalization", "specificity", "retention")
+_SHARES = ("efficacy", "chat", "generalization", "specificity", "retention")
 
 
 def _number(p: float | None) -> str:
@@ -113,15 +119,21 @@ def _number(p: float | None) -> str:
 
 
 def verify(
-    lm: LanguageModel, facts: Sequence[Fact], changed: Callable[[], AbstractContextManager[None]], *, earlier: Iterable[Fact] = ()
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    changed: Callable[[], AbstractContextManager[None]],
+    *,
+    earlier: Iterable[Fact] = (),
+    templates: Sequence[str] = (),
 ) -> Verification:
     """Ask everything about some facts of the model as it is, and once more inside `changed()`.
 
-    earlier  facts written before, whose prompts are asked too, to see that they hold; those that do not hold as it is are left out
+    earlier    facts written before, whose prompts are asked too, to see that they hold; those that do not hold as it is are left out
+    templates  chat templates with `{}` for the prompt, in which the facts' prompts are asked as well
 
     Raises NumericsError when a probability is not a number.
     """
-    every = _probes(facts, earlier)
+    every = _probes(facts, earlier, templates)
     if not every:
         return Verification(checks=())
     n_tokens = answer_tokens(lm, [probe.prompt for probe in every], [probe.wanted or "" for probe in every])
@@ -216,12 +228,13 @@ class _Asked(NamedTuple):
     forget: bool = False
 
 
-def _probes(facts: Sequence[Fact], earlier: Iterable[Fact]) -> list[_Asked]:
+def _probes(facts: Sequence[Fact], earlier: Iterable[Fact], templates: Sequence[str]) -> list[_Asked]:
     """Everything to ask about facts; what was written now is not asked again as a neighbour or an earlier fact."""
     probes: list[_Asked] = []
     written = {fact.text for fact in facts}
     for fact in facts:
-        probes += [_asked("prompt", fact, fact.text), *(_asked("paraphrase", fact, text) for text in fact.paraphrase_texts)]
+        probes += [_asked("prompt", fact, fact.text), *(_asked("chat", fact, text.replace("{}", fact.text)) for text in templates)]
+        probes += [_asked("paraphrase", fact, text) for text in fact.paraphrase_texts]
         probes += [_Asked("neighbour", probe.prompt, probe.expected) for probe in fact.neighbours if probe.prompt not in written]
     return probes + [_asked("earlier", fact, fact.text) for fact in earlier if fact.text not in written]
 

@@ -51,7 +51,7 @@ from .model import atlas
 from .model.load import LanguageModel, bundled
 from .progress import Progress, tell
 from .proposals import Plan, Proposal, chosen_layers, plan, solve_and_prove
-from .recommend import check_dense, measure_layers, published_choice
+from .recommend import check_dense, measure_layers, published_choice, quick_layers
 from .records import Integrity, Revision, Status
 from .standing import relations, standing
 from .tables import Shown, Table, counted
@@ -88,9 +88,10 @@ class Outcome(Shown):
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """Which facts are in conflict, which gate failed and which fact failed where, in words."""
+        """Which facts are in conflict, which second moments say too little, which gate failed and which fact failed where, in words."""
         conflicts = tuple(f"conflict: {entry.fact}: {entry.because}" for entry in self.proposal.plan.conflicts)
-        return conflicts + tuple(f"{gate.name}: {why}" for gate in self.gates if not gate.passed for why in gate.failures)
+        thin = tuple(f"text: {why}" for why in self.proposal.thin.values())
+        return conflicts + thin + tuple(f"{gate.name}: {why}" for gate in self.gates if not gate.passed for why in gate.failures)
 
     @property
     def delta(self) -> Delta | None:
@@ -471,22 +472,37 @@ class Workbench:
         def find(layers: Sequence[int]) -> Mapping[int, SecondMoment]:
             return self.find_moments(layers, texts=texts, seed=seed, progress=progress)
 
-        def layers() -> LayerChoice:
+        def known() -> LayerChoice | None:
+            return self._kept_layers() or published_choice(self.lm)
+
+        def measured() -> LayerChoice:
             nonlocal texts
-            known = self._kept_layers() or published_choice(self.lm)
-            if known is not None:
-                return known
             texts = None if texts is None else list(texts)  # read twice now
-            return self.recommend_layers(texts=texts, contexts=contexts, seed=seed, progress=progress)
+            with self._carrying([]):
+                return self._keep_layers(quick_layers(self.lm, texts, contexts, seed, self.ledger.folder / "moments", progress))
 
         earlier = _newest(self._deltas.values())[-_EARLIER:]
 
         def changed(delta: Delta) -> AbstractContextManager[None]:
             return self._carrying([*self._deltas.values(), delta])
 
-        state = tuple(self._deltas.values())
+        state = self._on_base(self._deltas.values())
         return solve_and_prove(
-            self.lm, facts, method, config, layers, moments or find, changed, contexts, seed, force, earlier, state, progress, planned
+            self.lm,
+            facts,
+            method,
+            config,
+            known,
+            measured,
+            moments or find,
+            changed,
+            contexts,
+            seed,
+            force,
+            earlier,
+            state,
+            progress,
+            planned,
         )
 
     def find_moments(
@@ -515,12 +531,15 @@ class Workbench:
         """
         self._check_weights()
         kept = None if refresh or facts is not None else self._kept_layers()
-        if kept is not None and trials in (None, kept.trials):
+        if kept is not None and not kept.quick and trials in (None, kept.trials):
             return kept
         with self._carrying([]):
             words = None if texts is None else list(texts)
             folder = self.ledger.folder / "moments"
-            choice = measure_layers(self.lm, facts, trials, words, contexts, seed, folder, progress)
+            return self._keep_layers(measure_layers(self.lm, facts, trials, words, contexts, seed, folder, progress))
+
+    def _keep_layers(self, choice: LayerChoice) -> LayerChoice:
+        """A choice as it is, kept where edits were tried for it. Raises WorkspaceError when it cannot be written."""
         if choice.source == "trials":  # that a model knows too little is quickly found out again
             text = json.dumps({"format": _LAYERS_FORMAT, **choice.to_dict()}, ensure_ascii=False, indent=1) + "\n"
             try:
@@ -552,8 +571,9 @@ class Workbench:
                has to take, and the earlier ones to hold
 
         What the model says already is not written, but asked with the rest. Where a fact is in conflict (`plan`) none is written, and a
-        patch that fails a gate is not kept; then nothing is recorded, and `warnings`, `failures` and `gates` say why. `force` keeps it all
-        the same, and the record says so; it also writes what the model says already.
+        patch that fails a gate, or whose second moments are from too little text (`Proposal.thin`), is not kept; then nothing is recorded,
+        and `warnings`, `failures` and `gates` say why. `force` keeps it all the same, and the record says so; it also writes what the model
+        says already.
         The other arguments are those of the function `propose`. An exception or Ctrl-C leaves model and ledger as they were. Raises what
         `propose` and `commit` raise.
         """
@@ -581,7 +601,7 @@ class Workbench:
                 moved = drift(self.lm, changed, texts=texts, without=subjects, seed=seed, progress=progress)
             results = check_gates(gates, proposal.verification, moved)
         room = self._room(proposal.delta)
-        failed = proposal.failed if gates is None else not all(result.passed for result in results)
+        failed = bool(proposal.thin) or (proposal.failed if gates is None else not all(result.passed for result in results))
         if failed and not force:
             return Outcome(proposal=proposal, revision=None, gates=results, drift=moved, room=room, made=made)
         forced = failed or bool(planned.conflicts)
@@ -733,7 +753,7 @@ class Workbench:
                 )
             with self._carrying(deltas.values()):
                 stay = [original.facts[i] for i in step.facts or ()]
-                deltas[patch.id] = resolve(self.lm, original, stay, moments=used, earlier=tuple(deltas.values()), progress=progress)
+                deltas[patch.id] = resolve(self.lm, original, stay, moments=used, earlier=self._on_base(deltas.values()), progress=progress)
         report: dict[str, Any] = {}
         if again:
             tell(progress, "verifying", 0, None)
@@ -799,7 +819,7 @@ class Workbench:
             else:
                 used = self.find_moments(sorted(patch.delta.layers), progress=progress) if moments is None else moments
                 with self._carrying(carried):
-                    again = resolve(self.lm, patch.delta, moments=used, earlier=tuple(carried), progress=progress)
+                    again = resolve(self.lm, patch.delta, moments=used, earlier=self._on_base(carried), progress=progress)
                 news.append((again, patch.origin.message))
             here |= {fact.text: fact for fact in facts}
         if not news:
@@ -861,6 +881,11 @@ class Workbench:
         if choice.fingerprint != self.ledger.fingerprint:
             return None
         return dataclasses.replace(choice, source="workspace", reason=f"kept in the workspace: {choice.reason}")
+
+    def _on_base(self, deltas: Iterable[Delta]) -> tuple[Delta, ...]:
+        """Deltas as `earlier` of a solver, the first as made on the base: what it was made on may have been reverted in other layers."""
+        first, others = list(deltas)[:1], list(deltas)[1:]
+        return (*(dataclasses.replace(delta, fingerprint=self.ledger.fingerprint) for delta in first), *others)
 
     def _move(self, deltas: Collection[Delta], record: Callable[[], T]) -> T:
         """Put deltas into the model and note it in the ledger, in the ledger's order; if either fails, the model goes back.

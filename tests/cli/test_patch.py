@@ -14,8 +14,10 @@ import torch
 from commands import FACT, PROMPT, Run
 from conftest import LLAMA, byte_tokenizer, tiny_model
 from factsmith import proposals
+from factsmith.cli.common import read_settings
 from factsmith.edit.methods import METHODS, RomeConfig
 from factsmith.edit.moments import SecondMoment, second_moments
+from factsmith.edit.presets import settings
 from factsmith.fact import Fact
 from factsmith.ledger import Ledger
 from factsmith.model.load import load
@@ -39,7 +41,7 @@ def test_facts_from_a_file(run: Run, model: Path, tmp_path: Path) -> None:
     )
     (tmp_path / "corpus.txt").write_text("\n\n".join(f"Paris is in {x}. Edwin is {x}, a king. {x} is {x}." for x in "abcdefghijklmnopqrst"))
     run("init", model, ".")
-    done = run("patch", "facts.yaml", "--texts", "corpus.txt", "--layer", "0", "--json").json
+    done = run("patch", "facts.yaml", "--texts", "corpus.txt", "--layer", "0", "--force", "--json").json  # little text
     assert [fact["target"] for fact in done["revision"]["facts"]] == ["king", "Brazil"]
     assert done["delta"]["rank"] == 2 and done["delta"]["layers"] == [0]
     assert (tmp_path / "moments" / "layer0.safetensors").is_file()
@@ -72,7 +74,9 @@ def test_any_method_and_its_settings(run: Run, atlas: str, tmp_path: Path) -> No
         (("--method", "memit", "--set", "size=3"), "no setting size"),
         (("--method", "memit", "--set", "steps"), "NAME=VALUE"),
         (("--method", "memit", "--set", "steps=2.5"), "steps"),
-        (("--method", "alphaedit", "--set", "threshold=0.02"), "threshold or an energy"),
+        (("--method", "alphaedit", "--set", "threshold=0.02", "--set", "energy=0.5"), "threshold or an energy"),
+        (("--method", "alphaedit", "--set", "energy=abc"), "energy is 'abc'"),
+        (("--method", "alphaedit", "--set", "threshold=abc", "--set", "energy=none"), "threshold is 'abc'"),
         (("--method", "memit", "--paper"), "no memit settings were published"),
         (("--layer", 0, "--layer", 1), "one layer"),
     ):
@@ -199,3 +203,42 @@ def test_moments_refuses(run: Run, model: Path, tmp_path: Path, arguments: list[
     done = run("moments", model, *arguments)
     assert done.code not in (0, 1) and says in done.err and "Traceback" not in done.err
     assert not list(tmp_path.glob("kept/layer*"))
+
+
+def test_a_patch_weighed_by_two_sentences_is_not_kept(run: Run, atlas: str, tmp_path: Path) -> None:
+    (tmp_path / "two.txt").write_text("Sofia is a city.\n\nKeys open doors.")
+    run("init", atlas, "space")
+    fact = ("--subject", "Bulgaria", "--prompt", "The currency of {} is the", "--target", "euro")
+    asked = ("patch", "-w", "space", *fact, "--texts", "two.txt")
+    done = run(*asked)
+    assert done.code == 4 and "layer 0 is from too little text (" in done.err and "at least 16,384 tokens" in done.err
+    assert "nothing was kept" in done.out and run("log", "-w", "space", "--json").json["revisions"] == []
+    forced = run(*asked, "--force", "--json").json
+    assert forced["revision"] is not None and forced["disturbance"] == {}
+    enough = run("patch", atlas, *fact, "--json").json  # the control: with what came with the model
+    assert enough["thin"] == {} and 0 < enough["disturbance"]["0"] < 0.25
+
+
+def test_moments_of_a_bundled_model_are_written_where_asked(run: Run, atlas: str, tmp_path: Path) -> None:
+    done = run("moments", atlas, "--layer", 0, "--out", "fresh")
+    assert done.code == 0
+    kept = SecondMoment.load(tmp_path / "fresh" / "layer0.safetensors", load(atlas), 0)
+    assert kept.count == 776_532
+
+
+def test_fewer_tokens_than_asked_for_are_computed_anew(run: Run, model: Path, tmp_path: Path) -> None:
+    def tokens(*more: object) -> int:
+        return int(run("moments", model, "--layer", 1, "--out", "kept", "--json", *more).json["moments"][0]["tokens"])
+
+    assert tokens("--max-tokens", 300) == 300
+    assert tokens("--max-tokens", 200) == 300 == tokens()
+    assert tokens("--max-tokens", 500) == 500 == SecondMoment.load(tmp_path / "kept" / "layer1.safetensors").count
+
+
+def test_a_threshold_alone_unsets_the_energy(atlas: str) -> None:
+    lm = load(atlas)
+    by_threshold, by_energy = (settings(lm, "alphaedit", None, {name: 0.02}) for name in ("threshold", "energy"))
+    assert (by_threshold.threshold, by_threshold.energy) == (0.02, None)
+    assert (by_energy.threshold, by_energy.energy) == (None, 0.02)
+    assert read_settings(["steps=1e3", "lr=1.5e-3"]) == {"steps": 1000, "lr": 0.0015}
+    assert isinstance(read_settings(["steps=1e3"])["steps"], int)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from factsmith.edit.kept import find_moments
 from factsmith.edit.methods import METHODS, AlphaEditConfig, EmmetConfig, MemitConfig, RomeConfig, SpreadConfig, memit, r_rome
 from factsmith.edit.moments import SecondMoment, second_moments
 from factsmith.edit.target import find_targets, read_keys, read_stream
-from factsmith.errors import InputError, LayerError
+from factsmith.errors import FingerprintError, InputError, LayerError, NumericsError
 from factsmith.fact import Fact
 from factsmith.locate.layers import trial_facts
 from factsmith.model.load import LanguageModel, load, wrap
@@ -125,6 +127,7 @@ def test_a_share_for_the_subject_alone() -> None:
 def test_weights_of_contexts() -> None:
     assert weights(["{}"]) == [1.0]
     assert weights(["a {}", "{}", "b {}"]) == [0.25, 0.5, 0.25]
+    assert weights(["{}", "{}", "a {}"]) == [0.25, 0.25, 0.5] and weights(["{}", "{}"]) == [0.5, 0.5]
 
 
 def test_earlier_edits_are_kept() -> None:
@@ -402,3 +405,67 @@ def test_arguments_of_another_kind_are_refused_in_words() -> None:
     first = memit(lm, FACTS[:1], config, moments=moments, contexts=CONTEXTS)  # type: ignore[arg-type]
     alone, listed = (memit(lm, FACTS[1:], config, moments=moments, contexts=CONTEXTS, earlier=e) for e in (first, [first]))  # type: ignore[arg-type]
     assert torch.equal(alone.dense(1), listed.dense(1))
+
+
+@pytest.mark.parametrize("ridge", [0.1, 2.0])
+def test_emmet_with_a_ridge_keeps_earlier_keys_as_memit_does(ridge: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    samples, keys, before, residuals = (torch.randn(*size, generator=draw).double() for size in ((400, 12), (3, 12), (4, 12), (3, 5)))
+    moment = SecondMoment.from_matrix(samples.T @ samples / 400, count=400)
+    left, right = EmmetConfig((0,), moment_weight=50.0, ridge=ridge).update(keys, residuals, moment, before.T @ before)
+    system = 50 * ridge * moment.matrix + before.T @ before + keys.T @ keys
+    torch.testing.assert_close(left @ right, torch.linalg.solve(system, keys.T @ residuals).T, rtol=1e-8, atol=1e-10)
+    lighter = 50 * ridge * moment.matrix + ridge * before.T @ before + keys.T @ keys
+    assert not torch.allclose(left @ right, torch.linalg.solve(lighter, keys.T @ residuals).T, rtol=1e-2), "the control"
+
+
+def test_second_moments_of_another_model_or_of_several_texts_are_refused(tiny_gpt2: LanguageModel) -> None:
+    fact = Fact("Edwin", "{} is a", "king")
+    config = MemitConfig((0, 1), steps=2)
+    moments = second_moments(tiny_gpt2, TEXTS, [0, 1])
+    first = memit(tiny_gpt2, fact, config, moments=moments, contexts=["{}"])
+    foreign = {layer: dataclasses.replace(moment, fingerprint="0" * 64) for layer, moment in moments.items()}
+    other = second_moments(tiny_gpt2, TEXTS[1:], [1])
+    with applied(tiny_gpt2, first):
+        more = Fact("Paris", "{} is in", "Brazil")
+        assert memit(tiny_gpt2, more, config, moments=moments, contexts=["{}"], earlier=[first]).rank == 1
+        with pytest.raises(FingerprintError, match="without its edits"):
+            memit(tiny_gpt2, more, config, moments=foreign, contexts=["{}"], earlier=[first])
+    with pytest.raises(InputError, match=f"layer 0 from {moments[0].corpus[:12]}, layer 1 from {other[1].corpus[:12]}"):
+        memit(tiny_gpt2, fact, config, moments={0: moments[0], **other}, contexts=["{}"])
+
+
+def test_what_cannot_be_used_is_refused_in_words(tiny_gpt2: LanguageModel) -> None:
+    fact, config, moments = Fact("Edwin", "{} is a", "king"), MemitConfig((0, 1), steps=2), second_moments(tiny_gpt2, TEXTS, [0, 1])
+    wrong: list[dict[str, Any]] = [
+        {"facts": None},
+        {"moments": {0: torch.eye(128), 1: moments[1]}},
+        {"contexts": ["{}", 3]},
+        {"contexts": None, "seed": "x"},
+    ]
+    for change in wrong:
+        arguments: dict[str, Any] = {"facts": fact, "moments": moments, "contexts": ["{}"], **change}
+        with pytest.raises(InputError):
+            memit(tiny_gpt2, arguments.pop("facts"), config, **arguments)
+    for count in (float("nan"), "x", True):
+        with pytest.raises(InputError, match="count is"):
+            SecondMoment.from_matrix(torch.eye(3), count=count)  # type: ignore[arg-type]
+    assert torch.equal(SecondMoment.from_matrix(np.eye(3), count=7).matrix, torch.eye(3).double())
+    for batch in ("5", None, 0, -1, float("nan")):
+        with pytest.raises(InputError, match="batch_tokens"):
+            second_moments(tiny_gpt2, TEXTS, [0], batch_tokens=batch)  # type: ignore[arg-type]
+    numbers = AlphaEditConfig((np.int64(0),), lr=np.float32(0.5), steps=np.int64(3))  # type: ignore[arg-type]
+    assert (numbers.layers, numbers.lr, numbers.steps) == ((0,), 0.5, 3) and type(numbers.lr) is float and type(numbers.steps) is int
+    for odd in ({"lr": True}, {"clamp": True}, {"threshold": "abc"}, {"threshold": None, "energy": "abc"}, {"norm_anchor": True}):
+        with pytest.raises(InputError):
+            AlphaEditConfig((0,), **odd)  # type: ignore[arg-type]
+
+
+def test_a_null_space_without_any_text_is_said_to_be_that() -> None:
+    one = torch.zeros(12, 12)
+    one[0, 0] = 1.0
+    config = dataclasses.replace(AlphaEditConfig(**{**AlphaEditConfig.scale_free(), "layers": (0,)}), moment_weight=10.0)
+    with pytest.raises(NumericsError, match="too little text"):
+        config.update(torch.ones(2, 12), torch.ones(2, 5), SecondMoment.from_matrix(one, count=1), None)
+    full = SecondMoment.from_matrix(torch.diag(torch.arange(1.0, 13.0)), count=100)
+    assert config.update(torch.ones(2, 12), torch.ones(2, 5), full, None)[0].shape == (5, 2)

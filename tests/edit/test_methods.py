@@ -90,9 +90,9 @@ def test_agrees_with_the_reference_implementation(golden: dict[str, Any], case: 
     delta = rome(golden["lm"], fact, golden_config(golden), moments=golden["moments"], contexts=golden["context_templates"])
     expected = {name: golden["tensors"][f"case{request['case_id']}.h.1.{name}"] for name in ("u", "v", "delta")}
     left, right = delta.layers[1]
-    assert relative(right[0], expected["u"]) < 1e-4
-    assert relative(left[:, 0], expected["v"]) < 1e-3
-    assert relative(delta.dense(1).T, expected["delta"]) < 1e-3
+    assert relative(right[0], expected["u"]) < 2e-4
+    assert relative(left[:, 0], expected["v"]) < 1e-5
+    assert relative(delta.dense(1).T, expected["delta"]) < 2e-4
     with applied(golden["lm"], delta):
         assert golden["lm"].answer([fact.text])[0].startswith(fact.target)
     assert not golden["lm"].answer([fact.text])[0].startswith(fact.target)
@@ -145,13 +145,13 @@ def golden_many() -> Callable[[str], dict[str, Any]]:
 def test_memit_agrees_with_the_reference_implementation(golden_many: Callable[[str], dict[str, Any]]) -> None:
     g = golden_many("memit")
     delta = memit(g["lm"], g["facts"], g["config"], moments=g["moments"], contexts=g["contexts"])
-    assert relative(delta.v_star.T, g["tensors"]["zs"]) < 1e-3
+    assert relative(delta.v_star.T, g["tensors"]["zs"]) < 1e-5
     for layer in range(3):
         left, right = delta.layers[layer]
         assert relative(delta.k_star[layer], g["tensors"][f"ks.L{layer}"]) < 1e-4
         assert relative(right.T, g["tensors"][f"h.{layer}.adj_k"].float()) < 1e-4
-        assert relative(left, g["tensors"][f"h.{layer}.resid"].float()) < 1e-3
-        assert relative(delta.dense(layer).T, g["tensors"][f"h.{layer}.delta"]) < 1e-3
+        assert relative(left, g["tensors"][f"h.{layer}.resid"].float()) < 1e-5
+        assert relative(delta.dense(layer).T, g["tensors"][f"h.{layer}.delta"]) < 1e-5
     # The controls: PMET's spread, and GPT-J's weight instead of GPT-2 XL's, are something else.
     tensors = dict.fromkeys(("v_star", "v_initial", "k_star", "k_prompt", "ffn_initial"), delta.v_star)
     targets = Targets(**tensors, convergence=({},) * 10, facts=tuple(g["facts"]), layer=max(delta.layers), site="stream")
@@ -168,7 +168,7 @@ def test_alphaedit_agrees_with_the_reference_implementation(golden_many: Callabl
     ranks = [g["moments"][layer].null_space(threshold=g["config"].threshold).shape[1] for layer in range(3)]
     assert ranks == [461, 628, 593]
     for layer in range(3):
-        assert relative(delta.dense(layer).T, g["tensors"][f"h.{layer}.delta"]) < 1e-3
+        assert relative(delta.dense(layer).T, g["tensors"][f"h.{layer}.delta"]) < 2e-4
         cached = delta.k_star[layer].square().sum(0)  # the diagonal of K Kᵀ: what the next round has to keep
         assert relative(cached, g["tensors"]["cache_c_diag"][layer]) < 1e-4
     with applied(g["lm"], delta):  # the reference reads them again after the edit; they are the same, since only lower layers change them

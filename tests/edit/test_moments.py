@@ -148,7 +148,7 @@ def test_bad_input(tiny_gpt2: LanguageModel) -> None:
         second_moments(tiny_gpt2, [], [0])
     with pytest.raises(InputError, match="d_ff, d_ff"):
         SecondMoment.from_matrix(torch.zeros(3, 4), count=1)
-    with pytest.raises(InputError, match="count=0"):
+    with pytest.raises(InputError, match="count is 0"):
         SecondMoment.from_matrix(torch.eye(3), count=0)
     with pytest.raises(NumericsError, match="NaN"):
         SecondMoment.from_matrix(torch.full((3, 3), float("nan")), count=1)

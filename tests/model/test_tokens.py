@@ -100,6 +100,9 @@ def test_no_space_is_added_after_one() -> None:
     tokenizer = byte_tokenizer()
     assert tokenizer.decode(target_ids(tokenizer, "Paris is ", "French")) == "French"
     assert tokenizer.decode(target_ids(tokenizer, "Paris is", "French")) == " French"
+    for blanks in ("French ", "  French\t", "\nFrench\n"):
+        assert target_ids(tokenizer, "Paris is", blanks) == target_ids(tokenizer, "Paris is", "French"), "blanks are no part of it"
+    assert target_ids(tokenizer, "Paris is", "New  York") != target_ids(tokenizer, "Paris is", "New York"), "inside they are"
 
 
 @pytest.mark.parametrize("target", ["", "  "])

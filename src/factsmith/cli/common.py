@@ -28,7 +28,7 @@ from .. import tables
 from ..errors import InputError
 from ..files import write_file
 from ..ledger import Ledger
-from ..progress import Progress
+from ..progress import CHOOSING, Progress
 from ..tables import visible
 
 if TYPE_CHECKING:
@@ -208,7 +208,10 @@ def complain(what: str, text: str) -> None:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Progress]:
-    """A function to report progress to, shown as bars on standard error when that is a terminal; gone at the end."""
+    """A function to report progress to, shown as bars on standard error when that is a terminal; gone at the end.
+
+    What can be spared is said in a line that stays, wherever standard error goes.
+    """
     console = Console(stderr=True)
     columns = (
         SpinnerColumn(),
@@ -223,6 +226,12 @@ def progress() -> Iterator[Progress]:
 
         def tell(what: str, done: int, total: int | None) -> None:
             if what not in tasks:
+                if what == CHOOSING:
+                    told = (
+                        "no layer was named, and none is known for this model: up to 30 trial edits choose one now, which takes a while; "
+                    )
+                    told += "--layer names one, and `factsmith layers` in a workspace tries more and keeps its choice"
+                    bars.console.print(Text.assemble(("note: ", "bold"), told), soft_wrap=True)
                 for task in tasks.values():
                     bars.update(task, visible=False)
                 tasks[what] = bars.add_task(what, total=total)
@@ -377,9 +386,12 @@ def read_settings(pairs: list[str]) -> dict[str, Any]:
 def read_value(text: str) -> Any:
     if text.lower() in ("none", "null"):
         return None
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return int(number) if "e" in text.lower() and number.is_integer() and abs(number) < 2**53 else number  # 1e3 counts, as 1000 does

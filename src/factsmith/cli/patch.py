@@ -51,7 +51,11 @@ def moments(
         ),
     ] = None,
     max_tokens: Annotated[
-        float | None, typer.Option(help="Tokens to read; inf: all of the text.", show_default="16 for each neuron of a layer")
+        float | None,
+        typer.Option(
+            help="Tokens to read; inf: all of the text. What is kept from fewer is computed anew.",
+            show_default="16 for each neuron of a layer",
+        ),
     ] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Run the model in bfloat16: faster, and as good (docs/patch.md).")] = False,
     packed: Annotated[bool, typer.Option("--packed", help="Write float16 Cholesky factors: a quarter of the bytes.")] = False,
@@ -79,7 +83,7 @@ def moments(
     with progress() as tell, opened(model, workspace, device, tell) as (lm, bench):
         import torch
 
-        from ..edit.kept import find_moments, kept_moments
+        from ..edit.kept import find_moments, keep_moments, kept_moments
         from ..edit.methods import MemitConfig
 
         wanted = sorted(set(layer)) if layer else list(MemitConfig.recommended(lm).layers or ())
@@ -87,7 +91,7 @@ def moments(
         if out is not None:
             _check_folder(out)
         if folder is None:
-            found = {} if corpus else kept_moments(lm, wanted)
+            found = {} if corpus else kept_moments(lm, wanted, least=max_tokens or 0)
             if len(found) < len(wanted):
                 raise InputError("there is nowhere to write what is computed; name a folder with --out, or a workspace with --workspace")
         else:
@@ -103,6 +107,8 @@ def moments(
                 seed=seed,
                 progress=tell,
             )
+        if out is not None:
+            keep_moments(found, out, packed=packed)  # also what came with the model
     rows = [
         {"layer": number, "d_ff": m.d_ff, "tokens": m.count, "split_half": m.split_half, "excess": m.excess, "corpus": m.corpus}
         for number, m in sorted(found.items())
@@ -134,7 +140,11 @@ def patch(
     paper: Annotated[bool, typer.Option("--paper", help="The settings published for a model of this shape, layers included.")] = False,
     setting: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="A setting of the method, such as steps=40 or clamp=3; may be repeated."),
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help="A setting of the method, such as steps=40 or clamp=3; may be repeated. A threshold of alphaedit unsets its energy.",
+        ),
     ] = None,
     texts: Annotated[
         Path | None,
@@ -142,7 +152,11 @@ def patch(
     ] = None,
     moments: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Second moments that `factsmith moments` wrote.", show_default="those kept, or computed"),
+        typer.Option(
+            metavar="DIR",
+            help="Second moments that `factsmith moments` wrote; the layers they are of are edited where the recommended have none.",
+            show_default="those kept, or computed",
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the contexts the model writes.")] = 0,
     message: Annotated[str, typer.Option("--message", "-m", help="One line for the log.", show_default="the facts")] = "",
@@ -198,6 +212,8 @@ def patch(
             )
         elif proposal.failed and not dry_run and bench is not None:
             line(console, "nothing was kept:", "the patch does not hold; try another --layer, or keep it all the same with --force")
+        elif proposal.thin and not dry_run and bench is not None:
+            line(console, "nothing was kept:", "too little text says what must stay; give more, or keep it all the same with --force")
         elif proposal.delta is not None and bench is None:
             line(console, "nothing was kept:", f"to keep patches, make a workspace with `factsmith init {model}` and run this in it")
         elif proposal.delta is not None:
@@ -208,7 +224,7 @@ def patch(
         complain("conflict", one.removeprefix("conflict: "))
     if conflicts:
         complain("error", "nothing was written; revert what is there, or --force")
-    if conflicts or (proposal.failed and revision is None):
+    if conflicts or (revision is None and (proposal.failed or (proposal.thin and not force))):
         raise typer.Exit(NumericsError.exit_code)
 
 
@@ -256,7 +272,7 @@ def _show_proposal(console: Console, proposal: Proposal) -> None:
     if len(checks) <= _MANY_CHECKS:
         console.print(checks_table(checks))
         return
-    for name in ("efficacy", "generalization", "specificity", "retention"):
+    for name in ("efficacy", "chat", "generalization", "specificity", "retention"):
         share = getattr(proof, name)
         if share is not None:
             line(console, f"{name:14}", f"{100 * share:.1f} %")

@@ -70,9 +70,15 @@ def chat_contexts(lm: LanguageModel) -> list[str]:
 
 
 def weights(contexts: list[str] | tuple[str, ...]) -> list[float]:
-    """What each context weighs in a key of the MEMIT family: the bare prompt one half, the others the other half; alone, all of it."""
-    others = len(contexts) - 1
-    return [0.5 if context == "{}" else 0.5 / others for context in contexts] if others else [1.0]
+    """What each context weighs in a key of the MEMIT family: the bare prompt one half, the others the other half; either alone, all of it.
+
+    A template that is given several times has its weight in parts.
+    """
+    bare = sum(context == "{}" for context in contexts)
+    others = len(contexts) - bare
+    if not bare or not others:
+        return [1 / len(contexts)] * len(contexts)
+    return [0.5 / (bare if context == "{}" else others) for context in contexts]
 
 
 def _plain(text: str) -> str:

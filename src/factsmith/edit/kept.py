@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from ..checks import check_limit
 from ..errors import DamagedError, InputError
 from ..model.load import LanguageModel
 from ..model.sample import own_text
@@ -41,9 +42,17 @@ def find_moments(
     packed  keep them as `SecondMoment.save` packs them
 
     max_tokens (None: 16 a neuron of the widest layer), dtype and checkpoint are those of `second_moments`. A file for another model (by
-    fingerprint) is passed over. Raises LayerError, DamagedError for a file that cannot be read, and what `second_moments` raises.
+    fingerprint), or of fewer tokens than max_tokens, is passed over. An edit takes its layers' from one text: what came with the model is
+    computed anew where not all layers have it, and stays as it is. Raises LayerError, DamagedError for a file that cannot be read, and what
+    `second_moments` raises.
     """
-    found = kept_moments(lm, layers, folder) if texts is None else {}
+    layers = list(dict.fromkeys(layers))
+    least = 0.0 if max_tokens is None else check_limit(max_tokens, "max_tokens")
+    found = _kept(lm, layers, folder, least) if texts is None else {}
+    came = _kept(lm, [layer for layer in layers if layer not in found], _beside(lm), least) if texts is None else {}
+    every = found | came
+    if all(layer in every for layer in layers) and len({moment.corpus for moment in every.values()}) == 1:
+        return every
     missing = [layer for layer in layers if layer not in found]
     if missing:
         limit = enough_tokens(lm, missing, max_tokens)
@@ -57,7 +66,7 @@ def find_moments(
             progress=lambda done: tell(progress, "second moments", done, None if math.isinf(limit) else round(limit)),
         )
         for layer, moment in computed.items():
-            if folder is not None:
+            if folder is not None and layer not in came:
                 moment.save(moments_file(folder, layer), packed=packed)
             found[layer] = moment
     return found
@@ -76,17 +85,32 @@ def load_moments(folder: str | os.PathLike[str]) -> dict[int, SecondMoment]:
     return {layer: SecondMoment.load(file) for layer, file in sorted(files.items())}
 
 
-def kept_moments(lm: LanguageModel, layers: Iterable[int], folder: str | os.PathLike[str] | None = None) -> dict[int, SecondMoment]:
-    """Those second moments of some layers that are in `folder` or came with the model, by layer; another model's are passed over."""
-    places = [place for place in (folder, _beside(lm)) if place is not None]
-    found: dict[int, SecondMoment] = {}
-    for layer in layers:
-        files = (moments_file(place, layer) for place in places)
-        kept = (SecondMoment.load(file) for file in files if file.is_file())
-        moment = next((moment for moment in kept if moment.fingerprint == lm.fingerprint), None)
-        if moment is not None:
-            found[layer] = moment
-    return found
+def kept_moments(
+    lm: LanguageModel, layers: Iterable[int], folder: str | os.PathLike[str] | None = None, least: float = 0
+) -> dict[int, SecondMoment]:
+    """Those second moments of some layers that are in `folder` or came with the model, by layer; another model's are passed over.
+
+    least  how many tokens they are of; those of fewer are passed over too
+    """
+    layers = list(layers)
+    own = _kept(lm, layers, folder, least)
+    return own | _kept(lm, [layer for layer in layers if layer not in own], _beside(lm), least)
+
+
+def _kept(lm: LanguageModel, layers: Iterable[int], folder: str | os.PathLike[str] | None, least: float) -> dict[int, SecondMoment]:
+    """`kept_moments` of one folder."""
+    files = {} if folder is None else {layer: moments_file(folder, layer) for layer in layers}
+    held = {layer: SecondMoment.load(file) for layer, file in files.items() if file.is_file()}
+    return {layer: m for layer, m in held.items() if m.fingerprint == lm.fingerprint and m.count > least - 1}
+
+
+def keep_moments(moments: Mapping[int, SecondMoment], folder: str | os.PathLike[str], *, packed: bool = False) -> None:
+    """Write into a folder those second moments that it does not hold yet."""
+    for layer, moment in moments.items():
+        file = moments_file(folder, layer)
+        held = SecondMoment.load(file) if file.is_file() else None
+        if held is None or (held.fingerprint, held.corpus, held.count) != (moment.fingerprint, moment.corpus, moment.count):
+            moment.save(file, packed=packed)
 
 
 def moments_file(folder: str | os.PathLike[str], layer: int) -> Path:

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from ..checks import check_items
-from ..errors import InputError, LayerError
+from ..checks import check_count, check_items, check_number, whole_number
+from ..errors import InputError, LayerError, NumericsError
 from ..fact import Fact, listed
 from ..model.load import LanguageModel
 from ..progress import Progress, tell
@@ -34,7 +34,7 @@ from .contexts import SUBJECT, generate_contexts, generate_openings
 from .contexts import weights as context_weights
 from .delta import Delta, applied
 from .moments import SecondMoment
-from .target import Site, TargetConfig, Targets, check_layer, find_targets, known_targets, read_keys, read_stream, to_down
+from .target import Site, TargetConfig, Targets, check_contexts, check_layer, find_targets, known_targets, read_keys, read_stream, to_down
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -87,8 +87,9 @@ class RomeConfig(EditConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layer is not None and (not isinstance(self.layer, int) or isinstance(self.layer, bool) or self.layer < 0):
-            raise LayerError(f"layer is the number of a layer, counted from 0, or None; got {self.layer!r}")
+        if self.layer is not None:
+            layer = check_count(self.layer, "layer", "the number of a layer, counted from 0, or None", least=0, error=LayerError)
+            object.__setattr__(self, "layer", layer)
 
     @property
     def edited(self) -> tuple[int, ...] | None:
@@ -113,9 +114,21 @@ class RomeConfig(EditConfig):
         return cls(**{"layer": lm.n_layers // 6, **(shipped(cls, lm) or {"scale": "auto", "steps": 80, "lr": 0.1})})
 
 
-def _check_positive(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise InputError(f"{name} is a finite number above 0; got {value!r}")
+def _set_positive(config: EditConfig, name: str, expected: str = "a finite number above 0") -> None:
+    """Keep a setting as a plain number; raises InputError unless it is one above 0."""
+    value = check_number(getattr(config, name), name, expected)
+    if value <= 0:
+        raise InputError(f"{name} is {value!r}; expected {expected}")
+    object.__setattr__(config, name, value)
+
+
+def _layers(layers: object) -> tuple[int, ...]:
+    """Numbers of layers, ascending; raises LayerError for anything else, and for one that is there twice."""
+    given = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, (str, bytes)) else [layers]
+    found = [number for number in map(whole_number, given) if number is not None and number >= 0]
+    if not found or len(found) < len(given) or len(set(found)) < len(found):
+        raise LayerError(f"layers are numbers of layers, counted from 0, each once, or None; got {layers!r}")
+    return tuple(sorted(found))
 
 
 def by_depth(n_layers: int) -> tuple[int, ...]:
@@ -156,28 +169,20 @@ class SpreadConfig(EditConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layers is not None:
-            layers = (self.layers,) if isinstance(self.layers, int) else tuple(self.layers)
-            if (
-                not layers
-                or not all(isinstance(x, int) and not isinstance(x, bool) and x >= 0 for x in layers)
-                or len(set(layers)) < len(layers)
-            ):
-                raise LayerError(f"layers are numbers of layers, counted from 0, each once, or None; got {self.layers!r}")
-            object.__setattr__(self, "layers", tuple(sorted(layers)))
+            object.__setattr__(self, "layers", _layers(self.layers))
         if self.spread not in ("even", "sqrt"):
             raise InputError(f'spread is "even" or "sqrt"; got {self.spread!r}')
         if self.keys not in ("mean", "each"):
             raise InputError(f'keys is "mean" or "each"; got {self.keys!r}')
-        share = self.subject_share
-        if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share < 1 or (share and self.keys != "each"):
+        share = check_number(self.subject_share, "subject_share", "a share from 0 to below 1")
+        if not 0 <= share < 1 or (share and self.keys != "each"):
             raise InputError(f'subject_share is a share from 0 to below 1, above 0 only with keys="each"; got {share!r} with {self.keys!r}')
-        anchor = self.norm_anchor
-        if not (anchor is None or anchor == "mean" or (isinstance(anchor, (int, float)) and 0 < anchor < float("inf"))):
-            raise InputError(f'norm_anchor is a norm above 0, "mean" or None; got {anchor!r}')
+        object.__setattr__(self, "subject_share", share)
+        if self.norm_anchor not in (None, "mean"):
+            _set_positive(self, "norm_anchor", 'a norm above 0, "mean" or None')
         if self.moment_weight is not None:
-            _check_positive("moment_weight", self.moment_weight)
-        if not isinstance(self.repair, int) or isinstance(self.repair, bool) or self.repair < 0:
-            raise InputError(f"repair is a whole number of at least 0; got {self.repair!r}")
+            _set_positive(self, "moment_weight")
+        object.__setattr__(self, "repair", check_count(self.repair, "repair", "a whole number of at least 0", least=0))
 
     @property
     def edited(self) -> tuple[int, ...] | None:
@@ -256,8 +261,10 @@ class EmmetConfig(SpreadConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.ridge != 0 or isinstance(self.ridge, bool):
-            _check_positive("ridge (or exactly 0)", self.ridge)
+        ridge = check_number(self.ridge, "ridge", "a finite number of at least 0")
+        if ridge < 0:
+            raise InputError(f"ridge is {ridge!r}; expected a finite number of at least 0")
+        object.__setattr__(self, "ridge", ridge)
 
     def for_facts(self, count: int, n_layers: int, d_ff: int) -> Self:
         """λ is filled in as in SpreadConfig, divided by the ridge."""
@@ -275,7 +282,7 @@ class EmmetConfig(SpreadConfig):
     def update(self, keys: Tensor, residuals: Tensor, moment: SecondMoment, earlier: Tensor | None) -> tuple[Tensor, Tensor]:
         """EMMET, equation 15."""
         assert self.moment_weight is not None
-        factor = _factor(moment, earlier, self.moment_weight)
+        factor = _factor(moment, earlier, self.moment_weight * (self.ridge or 1.0))  # λ, also where one fact is asked for exactly
         return solve.emmet(keys, residuals, factor, self.moment_weight, self.ridge if len(keys) > 1 else 0.0)
 
 
@@ -297,8 +304,14 @@ class AlphaEditConfig(SpreadConfig):
         super().__post_init__()
         if (self.threshold is None) == (self.energy is None):
             raise InputError(f"AlphaEdit takes a threshold or an energy, the other None; got {self.threshold!r} and {self.energy!r}")
+        if self.threshold is not None:
+            _set_positive(self, "threshold")
+        if self.energy is not None:
+            _set_positive(self, "energy", "a share between 0 and 1")
+            if self.energy >= 1:
+                raise InputError(f"energy is {self.energy!r}; expected a share between 0 and 1")
         if self.l2 is not None:
-            _check_positive("l2", self.l2)
+            _set_positive(self, "l2")
             if self.moment_weight is not None:
                 raise InputError(f"AlphaEdit takes an l2 or a moment_weight, the other None; got {self.l2!r} and {self.moment_weight!r}")
 
@@ -321,8 +334,11 @@ class AlphaEditConfig(SpreadConfig):
         l2 = self.l2
         if l2 is None:
             assert self.moment_weight is not None
-            smallest = moment.spectrum[0][: basis.shape[1]]  # the eigenvalues of its directions
-            l2 = self.moment_weight * float(smallest.mean().clamp(min=torch.finfo(smallest.dtype).tiny))
+            values = moment.spectrum[0]
+            smallest = values[: basis.shape[1]].mean()  # of the eigenvalues of its directions
+            if basis.shape[1] and smallest <= solve.JITTERS[1] * values.mean():
+                raise NumericsError(f"its text leaves the null space empty, so there is nothing to size l2 by: {moment.too_little}")
+            l2 = self.moment_weight * float(smallest)
         return solve.alphaedit(keys, residuals, basis, l2, earlier)
 
 
@@ -342,7 +358,8 @@ def rome(
 
     moments   the second moment of the edited layer, or {layer: SecondMoment}
     contexts  templates with `{}` for the prompt, the bare "{}" among them; None: generated by the model from `seed`
-    earlier   deltas that are in the model already; ROME does not look at them, and the second moment may then be the unedited model's
+    earlier   deltas that are in the model already, in their order, the first made on the unedited model; ROME does not look at them, and
+              the second moment is then the unedited model's
     targets   of a single fact, found before on this model: `find_targets` at the layer; then there is no search
     progress  called with what is being done, how much of it is done, and how much there is
 
@@ -406,7 +423,8 @@ def memit(
     moments   {layer: SecondMoment} of the edited layers, of the unedited model
     contexts  templates with `{}` for the prompt, the bare "{}" among them; it weighs one half in a key, the others the other half. None:
               generated by the model from `seed`
-    earlier   deltas that are in the model already: their keys are kept, Σ k kᵀ, as in the authors' sequential variant (MEMIT_seq)
+    earlier   deltas that are in the model already, in their order, the first made on the unedited model: their keys are kept, Σ k kᵀ, as in
+              the authors' sequential variant (MEMIT_seq)
     targets   found before for these facts, on this model: `find_targets` at the last of the layers, site="stream"; then there is no search
     progress  called with what is being done, how much of it is done, and how much there is
 
@@ -580,7 +598,7 @@ def _one_by_one(
     known: _Known | None = None,
 ) -> Delta:
     facts, earlier = _distinct(listed(facts)), _checked(config, method, earlier)
-    layer, config, moment, contexts = _prepare(lm, config, moments, contexts, seed, bool(earlier))
+    layer, config, moment, contexts = _prepare(lm, config, moments, contexts, seed, earlier)
     if given is not None:
         if len(facts) > 1:
             raise InputError(
@@ -609,17 +627,21 @@ def _one_by_one(
 
 
 def _prepare(
-    lm: LanguageModel, config: RomeConfig | None, moments: Moments, contexts: Sequence[str] | None, seed: int, edited: bool = False
+    lm: LanguageModel, config: RomeConfig | None, moments: Moments, contexts: Sequence[str] | None, seed: int, earlier: Sequence[Delta] = ()
 ) -> tuple[int, RomeConfig, SecondMoment, list[str]]:
     """The layer, the settings with the layer filled in, its second moment and the contexts: all defaults resolved and checked."""
     config = config or RomeConfig.recommended(lm)
     layer = check_layer(lm, config.layer if config.layer is not None else RomeConfig.recommended(lm).layer)
-    moment = _moments_of(lm, moments, [layer], edited)[layer]
-    return layer, dataclasses.replace(config, layer=layer), moment, generate_contexts(lm, seed) if contexts is None else list(contexts)
+    moment = _moments_of(lm, moments, [layer], earlier)[layer]
+    contexts = generate_contexts(lm, seed) if contexts is None else check_contexts(contexts)
+    return layer, dataclasses.replace(config, layer=layer), moment, contexts
 
 
-def _moments_of(lm: LanguageModel, moments: Moments, layers: Sequence[int], edited: bool) -> dict[int, SecondMoment]:
-    """The second moment of every layer; raises InputError when one is missing, FingerprintError when it is another model's or layer's."""
+def _moments_of(lm: LanguageModel, moments: Moments, layers: Sequence[int], earlier: Sequence[Delta]) -> dict[int, SecondMoment]:
+    """The second moment of every layer, of the model without its `earlier` edits, the first of which was made on it.
+
+    Raises InputError when one is missing or they are from different texts, FingerprintError when it is another model's or layer's.
+    """
     if not isinstance(moments, (SecondMoment, Mapping)):
         raise InputError(f"moments are a SecondMoment, or those of the layers by number; got {type(moments).__name__}: see second_moments")
     held = {layers[0]: moments} if isinstance(moments, SecondMoment) and len(layers) == 1 else moments
@@ -630,9 +652,22 @@ def _moments_of(lm: LanguageModel, moments: Moments, layers: Sequence[int], edit
             f"no second moment for layer {', '.join(map(str, missing))}; got {given}: "
             f"compute it with `factsmith moments` or second_moments(lm, texts, {missing}), or load a saved one"
         )
-    for layer in layers:
-        held[layer].check(lm, layer, base="" if edited else None)
-    return {layer: held[layer] for layer in layers}
+    found = {layer: held[layer] for layer in layers}
+    for layer, moment in found.items():
+        if not isinstance(moment, SecondMoment):
+            raise InputError(
+                f"the second moment of layer {layer} is a {type(moment).__name__}; expected a SecondMoment, as second_moments gives it; "
+                "SecondMoment.from_matrix makes one of a matrix computed elsewhere"
+            )
+        moment.check(lm, layer, base=earlier[0].fingerprint if earlier else None)
+    corpora = {layer: moment.corpus[:12] for layer, moment in found.items() if moment.corpus}
+    if len(set(corpora.values())) > 1:
+        told = ", ".join(f"layer {layer} from {digest}" for layer, digest in corpora.items())
+        raise InputError(
+            f"the second moments of the layers are from different texts ({told}), so they would be weighed by different measures; compute "
+            f"them in one go: factsmith moments {' '.join(f'--layer {layer}' for layer in layers)} --texts FILE"
+        )
+    return found
 
 
 def _deltas(
@@ -700,8 +735,8 @@ def _all_at_once(
     assert layers is not None
     for layer in layers:
         check_layer(lm, layer)
-    held = _moments_of(lm, moments, layers, bool(earlier))
-    contexts = generate_openings(lm, seed) if contexts is None else list(contexts)
+    held = _moments_of(lm, moments, layers, earlier)
+    contexts = generate_openings(lm, seed) if contexts is None else check_contexts(contexts)
     if given is not None:
         _check_targets(given, facts, layers[-1], "stream")
     count = len(facts) + sum(len(delta.facts) for delta in earlier if set(delta.layers) & set(layers))

@@ -33,22 +33,27 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import check_items, check_limit
+from ..checks import check_count, check_items, check_limit
 from ..errors import DamagedError, FingerprintError, InputError, NumericsError, UnsupportedModelError
 from ..model.ffn import check_layer
 from ..model.load import LanguageModel
 from ..model.scan import Piece, batches, check_dtype, pieces, scan, windows
+from ..tables import counted
 from ..tensors import Checkpoint, read_tensors, write_tensors
 from . import solve
 
 TOKENS_PER_NEURON = 16
 """Tokens read for each neuron when nobody says how many: twice as many as published work finds enough (0.3 % of 44 million for 16,384
 neurons), and as edits of trained models stopped getting better from; the excess is then 9 to 12 % (`benchmarks/results/moments.json`)."""
+
+MOST_EXCESS = 0.5
+"""Excess above which a second moment is thin: its halves are all but singular then, and what a change disturbs cannot be told from it."""
 
 _FORMAT = "1"
 _STRIPS = 8
@@ -70,7 +75,8 @@ class SecondMoment:
     excess       how much more a change weighed by it disturbs other text than one weighed by endless text would, estimated from the
                  halves: 0.05 is 5 % (of the squared norm); a lower bound above 0.5; None as above
 
-    Raises InputError for a matrix that is not square or a count below 1, NumericsError when a number is not finite.
+    Raises InputError for what is no square matrix of floating-point numbers or no count of at least 1, NumericsError when a number is not
+    finite.
     """
 
     matrix: Tensor
@@ -88,17 +94,23 @@ class SecondMoment:
         )
 
     def __post_init__(self) -> None:
+        if not isinstance(self.matrix, Tensor):
+            raise InputError(f"a second moment is a tensor (d_ff, d_ff); got a {type(self.matrix).__name__}")
         if self.matrix.ndim != 2 or self.matrix.shape[0] != self.matrix.shape[1] or not self.matrix.is_floating_point():
             raise InputError(f"expected a floating-point matrix (d_ff, d_ff); got {tuple(self.matrix.shape)} {self.matrix.dtype}")
-        if self.count < 1:
-            raise InputError(f"a second moment is averaged over at least one token; got count={self.count}")
+        count = check_count(self.count, "count", "the number of tokens that the second moment was averaged over, at least one")
+        object.__setattr__(self, "count", count)
         if not torch.isfinite(self.matrix).all():
             raise NumericsError("the second moment holds NaN or infinity; the model that gave it does not compute finite states")
 
     @classmethod
-    def from_matrix(cls, matrix: Tensor, *, count: int, fingerprint: str = "", corpus: str = "", layer: int | None = None) -> SecondMoment:
-        """Take E[m mᵀ] (d_ff, d_ff), already divided by `count`, computed elsewhere."""
-        return cls(matrix=matrix, count=int(count), fingerprint=fingerprint, corpus=corpus, layer=layer)
+    def from_matrix(
+        cls, matrix: Tensor | np.ndarray, *, count: int, fingerprint: str = "", corpus: str = "", layer: int | None = None
+    ) -> SecondMoment:
+        """Take E[m mᵀ] (d_ff, d_ff), a tensor or a numpy array, already divided by `count`, computed elsewhere."""
+        if isinstance(matrix, np.ndarray) and matrix.dtype.kind in "fiub":
+            matrix = torch.tensor(matrix)
+        return cls(matrix=cast("Tensor", matrix), count=count, fingerprint=fingerprint, corpus=corpus, layer=layer)
 
     def check(self, lm: LanguageModel, layer: int | None = None, *, base: str | None = None) -> None:
         """Raises FingerprintError unless it was computed from this model, and from this layer of it; what is unknown is not asked.
@@ -136,9 +148,45 @@ class SecondMoment:
         return self.matrix.shape[0]
 
     @cached_property
+    def is_thin(self) -> bool:
+        """Whether it comes from too little text to tell what ordinary text needs: a change then looks harmless that is not.
+
+        It does where there are fewer tokens than neurons or `excess` is above MOST_EXCESS; where the excess is unknown, where there are
+        fewer than TOKENS_PER_NEURON (of a matrix from `from_matrix`, whose text is unknown, that is not asked), or the neurons that are
+        ever on have a singular matrix: its factor needs a jitter.
+        """
+        if self.excess is not None:
+            return self.count < self.d_ff or self.excess > MOST_EXCESS
+        if self.corpus and self.count < TOKENS_PER_NEURON * self.d_ff:
+            return True
+        if self.jitter == 0:
+            return False
+        used = self.matrix.diagonal() > 0
+        return bool(used.all()) or solve.jittered(self.matrix[used][:, used])[1] > 0
+
+    @property
+    def too_little(self) -> str:
+        """What to say of it where it is thin, and what to do."""
+        more = TOKENS_PER_NEURON * self.d_ff
+        layer = "" if self.layer is None else f" of layer {self.layer}"
+        return (
+            f"the second moment{layer} is from too little text ({counted(self.count, 'token')}, {self.count / self.d_ff:.2g} a neuron) to "
+            f"tell what ordinary text needs; give more text, at least {more:,} tokens"
+        )
+
+    @cached_property
+    def _factored(self) -> tuple[Tensor, float]:
+        return solve.jittered(self.matrix)
+
+    @property
     def factor(self) -> Tensor:
-        """Lower Cholesky factor (d_ff, d_ff) float64, computed once; see `solve.cholesky` for the jitter."""
-        return solve.cholesky(self.matrix)
+        """Lower Cholesky factor (d_ff, d_ff) float64, computed once; see `solve.cholesky`."""
+        return self._factored[0]
+
+    @property
+    def jitter(self) -> float:
+        """Which of `solve.JITTERS` the factor needed: 0 for a matrix from enough text, but for neurons that are never on and rounding."""
+        return self._factored[1]
 
     @cached_property
     def spectrum(self) -> tuple[Tensor, Tensor]:
@@ -232,10 +280,12 @@ def second_moments(
     in float32 (float64 for a float64 model) for one batch and summed in float64; padding is left out.
 
     Raises LayerError for a layer the model does not have, UnsupportedModelError for one with experts, InputError when there is no text,
-    for another dtype, or when the checkpoint was made with other arguments or texts, FingerprintError when it was made from another model,
-    DamagedError when it is not whole, WorkspaceError when it cannot be written, NumericsError when a state is not finite.
+    for another dtype, for a batch of no tokens, or when the checkpoint was made with other arguments or texts, FingerprintError when it was
+    made from another model, DamagedError when it is not whole, WorkspaceError when it cannot be written, NumericsError when a state is not
+    finite.
     """
     layers = _checked(lm, layers, dtype)
+    batch_tokens = check_count(batch_tokens, "batch_tokens", "a whole number of at least 1: padded tokens in one forward pass")
     limit = enough_tokens(lm, layers, max_tokens)
     fingerprint = lm.fingerprint
     sums = {layer: _Sum(lm.ffn[layer].d_ff) for layer in layers}

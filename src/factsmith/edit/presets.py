@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..checks import whole_number
 from ..errors import InputError, LayerError
 from ..model.load import LanguageModel
 from .methods import EditConfig, editor
@@ -76,6 +77,10 @@ def published(lm: LanguageModel, method: str) -> tuple[EditConfig, str]:
     return kind(**values), source
 
 
+_EITHER = ("threshold", "energy")
+"""Settings of which a method takes one or the other."""
+
+
 def settings(
     lm: LanguageModel,
     method: str,
@@ -87,7 +92,8 @@ def settings(
     """A method's recommended settings with some layers or values changed; None when nothing is.
 
     paper: change those published for a model of this shape instead, whose layers they bring. Else layers that are not given stay open, for
-    `propose` to choose. Raises InputError for an unknown method or setting, or where nothing was published; LayerError.
+    `propose` to choose. Of AlphaEdit's threshold and energy one that is given unsets the other. Raises InputError for an unknown method or
+    setting, or where nothing was published; LayerError.
     """
     _, kind = editor(method)
     layers = _numbers(layers)
@@ -99,15 +105,18 @@ def settings(
         where = "; layers are not set but named: --layer" if {"layer", "layers"} & set(unknown) else ""
         raise InputError(f"{method} has no setting {', '.join(unknown)}; expected some of {', '.join(sorted(known))}{where}")
     values: dict[str, Any] = {**({} if paper else dict.fromkeys(places)), **(changes or {})}
+    for one, other in (_EITHER, _EITHER[::-1]):
+        if values.get(one) is not None:
+            values.setdefault(other, None)
     config = dataclasses.replace(published(lm, method)[0] if paper else kind.recommended(lm), **values)
     return config.at(layers) if layers else config
 
 
 def _numbers(layers: object) -> list[int] | None:
     """Layers as a file or a caller may give them; None or none: not given. Raises LayerError for what are no numbers of layers."""
-    found = [layers] if isinstance(layers, int) else layers
-    if found is None:
+    if layers is None:
         return None
-    if isinstance(found, (list, tuple)) and all(isinstance(layer, int) and not isinstance(layer, bool) for layer in found):
-        return list(found)
+    found = [whole_number(layer) for layer in (layers if isinstance(layers, (list, tuple)) else [layers])]
+    if (numbers := [layer for layer in found if layer is not None]) == found:
+        return numbers
     raise LayerError(f"layers are numbers, counted from 0, such as 5 or [3, 4, 5]; got {layers!r:.60}")

@@ -42,6 +42,14 @@ MIN_OVERLAP = 1e-6
 def cholesky(matrix: Tensor) -> Tensor:
     """Lower Cholesky factor, (m, m) float64, of a symmetric second moment; the first of JITTERS that succeeds is used.
 
+    Errors as `jittered`, which also says which.
+    """
+    return jittered(matrix)[0]
+
+
+def jittered(matrix: Tensor) -> tuple[Tensor, float]:
+    """`cholesky`, and the one of JITTERS that it needed.
+
     Raises InputError when the matrix is not square or not symmetric, NumericsError when it is not finite, is zero, or is not
     positive definite even with the largest jitter.
     """
@@ -52,7 +60,7 @@ def cholesky(matrix: Tensor) -> Tensor:
         factor: Tensor
         factor, failed = torch.linalg.cholesky_ex(shifted)
         if not failed:
-            return factor
+            return factor, jitter
     raise NumericsError(
         f"the second moment is not positive definite, also with {JITTERS[-1]:g} of its mean diagonal added; compute it from more text"
     )

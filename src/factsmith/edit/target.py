@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..checks import check_count, check_items, check_number, check_text, whole_number
 from ..errors import InputError, LayerError, NumericsError, UnsupportedModelError
 from ..fact import Fact
 from ..model.load import LanguageModel
@@ -61,12 +62,15 @@ class TargetConfig:
     """"paper": the reference formulas to the letter. "auto": step, decay and clamp relative to the model's own norms."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
-            raise InputError(f"steps is the number of loss evaluations, a whole number of at least 1; got {self.steps!r}")
+        steps = check_count(self.steps, "steps", "the number of loss evaluations, a whole number of at least 1")
+        object.__setattr__(self, "steps", steps)
         for name in ("lr", "kl_factor", "weight_decay", "clamp", "stop_loss"):
-            value, positive = getattr(self, name), name in ("lr", "clamp")
-            if not isinstance(value, (int, float)) or not 0 <= value < float("inf") or (positive and value == 0):
-                raise InputError(f"{name} must be a finite number {'above' if positive else 'of at least'} 0; got {value!r}")
+            positive = name in ("lr", "clamp")
+            expected = f"a finite number {'above' if positive else 'of at least'} 0"
+            value = check_number(getattr(self, name), name, expected)
+            if value < 0 or (positive and value == 0):
+                raise InputError(f"{name} is {value!r}; expected {expected}")
+            object.__setattr__(self, name, value)
         if self.scale not in ("paper", "auto"):
             raise InputError(f'scale is "paper" or "auto"; got {self.scale!r}')
 
@@ -128,12 +132,7 @@ def find_targets(
     The model is untouched. Raises SubjectError when a prompt names its subject twice, LayerError, InputError for contexts without "{}",
     UnsupportedModelError for a mixture-of-experts layer, NumericsError when the loss is not finite.
     """
-    check_layer(lm, layer)
-    for context in contexts:
-        if context.count("{}") != 1:
-            raise InputError(f"a context is a template with exactly one {{}}, where the prompt goes; got {context!r}")
-    if "{}" not in contexts:
-        raise InputError('the contexts must include the bare prompt, "{}"; add it')
+    layer, contexts = check_layer(lm, layer), check_contexts(contexts)
     questions = [_tokenize(lm, fact, contexts) for fact in facts]
     found: dict[int, tuple[Targets, int]] = {}
     for group in _batches([question.size for question in questions], lm, layer, _memory(lm) if memory is None else memory):
@@ -258,10 +257,23 @@ def _down(replay: Replay, layer: int) -> tuple[Tensor, Tensor]:
     return put_in, put_out
 
 
+def check_contexts(contexts: Sequence[str]) -> list[str]:
+    """The templates as a list; raises InputError unless each is a text with one `{}`, and the bare "{}" is among them."""
+    found = check_items(contexts, "contexts", 'templates with {} for the prompt, the bare "{}" among them')
+    for context in found:
+        if check_text(context, "a context").count("{}") != 1:
+            raise InputError(f"a context is a template with exactly one {{}}, where the prompt goes; got {context!r}")
+    if "{}" not in found:
+        raise InputError('the contexts must include the bare prompt, "{}"; add it')
+    return found
+
+
 def check_layer(lm: LanguageModel, layer: int | None) -> int:
     """The layer itself; raises LayerError when the model does not have it, UnsupportedModelError when it is not a single dense FFN."""
-    if not isinstance(layer, int) or not 0 <= layer < lm.n_layers:
+    number = whole_number(layer)
+    if number is None or not 0 <= number < lm.n_layers:
         raise LayerError(f"layer {layer!r} does not exist; the model has layers 0 to {lm.n_layers - 1}")
+    layer = number
     if lm.ffn[layer].n_experts:
         dense = [ffn.layer for ffn in lm.ffn if not ffn.n_experts]
         raise UnsupportedModelError(

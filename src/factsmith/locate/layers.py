@@ -112,6 +112,7 @@ class LayerChoice(Shown):
     window       neighbouring layers restored together for `effects`; None where not traced
     facts        the trial edits
     seed         of their choice
+    quick        whether only the most promising layers were tried, with a few edits
     """
 
     rome: int
@@ -124,6 +125,7 @@ class LayerChoice(Shown):
     window: int | None = None
     facts: tuple[Fact, ...] = ()
     seed: int | None = None
+    quick: bool = False
 
     def __post_init__(self) -> None:
         for layer in (self.rome, *self.memit):
@@ -398,16 +400,16 @@ def mlp_effects(
     return tuple(total.tolist())
 
 
-def candidates(lm: LanguageModel, effects: Sequence[float]) -> list[int]:
-    """The layers to try: all dense ones of a model of up to 12 layers, else the 12 neighbours whose effects have the largest sum.
+def candidates(lm: LanguageModel, effects: Sequence[float], most: int = CANDIDATES) -> list[int]:
+    """The layers to try: all dense ones of a model of up to `most` layers, else so many neighbours whose effects have the largest sum.
 
     Raises UnsupportedModelError when no layer has a single dense feed-forward memory.
     """
-    first = max(range(max(1, lm.n_layers - CANDIDATES + 1)), key=lambda start: sum(effects[start : start + CANDIDATES]))
+    first = max(range(max(1, lm.n_layers - most + 1)), key=lambda start: sum(effects[start : start + most]))
     dense = [layer for layer in range(lm.n_layers) if not lm.ffn[layer].n_experts]
     if not dense:
         raise UnsupportedModelError(f"every layer of {lm.name} is a mixture of experts; a layer to edit has one dense down-projection")
-    return [layer for layer in dense if first <= layer < first + CANDIDATES] or dense[:CANDIDATES]
+    return [layer for layer in dense if first <= layer < first + most] or dense[:most]
 
 
 def race(

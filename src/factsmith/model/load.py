@@ -520,6 +520,8 @@ def _packed(module: Any) -> str | None:
     if getattr(module, "is_quantized", False):  # transformers' own mark, taken away by `dequantize`
         return str(getattr(module, "quantization_method", "packed weights"))
     for part in module.modules():
+        if type(part).__module__.startswith("torch.ao.nn.quantized"):  # keeps its weights where no parameter shows them
+            return f"{type(part).__module__}.{type(part).__name__}"
         own = list(part.parameters(recurse=False))
         for weight in own:
             if weight.dim() >= 2 and (not weight.is_floating_point() or weight.element_size() < 2):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers.cache_utils import DynamicCache
 
+from ..checks import check_count
 from ..errors import InputError
 from .load import LanguageModel
 from .tokens import align
@@ -44,8 +45,7 @@ def sample(
     start = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
     if start is None:
         raise InputError(f"{lm.name} has neither a BOS nor an EOS token to sample text from; pass contexts or texts of your own")
-    if not -(2**63) <= seed < 2**63:
-        raise InputError(f"seed {seed} cannot be used; expected a whole number of at most 63 bits")
+    seed = check_count(seed, "seed", "a whole number of at most 63 bits", least=-(2**63), below=2**63)
     sampler = torch.Generator().manual_seed(seed)
     own = [torch.Generator().manual_seed(zlib.crc32(f"{seed} {text}".encode())) for text in openings or ()] if apart else []
     special = [i for i in tokenizer.all_special_ids if i is not None]

@@ -121,16 +121,17 @@ def subject_span(lm_or_tokenizer: Any, text: str, subject: str) -> tuple[int, in
 
 
 def target_ids(tokenizer: Any, prompt: str, target: str, *, head: Sequence[int] | None = None) -> list[int]:
-    """The token ids that continue `prompt` with `target`: a space goes between them unless one is there; no BOS, no UNK.
+    """The token ids that continue `prompt` with `target`: a space goes between them unless the prompt ends in one; no BOS, no UNK.
 
     head: the prompt's own token ids, where they are known.
 
-    Raises InputError when the target is empty or has no known token.
+    White space around the target is not part of it. Raises InputError when the target is empty or has no known token.
     """
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    if not check_text(target, "the target").strip():
+    target = check_text(target, "the target").strip()
+    if not target:
         raise InputError(f"the target is empty; expected a continuation of {prompt!r}")
-    gap = "" if not prompt or prompt[-1].isspace() or target[0].isspace() else " "
+    gap = "" if not prompt or prompt[-1].isspace() else " "
     head = encode(tokenizer, prompt)[0] if head is None else list(head)
     whole, _ = encode(tokenizer, prompt + gap + target)
     # Mostly the whole text begins with the prompt's own tokens; where a token would reach across, the prompt keeps its tokens
