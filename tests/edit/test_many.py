@@ -320,7 +320,14 @@ def test_missing_moments_and_layers_are_named() -> None:
     with pytest.raises(LayerError, match="layer 7"):
         memit(lm, FACTS, MemitConfig((0, 7)), moments=moments_of(lm), contexts=CONTEXTS)
     with pytest.raises(InputError, match="threshold or an energy"):
-        AlphaEditConfig((0,), energy=0.5)
+        AlphaEditConfig((0,), threshold=0.02, energy=0.5)
+
+
+def test_the_null_space_is_told_by_a_threshold_or_an_energy() -> None:
+    told = [
+        (c.threshold, c.energy) for c in (AlphaEditConfig((0,)), AlphaEditConfig((0,), threshold=0.1), AlphaEditConfig((0,), energy=0.5))
+    ]
+    assert told == [(0.02, None), (0.1, None), (None, 0.5)]
 
 
 @pytest.mark.parametrize("method", list(METHODS))

@@ -291,9 +291,9 @@ class AlphaEditConfig(SpreadConfig):
     """Settings of AlphaEdit: it writes only into directions that ordinary text hardly uses."""
 
     _: KW_ONLY
-    threshold: float | None = 0.02
-    """Eigenvalues of the second moment below it make the null space; the authors' value. It does not carry over to models whose
-    coefficients have another size: there `energy` does."""
+    threshold: float | None = None
+    """Eigenvalues of the second moment below it make the null space; the authors' 0.02 where no energy is given. It does not carry over to
+    models whose coefficients have another size: there `energy` does."""
     energy: float | None = None
     """Instead of a threshold: the share of the second moment's trace that stays outside the null space."""
     l2: float | None = 10.0
@@ -302,7 +302,9 @@ class AlphaEditConfig(SpreadConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if (self.threshold is None) == (self.energy is None):
+        if self.threshold is None and self.energy is None:
+            object.__setattr__(self, "threshold", 0.02)
+        if self.threshold is not None and self.energy is not None:
             raise InputError(f"AlphaEdit takes a threshold or an energy, the other None; got {self.threshold!r} and {self.energy!r}")
         if self.threshold is not None:
             _set_positive(self, "threshold")
