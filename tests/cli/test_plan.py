@@ -134,11 +134,19 @@ def test_the_schema_is_printed(run: Run) -> None:
 ODD = [99, -1, 1.0, True, "x", [], [99], [0, "a"], [0.5], {"a": "b"}, "2024-01-01", None, [[1]], 10**30, -0.5, "nan", "inf"]
 
 
-@pytest.mark.parametrize("method", ["rome", "memit", "alphaedit", "emmet"])
-def test_no_setting_ends_in_anything_but_words(run: Run, space: Path, tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [
+        ("rome", ("layer", "steps", "lr", "scale", "strange")),
+        ("memit", ("layers", "moment_weight")),
+        ("alphaedit", ("threshold", "energy", "l2")),
+        ("emmet", ("ridge",)),
+    ],
+)
+def test_no_setting_ends_in_anything_but_words(run: Run, space: Path, tmp_path: Path, method: str, names: tuple[str, ...]) -> None:
     """Whatever stands behind a setting's name: a plan, or a refusal that says what was got; never a fault of ours (exit code 1)."""
     codes = set()
-    for name in ("layer", "layers", "steps", "lr", "clamp", "moment_weight", "scale", "strange"):
+    for name in names:
         for value in ODD:
             content = {"facts": [{"subject": "Edwin", "prompt": "{} lives in", "target": "Paris"}], "method": method}
             (tmp_path / "odd.json").write_text(json.dumps({**content, "settings": {name: value}}))
