@@ -143,7 +143,7 @@ def test_ctrl_c_in_the_middle_of_a_patch(
     run("init", model, "space")
     with monkeypatch.context() as patching:
         patching.setitem(METHODS, "rome", (solve, RomeConfig))
-        done = run("patch", "-w", "space", *FACT)
+        done = run("patch", "-w", "space", "--layer", 1, *FACT)
     assert reached and done.code == 130 and done.out == ""
     assert done.err.startswith("interrupted: ") and "Traceback" not in done.err
     with Ledger(tmp_path / "space") as ledger:
