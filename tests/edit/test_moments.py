@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -381,3 +382,11 @@ def test_files_of_the_first_version_load() -> None:
     plain = SecondMoment.from_matrix(torch.eye(4), count=9)
     assert {f.name for f in dataclasses.fields(plain) if getattr(plain, f.name) is None} == {"layer", "split_half", "excess"}
     assert repr(plain) == "SecondMoment(d_ff=4, count=9)"
+
+
+@pytest.mark.parametrize("count", [44, 44.0, torch.tensor(44), torch.tensor([44.0]), np.float64(44)])
+def test_a_count_is_whole_however_it_is_kept(count: Any) -> None:
+    assert SecondMoment.from_matrix(torch.eye(3), count=count).count == 44
+    for wrong in (44.5, float("nan"), "44", torch.ones(2), None):
+        with pytest.raises(InputError, match="count"):
+            SecondMoment.from_matrix(torch.eye(3), count=wrong)

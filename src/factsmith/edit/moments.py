@@ -105,12 +105,19 @@ class SecondMoment:
 
     @classmethod
     def from_matrix(
-        cls, matrix: Tensor | np.ndarray, *, count: int, fingerprint: str = "", corpus: str = "", layer: int | None = None
+        cls, matrix: Tensor | np.ndarray, *, count: float | Tensor, fingerprint: str = "", corpus: str = "", layer: int | None = None
     ) -> SecondMoment:
-        """Take E[m mᵀ] (d_ff, d_ff), a tensor or a numpy array, already divided by `count`, computed elsewhere."""
+        """Take E[m mᵀ] (d_ff, d_ff), a tensor or a numpy array, already divided by `count`, computed elsewhere.
+
+        count  a whole number, however it is kept: 44_000_000, 44e6, a tensor of one element
+        """
         if isinstance(matrix, np.ndarray) and matrix.dtype.kind in "fiub":
             matrix = torch.tensor(matrix)
-        return cls(matrix=cast("Tensor", matrix), count=count, fingerprint=fingerprint, corpus=corpus, layer=layer)
+        if isinstance(count, Tensor) and count.numel() == 1:
+            count = count.item()
+        if isinstance(count, float) and count.is_integer():
+            count = int(count)
+        return cls(matrix=cast("Tensor", matrix), count=cast("int", count), fingerprint=fingerprint, corpus=corpus, layer=layer)
 
     def check(self, lm: LanguageModel, layer: int | None = None, *, base: str | None = None) -> None:
         """Raises FingerprintError unless it was computed from this model, and from this layer of it; what is unknown is not asked.
