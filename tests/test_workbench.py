@@ -816,7 +816,10 @@ def test_a_chat_template_is_asked_through_the_workbench(tmp_path: Path, method: 
         before = probability()
         outcome = bench.apply(fact, method, config, texts=TEXTS, force=True)
         assert outcome.revision is not None
-        assert outcome.revision.config["contexts"][-1] == "[user] {}\n[assistant]"
+        assert outcome.revision.config["contexts"][-1] == "[user] {}\n[assistant]" and outcome.verification is not None
+        (chat,) = (check for check in outcome.verification.checks if check.role == "chat")
+        assert chat.prompt == f"[user] {fact.text}\n[assistant]" and chat.wanted == "basketball"
+        assert any("in the chat template" in warning for warning in outcome.warnings) is not chat.held
         assert probability() > before + 1
     assert probability() == before
 
