@@ -93,6 +93,11 @@ class Plan(Shown):
         return tuple(entry for entry in self.entries if entry.standing == "conflict")
 
     @property
+    def contradictions(self) -> tuple[str, ...]:
+        """The same in words, with what each is in conflict."""
+        return tuple(f"{entry.fact}: {entry.because}" for entry in self.conflicts)
+
+    @property
     def new(self) -> tuple[Fact, ...]:
         """The facts that the model does not say yet."""
         return tuple(entry.fact for entry in self.entries if not entry.known)

@@ -89,7 +89,7 @@ class Outcome(Shown):
     @property
     def failures(self) -> tuple[str, ...]:
         """Which facts are in conflict, which second moments say too little, which gate failed and which fact failed where, in words."""
-        conflicts = tuple(f"conflict: {entry.fact}: {entry.because}" for entry in self.proposal.plan.conflicts)
+        conflicts = tuple(f"conflict: {why}" for why in self.proposal.plan.contradictions)
         thin = tuple(f"text: {why}" for why in self.proposal.thin.values())
         return conflicts + thin + tuple(f"{gate.name}: {why}" for gate in self.gates if not gate.passed for why in gate.failures)
 
@@ -244,7 +244,7 @@ class Workbench:
         config = config or kind.recommended(self.lm)
         notes = []
         if places is None:
-            choice = self._kept_layers() or published_choice(self.lm)
+            choice = self._known_layers()
             places = (config.edited or ()) if choice is None else chosen_layers(self.lm, kind, choice)
             if choice is None:
                 notes.append(
@@ -472,9 +472,6 @@ class Workbench:
         def find(layers: Sequence[int]) -> Mapping[int, SecondMoment]:
             return self.find_moments(layers, texts=texts, seed=seed, progress=progress)
 
-        def known() -> LayerChoice | None:
-            return self._kept_layers() or published_choice(self.lm)
-
         def measured() -> LayerChoice:
             nonlocal texts
             texts = None if texts is None else list(texts)  # read twice now
@@ -492,7 +489,7 @@ class Workbench:
             facts,
             method,
             config,
-            known,
+            self._known_layers,
             measured,
             moments or find,
             changed,
@@ -606,7 +603,7 @@ class Workbench:
             return Outcome(proposal=proposal, revision=None, gates=results, drift=moved, room=room, made=made)
         forced = failed or bool(planned.conflicts)
         report = proposal.verification.to_dict() | {"seconds": sum(proposal.seconds.values()), "forced": forced}
-        report |= {"conflicts": [f"{entry.fact}: {entry.because}" for entry in planned.conflicts]} if planned.conflicts else {}
+        report |= {"conflicts": list(planned.contradictions)} if planned.conflicts else {}
         report |= {"gates": [result.to_dict() for result in results]} if results else {}
         report |= {"drift": {name: value for name, value in moved.measures.items() if value is not None}} if moved is not None else {}
         revision = self.commit(proposal.delta, report, moments=proposal.moments, message=message)
@@ -862,6 +859,10 @@ class Workbench:
     @property
     def _layers_file(self) -> Path:
         return self.ledger.folder / "layers.json"
+
+    def _known_layers(self) -> LayerChoice | None:
+        """The layers to edit as far as they are known without work: kept here, else what came with the model or was published for it."""
+        return self._kept_layers() or published_choice(self.lm)
 
     def _kept_layers(self) -> LayerChoice | None:
         """What the workspace keeps for this model; None when there is nothing, or it is another model's."""

@@ -199,7 +199,7 @@ def patch(
                 facts, method, config, moments=given, texts=corpus, seed=seed, force=force, message=message, progress=tell
             )
             proposal, revision = outcome.proposal, outcome.revision
-            conflicts = outcome.failures if proposal.delta is None else ()
+            conflicts = proposal.plan.contradictions if proposal.delta is None else ()
     where = None if bench is None else str(bench.ledger.folder.resolve())
     for warning in proposal.warnings:
         complain("warning", warning)
@@ -221,7 +221,7 @@ def patch(
 
     print_result({**proposal.to_dict(), "workspace": where, "revision": revision and revision.to_dict()}, show, as_json)
     for one in conflicts:
-        complain("conflict", one.removeprefix("conflict: "))
+        complain("conflict", one)
     if conflicts:
         complain("error", "nothing was written; revert what is there, or --force")
     if conflicts or (revision is None and (proposal.failed or (proposal.thin and not force))):

@@ -110,7 +110,7 @@ def apply(
         options: dict[str, Any] = {"texts": corpus, "seed": seed, "force": force, "message": message, "progress": tell}
         outcome = bench.apply(sheet.facts, name, config, gates=sheet.gates, **options)
     planned = outcome.proposal.plan
-    conflicts = [f"{entry.fact}: {entry.because}" for entry in planned.conflicts]
+    conflicts = list(planned.contradictions)
     result = {"plan": planned.to_dict(), "outcome": outcome.to_dict(), "conflicts": conflicts}
     failed = outcome.failures if outcome.revision is None else ()
 

@@ -501,9 +501,8 @@ def _same(answer: str, before: str | None, right: str | None) -> bool | None:
     """Whether an answer says what was said before, by its first phrase."""
     if before is None:
         return None
-    return answer == before or begins_with(
-        answer, as_said(before, right)
-    )  # of "1,000" the first phrase is "1", which it does not begin with
+    # Of "1,000" the first phrase is "1", which it does not begin with: what is the same needs no phrase.
+    return answer == before or begins_with(answer, as_said(before, right))
 
 
 # ── running ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
