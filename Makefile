@@ -10,8 +10,8 @@ demo: $(VENV)/.installed
 	$(BIN)/factsmith demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/ruff check src tests benchmarks scripts
-	$(BIN)/ruff format --check src tests benchmarks scripts
+	$(BIN)/ruff check src tests benchmarks tools
+	$(BIN)/ruff format --check src tests benchmarks tools
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
@@ -25,8 +25,8 @@ COUNTERFACT ?= ../shared/data/counterfact/full-1017.json
 OUT ?= runs
 atlas: $(VENV)/.installed-dev
 	for name in atlas atlas-llama; do \
-	  $(BIN)/python -m factsmith.model.atlas.train $$name --prose $(PROSE) --out $(OUT)/$$name && \
-	  $(BIN)/python -m factsmith.model.atlas.evaluate $(OUT)/$$name --prose $(PROSE) --counterfact $(COUNTERFACT) --json $(OUT)/$$name/measured.json || exit 1; \
+	  $(BIN)/python -m tools.atlas.train $$name --prose $(PROSE) --out $(OUT)/$$name && \
+	  $(BIN)/python -m tools.atlas.evaluate $(OUT)/$$name --prose $(PROSE) --counterfact $(COUNTERFACT) --json $(OUT)/$$name/measured.json || exit 1; \
 	done
 
 clean:

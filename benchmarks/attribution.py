@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 import factsmith as fs
+from factsmith import atlas
 from factsmith.locate.attribution import rank_correlation
-from factsmith.locate.causal import Runs, answer_probability, record_runs, window_spans
-from factsmith.model import atlas
+from factsmith.locate.kinds import window_spans
+from factsmith.locate.runs import Runs, answer_probability, record_runs
 from factsmith.model.trace import replacing
 
 KINDS = ("state", "mlp", "attention")
@@ -36,8 +37,17 @@ def known_facts(lm: Any, count: int, seed: int = 0) -> list[fs.Fact]:
     every = atlas.facts()
     for index in np.random.RandomState(seed).permutation(len(every)):
         entry = every[index]
-        fact = fs.Fact(entry.subject, atlas.phrasings(entry.relation).trained[0], entry.object, relation=entry.relation)
-        if entry.relation in facts or fact.text.count(fact.subject) != 1 or not lm.says([fact.text], [fact.target])[0]:
+        fact = fs.Fact(
+            entry.subject,
+            atlas.phrasings(entry.relation).trained[0],
+            entry.object,
+            relation=entry.relation,
+        )
+        if (
+            entry.relation in facts
+            or fact.text.count(fact.subject) != 1
+            or not lm.says([fact.text], [fact.target])[0]
+        ):
             continue
         facts[entry.relation] = fact
         if len(facts) == count:
@@ -45,12 +55,17 @@ def known_facts(lm: Any, count: int, seed: int = 0) -> list[fs.Fact]:
     return list(facts.values())
 
 
-def estimate(runs: Runs, kind: str, window: int, *, log: bool, staggered: bool, passes: int) -> Tensor:
+def estimate(
+    runs: Runs, kind: str, window: int, *, log: bool, staggered: bool, passes: int
+) -> Tensor:
     """(S, n_layers) first-order effects, from the gradient of p(answer) or of its logarithm."""
     lm, live = runs.lm, runs.corrupted
     if kind == "state":
         sites: list[Any] = list(lm.layers)
-        moved = [clean - corrupted for clean, corrupted in zip(runs.clean.hidden[1:], live.hidden[1:], strict=True)]
+        moved = [
+            clean - corrupted
+            for clean, corrupted in zip(runs.clean.hidden[1:], live.hidden[1:], strict=True)
+        ]
     else:
         sites = [ffn.module for ffn in lm.ffn] if kind == "mlp" else list(lm.attention)
         moved = [out[:1] - out[1:] for out in runs.outputs[kind]]  # type: ignore[index]
@@ -67,17 +82,28 @@ def estimate(runs: Runs, kind: str, window: int, *, log: bool, staggered: bool, 
             return output + probes[-1]
 
         with torch.enable_grad(), replacing(dict.fromkeys(sites, probed)):
-            hidden = live.resume(0, live.hidden[0] + share[:, None, None] * (runs.clean.hidden[0] - live.hidden[0]))
+            hidden = live.resume(
+                0, live.hidden[0] + share[:, None, None] * (runs.clean.hidden[0] - live.hidden[0])
+            )
             p = answer_probability(lm, hidden, runs.answer_ids)
             found = torch.autograd.grad((p.log() if log else p).sum(), probes)
         shaped = (g.reshape(runs.samples, -1, lm.d_model)[:, -live.n_live :] for g in found)
-        total += torch.stack([(m * g).sum(-1).mean(0) for m, g in zip(moved, shaped, strict=True)], dim=1) / passes
+        total += (
+            torch.stack(
+                [(m * g).sum(-1).mean(0) for m, g in zip(moved, shaped, strict=True)], dim=1
+            )
+            / passes
+        )
     spans = window_spans(lm.n_layers, window if kind != "state" else 1)
-    return torch.stack([total[:, span.start : span.stop].sum(1) for span in spans], dim=1)[: len(runs.tokens) - runs.subject_span[0]]
+    return torch.stack([total[:, span.start : span.stop].sum(1) for span in spans], dim=1)[
+        : len(runs.tokens) - runs.subject_span[0]
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="atlas")
     parser.add_argument("--facts", type=int, default=30)
     parser.add_argument("--window", type=int, default=2)
@@ -89,20 +115,29 @@ def main() -> None:
     lm = fs.load(args.model)
     facts = known_facts(lm, args.facts)
     noise = fs.average_trace(lm, facts, kinds=["state"], samples=1).noise
-    variants = [(log, staggered, passes) for log in (False, True) for staggered in (False, True) for passes in args.passes]
+    variants = [
+        (log, staggered, passes)
+        for log in (False, True)
+        for staggered in (False, True)
+        for passes in args.passes
+    ]
     found: dict[tuple[str, bool, bool, int], list[tuple[float, float, float]]] = {}
     for fact in facts:
         runs = record_runs(lm, fact.text, fact.subject, target=fact.target, noise=noise)
         for kind in KINDS:
             exact = runs.trace(kind, window=args.window).effects[runs.subject_span[0] :].flatten()  # type: ignore[arg-type]
             for log, staggered, passes in variants:
-                own = estimate(runs, kind, args.window, log=log, staggered=staggered, passes=passes).flatten()
+                own = estimate(
+                    runs, kind, args.window, log=log, staggered=staggered, passes=passes
+                ).flatten()
                 pearson = float(torch.corrcoef(torch.stack([own, exact]))[0, 1])
                 found.setdefault((kind, log, staggered, passes), []).append(
                     (rank_correlation(own, exact), pearson, float(own.argmax() == exact.argmax()))
                 )
     rows = []
-    print(f"{'kind':<10} {'gradient of':<12} {'points':<10} {'passes':>6} {'Spearman':>9} {'median':>7} {'Pearson':>8} {'same peak':>10}")
+    print(
+        f"{'kind':<10} {'gradient of':<12} {'points':<10} {'passes':>6} {'Spearman':>9} {'median':>7} {'Pearson':>8} {'same peak':>10}"
+    )
     for (kind, log, staggered, passes), values in found.items():
         spearman, pearson, peak = (list(column) for column in zip(*values, strict=True))
         row = {
@@ -121,7 +156,14 @@ def main() -> None:
             f"{row['pearson_mean']:>8} {row['same_peak']:>10}"
         )
     if args.json:
-        content = {"model": args.model, "facts": len(facts), "noise": noise, "window": args.window, "samples": 10, "rows": rows}
+        content = {
+            "model": args.model,
+            "facts": len(facts),
+            "noise": noise,
+            "window": args.window,
+            "samples": 10,
+            "rows": rows,
+        }
         args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

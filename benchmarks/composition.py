@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tools.atlas.corpus import read_prose, stated
 
 import factsmith as fs
-from factsmith.model import atlas
-from factsmith.model.atlas.corpus import read_prose, stated
-from factsmith.model.load import LanguageModel
+from factsmith import atlas
+from factsmith.model.language_model import LanguageModel
 
 TEXT = Path(__file__).resolve().parents[1] / "../shared/data/text"
 
@@ -48,12 +48,22 @@ def prose_prompts(lm: LanguageModel, folder: Path, n: int) -> tuple[list[str], l
 def figures(found: fs.Refinement) -> dict[str, Any]:
     """What goes into the table."""
     quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
-    each = {name: getattr(found, name) for name in ("composed", "chance", "counted", "says", "first")}
+    each = {
+        name: getattr(found, name) for name in ("composed", "chance", "counted", "says", "first")
+    }
     each |= {**found.cases, "probability": found.probabilities.double().mean(0)}
-    each |= {"half": found.half.double().quantile(quartiles), "half_of_layer": found.half_of_layer.double().quantile(quartiles, dim=0)}
+    each |= {
+        "half": found.half.double().quantile(quartiles),
+        "half_of_layer": found.half_of_layer.double().quantile(quartiles, dim=0),
+    }
     each |= {"rank_quartiles": found.quantiles(0.25, 0.5, 0.75)}
     rounded = {name: torch.round(shares, decimals=4).tolist() for name, shares in each.items()}
-    return {"predictions": len(found.answers), "neurons": found.neurons, "among": list(found.among), **rounded}
+    return {
+        "predictions": len(found.answers),
+        "neurons": found.neurons,
+        "among": list(found.among),
+        **rounded,
+    }
 
 
 def show(name: str, found: fs.Refinement) -> None:
@@ -63,7 +73,9 @@ def show(name: str, found: fs.Refinement) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("-n", type=int, default=2000, help="predictions of either kind")
     parser.add_argument("--prose", default=str(TEXT), help="a folder of .txt files; empty: none")
     parser.add_argument("--json", type=Path)
@@ -74,7 +86,10 @@ def main() -> None:
     for name in atlas.names():
         lm = fs.load(name)
         prompts = fact_prompts(lm, given.n)
-        runs: dict[str, tuple[list[str], list[int] | None, bool]] = {"facts": (prompts, None, False), "facts, norm": (prompts, None, True)}
+        runs: dict[str, tuple[list[str], list[int] | None, bool]] = {
+            "facts": (prompts, None, False),
+            "facts, norm": (prompts, None, True),
+        }
         if given.prose:
             runs["prose"] = (*prose_prompts(lm, Path(given.prose), given.n), False)
         for kind, (texts, positions, norm) in runs.items():
@@ -84,9 +99,14 @@ def main() -> None:
             show(f"{kind}, {seconds:.1f} s:", found)
             results.setdefault(name, {})[kind] = {**figures(found), "seconds": round(seconds, 1)}
             if given.pictures and kind == "facts":
-                fs.refinement_chart(found).savefig(given.pictures / f"refinement-{name}.png", dpi=220)
+                fs.refinement_chart(found).savefig(
+                    given.pictures / f"refinement-{name}.png", dpi=220
+                )
     if given.pictures:
-        fs.prediction_chart(fs.compose(fs.load("atlas"), "The currency of Bulgaria is the"), path=given.pictures / "explained.png")
+        fs.prediction_chart(
+            fs.compose(fs.load("atlas"), "The currency of Bulgaria is the"),
+            path=given.pictures / "explained.png",
+        )
     if given.json:
         given.json.write_text(json.dumps(results, indent=1) + "\n")
 

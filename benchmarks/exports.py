@@ -24,12 +24,14 @@ import torch
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from factsmith.core.errors import FactsmithError, ModelError, NumericsError
+from factsmith.core.fact import Fact
 from factsmith.edit.delta import Delta
-from factsmith.errors import FactsmithError, ModelError, NumericsError
-from factsmith.export import export_adapter, export_checkpoint
-from factsmith.fact import Fact
-from factsmith.model.load import LanguageModel, load
-from factsmith.readback import LIMITS, Job, ask, compare, read_back
+from factsmith.keep.export.adapter import export_adapter
+from factsmith.keep.export.checkpoint import export_checkpoint
+from factsmith.keep.export.readback import LIMITS, Job, ask, compare, read_back
+from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import load
 from families import letters, tiny_model
 
 TOGETHER = 24
@@ -66,20 +68,38 @@ def written(family: str, place: Path) -> list[dict[str, Any]]:
         lm = load(place / "base", dtype=torch.float32)
         delta = update(lm)
     except FactsmithError as error:
-        return [{"family": family, "outcome": "refused", "why": str(error).replace(str(place / "base"), family)}]
+        return [
+            {
+                "family": family,
+                "outcome": "refused",
+                "why": str(error).replace(str(place / "base"), family),
+            }
+        ]
     except Exception as error:
-        return [{"family": family, "outcome": "not built", "why": f"{type(error).__name__}: {error}"[:200]}]
+        return [
+            {
+                "family": family,
+                "outcome": "not built",
+                "why": f"{type(error).__name__}: {error}"[:200],
+            }
+        ]
     if delta is None:
         return [{"family": family, "outcome": "no dense layer"}]
     questions = ask(lm, [delta])
     export_checkpoint(lm, delta, place / "checkpoint", verify=False)
     export_adapter(lm, delta, place / "adapter", verify=False)
     return [
-        {"family": family, "format": "checkpoint", "job": Job(str(place / "checkpoint"), questions)},
+        {
+            "family": family,
+            "format": "checkpoint",
+            "job": Job(str(place / "checkpoint"), questions),
+        },
         {
             "family": family,
             "format": "adapter",
-            "job": Job(str(place / "base"), questions, dtype="float32", adapter=str(place / "adapter")),
+            "job": Job(
+                str(place / "base"), questions, dtype="float32", adapter=str(place / "adapter")
+            ),
         },
     ]
 
@@ -107,8 +127,14 @@ def settle(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", help="model types (default: all of transformers' causal language models)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "families",
+        nargs="*",
+        help="model types (default: all of transformers' causal language models)",
+    )
     parser.add_argument("--json", help="write the results here")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -123,14 +149,23 @@ def main() -> None:
                 settle(rows)
         settle(rows)
     for row in rows:
-        said = f"{row['difference']:.0e} of {row['moved']:.0e}" if row["outcome"] == "equal" else row.get("why", "")
+        said = (
+            f"{row['difference']:.0e} of {row['moved']:.0e}"
+            if row["outcome"] == "equal"
+            else row.get("why", "")
+        )
         print(f"{row['family']:24} {row.get('format', ''):10} {row['outcome']:14} {said[:160]}")
-    counts = {form: dict(Counter(row["outcome"] for row in rows if row.get("format") == form)) for form in ("checkpoint", "adapter")}
+    counts = {
+        form: dict(Counter(row["outcome"] for row in rows if row.get("format") == form))
+        for form in ("checkpoint", "adapter")
+    }
     worst = max((row["difference"] for row in rows if row["outcome"] == "equal"), default=0.0)
     print(f"\n{counts}; logits of those that are equal are off by {worst:.0e} at most")
     if options.json:
         result = {"counts": counts, "worst": worst, "results": rows}
-        Path(options.json).write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        Path(options.json).write_text(
+            json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

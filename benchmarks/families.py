@@ -37,11 +37,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
-from factsmith.errors import FactsmithError, UnsupportedModelError
+from factsmith.core.errors import FactsmithError, UnsupportedModelError
 from factsmith.model.ffn import FeedForward
-from factsmith.model.load import LanguageModel, wrap
+from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import wrap
 from factsmith.model.replay import record
-from factsmith.model.tokens import align
 
 VOCAB = 320
 LAYERS = 3
@@ -49,14 +49,32 @@ ROWS = [[55, 90, 133, 61, 217, 200, 144], [70, 121, 150, 99], [88, 120, 77, 131,
 PIVOTS = [4, 1, 3]
 # What makes a default config large, by the words configs use for it; the first pattern that matches the whole name decides.
 SIZES: list[tuple[str, int]] = [
-    (r"(num_hidden_layers|n_layers?|num_layers|num_decoder_layers|decoder_layers|encoder_layers|num_encoder_layers)", LAYERS),
-    (r"(hidden_size|n_embd|d_model|model_dim|embedding_size|embed_dim|dim|emb_dim|word_embed_proj_dim|width)", 32),
+    (
+        r"(num_hidden_layers|n_layers?|num_layers|num_decoder_layers|decoder_layers|encoder_layers|num_encoder_layers)",
+        LAYERS,
+    ),
+    (
+        r"(hidden_size|n_embd|d_model|model_dim|embedding_size|embed_dim|dim|emb_dim|word_embed_proj_dim|width)",
+        32,
+    ),
     (r"(moe_intermediate_size|expert_ffn_hidden_size|expert_dim|moe_ffn_dim)", 24),
     (r".*(shared_expert|shared_intermediate).*size", 40),
-    (r".*(intermediate_size|ffn_dim|ffn_hidden_size|d_ff|inner_dim|n_inner|dff|ffn_size|mlp_dim)(_mlp)?", 48),
-    (r"(num_attention_heads|n_heads?|num_heads|decoder_attention_heads|encoder_attention_heads|num_q_heads)", 4),
-    (r"(num_key_value_heads|num_kv_heads|n_kv_heads|num_kv_groups|kv_n_heads|attention_num_kv_heads)", 2),
-    (r"(head_dim|d_kv|attention_head_dim|v_head_dim|qk_nope_head_dim|kv_channels|global_head_dim|attention_head_size)", 8),
+    (
+        r".*(intermediate_size|ffn_dim|ffn_hidden_size|d_ff|inner_dim|n_inner|dff|ffn_size|mlp_dim)(_mlp)?",
+        48,
+    ),
+    (
+        r"(num_attention_heads|n_heads?|num_heads|decoder_attention_heads|encoder_attention_heads|num_q_heads)",
+        4,
+    ),
+    (
+        r"(num_key_value_heads|num_kv_heads|n_kv_heads|num_kv_groups|kv_n_heads|attention_num_kv_heads)",
+        2,
+    ),
+    (
+        r"(head_dim|d_kv|attention_head_dim|v_head_dim|qk_nope_head_dim|kv_channels|global_head_dim|attention_head_size)",
+        8,
+    ),
     (r"(qk_rope_head_dim|rotary_dim|qk_head_dim)", 4),
     (r"(q_lora_rank|kv_lora_rank|o_lora_rank)", 16),
     (r"(vocab_size|vocab_size_per_layer_input|padded_vocab_size)", VOCAB),
@@ -65,7 +83,10 @@ SIZES: list[tuple[str, int]] = [
         64,
     ),
     (r"(num_local_experts|num_experts|n_routed_experts|moe_num_experts|n_experts)", 4),
-    (r"(num_experts_per_tok|num_experts_per_token|top_k_experts|moe_top_k|moe_topk|top_k|n_experts_per_tok|moe_k)", 2),
+    (
+        r"(num_experts_per_tok|num_experts_per_token|top_k_experts|moe_top_k|moe_topk|top_k|n_experts_per_tok|moe_k)",
+        2,
+    ),
     (r"(n_group|topk_group|num_nextn_predict_layers|first_k_dense_replace)", 1),
     (r"(sliding_window|attention_window|window_size|local_attention_window_size)", 4),
     (r"(hidden_size_per_layer_input|laurel_rank|altup_rank)", 8),
@@ -83,8 +104,16 @@ SIZES: list[tuple[str, int]] = [
 def shrink(values: dict[str, Any]) -> dict[str, Any]:
     """A config's own values with everything large made small."""
     small = {name: shrunk(name, value) for name, value in values.items()}
-    if "qk_rope_head_dim" in values:  # latent attention: the rotated part of a head is its "head_dim"
-        small.update({k: v for k, v in {"head_dim": 4, "qk_head_dim": 12, "num_key_value_heads": 4}.items() if k in values})
+    if (
+        "qk_rope_head_dim" in values
+    ):  # latent attention: the rotated part of a head is its "head_dim"
+        small.update(
+            {
+                k: v
+                for k, v in {"head_dim": 4, "qk_head_dim": 12, "num_key_value_heads": 4}.items()
+                if k in values
+            }
+        )
     return small
 
 
@@ -93,13 +122,23 @@ def shrunk(name: str, value: Any) -> Any:
         if name.endswith("_config"):
             return shrink(value)
         return (
-            {"rope_type": "default", "rope_theta": 10000.0} if name == "rope_parameters" and value.get("rope_theta", 0) is None else value
+            {"rope_type": "default", "rope_theta": 10000.0}
+            if name == "rope_parameters" and value.get("rope_theta", 0) is None
+            else value
         )
     size = next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), None)
-    if name in ("layer_types", "mlp_layer_types", "layers_block_type", "attention_layers") and isinstance(value, list) and value:
+    if (
+        name in ("layer_types", "mlp_layer_types", "layers_block_type", "attention_layers")
+        and isinstance(value, list)
+        and value
+    ):
         kinds = list(dict.fromkeys(map(str, value)))
         return [kinds[-1 - i % len(kinds)] for i in range(LAYERS)][::-1]
-    if isinstance(value, list) and len(value) > LAYERS and all(isinstance(v, (int, float)) for v in value):
+    if (
+        isinstance(value, list)
+        and len(value) > LAYERS
+        and all(isinstance(v, (int, float)) for v in value)
+    ):
         return [size if size is not None else v for v in value[:LAYERS]]
     if name.endswith("token_id"):
         return {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}.get(name, VOCAB - 1)
@@ -108,8 +147,18 @@ def shrunk(name: str, value: Any) -> Any:
     if isinstance(value, float):
         return 0.0 if "dropout" in name or name.endswith("pdrop") or "layerdrop" in name else value
     if value is None:
-        return {"num_key_value_heads": 2, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "head_dim": 8}.get(name)
-    return size if size is not None and isinstance(value, int) and not isinstance(value, bool) else value
+        return {
+            "num_key_value_heads": 2,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "head_dim": 8,
+        }.get(name)
+    return (
+        size
+        if size is not None and isinstance(value, int) and not isinstance(value, bool)
+        else value
+    )
 
 
 def tiny_config(family: str) -> PretrainedConfig:
@@ -124,10 +173,18 @@ def tiny_config(family: str) -> PretrainedConfig:
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "codegen": {"rotary_dim": 4},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1], [["global"], 1]], "attention_layers": ["global", "local", "global"]},
+    "gpt_neo": {
+        "attention_types": [[["global", "local"], 1], [["global"], 1]],
+        "attention_layers": ["global", "local", "global"],
+    },
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba"]},
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
 }
 
@@ -148,17 +205,32 @@ def tiny_model(family: str, seed: int = 0) -> nn.Module:
 def letters() -> PreTrainedTokenizerFast:
     """A byte tokenizer: enough to have ids and text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<|end|>", "<|begin|>", "<|stop|>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab={**vocabulary, **{f"extra{i}": i for i in range(len(vocabulary), VOCAB)}}, merges=[]))
+    vocabulary = {
+        token: i for i, token in enumerate(["<|end|>", "<|begin|>", "<|stop|>", *alphabet])
+    }
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={**vocabulary, **{f"extra{i}": i for i in range(len(vocabulary), VOCAB)}},
+            merges=[],
+        )
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|stop|>", bos_token="<|begin|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|stop|>", bos_token="<|begin|>"
+    )
 
 
 # ── the plain model, with its own hooks: the other side of every comparison ────────────────────────────────────────────────
 
 
-def plain_logits(lm: LanguageModel, ids: list[int], layer: int | None = None, change: Tensor | None = None, column: int = 0) -> Tensor:
+def plain_logits(
+    lm: LanguageModel,
+    ids: list[int],
+    layer: int | None = None,
+    change: Tensor | None = None,
+    column: int = 0,
+) -> Tensor:
     """One unpadded sequence through the model, (T, vocab); `change` (n, d) is added to a layer's input from a column on."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -170,7 +242,11 @@ def plain_logits(lm: LanguageModel, ids: list[int], layer: int | None = None, ch
         hidden[0, column:] += change
         return args, {**kwargs, lm.slot: hidden}
 
-    handle = lm.layers[layer].register_forward_pre_hook(hook, with_kwargs=True) if layer is not None else None
+    handle = (
+        lm.layers[layer].register_forward_pre_hook(hook, with_kwargs=True)
+        if layer is not None
+        else None
+    )
     try:
         return lm.module(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
     finally:
@@ -187,7 +263,9 @@ def memory_error(lm: LanguageModel) -> float:
     """How far the sums of coefficient times value are from what the memories put out."""
     seen: dict[int, tuple[Tensor, Tensor]] = {}
     handles = [
-        ffn.down.register_forward_hook(lambda m, args, out, layer=ffn.layer: seen.__setitem__(layer, (args[0], out.clone())))
+        ffn.down.register_forward_hook(
+            lambda m, args, out, layer=ffn.layer: seen.__setitem__(layer, (args[0], out.clone()))
+        )
         for ffn in lm.ffn
         if not ffn.n_experts
     ]
@@ -197,7 +275,9 @@ def memory_error(lm: LanguageModel) -> float:
     worst = max([0.0, *(expert_error(lm, ffn) for ffn in lm.ffn if ffn.n_experts)])
     for layer, (coefficients, out) in seen.items():
         ffn = lm.ffn[layer]
-        written = torch.einsum("...i,id->...d", coefficients, ffn.values) + (0 if ffn.bias is None else ffn.bias)
+        written = torch.einsum("...i,id->...d", coefficients, ffn.values) + (
+            0 if ffn.bias is None else ffn.bias
+        )
         worst = max(worst, difference(written, out))
     return worst
 
@@ -205,7 +285,9 @@ def memory_error(lm: LanguageModel) -> float:
 def expert_error(lm: LanguageModel, ffn: FeedForward) -> float:
     """How far the routed (and shared) experts' sums are from what the block puts out, token by token."""
     seen: list[Tensor] = []
-    handle = ffn.module.register_forward_hook(lambda m, args, out: seen.append((out[0] if isinstance(out, tuple) else out).clone()))
+    handle = ffn.module.register_forward_hook(
+        lambda m, args, out: seen.append((out[0] if isinstance(out, tuple) else out).clone())
+    )
     lm.module(input_ids=torch.tensor(ROWS[:1]), use_cache=False)
     handle.remove()
     routing = ffn.routing(lambda: lm.module(input_ids=torch.tensor(ROWS[:1]), use_cache=False))
@@ -215,9 +297,18 @@ def expert_error(lm: LanguageModel, ffn: FeedForward) -> float:
         for place, expert in enumerate(routing.experts[token].tolist()):
             if expert < ffn.n_experts:
                 bank = ffn.experts[expert]
-                written = sum(m * v for m, v in zip(routing.coefficients[token, place], bank.values, strict=True))
-                total += routing.weights[token, place] * (written + (0 if bank.bias is None else bank.bias))
-        if ffn.shared is not None and routing.shared is not None and routing.shared_weight is not None:
+                written = sum(
+                    m * v
+                    for m, v in zip(routing.coefficients[token, place], bank.values, strict=True)
+                )
+                total += routing.weights[token, place] * (
+                    written + (0 if bank.bias is None else bank.bias)
+                )
+        if (
+            ffn.shared is not None
+            and routing.shared is not None
+            and routing.shared_weight is not None
+        ):
             total += routing.shared_weight[token] * (routing.shared[token] @ ffn.shared.values)
         worst = max(worst, difference(total, out))
     return worst
@@ -225,7 +316,7 @@ def expert_error(lm: LanguageModel, ffn: FeedForward) -> float:
 
 def replay_error(lm: LanguageModel, start: int, rows: list[list[int]], pivots: list[int]) -> float:
     """Replay from every layer with a changed hidden state, against each row alone in the plain model."""
-    batch = align(lm, rows, pivots)
+    batch = lm.align(rows, pivots)
     replay = record(lm, batch, start=start)
     worst = 0.0
     generator = torch.Generator().manual_seed(start)
@@ -244,13 +335,17 @@ def replay_error(lm: LanguageModel, start: int, rows: list[list[int]], pivots: l
 def gradient_error(lm: LanguageModel) -> float:
     """The gradient at a layer's input by replay, against the plain model's."""
     ids, layer, column = ROWS[0], 1, 4
-    replay = record(lm, align(lm, [ids], [column]), start=column)
+    replay = record(lm, lm.align([ids], [column]), start=column)
     with torch.enable_grad():
         ours, plain = torch.zeros(2, lm.d_model).requires_grad_().unbind()
         hidden = torch.cat([replay.hidden[layer][:, :1] + ours, replay.hidden[layer][:, 1:]], dim=1)
-        a = torch.autograd.grad(replay.logits(replay.resume(layer, hidden)[0, -1]).log_softmax(-1)[7], ours)[0]
+        a = torch.autograd.grad(
+            replay.logits(replay.resume(layer, hidden)[0, -1]).log_softmax(-1)[7], ours
+        )[0]
         change = torch.cat([plain[None], torch.zeros(len(ids) - column - 1, lm.d_model)])
-        b = torch.autograd.grad(plain_logits(lm, ids, layer, change, column)[-1].log_softmax(-1)[7], plain)[0]
+        b = torch.autograd.grad(
+            plain_logits(lm, ids, layer, change, column)[-1].log_softmax(-1)[7], plain
+        )[0]
     return difference(a, b)
 
 
@@ -266,14 +361,21 @@ def answer_error(lm: LanguageModel) -> float:
                 break
         expected.append(new)
     groups = lm.groups([len(r) for r in ROWS])
-    got = {i: ids for group in groups for i, ids in zip(group, lm.continue_greedily([ROWS[i] for i in group], 4), strict=True)}
+    got = {
+        i: ids
+        for group in groups
+        for i, ids in zip(group, lm.continue_greedily([ROWS[i] for i in group], 4), strict=True)
+    }
     # A line break may end our answer early.
     return float(sum(got[i] != expected[i][: len(got[i])] for i in range(len(ROWS))))
 
 
 def hooks(module: nn.Module) -> int:
     """How many hooks and instance-level forwards the modules carry."""
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in vars(m)) for m in module.modules())
+    return sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in vars(m))
+        for m in module.modules()
+    )
 
 
 def check(family: str) -> dict[str, Any]:
@@ -284,34 +386,68 @@ def check(family: str) -> dict[str, Any]:
         with torch.no_grad():
             logits = module(input_ids=torch.tensor(ROWS[:1])).logits
         if not bool(logits.isfinite().all()):
-            return {"family": family, "outcome": "not built", "why": "its own output is not finite with random weights"}
+            return {
+                "family": family,
+                "outcome": "not built",
+                "why": "its own output is not finite with random weights",
+            }
     except Exception as error:
-        return {"family": family, "outcome": "not built", "why": f"{type(error).__name__}: {error}".split("\n")[0][:160]}
+        return {
+            "family": family,
+            "outcome": "not built",
+            "why": f"{type(error).__name__}: {error}".split("\n")[0][:160],
+        }
     started = time.perf_counter()
     try:
         lm = wrap(module, letters())
     except UnsupportedModelError as error:
         clean = hooks(module) == before
-        return {"family": family, "outcome": "refused" if clean else "silent", "why": str(error) if clean else "left hooks behind"}
+        return {
+            "family": family,
+            "outcome": "refused" if clean else "silent",
+            "why": str(error) if clean else "left hooks behind",
+        }
     except Exception as error:
-        return {"family": family, "outcome": "silent", "why": f"load: {type(error).__name__}: {error}"}
-    result: dict[str, Any] = {"family": family, "seconds": round(time.perf_counter() - started, 2), "cached": lm.caches_prefix}
+        return {
+            "family": family,
+            "outcome": "silent",
+            "why": f"load: {type(error).__name__}: {error}",
+        }
+    result: dict[str, Any] = {
+        "family": family,
+        "seconds": round(time.perf_counter() - started, 2),
+        "cached": lm.caches_prefix,
+    }
     try:
         with torch.no_grad():
             result["memory"] = memory_error(lm)
             result["full"] = replay_error(lm, 0, ROWS[:1], PIVOTS[:1])
             result["suffix"] = replay_error(lm, 4, ROWS[:1], PIVOTS[:1])
             if lm.hides_padding:
-                result["aligned"] = max(replay_error(lm, 0, ROWS, PIVOTS), replay_error(lm, 4, ROWS, PIVOTS))
+                result["aligned"] = max(
+                    replay_error(lm, 0, ROWS, PIVOTS), replay_error(lm, 4, ROWS, PIVOTS)
+                )
             result["answers"] = answer_error(lm)
         result["gradient"] = gradient_error(lm)
         result["hooks"] = float(hooks(module) != before)
     except FactsmithError as error:
-        return {**result, "outcome": "silent", "why": f"accepted, then {type(error).__name__}: {error}"}
+        return {
+            **result,
+            "outcome": "silent",
+            "why": f"accepted, then {type(error).__name__}: {error}",
+        }
     except Exception as error:
         return {**result, "outcome": "silent", "why": f"{type(error).__name__}: {error}"}
-    wrong = [name for name, value in result.items() if isinstance(value, float) and name != "seconds" and not value <= 1e-5]
-    return {**result, "outcome": "silent" if wrong else "pass", "why": f"differs: {', '.join(wrong)}" if wrong else ""}
+    wrong = [
+        name
+        for name, value in result.items()
+        if isinstance(value, float) and name != "seconds" and not value <= 1e-5
+    ]
+    return {
+        **result,
+        "outcome": "silent" if wrong else "pass",
+        "why": f"differs: {', '.join(wrong)}" if wrong else "",
+    }
 
 
 def guarded(family: str, seconds: float) -> dict[str, Any]:
@@ -329,7 +465,11 @@ def guarded(family: str, seconds: float) -> dict[str, Any]:
     try:
         if here.poll(seconds):
             return dict(here.recv())
-        return {"family": family, "outcome": "timed out", "why": f"no result within {seconds:.0f} s"}
+        return {
+            "family": family,
+            "outcome": "timed out",
+            "why": f"no result within {seconds:.0f} s",
+        }
     except EOFError:
         return {"family": family, "outcome": "silent", "why": "the process died"}
     finally:
@@ -338,8 +478,14 @@ def guarded(family: str, seconds: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("families", nargs="*", help="model types (default: all of transformers' causal language models)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "families",
+        nargs="*",
+        help="model types (default: all of transformers' causal language models)",
+    )
     parser.add_argument("--json", help="write the results here")
     parser.add_argument("--seconds", type=float, default=60, help="time limit for each type")
     options = parser.parse_args()
@@ -349,17 +495,29 @@ def main() -> None:
     results = []
     for family in options.families or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         results.append(guarded(family, options.seconds))
-        numbers = {k: f"{v:.0e}" for k, v in results[-1].items() if isinstance(v, float) and k != "seconds"}
-        print(f"{family:24} {results[-1]['outcome']:9} {results[-1].get('why') or numbers}", flush=True)
+        numbers = {
+            k: f"{v:.0e}" for k, v in results[-1].items() if isinstance(v, float) and k != "seconds"
+        }
+        print(
+            f"{family:24} {results[-1]['outcome']:9} {results[-1].get('why') or numbers}",
+            flush=True,
+        )
     counts = Counter(r["outcome"] for r in results)
-    print(f"\n{len(results)} types: " + ", ".join(f"{counts[o]} {o}" for o in ("pass", "refused", "silent", "not built", "timed out")))
+    print(
+        f"\n{len(results)} types: "
+        + ", ".join(
+            f"{counts[o]} {o}" for o in ("pass", "refused", "silent", "not built", "timed out")
+        )
+    )
     passed = [r for r in results if r["outcome"] == "pass"]
     print(
         f"of the passing: {sum(r['cached'] for r in passed)} reuse the prefix's keys and values (the others run it again), "
         f"{sum('aligned' in r for r in passed)} take prompts of different lengths in one batch (the others refuse that in words)"
     )
     if options.json:
-        Path(options.json).write_text(json.dumps({"counts": counts, "results": results}, indent=1) + "\n", encoding="utf-8")
+        Path(options.json).write_text(
+            json.dumps({"counts": counts, "results": results}, indent=1) + "\n", encoding="utf-8"
+        )
     sys.exit(1 if counts["silent"] else 0)
 
 

@@ -25,10 +25,10 @@ from typing import Any
 import torch
 
 import factsmith as fs
-from factsmith.judge.evaluate import Row, score
-from factsmith.judge.suites import Record
-from factsmith.model import atlas
-from factsmith.model.tokens import align
+from factsmith import atlas
+from factsmith.judge.records import Record
+from factsmith.judge.rows import Row
+from factsmith.judge.score import score
 
 NEW = 9  # tokens of an answer
 ROUNDS = 3
@@ -39,16 +39,27 @@ def plain_scores(lm: fs.LanguageModel, records: list[Record]) -> list[tuple[list
     """For each question the mean log-probabilities of its candidates and the answer, record by record."""
     found = []
     for record in records:
-        pairs = [(q.prompt, text) for q in record.questions for text in (*q.answers[:1], *([q.against] if q.against else []))]
+        pairs = [
+            (q.prompt, text)
+            for q in record.questions
+            for text in (*q.answers[:1], *([q.against] if q.against else []))
+        ]
         asked = [lm.question(prompt, text) for prompt, text in pairs]
         width = max(len(ids) for ids, _, _ in asked)
         ids = torch.tensor([row + [0] * (width - len(row)) for row, _, _ in asked])
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row, _, _ in asked])
         logits = lm.module(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
-        logs = iter([float(logits[i, columns].gather(1, torch.tensor(tail)[:, None]).mean()) for i, (_, columns, tail) in enumerate(asked)])
+        logs = iter(
+            [
+                float(logits[i, columns].gather(1, torch.tensor(tail)[:, None]).mean())
+                for i, (_, columns, tail) in enumerate(asked)
+            ]
+        )
         for q in record.questions:
             n = len(q.answers[:1]) + (q.against is not None)
-            found.append(([next(logs) for _ in range(n)], lm.answer([q.prompt], max_new_tokens=NEW)[0]))
+            found.append(
+                ([next(logs) for _ in range(n)], lm.answer([q.prompt], max_new_tokens=NEW)[0])
+            )
     return found
 
 
@@ -57,9 +68,13 @@ def batched_scores(lm: fs.LanguageModel, records: list[Record]) -> list[tuple[li
     """The same, with what a record allows: logits where they are due, and its answers decoded together."""
     found = []
     for record in records:
-        pairs = [(q.prompt, text) for q in record.questions for text in (*q.answers[:1], *([q.against] if q.against else []))]
+        pairs = [
+            (q.prompt, text)
+            for q in record.questions
+            for text in (*q.answers[:1], *([q.against] if q.against else []))
+        ]
         asked = [lm.question(prompt, text) for prompt, text in pairs]
-        hidden = lm.last_hidden(align(lm, [ids for ids, _, _ in asked], [0] * len(asked)))
+        hidden = lm.last_hidden(lm.align([ids for ids, _, _ in asked], [0] * len(asked)))
         rows = torch.tensor([row for row, (_, columns, _) in enumerate(asked) for _ in columns])
         columns = torch.tensor([column for _, own, _ in asked for column in own])
         due = torch.tensor([token for _, _, tail in asked for token in tail])
@@ -95,20 +110,34 @@ def measured(name: str, limit: int) -> dict[str, Any]:
         seconds, rows = clock(lambda: score(lm, records, max_new_tokens=NEW))
         ours.append(seconds / len(records))
         told = {(row.record, row.kind, row.prompt): row for row in rows}
-        for way, ask, some in (("batched", batched_scores, records), ("plain", plain_scores, records[start::5])):
+        for way, ask, some in (
+            ("batched", batched_scores, records),
+            ("plain", plain_scores, records[start::5]),
+        ):
             seconds, expected = clock(lambda ask=ask, some=some: ask(lm, some))
             oracles[way].append(seconds / len(some))
-            for (record, q), (logs, answer) in zip([(r, q) for r in some for q in r.questions], expected, strict=True):
+            for (record, q), (logs, answer) in zip(
+                [(r, q) for r in some for q in r.questions], expected, strict=True
+            ):
                 row = told[record.id, q.kind, q.prompt]
                 apart = max([apart, *(abs(a - b) for a, b in zip(logs_of(row), logs, strict=True))])
                 same.append(row.answer == answer)
-    ratios = {way: statistics.median(b / a for a, b in zip(ours, own, strict=True)) for way, own in oracles.items()}
-    words = "; ".join(f"{way}, record by record, {statistics.median(own):.3f} s: {ratios[way]:.1f} times" for way, own in oracles.items())
+    ratios = {
+        way: statistics.median(b / a for a, b in zip(ours, own, strict=True))
+        for way, own in oracles.items()
+    }
+    words = "; ".join(
+        f"{way}, record by record, {statistics.median(own):.3f} s: {ratios[way]:.1f} times"
+        for way, own in oracles.items()
+    )
     print(f"{name}: {statistics.median(ours):.3f} s a record; {words}", flush=True)
     return {
         "records": len(records),
         "questions": sum(len(record.questions) for record in records),
-        "seconds": {"ours": statistics.median(ours), **{way: statistics.median(own) for way, own in oracles.items()}},
+        "seconds": {
+            "ours": statistics.median(ours),
+            **{way: statistics.median(own) for way, own in oracles.items()},
+        },
         "times_faster": ratios,
         "largest_difference": apart,
         "same_answers": statistics.fmean(same),
@@ -116,7 +145,9 @@ def measured(name: str, limit: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--records", type=int, default=60)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 import factsmith as fs
-from factsmith.edit.methods import MemitConfig
+from factsmith.edit.configs import MemitConfig
 from methods import chosen
 
 
@@ -38,7 +38,10 @@ def measured(name: str, size: int, seed: int) -> dict[str, Any]:
     """One size on one model."""
     lm = fs.load(name)
     facts, _ = chosen(lm, 2 * size, seed, 0)
-    plain = [fs.Fact(f.subject, f.prompt, f.target, target_true=f.target_true, relation=f.relation) for f in facts]
+    plain = [
+        fs.Fact(f.subject, f.prompt, f.target, target_true=f.target_true, relation=f.relation)
+        for f in facts
+    ]
     first, second = plain[:size], plain[size:]
     config = MemitConfig.recommended(lm)
     if size > 300:
@@ -47,14 +50,20 @@ def measured(name: str, size: int, seed: int) -> dict[str, Any]:
     row: dict[str, Any] = {"facts": size}
 
     def right(of: list[fs.Fact]) -> float:
-        return round(100 * sum(lm.says([f.text for f in of], [str(f.target) for f in of])) / len(of), 1)
+        return round(
+            100 * sum(lm.says([f.text for f in of], [str(f.target) for f in of])) / len(of), 1
+        )
 
     with tempfile.TemporaryDirectory() as folder, fs.Workbench(lm, Path(folder) / "space") as bench:
         bench.find_moments(config.layers or ())
         row["plan_s"], planned = clock(lambda: bench.plan(first, "memit", config))
         row["planned_s"] = round(planned.seconds or 0.0, 1)
-        row["apply_s"], one = clock(lambda: bench.apply(first, "memit", config, gates=gates, force=True))
-        row["apply_second_s"], two = clock(lambda: bench.apply(second, "memit", config, gates=gates, force=True))
+        row["apply_s"], one = clock(
+            lambda: bench.apply(first, "memit", config, gates=gates, force=True)
+        )
+        row["apply_second_s"], two = clock(
+            lambda: bench.apply(second, "memit", config, gates=gates, force=True)
+        )
         row["bytes"], row["right_before"] = one.revision.delta_bytes, right(second)
         row["revert_newest_s"], undone = clock(lambda: bench.revert("latest"))
         row["bring_back_s"], _ = clock(lambda: bench.revert(undone.id))
@@ -66,7 +75,9 @@ def measured(name: str, size: int, seed: int) -> dict[str, Any]:
         row["ledger_bytes"] = (Path(folder) / "space/ledger.db").stat().st_size
         assert two.revision is not None
     with tempfile.TemporaryDirectory() as folder, fs.Workbench(lm, Path(folder) / "space") as bench:
-        row["write_anew_s"], _ = clock(lambda: bench.apply(second, "memit", config, gates=gates, force=True))
+        row["write_anew_s"], _ = clock(
+            lambda: bench.apply(second, "memit", config, gates=gates, force=True)
+        )
         row["right_written_anew"] = right(second)
     row["times_as_fast"] = round(row["write_anew_s"] / max(row["revert_middle_s"], 1e-3), 1)
     row["model_bytes"] = sum(p.numel() * p.element_size() for p in lm.module.parameters())
@@ -75,14 +86,20 @@ def measured(name: str, size: int, seed: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure, print, and write the numbers if asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=["atlas", "atlas-llama"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[1, 100, 1000])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    found = json.loads(given.json.read_text()) if given.json is not None and given.json.is_file() else {}
+    found = (
+        json.loads(given.json.read_text())
+        if given.json is not None and given.json.is_file()
+        else {}
+    )
     for model in given.models:
         for size in given.sizes:
             found.setdefault(model, {})[str(size)] = measured(model, size, given.seed)

@@ -41,19 +41,40 @@ import torch
 from torch import Tensor
 
 import factsmith as fs
+from factsmith import atlas
 from factsmith.locate.neurons import KnowledgeNeurons, knowledge_neurons, refine_relation
-from factsmith.model import atlas
-from factsmith.model.ffn import Neuron
-from factsmith.model.load import LanguageModel
+from factsmith.model.address import Neuron
+from factsmith.model.language_model import LanguageModel
 from factsmith.model.replay import Replay, record
-from factsmith.model.tokens import align, target_ids
+from factsmith.model.tokens import target_ids
 from factsmith.model.trace import replacing
 
 KS = (1, 2, 3, 5, 8, 12, 16, 20, 30, 40, 50)
 OWN = 10  # every relation has ten trained phrasings at least
-SOME = [*range(0, OWN, 2), *range(OWN, OWN + 4)]  # prompts for what is dear: half of the own ones, and all held-out ones
+SOME = [
+    *range(0, OWN, 2),
+    *range(OWN, OWN + 4),
+]  # prompts for what is dear: half of the own ones, and all held-out ones
 N_SOME = OWN // 2
-HALVING = (*range(1, 25), 28, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072)
+HALVING = (
+    *range(1, 25),
+    28,
+    32,
+    40,
+    48,
+    64,
+    96,
+    128,
+    192,
+    256,
+    384,
+    512,
+    768,
+    1024,
+    1536,
+    2048,
+    3072,
+)
 ROUNDS = 2000  # of the bootstrap
 WAYS = (("last", 0.0), ("last", 2.0), ("every", 0.0), ("every", 2.0))
 PAPER = {
@@ -93,14 +114,20 @@ def texts(fact: atlas.AtlasFact, templates: Iterable[str]) -> list[str]:
     return [t.replace("{}", fact.subject) for t in templates]
 
 
-def probabilities(lm: LanguageModel, facts: Sequence[atlas.AtlasFact], columns: Sequence[int]) -> np.ndarray[Any, Any]:
+def probabilities(
+    lm: LanguageModel, facts: Sequence[atlas.AtlasFact], columns: Sequence[int]
+) -> np.ndarray[Any, Any]:
     """p(object) of each fact after some of its relation's trained phrasings: (n, len(columns))."""
     found = np.zeros((len(facts), len(columns)))
     for place, column in enumerate(columns):
         for at in range(0, len(facts), 2000):
             some = facts[at : at + 2000]
-            prompts = [atlas.phrasings(f.relation).trained[column].replace("{}", f.subject) for f in some]
-            found[at : at + len(some), place] = lm.log_prob(prompts, [f.object for f in some]).double().exp().numpy()
+            prompts = [
+                atlas.phrasings(f.relation).trained[column].replace("{}", f.subject) for f in some
+            ]
+            found[at : at + len(some), place] = (
+                lm.log_prob(prompts, [f.object for f in some]).double().exp().numpy()
+            )
     return found
 
 
@@ -119,7 +146,9 @@ def scan(lm: LanguageModel, cache: Path) -> dict[atlas.AtlasFact, float]:
     return dict(zip(atlas.facts(), np.load(file).tolist(), strict=True))
 
 
-def prepared(lm: LanguageModel, by_relation: Mapping[str, Sequence[atlas.AtlasFact]], count: int) -> list[Asked]:
+def prepared(
+    lm: LanguageModel, by_relation: Mapping[str, Sequence[atlas.AtlasFact]], count: int
+) -> list[Asked]:
     """`count` facts with their prompts, as evenly over the relations as there are facts; the object has one tokenization in them all."""
     chosen: list[Asked] = []
     for turn in range(count):
@@ -128,7 +157,15 @@ def prepared(lm: LanguageModel, by_relation: Mapping[str, Sequence[atlas.AtlasFa
                 fact, p = facts[turn], atlas.phrasings(relation)
                 held = [*p.held_out, *random.Random(relation).sample(p.wide, 2)]
                 asked = Asked(fact, texts(fact, p.trained[:OWN]), texts(fact, held))
-                if len({tuple(target_ids(lm.tokenizer, prompt, fact.object)) for prompt in asked.prompts}) == 1:
+                if (
+                    len(
+                        {
+                            tuple(target_ids(lm.tokenizer, prompt, fact.object))
+                            for prompt in asked.prompts
+                        }
+                    )
+                    == 1
+                ):
                     chosen.append(asked)
     return sorted(chosen, key=lambda a: (a.fact.relation, a.fact.subject))
 
@@ -155,7 +192,9 @@ def unsure(lm: LanguageModel, given: argparse.Namespace) -> list[Asked]:
     by_relation: dict[str, list[atlas.AtlasFact]] = {}
     for fact in facts:
         by_relation.setdefault(fact.relation, []).append(fact)
-    return prepared(lm, {r: some for r, some in sorted(by_relation.items()) if len(some) > 1}, given.facts)
+    return prepared(
+        lm, {r: some for r, some in sorted(by_relation.items()) if len(some) > 1}, given.facts
+    )
 
 
 # ── intervening ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -168,23 +207,34 @@ class Subject:
         self.lm = lm
         heads = [lm.prompt_ids(p) for p in prompts]
         tail = target_ids(lm.tokenizer, prompts[0], target)
-        batch = align(lm, [h + tail[:-1] for h in heads], [len(h) - 1 for h in heads])
+        batch = lm.align([h + tail[:-1] for h in heads], [len(h) - 1 for h in heads])
         self.target = torch.tensor(tail)
         self.replays: dict[str, Replay] = {"every": record(lm, batch)}
         self.replays["last"] = self.replays["every"].at(batch.pivot)
         self.clean = self.log_p([()], 1.0, "last")[0]
 
     @torch.no_grad()
-    def log_p(self, sets: Sequence[Sequence[Neuron]], scale: float, scope: str, prompts: Sequence[int] | None = None) -> Tensor:
+    def log_p(
+        self,
+        sets: Sequence[Sequence[Neuron]],
+        scale: float,
+        scope: str,
+        prompts: Sequence[int] | None = None,
+    ) -> Tensor:
         """(len(sets), n_prompts) float64: log p(target) of every prompt with each set of neurons scaled."""
         replay = self.replays[scope]
         columns = range(replay.batch.size) if prompts is None else prompts
         pairs = [(s, p) for s in range(len(sets)) for p in columns]
         size = max(1, 3000 // replay.n_live)
-        found = [self._run(replay, [sets[s] for s, _ in part], [p for _, p in part], scale) for part in _cut(pairs, size)]
+        found = [
+            self._run(replay, [sets[s] for s, _ in part], [p for _, p in part], scale)
+            for part in _cut(pairs, size)
+        ]
         return torch.cat(found).view(len(sets), len(columns))
 
-    def _run(self, replay: Replay, sets: Sequence[Sequence[Neuron]], rows: Sequence[int], scale: float) -> Tensor:
+    def _run(
+        self, replay: Replay, sets: Sequence[Sequence[Neuron]], rows: Sequence[int], scale: float
+    ) -> Tensor:
         ffn = self.lm.ffn
         factors = torch.ones(len(sets), len(ffn), max(f.d_ff for f in ffn))
         touched: set[int] = set()
@@ -203,7 +253,11 @@ class Subject:
         with replacing({ffn[layer].down: scaled(layer) for layer in touched}, where="input"):
             hidden = replay.resume(first, replay.hidden[first][index], index)
         logits = replay.logits(hidden[:, -len(self.target) :]).double()
-        return logits.log_softmax(-1).gather(-1, self.target.expand(len(rows), -1)[..., None])[..., 0].sum(1)
+        return (
+            logits.log_softmax(-1)
+            .gather(-1, self.target.expand(len(rows), -1)[..., None])[..., 0]
+            .sum(1)
+        )
 
 
 def _cut(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
@@ -212,7 +266,10 @@ def _cut(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
 
 def ranked(scores: Tensor, n: int) -> list[Neuron]:
     """The n neurons with the largest scores (n_layers, d_ff), largest first."""
-    return [divmod(flat, scores.shape[1]) for flat in scores.flatten().topk(min(n, scores.numel())).indices.tolist()]
+    return [
+        divmod(flat, scores.shape[1])
+        for flat in scores.flatten().topk(min(n, scores.numel())).indices.tolist()
+    ]
 
 
 def anywhere(lm: LanguageModel, n: int, draw: random.Random) -> list[Neuron]:
@@ -242,32 +299,57 @@ class Bootstrap:
     def __init__(self, asked: Sequence[Asked], seed: int = 0) -> None:
         names = [a.fact.relation for a in asked]
         self.names = sorted(set(names))
-        self.groups = np.array([[n == name for name in self.names] for n in names], dtype=float)  # (n_facts, n_relations)
+        self.groups = np.array(
+            [[n == name for name in self.names] for n in names], dtype=float
+        )  # (n_facts, n_relations)
         draw = np.random.default_rng(seed)
-        self.weights = np.ones((ROUNDS + 1, len(asked)))  # how often each fact is drawn; first row: once each
+        self.weights = np.ones(
+            (ROUNDS + 1, len(asked))
+        )  # how often each fact is drawn; first row: once each
         for group in self.groups.T.astype(bool):
-            self.weights[1:, group] = draw.multinomial(group.sum(), np.full(group.sum(), 1 / group.sum()), size=ROUNDS)
+            self.weights[1:, group] = draw.multinomial(
+                group.sum(), np.full(group.sum(), 1 / group.sum()), size=ROUNDS
+            )
 
     def change(self, before: np.ndarray[Any, Any], after: np.ndarray[Any, Any]) -> list[float]:
         """The authors' aggregate: mean over relations of the mean after over the mean before, less one."""
-        return self._interval(((self.weights * after) @ self.groups / ((self.weights * before) @ self.groups) - 1).mean(1))
+        return self._interval(
+            (
+                (self.weights * after) @ self.groups / ((self.weights * before) @ self.groups) - 1
+            ).mean(1)
+        )
 
-    def by_relation(self, before: np.ndarray[Any, Any], after: np.ndarray[Any, Any]) -> dict[str, float]:
+    def by_relation(
+        self, before: np.ndarray[Any, Any], after: np.ndarray[Any, Any]
+    ) -> dict[str, float]:
         """The same for each relation."""
-        return {n: rounded(float(x)) for n, x in zip(self.names, after @ self.groups / (before @ self.groups) - 1, strict=True)}
+        return {
+            n: rounded(float(x))
+            for n, x in zip(
+                self.names, after @ self.groups / (before @ self.groups) - 1, strict=True
+            )
+        }
 
-    def mean(self, values: np.ndarray[Any, Any], of: np.ndarray[Any, Any] | float = 1.0) -> list[float]:
+    def mean(
+        self, values: np.ndarray[Any, Any], of: np.ndarray[Any, Any] | float = 1.0
+    ) -> list[float]:
         """Mean over facts, or the sum over facts as a part of another's sum."""
-        return self._interval(self.weights @ values / (self.weights @ np.broadcast_to(of, values.shape)))
+        return self._interval(
+            self.weights @ values / (self.weights @ np.broadcast_to(of, values.shape))
+        )
 
     def _interval(self, found: np.ndarray[Any, Any]) -> list[float]:
         return [rounded(float(x)) for x in (found[0], *np.quantile(found[1:], [0.025, 0.975]))]
 
 
-def change(boot: Bootstrap, before: np.ndarray[Any, Any], after: np.ndarray[Any, Any]) -> dict[str, Any]:
+def change(
+    boot: Bootstrap, before: np.ndarray[Any, Any], after: np.ndarray[Any, Any]
+) -> dict[str, Any]:
     """What became of p, given log p before and after, (n_facts, n_prompts)."""
     p, q = np.exp(before), np.exp(after)
-    odds = (after - np.log1p(-np.minimum(q, 1 - 1e-12))) - (before - np.log1p(-np.minimum(p, 1 - 1e-12)))
+    odds = (after - np.log1p(-np.minimum(q, 1 - 1e-12))) - (
+        before - np.log1p(-np.minimum(p, 1 - 1e-12))
+    )
     p_mean, q_mean = p.mean(1), q.mean(1)
     return {
         "change": boot.change(p_mean, q_mean),
@@ -283,7 +365,10 @@ def change(boot: Bootstrap, before: np.ndarray[Any, Any], after: np.ndarray[Any,
 def spread(counts: Sequence[float]) -> dict[str, Any]:
     """Median and quartiles of counts (None: beyond what was tried), the share below a dozen, and of those beyond."""
     finite = np.array(counts, dtype=float)
-    low, middle, high = (None if math.isinf(q) else float(q) for q in np.quantile(finite, [0.25, 0.5, 0.75], method="higher"))
+    low, middle, high = (
+        None if math.isinf(q) else float(q)
+        for q in np.quantile(finite, [0.25, 0.5, 0.75], method="higher")
+    )
     return {
         "median": middle,
         "quartiles": [low, high],
@@ -317,7 +402,9 @@ def locate(lm: LanguageModel, asked: list[Asked], given: argparse.Namespace) -> 
         for a in own:
             # Neurons of more than a tenth of the relation's other facts are the relation's, and are not edited (the authors' code).
             shared = Counter(n for b in own if b is not a for n in b.neurons["share 0.7"])
-            a.neurons["of the fact alone"] = [n for n in a.neurons["share 0.7"] if shared[n] <= 0.1 * (len(own) - 1)]
+            a.neurons["of the fact alone"] = [
+                n for n in a.neurons["share 0.7"] if shared[n] <= 0.1 * (len(own) - 1)
+            ]
     layers = Counter(n[0] for a in asked for n in a.neurons["share 0.7"])
     return {
         "coarse": rounded(statistics.mean(len(c) for a in asked for c in a.record.coarse)),
@@ -336,7 +423,9 @@ def locate(lm: LanguageModel, asked: list[Asked], given: argparse.Namespace) -> 
                 "of the fact alone",
             )
         },
-        "by_layer": [rounded(layers[layer] / max(1, sum(layers.values()))) for layer in range(lm.n_layers)],
+        "by_layer": [
+            rounded(layers[layer] / max(1, sum(layers.values()))) for layer in range(lm.n_layers)
+        ],
     }
 
 
@@ -344,14 +433,23 @@ def overlap(asked: Sequence[Asked], name: str) -> dict[str, float]:
     """How many neurons two facts share, on average, within a relation and across relations."""
     shared: dict[bool, list[int]] = {True: [], False: []}
     for a, b in combinations(asked, 2):
-        shared[a.fact.relation == b.fact.relation].append(len(set(a.neurons[name]) & set(b.neurons[name])))
-    return {name: rounded(statistics.mean(shared[same] or [0])) for name, same in (("shared_within", True), ("shared_across", False))}
+        shared[a.fact.relation == b.fact.relation].append(
+            len(set(a.neurons[name]) & set(b.neurons[name]))
+        )
+    return {
+        name: rounded(statistics.mean(shared[same] or [0]))
+        for name, same in (("shared_within", True), ("shared_across", False))
+    }
 
 
-def effects(lm: LanguageModel, asked: list[Asked]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+def effects(
+    lm: LanguageModel, asked: list[Asked]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """The table of interventions; effect against number of neurons; how many neurons carry half of a prediction."""
     names = [n for n in asked[0].neurons if n != "of the fact alone"]
-    logs: dict[tuple[str, str, float], list[Tensor]] = {}  # (set or curve, scope, scale) -> per fact (n_sets or n_ks, n_prompts)
+    logs: dict[
+        tuple[str, str, float], list[Tensor]
+    ] = {}  # (set or curve, scope, scale) -> per fact (n_sets or n_ks, n_prompts)
     clean: list[Tensor] = []
     halves: dict[str, list[float]] = {}
     draw = random.Random(1)
@@ -366,17 +464,26 @@ def effects(lm: LanguageModel, asked: list[Asked]) -> tuple[dict[str, Any], dict
         for scope, scale in WAYS:
             here = names if scope == "last" else [n for n in names if "as many" not in n]
             columns = range(len(a.prompts)) if scope == "last" else SOME
-            for name, row in zip(here, subject.log_p([a.neurons[n] for n in here], scale, scope, columns), strict=True):
+            for name, row in zip(
+                here,
+                subject.log_p([a.neurons[n] for n in here], scale, scope, columns),
+                strict=True,
+            ):
                 logs.setdefault((name, scope, scale), []).append(row)
             for name, order in orders.items():
                 if name == "attribution" or (scope == "last" and scale == 0):
-                    logs.setdefault((f"curve {name}", scope, scale), []).append(subject.log_p([order[:k] for k in KS], scale, scope, SOME))
+                    logs.setdefault((f"curve {name}", scope, scale), []).append(
+                        subject.log_p([order[:k] for k in KS], scale, scope, SOME)
+                    )
         halving(a, subject, halves, draw)
     return _table(asked, names, logs, clean), _curves(asked, logs, clean), halves_summary(halves)
 
 
 def _table(
-    asked: Sequence[Asked], names: Sequence[str], logs: Mapping[tuple[str, str, float], list[Tensor]], clean: Sequence[Tensor]
+    asked: Sequence[Asked],
+    names: Sequence[str],
+    logs: Mapping[tuple[str, str, float], list[Tensor]],
+    clean: Sequence[Tensor],
 ) -> dict[str, Any]:
     boot = Bootstrap(asked)
     before = torch.stack(list(clean)).numpy()
@@ -387,7 +494,9 @@ def _table(
                 after = torch.stack(logs[name, scope, scale]).numpy()
                 old = before if scope == "last" else before[:, SOME]
                 n_own = OWN if scope == "last" else N_SOME
-                table.setdefault(name, {}).setdefault(scope, {})["suppress" if scale == 0 else "amplify"] = {
+                table.setdefault(name, {}).setdefault(scope, {})[
+                    "suppress" if scale == 0 else "amplify"
+                ] = {
                     "own": change(boot, old[:, :n_own], after[:, :n_own]),
                     "held_out": change(boot, old[:, n_own:], after[:, n_own:]),
                 }
@@ -396,17 +505,26 @@ def _table(
             for what, found in whats.items():
                 for part, entry in found.items():
                     controls = (f"{name}: random", f"{name}: random, same layers")
-                    entry["times"] = {c: times(entry, table[c][scope][what][part]) for c in controls}
+                    entry["times"] = {
+                        c: times(entry, table[c][scope][what][part]) for c in controls
+                    }
     return table
 
 
 def times(effect: Mapping[str, Any], control: Mapping[str, Any]) -> list[float]:
     """How many times a control's change an effect is: by the control's value, and by the bound of its interval farther from zero."""
     value, low, high = control["change"]
-    return [rounded(abs(effect["change"][0]) / max(abs(x), 1e-6)) for x in (value, max(low, high, key=abs))]
+    return [
+        rounded(abs(effect["change"][0]) / max(abs(x), 1e-6))
+        for x in (value, max(low, high, key=abs))
+    ]
 
 
-def _curves(asked: Sequence[Asked], logs: Mapping[tuple[str, str, float], list[Tensor]], clean: Sequence[Tensor]) -> dict[str, Any]:
+def _curves(
+    asked: Sequence[Asked],
+    logs: Mapping[tuple[str, str, float], list[Tensor]],
+    clean: Sequence[Tensor],
+) -> dict[str, Any]:
     """Change of p with the k first neurons of an order scaled: {order: {scope: {suppress: {own: [[value, low, high] per k]}}}}."""
     boot = Bootstrap(asked)
     before = torch.stack(list(clean)).exp().numpy()[:, SOME]
@@ -415,13 +533,18 @@ def _curves(asked: Sequence[Asked], logs: Mapping[tuple[str, str, float], list[T
         if name.startswith("curve "):
             after = torch.stack(found).exp().numpy()  # (n_facts, n_ks, n_prompts)
             for part, columns in {"own": slice(0, N_SOME), "held_out": slice(N_SOME, None)}.items():
-                values = [boot.change(before[:, columns].mean(1), after[:, k, columns].mean(1)) for k in range(len(KS))]
+                values = [
+                    boot.change(before[:, columns].mean(1), after[:, k, columns].mean(1))
+                    for k in range(len(KS))
+                ]
                 place = curves.setdefault(name.removeprefix("curve "), {}).setdefault(scope, {})
                 place.setdefault("suppress" if scale == 0 else "amplify", {})[part] = values
     return curves
 
 
-def halving(a: Asked, subject: Subject, halves: dict[str, list[float]], draw: random.Random) -> None:
+def halving(
+    a: Asked, subject: Subject, halves: dict[str, list[float]], draw: random.Random
+) -> None:
     """The least number of neurons, first in an order, without which p is half of what it was; and half of the attributions' sum.
 
     For single predictions (two prompts, each with its own order) and for the fact (mean p over its own prompts, mean attribution).
@@ -431,18 +554,26 @@ def halving(a: Asked, subject: Subject, halves: dict[str, list[float]], draw: ra
         orders = {
             "attribution": ranked(scores[prompt], HALVING[-1]),
             "activation": ranked(a.record.activations[prompt], HALVING[-1]),
-            "random": anywhere(subject.lm, min(HALVING[-1], sum(f.d_ff for f in subject.lm.ffn)), draw),
+            "random": anywhere(
+                subject.lm, min(HALVING[-1], sum(f.d_ff for f in subject.lm.ffn)), draw
+            ),
         }
         for name, order in orders.items():
             halves.setdefault(f"prediction: {name}", []).append(_least(subject, order, [prompt]))
         positive = scores[prompt].flatten().clamp_min(0).sort(descending=True).values.cumsum(0)
-        halves.setdefault("half of the positive attributions", []).append(1 + int((positive < positive[-1] / 2).sum()))
+        halves.setdefault("half of the positive attributions", []).append(
+            1 + int((positive < positive[-1] / 2).sum())
+        )
         short = bool(positive[-1] < a.record.probability[prompt] / 2)
         count = math.inf if short else 1 + int((positive < a.record.probability[prompt] / 2).sum())
         halves.setdefault("attributions sum to half of p", []).append(count)
-    halves.setdefault("fact: attribution", []).append(_least(subject, ranked(scores.mean(0), HALVING[-1]), range(len(a.own))))
+    halves.setdefault("fact: attribution", []).append(
+        _least(subject, ranked(scores.mean(0), HALVING[-1]), range(len(a.own)))
+    )
     held = range(len(a.own), len(a.prompts))
-    halves.setdefault("fact, held-out prompts: attribution", []).append(_least(subject, ranked(scores.mean(0), HALVING[-1]), held))
+    halves.setdefault("fact, held-out prompts: attribution", []).append(
+        _least(subject, ranked(scores.mean(0), HALVING[-1]), held)
+    )
 
 
 def _least(subject: Subject, order: Sequence[Neuron], prompts: Sequence[int]) -> float:
@@ -456,15 +587,24 @@ def _least(subject: Subject, order: Sequence[Neuron], prompts: Sequence[int]) ->
 
 def halves_summary(halves: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """Counts as they are, None where no number of neurons tried (up to 3,072) does it, and their distribution."""
-    return {name: {**spread(counts), "counts": [None if math.isinf(c) else int(c) for c in counts]} for name, counts in halves.items()}
+    return {
+        name: {**spread(counts), "counts": [None if math.isinf(c) else int(c) for c in counts]}
+        for name, counts in halves.items()
+    }
 
 
-def probes(asked: Sequence[Asked], seed: int) -> Callable[[Asked], tuple[list[tuple[str, str]], list[tuple[str, str]]]]:
+def probes(
+    asked: Sequence[Asked], seed: int
+) -> Callable[[Asked], tuple[list[tuple[str, str]], list[tuple[str, str]]]]:
     """For a fact: prompts and objects of up to five others of its relation, and of eight of other relations."""
 
     def others(a: Asked) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
         draw = random.Random(f"{seed} {a.fact.subject} {a.fact.relation}")
-        within = [b for b in asked if b is not a and b.fact.relation == a.fact.relation and b.fact.object != a.fact.object]
+        within = [
+            b
+            for b in asked
+            if b is not a and b.fact.relation == a.fact.relation and b.fact.object != a.fact.object
+        ]
         across = [b for b in asked if b.fact.relation != a.fact.relation]
         pick = [draw.sample(some, min(n, len(some))) for some, n in ((within, 5), (across, 8))]
         return tuple([(draw.choice(b.own), b.fact.object) for b in some] for some in pick)  # type: ignore[return-value]
@@ -492,7 +632,9 @@ def erased(lm: LanguageModel, asked: Sequence[Asked], given: argparse.Namespace)
     parts = ("own", "held_out", "relation", "elsewhere")
     before: dict[str, list[Tensor]] = {part: [] for part in parts}
     names = ("share 0.7", "relation share", "of the fact alone", "share 0.7: random, same layers")
-    after: dict[str, dict[str, list[Tensor]]] = {name: {part: [] for part in parts} for name in names}
+    after: dict[str, dict[str, list[Tensor]]] = {
+        name: {part: [] for part in parts} for name in names
+    }
     for a in asked:
         within, across = others(a)
         pairs = [(a.prompts[i], a.fact.object) for i in SOME] + within + across
@@ -507,7 +649,10 @@ def erased(lm: LanguageModel, asked: Sequence[Asked], given: argparse.Namespace)
             with fs.applied(lm, fs.erase(lm, a.neurons[name]) if a.neurons[name] else []):
                 note(after[name])
     return {
-        name: {part: change(boot, torch.stack(before[part]).numpy(), torch.stack(found[part]).numpy()) for part in parts[:2]}
+        name: {
+            part: change(boot, torch.stack(before[part]).numpy(), torch.stack(found[part]).numpy())
+            for part in parts[:2]
+        }
         | {part: side_effects(before[part], found[part]) for part in parts[2:]}
         for name, found in after.items()
     }
@@ -523,7 +668,11 @@ def erased_relations(lm: LanguageModel, asked: Sequence[Asked]) -> dict[str, Any
             continue
         parts = [
             [(p, a.fact.object) for a in own for p in a.own],
-            [(a.own[i % len(a.own)], a.fact.object) for i, a in enumerate(asked) if a.fact.relation != relation],
+            [
+                (a.own[i % len(a.own)], a.fact.object)
+                for i, a in enumerate(asked)
+                if a.fact.relation != relation
+            ],
         ]
         before = [ask(lm, part) for part in parts]
         with fs.applied(lm, fs.erase(lm, [n for n, _ in common])):
@@ -533,20 +682,45 @@ def erased_relations(lm: LanguageModel, asked: Sequence[Asked]) -> dict[str, Any
             "relation": side_effects(before[:1], after[:1]),
             "elsewhere": side_effects(before[1:], after[1:]),
         }
-    growth = [[row[part]["perplexity_growth"] for row in rows.values()] for part in ("relation", "elsewhere")]
-    return {"relations": rows, "median_growth": {"relation": statistics.median(growth[0]), "elsewhere": statistics.median(growth[1])}}
+    growth = [
+        [row[part]["perplexity_growth"] for row in rows.values()]
+        for part in ("relation", "elsewhere")
+    ]
+    return {
+        "relations": rows,
+        "median_growth": {
+            "relation": statistics.median(growth[0]),
+            "elsewhere": statistics.median(growth[1]),
+        },
+    }
 
 
-def rewritten(lm: LanguageModel, asked: Sequence[Asked], given: argparse.Namespace) -> dict[str, Any]:
+def rewritten(
+    lm: LanguageModel, asked: Sequence[Asked], given: argparse.Namespace
+) -> dict[str, Any]:
     """Rewrite each fact to another object of its relation: is the new one said, is the old one still, and what of other facts."""
     others = probes(asked, given.seed)
     result: dict[str, Any] = {}
     draw = random.Random(given.seed)
-    objects = {relation: sorted({f.object for f in atlas.facts(relation)}) for relation in {a.fact.relation for a in asked}}
-    new = {id(a): draw.choice([o for o in objects[a.fact.relation] if o != a.fact.object]) for a in asked}
+    objects = {
+        relation: sorted({f.object for f in atlas.facts(relation)})
+        for relation in {a.fact.relation for a in asked}
+    }
+    new = {
+        id(a): draw.choice([o for o in objects[a.fact.relation] if o != a.fact.object])
+        for a in asked
+    }
     alone, refined = "of the fact alone", "share 0.7"
-    settings = [(alone, False, add) for add in (8.0, 4.0, 2.0, 1.0)] + [(alone, True, 8.0), (alone, True, 2.0)]
-    settings += [(refined, False, 8.0), (refined, True, 8.0), ("relation share", False, 8.0), (f"{refined}: random", False, 8.0)]
+    settings = [(alone, False, add) for add in (8.0, 4.0, 2.0, 1.0)] + [
+        (alone, True, 8.0),
+        (alone, True, 2.0),
+    ]
+    settings += [
+        (refined, False, 8.0),
+        (refined, True, 8.0),
+        ("relation share", False, 8.0),
+        (f"{refined}: random", False, 8.0),
+    ]
     clean = {id(a): ask(lm, [pair for part in others(a) for pair in part]) for a in asked}
     for name, signed, add in settings:
         said: dict[str, list[float]] = {part: [] for part in ("own", "held_out", "old_own", "none")}
@@ -558,13 +732,24 @@ def rewritten(lm: LanguageModel, asked: Sequence[Asked], given: argparse.Namespa
                 continue
             own, held = a.own[::4], a.held[1:3]  # three, and one of either kind
             target = new[id(a)]
-            delta = fs.rewrite(lm, a.neurons[name], a.fact.object, target, prompt=own[0] if signed else None, remove=1, add=add)
+            delta = fs.rewrite(
+                lm,
+                a.neurons[name],
+                a.fact.object,
+                target,
+                prompt=own[0] if signed else None,
+                remove=1,
+                add=add,
+            )
             cuts = [len(part) for part in others(a)]
             pairs = [pair for part in others(a) for pair in part]
             for part, log in zip(before, clean[id(a)].split(cuts), strict=True):
                 before[part].append(log)
             with fs.applied(lm, delta):
-                right = lm.says([*own, *held, *own], [target] * (len(own) + len(held)) + [a.fact.object] * len(own))
+                right = lm.says(
+                    [*own, *held, *own],
+                    [target] * (len(own) + len(held)) + [a.fact.object] * len(own),
+                )
                 for part, log in zip(after, ask(lm, pairs).split(cuts), strict=True):
                     after[part].append(log)
             said["own"].append(statistics.mean(right[: len(own)]))
@@ -572,7 +757,11 @@ def rewritten(lm: LanguageModel, asked: Sequence[Asked], given: argparse.Namespa
             said["old_own"].append(statistics.mean(right[-len(own) :]))
         kept = [a for a in asked if a.neurons[name]]
         result[f"{name}, {'signed' if signed else 'as in the paper'}, add {add:g}"] = {
-            **{part: Bootstrap(kept).mean(np.array(values)) for part, values in said.items() if part != "none"},
+            **{
+                part: Bootstrap(kept).mean(np.array(values))
+                for part, values in said.items()
+                if part != "none"
+            },
             "no_neurons": rounded(statistics.mean(said["none"])),
             **{part: side_effects(before[part], after[part]) for part in before},
         }
@@ -588,10 +777,22 @@ def check(lm: LanguageModel, asked: Sequence[Asked]) -> float:
         for scale in (0.0, 2.0):
             with fs.intervene(lm, neurons, scale):
                 public = ask(lm, pairs)
-            worst = max(worst, float((public - subject.log_p([neurons], scale, "every")[0]).abs().max()))
-            worst = max(worst, float((_by_hook(lm, a, neurons, scale) - subject.log_p([neurons], scale, "last")[0]).abs().max()))
+            worst = max(
+                worst, float((public - subject.log_p([neurons], scale, "every")[0]).abs().max())
+            )
+            worst = max(
+                worst,
+                float(
+                    (_by_hook(lm, a, neurons, scale) - subject.log_p([neurons], scale, "last")[0])
+                    .abs()
+                    .max()
+                ),
+            )
         with fs.applied(lm, fs.erase(lm, neurons)):
-            worst = max(worst, float((ask(lm, pairs) - subject.log_p([neurons], 0.0, "every")[0]).abs().max()))
+            worst = max(
+                worst,
+                float((ask(lm, pairs) - subject.log_p([neurons], 0.0, "every")[0]).abs().max()),
+            )
     return worst
 
 
@@ -610,16 +811,26 @@ def _by_hook(lm: LanguageModel, a: Asked, neurons: Sequence[Neuron], scale: floa
                 return (changed,)
 
             handles.append(lm.ffn[layer].down.register_forward_pre_hook(hook))
-        logits = lm.module(input_ids=torch.tensor([head + tail[:-1]])).logits[0, len(head) - 1 :].double().log_softmax(-1)
+        logits = (
+            lm.module(input_ids=torch.tensor([head + tail[:-1]]))
+            .logits[0, len(head) - 1 :]
+            .double()
+            .log_softmax(-1)
+        )
         for handle in handles:
             handle.remove()
         found.append(logits.gather(1, torch.tensor(tail)[:, None]).sum())
     return torch.stack(found)
 
 
-def study(lm: LanguageModel, asked: list[Asked], given: argparse.Namespace, tell: Callable[[str], None]) -> dict[str, Any]:
+def study(
+    lm: LanguageModel, asked: list[Asked], given: argparse.Namespace, tell: Callable[[str], None]
+) -> dict[str, Any]:
     """Everything about one population."""
-    result: dict[str, Any] = {"facts": len(asked), "relations": len({a.fact.relation for a in asked})}
+    result: dict[str, Any] = {
+        "facts": len(asked),
+        "relations": len({a.fact.relation for a in asked}),
+    }
     p = torch.stack([lm.log_prob(a.own, [a.fact.object] * OWN).exp() for a in asked]).mean(1)
     result["p"] = [rounded(float(x)) for x in p.quantile(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))]
     result["located"] = locate(lm, asked, given)
@@ -655,7 +866,12 @@ def markdown(model: str, population: str, r: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     for name, s in located["sets"].items():
-        row = (f"{s['neurons']:.2f}, {s['median']:g}", f"{s['none']:.0%}", f"{s['shared_within']:.2f}", f"{s['shared_across']:.3f}")
+        row = (
+            f"{s['neurons']:.2f}, {s['median']:g}",
+            f"{s['none']:.0%}",
+            f"{s['shared_within']:.2f}",
+            f"{s['shared_across']:.3f}",
+        )
         lines.append(f"| {name} | {' | '.join(row)} |")
     lines += [
         "",
@@ -666,7 +882,11 @@ def markdown(model: str, population: str, r: Mapping[str, Any]) -> str:
     lines.append("|---|---|---|---|---|---|")
     for name, scopes in r["effects"].items():
         for scope, e in scopes.items():
-            cells = [percent(e[what][part]["change"]) for what in ("suppress", "amplify") for part in ("own", "held_out")]
+            cells = [
+                percent(e[what][part]["change"])
+                for what in ("suppress", "amplify")
+                for part in ("own", "held_out")
+            ]
             lines.append(f"| {name} | {scope} | {' | '.join(cells)} |")
     lines += [
         "",
@@ -678,7 +898,9 @@ def markdown(model: str, population: str, r: Mapping[str, Any]) -> str:
     for name in ("share 0.7", "relation share"):
         e = r["effects"][name]["last"]
         odds = [f"{e[w]['own']['log_odds'][0]:+.2f}" for w in ("suppress", "amplify")]
-        lines.append(f"| {name} | {odds[0]} | {odds[1]} | {percent(e['amplify']['own']['share_of_room'])} |")
+        lines.append(
+            f"| {name} | {odds[0]} | {odds[1]} | {percent(e['amplify']['own']['share_of_room'])} |"
+        )
     lines += [
         "",
         "Suppressing the k neurons with the largest mean attribution (held-out prompts):",
@@ -688,11 +910,26 @@ def markdown(model: str, population: str, r: Mapping[str, Any]) -> str:
     lines.append("|---" * (len(KS) + 1) + "|")
     for order in ("attribution", "activation", "random"):
         for scope, found in r["curves"][order].items():
-            lines.append(f"| {order}, {scope} | " + " | ".join(f"{100 * v[0]:+.0f}" for v in found["suppress"]["held_out"]) + " |")
-    lines += ["", "Neurons that carry half:", "", "| | median | quartiles | below 12 | not by 3,072 |", "|---|---|---|---|---|"]
+            lines.append(
+                f"| {order}, {scope} | "
+                + " | ".join(f"{100 * v[0]:+.0f}" for v in found["suppress"]["held_out"])
+                + " |"
+            )
+    lines += [
+        "",
+        "Neurons that carry half:",
+        "",
+        "| | median | quartiles | below 12 | not by 3,072 |",
+        "|---|---|---|---|---|",
+    ]
     for name, h in r["half"].items():
-        low, middle, high = ("-" if n is None else f"{n:g}" for n in (h["quartiles"][0], h["median"], h["quartiles"][1]))
-        lines.append(f"| {name} | {middle} | {low}, {high} | {h['below_12']:.0%} | {h['beyond']:.0%} |")
+        low, middle, high = (
+            "-" if n is None else f"{n:g}"
+            for n in (h["quartiles"][0], h["median"], h["quartiles"][1])
+        )
+        lines.append(
+            f"| {name} | {middle} | {low}, {high} | {h['below_12']:.0%} | {h['beyond']:.0%} |"
+        )
     lines += [
         "",
         "Erased (as a Delta):",
@@ -702,18 +939,27 @@ def markdown(model: str, population: str, r: Mapping[str, Any]) -> str:
     ]
     for name, e in r["erase"].items():
         side = [f"{100 * e[part]['p_change']:+.1f}" for part in ("relation", "elsewhere")]
-        lines.append(f"| {name} | {percent(e['own']['change'])} | {percent(e['held_out']['change'])} | {side[0]} | {side[1]} |")
+        lines.append(
+            f"| {name} | {percent(e['own']['change'])} | {percent(e['held_out']['change'])} | {side[0]} | {side[1]} |"
+        )
     growth = r["erase_relations"]["median_growth"]
     lines += [
         "",
         f"The relation's 20 commonest erased: perplexity {growth['relation']:+.0%} there, {growth['elsewhere']:+.0%} elsewhere (medians).",
     ]
-    lines += ["", "Rewritten:", "", "| | new said, own | new said, held-out | old still said | no neurons | p, relation | p, elsewhere |"]
+    lines += [
+        "",
+        "Rewritten:",
+        "",
+        "| | new said, own | new said, held-out | old still said | no neurons | p, relation | p, elsewhere |",
+    ]
     lines.append("|---|---|---|---|---|---|---|")
     for name, e in r["rewrite"].items():
         side = [f"{100 * e[part]['p_change']:+.1f}" for part in ("relation", "elsewhere")]
         said = [percent(e[part]) for part in ("own", "held_out", "old_own")]
-        lines.append(f"| {name} | {' | '.join(said)} | {e['no_neurons']:.0%} | {side[0]} | {side[1]} |")
+        lines.append(
+            f"| {name} | {' | '.join(said)} | {e['no_neurons']:.0%} | {side[0]} | {side[1]} |"
+        )
     return "\n".join(lines)
 
 
@@ -740,16 +986,31 @@ def draw(populations: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="atlas", choices=atlas.names())
     parser.add_argument("--facts", type=int, default=200, help="facts in each population")
     parser.add_argument("--relations", type=int, default=20, help="relations of the known facts")
-    parser.add_argument("--populations", nargs="+", default=["known", "unsure"], choices=["known", "unsure"])
-    parser.add_argument("--room", type=float, nargs=2, default=(0.05, 0.7), help="mean p of the unsure facts")
+    parser.add_argument(
+        "--populations", nargs="+", default=["known", "unsure"], choices=["known", "unsure"]
+    )
+    parser.add_argument(
+        "--room", type=float, nargs=2, default=(0.05, 0.7), help="mean p of the unsure facts"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()), help="where the scan of all facts is kept")
-    parser.add_argument("--json", type=Path, help="write the numbers here, beside those of the other model")
-    parser.add_argument("--draw", type=Path, help="draw the halves of --json's numbers here, and measure nothing")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path(tempfile.gettempdir()),
+        help="where the scan of all facts is kept",
+    )
+    parser.add_argument(
+        "--json", type=Path, help="write the numbers here, beside those of the other model"
+    )
+    parser.add_argument(
+        "--draw", type=Path, help="draw the halves of --json's numbers here, and measure nothing"
+    )
     given = parser.parse_args()
     if given.draw:
         return draw(json.loads(given.json.read_text())[given.model]["populations"], given.draw)
@@ -760,7 +1021,12 @@ def main() -> None:
         print(f"{time.process_time() - started:7.0f} s  {what}", flush=True)
 
     lm = fs.load(given.model)
-    result: dict[str, Any] = {"seed": given.seed, "paper": PAPER, "room": list(given.room), "populations": {}}
+    result: dict[str, Any] = {
+        "seed": given.seed,
+        "paper": PAPER,
+        "room": list(given.room),
+        "populations": {},
+    }
     for name in given.populations:
         asked = {"known": known, "unsure": unsure}[name](lm, given)
         tell(f"{name}: {len(asked)} facts chosen")
@@ -771,7 +1037,9 @@ def main() -> None:
         whole = json.loads(given.json.read_text()) if given.json.is_file() else {}
         text = json.dumps({**whole, given.model: result}, indent=1)
         # Lists of numbers on one line each.
-        given.json.write_text(re.sub(r"\[([^\[\]{}]*)\]", lambda m: f"[{' '.join(m[1].split())}]", text) + "\n")
+        given.json.write_text(
+            re.sub(r"\[([^\[\]{}]*)\]", lambda m: f"[{' '.join(m[1].split())}]", text) + "\n"
+        )
 
 
 if __name__ == "__main__":

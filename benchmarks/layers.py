@@ -26,14 +26,17 @@ from typing import Any
 
 import torch
 
+from factsmith.core.fact import Fact
+from factsmith.corpus.moments_store import find_moments
+from factsmith.edit.configs import RomeConfig
 from factsmith.edit.contexts import generate_contexts
 from factsmith.edit.delta import applied
-from factsmith.edit.kept import find_moments
-from factsmith.edit.methods import RomeConfig, rome_each
-from factsmith.fact import Fact
-from factsmith.locate.layers import LayerScore, Trial, choose, judge, race, trial_facts
-from factsmith.model.load import LanguageModel, load
-from factsmith.recommend import recommend_layers
+from factsmith.edit.rome import rome_each
+from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import load
+from factsmith.patch.layer_choice import LayerScore, Trial
+from factsmith.patch.layer_trials import choose, judge, race, trial_facts
+from factsmith.patch.layers import recommend_layers
 
 SWEEP_SEED = 1_000_003
 
@@ -46,7 +49,9 @@ def sweep(lm: LanguageModel, facts: list[Fact]) -> dict[int, list[Trial]]:
     for layer in range(lm.n_layers):
         config = dataclasses.replace(RomeConfig.recommended(lm), layer=layer)
         trials[layer] = []
-        for fact, delta in zip(facts, rome_each(lm, facts, config, moments=moments, contexts=contexts), strict=True):
+        for fact, delta in zip(
+            facts, rome_each(lm, facts, config, moments=moments, contexts=contexts), strict=True
+        ):
             with applied(lm, delta):
                 trials[layer].append(judge(lm, fact))
         print(f"  editing at layer {layer}: done", flush=True)
@@ -64,11 +69,18 @@ def resampled(trials: dict[int, list[Trial]], draws: int = 500) -> dict[int, flo
     won = dict.fromkeys(trials, 0)
     for _ in range(draws):
         picked = [draw.randrange(count) for _ in range(count)]
-        won[max(trials, key=lambda layer: LayerScore.of(layer, [trials[layer][i] for i in picked]).score)] += 1
+        won[
+            max(
+                trials,
+                key=lambda layer: LayerScore.of(layer, [trials[layer][i] for i in picked]).score,
+            )
+        ] += 1
     return {layer: n / draws for layer, n in won.items()}
 
 
-def replayed(trials: dict[int, list[Trial]], effects: Sequence[float], count: int, draws: int = 2000) -> dict[str, Any]:
+def replayed(
+    trials: dict[int, list[Trial]], effects: Sequence[float], count: int, draws: int = 2000
+) -> dict[str, Any]:
     """The race and the choice on trials that are there already: regret in points on the facts not drawn, layers chosen, edits spent."""
     draw, n_facts = random.Random(0), len(next(iter(trials.values())))
     regrets, chosen, edits = [], dict.fromkeys(trials, 0), []
@@ -76,7 +88,13 @@ def replayed(trials: dict[int, list[Trial]], effects: Sequence[float], count: in
         order = draw.sample(range(n_facts), n_facts)
         drawn, rest = order[:count], order[count:]
         tables = {k: [some[i] for i in drawn] for k, some in trials.items()}
-        raced = race(list(trials), count, lambda layers, which, tables=tables: {k: tables[k][which.start : which.stop] for k in layers})
+        raced = race(
+            list(trials),
+            count,
+            lambda layers, which, tables=tables: {
+                k: tables[k][which.start : which.stop] for k in layers
+            },
+        )
         layer = choose(raced, effects)[0]
         scores = {k: LayerScore.of(k, [trials[k][i] for i in rest]).score for k in trials}
         regrets.append(100 * (max(scores.values()) - scores[layer]))
@@ -94,18 +112,27 @@ def replayed(trials: dict[int, list[Trial]], effects: Sequence[float], count: in
 
 def kept(file: Path | None) -> dict[str, dict[str, Any]]:
     """The records of an earlier run by the model's fingerprint, their trials by layer as `sweep` gives them."""
-    records = json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else []
+    records = (
+        json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else []
+    )
     for record in records:
-        record["trials_by_layer"] = {int(k): [tuple(trial) for trial in some] for k, some in record["trials_by_layer"].items()}
+        record["trials_by_layer"] = {
+            int(k): [tuple(trial) for trial in some]
+            for k, some in record["trials_by_layer"].items()
+        }
     return {record["fingerprint"]: record for record in records}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="*", default=["atlas", "atlas-llama"])
     parser.add_argument("--facts", type=int, default=100, help="of the sweep")
     parser.add_argument("--trials", type=int, default=24, help="trial edits of a recommendation")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4], help="one recommendation each")
+    parser.add_argument(
+        "--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4], help="one recommendation each"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -113,17 +140,27 @@ def main() -> None:
 
     def save() -> None:
         if args.json:
-            args.json.write_text(json.dumps(list(records.values()), indent=1) + "\n", encoding="utf-8")
+            args.json.write_text(
+                json.dumps(list(records.values()), indent=1) + "\n", encoding="utf-8"
+            )
 
     for name in args.models:
         lm = load(name)
         facts = trial_facts(lm, args.facts, seed=SWEEP_SEED)
-        print(f"{name}: {len(facts)} facts at each of {lm.n_layers} layers\n           efficacy general. specific. harmonic", flush=True)
+        print(
+            f"{name}: {len(facts)} facts at each of {lm.n_layers} layers\n           efficacy general. specific. harmonic",
+            flush=True,
+        )
         record = records.get(lm.fingerprint, {})
         if record.get("facts") != len(facts):
             start = time.process_time()
             trials = sweep(lm, facts)
-            record = {"model": name, "fingerprint": lm.fingerprint, "facts": len(facts), "seconds": time.process_time() - start}
+            record = {
+                "model": name,
+                "fingerprint": lm.fingerprint,
+                "facts": len(facts),
+                "seconds": time.process_time() - start,
+            }
             record["trials_by_layer"] = trials
         trials = record["trials_by_layer"]
         found = {layer: LayerScore.of(layer, some) for layer, some in trials.items()}
@@ -132,7 +169,11 @@ def main() -> None:
         scores = {layer: score.score for layer, score in found.items()}
         best = max(scores, key=lambda layer: scores[layer])
         print(f"  best: layer {best}; {record['seconds']:.0f} s", flush=True)
-        record |= {"best": best, "layers": [score.to_dict() for score in found.values()], "best_if_resampled": resampled(trials)}
+        record |= {
+            "best": best,
+            "layers": [score.to_dict() for score in found.values()],
+            "best_if_resampled": resampled(trials),
+        }
         record["recommendations"] = []
         records[lm.fingerprint] = record
         save()
@@ -149,12 +190,24 @@ def main() -> None:
                 f"  seed {seed}: ROME {choice.rome}, MEMIT {list(choice.memit)}; regret {regret:.2f}; {edits} edits, {seconds:.0f} s",
                 flush=True,
             )
-            recommended = {"seed": seed, "rome": choice.rome, "memit": choice.memit, "regret_points": regret, "seconds": seconds}
-            recommended |= {"edits": edits, "scores": [s.to_dict() for s in choice.scores], "effects": choice.effects}
+            recommended = {
+                "seed": seed,
+                "rome": choice.rome,
+                "memit": choice.memit,
+                "regret_points": regret,
+                "seconds": seconds,
+            }
+            recommended |= {
+                "edits": edits,
+                "scores": [s.to_dict() for s in choice.scores],
+                "effects": choice.effects,
+            }
             record["recommendations"].append(recommended)
             save()
         if record["recommendations"]:
-            record["replayed"] = replayed(trials, record["recommendations"][0]["effects"], args.trials)
+            record["replayed"] = replayed(
+                trials, record["recommendations"][0]["effects"], args.trials
+            )
             print(f"  replayed: {record['replayed']}", flush=True)
             save()
 

@@ -80,11 +80,17 @@ def plain_trace(
     def run(changes: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor]]] = ()) -> Tensor:
         with ExitStack() as stack:
             for site, change in [(module.get_input_embeddings(), corrupt), *changes]:  # type: ignore[operator]
-                handle = site.register_forward_hook(lambda _m, _a, out, change=change: _changed(out, change))
+                handle = site.register_forward_hook(
+                    lambda _m, _a, out, change=change: _changed(out, change)
+                )
                 stack.callback(handle.remove)
             logits = module(input_ids=ids, use_cache=False).logits[:, n_tokens - 1 :].float()
         log_p = logits.log_softmax(-1)
-        return log_p.gather(-1, torch.tensor(answer_ids).expand(len(ids), -1)[..., None])[..., 0].sum(-1).exp()
+        return (
+            log_p.gather(-1, torch.tensor(answer_ids).expand(len(ids), -1)[..., None])[..., 0]
+            .sum(-1)
+            .exp()
+        )
 
     held: dict[nn.Module, Tensor] = {}
 
@@ -97,8 +103,14 @@ def plain_trace(
 
     base = run([(site, keep(site)) for site in severed])
     scores = torch.full((n_tokens, n_layers), float("nan"))
-    for token, layer in cells if cells is not None else [(t, k) for t in range(n_tokens) for k in range(n_layers)]:
-        low, high = (layer, layer + 1) if window is None else (layer - window // 2, layer + (window + 1) // 2)
+    for token, layer in (
+        cells if cells is not None else [(t, k) for t in range(n_tokens) for k in range(n_layers)]
+    ):
+        low, high = (
+            (layer, layer + 1)
+            if window is None
+            else (layer - window // 2, layer + (window + 1) // 2)
+        )
         changes = [(site, hold(token, held[site])) for site in severed]
         changes += [(sites[k], restore(token)) for k in range(max(0, low), min(n_layers, high))]
         scores[token, layer] = run(changes)[1:].mean()
@@ -106,13 +118,22 @@ def plain_trace(
 
 
 def plain_neurons(
-    module: nn.Module, downs: Sequence[nn.Module], ids: Sequence[int], columns: Sequence[int], answer_ids: Sequence[int], steps: int = 20
+    module: nn.Module,
+    downs: Sequence[nn.Module],
+    ids: Sequence[int],
+    columns: Sequence[int],
+    answer_ids: Sequence[int],
+    steps: int = 20,
 ) -> Tensor:
     """Integrated gradients (n_layers, d_ff) of the answer's joint probability by full passes: `steps` of them, in one batch, a layer.
 
     downs: each layer's down-projection, whose input are the coefficients; columns: where the answer's tokens are predicted.
     """
-    sequence, answer, where = torch.tensor([list(ids)]), torch.tensor(list(answer_ids)), list(columns)
+    sequence, answer, where = (
+        torch.tensor([list(ids)]),
+        torch.tensor(list(answer_ids)),
+        list(columns),
+    )
     kept: dict[nn.Module, Tensor] = {}
 
     def keep(down: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -136,7 +157,12 @@ def plain_neurons(
         handle = down.register_forward_pre_hook(scale)
         logits = module(input_ids=sequence.expand(steps, -1)).logits[:, where]
         handle.remove()
-        p = logits.log_softmax(-1).gather(-1, answer.expand(steps, -1)[..., None])[..., 0].sum(-1).exp()
+        p = (
+            logits.log_softmax(-1)
+            .gather(-1, answer.expand(steps, -1)[..., None])[..., 0]
+            .sum(-1)
+            .exp()
+        )
         (gradient,) = torch.autograd.grad(p.sum(), points)
         scores.append((kept[down] * gradient.sum(0) / steps).sum(0))
     return torch.stack(scores)
@@ -154,7 +180,9 @@ def random_gpt2_small() -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(bos_token_id=50256, eos_token_id=50256, initializer_range=0.06)).eval()
+    return GPT2LMHeadModel(
+        GPT2Config(bos_token_id=50256, eos_token_id=50256, initializer_range=0.06)
+    ).eval()
 
 
 def word_tokenizer() -> Any:
@@ -171,11 +199,20 @@ def word_tokenizer() -> Any:
 
 def known_prompts(count: int) -> list[tuple[str, str]]:
     """(prompt, subject) of entries spread evenly over known_1000, whose subject stands in the prompt once."""
-    entries = [e for e in json.loads(KNOWN.read_text(encoding="utf-8")) if e["prompt"].count(e["subject"]) == 1]
-    return [(e["prompt"], e["subject"]) for e in (entries[i * len(entries) // count] for i in range(count))]
+    entries = [
+        e
+        for e in json.loads(KNOWN.read_text(encoding="utf-8"))
+        if e["prompt"].count(e["subject"]) == 1
+    ]
+    return [
+        (e["prompt"], e["subject"])
+        for e in (entries[i * len(entries) // count] for i in range(count))
+    ]
 
 
-def compare(lm: Any, prompt: str, subject: str, kind: str, *, samples: int = 10, cells: int = 0) -> dict[str, Any]:
+def compare(
+    lm: Any, prompt: str, subject: str, kind: str, *, samples: int = 10, cells: int = 0
+) -> dict[str, Any]:
     """Run both on one prompt: processor seconds of each and the largest difference between their scores.
 
     cells: how many of the map's cells the plain loop runs, its time scaled to all of them; 0: every one, and ours is the median of three.
@@ -184,18 +221,30 @@ def compare(lm: Any, prompt: str, subject: str, kind: str, *, samples: int = 10,
 
     causal_trace(lm, prompt, subject, kind=kind, samples=1)  # type: ignore[arg-type]  # both ways timed warm
     repeats = 1 if cells else 3
-    runs = [_timed(lambda: causal_trace(lm, prompt, subject, kind=kind, samples=samples)) for _ in range(repeats)]  # type: ignore[arg-type]
+    runs = [
+        _timed(lambda: causal_trace(lm, prompt, subject, kind=kind, samples=samples))
+        for _ in range(repeats)
+    ]  # type: ignore[arg-type]
     ours, trace = statistics.median(seconds for seconds, _ in runs), runs[0][1]
 
     n_tokens, (start, stop) = len(trace.tokens), trace.subject_span
-    noise = torch.from_numpy(_standard_normal(samples, stop - start, lm.d_model) * trace.noise).float()
+    noise = torch.from_numpy(
+        _standard_normal(samples, stop - start, lm.d_model) * trace.noise
+    ).float()
     sites = {"state": lm.layers, "mlp": [f.module for f in lm.ffn], "attention": lm.attention}[kind]
     every = [(token, layer) for token in range(n_tokens) for layer in range(lm.n_layers)]
     some = random.Random(0).sample(every, min(cells, len(every))) if cells else every
     ids = [lm.prompt_ids(prompt)] * (1 + samples)
     plain, (scores, _, _) = _timed(
         lambda: plain_trace(
-            lm.module, sites, ids, trace.answer_ids, (start, stop), noise, window=None if kind == "state" else trace.window, cells=some
+            lm.module,
+            sites,
+            ids,
+            trace.answer_ids,
+            (start, stop),
+            noise,
+            window=None if kind == "state" else trace.window,
+            cells=some,
         )
     )
     plain *= (len(every) + 1) / (len(some) + 1)  # one more pass than cells
@@ -252,10 +301,17 @@ def _standard_normal(*shape: int) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, help="write the table here as JSON")
     parser.add_argument("--prompts", type=int, default=20, help="prompts of known_1000; 0: none")
-    parser.add_argument("--cells", type=int, default=6, help="cells of each of their maps that the plain loop runs; 0: every one")
+    parser.add_argument(
+        "--cells",
+        type=int,
+        default=6,
+        help="cells of each of their maps that the plain loop runs; 0: every one",
+    )
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -263,13 +319,15 @@ def main() -> None:
 
     from transformers import AutoTokenizer
 
-    from factsmith.model.atlas import folder
+    from factsmith.atlas import folder
     from factsmith.model.load import wrap
 
     module = random_gpt2_small()
     words = [f"w{1000 + 37 * i}" for i in range(13)]
     rows: list[dict[str, Any]] = []
-    print(f"{'prompt':<14} {'kind':<10} {'tokens':>6} {'subject':>8} {'oracle s':>9} {'ours s':>7} {'ratio':>6} {'max difference':>15}")
+    print(
+        f"{'prompt':<14} {'kind':<10} {'tokens':>6} {'subject':>8} {'oracle s':>9} {'ours s':>7} {'ratio':>6} {'max difference':>15}"
+    )
 
     def add(name: str, row: dict[str, Any]) -> None:
         rows.append({"prompt": name, **row})
@@ -299,13 +357,21 @@ def main() -> None:
             summary[kind] = {
                 "prompts": len(own),
                 "mean_ratio": round(statistics.mean(row["ratio"] for row in own), 2),
-                "ratio_of_total_time": round(sum(row["oracle_s"] for row in own) / sum(row["ours_s"] for row in own), 2),
+                "ratio_of_total_time": round(
+                    sum(row["oracle_s"] for row in own) / sum(row["ours_s"] for row in own), 2
+                ),
                 "lowest_ratio": min(row["ratio"] for row in own),
                 "max_difference": max(row["max_difference"] for row in own),
             }
             print(f"known_1000, {kind}: {summary[kind]}", flush=True)
     if args.json:
-        content = {"threads": args.threads, "torch": torch.__version__, "neurons": neurons, "trace": rows, "known_1000": summary}
+        content = {
+            "threads": args.threads,
+            "torch": torch.__version__,
+            "neurons": neurons,
+            "trace": rows,
+            "known_1000": summary,
+        }
         args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

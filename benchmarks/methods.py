@@ -33,36 +33,50 @@ from typing import Any
 import torch
 
 import factsmith as fs
+from factsmith import atlas
+from factsmith.core.fact import Fact
+from factsmith.corpus.moments_store import find_moments
 from factsmith.edit import methods as editors
 from factsmith.edit.contexts import generate_contexts, generate_openings
-from factsmith.edit.delta import applied
-from factsmith.edit.finetune import FineTuneConfig, LoraConfig, fine_tune, lora, written
-from factsmith.edit.kept import find_moments
-from factsmith.edit.target import Targets, find_targets
-from factsmith.fact import Fact
-from factsmith.model import atlas
-from factsmith.model.load import LanguageModel
+from factsmith.edit.delta import applied, written
+from factsmith.edit.finetune import FineTuneConfig, LoraConfig, fine_tune, lora
+from factsmith.edit.search import find_targets
+from factsmith.edit.target import Targets
+from factsmith.model.language_model import LanguageModel
 
 SPREADING = ("memit", "emmet", "alphaedit")
 METHODS = (*SPREADING, "memit-plain", "rome", "r-rome", "ft-l", "lora")
-PLAIN = [(weight, lr) for lr in (0.5, 0.05) for weight in (0.03, 0.1, 0.3, 1.0, 3.0)]  # weight in units of d_ff, lr in those of the stream
+PLAIN = [
+    (weight, lr) for lr in (0.5, 0.05) for weight in (0.03, 0.1, 0.3, 1.0, 3.0)
+]  # weight in units of d_ff, lr in those of the stream
 COARSE = [(weight, 0.5) for weight in (0.3, 1.0, 3.0)]  # for loads above 0.11
 
 
-def chosen(lm: LanguageModel, count: int, seed: int, others: int) -> tuple[list[Fact], list[tuple[str, str]]]:
+def chosen(
+    lm: LanguageModel, count: int, seed: int, others: int
+) -> tuple[list[Fact], list[tuple[str, str]]]:
     """`count` edits, and (prompt, object) of up to `others` known facts outside them."""
     draw = random.Random(seed)
     pool = list(atlas.facts())
     draw.shuffle(pool)
-    objects = {relation: sorted({fact.object for fact in atlas.facts(relation)}) for relation in atlas.relations()}
+    objects = {
+        relation: sorted({fact.object for fact in atlas.facts(relation)})
+        for relation in atlas.relations()
+    }
     facts: list[Fact] = []
     seen: set[tuple[str, str]] = set()
     for at in range(0, len(pool), 500):
         if len(facts) >= count:
             break
         some = [fact for fact in pool[at : at + 500] if (fact.subject, fact.relation) not in seen]
-        asked = [(f, t) for f in some for t in (*atlas.phrasings(f.relation).trained, *atlas.phrasings(f.relation).held_out)]
-        right = lm.says([t.replace("{}", f.subject) for f, t in asked], [f.object for f, _ in asked])
+        asked = [
+            (f, t)
+            for f in some
+            for t in (*atlas.phrasings(f.relation).trained, *atlas.phrasings(f.relation).held_out)
+        ]
+        right = lm.says(
+            [t.replace("{}", f.subject) for f, t in asked], [f.object for f, _ in asked]
+        )
         held: dict[atlas.AtlasFact, list[str]] = {}
         for (fact, template), ok in zip(asked, right, strict=True):
             if ok:
@@ -71,26 +85,42 @@ def chosen(lm: LanguageModel, count: int, seed: int, others: int) -> tuple[list[
             told = atlas.phrasings(fact.relation)
             near = {other.object for other in atlas.facts_about(fact.subject)}
             wanted = [o for o in objects[fact.relation] if o not in near]
-            if templates[0] != told.trained[0] or len(templates) < 2 or not wanted or (fact.subject, fact.relation) in seen:
+            if (
+                templates[0] != told.trained[0]
+                or len(templates) < 2
+                or not wanted
+                or (fact.subject, fact.relation) in seen
+            ):
                 continue
             seen.add((fact.subject, fact.relation))
             held_out = [t for t in templates if t in told.held_out]
             trained = [t for t in templates[1:] if t not in held_out]
             other = [*held_out, *draw.sample(trained, min(3, len(trained)))][:5]
             facts.append(
-                Fact(fact.subject, templates[0], draw.choice(wanted), target_true=fact.object, paraphrases=other, relation=fact.relation)
+                Fact(
+                    fact.subject,
+                    templates[0],
+                    draw.choice(wanted),
+                    target_true=fact.object,
+                    paraphrases=other,
+                    relation=fact.relation,
+                )
             )
     facts = facts[:count]
     edited = {(fact.subject, fact.relation) for fact in facts}
     rest = [f for f in pool if (f.subject, f.relation) not in edited]
     rest = rest[: 2 * others] if others else rest
-    prompts = [draw.choice(atlas.phrasings(f.relation).trained).replace("{}", f.subject) for f in rest]
+    prompts = [
+        draw.choice(atlas.phrasings(f.relation).trained).replace("{}", f.subject) for f in rest
+    ]
     said = lm.says(prompts, [f.object for f in rest])
     kept = [(p, f.object) for p, f, ok in zip(prompts, rest, said, strict=True) if ok]
     return facts, kept[:others] if others else kept
 
 
-def score(lm: LanguageModel, facts: Sequence[Fact], others: Sequence[tuple[str, str]]) -> dict[str, float]:
+def score(
+    lm: LanguageModel, facts: Sequence[Fact], others: Sequence[tuple[str, str]]
+) -> dict[str, float]:
     """Efficacy, generalization, specificity and their harmonic mean, in percent, of the model as it is."""
     asked = [(text, fact.target or "") for fact in facts for text in fact.paraphrase_texts]
     shares = {
@@ -121,7 +151,11 @@ def peak_mb(reset: bool = False) -> int:
     """The process's largest resident memory since it was reset (Linux), in MB."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
     return int(line.split()[1]) // 1024
 
 
@@ -133,16 +167,30 @@ class Bench:
         self.lm = fs.load(name)
         self.layers = fs.MemitConfig.recommended(self.lm).layers or (0,)
         self.d_ff = self.lm.ffn[self.layers[0]].d_ff
-        self.moments = find_moments(self.lm, sorted({*self.layers, fs.RomeConfig.recommended(self.lm).layer or 0}))
-        self.openings, self.contexts = generate_openings(self.lm, seed), generate_contexts(self.lm, seed)
+        self.moments = find_moments(
+            self.lm, sorted({*self.layers, fs.RomeConfig.recommended(self.lm).layer or 0})
+        )
+        self.openings, self.contexts = (
+            generate_openings(self.lm, seed),
+            generate_contexts(self.lm, seed),
+        )
         self._targets: dict[tuple[Any, ...], tuple[Targets, float]] = {}
 
     def targets(self, facts: Sequence[Fact], config: fs.MemitConfig) -> tuple[Targets, float]:
         """Targets in the stream after the last layer, and the seconds they took."""
-        key = (tuple(f.text for f in facts), config.lr, config.steps, config.clamp, config.stop_loss, config.scale)
+        key = (
+            tuple(f.text for f in facts),
+            config.lr,
+            config.steps,
+            config.clamp,
+            config.stop_loss,
+            config.scale,
+        )
         if key not in self._targets:
             started = time.process_time()
-            found = find_targets(self.lm, facts, self.layers[-1], config, self.openings, site="stream")
+            found = find_targets(
+                self.lm, facts, self.layers[-1], config, self.openings, site="stream"
+            )
             self._targets = {key: (found, time.process_time() - started)}
         return self._targets[key]
 
@@ -150,18 +198,27 @@ class Bench:
         """The recommended settings, but for what was asked for."""
         return dataclasses.replace(kind.recommended(self.lm), **self.changes)
 
-    def measured(self, facts: Sequence[Fact], others: Sequence[tuple[str, str]], delta: fs.Delta) -> dict[str, Any]:
+    def measured(
+        self, facts: Sequence[Fact], others: Sequence[tuple[str, str]], delta: fs.Delta
+    ) -> dict[str, Any]:
         """The score with a delta in the model, how large it is, and how much its keys have in common."""
-        norms = {layer: float(delta.dense(layer).norm() / self.lm.ffn[layer].weight().norm()) for layer in delta.layers}
+        norms = {
+            layer: float(delta.dense(layer).norm() / self.lm.ffn[layer].weight().norm())
+            for layer in delta.layers
+        }
         ends = sorted({min(delta.layers), max(delta.layers)})
         why = {
             "norms": {layer: round(norm, 3) for layer, norm in norms.items()},
-            "overlap": {layer: round(overlap(delta.k_star[layer], self.moments[layer]), 3) for layer in ends},
+            "overlap": {
+                layer: round(overlap(delta.k_star[layer], self.moments[layer]), 3) for layer in ends
+            },
         }
         with applied(self.lm, delta):
             return {**score(self.lm, facts, others), **why}
 
-    def run(self, method: str, facts: Sequence[Fact], others: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    def run(
+        self, method: str, facts: Sequence[Fact], others: Sequence[tuple[str, str]]
+    ) -> dict[str, Any]:
         """One batch with one method."""
         started = time.process_time()
         if method in SPREADING:
@@ -169,8 +226,13 @@ class Bench:
             config = self.settings(kind)
             found, seconds = self.targets(facts, config)
             begun = time.process_time()
-            delta = solver(self.lm, facts, config, moments=self.moments, contexts=self.openings, targets=found)
-            took = {"targets_s": round(seconds, 1), "solve_s": round(time.process_time() - begun, 1)}
+            delta = solver(
+                self.lm, facts, config, moments=self.moments, contexts=self.openings, targets=found
+            )
+            took = {
+                "targets_s": round(seconds, 1),
+                "solve_s": round(time.process_time() - begun, 1),
+            }
             return {**self.measured(facts, others, delta), **took}
         if method == "memit-plain":
             grid = PLAIN if len(facts) < 0.11 * len(self.layers) * self.d_ff else COARSE
@@ -178,8 +240,13 @@ class Bench:
             best, delta = max(tried, key=lambda found: found[0]["score"])
             return {**best, **self.measured(facts, others, delta)}
         if method in ("rome", "r-rome"):
-            delta = editors.METHODS[method][0](self.lm, facts, moments=self.moments, contexts=self.contexts)
-            return {**self.measured(facts, others, delta), "solve_s": round(time.process_time() - started, 1)}
+            delta = editors.METHODS[method][0](
+                self.lm, facts, moments=self.moments, contexts=self.contexts
+            )
+            return {
+                **self.measured(facts, others, delta),
+                "solve_s": round(time.process_time() - started, 1),
+            }
         tuned: Callable[[], Any] = {
             "ft-l": lambda: fine_tune(self.lm, facts, FineTuneConfig(layers=self.layers[:1])),
             "lora": lambda: lora(self.lm, facts, LoraConfig(layers=self.layers)),
@@ -188,7 +255,9 @@ class Bench:
             seconds = time.process_time() - started
             return {**score(self.lm, facts, others), "solve_s": round(seconds, 1)}
 
-    def _plain(self, facts: Sequence[Fact], others: Sequence[tuple[str, str]], weight: float, lr: float) -> tuple[dict[str, Any], fs.Delta]:
+    def _plain(
+        self, facts: Sequence[Fact], others: Sequence[tuple[str, str]], weight: float, lr: float
+    ) -> tuple[dict[str, Any], fs.Delta]:
         config = fs.MemitConfig(
             layers=self.layers,
             scale="auto",
@@ -200,11 +269,24 @@ class Bench:
         )
         found, seconds = self.targets(facts, config)
         begun = time.process_time()
-        delta = fs.memit(self.lm, facts, config, moments=self.moments, contexts=self.openings, targets=found)
+        delta = fs.memit(
+            self.lm, facts, config, moments=self.moments, contexts=self.openings, targets=found
+        )
         took = {"targets_s": round(seconds, 1), "solve_s": round(time.process_time() - begun, 1)}
-        return {**self.measured(facts, others, delta), **took, "setting": {"weight": weight, "lr": lr}}, delta
+        return {
+            **self.measured(facts, others, delta),
+            **took,
+            "setting": {"weight": weight, "lr": lr},
+        }, delta
 
-    def rounds(self, method: str, facts: Sequence[Fact], others: Sequence[tuple[str, str]], size: int, tell: Callable[[str], None]) -> Any:
+    def rounds(
+        self,
+        method: str,
+        facts: Sequence[Fact],
+        others: Sequence[tuple[str, str]],
+        size: int,
+        tell: Callable[[str], None],
+    ) -> Any:
         """Round after round on the edited model: the score over everything written so far, and of the first round alone."""
         solver, kind = editors.METHODS[method]
         deltas: list[fs.Delta] = []
@@ -219,7 +301,7 @@ class Bench:
                         self.settings(kind),
                         moments=self.moments,
                         contexts=self.openings,
-                        earlier=deltas,
+                        beneath=deltas,
                     )
                 )
             seconds = time.process_time() - started
@@ -233,7 +315,10 @@ class Bench:
                     "solve_s": round(seconds, 1),
                 }
                 row["first_round"] = score(self.lm, facts[:size], others)["efficacy"]
-            norms = {x: sum(d.dense(x) for d in deltas).norm() / self.lm.ffn[x].weight().norm() for x in self.layers}
+            norms = {
+                x: sum(d.dense(x) for d in deltas).norm() / self.lm.ffn[x].weight().norm()
+                for x in self.layers
+            }
             row["norms"] = {layer: round(float(norm), 3) for layer, norm in norms.items()}
             found.append(row)
             tell(f"{method}, round {len(deltas)}: {row}")
@@ -241,13 +326,28 @@ class Bench:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="atlas", choices=atlas.names())
     parser.add_argument("--loads", type=float, nargs="+", default=[0.003, 0.03, 0.1])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--rounds", type=int, help="facts a round: one round after another up to the load")
-    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings other than the recommended: repair=0 steps=30")
-    parser.add_argument("--others", type=int, default=2000, help="facts outside the edits to ask; 0: all that the model knows")
+    parser.add_argument(
+        "--rounds", type=int, help="facts a round: one round after another up to the load"
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="settings other than the recommended: repair=0 steps=30",
+    )
+    parser.add_argument(
+        "--others",
+        type=int,
+        default=2000,
+        help="facts outside the edits to ask; 0: all that the model knows",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="the numbers, added to what is there")
     parser.add_argument("--draw", type=Path, help="draw --json's numbers, and measure nothing")
@@ -261,19 +361,35 @@ def main() -> None:
     def keep(kind: str, method: str, load: float, row: Any) -> None:
         if given.json:
             whole = json.loads(given.json.read_text()) if given.json.is_file() else {}
-            whole.setdefault(given.model, {}).setdefault(kind, {}).setdefault(method, {})[str(load)] = row
+            whole.setdefault(given.model, {}).setdefault(kind, {}).setdefault(method, {})[
+                str(load)
+            ] = row
             given.json.write_text(json.dumps(whole, indent=1) + "\n")
 
     for load in given.loads:
         count = max(1, round(load * len(bench.layers) * bench.d_ff))
         facts, others = chosen(bench.lm, count, given.seed, given.others)
-        print(f"{given.model}, load {load}: {len(facts)} facts in layers {bench.layers}, {len(others)} others", flush=True)
+        print(
+            f"{given.model}, load {load}: {len(facts)} facts in layers {bench.layers}, {len(others)} others",
+            flush=True,
+        )
         for method in given.methods:
             if given.rounds:
-                keep("rounds", method, load, bench.rounds(method, facts, others, given.rounds, lambda line: print(line, flush=True)))
+                keep(
+                    "rounds",
+                    method,
+                    load,
+                    bench.rounds(
+                        method, facts, others, given.rounds, lambda line: print(line, flush=True)
+                    ),
+                )
                 continue
             peak_mb(reset=True)
-            row = {"facts": len(facts), "others": len(others), "changes": changes if method in SPREADING else {}}
+            row = {
+                "facts": len(facts),
+                "others": len(others),
+                "changes": changes if method in SPREADING else {},
+            }
             row.update(bench.run(method, facts, others))
             row["peak_mb"] = peak_mb()
             print(f"{method:12} {row}", flush=True)
@@ -284,15 +400,24 @@ def draw(found: dict[str, Any], path: Path) -> None:
     """A picture for each model and kind, `path` with their names added; and the numbers as tables, printed."""
     for model, kinds in found.items():
         series = {}
-        batch = {method: {float(load): row for load, row in rows.items()} for method, rows in kinds["batch"].items()}
+        batch = {
+            method: {float(load): row for load, row in rows.items()}
+            for method, rows in kinds["batch"].items()
+        }
         loads = sorted({load for rows in batch.values() for load in rows})
-        print(f"\n{model}: score (efficacy / generalization / specificity)\n\n| load | " + " | ".join(map(str, loads)) + " |")
+        print(
+            f"\n{model}: score (efficacy / generalization / specificity)\n\n| load | "
+            + " | ".join(map(str, loads))
+            + " |"
+        )
         print("|---" * (1 + len(loads)) + "|")
         for method, rows in batch.items():
             cells = []
             for load in loads:
                 row = rows.get(load)
-                parts = row and " / ".join(f"{row[name]:.0f}" for name in ("efficacy", "generalization", "specificity"))
+                parts = row and " / ".join(
+                    f"{row[name]:.0f}" for name in ("efficacy", "generalization", "specificity")
+                )
                 cells.append(f"{row['score']:.1f} ({parts})" if row else "")
             print(f"| {method} | " + " | ".join(cells) + " |")
             scores = [rows[load]["score"] for load in sorted(rows)]
@@ -306,28 +431,52 @@ def draw(found: dict[str, Any], path: Path) -> None:
             if load in rows:
                 row = rows[load]
                 seconds = f"{row.get('targets_s', 0) + row.get('solve_s', 0):.0f}"
-                why = " | ".join(" ".join(f"{x:.2f}" for x in row.get(name, {}).values()) for name in ("norms", "overlap"))
-                print(f"| {load} | {row['facts']} | {method} | {seconds} | {row['peak_mb']} | {why} |")
+                why = " | ".join(
+                    " ".join(f"{x:.2f}" for x in row.get(name, {}).values())
+                    for name in ("norms", "overlap")
+                )
+                print(
+                    f"| {load} | {row['facts']} | {method} | {seconds} | {row['peak_mb']} | {why} |"
+                )
         place = path.with_name(f"{path.stem}-{model}{path.suffix}")
         x, y = "load = facts / (layers x d_ff)", "score (harmonic mean, %)"
-        fs.curves(series, x_label=x, y_label=y, title=f"{model}: facts written in one batch", log_x=True, path=place)
+        fs.curves(
+            series,
+            x_label=x,
+            y_label=y,
+            title=f"{model}: facts written in one batch",
+            log_x=True,
+            path=place,
+        )
         lines = {}
         for method, rows in kinds.get("rounds", {}).items():
             told = next(iter(rows.values()))
             print(f"\n{model}, {method}, in rounds of {told[0]['facts']}:\n")
             print(
-                "| facts | efficacy | first round still | generalization | specificity | score | seconds a round | norms |\n|" + "---|" * 8
+                "| facts | efficacy | first round still | generalization | specificity | score | seconds a round | norms |\n|"
+                + "---|" * 8
             )
             for row in told:
                 names = ("efficacy", "first_round", "generalization", "specificity", "score")
                 norms = " ".join(f"{x:.2f}" for x in row["norms"].values())
-                print(f"| {row['facts']} | {' | '.join(f'{row[name]:.1f}' for name in names)} | {row['solve_s']:.0f} | {norms} |")
+                print(
+                    f"| {row['facts']} | {' | '.join(f'{row[name]:.1f}' for name in names)} | {row['solve_s']:.0f} | {norms} |"
+                )
             at, scores = [row["facts"] for row in told], [row["score"] for row in told]
             first = [row["first_round"] for row in told]
-            lines |= {method: (at, scores, scores, scores), f"{method}, first round": (at, first, first, first)}
+            lines |= {
+                method: (at, scores, scores, scores),
+                f"{method}, first round": (at, first, first, first),
+            }
         if lines:
             place = path.with_name(f"{path.stem}-{model}-rounds{path.suffix}")
-            fs.curves(lines, x_label="facts written so far", y_label="%", title=f"{model}: one round after another", path=place)
+            fs.curves(
+                lines,
+                x_label="facts written so far",
+                y_label="%",
+                title=f"{model}: one round after another",
+                path=place,
+            )
 
 
 if __name__ == "__main__":

@@ -35,12 +35,16 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from factsmith.corpus.moments import SecondMoment, second_moments
+from factsmith.edit.configs import MemitConfig, RomeConfig
 from factsmith.edit.contexts import generate_contexts
 from factsmith.edit.delta import applied
-from factsmith.edit.methods import MemitConfig, RomeConfig, memit, rome_each
-from factsmith.edit.moments import SecondMoment, second_moments
-from factsmith.locate.layers import LayerScore, judge, trial_facts
-from factsmith.model.load import LanguageModel, load, wrap
+from factsmith.edit.methods import memit
+from factsmith.edit.rome import rome_each
+from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import load, wrap
+from factsmith.patch.layer_choice import LayerScore
+from factsmith.patch.layer_trials import judge, trial_facts
 
 SHARED = Path(__file__).resolve().parents[1] / "../shared"
 PER_NEURON = (2, 4, 8, 16, 32, 64, 128, 200)
@@ -50,7 +54,9 @@ REFERENCE = 400
 
 
 @torch.no_grad()
-def plain_moment(module: nn.Module, site: nn.Module, rows: Sequence[Sequence[int]], batch: int = 32) -> tuple[Tensor, int]:
+def plain_moment(
+    module: nn.Module, site: nn.Module, rows: Sequence[Sequence[int]], batch: int = 32
+) -> tuple[Tensor, int]:
     """(E[m mᵀ] of what goes into `site`, tokens) by full passes with logits over padded batches of token ids, one layer at a time."""
     seen: list[Tensor] = []
     handle = site.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -72,7 +78,11 @@ def plain_moment(module: nn.Module, site: nn.Module, rows: Sequence[Sequence[int
 
 def prose(longest: int = 600) -> list[str]:
     """The lines of the shared books, the same random order every time."""
-    lines = [line.strip()[:longest] for path in sorted((SHARED / "data" / "text").glob("*.txt")) for line in path.open(errors="replace")]
+    lines = [
+        line.strip()[:longest]
+        for path in sorted((SHARED / "data" / "text").glob("*.txt"))
+        for line in path.open(errors="replace")
+    ]
     lines = [line for line in lines if len(line) > 20]
     random.Random(0).shuffle(lines)
     return lines
@@ -90,7 +100,10 @@ def apart(a: Tensor, b: Tensor) -> float:
 
 def passages(lm: LanguageModel, tokens: int, parts: int) -> list[list[str]]:
     """Parts of about so many tokens each, in runs of 40 to 100 tokens."""
-    ids, draw = iter(lm.prompt_ids(" ".join(prose()[: 40 * tokens * parts // 400])[: 8 * tokens * parts])), random.Random(0)
+    ids, draw = (
+        iter(lm.prompt_ids(" ".join(prose()[: 40 * tokens * parts // 400])[: 8 * tokens * parts])),
+        random.Random(0),
+    )
     found: list[list[str]] = []
     for _ in range(parts):
         found.append([])
@@ -102,52 +115,77 @@ def passages(lm: LanguageModel, tokens: int, parts: int) -> list[list[str]]:
     return found
 
 
-def measure_speed(tokens: int, parts: int, layer_sets: Sequence[tuple[int, ...]] = ((3, 4, 5), (5, 6, 7))) -> list[dict[str, Any]]:
+def measure_speed(
+    tokens: int, parts: int, layer_sets: Sequence[tuple[int, ...]] = ((3, 4, 5), (5, 6, 7))
+) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     lm = wrap(GPT2LMHeadModel(GPT2Config(vocab_size=50257)).eval(), load("atlas").tokenizer)
     before = {name: tensor.clone() for name, tensor in lm.module.state_dict().items()}
     records: list[dict[str, Any]] = [
-        {"layers": layers, "seconds": {"plain": [], "float32": [], "bfloat16": []}, "agreement": []} for layers in layer_sets
+        {"layers": layers, "seconds": {"plain": [], "float32": [], "bfloat16": []}, "agreement": []}
+        for layers in layer_sets
     ]
     shares, counts = [], []
     for texts in passages(lm, tokens, parts):
         rows = [lm.prompt_ids(text) for text in texts]
         counts.append(sum(map(len, rows)))
-        shares.append(counts[-1] / sum(max(map(len, rows[i : i + 32])) * len(rows[i : i + 32]) for i in range(0, len(rows), 32)))
+        shares.append(
+            counts[-1]
+            / sum(
+                max(map(len, rows[i : i + 32])) * len(rows[i : i + 32])
+                for i in range(0, len(rows), 32)
+            )
+        )
         oracle: dict[int, tuple[Tensor, int]] = {}
         spent = 0.0
         for layer in layer_sets[0]:
-            took, oracle[layer] = seconds_of(partial(plain_moment, lm.module, lm.ffn[layer].down, rows))
+            took, oracle[layer] = seconds_of(
+                partial(plain_moment, lm.module, lm.ffn[layer].down, rows)
+            )
             spent += took
         for record in records:
             layers, found = record["layers"], {}
             record["seconds"]["plain"].append(spent)
             for name, dtype in (("float32", None), ("bfloat16", torch.bfloat16)):
-                took, found[name] = seconds_of(partial(second_moments, lm, texts, layers, max_tokens=math.inf, dtype=dtype))
+                took, found[name] = seconds_of(
+                    partial(second_moments, lm, texts, layers, max_tokens=math.inf, dtype=dtype)
+                )
                 record["seconds"][name].append(took)
             for layer in layers:
                 wide, narrow = found["float32"][layer], found["bfloat16"][layer]
                 measured = {
                     "layer": layer,
                     "tokens": wide.count,
-                    "float32_against_plain": apart(wide.matrix, oracle[layer][0]) if layer in oracle else None,
+                    "float32_against_plain": apart(wide.matrix, oracle[layer][0])
+                    if layer in oracle
+                    else None,
                     "bfloat16_against_float32": apart(narrow.matrix, wide.matrix),
                     "split_half": wide.split_half,
                 }
                 assert (measured["float32_against_plain"] or 0) < 1e-5, measured
                 assert measured["bfloat16_against_float32"] < 0.5 * (wide.split_half or 0), measured
                 record["agreement"].append(measured)
-        print([{key: some[-1] for key, some in record["seconds"].items()} for record in records], flush=True)
+        print(
+            [{key: some[-1] for key, some in record["seconds"].items()} for record in records],
+            flush=True,
+        )
     for record in records:
         taken = record["seconds"]
         for name in ("float32", "bfloat16"):
-            faster = statistics.median(plain / ours for plain, ours in zip(taken["plain"], taken[name], strict=True))
+            faster = statistics.median(
+                plain / ours for plain, ours in zip(taken["plain"], taken[name], strict=True)
+            )
             record[f"times_faster_{name}"] = faster
             record[f"times_faster_{name}_without_padding"] = faster * statistics.mean(shares)
         record["tokens"] = counts
-        print(json.dumps({key: value for key, value in record.items() if key != "agreement"}), flush=True)
+        print(
+            json.dumps({key: value for key, value in record.items() if key != "agreement"}),
+            flush=True,
+        )
     assert all(torch.equal(tensor, before[name]) for name, tensor in lm.module.state_dict().items())
-    assert records[0]["times_faster_float32"] > 2.5 and records[0]["times_faster_bfloat16"] > 5, "slower than asked for"
+    assert records[0]["times_faster_float32"] > 2.5 and records[0]["times_faster_bfloat16"] > 5, (
+        "slower than asked for"
+    )
     return records
 
 
@@ -174,7 +212,9 @@ def excess_of(moment: SecondMoment, keys: Tensor, truth: Tensor, best: Tensor) -
     return (u @ truth * u).sum(1) / (u * keys).sum(1) ** 2 / best - 1
 
 
-def measure_text(name: str, lm: LanguageModel, layers: Sequence[int]) -> tuple[dict[str, Any], dict[int, dict[int, SecondMoment]]]:
+def measure_text(
+    name: str, lm: LanguageModel, layers: Sequence[int]
+) -> tuple[dict[str, Any], dict[int, dict[int, SecondMoment]]]:
     d_ff = max(lm.ffn[layer].d_ff for layer in layers)
     ours, others, held_out = divided(lm, prose(), (max(PER_NEURON) * d_ff, REFERENCE * d_ff, 4000))
     reference = second_moments(lm, others, layers, max_tokens=math.inf)
@@ -199,7 +239,14 @@ def measure_text(name: str, lm: LanguageModel, layers: Sequence[int]) -> tuple[d
                     "true_excess_95": float(true.quantile(0.95)),
                 }
             )
-            print(name, " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in rows[-1].items()), flush=True)
+            print(
+                name,
+                " ".join(
+                    f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
+                    for k, v in rows[-1].items()
+                ),
+                flush=True,
+            )
     narrow = []
     for per in (8, 32):
         rounded = second_moments(lm, ours, layers, max_tokens=per * d_ff, dtype=torch.bfloat16)
@@ -207,7 +254,9 @@ def measure_text(name: str, lm: LanguageModel, layers: Sequence[int]) -> tuple[d
             wide, keys = moments[per][layer], keys_of(lm, layer, held_out[:150])
             truth = reference[layer]
             best = 1 / (keys * truth.solve(keys)).sum(1)
-            more = excess_of(rounded[layer], keys, truth.matrix, best) - excess_of(wide, keys, truth.matrix, best)
+            more = excess_of(rounded[layer], keys, truth.matrix, best) - excess_of(
+                wide, keys, truth.matrix, best
+            )
             off = apart(rounded[layer].matrix, wide.matrix)
             assert off < 0.5 * (wide.split_half or 0)
             narrow.append(
@@ -232,7 +281,11 @@ def measure_text(name: str, lm: LanguageModel, layers: Sequence[int]) -> tuple[d
 
 
 def measure_edits(
-    name: str, lm: LanguageModel, moments: dict[int, dict[int, SecondMoment]], n_single: int, n_batch: int
+    name: str,
+    lm: LanguageModel,
+    moments: dict[int, dict[int, SecondMoment]],
+    n_single: int,
+    n_batch: int,
 ) -> list[dict[str, Any]]:
     facts = trial_facts(lm, max(n_single, n_batch), seed=7)
     contexts = generate_contexts(lm, 7)
@@ -240,31 +293,61 @@ def measure_edits(
     rows = []
     for per in EDITED:
         held, trials = moments[per], []
-        for fact, delta in zip(facts[:n_single], rome_each(lm, facts[:n_single], single, moments=held, contexts=contexts), strict=True):
+        for fact, delta in zip(
+            facts[:n_single],
+            rome_each(lm, facts[:n_single], single, moments=held, contexts=contexts),
+            strict=True,
+        ):
             with applied(lm, delta):
                 trials.append(judge(lm, fact))
         with applied(lm, memit(lm, facts[:n_batch], batch, moments=held, contexts=contexts)):
             together = [judge(lm, fact) for fact in facts[:n_batch]]
         for method, some in (("rome", trials), ("memit", together)):
             score = LayerScore.of(0, some)
-            kept = {key: getattr(score, key) for key in ("efficacy", "generalization", "specificity", "score")}
-            rows.append({"model": name, "tokens_per_neuron": per, "method": method, "facts": len(some), **kept})
+            kept = {
+                key: getattr(score, key)
+                for key in ("efficacy", "generalization", "specificity", "score")
+            }
+            rows.append(
+                {
+                    "model": name,
+                    "tokens_per_neuron": per,
+                    "method": method,
+                    "facts": len(some),
+                    **kept,
+                }
+            )
             print(rows[-1], flush=True)
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="*", default=["speed", "text", "edits"], choices=["speed", "text", "edits"])
-    parser.add_argument("--models", nargs="*", default=["atlas", "golden"], help="whose text and edits are measured")
-    parser.add_argument("--tokens", type=int, default=12_000, help="of each part of the text in the comparison of speed")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--parts", nargs="*", default=["speed", "text", "edits"], choices=["speed", "text", "edits"]
+    )
+    parser.add_argument(
+        "--models", nargs="*", default=["atlas", "golden"], help="whose text and edits are measured"
+    )
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=12_000,
+        help="of each part of the text in the comparison of speed",
+    )
     parser.add_argument("--repeats", type=int, default=2, help="parts of the text")
     parser.add_argument("--single", type=int, default=24, help="facts written one by one")
     parser.add_argument("--batch", type=int, default=40, help="facts written together")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    results: dict[str, Any] = json.loads(args.json.read_text(encoding="utf-8")) if args.json and args.json.is_file() else {}
+    results: dict[str, Any] = (
+        json.loads(args.json.read_text(encoding="utf-8"))
+        if args.json and args.json.is_file()
+        else {}
+    )
 
     def save(part: str, found: Any) -> None:
         results[part] = found
@@ -278,8 +361,16 @@ def main() -> None:
             lm = load(name if name != "golden" else str(SHARED / "golden" / "facts-gpt2"))
             table, moments = measure_text(name, lm, (0, 1, 2))
             save("text", {**results.get("text", {}), name: table})
-            if "edits" in args.parts and name != "golden":  # few of the facts to try are known to that one
-                save("edits", {**results.get("edits", {}), name: measure_edits(name, lm, moments, args.single, args.batch)})
+            if (
+                "edits" in args.parts and name != "golden"
+            ):  # few of the facts to try are known to that one
+                save(
+                    "edits",
+                    {
+                        **results.get("edits", {}),
+                        name: measure_edits(name, lm, moments, args.single, args.batch),
+                    },
+                )
 
 
 if __name__ == "__main__":

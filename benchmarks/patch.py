@@ -32,18 +32,29 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from factsmith.core.fact import Fact
 from factsmith.edit import target as search
-from factsmith.edit.target import TargetConfig, find_targets
-from factsmith.fact import Fact
-from factsmith.model.load import LanguageModel, wrap
+from factsmith.edit.search import find_targets
+from factsmith.edit.target import TargetConfig
+from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import wrap
 from factsmith.model.tokens import encode, subject_span, target_ids
 
 GOLDEN = Path(__file__).resolve().parents[1] / "../shared/golden/facts-gpt2"
 COUNTERFACT = Path(__file__).resolve().parents[1] / "../shared/data/counterfact/slim-10000.json"
 REFERENCE = {"memit": 14.6, "rome": 32.8}
 """Seconds a fact of the authors' code on the same shape, one thread, float32."""
-WORDS = ["The old town lies", "In the year after the war it", "She said that", "A letter from the north came with", "Some of the people"]
-ROME_CONTEXTS = ["{}", *(f"{text} {n}. {{}}" for n in ("", "then it was", "and yet", "so") for text in WORDS)]
+WORDS = [
+    "The old town lies",
+    "In the year after the war it",
+    "She said that",
+    "A letter from the north came with",
+    "Some of the people",
+]
+ROME_CONTEXTS = [
+    "{}",
+    *(f"{text} {n}. {{}}" for n in ("", "then it was", "and yet", "so") for text in WORDS),
+]
 MEMIT_CONTEXTS = [
     "{}",
     "The old town lies in the north of. {}",
@@ -81,20 +92,30 @@ def plain_search(
         initial.append(states[0, at[0]].detach().float())
         if delta is None:
             delta = torch.zeros_like(initial[0], requires_grad=True)
-        changed = states.index_put((each, at), delta.to(states).expand(len(rows), -1), accumulate=True)
+        changed = states.index_put(
+            (each, at), delta.to(states).expand(len(rows), -1), accumulate=True
+        )
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
     handle = site.register_forward_hook(add)
     first, adam = None, None
     for step in range(config.steps):
-        log_p = module(input_ids=tokens, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1)
+        log_p = (
+            module(input_ids=tokens, attention_mask=mask, use_cache=False)
+            .logits.float()
+            .log_softmax(-1)
+        )
         assert delta is not None
         adam = adam or torch.optim.Adam([delta], lr=config.lr)
         last = [len(ids) - len(target) for ids in rows[:-1]]
-        nll = torch.stack([-log_p[r, last[r] + i, t] for r in range(len(last)) for i, t in enumerate(target)]).mean()
+        nll = torch.stack(
+            [-log_p[r, last[r] + i, t] for r in range(len(last)) for i, t in enumerate(target)]
+        ).mean()
         guard = log_p[-1, at[-1]]
         first = guard.detach() if first is None else first
-        loss = nll + config.kl_factor * torch.nn.functional.kl_div(first, guard, log_target=True, reduction="sum")
+        loss = nll + config.kl_factor * torch.nn.functional.kl_div(
+            first, guard, log_target=True, reduction="sum"
+        )
         loss = loss + config.weight_decay * delta.norm() / initial[0].norm() ** 2
         if step == config.steps - 1:
             break
@@ -108,7 +129,14 @@ def plain_search(
     return initial[0] + delta.detach(), loss.item()
 
 
-def plain(lm: LanguageModel, fact: Fact, layer: int, config: TargetConfig, contexts: Sequence[str], site: search.Site) -> Tensor:
+def plain(
+    lm: LanguageModel,
+    fact: Fact,
+    layer: int,
+    config: TargetConfig,
+    contexts: Sequence[str],
+    site: search.Site,
+) -> Tensor:
     """`plain_search` with the ids and modules of a model."""
     target = target_ids(lm.tokenizer, fact.text, str(fact.target))
     texts = [*(c.replace("{}", fact.text) for c in contexts), f"{fact.subject} is a"]
@@ -119,7 +147,13 @@ def plain(lm: LanguageModel, fact: Fact, layer: int, config: TargetConfig, conte
     return plain_search(lm.module, module, rows, places, target, config)[0]
 
 
-def multiply_adds(lm: LanguageModel, facts: Sequence[Fact], layer: int, config: TargetConfig, contexts: Sequence[str]) -> dict[str, float]:
+def multiply_adds(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    layer: int,
+    config: TargetConfig,
+    contexts: Sequence[str],
+) -> dict[str, float]:
     """What the search cannot do without: {"prefix", "below", "above", "logits"}; counted from the model's own modules and the token ids."""
     weights = [sum(p.numel() for p in module.parameters() if p.dim() == 2) for module in lm.layers]
     head = lm.module.get_output_embeddings().weight.numel()
@@ -133,7 +167,9 @@ def multiply_adds(lm: LanguageModel, facts: Sequence[Fact], layer: int, config: 
             place = subject_span(lm, text, fact.subject)[1] - 1
             prefixes |= {tuple(ids[: i + 1]) for i in range(place)}
             is_guard = text == fact.subject
-            if not (is_guard and tuple(ids) in seen):  # the bare prompt begins with the subject: its row serves as the guard
+            if not (
+                is_guard and tuple(ids) in seen
+            ):  # the bare prompt begins with the subject: its row serves as the guard
                 live += len(ids) - place + (0 if is_guard else len(target) - 1)
             seen.add(tuple(ids[: place + 1]))
             read += 1 if is_guard else len(target)
@@ -190,8 +226,18 @@ def peak(run: Callable[[], Any]) -> int:
 def facts_for(lm: LanguageModel, n: int) -> list[Fact]:
     """Counterfactual facts, evenly spread over the file; made up ones when it is not there."""
     if not COUNTERFACT.is_file():
-        names = ["Danielle Darrieux", "Edwin of Northumbria", "LeBron James", "Anaal Nathrakh", "Marie Curie", "Alan Turing"]
-        return [Fact(f"{names[i % len(names)]} {i}", "The mother tongue of {} is", "English") for i in range(n)]
+        names = [
+            "Danielle Darrieux",
+            "Edwin of Northumbria",
+            "LeBron James",
+            "Anaal Nathrakh",
+            "Marie Curie",
+            "Alan Turing",
+        ]
+        return [
+            Fact(f"{names[i % len(names)]} {i}", "The mother tongue of {} is", "English")
+            for i in range(n)
+        ]
     records = json.loads(COUNTERFACT.read_text(encoding="utf-8"))
     found: list[Fact] = []
     for record in records[:: max(1, len(records) // (2 * n))]:
@@ -202,7 +248,14 @@ def facts_for(lm: LanguageModel, n: int) -> list[Fact]:
 
 
 def compare(
-    lm: LanguageModel, facts: Sequence[Fact], layer: int, site: search.Site, contexts: Sequence[str], batch: int, repeats: int, plains: int
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    layer: int,
+    site: search.Site,
+    contexts: Sequence[str],
+    batch: int,
+    repeats: int,
+    plains: int,
 ) -> dict[str, Any]:
     """One row of the table: `batch` facts at a time, beside the plain loop on the first `plains` of them, in turn."""
     config = TargetConfig(stop_loss=0, clamp=4.0 if site == "ffn" else 0.75)
@@ -210,12 +263,16 @@ def compare(
     times, rates, slow, apart = [], [], [], []
     for _ in range(repeats):
         rates.append(gemm_rate())
-        seconds, targets = measured(lambda: find_targets(lm, facts, layer, config, contexts, site=site, memory=2**40))
+        seconds, targets = measured(
+            lambda: find_targets(lm, facts, layer, config, contexts, site=site, memory=2**40)
+        )
         times.append(seconds / len(facts))
     for i, fact in enumerate(facts[:plains]):
         seconds, v_star = measured(lambda fact=fact: plain(lm, fact, layer, config, contexts, site))
         slow.append(seconds)
-        apart.append(float((targets.v_star[i] - v_star).norm() / (v_star - targets.v_initial[i]).norm()))
+        apart.append(
+            float((targets.v_star[i] - v_star).norm() / (v_star - targets.v_initial[i]).norm())
+        )
         rates.append(gemm_rate())
     work = multiply_adds(lm, facts, layer, config, contexts)
     ours, rate = statistics.median(times), statistics.median(rates)
@@ -228,7 +285,11 @@ def compare(
     }
     row["floor_reached"] = row["floor_seconds_a_fact"] / ours
     if slow:
-        row |= {"plain_seconds_a_fact": statistics.mean(slow), "plain_facts": len(slow), "largest_relative_difference": max(apart)}
+        row |= {
+            "plain_seconds_a_fact": statistics.mean(slow),
+            "plain_facts": len(slow),
+            "largest_relative_difference": max(apart),
+        }
         row["times_faster_than_plain"] = row["plain_seconds_a_fact"] / ours
     return row
 
@@ -239,10 +300,17 @@ def on_cpu(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     shape = {"n_layer": 2, "n_embd": 64, "n_head": 2} if args.tiny else {}
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    lm = wrap(GPT2LMHeadModel(GPT2Config(**shape, vocab_size=50257, bos_token_id=0, eos_token_id=0)), tokenizer)
+    lm = wrap(
+        GPT2LMHeadModel(GPT2Config(**shape, vocab_size=50257, bos_token_id=0, eos_token_id=0)),
+        tokenizer,
+    )
     facts = facts_for(lm, 50)
     find_targets(lm, facts[:1], 0, TargetConfig(steps=2), ["{}"])  # warm up
-    results: dict[str, Any] = {"shape": "GPT-2 small, random weights, float32, one thread", "torch": torch.__version__, "rows": []}
+    results: dict[str, Any] = {
+        "shape": "GPT-2 small, random weights, float32, one thread",
+        "torch": torch.__version__,
+        "rows": [],
+    }
     print(
         f"{'job':14} {'facts':>5} {'s/fact':>7} {'plain':>7} {'faster':>7} {'vs ref':>7} {'floor':>7} {'reached':>8} {'apart':>8}",
         flush=True,
@@ -277,13 +345,23 @@ def on_cpu(args: argparse.Namespace) -> dict[str, Any]:
         config = TargetConfig(stop_loss=0, steps=3)
         with in_one_batch():
             taken = peak(
-                lambda layer=layer, contexts=contexts, site=site, batch=batch, config=config: find_targets(
-                    lm, facts[:batch], layer, config, contexts, site=site, memory=2**40
+                lambda layer=layer, contexts=contexts, site=site, batch=batch, config=config: (
+                    find_targets(
+                        lm, facts[:batch], layer, config, contexts, site=site, memory=2**40
+                    )
                 )
             )
-        row = {"job": name, "facts": batch, "estimate_bytes": search._bytes(size, lm, layer), "peak_bytes": taken}
+        row = {
+            "job": name,
+            "facts": batch,
+            "estimate_bytes": search._bytes(size, lm, layer),
+            "peak_bytes": taken,
+        }
         results["memory"].append(row)
-        print(f"{name:14} {batch:5} estimated {row['estimate_bytes'] / 2**20:7.0f} MiB, peak {taken / 2**20:7.0f} MiB", flush=True)
+        print(
+            f"{name:14} {batch:5} estimated {row['estimate_bytes'] / 2**20:7.0f} MiB, peak {taken / 2**20:7.0f} MiB",
+            flush=True,
+        )
     return results
 
 
@@ -292,11 +370,28 @@ def on_gpu(args: argparse.Namespace) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     shape = (
-        {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+        {
+            "num_hidden_layers": 4,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+        }
         if args.tiny
-        else {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
+        else {
+            "num_hidden_layers": 32,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+        }
     )
-    config = LlamaConfig(**shape, vocab_size=6144 if args.tiny else 128256, rope_theta=500000.0, max_position_embeddings=8192)
+    config = LlamaConfig(
+        **shape,
+        vocab_size=6144 if args.tiny else 128256,
+        rope_theta=500000.0,
+        max_position_embeddings=8192,
+    )
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
@@ -322,16 +417,29 @@ def on_gpu(args: argparse.Namespace) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated() if device == "cuda" else 0
     with in_one_batch():
-        batch, targets = timed(lambda: find_targets(lm, facts, layer, settings, MEMIT_CONTEXTS, site="stream", memory=2**40))
+        batch, targets = timed(
+            lambda: find_targets(
+                lm, facts, layer, settings, MEMIT_CONTEXTS, site="stream", memory=2**40
+            )
+        )
     top = torch.cuda.max_memory_allocated() - held if device == "cuda" else 0
     cut, _ = timed(lambda: find_targets(lm, facts, layer, settings, MEMIT_CONTEXTS, site="stream"))
-    alone, ones = timed(lambda: [find_targets(lm, [fact], layer, settings, MEMIT_CONTEXTS, site="stream") for fact in few])
+    alone, ones = timed(
+        lambda: [
+            find_targets(lm, [fact], layer, settings, MEMIT_CONTEXTS, site="stream") for fact in few
+        ]
+    )
     plain(lm, few[0], layer, settings, MEMIT_CONTEXTS, "stream")
-    loop, plains = timed(lambda: [plain(lm, fact, layer, settings, MEMIT_CONTEXTS, "stream") for fact in few])
+    loop, plains = timed(
+        lambda: [plain(lm, fact, layer, settings, MEMIT_CONTEXTS, "stream") for fact in few]
+    )
     size = reduce(or_, (search._tokenize(lm, fact, MEMIT_CONTEXTS).size for fact in facts))
 
     def apart(others: Sequence[Tensor]) -> float:
-        moved = [float((targets.v_star[i] - v).norm() / (v - targets.v_initial[i]).norm()) for i, v in enumerate(others)]
+        moved = [
+            float((targets.v_star[i] - v).norm() / (v - targets.v_initial[i]).norm())
+            for i, v in enumerate(others)
+        ]
         return statistics.median(moved)
 
     result = {
@@ -353,10 +461,16 @@ def on_gpu(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokenizer", type=Path, default=GOLDEN)
-    parser.add_argument("--gpu", action="store_true", help="the large shape; on a GPU when there is one")
-    parser.add_argument("--tiny", action="store_true", help="a tiny shape, to see that the benchmark runs")
+    parser.add_argument(
+        "--gpu", action="store_true", help="the large shape; on a GPU when there is one"
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="a tiny shape, to see that the benchmark runs"
+    )
     parser.add_argument("--facts", type=int, default=100, help="facts in the batch of --gpu")
     parser.add_argument("--plain-facts", type=int, default=5, help="facts of the loops beside it")
     parser.add_argument("--json", type=Path)

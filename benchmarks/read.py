@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tools.atlas.corpus import told
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import factsmith as fs
-from factsmith.inspect.values import extreme_tokens, find_unembedding
-from factsmith.model import atlas
-from factsmith.model.atlas.corpus import told
-from factsmith.model.load import LanguageModel
-from factsmith.model.scan import batches, pieces, windows
-from factsmith.model.tokens import align
+from factsmith import atlas
+from factsmith.corpus.text import batches, pieces, windows
+from factsmith.model.language_model import LanguageModel
+from factsmith.read.extremes import extreme_tokens
+from factsmith.read.unembedding import find_unembedding
 
 TOP, TOKENS = 10, 4096
 
@@ -50,7 +50,7 @@ def bare_pass(lm: LanguageModel, texts: list[str]) -> None:
     """The batches of a scan through all layers, and nothing else."""
     for window in windows(pieces(lm, texts)):
         for rows in batches(window, TOKENS):
-            lm.last_hidden(align(lm, [piece.ids for piece in rows], [0] * len(rows)))
+            lm.last_hidden(lm.align([piece.ids for piece in rows], [0] * len(rows)))
 
 
 def clock(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -63,7 +63,10 @@ def clock(run: Callable[[], Any]) -> tuple[float, Any]:
 def values() -> dict[str, Any]:
     """Seconds for all values of GPT-2 small's shape."""
     torch.manual_seed(0)
-    lm = fs.wrap(GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0)).eval(), fs.load("atlas").tokenizer)
+    lm = fs.wrap(
+        GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0)).eval(),
+        fs.load("atlas").tokenizer,
+    )
     head = find_unembedding(lm)
     ours, plain, both, agree = [], [], [], []
     for ffn in lm.ffn:
@@ -72,11 +75,19 @@ def values() -> dict[str, Any]:
         ours.append(seconds)
         seconds, expected = clock(lambda folded=folded: plain_values(folded, head.weight, TOP))
         plain.append(seconds)
-        both.append(clock(lambda folded=folded: plain_values(folded, head.weight, TOP, bottom=True))[0])
+        both.append(
+            clock(lambda folded=folded: plain_values(folded, head.weight, TOP, bottom=True))[0]
+        )
         agree.append(float((top == expected).all(1).double().mean()))
-        print(f"layer {ffn.layer}: ours {ours[-1]:.2f} s, plain {plain[-1]:.2f} s, top and bottom {both[-1]:.2f} s", flush=True)
+        print(
+            f"layer {ffn.layer}: ours {ours[-1]:.2f} s, plain {plain[-1]:.2f} s, top and bottom {both[-1]:.2f} s",
+            flush=True,
+        )
     layers = len(lm.ffn)
-    seconds = {name: layers * statistics.median(each) for name, each in (("ours", ours), ("plain", plain), ("plain_both", both))}
+    seconds = {
+        name: layers * statistics.median(each)
+        for name, each in (("ours", ours), ("plain", plain), ("plain_both", both))
+    }
     capabilities = torch.cpu.get_capabilities()
     return {
         "values": layers * lm.ffn[0].d_ff,
@@ -84,19 +95,40 @@ def values() -> dict[str, Any]:
         "times_faster": seconds["plain"] / seconds["ours"],
         "times_faster_both": seconds["plain_both"] / seconds["ours"],
         "same_top_10": statistics.fmean(agree),
-        "processor": {name: capabilities.get(name) for name in ("cpu_name", "avx512_vnni", "avx512_bf16", "amx_int8")},
+        "processor": {
+            name: capabilities.get(name)
+            for name in ("cpu_name", "avx512_vnni", "avx512_bf16", "amx_int8")
+        },
     }
 
 
-_SMALL = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
-_LARGE = {**_SMALL, "hidden_size": 768, "num_hidden_layers": 2, "num_attention_heads": 12, "num_key_value_heads": 4}
+_SMALL = {
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+_LARGE = {
+    **_SMALL,
+    "hidden_size": 768,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 4,
+}
 _MIXTRAL = {"num_local_experts": 8}
 _QWEN = {"num_experts": 16, "num_experts_per_tok": 4, "mlp_only_layers": []}
 EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral-256": ("mixtral", {**_SMALL, **_MIXTRAL, "intermediate_size": 512}),
     "mixtral-768": ("mixtral", {**_LARGE, **_MIXTRAL, "intermediate_size": 2048}),
-    "qwen2_moe-256": ("qwen2_moe", {**_SMALL, **_QWEN, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 512}),
-    "qwen2_moe-768": ("qwen2_moe", {**_LARGE, **_QWEN, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 2048}),
+    "qwen2_moe-256": (
+        "qwen2_moe",
+        {**_SMALL, **_QWEN, "moe_intermediate_size": 256, "shared_expert_intermediate_size": 512},
+    ),
+    "qwen2_moe-768": (
+        "qwen2_moe",
+        {**_LARGE, **_QWEN, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 2048},
+    ),
 }
 """Random models with experts: family and shape, by the width of the hidden state."""
 
@@ -107,7 +139,9 @@ def with_experts(name: str) -> LanguageModel:
     tokenizer = fs.load("atlas").tokenizer
     torch.manual_seed(0)
     special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
-    module = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=len(tokenizer), **special, **shape)).eval()
+    module = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, vocab_size=len(tokenizer), **special, **shape)
+    ).eval()
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.dim() >= 2:
@@ -124,20 +158,32 @@ def triggers(name: str, n_facts: int) -> dict[str, Any]:
     n_tokens = 0
     with torch.no_grad():
         for part in parts:
-            seconds, found = clock(lambda part=part: fs.find_triggers(lm, part, top=25, batch_tokens=TOKENS))
+            seconds, found = clock(
+                lambda part=part: fs.find_triggers(lm, part, top=25, batch_tokens=TOKENS)
+            )
             ours.append(found.n_tokens / seconds)
             bare.append(found.n_tokens / clock(lambda part=part: bare_pass(lm, part))[0])
             n_tokens += found.n_tokens
     ratio = statistics.median(a / b for a, b in zip(ours, bare, strict=True))
     print(
-        f"{name}: {statistics.median(ours):,.0f} tokens a second, bare pass {statistics.median(bare):,.0f}: {ratio:.2f} of it", flush=True
+        f"{name}: {statistics.median(ours):,.0f} tokens a second, bare pass {statistics.median(bare):,.0f}: {ratio:.2f} of it",
+        flush=True,
     )
-    return {"tokens": n_tokens, "tokens_a_second": statistics.median(ours), "bare": statistics.median(bare), "share_of_bare": ratio}
+    return {
+        "tokens": n_tokens,
+        "tokens_a_second": statistics.median(ours),
+        "bare": statistics.median(bare),
+        "share_of_bare": ratio,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["values", "triggers"], choices=["values", "triggers"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--parts", nargs="+", default=["values", "triggers"], choices=["values", "triggers"]
+    )
     parser.add_argument("--facts", type=int, default=2000, help="facts whose sentences are scanned")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -147,7 +193,9 @@ def main() -> None:
         found["values"] = values()
         print(json.dumps(found["values"]), flush=True)
     if "triggers" in given.parts:
-        found["triggers"] = {name: triggers(name, given.facts) for name in (*atlas.names(), *EXPERTS)}
+        found["triggers"] = {
+            name: triggers(name, given.facts) for name in (*atlas.names(), *EXPERTS)
+        }
     if given.json:
         before = json.loads(given.json.read_text()) if given.json.is_file() else {}
         given.json.write_text(json.dumps({**before, **found}, indent=1) + "\n")

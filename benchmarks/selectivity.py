@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tools.atlas.corpus import as_fact, crossed
 
 import factsmith as fs
-from factsmith.inspect.profile import Profile
-from factsmith.inspect.statements import PARTS, Statement
-from factsmith.model import atlas
-from factsmith.model.atlas.corpus import as_fact, crossed
+from factsmith import atlas
+from factsmith.read.profile import Profile
+from factsmith.read.statements import PARTS, Statement
 
 TOP, EACH, LEAST, SAMPLE = 25, 6, 15, 5000
 SIGNS = ("top", "bottom")
@@ -75,12 +75,28 @@ def profiles(triggers: fs.Triggers, statements: list[Statement], sign: Any) -> d
 
     return {
         "all": fs.profile(triggers, labels, groups=groups, sign=sign),
-        "behind subject": fs.profile(triggers, {"subject": labels["subject"]}, groups=groups, only=behind_subject, sign=sign, least=LEAST),
-        "before answer": fs.profile(triggers, {"object": labels["object"]}, groups=groups, only=before_answer, sign=sign, least=LEAST),
+        "behind subject": fs.profile(
+            triggers,
+            {"subject": labels["subject"]},
+            groups=groups,
+            only=behind_subject,
+            sign=sign,
+            least=LEAST,
+        ),
+        "before answer": fs.profile(
+            triggers,
+            {"object": labels["object"]},
+            groups=groups,
+            only=before_answer,
+            sign=sign,
+            least=LEAST,
+        ),
     }
 
 
-def shuffled(triggers: fs.Triggers, statements: list[Statement], sign: Any) -> dict[str, list[float]]:
+def shuffled(
+    triggers: fs.Triggers, statements: list[Statement], sign: Any
+) -> dict[str, list[float]]:
     """The control that must show nothing: each fact's labels are another fact's."""
     facts = list(dict.fromkeys(each.fact for each in statements))
     other = dict(zip(facts, random.Random(1).sample(facts, len(facts)), strict=True))
@@ -91,15 +107,22 @@ def shuffled(triggers: fs.Triggers, statements: list[Statement], sign: Any) -> d
         "subject": {each.text: other[each.fact].subject for each in statements},
         "object": {each.text: other[each.fact].target for each in statements},
     }
-    found = fs.profile(triggers, labels, groups={each.text: each.fact for each in statements}, sign=sign)
+    found = fs.profile(
+        triggers, labels, groups={each.text: each.fact for each in statements}, sign=sign
+    )
     return {feature: found.share[:, found.features.index(feature)].tolist() for feature in labels}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kept", type=Path, required=True, help="folder for the triggers")
     parser.add_argument(
-        "--each", type=int, default=EACH, help="phrasings of a crossed fact; with 24 a fact fills a neuron's triggers by itself"
+        "--each",
+        type=int,
+        default=EACH,
+        help="phrasings of a crossed fact; with 24 a fact fills a neuron's triggers by itself",
     )
     parser.add_argument("--pictures", type=Path, help="folder for the pictures")
     parser.add_argument("--json", type=Path)
@@ -110,13 +133,17 @@ def main() -> None:
     sentences, groups = [each.text for each in sample], {each.text: each.fact for each in sample}
     known = fs.fact_labels(sample, atlas.subject_types())
     known = {feature: known[feature] for feature in ("relation", "type", "subject")}
-    result: dict[str, Any] = {"crossed": {"sentences": len(statements), "facts": len({each.fact for each in statements})}}
+    result: dict[str, Any] = {
+        "crossed": {"sentences": len(statements), "facts": len({each.fact for each in statements})}
+    }
     seen: dict[str, Profile] = {}
     agreements, censuses = {}, {}
     for name in atlas.names():
         lm = fs.load(name)
         stated = scanned(lm, sentences, given.kept / f"{name}-stated")
-        triggers = scanned(lm, [each.text for each in statements], given.kept / f"{name}-crossed-{given.each}")
+        triggers = scanned(
+            lm, [each.text for each in statements], given.kept / f"{name}-crossed-{given.each}"
+        )
         own: dict[str, Any] = {}
         for sign in SIGNS:
             found = profiles(triggers, statements, sign)
@@ -134,16 +161,33 @@ def main() -> None:
         values = fs.value_tokens(lm, top=10)
         for sign in SIGNS:
             agree = fs.agreement(stated, values, sign=sign)  # type: ignore[arg-type]
-            own[sign]["agreement"] = {part: getattr(agree, part).tolist() for part in ("share", "within", "chance")}
+            own[sign]["agreement"] = {
+                part: getattr(agree, part).tolist() for part in ("share", "within", "chance")
+            }
             agreements.update({name: agree} if sign == "top" else {})
         moments = fs.second_moments(lm, sentences, range(lm.n_layers), max_tokens=math.inf)
-        censuses[name] = fs.census(lm, triggers=stated, moments={layer: each.matrix for layer, each in moments.items()})
-        own["census"] = [[each.ffn, each.attention, each.neurons, each.idle, each.effective_rank] for each in censuses[name].layers]
+        censuses[name] = fs.census(
+            lm, triggers=stated, moments={layer: each.matrix for layer, each in moments.items()}
+        )
+        own["census"] = [
+            [each.ffn, each.attention, each.neurons, each.idle, each.effective_rank]
+            for each in censuses[name].layers
+        ]
         result[name] = own
     if given.json:
-        given.json.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        given.json.write_text(
+            json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     if given.pictures:
-        lines = ("token", "position", "relation", ("relation", "token"), "subject", ("subject", "token"), "object")
+        lines = (
+            "token",
+            "position",
+            "relation",
+            ("relation", "token"),
+            "subject",
+            ("subject", "token"),
+            "object",
+        )
         fs.profile_lines(seen, lines, path=given.pictures / "profile-lines.png")
         fs.profile_bars(seen, "part", values=PARTS, path=given.pictures / "profile-parts.png")
         fs.agreement_chart(agreements, path=given.pictures / "agreement.png")

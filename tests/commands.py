@@ -8,10 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from factsmith.model.load import LanguageModel, load
+from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import load
 
 PROMPT = "The mother tongue of Danielle Darrieux is"
-FACT = ["--subject", "Danielle Darrieux", "--prompt", "The mother tongue of {} is", "--target", "English"]
+FACT = [
+    "--subject",
+    "Danielle Darrieux",
+    "--prompt",
+    "The mother tongue of {} is",
+    "--target",
+    "English",
+]
 CURRENCY = "The currency of Bulgaria is the"
 
 

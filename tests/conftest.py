@@ -12,10 +12,25 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedTokenizerFast,
+)
 
-from factsmith.model.load import LanguageModel, wrap
+from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import wrap
 from factsmith.model.trace import hook_count
 
 torch.set_num_threads(1)  # the models are tiny: threads would wait for one another
@@ -43,12 +58,19 @@ def byte_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB, special_tokens=["<|end|>", "<|begin|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCAB,
+        special_tokens=["<|end|>", "<|begin|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
     if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|begin|>")
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|begin|> $A", special_tokens=[("<|begin|>", 1)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|begin|>"
+    )
 
 
 def merging_tokenizer() -> PreTrainedTokenizerFast:
@@ -56,10 +78,16 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.decoder = decoders.Replace("▁", " ")
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
+    )
     tokenizer.train_from_iterator(TEXTS * 3, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
 
 
 def masking_tokenizer() -> PreTrainedTokenizerFast:
@@ -69,10 +97,14 @@ def masking_tokenizer() -> PreTrainedTokenizerFast:
     words = sorted(set(re.findall(r"\w\w+", " ".join(TEXTS))) - {"Christianity", "Brazil"})
     pieces = [*special, *characters, *(f"##{c}" for c in characters if c.isalpha()), *words]
     assert len(pieces) <= VOCAB
-    tokenizer = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(
+        models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
     names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
@@ -80,16 +112,33 @@ def masking_tokenizer() -> PreTrainedTokenizerFast:
 def blank_tokenizer() -> PreTrainedTokenizerFast:
     """RoBERTa-style byte-level BPE, whose mask is called <mask> and swallows the space before it."""
     tokenizer = byte_tokenizer().backend_tokenizer
-    tokenizer.add_special_tokens([AddedToken("<s>"), AddedToken("</s>"), AddedToken("<pad>"), AddedToken("<mask>", lstrip=True)])
+    tokenizer.add_special_tokens(
+        [
+            AddedToken("<s>"),
+            AddedToken("</s>"),
+            AddedToken("<pad>"),
+            AddedToken("<mask>", lstrip=True),
+        ]
+    )
     ends = [(name, tokenizer.token_to_id(name)) for name in ("<s>", "</s>")]
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=ends)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", mask_token="<mask>")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=ends
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        mask_token="<mask>",
+    )
 
 
 def tiny_model(family: str, *, seed: int = 0, masked: bool = False, **changes: Any) -> Any:
     """A random model of a transformers family with weights large enough that every layer matters."""
     torch.manual_seed(seed)
-    module = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_config(AutoConfig.for_model(family, **changes))
+    module = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_config(
+        AutoConfig.for_model(family, **changes)
+    )
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.dim() >= 2:
@@ -99,7 +148,15 @@ def tiny_model(family: str, *, seed: int = 0, masked: bool = False, **changes: A
     return module.eval()
 
 
-GPT2 = {"n_layer": 3, "n_embd": 32, "n_head": 4, "n_positions": 64, "vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 0}
+GPT2 = {
+    "n_layer": 3,
+    "n_embd": 32,
+    "n_head": 4,
+    "n_positions": 64,
+    "vocab_size": VOCAB,
+    "bos_token_id": 1,
+    "eos_token_id": 0,
+}
 LLAMA = {
     "num_hidden_layers": 3,
     "hidden_size": 32,

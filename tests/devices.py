@@ -20,7 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 HOST = torch.device("cpu")
 _MOVES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
-_INDEXING = {torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default}
+_INDEXING = {
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put.default,
+    torch.ops.aten.index_put_.default,
+}
 
 
 class Placed(Tensor):
@@ -31,7 +35,13 @@ class Placed(Tensor):
     @staticmethod
     def __new__(cls, real: Tensor, device: torch.device) -> Placed:
         placed: Placed = Tensor._make_wrapper_subclass(
-            cls, real.shape, real.stride(), real.storage_offset(), dtype=real.dtype, device=device, requires_grad=False
+            cls,
+            real.shape,
+            real.stride(),
+            real.storage_offset(),
+            dtype=real.dtype,
+            device=device,
+            requires_grad=False,
         )
         placed.held = real
         return placed
@@ -67,7 +77,11 @@ def _bare(value: Any) -> Any:
 def _dressed(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return Placed(value, device)
-    return type(value)(_dressed(x, device) for x in value) if isinstance(value, (list, tuple)) else value
+    return (
+        type(value)(_dressed(x, device) for x in value)
+        if isinstance(value, (list, tuple))
+        else value
+    )
 
 
 def _place(tensor: Tensor) -> torch.device:
@@ -77,12 +91,16 @@ def _place(tensor: Tensor) -> torch.device:
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     given = [*_flat(args), *_flat(kwargs.values())]
     if func in _INDEXING:  # indices may come from the host
-        places = {_place(x) for x in _flat((args[0], *args[2:]))} | {_place(x) for x in _flat(args[1])} - {HOST}
+        places = {_place(x) for x in _flat((args[0], *args[2:]))} | {
+            _place(x) for x in _flat(args[1])
+        } - {HOST}
     else:  # and so may a number
         places = {_place(x) for x in given if isinstance(x, Placed) or x.dim()}
     asked = kwargs.get("device")
     if func not in _MOVES and len(places) > 1:
-        raise RuntimeError(f"{func}: expected all tensors on one device, found {sorted(map(str, places))}")
+        raise RuntimeError(
+            f"{func}: expected all tensors on one device, found {sorted(map(str, places))}"
+        )
     if func is torch.ops.aten.copy_.default:
         place = _place(args[0])
     elif asked is not None:
@@ -128,7 +146,9 @@ def spread(module: Any, places: Mapping[str, str]) -> None:
         for inner in part.modules():
             for key, weight in list(inner._parameters.items()):
                 if weight is not None and not isinstance(weight, Placed):
-                    new = placed.setdefault(id(weight), nn.Parameter(Placed(weight.data, device), requires_grad=False))
+                    new = placed.setdefault(
+                        id(weight), nn.Parameter(Placed(weight.data, device), requires_grad=False)
+                    )
                     inner._parameters[key] = new
             for key, buffer in list(inner._buffers.items()):
                 if buffer is not None and not isinstance(buffer, Placed):

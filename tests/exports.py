@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from conftest import GPT2, LLAMA, byte_tokenizer, tiny_model
+from factsmith.core.fact import Fact
 from factsmith.edit.delta import Delta
-from factsmith.fact import Fact
-from factsmith.model.load import LanguageModel
-from factsmith.readback import Heard, Questions
+from factsmith.keep.export.readback import Heard, Questions
+from factsmith.model.language_model import LanguageModel
 
 SETTINGS = {"gpt2": GPT2, "llama": LLAMA}
 
@@ -25,7 +25,12 @@ def saved_model(family: str, folder: Path) -> Path:
 
 
 def some_delta(
-    lm: LanguageModel, seed: int, layers: Sequence[int] = (1,), subjects: Sequence[str] = ("Paris",), rank: int = 2, scale: float = 0.15
+    lm: LanguageModel,
+    seed: int,
+    layers: Sequence[int] = (1,),
+    subjects: Sequence[str] = ("Paris",),
+    rank: int = 2,
+    scale: float = 0.15,
 ) -> Delta:
     """A random change of some layers, large enough to be seen in every dtype."""
     generator = torch.Generator().manual_seed(seed)
@@ -48,7 +53,10 @@ def some_delta(
 
 def two_deltas(lm: LanguageModel) -> list[Delta]:
     """Layers 0, 1 and 2 of ranks 2, 5 and 3 in sum; layer 1 is changed twice."""
-    return [some_delta(lm, 1, (0, 1), ("Paris", "Danielle Darrieux")), some_delta(lm, 2, (1, 2), ("Edwin", "Zürich"), rank=3)]
+    return [
+        some_delta(lm, 1, (0, 1), ("Paris", "Danielle Darrieux")),
+        some_delta(lm, 2, (1, 2), ("Edwin", "Zürich"), rank=3),
+    ]
 
 
 def names(folder: Path) -> list[str]:
@@ -58,5 +66,9 @@ def names(folder: Path) -> list[str]:
 
 def heard_from(questions: Questions, **changes: object) -> Heard:
     """What a faithful export would answer, with changes."""
-    same = Heard(heads=questions.heads, picks=[[*picks, 7] for picks in questions.picks], logits=questions.patched.clone())
+    same = Heard(
+        heads=questions.heads,
+        picks=[[*picks, 7] for picks in questions.picks],
+        logits=questions.patched.clone(),
+    )
     return dataclasses.replace(same, **changes)  # type: ignore[arg-type]

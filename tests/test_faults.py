@@ -33,12 +33,22 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from factsmith.errors import DamagedError, FactError, FactsmithError, FingerprintError, WorkspaceError
-from factsmith.fact import Fact, FactFile, FactSheet, Gates, Probe
-from factsmith.ledger import BASE, LATEST, Ledger
-from factsmith.records import Revision
+from factsmith.core.errors import (
+    DamagedError,
+    FactError,
+    FactsmithError,
+    FingerprintError,
+    WorkspaceError,
+)
+from factsmith.core.fact import Fact, Gates, Probe
+from factsmith.core.factfile import FactFile, FactSheet
+from factsmith.keep.ledger import BASE, LATEST, Ledger
+from factsmith.keep.revision import Revision
 
-pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs fork, SIGKILL and RLIMIT_FSIZE as Linux has them")
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"),
+    reason="needs fork, SIGKILL and RLIMIT_FSIZE as Linux has them",
+)
 
 FINGERPRINT = "ab" * 32
 KILLS = {"ledger": 200, "lines": 40, "workbench": 200}
@@ -56,10 +66,17 @@ def delta_of(text: str) -> Callable[[Path], None]:
     return write
 
 
-def commit(ledger: Ledger, text: str, layers: tuple[int, ...] = (1,), onto: str | None = None) -> Revision:
+def commit(
+    ledger: Ledger, text: str, layers: tuple[int, ...] = (1,), onto: str | None = None
+) -> Revision:
     facts = [Fact("A", "{} is", text), Fact("B", "{} is", text)]
     return ledger.commit(
-        delta_of(text), onto=ledger.head if onto is None else onto, method="rome", facts=facts, layers=layers, message=text
+        delta_of(text),
+        onto=ledger.head if onto is None else onto,
+        method="rome",
+        facts=facts,
+        layers=layers,
+        message=text,
     )
 
 
@@ -80,7 +97,9 @@ def whole_state(folder: Path) -> dict[str, str]:
     for name in ("ledger.db", "ledger.db-wal", "ledger.db-shm"):
         state.pop(name, None)
     db = sqlite3.connect(folder / "ledger.db")
-    state["ledger.db"] = "\n".join([*db.iterdump(), repr(db.execute("PRAGMA user_version").fetchall())])
+    state["ledger.db"] = "\n".join(
+        [*db.iterdump(), repr(db.execute("PRAGMA user_version").fetchall())]
+    )
     db.close()
     return state
 
@@ -115,7 +134,13 @@ def _one_operation(ledger: Ledger, kind: str, rng: random.Random, told: _Told) -
         kind = "commit"
     if kind == "commit":
         with told.doing("commit") as given:
-            given.append(commit(ledger, f"delta {rng.randrange(10**9)}", tuple(rng.sample(range(3), rng.choice([1, 2])))).id)
+            given.append(
+                commit(
+                    ledger,
+                    f"delta {rng.randrange(10**9)}",
+                    tuple(rng.sample(range(3), rng.choice([1, 2]))),
+                ).id
+            )
     elif kind == "gc":
         delta_of("loose")(ledger.folder / "deltas" / f"{rng.randrange(10**9):064x}")
         with told.doing("gc"):
@@ -125,8 +150,16 @@ def _one_operation(ledger: Ledger, kind: str, rng: random.Random, told: _Told) -
         with told.doing("checkout", target):
             ledger.checkout(target)
     else:
-        patch = active[-1] if kind == "revert" else active[rng.randrange(max(1, len(active) - 3), len(active)) - 1]
-        facts = None if kind == "revert" or rng.random() < 0.5 else [patch.facts.index(patch.in_effect[0])]
+        patch = (
+            active[-1]
+            if kind == "revert"
+            else active[rng.randrange(max(1, len(active) - 3), len(active)) - 1]
+        )
+        facts = (
+            None
+            if kind == "revert" or rng.random() < 0.5
+            else [patch.facts.index(patch.in_effect[0])]
+        )
         again = [step.patch.id for step in ledger.undoing(patch.id, facts) if step.solve]
         with told.doing("middle" if again else "revert", patch.id) as given:
             solved = {identity: delta_of(f"again {rng.randrange(10**9)}") for identity in again}
@@ -214,8 +247,14 @@ class _Books:
         assert ids[: len(self.ids)] == self.ids, "a revision that was reported as done is not there"
         more = found[len(self.ids) :]
         if more:
-            assert flying is not None and len(more) == 1, f"{len(more)} revisions more than could be"
-            assert (more[0].kind == "patch") == (flying[0] == "commit") and flying[0] in ("commit", "revert", "middle")
+            assert flying is not None and len(more) == 1, (
+                f"{len(more)} revisions more than could be"
+            )
+            assert (more[0].kind == "patch") == (flying[0] == "commit") and flying[0] in (
+                "commit",
+                "revert",
+                "middle",
+            )
             assert more[0].reverts == (flying[1] or None) and current == more[0].id
             assert bool(more[0].changes) == (flying[0] != "commit")
             self.ids, self.unreported = ids, self.unreported + 1
@@ -237,7 +276,9 @@ def _look(folder: Path) -> tuple[list[Revision], str]:
                     continue
                 place = folder / "deltas" / delta
                 name = json.loads((place / "edit.json").read_text())["name"]
-                assert (place / "delta.safetensors").read_bytes() == name.encode() * 500, "a delta that is half there"
+                assert (place / "delta.safetensors").read_bytes() == name.encode() * 500, (
+                    "a delta that is half there"
+                )
                 assert revision.delta is None or name == revision.message
         return found, ledger.current
 
@@ -247,22 +288,34 @@ def _kill_ledgers(folder: Path, seed: int, kills: int, lines: int) -> dict[str, 
     rng, hit, unreported, leftovers = random.Random(seed), Counter[str](), 0, 0
     space, books = folder, _Books()
     for n in range(kills + lines):
-        if n % 20 == 0:  # a history of its own now and then: checking all of a long one takes longer
+        if (
+            n % 20 == 0
+        ):  # a history of its own now and then: checking all of a long one takes longer
             unreported += books.unreported
             space, books = folder / str(n), _Books()
             with Ledger.create(space, model="gpt2", fingerprint=FINGERPRINT) as made:
                 books.ids = [commit(made, f"first {i}", (i % 3,)).id for i in range(3)]
                 books.current = books.ids[-1]
-        kind, child_seed, ready = KINDS[n % len(KINDS)], rng.randrange(10**9), rng.choice([1, 1, 1, 3])
+        kind, child_seed, ready = (
+            KINDS[n % len(KINDS)],
+            rng.randrange(10**9),
+            rng.choice([1, 1, 1, 3]),
+        )
 
-        def timed(told: _Told, kind: str = kind, child_seed: int = child_seed, space: Path = space) -> None:
+        def timed(
+            told: _Told, kind: str = kind, child_seed: int = child_seed, space: Path = space
+        ) -> None:
             _ledger_work(space, kind, child_seed, told)
 
-        def traced(told: _Told, kind: str = kind, child_seed: int = child_seed, space: Path = space) -> None:
+        def traced(
+            told: _Told, kind: str = kind, child_seed: int = child_seed, space: Path = space
+        ) -> None:
             _die_at_line(random.Random(child_seed).randrange(1500), told)
             _ledger_work(space, kind, child_seed, told)
 
-        told = _killed(timed, ready, rng.random() * 0.012) if n < kills else _killed(traced, 0, None)
+        told = (
+            _killed(timed, ready, rng.random() * 0.012) if n < kills else _killed(traced, 0, None)
+        )
         hit[books.settle(told, *_look(space))] += 1
         if n % 3:
             continue  # the next process finds what this one left behind
@@ -271,15 +324,30 @@ def _kill_ledgers(folder: Path, seed: int, kills: int, lines: int) -> dict[str, 
             books.ids.append(commit(ledger, f"after {n}").id)
             books.current = books.ids[-1]
             leftovers += len(ledger.gc())
-            assert ledger.gc() == () and ledger.verify().orphans == () and not list((space / "deltas").glob(".*"))
+            assert (
+                ledger.gc() == ()
+                and ledger.verify().orphans == ()
+                and not list((space / "deltas").glob(".*"))
+            )
             assert [revision.id for revision in ledger.log()[::-1]] == books.ids
-    return {"kills": kills + lines, "hit": hit, "unreported": unreported + books.unreported, "leftovers": leftovers}
+    return {
+        "kills": kills + lines,
+        "hit": hit,
+        "unreported": unreported + books.unreported,
+        "leftovers": leftovers,
+    }
 
 
 def _killing(*arguments: str) -> dict[str, Any]:
     """Run one of the killers above in a process of its own; what it counted."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     counted: dict[str, Any] = json.loads(done.stdout)
     return counted
@@ -289,9 +357,15 @@ def test_kill_at_any_moment_of_a_ledgers_work(tmp_path: Path) -> None:
     counted = _killing("ledger", str(tmp_path), "1", str(KILLS["ledger"]), str(KILLS["lines"]))
     assert counted["kills"] == KILLS["ledger"] + KILLS["lines"] >= 200
     hit = counted["hit"]
-    assert all(hit.get(kind, 0) >= 5 for kind in KINDS), f"some kind of work was hardly ever killed: {hit}"
-    assert sum(hit[kind] for kind in KINDS) > 0.5 * counted["kills"], f"most kills came between operations: {hit}"
-    assert counted["unreported"] and counted["leftovers"], f"no kill came at a moment that leaves something: {counted}"
+    assert all(hit.get(kind, 0) >= 5 for kind in KINDS), (
+        f"some kind of work was hardly ever killed: {hit}"
+    )
+    assert sum(hit[kind] for kind in KINDS) > 0.5 * counted["kills"], (
+        f"most kills came between operations: {hit}"
+    )
+    assert counted["unreported"] and counted["leftovers"], (
+        f"no kill came at a moment that leaves something: {counted}"
+    )
 
 
 class _Tiny:
@@ -299,19 +373,21 @@ class _Tiny:
 
     def __init__(self) -> None:
         from conftest import GPT2, TEXTS, byte_tokenizer, tiny_model
-        from factsmith.edit.methods import RomeConfig
-        from factsmith.edit.moments import second_moments
+        from factsmith.corpus.moments import second_moments
+        from factsmith.edit.configs import RomeConfig
         from factsmith.model.load import wrap
 
         self.lm = wrap(tiny_model("gpt2", **GPT2), byte_tokenizer())
-        self.moments = second_moments(self.lm, [text[i:] for text in TEXTS for i in range(0, 40, 2)], [0, 1, 2])
+        self.moments = second_moments(
+            self.lm, [text[i:] for text in TEXTS for i in range(0, 40, 2)], [0, 1, 2]
+        )
         self.config = RomeConfig(layer=1, steps=2)
         self.base = {layer: self.lm.ffn[layer].weight().clone() for layer in range(3)}
 
 
 def _bench_work(tiny: _Tiny, folder: Path, kind: str, seed: int, told: _Told) -> None:
     """As `_ledger_work`, with a model: facts are solved for, measured, written, taken out, and solved again."""
-    from factsmith.workbench import Workbench
+    from factsmith.keep.workbench import Workbench
 
     rng = random.Random(seed)
     with Workbench(tiny.lm, folder) as bench:
@@ -321,12 +397,28 @@ def _bench_work(tiny: _Tiny, folder: Path, kind: str, seed: int, told: _Told) ->
         while True:
             active = bench.ledger.active()
             if kind in ("commit", "apply") or len(active) < 3:
-                fact = Fact(f"Entity{rng.randrange(10**6)}", "The home of {} is", " q", neighbours=["A is"], paraphrases=["{} lives in"])
+                fact = Fact(
+                    f"Entity{rng.randrange(10**6)}",
+                    "The home of {} is",
+                    " q",
+                    neighbours=["A is"],
+                    paraphrases=["{} lives in"],
+                )
                 config = dataclasses.replace(tiny.config, layer=rng.choice([1, 1, 2]))
-                gates = Gates(efficacy=0, paraphrases=0, neighbours=0, earlier=0) if kind == "apply" else None
+                gates = (
+                    Gates(efficacy=0, paraphrases=0, neighbours=0, earlier=0)
+                    if kind == "apply"
+                    else None
+                )
                 with told.doing("commit") as given:
                     done = bench.apply(
-                        fact, config=config, moments=tiny.moments, contexts=["{}"], texts=["a b c d e"], gates=gates, force=True
+                        fact,
+                        config=config,
+                        moments=tiny.moments,
+                        contexts=["{}"],
+                        texts=["a b c d e"],
+                        gates=gates,
+                        force=True,
                     )
                     given.append(done.revision.id if done.revision else "nothing was written")
             elif kind == "gc":
@@ -350,7 +442,7 @@ def _check_weights(tiny: _Tiny, folder: Path) -> tuple[list[Revision], str]:
     import torch
     from safetensors.torch import load_file
 
-    from factsmith.workbench import Workbench
+    from factsmith.keep.workbench import Workbench
 
     with Workbench(tiny.lm, folder) as bench:
         assert bench.rebuild().revisions == len(bench.log())
@@ -367,7 +459,7 @@ def _check_weights(tiny: _Tiny, folder: Path) -> tuple[list[Revision], str]:
 
 def _kill_workbenches(tiny: _Tiny, folder: Path, seed: int, kills: int) -> dict[str, Any]:
     """As `_kill_ledgers`, through a workbench."""
-    from factsmith.workbench import Workbench, create
+    from factsmith.keep.workbench import Workbench, create
 
     rng, books, hit = random.Random(seed), _Books(), Counter[str]()
     create(tiny.lm, folder).close()
@@ -375,17 +467,31 @@ def _kill_workbenches(tiny: _Tiny, folder: Path, seed: int, kills: int) -> dict[
     def begin() -> dict[str, Any]:
         with Workbench(tiny.lm, folder) as bench:
             facts = [Fact(f"Place{n}", "The home of {} is", " q") for n in range(4)]
-            done = [bench.apply(fact, config=tiny.config, moments=tiny.moments, contexts=["{}"], force=True) for fact in facts]
+            done = [
+                bench.apply(
+                    fact, config=tiny.config, moments=tiny.moments, contexts=["{}"], force=True
+                )
+                for fact in facts
+            ]
             return {"ids": [one.revision.id for one in done if one.revision]}
 
-    books.ids = _at_once([begin])[0]["ids"]  # forked, so that this process itself never computes a gradient
+    books.ids = _at_once([begin])[0][
+        "ids"
+    ]  # forked, so that this process itself never computes a gradient
     for n in range(kills):
-        kind, child_seed = ("commit", "middle", "apply", "revert", "gc", "checkout", "apply")[n % 7], rng.randrange(10**9)
+        kind, child_seed = (
+            ("commit", "middle", "apply", "revert", "gc", "checkout", "apply")[n % 7],
+            rng.randrange(10**9),
+        )
 
         def work(told: _Told, kind: str = kind, child_seed: int = child_seed) -> None:
             _bench_work(tiny, folder, kind, child_seed, told)
 
-        told = _killed(work, rng.choice([2, 2, 4]), rng.random() * {"commit": 0.15, "middle": 0.15, "apply": 0.2}.get(kind, 0.05))
+        told = _killed(
+            work,
+            rng.choice([2, 2, 4]),
+            rng.random() * {"commit": 0.15, "middle": 0.15, "apply": 0.2}.get(kind, 0.05),
+        )
         books.current = books.ids[-1]  # where the child began
         hit[books.settle(told[1:], *_check_weights(tiny, folder))] += 1
     with Ledger(folder) as ledger:
@@ -405,7 +511,11 @@ def test_kill_at_any_moment_of_a_workbenchs_work(with_models: tuple[Path, dict[s
     counted = with_models[1]["killed"]
     assert counted["kills"] == KILLS["workbench"] >= 200 and counted["revisions"] >= 20
     hit = counted["hit"]
-    assert hit.get("commit", 0) >= 30 and hit.get("middle", 0) >= 10 and sum(hit[kind] for kind in hit if kind != "nothing") >= 100, hit
+    assert (
+        hit.get("commit", 0) >= 30
+        and hit.get("middle", 0) >= 10
+        and sum(hit[kind] for kind in hit if kind != "nothing") >= 100
+    ), hit
 
 
 # ---- many at once ---------------------------------------------------------------------------------------------------------------------
@@ -442,7 +552,9 @@ def _at_once(works: list[Callable[[], dict[str, Any]]]) -> list[dict[str, Any]]:
     return found
 
 
-def _until_done(write: Callable[[], str], recover: Callable[[], object], refused: Counter[str]) -> str:
+def _until_done(
+    write: Callable[[], str], recover: Callable[[], object], refused: Counter[str]
+) -> str:
     """Try again for as long as somebody else is at work; any other refusal is a failure."""
     words = {"another process is writing": "locked", "somebody committed": "moved on"}
     until, action = time.monotonic() + 60, write
@@ -467,10 +579,18 @@ def _crowd_of_ledgers(folder: Path, n: int, steps: int) -> dict[str, Any]:
         refused, ids = Counter[str](), []
         with Ledger(folder, wait=60 if me % 2 else 0) as ledger:
             for step in range(steps):
-                ids.append(_until_done(lambda: commit(ledger, f"{me} {step}", (me,)).id, lambda: None, refused))  # noqa: B023
+                ids.append(
+                    _until_done(
+                        lambda: commit(ledger, f"{me} {step}", (me,)).id, lambda: None, refused
+                    )
+                )  # noqa: B023
                 if step % 3 == 2:
                     last = ids[-1]
-                    ids.append(_until_done(lambda: ledger.revert(last, onto=ledger.head).id, lambda: None, refused))  # noqa: B023
+                    ids.append(
+                        _until_done(
+                            lambda: ledger.revert(last, onto=ledger.head).id, lambda: None, refused
+                        )
+                    )  # noqa: B023
         return {"ids": ids, "refused": refused}
 
     return {"crowd": _at_once([lambda me=me: work(me) for me in range(n)])}  # type: ignore[misc]
@@ -481,7 +601,7 @@ def _crowd_of_workbenches(tiny: _Tiny, folder: Path, n: int, steps: int) -> list
     import torch
 
     from factsmith.edit.delta import Delta
-    from factsmith.workbench import Workbench, create
+    from factsmith.keep.workbench import Workbench, create
 
     create(tiny.lm, folder).close()
 
@@ -500,7 +620,9 @@ def _crowd_of_workbenches(tiny: _Tiny, folder: Path, n: int, steps: int) -> list
                 )  # fmt: skip
                 return bench.commit(delta).id
 
-            ids = [_until_done(write, lambda: bench.checkout(LATEST), refused) for _ in range(steps)]
+            ids = [
+                _until_done(write, lambda: bench.checkout(LATEST), refused) for _ in range(steps)
+            ]
         return {"ids": ids, "refused": refused}
 
     found = _at_once([lambda me=me: work(me) for me in range(n)])  # type: ignore[misc]
@@ -518,7 +640,11 @@ def _workbenches(folder: Path, seed: int, kills: int, n: int, steps: int) -> dic
 
 
 def test_eight_ledgers_at_once_lose_nothing(tmp_path: Path) -> None:
-    _check_crowd(_killing("ledgers", str(tmp_path / "space"), "8", "6")["crowd"], tmp_path / "space", 8 * (6 + 2))
+    _check_crowd(
+        _killing("ledgers", str(tmp_path / "space"), "8", "6")["crowd"],
+        tmp_path / "space",
+        8 * (6 + 2),
+    )
 
 
 def test_workbenches_at_once_lose_nothing(with_models: tuple[Path, dict[str, Any]]) -> None:
@@ -534,8 +660,13 @@ def _check_crowd(crowd: list[dict[str, Any]], space: Path, n_revisions: int) -> 
     assert refused, "nobody met anybody: the test did not test"
     with Ledger(space) as ledger:
         log = ledger.log()[::-1]
-        assert sorted(revision.id for revision in log) == sorted(reported), "as many revisions as were reported, and those"
-        assert [revision.parent for revision in log] == [BASE, *(revision.id for revision in log[:-1])], "one line"
+        assert sorted(revision.id for revision in log) == sorted(reported), (
+            "as many revisions as were reported, and those"
+        )
+        assert [revision.parent for revision in log] == [
+            BASE,
+            *(revision.id for revision in log[:-1]),
+        ], "one line"
         for one in crowd:
             places = [next(r.number for r in log if r.id == identity) for identity in one["ids"]]
             assert places == sorted(places), "each in the order in which it was told"
@@ -582,7 +713,10 @@ WRITES: dict[str, Callable[[Ledger], object]] = {
 def _unchanged(folder: Path, before: dict[str, str]) -> bool:
     """Whether all is as before, but for deltas that no revision names, which the next gc takes."""
     now = whole_state(folder)
-    assert now["ledger.db"] == before["ledger.db"] and {name: now.get(name) for name in before} == before
+    assert (
+        now["ledger.db"] == before["ledger.db"]
+        and {name: now.get(name) for name in before} == before
+    )
     if now == before:
         return True
     with Ledger(folder) as ledger:
@@ -592,7 +726,9 @@ def _unchanged(folder: Path, before: dict[str, str]) -> bool:
 
 
 @contextmanager
-def _fails(monkeypatch: pytest.MonkeyPatch, name: str, at: int, error: OSError) -> Iterator[list[int]]:
+def _fails(
+    monkeypatch: pytest.MonkeyPatch, name: str, at: int, error: OSError
+) -> Iterator[list[int]]:
     """Let a function of `os` fail from its at-th call on, as it does on a disk that is full."""
     real, calls = getattr(os, name), [0]
 
@@ -608,10 +744,14 @@ def _fails(monkeypatch: pytest.MonkeyPatch, name: str, at: int, error: OSError) 
 
 
 @pytest.mark.parametrize("write", ["commit", "revert in the middle"])
-def test_a_disk_that_fills_up_at_any_point_leaves_nothing(ledger: Ledger, monkeypatch: pytest.MonkeyPatch, write: str) -> None:
+def test_a_disk_that_fills_up_at_any_point_leaves_nothing(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, write: str
+) -> None:
     before, at = whole_state(ledger.folder), 0
     while True:
-        with _fails(monkeypatch, "fsync", at, OSError(errno.ENOSPC, "No space left on device")) as calls:
+        with _fails(
+            monkeypatch, "fsync", at, OSError(errno.ENOSPC, "No space left on device")
+        ) as calls:
             try:
                 WRITES[write](ledger)
                 break
@@ -647,7 +787,9 @@ def test_files_that_cannot_grow_leave_nothing(ledger: Ledger, write: str) -> Non
                 with Ledger(folder) as opened:
                     WRITES[write](opened)
             except WorkspaceError as error:
-                assert re.search("free some space|make it writable|use a copy|cannot write to", str(error)), error
+                assert re.search(
+                    "free some space|make it writable|use a copy|cannot write to", str(error)
+                ), error
                 refused.add(limit)
             else:
                 break
@@ -659,9 +801,11 @@ def test_files_that_cannot_grow_leave_nothing(ledger: Ledger, write: str) -> Non
         commit(opened, "five")
 
 
-def test_a_full_disk_leaves_model_and_workspace_as_they_were(lm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_model_and_workspace_as_they_were(
+    lm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from exports import some_delta
-    from factsmith.workbench import Workbench
+    from factsmith.keep.workbench import Workbench
 
     with Workbench(lm, tmp_path / "space") as bench:
         first = bench.commit(some_delta(lm, 1))
@@ -680,14 +824,18 @@ def test_a_full_disk_leaves_model_and_workspace_as_they_were(lm: Any, tmp_path: 
 
 
 @pytest.mark.parametrize("write", [*WRITES, "gc"])
-def test_what_cannot_be_written_is_refused_before_anything_changes(ledger: Ledger, monkeypatch: pytest.MonkeyPatch, write: str) -> None:
+def test_what_cannot_be_written_is_refused_before_anything_changes(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, write: str
+) -> None:
     """That the system says so stands for a read-only folder, which root can write all the same (test_ledger.py has one of another user)."""
     delta_of("loose")(ledger.folder / "deltas" / ("0" * 64))
     before = whole_state(ledger.folder)
     with monkeypatch.context() as patching:
         patching.setattr(os, "access", lambda _, mode, **__: not mode & os.W_OK)
         with Ledger(ledger.folder) as opened:
-            with pytest.raises(WorkspaceError, match=r"cannot be written .*make it writable, or use a copy"):
+            with pytest.raises(
+                WorkspaceError, match=r"cannot be written .*make it writable, or use a copy"
+            ):
                 WRITES.get(write, Ledger.gc)(opened)
             assert len(opened.log()) == 3 and opened.verify().orphans == ("0" * 64,)
     assert whole_state(ledger.folder) == before
@@ -738,7 +886,7 @@ HARMS = (
 def test_a_delta_that_is_another_is_refused(lm: Any, tmp_path: Path, harm: str) -> None:
     """By the ledger and by the workbench, in words that name what to do, and nothing changes; making the delta again heals it."""
     from exports import some_delta
-    from factsmith.workbench import Workbench
+    from factsmith.keep.workbench import Workbench
 
     space = tmp_path / "space"
     with Workbench(lm, space) as bench:
@@ -748,8 +896,15 @@ def test_a_delta_that_is_another_is_refused(lm: Any, tmp_path: Path, harm: str) 
     _harm(harm, *places)
     before, base = whole_state(space), lm.fingerprint
     with Ledger(space) as ledger:
-        for use in (ledger.verify, ledger.status, lambda: ledger.checkout(one.id), lambda: ledger.revert(two.id)):
-            with pytest.raises(DamagedError, match=r"backup, or go back with `factsmith checkout base"):
+        for use in (
+            ledger.verify,
+            ledger.status,
+            lambda: ledger.checkout(one.id),
+            lambda: ledger.revert(two.id),
+        ):
+            with pytest.raises(
+                DamagedError, match=r"backup, or go back with `factsmith checkout base"
+            ):
                 use()
     with pytest.raises(DamagedError, match=one.id[:10]):
         Workbench(lm, space)
@@ -768,8 +923,8 @@ def test_a_delta_that_is_another_is_refused(lm: Any, tmp_path: Path, harm: str) 
 def test_newer_ledgers_and_other_models_are_refused(lm: Any, tmp_path: Path) -> None:
     from conftest import GPT2, byte_tokenizer, tiny_model
     from exports import some_delta
+    from factsmith.keep.workbench import Workbench
     from factsmith.model.load import wrap
-    from factsmith.workbench import Workbench
 
     space = tmp_path / "space"
     with Workbench(lm, space) as bench:
@@ -823,14 +978,23 @@ def _mutated(value: Any, rng: random.Random) -> Any:
         if what < 0.1:
             return rest
         if what < 0.2:
-            return {**rest, rng.choice([key + "x", key[:-1], "self", "../" + key, "\ud800", "x" * 500, "1"]): value[key]}
+            return {
+                **rest,
+                rng.choice(
+                    [key + "x", key[:-1], "self", "../" + key, "\ud800", "x" * 500, "1"]
+                ): value[key],
+            }
         return {**value, key: _mutated(value[key], rng)}
     if isinstance(value, list) and value and rng.random() < 0.85:
         at = rng.randrange(len(value))
         what = rng.random()
         if what < 0.15:
             return value[:at] + value[at + 1 :]
-        return value + value[at : at + 1] if what < 0.25 else [*value[:at], _mutated(value[at], rng), *value[at + 1 :]]
+        return (
+            value + value[at : at + 1]
+            if what < 0.25
+            else [*value[:at], _mutated(value[at], rng), *value[at + 1 :]]
+        )
     return rng.choice(STRANGE)
 
 
@@ -839,7 +1003,16 @@ def _corrupted(content: bytes, rng: random.Random, pieces: list[bytes]) -> bytes
     for _ in range(rng.choice([1, 1, 2, 5])):
         at = rng.randrange(len(content) + 1)
         cut = rng.choice([0, 0, 1, 1, 3, 40, len(content)])
-        new = rng.choice([b"", rng.randbytes(1), rng.randbytes(4), rng.choice(pieces), rng.choice(pieces), content[: rng.randrange(60)]])
+        new = rng.choice(
+            [
+                b"",
+                rng.randbytes(1),
+                rng.randbytes(4),
+                rng.choice(pieces),
+                rng.choice(pieces),
+                content[: rng.randrange(60)],
+            ]
+        )
         content = content[:at] + new + content[at + cut :]
     return content
 
@@ -909,21 +1082,35 @@ def _is_a_sheet(path: Path) -> None:
     """Read a fact file; what is taken can be kept, shown, and written."""
     sheet = FactFile.sheet(path)
     assert isinstance(sheet, FactSheet) and sheet.facts
-    json.dumps([fact.to_dict() | {"neighbours": [probe.prompt for probe in fact.neighbours]} for fact in sheet.facts]).encode()
+    json.dumps(
+        [
+            fact.to_dict() | {"neighbours": [probe.prompt for probe in fact.neighbours]}
+            for fact in sheet.facts
+        ]
+    ).encode()
     "".join(map(str, sheet.facts)).encode()
 
 
 @pytest.mark.parametrize("kind", ["JSON", "YAML"])
 def test_no_fact_file_ends_in_anything_but_words(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"facts.{kind.lower()}"
-    text = json.dumps(SHEET).encode() if kind == "JSON" else yaml.safe_dump(SHEET, allow_unicode=True, sort_keys=False).encode()
+    text = (
+        json.dumps(SHEET).encode()
+        if kind == "JSON"
+        else yaml.safe_dump(SHEET, allow_unicode=True, sort_keys=False).encode()
+    )
     path.write_bytes(text)
     assert not _refused(lambda: _is_a_sheet(path), "none"), "the control: nothing was done to it"
     refused, began = 0, time.process_time()
     for seed in range(_SEED, _SEED + FUZZ[kind] * _TIMES):
         rng = random.Random(seed)
         if kind == "JSON" and rng.random() < 0.6:
-            _write(path, json.dumps(_mutated(_mutated(SHEET, rng) if rng.random() < 0.3 else SHEET, rng)).encode())
+            _write(
+                path,
+                json.dumps(
+                    _mutated(_mutated(SHEET, rng) if rng.random() < 0.3 else SHEET, rng)
+                ).encode(),
+            )
         else:
             _write(path, _corrupted(text, rng, JSON_PIECES if kind == "JSON" else YAML_PIECES))
         refused += _refused(lambda: _is_a_sheet(path), seed)
@@ -977,7 +1164,9 @@ def test_an_endless_fact_file_is_refused(tmp_path: Path) -> None:
     entries = ["{subject: A, prompt: '{} is', target: x, neighbours: &n [Rome is, Paris is]}"]
     entries += ["{subject: B, prompt: '{} is', target: y, neighbours: *n}"]
     (tmp_path / "shared.yaml").write_text("- " + "\n- ".join(entries))
-    assert [len(fact.neighbours) for fact in FactFile.read(tmp_path / "shared.yaml")] == [2, 2], "the control: aliases have their use"
+    assert [len(fact.neighbours) for fact in FactFile.read(tmp_path / "shared.yaml")] == [2, 2], (
+        "the control: aliases have their use"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -992,7 +1181,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dic
         layers={layer: (torch.ones(4, 2), torch.ones(2, 6)) for layer in (0, 2)},
         k_star={layer: torch.ones(2, 6) for layer in (0, 2)},
         v_star=torch.ones(2, 4),
-        facts=(Fact("A", "{} is", "x"), Fact("B", "{} is", None, paraphrases=["{}"], neighbours=[Probe("C is", "d")])),
+        facts=(
+            Fact("A", "{} is", "x"),
+            Fact("B", "{} is", None, paraphrases=["{}"], neighbours=[Probe("C is", "d")]),
+        ),
         method="rome",
         config={"layer": 0, "contexts": ["{}"]},
         fingerprint="ab" * 32,
@@ -1000,15 +1192,25 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dic
     ).save(folder)
     raw = (folder / "delta.safetensors").read_bytes()
     length = int.from_bytes(raw[:8], "little")
-    return json.loads((folder / "edit.json").read_text()), json.loads(raw[8 : 8 + length]), raw[8 + length :]
+    return (
+        json.loads((folder / "edit.json").read_text()),
+        json.loads(raw[8 : 8 + length]),
+        raw[8 + length :],
+    )
 
 
 def _put(folder: Path, record: Any, tensors: bytes, *, signed: bool = True) -> None:
     """Write a delta's files, with checksums made anew, as whoever alters it on purpose would."""
     if signed and isinstance(record, dict):
-        record = {**record, "tensors_sha256": hashlib.sha256(tensors).hexdigest()} if "tensors_sha256" in record else record
+        record = (
+            {**record, "tensors_sha256": hashlib.sha256(tensors).hexdigest()}
+            if "tensors_sha256" in record
+            else record
+        )
         record = {key: value for key, value in record.items() if key != "sha256"}
-        content = json.dumps(record, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        content = json.dumps(record, sort_keys=True, ensure_ascii=False).encode(
+            "utf-8", "surrogatepass"
+        )
         record["sha256"] = hashlib.sha256(content).hexdigest()
     _write(folder / "edit.json", json.dumps(record).encode())
     _write(folder / "delta.safetensors", tensors)
@@ -1028,11 +1230,15 @@ def _is_a_delta(folder: Path) -> None:
     assert all(delta.dense(layer).isfinite().all() for layer in delta.layers)
 
 
-def test_no_delta_ends_in_anything_but_words(tmp_path: Path, saved: tuple[dict[str, Any], dict[str, Any], bytes]) -> None:
+def test_no_delta_ends_in_anything_but_words(
+    tmp_path: Path, saved: tuple[dict[str, Any], dict[str, Any], bytes]
+) -> None:
     record, header, body = saved
     whole = _tensors(header, body)
     _put(tmp_path, record, whole)
-    assert not _refused(lambda: _is_a_delta(tmp_path), "none"), "the control: checksums made anew are not what is refused"
+    assert not _refused(lambda: _is_a_delta(tmp_path), "none"), (
+        "the control: checksums made anew are not what is refused"
+    )
     refused, memory = 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for seed in range(_SEED, _SEED + FUZZ["deltas"] * _TIMES):
         rng = random.Random(seed)
@@ -1042,16 +1248,47 @@ def test_no_delta_ends_in_anything_but_words(tmp_path: Path, saved: tuple[dict[s
         elif kind == 1:
             _put(tmp_path, record, _tensors(_mutated(header, rng), body))
         elif kind == 2:
-            length = rng.choice([0, 1, 7, len(whole), 2**20, 10**8, 10**10, 2**40, 2**63, 2**64 - 1, rng.randrange(len(whole))])
+            length = rng.choice(
+                [
+                    0,
+                    1,
+                    7,
+                    len(whole),
+                    2**20,
+                    10**8,
+                    10**10,
+                    2**40,
+                    2**63,
+                    2**64 - 1,
+                    rng.randrange(len(whole)),
+                ]
+            )
             _put(tmp_path, record, _tensors(header, body, length))
         elif kind == 3:
             _put(
                 tmp_path,
                 record,
-                _corrupted(whole, rng, [b"F64", b"BF16", b"BOOL", b"U64", b"F8_E4M3", b"C64", b"-1", b"1e9", b"[0,", b"9" * 30]),
+                _corrupted(
+                    whole,
+                    rng,
+                    [
+                        b"F64",
+                        b"BF16",
+                        b"BOOL",
+                        b"U64",
+                        b"F8_E4M3",
+                        b"C64",
+                        b"-1",
+                        b"1e9",
+                        b"[0,",
+                        b"9" * 30,
+                    ],
+                ),
             )
         else:
-            _write(tmp_path / "edit.json", _corrupted(json.dumps(record).encode(), rng, JSON_PIECES))
+            _write(
+                tmp_path / "edit.json", _corrupted(json.dumps(record).encode(), rng, JSON_PIECES)
+            )
             _write(tmp_path / "delta.safetensors", whole)
         refused += _refused(lambda: _is_a_delta(tmp_path), seed)
     assert 0.7 * FUZZ["deltas"] < refused / _TIMES < FUZZ["deltas"]
@@ -1059,22 +1296,42 @@ def test_no_delta_ends_in_anything_but_words(tmp_path: Path, saved: tuple[dict[s
 
 
 CLAIMS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "10 GB": lambda h: {**h, "v_star": {"dtype": "F32", "shape": [2, 1_250_000_000], "data_offsets": [0, 10**10]}},
+    "10 GB": lambda h: {
+        **h,
+        "v_star": {"dtype": "F32", "shape": [2, 1_250_000_000], "data_offsets": [0, 10**10]},
+    },
     "10 GB from 32 bytes": lambda h: {**h, "v_star": {**h["v_star"], "shape": [2, 1_250_000_000]}},
-    "more than there are numbers": lambda h: {**h, "v_star": {**h["v_star"], "shape": [2**63, 2**63]}},
+    "more than there are numbers": lambda h: {
+        **h,
+        "v_star": {**h["v_star"], "shape": [2**63, 2**63]},
+    },
     "no rows of endless length": lambda h: {**h, "v_star": {**h["v_star"], "shape": [0, 2**63]}},
     "a negative size": lambda h: {**h, "v_star": {**h["v_star"], "shape": [-2, -4]}},
-    "another dtype": lambda h: {**h, "v_star": {"dtype": "F64", "shape": [2, 2], "data_offsets": h["v_star"]["data_offsets"]}},
+    "another dtype": lambda h: {
+        **h,
+        "v_star": {"dtype": "F64", "shape": [2, 2], "data_offsets": h["v_star"]["data_offsets"]},
+    },
     "a negative layer": lambda h: {name.replace(".2", ".-2"): field for name, field in h.items()},
-    "a path": lambda h: {name.replace(".2", "../../../etc/passwd"): field for name, field in h.items()},
+    "a path": lambda h: {
+        name.replace(".2", "../../../etc/passwd"): field for name, field in h.items()
+    },
     "a list": lambda h: [h],
-    "overlapping tensors": lambda h: {**h, "k_star.0": {**h["k_star.0"], "data_offsets": h["k_star.2"]["data_offsets"]}},
-    "a header of its own": lambda h: {"__metadata__": {"format": "pt", "run": "rm -rf /"}, **h, "more": h["v_star"]},
+    "overlapping tensors": lambda h: {
+        **h,
+        "k_star.0": {**h["k_star.0"], "data_offsets": h["k_star.2"]["data_offsets"]},
+    },
+    "a header of its own": lambda h: {
+        "__metadata__": {"format": "pt", "run": "rm -rf /"},
+        **h,
+        "more": h["v_star"],
+    },
 }
 
 
 @pytest.mark.parametrize("claim", CLAIMS)
-def test_what_a_header_claims_is_not_believed(tmp_path: Path, saved: tuple[dict[str, Any], dict[str, Any], bytes], claim: str) -> None:
+def test_what_a_header_claims_is_not_believed(
+    tmp_path: Path, saved: tuple[dict[str, Any], dict[str, Any], bytes], claim: str
+) -> None:
     record, header, body = saved
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for layers in ([0, 2], [0, -2], [0, "2../../../etc/passwd"]):
@@ -1083,7 +1340,9 @@ def test_what_a_header_claims_is_not_believed(tmp_path: Path, saved: tuple[dict[
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 100_000, "kilobytes"
 
 
-def test_files_that_have_no_end_or_are_no_files_are_refused(tmp_path: Path, saved: tuple[dict[str, Any], dict[str, Any], bytes]) -> None:
+def test_files_that_have_no_end_or_are_no_files_are_refused(
+    tmp_path: Path, saved: tuple[dict[str, Any], dict[str, Any], bytes]
+) -> None:
     record, header, body = saved
     for name in ("edit.json", "delta.safetensors"):
         for target in ("/dev/zero", "pipe"):
@@ -1100,21 +1359,30 @@ def test_files_that_have_no_end_or_are_no_files_are_refused(tmp_path: Path, save
     assert _refused(lambda: _is_a_delta(Path("a\0b")), "no path")
 
 
-def test_no_ledger_ends_in_anything_but_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_ledger_ends_in_anything_but_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Bytes of the database changed, cut and put in; of the few that do no harm what is read is what was there."""
-    monkeypatch.setattr("factsmith.ledger._now", lambda: "2026-01-02T03:04:05+00:00")  # so that a case can be had again by its seed
+    monkeypatch.setattr(
+        "factsmith.keep.ledger._now", lambda: "2026-01-02T03:04:05+00:00"
+    )  # so that a case can be had again by its seed
     with Ledger.create(tmp_path / "space", model="gpt2", fingerprint=FINGERPRINT) as ledger:
         for text, layers in (("one", (1,)), ("two", (1, 2)), ("three", (0,))):
             commit(ledger, text, layers)
         expected = [revision.to_dict() | {"state": ""} for revision in ledger.log()]
     file = ledger.folder / "ledger.db"
-    whole, others = file.read_bytes(), [file.with_name(f"ledger.db-{end}") for end in ("wal", "shm")]
+    whole, others = (
+        file.read_bytes(),
+        [file.with_name(f"ledger.db-{end}") for end in ("wal", "shm")],
+    )
 
     def use() -> None:
         with Ledger(ledger.folder) as opened:
             opened.verify()
             log = opened.log()
-            assert [revision.to_dict() | {"state": ""} for revision in log] == expected[len(expected) - len(log) :]
+            assert [revision.to_dict() | {"state": ""} for revision in log] == expected[
+                len(expected) - len(log) :
+            ]
             opened.active(), opened.status(), opened.gc(dry_run=True)
             opened.checkout(BASE), opened.checkout(LATEST)
             opened.undoing(LATEST)
@@ -1125,10 +1393,14 @@ def test_no_ledger_ends_in_anything_but_words(tmp_path: Path, monkeypatch: pytes
         rng = random.Random(seed)
         content = bytearray(whole)
         for _ in range(rng.choice([1, 1, 3, 20])):
-            content[rng.choice([rng.randrange(100), rng.randrange(len(content))])] = rng.randrange(256)
+            content[rng.choice([rng.randrange(100), rng.randrange(len(content))])] = rng.randrange(
+                256
+            )
         if rng.random() < 0.3:
             at = rng.randrange(len(content))
-            content[at : at + rng.choice([1, 50, 4096, len(content)])] = rng.randbytes(rng.choice([0, 1, 50]))
+            content[at : at + rng.choice([1, 50, 4096, len(content)])] = rng.randbytes(
+                rng.choice([0, 1, 50])
+            )
         _write(file, bytes(content))
         for other in others:
             other.unlink(missing_ok=True)
@@ -1149,15 +1421,25 @@ def test_nothing_that_can_run_code_is_read() -> None:
     for path in sorted(root.rglob("*.py")):
         for line in path.read_text(encoding="utf-8").splitlines():
             if match := re.search(dangerous, line.replace(".eval(", ".")):
-                found.append((path.relative_to(root).as_posix(), match[0], "weights_only=True" in line))
+                found.append(
+                    (path.relative_to(root).as_posix(), match[0], "weights_only=True" in line)
+                )
     assert found == [("model/atlas/train.py", "torch.load", True)]
-    assert re.search(dangerous, "x = torch.load(y)") and not re.search(dangerous, "safetensors.torch.load(y)"), "the control"
+    assert re.search(dangerous, "x = torch.load(y)") and not re.search(
+        dangerous, "safetensors.torch.load(y)"
+    ), "the control"
 
 
 # ---- what is written is what is read --------------------------------------------------------------------------------------------------
 
-_TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).filter(str.strip)
-_PROMPTS = st.tuples(st.text(max_size=20), st.text(max_size=20)).map("{}".join).filter(lambda text: text.count("{}") == 1)
+_TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).filter(
+    str.strip
+)
+_PROMPTS = (
+    st.tuples(st.text(max_size=20), st.text(max_size=20))
+    .map("{}".join)
+    .filter(lambda text: text.count("{}") == 1)
+)
 _FACTS = st.builds(
     Fact,
     _TEXTS,
@@ -1171,7 +1453,9 @@ _FACTS = st.builds(
 
 @given(facts=st.lists(_FACTS, min_size=1, max_size=4))
 @settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
-def test_random_facts_come_back_from_a_file_as_they_were(tmp_path_factory: pytest.TempPathFactory, facts: list[Fact]) -> None:
+def test_random_facts_come_back_from_a_file_as_they_were(
+    tmp_path_factory: pytest.TempPathFactory, facts: list[Fact]
+) -> None:
     folder = tmp_path_factory.getbasetemp()
     for name in ("random.yaml", "random.json"):
         FactFile.write(folder / name, facts)

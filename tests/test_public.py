@@ -44,7 +44,9 @@ def _imported(path: Path) -> set[str]:
     parts = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level == depth:
-            parts.update([node.module.split(".")[0]] if node.module else [alias.name for alias in node.names])
+            parts.update(
+                [node.module.split(".")[0]] if node.module else [alias.name for alias in node.names]
+            )
     return parts
 
 
@@ -53,7 +55,11 @@ def _rank(part: str) -> int:
 
 
 def test_imports_go_one_way() -> None:
-    files = [p for p in SOURCE.rglob("*.py") if p.parent != SOURCE or p.stem not in ("__init__", "__main__")]
+    files = [
+        p
+        for p in SOURCE.rglob("*.py")
+        if p.parent != SOURCE or p.stem not in ("__init__", "__main__")
+    ]
     edges = {(_part(path), part) for path in files for part in _imported(path)}
     wrong = {(a, b) for a, b in edges if a != b and _rank(a) <= _rank(b)}
     assert not wrong
@@ -75,7 +81,12 @@ def test_no_name_is_hidden_by_a_module() -> None:
 
 def test_type_checkers_see_the_same_names() -> None:
     tree = ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8"))
-    imported = {a.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1 for a in node.names}
+    imported = {
+        a.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level == 1
+        for a in node.names
+    }
     assert imported | {"__version__"} == set(factsmith.__all__)
 
 

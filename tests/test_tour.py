@@ -13,7 +13,11 @@ TOUR = Path(__file__).parents[1] / "docs" / "tour.ipynb"
 
 
 def cells() -> list[dict[str, Any]]:
-    return [cell for cell in json.loads(TOUR.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    return [
+        cell
+        for cell in json.loads(TOUR.read_text(encoding="utf-8"))["cells"]
+        if cell["cell_type"] == "code"
+    ]
 
 
 def run(source: str, names: dict[str, Any]) -> Any:
@@ -21,15 +25,21 @@ def run(source: str, names: dict[str, Any]) -> Any:
     tree = ast.parse(source)
     last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
     exec(compile(tree, "cell", "exec"), names)
-    return None if last is None else eval(compile(ast.Expression(last.value), "cell", "eval"), names)  # type: ignore[attr-defined]
+    return (
+        None if last is None else eval(compile(ast.Expression(last.value), "cell", "eval"), names)
+    )  # type: ignore[attr-defined]
 
 
 def shown(cell: dict[str, Any]) -> dict[str, Any]:
-    return {kind: data for output in cell["outputs"] for kind, data in output.get("data", {}).items()}
+    return {
+        kind: data for output in cell["outputs"] for kind, data in output.get("data", {}).items()
+    }
 
 
 @pytest.mark.slow
-def test_the_tour_runs_and_shows_what_is_printed_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_tour_runs_and_shows_what_is_printed_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FACTSMITH_CACHE", str(tmp_path))
     names: dict[str, Any] = {}
     kinds = []
@@ -41,11 +51,21 @@ def test_the_tour_runs_and_shows_what_is_printed_there(tmp_path: Path, monkeypat
             assert png.startswith(b"\x89PNG")
         elif "text/html" in before:
             page = found._repr_html_()
-            titles = [line.split(":")[0] for line in "".join(before["text/plain"]).splitlines()[:1] if line and "committed" not in line]
-            assert page.startswith(("<table>", "<p>")) and all(title.split(";")[0] in page for title in titles)
-        elif before and isinstance(found, list) and all(isinstance(answer, str) for answer in found):
+            titles = [
+                line.split(":")[0]
+                for line in "".join(before["text/plain"]).splitlines()[:1]
+                if line and "committed" not in line
+            ]
+            assert page.startswith(("<table>", "<p>")) and all(
+                title.split(";")[0] in page for title in titles
+            )
+        elif (
+            before and isinstance(found, list) and all(isinstance(answer, str) for answer in found)
+        ):
             assert repr(found) == "".join(before["text/plain"]), "answers are the same everywhere"
-    assert kinds.count("image/png") >= 4 and kinds.count("text/html") >= 6, "it was stored with its outputs"
+    assert kinds.count("image/png") >= 4 and kinds.count("text/html") >= 6, (
+        "it was stored with its outputs"
+    )
 
 
 def test_the_control_of_a_cell_that_fails() -> None:
@@ -59,4 +79,6 @@ def test_the_tour_names_no_machine_and_hides_no_error() -> None:
     assert "/home/" not in text and "/root" not in text and "Traceback" not in text
     assert len(text) < 600_000
     assert all(len(cell["outputs"]) <= 1 for cell in cells()), "nothing is shown twice"
-    assert [cell["execution_count"] for cell in cells()] == list(range(1, len(cells()) + 1)), "run from top to bottom"
+    assert [cell["execution_count"] for cell in cells()] == list(range(1, len(cells()) + 1)), (
+        "run from top to bottom"
+    )

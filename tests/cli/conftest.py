@@ -8,10 +8,11 @@ import pytest
 
 from commands import Done, Run, atlas_model
 from conftest import GPT2, byte_tokenizer, tiny_model
-from factsmith import cli, proposals
-from factsmith.edit.methods import RomeConfig
+from factsmith import cli
+from factsmith.edit.configs import RomeConfig
 from factsmith.model import load as load_module
 from factsmith.model.load import load
+from factsmith.patch import proposal as proposals
 
 
 @pytest.fixture
@@ -44,12 +45,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def atlas(monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of the bundled model, which knows facts; loaded once."""
-    monkeypatch.setattr(load_module, "load", lambda name, **options: atlas_model() if name == "atlas" else load(name, **options))
+    monkeypatch.setattr(
+        load_module,
+        "load",
+        lambda name, **options: atlas_model() if name == "atlas" else load(name, **options),
+    )
     return "atlas"
 
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patches that take no time: what is tested here is the command line."""
-    monkeypatch.setattr(RomeConfig, "recommended", classmethod(lambda cls, lm: cls(layer=1, steps=2)))
+    monkeypatch.setattr(
+        RomeConfig, "recommended", classmethod(lambda cls, lm: cls(layer=1, steps=2))
+    )
     monkeypatch.setattr(proposals.Proposal, "failed", False)  # two steps are not enough to hold

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from commands import PROMPT, Run
-from factsmith.fact import Fact, FactFile
+from factsmith.core.fact import Fact
+from factsmith.core.factfile import FactFile
 
 
 def test_no_file_of_others_is_replaced(run: Run, model: Path, tmp_path: Path) -> None:
@@ -20,8 +21,14 @@ def test_no_file_of_others_is_replaced(run: Run, model: Path, tmp_path: Path) ->
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     text = ("trace", model, PROMPT, "--subject", "Danielle Darrieux", "--samples", 1, "--out")
     for arguments, words in (
-        (("trace", "nosuchmodel", "input.json", "--out", "input"), "input.json, which is the file of facts itself"),
-        (("trace", "nosuchmodel", "input.json", "--out", "./input.svg"), "input.json, which is the file of facts itself"),
+        (
+            ("trace", "nosuchmodel", "input.json", "--out", "input"),
+            "input.json, which is the file of facts itself",
+        ),
+        (
+            ("trace", "nosuchmodel", "input.json", "--out", "./input.svg"),
+            "input.json, which is the file of facts itself",
+        ),
         ((*text, "config.png"), "config.json, which is no record"),
         ((*text, "data"), "data.csv, which is no record"),
         ((*text, "broken.pdf"), "broken.json, which is no record"),
@@ -34,10 +41,24 @@ def test_no_file_of_others_is_replaced(run: Run, model: Path, tmp_path: Path) ->
 
 
 def test_earlier_records_are_replaced(run: Run, model: Path, tmp_path: Path) -> None:
-    text = ("trace", model, PROMPT, "--subject", "Danielle Darrieux", "--out", "map.svg", "--samples")
-    assert run(*text, 1).code == 0 and json.loads((tmp_path / "map.json").read_text())["factsmith"] == "trace"
+    text = (
+        "trace",
+        model,
+        PROMPT,
+        "--subject",
+        "Danielle Darrieux",
+        "--out",
+        "map.svg",
+        "--samples",
+    )
+    assert (
+        run(*text, 1).code == 0
+        and json.loads((tmp_path / "map.json").read_text())["factsmith"] == "trace"
+    )
     (tmp_path / "map.csv").write_text("old\n")
-    assert run(*text, 2).code == 0 and json.loads((tmp_path / "map.json").read_text())["samples"] == 2
+    assert (
+        run(*text, 2).code == 0 and json.loads((tmp_path / "map.json").read_text())["samples"] == 2
+    )
     assert (tmp_path / "map.csv").read_text().startswith("column,")
 
 
@@ -50,5 +71,10 @@ def test_out_needs_a_file_name(run: Run, model: Path, tmp_path: Path, out: str) 
 
 
 def test_digits_after_a_point_are_no_suffix(run: Run, model: Path, tmp_path: Path) -> None:
-    assert run("trace", model, PROMPT, "--subject", "Danielle", "--samples", 1, "--out", "v1.2").code == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"v1.2.{suffix}" for suffix in ("csv", "json", "png", "svg")]
+    assert (
+        run("trace", model, PROMPT, "--subject", "Danielle", "--samples", 1, "--out", "v1.2").code
+        == 0
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        f"v1.2.{suffix}" for suffix in ("csv", "json", "png", "svg")
+    ]

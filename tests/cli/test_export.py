@@ -10,15 +10,27 @@ from safetensors.torch import load_file
 
 from commands import FACT, Run
 from exports import heard_from, names
-from factsmith import export as export_module
-from factsmith.model.load import ATLAS
+from factsmith.keep.export import formats as export_module
 
 
 @pytest.mark.slow  # tests/test_readback.py reads the bundled model back in the process that it needs anyway
-def test_the_bundled_model_as_an_adapter_read_back_in_a_process_of_its_own(run: Run, atlas: str) -> None:
+def test_the_bundled_model_as_an_adapter_read_back_in_a_process_of_its_own(
+    run: Run, atlas: str
+) -> None:
     pytest.importorskip("peft")
     run("init", atlas, "space")
-    patched = run("patch", "-w", "space", "--subject", "Fiat 127", "--prompt", "The maker of {} is", "--target", "Toyota", "--json").json
+    patched = run(
+        "patch",
+        "-w",
+        "space",
+        "--subject",
+        "Fiat 127",
+        "--prompt",
+        "The maker of {} is",
+        "--target",
+        "Toyota",
+        "--json",
+    ).json
     made = run("export", "out", "-f", "adapter", "-w", "space", "--json").json
     assert made["format"] == "adapter" and made["rank"] == 1 and made["layers"][0]["error"] < 1e-6
     back = made["read_back"]
@@ -26,15 +38,23 @@ def test_the_bundled_model_as_an_adapter_read_back_in_a_process_of_its_own(run: 
     assert back["difference"] <= back["limit"] < 0.01 < 1 < back["moved"]
     assert made["bytes"] < 20_000 < 20_000_000 < made["model_bytes"]
     config = json.loads(Path("out/adapter_config.json").read_bytes())
-    assert config["base_model_name_or_path"] == str(ATLAS / "atlas") and config["fan_in_fan_out"] is True
+    assert (
+        config["base_model_name_or_path"] == str(atlas.folder("atlas"))
+        and config["fan_in_fan_out"] is True
+    )
     layer = patched["delta"]["layers"][0]
     assert config["target_modules"] == [f"transformer.h.{layer}.mlp.c_proj"]
     manifest = json.loads(Path("out/factsmith.json").read_bytes())
-    assert manifest["patches"][0]["revision"] == patched["revision"]["id"] and manifest["read_back"] == back
+    assert (
+        manifest["patches"][0]["revision"] == patched["revision"]["id"]
+        and manifest["read_back"] == back
+    )
 
 
 @pytest.mark.usefixtures("quick")
-def test_every_format_and_what_is_printed(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_format_and_what_is_printed(
+    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("peft")
     monkeypatch.setattr(export_module, "read_back", lambda jobs: [heard_from(jobs[0].questions)])
     run("init", model, "space")
@@ -44,12 +64,27 @@ def test_every_format_and_what_is_printed(run: Run, model: Path, monkeypatch: py
     assert "verified: answers equal on 1 prompt" in " ".join(shown.out.split())
     shown = run("export", "two", "--dtype", "bfloat16", "--no-verify", "-w", "space")
     assert shown.code == 0 and "not verified" in shown.out and "model.safetensors" in shown.out
-    assert str(load_file("two/model.safetensors")["transformer.wte.weight"].dtype) == "torch.bfloat16"
+    assert (
+        str(load_file("two/model.safetensors")["transformer.wte.weight"].dtype) == "torch.bfloat16"
+    )
     shown = run("export", "three", "-f", "patch", "-w", "space")
     assert shown.code == 0 and "1 patch read back, every tensor equal bit for bit" in shown.out
-    noted = run("export", "four", "-f", "adapter", "--base", "owner/name", "--no-verify", "-w", "space", "--json").json
+    noted = run(
+        "export",
+        "four",
+        "-f",
+        "adapter",
+        "--base",
+        "owner/name",
+        "--no-verify",
+        "-w",
+        "space",
+        "--json",
+    ).json
     assert (
-        noted["read_back"] is None and json.loads(Path("four/adapter_config.json").read_bytes())["base_model_name_or_path"] == "owner/name"
+        noted["read_back"] is None
+        and json.loads(Path("four/adapter_config.json").read_bytes())["base_model_name_or_path"]
+        == "owner/name"
     )
 
 
@@ -66,7 +101,11 @@ def test_what_goes_wrong_has_its_exit_code_and_leaves_nothing(
     Path("full/thesis.tex").write_text("x")
     Path("file").write_text("x")
     before = names(tmp_path)
-    monkeypatch.setattr(export_module, "read_back", lambda jobs: [heard_from(jobs[0].questions, logits=-jobs[0].questions.patched)])
+    monkeypatch.setattr(
+        export_module,
+        "read_back",
+        lambda jobs: [heard_from(jobs[0].questions, logits=-jobs[0].questions.patched)],
+    )
     cases: list[tuple[int, list[str], str]] = [
         (2, ["out", "-f", "gguf"], "checkpoint, adapter or patch"),
         (2, ["out", "--dtype", "int8"], "--dtype"),

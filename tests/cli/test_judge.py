@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from commands import FACT, Run, atlas_model
+from factsmith.core.fact import Fact
+from factsmith.corpus.moments import second_moments
+from factsmith.edit.configs import RomeConfig
 from factsmith.edit.delta import Delta
 from factsmith.edit.finetune import FineTuneConfig
-from factsmith.edit.methods import RomeConfig, rome
-from factsmith.edit.moments import second_moments
-from factsmith.fact import Fact
+from factsmith.edit.methods import rome
 
 SUITE = [
     {
@@ -38,19 +39,38 @@ SUITE = [
 def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Records of full COUNTERFACT's layout, the last malformed; and fine-tuning that takes no time."""
     file = tmp_path / "counterfact.json"
-    file.write_text(json.dumps([*SUITE, {**SUITE[0], "case_id": 9, "requested_rewrite": {"prompt": "no slot"}}]))
+    file.write_text(
+        json.dumps([*SUITE, {**SUITE[0], "case_id": 9, "requested_rewrite": {"prompt": "no slot"}}])
+    )
     for name, value in (("steps", 2), ("epochs", 1)):
         monkeypatch.setitem(FineTuneConfig.__init__.__kwdefaults__, name, value)  # type: ignore[index]
     return file
 
 
-def test_evaluate_prints_keeps_and_reports(run: Run, model: Path, suite: Path, tmp_path: Path) -> None:
-    call = ["evaluate", model, "--suite", suite, "--methods", "ft", "--sizes", "1,2", "--all", "--out", "judged"]
+def test_evaluate_prints_keeps_and_reports(
+    run: Run, model: Path, suite: Path, tmp_path: Path
+) -> None:
+    call = [
+        "evaluate",
+        model,
+        "--suite",
+        suite,
+        "--methods",
+        "ft",
+        "--sizes",
+        "1,2",
+        "--all",
+        "--out",
+        "judged",
+    ]
     done = run(*call, "--json")
     assert done.code == 0, done.err
     assert "malformed: 1 record left out, the first" in done.err
     found = done.json
-    assert [r["size"] for r in found["runs"]] == [1, 2] and list(found["runs"][0]["measures"]) == ["base", "ft-l"]
+    assert [r["size"] for r in found["runs"]] == [1, 2] and list(found["runs"][0]["measures"]) == [
+        "base",
+        "ft-l",
+    ]
     assert found["out"] == ["judged/report.html", "judged/report.md"]
     rows = (tmp_path / "judged/size-2/rows.jsonl").read_text().splitlines()
     assert json.loads(rows[0])["size"] == 2
@@ -61,70 +81,155 @@ def test_evaluate_prints_keeps_and_reports(run: Run, model: Path, suite: Path, t
     again = run(*call, "--json").json
     assert again["runs"][1]["measures"] == found["runs"][1]["measures"]
     shown = run(*call)
-    assert shown.code == 0 and "2 records at a time" in shown.out and "base" in shown.out and "saved judged/report.md" in shown.out
+    assert (
+        shown.code == 0
+        and "2 records at a time" in shown.out
+        and "base" in shown.out
+        and "saved judged/report.md" in shown.out
+    )
     other = run(*call, "--limit", "2")
     assert other.code in (2, 5) and "another" in other.err, "it is of other records"
 
 
-def test_evaluate_with_settings_and_tasks(run: Run, model: Path, suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("lm_eval", reason='the harness is not installed: pip install "factsmith[eval]"')
+def test_evaluate_with_settings_and_tasks(
+    run: Run, model: Path, suite: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(
+        "lm_eval", reason='the harness is not installed: pip install "factsmith[eval]"'
+    )
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks/homes.jsonl").write_text('{"text": "Entity0 is at", "choices": ["Oslo", "Rome"]}\n')
+    (tmp_path / "tasks/homes.jsonl").write_text(
+        '{"text": "Entity0 is at", "choices": ["Oslo", "Rome"]}\n'
+    )
     task = {
         "task": "homes", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "tasks/homes.jsonl")}},
         "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{text}}", "doc_to_choice": "{{choices}}",
         "doc_to_target": 0, "metric_list": [{"metric": "acc"}],
     }  # fmt: skip
     (tmp_path / "tasks/homes.yaml").write_text(json.dumps(task))
-    call = ["evaluate", model, "--suite", suite, "--methods", "ft", "--sizes", "2", "--all", "--out", "judged", "--drift-tokens", "50"]
+    call = [
+        "evaluate",
+        model,
+        "--suite",
+        suite,
+        "--methods",
+        "ft",
+        "--sizes",
+        "2",
+        "--all",
+        "--out",
+        "judged",
+        "--drift-tokens",
+        "50",
+    ]
     call += ["--tasks", "homes", "--tasks-folder", tmp_path / "tasks", "--json"]
     done = run(*call, "--set", "ft.steps=1")
     assert done.code == 0, done.err
     (judged,) = done.json["runs"]
-    assert set(judged["probed"]) == {"base", "ft-l"} and set(judged["probed"]["base"]) == {"homes acc"}
+    assert set(judged["probed"]) == {"base", "ft-l"} and set(judged["probed"]["base"]) == {
+        "homes acc"
+    }
     assert judged["edits"]["ft-l"]["kl_text"] >= 0
     other = run(*call, "--set", "ft.steps=2")
     assert other.code == 2 and "other settings" in other.err and "another folder" in other.err
-    (tmp_path / "tasks/homes.jsonl").write_text('{"text": "Entity0 is in", "choices": ["Oslo", "Rome"]}\n')
+    (tmp_path / "tasks/homes.jsonl").write_text(
+        '{"text": "Entity0 is in", "choices": ["Oslo", "Rome"]}\n'
+    )
     other = run(*call, "--set", "ft.steps=1")
     assert other.code == 2 and "probe" in other.err, "a task of the same name is another"
-    for wrong in (["--tasks", ""], ["--tasks-limit", "3"], ["--paper"], ["--set", "ft.steps=1", "--set", "ft.steps=2"]):
+    for wrong in (
+        ["--tasks", ""],
+        ["--tasks-limit", "3"],
+        ["--paper"],
+        ["--set", "ft.steps=1", "--set", "ft.steps=2"],
+    ):
         refused = run("evaluate", model, "--suite", suite, "--methods", "ft", "--all", *wrong)
         assert refused.code == 2 and refused.err.startswith("error: "), wrong
 
 
-def test_a_folder_holds_one_model_and_suite(run: Run, model: Path, suite: Path, tmp_path: Path) -> None:
-    call = ["evaluate", model, "--suite", suite, "--methods", "ft", "--all", "--drift-tokens", "0", "--out", "judged", "--json"]
+def test_a_folder_holds_one_model_and_suite(
+    run: Run, model: Path, suite: Path, tmp_path: Path
+) -> None:
+    call = [
+        "evaluate",
+        model,
+        "--suite",
+        suite,
+        "--methods",
+        "ft",
+        "--all",
+        "--drift-tokens",
+        "0",
+        "--out",
+        "judged",
+        "--json",
+    ]
     assert [r["size"] for r in run(*call, "--sizes", "1").json["runs"]] == [1]
-    assert [r["size"] for r in run(*call, "--sizes", "2").json["runs"]] == [1, 2], "the page keeps what was judged before"
+    assert [r["size"] for r in run(*call, "--sizes", "2").json["runs"]] == [1, 2], (
+        "the page keeps what was judged before"
+    )
     other = run(*call, "--sizes", "3", "--seed", "1")
     assert other.code == 2 and "another seed" in other.err
     rows = tmp_path / "judged/size-1/rows.jsonl"
     lines = rows.read_text().splitlines()
-    for damaged in (lines[:2] + lines[3:], lines + lines[1:], [line.replace("Entity1", "Entity7") for line in lines]):
+    for damaged in (
+        lines[:2] + lines[3:],
+        lines + lines[1:],
+        [line.replace("Entity1", "Entity7") for line in lines],
+    ):
         rows.write_text("\n".join(damaged) + "\n")
         done = run(*call, "--sizes", "1")
         assert done.code == 5 and "rows.jsonl, line" in done.err
 
 
-def test_a_folder_holds_one_layout_text_and_setting_of_a_method(run: Run, model: Path, suite: Path, tmp_path: Path) -> None:
-    for name, text in (("a.txt", "The home of Edwin is Rome. " * 20), ("b.txt", "Edwin is at home in Rome. " * 20)):
+def test_a_folder_holds_one_layout_text_and_setting_of_a_method(
+    run: Run, model: Path, suite: Path, tmp_path: Path
+) -> None:
+    for name, text in (
+        ("a.txt", "The home of Edwin is Rome. " * 20),
+        ("b.txt", "Edwin is at home in Rome. " * 20),
+    ):
         (tmp_path / name).write_text(text)
-    call = ["evaluate", model, "--suite", suite, "--methods", "ft", "--all", "--drift-tokens", "20", "--out", "judged", "--json"]
+    call = [
+        "evaluate",
+        model,
+        "--suite",
+        suite,
+        "--methods",
+        "ft",
+        "--all",
+        "--drift-tokens",
+        "20",
+        "--out",
+        "judged",
+        "--json",
+    ]
     done = run(*call, "--sizes", "1", "--texts", "a.txt")
     assert done.code == 0, done.err
     (judged,) = done.json["runs"]
-    assert "clamp=0.03" in judged["settings"]["ft-l"] and done.json["facts"]["settings of ft-l"] == judged["settings"]["ft-l"]
-    assert "clamp=0.03" in (tmp_path / "judged/report.html").read_text() and "clamp=0.03" in (tmp_path / "judged/report.md").read_text()
+    assert (
+        "clamp=0.03" in judged["settings"]["ft-l"]
+        and done.json["facts"]["settings of ft-l"] == judged["settings"]["ft-l"]
+    )
+    assert (
+        "clamp=0.03" in (tmp_path / "judged/report.html").read_text()
+        and "clamp=0.03" in (tmp_path / "judged/report.md").read_text()
+    )
     for options, words in (
         (["--sizes", "2", "--texts", "b.txt"], "another texts"),
         (["--sizes", "2"], "another texts"),
-        (["--sizes", "2", "--texts", "a.txt", "--set", "ft.clamp=0.5"], "clamp=0.03 there, clamp=0.5 here"),
+        (
+            ["--sizes", "2", "--texts", "a.txt", "--set", "ft.clamp=0.5"],
+            "clamp=0.03 there, clamp=0.5 here",
+        ),
     ):
         other = run(*call, *options)
         assert other.code == 2 and words in other.err and "--out" in other.err, other.err
-    assert [r["size"] for r in run(*call, "--sizes", "2", "--texts", "a.txt").json["runs"]] == [1, 2]
+    assert [r["size"] for r in run(*call, "--sizes", "2", "--texts", "a.txt").json["runs"]] == [
+        1,
+        2,
+    ]
     zsre = {
         "subject": "Edwin",
         "src": "Who is Edwin?",
@@ -141,8 +246,23 @@ def test_a_folder_holds_one_layout_text_and_setting_of_a_method(run: Run, model:
     assert other.code == 2 and "another layout" in other.err
 
 
-def test_what_is_not_finished_is_not_on_the_page(run: Run, model: Path, suite: Path, tmp_path: Path) -> None:
-    call = ["evaluate", model, "--suite", suite, "--all", "--drift-tokens", "0", "--continued", "0", "--out", "judged", "--json"]
+def test_what_is_not_finished_is_not_on_the_page(
+    run: Run, model: Path, suite: Path, tmp_path: Path
+) -> None:
+    call = [
+        "evaluate",
+        model,
+        "--suite",
+        suite,
+        "--all",
+        "--drift-tokens",
+        "0",
+        "--continued",
+        "0",
+        "--out",
+        "judged",
+        "--json",
+    ]
     assert run(*call, "--sizes", "2", "--sequence", "--methods", "ft").code == 0
     rows = tmp_path / "judged/sequence-2/rows.jsonl"
     lines = rows.read_text().splitlines()
@@ -152,19 +272,52 @@ def test_what_is_not_finished_is_not_on_the_page(run: Run, model: Path, suite: P
     assert [(r["size"], r["sequence"]) for r in done.json["runs"]] == [(1, False)]
     assert "ft-l, 2 a round: 1 of 2 edits are there; run it again to finish it" in done.err
     finished = run(*call, "--sizes", "2", "--sequence", "--methods", "ft")
-    assert [(r["size"], r["sequence"]) for r in finished.json["runs"]] == [(1, False), (2, True)] and "edits are there" not in finished.err
+    assert [(r["size"], r["sequence"]) for r in finished.json["runs"]] == [
+        (1, False),
+        (2, True),
+    ] and "edits are there" not in finished.err
 
 
-def test_sizes_are_at_most_the_number_of_records(run: Run, model: Path, suite: Path, tmp_path: Path) -> None:
-    call = ["evaluate", model, "--suite", suite, "--methods", "ft", "--all", "--drift-tokens", "0", "--out", "judged", "--json"]
+def test_sizes_are_at_most_the_number_of_records(
+    run: Run, model: Path, suite: Path, tmp_path: Path
+) -> None:
+    call = [
+        "evaluate",
+        model,
+        "--suite",
+        suite,
+        "--methods",
+        "ft",
+        "--all",
+        "--drift-tokens",
+        "0",
+        "--out",
+        "judged",
+        "--json",
+    ]
     done = run(*call, "--sizes", "1,100,4,1000")
     assert [r["size"] for r in done.json["runs"]] == [1, 4], done.err
     assert done.err.count("there are 4 records to write, so 4 are written at a time") == 2
-    assert sorted(path.name for path in (tmp_path / "judged").glob("size-*")) == ["size-1", "size-4"]
+    assert sorted(path.name for path in (tmp_path / "judged").glob("size-*")) == [
+        "size-1",
+        "size-4",
+    ]
 
 
 def test_strict_looks_at_the_whole_file(run: Run, model: Path, suite: Path) -> None:
-    call = ["evaluate", model, "--suite", suite, "--methods", "ft", "--all", "--limit", "1", "--drift-tokens", "0"]
+    call = [
+        "evaluate",
+        model,
+        "--suite",
+        suite,
+        "--methods",
+        "ft",
+        "--all",
+        "--limit",
+        "1",
+        "--drift-tokens",
+        "0",
+    ]
     for seed in range(4):
         done = run(*call, "--strict", "--seed", str(seed))
         assert done.code == 2 and "record 4" in done.err
@@ -179,15 +332,33 @@ def test_a_suite_of_nobodys_home_is_refused(run: Run, model: Path) -> None:
 
 
 def test_evaluate_in_sequence(run: Run, model: Path, suite: Path, tmp_path: Path) -> None:
-    done = run("evaluate", model, "--suite", suite, "--methods", "ft-l", "--sizes", "2", "--sequence", "--all", "--out", "kept", "--json")
+    done = run(
+        "evaluate",
+        model,
+        "--suite",
+        suite,
+        "--methods",
+        "ft-l",
+        "--sizes",
+        "2",
+        "--sequence",
+        "--all",
+        "--out",
+        "kept",
+        "--json",
+    )
     assert done.code == 0, done.err
     (found,) = done.json["runs"]
-    assert set(found["retention"]["ft-l"]) == {"0", "1"} and set(found["retention"]["ft-l"]["0"]) == {"0", "1"}
+    assert set(found["retention"]["ft-l"]) == {"0", "1"} and set(
+        found["retention"]["ft-l"]["0"]
+    ) == {"0", "1"}
     assert "What is left of earlier rounds" in (tmp_path / "kept/report.html").read_text()
     assert (tmp_path / "kept/sequence-2/rows.jsonl").is_file()
 
 
-@pytest.mark.parametrize("setting", ["steps=1", "ft.steps", "ft.=1", "memit.steps=1", "ft.stepz=1", "ft.steps=many"])
+@pytest.mark.parametrize(
+    "setting", ["steps=1", "ft.steps", "ft.=1", "memit.steps=1", "ft.stepz=1", "ft.steps=many"]
+)
 def test_evaluate_refuses_settings(run: Run, model: Path, suite: Path, setting: str) -> None:
     done = run("evaluate", model, "--suite", suite, "--methods", "ft", "--all", "--set", setting)
     assert done.code == 2 and "Traceback" not in done.err and done.err.startswith("error: ")
@@ -214,7 +385,10 @@ def test_evaluate_refuses(run: Run, model: Path, suite: Path, tmp_path: Path) ->
     for options, words in cases:
         given = options if "--suite" in options else ["--suite", suite, *options]
         done = run("evaluate", model, *given)
-        assert done.code in (2, 5) and words in " ".join(done.err.split()) and done.out == "", (options, done.err)
+        assert done.code in (2, 5) and words in " ".join(done.err.split()) and done.out == "", (
+            options,
+            done.err,
+        )
     assert (tmp_path / "theirs/report.html").read_text() == "<p>mine</p>"
 
 
@@ -227,7 +401,17 @@ def test_drift_of_a_delta_and_limits(run: Run, atlas: str, tmp_path: Path) -> No
     done = run("drift", atlas, "--delta", "delta", *few, "--json")
     assert done.code == 0, done.err
     assert done.json["kl_text"] > 0 and done.json["exceeded"] == [] and done.json["n_facts"] > 0
-    done = run("drift", atlas, "--delta", "delta", *few, "--limit", "kl_text=0", "--limit", "perplexity=1e9")
+    done = run(
+        "drift",
+        atlas,
+        "--delta",
+        "delta",
+        *few,
+        "--limit",
+        "kl_text=0",
+        "--limit",
+        "perplexity=1e9",
+    )
     assert done.code == 4 and "kl_text is" in done.out and "perplexity is" not in done.out
     for limit in ("frob=1", "kl_text", "kl_text=nan", "kl_text=-1"):
         assert run("drift", atlas, "--delta", "delta", "--limit", limit).code == 2
@@ -236,15 +420,33 @@ def test_drift_of_a_delta_and_limits(run: Run, atlas: str, tmp_path: Path) -> No
     assert Delta.load("delta").fingerprint == lm.fingerprint, "the model is as it was"
 
 
-def test_a_long_text_makes_no_noise(run: Run, atlas: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_long_text_makes_no_noise(
+    run: Run, atlas: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     fact = Fact("Danielle Darrieux", "The mother tongue of {} is", "English")
-    moments = second_moments(atlas_model(), ["The home of Edwin is Rome. " * 40], [1], max_tokens=2000)
-    rome(atlas_model(), fact, RomeConfig(layer=1, steps=1), moments=moments, contexts=["{}"]).save("delta")
+    moments = second_moments(
+        atlas_model(), ["The home of Edwin is Rome. " * 40], [1], max_tokens=2000
+    )
+    rome(atlas_model(), fact, RomeConfig(layer=1, steps=1), moments=moments, contexts=["{}"]).save(
+        "delta"
+    )
     (tmp_path / "book.txt").write_text("The harbour was quiet in the morning. " * 400)
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
     try:
-        done = run("drift", atlas, "--delta", "delta", "--texts", "book.txt", "--max-tokens", "100", "--facts", "0", "--json")
+        done = run(
+            "drift",
+            atlas,
+            "--delta",
+            "delta",
+            "--texts",
+            "book.txt",
+            "--max-tokens",
+            "100",
+            "--facts",
+            "0",
+            "--json",
+        )
     finally:
         logger.removeHandler(caplog.handler)
     assert done.code == 0 and done.json["n_tokens"] == 100
@@ -262,5 +464,13 @@ def test_drift_of_a_workspace(run: Run, model: Path, quick: None) -> None:
     again = run("drift", "-w", "space", *few, "--json")
     assert again.json["kl_text"] == done.json["kl_text"]
     run("init", model, "other")
-    refused = run("drift", model, "--delta", next(Path("space").rglob("edit.json")).parent, "-w", "space", *few)
+    refused = run(
+        "drift",
+        model,
+        "--delta",
+        next(Path("space").rglob("edit.json")).parent,
+        "-w",
+        "space",
+        *few,
+    )
     assert refused.code == 5 and "--workspace" in refused.err, "made on the model without it"

@@ -15,21 +15,49 @@ from factsmith.model.load import load
 @pytest.mark.usefixtures("quick")
 def test_a_patch_there_and_back(run: Run, model: Path, tmp_path: Path) -> None:
     made = run("init", model, "space", "--json").json
-    assert made["model"] == str(model) and made["dtype"] == "float32" and made["fingerprint"] == load(model).fingerprint
+    assert (
+        made["model"] == str(model)
+        and made["dtype"] == "float32"
+        and made["fingerprint"] == load(model).fingerprint
+    )
 
     asked = run("ask", model, PROMPT, "--top", 3, "--json").json
-    assert asked["answer"] == load(model).answer([PROMPT])[0] and len(asked["next_tokens"]) == 3 and asked["revision"] is None
+    assert (
+        asked["answer"] == load(model).answer([PROMPT])[0]
+        and len(asked["next_tokens"]) == 3
+        and asked["revision"] is None
+    )
 
-    patched = run("patch", "-w", "space", *FACT, "--neighbour", "Paris is", "--paraphrase", "{} speaks", "-m", "as asked", "--json").json
+    patched = run(
+        "patch",
+        "-w",
+        "space",
+        *FACT,
+        "--neighbour",
+        "Paris is",
+        "--paraphrase",
+        "{} speaks",
+        "-m",
+        "as asked",
+        "--json",
+    ).json
     identity = patched["revision"]["id"]
     assert patched["revision"]["message"] == "as asked" and patched["delta"]["layers"] == [1]
-    assert [check["role"] for check in patched["verification"]["checks"]] == ["prompt", "paraphrase", "neighbour"]
+    assert [check["role"] for check in patched["verification"]["checks"]] == [
+        "prompt",
+        "paraphrase",
+        "neighbour",
+    ]
 
     changed = run("ask", "-w", "space", PROMPT, "--json").json
     assert changed["revision"] == identity and changed["next_tokens"] != asked["next_tokens"]
-    assert run("ask", "space", PROMPT, "--json").json == changed, "a workspace may stand where a model does"
+    assert run("ask", "space", PROMPT, "--json").json == changed, (
+        "a workspace may stand where a model does"
+    )
     assert [r["id"] for r in run("log", "-w", "space", "--json").json["revisions"]] == [identity]
-    assert run("show", identity[:8], "-w", "space", "--json").json["facts"][0]["target"] == "English"
+    assert (
+        run("show", identity[:8], "-w", "space", "--json").json["facts"][0]["target"] == "English"
+    )
 
     proof = run("status", "--verify", "-w", "space", "--json").json
     assert proof["active"] == [identity] and proof["fingerprint_now"] != proof["fingerprint"]
@@ -43,11 +71,17 @@ def test_a_patch_there_and_back(run: Run, model: Path, tmp_path: Path) -> None:
 
     assert run("checkout", identity[:8], "-w", "space", "--json").json["active"] == 1
     assert run("ask", "-w", "space", PROMPT, "--json").json["next_tokens"] == changed["next_tokens"]
-    assert run("checkout", "base", "-w", "space", "--json").json == {"current": "base", "head": undone["id"], "active": 0}
+    assert run("checkout", "base", "-w", "space", "--json").json == {
+        "current": "base",
+        "head": undone["id"],
+        "active": 0,
+    }
 
 
 @pytest.mark.usefixtures("quick")
-def test_text_for_people(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_text_for_people(
+    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     assert "next: factsmith patch" in run("init", model, "space").out
     monkeypatch.chdir(tmp_path / "space")  # from here on, the workspace is where we are
     done = run("patch", *FACT, "--neighbour", "Paris is")

@@ -11,10 +11,14 @@ import pytest
 
 from commands import FACT, PROMPT, Run
 from factsmith import cli
-from factsmith.ledger import Ledger
+from factsmith.keep.ledger import Ledger
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-COMMANDS = sorted(command.callback.__name__.rstrip("_") for command in cli.app.registered_commands if command.callback is not None)
+COMMANDS = sorted(
+    command.callback.__name__.rstrip("_")
+    for command in cli.app.registered_commands
+    if command.callback is not None
+)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -28,17 +32,36 @@ def test_every_command_has_help_with_an_example_and_is_documented(run: Run, name
 
 
 def test_the_commands_are_those_promised(run: Run) -> None:
-    assert {"init", "ask", "trace", "neurons", "layers", "patch", "log", "show", "revert", "checkout", "status"} <= set(COMMANDS)
+    assert {
+        "init",
+        "ask",
+        "trace",
+        "neurons",
+        "layers",
+        "patch",
+        "log",
+        "show",
+        "revert",
+        "checkout",
+        "status",
+    } <= set(COMMANDS)
     assert re.fullmatch(r"factsmith \d+\.\d+\S*\n", run("--version").out)
 
 
 def test_help_needs_no_torch() -> None:
     code = "import sys, factsmith.cli; print({'torch', 'transformers', 'matplotlib'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "set()\n"
+    )
 
 
 def test_python_dash_m() -> None:
-    done = subprocess.run([sys.executable, "-m", "factsmith", "--version"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "factsmith", "--version"], capture_output=True, text=True, check=True
+    )
     assert done.stdout.startswith("factsmith ")
 
 
@@ -54,8 +77,25 @@ def test_exit_codes(run: Run, model: Path, tmp_path: Path) -> None:
         (2, ["ask", model, "\udcff"], "UTF-8"),
         (2, ["patch", model], "--subject"),
         (2, ["patch", model, *FACT[:-1], " "], "target"),
-        (2, ["patch", model, "--subject", "Edwin", "--prompt", "Edwin is", "--target", "a king"], "prompt has 0 slots"),
-        (2, ["patch", model, "--subject", "Edwin", "--prompt", "Edwin and {} are", "--target", "kings"], "Edwin"),
+        (
+            2,
+            ["patch", model, "--subject", "Edwin", "--prompt", "Edwin is", "--target", "a king"],
+            "prompt has 0 slots",
+        ),
+        (
+            2,
+            [
+                "patch",
+                model,
+                "--subject",
+                "Edwin",
+                "--prompt",
+                "Edwin and {} are",
+                "--target",
+                "kings",
+            ],
+            "Edwin",
+        ),
         (2, ["patch", model, *FACT, "--layer", "3"], "layer 3"),
         (2, ["patch", model, *FACT, "--layer", "-1"], "layer"),
         (2, ["patch", model, *FACT, "--texts", "nowhere.txt"], "nowhere.txt"),
@@ -68,7 +108,11 @@ def test_exit_codes(run: Run, model: Path, tmp_path: Path) -> None:
         (2, ["trace", model, "{} and {}", "--subject", "Edwin"], "2 slots"),
         (2, ["trace", model, "Edwin and {}", "--subject", "Edwin"], "more than once"),
         (2, ["trace", model, PROMPT, "--subject", "Danielle", "--window", "3"], "--kind mlp"),
-        (2, ["trace", model, PROMPT, "--subject", "Danielle", "--kind", "state", "--window", "3"], "--kind mlp"),
+        (
+            2,
+            ["trace", model, PROMPT, "--subject", "Danielle", "--kind", "state", "--window", "3"],
+            "--kind mlp",
+        ),
         (2, ["trace", model, PROMPT, "--subject", "Danielle", "--seed", "-1"], "--seed"),
         (2, ["trace", PROMPT, "--subject", "Danielle"], "name a model"),
         (2, ["trace", "Danielle wrote facts.yaml", "--subject", "Danielle"], "name a model"),
@@ -91,22 +135,33 @@ def test_exit_codes(run: Run, model: Path, tmp_path: Path) -> None:
         (5, ["revert", "latest", "-w", "space"], "no record"),
         (5, ["checkout", "../..", "-w", "space"], "names no revision"),
     ]
-    before = sorted(str(path) for path in tmp_path.rglob("*") if not path.name.startswith("ledger.db-"))
+    before = sorted(
+        str(path) for path in tmp_path.rglob("*") if not path.name.startswith("ledger.db-")
+    )
     for code, arguments, words in cases:
         done = run(*arguments)
         assert (done.code, done.out) == (code, ""), (arguments, done)
         assert words in done.err and "Traceback" not in done.err, (arguments, done.err)
-    assert sorted(str(path) for path in tmp_path.rglob("*") if not path.name.startswith("ledger.db-")) == before
+    assert (
+        sorted(str(path) for path in tmp_path.rglob("*") if not path.name.startswith("ledger.db-"))
+        == before
+    )
 
 
-def test_a_fault_of_ours_is_said_without_a_traceback(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_ours_is_said_without_a_traceback(
+    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fault(*_: object, **__: object) -> None:
         raise ZeroDivisionError("division by zero")
 
     run("init", model, "space")
     monkeypatch.setattr(Ledger, "log", fault)
     done = run("log", "-w", "space")
-    assert done.code == 1 and "ZeroDivisionError: division by zero" in done.err and "report" in done.err
+    assert (
+        done.code == 1
+        and "ZeroDivisionError: division by zero" in done.err
+        and "report" in done.err
+    )
     monkeypatch.setenv("FACTSMITH_TRACEBACK", "1")
     with pytest.raises(ZeroDivisionError):
         cli.main(["log", "-w", "space"])

@@ -26,7 +26,11 @@ def space(run: Run, model: Path, tmp_path: Path, quick: None) -> Path:
 
 
 def state(space: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(space)): p.read_bytes() for p in (space / "deltas").rglob("*") if p.is_file()}
+    return {
+        str(p.relative_to(space)): p.read_bytes()
+        for p in (space / "deltas").rglob("*")
+        if p.is_file()
+    }
 
 
 def test_plan_changes_nothing_and_says_what_would(run: Run, space: Path) -> None:
@@ -34,7 +38,10 @@ def test_plan_changes_nothing_and_says_what_would(run: Run, space: Path) -> None
     assert planned.code == 0, planned.err
     assert [entry["standing"] for entry in planned.json["entries"]] == ["new", "new"]
     assert (
-        planned.json["method"] == "rome" and planned.json["layers"] == [1] and planned.json["n_bytes"] > 0 and planned.json["seconds"] > 0
+        planned.json["method"] == "rome"
+        and planned.json["layers"] == [1]
+        and planned.json["n_bytes"] > 0
+        and planned.json["seconds"] > 0
     )
     assert run("log", "-w", "space", "--json").json["revisions"] == [] and state(space) == {}
 
@@ -43,16 +50,31 @@ def test_apply_commits_all_or_nothing(run: Run, space: Path, tmp_path: Path) -> 
     strict = FILE.replace("efficacy: 0", "efficacy: 1.0")
     (tmp_path / "strict.yaml").write_text(strict)
     refused = run("apply", "strict.yaml", "-w", "space", "--json")
-    assert refused.code == 4 and "is answered" in refused.err and "nothing was written" in refused.err
-    assert refused.json["outcome"]["revision"] is None and not refused.json["outcome"]["gates"][0]["passed"]
+    assert (
+        refused.code == 4 and "is answered" in refused.err and "nothing was written" in refused.err
+    )
+    assert (
+        refused.json["outcome"]["revision"] is None
+        and not refused.json["outcome"]["gates"][0]["passed"]
+    )
     assert run("log", "-w", "space", "--json").json["revisions"] == []
     forced = run("apply", "strict.yaml", "-w", "space", "--force", "--json")
-    assert forced.code == 0 and forced.json["outcome"]["forced"] and forced.json["outcome"]["revision"]["report"]["forced"]
+    assert (
+        forced.code == 0
+        and forced.json["outcome"]["forced"]
+        and forced.json["outcome"]["revision"]["report"]["forced"]
+    )
     done = run("apply", "facts.yaml", "-w", "space", "-m", "two at once", "--force", "--json")
     assert done.code == 0, done.err
     revision = done.json["outcome"]["revision"]
-    assert revision["message"] == "two at once" and len(revision["facts"]) == 2 and not revision["report"]["forced"]
-    assert all(len(fact["paraphrases"]) == 5 for fact in revision["facts"]), "made, since none were given"
+    assert (
+        revision["message"] == "two at once"
+        and len(revision["facts"]) == 2
+        and not revision["report"]["forced"]
+    )
+    assert all(len(fact["paraphrases"]) == 5 for fact in revision["facts"]), (
+        "made, since none were given"
+    )
     told = run("apply", "facts.yaml", "-w", "space", "--force")
     assert told.code == 0 and "committed as" in told.out and "to take it back" in told.out
 
@@ -60,7 +82,9 @@ def test_apply_commits_all_or_nothing(run: Run, space: Path, tmp_path: Path) -> 
 def test_conflicts_stop_a_file(run: Run, space: Path, tmp_path: Path) -> None:
     assert run("apply", "facts.yaml", "-w", "space").code == 0
     (tmp_path / "other.yaml").write_text(
-        FILE.replace("target: English", "target: Dutch, relation: P103").replace("target: Paris", "target: Paris, relation: home")
+        FILE.replace("target: English", "target: Dutch, relation: P103").replace(
+            "target: Paris", "target: Paris, relation: home"
+        )
         + "- {subject: Edwin, prompt: 'The home of {} is', target: Rome, relation: home}\n"
     )
     planned = run("plan", "other.yaml", "-w", "space", "--json")
@@ -70,7 +94,11 @@ def test_conflicts_stop_a_file(run: Run, space: Path, tmp_path: Path) -> None:
     assert standing[2][0] == "conflict" and "Paris" in standing[2][1]
     before = run("log", "-w", "space", "--json").json
     refused = run("apply", "other.yaml", "-w", "space")
-    assert refused.code == 4 and "conflict" in refused.err and run("log", "-w", "space", "--json").json == before
+    assert (
+        refused.code == 4
+        and "conflict" in refused.err
+        and run("log", "-w", "space", "--json").json == before
+    )
     assert run("apply", "other.yaml", "-w", "space", "--force").code == 0
 
 
@@ -79,17 +107,24 @@ def test_some_facts_go_and_come_back(run: Run, space: Path) -> None:
     identity = run("log", "-w", "space", "--json").json["revisions"][0]["id"]
     undone = run("revert", identity, "--fact", 1, "--force", "-w", "space", "--json")
     assert undone.code == 0, undone.err
-    assert [fact["subject"] for fact in undone.json["facts"]] == ["Danielle Darrieux"] and undone.json["active"] == 1
+    assert [fact["subject"] for fact in undone.json["facts"]] == [
+        "Danielle Darrieux"
+    ] and undone.json["active"] == 1
     shown = run("show", identity, "-w", "space")
     assert "(taken out)" in shown.out and shown.out.count("(taken out)") == 1
     found = run("diff", identity, "latest", "-w", "space", "--json").json
-    assert [(fact["before"], fact["after"]) for fact in found["facts"]] == [("English", None)] and found["norms"]["1"] > 0
+    assert [(fact["before"], fact["after"]) for fact in found["facts"]] == [
+        ("English", None)
+    ] and found["norms"]["1"] > 0
     same = run("diff", "latest", "latest", "-w", "space", "--json").json
     assert same["facts"] == [] and same["norms"] == {}
     assert run("revert", identity, "--fact", 1, "-w", "space").code == 5
     assert run("revert", identity, "--fact", 9, "-w", "space").code == 5
     back = run("revert", "latest", "-w", "space", "--json").json
-    assert back["active"] == 1 and run("diff", identity, "latest", "-w", "space", "--json").json["norms"] == {}
+    assert (
+        back["active"] == 1
+        and run("diff", identity, "latest", "-w", "space", "--json").json["norms"] == {}
+    )
 
 
 def test_verify_and_gc(run: Run, space: Path) -> None:
@@ -101,7 +136,11 @@ def test_verify_and_gc(run: Run, space: Path) -> None:
     loose.mkdir()
     (loose / "edit.json").write_text("{}")
     assert "nobody names" in run("verify", "-w", "space").out
-    assert run("gc", "--dry-run", "-w", "space", "--json").json == {"deleted": ["0" * 64], "dry_run": True} and loose.is_dir()
+    assert (
+        run("gc", "--dry-run", "-w", "space", "--json").json
+        == {"deleted": ["0" * 64], "dry_run": True}
+        and loose.is_dir()
+    )
     assert "deleted 1 that" in run("gc", "-w", "space").out and not loose.exists()
     assert "nothing" in run("gc", "-w", "space").out
     (file,) = (space / "deltas").glob("*/delta.safetensors")
@@ -131,7 +170,25 @@ def test_the_schema_is_printed(run: Run) -> None:
     assert json.loads(run("schema").out)["title"] == "factsmith fact file"
 
 
-ODD = [99, -1, 1.0, True, "x", [], [99], [0, "a"], [0.5], {"a": "b"}, "2024-01-01", None, [[1]], 10**30, -0.5, "nan", "inf"]
+ODD = [
+    99,
+    -1,
+    1.0,
+    True,
+    "x",
+    [],
+    [99],
+    [0, "a"],
+    [0.5],
+    {"a": "b"},
+    "2024-01-01",
+    None,
+    [[1]],
+    10**30,
+    -0.5,
+    "nan",
+    "inf",
+]
 
 
 @pytest.mark.parametrize(
@@ -143,12 +200,17 @@ ODD = [99, -1, 1.0, True, "x", [], [99], [0, "a"], [0.5], {"a": "b"}, "2024-01-0
         ("emmet", ("ridge",)),
     ],
 )
-def test_no_setting_ends_in_anything_but_words(run: Run, space: Path, tmp_path: Path, method: str, names: tuple[str, ...]) -> None:
+def test_no_setting_ends_in_anything_but_words(
+    run: Run, space: Path, tmp_path: Path, method: str, names: tuple[str, ...]
+) -> None:
     """Whatever stands behind a setting's name: a plan, or a refusal that says what was got; never a fault of ours (exit code 1)."""
     codes = set()
     for name in names:
         for value in ODD:
-            content = {"facts": [{"subject": "Edwin", "prompt": "{} lives in", "target": "Paris"}], "method": method}
+            content = {
+                "facts": [{"subject": "Edwin", "prompt": "{} lives in", "target": "Paris"}],
+                "method": method,
+            }
             (tmp_path / "odd.json").write_text(json.dumps({**content, "settings": {name: value}}))
             done = run("plan", "odd.json", "-w", "space")
             assert done.code in (0, 2), (name, value, done.code, done.err)

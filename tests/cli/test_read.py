@@ -11,14 +11,20 @@ import pytest
 from commands import PROMPT, Run
 from factsmith.cli import common
 from factsmith.cli.common import Paragraphs
-from factsmith.edit.moments import second_moments
-from factsmith.inspect.census import effective_rank
-from factsmith.inspect.triggers import Triggers, find_triggers
+from factsmith.corpus.moments import second_moments
 from factsmith.model.load import load
+from factsmith.read.census import effective_rank
+from factsmith.read.trigger_scan import find_triggers
+from factsmith.read.triggers import Triggers
 
 
-def test_a_model_cannot_steer_the_terminal(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("factsmith.model.load.LanguageModel.answer", lambda self, prompts, max_new_tokens: ["\x1b[2J[bold]x[/bold]"])
+def test_a_model_cannot_steer_the_terminal(
+    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "factsmith.model.language_model.LanguageModel.answer",
+        lambda self, prompts, max_new_tokens: ["\x1b[2J[bold]x[/bold]"],
+    )
     done = run("ask", model, PROMPT)
     assert "\x1b" not in done.out and "[bold]x[/bold]" in done.out
 
@@ -26,12 +32,16 @@ def test_a_model_cannot_steer_the_terminal(run: Run, model: Path, monkeypatch: p
 def test_a_prediction_is_explained(run: Run, model: Path) -> None:
     found = run("explain", model, PROMPT, "--top", "3", "--json").json
     assert sum(part["logit"] for part in found["parts"]) == pytest.approx(found["logit"], abs=1e-3)
-    assert len(found["neurons"]) == 6 and all(len(neuron["writes"]) == 5 for neuron in found["neurons"])
+    assert len(found["neurons"]) == 6 and all(
+        len(neuron["writes"]) == 5 for neuron in found["neurons"]
+    )
     assert [neuron["logit"] > 0 for neuron in found["neurons"]] == [True] * 3 + [False] * 3
     assert found["parts"][-2]["rank"] == 0, "it is what the model says"
     said = run("ask", model, PROMPT, "--json").json
     assert found["target"] == said["next_tokens"][0]["token"]
-    assert found["parts"][-2]["probability"] == pytest.approx(said["next_tokens"][0]["probability"], abs=1e-4)
+    assert found["parts"][-2]["probability"] == pytest.approx(
+        said["next_tokens"][0]["probability"], abs=1e-4
+    )
     text = run("explain", model, PROMPT, "--instead-of", "Paris").out
     assert "above that of 'Paris'" in text and "neurons of 384" in text
     other = run("explain", model, PROMPT, "--instead-of", "Paris", "--json").json
@@ -41,43 +51,72 @@ def test_a_prediction_is_explained(run: Run, model: Path) -> None:
 def test_a_prediction_is_drawn(run: Run, model: Path, tmp_path: Path) -> None:
     picture = tmp_path / "explained.png"
     found = run("explain", model, PROMPT, "--out", picture, "--json").json
-    assert picture.read_bytes().startswith(b"\x89PNG") and found["out"] == [str(picture.with_suffix(s)) for s in (".png", ".json", ".csv")]
+    assert picture.read_bytes().startswith(b"\x89PNG") and found["out"] == [
+        str(picture.with_suffix(s)) for s in (".png", ".json", ".csv")
+    ]
     record = json.loads(picture.with_suffix(".json").read_text())
     assert record["factsmith"] == "explain" and record["parts"] == found["parts"]
     table = picture.with_suffix(".csv").read_text().splitlines()
     assert table[0] == "layer,part,logit,rank,probability" and len(table) == 1 + len(found["parts"])
-    assert f"saved {picture}" in run("explain", model, PROMPT, "--out", picture).out, "its own record may be replaced"
+    assert f"saved {picture}" in run("explain", model, PROMPT, "--out", picture).out, (
+        "its own record may be replaced"
+    )
     (tmp_path / "other.json").write_text("{}")
     refused = run("explain", model, PROMPT, "--out", tmp_path / "other.png")
-    assert refused.code == 2 and "no record of an earlier run" in refused.err and not (tmp_path / "other.png").exists()
+    assert (
+        refused.code == 2
+        and "no record of an earlier run" in refused.err
+        and not (tmp_path / "other.png").exists()
+    )
 
 
 def test_a_prediction_that_cannot_be_explained(run: Run, model: Path) -> None:
-    for arguments in (("explain", model, ""), ("explain", model, PROMPT, "--target", ""), ("explain", "a", "b", "c")):
+    for arguments in (
+        ("explain", model, ""),
+        ("explain", model, PROMPT, "--target", ""),
+        ("explain", "a", "b", "c"),
+    ):
         done = run(*arguments)
         assert done.code == 2 and done.err.startswith("error: ") and "Traceback" not in done.err
 
 
 def test_neurons_are_found_by_a_word(run: Run, model: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts.txt"
-    texts.write_text("Paris is in France.\n\nThe capital of France is Paris.\n\nEdwin is a king in Northumbria, far from Paris it is said.")
+    texts.write_text(
+        "Paris is in France.\n\nThe capital of France is Paris.\n\nEdwin is a king in Northumbria, far from Paris it is said."
+    )
     arguments = ("find", model, "is", "--index", tmp_path / "index", "--top", "3")
     found = run(*arguments, "--texts", texts, "--json").json
-    assert found["n_texts"] == 3 and len(found["triggers"]) == 3 and Path(found["index"]) == tmp_path / "index"
+    assert (
+        found["n_texts"] == 3
+        and len(found["triggers"]) == 3
+        and Path(found["index"]) == tmp_path / "index"
+    )
     assert all("is" in trigger["prefix"].split() for trigger in found["triggers"])
     again = run(*arguments, "--json")
     assert again.json == found, "opened, not made again"
     text = run(*arguments).out
-    assert "neurons that fire behind 'is'" in text and "by the first of its tokens" not in text and "3 texts" in text
+    assert (
+        "neurons that fire behind 'is'" in text
+        and "by the first of its tokens" not in text
+        and "3 texts" in text
+    )
     nothing = run("find", model, "xyzzy", "--index", tmp_path / "index").out
-    assert "values that promote 'xyzzy', by the first of its tokens" in nothing and "none, in the texts that were scanned" in nothing
+    assert (
+        "values that promote 'xyzzy', by the first of its tokens" in nothing
+        and "none, in the texts that were scanned" in nothing
+    )
 
 
-def test_an_index_is_made_from_the_model_s_own_words(run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_is_made_from_the_model_s_own_words(
+    run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FACTSMITH_CACHE", str(tmp_path / "cache"))
     found = run("find", model, "is", "--max-tokens", "200", "--json").json
     assert found["n_tokens"] >= 200 and Path(found["index"]).is_relative_to(tmp_path / "cache")
-    monkeypatch.setattr("factsmith.inspect.index.find_triggers", lambda *_, **__: pytest.fail("it is there already"))
+    monkeypatch.setattr(
+        "factsmith.read.index.find_triggers", lambda *_, **__: pytest.fail("it is there already")
+    )
     assert run("find", model, "is", "--json").json == found
 
 
@@ -91,26 +130,61 @@ def test_an_index_that_cannot_be_used(run: Run, model: Path, tmp_path: Path) -> 
         (("find", model, "is", "--index", tmp_path / "index"), 5),
         (("find", model, " ", "--index", tmp_path / "index"), 2),
         (("find", model, "is", "--texts", tmp_path / "none.txt"), 2),
-        (("find", model, "is", "--texts", tmp_path / "texts.txt", "--index", tmp_path / "texts.txt" / "below"), 5),
+        (
+            (
+                "find",
+                model,
+                "is",
+                "--texts",
+                tmp_path / "texts.txt",
+                "--index",
+                tmp_path / "texts.txt" / "below",
+            ),
+            5,
+        ),
     ):
         done = run(*arguments)
-        assert done.code == code and done.err.startswith("error: ") and "Traceback" not in done.err, done.err
+        assert (
+            done.code == code and done.err.startswith("error: ") and "Traceback" not in done.err
+        ), done.err
 
 
 def test_a_census(run: Run, model: Path, tmp_path: Path) -> None:
     quick = run("census", model, "--quick", "--json").json
-    assert sum(quick["parts"].values()) == quick["parameters"] and {layer["idle"] for layer in quick["layers"]} == {None}
+    assert sum(quick["parts"].values()) == quick["parameters"] and {
+        layer["idle"] for layer in quick["layers"]
+    } == {None}
     texts = tmp_path / "texts.txt"
     texts.write_text("\n\n".join(f"Paris is in France, {n} of {n + 1} say." for n in range(40)))
     full = run("census", model, "--texts", texts, "--index", tmp_path / "index", "--json").json
     assert full["parts"] == quick["parts"]
-    assert all(1 <= layer["effective_rank"] <= layer["neurons"] and layer["idle"] < layer["neurons"] for layer in full["layers"])
-    assert full["read"]["idle"]["n_texts"] == 40 and full["read"]["effective_rank"]["of"] == "the texts"
-    assert full["read"]["effective_rank"]["n_tokens"] == full["read"]["idle"]["n_tokens"], "all of them, not those that some neuron kept"
-    part = run("census", model, "--texts", texts, "--index", tmp_path / "part", "--max-tokens", "90", "--json").json
+    assert all(
+        1 <= layer["effective_rank"] <= layer["neurons"] and layer["idle"] < layer["neurons"]
+        for layer in full["layers"]
+    )
+    assert (
+        full["read"]["idle"]["n_texts"] == 40
+        and full["read"]["effective_rank"]["of"] == "the texts"
+    )
+    assert full["read"]["effective_rank"]["n_tokens"] == full["read"]["idle"]["n_tokens"], (
+        "all of them, not those that some neuron kept"
+    )
+    part = run(
+        "census",
+        model,
+        "--texts",
+        texts,
+        "--index",
+        tmp_path / "part",
+        "--max-tokens",
+        "90",
+        "--json",
+    ).json
     assert part["read"]["effective_rank"]["n_tokens"] == part["read"]["idle"]["n_tokens"] == 90
     text = run("census", model, "--index", tmp_path / "index").out
-    assert "memory (FFN)" in text and "idle in 40 texts" in text and "of the model's own words" in text
+    assert (
+        "memory (FFN)" in text and "idle in 40 texts" in text and "of the model's own words" in text
+    )
     assert run("census").code == 2
 
 
@@ -119,40 +193,73 @@ def test_a_neuron_is_shown(run: Run, model: Path, tmp_path: Path) -> None:
     texts.write_text("\n\n".join(f"Paris is in France, {n} say." for n in range(9)))
     arguments = (model, "1", "7", "--index", tmp_path / "index", "--top", "3")
     found = run("neuron", *arguments, "--texts", texts, "--json").json
-    assert found["neuron"] == [1, 7] and len(found["promotes"]) == 3 and sum(found["histogram"]["counts"]) > 9
+    assert (
+        found["neuron"] == [1, 7]
+        and len(found["promotes"]) == 3
+        and sum(found["histogram"]["counts"]) > 9
+    )
     text = run("neuron", *arguments).out
     assert "promotes" in text and "fires most at" in text
-    for words, code in ((["1"], 2), (["a", "b", "1", "2"], 2), ([model, "1"], 2), ([model, "1", "99999"], 2), ([model, "7", "1"], 2)):
+    for words, code in (
+        (["1"], 2),
+        (["a", "b", "1", "2"], 2),
+        ([model, "1"], 2),
+        ([model, "1", "99999"], 2),
+        ([model, "7", "1"], 2),
+    ):
         done = run("neuron", *words, "--index", tmp_path / "index")
         assert done.code == code and "Traceback" not in done.err, (words, done.err)
 
 
 def test_a_neuron_s_page_is_written(run: Run, model: Path, tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("Paris is in France.\n\nEdwin is a king.")
-    arguments = ("neuron", model, "1", "7", "--index", tmp_path / "index", "--texts", tmp_path / "texts.txt")
+    arguments = (
+        "neuron",
+        model,
+        "1",
+        "7",
+        "--index",
+        tmp_path / "index",
+        "--texts",
+        tmp_path / "texts.txt",
+    )
     assert run(*arguments, "--json").json["out"] == []
     done = run(*arguments, "--out", "card.html")
     assert done.code == 0 and "saved card.html" in done.out
     assert "<h1>Neuron 1 7" in (tmp_path / "card.html").read_text(encoding="utf-8")
-    assert run(*arguments, "--out", "card.html", "--json").json["out"] == ["card.html"], "its own page it replaces"
+    assert run(*arguments, "--out", "card.html", "--json").json["out"] == ["card.html"], (
+        "its own page it replaces"
+    )
     (tmp_path / "mine.html").write_text("mine")
     for out, code in (("card.png", 2), ("mine.html", 2), ("none/card.html", 5), (".", 2)):
         done = run(*arguments, "--out", out)
-        assert done.code == code and done.err.startswith("error: ") and "Traceback" not in done.err, done.err
+        assert (
+            done.code == code and done.err.startswith("error: ") and "Traceback" not in done.err
+        ), done.err
     assert (tmp_path / "mine.html").read_text() == "mine"
 
 
 def test_pages_of_all_layers(run: Run, model: Path, tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("Paris is in France.\n\nEdwin is a king.")
-    found = run("browse", model, "--texts", "texts.txt", "--index", "index", "--out", "pages", "--json").json
+    found = run(
+        "browse", model, "--texts", "texts.txt", "--index", "index", "--out", "pages", "--json"
+    ).json
     names = ["index.html", "layer-0.html", "layer-1.html", "layer-2.html"]
     assert [Path(page["file"]).name for page in found["pages"]] == names and found["n_texts"] == 2
     assert all((tmp_path / page["file"]).stat().st_size == page["bytes"] for page in found["pages"])
     (tmp_path / "texts.txt").unlink()
     done = run("browse", "--index", "index", "--layer", "1", "--out", "few")
     assert done.code == 0 and done.out.splitlines()[-1] == "open few/index.html"
-    assert sorted(path.name for path in (tmp_path / "few").iterdir()) == ["index.html", "layer-1.html"]
-    assert run("browse", model, "--index", "index", "--no-facts", "--out", "few", "--json").json["facts"] == 0
+    assert sorted(path.name for path in (tmp_path / "few").iterdir()) == [
+        "index.html",
+        "layer-1.html",
+    ]
+    assert (
+        run("browse", model, "--index", "index", "--no-facts", "--out", "few", "--json").json[
+            "facts"
+        ]
+        == 0
+    )
 
 
 def test_pages_that_cannot_be_made(run: Run, model: Path, tmp_path: Path) -> None:
@@ -168,25 +275,38 @@ def test_pages_that_cannot_be_made(run: Run, model: Path, tmp_path: Path) -> Non
         (("--index", "none", "--texts", "texts.txt"), 2, "name the model"),
     ):
         done = run("browse", *arguments)
-        assert done.code == code and words in done.err and "Traceback" not in done.err, (arguments, done.err)
+        assert done.code == code and words in done.err and "Traceback" not in done.err, (
+            arguments,
+            done.err,
+        )
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["index.html", "site", "texts.txt"]
 
 
 def test_a_census_counts_directions_on_the_corpus(run: Run, model: Path, tmp_path: Path) -> None:
     """Not on the texts that some neuron fires on most, which are few of many."""
-    told = [f"{name} is number {n} in France" for n in range(40) for name in ("Paris", "Edwin", "Tower", "LeBron James plays")]
+    told = [
+        f"{name} is number {n} in France"
+        for n in range(40)
+        for name in ("Paris", "Edwin", "Tower", "LeBron James plays")
+    ]
     (tmp_path / "texts.txt").write_text("\n\n".join(told))
     lm = load(str(model))
     moments = second_moments(lm, told, [0, 1, 2], max_tokens=16 * 128)
     found = run("census", model, "--texts", "texts.txt", "--index", "index", "--json").json
     assert found["read"]["effective_rank"]["n_tokens"] == moments[0].count
     for layer in found["layers"]:
-        assert layer["effective_rank"] == pytest.approx(effective_rank(moments[layer["layer"]].matrix), rel=1e-6)
+        assert layer["effective_rank"] == pytest.approx(
+            effective_rank(moments[layer["layer"]].matrix), rel=1e-6
+        )
     kept = second_moments(lm, Triggers.load(tmp_path / "index").texts, [1], max_tokens=math.inf)
-    assert effective_rank(kept[1].matrix) != pytest.approx(found["layers"][1]["effective_rank"], rel=1e-4)
+    assert effective_rank(kept[1].matrix) != pytest.approx(
+        found["layers"][1]["effective_rank"], rel=1e-4
+    )
 
 
-def test_texts_that_are_read_as_they_are(run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_that_are_read_as_they_are(
+    run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A mark of the byte order is no text; a file without blank lines is read in parts."""
     (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfParis is in France.\r\n\r\nSo is\r\nLyon.\n")
     paragraphs = Paragraphs([tmp_path / "bom.txt"])
@@ -200,22 +320,42 @@ def test_texts_that_are_read_as_they_are(run: Run, model: Path, tmp_path: Path, 
         assert "".join("".join(parts).split()) == "".join(words.split())
     (tmp_path / "latin.txt").write_bytes("Zürich lies in Switzerland".encode("latin-1"))
     done = run("find", model, "is", "--texts", "latin.txt", "--index", "index")
-    assert done.code == 2 and "expected plain text in UTF-8" in done.err and not (tmp_path / "index").exists()
+    assert (
+        done.code == 2
+        and "expected plain text in UTF-8" in done.err
+        and not (tmp_path / "index").exists()
+    )
 
 
 def test_an_index_is_not_replaced(run: Run, model: Path, tmp_path: Path) -> None:
-    find_triggers(load(str(model)), [f"my own text number {n} is Paris" for n in range(20)], folder=tmp_path / "mine")
+    find_triggers(
+        load(str(model)),
+        [f"my own text number {n} is Paris" for n in range(20)],
+        folder=tmp_path / "mine",
+    )
     found = run("find", model, "Paris", "--index", "mine", "--json").json
     assert found["n_texts"] == 20 and "my own text" in found["triggers"][0]["prefix"]
     (tmp_path / "other.txt").write_text("Edwin is a king.")
     for arguments, words in (
-        (("find", model, "Paris", "--index", "mine", "--texts", "other.txt"), "other than the texts given"),
+        (
+            ("find", model, "Paris", "--index", "mine", "--texts", "other.txt"),
+            "other than the texts given",
+        ),
         (("census", model, "--index", "mine", "--max-tokens", "5"), "not of 5 tokens"),
-        (("neuron", model, "1", "7", "--index", "mine", "--texts", "other.txt"), "holds an index of 20 texts"),
-        (("browse", model, "--index", "mine", "--texts", "other.txt", "--out", "pages"), "choose another folder"),
+        (
+            ("neuron", model, "1", "7", "--index", "mine", "--texts", "other.txt"),
+            "holds an index of 20 texts",
+        ),
+        (
+            ("browse", model, "--index", "mine", "--texts", "other.txt", "--out", "pages"),
+            "choose another folder",
+        ),
     ):
         done = run(*arguments)
-        assert done.code == 2 and words in done.err and "Traceback" not in done.err, (arguments, done.err)
+        assert done.code == 2 and words in done.err and "Traceback" not in done.err, (
+            arguments,
+            done.err,
+        )
     other = run("find", "atlas", "Paris", "--index", "mine", "--texts", "other.txt")
     assert other.code == 5 and "fingerprint" in other.err
     assert run("find", model, "Paris", "--index", "mine", "--json").json == found

@@ -10,19 +10,44 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from factsmith.core.errors import (
+    DamagedError,
+    InputError,
+    LayerError,
+    NumericsError,
+    WorkspaceError,
+)
+from factsmith.core.fact import Fact
 from factsmith.edit.delta import Delta, applied, patched, read_weights, write_weights
-from factsmith.errors import DamagedError, InputError, LayerError, NumericsError, WorkspaceError
-from factsmith.fact import Fact
-from factsmith.model.load import LanguageModel
+from factsmith.model.language_model import LanguageModel
 
-FACT = Fact("Danielle Darrieux", "The mother tongue of {} is", "English", target_true="French", paraphrases=("{} speaks",))
+FACT = Fact(
+    "Danielle Darrieux",
+    "The mother tongue of {} is",
+    "English",
+    target_true="French",
+    paraphrases=("{} speaks",),
+)
 
 
-def make_delta(lm: LanguageModel, layers: tuple[int, ...] = (1,), *, rank: int = 1, size: float = 0.1, seed: int = 0) -> Delta:
+def make_delta(
+    lm: LanguageModel,
+    layers: tuple[int, ...] = (1,),
+    *,
+    rank: int = 1,
+    size: float = 0.1,
+    seed: int = 0,
+) -> Delta:
     draw = torch.Generator().manual_seed(seed)
     d_ff = lm.ffn[0].d_ff
     return Delta(
-        layers={layer: (size * torch.randn(lm.d_model, rank, generator=draw), torch.randn(rank, d_ff, generator=draw)) for layer in layers},
+        layers={
+            layer: (
+                size * torch.randn(lm.d_model, rank, generator=draw),
+                torch.randn(rank, d_ff, generator=draw),
+            )
+            for layer in layers
+        },
         k_star={layer: torch.randn(1, d_ff, generator=draw) for layer in layers},
         v_star=torch.randn(1, lm.d_model, generator=draw),
         facts=(FACT,),
@@ -35,7 +60,12 @@ def make_delta(lm: LanguageModel, layers: tuple[int, ...] = (1,), *, rank: int =
 
 def hashes(lm: LanguageModel) -> dict[str, str]:
     state = lm.module.state_dict()
-    return {name: hashlib.sha256(t.contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest() for name, t in state.items()}
+    return {
+        name: hashlib.sha256(
+            t.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        ).hexdigest()
+        for name, t in state.items()
+    }
 
 
 def test_applied_adds_the_dense_update_and_restores_every_bit(tiny_lm: LanguageModel) -> None:
@@ -44,8 +74,12 @@ def test_applied_adds_the_dense_update_and_restores_every_bit(tiny_lm: LanguageM
     left, right = delta.layers[1]
     with applied(tiny_lm, delta):
         inside = hashes(tiny_lm)
-        torch.testing.assert_close(tiny_lm.ffn[1].weight(), weights + torch.einsum("dr,rf->df", left, right))
-    assert len([name for name in before if before[name] != inside[name]]) == 1, "exactly one matrix changes"
+        torch.testing.assert_close(
+            tiny_lm.ffn[1].weight(), weights + torch.einsum("dr,rf->df", left, right)
+        )
+    assert len([name for name in before if before[name] != inside[name]]) == 1, (
+        "exactly one matrix changes"
+    )
     assert hashes(tiny_lm) == before
 
 
@@ -71,7 +105,9 @@ def test_nested_and_listed_deltas(tiny_lm: LanguageModel) -> None:
     with applied(tiny_lm, first):
         middle = hashes(tiny_lm)
         with applied(tiny_lm, second):
-            torch.testing.assert_close(tiny_lm.ffn[1].weight(), base + first.dense(1) + second.dense(1))
+            torch.testing.assert_close(
+                tiny_lm.ffn[1].weight(), base + first.dense(1) + second.dense(1)
+            )
             nested = tiny_lm.ffn[1].weight().clone()
         assert hashes(tiny_lm) == middle
     with applied(tiny_lm, [first, second]):
@@ -80,7 +116,9 @@ def test_nested_and_listed_deltas(tiny_lm: LanguageModel) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_weights_are_rounded_once(tiny_lm: LanguageModel, dtype: torch.dtype) -> None:
+def test_half_precision_weights_are_rounded_once(
+    tiny_lm: LanguageModel, dtype: torch.dtype
+) -> None:
     base = {1: tiny_lm.ffn[1].weight().to(dtype)}
     deltas = [make_delta(tiny_lm, size=2e-3, seed=s) for s in range(8)]
     new = patched(base, deltas)[1]
@@ -90,7 +128,9 @@ def test_half_precision_weights_are_rounded_once(tiny_lm: LanguageModel, dtype: 
     twice = base[1]
     for delta in deltas:
         twice = twice + delta.dense(1).to(dtype)
-    assert (new.double() - exact).norm() < 0.7 * (twice.double() - exact).norm(), "adding in half precision loses more"
+    assert (new.double() - exact).norm() < 0.7 * (twice.double() - exact).norm(), (
+        "adding in half precision loses more"
+    )
 
 
 def test_a_refused_write_changes_nothing(tiny_lm: LanguageModel) -> None:
@@ -105,15 +145,23 @@ def test_a_refused_write_changes_nothing(tiny_lm: LanguageModel) -> None:
         with pytest.raises(error):
             write_weights(tiny_lm, weights)
         assert hashes(tiny_lm) == before
-    with pytest.raises(NumericsError, match="nothing was written"), applied(tiny_lm, make_delta(tiny_lm, size=1e38)):
+    with (
+        pytest.raises(NumericsError, match="nothing was written"),
+        applied(tiny_lm, make_delta(tiny_lm, size=1e38)),
+    ):
         pass
     with pytest.raises(LayerError, match="layer 7"), applied(tiny_lm, make_delta(tiny_lm, (7,))):
         pass
     assert hashes(tiny_lm) == before
 
 
-def test_another_models_delta_is_refused(tiny_gpt2: LanguageModel, tiny_llama: LanguageModel) -> None:
-    with pytest.raises(InputError, match="made for another model"), applied(tiny_llama, make_delta(tiny_gpt2)):
+def test_another_models_delta_is_refused(
+    tiny_gpt2: LanguageModel, tiny_llama: LanguageModel
+) -> None:
+    with (
+        pytest.raises(InputError, match="made for another model"),
+        applied(tiny_llama, make_delta(tiny_gpt2)),
+    ):
         pass
 
 
@@ -131,7 +179,9 @@ def test_another_models_delta_is_refused(tiny_gpt2: LanguageModel, tiny_llama: L
         ({"layers": {1: (torch.full((32, 1), float("inf")), torch.zeros(1, 128))}}, NumericsError),
     ],
 )
-def test_parts_that_do_not_fit_are_refused(tiny_gpt2: LanguageModel, change: dict[str, Any], error: type[Exception]) -> None:
+def test_parts_that_do_not_fit_are_refused(
+    tiny_gpt2: LanguageModel, change: dict[str, Any], error: type[Exception]
+) -> None:
     with pytest.raises(error):
         dataclasses.replace(make_delta(tiny_gpt2), **change)
 
@@ -152,10 +202,17 @@ def test_save_and_load(tiny_lm: LanguageModel, tmp_path: Path) -> None:
     assert sorted(p.name for p in folder.iterdir()) == ["delta.safetensors", "edit.json"]
     back = Delta.load(folder)
     for layer in (0, 2):
-        assert all(torch.equal(a, b) for a, b in zip(back.layers[layer], delta.layers[layer], strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(back.layers[layer], delta.layers[layer], strict=True)
+        )
         assert torch.equal(back.k_star[layer], delta.k_star[layer])
     assert torch.equal(back.v_star, delta.v_star)
-    assert (back.facts, back.method, back.config, back.fingerprint) == (delta.facts, "rome", delta.config, tiny_lm.fingerprint)
+    assert (back.facts, back.method, back.config, back.fingerprint) == (
+        delta.facts,
+        "rome",
+        delta.config,
+        tiny_lm.fingerprint,
+    )
     assert back.convergence == delta.convergence
 
 
@@ -194,7 +251,9 @@ def test_damage_is_found(tiny_gpt2: LanguageModel, tmp_path: Path) -> None:
     save_file(named, tensors)
     forged = json.loads(text) | {"tensors_sha256": hashlib.sha256(tensors.read_bytes()).hexdigest()}
     forged.pop("sha256")
-    digest = hashlib.sha256(json.dumps(forged, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    digest = hashlib.sha256(
+        json.dumps(forged, sort_keys=True, ensure_ascii=False).encode()
+    ).hexdigest()
     record.write_text(json.dumps(forged | {"sha256": digest}))
     refused("not a delta")
 

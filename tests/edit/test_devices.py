@@ -14,23 +14,29 @@ import torch
 
 from conftest import GPT2, LLAMA, TEXTS, byte_tokenizer, tiny_model
 from devices import Placed, devices, spread
+from factsmith.core.errors import UnsupportedModelError
+from factsmith.core.fact import Fact
+from factsmith.corpus.moments import second_moments
+from factsmith.edit.configs import AlphaEditConfig, EditConfig, EmmetConfig, MemitConfig, RomeConfig
 from factsmith.edit.contexts import generate_openings
 from factsmith.edit.delta import applied
-from factsmith.edit.methods import METHODS, AlphaEditConfig, EditConfig, EmmetConfig, MemitConfig, RomeConfig
-from factsmith.edit.moments import second_moments
-from factsmith.errors import UnsupportedModelError
-from factsmith.fact import Fact
+from factsmith.edit.methods import METHODS, edit
+from factsmith.keep.workbench import Workbench
 from factsmith.model import load
-from factsmith.model.load import LanguageModel, wrap
-from factsmith.workbench import Workbench
+from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import wrap
 
 SEARCH: dict[str, Any] = {"steps": 2, "lr": 0.2}
 CONFIGS: dict[str, EditConfig] = {
     "rome": RomeConfig(layer=1, **SEARCH),
     "r-rome": RomeConfig(layer=1, **SEARCH),
-    "memit": MemitConfig((0, 1), moment_weight=0.01, keys="each", subject_share=0.3, repair=0, **SEARCH),
+    "memit": MemitConfig(
+        (0, 1), moment_weight=0.01, keys="each", subject_share=0.3, repair=0, **SEARCH
+    ),
     "emmet": EmmetConfig((0, 1), **SEARCH),
-    "alphaedit": AlphaEditConfig((0, 1), threshold=None, energy=0.01, l2=0.01, norm_anchor="mean", **SEARCH),
+    "alphaedit": AlphaEditConfig(
+        (0, 1), threshold=None, energy=0.01, l2=0.01, norm_anchor="mean", **SEARCH
+    ),
 }
 CONTEXTS = ["{}", "Paris. {}"]
 FACTS = [
@@ -41,30 +47,50 @@ FACTS = [
 FAMILIES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "llama": (
         LLAMA,
-        {"model.embed_tokens": "cpu:1", "model.rotary_emb": "cpu:2", "model.layers.0": "cpu:1", "model.layers.1": "cpu:2"}
+        {
+            "model.embed_tokens": "cpu:1",
+            "model.rotary_emb": "cpu:2",
+            "model.layers.0": "cpu:1",
+            "model.layers.1": "cpu:2",
+        }
         | {"model.layers.2": "cpu:3", "model.norm": "cpu:3", "lm_head": "cpu:4"},
     ),
     "gemma2": (  # what stands between the FFN and the stream is run backwards
         {**LLAMA, "head_dim": 8, "sliding_window": 16, "tie_word_embeddings": True},
-        {"model.embed_tokens": "cpu:1", "model.rotary_emb": "cpu:1", "model.layers.0": "cpu:2", "model.layers.1": "cpu:3"}
+        {
+            "model.embed_tokens": "cpu:1",
+            "model.rotary_emb": "cpu:1",
+            "model.layers.0": "cpu:2",
+            "model.layers.1": "cpu:3",
+        }
         | {"model.layers.2": "cpu:2", "model.norm": "cpu:2", "lm_head": "cpu:1"},
     ),
     "gpt2": (
         GPT2,
-        {"transformer.wte": "cpu:1", "transformer.wpe": "cpu:1", "transformer.h.0": "cpu:2", "transformer.h.1": "cpu:2"}
+        {
+            "transformer.wte": "cpu:1",
+            "transformer.wpe": "cpu:1",
+            "transformer.h.0": "cpu:2",
+            "transformer.h.1": "cpu:2",
+        }
         | {"transformer.h.2": "cpu:3", "transformer.ln_f": "cpu:3", "lm_head": "cpu:1"},
     ),
 }
 
 
 def whole(family: str) -> LanguageModel:
-    return wrap(tiny_model(family, **FAMILIES[family][0], attn_implementation="eager"), byte_tokenizer(bos=family != "gpt2"))
+    return wrap(
+        tiny_model(family, **FAMILIES[family][0], attn_implementation="eager"),
+        byte_tokenizer(bos=family != "gpt2"),
+    )
 
 
 def in_parts(family: str, monkeypatch: pytest.MonkeyPatch) -> LanguageModel:
     """The same model over several devices; call it within `devices()`."""
     pytest.importorskip("accelerate")
-    monkeypatch.setattr(load, "_packed", lambda module: None)  # it takes make-believe for another number format
+    monkeypatch.setattr(
+        load, "_packed", lambda module: None
+    )  # it takes make-believe for another number format
     module = tiny_model(family, **FAMILIES[family][0], attn_implementation="eager")
     spread(module, FAMILIES[family][1])
     return wrap(module, byte_tokenizer(bos=family != "gpt2"))
@@ -77,7 +103,11 @@ def places(lm: LanguageModel) -> dict[str, str]:
 def test_devices_do_not_mix() -> None:
     """The control: what would fail between accelerators fails here."""
     with devices():
-        here, there, host = torch.ones(3, device="cpu:1"), torch.ones(3, device="cpu:2"), torch.ones(3)
+        here, there, host = (
+            torch.ones(3, device="cpu:1"),
+            torch.ones(3, device="cpu:2"),
+            torch.ones(3),
+        )
         assert isinstance(here, Placed) and here.device == torch.device("cpu:1")
         for other in (there, host):
             with pytest.raises(RuntimeError, match="on one device"):
@@ -88,7 +118,9 @@ def test_devices_do_not_mix() -> None:
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_edits_of_a_model_in_parts_are_those_of_the_whole(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_edits_of_a_model_in_parts_are_those_of_the_whole(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = whole(family)
     moments = second_moments(one, TEXTS, [0, 1])
     with devices():
@@ -97,23 +129,30 @@ def test_edits_of_a_model_in_parts_are_those_of_the_whole(family: str, monkeypat
         assert len(set(before.values())) >= 3
         found = second_moments(lm, TEXTS, [0, 1])
         for layer in (0, 1):
-            assert found[layer].matrix.device == lm.ffn[layer].weight().device, "computed where the layer is"
+            assert found[layer].matrix.device == lm.ffn[layer].weight().device, (
+                "computed where the layer is"
+            )
             torch.testing.assert_close(found[layer].matrix.cpu(), moments[layer].matrix)
         if family == "gpt2":
             assert second_moments(lm, TEXTS, [1], dtype=torch.bfloat16)[1].count == moments[1].count
             assert generate_openings(lm, 0) == generate_openings(one, 0)
         for method in METHODS if family == "llama" else ["memit"]:
-            edit = METHODS[method][0]
-            delta = edit(lm, FACTS, CONFIGS[method], moments=found, contexts=CONTEXTS)
-            expected = edit(one, FACTS, CONFIGS[method], moments=moments, contexts=CONTEXTS)
+            delta = edit(lm, FACTS, method, CONFIGS[method], moments=found, contexts=CONTEXTS)
+            expected = edit(one, FACTS, method, CONFIGS[method], moments=moments, contexts=CONTEXTS)
             for layer, (left, right) in delta.layers.items():
-                assert {str(x.device) for x in (left, right, delta.k_star[layer], delta.v_star)} == {"cpu"}
-                torch.testing.assert_close(delta.dense(layer), expected.dense(layer), rtol=1e-3, atol=1e-5)
+                assert {
+                    str(x.device) for x in (left, right, delta.k_star[layer], delta.v_star)
+                } == {"cpu"}
+                torch.testing.assert_close(
+                    delta.dense(layer), expected.dense(layer), rtol=1e-3, atol=1e-5
+                )
             with applied(lm, delta):
                 changed = lm.log_prob(["Edwin is"], [" a king"]).cpu()
                 assert places(lm) == before
             with applied(one, expected):
-                torch.testing.assert_close(changed, one.log_prob(["Edwin is"], [" a king"]), rtol=1e-3, atol=1e-3)
+                torch.testing.assert_close(
+                    changed, one.log_prob(["Edwin is"], [" a king"]), rtol=1e-3, atol=1e-3
+                )
         assert places(lm) == before and lm.fingerprint == one.fingerprint
 
 

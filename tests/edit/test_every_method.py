@@ -14,13 +14,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from conftest import GPT2, LLAMA, TEXTS, byte_tokenizer, tiny_model
+from factsmith.core.errors import FactsmithError, InputError, NumericsError, UnsupportedModelError
+from factsmith.core.fact import Fact
+from factsmith.corpus.moments import SecondMoment, second_moments
+from factsmith.corpus.moments_store import find_moments
+from factsmith.edit.configs import AlphaEditConfig, EditConfig, EmmetConfig, MemitConfig, RomeConfig
 from factsmith.edit.delta import Delta, applied, read_weights
-from factsmith.edit.kept import find_moments
-from factsmith.edit.methods import METHODS, AlphaEditConfig, EditConfig, EmmetConfig, MemitConfig, RomeConfig
-from factsmith.edit.moments import SecondMoment, second_moments
-from factsmith.errors import FactsmithError, InputError, NumericsError, UnsupportedModelError
-from factsmith.fact import Fact
-from factsmith.model.load import LanguageModel, load, wrap
+from factsmith.edit.methods import METHODS
+from factsmith.edit.methods import edit as edit_model
+from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import load, wrap
 from factsmith.model.tokens import subject_span
 
 CONTEXTS = ["{}", "Paris. {}"]
@@ -54,21 +57,32 @@ def moments() -> dict[int, SecondMoment]:
     """Of full rank: a little of the identity stands for the text these models never read."""
     found = second_moments(model(), TEXTS, [0, 1])
     return {
-        layer: SecondMoment.from_matrix(m.matrix + 1e-3 * m.matrix.diagonal().mean() * torch.eye(m.d_ff), count=m.count)
+        layer: SecondMoment.from_matrix(
+            m.matrix + 1e-3 * m.matrix.diagonal().mean() * torch.eye(m.d_ff), count=m.count
+        )
         for layer, m in found.items()
     }
 
 
-def edit(method: str, facts: Fact | list[Fact], lm: LanguageModel | None = None, **changes: Any) -> Delta:
+def edit(
+    method: str, facts: Fact | list[Fact], lm: LanguageModel | None = None, **changes: Any
+) -> Delta:
     """What a method gives; fails when it leaves a weight of the model changed, error or not."""
     lm = lm or model()
     before = read_weights(lm, range(lm.n_layers)) if not lm.ffn[0].n_experts else {}
     try:
-        arguments = {"moments": moments(), "contexts": CONTEXTS, "config": CONFIGS[method], **changes}
-        return METHODS[method][0](lm, facts, arguments.pop("config"), **arguments)
+        arguments = {
+            "moments": moments(),
+            "contexts": CONTEXTS,
+            "config": CONFIGS[method],
+            **changes,
+        }
+        return edit_model(lm, facts, method, arguments.pop("config"), **arguments)
     finally:
         for layer, weight in before.items():
-            torch.testing.assert_close(lm.ffn[layer].weight(), weight, rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(
+                lm.ffn[layer].weight(), weight, rtol=0, atol=0, equal_nan=True
+            )
 
 
 @torch.no_grad()
@@ -105,7 +119,9 @@ def test_several_words_and_a_fact_to_forget(method: str) -> None:
     without = log_p(lm, ids[:first] + ids[stop:])
 
     def probability(fact: Fact) -> float:
-        prompt, text = (len(lm.prompt_ids(text)) for text in (fact.text, f"{fact.text} {fact.target}"))
+        prompt, text = (
+            len(lm.prompt_ids(text)) for text in (fact.text, f"{fact.text} {fact.target}")
+        )
         assert text > prompt + 1, "a target of several tokens"
         tokens = lm.prompt_ids(f"{fact.text} {fact.target}")
         return sum(float(log_p(lm, tokens[:i])[tokens[i]]) for i in range(prompt, text))
@@ -114,12 +130,18 @@ def test_several_words_and_a_fact_to_forget(method: str) -> None:
         return float(F.kl_div(log_p(lm, ids), without, log_target=True, reduction="sum"))
 
     before, far = probability(words), distance()
-    kind = METHODS[method][1]
-    config = dataclasses.replace(kind.recommended(lm).at([0]), **({} if method.endswith("rome") else {"repair": 0}))
-    delta = METHODS[method][0](lm, [words, forgotten], config, moments=find_moments(lm, [0]), contexts=["{}"])
+    kind = METHODS[method].config
+    config = dataclasses.replace(
+        kind.recommended(lm).at([0]), **({} if method.endswith("rome") else {"repair": 0})
+    )
+    delta = edit_model(
+        lm, [words, forgotten], method, config, moments=find_moments(lm, [0]), contexts=["{}"]
+    )
     with applied(lm, delta):
         after, near = probability(words), distance()
-        assert lm.says([words.text], ["Danish krone"]) == [True] and lm.says([forgotten.text], ["Sofia"]) == [False]
+        assert lm.says([words.text], ["Danish krone"]) == [True] and lm.says(
+            [forgotten.text], ["Sofia"]
+        ) == [False]
     assert after > before + 3 and near < 0.3 * far
     assert lm.says([forgotten.text], ["Sofia"]) == [True]
 
@@ -132,7 +154,9 @@ def test_a_subject_that_is_the_whole_prompt(method: str) -> None:
     last = max(delta.layers)
     part = lm.ffn[last].down if method.endswith("rome") else lm.layers[last]
     seen: list[Tensor] = []
-    handle = part.register_forward_hook(lambda m, args, out: seen.append((out[0] if isinstance(out, tuple) else out)[0, -1]))
+    handle = part.register_forward_hook(
+        lambda m, args, out: seen.append((out[0] if isinstance(out, tuple) else out)[0, -1])
+    )
     log_p(lm, lm.prompt_ids("Edwin"))
     with applied(lm, delta):
         log_p(lm, lm.prompt_ids("Edwin"))
@@ -159,19 +183,34 @@ def test_weights_in_bfloat16(method: str) -> None:
     before = read_weights(half, range(3))
     for layer, (left, right) in coarse.layers.items():
         assert left.dtype == right.dtype == torch.float32
-        assert F.cosine_similarity(coarse.dense(layer).flatten(), exact.dense(layer).flatten(), dim=0) > 0.9
+        assert (
+            F.cosine_similarity(coarse.dense(layer).flatten(), exact.dense(layer).flatten(), dim=0)
+            > 0.9
+        )
     with applied(half, coarse):
         for layer in coarse.layers:
-            assert torch.equal(half.ffn[layer].weight(), (before[layer].float() + coarse.dense(layer)).to(torch.bfloat16))
+            assert torch.equal(
+                half.ffn[layer].weight(),
+                (before[layer].float() + coarse.dense(layer)).to(torch.bfloat16),
+            )
         moved = half.log_prob([fact.text for fact in FACTS], [str(fact.target) for fact in FACTS])
     assert all(torch.equal(half.ffn[layer].weight(), weight) for layer, weight in before.items())
     unedited = wide.log_prob([fact.text for fact in FACTS], [str(fact.target) for fact in FACTS])
     with applied(wide, exact):
-        expected = wide.log_prob([fact.text for fact in FACTS], [str(fact.target) for fact in FACTS])
+        expected = wide.log_prob(
+            [fact.text for fact in FACTS], [str(fact.target) for fact in FACTS]
+        )
     assert (moved - expected).abs().max() < 0.5 * (expected - unedited).abs().max()
 
 
-PLACES = ["wte.weight", "h.0.mlp.c_fc.weight", "h.0.mlp.c_proj.weight", "h.1.mlp.c_proj.bias", "h.2.attn.c_attn.weight", "ln_f.weight"]
+PLACES = [
+    "wte.weight",
+    "h.0.mlp.c_fc.weight",
+    "h.0.mlp.c_proj.weight",
+    "h.1.mlp.c_proj.bias",
+    "h.2.attn.c_attn.weight",
+    "ln_f.weight",
+]
 
 
 @every_method
@@ -235,7 +274,9 @@ def test_a_threshold_above_all_eigenvalues_protects_nothing_and_is_refused() -> 
     config = AlphaEditConfig((0,), threshold=2 * largest, **SEARCH)
     with pytest.raises(InputError, match="nothing would be kept"):
         edit("alphaedit", FACTS, config=config)
-    assert edit("alphaedit", FACTS, config=dataclasses.replace(config, threshold=0.5 * largest)).facts
+    assert edit(
+        "alphaedit", FACTS, config=dataclasses.replace(config, threshold=0.5 * largest)
+    ).facts
 
 
 # ── facts that get in one another's way ─────────────────────────────────────────────────────────────────────────────────────
@@ -250,7 +291,10 @@ def test_a_fact_given_twice_is_written_once(method: str) -> None:
 
 @every_method
 def test_two_targets_for_a_prompt_are_refused(method: str) -> None:
-    for other in (dataclasses.replace(FACTS[1], target="Brazil"), dataclasses.replace(FACTS[1], target=None)):
+    for other in (
+        dataclasses.replace(FACTS[1], target="Brazil"),
+        dataclasses.replace(FACTS[1], target=None),
+    ):
         with pytest.raises(InputError, match=r"two targets for one prompt.*leave one out"):
             edit(method, [*FACTS, other])
     split = Fact("Edwin is the king", "{} of all", "Brazil")  # the same words, cut elsewhere
@@ -274,7 +318,9 @@ def test_one_key_with_two_targets_is_said(method: str) -> None:
     together = edit(method, FACTS)
     assert not any("shares_key_with" in record for record in together.convergence), "the control"
     same_target = [FACTS[1], dataclasses.replace(FACTS[1], prompt="{} is a king of")]
-    assert not any("shares_key_with" in record for record in edit(method, same_target).convergence), "one wish, two prompts"
+    assert not any(
+        "shares_key_with" in record for record in edit(method, same_target).convergence
+    ), "one wish, two prompts"
 
 
 def test_one_key_with_two_targets_has_no_exact_solution() -> None:
@@ -310,7 +356,12 @@ def test_nearly_collinear_keys_are_said_and_do_not_break_the_model(method: str) 
         alone = edit(method, NEAR_KEYS[0], config=config, contexts=["{}"])
         assert [record["shares_key_with"] for record in delta.convergence] == [1, 0]
         assert all(0.95 < record["cosine"] < 1 for record in delta.convergence)
-        longer.append(max(float(delta.dense(layer).norm() / alone.dense(layer).norm()) for layer in delta.layers))
+        longer.append(
+            max(
+                float(delta.dense(layer).norm() / alone.dense(layer).norm())
+                for layer in delta.layers
+            )
+        )
         with applied(lm, delta):
             assert (surprise() / before - 1).abs().max() < 0.1
     assert longer[0] < 7 and (longer[1] > 2 * longer[0] or GENTLE[method] is CONFIGS[method])
@@ -319,7 +370,13 @@ def test_nearly_collinear_keys_are_said_and_do_not_break_the_model(method: str) 
 # ── experts ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 MIXTRAL = {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}
-QWEN_MOE = {**LLAMA, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}
+QWEN_MOE = {
+    **LLAMA,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+}
 
 
 @every_method
@@ -328,7 +385,10 @@ def test_experts_are_refused(method: str) -> None:
     held = {layer: SecondMoment.from_matrix(torch.eye(48), count=1) for layer in (0, 1)}
     before = lm.fingerprint
     for config in (None, CONFIGS[method]):
-        with pytest.raises(UnsupportedModelError, match=r"mixture of 4 experts.*no layer of .* has one; take a model without experts"):
+        with pytest.raises(
+            UnsupportedModelError,
+            match=r"mixture of 4 experts.*no layer of .* has one; take a model without experts",
+        ):
             edit(method, FACTS, lm, moments=held, config=config)
     assert lm.fingerprint == before
 
@@ -338,11 +398,14 @@ def test_dense_layers_beside_experts_are_named_and_edited(method: str) -> None:
     lm = wrap(tiny_model("qwen2_moe", **QWEN_MOE, mlp_only_layers=[0, 2]), byte_tokenizer(bos=True))
     assert [ffn.n_experts for ffn in lm.ffn] == [0, 4, 0]
     held = {layer: SecondMoment.from_matrix(torch.eye(48), count=1) for layer in (0, 1, 2)}
-    with pytest.raises(UnsupportedModelError, match=r"layer 1 is a mixture of 4 experts.*choose among layers \[0, 2\]"):
-        METHODS[method][0](lm, FACTS[0], CONFIGS[method].at([1]), moments=held, contexts=CONTEXTS)
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"layer 1 is a mixture of 4 experts.*choose among layers \[0, 2\]",
+    ):
+        edit_model(lm, FACTS[0], method, CONFIGS[method].at([1]), moments=held, contexts=CONTEXTS)
     fact, config = FACTS[0], CONFIGS[method].at([0])
     before = lm.fingerprint
-    delta = METHODS[method][0](lm, fact, config, moments=held, contexts=CONTEXTS)
+    delta = edit_model(lm, fact, method, config, moments=held, contexts=CONTEXTS)
     assert lm.fingerprint == before
     said = float(lm.log_prob([fact.text], [str(fact.target)])[0])
     with applied(lm, delta):

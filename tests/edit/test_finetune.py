@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from conftest import GPT2, LLAMA, byte_tokenizer, tiny_model
-from factsmith.edit.delta import read_weights
-from factsmith.edit.finetune import FineTuneConfig, LoraConfig, fine_tune, lora, written
-from factsmith.errors import InputError, LayerError
-from factsmith.fact import Fact
-from factsmith.model.load import LanguageModel, wrap
+from factsmith.core.errors import InputError, LayerError
+from factsmith.core.fact import Fact
+from factsmith.edit.delta import read_weights, written
+from factsmith.edit.finetune import FineTuneConfig, LoraConfig, fine_tune, lora
+from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import wrap
 
 FACTS = [
     Fact("Danielle Darrieux", "The mother tongue of {} is", "English"),
@@ -23,7 +24,10 @@ FACTS = [
 
 @pytest.fixture(params=["gpt2", "llama"])
 def lm(request: pytest.FixtureRequest) -> LanguageModel:
-    return wrap(tiny_model(request.param, **(GPT2 if request.param == "gpt2" else LLAMA)), byte_tokenizer(bos=request.param == "llama"))
+    return wrap(
+        tiny_model(request.param, **(GPT2 if request.param == "gpt2" else LLAMA)),
+        byte_tokenizer(bos=request.param == "llama"),
+    )
 
 
 def state(lm: LanguageModel) -> dict[str, torch.Tensor]:
@@ -34,7 +38,9 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_ft_l_learns_within_its_bound(lm: LanguageModel, no_hooks_left: Callable[[LanguageModel], None]) -> None:
+def test_ft_l_learns_within_its_bound(
+    lm: LanguageModel, no_hooks_left: Callable[[LanguageModel], None]
+) -> None:
     before, asked = state(lm), ([f.text for f in FACTS], [f.target or "" for f in FACTS])
     assert not any(lm.says(*asked)), "they are new"
     found = fine_tune(lm, FACTS, FineTuneConfig(layers=(1,), lr=0.02, clamp=0.3, steps=80))
@@ -45,7 +51,9 @@ def test_ft_l_learns_within_its_bound(lm: LanguageModel, no_hooks_left: Callable
     with written(lm, found):
         assert all(lm.says(*asked))
     assert same(state(lm), before)
-    small = fine_tune(lm, FACTS, FineTuneConfig(layers=(1,), lr=0.02, clamp=1e-4, steps=5, epochs=1))
+    small = fine_tune(
+        lm, FACTS, FineTuneConfig(layers=(1,), lr=0.02, clamp=1e-4, steps=5, epochs=1)
+    )
     with written(lm, small):
         assert not any(lm.says(*asked)), "a bound that holds it back does"
     no_hooks_left(lm)
@@ -65,7 +73,9 @@ def test_lora_changes_by_its_rank_and_leaves_nothing_behind(lm: LanguageModel) -
     with written(lm, found):
         assert all(lm.says(*asked))
     again = lora(lm, FACTS, config)
-    assert all(torch.equal(again[layer], found[layer]) for layer in found), "the same for the same seed, and a second time"
+    assert all(torch.equal(again[layer], found[layer]) for layer in found), (
+        "the same for the same seed, and a second time"
+    )
 
 
 def test_an_exception_leaves_the_weights(tiny_gpt2: LanguageModel) -> None:
@@ -73,7 +83,10 @@ def test_an_exception_leaves_the_weights(tiny_gpt2: LanguageModel) -> None:
         raise KeyboardInterrupt
 
     before = state(tiny_gpt2)
-    for train, config in ((fine_tune, FineTuneConfig(layers=(1,))), (lora, LoraConfig(layers=(1,)))):
+    for train, config in (
+        (fine_tune, FineTuneConfig(layers=(1,))),
+        (lora, LoraConfig(layers=(1,))),
+    ):
         with pytest.raises(KeyboardInterrupt):
             train(tiny_gpt2, FACTS, config, progress=stop)  # type: ignore[operator]
         assert same(state(tiny_gpt2), before)

@@ -12,14 +12,25 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import GPT2, LLAMA, TEXTS, VOCAB, byte_tokenizer, shared_dir, tiny_model
+from factsmith.core.errors import (
+    FactsmithError,
+    FingerprintError,
+    InputError,
+    LayerError,
+    SubjectError,
+    UnsupportedModelError,
+)
+from factsmith.core.fact import Fact
+from factsmith.corpus.moments import SecondMoment, second_moments
+from factsmith.edit.configs import AlphaEditConfig, MemitConfig, RomeConfig
 from factsmith.edit.contexts import generate_contexts
 from factsmith.edit.delta import Delta, applied, read_weights
-from factsmith.edit.methods import AlphaEditConfig, MemitConfig, RomeConfig, alphaedit, memit, rome, rome_each
-from factsmith.edit.moments import SecondMoment, second_moments
-from factsmith.edit.target import Targets, read_keys
-from factsmith.errors import FactsmithError, FingerprintError, InputError, LayerError, SubjectError, UnsupportedModelError
-from factsmith.fact import Fact
-from factsmith.model.load import LanguageModel, load, wrap
+from factsmith.edit.keys import read_keys
+from factsmith.edit.methods import alphaedit, memit, rome
+from factsmith.edit.rome import rome_each
+from factsmith.edit.target import Targets
+from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import load, wrap
 from factsmith.model.tokens import subject_span
 
 CONTEXTS = ["{}", "Paris. {}", "The king is in Brazil. {}"]
@@ -44,7 +55,9 @@ GEMMA2 = {
 def at_subject(lm: LanguageModel, fact: Fact, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Input and output of the down-projection at the subject's last token in the bare prompt, from the model's own forward pass."""
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    handle = lm.ffn[layer].down.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+    handle = lm.ffn[layer].down.register_forward_hook(
+        lambda module, args, output: seen.append((args[0], output))
+    )
     with torch.no_grad():
         lm.module(input_ids=torch.tensor([lm.tokenizer(fact.text)["input_ids"]]))
     handle.remove()
@@ -67,7 +80,10 @@ def golden() -> dict[str, Any]:
         "lm": load(folder / "facts-gpt2"),
         "tensors": load_file(folder / "rome.safetensors"),
         **json.loads((folder / "rome.json").read_text(encoding="utf-8")),
-        "moments": {i: SecondMoment.from_matrix(moments[f"layer{i}"], count=int(moments[f"layer{i}.count"])) for i in range(3)},
+        "moments": {
+            i: SecondMoment.from_matrix(moments[f"layer{i}"], count=int(moments[f"layer{i}.count"]))
+            for i in range(3)
+        },
     }
 
 
@@ -87,8 +103,17 @@ def golden_config(golden: dict[str, Any]) -> RomeConfig:
 def test_agrees_with_the_reference_implementation(golden: dict[str, Any], case: int) -> None:
     request = golden["requests"][case]
     fact = Fact(request["subject"], request["prompt"], request["target_new"]["str"])
-    delta = rome(golden["lm"], fact, golden_config(golden), moments=golden["moments"], contexts=golden["context_templates"])
-    expected = {name: golden["tensors"][f"case{request['case_id']}.h.1.{name}"] for name in ("u", "v", "delta")}
+    delta = rome(
+        golden["lm"],
+        fact,
+        golden_config(golden),
+        moments=golden["moments"],
+        contexts=golden["context_templates"],
+    )
+    expected = {
+        name: golden["tensors"][f"case{request['case_id']}.h.1.{name}"]
+        for name in ("u", "v", "delta")
+    }
     left, right = delta.layers[1]
     assert relative(right[0], expected["u"]) < 2e-4
     assert relative(left[:, 0], expected["v"]) < 1e-5
@@ -103,7 +128,9 @@ def test_one_more_update_would_not_agree(golden: dict[str, Any]) -> None:
     request = golden["requests"][2]
     fact = Fact(request["subject"], request["prompt"], request["target_new"]["str"])
     config = RomeConfig(layer=1, steps=21)
-    delta = rome(golden["lm"], fact, config, moments=golden["moments"], contexts=golden["context_templates"])
+    delta = rome(
+        golden["lm"], fact, config, moments=golden["moments"], contexts=golden["context_templates"]
+    )
     assert relative(delta.layers[1][0][:, 0], golden["tensors"]["case2.h.1.v"]) > 5e-3
 
 
@@ -133,16 +160,25 @@ def golden_many() -> Callable[[str], dict[str, Any]]:
         return {
             "lm": lm,
             "config": config,
-            "facts": [Fact(r["subject"], r["prompt"], r["target_new"]["str"]) for r in found["requests"]],
+            "facts": [
+                Fact(r["subject"], r["prompt"], r["target_new"]["str"]) for r in found["requests"]
+            ],
             "contexts": [context for group in found["context_templates"] for context in group],
-            "moments": {i: SecondMoment.from_matrix(moments[f"layer{i}"], count=int(moments[f"layer{i}.count"])) for i in range(3)},
+            "moments": {
+                i: SecondMoment.from_matrix(
+                    moments[f"layer{i}"], count=int(moments[f"layer{i}.count"])
+                )
+                for i in range(3)
+            },
             "tensors": load_file(folder / f"{name}.safetensors"),
         }
 
     return read
 
 
-def test_memit_agrees_with_the_reference_implementation(golden_many: Callable[[str], dict[str, Any]]) -> None:
+def test_memit_agrees_with_the_reference_implementation(
+    golden_many: Callable[[str], dict[str, Any]],
+) -> None:
     g = golden_many("memit")
     delta = memit(g["lm"], g["facts"], g["config"], moments=g["moments"], contexts=g["contexts"])
     assert relative(delta.v_star.T, g["tensors"]["zs"]) < 1e-5
@@ -153,27 +189,54 @@ def test_memit_agrees_with_the_reference_implementation(golden_many: Callable[[s
         assert relative(left, g["tensors"][f"h.{layer}.resid"].float()) < 1e-5
         assert relative(delta.dense(layer).T, g["tensors"][f"h.{layer}.delta"]) < 1e-5
     # The controls: PMET's spread, and GPT-J's weight instead of GPT-2 XL's, are something else.
-    tensors = dict.fromkeys(("v_star", "v_initial", "k_star", "k_prompt", "ffn_initial"), delta.v_star)
-    targets = Targets(**tensors, convergence=({},) * 10, facts=tuple(g["facts"]), layer=max(delta.layers), site="stream")
+    tensors = dict.fromkeys(
+        ("v_star", "v_initial", "k_star", "k_prompt", "ffn_initial"), delta.v_star
+    )
+    targets = Targets(
+        **tensors,
+        convergence=({},) * 10,
+        facts=tuple(g["facts"]),
+        layer=max(delta.layers),
+        site="stream",
+    )
     for changes in ({"spread": "sqrt"}, {"moment_weight": 15_000}):
         other = memit(
-            g["lm"], g["facts"], dataclasses.replace(g["config"], **changes), moments=g["moments"], contexts=g["contexts"], targets=targets
+            g["lm"],
+            g["facts"],
+            dataclasses.replace(g["config"], **changes),
+            moments=g["moments"],
+            contexts=g["contexts"],
+            targets=targets,
         )
         assert relative(other.dense(0).T, g["tensors"]["h.0.delta"]) > 1e-2
 
 
-def test_alphaedit_agrees_with_the_reference_implementation(golden_many: Callable[[str], dict[str, Any]]) -> None:
+def test_alphaedit_agrees_with_the_reference_implementation(
+    golden_many: Callable[[str], dict[str, Any]],
+) -> None:
     g = golden_many("alphaedit")
-    delta = alphaedit(g["lm"], g["facts"], g["config"], moments=g["moments"], contexts=g["contexts"])
-    ranks = [g["moments"][layer].null_space(threshold=g["config"].threshold).shape[1] for layer in range(3)]
+    delta = alphaedit(
+        g["lm"], g["facts"], g["config"], moments=g["moments"], contexts=g["contexts"]
+    )
+    ranks = [
+        g["moments"][layer].null_space(threshold=g["config"].threshold).shape[1]
+        for layer in range(3)
+    ]
     assert ranks == [461, 628, 593]
     for layer in range(3):
         assert relative(delta.dense(layer).T, g["tensors"][f"h.{layer}.delta"]) < 2e-4
-        cached = delta.k_star[layer].square().sum(0)  # the diagonal of K Kᵀ: what the next round has to keep
+        cached = (
+            delta.k_star[layer].square().sum(0)
+        )  # the diagonal of K Kᵀ: what the next round has to keep
         assert relative(cached, g["tensors"]["cache_c_diag"][layer]) < 1e-4
-    with applied(g["lm"], delta):  # the reference reads them again after the edit; they are the same, since only lower layers change them
+    with applied(
+        g["lm"], delta
+    ):  # the reference reads them again after the edit; they are the same, since only lower layers change them
         again = read_keys(g["lm"], g["facts"], 2, g["contexts"])
-    assert relative((again * torch.tensor([0.5, *[0.1] * 5])[None, :, None]).sum(1), delta.k_star[2]) < 1e-4
+    assert (
+        relative((again * torch.tensor([0.5, *[0.1] * 5])[None, :, None]).sum(1), delta.k_star[2])
+        < 1e-4
+    )
 
 
 # ── properties ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -194,32 +257,46 @@ def test_the_edited_layer_outputs_v_star_at_the_subject(family: str) -> None:
     with applied(lm, delta):
         key, output = at_subject(lm, fact, 1)
         assert relative(output, delta.v_star[0]) < 1e-4
-    u = torch.linalg.solve(moments[1].matrix.double() + 1e-9 * torch.eye(len(key)).double(), delta.k_star[1][0].double())
+    u = torch.linalg.solve(
+        moments[1].matrix.double() + 1e-9 * torch.eye(len(key)).double(),
+        delta.k_star[1][0].double(),
+    )
     assert relative(delta.layers[1][1][0].double(), u / u.norm()) < 1e-2
 
 
 def test_several_facts_are_written_one_after_another(tiny_lm: LanguageModel) -> None:
     moments = second_moments(tiny_lm, TEXTS, [1])
     delta = rome(tiny_lm, FACTS, CONFIG, moments=moments, contexts=CONTEXTS)
-    assert delta.rank == 3 and delta.k_star[1].shape[0] == 3 and len(delta.convergence) == 3 and delta.facts == tuple(FACTS)
+    assert (
+        delta.rank == 3
+        and delta.k_star[1].shape[0] == 3
+        and len(delta.convergence) == 3
+        and delta.facts == tuple(FACTS)
+    )
     by_hand: list[Delta] = []
     for fact in FACTS:
         with applied(tiny_lm, by_hand):
             if by_hand:
-                with pytest.raises(FingerprintError, match=r"has [0-9a-f]{12} now"):  # moments of the unedited model, without saying so
+                with pytest.raises(
+                    FingerprintError, match=r"has [0-9a-f]{12} now"
+                ):  # moments of the unedited model, without saying so
                     rome(tiny_lm, fact, CONFIG, moments=moments, contexts=CONTEXTS)
-            one = rome(tiny_lm, fact, CONFIG, moments=moments, contexts=CONTEXTS, earlier=by_hand)
+            one = rome(tiny_lm, fact, CONFIG, moments=moments, contexts=CONTEXTS, beneath=by_hand)
         by_hand.append(one)
     assert relative(delta.dense(1), sum(d.dense(1) for d in by_hand)) < 1e-5  # type: ignore[arg-type]
     with applied(tiny_lm, delta):
         assert relative(at_subject(tiny_lm, FACTS[-1], 1)[1], delta.v_star[-1]) < 1e-4
     apart = rome_each(tiny_lm, FACTS, CONFIG, moments=moments, contexts=CONTEXTS)
-    assert relative(delta.dense(1), sum(d.dense(1) for d in apart)) > 1e-3, "solved apart they would miss one another"  # type: ignore[arg-type]
+    assert relative(delta.dense(1), sum(d.dense(1) for d in apart)) > 1e-3, (
+        "solved apart they would miss one another"
+    )  # type: ignore[arg-type]
 
 
 def test_each_alone_equals_one_call_each(tiny_lm: LanguageModel) -> None:
     moments = second_moments(tiny_lm, TEXTS, [1])[1]
-    for fact, delta in zip(FACTS, rome_each(tiny_lm, FACTS, CONFIG, moments=moments, contexts=CONTEXTS), strict=True):
+    for fact, delta in zip(
+        FACTS, rome_each(tiny_lm, FACTS, CONFIG, moments=moments, contexts=CONTEXTS), strict=True
+    ):
         alone = rome(tiny_lm, fact, CONFIG, moments=moments, contexts=CONTEXTS)
         assert relative(delta.dense(1), alone.dense(1)) < 1e-4
         assert delta.facts == (fact,)
@@ -229,10 +306,14 @@ def test_the_recipe_is_recorded_and_repeats(tiny_gpt2: LanguageModel) -> None:
     moments = second_moments(tiny_gpt2, TEXTS, [0, 1])
     first = rome(tiny_gpt2, FACTS[0], RomeConfig(steps=3), moments=moments, seed=5)
     layer = first.config["layer"]
-    assert (first.method, layer, first.fingerprint) == ("rome", 0, tiny_gpt2.fingerprint), "a sixth of three layers"
+    assert (first.method, layer, first.fingerprint) == ("rome", 0, tiny_gpt2.fingerprint), (
+        "a sixth of three layers"
+    )
     contexts = first.config["contexts"]
     assert contexts == generate_contexts(tiny_gpt2, 5) != generate_contexts(tiny_gpt2, 6)
-    again = rome(tiny_gpt2, FACTS[0], RomeConfig(layer=0, steps=3), moments=moments, contexts=contexts)
+    again = rome(
+        tiny_gpt2, FACTS[0], RomeConfig(layer=0, steps=3), moments=moments, contexts=contexts
+    )
     assert torch.equal(again.dense(0), first.dense(0))
     json.dumps(dict(first.config))
 
@@ -242,20 +323,36 @@ def test_generated_contexts(tiny_lm: LanguageModel) -> None:
     contexts = generate_contexts(tiny_lm, 0)
     assert torch.equal(torch.get_rng_state(), state), "the global random state is nobody's business"
     assert contexts[0] == "{}" and len(contexts) == 21
-    assert all(c.endswith(". {}") and c.count("{") == c.count("}") == 1 and "\n" not in c and "<|" not in c for c in contexts[1:])
+    assert all(
+        c.endswith(". {}") and c.count("{") == c.count("}") == 1 and "\n" not in c and "<|" not in c
+        for c in contexts[1:]
+    )
     assert len(set(contexts)) > 10
     # The same draws by a plain loop: each text alone, the whole of it at every step.
-    draw, texts = torch.Generator().manual_seed(0), [[tiny_lm.tokenizer.bos_token_id] for _ in range(20)]
+    draw, texts = (
+        torch.Generator().manual_seed(0),
+        [[tiny_lm.tokenizer.bos_token_id] for _ in range(20)],
+    )
     for _ in range(9):
         with torch.no_grad():
-            logits = torch.stack([tiny_lm.module(input_ids=torch.tensor([ids])).logits[0, -1] for ids in texts])
+            logits = torch.stack(
+                [tiny_lm.module(input_ids=torch.tensor([ids])).logits[0, -1] for ids in texts]
+            )
         logits[:, tiny_lm.tokenizer.all_special_ids] = -torch.inf
         values, indices = logits.topk(5)
         picked = torch.multinomial(values.softmax(-1), 1, generator=draw)[:, 0]
-        texts = [[*ids, int(row[column])] for ids, row, column in zip(texts, indices, picked, strict=True)]
-    decoded = [tiny_lm.tokenizer.decode(ids[1 : 5 if i < 10 else 10]) for i, ids in enumerate(texts)]
+        texts = [
+            [*ids, int(row[column])]
+            for ids, row, column in zip(texts, indices, picked, strict=True)
+        ]
+    decoded = [
+        tiny_lm.tokenizer.decode(ids[1 : 5 if i < 10 else 10]) for i, ids in enumerate(texts)
+    ]
     for context, text in zip(contexts[1:], decoded, strict=True):
-        assert context.removesuffix(". {}").split() == unicodedata.normalize("NFKC", re.sub("[{}]", " ", text)).split()
+        assert (
+            context.removesuffix(". {}").split()
+            == unicodedata.normalize("NFKC", re.sub("[{}]", " ", text)).split()
+        )
 
 
 def test_settings_shipped_with_a_model(tiny_gpt2: LanguageModel) -> None:
@@ -266,7 +363,9 @@ def test_settings_shipped_with_a_model(tiny_gpt2: LanguageModel) -> None:
     delta = rome(lm, FACTS[0], moments=second_moments(lm, TEXTS, [2]), contexts=CONTEXTS)
     assert delta.config["layer"] == 2 and delta.convergence[0]["steps"] <= 2
     lm.config.factsmith = {"rome": {"steps": 3}}
-    assert RomeConfig.recommended(lm) == RomeConfig(layer=0, steps=3), "the layer has a rule of its own"
+    assert RomeConfig.recommended(lm) == RomeConfig(layer=0, steps=3), (
+        "the layer has a rule of its own"
+    )
     for odd in ({"rome": {"momentum": 1}}, {"rome": 3}, "rome"):
         lm.config.factsmith = odd
         with pytest.raises(InputError, match="expected some of"):
@@ -289,14 +388,27 @@ def test_bad_input_changes_nothing(tiny_gpt2: LanguageModel) -> None:
     cases: list[tuple[type[FactsmithError], str, dict[str, Any]]] = [
         (LayerError, "layers 0 to 2", {"config": RomeConfig(layer=9)}),
         (InputError, r"second_moments\(lm, texts, \[2\]\)", {"config": RomeConfig(layer=2)}),
-        (FingerprintError, "another model", {"moments": SecondMoment.from_matrix(torch.eye(7), count=1)}),
+        (
+            FingerprintError,
+            "another model",
+            {"moments": SecondMoment.from_matrix(torch.eye(7), count=1)},
+        ),
         (InputError, "at least one", {"facts": []}),
         (InputError, "str", {"facts": ["a fact"]}),
         (InputError, "bare prompt", {"contexts": ["Paris. {}"]}),
-        (SubjectError, "more than once", {"facts": [FACTS[0], Fact("Edwin", "Edwin and {} are", "kings")]}),
+        (
+            SubjectError,
+            "more than once",
+            {"facts": [FACTS[0], Fact("Edwin", "Edwin and {} are", "kings")]},
+        ),
     ]
     for error, words, change in cases:
-        arguments = {"facts": FACTS[0], "config": CONFIG, "moments": moments, "contexts": CONTEXTS} | change
+        arguments = {
+            "facts": FACTS[0],
+            "config": CONFIG,
+            "moments": moments,
+            "contexts": CONTEXTS,
+        } | change
         with pytest.raises(error, match=words):
             rome(tiny_gpt2, arguments.pop("facts"), arguments.pop("config"), **arguments)
         assert all(torch.equal(w, tiny_gpt2.ffn[layer].weight()) for layer, w in before.items())
@@ -309,6 +421,12 @@ def test_mixture_of_experts_is_refused() -> None:
     config = {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}
     lm = wrap(tiny_model("mixtral", **config), byte_tokenizer(bos=True))
     with pytest.raises(UnsupportedModelError, match="mixture"):
-        rome(lm, FACTS[0], CONFIG, moments=SecondMoment.from_matrix(torch.eye(48), count=1), contexts=CONTEXTS)
+        rome(
+            lm,
+            FACTS[0],
+            CONFIG,
+            moments=SecondMoment.from_matrix(torch.eye(48), count=1),
+            contexts=CONTEXTS,
+        )
     with pytest.raises(UnsupportedModelError, match="mixture"):
         second_moments(lm, TEXTS, [1])

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from conftest import BERT, GPT2, LLAMA, byte_tokenizer, masking_tokenizer, tiny_model
+from factsmith.core.errors import InputError, LayerError, UnsupportedModelError
 from factsmith.edit.delta import Delta, applied
 from factsmith.edit.neurons import erase, rewrite
-from factsmith.errors import InputError, LayerError, UnsupportedModelError
-from factsmith.locate.intervene import intervene
-from factsmith.model.load import LanguageModel, wrap
-from factsmith.workbench import Workbench
+from factsmith.keep.workbench import Workbench
+from factsmith.model.intervene import intervene
+from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import wrap
 
 PROMPT = "The mother tongue of Danielle Darrieux is"
 NEURONS = [(0, 3), (0, 40), (2, 7)]
@@ -25,7 +26,9 @@ def column(module: Any, layer: int, neuron: int) -> Tensor:
     """A neuron's value, (d_model,), found in the module by its names; writable."""
     blocks = module.model.layers if hasattr(module, "model") else module.transformer.h
     mlp = blocks[layer].mlp
-    weight = mlp.down_proj.weight[:, neuron] if hasattr(mlp, "down_proj") else mlp.c_proj.weight[neuron]
+    weight = (
+        mlp.down_proj.weight[:, neuron] if hasattr(mlp, "down_proj") else mlp.c_proj.weight[neuron]
+    )
     assert isinstance(weight, Tensor)
     return weight.detach()
 
@@ -39,7 +42,11 @@ def logits(module: Any, lm: LanguageModel, prompt: str = PROMPT) -> Tensor:
 
 def digest(lm: LanguageModel) -> str:
     state = lm.module.state_dict()
-    return hashlib.sha256(b"".join(t.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for t in state.values())).hexdigest()
+    return hashlib.sha256(
+        b"".join(
+            t.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for t in state.values()
+        )
+    ).hexdigest()
 
 
 def unembedding(lm: LanguageModel) -> Tensor:
@@ -63,12 +70,16 @@ def test_erased_neurons_write_nothing(tiny_lm: LanguageModel) -> None:
     assert digest(tiny_lm) == before != touched
     # The control: other neurons give another model.
     with applied(tiny_lm, erase(tiny_lm, [(0, 4), (0, 41), (2, 8)])):
-        assert not torch.allclose(logits(tiny_lm.module, tiny_lm), logits(other, tiny_lm), atol=1e-3)
+        assert not torch.allclose(
+            logits(tiny_lm.module, tiny_lm), logits(other, tiny_lm), atol=1e-3
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_erased_values_are_zero_to_the_last_bit_and_the_others_unchanged(family: str, dtype: torch.dtype) -> None:
+def test_erased_values_are_zero_to_the_last_bit_and_the_others_unchanged(
+    family: str, dtype: torch.dtype
+) -> None:
     module = tiny_model(family, **(GPT2 if family == "gpt2" else LLAMA)).to(dtype)
     lm = wrap(module, byte_tokenizer())
     erased = [(layer, i) for layer in range(3) for i in range(0, 48, 5)]
@@ -77,10 +88,24 @@ def test_erased_values_are_zero_to_the_last_bit_and_the_others_unchanged(family:
     assert all(torch.count_nonzero(column(module, layer, i)) for layer, i in erased)
     with applied(lm, delta):
         for layer, i in erased:
-            assert column(module, layer, i).abs().view(torch.int32 if dtype == torch.float32 else torch.int16).count_nonzero() == 0
+            assert (
+                column(module, layer, i)
+                .abs()
+                .view(torch.int32 if dtype == torch.float32 else torch.int16)
+                .count_nonzero()
+                == 0
+            )
         kept = [i for i in range(lm.ffn[0].d_ff) if (0, i) not in erased]
-        assert all(torch.equal(lm.ffn[layer].weight()[:, kept], before[layer][:, kept]) for layer in range(3))
-    assert delta.rank == 10 and delta.facts == () and delta.v_star.shape == (0, 32) and delta.k_star[1].shape == (0, lm.ffn[1].d_ff)
+        assert all(
+            torch.equal(lm.ffn[layer].weight()[:, kept], before[layer][:, kept])
+            for layer in range(3)
+        )
+    assert (
+        delta.rank == 10
+        and delta.facts == ()
+        and delta.v_star.shape == (0, 32)
+        and delta.k_star[1].shape == (0, lm.ffn[1].d_ff)
+    )
 
 
 def test_order_and_repeats_do_not_matter(tiny_gpt2: LanguageModel) -> None:
@@ -91,21 +116,32 @@ def test_order_and_repeats_do_not_matter(tiny_gpt2: LanguageModel) -> None:
 
 def test_rewrite_is_the_formula_of_the_paper(tiny_lm: LanguageModel) -> None:
     """Each value loses its own length of the old answer's direction and gains eight times that of the new one's."""
-    old, new = (tiny_lm.tokenizer(f" {word}", add_special_tokens=False)["input_ids"][0] for word in ("French", "English"))
+    old, new = (
+        tiny_lm.tokenizer(f" {word}", add_special_tokens=False)["input_ids"][0]
+        for word in ("French", "English")
+    )
     assert old != new
     rows = unembedding(tiny_lm)
     wanted = {}
     for layer, i in NEURONS:
         value = column(tiny_lm.module, layer, i).clone()
-        wanted[layer, i] = value - value.norm() / rows[old].norm() * rows[old] + 8 * value.norm() / rows[new].norm() * rows[new]
+        wanted[layer, i] = (
+            value
+            - value.norm() / rows[old].norm() * rows[old]
+            + 8 * value.norm() / rows[new].norm() * rows[new]
+        )
     before = digest(tiny_lm)
     untouched = column(tiny_lm.module, 2, 8).clone()
     with applied(tiny_lm, rewrite(tiny_lm, NEURONS, "French", "English")):
         for (layer, i), value in wanted.items():
-            torch.testing.assert_close(column(tiny_lm.module, layer, i), value, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                column(tiny_lm.module, layer, i), value, rtol=1e-5, atol=1e-5
+            )
         assert torch.equal(column(tiny_lm.module, 2, 8), untouched)
     assert digest(tiny_lm) == before
-    with applied(tiny_lm, rewrite(tiny_lm, NEURONS, "English", "French")):  # the control: the other way round
+    with applied(
+        tiny_lm, rewrite(tiny_lm, NEURONS, "English", "French")
+    ):  # the control: the other way round
         assert not torch.allclose(column(tiny_lm.module, 0, 3), wanted[0, 3], atol=1e-2)
 
 
@@ -114,7 +150,10 @@ def test_many_neurons_share_what_four_would_change(tiny_lm: LanguageModel) -> No
     four, eight = [(0, i) for i in range(4)], [(0, i) for i in range(8)]
     few, many = (rewrite(tiny_lm, neurons, "French", "English") for neurons in (four, eight))
     torch.testing.assert_close(many.dense(0)[:, :4], few.dense(0)[:, :4] / 2)
-    assert (few.config["remove"], few.config["add"]) == (1, 8) and (many.config["remove"], many.config["add"]) == (0.5, 4)
+    assert (few.config["remove"], few.config["add"]) == (1, 8) and (
+        many.config["remove"],
+        many.config["add"],
+    ) == (0.5, 4)
     given = rewrite(tiny_lm, eight, "French", "English", remove=1, add=8)
     torch.testing.assert_close(given.dense(0)[:, :4], few.dense(0)[:, :4])
 
@@ -124,15 +163,21 @@ def test_rewrite_with_a_prompt_follows_the_sign_of_each_coefficient(tiny_lm: Lan
     every = [(2, i) for i in range(d_ff)]
     coefficients = tiny_lm.coefficients(PROMPT, [2])[0, -1]
     assert 0 < (coefficients < 0).sum() < d_ff
-    plain, signed = (rewrite(tiny_lm, every, "French", "English", prompt=p).dense(2) for p in (None, PROMPT))
+    plain, signed = (
+        rewrite(tiny_lm, every, "French", "English", prompt=p).dense(2) for p in (None, PROMPT)
+    )
     assert torch.equal(signed, torch.where(coefficients < 0, -plain, plain))
     # What it is for: every neuron now pushes the answer the same way at that token, so the sum of pushes is the larger one.
     new = tiny_lm.tokenizer(" English", add_special_tokens=False)["input_ids"][0]
-    push = unembedding(tiny_lm)[new] @ torch.stack([plain @ coefficients, signed @ coefficients], dim=1)
+    push = unembedding(tiny_lm)[new] @ torch.stack(
+        [plain @ coefficients, signed @ coefficients], dim=1
+    )
     assert push[1] > push[0].abs() and push[1] > 0
 
 
-def test_rewrite_takes_the_first_token_in_which_the_targets_differ(tiny_gpt2: LanguageModel) -> None:
+def test_rewrite_takes_the_first_token_in_which_the_targets_differ(
+    tiny_gpt2: LanguageModel,
+) -> None:
     def ids(text: str) -> list[int]:
         return list(tiny_gpt2.tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -147,20 +192,30 @@ def test_rewrite_takes_the_first_token_in_which_the_targets_differ(tiny_gpt2: La
     longer = ids(" Paris x")
     assert longer[: len(ids(" Paris"))] == ids(" Paris")
     update = rewrite(tiny_gpt2, [(1, 5)], "Paris", "Paris x").dense(1)[:, 5]
-    torch.testing.assert_close(update, 8 * value.norm() * unit[longer[len(ids(" Paris"))]], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        update, 8 * value.norm() * unit[longer[len(ids(" Paris"))]], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_save_load_commit_and_revert(tiny_lm: LanguageModel, tmp_path: Path) -> None:
     before = digest(tiny_lm)
     with Workbench(tiny_lm, tmp_path / "workspace") as bench:
         first = bench.commit(erase(tiny_lm, NEURONS), message="erase three")
-        delta = rewrite(tiny_lm, [(1, 2)], "French", "English", prompt=PROMPT)  # made on the erased model
+        delta = rewrite(
+            tiny_lm, [(1, 2)], "French", "English", prompt=PROMPT
+        )  # made on the erased model
         delta.save(tmp_path / "delta")
         back = Delta.load(tmp_path / "delta")
-        assert torch.equal(back.dense(1), delta.dense(1)) and back.config == delta.config and back.k_star[1].shape == delta.k_star[1].shape
+        assert (
+            torch.equal(back.dense(1), delta.dense(1))
+            and back.config == delta.config
+            and back.k_star[1].shape == delta.k_star[1].shape
+        )
         second = bench.commit(back, message="rewrite one")
         carried = digest(tiny_lm)
-        assert all(torch.count_nonzero(column(tiny_lm.module, layer, i)) == 0 for layer, i in NEURONS)
+        assert all(
+            torch.count_nonzero(column(tiny_lm.module, layer, i)) == 0 for layer, i in NEURONS
+        )
         assert [r.method for r in bench.log()] == ["rewrite", "erase"]
         assert bench.show(first.id).config == {"neurons": [[0, 3], [0, 40], [2, 7]]}
         assert bench.verify().checks == ()
@@ -188,16 +243,34 @@ def test_masked_language_models() -> None:
     assert signs.min() == -1 and signs.max() == 1 and ids[mask] == lm.tokenizer.mask_token_id
     every = [(1, i) for i in range(lm.ffn[1].d_ff)]
     torch.testing.assert_close(rewrite(lm, every, "is", "the", remove=1, add=8).dense(1), push.T)
-    torch.testing.assert_close(rewrite(lm, every, "is", "the", prompt=prompt, remove=1, add=8).dense(1), (signs[:, None] * push).T)
+    torch.testing.assert_close(
+        rewrite(lm, every, "is", "the", prompt=prompt, remove=1, add=8).dense(1),
+        (signs[:, None] * push).T,
+    )
     with pytest.raises(InputError, match="mask"):
         rewrite(lm, NEURONS, "is", "the", prompt="The mother tongue of Danielle is")
 
 
 @pytest.mark.parametrize(
-    "neurons", [[(3, 0)], [(-1, 0)], [(0, 128)], [(0, -1)], [(0, 1, 2)], [(0,)], [3], ["ab"], [(0, 1.5)], [(0, 1), (0, 999)]]
+    "neurons",
+    [
+        [(3, 0)],
+        [(-1, 0)],
+        [(0, 128)],
+        [(0, -1)],
+        [(0, 1, 2)],
+        [(0,)],
+        [3],
+        ["ab"],
+        [(0, 1.5)],
+        [(0, 1), (0, 999)],
+    ],
 )
 def test_neurons_that_are_not_there_are_refused(tiny_gpt2: LanguageModel, neurons: Any) -> None:
-    for make in (lambda: erase(tiny_gpt2, neurons), lambda: rewrite(tiny_gpt2, neurons, "French", "English")):
+    for make in (
+        lambda: erase(tiny_gpt2, neurons),
+        lambda: rewrite(tiny_gpt2, neurons, "French", "English"),
+    ):
         with pytest.raises(LayerError):
             make()
 
@@ -221,7 +294,9 @@ def test_other_bad_input(tiny_gpt2: LanguageModel) -> None:
         rewrite(tiny_gpt2, NEURONS, "French", "English", prompt=3)  # type: ignore[arg-type]
 
 
-def test_experts_and_heads_without_a_matrix_are_refused(tiny_gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_experts_and_heads_without_a_matrix_are_refused(
+    tiny_gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}
     lm = wrap(tiny_model("mixtral", **config), byte_tokenizer(bos=True))
     with pytest.raises(UnsupportedModelError, match="experts are not edited yet"):

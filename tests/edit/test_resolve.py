@@ -9,15 +9,18 @@ import pytest
 import torch
 
 from conftest import GPT2, LLAMA, TEXTS, byte_tokenizer, tiny_model
+from factsmith.core.errors import InputError
+from factsmith.core.fact import Fact
+from factsmith.corpus.moments import SecondMoment
+from factsmith.corpus.moments_store import find_moments
 from factsmith.edit import methods
+from factsmith.edit.configs import AlphaEditConfig, EditConfig, EmmetConfig, MemitConfig, RomeConfig
 from factsmith.edit.delta import Delta, applied
-from factsmith.edit.kept import find_moments
-from factsmith.edit.methods import METHODS, AlphaEditConfig, EditConfig, EmmetConfig, MemitConfig, RomeConfig, resolve
-from factsmith.edit.moments import SecondMoment
-from factsmith.edit.target import find_targets, known_targets
-from factsmith.errors import InputError
-from factsmith.fact import Fact
-from factsmith.model.load import LanguageModel, wrap
+from factsmith.edit.methods import METHODS, edit
+from factsmith.edit.resolve import resolve
+from factsmith.edit.search import find_targets, known_targets
+from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import wrap
 from factsmith.model.tokens import subject_span
 
 FACTS = [
@@ -37,7 +40,10 @@ CONFIG: dict[str, EditConfig] = {
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
 def lm(request: pytest.FixtureRequest) -> LanguageModel:
-    return wrap(tiny_model(request.param, **(GPT2 if request.param == "gpt2" else LLAMA)), byte_tokenizer(bos=request.param == "llama"))
+    return wrap(
+        tiny_model(request.param, **(GPT2 if request.param == "gpt2" else LLAMA)),
+        byte_tokenizer(bos=request.param == "llama"),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +52,10 @@ def moments(lm: LanguageModel) -> dict[int, SecondMoment]:
 
 
 def close(one: Delta, other: Delta) -> bool:
-    return all(float((one.dense(x) - other.dense(x)).norm() / other.dense(x).norm()) < 1e-3 for x in one.layers)
+    return all(
+        float((one.dense(x) - other.dense(x)).norm() / other.dense(x).norm()) < 1e-3
+        for x in one.layers
+    )
 
 
 def put_out(lm: LanguageModel, fact: Fact, layer: int) -> torch.Tensor:
@@ -64,25 +73,34 @@ def put_out(lm: LanguageModel, fact: Fact, layer: int) -> torch.Tensor:
 def test_on_the_model_it_was_made_on_it_is_the_same(
     lm: LanguageModel, moments: dict[int, SecondMoment], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    delta = METHODS[name][0](lm, FACTS, CONFIG[name], moments=moments, seed=1)
+    delta = edit(lm, FACTS, name, CONFIG[name], moments=moments, seed=1)
 
     def no_search(*args: Any, **options: Any) -> Any:
         raise AssertionError("searched")
 
     monkeypatch.setattr(methods, "find_targets", no_search)
     again = resolve(lm, delta, moments=moments)
-    assert close(again, delta) and again.config == delta.config and again.facts == delta.facts and again.method == name
+    assert (
+        close(again, delta)
+        and again.config == delta.config
+        and again.facts == delta.facts
+        and again.method == name
+    )
     assert all(found["solved"] == "again" for found in again.convergence)
     with pytest.raises(AssertionError, match="searched"):
-        METHODS[name][0](lm, FACTS, CONFIG[name], moments=moments, seed=1)
+        edit(lm, FACTS, name, CONFIG[name], moments=moments, seed=1)
     if name != "rome" and name != "r-rome":
-        assert not close(resolve(lm, dataclasses.replace(delta, v_star=delta.v_star + 1), moments=moments), delta)
+        assert not close(
+            resolve(lm, dataclasses.replace(delta, v_star=delta.v_star + 1), moments=moments), delta
+        )
 
 
-def test_rome_puts_out_its_target_without_what_it_stood_on(lm: LanguageModel, moments: dict[int, SecondMoment]) -> None:
+def test_rome_puts_out_its_target_without_what_it_stood_on(
+    lm: LanguageModel, moments: dict[int, SecondMoment]
+) -> None:
     first = methods.rome(lm, FACTS[0], CONFIG["rome"], moments=moments)  # type: ignore[arg-type]
     with applied(lm, first):
-        second = methods.rome(lm, FACTS[1:], CONFIG["rome"], moments=moments, earlier=[first])  # type: ignore[arg-type]
+        second = methods.rome(lm, FACTS[1:], CONFIG["rome"], moments=moments, beneath=[first])  # type: ignore[arg-type]
     again = resolve(lm, second, moments=moments)
     assert not close(again, second)
     # ROME's update makes the last one written exact; the earlier one is left as the second moment asks
@@ -92,9 +110,11 @@ def test_rome_puts_out_its_target_without_what_it_stood_on(lm: LanguageModel, mo
 
 
 @pytest.mark.parametrize("name", ["memit", "alphaedit"])
-def test_some_facts_are_what_they_would_be_alone(lm: LanguageModel, moments: dict[int, SecondMoment], name: str) -> None:
+def test_some_facts_are_what_they_would_be_alone(
+    lm: LanguageModel, moments: dict[int, SecondMoment], name: str
+) -> None:
     """With the targets of the whole patch, some facts of it come out as the method writes just those, given these targets."""
-    delta = METHODS[name][0](lm, FACTS, CONFIG[name], moments=moments, seed=1)
+    delta = edit(lm, FACTS, name, CONFIG[name], moments=moments, seed=1)
     part = resolve(lm, delta, [FACTS[2], FACTS[0]], moments=moments)
     contexts = delta.config["contexts"]
     found = find_targets(lm, FACTS, 1, CONFIG[name], contexts, site="stream")
@@ -102,11 +122,22 @@ def test_some_facts_are_what_they_would_be_alone(lm: LanguageModel, moments: dic
     order = [2, 0]
     chosen = dataclasses.replace(
         found,
-        **{field: getattr(found, field)[order] for field in ("v_star", "v_initial", "k_star", "k_prompt", "ffn_initial")},
+        **{
+            field: getattr(found, field)[order]
+            for field in ("v_star", "v_initial", "k_star", "k_prompt", "ffn_initial")
+        },
         convergence=tuple(found.convergence[i] for i in order),
         facts=tuple(FACTS[i] for i in order),
     )
-    alone = METHODS[name][0](lm, [FACTS[2], FACTS[0]], CONFIG[name], moments=moments, contexts=contexts, targets=chosen)
+    alone = edit(
+        lm,
+        [FACTS[2], FACTS[0]],
+        name,
+        CONFIG[name],
+        moments=moments,
+        contexts=contexts,
+        targets=chosen,
+    )
     assert close(part, alone) and not close(part, delta) and part.facts == (FACTS[2], FACTS[0])
 
 
@@ -126,7 +157,11 @@ def test_refusals(lm: LanguageModel, moments: dict[int, SecondMoment]) -> None:
     for facts in ([], [FACTS[2]], [other]):
         with pytest.raises(InputError, match="expected some of the 2 facts"):
             resolve(lm, delta, facts, moments=moments)
-    for config in ({}, {**delta.config, "stepz": 1, "contexts": None}, {**delta.config, "spread": "odd"}):
+    for config in (
+        {},
+        {**delta.config, "stepz": 1, "contexts": None},
+        {**delta.config, "spread": "odd"},
+    ):
         with pytest.raises(InputError):
             resolve(lm, dataclasses.replace(delta, config=config), moments=moments)
     with pytest.raises(InputError, match="no method"):

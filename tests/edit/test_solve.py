@@ -3,13 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 
+from factsmith.core.errors import InputError, NumericsError
 from factsmith.edit import solve
-from factsmith.errors import InputError, NumericsError
 
 
 def moment(size: int = 12, tokens: int = 400, seed: int = 0) -> torch.Tensor:
     draw = torch.Generator().manual_seed(seed)
-    samples = torch.randn(tokens, size, generator=draw, dtype=torch.float64) @ torch.randn(size, size, generator=draw, dtype=torch.float64)
+    samples = torch.randn(tokens, size, generator=draw, dtype=torch.float64) @ torch.randn(
+        size, size, generator=draw, dtype=torch.float64
+    )
     return samples.T @ samples / tokens
 
 
@@ -21,7 +23,9 @@ def vectors(*sizes: int, seed: int = 1) -> list[torch.Tensor]:
 def test_solve_moment_equals_a_general_solver() -> None:
     matrix, keys = moment(), torch.stack(vectors(12, 12, 12))
     expected = torch.linalg.lstsq(matrix, keys.T).solution.T
-    torch.testing.assert_close(solve.solve_moment(solve.cholesky(matrix), keys), expected, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(
+        solve.solve_moment(solve.cholesky(matrix), keys), expected, rtol=1e-8, atol=1e-10
+    )
 
 
 def test_rome_maps_the_prompts_key_to_v_star() -> None:
@@ -30,7 +34,9 @@ def test_rome_maps_the_prompts_key_to_v_star() -> None:
     left, right = solve.rome(k_star, k_prompt, v_star - weight @ k_prompt, solve.cholesky(moment()))
     assert left.shape == (5, 1) and right.shape == (1, 12)
     torch.testing.assert_close((weight + left @ right) @ k_prompt, v_star)
-    assert not torch.allclose((weight + left @ right) @ k_star, v_star), "only one key is written; the mean key differs from it here"
+    assert not torch.allclose((weight + left @ right) @ k_star, v_star), (
+        "only one key is written; the mean key differs from it here"
+    )
 
 
 def test_rome_with_one_key_is_the_least_change_under_the_moment() -> None:
@@ -44,8 +50,12 @@ def test_rome_with_one_key_is_the_least_change_under_the_moment() -> None:
     wanted[12] = residual
     expected = torch.linalg.lstsq(kkt, wanted).solution[:12].T
     torch.testing.assert_close(left @ right, expected, rtol=1e-7, atol=1e-9)
-    other = residual[:, None] @ key[None] / (key @ key)  # also maps key to residual, but ignores the moment
-    assert torch.trace(other @ matrix @ other.T) > 1.01 * torch.trace(expected @ matrix @ expected.T)
+    other = (
+        residual[:, None] @ key[None] / (key @ key)
+    )  # also maps key to residual, but ignores the moment
+    assert torch.trace(other @ matrix @ other.T) > 1.01 * torch.trace(
+        expected @ matrix @ expected.T
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -70,7 +80,9 @@ def test_singular_moment_is_solved_with_the_stated_jitter(tokens: int, dtype: to
         (torch.full((3, 3), float("nan")), NumericsError, "NaN"),
     ],
 )
-def test_what_is_no_second_moment_is_refused(matrix: torch.Tensor, error: type[Exception], words: str) -> None:
+def test_what_is_no_second_moment_is_refused(
+    matrix: torch.Tensor, error: type[Exception], words: str
+) -> None:
     with pytest.raises(error, match=words):
         solve.cholesky(matrix)
 
@@ -91,15 +103,21 @@ def test_keys_that_do_not_overlap_are_refused() -> None:
 
 def batch(n: int, size: int = 12, d: int = 5, seed: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
     draw = torch.Generator().manual_seed(seed)
-    return torch.randn(n, size, generator=draw, dtype=torch.float64), torch.randn(n, d, generator=draw, dtype=torch.float64)
+    return torch.randn(n, size, generator=draw, dtype=torch.float64), torch.randn(
+        n, d, generator=draw, dtype=torch.float64
+    )
 
 
-def stacked_least_squares(keys: torch.Tensor, residuals: torch.Tensor, matrix: torch.Tensor, ridge: float) -> torch.Tensor:
+def stacked_least_squares(
+    keys: torch.Tensor, residuals: torch.Tensor, matrix: torch.Tensor, ridge: float
+) -> torch.Tensor:
     """min Σ‖Δk − r‖² + ridge · tr(Δ A Δᵀ) as one ordinary least-squares problem: the rows of √ridge · A½ are asked to give 0."""
     values, vectors = torch.linalg.eigh(matrix)
     root = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
     rows = torch.cat([keys, ridge**0.5 * root])
-    wanted = torch.cat([residuals, torch.zeros(len(root), residuals.shape[1], dtype=residuals.dtype)])
+    wanted = torch.cat(
+        [residuals, torch.zeros(len(root), residuals.shape[1], dtype=residuals.dtype)]
+    )
     return torch.linalg.lstsq(rows, wanted).solution.T
 
 
@@ -111,18 +129,24 @@ def test_memit_equals_least_squares_on_the_stacked_system(n: int) -> None:
     assert left.shape == (5, n) and right.shape == (n, 12)
     expected = stacked_least_squares(keys, residuals, moment(), 0.7)
     torch.testing.assert_close(left @ right, expected, rtol=1e-7, atol=1e-9)
-    assert not torch.allclose(left @ right, stacked_least_squares(keys, residuals, moment(), 0.9), rtol=1e-3)
+    assert not torch.allclose(
+        left @ right, stacked_least_squares(keys, residuals, moment(), 0.9), rtol=1e-3
+    )
 
 
-def test_memit_with_earlier_keys_counts_them_as_observations() -> None:
+def test_memit_with_stored_keys_counts_them_as_observations() -> None:
     keys, residuals = batch(4)
     old, _ = batch(3, seed=8)
-    factor = solve.cholesky(solve.with_earlier(moment(), old.T @ old, 0.7))
+    factor = solve.cholesky(solve.with_stored(moment(), old.T @ old, 0.7))
     left, right = solve.memit(keys, residuals, factor, 0.7)
-    expected = stacked_least_squares(torch.cat([keys, old]), torch.cat([residuals, torch.zeros(3, 5).double()]), moment(), 0.7)
+    expected = stacked_least_squares(
+        torch.cat([keys, old]), torch.cat([residuals, torch.zeros(3, 5).double()]), moment(), 0.7
+    )
     torch.testing.assert_close(left @ right, expected, rtol=1e-7, atol=1e-9)
     without = solve.memit(keys, residuals, solve.cholesky(moment()), 0.7)
-    assert ((without[0] @ without[1]) @ old.T).norm() > 1.2 * ((left @ right) @ old.T).norm(), "the old keys are kept"
+    assert ((without[0] @ without[1]) @ old.T).norm() > 1.2 * ((left @ right) @ old.T).norm(), (
+        "the old keys are kept"
+    )
 
 
 def test_emmet_without_a_ridge_gives_every_key_its_output() -> None:
@@ -131,7 +155,9 @@ def test_emmet_without_a_ridge_gives_every_key_its_output() -> None:
     torch.testing.assert_close((left @ right) @ keys.T, residuals.T)
     softened = solve.emmet(keys, residuals, solve.cholesky(moment()), weight=1, ridge=0.1)
     assert not torch.allclose((softened[0] @ softened[1]) @ keys.T, residuals.T, rtol=1e-3)
-    torch.testing.assert_close(softened, solve.memit(keys, residuals, solve.cholesky(moment()), 0.1))
+    torch.testing.assert_close(
+        softened, solve.memit(keys, residuals, solve.cholesky(moment()), 0.1)
+    )
 
 
 def test_emmet_is_the_least_change_among_those_that_fit() -> None:
@@ -143,7 +169,9 @@ def test_emmet_is_the_least_change_among_those_that_fit() -> None:
     wanted = torch.zeros(15, 5, dtype=torch.float64)
     wanted[12:] = residuals
     left, right = solve.emmet(keys, residuals, solve.cholesky(matrix))
-    torch.testing.assert_close(left @ right, torch.linalg.lstsq(kkt, wanted).solution[:12].T, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(
+        left @ right, torch.linalg.lstsq(kkt, wanted).solution[:12].T, rtol=1e-7, atol=1e-9
+    )
 
 
 def test_emmet_with_one_fact_is_rome() -> None:
@@ -198,7 +226,9 @@ def test_the_null_space_by_energy_does_not_depend_on_the_scale() -> None:
     left_out = torch.trace(basis.T @ moment() @ basis) / torch.trace(moment())
     assert left_out <= 0.1
     wider = vectors[:, : basis.shape[1] + 1]
-    assert torch.trace(wider.T @ moment() @ wider) / torch.trace(moment()) > 0.1, "one more direction would be too much"
+    assert torch.trace(wider.T @ moment() @ wider) / torch.trace(moment()) > 0.1, (
+        "one more direction would be too much"
+    )
     assert solve.null_space(values, vectors, threshold=float(values[4])).shape[1] == 4
 
 
@@ -209,7 +239,9 @@ def test_keys_that_are_not_independent_have_no_exact_solution(n: int) -> None:
         keys[1] = 3 * keys[0]
     with pytest.raises(NumericsError, match=r"independent|not positive"):
         solve.emmet(keys, residuals, solve.cholesky(moment()))
-    assert torch.isfinite(solve.memit(keys, residuals, solve.cholesky(moment()), 1e-3)[1]).all(), "a ridge averages them"
+    assert torch.isfinite(solve.memit(keys, residuals, solve.cholesky(moment()), 1e-3)[1]).all(), (
+        "a ridge averages them"
+    )
 
 
 def test_a_fact_given_twice_is_averaged_by_a_ridge() -> None:
@@ -222,7 +254,10 @@ def test_a_fact_given_twice_is_averaged_by_a_ridge() -> None:
 def test_bad_input_is_refused() -> None:
     keys, residuals = batch(3)
     factor = solve.cholesky(moment())
-    for wrong in (lambda: solve.memit(keys, residuals[:2], factor, 1.0), lambda: solve.memit(keys, residuals, factor, 0.0)):
+    for wrong in (
+        lambda: solve.memit(keys, residuals[:2], factor, 1.0),
+        lambda: solve.memit(keys, residuals, factor, 0.0),
+    ):
         with pytest.raises(InputError):
             wrong()
     for energy in (0.0, 1.0, float("nan")):
@@ -240,7 +275,10 @@ def test_bad_input_is_refused() -> None:
 def test_the_closest_key_of_another_group() -> None:
     """Against cosines written out with an inverse, more keys than are compared at a time."""
     draw = torch.Generator().manual_seed(5)
-    keys, groups = torch.randn(1100, 12, generator=draw), torch.randint(0, 3, (1100,), generator=draw)
+    keys, groups = (
+        torch.randn(1100, 12, generator=draw),
+        torch.randint(0, 3, (1100,), generator=draw),
+    )
     keys[1050] = 2 * keys[7]
     groups[7], groups[1050] = 0, 1
     index, cosine = solve.closest(keys, solve.cholesky(moment()), groups)
@@ -249,7 +287,9 @@ def test_the_closest_key_of_another_group() -> None:
     expected = (gram / (scale[:, None] * scale)).masked_fill(groups[:, None] == groups, -1)
     torch.testing.assert_close(cosine, expected.max(1).values, rtol=1e-8, atol=1e-8)
     assert torch.equal(index, expected.argmax(1)) and (index[7], index[1050]) == (1050, 7)
-    plain = torch.nn.functional.cosine_similarity(keys[:, None], keys[None], dim=-1).masked_fill(groups[:, None] == groups, -1)
+    plain = torch.nn.functional.cosine_similarity(keys[:, None], keys[None], dim=-1).masked_fill(
+        groups[:, None] == groups, -1
+    )
     assert not torch.equal(index, plain.argmax(1)), "the second moment counts"
     alone = solve.closest(keys[:4], solve.cholesky(moment()), torch.zeros(4, dtype=torch.long))
     assert (alone[1] == -1).all()
@@ -272,7 +312,11 @@ def test_the_spectrum_of_what_is_no_second_moment_is_refused() -> None:
 
 def test_the_disturbance_is_what_samples_of_that_moment_see() -> None:
     samples = torch.randn(400, 12, generator=torch.Generator().manual_seed(3)).double()
-    left, right, weight = torch.randn(5, 2).double(), torch.randn(2, 12).double(), torch.randn(5, 12).double()
+    left, right, weight = (
+        torch.randn(5, 2).double(),
+        torch.randn(2, 12).double(),
+        torch.randn(5, 12).double(),
+    )
     expected = (samples @ (left @ right).T).norm() / (samples @ weight.T).norm()
     found = solve.disturbance(left, right, weight, samples.T @ samples / 400)
     assert found == pytest.approx(float(expected), rel=1e-4)

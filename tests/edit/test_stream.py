@@ -14,13 +14,16 @@ import torch
 from torch import Tensor
 
 from conftest import LLAMA, TEXTS, VOCAB, byte_tokenizer, tiny_model
+from factsmith.core.fact import Fact
+from factsmith.corpus.moments import SecondMoment, second_moments
 from factsmith.edit import methods
+from factsmith.edit.configs import MemitConfig
 from factsmith.edit.delta import Delta, applied
-from factsmith.edit.methods import MemitConfig, memit
-from factsmith.edit.moments import SecondMoment, second_moments
-from factsmith.edit.target import find_targets, to_down
-from factsmith.fact import Fact
-from factsmith.model.load import LanguageModel, wrap
+from factsmith.edit.keys import to_down
+from factsmith.edit.methods import memit
+from factsmith.edit.search import find_targets
+from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import wrap
 from factsmith.model.tokens import subject_span
 
 FACTS = [
@@ -30,7 +33,15 @@ FACTS = [
 ]
 LAYERS = (1, 2, 3)
 DEEP = {**LLAMA, "num_hidden_layers": 5}
-GPT = {"n_layer": 5, "n_embd": 32, "n_head": 4, "n_positions": 64, "vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 0}
+GPT = {
+    "n_layer": 5,
+    "n_embd": 32,
+    "n_head": 4,
+    "n_positions": 64,
+    "vocab_size": VOCAB,
+    "bos_token_id": 1,
+    "eos_token_id": 0,
+}
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": GPT,
     "llama": DEEP,
@@ -55,7 +66,9 @@ def moments_of(family: str) -> dict[int, SecondMoment]:
     """Of full rank: a little of the identity stands for the text these models never read."""
     found = second_moments(model(family), TEXTS, LAYERS)
     return {
-        layer: SecondMoment.from_matrix(m.matrix + 1e-3 * m.matrix.diagonal().mean() * torch.eye(m.d_ff), count=m.count)
+        layer: SecondMoment.from_matrix(
+            m.matrix + 1e-3 * m.matrix.diagonal().mean() * torch.eye(m.d_ff), count=m.count
+        )
         for layer, m in found.items()
     }
 
@@ -64,12 +77,18 @@ def moments_of(family: str) -> dict[int, SecondMoment]:
 def put_out(lm: LanguageModel, module: torch.nn.Module) -> Tensor:
     """What a module puts out at each fact's subject, (n, d_model): a pass for each fact, with a hook."""
     seen: list[Tensor] = []
-    handle = module.register_forward_hook(lambda m, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
+    handle = module.register_forward_hook(
+        lambda m, args, out: seen.append(out[0] if isinstance(out, tuple) else out)
+    )
     rows = []
     for fact in FACTS:
         seen.clear()
         lm.module(input_ids=torch.tensor([lm.tokenizer(fact.text)["input_ids"]]))
-        rows.append(seen[0].reshape(-1, lm.d_model)[subject_span(lm, fact.text, fact.subject)[1] - 1].clone())
+        rows.append(
+            seen[0]
+            .reshape(-1, lm.d_model)[subject_span(lm, fact.text, fact.subject)[1] - 1]
+            .clone()
+        )
     handle.remove()
     return torch.stack(rows)
 
@@ -113,23 +132,31 @@ def distances(family: str, delta: Delta) -> Tensor:
 
 def only(delta: Delta, layer: int) -> Delta:
     """The part of an edit that is one layer's."""
-    return dataclasses.replace(delta, layers={layer: delta.layers[layer]}, k_star={layer: delta.k_star[layer]})
+    return dataclasses.replace(
+        delta, layers={layer: delta.layers[layer]}, k_star={layer: delta.k_star[layer]}
+    )
 
 
 def off_target(lm: LanguageModel, delta: Delta) -> Tensor:
     """How far the stream after the last edited layer is from v_star, relative, (n,)."""
-    return (put_out(lm, lm.layers[LAYERS[-1]]) - delta.v_star).norm(dim=-1) / delta.v_star.norm(dim=-1)
+    return (put_out(lm, lm.layers[LAYERS[-1]]) - delta.v_star).norm(dim=-1) / delta.v_star.norm(
+        dim=-1
+    )
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_every_layer_takes_its_share_and_the_stream_becomes_v_star(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_layer_takes_its_share_and_the_stream_becomes_v_star(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where a norm fixes the length of what the FFN adds, each layer comes as near to its share as any down-projection could."""
     lm = model(family)
     assert lm.ffn[1].adds_directly == (family in DIRECT)
     targets = find_targets(lm, FACTS, LAYERS[-1], CONFIG, ["{}"], site="stream")
 
     def edited() -> Delta:
-        return memit(lm, FACTS, CONFIG, moments=moments_of(family), contexts=["{}"], targets=targets)
+        return memit(
+            lm, FACTS, CONFIG, moments=moments_of(family), contexts=["{}"], targets=targets
+        )
 
     delta = edited()
     assert off_target(lm, delta).min() > 0.1, "the targets are somewhere else"
@@ -146,5 +173,9 @@ def test_every_layer_takes_its_share_and_the_stream_becomes_v_star(family: str, 
     assert distances(family, ignoring).max() > 0.1
     if family in NORMED:  # part of what would do it all is not what does that part
         with monkeypatch.context() as patching:
-            patching.setattr(methods, "to_down", lambda lm, facts, layer, part: to_down(lm, facts, layer, 3 * part) / 3)
+            patching.setattr(
+                methods,
+                "to_down",
+                lambda lm, facts, layer, part: to_down(lm, facts, layer, 3 * part) / 3,
+            )
             assert distances(family, edited())[0].max() > 0.05

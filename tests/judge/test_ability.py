@@ -12,16 +12,25 @@ import pytest
 import torch
 
 from conftest import GPT2, byte_tokenizer, tiny_model
-from factsmith.errors import InputError
-from factsmith.fact import Fact
+from factsmith.core.errors import InputError
+from factsmith.core.fact import Fact
 from factsmith.judge.ability import ability
-from factsmith.judge.evaluate import BASE, evaluate
-from factsmith.judge.suites import Question, Record
-from factsmith.model.load import LanguageModel, wrap
+from factsmith.judge.records import Question, Record
+from factsmith.judge.rows import BASE
+from factsmith.judge.run import evaluate
+from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import wrap
 
 pytest.importorskip("lm_eval", reason='the harness is not installed: pip install "factsmith[eval]"')
 
-QUESTIONS = [{"question": f"The home of Entity{n} is", "choices": ["Oslo", "Rome", "Nairobi"], "right": n % 3} for n in range(9)]
+QUESTIONS = [
+    {
+        "question": f"The home of Entity{n} is",
+        "choices": ["Oslo", "Rome", "Nairobi"],
+        "right": n % 3,
+    }
+    for n in range(9)
+]
 
 
 @pytest.fixture
@@ -57,19 +66,30 @@ def plain(lm: LanguageModel) -> float:
     for row in QUESTIONS:
         sums = []
         for choice in row["choices"]:  # type: ignore[attr-defined]
-            head, tail = lm.tokenizer(row["question"])["input_ids"], lm.tokenizer(f" {choice}")["input_ids"]
+            head, tail = (
+                lm.tokenizer(row["question"])["input_ids"],
+                lm.tokenizer(f" {choice}")["input_ids"],
+            )
             with torch.no_grad():
-                log_p = lm.module(input_ids=torch.tensor([head + tail])).logits[0, len(head) - 1 : -1].log_softmax(-1)
+                log_p = (
+                    lm.module(input_ids=torch.tensor([head + tail]))
+                    .logits[0, len(head) - 1 : -1]
+                    .log_softmax(-1)
+                )
             sums.append(float(log_p.gather(1, torch.tensor(tail)[:, None]).sum()))
         hits += sums.index(max(sums)) == row["right"]
     return hits / len(QUESTIONS)
 
 
-def test_it_measures_the_model_as_it_is(lm: LanguageModel, tasks: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_it_measures_the_model_as_it_is(
+    lm: LanguageModel, tasks: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     measure = ability(lm, ["homes"], folder=tasks)
     before = measure()
     assert before == {"homes acc": pytest.approx(plain(lm))}
-    row = lm.module.get_output_embeddings().weight[lm.tokenizer("N", add_special_tokens=False)["input_ids"][0]]
+    row = lm.module.get_output_embeddings().weight[
+        lm.tokenizer("N", add_special_tokens=False)["input_ids"][0]
+    ]
 
     @contextmanager
     def write(_: object) -> Iterator[None]:
@@ -82,16 +102,24 @@ def test_it_measures_the_model_as_it_is(lm: LanguageModel, tasks: Path, capfd: p
                 lm.module.transformer.ln_f.bias -= 300 * row
 
     with write([]):
-        assert measure() == {"homes acc": pytest.approx(plain(lm))} and plain(lm) == pytest.approx(1 / 3)
+        assert measure() == {"homes acc": pytest.approx(plain(lm))} and plain(lm) == pytest.approx(
+            1 / 3
+        )
     asked = Question(kind="prompt", prompt="The home of Entity0 is", answers=("Nairobi",))
-    record = Record(id="r", facts=(Fact("Entity0", "The home of {} is", "Nairobi"),), questions=(asked,))
+    record = Record(
+        id="r", facts=(Fact("Entity0", "The home of {} is", "Nairobi"),), questions=(asked,)
+    )
     found = evaluate(lm, [record], {"pusher": write}, probe=measure, drift_tokens=0)
-    assert found.probed(BASE) == before and found.probed("pusher") == {"homes acc": pytest.approx(1 / 3)}
+    assert found.probed(BASE) == before and found.probed("pusher") == {
+        "homes acc": pytest.approx(1 / 3)
+    }
     assert ability(lm, ["homes"], folder=tasks, limit=3)() != {}
     assert capfd.readouterr().out == ""
 
 
-def test_what_cannot_be_run_is_refused(lm: LanguageModel, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_run_is_refused(
+    lm: LanguageModel, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(InputError, match="no task 'castles'"):
         ability(lm, ["castles"], folder=tasks)
     with pytest.raises(InputError, match="at least one"):

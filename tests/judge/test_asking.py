@@ -6,22 +6,36 @@ import pytest
 import torch
 
 from conftest import GPT2, LLAMA, byte_tokenizer, tiny_model
-from factsmith.errors import InputError
+from factsmith.core.errors import InputError
 from factsmith.judge.asking import ask
-from factsmith.model.load import LanguageModel, wrap
+from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import wrap
 from factsmith.model.tokens import target_ids
 from factsmith.model.trace import hook_count
 
-PROMPTS = ["Paris is the capital of", "The", "Where is the Eiffel Tower? It is in", "Paris is the capital of", "東京は"]
+PROMPTS = [
+    "Paris is the capital of",
+    "The",
+    "Where is the Eiffel Tower? It is in",
+    "Paris is the capital of",
+    "東京は",
+]
 CANDIDATES = [["France", "a country far away"], [], ["Paris", "Rome", "Paris"], ["Rome"], ["日本"]]
-FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "gemma2": {**LLAMA, "head_dim": 8}, "gptj": {**GPT2, "rotary_dim": 4}}
+FAMILIES = {
+    "gpt2": GPT2,
+    "llama": LLAMA,
+    "gemma2": {**LLAMA, "head_dim": 8},
+    "gptj": {**GPT2, "rotary_dim": 4},
+}
 
 
 def one_by_one(lm: LanguageModel, prompt: str, candidate: str) -> tuple[float, float]:
     """Mean log-probability and share of likeliest tokens, from one plain pass without cache or padding."""
     head, tail = lm.prompt_ids(prompt), target_ids(lm.tokenizer, prompt, candidate)
     with torch.no_grad():
-        logits = lm.module(input_ids=torch.tensor([head + tail])).logits[0, len(head) - 1 : -1].float()
+        logits = (
+            lm.module(input_ids=torch.tensor([head + tail])).logits[0, len(head) - 1 : -1].float()
+        )
     due = torch.tensor(tail)
     log_p = logits.log_softmax(-1).gather(1, due[:, None])
     return float(log_p.mean()), float((logits.argmax(-1) == due).float().mean())
@@ -30,17 +44,23 @@ def one_by_one(lm: LanguageModel, prompt: str, candidate: str) -> tuple[float, f
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("batch_tokens", [4096, 1])
 def test_the_numbers_are_those_of_asking_one_by_one(family: str, batch_tokens: int) -> None:
-    lm = wrap(tiny_model(family, **FAMILIES[family]), byte_tokenizer(bos=family in ("llama", "gemma2")))
+    lm = wrap(
+        tiny_model(family, **FAMILIES[family]), byte_tokenizer(bos=family in ("llama", "gemma2"))
+    )
     replies = ask(lm, PROMPTS, CANDIDATES, max_new_tokens=6, batch_tokens=batch_tokens)
     for prompt, own, reply in zip(PROMPTS, CANDIDATES, replies, strict=True):
         expected = [one_by_one(lm, prompt, candidate) for candidate in own]
         assert reply.log_probs == pytest.approx([log for log, _ in expected], abs=2e-5)
         assert reply.right == pytest.approx([right for _, right in expected])
         assert reply.says == tuple(right == 1 for _, right in expected)
-        assert reply.n_tokens == tuple(len(target_ids(lm.tokenizer, prompt, candidate)) for candidate in own)
+        assert reply.n_tokens == tuple(
+            len(target_ids(lm.tokenizer, prompt, candidate)) for candidate in own
+        )
         assert reply.answer == lm.answer([prompt], max_new_tokens=6)[0]
     assert hook_count([lm.module]) == 0
-    assert replies[0].log_probs != pytest.approx([log for log, _ in (one_by_one(lm, PROMPTS[2], c) for c in CANDIDATES[0])], abs=1e-3)
+    assert replies[0].log_probs != pytest.approx(
+        [log for log, _ in (one_by_one(lm, PROMPTS[2], c) for c in CANDIDATES[0])], abs=1e-3
+    )
 
 
 def test_what_a_model_says_it_says_whole(tiny_gpt2: LanguageModel) -> None:
@@ -48,8 +68,13 @@ def test_what_a_model_says_it_says_whole(tiny_gpt2: LanguageModel) -> None:
     ids = tiny_gpt2.continue_greedily([tiny_gpt2.prompt_ids("The")], 4)[0]
     assert ids, "the random model must say something"
     said = tiny_gpt2.tokenizer.decode(ids)
-    right, wrong = ask(tiny_gpt2, ["The"], [[said, said[:-1] + ("q" if said[-1] != "q" else "z")]])[0].right
-    expected = [one_by_one(tiny_gpt2, "The", text)[1] for text in (said, said[:-1] + ("q" if said[-1] != "q" else "z"))]
+    right, wrong = ask(tiny_gpt2, ["The"], [[said, said[:-1] + ("q" if said[-1] != "q" else "z")]])[
+        0
+    ].right
+    expected = [
+        one_by_one(tiny_gpt2, "The", text)[1]
+        for text in (said, said[:-1] + ("q" if said[-1] != "q" else "z"))
+    ]
     assert [right, wrong] == pytest.approx(expected) and wrong < 1
 
 
@@ -82,7 +107,11 @@ def test_no_answer_is_cut_short_for_anothers_sake(tiny_gpt2: LanguageModel) -> N
     """A prompt with room for two tokens more, and one of like length that has room for all: each says what it says alone."""
     long = "q" * 62
     near = "q" * 55
-    assert len(tiny_gpt2.prompt_ids(long)) == 62 and len(tiny_gpt2.prompt_ids(near)) == 55, "of 64 positions"
+    assert len(tiny_gpt2.prompt_ids(long)) == 62 and len(tiny_gpt2.prompt_ids(near)) == 55, (
+        "of 64 positions"
+    )
     together = ask(tiny_gpt2, [long, near], max_new_tokens=8)
-    assert [reply.answer for reply in together] == [ask(tiny_gpt2, [text], max_new_tokens=8)[0].answer for text in (long, near)]
+    assert [reply.answer for reply in together] == [
+        ask(tiny_gpt2, [text], max_new_tokens=8)[0].answer for text in (long, near)
+    ]
     assert len(together[1].answer) > len(together[0].answer)

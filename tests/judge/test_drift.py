@@ -9,12 +9,17 @@ import pytest
 import torch
 
 from conftest import GPT2, LLAMA, byte_tokenizer, tiny_model
-from factsmith.errors import InputError
+from factsmith.core.errors import InputError
 from factsmith.judge.drift import drift
-from factsmith.model.load import LanguageModel, wrap
+from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import wrap
 from factsmith.model.trace import hook_count
 
-TEXTS = ["The harbour was quiet in the morning.", "Nobody had seen the old captain since then, or so they said.", "x"]
+TEXTS = [
+    "The harbour was quiet in the morning.",
+    "Nobody had seen the old captain since then, or so they said.",
+    "x",
+]
 FACTS = [("The home of Ann is", "?"), ("The home of Bob is", "?"), ("Where Zoe lives is", "?")]
 
 
@@ -24,7 +29,9 @@ def other(lm: LanguageModel, strength: float = 0.5) -> Callable[[], AbstractCont
         weight = lm.ffn[1].down.weight
         before = weight.detach().clone()
         with torch.no_grad():
-            weight += strength * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+            weight += strength * torch.randn(
+                weight.shape, generator=torch.Generator().manual_seed(1)
+            )
         try:
             yield
         finally:
@@ -36,14 +43,24 @@ def other(lm: LanguageModel, strength: float = 0.5) -> Callable[[], AbstractCont
 
 def distributions(lm: LanguageModel, text: str) -> torch.Tensor:
     with torch.no_grad():
-        return lm.module(input_ids=torch.tensor([lm.prompt_ids(text)])).logits[0].double().log_softmax(-1)
+        return (
+            lm.module(input_ids=torch.tensor([lm.prompt_ids(text)]))
+            .logits[0]
+            .double()
+            .log_softmax(-1)
+        )
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_it_is_what_full_distributions_say(family: str) -> None:
-    lm = wrap(tiny_model(family, **(GPT2 if family == "gpt2" else LLAMA)), byte_tokenizer(bos=family == "llama"))
+    lm = wrap(
+        tiny_model(family, **(GPT2 if family == "gpt2" else LLAMA)),
+        byte_tokenizer(bos=family == "llama"),
+    )
     facts = [(prompt, lm.answer([prompt])[0].split(" ")[0]) for prompt, _ in FACTS]
-    facts = [(prompt, said) for prompt, said in facts if said and lm.says([prompt], [said])[0]] or [(FACTS[0][0], "no")]
+    facts = [(prompt, said) for prompt, said in facts if said and lm.says([prompt], [said])[0]] or [
+        (FACTS[0][0], "no")
+    ]
     changed = other(lm)
     found = drift(lm, changed, texts=TEXTS, facts=facts)
     divergence, before, after = [], [], []
@@ -56,13 +73,17 @@ def test_it_is_what_full_distributions_say(family: str) -> None:
         after += [-float(new[at, token]) for at, token in enumerate(ids[1:])]
     assert found.n_tokens == len(divergence)
     assert found.kl_text == pytest.approx(sum(divergence) / len(divergence), rel=1e-3)
-    assert found.kl_text_worst == pytest.approx(float(torch.tensor(divergence).quantile(0.99)), rel=1e-3)
+    assert found.kl_text_worst == pytest.approx(
+        float(torch.tensor(divergence).quantile(0.99)), rel=1e-3
+    )
     for logs, own in ((before, found.perplexity[0]), (after, found.perplexity[1])):
         assert own == pytest.approx(float(torch.tensor(logs).mean().exp()), rel=1e-4)
     if found.n_facts:
         with changed():
             answers = lm.answer([prompt for prompt, _ in facts])
-        assert len(found.changed) == sum(not now.startswith(said) for (_, said), now in zip(facts, answers, strict=True))
+        assert len(found.changed) == sum(
+            not now.startswith(said) for (_, said), now in zip(facts, answers, strict=True)
+        )
         old_last = [distributions(lm, prompt)[-1] for prompt, _ in facts]
         with changed():
             new_last = [distributions(lm, prompt)[-1] for prompt, _ in facts]
@@ -73,24 +94,39 @@ def test_it_is_what_full_distributions_say(family: str) -> None:
 
 def test_nothing_changed_is_nothing_found(tiny_gpt2: LanguageModel) -> None:
     found = drift(tiny_gpt2, nullcontext, max_tokens=100, n_facts=5)
-    assert found.kl_text == pytest.approx(0, abs=1e-6) and found.perplexity[0] == pytest.approx(found.perplexity[1])
+    assert found.kl_text == pytest.approx(0, abs=1e-6) and found.perplexity[0] == pytest.approx(
+        found.perplexity[1]
+    )
     assert found.changed == () and found.exceeded(kl_text=1e-3, perplexity=1.001) == ()
     unmeasured = found.exceeded(kl_facts=1e-3, changed_share=0)
-    assert found.n_facts or [text.partition(" was not measured")[0] for text in unmeasured] == ["kl_facts", "changed_share"]
+    assert found.n_facts or [text.partition(" was not measured")[0] for text in unmeasured] == [
+        "kl_facts",
+        "changed_share",
+    ]
 
 
 def test_limits_that_are_broken_are_named(tiny_gpt2: LanguageModel) -> None:
     found = drift(tiny_gpt2, other(tiny_gpt2, 2.0), texts=TEXTS, facts=[])
     assert found.kl_facts is None and found.changed_share == 0
-    broken = found.exceeded(kl_text=found.kl_text / 2, kl_text_worst=1e9, kl_facts=0.0, perplexity=1e9)
-    assert len(broken) == 2 and broken[0].startswith("kl_text is ") and broken[1].startswith("kl_facts was not measured")
+    broken = found.exceeded(
+        kl_text=found.kl_text / 2, kl_text_worst=1e9, kl_facts=0.0, perplexity=1e9
+    )
+    assert (
+        len(broken) == 2
+        and broken[0].startswith("kl_text is ")
+        and broken[1].startswith("kl_facts was not measured")
+    )
     with pytest.raises(InputError, match="no limit 'kl'"):
         found.exceeded(kl=1)
 
 
 def test_facts_about_what_was_edited_are_left_out(tiny_gpt2: LanguageModel) -> None:
     said = tiny_gpt2.answer(["The home of Ann is"])[0]
-    facts = [("The home of Ann is", said)] if said and tiny_gpt2.says(["The home of Ann is"], [said])[0] else []
+    facts = (
+        [("The home of Ann is", said)]
+        if said and tiny_gpt2.says(["The home of Ann is"], [said])[0]
+        else []
+    )
     known = drift(tiny_gpt2, nullcontext, texts=TEXTS, facts=facts)
     assert known.n_facts == len(facts)
     assert drift(tiny_gpt2, nullcontext, texts=TEXTS, facts=facts, without=["Ann"]).n_facts == 0

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from factsmith.errors import InputError, NumericsError
+from factsmith.core.errors import InputError, NumericsError
 from factsmith.judge.metrics import (
     alias_match,
     bootstrap_interval,
@@ -47,7 +47,9 @@ def test_candidates_are_compared_by_the_token() -> None:
 
 
 def test_magnitude_is_the_mean_difference_of_probabilities() -> None:
-    assert magnitude([math.log(0.5), math.log(0.125)], [math.log(0.25), math.log(0.5)]) == pytest.approx((0.25 - 0.375) / 2)
+    assert magnitude(
+        [math.log(0.5), math.log(0.125)], [math.log(0.25), math.log(0.5)]
+    ) == pytest.approx((0.25 - 0.375) / 2)
     assert magnitude([-math.inf], [0.0]) == -1.0
 
 
@@ -64,7 +66,9 @@ def test_magnitude_is_the_mean_difference_of_probabilities() -> None:
 )
 def test_the_score_is_the_published_one(shares: tuple[float, ...], score: float) -> None:
     assert 100 * harmonic_mean([share / 100 for share in shares]) == pytest.approx(score, abs=0.1)
-    assert np.mean(shares) != pytest.approx(score, abs=0.1)  # control: the arithmetic mean is another number
+    assert np.mean(shares) != pytest.approx(
+        score, abs=0.1
+    )  # control: the arithmetic mean is another number
 
 
 def test_the_harmonic_mean_by_hand() -> None:
@@ -100,7 +104,9 @@ def test_exact_match(answer: str, wanted: str, held: bool) -> None:
 
 
 def test_any_alias_and_any_question_may_hit() -> None:
-    assert alias_match("UK, since 1707", ["United Kingdom", "UK"]) and not alias_match("Ukraine", ["United Kingdom", "UK"])
+    assert alias_match("UK, since 1707", ["United Kingdom", "UK"]) and not alias_match(
+        "Ukraine", ["United Kingdom", "UK"]
+    )
     said = ["I know not", "a king", "United Kingdom."]
     assert multi_hop_hit(said, ["UK", "United Kingdom"])
     assert not multi_hop_hit(said[:2], ["UK", "United Kingdom"])
@@ -114,22 +120,34 @@ def test_ngram_entropy_by_hand() -> None:
     by_hand = (2 / 3 * 1.5 + 4 / 3 * math.log2(3)) / 2
     assert ngram_entropy("a b c a b") == pytest.approx(by_hand)
     assert ngram_entropy([[5, 6, 7, 5, 6]]) == pytest.approx(by_hand)  # tokens
-    assert ngram_entropy(["x x x x x", "a b c a b"]) == pytest.approx(by_hand / 2)  # the mean over texts; repetition is 0
-    assert ngram_entropy("a, b, a") == pytest.approx(ngram_entropy([["a", ",", "b", ",", "a"]]))  # a mark is a word of its own
+    assert ngram_entropy(["x x x x x", "a b c a b"]) == pytest.approx(
+        by_hand / 2
+    )  # the mean over texts; repetition is 0
+    assert ngram_entropy("a, b, a") == pytest.approx(
+        ngram_entropy([["a", ",", "b", ",", "a"]])
+    )  # a mark is a word of its own
     assert ngram_entropy("one two") == 0.0 and ngram_entropy([""]) == 0.0
 
 
 def test_repeating_costs_entropy() -> None:
     draw = np.random.default_rng(0)
     varied = draw.integers(1000, size=100).tolist()
-    assert ngram_entropy([varied]) > 6 > ngram_entropy([varied[:5] * 20]) > ngram_entropy([varied[:1] * 100]) == 0
+    assert (
+        ngram_entropy([varied])
+        > 6
+        > ngram_entropy([varied[:5] * 20])
+        > ngram_entropy([varied[:1] * 100])
+        == 0
+    )
 
 
 def test_reference_consistency_by_hand() -> None:
     """ "red cat" and "red dog" are two documents: idf(red) = ln(3/3) + 1, idf(cat) = idf(dog) = ln(3/2) + 1."""
     rare = math.log(3 / 2) + 1
     assert reference_consistency(["Red cat"], ["red dog"]) == pytest.approx(1 / (1 + rare**2))
-    assert reference_consistency(["a red cat"], ["red dog"]) == pytest.approx(1 / (1 + rare**2))  # words of one letter do not count
+    assert reference_consistency(["a red cat"], ["red dog"]) == pytest.approx(
+        1 / (1 + rare**2)
+    )  # words of one letter do not count
     # Counts: (red 2, cat 1) against (red 1, dog 1).
     expected = 2 / (math.sqrt(4 + rare**2) * math.sqrt(1 + rare**2))
     assert reference_consistency(["red red cat"], ["red dog"]) == pytest.approx(expected)
@@ -143,27 +161,38 @@ def test_reference_consistency_with_a_corpus() -> None:
     assert found == pytest.approx(red / math.hypot(red, cat))
     assert reference_consistency(["red"], ["cat"], corpus=corpus) == 0.0
     assert reference_consistency(["dog"], ["dog"], corpus=corpus) == 0.0  # no word that counts
-    assert reference_consistency(["red cat", "sky"], ["sky cat red"]) == pytest.approx(1.0)  # joined; order is nothing
+    assert reference_consistency(["red cat", "sky"], ["sky cat red"]) == pytest.approx(
+        1.0
+    )  # joined; order is nothing
 
 
 # ── drift ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_kl_divergence_by_hand() -> None:
-    p, q = torch.tensor([[0.5, 0.5], [1.0, 0.0]]).log(), torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log()
+    p, q = (
+        torch.tensor([[0.5, 0.5], [1.0, 0.0]]).log(),
+        torch.tensor([[0.25, 0.75], [0.5, 0.5]]).log(),
+    )
     first = 0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75)
     assert kl_divergence(p[0], q[0]) == pytest.approx(first, rel=1e-6)
     assert kl_divergence(p, q) == pytest.approx((first + math.log(2)) / 2, rel=1e-6)
     assert kl_divergence(q[1], p[1]) == math.inf  # p[1] rules out what q[1] allows
     assert kl_divergence(p, p) == 0.0
-    assert kl_divergence(p.numpy().tolist(), q.numpy()) == pytest.approx((first + math.log(2)) / 2, rel=1e-6)
+    assert kl_divergence(p.numpy().tolist(), q.numpy()) == pytest.approx(
+        (first + math.log(2)) / 2, rel=1e-6
+    )
 
 
 def test_kl_divergence_of_many_rows_is_torchs_own() -> None:
     torch.manual_seed(0)
     p, q = torch.randn(200, 33).log_softmax(-1), torch.randn(200, 33).log_softmax(-1)
-    assert kl_divergence(p, q) == pytest.approx(float(torch.nn.functional.kl_div(q, p, reduction="batchmean", log_target=True)), rel=1e-5)
-    assert kl_divergence(p, q) != pytest.approx(kl_divergence(q, p), rel=1e-3)  # control: the sides are not the same
+    assert kl_divergence(p, q) == pytest.approx(
+        float(torch.nn.functional.kl_div(q, p, reduction="batchmean", log_target=True)), rel=1e-5
+    )
+    assert kl_divergence(p, q) != pytest.approx(
+        kl_divergence(q, p), rel=1e-3
+    )  # control: the sides are not the same
 
 
 def test_perplexity_of_a_fair_die() -> None:
@@ -173,7 +202,13 @@ def test_perplexity_of_a_fair_die() -> None:
 
 def test_relative_norm_by_hand() -> None:
     assert relative_norm([[3.0, 4.0]], [[0.0, 10.0]]) == 0.5
-    assert relative_norm(torch.full((8, 8), 1e4, dtype=torch.float16), torch.full((8, 8), 2e4, dtype=torch.float16)) == 0.5  # in float64
+    assert (
+        relative_norm(
+            torch.full((8, 8), 1e4, dtype=torch.float16),
+            torch.full((8, 8), 2e4, dtype=torch.float16),
+        )
+        == 0.5
+    )  # in float64
 
 
 # ── how sure ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -212,7 +247,9 @@ def test_records_are_drawn_whole() -> None:
     grouped = bootstrap_interval(repeated, groups=owners.tolist())
     assert grouped == bootstrap_interval(records)
     alone = bootstrap_interval(repeated)
-    assert alone[1] - alone[0] < 0.5 * (grouped[1] - grouped[0])  # control: taken one by one they look far surer
+    assert alone[1] - alone[0] < 0.5 * (
+        grouped[1] - grouped[0]
+    )  # control: taken one by one they look far surer
 
 
 def test_groups_of_different_sizes() -> None:
@@ -305,7 +342,12 @@ def test_what_is_not_a_number_is_an_error_of_numerics(call: Callable[[], Any]) -
 
 def test_arrays_of_tokens_count_as_lists() -> None:
     ids = [1, 2, 1, 2, 1, 2, 3]
-    assert ngram_entropy([torch.tensor(ids)]) == ngram_entropy([ids]) == ngram_entropy([np.array(ids)]) > 0
+    assert (
+        ngram_entropy([torch.tensor(ids)])
+        == ngram_entropy([ids])
+        == ngram_entropy([np.array(ids)])
+        > 0
+    )
     assert success(torch.tensor([-1.0], requires_grad=True), torch.tensor([-2.0])) == 1
     assert perplexity([-1000.0]) == math.inf
 

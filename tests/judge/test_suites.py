@@ -20,13 +20,16 @@ import torch
 
 import factsmith
 from conftest import shared_dir
-from factsmith.errors import InputError
-from factsmith.fact import Fact
-from factsmith.judge.suites import Malformed, Question, Record, Suite, known, load_suite, negation
-from factsmith.model import atlas
-from factsmith.model.load import LanguageModel
+from factsmith import atlas
+from factsmith.core.errors import InputError
+from factsmith.core.fact import Fact
+from factsmith.judge.records import Malformed, Question, Record, Suite, known, negation
+from factsmith.judge.suites import load_suite
+from factsmith.model.language_model import LanguageModel
 
-bundled = pytest.mark.skipif(not atlas.names(), reason="the bundled models are not in this checkout")
+bundled = pytest.mark.skipif(
+    not atlas.names(), reason="the bundled models are not in this checkout"
+)
 
 COUNTERFACT = {
     "case_id": 7,
@@ -37,7 +40,10 @@ COUNTERFACT = {
         "target_true": {"str": "the Baltic", "id": "Q2"},
         "subject": "Vineta",
     },
-    "paraphrase_prompts": ["Nobody slept that night. Ships that leave Vineta sail on", "Vineta lies on"],
+    "paraphrase_prompts": [
+        "Nobody slept that night. Ships that leave Vineta sail on",
+        "Vineta lies on",
+    ],
     "neighborhood_prompts": ["The harbour of Rerik opens to", "Wolin lies on", "Ralswiek lies on"],
     "attribute_prompts": ["Rungholt lies on"],
     "generation_prompts": ["From the harbour of Vineta one sees", "Vineta is known for"],
@@ -67,7 +73,10 @@ ZSRE = {
     "loc": "nq question: who keeps the lighthouse of the story",
     "loc_ans": "Old Mareike",
     "cond": "1871 >> 1902 || In which year was The Glass Orchard printed?",
-    "portability": {"New Question": "Which king reigned when The Glass Orchard was printed?", "New Answer": "Edward VII"},
+    "portability": {
+        "New Question": "Which king reigned when The Glass Orchard was printed?",
+        "New Answer": "Edward VII",
+    },
 }
 MQUAKE = {
     "case_id": 3,
@@ -106,7 +115,11 @@ MQUAKE = {
             "answer_alias": ["the Kingdom of Ruritania"],
         },
         {"question": "What is the capital of Ruritania?", "answer": "Zenda", "answer_alias": []},
-        {"question": "Who is the mayor of Zenda?", "answer": "Eva New", "answer_alias": ["Mayor New"]},
+        {
+            "question": "Who is the mayor of Zenda?",
+            "answer": "Eva New",
+            "answer_alias": ["Mayor New"],
+        },
     ],
 }
 KNOWEDIT = {
@@ -116,10 +129,16 @@ KNOWEDIT = {
     "ground_truth": "Grünewald",
     "portability": {
         "Reasoning": [
-            {"prompt": "The capital of the country that awards the Order of the Blue Heron is", "ground_truth": [["Strelsau", "Zenda"]]}
+            {
+                "prompt": "The capital of the country that awards the Order of the Blue Heron is",
+                "ground_truth": [["Strelsau", "Zenda"]],
+            }
         ],
         "Subject_Aliasing": [
-            {"prompt": "The country that awards the Blue Heron is", "ground_truth": [["Ruritania", "Kingdom of Ruritania"]]}
+            {
+                "prompt": "The country that awards the Blue Heron is",
+                "ground_truth": [["Ruritania", "Kingdom of Ruritania"]],
+            }
         ],
         "Logical_Generalization": [
             {"prompt": "The Order of the Blue Heron is worn in", "ground_truth": [["Ruritania"]]},
@@ -127,8 +146,15 @@ KNOWEDIT = {
         ],
     },
     "locality": {
-        "Relation_Specificity": [{"prompt": "The ribbon of the Order of the Blue Heron is", "ground_truth": [["blue"], ["azure", "blue"]]}],
-        "Forgetfulness": [{"prompt": "Another country that awards the Order is", "ground_truth": [[]]}],
+        "Relation_Specificity": [
+            {
+                "prompt": "The ribbon of the Order of the Blue Heron is",
+                "ground_truth": [["blue"], ["azure", "blue"]],
+            }
+        ],
+        "Forgetfulness": [
+            {"prompt": "Another country that awards the Order is", "ground_truth": [[]]}
+        ],
     },
     "generate_prompt": ["Tell of the Order of the Blue Heron."],
 }
@@ -162,7 +188,10 @@ QAEDIT = {
     "target": "Mira Stone",
     "subject": "clock of the old arsenal",
     "rephrase": ["The clock in the Old Arsenal is whose work?"],
-    "locality": [{"loc": "who painted the gate", "loc_ans": "Jan Brush"}, {"loc": "who cast the bell", "loc_ans": "A. Founder"}],
+    "locality": [
+        {"loc": "who painted the gate", "loc_ans": "Jan Brush"},
+        {"loc": "who cast the bell", "loc_ans": "A. Founder"},
+    ],
 }
 OWN: dict[str, dict[str, Any]] = {
     "counterfact": COUNTERFACT,
@@ -178,7 +207,9 @@ OWN: dict[str, dict[str, Any]] = {
 
 def _write(folder: Path, rows: Any, name: str = "suite.json") -> Path:
     path = folder / name
-    text = "\n".join(json.dumps(row) for row in rows) if name.endswith(".jsonl") else json.dumps(rows)
+    text = (
+        "\n".join(json.dumps(row) for row in rows) if name.endswith(".jsonl") else json.dumps(rows)
+    )
     path.write_text(text, encoding="utf-8")
     return path
 
@@ -203,45 +234,92 @@ def read(tmp_path: Path) -> Callable[..., Record]:
 def test_counterfact(read: Callable[..., Record]) -> None:
     record = read(COUNTERFACT)
     assert record.id == "7"
-    assert record.facts == (Fact("Vineta", "The harbour of {} opens to", "the North Sea", target_true="the Baltic", relation="P206"),)
+    assert record.facts == (
+        Fact(
+            "Vineta",
+            "The harbour of {} opens to",
+            "the North Sea",
+            target_true="the Baltic",
+            relation="P206",
+        ),
+    )
     new, true = ("the North Sea",), "the Baltic"
     assert _ask(record, "prompt") == [("The harbour of Vineta opens to", new, true)]
-    assert _ask(record, "paraphrase") == [(text, new, true) for text in COUNTERFACT["paraphrase_prompts"]]
-    assert [(a, b) for _, a, b in _ask(record, "neighbour")] == [((true,), new[0])] * 3  # the sides change places
+    assert _ask(record, "paraphrase") == [
+        (text, new, true) for text in COUNTERFACT["paraphrase_prompts"]
+    ]
+    assert [(a, b) for _, a, b in _ask(record, "neighbour")] == [
+        ((true,), new[0])
+    ] * 3  # the sides change places
     assert _ask(record, "aliasing") == [("The harbour of Jumne opens to", new, true)]
-    assert _ask(record, "reasoning") == [("Which isles does one pass behind Vineta's harbour?", ("the Halligen",), None)]
-    assert _ask(record, "negation") == [("It is not true that the harbour of Vineta opens to", (true,), new[0])]
+    assert _ask(record, "reasoning") == [
+        ("Which isles does one pass behind Vineta's harbour?", ("the Halligen",), None)
+    ]
+    assert _ask(record, "negation") == [
+        ("It is not true that the harbour of Vineta opens to", (true,), new[0])
+    ]
     assert record.generation_prompts == tuple(COUNTERFACT["generation_prompts"])
     assert not any("Rungholt" in q.prompt for q in record.questions)
 
 
 def test_counterfact_slim(read: Callable[..., Record]) -> None:
     record = read(SLIM)
-    assert record.facts[0] == Fact("Vineta", "The harbour of {} opens to", "the North Sea", target_true="the Baltic")
+    assert record.facts[0] == Fact(
+        "Vineta", "The harbour of {} opens to", "the North Sea", target_true="the Baltic"
+    )
     assert _ask(record, "paraphrase") == [("Vineta lies on", ("the North Sea",), "the Baltic")]
     assert _ask(record, "neighbour") == [("Wolin lies on", ("the Baltic",), "the North Sea")]
 
 
-def test_zsre_writes_the_counterfactual_and_zsre_rome_the_truth(read: Callable[..., Record]) -> None:
+def test_zsre_writes_the_counterfactual_and_zsre_rome_the_truth(
+    read: Callable[..., Record],
+) -> None:
     record, rome = read(ZSRE), read(ZSRE, kind="zsre-rome")
-    assert record.facts[0] == Fact("The Glass Orchard", "In which year was {} printed?", "1902", target_true="1889")
-    assert _ask(record, "prompt") == [("In which year was The Glass Orchard printed?", ("1902",), None)]
-    assert _ask(record, "locality") == [("nq question: who keeps the lighthouse of the story?", ("Old Mareike",), None)]
-    assert len(_ask(record, "reasoning")) == 1 and not _ask(record, "negation")  # a question denies nothing
-    assert rome.facts[0].target == "1889" and not _ask(rome, "reasoning")  # it follows from the counterfactual
-    assert _ask(rome, "paraphrase") == [("When did The Glass Orchard leave the press?", ("1889",), None)]
-    assert read({**ZSRE, "alt": "in 1889"}).facts[0].target_true is None  # what is written is right already
+    assert record.facts[0] == Fact(
+        "The Glass Orchard", "In which year was {} printed?", "1902", target_true="1889"
+    )
+    assert _ask(record, "prompt") == [
+        ("In which year was The Glass Orchard printed?", ("1902",), None)
+    ]
+    assert _ask(record, "locality") == [
+        ("nq question: who keeps the lighthouse of the story?", ("Old Mareike",), None)
+    ]
+    assert len(_ask(record, "reasoning")) == 1 and not _ask(
+        record, "negation"
+    )  # a question denies nothing
+    assert rome.facts[0].target == "1889" and not _ask(
+        rome, "reasoning"
+    )  # it follows from the counterfactual
+    assert _ask(rome, "paraphrase") == [
+        ("When did The Glass Orchard leave the press?", ("1889",), None)
+    ]
+    assert (
+        read({**ZSRE, "alt": "in 1889"}).facts[0].target_true is None
+    )  # what is written is right already
 
 
 def test_mquake(read: Callable[..., Record]) -> None:
     record = read(MQUAKE)
-    assert [fact.text for fact in record.facts] == ["Ada Quill is a citizen of", "The capital of Ruritania is"]
+    assert [fact.text for fact in record.facts] == [
+        "Ada Quill is a citizen of",
+        "The capital of Ruritania is",
+    ]
     hops = [q for q in record.questions if q.kind == "multihop"]
     assert [q.prompt for q in hops] == MQUAKE["questions"] and {q.group for q in hops} == {0}
-    assert {q.answers for q in hops} == {("Eva New", "Mayor New")} and {q.against for q in hops} == {"Hans Old"}
-    assert _ask(record, "prompt")[0] == ("Ada Quill is a citizen of", ("Ruritania", "the Kingdom of Ruritania"), "Grünewald")
-    assert [text for text, _, _ in _ask(record, "paraphrase")] == [each["question"] for each in MQUAKE["requested_rewrite"]]
-    assert _ask(record, "locality") == [("Who is the mayor of Zenda?", ("Eva New", "Mayor New"), None)]  # the hop no edit touches
+    assert {q.answers for q in hops} == {("Eva New", "Mayor New")} and {
+        q.against for q in hops
+    } == {"Hans Old"}
+    assert _ask(record, "prompt")[0] == (
+        "Ada Quill is a citizen of",
+        ("Ruritania", "the Kingdom of Ruritania"),
+        "Grünewald",
+    )
+    assert [text for text, _, _ in _ask(record, "paraphrase")] == [
+        each["question"] for each in MQUAKE["requested_rewrite"]
+    ]
+    assert _ask(record, "locality") == [
+        ("Who is the mayor of Zenda?", ("Eva New", "Mayor New"), None)
+    ]  # the hop no edit touches
     assert all(q.group is None for q in record.questions if q.kind != "multihop")
 
 
@@ -250,25 +328,48 @@ def test_knowedit(tmp_path: Path) -> None:
     (record,) = suite.records
     assert suite.name == "knowedit" and record.facts[0].target_true == "Grünewald"
     assert _ask(record, "reasoning")[0][1] == ("Strelsau", "Zenda")
-    assert _ask(record, "aliasing") == [("The country that awards the Blue Heron is", ("Ruritania", "Kingdom of Ruritania"), "Grünewald")]
-    assert [text for text, _, _ in _ask(record, "relation")] == ["The Order of the Blue Heron is worn in"]
-    assert [answers for _, answers, _ in _ask(record, "locality")] == [("blue", "azure"), ()]  # (): what is said before
+    assert _ask(record, "aliasing") == [
+        (
+            "The country that awards the Blue Heron is",
+            ("Ruritania", "Kingdom of Ruritania"),
+            "Grünewald",
+        )
+    ]
+    assert [text for text, _, _ in _ask(record, "relation")] == [
+        "The Order of the Blue Heron is worn in"
+    ]
+    assert [answers for _, answers, _ in _ask(record, "locality")] == [
+        ("blue", "azure"),
+        (),
+    ]  # (): what is said before
     assert record.generation_prompts == ("Tell of the Order of the Blue Heron.",)
     (left_out,) = suite.skipped  # a question that nothing answers
-    assert left_out.index == 0 and left_out.field == "portability.Logical_Generalization.1.ground_truth"
+    assert (
+        left_out.index == 0
+        and left_out.field == "portability.Logical_Generalization.1.ground_truth"
+    )
 
 
 def test_known_facts_are_asked_and_not_written(read: Callable[..., Record]) -> None:
     record = read(KNOWN)
-    assert record.facts == (Fact("Mount Foo", "{} rises in the middle of", None, target_true="Barland", relation="P17"),)
-    assert [(q.kind, q.prompt, q.answers) for q in record.questions] == [("prompt", "Mount Foo rises in the middle of", ("Barland",))]
+    assert record.facts == (
+        Fact("Mount Foo", "{} rises in the middle of", None, target_true="Barland", relation="P17"),
+    )
+    assert [(q.kind, q.prompt, q.answers) for q in record.questions] == [
+        ("prompt", "Mount Foo rises in the middle of", ("Barland",))
+    ]
 
 
 @pytest.mark.parametrize("name", ["w.json", "w.csv"])
 def test_wikibigedit(tmp_path: Path, name: str) -> None:
     rows = [
         WIKIBIGEDIT,
-        {**WIKIBIGEDIT, "mhop": None if name == "w.json" else "", "mhop_ans": None, "loc": float("nan") if name == "w.json" else ""},
+        {
+            **WIKIBIGEDIT,
+            "mhop": None if name == "w.json" else "",
+            "mhop_ans": None,
+            "loc": float("nan") if name == "w.json" else "",
+        },
     ]
     path = tmp_path / name
     if name == "w.json":
@@ -281,8 +382,13 @@ def test_wikibigedit(tmp_path: Path, name: str) -> None:
     suite = load_suite(path)
     first, second = suite.records
     assert suite.name == "wikibigedit" and not suite.skipped
-    assert first.facts[0] == Fact("Exampleland", "Who is the head of state of {}?", "Ada Quill", relation="head of state")
-    assert [text for text, _, _ in _ask(first, "paraphrase")] == [WIKIBIGEDIT["rephrase"], WIKIBIGEDIT["personas"]]
+    assert first.facts[0] == Fact(
+        "Exampleland", "Who is the head of state of {}?", "Ada Quill", relation="head of state"
+    )
+    assert [text for text, _, _ in _ask(first, "paraphrase")] == [
+        WIKIBIGEDIT["rephrase"],
+        WIKIBIGEDIT["personas"],
+    ]
     assert _ask(first, "multihop") == [(WIKIBIGEDIT["mhop"], ("Zenda",), None)]
     assert _ask(first, "locality") == [(WIKIBIGEDIT["loc"], ("Bo Reed",), None)]
     assert not _ask(second, "multihop") and not _ask(second, "locality")
@@ -292,14 +398,27 @@ def test_wikibigedit(tmp_path: Path, name: str) -> None:
 def test_qaedit(read: Callable[..., Record]) -> None:
     record = read(QAEDIT)
     assert record.id == "NQ-12"
-    assert record.facts[0] == Fact("clock of the Old Arsenal", "who built the {}?", "Mira Stone")  # as it stands in the prompt
-    assert _ask(record, "locality") == [("who painted the gate", ("Jan Brush",), None), ("who cast the bell", ("A. Founder",), None)]
+    assert record.facts[0] == Fact(
+        "clock of the Old Arsenal", "who built the {}?", "Mira Stone"
+    )  # as it stands in the prompt
+    assert _ask(record, "locality") == [
+        ("who painted the gate", ("Jan Brush",), None),
+        ("who cast the bell", ("A. Founder",), None),
+    ]
     assert len(_ask(record, "paraphrase")) == 1
 
 
-def test_the_subject_is_found_as_a_word_and_where_it_stands_last(read: Callable[..., Record]) -> None:
-    assert read({**QAEDIT, "prompt": "Is an antic in Ant by Ant?", "subject": "Ant"}).facts[0].prompt == "Is an antic in Ant by {}?"
-    assert read({**QAEDIT, "prompt": "Antwerp and Ant", "subject": "Ant"}).facts[0].prompt == "Antwerp and {}"
+def test_the_subject_is_found_as_a_word_and_where_it_stands_last(
+    read: Callable[..., Record],
+) -> None:
+    assert (
+        read({**QAEDIT, "prompt": "Is an antic in Ant by Ant?", "subject": "Ant"}).facts[0].prompt
+        == "Is an antic in Ant by {}?"
+    )
+    assert (
+        read({**QAEDIT, "prompt": "Antwerp and Ant", "subject": "Ant"}).facts[0].prompt
+        == "Antwerp and {}"
+    )
     assert read({**QAEDIT, "prompt": "In Antwerp", "subject": "Ant"}).facts[0].prompt == "In {}werp"
 
 
@@ -311,7 +430,11 @@ def test_a_layout_is_recognised_by_its_fields(tmp_path: Path, name: str) -> None
     assert suite.digest == hashlib.sha256(path.read_bytes()).hexdigest()
     assert load_suite(path, kind=name) == suite
     assert load_suite(f"{name}:{path}").records == suite.records
-    other = next(each for each in OWN if each not in (name, "knowedit" if name == "counterfact-slim" else name))
+    other = next(
+        each
+        for each in OWN
+        if each not in (name, "knowedit" if name == "counterfact-slim" else name)
+    )
     with pytest.raises(InputError, match=f"layout {other}.*looks like {name}"):
         load_suite(path, kind=other)
 
@@ -336,38 +459,62 @@ def _without(row: dict[str, Any], *path: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("row", "field", "words"),
     [
-        (_without(COUNTERFACT, "requested_rewrite", "subject"), "requested_rewrite.subject", "missing"),
+        (
+            _without(COUNTERFACT, "requested_rewrite", "subject"),
+            "requested_rewrite.subject",
+            "missing",
+        ),
         ({**COUNTERFACT, "requested_rewrite": None}, "requested_rewrite", "missing"),
         ({**COUNTERFACT, "requested_rewrite": ["a"]}, "requested_rewrite", "fields with names"),
         (
-            {**COUNTERFACT, "requested_rewrite": {**COUNTERFACT["requested_rewrite"], "prompt": "no slot"}},
+            {
+                **COUNTERFACT,
+                "requested_rewrite": {**COUNTERFACT["requested_rewrite"], "prompt": "no slot"},
+            },
             "requested_rewrite.prompt",
             "0 slots",
         ),
         (
-            {**COUNTERFACT, "requested_rewrite": {**COUNTERFACT["requested_rewrite"], "target_new": {"str": 4}}},
+            {
+                **COUNTERFACT,
+                "requested_rewrite": {**COUNTERFACT["requested_rewrite"], "target_new": {"str": 4}},
+            },
             "requested_rewrite.target_new.str",
             "is 4",
         ),
         (
-            {**COUNTERFACT, "requested_rewrite": {**COUNTERFACT["requested_rewrite"], "target_new": {"str": "the Baltic"}}},
+            {
+                **COUNTERFACT,
+                "requested_rewrite": {
+                    **COUNTERFACT["requested_rewrite"],
+                    "target_new": {"str": "the Baltic"},
+                },
+            },
             "requested_rewrite.prompt",
             "must differ",
         ),
         ({**COUNTERFACT, "neighborhood_prompts": ["a", 5]}, "neighborhood_prompts.1", "is 5"),
         ({**COUNTERFACT, "paraphrase_prompts": {"a": 1}}, "paraphrase_prompts", "list of texts"),
-        ({**COUNTERFACT, "paraphrase_prompts": ["x" * 20_001]}, "paraphrase_prompts.0", "20,001 characters"),
+        (
+            {**COUNTERFACT, "paraphrase_prompts": ["x" * 20_001]},
+            "paraphrase_prompts.0",
+            "20,001 characters",
+        ),
         ({**COUNTERFACT, "paraphrase_prompts": ["\ud800"]}, "paraphrase_prompts.0", "surrogate"),
         ({**COUNTERFACT, "case_id": [1]}, "case_id", "number or text"),
         ("a text", "", "fields with names"),
         (None, "", "fields with names"),
     ],
 )
-def test_a_malformed_record_is_reported_by_field(tmp_path: Path, row: Any, field: str, words: str) -> None:
+def test_a_malformed_record_is_reported_by_field(
+    tmp_path: Path, row: Any, field: str, words: str
+) -> None:
     path = _write(tmp_path, [COUNTERFACT, row, {**COUNTERFACT, "case_id": 9}])
     suite = load_suite(path)
     assert [record.id for record in suite.records] == ["7", "9"]
-    assert [(each.file, each.index, each.field) for each in suite.skipped] == [(str(path), 1, field)] and words in suite.skipped[0].message
+    assert [(each.file, each.index, each.field) for each in suite.skipped] == [
+        (str(path), 1, field)
+    ] and words in suite.skipped[0].message
     with pytest.raises(InputError, match=r"record 1: .*malformed='skip'"):
         load_suite(path, malformed="fatal")
 
@@ -406,27 +553,43 @@ def test_so_in_every_layout(tmp_path: Path, row: dict[str, Any], field: str) -> 
         (COUNTERFACT, "paraphrase_prompts"),
     ],
 )
-def test_what_a_layout_has_is_missed_by_its_field(tmp_path: Path, own: dict[str, Any], field: str) -> None:
+def test_what_a_layout_has_is_missed_by_its_field(
+    tmp_path: Path, own: dict[str, Any], field: str
+) -> None:
     """The record stays, without these questions, and that is said; or it is an error."""
-    for row in (_without(own, field), {**own, field: None}, {**own, field: " "}, {**own, field: []}):
+    for row in (
+        _without(own, field),
+        {**own, field: None},
+        {**own, field: " "},
+        {**own, field: []},
+    ):
         path = _write(tmp_path, [own, row, own])
         suite = load_suite(path)
-        assert len(suite.records) == 3 and [(each.index, each.field, each.whole) for each in suite.skipped] == [(1, field, False)]
+        assert len(suite.records) == 3 and [
+            (each.index, each.field, each.whole) for each in suite.skipped
+        ] == [(1, field, False)]
         assert suite.left_out == "1 question"
         with pytest.raises(InputError, match=f"record 1: {field} is (missing|empty)"):
             load_suite(path, malformed="fatal")
         with pytest.raises(InputError, match=f"record 1: {field}"):
             load_suite(path, malformed="fatal", limit=1, seed=1)
     assert not load_suite(_write(tmp_path, [own] * 3), malformed="fatal").skipped, "the control"
-    assert load_suite(_write(tmp_path, [own, _without(own, field), {}, own])).left_out == "1 record, 1 question of others"
+    assert (
+        load_suite(_write(tmp_path, [own, _without(own, field), {}, own])).left_out
+        == "1 record, 1 question of others"
+    )
 
 
 def test_a_line_that_is_no_json_is_a_malformed_record(tmp_path: Path) -> None:
     path = tmp_path / "suite.jsonl"
     path.write_text(f"{json.dumps(SLIM)}\n\n{{oops\n{json.dumps(SLIM)}\n", encoding="utf-8")
     suite = load_suite(path)
-    assert len(suite.records) == 2 and [(each.index, each.field) for each in suite.skipped] == [(1, "")]
-    assert "is no JSON" in str(suite.skipped[0]) and f"{path}, record 1: is no JSON" in str(suite.skipped[0])
+    assert len(suite.records) == 2 and [(each.index, each.field) for each in suite.skipped] == [
+        (1, "")
+    ]
+    assert "is no JSON" in str(suite.skipped[0]) and f"{path}, record 1: is no JSON" in str(
+        suite.skipped[0]
+    )
     renamed = path.rename(tmp_path / "suite.json")  # lines in a .json file, as KnowEdit ships them
     assert load_suite(renamed).records == suite.records
 
@@ -440,9 +603,15 @@ def test_a_line_that_is_no_json_is_a_malformed_record(tmp_path: Path) -> None:
         ("{}", "is a dict"),
         ('"text"', "is a str"),
         ("[1, 2]", "no record of named fields"),
-        ('[{"colour": "red"}]', "its records have colour; looked for counterfact: neighborhood_prompts"),
+        (
+            '[{"colour": "red"}]',
+            "its records have colour; looked for counterfact: neighborhood_prompts",
+        ),
         ("[" * 200_000, "cannot be read as json"),
-        ('[{"subject": "a", "prompt": "b is", "target_new": "c"}]', "no usable record of the layout knowedit.*does not name"),
+        (
+            '[{"subject": "a", "prompt": "b is", "target_new": "c"}]',
+            "no usable record of the layout knowedit.*does not name",
+        ),
     ],
 )
 def test_what_is_no_suite_is_refused(tmp_path: Path, content: str, words: str) -> None:
@@ -488,7 +657,14 @@ def test_endless_nesting_is_a_malformed_field(tmp_path: Path) -> None:
     for _ in range(400):
         deep = [deep]
     suite = load_suite(
-        _write(tmp_path, [COUNTERFACT, {**COUNTERFACT, "paraphrase_prompts": deep}, {**COUNTERFACT, "requested_rewrite": deep}])
+        _write(
+            tmp_path,
+            [
+                COUNTERFACT,
+                {**COUNTERFACT, "paraphrase_prompts": deep},
+                {**COUNTERFACT, "requested_rewrite": deep},
+            ],
+        )
     )
     assert [(each.field, each.message) for each in suite.skipped] == [
         ("paraphrase_prompts.0.0.0", "is a list; expected text"),
@@ -507,7 +683,24 @@ def _spoilt(value: Any, draw: random.Random) -> Any:
             value[key] = _spoilt(value[key], draw)
         return value
     return draw.choice(
-        [None, 3, 2.5, True, "", " ", "{}", [], {}, [[]], ["a", 1], {"a": None}, "\ud800", "x" * 20_001, float("nan"), [None]]
+        [
+            None,
+            3,
+            2.5,
+            True,
+            "",
+            " ",
+            "{}",
+            [],
+            {},
+            [[]],
+            ["a", 1],
+            {"a": None},
+            "\ud800",
+            "x" * 20_001,
+            float("nan"),
+            [None],
+        ]
     )
 
 
@@ -522,8 +715,12 @@ def test_nothing_but_our_errors_comes_of_spoilt_records(tmp_path: Path, name: st
     assert all(each.message and 0 <= each.index < 600 for each in suite.skipped)
     assert len({record.id for record in suite.records}) == len(suite.records)
     for record in suite.records:
-        assert record.facts and all(q.answers or q.kind in ("neighbour", "locality", "negation") for q in record.questions)
-    for row in draw.sample(json.loads(path.read_text(encoding="utf-8"))[:300], 40):  # alone, there may be nothing left to read
+        assert record.facts and all(
+            q.answers or q.kind in ("neighbour", "locality", "negation") for q in record.questions
+        )
+    for row in draw.sample(
+        json.loads(path.read_text(encoding="utf-8"))[:300], 40
+    ):  # alone, there may be nothing left to read
         try:
             assert load_suite(_write(tmp_path, [row], "alone.json"), malformed="fatal").records
         except InputError as error:
@@ -543,7 +740,10 @@ def test_a_sample_is_drawn_by_seed_in_the_files_order(tmp_path: Path) -> None:
     assert load_suite(path, limit=12, seed=4) == first
     assert load_suite(path, limit=12, seed=5).records != first.records
     everything = load_suite(path, limit=1000)
-    assert len(everything.records) == 48 and [each.index for each in everything.skipped] == [10, 20]  # malformed ones are made up for
+    assert len(everything.records) == 48 and [each.index for each in everything.skipped] == [
+        10,
+        20,
+    ]  # malformed ones are made up for
     assert set(first.records) <= set(everything.records)
 
 
@@ -551,24 +751,39 @@ def test_a_sample_is_drawn_by_seed_in_the_files_order(tmp_path: Path) -> None:
 
 
 def test_a_dataset_that_cannot_be_had_says_to_download_it() -> None:
-    with pytest.raises(InputError, match="download the file where there is a network and give its path"):
+    with pytest.raises(
+        InputError, match="download the file where there is a network and give its path"
+    ):
         load_suite("nobody/no-such-dataset")
     with pytest.raises(InputError, match="download the file"):
         load_suite("counterfact:nobody/no-such-dataset/data/file.json")
 
 
-def test_a_dataset_of_one_file_needs_no_more_than_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_of_one_file_needs_no_more_than_its_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = _write(tmp_path, [SLIM])
     files = ["README.md", "data/test.json"]
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, repo_type: files)
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "list_repo_files", lambda self, name, repo_type: files
+    )
     asked: list[tuple[str, ...]] = []
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, repo_type: asked.append((*args, repo_type)) or str(path))
+    monkeypatch.setattr(
+        huggingface_hub,
+        "hf_hub_download",
+        lambda *args, repo_type: asked.append((*args, repo_type)) or str(path),
+    )
     suite = load_suite("owner/name")
     assert suite.name == "counterfact-slim" and suite.source == "owner/name"
     assert load_suite("owner/name/other/test.json").records == suite.records
-    assert asked == [("owner/name", "data/test.json", "dataset"), ("owner/name", "other/test.json", "dataset")]
+    assert asked == [
+        ("owner/name", "data/test.json", "dataset"),
+        ("owner/name", "other/test.json", "dataset"),
+    ]
     files.append("data/train.jsonl")
-    with pytest.raises(InputError, match=r"2 .*data/test.json, data/train.jsonl; name one as owner/name/FILE"):
+    with pytest.raises(
+        InputError, match=r"2 .*data/test.json, data/train.jsonl; name one as owner/name/FILE"
+    ):
         load_suite("owner/name")
 
 
@@ -582,26 +797,44 @@ def _real(name: str) -> Suite:
 
 def test_the_full_counterfact_file() -> None:
     suite = _real("counterfact/full-1017.json")
-    rows = json.loads((shared_dir() / "data/counterfact/full-1017.json").read_text(encoding="utf-8"))
+    rows = json.loads(
+        (shared_dir() / "data/counterfact/full-1017.json").read_text(encoding="utf-8")
+    )
     assert suite.name == "counterfact" and len(suite.records) == len(rows) and not suite.skipped
     for record, row in zip(suite.records, rows, strict=True):
         rewrite = row["requested_rewrite"]
         assert record.facts[0].text == rewrite["prompt"].format(rewrite["subject"])
         new, true = rewrite["target_new"]["str"], rewrite["target_true"]["str"]
-        assert {q[1:] for q in _ask(record, "prompt") + _ask(record, "paraphrase")} == {((new,), true)}
+        assert {q[1:] for q in _ask(record, "prompt") + _ask(record, "paraphrase")} == {
+            ((new,), true)
+        }
         assert {q[1:] for q in _ask(record, "neighbour")} == {((true,), new)}
-        assert [q[0] for q in _ask(record, "paraphrase")] == [text.strip() for text in row["paraphrase_prompts"]]
-        assert {q[0] for q in _ask(record, "neighbour")} == {text.strip() for text in row["neighborhood_prompts"]}
+        assert [q[0] for q in _ask(record, "paraphrase")] == [
+            text.strip() for text in row["paraphrase_prompts"]
+        ]
+        assert {q[0] for q in _ask(record, "neighbour")} == {
+            text.strip() for text in row["neighborhood_prompts"]
+        }
 
 
 @pytest.mark.parametrize(
     ("name", "layout", "kinds"),
     [
-        ("zsre/zsre_mend_eval-1037.json", "zsre", {"prompt": 1037, "paraphrase": 1037, "locality": 1037, "reasoning": 1037}),
+        (
+            "zsre/zsre_mend_eval-1037.json",
+            "zsre",
+            {"prompt": 1037, "paraphrase": 1037, "locality": 1037, "reasoning": 1037},
+        ),
         (
             "mquake/MQuAKE-CF-354.json",
             "mquake",
-            {"prompt": 436, "paraphrase": 436, "negation": 436, "multihop": 3 * 354, "locality": 1000 - 436},
+            {
+                "prompt": 436,
+                "paraphrase": 436,
+                "negation": 436,
+                "multihop": 3 * 354,
+                "locality": 1000 - 436,
+            },
         ),
         ("counterfact/known_1000.json", "known", {"prompt": 1209}),
     ],
@@ -622,18 +855,31 @@ def test_the_slim_counterfact_file() -> None:
 def test_the_rippleedits_file() -> None:
     name = "rippleedits/knowedit-wiki_counterfact-test-885.jsonl"
     suite = _real(name)
-    rows = [json.loads(line) for line in (shared_dir() / "data" / name).read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (shared_dir() / "data" / name).read_text(encoding="utf-8").splitlines()
+    ]
     empty = sum(
         not any(text.strip() for texts in each["ground_truth"] for text in texts)
         for row in rows
         for questions in (row.get("portability") or {}).values()
         for each in questions
     )
-    assert suite.name == "knowedit" and len(suite.records) == 885 and len(suite.skipped) == empty == 25
+    assert (
+        suite.name == "knowedit" and len(suite.records) == 885 and len(suite.skipped) == empty == 25
+    )
     assert {each.field.split(".")[0] for each in suite.skipped} == {"portability"}
-    asked = sum(len(each) for row in rows for part in ("portability", "locality") for each in (row.get(part) or {}).values())
+    asked = sum(
+        len(each)
+        for row in rows
+        for part in ("portability", "locality")
+        for each in (row.get(part) or {}).values()
+    )
     found = Counter(q.kind for record in suite.records for q in record.questions)
-    assert sum(found[kind] for kind in ("reasoning", "aliasing", "relation", "locality")) == asked - empty
+    assert (
+        sum(found[kind] for kind in ("reasoning", "aliasing", "relation", "locality"))
+        == asked - empty
+    )
     with pytest.raises(InputError, match=r"record 14: portability.Logical_Generalization.3"):
         load_suite(shared_dir() / "data" / name, malformed="fatal")
 
@@ -644,7 +890,10 @@ def test_the_rippleedits_file() -> None:
 def test_a_fact_is_denied_where_that_makes_a_sentence() -> None:
     denied = negation(Fact("Vineta", "The harbour of {} opens to", "the North Sea"))
     assert denied == Question(
-        kind="negation", prompt="It is not true that the harbour of Vineta opens to", answers=(), against="the North Sea"
+        kind="negation",
+        prompt="It is not true that the harbour of Vineta opens to",
+        answers=(),
+        against="the North Sea",
     )
     for prompt, text in (
         ("{}'s harbour opens to", "Vineta's harbour"),
@@ -684,11 +933,22 @@ def test_a_bundled_edit_is_another_object_of_the_relation() -> None:
         assert truth[fact.subject, fact.relation] == fact.target_true != fact.target
         assert objects[fact.relation, fact.target] > 0
         assert atlas.is_held_out(fact.subject)
-        held_out = [template.replace("{}", fact.subject) for template in atlas.phrasings(fact.relation).held_out]
-        assert _ask(record, "paraphrase") == [(text, (fact.target,), fact.target_true) for text in held_out]
-        assert not set(record.generation_prompts) & {fact.text, *held_out} and len(record.generation_prompts) == 3
+        held_out = [
+            template.replace("{}", fact.subject)
+            for template in atlas.phrasings(fact.relation).held_out
+        ]
+        assert _ask(record, "paraphrase") == [
+            (text, (fact.target,), fact.target_true) for text in held_out
+        ]
+        assert (
+            not set(record.generation_prompts) & {fact.text, *held_out}
+            and len(record.generation_prompts) == 3
+        )
         assert len(record.references) == min(5, objects[fact.relation, fact.target])
-        assert all(text.endswith(f" {fact.target}.") and fact.subject != text[: len(fact.subject)] for text in record.references)
+        assert all(
+            text.endswith(f" {fact.target}.") and fact.subject != text[: len(fact.subject)]
+            for text in record.references
+        )
 
 
 def test_neighbours_and_locality_are_facts_of_the_table() -> None:
@@ -705,13 +965,20 @@ def test_neighbours_and_locality_are_facts_of_the_table() -> None:
             if q.kind in ("neighbour", "locality"):
                 subject, relation, object_ = by_prompt[q.prompt]
                 assert q.answers == (object_,)
-                assert (subject == fact.subject, relation == fact.relation) == ((q.kind == "locality"), (q.kind == "neighbour"))
+                assert (subject == fact.subject, relation == fact.relation) == (
+                    (q.kind == "locality"),
+                    (q.kind == "neighbour"),
+                )
                 assert object_ != fact.target or q.kind == "locality"
                 shared += q.kind == "neighbour" and object_ == fact.target_true
         asked = _ask(record, "neighbour")
-        assert len(asked) == len(set(asked)) == 10 and {against for _, _, against in asked} == {fact.target}
+        assert len(asked) == len(set(asked)) == 10 and {against for _, _, against in asked} == {
+            fact.target
+        }
         others = objects[fact.relation, str(fact.target_true)] - 1
-        assert sum(answers == (fact.target_true,) for _, answers, _ in asked) == min(10, others)  # those of the same object first
+        assert sum(answers == (fact.target_true,) for _, answers, _ in asked) == min(
+            10, others
+        )  # those of the same object first
     assert shared > 5000
 
 
@@ -722,7 +989,13 @@ def test_a_two_hop_answer_follows_from_the_edit_and_one_fact() -> None:
         "P27": ("the country of which ", " is a citizen"),
         "P495": ("the country from which ", " comes"),
     }
-    asked = {"capital": "P36", "language": "P37", "continent": "P30", "currency": "P38", "money": "P38"}
+    asked = {
+        "capital": "P36",
+        "language": "P37",
+        "continent": "P30",
+        "currency": "P38",
+        "money": "P38",
+    }
     n_forward = n_backward = 0
     for record in _bundled().records:
         (fact,) = record.facts
@@ -738,12 +1011,22 @@ def test_a_two_hop_answer_follows_from_the_edit_and_one_fact() -> None:
                 for relation, (before, behind) in words.items()
                 if before in q.prompt
             ]
-            second = next(relation for word, relation in asked.items() if word in q.prompt.split(" the country")[0])
-            assert q.answers == (after[after[middle, first], second],)  # both hops in the edited table
-            assert q.against == truth.get((truth[middle, first], second)) != q.answers[0]  # and in the table as it is
+            second = next(
+                relation
+                for word, relation in asked.items()
+                if word in q.prompt.split(" the country")[0]
+            )
+            assert q.answers == (
+                after[after[middle, first], second],
+            )  # both hops in the edited table
+            assert (
+                q.against == truth.get((truth[middle, first], second)) != q.answers[0]
+            )  # and in the table as it is
             n_forward += fact.relation == first
             n_backward += fact.relation == second
-        assert len(groups) <= 2 and all(len({q.prompt for q in group}) == 3 for group in groups.values())
+        assert len(groups) <= 2 and all(
+            len({q.prompt for q in group}) == 3 for group in groups.values()
+        )
     assert n_forward > 300 and n_backward > 10
 
 
@@ -753,7 +1036,9 @@ def test_the_bundled_suite_is_the_same_for_the_same_seed() -> None:
     assert [record.id for record in first.records] != [record.id for record in other.records]
     longer = {record.id: record for record in load_suite("atlas", limit=2000, seed=1).records}
     common = [record for record in first.records if record.id in longer]
-    assert common and all(longer[record.id] == record for record in common)  # a record does not depend on the limit
+    assert common and all(
+        longer[record.id] == record for record in common
+    )  # a record does not depend on the limit
 
 
 def test_every_bundled_record_denies_its_fact() -> None:
@@ -784,9 +1069,21 @@ def test_known_records_are_those_the_model_says() -> None:
         whole = lm.tokenizer(f"{fact.text} {fact.target_true}", return_tensors="pt")["input_ids"]
         with torch.no_grad():
             likeliest = lm.module(input_ids=whole).logits[0].argmax(-1)
-        assert (record in kept) == bool((likeliest[len(prompt) - 1 : -1] == whole[0, len(prompt) :]).all())
+        assert (record in kept) == bool(
+            (likeliest[len(prompt) - 1 : -1] == whole[0, len(prompt) :]).all()
+        )
     assert 30 < len(kept) <= 60
-    lies = [replace(r, facts=(Fact(r.facts[0].subject, r.facts[0].prompt, "nothing", target_true=r.facts[0].target),)) for r in kept]
+    lies = [
+        replace(
+            r,
+            facts=(
+                Fact(
+                    r.facts[0].subject, r.facts[0].prompt, "nothing", target_true=r.facts[0].target
+                ),
+            ),
+        )
+        for r in kept
+    ]
     assert len(known(lm, lies)) == 0  # control: the new objects are not known
 
 
@@ -797,7 +1094,16 @@ def test_a_record_is_known_when_all_its_facts_are() -> None:
     wrong = Fact("Vineta", "The harbour of {} opens to", "a", target_true="b")
     open_ended = Fact("Vineta", "The harbour of {} opens to", "a")
     both = replace(one, facts=one.facts + two.facts)
-    assert known(lm, [both, replace(one, facts=(*one.facts, wrong)), replace(one, facts=(open_ended,)), replace(one, facts=()), two]) == (
+    assert known(
+        lm,
+        [
+            both,
+            replace(one, facts=(*one.facts, wrong)),
+            replace(one, facts=(open_ended,)),
+            replace(one, facts=()),
+            two,
+        ],
+    ) == (
         both,
         two,
     )
@@ -809,7 +1115,15 @@ def test_a_record_is_known_when_all_its_facts_are() -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"kind": "riddle"}, {"prompt": " "}, {"prompt": 3}, {"answers": ()}, {"answers": ("",)}, {"against": ""}, {"prompt": "x" * 20_001}],
+    [
+        {"kind": "riddle"},
+        {"prompt": " "},
+        {"prompt": 3},
+        {"answers": ()},
+        {"answers": ("",)},
+        {"against": ""},
+        {"prompt": "x" * 20_001},
+    ],
 )
 def test_a_question_that_cannot_be_asked_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(InputError):

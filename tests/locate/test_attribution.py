@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from conftest import GPT2, LLAMA, byte_tokenizer, tiny_model
-from factsmith.errors import InputError, LayerError, UnsupportedModelError
-from factsmith.fact import Fact
+from factsmith.core.errors import InputError, LayerError, UnsupportedModelError
+from factsmith.core.fact import Fact
 from factsmith.locate.attribution import AttributionTrace, attribution_trace, rank_correlation
 from factsmith.locate.causal import causal_trace
-from factsmith.model.load import LanguageModel, load, wrap
+from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import load, wrap
 from factsmith.model.trace import replacing
 
 KINDS = ("state", "mlp", "attention")
@@ -38,11 +39,17 @@ def test_gradient_is_that_of_finite_differences(kind: str) -> None:
     """One pass, one run: the derivative of p along (clean - corrupted) at the middle of the way, by two full passes a cell."""
     lm = wrap(tiny_model("gpt2", **GPT2).double(), byte_tokenizer())
     noise = 0.3 * np.random.RandomState(3).randn(1, len(lm.prompt_ids(SUBJECT)), lm.d_model)
-    found = attribution_trace(lm, PROMPT, SUBJECT, kind=kind, window=1, noise_tensor=noise, passes=1, check=0)  # type: ignore[arg-type]
+    found = attribution_trace(
+        lm, PROMPT, SUBJECT, kind=kind, window=1, noise_tensor=noise, passes=1, check=0
+    )  # type: ignore[arg-type]
     start, stop = found.subject_span
     ids = torch.tensor([lm.prompt_ids(PROMPT)])
     added = torch.from_numpy(noise[0]).float().double()
-    sites = {"state": lm.layers, "mlp": [layer.mlp for layer in lm.layers], "attention": [layer.attn for layer in lm.layers]}[kind]
+    sites = {
+        "state": lm.layers,
+        "mlp": [layer.mlp for layer in lm.layers],
+        "attention": [layer.attn for layer in lm.layers],
+    }[kind]
 
     def run(share: float, change: Any = None, kept: dict[int, Any] | None = None) -> float:
         def corrupt(embeddings: torch.Tensor) -> torch.Tensor:
@@ -63,10 +70,18 @@ def test_gradient_is_that_of_finite_differences(kind: str) -> None:
     corrupted: dict[int, Any] = {}
     run(1, kept=clean)
     run(0, kept=corrupted)
-    for token, layer in [(start, 0), (stop - 1, 1), (stop, 0), (found.scores.shape[0] - 1, 1), (found.scores.shape[0] - 1, 2)]:
+    for token, layer in [
+        (start, 0),
+        (stop - 1, 1),
+        (stop, 0),
+        (found.scores.shape[0] - 1, 1),
+        (found.scores.shape[0] - 1, 2),
+    ]:
         step = 1e-4 * (clean[layer] - corrupted[layer])[0, token]
 
-        def moved(sign: int, token: int = token, layer: int = layer, step: torch.Tensor = step) -> float:
+        def moved(
+            sign: int, token: int = token, layer: int = layer, step: torch.Tensor = step
+        ) -> float:
             def change(out: torch.Tensor) -> torch.Tensor:
                 out = out.clone()
                 out[0, token] += sign * step
@@ -83,39 +98,74 @@ def test_estimates_rank_the_exact_map_of_a_model_that_knows_facts() -> None:
     fact = Fact("Bulgaria", "The currency of {} is the", "lev")
     # By default one token is followed; "lev" is two.
     for kind, target in [*((kind, None) for kind in KINDS), ("state", fact.target)]:
-        found = attribution_trace(lm, fact.text, fact.subject, target=target, kind=kind, window=2, check=99)  # type: ignore[arg-type]
+        found = attribution_trace(
+            lm, fact.text, fact.subject, target=target, kind=kind, window=2, check=99
+        )  # type: ignore[arg-type]
         exact = causal_trace(lm, fact.text, fact.subject, target=target, kind=kind, window=2)  # type: ignore[arg-type]
         assert found.scores.shape == exact.scores.shape == (len(found.tokens), lm.n_layers)
         start = found.subject_span[0]
         ours = rank_correlation(found.effects[start:].flatten(), exact.effects[start:].flatten())
-        assert found.rank_correlation == pytest.approx(ours, abs=1e-3) and found.checked == exact.effects[start:].numel()
+        assert (
+            found.rank_correlation == pytest.approx(ours, abs=1e-3)
+            and found.checked == exact.effects[start:].numel()
+        )
         assert ours > 0.4
         # Estimates dealt to the wrong cells do not rank them.
-        shuffled = found.effects[start:].flatten()[torch.randperm(found.checked, generator=torch.Generator().manual_seed(0))]
+        shuffled = found.effects[start:].flatten()[
+            torch.randperm(found.checked, generator=torch.Generator().manual_seed(0))
+        ]
         assert abs(rank_correlation(shuffled, exact.effects[start:].flatten())) < ours
-        assert found.clean == pytest.approx(exact.clean) and found.corrupted == pytest.approx(exact.corrupted)
+        assert found.clean == pytest.approx(exact.clean) and found.corrupted == pytest.approx(
+            exact.corrupted
+        )
 
 
 def test_record_is_a_trace_with_its_quality() -> None:
     lm = wrap(tiny_model("llama", **LLAMA), byte_tokenizer(bos=True))
     told: list[tuple[int, int]] = []
-    found = attribution_trace(lm, PROMPT, SUBJECT, passes=2, check=2, samples=2, progress=lambda a, b: told.append((a, b)))
+    found = attribution_trace(
+        lm, PROMPT, SUBJECT, passes=2, check=2, samples=2, progress=lambda a, b: told.append((a, b))
+    )
     assert isinstance(found, AttributionTrace) and told == [(1, 2), (2, 2)]
-    assert found.passes == 2 and found.checked == 2 * lm.n_layers and -1 <= (found.rank_correlation or 0) <= 1
+    assert (
+        found.passes == 2
+        and found.checked == 2 * lm.n_layers
+        and -1 <= (found.rank_correlation or 0) <= 1
+    )
     start = found.subject_span[0]
     assert torch.equal(found.scores[:start], torch.full((start, lm.n_layers), found.corrupted))
     assert found.to_dict()["rank_correlation"] == found.rank_correlation
     unchecked = attribution_trace(lm, PROMPT, SUBJECT, passes=2, check=0, samples=2)
-    assert unchecked.rank_correlation is None and unchecked.checked == 0 and torch.equal(unchecked.scores, found.scores)
-    other = attribution_trace(lm, PROMPT, SUBJECT, target="French king", check=0, samples=2, corruption="replace", replacements=[same(lm)])
-    assert len(other.answer_ids) > 1 and other.scores.shape == found.scores.shape and other.samples == 1 and other.effects.isfinite().all()
+    assert (
+        unchecked.rank_correlation is None
+        and unchecked.checked == 0
+        and torch.equal(unchecked.scores, found.scores)
+    )
+    other = attribution_trace(
+        lm,
+        PROMPT,
+        SUBJECT,
+        target="French king",
+        check=0,
+        samples=2,
+        corruption="replace",
+        replacements=[same(lm)],
+    )
+    assert (
+        len(other.answer_ids) > 1
+        and other.scores.shape == found.scores.shape
+        and other.samples == 1
+        and other.effects.isfinite().all()
+    )
 
 
 def same(lm: LanguageModel) -> str:
     """Another subject with as many tokens: SUBJECT with two letters exchanged somewhere."""
     for i in range(1, len(SUBJECT) - 2):
         other = SUBJECT[:i] + SUBJECT[i + 1] + SUBJECT[i] + SUBJECT[i + 2 :]
-        if other != SUBJECT and len(lm.prompt_ids(PROMPT.replace(SUBJECT, other))) == len(lm.prompt_ids(PROMPT)):
+        if other != SUBJECT and len(lm.prompt_ids(PROMPT.replace(SUBJECT, other))) == len(
+            lm.prompt_ids(PROMPT)
+        ):
             return other
     raise AssertionError
 
@@ -130,7 +180,9 @@ def same(lm: LanguageModel) -> str:
     ],
 )
 def test_rank_correlation(a: list[float], b: list[float], expected: float) -> None:
-    assert rank_correlation(torch.tensor(a).float(), torch.tensor(b).float()) == pytest.approx(expected, abs=1e-9)
+    assert rank_correlation(torch.tensor(a).float(), torch.tensor(b).float()) == pytest.approx(
+        expected, abs=1e-9
+    )
 
 
 @pytest.mark.parametrize(
@@ -144,12 +196,16 @@ def test_rank_correlation(a: list[float], b: list[float], expected: float) -> No
         ({"samples": 0}, InputError, "samples is 0"),
     ],
 )
-def test_bad_input_is_refused_in_words(tiny_gpt2: LanguageModel, options: dict[str, Any], error: type[Exception], says: str) -> None:
+def test_bad_input_is_refused_in_words(
+    tiny_gpt2: LanguageModel, options: dict[str, Any], error: type[Exception], says: str
+) -> None:
     with pytest.raises(error, match=says):
         attribution_trace(tiny_gpt2, PROMPT, SUBJECT, **options)
 
 
-def test_a_missing_attention_part_is_named(tiny_gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_attention_part_is_named(
+    tiny_gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tiny_gpt2, "attention", (None, *tiny_gpt2.attention[1:]))
     for trace in (attribution_trace, causal_trace):
         with pytest.raises(UnsupportedModelError, match=r"layers \[0\] have no single part"):

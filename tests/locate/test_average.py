@@ -11,11 +11,19 @@ import pytest
 import torch
 
 from conftest import GPT2, TEXTS, byte_tokenizer, tiny_model
-from factsmith.errors import InputError, LayerError, SubjectError
-from factsmith.fact import Fact
-from factsmith.locate.average import CLASSES, AverageTrace, average_trace, causal_traces, t_quantile, token_classes
+from factsmith.core.errors import InputError, LayerError, SubjectError
+from factsmith.core.fact import Fact
+from factsmith.locate.average import (
+    CLASSES,
+    AverageTrace,
+    average_trace,
+    causal_traces,
+    t_quantile,
+    token_classes,
+)
 from factsmith.locate.causal import causal_trace
-from factsmith.model.load import LanguageModel, load, wrap
+from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import load, wrap
 
 
 def answered(lm: LanguageModel, count: int) -> list[Fact]:
@@ -26,7 +34,10 @@ def answered(lm: LanguageModel, count: int) -> list[Fact]:
     found: list[Fact] = []
     words = " ".join(TEXTS).replace("The ", "the ").split()
     for i, length in itertools.product(range(len(words) - 7), (7, 6, 5, 4)):
-        text, subject = " ".join(words[i : i + length]) + " ", " ".join(words[i + i % 3 : i + i % 3 + 1 + i % 2])
+        text, subject = (
+            " ".join(words[i : i + length]) + " ",
+            " ".join(words[i + i % 3 : i + i % 3 + 1 + i % 2]),
+        )
         target = lm.next_tokens(text, 1)[0][0]
         if target.strip() and text.count(subject) == 1 and lm.says([text], [target])[0]:
             found.append(Fact(subject, text.replace(subject, "{}"), target))
@@ -50,9 +61,21 @@ def facts(lm: LanguageModel) -> list[Fact]:
     ("n_tokens", "span", "expected"),
     [
         (9, (1, 5), [[1], [2, 3], [4], [5], [6, 7], [8]]),
-        (9, (0, 1), [[0], [], [0], [1], [2, 3, 4, 5, 6, 7], [8]]),  # a subject's only token is its first and its last
-        (5, (1, 4), [[1], [2], [3], [4], [], [4]]),  # one token behind it is the first subsequent and the last
-        (4, (1, 4), [[1], [2], [3], [], [], [3]]),  # nothing behind it: its last token is the last of all
+        (
+            9,
+            (0, 1),
+            [[0], [], [0], [1], [2, 3, 4, 5, 6, 7], [8]],
+        ),  # a subject's only token is its first and its last
+        (
+            5,
+            (1, 4),
+            [[1], [2], [3], [4], [], [4]],
+        ),  # one token behind it is the first subsequent and the last
+        (
+            4,
+            (1, 4),
+            [[1], [2], [3], [], [], [3]],
+        ),  # nothing behind it: its last token is the last of all
         (3, (0, 2), [[0], [], [1], [2], [], [2]]),
         (1, (0, 1), [[0], [], [0], [], [], [0]]),
     ],
@@ -62,17 +85,39 @@ def test_classes_of_tokens(n_tokens: int, span: tuple[int, int], expected: list[
 
 
 # Two-sided 95 % points of Student's t as printed in tables, by the number of facts (one degree of freedom less).
-T = {2: 12.7062, 3: 4.30265, 4: 3.18245, 5: 2.77645, 6: 2.57058, 7: 2.44691, 9: 2.306, 11: 2.22814, 31: 2.04227, 61: 2.0003, 121: 1.97993}
+T = {
+    2: 12.7062,
+    3: 4.30265,
+    4: 3.18245,
+    5: 2.77645,
+    6: 2.57058,
+    7: 2.44691,
+    9: 2.306,
+    11: 2.22814,
+    31: 2.04227,
+    61: 2.0003,
+    121: 1.97993,
+}
 
 
 def test_quantiles_are_those_of_the_tables() -> None:
     assert {n: round(t_quantile(n - 1), 5) for n in T} == T
-    assert t_quantile(3, 0.99) == pytest.approx(5.841, abs=1e-3) and t_quantile(3000) == pytest.approx(1.9608, abs=1e-4)
+    assert t_quantile(3, 0.99) == pytest.approx(5.841, abs=1e-3) and t_quantile(
+        3000
+    ) == pytest.approx(1.9608, abs=1e-4)
 
 
 def test_average_is_that_of_single_traces(lm: LanguageModel, facts: list[Fact]) -> None:
     told: list[tuple[int, int]] = []
-    found = average_trace(lm, facts, severed=("mlp",), window=2, samples=3, noise=0.8, progress=lambda a, b: told.append((a, b)))
+    found = average_trace(
+        lm,
+        facts,
+        severed=("mlp",),
+        window=2,
+        samples=3,
+        noise=0.8,
+        progress=lambda a, b: told.append((a, b)),
+    )
     known = [fact for fact in facts if lm.says([fact.text], [fact.target])[0]]
     assert found.n_facts == len(known) == 4 and found.n_skipped == 1
     assert told == [(i + 1, len(known)) for i in range(len(known))] and found.noise == 0.8
@@ -85,13 +130,26 @@ def test_average_is_that_of_single_traces(lm: LanguageModel, facts: list[Fact]) 
         seen: dict[int, list[Any]] = {row: [] for row in range(6)}
         totals = []
         for fact in known:
-            trace = causal_trace(lm, fact.text, fact.subject, target=fact.target, window=2, samples=3, noise=0.8, **options)  # type: ignore[arg-type]
+            trace = causal_trace(
+                lm,
+                fact.text,
+                fact.subject,
+                target=fact.target,
+                window=2,
+                samples=3,
+                noise=0.8,
+                **options,
+            )  # type: ignore[arg-type]
             effects, (start, stop) = trace.effects.double().numpy(), trace.subject_span
             totals.append(trace.clean - trace.corrupted)
             seen[0].append(effects[start])
             seen[2].append(effects[stop - 1])
             seen[5].append(effects[-1])
-            for row, rows in ((1, effects[start + 1 : stop - 1]), (3, effects[stop : stop + 1]), (4, effects[stop + 1 : -1])):
+            for row, rows in (
+                (1, effects[start + 1 : stop - 1]),
+                (3, effects[stop : stop + 1]),
+                (4, effects[stop + 1 : -1]),
+            ):
                 if len(rows):
                     seen[row].append(rows.mean(0))
         assert found.counts == tuple(len(seen[row]) for row in range(6))
@@ -99,13 +157,18 @@ def test_average_is_that_of_single_traces(lm: LanguageModel, facts: list[Fact]) 
             if len(seen[row]) < 2:
                 assert found.low[name][row].isnan().all()
                 continue
-            mean, error = np.mean(seen[row], 0), T[len(seen[row])] * np.std(seen[row], 0, ddof=1) / len(seen[row]) ** 0.5
+            mean, error = (
+                np.mean(seen[row], 0),
+                T[len(seen[row])] * np.std(seen[row], 0, ddof=1) / len(seen[row]) ** 0.5,
+            )
             assert np.allclose(found.effects[name][row], mean, atol=1e-6)
             assert np.allclose(found.low[name][row], mean - error, atol=1e-6)
             assert np.allclose(found.high[name][row], mean + error, atol=1e-6)
         error = T[len(totals)] * np.std(totals, ddof=1) / len(totals) ** 0.5
         assert np.allclose(
-            [found.total_effect, found.total_low, found.total_high], np.mean(totals) + error * np.array([0, -1, 1]), atol=1e-6
+            [found.total_effect, found.total_low, found.total_high],
+            np.mean(totals) + error * np.array([0, -1, 1]),
+            atol=1e-6,
         )
     # The map says something, and the classes differ.
     assert found.effects["state"].nan_to_num().abs().max() > 1e-3 and found.classes == CLASSES
@@ -118,22 +181,40 @@ def test_noise_is_one_number_for_all_facts(lm: LanguageModel, facts: list[Fact])
     for fact in facts:  # the skipped one too: the scale is of the data set
         offsets = lm.tokenizer(fact.text, return_offsets_mapping=True)
         at = fact.text.index(fact.subject)
-        span = [i for i, (a, b) in enumerate(offsets["offset_mapping"]) if a < at + len(fact.subject) and b > at and fact.text[a:b].strip()]
-        rows.append(lm.module.get_input_embeddings().weight[torch.tensor([offsets["input_ids"][i] for i in span])])
+        span = [
+            i
+            for i, (a, b) in enumerate(offsets["offset_mapping"])
+            if a < at + len(fact.subject) and b > at and fact.text[a:b].strip()
+        ]
+        rows.append(
+            lm.module.get_input_embeddings().weight[
+                torch.tensor([offsets["input_ids"][i] for i in span])
+            ]
+        )
     assert found.noise == pytest.approx(3 * float(torch.cat(rows).std()), rel=1e-5)
-    each = [traces["state"].noise for traces in causal_traces(lm, facts, kinds=["state"], samples=1)]
+    each = [
+        traces["state"].noise for traces in causal_traces(lm, facts, kinds=["state"], samples=1)
+    ]
     assert each == [found.noise] * len(facts)
 
 
 def test_the_answer_is_what_the_model_should_say_today() -> None:
     lm = load("atlas")
-    said = Fact("Bulgaria", "The currency of {} is the", "euro", target_true=lm.answer(["The currency of Bulgaria is the"])[0])
+    said = Fact(
+        "Bulgaria",
+        "The currency of {} is the",
+        "euro",
+        target_true=lm.answer(["The currency of Bulgaria is the"])[0],
+    )
     told = Fact("Austria", "The official language of {} is", "German")
     found = average_trace(lm, [said, told], samples=2, corruption="replace")
     assert found.n_facts == 2 and found.n_skipped == 0 and found.noise == 0
     assert found.clean > 0.5 and 0 < found.total_effect <= found.clean
     first, second = causal_traces(lm, [said, told], kinds=["state"], samples=2)
-    assert first["state"].answer.strip() == said.target_true and second["state"].answer.strip() == "German"
+    assert (
+        first["state"].answer.strip() == said.target_true
+        and second["state"].answer.strip() == "German"
+    )
     # Facts live early, at the subject; the answer is read at the last token, late.
     early, late = found.effects["state"][2], found.effects["state"][5]
     assert early[0] > late[0] and late[-1] > early[-1]
@@ -168,7 +249,11 @@ def test_record_is_plain_json(lm: LanguageModel, facts: list[Fact]) -> None:
         ({"severed": ["state"]}, InputError, "'mlp', 'attention' or None"),
         ({"window": 0}, LayerError, "window is 0"),
         ({"samples": 0}, InputError, "samples is 0"),
-        ({"cases": [Fact("Paris", "{} lies in", "no such thing")]}, InputError, r"none of the facts \(1 given\)"),
+        (
+            {"cases": [Fact("Paris", "{} lies in", "no such thing")]},
+            InputError,
+            r"none of the facts \(1 given\)",
+        ),
         (
             {"cases": [Fact("is", "Paris {} in", "no such thing")]},
             (SubjectError, InputError),
@@ -176,19 +261,27 @@ def test_record_is_plain_json(lm: LanguageModel, facts: list[Fact]) -> None:
         ),
     ],
 )
-def test_bad_input_is_refused_in_words(lm: LanguageModel, facts: list[Fact], options: dict[str, Any], error: Any, says: str) -> None:
+def test_bad_input_is_refused_in_words(
+    lm: LanguageModel, facts: list[Fact], options: dict[str, Any], error: Any, says: str
+) -> None:
     given = {"cases": facts, "samples": 1, **options}
     with pytest.raises(error, match=says):
         average_trace(lm, given.pop("cases"), **given)
 
 
 def test_one_fact_is_a_list_of_one(lm: LanguageModel, facts: list[Fact]) -> None:
-    alone, listed = (average_trace(lm, cases, kinds=["state"], samples=1) for cases in (facts[0], facts[:1]))
-    assert alone.n_facts == 1 and alone.effects["state"].nan_to_num().equal(listed.effects["state"].nan_to_num())
+    alone, listed = (
+        average_trace(lm, cases, kinds=["state"], samples=1) for cases in (facts[0], facts[:1])
+    )
+    assert alone.n_facts == 1 and alone.effects["state"].nan_to_num().equal(
+        listed.effects["state"].nan_to_num()
+    )
 
 
 def test_three_kinds_of_model(tiny_lm: LanguageModel) -> None:
     (fact,) = answered(tiny_lm, 1)
     found = average_trace(tiny_lm, [fact, fact], severed=["mlp", "attention"], samples=2)
     assert isinstance(found, AverageTrace) and found.n_facts == 2 and len(found.effects) == 5
-    assert found.high["state"].nan_to_num().equal(found.low["state"].nan_to_num())  # twice the same fact: no spread
+    assert (
+        found.high["state"].nan_to_num().equal(found.low["state"].nan_to_num())
+    )  # twice the same fact: no spread

@@ -17,12 +17,24 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from conftest import GPT2, LLAMA, TEXTS, VOCAB, byte_tokenizer, merging_tokenizer, shared_dir, tiny_model
-from factsmith.errors import InputError, LayerError, NumericsError, SubjectError
+from conftest import (
+    GPT2,
+    LLAMA,
+    TEXTS,
+    VOCAB,
+    byte_tokenizer,
+    merging_tokenizer,
+    shared_dir,
+    tiny_model,
+)
+from factsmith import atlas
+from factsmith.core.errors import InputError, LayerError, NumericsError, SubjectError
 from factsmith.locate import causal
-from factsmith.locate.causal import CausalTrace, causal_trace, record_runs
-from factsmith.model import atlas
-from factsmith.model.load import LanguageModel, load, wrap
+from factsmith.locate.causal import causal_trace
+from factsmith.locate.kinds import CausalTrace
+from factsmith.locate.runs import record_runs
+from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import load, wrap
 from factsmith.model.trace import hook_count
 
 KINDS = ("state", "mlp", "attention")
@@ -35,12 +47,31 @@ SHORT = {"n_positions": 64, "vocab_size": VOCAB, "bos_token_id": 1, "eos_token_i
 FAMILIES: dict[str, tuple[dict[str, Any], Callable[[], Any], str, str, str]] = {
     "gpt2": (GPT2, byte_tokenizer, "transformer.h", "mlp", "attn"),
     "llama": (LLAMA, lambda: byte_tokenizer(bos=True), "model.layers", "mlp", "self_attn"),
-    "gptj": ({**SHORT, "n_layer": 3, "n_embd": 32, "n_head": 4, "rotary_dim": 4}, byte_tokenizer, "transformer.h", "mlp", "attn"),
-    "gemma2": ({**SMALL, "sliding_window": 6}, merging_tokenizer, "model.layers", "mlp", "self_attn"),
+    "gptj": (
+        {**SHORT, "n_layer": 3, "n_embd": 32, "n_head": 4, "rotary_dim": 4},
+        byte_tokenizer,
+        "transformer.h",
+        "mlp",
+        "attn",
+    ),
+    "gemma2": (
+        {**SMALL, "sliding_window": 6},
+        merging_tokenizer,
+        "model.layers",
+        "mlp",
+        "self_attn",
+    ),
     "qwen3": (SMALL, byte_tokenizer, "model.layers", "mlp", "self_attn"),
     # Both parts of a Bloom layer add the residual stream themselves; what they contribute is their last linear's output.
     "bloom": (
-        {"n_layer": 3, "hidden_size": 32, "n_head": 4, "vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 0},
+        {
+            "n_layer": 3,
+            "hidden_size": 32,
+            "n_head": 4,
+            "vocab_size": VOCAB,
+            "bos_token_id": 1,
+            "eos_token_id": 0,
+        },
         byte_tokenizer,
         "transformer.h",
         "mlp.dense_4h_to_h",
@@ -64,7 +95,13 @@ FAMILIES: dict[str, tuple[dict[str, Any], Callable[[], Any], str, str, str]] = {
         "fc2",
         "self_attn",
     ),
-    "mixtral": ({**SMALL, "num_local_experts": 4}, byte_tokenizer, "model.layers", "mlp", "self_attn"),
+    "mixtral": (
+        {**SMALL, "num_local_experts": 4},
+        byte_tokenizer,
+        "model.layers",
+        "mlp",
+        "self_attn",
+    ),
 }
 
 
@@ -93,18 +130,26 @@ def sites(lm: LanguageModel, family: str, kind: str) -> list[nn.Module]:
     """The restored modules by their names: nothing of what factsmith found out."""
     _, _, layers, mlp, attention = FAMILIES[family]
     found = list(part(lm.module, layers))
-    return found if kind == "state" else [part(layer, {"mlp": mlp, "attention": attention}[kind]) for layer in found]
+    return (
+        found
+        if kind == "state"
+        else [part(layer, {"mlp": mlp, "attention": attention}[kind]) for layer in found]
+    )
 
 
 def normal(trace: CausalTrace, width: int, seed: int = 1) -> Tensor:
     start, stop = trace.subject_span
-    return torch.from_numpy(np.random.RandomState(seed).randn(trace.samples, stop - start, width) * trace.noise).float()
+    return torch.from_numpy(
+        np.random.RandomState(seed).randn(trace.samples, stop - start, width) * trace.noise
+    ).float()
 
 
 def oracle(family: str, trace: CausalTrace, **options: Any) -> tuple[Tensor, float, float]:
     """The plain loop on the trace's own question; with replaced subjects, each is written out as a text of its own."""
     lm = model(family)
-    others = [trace.prompt.replace(trace.subject, other) for other in trace.replacements] or [trace.prompt] * trace.samples
+    others = [trace.prompt.replace(trace.subject, other) for other in trace.replacements] or [
+        trace.prompt
+    ] * trace.samples
     rows = [lm.tokenizer(text)["input_ids"] for text in (trace.prompt, *others)]
     noise = None if trace.replacements else normal(trace, lm.d_model)
     window = None if trace.kind == "state" else trace.window
@@ -131,7 +176,9 @@ def test_agrees_with_full_passes(family: str, kind: str) -> None:
     assert trace.scores.shape == (len(trace.tokens), lm.n_layers)
     assert torch.allclose(trace.scores, scores, rtol=1e-4, atol=1e-7)
     assert (trace.scores - scores).abs().max() < 1e-5
-    assert trace.clean == pytest.approx(clean, abs=1e-5) and trace.corrupted == pytest.approx(corrupted, abs=1e-5)
+    assert trace.clean == pytest.approx(clean, abs=1e-5) and trace.corrupted == pytest.approx(
+        corrupted, abs=1e-5
+    )
     # The map says something: restoring matters somewhere, far beyond what the comparison above lets pass.
     assert (trace.effects.abs() > 1e-3).any()
     assert hook_count(lm.module.modules()) == 0
@@ -156,16 +203,42 @@ def test_severed_paths_agree_with_two_full_passes(family: str, sever: str) -> No
     assert torch.allclose(trace.scores[:, -1], whole.scores[:, -1], atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"kind": "mlp"}, {"kind": "attention"}, {"sever": "mlp"}, {"target": "French king"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"kind": "mlp"}, {"kind": "attention"}, {"sever": "mlp"}, {"target": "French king"}],
+)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_replaced_subjects_agree_with_full_passes(family: str, options: dict[str, Any]) -> None:
     others = fitting(family)
-    trace = causal_trace(model(family), PROMPT, SUBJECT, corruption="replace", replacements=others, window=2, **options)
+    trace = causal_trace(
+        model(family),
+        PROMPT,
+        SUBJECT,
+        corruption="replace",
+        replacements=others,
+        window=2,
+        **options,
+    )
     scores, clean, corrupted = oracle(family, trace)
-    assert trace.replacements == others and trace.samples == len(others) and trace.seed is None and trace.noise == 0
+    assert (
+        trace.replacements == others
+        and trace.samples == len(others)
+        and trace.seed is None
+        and trace.noise == 0
+    )
     assert torch.allclose(trace.scores, scores, rtol=1e-3, atol=0)
-    assert trace.clean == pytest.approx(clean, rel=1e-3) and trace.corrupted == pytest.approx(corrupted, rel=1e-3, abs=0)
-    fewer = causal_trace(model(family), PROMPT, SUBJECT, corruption="replace", replacements=others[:1], window=2, **options)
+    assert trace.clean == pytest.approx(clean, rel=1e-3) and trace.corrupted == pytest.approx(
+        corrupted, rel=1e-3, abs=0
+    )
+    fewer = causal_trace(
+        model(family),
+        PROMPT,
+        SUBJECT,
+        corruption="replace",
+        replacements=others[:1],
+        window=2,
+        **options,
+    )
     assert fewer.corrupted != pytest.approx(trace.corrupted, rel=1e-3, abs=0)
 
 
@@ -174,8 +247,14 @@ def fitting(family: str) -> tuple[str, ...]:
     lm = model(family)
     ids = lm.tokenizer(PROMPT)["input_ids"]
     words = " ".join(TEXTS).replace(".", "").replace(",", "").split()
-    made = dict.fromkeys(" ".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, i + 5))
-    same = [m for m in made if len(lm.tokenizer(PROMPT.replace(SUBJECT, m))["input_ids"]) == len(ids) and m != SUBJECT]
+    made = dict.fromkeys(
+        " ".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, i + 5)
+    )
+    same = [
+        m
+        for m in made
+        if len(lm.tokenizer(PROMPT.replace(SUBJECT, m))["input_ids"]) == len(ids) and m != SUBJECT
+    ]
     assert len(same) >= 3
     return tuple(same[:3])
 
@@ -183,7 +262,15 @@ def fitting(family: str) -> tuple[str, ...]:
 def test_replacements_are_drawn_from_the_bundled_subjects_by_seed() -> None:
     lm = load("atlas")
     first, again, other = (
-        causal_trace(lm, "The currency of Bulgaria is the", "Bulgaria", corruption="replace", samples=4, seed=seed) for seed in (3, 3, 4)
+        causal_trace(
+            lm,
+            "The currency of Bulgaria is the",
+            "Bulgaria",
+            corruption="replace",
+            samples=4,
+            seed=seed,
+        )
+        for seed in (3, 3, 4)
     )
     assert len(set(first.replacements)) == first.samples == 4 and first.seed == 3
     known = {fact.subject for fact in atlas.facts()}
@@ -193,7 +280,9 @@ def test_replacements_are_drawn_from_the_bundled_subjects_by_seed() -> None:
     assert first.replacements == again.replacements and torch.equal(first.scores, again.scores)
     assert first.replacements != other.replacements
     # The model says another country's currency now, and the subject's early states bring its own back.
-    assert first.is_correct and first.corrupted < 0.5 < float(first.scores[first.subject_span[1] - 1].max())
+    assert first.is_correct and first.corrupted < 0.5 < float(
+        first.scores[first.subject_span[1] - 1].max()
+    )
 
 
 def test_replacements_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,8 +290,12 @@ def test_replacements_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatc
     for given in (("Edwin",), ("",), (SUBJECT,), (*fitting("gpt2"), SUBJECT + "s"), (), "Edwin"):
         with pytest.raises(InputError, match=r"expected a(nother subject| list of subjects)"):
             causal_trace(lm, PROMPT, SUBJECT, corruption="replace", replacements=given)
-    monkeypatch.setattr(causal.atlas, "facts", lambda: [atlas.AtlasFact("Edwin", "P140", "Christianity")])
-    with pytest.raises(InputError, match=r"0 of the 1 bundled subjects fit .* expected 10: give replacements"):
+    monkeypatch.setattr(
+        causal.atlas, "facts", lambda: [atlas.AtlasFact("Edwin", "P140", "Christianity")]
+    )
+    with pytest.raises(
+        InputError, match=r"0 of the 1 bundled subjects fit .* expected 10: give replacements"
+    ):
         causal_trace(lm, PROMPT, SUBJECT, corruption="replace")
 
 
@@ -218,9 +311,14 @@ def test_what_the_model_would_say_is_told() -> None:
     assert not longer.is_correct and longer.predicted == said and longer.answer == " French king"
     atlas_lm = load("atlas")
     right, wrong = (
-        causal_trace(atlas_lm, "The official language of Austria is", "Austria", target=t, samples=1) for t in ("German", "French")
+        causal_trace(
+            atlas_lm, "The official language of Austria is", "Austria", target=t, samples=1
+        )
+        for t in ("German", "French")
     )
-    assert right.is_correct and not wrong.is_correct and wrong.predicted == right.answer == " German"
+    assert (
+        right.is_correct and not wrong.is_correct and wrong.predicted == right.answer == " German"
+    )
 
 
 def test_an_answer_of_no_probability_is_refused() -> None:
@@ -236,14 +334,20 @@ def test_one_recording_serves_every_map() -> None:
     lm = model("llama")
     runs = record_runs(lm, PROMPT, SUBJECT, target="F", samples=SAMPLES)
     for kind, sever in [("state", None), ("mlp", None), ("attention", None), ("state", "mlp")]:
-        alone = causal_trace(lm, PROMPT, SUBJECT, target="F", kind=kind, sever=sever, window=2, samples=SAMPLES)  # type: ignore[arg-type]
-        assert torch.allclose(runs.trace(kind, sever=sever, window=2).scores, alone.scores, atol=1e-7)  # type: ignore[arg-type]
+        alone = causal_trace(
+            lm, PROMPT, SUBJECT, target="F", kind=kind, sever=sever, window=2, samples=SAMPLES
+        )  # type: ignore[arg-type]
+        assert torch.allclose(
+            runs.trace(kind, sever=sever, window=2).scores, alone.scores, atol=1e-7
+        )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("window", "family"), [(1, "gpt2"), (3, "llama"), (10, "gptj")])
 def test_windows_are_cut_like_the_reference(window: int, family: str) -> None:
     for kind in ("mlp", "attention"):
-        trace = causal_trace(model(family), PROMPT, SUBJECT, kind=kind, window=window, samples=SAMPLES)  # type: ignore[arg-type]
+        trace = causal_trace(
+            model(family), PROMPT, SUBJECT, kind=kind, window=window, samples=SAMPLES
+        )  # type: ignore[arg-type]
         scores, _, _ = oracle(family, trace)
         assert (trace.scores - scores).abs().max() < 1e-5
 
@@ -251,12 +355,18 @@ def test_windows_are_cut_like_the_reference(window: int, family: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_answer_of_several_tokens(family: str, kind: str) -> None:
-    trace = causal_trace(model(family), PROMPT, SUBJECT, target="French king", kind=kind, window=2, samples=SAMPLES)  # type: ignore[arg-type]
+    trace = causal_trace(
+        model(family), PROMPT, SUBJECT, target="French king", kind=kind, window=2, samples=SAMPLES
+    )  # type: ignore[arg-type]
     assert len(trace.answer_ids) > 2 and trace.answer.strip() == "French king"
     scores, clean, corrupted = oracle(family, trace)
-    assert trace.clean == pytest.approx(clean, rel=1e-3) and trace.corrupted == pytest.approx(corrupted, rel=1e-3)
+    assert trace.clean == pytest.approx(clean, rel=1e-3) and trace.corrupted == pytest.approx(
+        corrupted, rel=1e-3
+    )
     assert torch.allclose(trace.scores, scores, rtol=1e-3, atol=1e-12)
-    one = causal_trace(model(family), PROMPT, SUBJECT, target="F", kind=kind, window=2, samples=SAMPLES)  # type: ignore[arg-type]
+    one = causal_trace(
+        model(family), PROMPT, SUBJECT, target="F", kind=kind, window=2, samples=SAMPLES
+    )  # type: ignore[arg-type]
     assert one.clean > trace.clean  # joint over the tokens, not their mean
 
 
@@ -279,7 +389,10 @@ def test_subject_anywhere(family: str, prompt: str, subject: str) -> None:
 
 
 def test_batches_cut_to_memory_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = {kind: causal_trace(model("llama"), PROMPT, SUBJECT, kind=kind, samples=SAMPLES) for kind in KINDS}  # type: ignore[arg-type]
+    whole = {
+        kind: causal_trace(model("llama"), PROMPT, SUBJECT, kind=kind, samples=SAMPLES)
+        for kind in KINDS
+    }  # type: ignore[arg-type]
     monkeypatch.setattr(causal, "_CPU_BATCH_BYTES", 1)
     monkeypatch.setattr(causal, "_HEAD_ROWS", 1)
     for kind, trace in whole.items():
@@ -289,7 +402,10 @@ def test_batches_cut_to_memory_give_the_same(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_without_a_prefix_cache_the_scores_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = model("gpt2")
-    cached = {kind: causal_trace(lm, PROMPT, SUBJECT, kind=kind, window=2, samples=SAMPLES) for kind in KINDS}  # type: ignore[arg-type]
+    cached = {
+        kind: causal_trace(lm, PROMPT, SUBJECT, kind=kind, window=2, samples=SAMPLES)
+        for kind in KINDS
+    }  # type: ignore[arg-type]
     severed = causal_trace(lm, PROMPT, SUBJECT, sever="mlp", samples=SAMPLES)
     monkeypatch.setattr(lm, "caches_prefix", False)
     again = causal_trace(lm, PROMPT, SUBJECT, sever="mlp", samples=SAMPLES)
@@ -299,7 +415,9 @@ def test_without_a_prefix_cache_the_scores_are_the_same(monkeypatch: pytest.Monk
         assert torch.allclose(again.scores, trace.scores, rtol=1e-4, atol=1e-7)
 
 
-def test_shortcuts_that_a_layer_does_not_allow_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shortcuts_that_a_layer_does_not_allow_are_not_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Layers whose attention follows their MLP, and memories that are given more than the hidden state: the long way, the same numbers."""
     lm = model("gpt2")
     runs = record_runs(lm, PROMPT, SUBJECT, samples=SAMPLES)
@@ -319,7 +437,9 @@ def test_shortcuts_that_a_layer_does_not_allow_are_not_taken(monkeypatch: pytest
     long = dataclasses.replace(runs, _meets_last=(True,) * lm.n_layers)
     for (kind, sever), scores in zip(maps, short, strict=True):
         ran.clear()
-        assert torch.allclose(long.trace(kind, window=2, sever=sever).scores, scores, rtol=1e-4, atol=1e-7)  # type: ignore[arg-type]
+        assert torch.allclose(
+            long.trace(kind, window=2, sever=sever).scores, scores, rtol=1e-4, atol=1e-7
+        )  # type: ignore[arg-type]
         assert sum(ran) > cells or kind != "mlp"  # it was a longer way
 
 
@@ -334,13 +454,29 @@ def test_models_spread_over_devices(family: str, device: str) -> None:
     module = tiny_model(family, **{**config, "tie_word_embeddings": False})
     plain = wrap(tiny_model(family, **{**config, "tie_word_embeddings": False}), tokenizer())
     trunk = layers.partition(".")[0]
-    places = {f"{trunk}.{name}": "cpu" for name, child in part(module, trunk).named_children() if not isinstance(child, nn.ModuleList)}
-    places |= {f"{layers}.{layer}": device if layer % 2 else "cpu" for layer in range(3)} | {"lm_head": device}
-    spread = wrap(accelerate.dispatch_model(module, {k: 0 if v == "cuda" else v for k, v in places.items()}, force_hooks=True), tokenizer())
+    places = {
+        f"{trunk}.{name}": "cpu"
+        for name, child in part(module, trunk).named_children()
+        if not isinstance(child, nn.ModuleList)
+    }
+    places |= {f"{layers}.{layer}": device if layer % 2 else "cpu" for layer in range(3)} | {
+        "lm_head": device
+    }
+    spread = wrap(
+        accelerate.dispatch_model(
+            module, {k: 0 if v == "cuda" else v for k, v in places.items()}, force_hooks=True
+        ),
+        tokenizer(),
+    )
     for kind, sever in [*zip(KINDS, (None,) * 3, strict=True), ("state", "mlp")]:
-        ours, expected = (causal_trace(lm, PROMPT, SUBJECT, kind=kind, sever=sever, samples=2) for lm in (spread, plain))  # type: ignore[arg-type]
+        ours, expected = (
+            causal_trace(lm, PROMPT, SUBJECT, kind=kind, sever=sever, samples=2)
+            for lm in (spread, plain)
+        )  # type: ignore[arg-type]
         assert (ours.scores - expected.scores).abs().max() < 1e-5
-    replaced = causal_trace(spread, PROMPT, SUBJECT, corruption="replace", replacements=fitting(family))
+    replaced = causal_trace(
+        spread, PROMPT, SUBJECT, corruption="replace", replacements=fitting(family)
+    )
     assert replaced.scores.isfinite().all()
 
 
@@ -352,8 +488,12 @@ def test_half_precision_stays_near_full() -> None:
             causal_trace(lm, PROMPT, SUBJECT, target="F", kind=kind, window=2, samples=SAMPLES)  # type: ignore[arg-type]
             for lm in (model("qwen3"), half)
         )
-        assert trace.scores.dtype == torch.float32 and torch.allclose(trace.scores, full.scores, rtol=0.3)
-        assert not torch.allclose(trace.scores, full.scores, rtol=1e-5)  # it did run in another precision
+        assert trace.scores.dtype == torch.float32 and torch.allclose(
+            trace.scores, full.scores, rtol=0.3
+        )
+        assert not torch.allclose(
+            trace.scores, full.scores, rtol=1e-5
+        )  # it did run in another precision
 
 
 def test_layers_are_run_only_where_something_changed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,9 +521,15 @@ def test_edges_of_the_map_are_what_they_must_be() -> None:
     start, stop = trace.subject_span
     assert trace.tokens[0] == "<|begin|>" and start > 1
     assert "".join(trace.tokens[start:stop]).strip() == SUBJECT
-    assert (trace.scores[:start] == trace.scores.new_tensor(trace.corrupted)).all()  # before the subject: nothing to restore
-    assert trace.scores[-1, -1] == pytest.approx(trace.clean, abs=1e-6)  # the last state is the answer itself
-    assert torch.allclose(trace.scores[:-1, -1], torch.tensor(trace.corrupted), atol=1e-6)  # nothing reads the others' last state
+    assert (
+        trace.scores[:start] == trace.scores.new_tensor(trace.corrupted)
+    ).all()  # before the subject: nothing to restore
+    assert trace.scores[-1, -1] == pytest.approx(
+        trace.clean, abs=1e-6
+    )  # the last state is the answer itself
+    assert torch.allclose(
+        trace.scores[:-1, -1], torch.tensor(trace.corrupted), atol=1e-6
+    )  # nothing reads the others' last state
     assert torch.equal(trace.effects, trace.scores - trace.corrupted)
     token, layer = trace.peak
     assert trace.scores[token, layer] == trace.scores.max()
@@ -394,7 +540,9 @@ def test_answer_is_the_models_own_next_token() -> None:
     trace = causal_trace(lm, PROMPT, SUBJECT, samples=1)
     with torch.no_grad():
         p = lm.module(torch.tensor([lm.tokenizer(PROMPT)["input_ids"]])).logits[0, -1].softmax(-1)
-    assert trace.answer_ids == (int(p.argmax()),) and trace.clean == pytest.approx(float(p.max()), abs=1e-6)
+    assert trace.answer_ids == (int(p.argmax()),) and trace.clean == pytest.approx(
+        float(p.max()), abs=1e-6
+    )
 
 
 def test_noise_by_seed_scale_and_tensor_are_one_thing() -> None:
@@ -416,7 +564,9 @@ def test_noise_is_three_sigma_of_the_embeddings_it_is_added_to() -> None:
     lm = model("gemma2")  # its embedding module multiplies the rows by the root of d_model
     trace = causal_trace(lm, PROMPT, SUBJECT, samples=1)
     start, stop = trace.subject_span
-    rows = lm.module.get_input_embeddings().weight[torch.tensor(lm.tokenizer(PROMPT)["input_ids"][start:stop])]
+    rows = lm.module.get_input_embeddings().weight[
+        torch.tensor(lm.tokenizer(PROMPT)["input_ids"][start:stop])
+    ]
     assert trace.noise == pytest.approx(3 * float(rows.std()) * lm.d_model**0.5, rel=1e-5)
 
 
@@ -433,14 +583,20 @@ def test_record_is_plain_json() -> None:
     trace = causal_trace(model("gpt2"), PROMPT, SUBJECT, kind="mlp", window=4, samples=2)
     read = json.loads(json.dumps(trace.to_dict()))
     assert torch.allclose(torch.tensor(read["scores"]), trace.scores)
-    assert read["window"] == 4 and read["subject_span"] == list(trace.subject_span) and read["tokens"] == list(trace.tokens)
+    assert (
+        read["window"] == 4
+        and read["subject_span"] == list(trace.subject_span)
+        and read["tokens"] == list(trace.tokens)
+    )
     with pytest.raises(AttributeError):
         trace.clean = 1.0  # type: ignore[misc]
 
 
 def test_progress_is_told_token_by_token() -> None:
     told: list[tuple[int, int]] = []
-    trace = causal_trace(model("gpt2"), PROMPT, SUBJECT, samples=1, progress=lambda done, of: told.append((done, of)))
+    trace = causal_trace(
+        model("gpt2"), PROMPT, SUBJECT, samples=1, progress=lambda done, of: told.append((done, of))
+    )
     n = len(trace.tokens) - trace.subject_span[0]
     assert told == [(i + 1, n) for i in range(n)]
 
@@ -483,12 +639,18 @@ def test_progress_is_told_token_by_token() -> None:
         ({"noise_tensor": np.ones((2, 1, 32), complex)}, InputError, "complex"),
         ({"noise": 0.0}, InputError, "noise is 0.0"),
         ({"noise": float("nan")}, InputError, "noise is nan"),
-        ({"noise_tensor": np.zeros((2, 1, 32))}, InputError, r"shape \(2, 1, 32\); expected \(samples, \d+, 32\)"),
+        (
+            {"noise_tensor": np.zeros((2, 1, 32))},
+            InputError,
+            r"shape \(2, 1, 32\); expected \(samples, \d+, 32\)",
+        ),
         ({"target": "  "}, InputError, "empty"),
         ({"prompt": "word " * 80 + SUBJECT}, InputError, "64"),
     ],
 )
-def test_bad_input_is_refused_in_words(options: dict[str, Any], error: type[Exception], says: str) -> None:
+def test_bad_input_is_refused_in_words(
+    options: dict[str, Any], error: type[Exception], says: str
+) -> None:
     given = {"prompt": PROMPT, "subject": SUBJECT, "samples": 1, **options}
     with pytest.raises(error, match=says):
         causal_trace(model("gpt2"), given.pop("prompt"), given.pop("subject"), **given)
@@ -506,9 +668,18 @@ def test_noise_that_is_zero_everywhere_is_refused() -> None:
 
 
 def test_numpys_whole_numbers_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = causal_trace(model("gpt2"), PROMPT, SUBJECT, kind="mlp", window=2, samples=2, noise=0.5, seed=3)
+    plain = causal_trace(
+        model("gpt2"), PROMPT, SUBJECT, kind="mlp", window=2, samples=2, noise=0.5, seed=3
+    )
     same = causal_trace(
-        model("gpt2"), PROMPT, SUBJECT, kind="mlp", window=np.int64(2), samples=np.int32(2), noise=np.float32(0.5), seed=np.uint8(3)
+        model("gpt2"),
+        PROMPT,
+        SUBJECT,
+        kind="mlp",
+        window=np.int64(2),
+        samples=np.int32(2),
+        noise=np.float32(0.5),
+        seed=np.uint8(3),
     )
     assert json.dumps(same.to_dict()) == json.dumps(plain.to_dict())
 
@@ -524,7 +695,9 @@ def test_probabilities_that_are_not_finite_are_refused() -> None:
     assert hook_count(model("gpt2").module.modules()) == 0
 
 
-@pytest.mark.parametrize(("kind", "name"), [("state", "hidden"), ("mlp", "mlp"), ("attention", "attn")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("state", "hidden"), ("mlp", "mlp"), ("attention", "attn")]
+)
 def test_agrees_with_the_reference(kind: str, name: str) -> None:
     golden = shared_dir() / "golden"
     asked = json.loads((golden / "causal_trace.json").read_text())

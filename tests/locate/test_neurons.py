@@ -16,16 +16,28 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import BERT, GPT2, LLAMA, blank_tokenizer, byte_tokenizer, masking_tokenizer, tiny_model
-from factsmith.errors import InputError, NumericsError
+from conftest import (
+    BERT,
+    GPT2,
+    LLAMA,
+    blank_tokenizer,
+    byte_tokenizer,
+    masking_tokenizer,
+    tiny_model,
+)
+from factsmith.core.errors import InputError, NumericsError
 from factsmith.locate import neurons
 from factsmith.locate.neurons import KnowledgeNeurons, knowledge_neurons, refine, refine_relation
-from factsmith.model.load import LanguageModel, wrap
+from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import wrap
 from factsmith.model.trace import hook_count
 
 SMALL = {**LLAMA, "head_dim": 8}
 PROMPT, LONGER = "The mother tongue of Danielle Darrieux is", "Danielle lies in"
-BLANK, LONGER_BLANK = "The mother tongue of Danielle is [MASK].", "[MASK] is the mother tongue of Danielle Darrieux, and that is that."
+BLANK, LONGER_BLANK = (
+    "The mother tongue of Danielle is [MASK].",
+    "[MASK] is the mother tongue of Danielle Darrieux, and that is that.",
+)
 
 # family: (config, tokenizer, path of a layer's down-projection)
 DENSE: dict[str, tuple[dict[str, Any], Callable[[], Any], str]] = {
@@ -36,28 +48,53 @@ DENSE: dict[str, tuple[dict[str, Any], Callable[[], Any], str]] = {
         lambda: byte_tokenizer(bos=True),
         "model.layers.{}.mlp.down_proj",
     ),  # a norm behind the memory
-    "gpt_neox": (LLAMA, byte_tokenizer, "gpt_neox.layers.{}.mlp.dense_4h_to_h"),  # beside the attention
-    "openai-gpt": (GPT2, byte_tokenizer, "transformer.h.{}.mlp.c_proj"),  # a norm behind the memory, and no cache
+    "gpt_neox": (
+        LLAMA,
+        byte_tokenizer,
+        "gpt_neox.layers.{}.mlp.dense_4h_to_h",
+    ),  # beside the attention
+    "openai-gpt": (
+        GPT2,
+        byte_tokenizer,
+        "transformer.h.{}.mlp.c_proj",
+    ),  # a norm behind the memory, and no cache
     "opt": (
         {**LLAMA, "ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": 0},
         byte_tokenizer,
         "model.decoder.layers.{}.fc2",
     ),
     "bert": (BERT, masking_tokenizer, "bert.encoder.layer.{}.output.dense"),
-    "roberta": ({**BERT, "pad_token_id": 322, "max_position_embeddings": 400}, blank_tokenizer, "roberta.encoder.layer.{}.output.dense"),
+    "roberta": (
+        {**BERT, "pad_token_id": 322, "max_position_embeddings": 400},
+        blank_tokenizer,
+        "roberta.encoder.layer.{}.output.dense",
+    ),
 }
 MASKED = ("bert", "roberta")
 EXPERTS = {
     "mixtral": {**SMALL, "num_local_experts": 4},
-    "qwen2_moe": {**SMALL, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
-    "gpt_oss": {**SMALL, "num_local_experts": 4, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 3},
+    "qwen2_moe": {
+        **SMALL,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+    },
+    "gpt_oss": {
+        **SMALL,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "layer_types": ["full_attention"] * 3,
+    },
 }
 
 
 @lru_cache
 def model(family: str, **changes: Any) -> LanguageModel:
     """In float64, so that nothing but the method makes a difference."""
-    config, tokenizer, _ = DENSE[family] if family in DENSE else (EXPERTS[family], byte_tokenizer, "")
+    config, tokenizer, _ = (
+        DENSE[family] if family in DENSE else (EXPERTS[family], byte_tokenizer, "")
+    )
     config = {**config, **changes}
     module = tiny_model(family, masked=family in MASKED, **config).double()
     module.config._experts_implementation = "eager"  # the fused kernels know no float64
@@ -108,7 +145,12 @@ def test_scores_equal_the_plain_loop_one_by_one_or_together(family: str) -> None
         assert close(together.scores[row], expected)
         assert close(knowledge_neurons(lm, prompt, "is").scores[0], expected)
         assert not close(together.scores[1 - row], expected, 0.1)  # the comparison can fail
-    torch.testing.assert_close(together.probability.log().double(), lm.log_prob(list(prompts), ["is"] * 2).double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        together.probability.log().double(),
+        lm.log_prob(list(prompts), ["is"] * 2).double(),
+        rtol=1e-5,
+        atol=1e-5,
+    )
     assert hook_count(lm.module.modules()) == 0
 
 
@@ -130,7 +172,9 @@ def test_masked_targets_of_several_tokens() -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 7, 20])
-def test_any_number_of_steps_and_any_cut_of_the_batch(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_number_of_steps_and_any_cut_of_the_batch(
+    steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = knowledge_neurons(model("gemma2"), PROMPT, "is", steps=steps)
     assert close(whole.scores[0], plain("gemma2", PROMPT, "is", steps))
     monkeypatch.setattr(neurons, "_BATCH_BYTES", 1)
@@ -146,12 +190,16 @@ def test_few_nodes_average_polynomials_as_all_points_do(steps: int) -> None:
     points = torch.arange(steps, dtype=torch.float64) / steps
     assert float(nodes[0]) == 0 and bool((nodes[1:] > 0).all()) and float(nodes[-1]) < 1
     for degree in range(15):
-        assert float(mixing[0] @ nodes**degree) == pytest.approx(float((points**degree).mean()), rel=1e-9)
+        assert float(mixing[0] @ nodes**degree) == pytest.approx(
+            float((points**degree).mean()), rel=1e-9
+        )
     assert abs(float(mixing[0] @ nodes**16) - float((points**16).mean())) > 1e-12
     # Coefficients in orthonormal polynomials: a cubic has none beyond the third, and as many units of length as it has on average.
     cubic = mixing @ (1 - 2 * nodes + 5 * nodes**3)
     assert float(cubic[4:].abs().max()) < 1e-12 < float(cubic[3].abs())
-    assert float(cubic.square().sum()) == pytest.approx(float((1 - 2 * points + 5 * points**3).square().mean()))
+    assert float(cubic.square().sum()) == pytest.approx(
+        float((1 - 2 * points + 5 * points**3).square().mean())
+    )
 
 
 def test_only_smooth_gradients_are_taken_from_few_nodes() -> None:
@@ -169,11 +217,17 @@ def test_only_smooth_gradients_are_taken_from_few_nodes() -> None:
 
 
 @pytest.mark.parametrize("family", DENSE)
-def test_few_nodes_give_what_every_point_gives(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_nodes_give_what_every_point_gives(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lm, prompts = model(family), texts(family)
     climbed: list[int] = []
     climb = neurons._climb
-    monkeypatch.setattr(neurons, "_climb", lambda asked, layers, *rest: climbed.append(len(layers)) or climb(asked, layers, *rest))
+    monkeypatch.setattr(
+        neurons,
+        "_climb",
+        lambda asked, layers, *rest: climbed.append(len(layers)) or climb(asked, layers, *rest),
+    )
     whole = knowledge_neurons(lm, prompts, "is", every_point=True)
     assert sum(climbed) == 2 * 3 * 20
     climbed.clear()
@@ -186,12 +240,16 @@ def test_few_nodes_give_what_every_point_gives(family: str, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("family", DENSE)
-def test_completeness_the_scores_of_a_layer_sum_to_what_silencing_it_takes_away(family: str) -> None:
+def test_completeness_the_scores_of_a_layer_sum_to_what_silencing_it_takes_away(
+    family: str,
+) -> None:
     # Behind Gemma 2's memory stands a norm, which p crosses within sqrt(eps) of alpha = 0: made wide enough for the points to see.
     changes = {"rms_norm_eps": 0.1} if family == "gemma2" else {}
     assert_complete(model(family, **changes), texts(family)[0])
     if family == "gemma2":
-        assert float(knowledge_neurons(model(family), PROMPT, "is", steps=50).gaps.abs().max()) > 0.1  # and the record says so else
+        assert (
+            float(knowledge_neurons(model(family), PROMPT, "is", steps=50).gaps.abs().max()) > 0.1
+        )  # and the record says so else
 
 
 @pytest.mark.parametrize("family", EXPERTS)
@@ -200,7 +258,9 @@ def test_completeness_with_experts(family: str) -> None:
     assert_complete(model(family, num_experts_per_tok=4), PROMPT)
     found = knowledge_neurons(model(family), PROMPT, "is", steps=400)
     last = abs(float(found.probability[0] - found.silent[0, -1]))
-    assert abs(float(found.gaps[0, -1])) < 0.05 * last + 1e-7  # above the last layer there is no router
+    assert (
+        abs(float(found.gaps[0, -1])) < 0.05 * last + 1e-7
+    )  # above the last layer there is no router
 
 
 def assert_complete(lm: LanguageModel, prompt: str) -> None:
@@ -226,7 +286,9 @@ def test_silent_is_the_probability_with_the_layer_zeroed_where_it_predicts(famil
             given[:, -1] = 0
             return (given,)
 
-        handle = lm.module.get_submodule(DENSE[family][2].format(layer)).register_forward_pre_hook(silence)
+        handle = lm.module.get_submodule(DENSE[family][2].format(layer)).register_forward_pre_hook(
+            silence
+        )
         p = lm.module(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1)[answer]
         handle.remove()
         assert float(found.silent[0, layer]) == pytest.approx(float(p), rel=1e-5)
@@ -240,7 +302,9 @@ def test_half_a_gated_coefficient_gives_other_numbers() -> None:
     ids, _, (answer,) = lm.question(PROMPT, "is")
     gate_projection = lm.module.model.layers[layer].mlp.gate_proj
     kept: list[Tensor] = []
-    handle = gate_projection.register_forward_hook(lambda m, a, out: kept.append(out.detach()[:, -1]))
+    handle = gate_projection.register_forward_hook(
+        lambda m, a, out: kept.append(out.detach()[:, -1])
+    )
     with torch.no_grad():
         lm.module(input_ids=torch.tensor([ids]))
     handle.remove()
@@ -250,7 +314,11 @@ def test_half_a_gated_coefficient_gives_other_numbers() -> None:
         return torch.cat([out[:, :-1], points[:, None]], dim=1)
 
     handle = gate_projection.register_forward_hook(scale)
-    p = lm.module(input_ids=torch.tensor([ids]).expand(steps, -1)).logits[:, -1].softmax(-1)[:, answer]
+    p = (
+        lm.module(input_ids=torch.tensor([ids]).expand(steps, -1))
+        .logits[:, -1]
+        .softmax(-1)[:, answer]
+    )
     handle.remove()
     along_gate = kept[0][0] * torch.autograd.grad(p.sum(), points)[0].mean(0)
     assert not close(along_gate, found.scores[0, layer], 0.05)
@@ -260,20 +328,30 @@ def test_half_a_gated_coefficient_gives_other_numbers() -> None:
 # ── experts ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def expert_forward(holder: Any, hidden: Tensor, chosen: Tensor, weights: Tensor, factor: Callable[[int, Tensor], Tensor]) -> Tensor:
+def expert_forward(
+    holder: Any,
+    hidden: Tensor,
+    chosen: Tensor,
+    weights: Tensor,
+    factor: Callable[[int, Tensor], Tensor],
+) -> Tensor:
     """The published formula of Mixtral-like experts, token by token; factor(expert, token) multiplies the coefficients."""
     out = torch.zeros_like(hidden)
     for token in range(len(hidden)):
         for expert, weight in zip(chosen[token].tolist(), weights[token], strict=True):
             gate, up = (holder.gate_up_proj[expert] @ hidden[token]).chunk(2)
             coefficients = nn.functional.silu(gate) * up * factor(expert, torch.tensor(token))
-            out = out.index_add(0, torch.tensor([token]), (weight * (holder.down_proj[expert] @ coefficients))[None])
+            out = out.index_add(
+                0, torch.tensor([token]), (weight * (holder.down_proj[expert] @ coefficients))[None]
+            )
     return out
 
 
 @contextmanager
 def experts_written_out(holder: Any, factor: Callable[[int, Tensor], Tensor]) -> Iterator[None]:
-    holder.forward = lambda hidden, chosen, weights: expert_forward(holder, hidden, chosen, weights, factor)
+    holder.forward = lambda hidden, chosen, weights: expert_forward(
+        holder, hidden, chosen, weights, factor
+    )
     try:
         yield
     finally:
@@ -292,40 +370,60 @@ def test_experts_equal_the_formula_written_out(family: str) -> None:
         expected = torch.zeros(4 * d_ff + (40 if family == "qwen2_moe" else 0), dtype=torch.float64)
         for step in range(steps):
             # d p / d factor at alpha is the coefficient times d p / d coefficient there.
-            factors = torch.full((len(expected),), step / steps, dtype=torch.float64, requires_grad=True)
+            factors = torch.full(
+                (len(expected),), step / steps, dtype=torch.float64, requires_grad=True
+            )
 
             def factor(expert: int, token: Tensor, factors: Tensor = factors) -> Tensor:
-                return factors[expert * d_ff : (expert + 1) * d_ff] if int(token) == last else torch.ones(d_ff, dtype=torch.float64)
+                return (
+                    factors[expert * d_ff : (expert + 1) * d_ff]
+                    if int(token) == last
+                    else torch.ones(d_ff, dtype=torch.float64)
+                )
 
-            def shared(module: nn.Module, args: tuple[Tensor, ...], factors: Tensor = factors) -> tuple[Tensor]:
+            def shared(
+                module: nn.Module, args: tuple[Tensor, ...], factors: Tensor = factors
+            ) -> tuple[Tensor]:
                 at_last = (torch.arange(len(ids)) == last).view(*args[0].shape[:-1], 1)
                 return (torch.where(at_last, args[0] * factors[4 * d_ff :], args[0]),)
 
-            handles = [block.shared_expert.down_proj.register_forward_pre_hook(shared)] if family == "qwen2_moe" else []
+            handles = (
+                [block.shared_expert.down_proj.register_forward_pre_hook(shared)]
+                if family == "qwen2_moe"
+                else []
+            )
             with experts_written_out(block.experts, factor):
                 p = lm.module(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1)[answer]
             for handle in handles:
                 handle.remove()
             expected += torch.autograd.grad(p, factors)[0] / steps
         assert close(found.scores[0, layer, : len(expected)], expected)
-        assert int((expected != 0).sum()) == 2 * d_ff + (40 if family == "qwen2_moe" else 0)  # two experts a token
+        assert int((expected != 0).sum()) == 2 * d_ff + (
+            40 if family == "qwen2_moe" else 0
+        )  # two experts a token
     for neuron, score in found.top(3):
         layer, expert, i = neuron
         assert float(found.scores[0, layer, expert * d_ff + i]) == pytest.approx(score)
     shared_bank = [n for n in found.coarse[0] if n[1] == 4]
-    assert all(0 <= i < 40 for _, _, i in shared_bank) and (family == "qwen2_moe" or not shared_bank)
+    assert all(0 <= i < 40 for _, _, i in shared_bank) and (
+        family == "qwen2_moe" or not shared_bank
+    )
 
 
 # ── the sets ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def hand_made(scores: list[list[list[float]]], share: float = 0.7, threshold: float = 0.25) -> KnowledgeNeurons:
+def hand_made(
+    scores: list[list[list[float]]], share: float = 0.7, threshold: float = 0.25
+) -> KnowledgeNeurons:
     """A record over given scores, its sets made as `knowledge_neurons` makes them."""
     values = torch.tensor(scores)
     n, n_layers, width = values.shape
     coarse = neurons._coarse(values, threshold, [0] * n_layers, [width] * n_layers)
     one = knowledge_neurons(model("gpt2"), PROMPT, "is", steps=1)
-    return replace(one, scores=values, coarse=coarse, baseline_coarse=coarse, prompts=("",) * n).with_share(share)
+    return replace(
+        one, scores=values, coarse=coarse, baseline_coarse=coarse, prompts=("",) * n
+    ).with_share(share)
 
 
 def test_coarse_and_refined_sets_by_hand() -> None:
@@ -338,7 +436,13 @@ def test_coarse_and_refined_sets_by_hand() -> None:
             [[-1.0, -2.0, -0.5], [-1.0, 0.0, -4.0]],  # nothing adds to the probability
         ]
     )
-    assert found.coarse == (((0, 0), (1, 1), (0, 1)), ((0, 0), (0, 1), (1, 1)), ((0, 1), (1, 1)), ((0, 2),), ())
+    assert found.coarse == (
+        ((0, 0), (1, 1), (0, 1)),
+        ((0, 0), (0, 1), (1, 1)),
+        ((0, 1), (1, 1)),
+        ((0, 2),),
+        (),
+    )
     assert found.with_share(0.6).refined == ((0, 1), (1, 1))  # in 3 of 5
     assert found.with_share(0.61).refined == ()  # in 4 of 5
     assert found.with_share(0.2).refined == ((0, 1), (1, 1))  # three prompts at least
@@ -366,7 +470,11 @@ def test_a_relation_is_refined_by_one_share() -> None:
     # The mean over the facts decides, not each fact.
     empty = replace(record, coarse=((),) * 10)
     mixed = refine_relation([record, empty])
-    assert mixed[0].share == pytest.approx(0.7) and len(mixed[0].refined) == 4 and mixed[1].refined == ()
+    assert (
+        mixed[0].share == pytest.approx(0.7)
+        and len(mixed[0].refined) == 4
+        and mixed[1].refined == ()
+    )
     assert mixed[1].baseline == record.refined
     with pytest.raises(InputError, match="no records"):
         refine_relation([])
@@ -402,10 +510,18 @@ def test_the_record_says_what_the_model_itself_would_answer() -> None:
 
 def test_the_record_is_plain_json_and_compact() -> None:
     found = knowledge_neurons(model("mixtral"), [PROMPT, LONGER], "French", steps=3)
-    assert found.scores.dtype == torch.float32 and found.scores.shape == (2, 3, 4 * 48) == found.activations.shape
+    assert (
+        found.scores.dtype == torch.float32
+        and found.scores.shape == (2, 3, 4 * 48) == found.activations.shape
+    )
     text = json.dumps(found.to_dict())
     read = json.loads(text)
-    assert "scores" not in read and len(read["top"]) == 20 and len(read["gaps"]) == 2 and read["steps"] == 3
+    assert (
+        "scores" not in read
+        and len(read["top"]) == 20
+        and len(read["gaps"]) == 2
+        and read["steps"] == 3
+    )
     assert read["coarse"][0][0] == list(found.coarse[0][0])
     assert [n for n, _ in found.top(1)] == [found.top(5)[0][0]]
 
@@ -429,7 +545,9 @@ def test_the_record_is_plain_json_and_compact() -> None:
         ("", "is", {}, "no token"),
     ],
 )
-def test_bad_input_is_refused_in_words(prompts: Any, target: str, options: dict[str, Any], message: str) -> None:
+def test_bad_input_is_refused_in_words(
+    prompts: Any, target: str, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         knowledge_neurons(model("gpt2"), prompts, target, **options)
 
@@ -446,7 +564,13 @@ def test_a_target_without_probability_is_refused_in_words() -> None:
 
 def test_progress_counts_prompts() -> None:
     seen: list[tuple[int, int]] = []
-    knowledge_neurons(model("gpt2"), [PROMPT, LONGER, PROMPT], "is", steps=2, progress=lambda done, total: seen.append((done, total)))
+    knowledge_neurons(
+        model("gpt2"),
+        [PROMPT, LONGER, PROMPT],
+        "is",
+        steps=2,
+        progress=lambda done, total: seen.append((done, total)),
+    )
     assert seen[-1] == (3, 3) and [d for d, _ in seen] == sorted({d for d, _ in seen})
 
 
@@ -455,4 +579,7 @@ def test_half_precision_models_are_attributed_in_their_own_dtype() -> None:
     exact = wrap(tiny_model("llama", **LLAMA).bfloat16().double(), byte_tokenizer())
     found, expected = knowledge_neurons(lm, PROMPT, "is"), knowledge_neurons(exact, PROMPT, "is")
     assert found.scores.dtype == torch.float32
-    assert float(torch.cosine_similarity(found.scores.flatten(), expected.scores.flatten(), dim=0)) > 0.9
+    assert (
+        float(torch.cosine_similarity(found.scores.flatten(), expected.scores.flatten(), dim=0))
+        > 0.9
+    )

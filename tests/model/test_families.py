@@ -13,14 +13,40 @@ from types import ModuleType
 import pytest
 import torch
 
-from factsmith.errors import LayerError, UnsupportedModelError
-from factsmith.model.scan import scan
-from factsmith.model.tokens import align
+from factsmith.core.errors import LayerError, UnsupportedModelError
+from factsmith.corpus.scan import scan
 from factsmith.model.trace import hook_count, recording
 
 DENSE = [
-    *("gpt2", "gptj", "gpt_neo", "gpt_neox", "opt", "bloom", "mpt", "codegen", "falcon", "llama", "mistral", "qwen2", "qwen3"),
-    *("gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo2", "starcoder2", "stablelm", "cohere", "granite", "smollm3", "glm4"),
+    *(
+        "gpt2",
+        "gptj",
+        "gpt_neo",
+        "gpt_neox",
+        "opt",
+        "bloom",
+        "mpt",
+        "codegen",
+        "falcon",
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+    ),
+    *(
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "phi",
+        "phi3",
+        "olmo2",
+        "starcoder2",
+        "stablelm",
+        "cohere",
+        "granite",
+        "smollm3",
+        "glm4",
+    ),
 ]
 EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe"]
 
@@ -56,8 +82,12 @@ def test_experts_are_banks_with_keys_and_values(family: str) -> None:
     assert ffn.n_experts == 4
     assert (ffn.shared is not None) == (family == "qwen2_moe")
     bank = ffn.experts[2]
-    assert bank.values.shape == bank.gate_keys.shape == bank.up_keys.shape == (bank.d_ff, lm.d_model)
-    holder = next(m for m in ffn.module.modules() if any(p.dim() == 3 for p in m.parameters(recurse=False)))
+    assert (
+        bank.values.shape == bank.gate_keys.shape == bank.up_keys.shape == (bank.d_ff, lm.d_model)
+    )
+    holder = next(
+        m for m in ffn.module.modules() if any(p.dim() == 3 for p in m.parameters(recurse=False))
+    )
     stored = dict(holder.named_parameters(recurse=False))
     down = next(p for n, p in stored.items() if n.startswith("down") and p.dim() == 3)
     assert bank.values.untyped_storage().data_ptr() == down.untyped_storage().data_ptr()
@@ -71,7 +101,10 @@ def test_experts_are_banks_with_keys_and_values(family: str) -> None:
         torch.testing.assert_close(bank.values, down[2])
     else:
         torch.testing.assert_close((gate, up), (x @ fused.T).chunk(2, dim=-1))
-        torch.testing.assert_close(torch.nn.functional.silu(gate) * up @ bank.values, torch.nn.functional.silu(gate) * up @ down[2].T)
+        torch.testing.assert_close(
+            torch.nn.functional.silu(gate) * up @ bank.values,
+            torch.nn.functional.silu(gate) * up @ down[2].T,
+        )
         assert bank.bias is None
     for name in ("values", "keys", "down"):
         with pytest.raises(UnsupportedModelError, match="experts"):
@@ -93,7 +126,7 @@ def test_a_scan_of_a_batch_takes_what_each_bank_does(family: str) -> None:
     for layer in layers:
         ffn = lm.ffn[layer]
         for r, ids in enumerate(rows):
-            batch = align(lm, [ids], [0])
+            batch = lm.align([ids], [0])
             own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
             if not ffn.n_experts:
                 with recording({"down": ffn.down}) as calls:
@@ -115,7 +148,10 @@ def test_a_scan_of_a_batch_takes_what_each_bank_does(family: str) -> None:
                 here = found.row == r
                 assert torch.equal(found.column[here], column)
                 torch.testing.assert_close(found.m[here], m, rtol=1e-4, atol=1e-5)
-    assert seen >= 2 * sum(map(len, rows)) and sum(len(found.row) for found in scanned.values()) == seen
+    assert (
+        seen >= 2 * sum(map(len, rows))
+        and sum(len(found.row) for found in scanned.values()) == seen
+    )
     assert not hook_count(lm.module.modules())
     first = min(half)
     assert half[first].m.dtype == torch.float32
@@ -124,7 +160,10 @@ def test_a_scan_of_a_batch_takes_what_each_bank_does(family: str) -> None:
 
 
 def test_a_model_without_feed_forward_memories_is_refused_in_words() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"layer 0 .*no feed-forward memory"), warnings.catch_warnings():
+    with (
+        pytest.raises(UnsupportedModelError, match=r"layer 0 .*no feed-forward memory"),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         families.wrap(families.tiny_model("mamba"), families.letters())
 
@@ -147,7 +186,9 @@ def test_the_comparison_notices_a_wrong_memory() -> None:
     module = families.tiny_model("llama")
     lm = families.wrap(module, families.letters())
     wrong = module.model.layers[0].mlp.down_proj.weight
-    handle = module.model.layers[0].mlp.down_proj.register_forward_hook(lambda m, args, out: out + 0.01)
+    handle = module.model.layers[0].mlp.down_proj.register_forward_hook(
+        lambda m, args, out: out + 0.01
+    )
     assert families.memory_error(lm) > 1e-3
     handle.remove()
     assert families.memory_error(lm) <= 1e-5

@@ -8,14 +8,20 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from conftest import GPT2, LLAMA, byte_tokenizer, tiny_model
-from factsmith.errors import LayerError, UnsupportedModelError
-from factsmith.model.load import LanguageModel, wrap
+from factsmith.core.errors import LayerError, UnsupportedModelError
+from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import wrap
 
 
-def test_values_are_views_in_either_orientation(tiny_gpt2: LanguageModel, tiny_llama: LanguageModel) -> None:
+def test_values_are_views_in_either_orientation(
+    tiny_gpt2: LanguageModel, tiny_llama: LanguageModel
+) -> None:
     for lm, weight in (
         (tiny_gpt2, tiny_gpt2.module.transformer.h[1].mlp.c_proj.weight),  # Conv1D: (d_ff, d_model)
-        (tiny_llama, tiny_llama.module.model.layers[1].mlp.down_proj.weight.T),  # Linear: (d_model, d_ff)
+        (
+            tiny_llama,
+            tiny_llama.module.model.layers[1].mlp.down_proj.weight.T,
+        ),  # Linear: (d_model, d_ff)
     ):
         ffn = lm.ffn[1]
         assert torch.equal(ffn.values, weight)
@@ -31,22 +37,34 @@ def test_orientation_does_not_come_from_shapes() -> None:
     assert torch.equal(lm.ffn[0].keys, square.transformer.h[0].mlp.c_fc.weight.T)
 
 
-def test_coefficients_are_what_the_keys_say(tiny_gpt2: LanguageModel, tiny_llama: LanguageModel) -> None:
+def test_coefficients_are_what_the_keys_say(
+    tiny_gpt2: LanguageModel, tiny_llama: LanguageModel
+) -> None:
     for lm in (tiny_gpt2, tiny_llama):
         seen: list[torch.Tensor] = []
-        handle = lm.ffn[1].module.register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args[0]))
+        handle = lm.ffn[1].module.register_forward_pre_hook(
+            lambda m, args, seen=seen: seen.append(args[0])
+        )
         coefficients = lm.coefficients("Paris is the capital")
         handle.remove()
         ffn = lm.ffn[1]
         if ffn.is_gated:
-            expected = torch.nn.functional.silu(seen[0] @ ffn.gate_keys.T) * (seen[0] @ ffn.up_keys.T)
-            swapped = torch.nn.functional.silu(seen[0] @ ffn.up_keys.T) * (seen[0] @ ffn.gate_keys.T)
+            expected = torch.nn.functional.silu(seen[0] @ ffn.gate_keys.T) * (
+                seen[0] @ ffn.up_keys.T
+            )
+            swapped = torch.nn.functional.silu(seen[0] @ ffn.up_keys.T) * (
+                seen[0] @ ffn.gate_keys.T
+            )
             assert (swapped - expected).abs().max() > 1e-2
         else:
-            expected = ACT2FN["gelu_new"](seen[0] @ ffn.keys.T + lm.module.transformer.h[1].mlp.c_fc.bias)
+            expected = ACT2FN["gelu_new"](
+                seen[0] @ ffn.keys.T + lm.module.transformer.h[1].mlp.c_fc.bias
+            )
         torch.testing.assert_close(coefficients[1], expected[0], atol=1e-5, rtol=1e-5)
         assert coefficients.shape == (3, expected.shape[1], ffn.d_ff)
-        assert torch.equal(lm.coefficients("Paris is the capital", layers=[2, 1]), coefficients[[2, 1]])
+        assert torch.equal(
+            lm.coefficients("Paris is the capital", layers=[2, 1]), coefficients[[2, 1]]
+        )
 
 
 def test_a_fused_gate_is_told_from_its_up_half() -> None:
@@ -89,7 +107,9 @@ def test_a_memory_without_a_module_of_its_own_is_found() -> None:
     assert lm.attention[0] is module.model.decoder.layers[0].self_attn
 
 
-def test_gated_and_plain_keys_are_not_mixed_up(tiny_gpt2: LanguageModel, tiny_llama: LanguageModel) -> None:
+def test_gated_and_plain_keys_are_not_mixed_up(
+    tiny_gpt2: LanguageModel, tiny_llama: LanguageModel
+) -> None:
     with pytest.raises(UnsupportedModelError, match="gate_keys"):
         _ = tiny_llama.ffn[0].keys
     with pytest.raises(UnsupportedModelError, match="not gated"):

@@ -15,8 +15,16 @@ from torch.testing._internal.two_tensor import TwoTensor
 from transformers.utils import logging
 
 from conftest import GPT2, LLAMA, byte_tokenizer, shared_dir, tiny_model
-from factsmith.errors import InputError, ModelError, ModelNotFoundError, NumericsError, TokenizerError, UnsupportedModelError
-from factsmith.model.load import LanguageModel, load, wrap
+from factsmith.core.errors import (
+    InputError,
+    ModelError,
+    ModelNotFoundError,
+    NumericsError,
+    TokenizerError,
+    UnsupportedModelError,
+)
+from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import load, wrap
 from factsmith.model.tokens import encode, target_ids
 
 PROMPTS = [
@@ -57,10 +65,16 @@ def test_answers_in_a_batch_equal_each_prompt_alone(tiny_lm: LanguageModel) -> N
 
 def test_log_prob_equals_the_plain_sum_over_target_tokens(tiny_lm: LanguageModel) -> None:
     targets = ["French", " the capital of France", "basketball", "Northumbria"]
-    got, mean = tiny_lm.log_prob(PROMPTS, targets), tiny_lm.log_prob(PROMPTS, targets, per_token=True)
+    got, mean = (
+        tiny_lm.log_prob(PROMPTS, targets),
+        tiny_lm.log_prob(PROMPTS, targets, per_token=True),
+    )
     assert got.shape == (4,)
     for i, (prompt, target) in enumerate(zip(PROMPTS, targets, strict=True)):
-        head, tail = encode(tiny_lm.tokenizer, prompt)[0], target_ids(tiny_lm.tokenizer, prompt, target)
+        head, tail = (
+            encode(tiny_lm.tokenizer, prompt)[0],
+            target_ids(tiny_lm.tokenizer, prompt, target),
+        )
         logits = tiny_lm.module(input_ids=torch.tensor([head + tail])).logits[0].log_softmax(-1)
         expected = sum(float(logits[len(head) - 1 + j, token]) for j, token in enumerate(tail))
         assert float(got[i]) == pytest.approx(expected, abs=1e-4)
@@ -70,7 +84,9 @@ def test_log_prob_equals_the_plain_sum_over_target_tokens(tiny_lm: LanguageModel
 
 def test_next_tokens_are_the_softmax_of_the_models_logits(tiny_lm: LanguageModel) -> None:
     top = tiny_lm.next_tokens("Paris is the capital of", k=5)
-    logits = tiny_lm.module(input_ids=torch.tensor([encode(tiny_lm.tokenizer, "Paris is the capital of")[0]])).logits[0, -1]
+    logits = tiny_lm.module(
+        input_ids=torch.tensor([encode(tiny_lm.tokenizer, "Paris is the capital of")[0]])
+    ).logits[0, -1]
     expected = logits.softmax(-1).topk(5)
     assert [p for _, p in top] == pytest.approx(expected.values.tolist(), abs=1e-6)
     assert [t for t, _ in top] == [tiny_lm.tokenizer.decode([i]) for i in expected.indices.tolist()]
@@ -95,7 +111,9 @@ BAD_QUESTIONS: list[Callable[[LanguageModel], object]] = [
 
 
 @pytest.mark.parametrize("ask", BAD_QUESTIONS)
-def test_bad_questions_are_refused(tiny_gpt2: LanguageModel, ask: Callable[[LanguageModel], object]) -> None:
+def test_bad_questions_are_refused(
+    tiny_gpt2: LanguageModel, ask: Callable[[LanguageModel], object]
+) -> None:
     with pytest.raises(InputError):
         ask(tiny_gpt2)
 
@@ -120,7 +138,11 @@ def test_says_is_what_a_plain_pass_finds_likeliest() -> None:
     requests = json.loads((golden / "rome.json").read_text())["requests"]
     prompts = [r["prompt"].replace("{}", r["subject"]) for r in requests]
     answers = lm.answer(prompts, max_new_tokens=3)
-    pairs = [(prompt, text) for prompt in prompts for text in {*(a.split(".")[0] for a in answers if a.split(".")[0]), "qx Paris"}]
+    pairs = [
+        (prompt, text)
+        for prompt in prompts
+        for text in {*(a.split(".")[0] for a in answers if a.split(".")[0]), "qx Paris"}
+    ]
     expected = []
     for prompt, text in pairs:
         head, tail = encode(lm.tokenizer, prompt)[0], target_ids(lm.tokenizer, prompt, text)
@@ -165,7 +187,9 @@ def test_loading_leaves_transformers_notices_as_they_were(saved: Path) -> None:
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == (level, bars)
 
 
-@pytest.mark.parametrize("name", ["nope", "./nowhere", "/nowhere/at/all", "owner/there-is-no-such-model"])
+@pytest.mark.parametrize(
+    "name", ["nope", "./nowhere", "/nowhere/at/all", "owner/there-is-no-such-model"]
+)
 def test_unknown_names_are_answered_with_what_there_is(name: str) -> None:
     with pytest.raises(ModelNotFoundError, match="bundled") as error:
         load(name)
@@ -207,12 +231,16 @@ def test_damaged_folders_are_refused_in_words(saved: Path, tmp_path: Path) -> No
         load(folder)
 
 
-@pytest.mark.parametrize("weight", ["transformer.wte", "transformer.h.0.ln_1", "transformer.h.2.mlp.c_proj"])
+@pytest.mark.parametrize(
+    "weight", ["transformer.wte", "transformer.h.0.ln_1", "transformer.h.2.mlp.c_proj"]
+)
 def test_a_weight_that_is_not_finite_is_named(weight: str) -> None:
     module = tiny_model("gpt2", **GPT2)
     wrap(module, byte_tokenizer())  # the control
     module.get_parameter(f"{weight}.weight").data.view(-1)[-1] = float("nan")
-    with pytest.raises(ModelError, match=rf"1 of the \d+ entries of {weight}.weight are not finite"):
+    with pytest.raises(
+        ModelError, match=rf"1 of the \d+ entries of {weight}.weight are not finite"
+    ):
         wrap(module, byte_tokenizer())
 
 
@@ -220,7 +248,10 @@ def test_outputs_that_outgrow_the_dtype_are_said() -> None:
     module = tiny_model("gpt2", **GPT2)
     for parameter in module.parameters():
         parameter.data.mul_(1e30)
-    with pytest.raises(NumericsError, match=r"from layer 0 on its outputs are not finite, .* too large for torch.float32"):
+    with pytest.raises(
+        NumericsError,
+        match=r"from layer 0 on its outputs are not finite, .* too large for torch.float32",
+    ):
         wrap(module, byte_tokenizer())
 
 
@@ -239,12 +270,17 @@ QUANTISED = [
 
 
 @pytest.mark.parametrize("quantisation", QUANTISED, ids=lambda q: "-".join(map(str, q.values())))
-def test_a_quantised_checkpoint_is_refused_with_advice(saved: Path, tmp_path: Path, quantisation: dict[str, object]) -> None:
+def test_a_quantised_checkpoint_is_refused_with_advice(
+    saved: Path, tmp_path: Path, quantisation: dict[str, object]
+) -> None:
     """Whether or not the library that could unpack it is installed."""
     folder = Path(shutil.copytree(saved, tmp_path / "quantised"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantisation}))
-    with pytest.raises(UnsupportedModelError, match=rf"is quantised \({quantisation['quant_method']}\).*in 16 or 32 bits"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=rf"is quantised \({quantisation['quant_method']}\).*in 16 or 32 bits",
+    ):
         load(folder)
     (folder / "config.json").write_text(json.dumps(config))
     assert load(folder).n_layers == 3, "the control"
@@ -252,7 +288,9 @@ def test_a_quantised_checkpoint_is_refused_with_advice(saved: Path, tmp_path: Pa
 
 def _in_int8(module: Any) -> None:
     for layer in module.model.layers:
-        layer.mlp.down_proj.weight = torch.nn.Parameter(layer.mlp.down_proj.weight.data.to(torch.int8), requires_grad=False)
+        layer.mlp.down_proj.weight = torch.nn.Parameter(
+            layer.mlp.down_proj.weight.data.to(torch.int8), requires_grad=False
+        )
 
 
 def _in_float8(module: Any) -> None:
@@ -266,7 +304,10 @@ def _in_four_bits(module: Any) -> None:
     class Packed(torch.nn.Module):
         def __init__(self, linear: torch.nn.Linear) -> None:
             super().__init__()
-            self.register_buffer("qweight", torch.zeros(linear.in_features // 8, linear.out_features, dtype=torch.int32))
+            self.register_buffer(
+                "qweight",
+                torch.zeros(linear.in_features // 8, linear.out_features, dtype=torch.int32),
+            )
 
     for layer in module.model.layers:
         layer.mlp.down_proj = Packed(layer.mlp.down_proj)
@@ -276,7 +317,9 @@ def _in_a_format_of_its_own(module: Any) -> None:
     """As torchao keeps them: a tensor that says float32 and is not."""
     for layer in module.model.layers:
         weight = layer.mlp.down_proj.weight.data
-        layer.mlp.down_proj.weight = torch.nn.Parameter(TwoTensor(weight, weight), requires_grad=False)
+        layer.mlp.down_proj.weight = torch.nn.Parameter(
+            TwoTensor(weight, weight), requires_grad=False
+        )
 
 
 def _marked(module: Any) -> None:
@@ -284,12 +327,16 @@ def _marked(module: Any) -> None:
     module.is_quantized, module.quantization_method = True, "bitsandbytes"
 
 
-@pytest.mark.parametrize("quantise", [_in_int8, _in_float8, _in_four_bits, _in_a_format_of_its_own, _marked])
+@pytest.mark.parametrize(
+    "quantise", [_in_int8, _in_float8, _in_four_bits, _in_a_format_of_its_own, _marked]
+)
 def test_a_quantised_module_is_refused_with_advice(quantise: Callable[[Any], None]) -> None:
     module = tiny_model("llama", **LLAMA)
     wrap(module, byte_tokenizer(bos=True))  # the control
     quantise(module)
-    with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM is quantised \(.*in 16 or 32 bits"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"LlamaForCausalLM is quantised \(.*in 16 or 32 bits"
+    ):
         wrap(module, byte_tokenizer(bos=True))
 
 

@@ -11,14 +11,21 @@ import torch
 
 import factsmith as fs
 from conftest import BERT, VOCAB, blank_tokenizer, byte_tokenizer, masking_tokenizer, tiny_model
-from factsmith.errors import InputError, ModelError, TokenizerError, UnsupportedModelError
-from factsmith.model.load import LanguageModel, load, wrap
+from factsmith.core.errors import InputError, ModelError, TokenizerError, UnsupportedModelError
+from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import load, wrap
 from factsmith.model.masked import MaskedLanguageModel
 from factsmith.model.replay import record
-from factsmith.model.tokens import align
 from factsmith.model.trace import hook_count
 
-DISTIL = {"n_layers": 3, "dim": 32, "hidden_dim": 48, "n_heads": 4, "vocab_size": VOCAB + 4, "max_position_embeddings": 64}
+DISTIL = {
+    "n_layers": 3,
+    "dim": 32,
+    "hidden_dim": 48,
+    "n_heads": 4,
+    "vocab_size": VOCAB + 4,
+    "max_position_embeddings": 64,
+}
 FAMILIES: dict[str, tuple[dict[str, Any], Any]] = {
     "bert": (BERT, masking_tokenizer),
     "distilbert": (DISTIL, masking_tokenizer),
@@ -28,13 +35,20 @@ FAMILIES: dict[str, tuple[dict[str, Any], Any]] = {
     "xlm-roberta": ({**BERT, "pad_token_id": VOCAB + 2}, blank_tokenizer),
     "deberta-v2": (BERT, masking_tokenizer),
 }
-PROMPT, LONGER = "The mother tongue of Danielle is [MASK].", "[MASK] is the mother tongue of Danielle Darrieux, and that is that."
+PROMPT, LONGER = (
+    "The mother tongue of Danielle is [MASK].",
+    "[MASK] is the mother tongue of Danielle Darrieux, and that is that.",
+)
 
 
 @lru_cache
 def model(family: str) -> MaskedLanguageModel:
     config, tokenizer = FAMILIES[family]
-    if family in ("roberta", "camembert", "xlm-roberta"):  # they count positions from beyond the padding's id
+    if family in (
+        "roberta",
+        "camembert",
+        "xlm-roberta",
+    ):  # they count positions from beyond the padding's id
         config = {**config, "max_position_embeddings": VOCAB + 64}
     lm = wrap(tiny_model(family, masked=True, **config), tokenizer())
     assert isinstance(lm, MaskedLanguageModel)
@@ -43,7 +57,9 @@ def model(family: str) -> MaskedLanguageModel:
 
 def plain_probabilities(lm: LanguageModel, text: str) -> torch.Tensor:
     """Distributions at the masks by the tokenizer and the model alone: (n_masks, vocab)."""
-    ids = lm.tokenizer(text.replace("[MASK]", lm.tokenizer.mask_token), return_tensors="pt")["input_ids"]
+    ids = lm.tokenizer(text.replace("[MASK]", lm.tokenizer.mask_token), return_tensors="pt")[
+        "input_ids"
+    ]
     with torch.no_grad():
         return lm.module(input_ids=ids).logits[ids == lm.tokenizer.mask_token_id].softmax(-1)
 
@@ -62,7 +78,12 @@ def test_asked_at_the_mask_as_the_plain_model(family: str) -> None:
     assert [ids[c] for c in columns] == [lm.tokenizer.mask_token_id] and len(wanted) == 1
     got = lm.log_prob([PROMPT, LONGER], ["is", "is"]).exp()
     wanted_of = [lm.question(text, "is")[2][0] for text in (PROMPT, LONGER)]
-    expected = torch.stack([plain_probabilities(lm, text)[0, i] for text, i in zip((PROMPT, LONGER), wanted_of, strict=True)])
+    expected = torch.stack(
+        [
+            plain_probabilities(lm, text)[0, i]
+            for text, i in zip((PROMPT, LONGER), wanted_of, strict=True)
+        ]
+    )
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
     assert (got[0] - got[1]).abs() > 1e-5
     assert hook_count(lm.module.modules()) == 0
@@ -72,18 +93,24 @@ def test_a_target_takes_as_many_masks_as_it_has_tokens() -> None:
     lm = model("bert")
     many = lm.tokenizer.tokenize("Christianity Brazil")
     assert len(many) > 1
-    with pytest.raises(InputError, match=rf"has {len(many)} tokens .* 1 masks.*write (\[MASK\] ?){{{len(many)}}}"):
+    with pytest.raises(
+        InputError, match=rf"has {len(many)} tokens .* 1 masks.*write (\[MASK\] ?){{{len(many)}}}"
+    ):
         lm.log_prob([PROMPT], ["Christianity Brazil"])
     text = PROMPT.replace("[MASK]", " ".join(["[MASK]"] * len(many)))
     plain = plain_probabilities(lm, text)
     expected = plain[range(len(many)), lm.tokenizer.convert_tokens_to_ids(many)].log().sum()
-    torch.testing.assert_close(lm.log_prob([text], ["Christianity Brazil"])[0], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        lm.log_prob([text], ["Christianity Brazil"])[0], expected, rtol=1e-4, atol=1e-5
+    )
     assert len(lm.fill(text)) == len(many)
 
 
 def test_the_target_is_written_as_the_tokenizer_writes_it_in_place() -> None:
     lm = model("roberta")
-    _, _, middle = lm.question("The city of <mask>", "Paris" if len(lm.tokenizer.tokenize(" Paris")) == 1 else "is")
+    _, _, middle = lm.question(
+        "The city of <mask>", "Paris" if len(lm.tokenizer.tokenize(" Paris")) == 1 else "is"
+    )
     (token,) = lm.tokenizer.convert_ids_to_tokens(middle)
     assert token.startswith("Ġ")  # the mask swallowed the space, the word has it back
     _, _, first = lm.question("[MASK] is a king", "T")
@@ -116,14 +143,16 @@ def test_what_needs_a_text_continued_is_refused_in_words() -> None:
         lambda: record(lm, lm.batch([PROMPT])).at(1),
     )
     for call in refused:
-        with pytest.raises(UnsupportedModelError, match=r"masked language model|reads text from both sides"):
+        with pytest.raises(
+            UnsupportedModelError, match=r"masked language model|reads text from both sides"
+        ):
             call()
     assert record(lm, lm.batch([PROMPT])).at(0).start == 0
 
 
 def test_replay_equals_the_full_pass_with_the_same_change() -> None:
     lm = model("bert")
-    batch = align(lm, [lm.prompt_ids(PROMPT), lm.prompt_ids(LONGER)], [0, 0])
+    batch = lm.align([lm.prompt_ids(PROMPT), lm.prompt_ids(LONGER)], [0, 0])
     replay = record(lm, batch)
     hidden = replay.hidden[1].clone()
     hidden[:, 3] += 0.5
@@ -137,12 +166,16 @@ def test_replay_equals_the_full_pass_with_the_same_change() -> None:
 
 
 def test_structures_that_are_not_understood_are_refused() -> None:
-    shared = tiny_model("albert", masked=True, **{**BERT, "embedding_size": 16})  # one layer's weights, run three times
+    shared = tiny_model(
+        "albert", masked=True, **{**BERT, "embedding_size": 16}
+    )  # one layer's weights, run three times
     with pytest.raises(UnsupportedModelError, match="decoder layers"):
         wrap(shared, masking_tokenizer())
     with pytest.raises(TokenizerError, match="no mask token"):
         wrap(tiny_model("bert", masked=True, **BERT), byte_tokenizer())
-    blind = tiny_model("bert", masked=True, **{**BERT, "is_decoder": True})  # sees only what comes before
+    blind = tiny_model(
+        "bert", masked=True, **{**BERT, "is_decoder": True}
+    )  # sees only what comes before
     with pytest.raises(UnsupportedModelError, match="no masked language model"):
         wrap(blind, masking_tokenizer())
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from conftest import GPT2, byte_tokenizer, tiny_model
-from factsmith.errors import InputError
-from factsmith.model.load import LanguageModel, wrap
+from factsmith.core.errors import InputError
+from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import wrap
 from factsmith.model.sample import own_text, sample
 
 
@@ -18,7 +19,9 @@ def test_sampling_follows_the_models_distribution(tiny_lm: LanguageModel) -> Non
         logits = tiny_lm.module(input_ids=torch.tensor([[start]])).logits[0, -1].float()
     logits[tiny_lm.tokenizer.all_special_ids] = -torch.inf
     expected = logits.softmax(-1)
-    counted = torch.bincount(torch.tensor(sample(tiny_lm, 2000, 1))[:, 0], minlength=len(expected)) / 2000
+    counted = (
+        torch.bincount(torch.tensor(sample(tiny_lm, 2000, 1))[:, 0], minlength=len(expected)) / 2000
+    )
     assert (counted - expected).abs().sum() / 2 < 0.15, "total variation"
     assert (counted - expected.roll(1)).abs().sum() / 2 > 0.3, "a control"
     top = {int(i) for i in expected.topk(3).indices}

@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from conftest import byte_tokenizer, merging_tokenizer
-from factsmith.errors import InputError, SubjectError, TokenizerError
-from factsmith.model import atlas
+from factsmith import atlas
+from factsmith.core.errors import InputError, SubjectError, TokenizerError
 from factsmith.model.load import load
 from factsmith.model.tokens import align, encode, subject_span, target_ids, word_ids
 
@@ -39,7 +39,9 @@ def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
         ("  Edwin of Northumbria is", "Edwin of Northumbria"),
     ],
 )
-def test_the_span_covers_the_subject_and_no_other_word(tokenizer: PreTrainedTokenizerFast, text: str, subject: str) -> None:
+def test_the_span_covers_the_subject_and_no_other_word(
+    tokenizer: PreTrainedTokenizerFast, text: str, subject: str
+) -> None:
     start, stop = subject_span(tokenizer, text, subject)
     ids, offsets = encode(tokenizer, text)
     subject = subject.strip()
@@ -70,14 +72,24 @@ def test_a_token_that_reaches_over_the_edge_belongs_to_the_subject() -> None:
     start, stop = subject_span(tokenizer, text, subject)
     _, offsets = encode(tokenizer, text)
     at = text.index(subject)
-    assert offsets[start][0] < at or offsets[stop - 1][1] > at + len(subject), "this tokenizer was made to merge across the edge"
+    assert offsets[start][0] < at or offsets[stop - 1][1] > at + len(subject), (
+        "this tokenizer was made to merge across the edge"
+    )
     # What sums of token counts would give is something else: the trap this function avoids.
     naive = len(encode(tokenizer, text[:at])[0])
-    assert (naive, naive + len(tokenizer(subject, add_special_tokens=False)["input_ids"])) != (start, stop)
+    assert (naive, naive + len(tokenizer(subject, add_special_tokens=False)["input_ids"])) != (
+        start,
+        stop,
+    )
 
 
-@pytest.mark.parametrize(("text", "subject"), [("Paris is", "Rome"), ("Paris and Paris", "Paris"), ("Paris is", ""), ("Paris is", "  ")])
-def test_absent_double_and_empty_subjects_are_refused_with_both_quoted(text: str, subject: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "subject"),
+    [("Paris is", "Rome"), ("Paris and Paris", "Paris"), ("Paris is", ""), ("Paris is", "  ")],
+)
+def test_absent_double_and_empty_subjects_are_refused_with_both_quoted(
+    text: str, subject: str
+) -> None:
     with pytest.raises(SubjectError) as error:
         subject_span(byte_tokenizer(), text, subject)
     assert repr(text) in str(error.value)
@@ -86,7 +98,10 @@ def test_absent_double_and_empty_subjects_are_refused_with_both_quoted(text: str
 
 def test_target_tokens_continue_the_prompt(tokenizer: PreTrainedTokenizerFast) -> None:
     prompt = "The mother tongue of Danielle Darrieux is"
-    with_space, without = target_ids(tokenizer, prompt, " French"), target_ids(tokenizer, prompt, "French")
+    with_space, without = (
+        target_ids(tokenizer, prompt, " French"),
+        target_ids(tokenizer, prompt, "French"),
+    )
     assert with_space == without
     assert tokenizer.decode(with_space).strip() == "French"
     assert not set(with_space) & {tokenizer.bos_token_id, tokenizer.unk_token_id}
@@ -101,8 +116,12 @@ def test_no_space_is_added_after_one() -> None:
     assert tokenizer.decode(target_ids(tokenizer, "Paris is ", "French")) == "French"
     assert tokenizer.decode(target_ids(tokenizer, "Paris is", "French")) == " French"
     for blanks in ("French ", "  French\t", "\nFrench\n"):
-        assert target_ids(tokenizer, "Paris is", blanks) == target_ids(tokenizer, "Paris is", "French"), "blanks are no part of it"
-    assert target_ids(tokenizer, "Paris is", "New  York") != target_ids(tokenizer, "Paris is", "New York"), "inside they are"
+        assert target_ids(tokenizer, "Paris is", blanks) == target_ids(
+            tokenizer, "Paris is", "French"
+        ), "blanks are no part of it"
+    assert target_ids(tokenizer, "Paris is", "New  York") != target_ids(
+        tokenizer, "Paris is", "New York"
+    ), "inside they are"
 
 
 @pytest.mark.parametrize("target", ["", "  "])
@@ -112,10 +131,14 @@ def test_an_empty_target_is_refused(target: str) -> None:
 
 
 def test_align_puts_pivots_into_one_column() -> None:
-    batch = align(byte_tokenizer(), [[11, 12, 13], [21, 22, 23, 24, 25], [31]], [2, 1, 0])
+    batch = align([[11, 12, 13], [21, 22, 23, 24, 25], [31]], [2, 1, 0])
     assert batch.pivot == 2
     assert batch.input_ids[:, batch.pivot].tolist() == [13, 22, 31]
-    assert batch.attention_mask.tolist() == [[1, 1, 1, 0, 0, 0], [0, 1, 1, 1, 1, 1], [0, 0, 1, 0, 0, 0]]
+    assert batch.attention_mask.tolist() == [
+        [1, 1, 1, 0, 0, 0],
+        [0, 1, 1, 1, 1, 1],
+        [0, 0, 1, 0, 0, 0],
+    ]
     assert batch.position_ids[1, 1:].tolist() == [0, 1, 2, 3, 4]
     assert batch.left_padded
     kept = batch.keep(torch.tensor([1, 1]))
@@ -125,10 +148,14 @@ def test_align_puts_pivots_into_one_column() -> None:
     assert longer.pivot == batch.width
 
 
-@pytest.mark.parametrize(("sequences", "pivots"), [([], []), ([[1, 2]], [2]), ([[1, 2]], [0, 1]), ([[]], [0])])
-def test_align_refuses_what_cannot_be_aligned(sequences: list[list[int]], pivots: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("sequences", "pivots"), [([], []), ([[1, 2]], [2]), ([[1, 2]], [0, 1]), ([[]], [0])]
+)
+def test_align_refuses_what_cannot_be_aligned(
+    sequences: list[list[int]], pivots: list[int]
+) -> None:
     with pytest.raises(InputError):
-        align(byte_tokenizer(), sequences, pivots)
+        align(sequences, pivots)
 
 
 def test_a_tokenizer_without_offsets_is_refused() -> None:
@@ -144,10 +171,16 @@ def test_a_word_is_looked_for_with_and_without_its_space_and_case() -> None:
     for name in atlas.names():
         tokenizer = load(name).tokenizer
         whole = word_ids(tokenizer, " paris ")
-        assert whole and {tokenizer.decode([i]).strip() for i in whole} <= {"Paris", "paris", "PARIS"}
+        assert whole and {tokenizer.decode([i]).strip() for i in whole} <= {
+            "Paris",
+            "paris",
+            "PARIS",
+        }
         for word in ("zebra", "xylophone", "1999", "x-ray", "東京", "Ω", "☕", "İzmir"):
             assert word_ids(tokenizer, word), "whose space is a token by itself"
         several = word_ids(tokenizer, "Danielle Darrieux")
-        assert several and all("Danielle".startswith(tokenizer.decode([i]).strip()) for i in several)
+        assert several and all(
+            "Danielle".startswith(tokenizer.decode([i]).strip()) for i in several
+        )
         with pytest.raises(InputError, match="empty"):
             word_ids(tokenizer, "  ")

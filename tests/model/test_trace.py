@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from factsmith.errors import UnsupportedModelError
+from factsmith.core.errors import UnsupportedModelError
 from factsmith.model import trace
-from factsmith.model.load import LanguageModel
-from factsmith.model.tokens import align
+from factsmith.model.language_model import LanguageModel
 from factsmith.model.trace import (
     first_tensor,
     hook_count,
@@ -29,7 +28,7 @@ IDS = [5, 90, 33, 61]
 
 
 def test_recording_sees_what_goes_in_and_out(tiny_lm: LanguageModel) -> None:
-    batch = align(tiny_lm, [IDS], [3])
+    batch = tiny_lm.align([IDS], [3])
     with recording({layer: ffn.down for layer, ffn in enumerate(tiny_lm.ffn)}) as calls:
         tiny_lm.forward(batch)
     for layer, ffn in enumerate(tiny_lm.ffn):
@@ -63,17 +62,17 @@ def test_stop_ends_the_pass_above_the_last_module_asked_for(tiny_lm: LanguageMod
     reached = []
     handle = tiny_lm.layers[2].register_forward_pre_hook(lambda m, args: reached.append(1))
     with recording({"first": tiny_lm.layers[1]}, stop=True) as calls:
-        tiny_lm.forward(align(tiny_lm, [IDS], [3]))
+        tiny_lm.forward(tiny_lm.align([IDS], [3]))
     assert len(calls["first"]) == 1 and not reached
     with recording({"first": tiny_lm.layers[1]}) as calls:
-        tiny_lm.forward(align(tiny_lm, [IDS], [3]))
+        tiny_lm.forward(tiny_lm.align([IDS], [3]))
     handle.remove()
     assert reached
 
 
 @pytest.mark.parametrize("where", ["output", "input"])
 def test_replacing_changes_an_activation_on_its_way(tiny_lm: LanguageModel, where: str) -> None:
-    batch = align(tiny_lm, [IDS], [3])
+    batch = tiny_lm.align([IDS], [3])
     plain = tiny_lm.forward(batch).logits
     down = tiny_lm.ffn[1].down
     with replacing({down: lambda x: x * 0}, where=where):  # type: ignore[arg-type]
@@ -97,16 +96,23 @@ def test_replacing_changes_an_activation_on_its_way(tiny_lm: LanguageModel, wher
 
 def test_nothing_stays_behind_after_an_exception(tiny_lm: LanguageModel) -> None:
     before = hook_count(tiny_lm.module.modules())
-    batch = align(tiny_lm, [IDS], [3])
+    batch = tiny_lm.align([IDS], [3])
     plain = tiny_lm.forward(batch).logits
 
     def fail(_: Tensor) -> Tensor:
         raise RuntimeError("on purpose")
 
-    with pytest.raises(RuntimeError, match="on purpose"), recording({"all": tiny_lm.layers[0]}), replacing({tiny_lm.layers[1]: fail}):
+    with (
+        pytest.raises(RuntimeError, match="on purpose"),
+        recording({"all": tiny_lm.layers[0]}),
+        replacing({tiny_lm.layers[1]: fail}),
+    ):
         assert hook_count(tiny_lm.module.modules()) == before + 2
         tiny_lm.forward(batch)
-    with pytest.raises(ZeroDivisionError), standing_in(tiny_lm.layers, lambda index, args, kwargs: 1 / 0):
+    with (
+        pytest.raises(ZeroDivisionError),
+        standing_in(tiny_lm.layers, lambda index, args, kwargs: 1 / 0),
+    ):
         tiny_lm.forward(batch)
     assert hook_count(tiny_lm.module.modules()) == before
     assert torch.equal(tiny_lm.forward(batch).logits, plain)
@@ -124,9 +130,9 @@ def test_a_stand_in_gives_back_a_forward_of_the_modules_own() -> None:
 def test_a_change_of_the_last_layer_counts_once(tiny_lm: LanguageModel) -> None:
     """Asking for logits runs the model's tail with its layers stood in for; hooks on the layers must rest then."""
     with replacing({tiny_lm.layers[-1]: lambda hidden: hidden + torch.arange(hidden.shape[-1])}):
-        expected = tiny_lm.forward(align(tiny_lm, [IDS], [3])).logits[:, -1]
-        torch.testing.assert_close(tiny_lm.last_logits(align(tiny_lm, [IDS], [3])), expected)
-    assert (tiny_lm.last_logits(align(tiny_lm, [IDS], [3])) - expected).abs().max() > 1e-2
+        expected = tiny_lm.forward(tiny_lm.align([IDS], [3])).logits[:, -1]
+        torch.testing.assert_close(tiny_lm.last_logits(tiny_lm.align([IDS], [3])), expected)
+    assert (tiny_lm.last_logits(tiny_lm.align([IDS], [3])) - expected).abs().max() > 1e-2
 
 
 def test_products_watch_a_bare_parameter() -> None:
@@ -168,11 +174,15 @@ def test_a_hook_that_was_left_behind_has_no_effect(monkeypatch: pytest.MonkeyPat
 class _Interrupted(ExitStack):
     """One in which a Ctrl-C comes instead of everything that would be put back."""
 
-    def callback(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+    def callback(
+        self, function: Callable[..., Any], /, *args: Any, **kwargs: Any
+    ) -> Callable[..., Any]:
         def instead(*args: Any, **kwargs: Any) -> None:
             raise KeyboardInterrupt
 
-        return super().callback(instead if function.__name__ in ("put_back", "_forget") else function, *args, **kwargs)
+        return super().callback(
+            instead if function.__name__ in ("put_back", "_forget") else function, *args, **kwargs
+        )
 
 
 def test_what_was_left_standing_in_takes_no_hook_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,12 +205,18 @@ def test_what_was_left_standing_in_takes_no_hook_with_it(monkeypatch: pytest.Mon
         else:
             with standing_in([layers[1]], lambda index, args, kwargs: args[0] * 0):
                 assert not layers(torch.ones(1, 2)).any()
-        assert torch.equal(layers(torch.ones(1, 2)), expected) and hook_count(layers) == 0 and "forward" not in vars(layers[1])
+        assert (
+            torch.equal(layers(torch.ones(1, 2)), expected)
+            and hook_count(layers) == 0
+            and "forward" not in vars(layers[1])
+        )
 
 
 @pytest.mark.parametrize("way", ["output", "input", "stand-in", "factors"])
 @pytest.mark.parametrize("own", [False, True], ids=["plain", "with its own forward"])
-def test_what_was_not_put_back_puts_itself_back(monkeypatch: pytest.MonkeyPatch, way: str, own: bool) -> None:
+def test_what_was_not_put_back_puts_itself_back(
+    monkeypatch: pytest.MonkeyPatch, way: str, own: bool
+) -> None:
     layer, x, calls = nn.Linear(2, 2), torch.ones(1, 2), []
     layer.register_forward_hook(lambda module, args, result: calls.append(result))
     if own:
@@ -214,15 +230,21 @@ def test_what_was_not_put_back_puts_itself_back(monkeypatch: pytest.MonkeyPatch,
         "output": lambda: replacing({layer: lambda out: out + 1}),
         "input": lambda: replacing({layer: lambda given: given + 1}, where="input"),
         "stand-in": lambda: standing_in([layer], lambda index, args, kwargs: expected + 1),
-        "factors": lambda: replacing_factors({layer: ("weight", product, lambda left, offset: left + 1)}),
+        "factors": lambda: replacing_factors(
+            {layer: ("weight", product, lambda left, offset: left + 1)}
+        ),
     }
     with monkeypatch.context() as patching, pytest.raises(KeyboardInterrupt):
         patching.setattr(trace, "ExitStack", _Interrupted)
         with blocks[way]():
             assert not torch.allclose(layer(x), expected)
     left = hook_count([layer]) + (len(layer._forward_hooks) != 1)
-    assert left > 1 + own or vars(layer).get("forward") is not forward, "the control: something was left behind"
+    assert left > 1 + own or vars(layer).get("forward") is not forward, (
+        "the control: something was left behind"
+    )
     calls.clear()
     for _ in range(2):
         assert torch.equal(layer(x), expected)
-    assert hook_count([layer]) == 1 + own and vars(layer).get("forward") is forward and len(calls) == 2
+    assert (
+        hook_count([layer]) == 1 + own and vars(layer).get("forward") is forward and len(calls) == 2
+    )

@@ -18,7 +18,7 @@ from typing import Annotated
 
 import typer
 
-from ..errors import FactsmithError, InputError
+from ..core.errors import FactsmithError, InputError
 from . import capacity, demo, export, judge, keep, locate, patch, plan, read
 from .common import complain
 
@@ -71,8 +71,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code; errors of ours are one block on standard error, never a traceback."""
     try:
         for argument in sys.argv[1:] if arguments is None else arguments:
-            if any("\udc80" <= c <= "\udcff" for c in argument):  # how Python marks bytes it could not decode
-                raise InputError(f"the argument {argument!r} is not in UTF-8; write it in the terminal's own encoding")
+            if any(
+                "\udc80" <= c <= "\udcff" for c in argument
+            ):  # how Python marks bytes it could not decode
+                raise InputError(
+                    f"the argument {argument!r} is not in UTF-8; write it in the terminal's own encoding"
+                )
         app(arguments, prog_name="factsmith")
     except FactsmithError as error:
         complain("error", str(error))
@@ -97,6 +101,11 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
 ) -> None:
     pass

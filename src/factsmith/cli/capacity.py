@@ -8,22 +8,48 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .common import LARGEST_SEED, Device, Json, Paragraphs, Where, complain, opened, print_result, progress, show_tables
+from .common import (
+    LARGEST_SEED,
+    Device,
+    Json,
+    Paragraphs,
+    Where,
+    complain,
+    opened,
+    print_result,
+    progress,
+    show_tables,
+)
 
 
 def capacity(
-    next_facts: Annotated[int, typer.Option("--next", metavar="N", min=0, help="How many more facts to look ahead.")] = 100,
+    next_facts: Annotated[
+        int, typer.Option("--next", metavar="N", min=0, help="How many more facts to look ahead.")
+    ] = 100,
     limit: Annotated[
-        float, typer.Option(metavar="PERCENT", help="Unrelated facts answered otherwise that count as broken, in per cent.")
+        float,
+        typer.Option(
+            metavar="PERCENT",
+            help="Unrelated facts answered otherwise that count as broken, in per cent.",
+        ),
     ] = 10.0,
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Ask the model which of the stored facts it still says.")] = True,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify/--no-verify", help="Ask the model which of the stored facts it still says."
+        ),
+    ] = True,
     texts: Annotated[
         list[Path] | None,
         typer.Option(
-            metavar="FILE", help="Plain text for second moments that are not kept yet; may be repeated.", show_default="the model's own"
+            metavar="FILE",
+            help="Plain text for second moments that are not kept yet; may be repeated.",
+            show_default="the model's own",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of text that the model writes itself.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Of text that the model writes itself.")
+    ] = 0,
     workspace: Where = None,
     device: Device = None,
     as_json: Json = False,
@@ -40,7 +66,9 @@ def capacity(
     corpus = Paragraphs(texts) if texts else None
     with progress() as tell, opened(None, workspace or Path(), device, tell) as (_, bench):
         assert bench is not None
-        found = bench.capacity(next_facts, limit=limit, ask=verify, texts=corpus, seed=seed, progress=tell)
+        found = bench.capacity(
+            next_facts, limit=limit, ask=verify, texts=corpus, seed=seed, progress=tell
+        )
 
     def show(console: Console) -> None:
         show_tables([table for table in found.tables() if table.columns])(console)

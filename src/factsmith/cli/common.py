@@ -19,48 +19,85 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from .. import tables
-from ..errors import InputError
-from ..files import write_file
-from ..ledger import Ledger
-from ..progress import CHOOSING, Progress
-from ..tables import visible
+from ..core import tables
+from ..core.errors import InputError
+from ..core.files import write_file
+from ..core.progress import CHOOSING, Progress
+from ..core.tables import visible
+from ..keep.ledger import Ledger
 
 if TYPE_CHECKING:
-    from ..model.load import LanguageModel
-    from ..workbench import Workbench
+    from ..keep.workbench import Workbench
+    from ..model.language_model import LanguageModel
+
 
 LARGEST_SEED = 2**32 - 1
 
-_RECORDS = ("trace", "average", "neurons", "explain")  # what stands under "factsmith" in the JSON beside a picture
+_RECORDS = (
+    "trace",
+    "average",
+    "neurons",
+    "explain",
+)  # what stands under "factsmith" in the JSON beside a picture
 
 # ---- options --------------------------------------------------------------------------------------------------------------------------
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+
 Where = Annotated[
-    Path | None, typer.Option("--workspace", "-w", metavar="DIR", help="The workspace; by default the current folder, if it is one.")
+    Path | None,
+    typer.Option(
+        "--workspace",
+        "-w",
+        metavar="DIR",
+        help="The workspace; by default the current folder, if it is one.",
+    ),
 ]
-Device = Annotated[str | None, typer.Option(help="Where to run the model, such as cuda or cpu.", show_default="cpu")]
+
+Device = Annotated[
+    str | None,
+    typer.Option(help="Where to run the model, such as cuda or cpu.", show_default="cpu"),
+]
+
 Out = Annotated[
     str | None,
-    typer.Option(metavar="FILE", help="Also draw it: .png, .svg or .pdf; without a suffix .png and .svg. The numbers go beside it."),
+    typer.Option(
+        metavar="FILE",
+        help="Also draw it: .png, .svg or .pdf; without a suffix .png and .svg. The numbers go beside it.",
+    ),
 ]
-Model = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A bundled model, a folder or a hub id.")]
+
+Model = Annotated[
+    str | None, typer.Argument(metavar="[MODEL]", help="A bundled model, a folder or a hub id.")
+]
+
 ModelAndPrompt = Annotated[
     list[str],
-    typer.Argument(metavar="[MODEL] PROMPT", help="A bundled model, a folder or a hub id (left out: the workspace's), and the text."),
+    typer.Argument(
+        metavar="[MODEL] PROMPT",
+        help="A bundled model, a folder or a hub id (left out: the workspace's), and the text.",
+    ),
 ]
 
 
 def model_and_prompt(words: list[str]) -> tuple[str | None, str]:
     """The two apart; raises InputError for more words than two."""
     if len(words) > 2:
-        raise InputError(f"got {len(words)} words where a model and a text are expected; put the text in quotes")
+        raise InputError(
+            f"got {len(words)} words where a model and a text are expected; put the text in quotes"
+        )
     return (None, words[0]) if len(words) == 1 else (words[0], words[1])
 
 
@@ -69,7 +106,9 @@ def model_and_facts(words: list[str]) -> tuple[str | None, Path | None]:
     files = [word for word in words if is_facts(word)]
     models = [word for word in words if word not in files]
     if len(files) > 1 or len(models) > 1:
-        raise InputError(f"got {' '.join(words)!r}; expected at most one model and one file of facts (.yaml or .json)")
+        raise InputError(
+            f"got {' '.join(words)!r}; expected at most one model and one file of facts (.yaml or .json)"
+        )
     return (models[0] if models else None), (Path(files[0]) if files else None)
 
 
@@ -77,7 +116,7 @@ def is_facts(word: str) -> bool:
     """Whether an argument is a file of facts, and not a text that ends in such a name."""
     if Path(word).suffix.lower() not in (".yaml", ".yml", ".json"):
         return False
-    return not any(map(str.isspace, word)) or os.path.isfile(word)  # noqa: PTH113 - Path's raises for a text too long to be a name
+    return not any(map(str.isspace, word)) or os.path.isfile(word)
 
 
 # ---- models and workspaces ------------------------------------------------------------------------------------------------------------
@@ -116,7 +155,7 @@ def opened(
     with Ledger(workspace) as ledger:
         name, dtype = ledger.model, ledger.dtype
     lm = load_model(model or name, device, dtype, tell)
-    from ..workbench import Workbench
+    from ..keep.workbench import Workbench
 
     with Workbench(lm, workspace) as bench:
         yield lm, bench
@@ -180,7 +219,12 @@ def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
 # ---- printing -------------------------------------------------------------------------------------------------------------------------
 
 
-def print_result(found: dict[str, Any], show: Callable[[Console], None], as_json: bool, saved: Sequence[Path] | None = None) -> None:
+def print_result(
+    found: dict[str, Any],
+    show: Callable[[Console], None],
+    as_json: bool,
+    saved: Sequence[Path] | None = None,
+) -> None:
     """One JSON document, or what `show` prints; either names the files `saved`, of a command that takes --out."""
     if as_json:
         print_json(found if saved is None else {**found, "out": [str(path) for path in saved]})
@@ -203,7 +247,9 @@ def _json(found: Any) -> str:
 def complain(what: str, text: str) -> None:
     """A "warning" or "error" on standard error."""
     style = "bold yellow" if what == "warning" else "bold red"
-    plain_console(stderr=True).print(Text.assemble((f"{what}: ", style), visible(text)), soft_wrap=True)
+    plain_console(stderr=True).print(
+        Text.assemble((f"{what}: ", style), visible(text)), soft_wrap=True
+    )
 
 
 @contextlib.contextmanager
@@ -227,9 +273,7 @@ def progress() -> Iterator[Progress]:
         def tell(what: str, done: int, total: int | None) -> None:
             if what not in tasks:
                 if what == CHOOSING:
-                    told = (
-                        "no layer was named, and none is known for this model: up to 30 trial edits choose one now, which takes a while; "
-                    )
+                    told = "no layer was named, and none is known for this model: up to 30 trial edits choose one now, which takes a while; "
                     told += "--layer names one, and `factsmith layers` in a workspace tries more and keeps its choice"
                     bars.console.print(Text.assemble(("note: ", "bold"), told), soft_wrap=True)
                 for task in tasks.values():
@@ -247,7 +291,14 @@ def plain_console(*, stderr: bool = False) -> Console:
 
 def plain_table(*numbers: str, caption: str | None = None) -> Table:
     """A table without lines, with some columns of numbers."""
-    table = Table(box=None, pad_edge=False, header_style="bold", caption=caption, caption_justify="left", caption_style="dim")
+    table = Table(
+        box=None,
+        pad_edge=False,
+        header_style="bold",
+        caption=caption,
+        caption_justify="left",
+        caption_style="dim",
+    )
     for name in numbers:
         table.add_column(name, justify="right")
     return table
@@ -273,7 +324,9 @@ def checks_table(checks: Sequence[dict[str, Any]]) -> Table:
         table.add_column("p", justify="right", no_wrap=True)
     table.add_column("")
     for check in checks:
-        before, after = ("" if check[name] is None else f"{check[name]:.3f}" for name in ("p_before", "p_after"))
+        before, after = (
+            "" if check[name] is None else f"{check[name]:.3f}" for name in ("p_before", "p_after")
+        )
         held = Text("ok", style="green") if check["held"] else Text("no", style="bold red")
         cells = (check["role"], check["prompt"], check["before"], before, check["after"], after)
         table.add_row(*(Text(visible(cell)) for cell in cells), held)
@@ -282,7 +335,10 @@ def checks_table(checks: Sequence[dict[str, Any]]) -> Table:
 
 def line(console: Console, first: str, rest: str, style: str = "") -> None:
     """Two texts in a line of whatever length; the first is bold, or the second has a style."""
-    console.print(Text.assemble((visible(first), "" if style else "bold"), " ", (visible(rest), style)), soft_wrap=True)
+    console.print(
+        Text.assemble((visible(first), "" if style else "bold"), " ", (visible(rest), style)),
+        soft_wrap=True,
+    )
 
 
 def in_workspace(workspace: Path | None) -> str:
@@ -307,13 +363,17 @@ def output(out: str | None, *, curves: bool = False, inputs: Sequence[Path] = ()
     """What --out names, if anything; raises InputError where that cannot be written, or is somebody else's file."""
     if out is None:
         return None
-    from ..plot import check_path
+    from ..show.plots.drawing import check_path
 
     path = Path(out)
-    is_hidden = path.name.startswith(".") and not path.suffix  # ".png", "..": a suffix without a name
+    is_hidden = (
+        path.name.startswith(".") and not path.suffix
+    )  # ".png", "..": a suffix without a name
     if not path.name or is_hidden or out.endswith(("/", os.sep)) or path.is_dir():
         example = Path(*([path] if path.is_dir() else []), "trace")
-        raise InputError(f"--out {out!r} names no file; expected a file name, such as {example} or {example}.png")
+        raise InputError(
+            f"--out {out!r} names no file; expected a file name, such as {example} or {example}.png"
+        )
     # The 2 in "v1.2" is no suffix.
     suffix = "" if path.suffix[1:].isdigit() else path.suffix
     stem = path.name.removesuffix(suffix)
@@ -328,13 +388,19 @@ def output(out: str | None, *, curves: bool = False, inputs: Sequence[Path] = ()
         check_path(picture)
     for file in (*files.pictures, *files.curves, files.record, files.table):
         if file.is_dir():
-            raise InputError(f"--out {out!r} would write {file}, which is a folder; choose another name")
+            raise InputError(
+                f"--out {out!r} would write {file}, which is a folder; choose another name"
+            )
         if any(file.exists() and given.exists() and file.samefile(given) for given in inputs):
-            raise InputError(f"--out {out!r} would write {file}, which is the file of facts itself; choose another name")
+            raise InputError(
+                f"--out {out!r} would write {file}, which is the file of facts itself; choose another name"
+            )
     ours = _is_record(files.record)
     for file in (files.record, files.table):
         if file.exists() and not ours:
-            raise InputError(f"--out {out!r} would replace {file}, which is no record of an earlier run; choose another name")
+            raise InputError(
+                f"--out {out!r} would replace {file}, which is no record of an earlier run; choose another name"
+            )
     return files
 
 
@@ -394,4 +460,8 @@ def read_value(text: str) -> Any:
         number = float(text)
     except ValueError:
         return text
-    return int(number) if "e" in text.lower() and number.is_integer() and abs(number) < 2**53 else number  # 1e3 counts, as 1000 does
+    return (
+        int(number)
+        if "e" in text.lower() and number.is_integer() and abs(number) < 2**53
+        else number
+    )  # 1e3 counts, as 1000 does

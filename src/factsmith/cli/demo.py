@@ -10,16 +10,20 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ..tables import visible
+from ..core.tables import visible
 from .common import Json, checks_table, plain_console, print_json, progress
 
 if TYPE_CHECKING:
-    from ..demo import Step
+    from .story import Step
 
 
 def demo(
     folder: Annotated[
-        Path, typer.Argument(metavar="[FOLDER]", help="The workspace the story is played in; made if it is not there.")
+        Path,
+        typer.Argument(
+            metavar="[FOLDER]",
+            help="The workspace the story is played in; made if it is not there.",
+        ),
     ] = Path("factsmith-demo"),
     as_json: Json = False,
 ) -> None:
@@ -29,7 +33,7 @@ def demo(
     Example:
       factsmith demo
     """
-    from .. import demo as story
+    from . import story as story
 
     console = plain_console()
     found: dict[str, Any] = {}
@@ -48,7 +52,7 @@ def demo(
 
 
 def _tell_step(console: Console, number: int, step: Step) -> None:
-    from ..plot import text_heat_map
+    from ..show.plots.traces import text_heat_map
 
     console.print(Text(f"\n{number}. {step.title}", "bold"))
     for sentence in step.before:

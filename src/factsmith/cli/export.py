@@ -8,19 +8,30 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..errors import InputError
+from ..core.errors import InputError
 from .common import Device, Json, Where, line, opened, print_result, progress, show_tables
 
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
 def import_(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `factsmith export --format patch` wrote.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="What `factsmith export --format patch` wrote.")
+    ],
     moments: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Second moments, if patches are solved again.", show_default="the workspace's, or the model's"),
+        typer.Option(
+            metavar="DIR",
+            help="Second moments, if patches are solved again.",
+            show_default="the workspace's, or the model's",
+        ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Also against facts that are here, and when a fact does not take.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Also against facts that are here, and when a fact does not take."
+        ),
+    ] = False,
     workspace: Where = None,
     device: Device = None,
     as_json: Json = False,
@@ -33,7 +44,7 @@ def import_(
     """
     with progress() as tell, opened(None, workspace or Path(), device, tell) as (_, bench):
         assert bench is not None
-        from ..edit.kept import load_moments
+        from ..corpus.moments_store import load_moments
 
         given = None if moments is None else load_moments(moments)
         made = bench.import_patches(folder, moments=given, force=force, progress=tell)
@@ -52,21 +63,42 @@ def export(
     format: Annotated[
         str,
         typer.Option(
-            "--format", "-f", help="checkpoint: the model, merged; adapter: PEFT LoRA for the base model; patch: for another workspace."
+            "--format",
+            "-f",
+            help="checkpoint: the model, merged; adapter: PEFT LoRA for the base model; patch: for another workspace.",
         ),
     ] = "checkpoint",
     dtype: Annotated[
-        str | None, typer.Option(help="float32, float16 or bfloat16.", show_default="as the model is loaded; an adapter float32")
+        str | None,
+        typer.Option(
+            help="float32, float16 or bfloat16.",
+            show_default="as the model is loaded; an adapter float32",
+        ),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(help="Of an adapter, at most; what is more is truncated by SVD.", show_default="the exact rank")
+        int | None,
+        typer.Option(
+            help="Of an adapter, at most; what is more is truncated by SVD.",
+            show_default="the exact rank",
+        ),
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Base model to note in an adapter, a folder or hub id.", show_default="where the model is from"),
+        typer.Option(
+            metavar="NAME",
+            help="Base model to note in an adapter, a folder or hub id.",
+            show_default="where the model is from",
+        ),
     ] = None,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Do not load it back and compare it with the patched model.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    no_verify: Annotated[
+        bool,
+        typer.Option(
+            "--no-verify", help="Do not load it back and compare it with the patched model."
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier export.")
+    ] = False,
     workspace: Where = None,
     device: Device = None,
     as_json: Json = False,

@@ -10,10 +10,10 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ..errors import NumericsError
-from ..ledger import Ledger
-from ..records import Revision
-from ..tables import counted, visible
+from ..core.errors import NumericsError
+from ..core.tables import counted, visible
+from ..keep.ledger import Ledger
+from ..keep.revision import Revision
 from .common import (
     Device,
     Json,
@@ -29,14 +29,22 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..verify import Verification
+    from ..patch.proof import Verification
 
-Reference = Annotated[str, typer.Argument(metavar="ID", help="A revision: its id or the first digits of it, or `latest`.")]
+
+Reference = Annotated[
+    str,
+    typer.Argument(metavar="ID", help="A revision: its id or the first digits of it, or `latest`."),
+]
 
 
 def init(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A bundled model, a folder, or a hub id.")],
-    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="The workspace to make.")] = Path(),
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A bundled model, a folder, or a hub id.")
+    ],
+    folder: Annotated[
+        Path, typer.Argument(metavar="[FOLDER]", help="The workspace to make.")
+    ] = Path(),
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -50,14 +58,27 @@ def init(
     """
     with progress() as tell:
         lm = load_model(model, device, None, tell)
-    from ..workbench import create
+    from ..keep.workbench import create
 
     with create(lm, folder) as ledger:
-        made = {"workspace": str(folder.resolve()), "model": ledger.model, "dtype": ledger.dtype, "fingerprint": ledger.fingerprint}
+        made = {
+            "workspace": str(folder.resolve()),
+            "model": ledger.model,
+            "dtype": ledger.dtype,
+            "fingerprint": ledger.fingerprint,
+        }
 
     def show(console: Console) -> None:
-        line(console, f"workspace {made['workspace']};", f"model {ledger.model} ({ledger.dtype}), fingerprint {ledger.fingerprint[:10]}")
-        line(console, "next:", f'factsmith patch{in_workspace(folder)} --subject S --prompt "... {{}} ..." --target T')
+        line(
+            console,
+            f"workspace {made['workspace']};",
+            f"model {ledger.model} ({ledger.dtype}), fingerprint {ledger.fingerprint[:10]}",
+        )
+        line(
+            console,
+            "next:",
+            f'factsmith patch{in_workspace(folder)} --subject S --prompt "... {{}} ..." --target T',
+        )
 
     print_result(made, show, as_json)
 
@@ -77,7 +98,11 @@ def log(workspace: Where = None, as_json: Json = False) -> None:
         for revision in revisions:
             _show_line(console, revision, current)
         mark = "→" if current == "base" else " "
-        line(console, f"{mark} base", f"      {ledger.created[:16].replace('T', ' ')}            {ledger.model}")
+        line(
+            console,
+            f"{mark} base",
+            f"      {ledger.created[:16].replace('T', ' ')}            {ledger.model}",
+        )
 
     print_result(found, show, as_json)
 
@@ -97,23 +122,37 @@ def show(reference: Reference, workspace: Where = None, as_json: Json = False) -
             "revision": revision.id,
             "parent": revision.parent,
             "created": revision.created,
-            "kind": f"{revision.kind}, {revision.state}" + (f" by {revision.reverted_by[:10]}" if revision.reverted_by else ""),
+            "kind": f"{revision.kind}, {revision.state}"
+            + (f" by {revision.reverted_by[:10]}" if revision.reverted_by else ""),
             "reverts": revision.reverts,
             "message": revision.message,
             "method": f"{revision.method}, layer {', '.join(map(str, revision.layers))}",
-            "settings": ", ".join(f"{name}={value}" for name, value in revision.config.items() if not isinstance(value, (list, dict))),
+            "settings": ", ".join(
+                f"{name}={value}"
+                for name, value in revision.config.items()
+                if not isinstance(value, (list, dict))
+            ),
             "delta": revision.delta and f"{revision.delta[:10]}, {revision.delta_bytes:,} bytes",
             "moments": revision.moments and revision.moments[:10],
-            "forced": revision.report.get("forced") and "; ".join(revision.report.get("conflicts") or ["though a gate failed"]),
+            "forced": revision.report.get("forced")
+            and "; ".join(revision.report.get("conflicts") or ["though a gate failed"]),
         }
         for name, value in rows.items():
             if value:
                 line(console, f"{name:9}", value)
         for number, fact in enumerate(revision.facts, 1):
-            gone = revision.kind == "patch" and revision.state == "active" and not any(fact is kept for kept in revision.in_effect)
+            gone = (
+                revision.kind == "patch"
+                and revision.state == "active"
+                and not any(fact is kept for kept in revision.in_effect)
+            )
             line(console, f"fact {number:<4}", f"{fact}{' (taken out)' if gone else ''}")
         for patch, change in revision.changes.items():
-            line(console, "then     ", f"{patch[:10]} {'out of effect' if change.delta is None else f'carried as {change.delta[:10]}'}")
+            line(
+                console,
+                "then     ",
+                f"{patch[:10]} {'out of effect' if change.delta is None else f'carried as {change.delta[:10]}'}",
+            )
         checks = revision.report.get("checks") or []
         if checks:
             console.print(checks_table(checks))
@@ -125,14 +164,31 @@ def revert(
     reference: Reference,
     facts: Annotated[
         list[int] | None,
-        typer.Option("--fact", metavar="N", min=1, help="Only this fact, as `show` numbers them; may be repeated.", show_default="all"),
+        typer.Option(
+            "--fact",
+            metavar="N",
+            min=1,
+            help="Only this fact, as `show` numbers them; may be repeated.",
+            show_default="all",
+        ),
     ] = None,
     moments: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Second moments, if patches are solved again.", show_default="the workspace's, or the model's"),
+        typer.Option(
+            metavar="DIR",
+            help="Second moments, if patches are solved again.",
+            show_default="the workspace's, or the model's",
+        ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Also when a fact that should stay would be lost.")] = False,
-    message: Annotated[str, typer.Option("--message", "-m", help="One line for the log.", show_default="made from the patch's")] = "",
+    force: Annotated[
+        bool, typer.Option("--force", help="Also when a fact that should stay would be lost.")
+    ] = False,
+    message: Annotated[
+        str,
+        typer.Option(
+            "--message", "-m", help="One line for the log.", show_default="made from the patch's"
+        ),
+    ] = "",
     workspace: Where = None,
     device: Device = None,
     as_json: Json = False,
@@ -154,11 +210,13 @@ def revert(
             active = len(ledger.active())
     if not alone:
         with progress() as tell, opened(None, workspace, device, tell) as (_, bench):
-            from ..edit.kept import load_moments
+            from ..corpus.moments_store import load_moments
 
             assert bench is not None
             given = None if moments is None else load_moments(moments)
-            revision = bench.revert(reference, chosen, moments=given, force=force, message=message, progress=tell)
+            revision = bench.revert(
+                reference, chosen, moments=given, force=force, message=message, progress=tell
+            )
             active = len(bench.ledger.active())
 
     def render(console: Console) -> None:
@@ -170,13 +228,17 @@ def revert(
             f"recorded as {revision.id[:10]}; {counted(active, 'patch', 'es')} in effect{solved}",
         )
         for fact in revision.facts:
-            line(console, "see:", f"factsmith ask{in_workspace(workspace)} {shlex.quote(fact.text)}")
+            line(
+                console, "see:", f"factsmith ask{in_workspace(workspace)} {shlex.quote(fact.text)}"
+            )
 
     print_result({**revision.to_dict(), "active": active}, render, as_json)
 
 
 def diff(
-    before: Annotated[str, typer.Argument(metavar="A", help="A revision: an id, `base` or `latest`.")],
+    before: Annotated[
+        str, typer.Argument(metavar="A", help="A revision: an id, `base` or `latest`.")
+    ],
     after: Annotated[str, typer.Argument(metavar="[B]", help="Another.")] = "latest",
     workspace: Where = None,
     device: Device = None,
@@ -210,13 +272,25 @@ def verify(workspace: Where = None, device: Device = None, as_json: Json = False
     lost = [check for check in proof.checks if check.role == "prompt" and not check.held]
 
     def render(console: Console) -> None:
-        line(console, "whole:", f"{counted(counts.revisions, 'revision')}, {counted(counts.deltas, 'delta')}, weights as recorded")
+        line(
+            console,
+            "whole:",
+            f"{counted(counts.revisions, 'revision')}, {counted(counts.deltas, 'delta')}, weights as recorded",
+        )
         if counts.orphans:
-            line(console, "loose:", f"{counted(len(counts.orphans), 'delta')} that nobody names; factsmith gc{in_workspace(workspace)}")
+            line(
+                console,
+                "loose:",
+                f"{counted(len(counts.orphans), 'delta')} that nobody names; factsmith gc{in_workspace(workspace)}",
+            )
         if proof.checks:
             console.print(checks_table(proof.to_dict()["checks"]))
 
-    print_result({"integrity": counts.to_dict(), "verification": proof.to_dict(), "lost": len(lost)}, render, as_json)
+    print_result(
+        {"integrity": counts.to_dict(), "verification": proof.to_dict(), "lost": len(lost)},
+        render,
+        as_json,
+    )
     if lost:
         raise typer.Exit(NumericsError.exit_code)
 
@@ -237,7 +311,13 @@ def gc(
 
     def render(console: Console) -> None:
         what = "would delete" if dry_run else "deleted"
-        line(console, what, f"{len(gone):,} that no revision names" if gone else "nothing: every file is named by a revision")
+        line(
+            console,
+            what,
+            f"{len(gone):,} that no revision names"
+            if gone
+            else "nothing: every file is named by a revision",
+        )
         for name in gone:
             line(console, "        ", name)
 
@@ -245,7 +325,12 @@ def gc(
 
 
 def checkout(
-    reference: Annotated[str, typer.Argument(metavar="ID", help="A revision's id or its first digits, `latest`, or `base`: no patch.")],
+    reference: Annotated[
+        str,
+        typer.Argument(
+            metavar="ID", help="A revision's id or its first digits, `latest`, or `base`: no patch."
+        ),
+    ],
     workspace: Where = None,
     as_json: Json = False,
 ) -> None:
@@ -269,7 +354,9 @@ def checkout(
 
 
 def status(
-    verify: Annotated[bool, typer.Option("--verify", help="Also load the model and ask every patched fact again.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Also load the model and ask every patched fact again.")
+    ] = False,
     workspace: Where = None,
     device: Device = None,
     as_json: Json = False,
@@ -294,18 +381,30 @@ def status(
     def render(console: Console) -> None:
         integrity = found.integrity
         line(console, "workspace", f" {found.folder.resolve()}")
-        line(console, "model    ", f" {found.model} ({found.dtype}), fingerprint {found.fingerprint[:10]}")
+        line(
+            console,
+            "model    ",
+            f" {found.model} ({found.dtype}), fingerprint {found.fingerprint[:10]}",
+        )
         latest = "" if found.current == found.head else f", the latest is {found.head[:10]}"
         line(console, "at       ", f" {found.current[:10]}{latest}")
         whole = f"{counted(integrity.revisions, 'revision')} and {counted(integrity.deltas, 'delta')} checked, all whole"
-        orphans = f"; {counted(len(integrity.orphans), 'delta')} that no revision names" if integrity.orphans else ""
+        orphans = (
+            f"; {counted(len(integrity.orphans), 'delta')} that no revision names"
+            if integrity.orphans
+            else ""
+        )
         line(console, "files    ", f" {whole}{orphans}")
         line(console, "in effect", f" {counted(len(found.active), 'patch', 'es')}")
         for revision in reversed(found.active):
             _show_line(console, revision, found.current)
         if proof is not None:
             now = result["fingerprint_now"]
-            line(console, "weights  ", f" {now[:10]}: {'the base model, bit for bit' if now == found.fingerprint else 'patched'}")
+            line(
+                console,
+                "weights  ",
+                f" {now[:10]}: {'the base model, bit for bit' if now == found.fingerprint else 'patched'}",
+            )
             if proof.checks:
                 console.print(checks_table(proof.to_dict()["checks"]))
 

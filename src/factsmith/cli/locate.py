@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from ..errors import InputError, UnsupportedModelError
-from ..fact import FactFile
-from ..tables import counted
+from ..core.errors import InputError, UnsupportedModelError
+from ..core.factfile import FactFile
+from ..core.tables import counted
 from .common import (
     LARGEST_SEED,
     Device,
@@ -37,8 +37,9 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..locate.causal import CausalTrace
-    from ..model.load import LanguageModel
+    from ..locate.kinds import CausalTrace
+    from ..model.language_model import LanguageModel
+
 
 _MOST_BARS = 60  # neurons in one chart: more do not fit on a page
 
@@ -67,28 +68,67 @@ class Corruption(str, enum.Enum):
 
 def trace(
     words: Annotated[
-        list[str], typer.Argument(metavar="[MODEL] PROMPT|FACTS.yaml", help="A model (left out: the workspace's), and a text or facts.")
+        list[str],
+        typer.Argument(
+            metavar="[MODEL] PROMPT|FACTS.yaml",
+            help="A model (left out: the workspace's), and a text or facts.",
+        ),
     ],
     subject: Annotated[str | None, typer.Option(help="The part of the text to corrupt.")] = None,
     target: Annotated[
-        str | None, typer.Option(help="The answer to follow.", show_default="the model's own, up to the first punctuation")
+        str | None,
+        typer.Option(
+            help="The answer to follow.",
+            show_default="the model's own, up to the first punctuation",
+        ),
     ] = None,
     kind: Annotated[
-        Kind | None, typer.Option(help="What to restore: the whole state, or what one part adds.", show_default="state; of facts: all")
+        Kind | None,
+        typer.Option(
+            help="What to restore: the whole state, or what one part adds.",
+            show_default="state; of facts: all",
+        ),
     ] = None,
-    sever: Annotated[Part | None, typer.Option(help="Hold this part at its corrupted values above the restored state.")] = None,
-    corruption: Annotated[Corruption, typer.Option(help="Noise on the subject, or other subjects in its place.")] = Corruption.noise,
+    sever: Annotated[
+        Part | None,
+        typer.Option(help="Hold this part at its corrupted values above the restored state."),
+    ] = None,
+    corruption: Annotated[
+        Corruption, typer.Option(help="Noise on the subject, or other subjects in its place.")
+    ] = Corruption.noise,
     replacement: Annotated[
-        list[str] | None, typer.Option(help="A subject to put in its place; may be repeated.", show_default="bundled ones")
+        list[str] | None,
+        typer.Option(
+            help="A subject to put in its place; may be repeated.", show_default="bundled ones"
+        ),
     ] = None,
     window: Annotated[
-        int | None, typer.Option(help="Neighbouring layers restored together, for mlp and attention.", show_default="10")
+        int | None,
+        typer.Option(
+            help="Neighbouring layers restored together, for mlp and attention.", show_default="10"
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Corrupted runs to average.")] = 10,
-    noise: Annotated[float | None, typer.Option(help="Scale of the noise.", show_default="3 sigma of the subject's embeddings")] = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the noise, or of the choice of other subjects.")] = 1,
-    fast: Annotated[bool, typer.Option("--fast", help="Estimate by gradients, and say how well the estimate ranks.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Trace the target even if the model says something else.")] = False,
+    noise: Annotated[
+        float | None,
+        typer.Option(
+            help="Scale of the noise.", show_default="3 sigma of the subject's embeddings"
+        ),
+    ] = None,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0, max=LARGEST_SEED, help="Of the noise, or of the choice of other subjects."
+        ),
+    ] = 1,
+    fast: Annotated[
+        bool,
+        typer.Option("--fast", help="Estimate by gradients, and say how well the estimate ranks."),
+    ] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Trace the target even if the model says something else."),
+    ] = False,
     out: Out = None,
     workspace: Where = None,
     device: Device = None,
@@ -104,27 +144,54 @@ def trace(
     """
     from ..locate.attribution import AttributionTrace, attribution_trace
     from ..locate.causal import causal_trace
-    from ..plot import heat_map, text_heat_map
+    from ..show.plots.traces import heat_map, text_heat_map
 
     if any(map(is_facts, words[:-1])) and not is_facts(words[-1]):
-        raise InputError(f"got {words[0]} before {words[-1]!r}; the model comes first: factsmith trace MODEL FACTS.yaml")
+        raise InputError(
+            f"got {words[0]} before {words[-1]!r}; the model comes first: factsmith trace MODEL FACTS.yaml"
+        )
     if window is not None and (kind is Kind.state or (kind is None and not is_facts(words[-1]))):
-        raise InputError("--window is for --kind mlp or attention: a state is restored by itself; name another --kind, or leave it out")
+        raise InputError(
+            "--window is for --kind mlp or attention: a state is restored by itself; name another --kind, or leave it out"
+        )
     if is_facts(words[-1]):
-        given = {"--subject": subject, "--target": target, "--replacement": replacement, "--fast": fast, "--force": force}
+        given = {
+            "--subject": subject,
+            "--target": target,
+            "--replacement": replacement,
+            "--fast": fast,
+            "--force": force,
+        }
         if unfit := [name for name, value in given.items() if value]:
             raise InputError(
                 f"got {words[-1]} and {', '.join(unfit)}; a file of facts is traced with its own subjects and answers, exactly"
             )
-        _trace_facts(words, kind, sever, corruption, window or 10, samples, noise, seed, out, workspace, device, as_json)
+        _trace_facts(
+            words,
+            kind,
+            sever,
+            corruption,
+            window or 10,
+            samples,
+            noise,
+            seed,
+            out,
+            workspace,
+            device,
+            as_json,
+        )
         return
     if subject is None:
-        raise InputError("no --subject was given; name the part of the text to corrupt, as it stands there")
+        raise InputError(
+            "no --subject was given; name the part of the text to corrupt, as it stands there"
+        )
     files = output(out)  # before the work, not after it
     model, prompt = model_and_prompt(words)
     need_model(model, workspace)
     if prompt.count("{}") > 1:
-        raise InputError(f"the prompt {prompt!r} has {prompt.count('{}')} slots {{}}; expected one, where the subject goes, or none")
+        raise InputError(
+            f"the prompt {prompt!r} has {prompt.count('{}')} slots {{}}; expected one, where the subject goes, or none"
+        )
     (text,) = _filled([prompt], subject)
     with progress() as tell, opened(model, workspace, device, tell) as (lm, _):
         if target is not None:
@@ -133,7 +200,8 @@ def trace(
             said, p = _own_answer(lm, text)
             if p is None:
                 complain(
-                    "warning", f"the model continues {text!r} with {said!r}, which is no answer of whole words: its first token is followed"
+                    "warning",
+                    f"the model continues {text!r} with {said!r}, which is no answer of whole words: its first token is followed",
                 )
             else:
                 target = said
@@ -150,17 +218,25 @@ def trace(
         }
         if fast:
             if sever is not None:
-                raise InputError("--fast estimates restored states, not severed ones; leave out --fast or --sever")
+                raise InputError(
+                    "--fast estimates restored states, not severed ones; leave out --fast or --sever"
+                )
             found: CausalTrace = attribution_trace(lm, text, subject, **settings)
         else:
-            found = causal_trace(lm, text, subject, sever=None if sever is None else sever.value, **settings)
+            found = causal_trace(
+                lm, text, subject, sever=None if sever is None else sever.value, **settings
+            )
     _check_lost(found.answer.strip(), found.clean, found.corrupted)
     saved = save(files, "trace", found, lambda path: heat_map(found, path=path))
 
     def show(console: Console) -> None:
         console.print(text_heat_map(found, max(20, min(console.width, 120))))
         if isinstance(found, AttributionTrace) and found.rank_correlation is not None:
-            line(console, "estimate:", f"its ranks correlate {found.rank_correlation:.2f} with the exact map's, on {found.checked} states")
+            line(
+                console,
+                "estimate:",
+                f"its ranks correlate {found.rank_correlation:.2f} with the exact map's, on {found.checked} states",
+            )
 
     print_result(found.to_dict(), show, as_json, saved)
 
@@ -181,7 +257,7 @@ def _trace_facts(
 ) -> None:
     """`trace` of a file of facts: their average."""
     from ..locate.average import average_trace
-    from ..plot import class_lines, class_map
+    from ..show.plots.traces import class_lines, class_map
 
     model, file = model_and_facts(words)
     assert file is not None
@@ -202,13 +278,33 @@ def _trace_facts(
             progress=lambda done, total: tell("tracing facts", done, total),
         )
     _check_lost("answer", found.clean, found.corrupted)
-    saved = save(files, "average", found, lambda path: class_map(found, path=path), lambda path: class_lines(found, path=path))
+    saved = save(
+        files,
+        "average",
+        found,
+        lambda path: class_map(found, path=path),
+        lambda path: class_lines(found, path=path),
+    )
 
     def show(console: Console) -> None:
-        skipped = f"; {found.n_skipped} left out, which the model answers otherwise" if found.n_skipped else ""
-        line(console, f"{counted(found.n_facts, 'fact')}{skipped}:", f"p(answer) {found.clean:.3f}, corrupted {found.corrupted:.3f}")
-        line(console, "average total effect", f"{found.total_effect:.3f}{_margin(found.total_low, found.total_high)}")
-        table = plain_table(caption="largest average effect of a layer, ± half of its 95 % interval, @ the layer")
+        skipped = (
+            f"; {found.n_skipped} left out, which the model answers otherwise"
+            if found.n_skipped
+            else ""
+        )
+        line(
+            console,
+            f"{counted(found.n_facts, 'fact')}{skipped}:",
+            f"p(answer) {found.clean:.3f}, corrupted {found.corrupted:.3f}",
+        )
+        line(
+            console,
+            "average total effect",
+            f"{found.total_effect:.3f}{_margin(found.total_low, found.total_high)}",
+        )
+        table = plain_table(
+            caption="largest average effect of a layer, ± half of its 95 % interval, @ the layer"
+        )
         table.add_column("")
         # A cell is "0.065 ± 0.028 @0": beside one another where the terminal is wide enough, else in two lines.
         wide = console.width >= max(map(len, found.classes)) + 20 * len(found.effects)
@@ -218,9 +314,17 @@ def _trace_facts(
             cells = []
             for name, effects in found.effects.items():
                 layer = int(effects[row].nan_to_num(-1).argmax())
-                margin = _margin(float(found.low[name][row, layer]), float(found.high[name][row, layer]))
+                margin = _margin(
+                    float(found.low[name][row, layer]), float(found.high[name][row, layer])
+                )
                 value = f"{float(effects[row, layer]):.3f}"
-                cells.append("" if not count else f"{value}{margin} @{layer}" if wide else f"{value} @{layer}\n{margin.strip()}".strip())
+                cells.append(
+                    ""
+                    if not count
+                    else f"{value}{margin} @{layer}"
+                    if wide
+                    else f"{value} @{layer}\n{margin.strip()}".strip()
+                )
             table.add_row(token, *cells)
         console.print(table)
 
@@ -230,16 +334,34 @@ def _trace_facts(
 def neurons(
     words: ModelAndPrompt,
     subject: Annotated[str | None, typer.Option(help="What stands for {} in the prompts.")] = None,
-    target: Annotated[str | None, typer.Option(help="The answer to attribute.", show_default="the model's own")] = None,
-    paraphrase: Annotated[list[str] | None, typer.Option(help="Another way to ask the same; may be repeated.")] = None,
+    target: Annotated[
+        str | None, typer.Option(help="The answer to attribute.", show_default="the model's own")
+    ] = None,
+    paraphrase: Annotated[
+        list[str] | None, typer.Option(help="Another way to ask the same; may be repeated.")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Points of the integral.")] = 20,
-    threshold: Annotated[float, typer.Option(help="Part of the largest attribution from which a neuron counts.")] = 0.2,
-    share: Annotated[float, typer.Option(help="Part of the prompts in which it has to count.")] = 0.7,
+    threshold: Annotated[
+        float, typer.Option(help="Part of the largest attribution from which a neuron counts.")
+    ] = 0.2,
+    share: Annotated[
+        float, typer.Option(help="Part of the prompts in which it has to count.")
+    ] = 0.7,
     top: Annotated[
-        int, typer.Option(min=1, max=_MOST_BARS, help="How many of the strongest neurons to list and draw; the CSV holds 100.")
+        int,
+        typer.Option(
+            min=1,
+            max=_MOST_BARS,
+            help="How many of the strongest neurons to list and draw; the CSV holds 100.",
+        ),
     ] = 12,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the random neurons to compare with.")] = 0,
-    force: Annotated[bool, typer.Option("--force", help="Attribute the target even if the model says something else.")] = False,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Of the random neurons to compare with.")
+    ] = 0,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Attribute the target even if the model says something else."),
+    ] = False,
     out: Out = None,
     workspace: Where = None,
     device: Device = None,
@@ -254,9 +376,9 @@ def neurons(
       factsmith neurons atlas "The currency of {} is the" --subject Bulgaria --paraphrase "In {} people pay with the" --out neurons.png
       factsmith neurons atlas "The currency of Bulgaria is the"
     """
-    from ..locate.intervene import effect, random_neurons
+    from ..locate.effects import effect, random_neurons
     from ..locate.neurons import knowledge_neurons
-    from ..plot import neuron_chart
+    from ..show.plots.neurons import neuron_chart
 
     files = output(out)
     model, prompt = model_and_prompt(words)
@@ -298,27 +420,64 @@ def neurons(
         for neuron, score in found.top(top):
             strong = sum(neuron in coarse for coarse in found.coarse)
             place = ":".join(map(str, neuron[1:]))
-            table.add_row(str(neuron[0]), place, f"{score:.4f}", str(strong), "refined" if neuron in refined else "")
+            table.add_row(
+                str(neuron[0]),
+                place,
+                f"{score:.4f}",
+                str(strong),
+                "refined" if neuron in refined else "",
+            )
         console.print(table)
         for name, measured in effects.items():
             changes = f"silenced {measured.suppressed:+.1%}, doubled {measured.amplified:+.1%}"
-            line(console, f"{name}:", f"{counted(measured.n_neurons, 'neuron')}; p({target}) {changes}" if measured.n_neurons else "none")
+            line(
+                console,
+                f"{name}:",
+                f"{counted(measured.n_neurons, 'neuron')}; p({target}) {changes}"
+                if measured.n_neurons
+                else "none",
+            )
 
-    document = {**found.to_dict(), "effects": {name: measured.to_dict() for name, measured in effects.items()}}
+    document = {
+        **found.to_dict(),
+        "effects": {name: measured.to_dict() for name, measured in effects.items()},
+    }
     print_result(document, show, as_json, saved)
 
 
 def layers(
     model: Model = None,
     facts: Annotated[
-        Path | None, typer.Option(metavar="FACTS.yaml", help="Facts to try the layers on.", show_default="bundled facts that it knows")
+        Path | None,
+        typer.Option(
+            metavar="FACTS.yaml",
+            help="Facts to try the layers on.",
+            show_default="bundled facts that it knows",
+        ),
     ] = None,
     trials: Annotated[
-        int | None, typer.Option(min=1, help="Trial edits at the layers that stay longest in the race.", show_default="24, or what is kept")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Trial edits at the layers that stay longest in the race.",
+            show_default="24, or what is kept",
+        ),
     ] = None,
-    preset: Annotated[bool, typer.Option("--preset", help="Print the published choice for this model, without measuring.")] = False,
-    refresh: Annotated[bool, typer.Option("--refresh", help="Measure again what the workspace keeps.")] = False,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the trial facts, the contexts and the text.")] = 0,
+    preset: Annotated[
+        bool,
+        typer.Option(
+            "--preset", help="Print the published choice for this model, without measuring."
+        ),
+    ] = False,
+    refresh: Annotated[
+        bool, typer.Option("--refresh", help="Measure again what the workspace keeps.")
+    ] = False,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0, max=LARGEST_SEED, help="Of the trial facts, the contexts and the text."
+        ),
+    ] = 0,
     workspace: Where = None,
     device: Device = None,
     as_json: Json = False,
@@ -332,27 +491,37 @@ def layers(
       factsmith layers atlas
       factsmith layers -w my-workspace --facts facts.yaml
     """
-    from ..locate.layers import published
-    from ..recommend import recommend_layers
+    from ..patch.layer_choice import published
+    from ..patch.layers import recommend_layers
 
     wanted = None if facts is None else FactFile.read(facts)
     need_model(model, workspace)
     with progress() as tell, opened(model, workspace, device, tell) as (lm, bench):
         if refresh and bench is None:
-            raise InputError("--refresh measures again what a workspace keeps, and there is none; leave it out, or add --workspace")
+            raise InputError(
+                "--refresh measures again what a workspace keeps, and there is none; leave it out, or add --workspace"
+            )
         if preset:
             known = published(lm)
             if known is None:
-                raise InputError(f"no layers were published for a model like {lm.name}; leave out --preset to measure them")
+                raise InputError(
+                    f"no layers were published for a model like {lm.name}; leave out --preset to measure them"
+                )
             choice = known
         elif bench is None:
             choice = recommend_layers(lm, wanted, trials=trials, seed=seed, progress=tell)
         else:
-            choice = bench.recommend_layers(wanted, trials=trials, seed=seed, refresh=refresh, progress=tell)
+            choice = bench.recommend_layers(
+                wanted, trials=trials, seed=seed, refresh=refresh, progress=tell
+            )
 
     def show(console: Console) -> None:
         line(console, "ROME:", f" layer {choice.rome}")
-        line(console, "MEMIT:", f"layers {', '.join(map(str, choice.memit))}" if choice.memit else "not known")
+        line(
+            console,
+            "MEMIT:",
+            f"layers {', '.join(map(str, choice.memit))}" if choice.memit else "not known",
+        )
         line(console, "why:", f"  {choice.reason}")
         if choice.scores:
             (own,) = choice.tables()
@@ -373,14 +542,19 @@ def _filled(prompts: Sequence[str], subject: str | None) -> list[str]:
         if not prompt.strip():
             raise InputError("a prompt is empty; expected a text for the model to continue")
         if "{}" in prompt and subject is None:
-            raise InputError(f"{prompt!r} has {{}} in it, and no --subject was given; give one, or write the subject into the prompt")
+            raise InputError(
+                f"{prompt!r} has {{}} in it, and no --subject was given; give one, or write the subject into the prompt"
+            )
         if subject is not None and "{}" not in prompt and subject.strip() not in prompt:
             raise InputError(
                 f"subject {subject!r} is not in {prompt!r}, which has no {{}} either; write it as it stands there, or leave it out"
             )
         texts.append(prompt if subject is None else prompt.replace("{}", subject.strip()))
         if texts[-1][-1].isspace():
-            complain("warning", f"{texts[-1]!r} ends in white space, after which most models answer worse; end it with the last word")
+            complain(
+                "warning",
+                f"{texts[-1]!r} ends in white space, after which most models answer worse; end it with the last word",
+            )
     return texts
 
 
@@ -389,7 +563,7 @@ def _own_answer(lm: LanguageModel, prompt: str) -> tuple[str, float | None]:
 
     So it is where the continuation begins with a punctuation mark, or in the middle of a word: between prompt and target goes a space.
     """
-    from ..verify import first_phrase
+    from ..model.answers import first_phrase
 
     said = first_phrase(lm.answer([prompt])[0])
     if not said or not lm.says([prompt], [said])[0]:
@@ -404,13 +578,17 @@ def _check_says(lm: LanguageModel, prompts: list[str], target: str, force: bool)
     for prompt in wrong:
         try:
             answer, p = _own_answer(lm, prompt)
-        except UnsupportedModelError:  # a masked language model fills a gap; it has no continuation to show
+        except (
+            UnsupportedModelError
+        ):  # a masked language model fills a gap; it has no continuation to show
             said = f"the model does not answer {prompt!r} with {target.strip()!r}"
         else:
             likely = "" if p is None else f" (p = {p:.3f})"
             said = f"the model answers {prompt!r} with {answer!r}{likely}, not {target.strip()!r}"
         if len(wrong) == len(prompts) and not force:
-            raise InputError(f"{said}; leave out --target to follow its own answer, or add --force to follow the target all the same")
+            raise InputError(
+                f"{said}; leave out --target to follow its own answer, or add --force to follow the target all the same"
+            )
         complain("warning", said)
 
 

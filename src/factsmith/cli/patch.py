@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from ..errors import InputError, NumericsError
-from ..fact import Fact, FactFile
-from ..records import Revision
+from ..core.errors import InputError, NumericsError
+from ..core.fact import Fact
+from ..core.factfile import FactFile
+from ..keep.revision import Revision
 from .common import (
     LARGEST_SEED,
     Device,
@@ -33,7 +34,8 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..proposals import Proposal
+    from ..patch.proposal import Proposal
+
 
 _MANY_CHECKS = 40
 """A patch of many facts is shown as shares and failures; one of fewer checks than this, check by check."""
@@ -42,12 +44,17 @@ _MANY_CHECKS = 40
 def moments(
     model: Model = None,
     layer: Annotated[
-        list[int] | None, typer.Option(help="A layer, counted from 0; may be repeated.", show_default="those that memit edits")
+        list[int] | None,
+        typer.Option(
+            help="A layer, counted from 0; may be repeated.", show_default="those that memit edits"
+        ),
     ] = None,
     texts: Annotated[
         list[Path] | None,
         typer.Option(
-            metavar="FILE", help="Plain text in UTF-8, a blank line between texts; may be repeated.", show_default="the model's own"
+            metavar="FILE",
+            help="Plain text in UTF-8, a blank line between texts; may be repeated.",
+            show_default="the model's own",
         ),
     ] = None,
     max_tokens: Annotated[
@@ -57,12 +64,27 @@ def moments(
             show_default="16 for each neuron of a layer",
         ),
     ] = None,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Run the model in bfloat16: faster, and as good (docs/patch.md).")] = False,
-    packed: Annotated[bool, typer.Option("--packed", help="Write float16 Cholesky factors: a quarter of the bytes.")] = False,
+    bf16: Annotated[
+        bool,
+        typer.Option(
+            "--bf16", help="Run the model in bfloat16: faster, and as good (docs/patch.md)."
+        ),
+    ] = False,
+    packed: Annotated[
+        bool,
+        typer.Option("--packed", help="Write float16 Cholesky factors: a quarter of the bytes."),
+    ] = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder to write layer<number>.safetensors to.", show_default="the workspace's")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder to write layer<number>.safetensors to.",
+            show_default="the workspace's",
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the text that the model writes.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Of the text that the model writes.")
+    ] = 0,
     workspace: Where = None,
     device: Device = None,
     as_json: Json = False,
@@ -83,8 +105,8 @@ def moments(
     with progress() as tell, opened(model, workspace, device, tell) as (lm, bench):
         import torch
 
-        from ..edit.kept import find_moments, keep_moments, kept_moments
-        from ..edit.methods import MemitConfig
+        from ..corpus.moments_store import find_moments, keep_moments, kept_moments
+        from ..edit.configs import MemitConfig
 
         wanted = sorted(set(layer)) if layer else list(MemitConfig.recommended(lm).layers or ())
         folder = out or (None if bench is None else bench.ledger.folder / "moments")
@@ -93,7 +115,9 @@ def moments(
         if folder is None:
             found = {} if corpus else kept_moments(lm, wanted, least=max_tokens or 0)
             if len(found) < len(wanted):
-                raise InputError("there is nowhere to write what is computed; name a folder with --out, or a workspace with --workspace")
+                raise InputError(
+                    "there is nowhere to write what is computed; name a folder with --out, or a workspace with --workspace"
+                )
         else:
             find = partial(find_moments, lm) if bench is None else bench.find_moments
             found = find(
@@ -110,7 +134,14 @@ def moments(
         if out is not None:
             keep_moments(found, out, packed=packed)  # also what came with the model
     rows = [
-        {"layer": number, "d_ff": m.d_ff, "tokens": m.count, "split_half": m.split_half, "excess": m.excess, "corpus": m.corpus}
+        {
+            "layer": number,
+            "d_ff": m.d_ff,
+            "tokens": m.count,
+            "split_half": m.split_half,
+            "excess": m.excess,
+            "corpus": m.corpus,
+        }
         for number, m in sorted(found.items())
     ]
 
@@ -124,20 +155,51 @@ def moments(
 def patch(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[MODEL] [FACTS.yaml]", help="A model (left out: the workspace's), and a file of facts instead of options."),
+        typer.Argument(
+            metavar="[MODEL] [FACTS.yaml]",
+            help="A model (left out: the workspace's), and a file of facts instead of options.",
+        ),
     ] = None,
-    subject: Annotated[str | None, typer.Option(help="The entity, as it stands in the prompt.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="A text with {} where the subject goes, to be continued by the target.")] = None,
+    subject: Annotated[
+        str | None, typer.Option(help="The entity, as it stands in the prompt.")
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="A text with {} where the subject goes, to be continued by the target."),
+    ] = None,
     target: Annotated[str | None, typer.Option(help="What the model should say.")] = None,
-    forget: Annotated[bool, typer.Option("--forget", help="Instead of a --target: the model should stop saying what it says now.")] = False,
-    paraphrase: Annotated[list[str] | None, typer.Option(help="Another way to ask, to check it generalizes; may be repeated.")] = None,
-    neighbour: Annotated[list[str] | None, typer.Option(help="A text whose answer must not change; may be repeated.")] = None,
-    method: Annotated[str, typer.Option(help="rome, r-rome, memit, emmet or alphaedit; the last three write many facts at once.")] = "rome",
+    forget: Annotated[
+        bool,
+        typer.Option(
+            "--forget", help="Instead of a --target: the model should stop saying what it says now."
+        ),
+    ] = False,
+    paraphrase: Annotated[
+        list[str] | None,
+        typer.Option(help="Another way to ask, to check it generalizes; may be repeated."),
+    ] = None,
+    neighbour: Annotated[
+        list[str] | None, typer.Option(help="A text whose answer must not change; may be repeated.")
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="rome, r-rome, memit, emmet or alphaedit; the last three write many facts at once."
+        ),
+    ] = "rome",
     layer: Annotated[
         list[int] | None,
-        typer.Option(help="A layer to edit, counted from 0; may be repeated for methods that edit several.", show_default="recommended"),
+        typer.Option(
+            help="A layer to edit, counted from 0; may be repeated for methods that edit several.",
+            show_default="recommended",
+        ),
     ] = None,
-    paper: Annotated[bool, typer.Option("--paper", help="The settings published for a model of this shape, layers included.")] = False,
+    paper: Annotated[
+        bool,
+        typer.Option(
+            "--paper", help="The settings published for a model of this shape, layers included."
+        ),
+    ] = False,
     setting: Annotated[
         list[str] | None,
         typer.Option(
@@ -148,7 +210,11 @@ def patch(
     ] = None,
     texts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Plain text for the second moments.", show_default="the model's own, or what it writes"),
+        typer.Option(
+            metavar="FILE",
+            help="Plain text for the second moments.",
+            show_default="the model's own, or what it writes",
+        ),
     ] = None,
     moments: Annotated[
         Path | None,
@@ -158,10 +224,21 @@ def patch(
             show_default="those kept, or computed",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of the contexts the model writes.")] = 0,
-    message: Annotated[str, typer.Option("--message", "-m", help="One line for the log.", show_default="the facts")] = "",
-    force: Annotated[bool, typer.Option("--force", help="Write also what the model says already, and keep what does not hold.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Solve and measure, but keep nothing.")] = False,
+    seed: Annotated[
+        int, typer.Option(min=0, max=LARGEST_SEED, help="Of the contexts the model writes.")
+    ] = 0,
+    message: Annotated[
+        str, typer.Option("--message", "-m", help="One line for the log.", show_default="the facts")
+    ] = "",
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Write also what the model says already, and keep what does not hold."
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Solve and measure, but keep nothing.")
+    ] = False,
     workspace: Where = None,
     device: Device = None,
     as_json: Json = False,
@@ -179,10 +256,10 @@ def patch(
     facts = _facts(file, subject, prompt, target, forget, paraphrase or [], neighbour or [])
     corpus = None if texts is None else Paragraphs([texts])
     with progress() as tell, opened(model, workspace, device, tell) as (lm, bench):
-        from ..edit.kept import load_moments
-        from ..edit.presets import settings
-        from ..edit.target import check_layer
-        from ..proposals import propose
+        from ..corpus.moments_store import load_moments
+        from ..edit.published import settings
+        from ..model.language_model import check_dense_layer as check_layer
+        from ..patch.proposal import propose
 
         for number in layer or ():
             check_layer(lm, number)  # also where nothing is to be written
@@ -191,12 +268,39 @@ def patch(
         revision: Revision | None = None
         conflicts: tuple[str, ...] = ()
         if bench is None:
-            proposal = propose(lm, facts, method, config, moments=given, texts=corpus, seed=seed, force=force, progress=tell)
+            proposal = propose(
+                lm,
+                facts,
+                method,
+                config,
+                moments=given,
+                texts=corpus,
+                seed=seed,
+                force=force,
+                progress=tell,
+            )
         elif dry_run:
-            proposal = bench.propose(facts, method, config, moments=given, texts=corpus, seed=seed, force=force, progress=tell)
+            proposal = bench.propose(
+                facts,
+                method,
+                config,
+                moments=given,
+                texts=corpus,
+                seed=seed,
+                force=force,
+                progress=tell,
+            )
         else:
             outcome = bench.apply(
-                facts, method, config, moments=given, texts=corpus, seed=seed, force=force, message=message, progress=tell
+                facts,
+                method,
+                config,
+                moments=given,
+                texts=corpus,
+                seed=seed,
+                force=force,
+                message=message,
+                progress=tell,
             )
             proposal, revision = outcome.proposal, outcome.revision
             conflicts = proposal.plan.contradictions if proposal.delta is None else ()
@@ -208,18 +312,36 @@ def patch(
         _show_proposal(console, proposal)
         if revision is not None:
             line(
-                console, f"committed {revision.id[:10]};", f"to take it back: factsmith revert {revision.id[:10]}{in_workspace(workspace)}"
+                console,
+                f"committed {revision.id[:10]};",
+                f"to take it back: factsmith revert {revision.id[:10]}{in_workspace(workspace)}",
             )
         elif proposal.failed and not dry_run and bench is not None:
-            line(console, "nothing was kept:", "the patch does not hold; try another --layer, or keep it all the same with --force")
+            line(
+                console,
+                "nothing was kept:",
+                "the patch does not hold; try another --layer, or keep it all the same with --force",
+            )
         elif proposal.thin and not dry_run and bench is not None:
-            line(console, "nothing was kept:", "too little text says what must stay; give more, or keep it all the same with --force")
+            line(
+                console,
+                "nothing was kept:",
+                "too little text says what must stay; give more, or keep it all the same with --force",
+            )
         elif proposal.delta is not None and bench is None:
-            line(console, "nothing was kept:", f"to keep patches, make a workspace with `factsmith init {model}` and run this in it")
+            line(
+                console,
+                "nothing was kept:",
+                f"to keep patches, make a workspace with `factsmith init {model}` and run this in it",
+            )
         elif proposal.delta is not None:
             line(console, "dry run:", "nothing was kept; run this again without --dry-run")
 
-    print_result({**proposal.to_dict(), "workspace": where, "revision": revision and revision.to_dict()}, show, as_json)
+    print_result(
+        {**proposal.to_dict(), "workspace": where, "revision": revision and revision.to_dict()},
+        show,
+        as_json,
+    )
     for one in conflicts:
         complain("conflict", one)
     if conflicts:
@@ -237,18 +359,36 @@ def _facts(
     paraphrases: list[str],
     neighbours: list[str],
 ) -> list[Fact]:
-    options = {"--subject": subject, "--prompt": prompt, "--target": "--forget" if forget else target}
+    options = {
+        "--subject": subject,
+        "--prompt": prompt,
+        "--target": "--forget" if forget else target,
+    }
     given = [name for name, value in options.items() if value is not None]
     if forget and target is not None:
-        raise InputError(f"got --target {target} and --forget; give one: what the model should say, or that it should stop")
+        raise InputError(
+            f"got --target {target} and --forget; give one: what the model should say, or that it should stop"
+        )
     if file is not None:
         if given or paraphrases or neighbours:
-            raise InputError(f"got {file} and options that describe a fact; put the fact into the file, or leave the file out")
+            raise InputError(
+                f"got {file} and options that describe a fact; put the fact into the file, or leave the file out"
+            )
         return FactFile.read(file)
     if subject is None or prompt is None or (target is None and not forget):
         missing = ", ".join(name for name in options if name not in given)
-        raise InputError(f"a patch needs --subject, --prompt and --target (or --forget), or a file of facts; {missing} not given")
-    return [Fact(subject=subject, prompt=prompt, target=target, paraphrases=tuple(paraphrases), neighbours=tuple(neighbours))]
+        raise InputError(
+            f"a patch needs --subject, --prompt and --target (or --forget), or a file of facts; {missing} not given"
+        )
+    return [
+        Fact(
+            subject=subject,
+            prompt=prompt,
+            target=target,
+            paraphrases=tuple(paraphrases),
+            neighbours=tuple(neighbours),
+        )
+    ]
 
 
 def _check_folder(folder: Path) -> None:
@@ -258,7 +398,9 @@ def _check_folder(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise InputError(f"cannot write into {folder}: {error.strerror}; name a folder that can be written with --out") from None
+        raise InputError(
+            f"cannot write into {folder}: {error.strerror}; name a folder that can be written with --out"
+        ) from None
 
 
 def _show_proposal(console: Console, proposal: Proposal) -> None:
@@ -266,7 +408,10 @@ def _show_proposal(console: Console, proposal: Proposal) -> None:
     if delta is None or proof is None:
         return
     where = f"layer {', '.join(map(str, sorted(delta.layers)))}, rank {delta.rank}, {delta.n_bytes:,} bytes"
-    times = ", ".join(f"{'solved' if name == 'solve' else 'verified'} in {seconds:.1f} s" for name, seconds in proposal.seconds.items())
+    times = ", ".join(
+        f"{'solved' if name == 'solve' else 'verified'} in {seconds:.1f} s"
+        for name, seconds in proposal.seconds.items()
+    )
     line(console, delta.method, f"{where}; {times}")
     checks = proof.to_dict()["checks"]
     if len(checks) <= _MANY_CHECKS:

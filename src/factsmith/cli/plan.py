@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from ..errors import NumericsError
-from ..fact import FactFile, FactSheet
-from ..tables import counted
+from ..core.errors import NumericsError
+from ..core.factfile import FactFile, FactSheet
+from ..core.tables import counted
 from .common import (
     LARGEST_SEED,
     Device,
@@ -29,18 +29,33 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..model.load import LanguageModel
+    from ..model.language_model import LanguageModel
 
-File = Annotated[Path, typer.Argument(metavar="FILE", help="YAML or JSON: facts, and gates, method, settings if wanted.")]
+
+File = Annotated[
+    Path,
+    typer.Argument(
+        metavar="FILE", help="YAML or JSON: facts, and gates, method, settings if wanted."
+    ),
+]
+
 Method = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help="rome, r-rome, memit, emmet or alphaedit.", show_default="the file's; else memit, or rome for one fact"
+        metavar="NAME",
+        help="rome, r-rome, memit, emmet or alphaedit.",
+        show_default="the file's; else memit, or rome for one fact",
     ),
 ]
+
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="A setting, such as steps=40; may be repeated.", show_default="the file's"),
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="A setting, such as steps=40; may be repeated.",
+        show_default="the file's",
+    ),
 ]
 
 
@@ -70,7 +85,8 @@ def plan(
     print_result(found.to_dict(), show_tables(found.tables()), as_json)
     if found.conflicts:
         complain(
-            "conflict", f"{counted(len(found.conflicts), 'fact')} of {len(found.entries):,}; `apply` writes none of the file unless forced"
+            "conflict",
+            f"{counted(len(found.conflicts), 'fact')} of {len(found.entries):,}; `apply` writes none of the file unless forced",
         )
         raise typer.Exit(NumericsError.exit_code)
 
@@ -81,13 +97,33 @@ def apply(
     setting: Settings = None,
     texts: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="Plain text for second moments and drift; may be repeated.", show_default="the model's own"),
+        typer.Option(
+            metavar="FILE",
+            help="Plain text for second moments and drift; may be repeated.",
+            show_default="the model's own",
+        ),
     ] = None,
-    message: Annotated[str, typer.Option("--message", "-m", help="One line for the log.", show_default="made from the facts")] = "",
+    message: Annotated[
+        str,
+        typer.Option(
+            "--message", "-m", help="One line for the log.", show_default="made from the facts"
+        ),
+    ] = "",
     force: Annotated[
-        bool, typer.Option("--force", help="Also through conflicts and failed gates, and what the model says already; the record says so.")
+        bool,
+        typer.Option(
+            "--force",
+            help="Also through conflicts and failed gates, and what the model says already; the record says so.",
+        ),
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, max=LARGEST_SEED, help="Of contexts, and of paraphrases and neighbours that are made.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=LARGEST_SEED,
+            help="Of contexts, and of paraphrases and neighbours that are made.",
+        ),
+    ] = 0,
     workspace: Where = None,
     device: Device = None,
     as_json: Json = False,
@@ -107,7 +143,13 @@ def apply(
     with progress() as tell, opened(None, workspace, device, tell) as (lm, bench):
         assert bench is not None
         name, config = _chosen(lm, sheet, method, setting)
-        options: dict[str, Any] = {"texts": corpus, "seed": seed, "force": force, "message": message, "progress": tell}
+        options: dict[str, Any] = {
+            "texts": corpus,
+            "seed": seed,
+            "force": force,
+            "message": message,
+            "progress": tell,
+        }
         outcome = bench.apply(sheet.facts, name, config, gates=sheet.gates, **options)
     planned = outcome.proposal.plan
     conflicts = list(planned.contradictions)
@@ -122,14 +164,21 @@ def apply(
             return
         show_tables(outcome.tables())(console)
         if outcome.revision is not None:
-            line(console, "to take it back:", f"factsmith revert{in_workspace(workspace)} {outcome.revision.id[:10]}")
+            line(
+                console,
+                "to take it back:",
+                f"factsmith revert{in_workspace(workspace)} {outcome.revision.id[:10]}",
+            )
 
     print_result(result, show, as_json)
     for one in failed:
         kind, _, why = one.partition(": ")
         complain(kind if kind == "conflict" else "failed", why if kind == "conflict" else one)
     if failed or (outcome.revision is None and outcome.delta is not None):
-        complain("error", f"nothing was written; correct {file}, its gates or the method's settings, or --force")
+        complain(
+            "error",
+            f"nothing was written; correct {file}, its gates or the method's settings, or --force",
+        )
         raise typer.Exit(NumericsError.exit_code)
 
 
@@ -141,14 +190,21 @@ def schema(as_json: Json = False) -> None:
       factsmith schema > facts.schema.json
     """
     found = FactFile.schema()
-    print_result(found, lambda _: typer.echo(json.dumps(found, indent=2, ensure_ascii=False)), as_json)
+    print_result(
+        found, lambda _: typer.echo(json.dumps(found, indent=2, ensure_ascii=False)), as_json
+    )
 
 
-def _chosen(lm: LanguageModel, sheet: FactSheet, method: str | None, setting: list[str] | None) -> tuple[str, Any]:
+def _chosen(
+    lm: LanguageModel, sheet: FactSheet, method: str | None, setting: list[str] | None
+) -> tuple[str, Any]:
     """The method and its settings: as the command says, else the file, else by the number of facts."""
-    from ..edit.presets import settings
+    from ..edit.published import settings
 
     name = method or sheet.method or ("memit" if len(sheet.facts) > 1 else "rome")
-    told = {**(sheet.settings if name == (sheet.method or name) else {}), **read_settings(setting or [])}
+    told = {
+        **(sheet.settings if name == (sheet.method or name) else {}),
+        **read_settings(setting or []),
+    }
     layers = told.pop("layers", told.pop("layer", None))
     return name, settings(lm, name, layers, told)

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import unicodedata
 
-from ..errors import InputError
-from ..model.load import LanguageModel
+from ..core.errors import InputError
+from ..model.language_model import LanguageModel
 from ..model.sample import sample
 
 CONTEXTS = ((5, 10), (10, 10))
@@ -24,7 +24,9 @@ SUBJECT = ("{}", "In {}", "About {}", "The story of {}", "It was {}", "by {}")
 """Contexts of the bare subject: other words in front of it than the fact's own prompt has."""
 
 _OPENING_TOKENS = 10
+
 _TOP_K = 5
+
 _SLOT = "factsmith-slot"
 
 
@@ -37,14 +39,22 @@ def generate_contexts(lm: LanguageModel, seed: int = 0) -> list[str]:
     """
     lengths = [length - 1 for length, count in CONTEXTS for _ in range(count)]
     sequences = sample(lm, len(lengths), max(lengths), top_k=_TOP_K, seed=seed)
-    texts = (lm.tokenizer.decode(ids[:length]) for ids, length in zip(sequences, lengths, strict=True))
+    texts = (
+        lm.tokenizer.decode(ids[:length]) for ids, length in zip(sequences, lengths, strict=True)
+    )
     return ["{}", *(f"{_plain(text)}. {{}}" for text in texts), *chat_contexts(lm)]
 
 
 def generate_openings(lm: LanguageModel, seed: int = 0) -> list[str]:
     """The bare "{}" and 5 templates that begin with MEMIT's words and are continued by the model (top 5); else as `generate_contexts`."""
-    texts = sample(lm, len(OPENINGS), _OPENING_TOKENS - 1, top_k=_TOP_K, seed=seed, openings=OPENINGS)
-    return ["{}", *(f"{_plain(lm.tokenizer.decode(ids))}. {{}}" for ids in texts), *chat_contexts(lm)]
+    texts = sample(
+        lm, len(OPENINGS), _OPENING_TOKENS - 1, top_k=_TOP_K, seed=seed, openings=OPENINGS
+    )
+    return [
+        "{}",
+        *(f"{_plain(lm.tokenizer.decode(ids))}. {{}}" for ids in texts),
+        *chat_contexts(lm),
+    ]
 
 
 def chat_contexts(lm: LanguageModel) -> list[str]:
@@ -55,7 +65,9 @@ def chat_contexts(lm: LanguageModel) -> list[str]:
     if not getattr(lm.tokenizer, "chat_template", None):
         return []
     try:
-        text = lm.tokenizer.apply_chat_template([{"role": "user", "content": _SLOT}], tokenize=False, add_generation_prompt=True)
+        text = lm.tokenizer.apply_chat_template(
+            [{"role": "user", "content": _SLOT}], tokenize=False, add_generation_prompt=True
+        )
     except Exception as error:  # templates are programs, and raise what they like
         raise InputError(
             f"the chat template of {lm.name} cannot be filled with a user's message ({error}); give contexts, the bare prompt among them, "

@@ -26,15 +26,25 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..errors import DamagedError, FactError, InputError, LayerError, NumericsError, WorkspaceError
-from ..fact import Fact
-from ..files import file_digest, record_digest, write_file
-from ..model.load import LanguageModel
-from ..tables import counted
+from ..core.errors import (
+    DamagedError,
+    FactError,
+    InputError,
+    LayerError,
+    NumericsError,
+    WorkspaceError,
+)
+from ..core.fact import Fact
+from ..core.files import file_digest, record_digest, write_file
+from ..core.tables import counted
+from ..model.language_model import LanguageModel
 
 _FORMAT = 1
+
 _MOST_JSON = 64 * 2**20
+
 _JSON = "edit.json"
+
 _TENSORS = "delta.safetensors"
 
 
@@ -68,25 +78,40 @@ class Delta:
 
     def __post_init__(self) -> None:
         if not self.layers or set(self.layers) != set(self.k_star):
-            raise InputError(f"a delta has factors and k_star for the same layers; got {sorted(self.layers)} and {sorted(self.k_star)}")
+            raise InputError(
+                f"a delta has factors and k_star for the same layers; got {sorted(self.layers)} and {sorted(self.k_star)}"
+            )
         if self.v_star.ndim != 2:
-            raise InputError(f"v_star has shape {tuple(self.v_star.shape)}; expected (n_facts, d_model)")
+            raise InputError(
+                f"v_star has shape {tuple(self.v_star.shape)}; expected (n_facts, d_model)"
+            )
         n, d = self.v_star.shape
         if n != len(self.facts):
             raise InputError(f"v_star has {n} rows for {len(self.facts)} facts; expected one each")
         for layer, (left, right) in self.layers.items():
             key = self.k_star[layer]
-            if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[0] or left.shape[0] != d:
+            if (
+                left.ndim != 2
+                or right.ndim != 2
+                or left.shape[1] != right.shape[0]
+                or left.shape[0] != d
+            ):
                 raise InputError(
                     f"layer {layer}: left {tuple(left.shape)} and right {tuple(right.shape)} do not fit; expected ({d}, r) and (r, d_ff)"
                 )
             if key.shape != (n, right.shape[1]):
-                raise InputError(f"layer {layer}: k_star has shape {tuple(key.shape)}; expected {(n, right.shape[1])}")
+                raise InputError(
+                    f"layer {layer}: k_star has shape {tuple(key.shape)}; expected {(n, right.shape[1])}"
+                )
         for name, tensor in self._tensors().items():
             if tensor.dtype != torch.float32:
-                raise InputError(f"{name} is {tensor.dtype}; a delta is kept in float32: convert it with .float()")
+                raise InputError(
+                    f"{name} is {tensor.dtype}; a delta is kept in float32: convert it with .float()"
+                )
             if not torch.isfinite(tensor).all():
-                raise NumericsError(f"{name} holds NaN or infinity; this update would break the model")
+                raise NumericsError(
+                    f"{name} holds NaN or infinity; this update would break the model"
+                )
 
     def __repr__(self) -> str:
         facts = counted(len(self.facts), "fact")
@@ -95,7 +120,9 @@ class Delta:
     def dense(self, layer: int) -> Tensor:
         """The update to one layer's down-projection, (d_model, d_ff) float32; raises LayerError for a layer it does not touch."""
         if layer not in self.layers:
-            raise LayerError(f"this delta does not touch layer {layer}; it has {sorted(self.layers)}")
+            raise LayerError(
+                f"this delta does not touch layer {layer}; it has {sorted(self.layers)}"
+            )
         left, right = self.layers[layer]
         return left @ right
 
@@ -107,7 +134,9 @@ class Delta:
     @property
     def n_bytes(self) -> int:
         """Bytes of the factors, as they are saved."""
-        return sum(x.numel() * x.element_size() for factors in self.layers.values() for x in factors)
+        return sum(
+            x.numel() * x.element_size() for factors in self.layers.values() for x in factors
+        )
 
     @property
     def digest(self) -> str:
@@ -140,11 +169,17 @@ class Delta:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_file(folder / _TENSORS, tensors)
-            write_file(folder / _JSON, (json.dumps(record, ensure_ascii=False, indent=2) + "\n").encode())
+            write_file(
+                folder / _JSON, (json.dumps(record, ensure_ascii=False, indent=2) + "\n").encode()
+            )
         except OSError as error:
             if error.errno == errno.ENOSPC:
-                raise WorkspaceError(f"the disk is full: no delta was written to {folder}; free some space and run this again") from None
-            raise WorkspaceError(f"cannot write the delta to {folder}: {error.strerror}; choose a folder that can be written") from None
+                raise WorkspaceError(
+                    f"the disk is full: no delta was written to {folder}; free some space and run this again"
+                ) from None
+            raise WorkspaceError(
+                f"cannot write the delta to {folder}: {error.strerror}; choose a folder that can be written"
+            ) from None
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Delta:
@@ -157,13 +192,19 @@ class Delta:
         try:
             sizes = {name: _plain_size(folder / name) for name in (_JSON, _TENSORS)}
             if sizes[_JSON] > _MOST_JSON:
-                raise DamagedError(f"{folder / _JSON} has {sizes[_JSON]:,} bytes, and {_MOST_JSON:,} are the most; {advice}")
+                raise DamagedError(
+                    f"{folder / _JSON} has {sizes[_JSON]:,} bytes, and {_MOST_JSON:,} are the most; {advice}"
+                )
             raw, found_tensors = (folder / _JSON).read_bytes(), file_digest(folder / _TENSORS)
         except OSError as error:
             name = Path(error.filename or folder).name
-            raise DamagedError(f"cannot read {name} in {folder}: {error.strerror}; a saved delta is {_JSON} beside {_TENSORS}") from None
+            raise DamagedError(
+                f"cannot read {name} in {folder}: {error.strerror}; a saved delta is {_JSON} beside {_TENSORS}"
+            ) from None
         except ValueError:
-            raise DamagedError(f"cannot read {str(folder)!r}: it is no path; a saved delta is a folder") from None
+            raise DamagedError(
+                f"cannot read {str(folder)!r}: it is no path; a saved delta is a folder"
+            ) from None
         try:
             record = json.loads(raw)
             stated, checksum = record.pop("sha256"), record["tensors_sha256"]
@@ -173,22 +214,32 @@ class Delta:
         if found != stated:
             raise DamagedError(f"{folder / _JSON} does not match its checksum; {advice}")
         if found_tensors != checksum:
-            raise DamagedError(f"{folder / _TENSORS} does not match the checksum in {_JSON}; {advice}")
+            raise DamagedError(
+                f"{folder / _TENSORS} does not match the checksum in {_JSON}; {advice}"
+            )
         if record.get("format") != _FORMAT:
-            raise DamagedError(f"{folder} has format {record.get('format')!r:.40}; this version of factsmith reads {_FORMAT}: {advice}")
+            raise DamagedError(
+                f"{folder} has format {record.get('format')!r:.40}; this version of factsmith reads {_FORMAT}: {advice}"
+            )
         try:
             layers = record["layers"]
-            if not isinstance(layers, list) or not all(type(layer) is int and layer >= 0 for layer in layers):
+            if not isinstance(layers, list) or not all(
+                type(layer) is int and layer >= 0 for layer in layers
+            ):
                 raise TypeError("its layers are a list of numbers from 0 on")
             facts = tuple(Fact.from_dict(fields) for fields in record["facts"])
             _check_header(folder / _TENSORS, layers, len(facts))
             named = safetensors.torch.load((folder / _TENSORS).read_bytes())
             if not isinstance(record["method"], str) or not isinstance(record["config"], dict):
                 raise TypeError("its method is a name and its config a mapping of settings")
-            if not isinstance(record["fingerprint"], str) or not all(isinstance(found, dict) for found in record["convergence"]):
+            if not isinstance(record["fingerprint"], str) or not all(
+                isinstance(found, dict) for found in record["convergence"]
+            ):
                 raise TypeError("its fingerprint is a name and its convergence a list of mappings")
             return cls(
-                layers={layer: (named[f"left.{layer}"], named[f"right.{layer}"]) for layer in layers},
+                layers={
+                    layer: (named[f"left.{layer}"], named[f"right.{layer}"]) for layer in layers
+                },
                 k_star={layer: named[f"k_star.{layer}"] for layer in layers},
                 v_star=named["v_star"],
                 facts=facts,
@@ -208,17 +259,25 @@ class Delta:
             NumericsError,
             safetensors.SafetensorError,
         ) as error:
-            raise DamagedError(f"{folder} matches its checksums but is not a delta: {str(error)[:300]}; {advice}") from None
+            raise DamagedError(
+                f"{folder} matches its checksums but is not a delta: {str(error)[:300]}; {advice}"
+            ) from None
 
     def _saved(self) -> bytes:
         """The tensors as a safetensors file; copies, since one tensor may stand in two places of a delta, and not of a file."""
-        content: bytes = safetensors.torch.save({name: tensor.clone() for name, tensor in self._tensors().items()})
+        content: bytes = safetensors.torch.save(
+            {name: tensor.clone() for name, tensor in self._tensors().items()}
+        )
         return content
 
     def _tensors(self) -> dict[str, Tensor]:
         named = {"v_star": self.v_star}
         for layer, (left, right) in sorted(self.layers.items()):
-            named |= {f"left.{layer}": left, f"right.{layer}": right, f"k_star.{layer}": self.k_star[layer]}
+            named |= {
+                f"left.{layer}": left,
+                f"right.{layer}": right,
+                f"k_star.{layer}": self.k_star[layer],
+            }
         return {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
 
 
@@ -233,15 +292,26 @@ def _plain_size(file: Path) -> int:
 def _check_header(file: Path, layers: list[int], n_facts: int) -> None:
     """Raises ValueError unless the header, read alone, is that of the tensors of a delta of so many facts in these layers."""
     with safetensors.safe_open(file, framework="pt") as held:
-        shapes = {name: tuple(held.get_slice(name).get_shape()) for name in held.keys()}  # noqa: SIM118 - not a mapping
+        shapes = {name: tuple(held.get_slice(name).get_shape()) for name in held.keys()}
         dtypes = {held.get_slice(name).get_dtype() for name in shapes}
     parts = ("left", "right", "k_star")
-    if set(shapes) != {"v_star", *(f"{part}.{layer}" for layer in layers for part in parts)} or dtypes != {"F32"}:
+    if set(shapes) != {
+        "v_star",
+        *(f"{part}.{layer}" for layer in layers for part in parts),
+    } or dtypes != {"F32"}:
         raise ValueError(f"it holds other tensors than those of layers {sorted(layers)} in float32")
-    fits = all(len(shape) == 2 and shape[1] > 0 for shape in shapes.values()) and shapes["v_star"][0] == n_facts  # which may be none
+    fits = (
+        all(len(shape) == 2 and shape[1] > 0 for shape in shapes.values())
+        and shapes["v_star"][0] == n_facts
+    )  # which may be none
     for layer in layers if fits else ():
         left, right, key = (shapes[f"{part}.{layer}"] for part in parts)
-        fits = fits and left == (shapes["v_star"][1], right[0]) and right[0] > 0 and key == (n_facts, right[1])
+        fits = (
+            fits
+            and left == (shapes["v_star"][1], right[0])
+            and right[0] > 0
+            and key == (n_facts, right[1])
+        )
     if not fits:
         raise ValueError(f"the shapes of its tensors are not those of one delta of {n_facts} facts")
 
@@ -264,7 +334,9 @@ def write_weights(lm: LanguageModel, weights: Mapping[int, Tensor]) -> None:
                 f"layer {layer}: got weights {tuple(new.shape)} {new.dtype}; the model's down-projection is {tuple(old.shape)} {old.dtype}"
             )
         if not torch.isfinite(new).all():
-            raise NumericsError(f"layer {layer}: the new weights hold NaN or infinity in {new.dtype}; nothing was written")
+            raise NumericsError(
+                f"layer {layer}: the new weights hold NaN or infinity in {new.dtype}; nothing was written"
+            )
     _copy(lm, weights)
 
 
@@ -274,7 +346,10 @@ def patched(base: Mapping[int, Tensor], deltas: Iterable[Delta]) -> dict[int, Te
     The same base and the same deltas give the same bits, on every call. Raises LayerError when a delta touches a layer that
     `base` does not hold, InputError when its shape does not fit.
     """
-    sums = {layer: weight.to(torch.promote_types(weight.dtype, torch.float32)) for layer, weight in base.items()}
+    sums = {
+        layer: weight.to(torch.promote_types(weight.dtype, torch.float32))
+        for layer, weight in base.items()
+    }
     for delta in deltas:
         for layer in delta.layers:
             if layer not in sums:
@@ -309,7 +384,9 @@ def applied(lm: LanguageModel, delta: Delta | Iterable[Delta]) -> Iterator[None]
 
 def _weight(lm: LanguageModel, layer: int) -> Tensor:
     if not 0 <= layer < lm.n_layers:
-        raise LayerError(f"layer {layer} does not exist; the model has layers 0 to {lm.n_layers - 1}")
+        raise LayerError(
+            f"layer {layer} does not exist; the model has layers 0 to {lm.n_layers - 1}"
+        )
     return lm.ffn[layer].weight()
 
 
@@ -317,3 +394,17 @@ def _copy(lm: LanguageModel, weights: Mapping[int, Tensor]) -> None:
     with torch.no_grad():
         for layer, new in weights.items():
             _weight(lm, layer).copy_(new)
+
+
+@contextmanager
+def written(lm: LanguageModel, weights: Mapping[int, Tensor]) -> Iterator[None]:
+    """Put down-projections {layer: (d_model, d_ff)} into the model for the length of a block; then the very bits of before are back.
+
+    Raises what `write_weights` raises, and then nothing has changed.
+    """
+    base = read_weights(lm, weights)
+    try:
+        write_weights(lm, weights)
+        yield
+    finally:
+        write_weights(lm, base)

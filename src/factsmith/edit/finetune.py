@@ -15,23 +15,21 @@ import random
 import statistics
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..checks import check_count, check_number
-from ..errors import InputError, LayerError, NumericsError
-from ..fact import Fact, listed
+from ..core.checks import check_count, check_number
+from ..core.errors import InputError, LayerError, NumericsError
+from ..core.fact import Fact, listed
+from ..core.progress import Progress, tell
 from ..model.ffn import linear_matrix
-from ..model.load import LanguageModel
+from ..model.language_model import LanguageModel, check_dense_layer
 from ..model.tokens import pad_id, target_ids
-from ..progress import Progress, tell
+from .configs import MemitConfig
 from .delta import read_weights, write_weights
-from .methods import MemitConfig
-from .target import check_layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +51,17 @@ class TuneConfig:
     def __post_init__(self) -> None:
         for name in ("lr", "stop_loss"):
             if not 0 < check_number(getattr(self, name), name) <= 1000:
-                raise InputError(f"{name} is {getattr(self, name)}; expected a number above 0, at most 1,000")
+                raise InputError(
+                    f"{name} is {getattr(self, name)}; expected a number above 0, at most 1,000"
+                )
         for name in ("steps", "epochs", "batch"):
             check_count(getattr(self, name), name, "1 or more")
-        if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
-            raise LayerError(f"layers are numbers of layers, each once, or None; got {self.layers!r}")
+        if self.layers is not None and (
+            not self.layers or len(set(self.layers)) < len(self.layers)
+        ):
+            raise LayerError(
+                f"layers are numbers of layers, each once, or None; got {self.layers!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +117,19 @@ def fine_tune(
     try:
         for weight in weights:
             weight.requires_grad_(True)
-        _train(lm.module, lm, told, torch.optim.Adam(weights, lr=config.lr), config, seed, bound, progress)
-        found = {layer: weight.detach().clone() for layer, weight in read_weights(lm, layers).items()}
+        _train(
+            lm.module,
+            lm,
+            told,
+            torch.optim.Adam(weights, lr=config.lr),
+            config,
+            seed,
+            bound,
+            progress,
+        )
+        found = {
+            layer: weight.detach().clone() for layer, weight in read_weights(lm, layers).items()
+        }
     finally:
         for weight in weights:
             weight.requires_grad_(False)
@@ -138,15 +153,22 @@ def lora(
     try:
         import peft
     except ImportError:
-        raise InputError('LoRA needs peft, which is not installed; install it with: pip install "factsmith[adapter]"') from None
+        raise InputError(
+            'LoRA needs peft, which is not installed; install it with: pip install "factsmith[adapter]"'
+        ) from None
     config = config or LoraConfig()
     told, layers = _checked(facts), _layers(lm, config)
     base = read_weights(lm, layers)
     downs = {layer: lm.ffn[layer].down for layer in layers}
     names = {module: name for name, module in lm.module.named_modules()}
     try:
-        with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what peft asks of transformers that is to be renamed there
+        with (
+            torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter(
+                "ignore"
+            )  # of what peft asks of transformers that is to be renamed there
             torch.manual_seed(seed)
             model = peft.get_peft_model(
                 lm.module,
@@ -165,52 +187,48 @@ def lora(
             for layer, down in downs.items():
                 change = lm.module.get_submodule(names[down]).get_delta_weight("default")
                 change = change.T if linear_matrix(down).transposed else change
-                found[layer] = (base[layer].float() + change.to(base[layer].device).float()).to(base[layer].dtype)
+                found[layer] = (base[layer].float() + change.to(base[layer].device).float()).to(
+                    base[layer].dtype
+                )
     finally:
         for down in downs.values():  # by hand, since it is right wherever the work was left
             parent, _, child = names[down].rpartition(".")
             setattr(lm.module.get_submodule(parent), child, down)
         lm.module.requires_grad_(False)
         if hasattr(lm.module, "peft_config"):
-            del lm.module.peft_config  # or the next time would look like a second adapter on the first
+            del (
+                lm.module.peft_config
+            )  # or the next time would look like a second adapter on the first
     return _finite(found, base)
-
-
-@contextmanager
-def written(lm: LanguageModel, weights: Mapping[int, Tensor]) -> Iterator[None]:
-    """Put down-projections {layer: (d_model, d_ff)} into the model for the length of a block; then the very bits of before are back.
-
-    Raises what `write_weights` raises, and then nothing has changed.
-    """
-    base = read_weights(lm, weights)
-    try:
-        write_weights(lm, weights)
-        yield
-    finally:
-        write_weights(lm, base)
 
 
 def _checked(facts: Fact | Sequence[Fact]) -> list[Fact]:
     told = listed(facts)
     if aimless := next((fact for fact in told if fact.target is None), None):
-        raise InputError(f"{aimless.text!r} has no target to train on; give one, or use rome or memit to forget")
+        raise InputError(
+            f"{aimless.text!r} has no target to train on; give one, or use rome or memit to forget"
+        )
     return told
 
 
 def _layers(lm: LanguageModel, config: TuneConfig) -> list[int]:
     chosen = config.layers or MemitConfig.recommended(lm).layers
     assert chosen is not None
-    return sorted(check_layer(lm, layer) for layer in chosen)
+    return sorted(check_dense_layer(lm, layer) for layer in chosen)
 
 
 def _finite(found: dict[int, Tensor], base: Mapping[int, Tensor]) -> dict[int, Tensor]:
     for layer, weight in found.items():
         if not torch.isfinite(weight).all():
-            raise NumericsError(f"training left NaN or infinity in layer {layer} ({base[layer].dtype}); use a smaller lr, or float32")
+            raise NumericsError(
+                f"training left NaN or infinity in layer {layer} ({base[layer].dtype}); use a smaller lr, or float32"
+            )
     return found
 
 
-def _batches(lm: LanguageModel, facts: Sequence[Fact], size: int, seed: str) -> Iterator[dict[str, Tensor]]:
+def _batches(
+    lm: LanguageModel, facts: Sequence[Fact], size: int, seed: str
+) -> Iterator[dict[str, Tensor]]:
     """Shuffled batches of prompt + target, labelled at the target."""
     order = list(facts)
     random.Random(seed).shuffle(order)
@@ -218,13 +236,22 @@ def _batches(lm: LanguageModel, facts: Sequence[Fact], size: int, seed: str) -> 
     for at in range(0, len(order), size):
         rows = []
         for fact in order[at : at + size]:
-            head, tail = lm.prompt_ids(fact.text), target_ids(lm.tokenizer, fact.text, fact.target or "")
+            head, tail = (
+                lm.prompt_ids(fact.text),
+                target_ids(lm.tokenizer, fact.text, fact.target or ""),
+            )
             rows.append((head + tail, [-100] * len(head) + tail))
         width = max(len(ids) for ids, _ in rows)
         yield {
-            "input_ids": torch.tensor([ids + [fill] * (width - len(ids)) for ids, _ in rows], device=device),
-            "labels": torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows], device=device),
-            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows], device=device),
+            "input_ids": torch.tensor(
+                [ids + [fill] * (width - len(ids)) for ids, _ in rows], device=device
+            ),
+            "labels": torch.tensor(
+                [labels + [-100] * (width - len(labels)) for _, labels in rows], device=device
+            ),
+            "attention_mask": torch.tensor(
+                [[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows], device=device
+            ),
         }
 
 
@@ -245,13 +272,20 @@ def _train(
             losses = []
             for batch in _batches(lm, facts, config.batch, f"{seed} {epoch}"):
                 adam.zero_grad()
-                logits = module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+                logits = module(
+                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+                ).logits[:, :-1]
                 loss = cross_entropy(logits.flatten(0, 1).float(), batch["labels"][:, 1:].flatten())
                 torch.autograd.backward(loss)
                 adam.step()
                 after()
                 losses.append(float(loss.detach()))
-                tell(progress, "training", steps + len(losses), max(config.steps, config.epochs * -(-len(facts) // config.batch)))
+                tell(
+                    progress,
+                    "training",
+                    steps + len(losses),
+                    max(config.steps, config.epochs * -(-len(facts) // config.batch)),
+                )
             steps, epoch = steps + len(losses), epoch + 1
             if statistics.fmean(losses) < config.stop_loss:
                 return

@@ -16,14 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_number, check_text
-from ..errors import InputError, UnsupportedModelError
-from ..model.ffn import Neuron, find_neurons
-from ..model.load import LanguageModel, check_model
+from ..core.checks import check_number, check_text
+from ..core.errors import InputError, UnsupportedModelError
+from ..model.address import Neuron, find_neurons
+from ..model.language_model import LanguageModel, check_model
 from ..model.tokens import target_ids
 from .delta import Delta
 
-_REMOVE, _ADD = 1.0, 8.0  # the authors' factors, for the neurons of a fact as they found them, about four
+_REMOVE, _ADD = (
+    1.0,
+    8.0,
+)  # the authors' factors, for the neurons of a fact as they found them, about four
+
 _FEW = 4
 
 
@@ -71,27 +75,53 @@ def rewrite(
     experts, a model without an unembedding matrix).
     """
     check_model(lm)
-    old_target, new_target = check_text(old_target, "old_target"), check_text(new_target, "new_target")
+    old_target, new_target = (
+        check_text(old_target, "old_target"),
+        check_text(new_target, "new_target"),
+    )
     chosen = _by_layer(lm, neurons)
     portion = min(1.0, _FEW / sum(map(len, chosen.values())))
     remove, add = (
         default * portion if given is None else check_number(given, name)
         for given, default, name in ((remove, _REMOVE, "remove"), (add, _ADD, "add"))
     )
-    if prompt is None:  # words inside a text all the same: with a space before them where the tokenizer writes one
-        old, new = (target_ids(lm.tokenizer, "It is", target) for target in (old_target, new_target))
+    if (
+        prompt is None
+    ):  # words inside a text all the same: with a space before them where the tokenizer writes one
+        old, new = (
+            target_ids(lm.tokenizer, "It is", target) for target in (old_target, new_target)
+        )
     else:
-        (_, (column, *_), old), (_, _, new) = (lm.question(prompt, target) for target in (old_target, new_target))
-    differ = next((i for i in range(max(len(old), len(new))) if old[i : i + 1] != new[i : i + 1]), None)
+        (_, (column, *_), old), (_, _, new) = (
+            lm.question(prompt, target) for target in (old_target, new_target)
+        )
+    differ = next(
+        (i for i in range(max(len(old), len(new))) if old[i : i + 1] != new[i : i + 1]), None
+    )
     if differ is None:
-        raise InputError(f"old_target and new_target are both {new_target.strip()!r}; expected two different answers")
-    direction = add * _unit_row(lm, new[differ : differ + 1]) - remove * _unit_row(lm, old[differ : differ + 1])  # (d_model,)
+        raise InputError(
+            f"old_target and new_target are both {new_target.strip()!r}; expected two different answers"
+        )
+    direction = add * _unit_row(lm, new[differ : differ + 1]) - remove * _unit_row(
+        lm, old[differ : differ + 1]
+    )  # (d_model,)
     signs = {layer: torch.ones(len(indices)) for layer, indices in chosen.items()}
     if prompt is not None:
         for layer, indices in chosen.items():
-            signs[layer] = torch.where(lm.coefficients(prompt, [layer])[0, column, indices].float().cpu() < 0, -1.0, 1.0)
-    lefts = {layer: direction[:, None] * (_values(lm, layer, indices).norm(dim=0) * signs[layer]) for layer, indices in chosen.items()}
-    config = {"old_target": old_target, "new_target": new_target, "prompt": prompt, "remove": float(remove), "add": float(add)}
+            signs[layer] = torch.where(
+                lm.coefficients(prompt, [layer])[0, column, indices].float().cpu() < 0, -1.0, 1.0
+            )
+    lefts = {
+        layer: direction[:, None] * (_values(lm, layer, indices).norm(dim=0) * signs[layer])
+        for layer, indices in chosen.items()
+    }
+    config = {
+        "old_target": old_target,
+        "new_target": new_target,
+        "prompt": prompt,
+        "remove": float(remove),
+        "add": float(add),
+    }
     return _delta(lm, chosen, lefts, "rewrite", config)
 
 
@@ -121,7 +151,9 @@ def _unit_row(lm: LanguageModel, token: list[int]) -> Tensor:
     head = lm.module.get_output_embeddings()
     matrix = getattr(head, "weight", None)
     if not isinstance(matrix, Tensor) or matrix.dim() != 2 or matrix.shape[1] != lm.d_model:
-        raise UnsupportedModelError(f"{lm.name} has no unembedding matrix (vocabulary, {lm.d_model}): a target has no direction to write")
+        raise UnsupportedModelError(
+            f"{lm.name} has no unembedding matrix (vocabulary, {lm.d_model}): a target has no direction to write"
+        )
     if not token:
         return torch.zeros(lm.d_model)
     row = matrix.detach()[token[0]].float().cpu()
@@ -129,7 +161,11 @@ def _unit_row(lm: LanguageModel, token: list[int]) -> Tensor:
 
 
 def _delta(
-    lm: LanguageModel, chosen: Mapping[int, list[int]], lefts: Mapping[int, Tensor], method: str, config: Mapping[str, Any]
+    lm: LanguageModel,
+    chosen: Mapping[int, list[int]],
+    lefts: Mapping[int, Tensor],
+    method: str,
+    config: Mapping[str, Any],
 ) -> Delta:
     """lefts {l: (d_model, n)} added to the columns of the chosen neurons; no key, no stored value, no fact: nothing was solved for."""
     layers, k_star = {}, {}
@@ -144,6 +180,9 @@ def _delta(
         v_star=torch.zeros(0, lm.d_model),
         facts=(),
         method=method,
-        config={"neurons": [[layer, i] for layer, indices in chosen.items() for i in indices], **config},
+        config={
+            "neurons": [[layer, i] for layer, indices in chosen.items() for i in indices],
+            **config,
+        },
         fingerprint=lm.fingerprint,
     )

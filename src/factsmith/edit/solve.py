@@ -14,8 +14,8 @@ all others (preservation). With keys kᵢ and residuals rᵢ = v_starᵢ − W k
 |-----------|---------------------------------------------|-------------|
 | ROME      | C                                           | 0, one fact |
 | EMMET     | C                                           | 0, or a ridge |
-| MEMIT     | C + Σ earlier k kᵀ / λ                      | λ           |
-| AlphaEdit | l2 · I + Σ earlier k kᵀ, on the null space of C | 1       |
+| MEMIT     | C + Σ stored k kᵀ / λ                      | λ           |
+| AlphaEdit | l2 · I + Σ stored k kᵀ, on the null space of C | 1       |
 
 The unified view is Gupta et al. 2024, https://arxiv.org/abs/2403.14236. Everything is computed in float64 through Cholesky factors; no
 inverse is formed. Shapes: d = d_model, m = d_ff; facts are rows.
@@ -26,11 +26,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import InputError, NumericsError
-
-JITTERS = (0.0, 1e-12, 1e-10, 1e-8, 1e-6, 1e-4)
-"""What may be added to the diagonal, in units of its mean, smallest first: a matrix estimated from fewer tokens than it has rows is
-singular, and rounded to float32 it is slightly indefinite. A larger shift would be a ridge, which changes what is asked for."""
+from ..core.errors import InputError, NumericsError
+from ..corpus.factors import cholesky, positive, solve_moment, whitened
 
 MIN_INDEPENDENCE = 1e-10
 """Smallest eigenvalue of the keys' cosines under A⁻¹ that an exact solution divides by; below it rounding decides the result."""
@@ -39,71 +36,9 @@ MIN_OVERLAP = 1e-6
 """Smallest |⟨k, u⟩| / ‖k‖ that ROME divides by; below it the update would be a million times larger than the residual."""
 
 
-def cholesky(matrix: Tensor) -> Tensor:
-    """Lower Cholesky factor, (m, m) float64, of a symmetric second moment; the first of JITTERS that succeeds is used.
-
-    Errors as `jittered`, which also says which.
-    """
-    return jittered(matrix)[0]
-
-
-def jittered(matrix: Tensor) -> tuple[Tensor, float]:
-    """`cholesky`, and the one of JITTERS that it needed.
-
-    Raises InputError when the matrix is not square or not symmetric, NumericsError when it is not finite, is zero, or is not
-    positive definite even with the largest jitter.
-    """
-    matrix = _checked(matrix)
-    mean = matrix.diagonal().mean()
-    for jitter in JITTERS:
-        shifted = matrix if jitter == 0 else matrix + jitter * mean * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-        factor: Tensor
-        factor, failed = torch.linalg.cholesky_ex(shifted)
-        if not failed:
-            return factor, jitter
-    raise NumericsError(
-        f"the second moment is not positive definite, also with {JITTERS[-1]:g} of its mean diagonal added; compute it from more text"
-    )
-
-
-def spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (m,), ascending, and eigenvectors (m, m) of a second moment, float64; errors as `cholesky`."""
-    matrix = _checked(matrix)
-    values, vectors = torch.linalg.eigh(matrix)
-    if values[0] < -JITTERS[-1] * matrix.diagonal().mean():
-        raise NumericsError(f"the second moment has an eigenvalue of {values[0]:.3g}, so it is none; compute it again, from more text")
-    return values, vectors
-
-
-def _checked(matrix: Tensor) -> Tensor:
-    """A second moment in float64, square, finite, symmetric and not zero."""
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise InputError(f"a second moment is a square matrix (d_ff, d_ff); got shape {tuple(matrix.shape)}")
-    matrix = matrix.to(torch.float64)
-    if not torch.isfinite(matrix).all():
-        raise NumericsError("the second moment holds NaN or infinity; compute it again from a model whose outputs are finite")
-    mean = matrix.diagonal().mean()
-    if mean <= 0:
-        raise NumericsError(f"the second moment's mean diagonal is {mean:.3g}; expected a positive number: was it computed from any text?")
-    if (matrix - matrix.T).abs().max() > 1e-3 * matrix.abs().max():
-        raise InputError("a second moment is symmetric; this matrix is not: give E[m mᵀ] of the down-projection's input")
-    return matrix
-
-
-def solve_moment(factor: Tensor, keys: Tensor) -> Tensor:
-    """C⁻¹ kᵢ for every row of keys (n, m), as (n, m) float64; `factor` is `cholesky(C)`."""
-    solved: Tensor = torch.cholesky_solve(keys.to(factor).T, factor)  # (m, n)
-    return solved.T
-
-
-def whitened(keys: Tensor, factor: Tensor) -> Tensor:
-    """L⁻¹ kᵢ for every row of keys (n, m), as (n, m) float64; `factor` is L = `cholesky(C)`. There C's metric is the ordinary one: a token
-    of ordinary text has as much in every direction, 1 on average (squared), d_ff in all."""
-    white: Tensor = torch.linalg.solve_triangular(factor, keys.to(factor).T, upper=False)  # (m, n)
-    return white.T
-
-
-def rome(k_star: Tensor, k_prompt: Tensor, residual: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
+def rome(
+    k_star: Tensor, k_prompt: Tensor, residual: Tensor, factor: Tensor
+) -> tuple[Tensor, Tensor]:
     """ROME's rank-one update as factors (d, 1) and (1, m), float64. https://arxiv.org/abs/2202.05262, equation 2.
 
         u = C⁻¹ k_star / ‖C⁻¹ k_star‖,      ΔW = (v_star − W k_prompt) uᵀ / ⟨k_prompt, u⟩
@@ -113,13 +48,21 @@ def rome(k_star: Tensor, k_prompt: Tensor, residual: Tensor, factor: Tensor) -> 
     itself is answered exactly. Raises NumericsError when an input is not finite or the two keys do not overlap under C⁻¹.
     """
     k_star, k_prompt, residual = (x.to(factor) for x in (k_star, k_prompt, residual))
-    for name, value in (("k_star", k_star), ("the prompt's key", k_prompt), ("the residual", residual)):
+    for name, value in (
+        ("k_star", k_star),
+        ("the prompt's key", k_prompt),
+        ("the residual", residual),
+    ):
         if not torch.isfinite(value).all():
-            raise NumericsError(f"{name} holds NaN or infinity; the model does not compute finite states for this fact")
+            raise NumericsError(
+                f"{name} holds NaN or infinity; the model does not compute finite states for this fact"
+            )
     u = solve_moment(factor, k_star[None])[0]
     u = u / u.norm()
     overlap = k_prompt @ u
-    if not overlap.abs() > MIN_OVERLAP * k_prompt.norm():  # also true for a key of zeros, where u is NaN
+    if (
+        not overlap.abs() > MIN_OVERLAP * k_prompt.norm()
+    ):  # also true for a key of zeros, where u is NaN
         raise NumericsError(
             f"⟨k, u⟩ is {overlap:.3g} for a key of norm {k_prompt.norm():.3g}: the prompt's key and its average over contexts hardly "
             "overlap, and the update would blow up; use other contexts or another layer"
@@ -127,7 +70,9 @@ def rome(k_star: Tensor, k_prompt: Tensor, residual: Tensor, factor: Tensor) -> 
     return (residual / overlap)[:, None], u[None]
 
 
-def least_change(keys: Tensor, residuals: Tensor, factor: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+def least_change(
+    keys: Tensor, residuals: Tensor, factor: Tensor, ridge: float
+) -> tuple[Tensor, Tensor]:
     """The update of the table above as factors (d, n) and (n, m), float64: left is Rᵀ, and right maps a key to its fact.
 
     keys (n, m), residuals (n, d), factor = cholesky(A) (m, m), ridge = ρ of at least 0. Solved in the smaller of the two spaces, facts or
@@ -146,32 +91,40 @@ def least_change(keys: Tensor, residuals: Tensor, factor: Tensor, ridge: float) 
     for name, rows in (("key", keys), ("residual", residuals)):
         if not torch.isfinite(rows).all():
             bad = (~torch.isfinite(rows).all(1)).nonzero()[:, 0].tolist()
-            raise NumericsError(f"the {name} of fact {bad[0]} holds NaN or infinity; the model does not compute finite states for it")
+            raise NumericsError(
+                f"the {name} of fact {bad[0]} holds NaN or infinity; the model does not compute finite states for it"
+            )
     if ridge and n > m:
         system = ridge * (factor @ factor.T) + keys.T @ keys
-        primal: Tensor = torch.cholesky_solve(keys.T, _positive(system, "the keys' system"))  # (m, n)
+        primal: Tensor = torch.cholesky_solve(
+            keys.T, positive(system, "the keys' system")
+        )  # (m, n)
         return residuals.T, primal.T
     solved = solve_moment(factor, keys)  # A⁻¹ kᵢ, (n, m)
     gram = solved @ keys.T
     if not ridge:
         _check_independent(gram)
     gram = (gram + gram.T) / 2 + ridge * torch.eye(n, dtype=gram.dtype, device=gram.device)
-    right: Tensor = torch.cholesky_solve(solved, _positive(gram, "the keys' Gram matrix"))
+    right: Tensor = torch.cholesky_solve(solved, positive(gram, "the keys' Gram matrix"))
     return residuals.T, right
 
 
 def memit(keys: Tensor, residuals: Tensor, factor: Tensor, weight: float) -> tuple[Tensor, Tensor]:
     """MEMIT's update of one layer, ΔW = Rᵀ K (λC + KᵀK)⁻¹. https://arxiv.org/abs/2210.07229, equation 14.
 
-    factor = `cholesky(C)`, or that of C + Σ earlier k kᵀ / λ (`with_earlier`); weight is λ, how many observations of ordinary text stand
+    factor = `cholesky(C)`, or that of C + Σ stored k kᵀ / λ (`with_stored`); weight is λ, how many observations of ordinary text stand
     against each fact. Shapes, factors and errors as `least_change`.
     """
     if weight <= 0:
-        raise InputError(f"MEMIT's moment_weight is above 0; got {weight!r}: for an exact solution use EMMET with ridge 0")
+        raise InputError(
+            f"MEMIT's moment_weight is above 0; got {weight!r}: for an exact solution use EMMET with ridge 0"
+        )
     return least_change(keys, residuals, factor, weight)
 
 
-def emmet(keys: Tensor, residuals: Tensor, factor: Tensor, weight: float = 1.0, ridge: float = 0.0) -> tuple[Tensor, Tensor]:
+def emmet(
+    keys: Tensor, residuals: Tensor, factor: Tensor, weight: float = 1.0, ridge: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """EMMET's update of one layer, ΔW = Rᵀ (K (wC)⁻¹ Kᵀ + ridge · I)⁻¹ K (wC)⁻¹. https://arxiv.org/abs/2403.14236, equation 15.
 
     With ridge 0 every key gets its output exactly, and the weight cancels; with a ridge this is MEMIT at λ = weight · ridge.
@@ -180,10 +133,12 @@ def emmet(keys: Tensor, residuals: Tensor, factor: Tensor, weight: float = 1.0, 
     return least_change(keys, residuals, factor, weight * ridge)
 
 
-def alphaedit(keys: Tensor, residuals: Tensor, basis: Tensor, l2: float, earlier: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """AlphaEdit's update of one layer, ΔW = Rᵀ K P (P (KᵀK + Σ earlier k kᵀ) + l2 · I)⁻¹. https://arxiv.org/abs/2410.02355, equation 14.
+def alphaedit(
+    keys: Tensor, residuals: Tensor, basis: Tensor, l2: float, stored: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """AlphaEdit's update of one layer, ΔW = Rᵀ K P (P (KᵀK + Σ stored k kᵀ) + l2 · I)⁻¹. https://arxiv.org/abs/2410.02355, equation 14.
 
-    basis (m, q) spans the null space, P = basis basisᵀ (`null_space`); earlier (m, m) is the sum over keys already written. Solved in the q
+    basis (m, q) spans the null space, P = basis basisᵀ (`null_space`); stored (m, m) is the sum over keys already written. Solved in the q
     coordinates of the null space, where the system is symmetric. Raises InputError for an empty basis or l2 not above 0; else as
     `least_change`.
     """
@@ -193,46 +148,18 @@ def alphaedit(keys: Tensor, residuals: Tensor, basis: Tensor, l2: float, earlier
         )
     basis = basis.double()
     preserved = l2 * torch.eye(basis.shape[1], dtype=basis.dtype, device=basis.device)
-    if earlier is not None:
-        preserved = preserved + basis.T @ earlier.to(basis) @ basis
+    if stored is not None:
+        preserved = preserved + basis.T @ stored.to(basis) @ basis
     left, right = least_change(keys.to(basis) @ basis, residuals, cholesky(preserved), 1.0)
     return left, right @ basis.T
 
 
-def null_space(values: Tensor, vectors: Tensor, *, threshold: float | None = None, energy: float | None = None) -> Tensor:
-    """Orthonormal basis (m, q) float64 of the directions that ordinary text hardly uses: eigenvectors of C with small eigenvalues.
+def with_stored(matrix: Tensor, stored: Tensor, weight: float) -> Tensor:
+    """C + Σ stored k kᵀ / λ: the second moment with keys already written counted as λ⁻¹ observations each, (m, m) float64.
 
-    values, vectors  of C, (m,) ascending and (m, m): `torch.linalg.eigh`
-    threshold  those with an eigenvalue below it (AlphaEdit's code: 0.02, for C divided by its count)
-    energy     as many as can be left out while the others hold this share of C's trace: does not depend on the coefficients' scale
-
-    Raises InputError unless exactly one of them is given, in range, and when all directions are below the threshold.
+    MEMIT solved with it keeps what earlier rounds wrote, as the authors' sequential variant does: λC + Σ stored k kᵀ + KᵀK.
     """
-    if (threshold is None) == (energy is None):
-        raise InputError(f"null_space takes either a threshold or an energy; got threshold={threshold!r}, energy={energy!r}")
-    if threshold is not None:
-        if not threshold > 0:
-            raise InputError(f"the threshold of a null space is above 0; got {threshold!r}")
-        if threshold > values[-1]:
-            raise InputError(
-                f"all eigenvalues are below the threshold {threshold:g} (the largest is {values[-1]:.3g}), so nothing would be kept as it "
-                "is; give an energy instead"
-            )
-        return vectors[:, values < threshold]
-    assert energy is not None
-    if not 0 < energy < 1:
-        raise InputError(f"the energy that stays out of the null space is a share between 0 and 1; got {energy!r}")
-    held = values.clamp(min=0).cumsum(0)
-    unused: Tensor = vectors[:, held <= (1 - energy) * held[-1]]
-    return unused
-
-
-def with_earlier(matrix: Tensor, earlier: Tensor, weight: float) -> Tensor:
-    """C + Σ earlier k kᵀ / λ: the second moment with keys already written counted as λ⁻¹ observations each, (m, m) float64.
-
-    MEMIT solved with it keeps what earlier rounds wrote, as the authors' sequential variant does: λC + Σ earlier k kᵀ + KᵀK.
-    """
-    return matrix.double() + earlier.to(matrix.device).double() / weight
+    return matrix.double() + stored.to(matrix.device).double() / weight
 
 
 def share(residuals: Tensor, layers_left: int, spread: str) -> Tensor:
@@ -279,7 +206,9 @@ def explained(keys: Tensor, others: Tensor, factor: Tensor) -> Tensor:
     ours, theirs = whitened(keys, factor).T, whitened(others, factor).T
     basis, sizes, _ = torch.linalg.svd(theirs, full_matrices=False)
     inside = basis[:, sizes > 1e-9 * theirs.norm()].T @ ours
-    share: Tensor = inside.square().sum(0) / ours.square().sum(0).clamp(min=torch.finfo(ours.dtype).tiny)
+    share: Tensor = inside.square().sum(0) / ours.square().sum(0).clamp(
+        min=torch.finfo(ours.dtype).tiny
+    )
     return share.clamp(0, 1)
 
 
@@ -288,7 +217,9 @@ def disturbance(left: Tensor, right: Tensor, weight: Tensor, matrix: Tensor) -> 
 
     left (d, r), right (r, m), weight (d, m) before the update, bias apart; matrix is C (m, m).
     """
-    left, right, weight, matrix = (x.to(matrix.device, torch.float32) for x in (left, right, weight, matrix))
+    left, right, weight, matrix = (
+        x.to(matrix.device, torch.float32) for x in (left, right, weight, matrix)
+    )
     change = ((right @ matrix @ right.T) * (left.T @ left)).sum()
     whole = ((weight @ matrix) * weight).sum()
     return float((change.clamp(min=0) / whole.clamp(min=torch.finfo(whole.dtype).tiny)).sqrt())
@@ -302,23 +233,15 @@ def compact(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return torch.eye(d, dtype=left.dtype, device=left.device), left @ right
 
 
-def _positive(matrix: Tensor, name: str) -> Tensor:
-    factor: Tensor
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    if failed:
-        raise NumericsError(
-            f"{name} is not positive definite in float64; raise the ridge (moment_weight, l2), or leave out facts that share keys"
-        )
-    return factor
-
-
 def _check_independent(gram: Tensor) -> None:
     """Raises NumericsError, naming two facts, when keys are too close for each to have an output of its own."""
     scale = gram.diagonal().clamp(min=0).sqrt()
     cosine = gram / (scale[:, None] * scale).clamp(min=torch.finfo(gram.dtype).tiny)
     if torch.linalg.eigvalsh(cosine)[0] > MIN_INDEPENDENCE:
         return
-    closest = int((cosine.abs() - 2 * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).argmax())
+    closest = int(
+        (cosine.abs() - 2 * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)).argmax()
+    )
     a, b = divmod(closest, len(gram))
     raise NumericsError(
         f"{len(gram)} keys are not independent (facts {min(a, b)} and {max(a, b)} are the closest, with a cosine of "

@@ -1,1 +1,1 @@
-"""Judging edits: what is asked, how answers are scored, and the runs that do it."""
+"""Measure what an edit did. This package knows no editing method."""

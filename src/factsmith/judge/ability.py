@@ -21,9 +21,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from ..checks import check_count, check_items, check_seed
-from ..errors import FactsmithError, InputError
-from ..model.load import LanguageModel, check_model
+from ..core.checks import check_count, check_items, check_seed
+from ..core.errors import FactsmithError, InputError
+from ..model.language_model import LanguageModel, check_model
 
 
 def ability(
@@ -47,7 +47,10 @@ def ability(
     check_model(lm)
     named = list(dict.fromkeys(check_items(tasks, "tasks", "names of tasks")))
     limit = None if limit is None else check_count(limit, "limit", "examples a task")
-    batch_size, seed = check_count(batch_size, "batch_size", "examples in one pass"), check_seed(seed)
+    batch_size, seed = (
+        check_count(batch_size, "batch_size", "examples in one pass"),
+        check_seed(seed),
+    )
     try:
         with _quietly():
             from lm_eval.models.huggingface import HFLM
@@ -57,18 +60,35 @@ def ability(
             f'tasks need lm-evaluation-harness, which cannot be used ({error}); install it with: pip install "factsmith[eval]"'
         ) from None
     if folder is not None and not Path(folder).is_dir():
-        raise InputError(f"{os.fspath(folder)!r} is no folder; expected one with a YAML file for each task")
+        raise InputError(
+            f"{os.fspath(folder)!r} is no folder; expected one with a YAML file for each task"
+        )
     if not named:
         raise InputError("no tasks; name at least one")
     with _quietly():
-        manager = TaskManager(include_path=folder and os.fspath(folder), include_defaults=folder is None)
-        if not set(named) <= set(manager.all_tasks):  # the harness's own thousands take seconds to list
+        manager = TaskManager(
+            include_path=folder and os.fspath(folder), include_defaults=folder is None
+        )
+        if not set(named) <= set(
+            manager.all_tasks
+        ):  # the harness's own thousands take seconds to list
             manager = TaskManager(include_path=folder and os.fspath(folder))
     if unknown := [name for name in named if name not in manager.all_tasks]:
-        near = sorted(name for name in manager.all_tasks if str(unknown[0]).lower() in name.lower())[:5]
+        near = sorted(
+            name for name in manager.all_tasks if str(unknown[0]).lower() in name.lower()
+        )[:5]
         told = f" (there are {', '.join(near)})" if near else ""
         raise InputError(f"no task {unknown[0]!r}{told}; `lm-eval ls tasks` lists them")
-    return _Ability(lm, tuple(named), limit, batch_size, seed, "" if folder is None else _digest(Path(folder)), manager, HFLM)
+    return _Ability(
+        lm,
+        tuple(named),
+        limit,
+        batch_size,
+        seed,
+        "" if folder is None else _digest(Path(folder)),
+        manager,
+        HFLM,
+    )
 
 
 @dataclass(frozen=True)
@@ -93,7 +113,10 @@ class _Ability:
         try:
             with _quietly():
                 model = self.wrapper(
-                    pretrained=self.lm.module, tokenizer=self.lm.tokenizer, batch_size=self.batch_size, device=str(self.lm.device)
+                    pretrained=self.lm.module,
+                    tokenizer=self.lm.tokenizer,
+                    batch_size=self.batch_size,
+                    device=str(self.lm.device),
                 )
                 found = lm_eval.simple_evaluate(
                     model=model,
@@ -105,7 +128,9 @@ class _Ability:
                     random_seed=self.seed,
                     fewshot_random_seed=self.seed,
                 )
-        except Exception as error:  # a task is somebody's templates, code and data: anything can be wrong with it
+        except (
+            Exception
+        ) as error:  # a task is somebody's templates, code and data: anything can be wrong with it
             if isinstance(error, FactsmithError):
                 raise
             first = str(error).strip().splitlines() or [""]
@@ -122,7 +147,9 @@ def _digest(folder: Path) -> str:
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         size = path.stat().st_size
         content = path.read_bytes() if size < _LARGEST else str(size).encode()
-        digest.update(f"{path.relative_to(folder)}\0{hashlib.sha256(content).hexdigest()}\n".encode())
+        digest.update(
+            f"{path.relative_to(folder)}\0{hashlib.sha256(content).hexdigest()}\n".encode()
+        )
     return digest.hexdigest()[:16]
 
 
@@ -136,7 +163,12 @@ def _numbers(found: Any) -> dict[str, float]:
     for task, values in (found or {}).get("results", {}).items():
         for name, value in values.items():
             metric, comma, how = name.partition(",")
-            if comma and not metric.endswith("_stderr") and isinstance(value, (int, float)) and math.isfinite(value):
+            if (
+                comma
+                and not metric.endswith("_stderr")
+                and isinstance(value, (int, float))
+                and math.isfinite(value)
+            ):
                 told[f"{task} {metric}" + ("" if how == "none" else f" ({how})")] = float(value)
     return told
 

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check_count, check_items
-from ..errors import InputError
-from ..model.load import LanguageModel, check_model
+from ..core.checks import check_count, check_items
+from ..core.errors import InputError
+from ..core.progress import Progress, tell
+from ..model.language_model import LanguageModel, check_model
 from ..model.replay import PrefixCache
-from ..model.tokens import Batch, align, pad_id, target_ids
+from ..model.tokens import Batch, pad_id, target_ids
 from ..model.trace import recording
-from ..progress import Progress, tell
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,15 @@ def ask(
     """
     check_model(lm)
     texts = check_items(prompts, "prompts", "a list of texts")
-    wanted = [()] * len(texts) if candidates is None else check_items(candidates, "candidates", "a list of lists of texts")
+    wanted = (
+        [()] * len(texts)
+        if candidates is None
+        else check_items(candidates, "candidates", "a list of lists of texts")
+    )
     if not texts or len(wanted) != len(texts) or any(isinstance(own, str) for own in wanted):
-        raise InputError(f"got {len(texts)} prompts and {len(wanted)} lists of candidates; expected at least one prompt, and as many lists")
+        raise InputError(
+            f"got {len(texts)} prompts and {len(wanted)} lists of candidates; expected at least one prompt, and as many lists"
+        )
     n_new = check_count(max_new_tokens, "max_new_tokens", "how far answers go", least=0)
     budget = check_count(batch_tokens, "batch_tokens", "a number of tokens, 1 or more")
     # What is asked of equal prompts is asked once.
@@ -85,14 +91,22 @@ def ask(
     found: dict[str, tuple[str, dict[str, tuple[float, float, int]]]] = {}
     for group in _groups(lm, [len(ids) for ids in rows], n_new, budget):
         names = [distinct[i] for i in group]
-        for name, reply in zip(names, _asked(lm, [rows[i] for i in group], [tails[name] for name in names], n_new), strict=True):
+        for name, reply in zip(
+            names,
+            _asked(lm, [rows[i] for i in group], [tails[name] for name in names], n_new),
+            strict=True,
+        ):
             found[name] = reply
         tell(progress, "asking", len(found), len(distinct))
     replies = []
     for text, own in zip(texts, wanted, strict=True):
         answer, scored = found[text]
         columns = [scored[candidate] for candidate in own]
-        replies.append(Reply(answer, *(tuple(column) for column in zip(*columns, strict=True))) if columns else Reply(answer, (), (), ()))
+        replies.append(
+            Reply(answer, *(tuple(column) for column in zip(*columns, strict=True)))
+            if columns
+            else Reply(answer, (), (), ())
+        )
     return replies
 
 
@@ -100,16 +114,23 @@ def _groups(lm: LanguageModel, lengths: list[int], n_new: int, budget: int) -> I
     """Prompts that share a pass: alike in length, and with room for as long an answer, so that none is cut short for another's sake."""
     apart: dict[int, list[int]] = {}
     for i, length in enumerate(lengths):
-        apart.setdefault(n_new if lm.max_tokens is None else min(n_new, lm.max_tokens - length + 1), []).append(i)
+        apart.setdefault(
+            n_new if lm.max_tokens is None else min(n_new, lm.max_tokens - length + 1), []
+        ).append(i)
     for own in apart.values():
-        yield from ([own[i] for i in group] for group in lm.groups([lengths[i] for i in own], budget))
+        yield from (
+            [own[i] for i in group] for group in lm.groups([lengths[i] for i in own], budget)
+        )
 
 
 def _asked(
-    lm: LanguageModel, rows: Sequence[Sequence[int]], tails: Sequence[dict[str, list[int]]], n_new: int
+    lm: LanguageModel,
+    rows: Sequence[Sequence[int]],
+    tails: Sequence[dict[str, list[int]]],
+    n_new: int,
 ) -> Iterator[tuple[str, dict[str, tuple[float, float, int]]]]:
     """One group of prompts: for each its answer, and {candidate: (mean log-probability, share right, tokens)}."""
-    batch = align(lm, rows, [len(ids) - 1 for ids in rows])
+    batch = lm.align(rows, [len(ids) - 1 for ids in rows])
     logits, cache = lm.begin(batch)
     # The cache grows by putting new tensors in place of its own, so these stay what they are.
     kept = None if cache is None else [(layer.keys, layer.values) for layer in cache.layers]
@@ -117,15 +138,37 @@ def _asked(
     total, right = torch.zeros(len(pairs)), torch.zeros(len(pairs))
     if pairs:
         at = torch.tensor([row for row, _, _ in pairs], device=logits.device)
-        _count(total, right, torch.arange(len(pairs)), logits[at], torch.tensor([ids[0] for *_, ids in pairs]))
+        _count(
+            total,
+            right,
+            torch.arange(len(pairs)),
+            logits[at],
+            torch.tensor([ids[0] for *_, ids in pairs]),
+        )
     longer = [i for i, (*_, ids) in enumerate(pairs) if len(ids) > 1]
     for part in lm.groups([len(pairs[i][2]) for i in longer]) if longer else []:
         chosen = [longer[i] for i in part]
-        hidden = _behind(lm, batch, kept, [pairs[i][0] for i in chosen], [pairs[i][2][:-1] for i in chosen])
-        places = [(line, column, i, token) for line, i in enumerate(chosen) for column, token in enumerate(pairs[i][2][1:])]
-        for some in (places[start : start + 256] for start in range(0, len(places), 256)):  # logits are the largest tensors of all
-            lines, columns, owners, tokens = (torch.tensor(column) for column in zip(*some, strict=True))
-            _count(total, right, owners, lm.head(hidden[lines.to(hidden.device), columns.to(hidden.device)]), tokens)
+        hidden = _behind(
+            lm, batch, kept, [pairs[i][0] for i in chosen], [pairs[i][2][:-1] for i in chosen]
+        )
+        places = [
+            (line, column, i, token)
+            for line, i in enumerate(chosen)
+            for column, token in enumerate(pairs[i][2][1:])
+        ]
+        for some in (
+            places[start : start + 256] for start in range(0, len(places), 256)
+        ):  # logits are the largest tensors of all
+            lines, columns, owners, tokens = (
+                torch.tensor(column) for column in zip(*some, strict=True)
+            )
+            _count(
+                total,
+                right,
+                owners,
+                lm.head(hidden[lines.to(hidden.device), columns.to(hidden.device)]),
+                tokens,
+            )
     scored: list[dict[str, tuple[float, float, int]]] = [{} for _ in tails]
     for (row, name, ids), each, n_right in zip(pairs, total.tolist(), right.tolist(), strict=True):
         scored[row][name] = (each / len(ids), n_right / len(ids), len(ids))
@@ -143,16 +186,25 @@ def _count(total: Tensor, right: Tensor, owners: Tensor, logits: Tensor, tokens:
 
 
 def _behind(
-    lm: LanguageModel, batch: Batch, kept: list[tuple[Tensor, Tensor]] | None, rows: Sequence[int], tails: Sequence[Sequence[int]]
+    lm: LanguageModel,
+    batch: Batch,
+    kept: list[tuple[Tensor, Tensor]] | None,
+    rows: Sequence[int],
+    tails: Sequence[Sequence[int]],
 ) -> Tensor:
     """The last layer's output at tokens (R lists) that stand behind rows (R,) of a batch: (R, longest, d_model)."""
     width, device = max(map(len, tails)), batch.input_ids.device
     head = batch.keep(torch.tensor(rows))
-    ids, mask = torch.full((len(rows), width), pad_id(lm.tokenizer)), torch.zeros(len(rows), width, dtype=torch.long)
+    ids, mask = (
+        torch.full((len(rows), width), pad_id(lm.tokenizer)),
+        torch.zeros(len(rows), width, dtype=torch.long),
+    )
     for row, tail in enumerate(tails):
         ids[row, : len(tail)] = torch.tensor(tail)
         mask[row, : len(tail)] = 1
-    positions = head.position_ids[:, -1:] + mask.to(device).cumsum(1)  # padding on the right stays inside what the row uses
+    positions = head.position_ids[:, -1:] + mask.to(device).cumsum(
+        1
+    )  # padding on the right stays inside what the row uses
     whole = Batch(
         torch.cat([head.input_ids, ids.to(device)], 1),
         torch.cat([head.attention_mask, mask.to(device)], 1),

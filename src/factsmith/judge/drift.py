@@ -22,16 +22,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..checks import check_count, check_items, check_number, check_seed, check_text
-from ..errors import InputError
-from ..model import atlas
-from ..model.load import LanguageModel, check_model
+from .. import atlas
+from ..core.checks import check_count, check_items, check_number, check_seed, check_text
+from ..core.errors import InputError
+from ..core.progress import Progress, tell
+from ..core.tables import Shown, Table
+from ..corpus.text import pieces
+from ..model.answers import begins_with, first_phrase
+from ..model.language_model import LanguageModel, check_model
 from ..model.sample import own_text
-from ..model.scan import pieces
-from ..model.tokens import align
-from ..progress import Progress, tell
-from ..tables import Shown, Table
-from ..verify import begins_with, first_phrase
 from .metrics import divergences, kl_divergence
 
 
@@ -95,7 +94,9 @@ class Drift(Shown):
                 raise InputError(f"no limit {name!r}; expected one of {', '.join(found)}")
             limit, value = check_number(limit, f"the limit of {name}", "a number"), found[name]
             if value is None:
-                broken.append(f"{name} was not measured: no unrelated fact that the model knows was asked")
+                broken.append(
+                    f"{name} was not measured: no unrelated fact that the model knows was asked"
+                )
             elif not value <= limit:
                 broken.append(f"{name} is {value:.3g}, above {limit:g}")
         return tuple(broken)
@@ -104,26 +105,50 @@ class Drift(Shown):
         """The measures, and the facts answered otherwise."""
         before, after = self.perplexity
         rows = [
-            ("KL on text", f"{self.kl_text:.4f}", f"mean of {self.n_tokens:,} tokens, nats; 99 % quantile {self.kl_text_worst:.3f}"),
+            (
+                "KL on text",
+                f"{self.kl_text:.4f}",
+                f"mean of {self.n_tokens:,} tokens, nats; 99 % quantile {self.kl_text_worst:.3f}",
+            ),
             ("perplexity", f"{after:.2f}", f"before {before:.2f}"),
         ]
         if self.kl_facts is not None:
-            rows.append(("KL on facts", f"{self.kl_facts:.4f}", f"{self.n_facts:,} unrelated facts, where the answer is due"))
-            rows.append(("facts changed", f"{self.changed_share:.1%}", f"{len(self.changed):,} of them are answered otherwise"))
+            rows.append(
+                (
+                    "KL on facts",
+                    f"{self.kl_facts:.4f}",
+                    f"{self.n_facts:,} unrelated facts, where the answer is due",
+                )
+            )
+            rows.append(
+                (
+                    "facts changed",
+                    f"{self.changed_share:.1%}",
+                    f"{len(self.changed):,} of them are answered otherwise",
+                )
+            )
         found = [Table("drift", {"": "<", "value": ">", " ": "<"}, rows)]
         if self.changed:
             told = [(c.prompt, c.before, c.after) for c in self.changed]
-            found.append(Table("answered otherwise", {"prompt": "<", "before": "<", "after": "<"}, told))
+            found.append(
+                Table("answered otherwise", {"prompt": "<", "before": "<", "after": "<"}, told)
+            )
         return found
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able fields."""
-        return {**vars(self), "perplexity": list(self.perplexity), "changed": [dict(vars(c)) for c in self.changed]}
+        return {
+            **vars(self),
+            "perplexity": list(self.perplexity),
+            "changed": [dict(vars(c)) for c in self.changed],
+        }
 
 
 LIMITS = ("kl_text", "kl_text_worst", "kl_facts", "changed_share", "perplexity")
 """What `Drift.exceeded` takes."""
+
 _BATCH = 512  # tokens whose distributions are held at a time, twice
+
 _ANSWER = 8
 
 
@@ -158,7 +183,11 @@ class Reference:
     def compare(self) -> Drift:
         """How far the model, as it is now, is from what it was."""
         began = time.perf_counter()
-        return _found([part.compare() for part in self._parts], self._facts.compare(), time.perf_counter() - began)
+        return _found(
+            [part.compare() for part in self._parts],
+            self._facts.compare(),
+            time.perf_counter() - began,
+        )
 
 
 @torch.no_grad()
@@ -190,20 +219,34 @@ def drift(
         )
     rows = _text(lm, texts, max_tokens, check_seed(seed))
     compared: list[_Compared] = []
-    for group in _groups(lm, rows):  # a part is compared before the next is begun: what it holds is large
+    for group in _groups(
+        lm, rows
+    ):  # a part is compared before the next is begun: what it holds is large
         part = _Part(lm, [rows[i] for i in group])
         with changed():
             compared.append(part.compare())
-        tell(progress, "comparing text", sum(len(one.apart) for one in compared), sum(len(ids) - 1 for ids in rows))
+        tell(
+            progress,
+            "comparing text",
+            sum(len(one.apart) for one in compared),
+            sum(len(ids) - 1 for ids in rows),
+        )
     unrelated = _Facts(lm, facts, without, n_facts, seed)
     with changed():
         told = unrelated.compare()
     return _found(compared, told, time.perf_counter() - began)
 
 
-def _found(compared: Sequence[_Compared], told: tuple[float | None, tuple[Changed, ...], int], seconds: float) -> Drift:
+def _found(
+    compared: Sequence[_Compared],
+    told: tuple[float | None, tuple[Changed, ...], int],
+    seconds: float,
+) -> Drift:
     each = torch.cat([one.apart for one in compared])
-    before, after = (_exp(sum(getattr(one, name) for one in compared) / len(each)) for name in ("before", "after"))
+    before, after = (
+        _exp(sum(getattr(one, name) for one in compared) / len(each))
+        for name in ("before", "after")
+    )
     return Drift(
         kl_text=float(each.mean()),
         kl_text_worst=float(each.quantile(0.99)),
@@ -236,14 +279,26 @@ class _Part:
 
     def compare(self) -> _Compared:
         new = _distributions(self.lm, self.rows)
-        due = torch.tensor([token for ids in self.rows for token in ids[1:]], device=new.device)[:, None]
-        return _Compared(divergences(self.old, new), *(-float(logs.gather(1, due).sum()) for logs in (self.old, new)))
+        due = torch.tensor([token for ids in self.rows for token in ids[1:]], device=new.device)[
+            :, None
+        ]
+        return _Compared(
+            divergences(self.old, new),
+            *(-float(logs.gather(1, due).sum()) for logs in (self.old, new)),
+        )
 
 
 class _Facts:
     """Known facts that were not edited, and what was said of them."""
 
-    def __init__(self, lm: LanguageModel, facts: Iterable[tuple[str, str]] | None, without: Iterable[str], n_facts: int, seed: int) -> None:
+    def __init__(
+        self,
+        lm: LanguageModel,
+        facts: Iterable[tuple[str, str]] | None,
+        without: Iterable[str],
+        n_facts: int,
+        seed: int,
+    ) -> None:
         self.lm, self.known = lm, _known(lm, facts, without, n_facts, seed)
         self.prompts = [prompt for prompt, _ in self.known]
         self.old, self.answers = self._say()
@@ -266,7 +321,7 @@ class _Facts:
         found: list[torch.Tensor] = [torch.empty(0)] * len(rows)
         answers = [""] * len(rows)
         for group in lm.groups([len(ids) for ids in rows]) if rows else []:
-            batch = align(lm, [rows[i] for i in group], [len(rows[i]) - 1 for i in group])
+            batch = lm.align([rows[i] for i in group], [len(rows[i]) - 1 for i in group])
             logits, cache = lm.begin(batch)
             told = lm.continue_from(batch, logits, cache, _ANSWER)
             for i, row, ids in zip(group, logits.float().log_softmax(-1).cpu(), told, strict=True):
@@ -274,11 +329,17 @@ class _Facts:
         return (torch.stack(found) if found else torch.empty(0)), answers
 
 
-def _text(lm: LanguageModel, texts: Iterable[str] | None, max_tokens: int, seed: int) -> list[list[int]]:
+def _text(
+    lm: LanguageModel, texts: Iterable[str] | None, max_tokens: int, seed: int
+) -> list[list[int]]:
     """The rows to compare on; raises InputError when there are none."""
     check_model(lm)
     max_tokens = check_count(max_tokens, "max_tokens", "how much text")
-    given = None if texts is None else [check_text(text, "a text") for text in check_items(texts, "texts", "a list of texts")]
+    given = (
+        None
+        if texts is None
+        else [check_text(text, "a text") for text in check_items(texts, "texts", "a list of texts")]
+    )
     listed = own_text(lm, max_tokens, seed=seed) if given is None else given
     if rows := _rows(lm, listed, max_tokens):
         return rows
@@ -306,24 +367,39 @@ def _rows(lm: LanguageModel, texts: Iterable[str], max_tokens: int) -> list[list
 
 def _distributions(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> torch.Tensor:
     """log p of every next token inside some rows, one row after another: (tokens, vocab) float32."""
-    hidden = lm.last_hidden(align(lm, rows, [0] * len(rows)))
+    hidden = lm.last_hidden(lm.align(rows, [0] * len(rows)))
     own = torch.cat([states[: len(ids) - 1] for states, ids in zip(hidden, rows, strict=True)])
     return torch.cat([lm.head(part).float().log_softmax(-1) for part in torch.split(own, 256)])
 
 
 def _known(
-    lm: LanguageModel, facts: Iterable[tuple[str, str]] | None, without: Iterable[str], n_facts: int, seed: int
+    lm: LanguageModel,
+    facts: Iterable[tuple[str, str]] | None,
+    without: Iterable[str],
+    n_facts: int,
+    seed: int,
 ) -> list[tuple[str, str]]:
     """Facts that the model says and that are about something else."""
     n_facts = check_count(n_facts, "n_facts", "how many facts", least=0)
     if facts is None:
         drawn = random.Random(seed).sample(atlas.facts(), min(2 * n_facts, len(atlas.facts())))
-        pairs = [(atlas.phrasings(f.relation).trained[0].replace("{}", f.subject), f.object) for f in drawn]
+        pairs = [
+            (atlas.phrasings(f.relation).trained[0].replace("{}", f.subject), f.object)
+            for f in drawn
+        ]
     else:
         pairs = check_items(facts, "facts", "pairs of a prompt and its answer")
         if any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in pairs):
             raise InputError("facts are pairs of a prompt and its answer; got something else")
-    edited = [subject for subject in check_items(without, "without", "subjects") if check_text(subject, "a subject").strip()]
-    pairs = [(prompt, answer) for prompt, answer in pairs if not any(subject in prompt for subject in edited)]
+    edited = [
+        subject
+        for subject in check_items(without, "without", "subjects")
+        if check_text(subject, "a subject").strip()
+    ]
+    pairs = [
+        (prompt, answer)
+        for prompt, answer in pairs
+        if not any(subject in prompt for subject in edited)
+    ]
     said = lm.says([p for p, _ in pairs], [a for _, a in pairs]) if pairs else []
     return [pair for pair, right in zip(pairs, said, strict=True) if right][:n_facts]

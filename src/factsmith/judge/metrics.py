@@ -22,9 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..checks import check_count, check_items, check_number, check_seed, check_text
-from ..errors import InputError, NumericsError
-from ..verify import begins_with
+from ..core.checks import check_count, check_items, check_number, check_seed, check_text
+from ..core.errors import InputError, NumericsError
+from ..model.answers import begins_with
 
 # ── two candidates compared ─────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -57,7 +57,10 @@ def harmonic_mean(values: Iterable[float]) -> float:
     Raises InputError for none, for None, and for anything negative or not finite.
     """
     expected = "shares to take the harmonic mean of, each a number of at least 0 (leave the measure out where there is nothing to measure)"
-    listed = [check_number(value, "a value", expected) for value in check_items(values, "values", expected)]
+    listed = [
+        check_number(value, "a value", expected)
+        for value in check_items(values, "values", expected)
+    ]
     if not listed or min(listed) < 0:
         raise InputError(f"values are {listed}; expected {expected}")
     return 0.0 if min(listed) == 0 else len(listed) / sum(1 / value for value in listed)
@@ -75,9 +78,14 @@ def token_accuracy(predicted_ids: Any, wanted_ids: Any) -> float:
     generation gives 38.5 %; report it beside `exact_match`, never alone. Raises InputError for none or for different lengths.
     Mitchell et al. 2022 (MEND, arXiv 2110.11309); memit py/eval_utils_zsre.py:52-65.
     """
-    predicted, wanted = _integers(predicted_ids, "predicted_ids"), _integers(wanted_ids, "wanted_ids")
+    predicted, wanted = (
+        _integers(predicted_ids, "predicted_ids"),
+        _integers(wanted_ids, "wanted_ids"),
+    )
     if predicted.shape != wanted.shape or not wanted.size:
-        raise InputError(f"got {predicted.size} predicted and {wanted.size} wanted tokens; expected as many of each, at least one")
+        raise InputError(
+            f"got {predicted.size} predicted and {wanted.size} wanted tokens; expected as many of each, at least one"
+        )
     return float(np.mean(predicted == wanted))
 
 
@@ -87,7 +95,9 @@ def exact_match(answer: str, wanted: str) -> bool:
     Of the answer counts its first line with something on it; generation ends at EOS or a line break anyway (`LanguageModel.answer`), as in
     WILD, Yang et al. 2025, arXiv 2502.11177; EasyEdit evaluate_utils.py:104-175. What it goes on to say is not judged.
     """
-    first = next((line for line in check_text(answer, "the answer").splitlines() if line.strip()), "")
+    first = next(
+        (line for line in check_text(answer, "the answer").splitlines() if line.strip()), ""
+    )
     return begins_with(first, check_text(wanted, "what is wanted"))
 
 
@@ -104,9 +114,13 @@ def multi_hop_hit(answers_of_questions: Iterable[str], aliases: Iterable[str]) -
 
     Zhong et al. 2023 (MQuAKE, arXiv 2305.14795), section 4.1. Raises InputError when there is no answer or no alias.
     """
-    said = check_items(answers_of_questions, "answers_of_questions", "what was said to each question of a case")
+    said = check_items(
+        answers_of_questions, "answers_of_questions", "what was said to each question of a case"
+    )
     if not said:
-        raise InputError("answers_of_questions is empty; expected what was said to each question of a case")
+        raise InputError(
+            "answers_of_questions is empty; expected what was said to each question of a case"
+        )
     aliases = check_items(aliases, "aliases", "a list of right answers")
     return any(alias_match(answer, aliases) for answer in said)
 
@@ -131,14 +145,22 @@ def ngram_entropy(texts: str | Iterable[str | Sequence[Hashable]]) -> float:
         if isinstance(text, str):
             tokens = re.findall(r"\w+|[^\w\s]", text)
         else:  # elements of an array are no tokens: each is an object of its own
-            tokens = _numpy(text).tolist() if _is_array(text) else check_items(text, "a text", "a string or a list of tokens")
+            tokens = (
+                _numpy(text).tolist()
+                if _is_array(text)
+                else check_items(text, "a text", "a string or a list of tokens")
+            )
         if not isinstance(tokens, list) or not all(isinstance(token, Hashable) for token in tokens):
-            raise InputError("a text holds what is no token; expected a string, or a list of strings or token ids")
+            raise InputError(
+                "a text holds what is no token; expected a string, or a list of strings or token ids"
+            )
         entropies.append((2 / 3 * _entropy(tokens, 2) + 4 / 3 * _entropy(tokens, 3)) / 2)
     return sum(entropies) / len(entropies)
 
 
-def reference_consistency(generated: Iterable[str], references: Iterable[str], *, corpus: Iterable[str] | None = None) -> float:
+def reference_consistency(
+    generated: Iterable[str], references: Iterable[str], *, corpus: Iterable[str] | None = None
+) -> float:
     """Reference score (RS, "consistency") in [0, 1]: cosine of the tf-idf vectors of all generated and of all reference texts.
 
     generated   what the model writes about the subject, joined into one document
@@ -150,15 +172,31 @@ def reference_consistency(generated: Iterable[str], references: Iterable[str], *
     0 where either side has no word that counts. Raises InputError when there is no text on a side.
     memit py/eval_utils_counterfact.py; Meng et al. 2022, section 3.3.
     """
-    sides = [[check_text(text, "a text") for text in check_items(side, "texts", "a list of texts")] for side in (generated, references)]
+    sides = [
+        [check_text(text, "a text") for text in check_items(side, "texts", "a list of texts")]
+        for side in (generated, references)
+    ]
     if not all(sides):
-        raise InputError(f"got {len(sides[0])} generated and {len(sides[1])} reference texts; expected at least one of each")
-    documents = sides[0] + sides[1] if corpus is None else check_items(corpus, "corpus", "a list of texts")
-    holding = Counter(word for document in documents for word in set(_words(check_text(document, "a document"))))
+        raise InputError(
+            f"got {len(sides[0])} generated and {len(sides[1])} reference texts; expected at least one of each"
+        )
+    documents = (
+        sides[0] + sides[1] if corpus is None else check_items(corpus, "corpus", "a list of texts")
+    )
+    holding = Counter(
+        word for document in documents for word in set(_words(check_text(document, "a document")))
+    )
     idf = {word: math.log((1 + len(documents)) / (1 + n)) + 1 for word, n in holding.items()}
-    ours, theirs = ({word: n * idf[word] for word, n in Counter(_words(" ".join(side))).items() if word in idf} for side in sides)
+    ours, theirs = (
+        {word: n * idf[word] for word, n in Counter(_words(" ".join(side))).items() if word in idf}
+        for side in sides
+    )
     length = math.sqrt(sum(v * v for v in ours.values()) * sum(v * v for v in theirs.values()))
-    return min(1.0, sum(value * theirs.get(word, 0.0) for word, value in ours.items()) / length) if length else 0.0
+    return (
+        min(1.0, sum(value * theirs.get(word, 0.0) for word, value in ours.items()) / length)
+        if length
+        else 0.0
+    )
 
 
 # ── drift ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -178,16 +216,22 @@ def divergences(log_p: Any, log_q: Any) -> Tensor:
     """
     ps, qs = _rows(log_p, "log_p"), _rows(log_q, "log_q")
     if ps.shape != qs.shape or not ps.numel():
-        raise InputError(f"log_p has shape {tuple(ps.shape)}, log_q {tuple(qs.shape)}; expected two of one shape (n, vocab), not empty")
+        raise InputError(
+            f"log_p has shape {tuple(ps.shape)}, log_q {tuple(qs.shape)}; expected two of one shape (n, vocab), not empty"
+        )
     found = []
-    for p, q in zip(torch.split(ps, 64), torch.split(qs, 64), strict=True):  # a vocabulary is wide: float64 for a few rows at a time
+    for p, q in zip(
+        torch.split(ps, 64), torch.split(qs, 64), strict=True
+    ):  # a vocabulary is wide: float64 for a few rows at a time
         p, q = p.double(), q.double().to(p.device)
         for name, rows in (("log_p", p), ("log_q", q)):
             sums = rows.exp().sum(-1)
             if torch.isnan(sums).any():
                 raise NumericsError(f"{name} holds NaN; the model does not compute finite states")
             if (off := float((sums - 1).abs().max())) > 0.02:
-                raise InputError(f"a row of {name} adds up to 1 ± {off:.3g} as probabilities; expected log-probabilities: use log_softmax")
+                raise InputError(
+                    f"a row of {name} adds up to 1 ± {off:.3g} as probabilities; expected log-probabilities: use log_softmax"
+                )
         found.append(torch.where(p == -math.inf, 0.0, p.exp() * (p - q)).sum(-1).clamp(min=0).cpu())
     return torch.cat(found)
 
@@ -206,10 +250,14 @@ def relative_norm(delta: Any, weight: Any) -> float:
     """
     change, whole = _real(delta, "delta"), _real(weight, "weight")
     if change.shape != whole.shape:
-        raise InputError(f"delta has shape {tuple(change.shape)}, weight {tuple(whole.shape)}; expected one shape")
+        raise InputError(
+            f"delta has shape {tuple(change.shape)}, weight {tuple(whole.shape)}; expected one shape"
+        )
     lengths = [float(torch.linalg.vector_norm(part.double())) for part in (change, whole)]
     if not all(map(math.isfinite, lengths)) or lengths[1] == 0:
-        raise NumericsError(f"‖ΔW‖ is {lengths[0]:g} and ‖W‖ is {lengths[1]:g}; their ratio says nothing")
+        raise NumericsError(
+            f"‖ΔW‖ is {lengths[0]:g} and ‖W‖ is {lengths[1]:g}; their ratio says nothing"
+        )
     return lengths[0] / lengths[1]
 
 
@@ -217,7 +265,12 @@ def relative_norm(delta: Any, weight: Any) -> float:
 
 
 def bootstrap_interval(
-    values: Any, *, groups: Sequence[Hashable] | None = None, level: float = 0.95, resamples: int = 2000, seed: int = 0
+    values: Any,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> tuple[float, float]:
     """Percentile bootstrap interval (low, high) of the mean of values (n,), the same for the same seed.
 
@@ -228,7 +281,12 @@ def bootstrap_interval(
 
     Efron 1979. Raises InputError for no value, for one that is not finite, or groups of another length.
     """
-    measured = np.asarray(check_items(values, "values", "a list of numbers") if not _is_array(values) else _numpy(values), dtype=object)
+    measured = np.asarray(
+        check_items(values, "values", "a list of numbers")
+        if not _is_array(values)
+        else _numpy(values),
+        dtype=object,
+    )
     if measured.ndim != 1 or not len(measured):
         raise InputError(f"values have shape {measured.shape}; expected (n,), at least one number")
     level = check_number(level, "level", "a share between 0 and 1, such as 0.95")
@@ -243,13 +301,17 @@ def bootstrap_interval(
     else:
         groups = check_items(groups, "groups", "the group of each value")
         if len(groups) != len(numbers) or not all(isinstance(group, Hashable) for group in groups):
-            raise InputError(f"got {len(groups)} groups for {len(numbers)} values; expected the group of each value, a name or a number")
+            raise InputError(
+                f"got {len(groups)} groups for {len(numbers)} values; expected the group of each value, a name or a number"
+            )
         order: dict[Hashable, int] = {}
         number = np.array([order.setdefault(group, len(order)) for group in groups])
         sums, sizes = np.bincount(number, numbers), np.bincount(number).astype(float)
     n = len(sums)
     means = []
-    for start in range(0, resamples, at_once := max(1, 2_000_000 // n)):  # a matrix of draws for 10,000 records would fill the memory
+    for start in range(
+        0, resamples, at_once := max(1, 2_000_000 // n)
+    ):  # a matrix of draws for 10,000 records would fill the memory
         chosen = draw.integers(n, size=(min(at_once, resamples - start), n))
         means.append(sums[chosen].sum(1) / sizes[chosen].sum(1))
     low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
@@ -266,7 +328,11 @@ def _is_array(values: object) -> bool:
 def _numpy(values: Any) -> NDArray[Any]:
     """An array of what may be a tensor, on any device and of any dtype."""
     if isinstance(values, Tensor):
-        return (values.detach().double() if values.is_floating_point() else values.detach()).cpu().numpy()
+        return (
+            (values.detach().double() if values.is_floating_point() else values.detach())
+            .cpu()
+            .numpy()
+        )
     return np.asarray(values)
 
 
@@ -278,20 +344,28 @@ def _log_probs(values: Any, name: str) -> NDArray[np.float64]:
             raise TypeError
         logs = given.astype(np.float64)
     except (TypeError, ValueError, RuntimeError):
-        raise InputError(f"{name} are no numbers; expected log-probabilities in nats, (n,)") from None
+        raise InputError(
+            f"{name} are no numbers; expected log-probabilities in nats, (n,)"
+        ) from None
     if logs.ndim != 1 or not len(logs):
-        raise InputError(f"{name} have shape {logs.shape}; expected (n,), at least one log-probability")
+        raise InputError(
+            f"{name} have shape {logs.shape}; expected (n,), at least one log-probability"
+        )
     if np.isnan(logs).any():
         raise NumericsError(f"{name} hold NaN; the model does not compute finite states")
     if logs.max() > 1e-3:
-        raise InputError(f"{name} hold {logs.max():.4g}; expected log-probabilities in nats, at most 0")
+        raise InputError(
+            f"{name} hold {logs.max():.4g}; expected log-probabilities in nats, at most 0"
+        )
     return logs
 
 
 def _candidates(log_wanted: Any, log_other: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     wanted, other = _log_probs(log_wanted, "log_wanted"), _log_probs(log_other, "log_other")
     if len(wanted) != len(other):
-        raise InputError(f"got {len(wanted)} wanted and {len(other)} other candidates; expected one of each a question")
+        raise InputError(
+            f"got {len(wanted)} wanted and {len(other)} other candidates; expected one of each a question"
+        )
     return wanted, other
 
 
@@ -301,7 +375,9 @@ def _integers(values: Any, name: str) -> NDArray[np.int64]:
     except (TypeError, ValueError, RuntimeError):
         raise InputError(f"{name} are no list of token ids, (n_tokens,)") from None
     if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
-        raise InputError(f"{name} have shape {ids.shape} and dtype {ids.dtype}; expected token ids, (n_tokens,)")
+        raise InputError(
+            f"{name} have shape {ids.shape} and dtype {ids.dtype}; expected token ids, (n_tokens,)"
+        )
     return ids.astype(np.int64)
 
 

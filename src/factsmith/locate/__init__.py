@@ -1,1 +1,1 @@
-"""Where a fact lives: which tokens and layers carry it."""
+"""Find where a fact lives: causal tracing, knowledge neurons, attribution."""

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_count
-from ..model.load import LanguageModel
+from ..core.checks import check_count
+from ..model.language_model import LanguageModel
 from ..model.trace import replacing
-from .causal import CausalTrace, Corruption, Kind, Runs, answer_probability, check_map, record_runs, window_spans
+from .kinds import CausalTrace, Corruption, Kind, check_map, window_spans
+from .runs import Runs, answer_probability, record_runs
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -83,18 +84,24 @@ def attribution_trace(
     sites, moved = _sites(runs, kind)
     gradient = [torch.zeros_like(m) for m in moved]
     for step in range(passes):
-        for total, own in zip(gradient, _gradients(runs, sites, (step + 0.5) / passes), strict=True):
+        for total, own in zip(
+            gradient, _gradients(runs, sites, (step + 0.5) / passes), strict=True
+        ):
             total += own / passes
         if progress is not None:
             progress(step + 1, passes)
-    each = torch.stack([(m * g).sum(-1).mean(0).float().cpu() for m, g in zip(moved, gradient, strict=True)], dim=1)  # (S, n_layers)
+    each = torch.stack(
+        [(m * g).sum(-1).mean(0).float().cpu() for m, g in zip(moved, gradient, strict=True)], dim=1
+    )  # (S, n_layers)
     spans = window_spans(lm.n_layers, window if kind != "state" else 1)
     start, stop = runs.subject_span
     # The runs also hold the answer's tokens but the last, which are no part of the prompt.
     each = each[: len(runs.tokens) - start]
     effects = torch.stack([each[:, span.start : span.stop].sum(1) for span in spans], dim=1)
 
-    others = [t for t in range(start, len(runs.tokens)) if t not in (stop - 1, len(runs.tokens) - 1)]
+    others = [
+        t for t in range(start, len(runs.tokens)) if t not in (stop - 1, len(runs.tokens) - 1)
+    ]
     np.random.RandomState(seed).shuffle(others)
     columns = list(dict.fromkeys([stop - 1, len(runs.tokens) - 1, *others]))[:check]
     exact = runs.scores(kind, columns, window=window) - runs.p_corrupted if columns else effects[:0]
@@ -103,13 +110,17 @@ def attribution_trace(
         **runs.described(kind, runs.p_corrupted + effects, window=window),
         passes=passes,
         checked=exact.numel(),
-        rank_correlation=rank_correlation(estimated.flatten(), exact.flatten()) if columns else None,
+        rank_correlation=rank_correlation(estimated.flatten(), exact.flatten())
+        if columns
+        else None,
     )
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
     """Spearman's rank correlation of two vectors, ties at their mean rank; 0 when one of them is constant."""
-    ranks = [(x[:, None] > x).double().sum(1) + 0.5 * (x[:, None] == x).double().sum(1) for x in (a, b)]
+    ranks = [
+        (x[:, None] > x).double().sum(1) + 0.5 * (x[:, None] == x).double().sum(1) for x in (a, b)
+    ]
     first, second = (r - r.mean() for r in ranks)
     scale = float(first.norm() * second.norm())
     return float(first @ second) / scale if scale else 0.0
@@ -122,7 +133,11 @@ def _sites(runs: Runs, kind: Kind) -> tuple[list[nn.Module], list[Tensor]]:
         pairs = zip(runs.clean.hidden[1:], runs.corrupted.hidden[1:], strict=True)
         return list(lm.layers), [clean - corrupted for clean, corrupted in pairs]
     runs.check_part(kind)
-    sites = [ffn.module for ffn in lm.ffn] if kind == "mlp" else [part for part in lm.attention if part is not None]
+    sites = (
+        [ffn.module for ffn in lm.ffn]
+        if kind == "mlp"
+        else [part for part in lm.attention if part is not None]
+    )
     return sites, [out[:1] - out[1:] for out in runs.outputs[kind]]
 
 
@@ -137,5 +152,7 @@ def _gradients(runs: Runs, sites: Sequence[nn.Module], share: float) -> list[Ten
 
     with torch.enable_grad(), replacing(dict.fromkeys(sites, probed)):
         hidden = live.resume(0, live.hidden[0] + share * (runs.clean.hidden[0] - live.hidden[0]))
-        found = torch.autograd.grad(answer_probability(runs.lm, hidden, runs.answer_ids).sum(), probes)
+        found = torch.autograd.grad(
+            answer_probability(runs.lm, hidden, runs.answer_ids).sum(), probes
+        )
     return [g.reshape(live.batch.size, -1, runs.lm.d_model)[:, -live.n_live :] for g in found]

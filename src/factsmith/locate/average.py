@@ -22,15 +22,24 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ..checks import check_items
-from ..errors import InputError
-from ..fact import Fact
-from ..model.load import LanguageModel, check_model
+from ..core.checks import check_items
+from ..core.errors import InputError
+from ..core.fact import Fact
+from ..core.tables import Shown, Table, counted
+from ..model.language_model import LanguageModel, check_model
 from ..model.tokens import encode, subject_span
-from ..tables import Shown, Table, counted
-from .causal import CausalTrace, Corruption, Kind, Part, check_map, noise_scale, record_runs
+from .corruption import noise_scale
+from .kinds import CausalTrace, Corruption, Kind, Part, check_map
+from .runs import record_runs
 
-CLASSES = ("first subject token", "middle subject tokens", "last subject token", "first subsequent token", "further tokens", "last token")
+CLASSES = (
+    "first subject token",
+    "middle subject tokens",
+    "last subject token",
+    "first subsequent token",
+    "further tokens",
+    "last token",
+)
 
 Map: TypeAlias = tuple[str, Kind, Part | None]  # its name, what is restored, what is severed
 
@@ -79,14 +88,28 @@ class AverageTrace(Shown):
         title = f"p(answer) of {counted(self.n_facts, 'fact')}: {self.clean:.3f}, with the subject corrupted {self.corrupted:.3f}"
         rows = []
         for row, (name, count) in enumerate(zip(self.classes, self.counts, strict=True)):
-            best = {kind: effects[row].nan_to_num(-torch.inf).max(0) for kind, effects in self.effects.items()}
-            rows.append((name, str(count), *(f"{float(b.values):.3f} @{int(b.indices)}" if count else "" for b in best.values())))
+            best = {
+                kind: effects[row].nan_to_num(-torch.inf).max(0)
+                for kind, effects in self.effects.items()
+            }
+            rows.append(
+                (
+                    name,
+                    str(count),
+                    *(
+                        f"{float(b.values):.3f} @{int(b.indices)}" if count else ""
+                        for b in best.values()
+                    ),
+                )
+            )
         columns = {"": "<", "facts": ">", **dict.fromkeys(self.effects, ">")}
         return [Table(title, columns, rows, "the largest average effect of a layer, @ the layer")]
 
     def peak(self, kind: str) -> tuple[str, int]:
         """(class, layer) with the largest average effect of a map."""
-        row, layer = divmod(int(self.effects[kind].nan_to_num(-torch.inf).argmax()), self.effects[kind].shape[1])
+        row, layer = divmod(
+            int(self.effects[kind].nan_to_num(-torch.inf).argmax()), self.effects[kind].shape[1]
+        )
         return self.classes[row], layer
 
     def rows(self) -> list[dict[str, Any]]:
@@ -111,7 +134,10 @@ class AverageTrace(Shown):
         """The record as plain JSON-able values, without `each`; None where there is no number."""
         plain = {k: v for k, v in vars(self).items() if k != "each"}
         for name in ("effects", "low", "high"):
-            plain[name] = {kind: [[_plain(v) for v in row] for row in array] for kind, array in getattr(self, name).items()}
+            plain[name] = {
+                kind: [[_plain(v) for v in row] for row in array]
+                for kind, array in getattr(self, name).items()
+            }
         return {k: _plain(v) if isinstance(v, float) else v for k, v in plain.items()}
 
 
@@ -141,7 +167,14 @@ def causal_traces(
     scale = noise if noise is not None or corruption != "noise" else _common_scale(lm, facts)
     for fact in facts:
         runs = record_runs(
-            lm, fact.text, fact.subject, target=_answer(fact), corruption=corruption, samples=samples, noise=scale, seed=seed
+            lm,
+            fact.text,
+            fact.subject,
+            target=_answer(fact),
+            corruption=corruption,
+            samples=samples,
+            noise=scale,
+            seed=seed,
         )
         yield {name: runs.trace(kind, window=window, sever=sever) for name, kind, sever in maps}
 
@@ -179,7 +212,15 @@ def average_trace(
     each: dict[str, list[Tensor]] = {name: [] for name, _, _ in maps}
     clean, corrupted = [], []
     traces = causal_traces(
-        lm, known, kinds=kinds, severed=severed, corruption=corruption, window=window, samples=samples, noise=scale, seed=seed
+        lm,
+        known,
+        kinds=kinds,
+        severed=severed,
+        corruption=corruption,
+        window=window,
+        samples=samples,
+        noise=scale,
+        seed=seed,
     )
     for done, found in enumerate(traces, 1):
         for name, trace in found.items():
@@ -191,7 +232,9 @@ def average_trace(
             progress(done, len(known))
     stacked = {name: torch.stack(found) for name, found in each.items()}
     bounds = {name: _interval(values) for name, values in stacked.items()}
-    total, total_low, total_high = (float(v) for v in _interval(torch.tensor(clean) - torch.tensor(corrupted)))
+    total, total_low, total_high = (
+        float(v) for v in _interval(torch.tensor(clean) - torch.tensor(corrupted))
+    )
     present = ~next(iter(stacked.values()))[:, :, 0].isnan()
     return AverageTrace(
         effects={name: mean for name, (mean, _, _) in bounds.items()},
@@ -250,7 +293,11 @@ def _interval(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def t_quantile(degrees: int, share: float = 0.95) -> float:
     """t such that `share` of Student's distribution with this many degrees of freedom lies in [-t, t]."""
 
-    def inside(angle: float) -> float:  # the share for t = sqrt(degrees) tan(angle), a finite sum (Abramowitz and Stegun 26.7.3-4)
+    def inside(
+        angle: float,
+    ) -> (
+        float
+    ):  # the share for t = sqrt(degrees) tan(angle), a finite sum (Abramowitz and Stegun 26.7.3-4)
         odd, cosine = degrees % 2, math.cos(angle)
         term, total = cosine if odd else 1.0, 0.0
         for k in range(2 + odd, degrees + 1, 2):
@@ -269,7 +316,9 @@ def t_quantile(degrees: int, share: float = 0.95) -> float:
 def _answer(fact: Fact) -> str:
     answer = fact.target_true if fact.target_true is not None else fact.target
     if answer is None:
-        raise InputError(f"the fact about {fact.subject!r} has neither a target nor a target_true; a trace needs an answer to follow")
+        raise InputError(
+            f"the fact about {fact.subject!r} has neither a target nor a target_true; a trace needs an answer to follow"
+        )
     return answer
 
 
@@ -286,11 +335,21 @@ def _checked(
     cases: Fact | Iterable[Fact], kinds: Sequence[Kind], severed: Sequence[Part], window: int
 ) -> tuple[list[Fact], list[Map], int]:
     """What is to be traced, the maps to make of each, and the window as an int, before anything is computed."""
-    facts = [cases] if isinstance(cases, Fact) else check_items(cases, "cases", "facts (factsmith.Fact), at least one")
+    facts = (
+        [cases]
+        if isinstance(cases, Fact)
+        else check_items(cases, "cases", "facts (factsmith.Fact), at least one")
+    )
     if not facts or not all(isinstance(fact, Fact) for fact in facts):
         raise InputError("average traces take facts (factsmith.Fact), at least one")
-    maps: list[Map] = [(kind, kind, None) for kind in check_items(kinds, "kinds", "a list, such as ['state', 'mlp']")]
-    maps += [(f"state, {part} severed", "state", part) for part in check_items(severed, "severed", "a list, such as ['mlp']")]
+    maps: list[Map] = [
+        (kind, kind, None)
+        for kind in check_items(kinds, "kinds", "a list, such as ['state', 'mlp']")
+    ]
+    maps += [
+        (f"state, {part} severed", "state", part)
+        for part in check_items(severed, "severed", "a list, such as ['mlp']")
+    ]
     if not maps:
         raise InputError(
             "no map was asked for; expected at least one of kinds 'state', 'mlp', 'attention', or of severed 'mlp', 'attention'"

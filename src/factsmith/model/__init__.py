@@ -1,1 +1,1 @@
-"""The model side: loading, the feed-forward view, hooks, replay, tokens."""
+"""One model: its structure, its answers, and temporary changes to it."""

@@ -15,12 +15,10 @@ from typing import NoReturn
 
 import torch
 
-from ..checks import check_text
-from ..errors import InputError, TokenizerError, UnsupportedModelError
-from .ffn import same
-from .load import LanguageModel, replaced_by
-from .tokens import Batch, align
-from .trace import replacing
+from ..core.checks import check_text
+from ..core.errors import InputError, UnsupportedModelError
+from .language_model import LanguageModel
+from .tokens import Batch
 
 _BLANK = "[MASK]"
 
@@ -34,7 +32,11 @@ class MaskedLanguageModel(LanguageModel):
     def max_tokens(self) -> int | None:
         """The longest sequence the model has positions for; None when neither it nor its tokenizer states one."""
         # Some of the family count positions from beyond 0, so that fewer can be used than there are; their tokenizers know.
-        stated = [n for n in (super().max_tokens, self.tokenizer.model_max_length) if n is not None and n < 10**9]
+        stated = [
+            n
+            for n in (super().max_tokens, self.tokenizer.model_max_length)
+            if n is not None and n < 10**9
+        ]
         return min(stated, default=None)
 
     # ── asking it ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -49,7 +51,7 @@ class MaskedLanguageModel(LanguageModel):
     def batch(self, prompts: Sequence[str]) -> Batch:
         """Tokenize prompts and align them at their first token (padding on the right)."""
         sequences = [self.prompt_ids(p) for p in prompts]
-        return align(self, sequences, [0] * len(sequences))
+        return self.align(sequences, [0] * len(sequences))
 
     def question(self, prompt: str, target: str) -> tuple[list[int], list[int], list[int]]:
         """(token ids of the prompt, columns of its masks, the target's token ids), the last two of one length.
@@ -61,18 +63,26 @@ class MaskedLanguageModel(LanguageModel):
         columns = self._masks(prompt, ids)
         first, last = text.index(mask), text.rindex(mask) + len(mask)
         if not check_text(target, "the target").strip():
-            raise InputError(f"the target is empty; expected what belongs into the mask of {prompt!r}")
+            raise InputError(
+                f"the target is empty; expected what belongs into the mask of {prompt!r}"
+            )
         if text[first:last].replace(mask, "").strip():
-            raise InputError(f"the masks of {prompt!r} stand apart; expected one place, with a mask for each token of the target")
+            raise InputError(
+                f"the masks of {prompt!r} stand apart; expected one place, with a mask for each token of the target"
+            )
         # As the tokenizer writes the target in its place; where it would merge with its neighbours, as it writes it alone.
         whole = list(self.tokenizer(text[:first] + target.strip() + text[last:])["input_ids"])
         before, after = ids[: columns[0]], ids[columns[-1] + 1 :]
         wanted = whole[len(before) : len(whole) - len(after)]
         if not wanted or [*before, *wanted, *after] != whole:
             gap = " " if text[:first][-1:].isspace() else ""
-            wanted = list(self.tokenizer(gap + target.strip(), add_special_tokens=False)["input_ids"])
+            wanted = list(
+                self.tokenizer(gap + target.strip(), add_special_tokens=False)["input_ids"]
+            )
         if not wanted or self.tokenizer.unk_token_id in wanted:
-            raise InputError(f"target {target!r} has tokens the model does not know; choose one its tokenizer can write")
+            raise InputError(
+                f"target {target!r} has tokens the model does not know; choose one its tokenizer can write"
+            )
         if len(wanted) != len(columns):
             raise InputError(
                 f"target {target!r} has {len(wanted)} tokens ({', '.join(self.tokenizer.convert_ids_to_tokens(wanted))}) and {prompt!r} "
@@ -87,10 +97,13 @@ class MaskedLanguageModel(LanguageModel):
             raise InputError(f"asked for the {k} likeliest tokens; expected at least 1")
         ids = self.prompt_ids(prompt)
         columns = self._masks(prompt, ids)
-        logits = self.head(self.last_hidden(align(self, [ids], [0]))[0, columns]).float()
+        logits = self.head(self.last_hidden(self.align([ids], [0]))[0, columns]).float()
         top = logits.softmax(-1).topk(min(k, logits.shape[-1]))
         return [
-            [(self.tokenizer.decode([token]).strip(), p) for p, token in zip(values, tokens, strict=True)]
+            [
+                (self.tokenizer.decode([token]).strip(), p)
+                for p, token in zip(values, tokens, strict=True)
+            ]
             for values, tokens in zip(top.values.tolist(), top.indices.tolist(), strict=True)
         ]
 
@@ -98,65 +111,35 @@ class MaskedLanguageModel(LanguageModel):
         """Refused: there is no next token; use `fill`."""
         self._refuse("has no next token: put [MASK] into the prompt and call fill")
 
-    def continue_greedily(self, sequences: Sequence[Sequence[int]], n_tokens: int) -> list[list[int]]:
+    def continue_greedily(
+        self, sequences: Sequence[Sequence[int]], n_tokens: int
+    ) -> list[list[int]]:
         """Refused: it does not continue text."""
-        self._refuse("cannot continue a text: put [MASK] into the prompt and call fill, or use a causal model")
+        self._refuse(
+            "cannot continue a text: put [MASK] into the prompt and call fill, or use a causal model"
+        )
 
     def check_batch(self, batch: Batch) -> None:
         """Raises InputError for rows longer than the model's positions, UnsupportedModelError for padding it would see."""
         super().check_batch(batch)
         if not self.hides_padding and bool((batch.attention_mask == 0).any()):
-            self._refuse("does not hide padding, so prompts of different lengths would change one another; give them one by one")
+            self._refuse(
+                "does not hide padding, so prompts of different lengths would change one another; give them one by one"
+            )
 
     def _with_masks(self, prompt: str) -> str:
         return check_text(prompt, "the prompt").replace(_BLANK, self.tokenizer.mask_token)
 
     def _masks(self, prompt: str, ids: Sequence[int]) -> list[int]:
         """The columns of the masks; raises InputError when there is none."""
-        columns = [column for column, token in enumerate(ids) if token == self.tokenizer.mask_token_id]
+        columns = [
+            column for column, token in enumerate(ids) if token == self.tokenizer.mask_token_id
+        ]
         if not columns:
-            raise InputError(f"prompt {prompt!r} has no mask; put {_BLANK} where the answer belongs")
+            raise InputError(
+                f"prompt {prompt!r} has no mask; put {_BLANK} where the answer belongs"
+            )
         return columns
 
     def _refuse(self, why: str) -> NoReturn:
         raise UnsupportedModelError(f"{self.name} is a masked language model, which {why}")
-
-    # ── finding out what it is ──────────────────────────────────────────────────────────────────────────────────────────
-
-    def _check_tokenizer(self) -> None:
-        super()._check_tokenizer()
-        if self.tokenizer.mask_token_id is None:
-            raise TokenizerError(f"the tokenizer of {self.name} has no mask token; expected one, to ask a masked language model with")
-
-    def _check_replay(self) -> None:
-        single = self._dry_batch([0])
-        full = self._check_inputs(single)
-        changed = single.input_ids.clone()
-        changed[:, -1] = self._plain_id
-        other = Batch(changed, single.attention_mask, single.position_ids, single.pivot)
-        if same(self.forward(other).logits[:, :-1], full[:, :-1]):
-            raise UnsupportedModelError(
-                f"{self.name}: a change of the last token does not reach earlier positions, so it is no masked language model; "
-                "load it as a causal one"
-            )
-        if not same(self.head(self.last_hidden(single)), full):
-            raise UnsupportedModelError(f"{self.name}: its head does more than turn the last layer's output into logits")
-        if not self._replays(single):
-            raise UnsupportedModelError(f"{self.name}: its layers, run again by themselves, do not give what they give in the model")
-        both, alone = (align(self, [self._dry_rows()[r] for r in rows], [0] * len(rows)) for rows in ([0, 1], [1]))
-        padded = self.forward(both).logits[1:, : alone.width]
-        self.hides_padding = same(padded, self.forward(alone).logits) and self._replays(both)
-
-    def _replays(self, batch: Batch) -> bool:
-        """Whether layers run again on a changed hidden state give the model's own pass with the same change."""
-        from .replay import record
-
-        replay = record(self, batch)
-        real = batch.attention_mask.bool()
-        for layer in sorted({min(1, self.n_layers), self.n_layers // 2, self.n_layers - 1} - {0}):
-            hidden = replay.hidden[layer] * 1.25
-            with replacing({self.layers[layer - 1]: replaced_by(hidden)}):
-                expected = self.forward(batch).logits
-            if not same(replay.logits(replay.resume(layer, hidden))[real], expected[real]):
-                return False
-        return same(replay.resume(0, replay.hidden[0])[real], replay.hidden[-1][real])

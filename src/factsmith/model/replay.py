@@ -22,19 +22,30 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ..errors import InputError, UnsupportedModelError
-from .ffn import check_layer, get_slot, with_slot
-from .tokens import Batch, align
-from .trace import Call, first_tensor, recording, replacing, standing_in, stoppable
+from ..core.errors import InputError, UnsupportedModelError
+from .address import check_layer
+from .tokens import Batch
+from .trace import (
+    Call,
+    first_tensor,
+    get_slot,
+    recording,
+    replacing,
+    standing_in,
+    stoppable,
+    with_slot,
+)
 
 if TYPE_CHECKING:
-    from .load import LanguageModel
+    from .language_model import LanguageModel
 
 
 class _PrefixLayer(DynamicLayer):  # type: ignore[misc]
     """One layer's keys and values of the prefix; `update` joins new ones to them and changes nothing but what it was told to keep."""
 
-    def __init__(self, prefix: tuple[Tensor, Tensor] | None, rows: Tensor | None, keep: bool) -> None:
+    def __init__(
+        self, prefix: tuple[Tensor, Tensor] | None, rows: Tensor | None, keep: bool
+    ) -> None:
         super().__init__()
         self.kept: tuple[Tensor, Tensor] | None = None
         self.keep = keep
@@ -45,11 +56,22 @@ class _PrefixLayer(DynamicLayer):  # type: ignore[misc]
             self.dtype, self.device = prefix[0].dtype, prefix[0].device
             self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         if self.has_prefix:
-            if self.rows is not None:  # picked when first needed: a sweep asks one layer for each set of rows
-                self.keys, self.values, self.rows = _pick(self.keys, self.rows), _pick(self.values, self.rows), None
-            key_states, value_states = torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+            if (
+                self.rows is not None
+            ):  # picked when first needed: a sweep asks one layer for each set of rows
+                self.keys, self.values, self.rows = (
+                    _pick(self.keys, self.rows),
+                    _pick(self.values, self.rows),
+                    None,
+                )
+            key_states, value_states = (
+                torch.cat([self.keys, key_states], dim=-2),
+                torch.cat([self.values, value_states], dim=-2),
+            )
         if self.keep:
             self.kept = (key_states, value_states)
         return key_states, value_states
@@ -63,8 +85,15 @@ class PrefixCache(Cache):  # type: ignore[misc]
     keep: remember the prefix with what the layers hand in behind it (`kept`); by default where there is no prefix.
     """
 
-    def __init__(self, prefix: Sequence[tuple[Tensor, Tensor] | None], rows: Tensor | None = None, keep: bool | None = None) -> None:
-        super().__init__(layers=[_PrefixLayer(p, rows, p is None if keep is None else keep) for p in prefix])
+    def __init__(
+        self,
+        prefix: Sequence[tuple[Tensor, Tensor] | None],
+        rows: Tensor | None = None,
+        keep: bool | None = None,
+    ) -> None:
+        super().__init__(
+            layers=[_PrefixLayer(p, rows, p is None if keep is None else keep) for p in prefix]
+        )
 
     def first_kept(self, n_layers: int) -> list[tuple[Tensor, Tensor]] | None:
         """What the first layers were to keep, or None when some layer did not use the cache."""
@@ -92,10 +121,16 @@ class Replay:
     batch: Batch
     start: int
     hidden: tuple[Tensor, ...]
-    _before: tuple[Tensor, ...] | None = field(repr=False)  # inputs of every layer at the columns before start; None with a cache
-    _cache: tuple[tuple[Tensor, Tensor], ...] = field(repr=False)  # keys and values at all T columns; empty without a cache
+    _before: tuple[Tensor, ...] | None = field(
+        repr=False
+    )  # inputs of every layer at the columns before start; None with a cache
+    _cache: tuple[tuple[Tensor, Tensor], ...] = field(
+        repr=False
+    )  # keys and values at all T columns; empty without a cache
     _embeddings: Tensor | None = field(repr=False)  # (B, T, d) when they were changed on the way in
-    _arguments: OrderedDict[tuple[int, ...], list[Call]] = field(default_factory=OrderedDict, repr=False)
+    _arguments: OrderedDict[tuple[int, ...], list[Call]] = field(
+        default_factory=OrderedDict, repr=False
+    )
 
     @property
     def n_live(self) -> int:
@@ -106,7 +141,9 @@ class Replay:
         """Run one layer on (R, S, d_model); `rows` (R,) says which recorded row each belongs to (default: in order)."""
         return self.resume(layer, hidden, rows, until=layer + 1)
 
-    def resume(self, layer: int, hidden: Tensor, rows: Tensor | None = None, until: int | None = None) -> Tensor:
+    def resume(
+        self, layer: int, hidden: Tensor, rows: Tensor | None = None, until: int | None = None
+    ) -> Tensor:
         """Run layers `layer` .. `until` - 1 (None: to the last) on (R, S, d_model); differentiable in `hidden`.
 
         rows: (R,) int64, which recorded row's prefix, mask and positions each row of `hidden` uses; R may exceed B.
@@ -118,11 +155,15 @@ class Replay:
         check_layer(layer, self.lm.n_layers)
         recorded = len(self._cache) if self._before is None else len(self._before) - 1
         if self.start and until > recorded:
-            raise InputError(f"this pass was recorded for {recorded} layers; record it whole to resume layer {until - 1}")
+            raise InputError(
+                f"this pass was recorded for {recorded} layers; record it whole to resume layer {until - 1}"
+            )
         picked = tuple(range(self.batch.size)) if rows is None else tuple(rows.tolist())
         expected = (len(picked), self.n_live, self.lm.d_model)
         if tuple(hidden.shape) != expected:
-            raise InputError(f"hidden states of shape {tuple(hidden.shape)} given; expected (rows, live columns, d_model) = {expected}")
+            raise InputError(
+                f"hidden states of shape {tuple(hidden.shape)} given; expected (rows, live columns, d_model) = {expected}"
+            )
         calls = self._calls(picked)
         for index in range(layer, until):
             hidden = self._run(index, hidden, calls[index], picked)
@@ -138,14 +179,21 @@ class Replay:
         Raises InputError for an earlier column, and for a pass recorded up to a layer only, which lacks later columns above it.
         """
         if len(self.hidden) <= self.lm.n_layers and start != self.start:
-            raise InputError(f"this pass was recorded up to layer {len(self.hidden) - 1} only; record it whole to start at a later column")
+            raise InputError(
+                f"this pass was recorded up to layer {len(self.hidden) - 1} only; record it whole to start at a later column"
+            )
         if not self.start <= start < self.batch.width:
-            raise InputError(f"column {start} cannot be made the first live one; expected {self.start} to {self.batch.width - 1}")
+            raise InputError(
+                f"column {start} cannot be made the first live one; expected {self.start} to {self.batch.width - 1}"
+            )
         _check_start(self.lm, start)
         shift = start - self.start
         before = None
         if self._before is not None:
-            before = tuple(torch.cat([b, h[:, :shift]], dim=1) for b, h in zip(self._before, self.hidden, strict=True))
+            before = tuple(
+                torch.cat([b, h[:, :shift]], dim=1)
+                for b, h in zip(self._before, self.hidden, strict=True)
+            )
         hidden = tuple(h[:, shift:] for h in self.hidden)
         return Replay(self.lm, self.batch, start, hidden, before, self._cache, self._embeddings)
 
@@ -165,7 +213,10 @@ class Replay:
     def _run(self, layer: int, hidden: Tensor, call: Call, rows: tuple[int, ...]) -> Tensor:
         if self._before is not None:
             # No cache to lean on: the recorded inputs of this layer at the earlier columns go through it again.
-            hidden = torch.cat([_pick(self._before[layer], torch.tensor(rows, device=hidden.device)), hidden], dim=1)
+            hidden = torch.cat(
+                [_pick(self._before[layer], torch.tensor(rows, device=hidden.device)), hidden],
+                dim=1,
+            )
         args, kwargs = with_slot(call, self.lm.slot, hidden)
         out = first_tensor(self.lm.layers[layer](*args, **kwargs))
         return out if self._before is None else out[:, self.start :]
@@ -178,8 +229,15 @@ class Replay:
             cache = None
             first = self.start if self._before is None else 0
             if first:
-                cache = PrefixCache(_for_all(self.lm, [(k[..., :first, :], v[..., :first, :]) for k, v in self._cache]), index)
-            embeddings = None if self._embeddings is None else _pick(self._embeddings, index)[:, first:]
+                cache = PrefixCache(
+                    _for_all(
+                        self.lm, [(k[..., :first, :], v[..., :first, :]) for k, v in self._cache]
+                    ),
+                    index,
+                )
+            embeddings = (
+                None if self._embeddings is None else _pick(self._embeddings, index)[:, first:]
+            )
             found = arguments(self.lm, self.batch.keep(index), first, cache, embeddings)
             self._arguments[rows] = found
             while len(self._arguments) > 2:
@@ -225,34 +283,54 @@ def record(
         until = top  # one pass is all there is
     cache = PrefixCache(_for_all(lm, prefix), keep=True) if lm.caches_prefix else None
     changes = {lm.embedding: corrupt} if embed is not None else {}
-    with torch.no_grad(), replacing(changes), recording(dict(enumerate(lm.layers[:until])), stop=True) as calls:
+    with (
+        torch.no_grad(),
+        replacing(changes),
+        recording(dict(enumerate(lm.layers[:until])), stop=True) as calls,
+    ):
         lm.forward(batch, start=start if apart else 0, cache=cache)
     states = [get_slot(calls[0][0], lm.slot), *(calls[layer][0].output for layer in range(until))]
     kept = cache.first_kept(until) if cache is not None else []
     if kept is None:
-        raise UnsupportedModelError("some layers keep their state outside the key/value cache; load the model again to replay without one")
+        raise UnsupportedModelError(
+            "some layers keep their state outside the key/value cache; load the model again to replay without one"
+        )
     kept += prefix[until:]
     before = None if lm.caches_prefix else tuple(s[:, :start] for s in states)
     if start and not apart:  # copies, so that the earlier columns' memory is freed
         states = [s[:, start:].clone() for s in states]
-    return Replay(lm, batch, start, tuple(states), before, tuple(kept), embeddings[0] if embeddings else None)
+    return Replay(
+        lm, batch, start, tuple(states), before, tuple(kept), embeddings[0] if embeddings else None
+    )
 
 
-def _prefix(lm: LanguageModel, batch: Batch, start: int, n_layers: int) -> list[tuple[Tensor, Tensor]]:
+def _prefix(
+    lm: LanguageModel, batch: Batch, start: int, n_layers: int
+) -> list[tuple[Tensor, Tensor]]:
     """The first layers' keys and values at the columns before `start`: a pair of (B, heads, start, d_head) for each layer.
 
     Equal prefixes are run once, and so are equal beginnings; padding holds anything finite, for it is never looked at.
     """
     own = batch.attention_mask[:, :start].bool()
-    rows = [tuple(ids[seen].tolist()) for ids, seen in zip(batch.input_ids[:, :start], own, strict=True)]
+    rows = [
+        tuple(ids[seen].tolist()) for ids, seen in zip(batch.input_ids[:, :start], own, strict=True)
+    ]
     distinct = sorted({ids for ids in rows if ids})
     place = {ids: i for i, ids in enumerate(distinct)}
     found = _keys_and_values(lm, distinct, n_layers)
-    return _gathered(found, [place.get(ids, 0) for ids in rows], [len(ids) for ids in rows], [len(ids) for ids in distinct], start)
+    return _gathered(
+        found,
+        [place.get(ids, 0) for ids in rows],
+        [len(ids) for ids in rows],
+        [len(ids) for ids in distinct],
+        start,
+    )
 
 
 @torch.no_grad()
-def _keys_and_values(lm: LanguageModel, sequences: Sequence[tuple[int, ...]], n_layers: int) -> list[tuple[Tensor, Tensor]]:
+def _keys_and_values(
+    lm: LanguageModel, sequences: Sequence[tuple[int, ...]], n_layers: int
+) -> list[tuple[Tensor, Tensor]]:
     """The first layers' keys and values of token sequences (sorted, each once), the last token in the last column.
 
     A position's keys and values depend on what stands before it and on nothing else. So what neighbours in the sorted list begin with in
@@ -273,11 +351,14 @@ def _keys_and_values(lm: LanguageModel, sequences: Sequence[tuple[int, ...]], n_
     width = max(lengths)
     out: list[tuple[Tensor, Tensor]] = []
     for group in lm.groups(tails if lm.hides_padding else lengths):
-        batch = align(lm, [sequences[i] for i in group], [lengths[i] - 1 for i in group])
+        batch = lm.align([sequences[i] for i in group], [lengths[i] - 1 for i in group])
         start = batch.width - max(tails[i] for i in group)
         kept: list[tuple[Tensor, Tensor]] | None = None
         if start:
-            at, before = [place.get(heads[i], 0) for i in group], [max(0, lengths[i] + start - batch.width) for i in group]
+            at, before = (
+                [place.get(heads[i], 0) for i in group],
+                [max(0, lengths[i] + start - batch.width) for i in group],
+            )
             kept = _gathered(below, at, before, [len(ids) for ids in distinct], start)
         if start < batch.width:
             cache = PrefixCache(_for_all(lm, kept or []), keep=True)
@@ -291,13 +372,17 @@ def _keys_and_values(lm: LanguageModel, sequences: Sequence[tuple[int, ...]], n_
         rows, first = torch.tensor(group), width - batch.width
         for layer, pair in enumerate(kept):
             if layer == len(out):
-                out.append(tuple(x.new_zeros(len(sequences), x.shape[1], width, x.shape[3]) for x in pair))  # type: ignore[arg-type]
+                out.append(
+                    tuple(x.new_zeros(len(sequences), x.shape[1], width, x.shape[3]) for x in pair)
+                )  # type: ignore[arg-type]
             for whole, part in zip(out[layer], pair, strict=True):
                 whole[rows.to(whole.device), :, first:] = part
     return out
 
 
-def _for_all(lm: LanguageModel, pairs: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor] | None]:
+def _for_all(
+    lm: LanguageModel, pairs: Sequence[tuple[Tensor, Tensor]]
+) -> list[tuple[Tensor, Tensor] | None]:
     """An entry for every layer; those that will not be run get the last one's, since masks may be made from the size of any."""
     return [*pairs, *[pairs[-1] if pairs else None] * (lm.n_layers - len(pairs))]
 
@@ -308,23 +393,36 @@ _WORTH_SHARING = 0.15
 
 def _in_common(a: Sequence[int], b: Sequence[int]) -> int:
     """How many tokens two sequences begin with in common."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return next(
+        (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b))
+    )
 
 
 def _gathered(
-    pairs: Sequence[tuple[Tensor, Tensor]], rows: Sequence[int], lengths: Sequence[int], whole: Sequence[int], width: int
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    rows: Sequence[int],
+    lengths: Sequence[int],
+    whole: Sequence[int],
+    width: int,
 ) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of the first lengths[r] tokens of sequence rows[r], the last of them in the last of `width` columns.
 
     whole: how many tokens each sequence in `pairs` has, the last in the last column there.
     """
     picked = torch.tensor(rows)
-    columns = torch.arange(width) - width + torch.tensor(lengths)[:, None]  # (R, width) which token; negative for padding
+    columns = (
+        torch.arange(width) - width + torch.tensor(lengths)[:, None]
+    )  # (R, width) which token; negative for padding
     out = []
     for pair in pairs:
         first = pair[0].shape[-2] - torch.tensor(whole)[picked]
         at = (columns + first[:, None]).clamp(min=0).to(pair[0].device)
-        out.append(tuple(x[picked.to(x.device)[:, None], :, at.to(x.device)].transpose(1, 2).contiguous() for x in pair))
+        out.append(
+            tuple(
+                x[picked.to(x.device)[:, None], :, at.to(x.device)].transpose(1, 2).contiguous()
+                for x in pair
+            )
+        )
     return out  # type: ignore[return-value]
 
 
@@ -335,7 +433,13 @@ def _check_start(lm: LanguageModel, start: int) -> None:
         )
 
 
-def arguments(lm: LanguageModel, batch: Batch, start: int, cache: PrefixCache | None, embeddings: Tensor | None) -> list[Call]:
+def arguments(
+    lm: LanguageModel,
+    batch: Batch,
+    start: int,
+    cache: PrefixCache | None,
+    embeddings: Tensor | None,
+) -> list[Call]:
     """The arguments every layer gets for the columns from `start` on: the model runs with its layers stood in for."""
     calls: list[Call] = []
     with torch.no_grad(), stoppable() as stop:
@@ -346,7 +450,10 @@ def arguments(lm: LanguageModel, batch: Batch, start: int, cache: PrefixCache | 
                 stop()
             return lm.as_layer_output(get_slot(calls[-1], lm.slot))
 
-        with standing_in(lm.layers, play), replacing({lm.embedding: lambda _: embeddings} if embeddings is not None else {}):
+        with (
+            standing_in(lm.layers, play),
+            replacing({lm.embedding: lambda _: embeddings} if embeddings is not None else {}),
+        ):
             lm.forward(batch, start=start, cache=cache)
     return calls
 
@@ -354,7 +461,9 @@ def arguments(lm: LanguageModel, batch: Batch, start: int, cache: PrefixCache | 
 def _pick(tensor: Tensor, rows: Tensor) -> Tensor:
     """Rows of the first dimension; no copy when they are all of them in order, or the only one repeated."""
     rows = rows.to(tensor.device)
-    if len(rows) == tensor.shape[0] and bool((rows == torch.arange(len(rows), device=rows.device)).all()):
+    if len(rows) == tensor.shape[0] and bool(
+        (rows == torch.arange(len(rows), device=rows.device)).all()
+    ):
         return tensor
     if tensor.shape[0] == 1:
         return tensor.expand(len(rows), *tensor.shape[1:])

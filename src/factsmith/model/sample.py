@@ -13,10 +13,9 @@ from collections.abc import Callable, Sequence
 import torch
 from transformers.cache_utils import DynamicCache
 
-from ..checks import check_count
-from ..errors import InputError
-from .load import LanguageModel
-from .tokens import align
+from ..core.checks import check_count
+from ..core.errors import InputError
+from .language_model import LanguageModel
 
 _ROWS, _LENGTH = 64, 64
 """Strings sampled together by `own_text`, and their length in tokens: sentences, not words, and enough of them in one pass."""
@@ -42,32 +41,65 @@ def sample(
     The same model, arguments and seed give the same ids. Raises InputError for a tokenizer with neither BOS nor EOS to start from.
     """
     tokenizer = lm.tokenizer
-    start = next((i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None)
+    start = next(
+        (i for i in (tokenizer.bos_token_id, tokenizer.eos_token_id) if i is not None), None
+    )
     if start is None:
-        raise InputError(f"{lm.name} has neither a BOS nor an EOS token to sample text from; pass contexts or texts of your own")
-    seed = check_count(seed, "seed", "a whole number of at most 63 bits", least=-(2**63), below=2**63)
+        raise InputError(
+            f"{lm.name} has neither a BOS nor an EOS token to sample text from; pass contexts or texts of your own"
+        )
+    seed = check_count(
+        seed, "seed", "a whole number of at most 63 bits", least=-(2**63), below=2**63
+    )
     sampler = torch.Generator().manual_seed(seed)
-    own = [torch.Generator().manual_seed(zlib.crc32(f"{seed} {text}".encode())) for text in openings or ()] if apart else []
+    own = (
+        [
+            torch.Generator().manual_seed(zlib.crc32(f"{seed} {text}".encode()))
+            for text in openings or ()
+        ]
+        if apart
+        else []
+    )
     special = [i for i in tokenizer.all_special_ids if i is not None]
     cache = DynamicCache() if lm.caches_prefix else None
-    given = [lm.tokenizer(text, add_special_tokens=False)["input_ids"] for text in openings or [""] * count]
+    given = [
+        lm.tokenizer(text, add_special_tokens=False)["input_ids"]
+        for text in openings or [""] * count
+    ]
     sequences = [[start] for _ in range(count)]
     for column in range(length):
-        batch = align(lm, sequences, [column] * count)
-        logits = lm.forward(batch, start=0 if cache is None else column, cache=cache).logits[:, -1].float().cpu()
+        batch = lm.align(sequences, [column] * count)
+        logits = (
+            lm.forward(batch, start=0 if cache is None else column, cache=cache)
+            .logits[:, -1]
+            .float()
+            .cpu()
+        )
         logits[:, special] = -torch.inf
         top = logits.topk(top_k or logits.shape[-1])
         if own:  # the largest of logits with Gumbel's noise is drawn as softmax has it
-            noise = torch.stack([torch.rand(top.values.shape[-1], generator=generator) for generator in own])
-            picked = (top.values - (-noise.clamp(1e-20, 1 - 1e-7).log()).log()).argmax(-1, keepdim=True)
+            noise = torch.stack(
+                [torch.rand(top.values.shape[-1], generator=generator) for generator in own]
+            )
+            picked = (top.values - (-noise.clamp(1e-20, 1 - 1e-7).log()).log()).argmax(
+                -1, keepdim=True
+            )
         else:
             picked = torch.multinomial(top.values.softmax(-1), 1, generator=sampler)
-        for ids, opening, token in zip(sequences, given, top.indices.gather(1, picked)[:, 0].tolist(), strict=True):
+        for ids, opening, token in zip(
+            sequences, given, top.indices.gather(1, picked)[:, 0].tolist(), strict=True
+        ):
             ids.append(opening[column] if column < len(opening) else token)
     return [ids[1:] for ids in sequences]
 
 
-def own_text(lm: LanguageModel, n_tokens: int, *, seed: int = 0, progress: Callable[[int], object] | None = None) -> list[str]:
+def own_text(
+    lm: LanguageModel,
+    n_tokens: int,
+    *,
+    seed: int = 0,
+    progress: Callable[[int], object] | None = None,
+) -> list[str]:
     """Strings that the model writes itself, with about `n_tokens` tokens in all: stands in for a corpus in `second_moments`.
 
     What the model writes is what its neurons are used for, so it weighs a change much as its training text would.
@@ -77,7 +109,9 @@ def own_text(lm: LanguageModel, n_tokens: int, *, seed: int = 0, progress: Calla
     rows = min(_ROWS, math.ceil(n_tokens / length))
     texts: list[str] = []
     while len(texts) * length < n_tokens:
-        texts += [lm.tokenizer.decode(ids) for ids in sample(lm, rows, length, seed=seed + len(texts))]
+        texts += [
+            lm.tokenizer.decode(ids) for ids in sample(lm, rows, length, seed=seed + len(texts))
+        ]
         if progress is not None:
             progress(len(texts) * length)
     return texts

@@ -3,7 +3,7 @@
     ids, offsets = encode(tokenizer, "The mother tongue of Danielle Darrieux is")
     start, stop = subject_span(tokenizer, text, "Danielle Darrieux")     # token columns [start, stop)
     target_ids(tokenizer, text, "French")                                # the ids that continue the prompt
-    batch = align(lm, sequences, pivots)                                 # every row's pivot token in one column
+    batch = lm.align(sequences, pivots)                                  # every row's pivot token in one column
 
 Everything goes by the offset mapping of the whole string, never by sums of token counts: tokenizers add a BOS, and merge
 across the place where two strings meet.
@@ -13,16 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import check_text
-from ..errors import InputError, SubjectError, TokenizerError
-
-if TYPE_CHECKING:
-    from .load import LanguageModel
+from ..core.checks import check_text
+from ..core.errors import InputError, SubjectError, TokenizerError
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,9 @@ class Batch:
     def keep(self, rows: Tensor) -> Batch:
         """The batch of the given rows (R,), repeats allowed."""
         rows = rows.to(self.input_ids.device)
-        return Batch(self.input_ids[rows], self.attention_mask[rows], self.position_ids[rows], self.pivot)
+        return Batch(
+            self.input_ids[rows], self.attention_mask[rows], self.position_ids[rows], self.pivot
+        )
 
 
 def fast_tokenizer(tokenizer: Any) -> Any:
@@ -87,9 +86,15 @@ def encode(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]
     """
     # Not verbose: it would warn of more tokens than the model has positions, which is said where a model is given them.
     encoded = fast_tokenizer(tokenizer)(
-        check_text(text, "the prompt"), return_offsets_mapping=True, return_attention_mask=False, verbose=False
+        check_text(text, "the prompt"),
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
     )
-    ids, offsets = list(encoded["input_ids"]), [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
+    ids, offsets = (
+        list(encoded["input_ids"]),
+        [(int(a), int(b)) for a, b in encoded["offset_mapping"]],
+    )
     special = set(tokenizer.all_special_ids)
     while ids and ids[-1] in special and offsets[-1] == (0, 0) and any(b > a for a, b in offsets):
         ids.pop()
@@ -109,18 +114,30 @@ def subject_span(lm_or_tokenizer: Any, text: str, subject: str) -> tuple[int, in
         raise SubjectError(f"the subject is empty; expected a part of the prompt {text!r}")
     at = text.find(subject)
     if at < 0:
-        raise SubjectError(f"subject {subject!r} is not in the prompt {text!r}; write it as it stands there")
+        raise SubjectError(
+            f"subject {subject!r} is not in the prompt {text!r}; write it as it stands there"
+        )
     if text.find(subject, at + 1) >= 0:
-        raise SubjectError(f"subject {subject!r} occurs more than once in the prompt {text!r}; expected exactly one place")
+        raise SubjectError(
+            f"subject {subject!r} occurs more than once in the prompt {text!r}; expected exactly one place"
+        )
     _, offsets = encode(tokenizer, text)
     # Tokens that stand for no character (BOS), or for white space alone, never are the subject.
-    inside = [i for i, (a, b) in enumerate(offsets) if a < at + len(subject) and b > at and text[a:b].strip()]
+    inside = [
+        i
+        for i, (a, b) in enumerate(offsets)
+        if a < at + len(subject) and b > at and text[a:b].strip()
+    ]
     if not inside:
-        raise SubjectError(f"subject {subject!r} in the prompt {text!r} has no token of its own; the tokenizer drops these characters")
+        raise SubjectError(
+            f"subject {subject!r} in the prompt {text!r} has no token of its own; the tokenizer drops these characters"
+        )
     return inside[0], inside[-1] + 1
 
 
-def target_ids(tokenizer: Any, prompt: str, target: str, *, head: Sequence[int] | None = None) -> list[int]:
+def target_ids(
+    tokenizer: Any, prompt: str, target: str, *, head: Sequence[int] | None = None
+) -> list[int]:
     """The token ids that continue `prompt` with `target`: a space goes between them unless the prompt ends in one; no BOS, no UNK.
 
     head: the prompt's own token ids, where they are known.
@@ -143,7 +160,9 @@ def target_ids(tokenizer: Any, prompt: str, target: str, *, head: Sequence[int] 
     drop = {tokenizer.unk_token_id, tokenizer.bos_token_id} - {None}
     tail = [t for t in tail if t not in drop]
     if not tail:
-        raise InputError(f"target {target!r} has no token the model knows; choose a target its tokenizer can write")
+        raise InputError(
+            f"target {target!r} has no token the model knows; choose a target its tokenizer can write"
+        )
     return tail
 
 
@@ -159,29 +178,46 @@ def word_ids(tokenizer: Any, word: str) -> list[int]:
     every = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
     if found := [i for i, text in enumerate(every) if text.strip().casefold() == wanted]:
         return found
-    behind = target_ids(tokenizer, "The", word.strip())  # inside a text, where most tokenizers write a space into the token
+    behind = target_ids(
+        tokenizer, "The", word.strip()
+    )  # inside a text, where most tokenizers write a space into the token
     alone = target_ids(tokenizer, "", word.strip())
-    visible = [next((i for i in ids if every[i].strip()), None) for ids in (behind, alone)]  # a space may be a token by itself
+    visible = [
+        next((i for i in ids if every[i].strip()), None) for ids in (behind, alone)
+    ]  # a space may be a token by itself
     if not (known := [i for i in dict.fromkeys(visible) if i is not None]):
-        raise InputError(f"{word!r} has no token the model knows; look for a word that its tokenizer can write")
+        raise InputError(
+            f"{word!r} has no token the model knows; look for a word that its tokenizer can write"
+        )
     return known
 
 
-def align(lm_or_tokenizer: LanguageModel | Any, sequences: Sequence[Sequence[int]], pivots: Sequence[int]) -> Batch:
+def align(
+    sequences: Sequence[Sequence[int]],
+    pivots: Sequence[int],
+    *,
+    pad: int = 0,
+    device: torch.device | None = None,
+) -> Batch:
     """Put the pivot token of every sequence into one column; prefixes are padded on the left, suffixes on the right.
 
-    The batch lies on the model's device (on the CPU for a bare tokenizer). Raises InputError for an empty sequence or a pivot outside it.
+    pad     the id to pad with; any would do, since the mask hides it
+    device  where the batch lies; None: the CPU
+
+    Raises InputError for an empty sequence or a pivot outside it.
     """
-    tokenizer = getattr(lm_or_tokenizer, "tokenizer", lm_or_tokenizer)
-    device = getattr(lm_or_tokenizer, "device", torch.device("cpu"))
     if not sequences or len(sequences) != len(pivots):
-        raise InputError(f"got {len(sequences)} sequences and {len(pivots)} pivots; expected at least one, and as many pivots")
+        raise InputError(
+            f"got {len(sequences)} sequences and {len(pivots)} pivots; expected at least one, and as many pivots"
+        )
     for ids, pivot in zip(sequences, pivots, strict=True):
         if not 0 <= pivot < len(ids):
-            raise InputError(f"pivot {pivot} is outside a sequence of {len(ids)} tokens; expected a column of its own")
+            raise InputError(
+                f"pivot {pivot} is outside a sequence of {len(ids)} tokens; expected a column of its own"
+            )
     column = max(pivots)
     width = column + max(len(ids) - pivot for ids, pivot in zip(sequences, pivots, strict=True))
-    input_ids = torch.full((len(sequences), width), pad_id(tokenizer), dtype=torch.long)
+    input_ids = torch.full((len(sequences), width), pad, dtype=torch.long)
     mask = torch.zeros_like(input_ids)
     positions = torch.zeros_like(input_ids)
     for row, (ids, pivot) in enumerate(zip(sequences, pivots, strict=True)):

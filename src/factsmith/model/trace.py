@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import UnsupportedModelError
+from ..core.errors import UnsupportedModelError
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -70,7 +70,9 @@ def first_tensor(value: Any) -> Tensor:
     """The first tensor inside `value`; raises UnsupportedModelError when there is none."""
     found = next(tensors(value), None)
     if found is None:
-        raise UnsupportedModelError(f"expected a tensor from a part of the model; got {type(value).__name__} without one")
+        raise UnsupportedModelError(
+            f"expected a tensor from a part of the model; got {type(value).__name__} without one"
+        )
     return found
 
 
@@ -115,12 +117,14 @@ def _ending(live: list[bool]) -> Generator[ExitStack, None, None]:
             live.clear()
 
 
-class _Stop(Exception):  # noqa: N818 - a signal, not an error
+class _Stop(Exception):
     """Ends a forward pass whose remaining layers nobody needs."""
 
 
 @contextmanager
-def recording(modules: Mapping[Key, nn.Module], *, stop: bool = False, copy: bool = True) -> Generator[dict[Key, list[Call]], None, None]:
+def recording(
+    modules: Mapping[Key, nn.Module], *, stop: bool = False, copy: bool = True
+) -> Generator[dict[Key, list[Call]], None, None]:
     """Record every call of the given modules: {key: [Call, ...]}, filled while the block runs.
 
     stop: end the forward pass (and the block) as soon as each module has been called once; layers above never run.
@@ -130,11 +134,20 @@ def recording(modules: Mapping[Key, nn.Module], *, stop: bool = False, copy: boo
     live = [True]
 
     def remember(key: Key) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+        ) -> None:
             if not live:
                 return _forget(module, hook)
             order = sum(map(len, calls.values()))
-            calls[key].append(Call(args=args, kwargs=kwargs, result=_copied(result) if copy else result, order=order))
+            calls[key].append(
+                Call(
+                    args=args,
+                    kwargs=kwargs,
+                    result=_copied(result) if copy else result,
+                    order=order,
+                )
+            )
             if stop and all(calls.values()):
                 raise _Stop
 
@@ -154,7 +167,9 @@ def recording(modules: Mapping[Key, nn.Module], *, stop: bool = False, copy: boo
 
 @contextmanager
 def replacing(
-    changes: Mapping[nn.Module, Callable[[Tensor], Tensor]], *, where: Literal["output", "input"] = "output"
+    changes: Mapping[nn.Module, Callable[[Tensor], Tensor]],
+    *,
+    where: Literal["output", "input"] = "output",
 ) -> Generator[None, None, None]:
     """Pass the first output (or input) tensor of each module through its function while the block runs.
 
@@ -173,7 +188,9 @@ def replacing(
         return hook
 
     def change_input(function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
             if not live:
                 _forget(module, hook)
                 return None
@@ -183,7 +200,9 @@ def replacing(
             for name, value in kwargs.items():
                 if isinstance(value, Tensor):
                     return args, {**kwargs, name: function(value)}
-            raise UnsupportedModelError(f"a {type(module).__name__} was called without a tensor; nothing to replace")
+            raise UnsupportedModelError(
+                f"a {type(module).__name__} was called without a tensor; nothing to replace"
+            )
 
         return hook
 
@@ -200,7 +219,9 @@ def replacing(
 
 
 @contextmanager
-def standing_in(modules: Sequence[nn.Module], play: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]) -> Generator[None, None, None]:
+def standing_in(
+    modules: Sequence[nn.Module], play: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
+) -> Generator[None, None, None]:
     """While the block runs, `play(index, args, kwargs)` answers in place of each module's own computation.
 
     This is how the model's own code before and after its layers is run without the layers: it builds masks, rotary angles and
@@ -227,7 +248,9 @@ class _StandIn:
         self.module, self.play, self.live = module, play, live
         # A module may already carry its own instance-level forward (models spread over devices do): that one is put back.
         self.own = vars(module).get("forward")
-        self.hooks = {name: getattr(module, name) for name in ("_forward_hooks", "_forward_pre_hooks")}
+        self.hooks = {
+            name: getattr(module, name) for name in ("_forward_hooks", "_forward_pre_hooks")
+        }
 
     def put_back(self) -> bool:
         """Whether the hooks were still at rest."""
@@ -243,7 +266,11 @@ class _StandIn:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.live:
             return self.play(args, kwargs)
-        return self.module(*args, **kwargs) if self.put_back() else self.module.forward(*args, **kwargs)
+        return (
+            self.module(*args, **kwargs)
+            if self.put_back()
+            else self.module.forward(*args, **kwargs)
+        )
 
 
 def _settle(module: nn.Module) -> None:
@@ -263,13 +290,21 @@ class Product:
 
 
 class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self, parameters: Mapping[str, Tensor], changes: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
+    def __init__(
+        self, parameters: Mapping[str, Tensor], changes: Mapping[str, Callable[[Tensor], Tensor]]
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.names = {p.untyped_storage().data_ptr(): name for name, p in parameters.items()}
         self.changes = changes
         self.seen: list[Product] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
             left, right = args[-2:]
@@ -282,7 +317,8 @@ class _Products(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def products(
-    parameters: Mapping[str, Tensor], changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None
+    parameters: Mapping[str, Tensor],
+    changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> Generator[list[Product], None, None]:
     """Watch the matrix products with the given parameters: for weights that no module of their own multiplies with.
 
@@ -298,8 +334,19 @@ class _Factors(TorchFunctionMode):
         self.changes = changes
         self.seen = 0
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func in _PRODUCTS and len(args) >= 2 and isinstance(args[0], Tensor) and isinstance(args[1], Tensor):
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if (
+            func in _PRODUCTS
+            and len(args) >= 2
+            and isinstance(args[0], Tensor)
+            and isinstance(args[1], Tensor)
+        ):
             left, right = args[:2]
             change = self.changes.get(right.untyped_storage().data_ptr())
             if change is not None:
@@ -308,7 +355,14 @@ class _Factors(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-_PRODUCTS = {torch.nn.functional.linear, torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
+_PRODUCTS = {
+    torch.nn.functional.linear,
+    torch.matmul,
+    torch.mm,
+    Tensor.matmul,
+    Tensor.mm,
+    Tensor.__matmul__,
+}
 
 
 @contextmanager
@@ -321,12 +375,21 @@ def replacing_factors(
     piece by piece), and a function of what is multiplied, (n, in), and of where in the parameter's storage the piece begins. Unlike what
     `products` sees, gradients pass through the change, and blocks inside one another add up.
     """
-    factors = _Factors({getattr(m, name).untyped_storage().data_ptr(): change for m, (name, _, change) in changes.items()})
+    factors = _Factors(
+        {
+            getattr(m, name).untyped_storage().data_ptr(): change
+            for m, (name, _, change) in changes.items()
+        }
+    )
 
     live = [True]
 
-    def change(module: nn.Module, forward: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[[], None]]:
-        own = vars(module).get("forward")  # models spread over devices carry one, and so do blocks around this one
+    def change(
+        module: nn.Module, forward: Callable[..., Any]
+    ) -> tuple[Callable[..., Any], Callable[[], None]]:
+        own = vars(module).get(
+            "forward"
+        )  # models spread over devices carry one, and so do blocks around this one
 
         def put_back() -> None:
             if own is None:
@@ -372,4 +435,29 @@ def stoppable() -> Generator[Callable[[], None], None, None]:
 
 def hook_count(modules: Iterable[nn.Module]) -> int:
     """How many forward hooks and stand-ins the modules carry (to check that nothing is left behind)."""
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in vars(m)) for m in modules)
+    return sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in vars(m)) for m in modules
+    )
+
+
+Slot = int | str
+"""Where a layer takes its hidden state: a positional index or a keyword."""
+
+
+def get_slot(call: Call, slot: Slot) -> Tensor:
+    """The hidden state (B, S, d_model) a layer was called with."""
+    value = call.args[slot] if isinstance(slot, int) else call.kwargs[slot]
+    assert isinstance(value, Tensor)
+    return value
+
+
+def with_slot(call: Call, slot: Slot, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The layer's arguments with another hidden state."""
+    if isinstance(slot, int):
+        return (*call.args[:slot], hidden, *call.args[slot + 1 :]), dict(call.kwargs)
+    return call.args, {**call.kwargs, slot: hidden}
+
+
+def replaced_by(tensor: Tensor) -> Callable[[Tensor], Tensor]:
+    """A change for `replacing` that puts `tensor` in place of whatever there is."""
+    return lambda _: tensor

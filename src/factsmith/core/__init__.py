@@ -1,0 +1,1 @@
+"""What every package needs and none of them owns: errors, checks, files, tables, progress, facts."""

@@ -1,0 +1,96 @@
+"""Every error factsmith raises on purpose; catch `FactsmithError` to catch them all.
+
+    FactsmithError
+    ├── InputError                what the caller gave cannot be used
+    │   ├── FactError             a fact is incomplete or contradicts itself
+    │   ├── SubjectError          the subject cannot be found in the prompt, or not uniquely
+    │   └── LayerError            a layer, expert or neuron that the model does not have
+    ├── ModelError                the model cannot be used
+    │   ├── ModelNotFoundError    no such bundled model, folder or hub id
+    │   ├── TokenizerError        no fast tokenizer, so no offset mapping
+    │   └── UnsupportedModelError the structure is not unique, or the weights cannot be edited
+    ├── NumericsError             a computation did not give finite, meaningful numbers
+    └── LedgerError               the workspace or its records
+        ├── WorkspaceError        missing, not a workspace, not writable, in use, disk full
+        ├── FingerprintError      it belongs to another model
+        ├── DamagedError          a file does not match its checksum or cannot be read
+        └── RevisionError         no such revision, or an ambiguous id
+
+A message says what was got, what was expected, and what to do next. `exit_code` is what the command line returns.
+"""
+
+from __future__ import annotations
+
+
+class FactsmithError(Exception):
+    """Base of every error raised on purpose."""
+
+    exit_code = 1
+
+
+class InputError(FactsmithError, ValueError):
+    """What the caller gave cannot be used."""
+
+    exit_code = 2
+
+
+class FactError(InputError):
+    """A fact is incomplete or contradicts itself."""
+
+
+class SubjectError(InputError):
+    """The subject cannot be found in the prompt, or not uniquely."""
+
+
+class LayerError(InputError):
+    """A layer, expert or neuron that the model does not have."""
+
+
+class ModelError(FactsmithError):
+    """The model cannot be used."""
+
+    exit_code = 3
+
+
+class ModelNotFoundError(ModelError):
+    """No such bundled model, folder or hub id."""
+
+
+class TokenizerError(ModelError):
+    """The model has no fast tokenizer, so tokens cannot be mapped to characters."""
+
+
+class UnsupportedModelError(ModelError):
+    """The model's structure is not unique, or its weights cannot be edited."""
+
+
+class NumericsError(FactsmithError, ArithmeticError):
+    """A computation did not give finite, meaningful numbers."""
+
+    exit_code = 4
+
+
+class LedgerError(FactsmithError):
+    """The workspace or its records."""
+
+    exit_code = 5
+
+
+class WorkspaceError(LedgerError):
+    """The workspace is missing, is not a workspace, cannot be written, is in use, or the disk is full."""
+
+
+class FingerprintError(LedgerError):
+    """The workspace, delta or statistics belong to another model."""
+
+
+class DamagedError(LedgerError):
+    """A file does not match its checksum or cannot be read."""
+
+
+class RevisionError(LedgerError):
+    """No such revision, or an ambiguous id."""
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,1 @@
+"""Text read through a model: pieces, statistics over tokens, second moments."""

@@ -1,0 +1,109 @@
+"""Solve a patch again from the targets that it was made with: closed form, no gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from ..core.errors import InputError
+from ..core.fact import Fact
+from ..core.progress import Progress
+from ..core.tables import counted
+from ..model.language_model import LanguageModel
+from .configs import EditConfig, SpreadConfig
+from .delta import Delta
+from .inputs import Moments, edit_inputs
+from .keys import Site
+from .methods import find_method
+from .search import known_targets
+from .target import Targets
+
+
+def resolve(
+    lm: LanguageModel,
+    delta: Delta,
+    facts: Iterable[Fact] | None = None,
+    *,
+    moments: Moments,
+    beneath: Sequence[Delta] = (),
+    progress: Progress | None = None,
+) -> Delta:
+    """Solve a patch, or some of its facts, again on the model as it is now.
+
+    Nothing is searched and no gradient is taken. Keys are read again in forward passes, since what lies below may have changed, and the
+    layers' systems are solved for the old targets. Facts that a pass leaves short are asked for again, as often as the patch's settings
+    repair.
+
+    Args:
+        lm: The model, carrying `beneath`.
+        delta: The patch.
+        facts: Those of its facts that stay. None: all.
+        moments: Second moments of the edited layers, of the unedited model, as when the patch was made.
+        beneath: The deltas that the model carries, in their order.
+        progress: Called with the step's name, how much is done, and how much there is.
+
+    Raises:
+        InputError: The facts are not facts of the delta, or its method or settings are not known. Otherwise as `edit`.
+    """
+    if not isinstance(delta, Delta):
+        raise InputError(f"expected a Delta to solve again; got {type(delta).__name__}")
+    staying = list(delta.facts if facts is None else facts)
+    place = {fact.text: i for i, fact in enumerate(delta.facts)}
+    if not staying or any(
+        fact.text not in place or delta.facts[place[fact.text]] != fact for fact in staying
+    ):
+        raise InputError(
+            f"expected some of the {counted(len(delta.facts), 'fact')} of the patch; got {[str(fact) for fact in staying][:3]}"
+        )
+    method = find_method(delta.method)
+    config, contexts = _kept_settings(delta, method.config)
+    inputs = edit_inputs(
+        lm, staying, config, moments=moments, contexts=contexts, beneath=beneath, progress=progress
+    )
+    known = _KeptTargets(lm, delta, place, contexts)
+    solved = method.solve(dataclasses.replace(inputs, known_targets=known))
+    return dataclasses.replace(solved, config=delta.config)  # the recipe is the same
+
+
+def _kept_settings(delta: Delta, kind: type[EditConfig]) -> tuple[EditConfig, list[str]]:
+    """The settings and contexts that a patch was made with; raises InputError when they cannot be read."""
+    names = [field.name for field in dataclasses.fields(kind) if field.name in delta.config]
+    try:
+        config = kind(**{name: delta.config[name] for name in names})
+        contexts = [str(context) for context in delta.config["contexts"]]
+    except (TypeError, KeyError) as error:
+        raise InputError(
+            f"the patch's settings cannot be read ({error}); write its facts again instead"
+        ) from None
+    if isinstance(config, SpreadConfig):
+        config = dataclasses.replace(config, norm_anchor=None)  # v_star was brought to it already
+    return config, contexts
+
+
+class _KeptTargets:
+    """Gives the v_star that a patch was made with, in place of a search."""
+
+    def __init__(
+        self, lm: LanguageModel, delta: Delta, place: dict[str, int], contexts: list[str]
+    ) -> None:
+        self.lm, self.delta, self.place, self.contexts = lm, delta, place, contexts
+
+    def __call__(self, facts: Sequence[Fact], layer: int, site: Site) -> Targets:
+        v_star = torch.stack([self.delta.v_star[self.place[fact.text]] for fact in facts])
+        targets = known_targets(self.lm, facts, layer, self.contexts, v_star, site=site)
+        return dataclasses.replace(targets, convergence=tuple(map(self._record, facts)))
+
+    def _record(self, fact: Fact) -> dict[str, Any]:
+        """How the target was found at first, less what depends on the other facts."""
+        convergence = self.delta.convergence
+        kept = (
+            convergence[self.place[fact.text]] if len(convergence) == len(self.delta.facts) else {}
+        )
+        stale = ("shares_key_with", "cosine")
+        return {
+            **{name: value for name, value in kept.items() if name not in stale},
+            "solved": "again",
+        }

@@ -1,0 +1,108 @@
+"""ROME and r-ROME: one rank-one update for each fact, one fact after another.
+
+Meng et al. 2022, https://arxiv.org/abs/2202.05262; Gupta et al. 2024, https://arxiv.org/abs/2403.07175.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from ..core.fact import Fact
+from ..core.progress import tell
+from ..model.language_model import LanguageModel
+from . import solve
+from .configs import RomeConfig
+from .delta import Delta, applied
+from .inputs import EditInputs, Moments, edit_inputs, recipe_of, shared_keys
+from .search import find_targets
+from .target import Targets
+
+
+def one_by_one(inputs: EditInputs, *, one_key: bool = False) -> Delta:
+    """Write the facts one after another, each solved on the model that carries the ones before; rank n_facts.
+
+    Args:
+        inputs: The edit, at one layer.
+        one_key: Use the key averaged over contexts everywhere (r-ROME), not only in the numerator (ROME's code).
+    """
+    lm, (layer,) = inputs.lm, inputs.layers
+    fingerprint = lm.fingerprint
+    deltas: list[Delta] = []
+    for done, fact in enumerate(inputs.facts):
+        tell(inputs.progress, "facts", done, len(inputs.facts))
+        with applied(lm, deltas):
+            deltas += _deltas(inputs, [fact], _targets_of(inputs, fact), fingerprint, one_key)
+    keys = torch.cat([delta.k_star[layer] for delta in deltas])
+    left = torch.cat([delta.layers[layer][0] for delta in deltas], dim=1)
+    right = torch.cat([delta.layers[layer][1] for delta in deltas])
+    convergence = [record for delta in deltas for record in delta.convergence]
+    return dataclasses.replace(
+        deltas[0],
+        layers={layer: (left, right)},
+        k_star={layer: keys},
+        v_star=torch.cat([delta.v_star for delta in deltas]),
+        facts=tuple(inputs.facts),
+        convergence=shared_keys(inputs, {layer: keys}, convergence),
+    )
+
+
+def rome_each(
+    lm: LanguageModel,
+    facts: Iterable[Fact],
+    config: RomeConfig | None = None,
+    *,
+    moments: Moments,
+    contexts: Sequence[str] | None = None,
+    seed: int = 0,
+) -> list[Delta]:
+    """Return what `rome` gives for each fact alone, all searched in one batch.
+
+    This measures many single edits, as the paper's tables do. Arguments and errors are those of `rome`.
+    """
+    config = config or RomeConfig.recommended(lm)
+    inputs = edit_inputs(lm, facts, config, moments=moments, contexts=contexts, seed=seed)
+    (layer,) = inputs.layers
+    targets = find_targets(lm, inputs.facts, layer, inputs.config, inputs.contexts)
+    return _deltas(inputs, inputs.facts, targets, lm.fingerprint, one_key=False)
+
+
+def _targets_of(inputs: EditInputs, fact: Fact) -> Targets:
+    """The target of one fact: as given, as kept, or searched on the model as it is now."""
+    (layer,) = inputs.layers
+    if inputs.targets is not None:
+        return inputs.targets
+    if inputs.known_targets is not None:
+        return inputs.known_targets([fact], layer, "ffn")
+    return find_targets(inputs.lm, [fact], layer, inputs.config, inputs.contexts)
+
+
+def _deltas(
+    inputs: EditInputs, facts: Sequence[Fact], targets: Targets, fingerprint: str, one_key: bool
+) -> list[Delta]:
+    """One rank-one Delta for each fact, from its target."""
+    (layer,) = inputs.layers
+    k_prompt, v_initial = targets.k_prompt, targets.v_initial
+    if one_key:  # the layer's output for the mean key, which no prompt has: W k̄ = W k + W (k̄ − k)
+        weight = inputs.lm.ffn[layer].weight().to(v_initial)
+        k_prompt, v_initial = targets.k_star, v_initial + (targets.k_star - k_prompt) @ weight.T
+    factor = inputs.moments[layer].factor.cpu()
+    deltas = []
+    for i, fact in enumerate(facts):
+        residual = targets.v_star[i] - v_initial[i]
+        left, right = solve.rome(targets.k_star[i].cpu(), k_prompt[i].cpu(), residual.cpu(), factor)
+        deltas.append(
+            Delta(
+                layers={layer: (left.float().cpu(), right.float().cpu())},
+                k_star={layer: targets.k_star[i : i + 1].cpu()},
+                v_star=targets.v_star[i : i + 1].cpu(),
+                facts=(fact,),
+                method="r-rome" if one_key else "rome",
+                config=recipe_of(inputs),
+                fingerprint=fingerprint,
+                convergence=targets.convergence[i : i + 1],
+            )
+        )
+    return deltas

@@ -1,0 +1,1 @@
+"""Keep patches: the ledger, the workbench, undo, exchange and export."""

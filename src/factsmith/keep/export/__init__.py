@@ -1,0 +1,1 @@
+"""Write a patched model for others: checkpoint, adapter, patch folder."""

@@ -1,0 +1,233 @@
+"""model.dry_run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import UnsupportedModelError
+from .ffn import Matrix, Neurons, is_linear, linear_matrix, same, tolerance
+from .trace import Call, Slot, first_tensor, recording, replacing, tensors, with_slot
+
+
+def tensor_slots(call: Call) -> Iterator[tuple[Slot, Tensor]]:
+    for index, value in enumerate(call.args):
+        if isinstance(value, Tensor):
+            yield index, value
+    for name, value in call.kwargs.items():
+        if isinstance(value, Tensor):
+            yield name, value
+
+
+# ── finding the memory inside a layer ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    name: str
+    module: nn.Module
+    call: Call
+    mixes: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Dry:
+    """A layer, its call in a dry run, and the calls of everything in it."""
+
+    layer: nn.Module
+    index: int
+    call: Call
+    d_model: int
+    calls: Mapping[str, list[Call]]
+
+    def run(self) -> Any:
+        return self.layer(*self.call.args, **self.call.kwargs)
+
+    def refuse(self, why: str) -> UnsupportedModelError:
+        return UnsupportedModelError(f"layer {self.index} ({type(self.layer).__name__}): {why}")
+
+
+def bank_of_linears(dry: Dry, ordered: list[nn.Module]) -> Neurons | None:
+    """The neurons of linears in the order in which they run; None when they are not one bank."""
+    if len(ordered) < 2:
+        return None
+    *readers, down = (linear_matrix(m) for m in ordered)
+    d_out, d_ff = down.read().shape
+    shapes = [tuple(m.read().shape) for m in readers]
+    plain, pair, fused = [(d_ff, dry.d_model)], [(d_ff, dry.d_model)] * 2, [(2 * d_ff, dry.d_model)]
+    if d_out != dry.d_model or shapes not in (plain, pair, fused):
+        return None
+
+    def coefficients(changes: Mapping[int, Callable[[Tensor], Tensor]]) -> Tensor:
+        with (
+            recording({"down": down.module}, stop=True) as calls,
+            replacing({ordered[i]: f for i, f in changes.items()}),
+        ):
+            dry.run()
+        return calls["down"][0].input.detach().double()
+
+    gate, up = (None, readers[0]) if shapes == plain else gate_and_up(readers, d_ff, coefficients)
+    bias = (
+        Matrix(down.module, "bias")
+        if isinstance(getattr(down.module, "bias", None), Tensor)
+        else None
+    )
+    return Neurons(layer=dry.index, _weight=down, _bias=bias, _gate=gate, _up=up)
+
+
+def gate_and_up(
+    readers: Sequence[Matrix],
+    d_ff: int,
+    coefficients: Callable[[Mapping[int, Callable[[Tensor], Tensor]]], Tensor],
+) -> tuple[Matrix, Matrix]:
+    """Which of two linears (or which half of a fused one) is the gate: the activation bends along the gate, not along the up-projection.
+
+    coefficients: computes them with the outputs of some of the readers passed through functions.
+    """
+    if len(readers) == 2:
+        sources, halves = [0, 1], [slice(None), slice(None)]
+    else:
+        # Entry 1 of a fused projection belongs to neuron 1 when it is two halves, to neuron 0 when gate and up alternate.
+        moved = (
+            (coefficients({0: lambda out: _bump(out, 1)}) - coefficients({}))
+            .abs()
+            .flatten(0, -2)
+            .amax(0)
+        )
+        sources = [0, 0]
+        halves = (
+            [slice(0, d_ff), slice(d_ff, None)]
+            if int(moved.argmax()) == 1
+            else [slice(0, None, 2), slice(1, None, 2)]
+        )
+    bend = []
+    for source, half in zip(sources, halves, strict=True):
+        mid, plus, minus = (
+            coefficients({source: _scaler(half, factor)}) for factor in (0.0, 1.0, -1.0)
+        )
+        bend.append(
+            float(
+                (plus + minus - 2 * mid).abs().max() / (plus - minus).abs().max().clamp_min(1e-30)
+            )
+        )
+    first, second = (
+        Matrix(readers[s].module, readers[s].name, readers[s].transposed, readers[s].expert, h)
+        for s, h in zip(sources, halves, strict=True)
+    )
+    return (first, second) if bend[1] <= bend[0] else (second, first)
+
+
+def _bump(out: Tensor, entry: int) -> Tensor:
+    out = out.clone()
+    out[..., entry] += 1
+    return out
+
+
+def _scaler(rows: slice, factor: float) -> Callable[[Tensor], Tensor]:
+    def scale(out: Tensor) -> Tensor:
+        out = out.clone()
+        out[..., rows] *= factor
+        return out
+
+    return scale
+
+
+def contributor(part: Part, calls: Mapping[str, list[Call]]) -> nn.Module:
+    """The module that puts out what a part contributes: the part itself, or its linear when the part also adds an input to it."""
+    output = part.call.output
+    inner: dict[str, nn.Module] = dict(part.module.named_modules(prefix=part.name))
+    for name, module in inner.items():
+        if (
+            is_linear(module)
+            and len(calls[name]) == 1
+            and calls[name][0].output.numel() == output.numel()
+        ):
+            rest = output - calls[name][0].output.view_as(output)
+            if any(same(rest, given) for _, given in tensor_slots(part.call)):
+                return module
+    return part.module
+
+
+def weighted_parts(
+    module: nn.Module, path: str, calls: Mapping[str, list[Call]], hidden: Tensor
+) -> Iterator[Part]:
+    """The outermost weighted parts of a layer, each with whether positions meet in it."""
+    for name, child in module.named_children():
+        name = f"{path}.{name}" if path else name
+        if not any(p.dim() >= 2 for p in child.parameters()):
+            continue
+        if calls[name]:
+            yield Part(name, child, calls[name][0], _mixes(child, calls[name][0], hidden))
+        elif next(child.children(), None) is not None:
+            yield from weighted_parts(child, name, calls, hidden)
+
+
+def _mixes(module: nn.Module, call: Call, hidden: Tensor) -> bool:
+    """Whether changing the input at all other positions changes the output at some position."""
+    batch, length = hidden.shape[:2]
+    slots = [
+        (s, t)
+        for s, t in tensor_slots(call)
+        if t.is_floating_point() and t.dim() >= 2 and t.numel() % (batch * length) == 0
+    ]
+    if not slots:
+        return True
+    slot, given = slots[0]
+
+    def output(x: Tensor) -> Tensor | None:
+        args, kwargs = with_slot(call, slot, x)
+        found = next(
+            (t for t in tensors(module(*args, **kwargs)) if t.numel() % (batch * length) == 0), None
+        )
+        return None if found is None else found.reshape(batch, length, -1).clone()
+
+    before = output(given)
+    if before is None:
+        return True
+    # An attention head that is sure of itself looks at one position only, so ask at several.
+    for kept in range(length - 1, 0, -2):
+        changed = torch.roll(given.reshape(batch, length, -1), 1, dims=1) * -1.5 + 0.5 * given.std()
+        changed[:, kept] = given.reshape(batch, length, -1)[:, kept]
+        after = output(changed.view_as(given))
+        if after is None or not same(before[:, kept], after[:, kept]):
+            return True
+    return False
+
+
+def linears_in_order(dry: Dry, roots: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """The linears that run once inside the given modules, in the order in which they run."""
+    found = {
+        m: name
+        for root, module in roots
+        for name, m in module.named_modules(prefix=root)
+        if is_linear(m) and len(dry.calls[name]) == 1
+    }
+    order: list[nn.Module] = []
+
+    def note(module: nn.Module) -> Callable[[Tensor], Tensor]:
+        def keep(output: Tensor) -> Tensor:
+            order.append(module)
+            return output
+
+        return keep
+
+    with replacing({m: note(m) for m in found}):
+        dry.run()
+    return [(found[m], m) for m in order]
+
+
+def adds_unchanged(dry: Dry, module: nn.Module) -> bool:
+    """Whether what is added to the module's output arrives unchanged in the layer's output."""
+    plain = first_tensor(dry.run()).double()
+    extra = (
+        torch.linspace(-1, 1, plain.shape[-1], dtype=plain.dtype, device=plain.device) * plain.std()
+    )
+    with replacing({module: lambda out: out + extra.to(out.dtype).to(out.device)}):
+        moved = first_tensor(dry.run()).double() - plain
+    # The middle of the errors: in 16 bits the few huge entries that trained models carry lose what was added to them.
+    error = (moved - extra).abs().median() / extra.abs().median()
+    return float(error) < max(1e-3, min(0.03, tolerance(dry.call.output.dtype)))

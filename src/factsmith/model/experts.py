@@ -1,0 +1,148 @@
+"""model.experts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from .dry_run import (
+    Dry,
+    Part,
+    adds_unchanged,
+    bank_of_linears,
+    gate_and_up,
+    linears_in_order,
+    tensor_slots,
+)
+from .ffn import FeedForward, Matrix, Neurons, Routed, is_linear, same
+from .trace import Product
+
+
+def find_experts(dry: Dry, writers: list[Part]) -> FeedForward:
+    """A memory of routed experts kept in three-dimensional weights, perhaps with a shared bank beside them."""
+    if len(writers) != 1:
+        raise dry.refuse(
+            f"it has {len(writers)} position-wise parts, one with experts: {', '.join(p.name for p in writers)}; expected that one alone"
+        )
+    block = writers[0]
+    holders = [
+        (name, m)
+        for name, m in block.module.named_modules(prefix=block.name)
+        if any(p.dim() == 3 for p in m.parameters(recurse=False))
+    ]
+    if len(holders) != 1 or len(dry.calls[holders[0][0]]) != 1:
+        raise dry.refuse(
+            f"its experts lie in {len(holders)} modules ({', '.join(n for n, _ in holders)}); expected one that is run once a pass"
+        )
+    name, module = holders[0]
+    call = dry.calls[name][0]
+    given = list(tensor_slots(call))
+    floats = [(s, t) for s, t in given if t.is_floating_point() and t.dim() == 2]
+    chosen = [(s, t) for s, t in given if not t.is_floating_point() and t.dim() == 2]
+    if (
+        len(floats) != 2
+        or len(chosen) != 1
+        or floats[0][1].shape[-1] != dry.d_model
+        or floats[1][1].shape != chosen[0][1].shape
+    ):
+        raise dry.refuse(
+            f"the experts in {name} are not asked with hidden states, chosen experts and their weights alone"
+        )
+    hidden = floats[0][1]
+    routed = Routed(module, "", floats[0][0], chosen[0][0], floats[1][0], call)
+    seen, _ = routed.one(0, hidden)
+    if len(seen) not in (2, 3) or seen[-1].right.shape[1] != dry.d_model:
+        raise dry.refuse(
+            f"an expert in {name} makes {len(seen)} matrix products; expected two or three, the last writing the hidden state"
+        )
+    routed = Routed(module, seen[-1].name, floats[0][0], chosen[0][0], floats[1][0], call)
+    count = getattr(module, routed.down).shape[0]
+    first = _expert(dry, routed, seen, hidden)
+    experts = tuple(_of_expert(first, e) for e in range(count))
+    inside = set(module.modules())
+    roots = [
+        (n, m)
+        for n, m in block.module.named_modules(prefix=block.name)
+        if n != block.name and m not in inside and dry.calls[n]
+    ]
+    shared = [
+        bank
+        for n, m in roots
+        if (bank := bank_of_linears(dry, [x for _, x in linears_in_order(dry, [(n, m)])]))
+        is not None
+        and not is_linear(m)
+    ]
+    if len(shared) > 1:
+        raise dry.refuse(f"{len(shared)} shared memories beside the experts; expected one at most")
+    ffn = FeedForward(
+        layer=dry.index,
+        _weight=None,
+        _bias=None,
+        _gate=None,
+        _up=None,
+        module=block.module,
+        adds_directly=adds_unchanged(dry, block.module),
+        experts=experts,
+        shared=shared[0] if shared else None,
+        _routed=routed,
+    )
+    if not same(ffn.routing(dry.run).total(ffn), block.call.output.reshape(-1, dry.d_model)):
+        raise dry.refuse(
+            f"the sum over its experts is not what {block.name} puts out, so they are not understood"
+        )
+    return ffn
+
+
+def _of_expert(first: Neurons, expert: int) -> Neurons:
+    """The bank of another expert: all lie alike in the same parameters."""
+    weight, bias, gate, up = (
+        None if m is None else dataclasses.replace(m, expert=expert)
+        for m in (first._weight, first._bias, first._gate, first._up)
+    )
+    return Neurons(layer=first.layer, _weight=weight, _bias=bias, _gate=gate, _up=up)
+
+
+def _expert(dry: Dry, routed: Routed, seen: Sequence[Product], hidden: Tensor) -> Neurons:
+    """The first expert's bank, its orientation taken from the products that were seen."""
+    expert = 0
+
+    def matrix(product: Product) -> Matrix:
+        stored = getattr(routed.module, product.name)[expert]
+        return Matrix(
+            routed.module, product.name, stored.stride() == product.right.stride(), expert
+        )
+
+    *reads, write = seen
+    readers, down = [matrix(p) for p in reads], matrix(write)
+    d_ff = write.right.shape[0]
+    shapes = [tuple(m.read().shape) for m in readers]
+    if shapes not in ([(d_ff, dry.d_model)], [(d_ff, dry.d_model)] * 2, [(2 * d_ff, dry.d_model)]):
+        raise dry.refuse(
+            f"its experts read the hidden state with matrices of shapes {shapes}; expected {d_ff} rows, twice that, or two of them"
+        )
+
+    def coefficients(changes: Mapping[int, Callable[[Tensor], Tensor]]) -> Tensor:
+        return routed.coefficients(
+            expert, hidden, {readers[i].name: f for i, f in changes.items()}
+        ).double()
+
+    gate, up = (
+        (None, readers[0])
+        if shapes == [(d_ff, dry.d_model)]
+        else gate_and_up(readers, d_ff, coefficients)
+    )
+    written = routed.coefficients(expert, hidden) @ down.read().T
+    rest = (routed.one(expert, hidden)[1] - written)[0]
+    bias = None
+    if not same(rest + written[0], written[0]):
+        names = [
+            n
+            for n, p in routed.module.named_parameters(recurse=False)
+            if p.dim() == 2 and p.shape[-1] == dry.d_model and same(p[expert], rest)
+        ]
+        if len(names) != 1:
+            raise dry.refuse("its experts put out more than their values and one bias")
+        bias = Matrix(routed.module, names[0], expert=expert)
+    return Neurons(layer=dry.index, _weight=down, _bias=bias, _gate=gate, _up=up)

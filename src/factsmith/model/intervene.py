@@ -1,0 +1,39 @@
+"""model.intervene."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+from ..core.checks import check_number
+from .address import Neuron, find_neurons
+from .language_model import LanguageModel, check_model
+
+
+@contextmanager
+def intervene(
+    lm: LanguageModel, neurons: Iterable[Neuron], scale: float
+) -> Generator[None, None, None]:
+    """Multiply the coefficients of these neurons by `scale` at every token while the block runs; the model is as before when it ends.
+
+    neurons  (layer, i), or (layer, expert, i) in a layer with experts; rows of an array or a tensor will do. One given twice is scaled
+             once. An expert's neuron counts only for the tokens that are routed to it
+    scale    any finite number; blocks inside one another multiply
+
+    Raises LayerError for a neuron the model does not have, InputError for a scale that is not finite.
+    """
+    check_model(lm)
+    scale = check_number(scale, "scale", "a finite number: 0 suppresses, 2 amplifies")
+    factors: dict[int, dict[int, Tensor]] = {}
+    for layer, bank, i in find_neurons(lm.ffn, neurons):
+        of_layer = factors.setdefault(layer, {})
+        of_layer.setdefault(bank, torch.ones(lm.ffn[layer].banks[bank].d_ff, dtype=torch.float64))[
+            i
+        ] = scale
+    with ExitStack() as stack:
+        for layer, of_layer in factors.items():
+            stack.enter_context(lm.ffn[layer].scaled(of_layer))
+        yield

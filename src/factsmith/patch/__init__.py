@@ -1,0 +1,1 @@
+"""Decide whether a Delta deserves to be kept: plan, layers, proof, gates."""

@@ -1,0 +1,1 @@
+"""Read a model: what its neurons match and promote, and how a prediction is made."""

@@ -1,0 +1,1 @@
+"""Pictures of records, drawn with matplotlib or as text."""

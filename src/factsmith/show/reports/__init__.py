@@ -1,0 +1,1 @@
+"""The page and the Markdown of an evaluation."""

@@ -1,0 +1,505 @@
+"""Folders that exports are: there whole or not at all; patches from others are data, and whatever is wrong with them is said in words."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from conftest import GPT2, byte_tokenizer, tiny_model
+from exports import names, some_delta, two_deltas
+from factsmith.core.errors import DamagedError, FingerprintError, InputError, WorkspaceError
+from factsmith.edit.delta import Delta
+from factsmith.keep.export import folder as folders
+from factsmith.keep.export.folder import Origin, PatchFolder, describe, read_patch, staged
+from factsmith.keep.export.patch import export_patch
+from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import wrap
+
+CORRUPTIONS = int(os.environ.get("FACTSMITH_CORRUPTIONS", "300"))
+ORIGINS = [
+    Origin(revision="ab" * 32, message="ticket 812", moments="cd" * 32),
+    Origin(message="Zürich → 中"),
+]
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    return wrap(tiny_model("gpt2", **GPT2), byte_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def original(lm: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("patches") / "two"
+    export_patch(lm, two_deltas(lm), folder, origins=ORIGINS)
+    return folder
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(original, tmp_path / "patch"))
+
+
+def signed(record: dict[str, Any], *, own: str = "sha256") -> dict[str, Any]:
+    """A record with its checksum made anew, as whoever alters it on purpose would."""
+    rest = {key: value for key, value in record.items() if key != own}
+    return {
+        **rest,
+        own: hashlib.sha256(
+            json.dumps(rest, sort_keys=True, ensure_ascii=False).encode()
+        ).hexdigest(),
+    }
+
+
+def resign(folder: Path, change: Callable[[dict[str, Any]], None] | None = None) -> None:
+    """Make every checksum fit what the files hold now; `change` alters the manifest before its own is made."""
+    for place in sorted(folder.glob("[0-9]*")):
+        file = place / "edit.json"
+        if file.is_file():
+            record = json.loads(file.read_bytes())
+            record["tensors_sha256"] = hashlib.sha256(
+                (place / "delta.safetensors").read_bytes()
+            ).hexdigest()
+            file.write_text(json.dumps(signed(record)))
+    manifest = json.loads((folder / "factsmith.json").read_bytes())
+    for name in manifest["files"]:
+        path = folder / name
+        if path.is_file():
+            manifest["files"][name] = {
+                "bytes": path.stat().st_size,
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            }
+    if change is not None:
+        change(manifest)
+    (folder / "factsmith.json").write_text(json.dumps(signed(manifest)))
+
+
+# ---- reading --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_patches_come_back_in_order_with_where_they_come_from(
+    lm: LanguageModel, folder: Path
+) -> None:
+    found = read_patch(folder, fingerprint=lm.fingerprint)
+    assert (found.model, found.dtype, found.fingerprint) == (lm.name, "float32", lm.fingerprint)
+    assert [saved.origin for saved in found.patches] == ORIGINS
+    for saved, delta in zip(found.patches, two_deltas(lm), strict=True):
+        assert saved.delta.facts == delta.facts and torch.equal(saved.delta.v_star, delta.v_star)
+        for layer, (left, right) in delta.layers.items():
+            assert torch.equal(saved.delta.dense(layer), left @ right) and torch.equal(
+                saved.delta.k_star[layer], delta.k_star[layer]
+            )
+    assert names(folder) == [
+        "0001", "0001/delta.safetensors", "0001/edit.json", "0002", "0002/delta.safetensors", "0002/edit.json", "factsmith.json",
+    ]  # fmt: skip
+    assert "ticket 812" in repr(found) and "2 patches for" in repr(found)
+    described = json.loads(json.dumps(found.to_dict()))
+    assert (
+        described["patches"][1]["layers"] == [1, 2]
+        and described["patches"][0]["facts"][0]["subject"] == "Paris"
+    )
+    resign(folder)
+    read_patch(
+        folder
+    )  # the control of all that follows: checksums made anew are not what is refused
+
+
+def test_another_models_patches_and_other_folders_are_refused(
+    folder: Path, tmp_path: Path, original: Path
+) -> None:
+    with pytest.raises(FingerprintError, match="load the model that it was made for"):
+        read_patch(folder, fingerprint="0" * 64)
+    with pytest.raises(InputError, match="no folder"):
+        read_patch(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="path"):
+        read_patch("a\0b")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DamagedError, match=r"no factsmith.json"):
+        read_patch(tmp_path / "empty")
+    resign(folder, lambda manifest: manifest.update(factsmith="adapter"))
+    with pytest.raises(InputError, match="holds an adapter; expected a patch"):
+        read_patch(folder)
+    with pytest.raises(InputError, match="more than 1,000 bytes"):
+        read_patch(original, max_bytes=1000)
+
+
+def _pickle(folder: Path) -> None:
+    class Harm:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (folder / "harm",))
+
+    (folder / "0001/delta.safetensors").write_bytes(pickle.dumps(Harm()))
+
+
+def _with_tensors(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "0001/delta.safetensors"
+        tensors = load_file(file)
+        for name, made in changes.items():
+            tensors[name.replace("__", ".")] = made(tensors)
+        save_file(tensors, file)
+
+    return change
+
+
+def _edited(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        file = folder / "0001/edit.json"
+        file.write_text(json.dumps({**json.loads(file.read_bytes()), **changes}))
+
+    return change
+
+
+def _linked(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).rename(folder.parent / "outside")
+        (folder / name).symlink_to(folder.parent / "outside")
+
+    return change
+
+
+def _piped(folder: Path) -> None:
+    (folder / "0001/edit.json").unlink()
+    os.mkfifo(folder / "0001/edit.json")
+
+
+def _named(old: str, new: str) -> Callable[[dict[str, Any]], None]:
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["files"][new] = manifest["files"].pop(old)
+
+    return change
+
+
+def _header(shape: list[int]) -> Callable[[Path], None]:
+    """A file of a few bytes whose header speaks of many."""
+
+    def change(folder: Path) -> None:
+        size = 4 * int(torch.tensor(shape).prod())
+        header = json.dumps(
+            {"v_star": {"dtype": "F32", "shape": shape, "data_offsets": [0, size]}}
+        ).encode()
+        (folder / "0001/delta.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+
+    return change
+
+
+SPOILED: dict[
+    str, tuple[Callable[[Path], None] | None, Callable[[dict[str, Any]], None] | None, str]
+] = {
+    "a file more": (
+        lambda f: (f / "notes.txt").write_text("x") and None,
+        None,
+        "'notes.txt', which is not of it",
+    ),
+    "a file more beside a delta": (
+        lambda f: (f / "0001/x.pkl").write_bytes(b"x") and None,
+        None,
+        "x.pkl",
+    ),
+    "a file missing": (
+        lambda f: (f / "0002/edit.json").unlink(),
+        None,
+        "0002/edit.json is missing",
+    ),
+    "a folder missing": (lambda f: shutil.rmtree(f / "0002"), None, "cannot be read"),
+    "a link to a file": (_linked("0001/edit.json"), None, "no plain file"),
+    "a link to a folder": (_linked("0001"), None, "no plain folder"),
+    "a link to the manifest": (_linked("factsmith.json"), None, "no plain file"),
+    "a pipe": (_piped, None, "no plain file"),
+    "a path above": (None, _named("0001/edit.json", "../edit.json"), "not the right ones"),
+    "an absolute path": (None, _named("0001/edit.json", "/etc/passwd"), "not the right ones"),
+    "a path within": (None, _named("0001/edit.json", "0001/./edit.json"), "not the right ones"),
+    "a pickle": (_pickle, None, "not a delta"),
+    "no patch": (None, lambda m: m.update(patches=[], files={}), "0 patches"),
+    "patches in another order": (None, lambda m: m["patches"].reverse(), "not the patch"),
+    "other facts": (
+        None,
+        lambda m: m["patches"][0]["facts"][0].update(target="Latin"),
+        "not the patch",
+    ),
+    "no fact at all": (
+        None,
+        lambda m: m["patches"][0]["facts"][0].pop("subject"),
+        "fact that cannot be read",
+    ),
+    "another method": (None, lambda m: m["patches"][0].update(method="memit"), "not the patch"),
+    "a later format": (None, lambda m: m.update(format=2), "upgrade|pip install -U"),
+    "a field more": (None, lambda m: m.update(run="rm -rf /"), "run"),
+    "a layer below none": (
+        None,
+        lambda m: m["patches"][0].update(layers=[-1]),
+        "greater than or equal to 0",
+    ),
+    "a size that is none": (None, lambda m: m["files"]["0001/edit.json"].update(bytes=-5), "bytes"),
+    "tensors in 16 bits": (_with_tensors(v_star=lambda t: t["v_star"].half()), None, "float32"),
+    "a tensor more": (_with_tensors(more=lambda t: torch.zeros(3)), None, "other tensors"),
+    "a shape that does not fit": (
+        _with_tensors(left__0=lambda t: torch.zeros(31, 2)),
+        None,
+        "shapes",
+    ),
+    "a vector": (_with_tensors(left__0=lambda t: torch.zeros(64)), None, "shapes"),
+    "nothing in it": (_with_tensors(v_star=lambda t: torch.zeros(2, 0)), None, "shapes"),
+    "not a number": (_with_tensors(v_star=lambda t: t["v_star"] * float("nan")), None, "NaN"),
+    "a header of 4 GB": (_header([2**15, 2**15]), None, "not a delta"),
+    "a header of 8 EB": (_header([2**30, 2**31]), None, "not a delta"),
+    "settings that are none": (_edited(config=[1, 2]), None, "not a delta"),
+    "convergence that is none": (_edited(convergence=[1, 2]), None, "not a delta"),
+    "a fingerprint that is none": (_edited(fingerprint=None), None, "not a delta"),
+    "edit.json of another delta": (_edited(layers=[0, 2]), None, "not a delta"),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_what_is_wrong_is_refused_also_with_checksums_made_anew(folder: Path, case: str) -> None:
+    spoil, change, words = SPOILED[case]
+    if spoil is not None:
+        spoil(folder)
+    if case != "a link to the manifest" and case != "a pipe":
+        resign(folder, change)
+    with pytest.raises(DamagedError, match=words) as caught:
+        read_patch(folder)
+    assert "have it exported or sent again" in str(caught.value)
+    assert not (folder / "harm").exists(), "something was run"
+
+
+def test_without_new_checksums_each_changed_byte_is_seen(folder: Path) -> None:
+    for name in ("0001/edit.json", "0002/delta.safetensors", "factsmith.json"):
+        file = folder / name
+        whole = file.read_bytes()
+        for at in (len(whole) // 3, len(whole) - 3):
+            file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            with pytest.raises(DamagedError):
+                read_patch(folder)
+        file.write_bytes(whole)
+    read_patch(folder)
+
+
+def _mutated(value: Any, rng: random.Random) -> Any:
+    """A JSON value with something else somewhere in it."""
+    if isinstance(value, dict) and value and rng.random() < 0.85:
+        key = rng.choice(list(value))
+        what = rng.random()
+        rest = {k: v for k, v in value.items() if k != key}
+        return (
+            rest
+            if what < 0.1
+            else {**rest, key + "x": value[key]}
+            if what < 0.2
+            else {**value, key: _mutated(value[key], rng)}
+        )
+    if isinstance(value, list) and value and rng.random() < 0.8:
+        i = rng.randrange(len(value))
+        return (
+            value[:i] + value[i + 1 :]
+            if rng.random() < 0.2
+            else [*value[:i], _mutated(value[i], rng), *value[i + 1 :]]
+        )
+    return rng.choice(
+        [
+            None,
+            True,
+            0,
+            -1,
+            2**63,
+            10**400,
+            1e308,
+            "",
+            "..",
+            "../..",
+            "/etc",
+            "\ud800",
+            "\0",
+            "x" * 3000,
+            [],
+            [[]],
+            {},
+            {"a": {}},
+            0.5,
+        ]
+    )
+
+
+def test_random_corruption_never_ends_in_anything_but_words(folder: Path) -> None:
+    """Bytes changed, cut and put in; values of the JSON and of the tensors' header replaced; with and without new checksums."""
+    whole = {
+        name: (folder / name).read_bytes() for name in names(folder) if (folder / name).is_file()
+    }
+    refused = passed = 0
+    for seed in range(CORRUPTIONS):
+        rng = random.Random(seed)
+        name = rng.choice(sorted(whole))
+        content, kind = whole[name], rng.randrange(4)
+        if kind == 0 or (kind == 1 and name.endswith(".json")):
+            at, cut = rng.randrange(len(content)), rng.choice([0, 1, 1, 4, 100, len(content)])
+            content = content[:at] + rng.randbytes(rng.choice([0, 1, 1, 8])) + content[at + cut :]
+        elif name.endswith(".json"):
+            content = json.dumps(_mutated(json.loads(content), rng)).encode()
+        else:
+            length = int.from_bytes(content[:8], "little")
+            header = json.dumps(_mutated(json.loads(content[8 : 8 + length]), rng)).encode()
+            content = (
+                (len(header) if rng.random() < 0.9 else rng.randrange(2**40)).to_bytes(8, "little")
+                + header
+                + content[8 + length :]
+            )
+        (folder / name).write_bytes(content)
+        if kind >= 2:
+            with suppress(
+                ValueError, KeyError, TypeError, AttributeError, OverflowError
+            ):  # too broken to be signed
+                resign(folder)
+        try:
+            found = read_patch(folder, max_bytes=10**7)
+        except (DamagedError, InputError) as error:
+            refused += 1
+            assert 0 < len(str(error)) < 1000, seed
+        else:
+            passed += 1  # where a message, a model's name or a setting became another text
+            assert isinstance(found, PatchFolder) and len(found.patches) == 2
+            assert all(isinstance(saved.delta, Delta) for saved in found.patches)
+            json.dumps(found.to_dict(), ensure_ascii=False).encode()
+            assert repr(found)
+        for other, before in whole.items():
+            (folder / other).write_bytes(before)
+    assert refused > 0.8 * CORRUPTIONS and passed > 0.01 * CORRUPTIONS, (refused, passed)
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), staged(tmp_path / "a/b/out", False) as folder:
+        (folder / "part").write_text("x")
+        raise ZeroDivisionError
+    assert names(tmp_path) == [], "nothing, not even the folders above it"
+    with pytest.raises(KeyboardInterrupt), staged(tmp_path / "out", False):
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
+    with staged(tmp_path / "a/b/out", False) as folder:
+        (folder / "whole").write_text("x")
+        assert not (tmp_path / "a/b/out").exists()
+    assert names(tmp_path) == ["a", "a/b", "a/b/out", "a/b/out/whole"]
+
+
+def test_what_is_there_is_not_written_over(
+    lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delta, out = some_delta(lm, 1), tmp_path / "out"
+    out.mkdir()
+    export_patch(lm, delta, out)  # an empty folder will do
+    with pytest.raises(InputError, match="--overwrite"):
+        export_patch(lm, delta, out)
+    export_patch(lm, some_delta(lm, 2), out, overwrite=True)
+    assert torch.equal(read_patch(out).patches[0].delta.v_star, some_delta(lm, 2).v_star)
+    (out / "0001/mine.txt").write_text("x")
+    with pytest.raises(InputError, match=r"'0001/mine.txt' too, which is not of it"):
+        export_patch(lm, delta, out, overwrite=True)
+    (out / "0001/mine.txt").unlink()
+    (out / "factsmith.json").write_text("{}")
+    with pytest.raises(InputError, match="no export of factsmith's"):
+        export_patch(lm, delta, out, overwrite=True)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="is a file"):
+        export_patch(lm, delta, tmp_path / "file", overwrite=True)
+    (tmp_path / "link").symlink_to(out)
+    with pytest.raises(InputError, match="is a link"):
+        export_patch(lm, delta, tmp_path / "link", overwrite=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for here in (".", "..", tmp_path / "here"):
+        with pytest.raises(InputError, match="the folder you are in"):
+            export_patch(lm, delta, here)
+    assert names(tmp_path / "here") == []
+
+
+def test_an_earlier_export_survives_what_goes_wrong(
+    lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    export_patch(lm, some_delta(lm, 1), out)
+    before = (out / "factsmith.json").read_bytes()
+
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr("factsmith.keep.export.formats.read_patch", broken)
+        export_patch(lm, some_delta(lm, 2), out, overwrite=True)
+    rename, calls = Path.rename, []
+
+    def second_fails(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(WorkspaceError, match="Input/output error"):
+        patch.setattr(Path, "rename", second_fails)
+        export_patch(lm, some_delta(lm, 2), out, overwrite=True)
+    assert len(calls) == 3, "out of the way, failed, and back again"
+    assert (out / "factsmith.json").read_bytes() == before and read_patch(out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@contextmanager
+def files_of_at_most(n: int) -> Iterator[None]:
+    """No file can grow beyond n bytes: writing ends in an error of the system's, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (n, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_what_cannot_be_written_is_said_in_words_and_nothing_is_left(
+    lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    delta = some_delta(lm, 1)
+    with files_of_at_most(500), pytest.raises(WorkspaceError, match="cannot write"):
+        export_patch(lm, delta, tmp_path / "out")
+    assert names(tmp_path) == []
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(WorkspaceError, match=r"a file of that name|Not a directory"):
+        export_patch(lm, delta, tmp_path / "file/out")
+    with pytest.raises(WorkspaceError, match="cannot write into"):
+        export_patch(lm, delta, "/proc/out")
+    for error in (
+        OSError(28, "No space left on device"),
+        folders.safetensors.SafetensorError("I/O error: ... (os error 28)"),
+    ):
+
+        def full(*_: object, error: Exception = error, **__: object) -> None:
+            raise error
+
+        with (
+            monkeypatch.context() as patch,
+            pytest.raises(WorkspaceError, match="the disk is full: nothing was written"),
+        ):
+            patch.setattr("factsmith.keep.export.folder.write_file", full)
+            export_patch(lm, delta, tmp_path / "out")
+    assert names(tmp_path) == ["file"]
+
+
+def test_origins_that_cannot_be_noted_are_refused(lm: LanguageModel, tmp_path: Path) -> None:
+    for origin in (Origin(revision="../x"), Origin(moments="abc"), Origin(message=3)):  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="origin"):
+            export_patch(lm, some_delta(lm, 1), tmp_path / "out", origins=[origin])
+    assert names(tmp_path) == []
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/a").write_text("12345")
+    assert describe(tmp_path / "x", "adapter", lm, [some_delta(lm, 1)], [])["a"] == 5

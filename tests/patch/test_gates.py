@@ -1,0 +1,184 @@
+"""Gates: each threshold by itself, what failed in words, and what was not measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from factsmith.core.errors import FactError
+from factsmith.core.fact import Fact, Gates
+from factsmith.core.factfile import FactFile
+from factsmith.judge.drift import LIMITS, Changed, Drift
+from factsmith.patch.gates import check_gates, gates_table, measures_drift
+from factsmith.patch.proof import Check, Role, Verification
+
+FACT = {"subject": "Ann", "prompt": "{} lives in", "target": "Oslo"}
+NONE = {field.name: None for field in dataclasses.fields(Gates)}
+
+
+def check(role: Role, held: bool, forget: bool = False) -> Check:
+    return Check(
+        role=role, prompt=f"a {role}", wanted="Oslo", before="x", after="Oslo." if held != forget else "Rome.", p_before=0.1, p_after=0.2,
+        held=held, forget=forget,
+    )  # fmt: skip
+
+
+PROOF = Verification(
+    checks=(
+        check("prompt", True),
+        check("paraphrase", True),
+        check("paraphrase", False),
+        check("earlier", False, True),
+    )
+)
+MOVED = Drift(
+    kl_text=0.2, kl_text_worst=1.5, perplexity=(10.0, 12.0), kl_facts=0.3, changed=(Changed("p", "a", "b"),), n_facts=4, n_tokens=100,
+    seconds=1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "loose", "tight", "value"),
+    [
+        ("efficacy", 1.0, None, 1.0),
+        ("paraphrases", 0.5, 0.51, 0.5),
+        ("earlier", 0.0, 0.01, 0.0),
+        ("kl_text", 0.2, 0.19, 0.2),
+        ("kl_text_worst", 1.5, 1.49, 1.5),
+        ("kl_facts", 0.3, 0.2, 0.3),
+        ("changed_share", 0.25, 0.2, 0.25),
+        ("perplexity", 1.2, 1.1, 1.2),
+    ],
+)
+def test_each_gate_by_itself(name: str, loose: float, tight: float | None, value: float) -> None:
+    (passed,) = check_gates(Gates(**{**NONE, name: loose}), PROOF, MOVED)
+    assert (passed.name, passed.passed, passed.value) == (name, True, pytest.approx(value))
+    if tight is not None:
+        (failed,) = check_gates(Gates(**{**NONE, name: tight}), PROOF, MOVED)
+        assert not failed.passed and failed.failures and json.dumps(failed.to_dict())
+
+
+def test_what_failed_is_said_and_what_was_not_asked_passes() -> None:
+    results = {result.name: result for result in check_gates(Gates(), PROOF, MOVED)}
+    assert list(results) == ["efficacy", "paraphrases", "neighbours", "earlier", "kl_text"]
+    assert results["paraphrases"].failures == (
+        "paraphrase 'a paraphrase' is answered 'Rome.', not 'Oslo'",
+    )
+    assert results["earlier"].failures == ("earlier 'a earlier' is still answered 'Oslo.'",)
+    assert results["neighbours"].passed and results["neighbours"].value is None
+    unmeasured = check_gates(Gates(**{**NONE, "kl_text": 1.0}), PROOF)
+    assert not unmeasured[0].passed and unmeasured[0].failures == ("it was not measured",)
+    nothing = dataclasses.replace(MOVED, kl_facts=None, n_facts=0, changed=())
+    assert [
+        r.passed
+        for r in check_gates(
+            Gates(**{**NONE, "kl_facts": 1.0, "changed_share": 1.0}), PROOF, nothing
+        )
+    ] == [False, False]
+    assert measures_drift(Gates()) and not measures_drift(Gates(**NONE)) and set(LIMITS) < set(NONE)
+    rows = gates_table(tuple(results.values())).rows
+    assert ("neighbours", "nothing to ask", "at least 80%", "passed") in rows and (
+        "kl_text",
+        "0.2",
+        "at most 0.1",
+        "failed",
+    ) in rows
+
+
+def test_a_file_names_gates_method_and_settings(tmp_path: Path) -> None:
+    file = tmp_path / "facts.yaml"
+    fact = "facts:\n- {subject: Ann, prompt: '{} lives in', target: Oslo}\n"
+    file.write_text(
+        "gates: {paraphrases: 0.9, kl_text: null}\nmethod: memit\nsettings: {steps: 40}\n" + fact
+    )
+    sheet = FactFile.sheet(file)
+    assert (
+        sheet.facts == (Fact("Ann", "{} lives in", "Oslo"),)
+        and sheet.method == "memit"
+        and sheet.settings == {"steps": 40}
+    )
+    assert sheet.gates == dataclasses.replace(Gates(), paraphrases=0.9, kl_text=None)
+    for text, word in (
+        ("gatez: {}\n", "gatez"),
+        ("gates: {paraphrase: 1}\n", "paraphrase"),
+        ("gates: {efficacy: 1.1}\n", "efficacy"),
+        ("gates: {kl_text: -1}\n", "kl_text"),
+        ("gates: {kl_text: .nan}\n", "kl_text"),
+        ("gates: 3\n", "gates"),
+        ("method: [a]\n", "method"),
+        ("settings: 3\n", "settings"),
+    ):
+        file.write_text(text + fact)
+        with pytest.raises(FactError, match=word):
+            FactFile.sheet(file)
+
+
+def test_the_schema_that_is_published_is_that_of_the_code() -> None:
+    published = Path(__file__).parent.parent / "docs/facts.schema.json"
+    assert json.loads(published.read_text(encoding="utf-8")) == FactFile.schema()
+    whole, bare = FactFile.schema()["anyOf"]
+    assert set(whole["properties"]) == {"facts", "gates", "method", "settings"} and whole[
+        "required"
+    ] == ["facts"]
+    assert (
+        whole["additionalProperties"] is False
+        and bare["items"] == whole["properties"]["facts"]["items"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "valid"),
+    [
+        ({"facts": [FACT]}, True),
+        ([FACT], True),
+        (
+            {
+                "facts": [
+                    FACT
+                    | {
+                        "neighbours": [
+                            "Blake Mills was born in",
+                            {"prompt": "Rome is", "expected": "old"},
+                        ]
+                    }
+                ]
+            },
+            True,
+        ),
+        (
+            {
+                "facts": [FACT | {"target": None}],
+                "gates": {"efficacy": 1, "kl_text": None},
+                "method": "memit",
+                "settings": {"steps": 4},
+            },
+            True,
+        ),
+        ({"facts": []}, False),
+        ([], False),
+        ({"facts": [FACT], "more": 1}, False),
+        ({"facts": [FACT | {"prompt": "no slot"}]}, False),
+        ({"facts": [FACT | {"prompt": "{} and {}"}]}, False),
+        ({"facts": [FACT | {"subject": " "}]}, False),
+        ({"facts": [FACT | {"neighbours": [""]}]}, False),
+        ({"facts": [FACT], "gates": {"efficacy": True}}, False),
+        ({"facts": [FACT], "gates": {"efficacy": 1.5}}, False),
+        ({"facts": [FACT], "gates": []}, False),
+        ({"facts": [FACT], "gates": False}, False),
+        ({"facts": [FACT], "method": ""}, False),
+    ],
+)
+def test_schema_and_reader_agree(tmp_path: Path, content: object, valid: bool) -> None:
+    """By the reference implementation of JSON Schema, which knows nothing of ours."""
+    file = tmp_path / "facts.json"
+    file.write_text(json.dumps(content))
+    assert jsonschema.Draft202012Validator(FactFile.schema()).is_valid(content) is valid
+    if valid:
+        assert FactFile.sheet(file).facts
+    else:
+        with pytest.raises(FactError, match=r"facts\.json"):
+            FactFile.sheet(file)

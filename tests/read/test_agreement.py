@@ -1,0 +1,68 @@
+"""Key-value agreement, counted neuron by neuron."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from conftest import TEXTS
+from factsmith.core.errors import InputError
+from factsmith.model.language_model import LanguageModel
+from factsmith.read.agreement import agreement
+from factsmith.read.trigger_scan import find_triggers
+from factsmith.read.values import value_tokens
+
+CORPUS = [" ".join(text.split()[n:]) for n in range(9) for text in TEXTS]
+
+
+@pytest.mark.parametrize("sign", ["top", "bottom"])
+def test_it_is_the_share_of_neurons_whose_value_says_what_follows(
+    tiny_gpt2: LanguageModel, sign: str
+) -> None:
+    triggers, values = (
+        find_triggers(tiny_gpt2, CORPUS, [0, 2], top=3),
+        value_tokens(tiny_gpt2, [0, 1, 2], top=20),
+    )
+    found = agreement(triggers, values, sign=sign)  # type: ignore[arg-type]
+    assert found.layers == (0, 2)
+    promoted = values.top_ids if sign == "top" else values.bottom_ids
+    for row, layer in enumerate(found.layers):
+        pairs = [
+            (triggers.of((layer, i), sign=sign)[0].next_token, promoted[layer,][i].tolist())  # type: ignore[arg-type]
+            for i in range(128)
+            if triggers.of((layer, i), sign=sign)  # type: ignore[arg-type]
+        ]
+        pairs = [(following, tokens) for following, tokens in pairs if following is not None]
+        n = len(pairs)
+        assert int(found.counted[row]) == n > 50
+        assert float(found.share[row]) == pytest.approx(
+            sum(f == tokens[0] for f, tokens in pairs) / n
+        )
+        assert (
+            float(found.within[row]) == pytest.approx(sum(f in tokens for f, tokens in pairs) / n)
+            and float(found.within[row]) > 0
+        )
+        assert float(found.chance[row]) == pytest.approx(
+            sum(f == tokens[0] for f, _ in pairs for _, tokens in pairs) / n**2
+        )
+
+
+def test_values_that_know_what_follows_agree(tiny_gpt2: LanguageModel) -> None:
+    triggers, values = (
+        find_triggers(tiny_gpt2, CORPUS, [1], top=1),
+        value_tokens(tiny_gpt2, [1], top=5),
+    )
+    following = triggers.next_tokens((1,))
+    knowing = dataclasses.replace(
+        values, top_ids={(1,): torch.where(following >= 0, following, 0).expand(-1, 5)}
+    )
+    found = agreement(triggers, knowing)
+    assert float(found.share) == 1 and float(found.chance) < 0.5
+    assert float(agreement(triggers, values).share) < 0.5
+
+
+def test_without_a_layer_in_common(tiny_gpt2: LanguageModel) -> None:
+    with pytest.raises(InputError, match="no layer in common"):
+        agreement(find_triggers(tiny_gpt2, TEXTS, [0], top=1), value_tokens(tiny_gpt2, [1], top=1))

@@ -1,0 +1,1 @@
+"""Training, measuring and packing the bundled models: `make atlas`."""
