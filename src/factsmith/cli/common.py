@@ -34,7 +34,7 @@ from rich.text import Text
 from ..core import tables
 from ..core.errors import InputError
 from ..core.files import write_file
-from ..core.progress import CHOOSING, Progress
+from ..core.progress import Progress
 from ..core.tables import visible
 from ..keep.ledger import Ledger
 
@@ -268,20 +268,28 @@ def progress() -> Iterator[Progress]:
         TimeRemainingColumn(),
     )
     with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
+        yield _Reporter(bars)
 
-        def tell(what: str, done: int, total: int | None) -> None:
-            if what not in tasks:
-                if what == CHOOSING:
-                    told = "no layer was named, and none is known for this model: up to 30 trial edits choose one now, which takes a while; "
-                    told += "--layer names one, and `factsmith layers` in a workspace tries more and keeps its choice"
-                    bars.console.print(Text.assemble(("note: ", "bold"), told), soft_wrap=True)
-                for task in tasks.values():
-                    bars.update(task, visible=False)
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
 
-        yield tell
+class _Reporter:
+    """Shows progress as bars, and notes as lines that stay."""
+
+    def __init__(self, bars: Bars) -> None:
+        self.bars = bars
+        self.tasks: dict[str, Any] = {}
+
+    def __call__(self, step: str, done: int, total: int | None) -> None:
+        """Show how far a step is; an earlier step's bar goes."""
+        if step not in self.tasks:
+            for task in self.tasks.values():
+                self.bars.update(task, visible=False)
+            self.tasks[step] = self.bars.add_task(step, total=total)
+        self.bars.update(self.tasks[step], completed=done, total=total)
+
+    def note(self, text: str, *, argument: str | None = None) -> None:
+        """Print a note, with the option that changes it."""
+        option = "" if argument is None else f" (option: --{argument})"
+        self.bars.console.print(Text.assemble(("note: ", "bold"), text, option), soft_wrap=True)
 
 
 def plain_console(*, stderr: bool = False) -> Console:

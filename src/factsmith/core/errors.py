@@ -16,16 +16,25 @@
         ├── DamagedError          a file does not match its checksum or cannot be read
         └── RevisionError         no such revision, or an ambiguous id
 
-A message says what was got, what was expected, and what to do next. `exit_code` is what the command line returns.
+A message says what was got, what is accepted, and what to do next. It speaks of Python arguments, never of command-line flags: an error
+carries the name of the argument, and the command line names the flag. `exit_code` is what the command line returns.
 """
 
 from __future__ import annotations
 
 
 class FactsmithError(Exception):
-    """Base of every error raised on purpose."""
+    """Base of every error raised on purpose.
+
+    Attributes:
+        argument: The name of the Python argument to change, such as "layer". None: no single one.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "", *, argument: str | None = None) -> None:
+        super().__init__(message)
+        self.argument = argument
 
 
 class InputError(FactsmithError, ValueError):

@@ -1,17 +1,35 @@
-"""Progress, told to whoever asked for it."""
+"""Progress reports and notes, sent to whoever asked for them.
+
+    def show(step, done, total): print(step, done, total)
+    second_moments(lm, texts, [3], progress=show)
+
+A caller passes any function of (step, done, total). Where that function has a method or attribute `note`, it also gets notes: sentences
+that the caller should see while the work still runs.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
-Progress = Callable[[str, int, int | None], object]
-"""Called with what is being done, how much of it is done, and how much there is (None: not known)."""
-
-CHOOSING = "choosing layers to edit"
-"""What is told before layers are tried out that nobody named: work that the caller can spare."""
+Progress: TypeAlias = Callable[[str, int, int | None], object]
+"""Called with the name of the step, how much of it is done, and how much there is (None: not known)."""
 
 
-def tell(progress: Progress | None, what: str, done: int, total: int | None) -> None:
-    """Call it, where there is one."""
+def tell(progress: Progress | None, step: str, done: int, total: int | None) -> None:
+    """Report how far a step is."""
     if progress is not None:
-        progress(what, done, total)
+        progress(step, done, total)
+
+
+def note(progress: Progress | None, text: str, *, argument: str | None = None) -> None:
+    """Send a note.
+
+    Args:
+        progress: Gets the note if it has a `note`.
+        text: One sentence or two.
+        argument: The Python argument with which the caller can change this, such as "layer".
+    """
+    send = getattr(progress, "note", None)
+    if send is not None:
+        send(text, argument=argument)

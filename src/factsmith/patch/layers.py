@@ -13,7 +13,7 @@ from typing import Any
 
 from ..core.errors import InputError
 from ..core.fact import Fact, Probe, listed
-from ..core.progress import CHOOSING, Progress, tell
+from ..core.progress import Progress, note, tell
 from ..corpus.moments import SecondMoment, enough_tokens
 from ..corpus.moments_store import find_moments, kept_moments, moments_file, own_corpus
 from ..edit.configs import MemitConfig, RomeConfig, shipped
@@ -97,7 +97,12 @@ def quick_layers(
     progress: Progress | None,
 ) -> LayerChoice:
     """What `measure_layers` says after a few trial edits at the layers where the trace is strongest: for a patch that names no layer."""
-    tell(progress, CHOOSING, 0, None)
+    note(
+        progress,
+        "No layer was named, and none is known for this model. Up to 30 trial edits choose one now, which takes a while.",
+        argument="layer",
+    )
+    tell(progress, "choosing layers to edit", 0, None)
     return measure_layers(lm, None, MIN_FACTS, texts, contexts, seed, folder, progress, quick=True)
 
 
