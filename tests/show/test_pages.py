@@ -31,6 +31,7 @@ from factsmith.read.cards import Card, FactAdds, FactUse, card, fact_adds
 from factsmith.read.index import Index, build_index
 from factsmith.read.triggers import Trigger
 from factsmith.show.pages import neurons as pages
+from factsmith.show.pages import page as page_parts
 from factsmith.show.pages.neurons import card_page, layer_page, write_pages
 
 NASTY = [
@@ -340,7 +341,7 @@ def test_scripts_parse(name: str, tmp_path: Path) -> None:
     if (node := shutil.which("node")) is None:
         pytest.skip("no node to parse them with")
     script = tmp_path / name
-    script.write_text(pages._script(name), encoding="utf-8")
+    script.write_text(str(page_parts.script_block(name)), encoding="utf-8")
     subprocess.run([node, "--check", str(script)], check=True)
 
 
@@ -378,7 +379,7 @@ def test_a_large_layer_shows_less_of_each_neuron(
     dense: Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = layer_page(dense, 1)
-    monkeypatch.setattr(pages, "_LARGEST", len(json.dumps(Page(full).data)) // 2)
+    monkeypatch.setattr(pages, "LARGEST", len(json.dumps(Page(full).data)) // 2)
     small = Page(layer_page(dense, 1)).data["neurons"]
     neurons = Page(full).data["neurons"]
     assert len(small) == len(neurons) and all(own[5] for own in small)
@@ -445,7 +446,7 @@ def test_a_page_that_cannot_be_written_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pages, "write_file", full)
+    monkeypatch.setattr(page_parts, "write_file", full)
     with pytest.raises(WorkspaceError, match="No space left"):
         card_page(nasty_card, tmp_path / "card.html")
     assert not list(tmp_path.iterdir())
