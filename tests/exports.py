@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
 import torch
 
 from conftest import GPT2, LLAMA, byte_tokenizer, tiny_model
 from factsmith.core.fact import Fact
 from factsmith.edit.delta import Delta
-from factsmith.keep.export.readback import Heard, Questions
+from factsmith.keep.export import adapter, checkpoint
+from factsmith.keep.export.readback import Heard, Job, Questions
 from factsmith.model.language_model import LanguageModel
 
 SETTINGS = {"gpt2": GPT2, "llama": LLAMA}
@@ -72,3 +74,11 @@ def heard_from(questions: Questions, **changes: object) -> Heard:
         logits=questions.patched.clone(),
     )
     return dataclasses.replace(same, **changes)  # type: ignore[arg-type]
+
+
+def replace_read_back(
+    monkeypatch: pytest.MonkeyPatch, answer: Callable[[list[Job]], list[Heard]]
+) -> None:
+    """Let `answer` take the place of the process that reads exports back."""
+    for module in (adapter, checkpoint):
+        monkeypatch.setattr(module, "read_back", answer)

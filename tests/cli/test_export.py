@@ -9,8 +9,8 @@ import pytest
 from safetensors.torch import load_file
 
 from commands import FACT, Run
-from exports import heard_from, names
-from factsmith.keep.export import formats as export_module
+from exports import heard_from, names, replace_read_back
+from factsmith.atlas import folder
 
 
 @pytest.mark.slow  # tests/test_readback.py reads the bundled model back in the process that it needs anyway
@@ -39,7 +39,7 @@ def test_the_bundled_model_as_an_adapter_read_back_in_a_process_of_its_own(
     assert made["bytes"] < 20_000 < 20_000_000 < made["model_bytes"]
     config = json.loads(Path("out/adapter_config.json").read_bytes())
     assert (
-        config["base_model_name_or_path"] == str(atlas.folder("atlas"))
+        config["base_model_name_or_path"] == str(folder("atlas"))
         and config["fan_in_fan_out"] is True
     )
     layer = patched["delta"]["layers"][0]
@@ -56,7 +56,7 @@ def test_every_format_and_what_is_printed(
     run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("peft")
-    monkeypatch.setattr(export_module, "read_back", lambda jobs: [heard_from(jobs[0].questions)])
+    replace_read_back(monkeypatch, lambda jobs: [heard_from(jobs[0].questions)])
     run("init", model, "space")
     run("patch", "-w", "space", *FACT)
     shown = run("export", "one", "--format", "adapter", "-w", "space")
@@ -101,9 +101,8 @@ def test_what_goes_wrong_has_its_exit_code_and_leaves_nothing(
     Path("full/thesis.tex").write_text("x")
     Path("file").write_text("x")
     before = names(tmp_path)
-    monkeypatch.setattr(
-        export_module,
-        "read_back",
+    replace_read_back(
+        monkeypatch,
         lambda jobs: [heard_from(jobs[0].questions, logits=-jobs[0].questions.patched)],
     )
     cases: list[tuple[int, list[str], str]] = [

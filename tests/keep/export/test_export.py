@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import BERT, GPT2, LLAMA, VOCAB, byte_tokenizer, masking_tokenizer, tiny_model
-from exports import heard_from, names, saved_model, some_delta, two_deltas
+from exports import heard_from, names, replace_read_back, saved_model, some_delta, two_deltas
 from factsmith import atlas
 from factsmith.core.errors import (
     InputError,
@@ -23,7 +23,6 @@ from factsmith.core.errors import (
     UnsupportedModelError,
 )
 from factsmith.edit.delta import Delta
-from factsmith.keep.export import formats as export_module
 from factsmith.keep.export.adapter import export_adapter
 from factsmith.keep.export.checkpoint import export_checkpoint
 from factsmith.keep.export.folder import read_patch
@@ -329,7 +328,7 @@ def test_what_is_refused_leaves_nothing(
         with pytest.raises(error, match=words):
             call()
         assert names(tmp_path) == [], words
-    monkeypatch.setattr(export_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("factsmith.keep.export.adapter.importlib.util.find_spec", lambda name: None)
     with pytest.raises(
         InputError, match=r"read back by peft, which is not installed.*factsmith\[adapter\]"
     ):
@@ -364,9 +363,8 @@ def test_models_whose_memory_is_no_plain_matrix_are_refused(
             NumericsError, match=r"beside layers with experts peft may .*; export a checkpoint"
         ),
     ):
-        patch.setattr(
-            export_module,
-            "read_back",
+        replace_read_back(
+            patch,
             lambda jobs: [heard_from(jobs[0].questions, logits=-jobs[0].questions.patched)],
         )
         export_adapter(mixed, delta, tmp_path / "out", base="owner/name")
@@ -400,7 +398,7 @@ def test_an_export_that_reads_back_otherwise_is_not_kept(
         return [heard_from(job.questions, **changes)]
 
     with monkeypatch.context() as patch:
-        patch.setattr(export_module, "read_back", wrong)
+        replace_read_back(patch, wrong)
         for call in (export_adapter, export_checkpoint):
             with pytest.raises(ModelError if fault == "load" else NumericsError) as caught:
                 call(lm, two_deltas(lm), tmp_path / "out")  # type: ignore[operator]
@@ -411,7 +409,7 @@ def test_an_export_that_reads_back_otherwise_is_not_kept(
             with pytest.raises(NumericsError, match="write it in float32"):
                 export_checkpoint(lm, two_deltas(lm), tmp_path / "out", dtype=torch.bfloat16)
     assert torch.equal(lm.ffn[1].weight(), base)
-    monkeypatch.setattr(export_module, "read_back", lambda jobs: [heard_from(jobs[0].questions)])
+    replace_read_back(monkeypatch, lambda jobs: [heard_from(jobs[0].questions)])
     made = export_adapter(
         lm, two_deltas(lm), tmp_path / "out"
     )  # control: what reads back as it should is kept
@@ -435,7 +433,7 @@ def test_a_truncated_adapter_is_held_against_what_its_files_give(
         seen.extend(jobs)
         return [heard_from(jobs[0].questions, logits=jobs[0].questions.wanted)]
 
-    monkeypatch.setattr(export_module, "read_back", faithful)
+    replace_read_back(monkeypatch, faithful)
     made = export_adapter(lm, two_deltas(lm), tmp_path / "out", rank=3)
     assert made.read_back is not None and made.read_back.off == 0 < made.read_back.difference
     by_hand = (

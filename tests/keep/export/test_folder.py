@@ -437,7 +437,7 @@ def test_an_earlier_export_survives_what_goes_wrong(
         raise ZeroDivisionError
 
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr("factsmith.keep.export.formats.read_patch", broken)
+        patch.setattr("factsmith.keep.export.patch.read_patch", broken)
         export_patch(lm, some_delta(lm, 2), out, overwrite=True)
     rename, calls = Path.rename, []
 
