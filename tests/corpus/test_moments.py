@@ -25,7 +25,7 @@ from factsmith.core.errors import (
     WorkspaceError,
 )
 from factsmith.corpus import moments as module
-from factsmith.corpus import scan as corpus
+from factsmith.corpus import text as corpus_text
 from factsmith.corpus.moments import TOKENS_PER_NEURON, SecondMoment, second_moments
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap
@@ -347,7 +347,7 @@ def eager_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_killed_run_goes_on_where_it_stood(
     tiny_gpt2: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus, "WINDOW", 20)
+    monkeypatch.setattr(corpus_text, "WINDOW", 20)
     texts, file = varied(90), tmp_path / "deep" / "moments.partial"
     straight = second_moments(tiny_gpt2, texts, [0, 2], batch_tokens=100)
     passes: list[int] = []
