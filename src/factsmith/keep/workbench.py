@@ -62,7 +62,8 @@ from ..patch.plan import Plan, chosen_layers, plan
 from ..patch.proof import Check, Verification, verify
 from ..patch.proposal import Proposal, solve_and_prove
 from .diff import Diff, FactChange, target_text
-from .export.folder import Origin, read_patch
+from .export.contents import Origin
+from .export.folder import read_patch
 from .export.formats import export
 from .export.record import Export
 from .ledger import BASE, LATEST, Ledger

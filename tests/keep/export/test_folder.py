@@ -23,7 +23,8 @@ from exports import names, some_delta, two_deltas
 from factsmith.core.errors import DamagedError, FingerprintError, InputError, WorkspaceError
 from factsmith.edit.delta import Delta
 from factsmith.keep.export import folder as folders
-from factsmith.keep.export.folder import Origin, PatchFolder, describe, read_patch, staged
+from factsmith.keep.export.contents import Origin
+from factsmith.keep.export.folder import PatchFolder, describe, read_patch, staged
 from factsmith.keep.export.patch import export_patch
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap

@@ -21,7 +21,8 @@ from ...core.progress import Progress, tell
 from ...edit.delta import Delta
 from ...model.ffn import linear_matrix
 from ...model.language_model import LanguageModel
-from .folder import Origin, as_json, describe, staged
+from .contents import Origin
+from .folder import as_json, describe, staged
 from .readback import LIMITS, Job, ask, compare, read_back
 from .record import AdapterLayer, Export, checked_deltas, described, dtype_named, file_name
 

@@ -18,7 +18,8 @@ from ...core.progress import Progress, tell
 from ...edit.delta import Delta, applied
 from ...model.language_model import LanguageModel
 from ...model.load import quietly
-from .folder import Origin, as_json, describe, staged
+from .contents import Origin
+from .folder import as_json, describe, staged
 from .readback import LIMITS, Job, ask, compare, read_back
 from .record import Export, checked_deltas, described, dtype_named, file_name
 

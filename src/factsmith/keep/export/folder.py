@@ -41,6 +41,7 @@ from ...core.files import (
 from ...core.tables import Shown, Table, counted
 from ...edit.delta import Delta
 from ...model.language_model import LanguageModel
+from .contents import Origin
 
 Format = Literal["checkpoint", "adapter", "patch"]
 
@@ -55,15 +56,6 @@ _DELTA_FILES = ("delta.safetensors", "edit.json")  # of `Delta.save`
 _MOST_JSON = 64 * 2**20
 
 _MOST_BYTES = 8 * 2**30
-
-
-@dataclass(frozen=True, kw_only=True)
-class Origin:
-    """Where a delta comes from, as its workspace knows it: the revision's id, its message, and the digest of its second moments."""
-
-    revision: str | None = None
-    message: str = ""
-    moments: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

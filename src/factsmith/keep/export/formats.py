@@ -25,7 +25,8 @@ from ...edit.delta import Delta
 from ...model.language_model import LanguageModel
 from .adapter import export_adapter
 from .checkpoint import export_checkpoint
-from .folder import FORMATS, Origin
+from .contents import Origin
+from .folder import FORMATS
 from .patch import export_patch
 from .record import Export
 

@@ -9,7 +9,8 @@ from ...core.errors import NumericsError
 from ...core.progress import Progress, tell
 from ...edit.delta import Delta
 from ...model.language_model import LanguageModel
-from .folder import Origin, describe, numbered, read_patch, staged
+from .contents import Origin
+from .folder import describe, numbered, read_patch, staged
 from .record import Export, checked_deltas, described, equal_weights
 
 

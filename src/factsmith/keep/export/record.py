@@ -14,7 +14,8 @@ from ...core.errors import InputError, UnsupportedModelError
 from ...core.tables import Shown, Table, counted
 from ...edit.delta import Delta, patched, read_weights
 from ...model.language_model import LanguageModel, check_model
-from .folder import Format, Origin
+from .contents import Origin
+from .folder import Format
 from .readback import ReadBack
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
