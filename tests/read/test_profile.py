@@ -143,7 +143,7 @@ def made(
         signed: Callable[[Tensor], dict[Sign, Tensor]] = lambda each: {
             "top": each,
             "bottom": torch.zeros_like(each),
-        }  # noqa: E731
+        }
         still = torch.zeros(len(neurons), dtype=torch.float64)
         banks[bank] = BankTriggers(
             coefficients=signed(coefficients),

@@ -21,10 +21,10 @@ from factsmith.core.errors import (
     NumericsError,
     WorkspaceError,
 )
-from factsmith.corpus import scan as corpus
+from factsmith.corpus import text as corpus
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap
-from factsmith.read import triggers as module
+from factsmith.read import trigger_scan as module
 from factsmith.read.trigger_scan import find_triggers
 from factsmith.read.triggers import Trigger, Triggers
 
@@ -260,11 +260,13 @@ def test_texts_nobody_refers_to_are_let_go(
     tiny_gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[int] = []
-    keep = module._Run.keep
+    keep = module.TriggerRun.keep
     monkeypatch.setattr(module, "_KEPT", 300)
     monkeypatch.setattr(corpus, "WINDOW", 10)
     monkeypatch.setattr(
-        module._Run, "keep", lambda run, window: (keep(run, window), held.append(len(run.texts)))
+        module.TriggerRun,
+        "keep",
+        lambda run, window: (keep(run, window), held.append(len(run.texts))),
     )
     texts = [f"{text} {n}" for n in range(60) for text in TEXTS]
     found = find_triggers(tiny_gpt2, texts, [0], top=1)
@@ -305,11 +307,11 @@ def test_one_long_text_is_held_no_longer_than_many(
 ) -> None:
     """However long it is, so many tokens are held as for short texts."""
     held: list[int] = []
-    keep = module._Run.keep
+    keep = module.TriggerRun.keep
     monkeypatch.setattr(module, "_KEPT", 2000)
     monkeypatch.setattr(corpus, "WINDOW", 10)
     monkeypatch.setattr(
-        module._Run,
+        module.TriggerRun,
         "keep",
         lambda run, window: (
             keep(run, window),

@@ -13,7 +13,7 @@ from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap
 from factsmith.model.tokens import word_ids
 from factsmith.model.trace import hook_count
-from factsmith.read import values
+from factsmith.read import extremes
 from factsmith.read.composition import compose
 from factsmith.read.extremes import extreme_tokens
 from factsmith.read.unembedding import behind, find_unembedding
@@ -123,7 +123,7 @@ def same_as_exact(vectors: torch.Tensor, weight: torch.Tensor, k: int) -> float:
 def test_screening_finds_what_an_exact_product_finds(
     k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(values, "_fastest", lambda device: dtype)
+    monkeypatch.setattr(extremes, "_fastest", lambda device: dtype)
     generator = torch.Generator().manual_seed(1)
     weight, vectors = (
         torch.randn(5003, 64, generator=generator),
@@ -141,7 +141,7 @@ def test_what_screening_cannot_tell_apart_is_multiplied_exactly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A column a thousand times the others takes the steps of int8 from them; the control takes the rough order's word for it."""
-    monkeypatch.setattr(values, "_fastest", lambda device: torch.int8)
+    monkeypatch.setattr(extremes, "_fastest", lambda device: torch.int8)
     generator = torch.Generator().manual_seed(1)
     weight, vectors = (
         torch.randn(5003, 64, generator=generator),
@@ -149,7 +149,7 @@ def test_what_screening_cannot_tell_apart_is_multiplied_exactly(
     )
     weight[:, 5] = 1000 + 0.01 * weight[:, 5]
     assert same_as_exact(vectors, weight, 10) >= 0.99  # float32 itself cannot tell all apart
-    monkeypatch.setattr(values, "_ERRORS", -torch.inf)
+    monkeypatch.setattr(extremes, "_ERRORS", -torch.inf)
     assert same_as_exact(vectors, weight, 10) < 0.5
 
 
