@@ -28,7 +28,7 @@ from factsmith.judge.evaluation import Evaluation
 from factsmith.judge.records import Record, Suite
 from factsmith.judge.rows import BASE
 from factsmith.judge.run import Editor
-from factsmith.patch.editors import usable
+from factsmith.judge.usable import usable
 from factsmith.show.plots.judging import judged_chart, round_by_round
 
 SPREAD = ("memit", "emmet", "alphaedit")

@@ -53,6 +53,7 @@ from .judge.evaluation import Evaluation as Evaluation
 from .judge.records import Suite as Suite
 from .judge.run import evaluate as evaluate
 from .judge.suites import load_suite as load_suite
+from .judge.usable import usable as usable
 from .keep.diff import Diff as Diff
 from .keep.export.adapter import export_adapter as export_adapter
 from .keep.export.checkpoint import export_checkpoint as export_checkpoint
@@ -89,7 +90,6 @@ from .patch.capacity import capacity as capacity
 from .patch.capacity import interference as interference
 from .patch.editors import configured as configured
 from .patch.editors import editors as editors
-from .patch.editors import usable as usable
 from .patch.layer_choice import LayerChoice as LayerChoice
 from .patch.layer_choice import LayerScore as LayerScore
 from .patch.layer_choice import published as published

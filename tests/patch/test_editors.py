@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from factsmith.judge.run import evaluate
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap
 from factsmith.patch import editors as editing
-from factsmith.patch.editors import NAMES, configured, editors, usable
+from factsmith.patch.editors import NAMES, configured, editors
 
 FACTS = [
     Fact("Danielle Darrieux", "The mother tongue of {} is", "English"),
@@ -228,62 +227,6 @@ def test_they_run_in_the_runner(lm: LanguageModel, found: dict[str, Any]) -> Non
     )
     assert "layers=1; " in run.settings["ft-l"]
     assert run.editors == ("base", "rome", "ft-l") and run.notes["rome", 2]["norm"] > 0
-
-
-def test_which_records_can_be_used(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    say = "French"
-    truth = Fact(FACTS[0].subject, FACTS[0].prompt, "English", target_true=say)
-    other = Fact(FACTS[0].subject, FACTS[0].prompt, "Dutch", target_true=say)
-    twice = Fact("Edwin", "Edwin and {} are", "kings", target_true="x")
-    nothing = Record(
-        id="n", facts=(Fact("Edwin", "{} is", None, target_true="king"),), questions=()
-    )
-    every = [record(0, truth), record(1, other), record(2, twice), nothing, record(3, FACTS[1])]
-    kept, left = usable(lm, every, known_only=False)
-    assert [r.id for r in kept] == ["r0", "r3"]
-    assert left == {
-        "another target for the same prompt": 1,
-        "subject not found once in its prompt": 1,
-        "nothing to write": 1,
-    }
-    assert usable(lm, every[:1]) == ((), {"the model does not say the old object": 1})
-    monkeypatch.setattr(lm, "says", lambda prompts, answers: [answer == say for answer in answers])
-    kept, left = usable(lm, every[:1] + every[4:])
-    reason = "no old object is given, by which to tell what the model knows; --all judges them (in Python: known_only=False)"
-    assert [r.id for r in kept] == ["r0"] and left == {reason: 1}
-
-
-def test_records_too_long_for_the_model_are_left_out(lm: LanguageModel) -> None:
-    """64 positions; every byte of these prompts is a token or nearly."""
-    fact = Fact("Edwin", "{} is", "wise", target_true="king")
-    long = "q" * 63
-
-    def asking(n: int, *prompts: str, written: Fact = fact) -> Record:
-        questions = tuple(
-            Question(kind="locality", prompt=prompt, answers=()) for prompt in prompts
-        )
-        return Record(id=f"r{n}", facts=(written,), questions=questions)
-
-    whole = Question(kind="paraphrase", prompt=long, answers=("zq zq",))
-    records = [
-        asking(0, long),
-        asking(1, long + "qq"),
-        asking(2, "short", written=Fact("Edwin", f"{long} {{}} is", "wise", target_true="king")),
-        Record(id="r3", facts=(fact,), questions=(whole,)),
-    ]
-    assert len(lm.prompt_ids(long)) == 63, "with the answer, or two letters more, it is too long"
-    kept, left = usable(lm, records, known_only=False)
-    assert [record.id for record in kept] == ["r0"] and left == {
-        "too long for the model's positions": 3
-    }
-    assert usable(lm, records)[1]["too long for the model's positions"] == 3
-    assert evaluate(
-        lm, kept, {"nothing": lambda facts: contextlib.nullcontext()}, drift_tokens=0
-    ).editors == ("base", "nothing")
-    with pytest.raises(InputError, match="positions for 64"):
-        evaluate(
-            lm, [records[1]], {"nothing": lambda facts: contextlib.nullcontext()}, drift_tokens=0
-        )
 
 
 def test_what_is_not_said_is_recommended(

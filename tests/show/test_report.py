@@ -14,7 +14,7 @@ import pytest
 from factsmith.core.errors import InputError
 from factsmith.core.fact import Fact
 from factsmith.judge.evaluation import Evaluation
-from factsmith.judge.records import Kind, Question, Record, Suite
+from factsmith.judge.records import QuestionKind, Question, Record, Suite
 from factsmith.judge.rows import BASE, Row
 from factsmith.show.reports.page import report_page
 from factsmith.show.reports.record import MEANINGS, Report, report_markdown
@@ -22,7 +22,7 @@ from factsmith.show.reports.record import MEANINGS, Report, report_markdown
 NASTY = '</td><script>alert(1)</script>|`x`\n## [a](b) \u202e&amp; "q" {{ 7*7 }} \x1b[31m'
 
 
-def row(editor: str, unit: int, record: str, kind: Kind, right: bool, written: int = 0) -> Row:
+def row(editor: str, unit: int, record: str, kind: QuestionKind, right: bool, written: int = 0) -> Row:
     stays = kind == "neighbour" and editor != BASE
     answer = "Oslo" if right else NASTY
     logs = (-0.1, -2.0) if right else (-2.0, -0.1)
@@ -34,7 +34,7 @@ def row(editor: str, unit: int, record: str, kind: Kind, right: bool, written: i
 
 def evaluation(size: int, *, sequence: bool = False, wrong: int = 1) -> Evaluation:
     """Four records; the editor gets all but `wrong` of each kind right, the base model none."""
-    rows, kinds = [], ("prompt", "paraphrase", "neighbour")  # type: tuple[list[Row], tuple[Kind, ...]]
+    rows, kinds = [], ("prompt", "paraphrase", "neighbour")  # type: tuple[list[Row], tuple[QuestionKind, ...]]
     units = range(0, 4, size)
     for at in range(4):
         rows += [

@@ -160,7 +160,8 @@ def evaluate(
         from ..judge import run as runner
         from ..judge.ability import ability
         from ..judge.suites import load_suite
-        from ..patch.editors import configured, editors, usable
+        from ..judge.usable import UNKNOWN, usable
+        from ..patch.editors import configured, editors
         from ..show.reports.page import report_page
         from ..show.reports.record import Report, report_markdown
 
@@ -175,7 +176,7 @@ def evaluate(
         records, left = usable(lm, found.records, known_only=known)
         for why, count in left.items():
             complain(
-                "warning", f"{counted(count, 'record')} of {len(found.records):,} left out: {why}"
+                "warning", f"{counted(count, 'record')} of {len(found.records):,} left out: {why}{'; --all judges them' if why == UNKNOWN else ''}"
             )
         if found.skipped:
             complain(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..core.checks import check_text
 from ..core.errors import FactError, InputError
 from ..core.fact import Fact
-from .records import MOST, Kind, Question, Record, negation
+from .records import MOST, Question, QuestionKind, Record, negation
 
 if TYPE_CHECKING:
     pass
@@ -146,7 +146,7 @@ class Entry:
 
     def ask(
         self,
-        kind: Kind,
+        kind: QuestionKind,
         field: str,
         prompt: str,
         answers: Sequence[str],
@@ -324,7 +324,7 @@ def _mquake(row: Entry, index: int) -> Record:
     return Record(id=row.id(index, "case_id"), facts=tuple(facts), questions=tuple(asked))
 
 
-_ABILITIES: dict[str, Kind] = {
+_ABILITIES: dict[str, QuestionKind] = {
     "Reasoning": "reasoning",
     "reasoning": "reasoning",
     "Subject_Aliasing": "aliasing",
@@ -343,7 +343,7 @@ def _knowedit(row: Entry, index: int) -> Record:
     for part, otherwise in (("portability", "reasoning"), ("locality", "locality")):
         abilities = row.row(part) if row.has(part) else Entry({}, dropped=row.dropped)
         for ability in abilities.fields:
-            kind: Kind = _ABILITIES.get(str(ability), otherwise)  # type: ignore[arg-type]
+            kind: QuestionKind = _ABILITIES.get(str(ability), otherwise)  # type: ignore[arg-type]
             for each in abilities.rows(ability):
                 old = fact.target_true if kind == "aliasing" else None
                 asked += each.ask(

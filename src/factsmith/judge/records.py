@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -11,9 +10,8 @@ from ..core.checks import check_text
 from ..core.errors import InputError
 from ..core.fact import Fact
 from ..core.tables import counted
-from ..model.language_model import LanguageModel
 
-Kind = Literal[
+QuestionKind = Literal[
     "prompt",
     "paraphrase",
     "neighbour",
@@ -35,7 +33,7 @@ MOST = 20_000  # characters of a text, as in `Fact`
 class Question:
     """One thing to ask after an edit.
 
-    kind     what it tests, one of `Kind`
+    kind     what it tests, one of `QuestionKind`
     prompt   whole text, to be continued by the answer
     answers  any of them is right after the edit, the object first, then its aliases; for neighbour and locality what must stay. (): known
              only as "what the model said before" (neighbour, locality), or nothing in particular (negation)
@@ -47,16 +45,16 @@ class Question:
     Raises InputError for an unknown kind or an empty text, or no answer where one is needed.
     """
 
-    kind: Kind
+    kind: QuestionKind
     prompt: str
     answers: tuple[str, ...]
     against: str | None = None
     group: int | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
+        if self.kind not in get_args(QuestionKind):
             raise InputError(
-                f"a question of kind {self.kind!r}; expected one of {', '.join(get_args(Kind))}"
+                f"a question of kind {self.kind!r}; expected one of {', '.join(get_args(QuestionKind))}"
             )
         for text in (self.prompt, *self.answers, *([] if self.against is None else [self.against])):
             if (
@@ -136,27 +134,6 @@ class Suite:
             (parts, counted(parts, "question") + (" of others" if whole else "")),
         ]
         return ", ".join(text for n, text in told if n)
-
-
-def known(lm: LanguageModel, records: Iterable[Record]) -> tuple[Record, ...]:
-    """The records whose old objects a model says: greedy decoding of every fact's prompt gives its whole target_true.
-
-    A record with a fact whose old object is not known is left out.
-    """
-    listed = list(records)
-    asked = [
-        (at, fact.text, fact.target_true)
-        for at, record in enumerate(listed)
-        for fact in record.facts
-    ]
-    said = {at: bool(record.facts) for at, record in enumerate(listed)}
-    pairs = [(text, true) for _, text, true in asked if true is not None]
-    answers = iter(
-        lm.says([text for text, _ in pairs], [true for _, true in pairs]) if pairs else []
-    )
-    for at, _, true in asked:
-        said[at] &= true is not None and next(answers)
-    return tuple(record for at, record in enumerate(listed) if said[at])
 
 
 def negation(fact: Fact) -> Question | None:

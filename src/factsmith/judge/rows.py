@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .records import Kind
+from .records import QuestionKind
 
 BASE = "base"
 """The model as it was."""
 
-STAYING: tuple[Kind, ...] = ("neighbour", "locality")
+STAYING: tuple[QuestionKind, ...] = ("neighbour", "locality")
 
 PROBE = "probe: "
 
@@ -40,7 +40,7 @@ class Row:
     editor: str
     unit: int
     record: str
-    kind: Kind
+    kind: QuestionKind
     group: int | None
     prompt: str
     written: int

@@ -20,7 +20,7 @@ from typing import Any, Literal, overload
 import torch
 
 from ..core.checks import check_items, check_seed
-from ..core.errors import InputError, SubjectError
+from ..core.errors import InputError
 from ..core.fact import Fact
 from ..core.progress import Progress
 from ..corpus.moments import SecondMoment
@@ -35,10 +35,8 @@ from ..edit.published import settings
 from ..edit.search import find_targets
 from ..edit.target import TargetConfig, Targets
 from ..judge.metrics import relative_norm
-from ..judge.records import Record, known
 from ..judge.run import Editor
 from ..model.language_model import LanguageModel, check_model
-from ..model.tokens import subject_span
 from .layer_choice import published
 
 _TUNED: dict[str, tuple[Callable[..., dict[int, torch.Tensor]], type[TuneConfig]]] = {
@@ -323,80 +321,3 @@ def _settings(lm: LanguageModel, name: str, given: Any) -> EditConfig | TuneConf
     if choice is not None and choice.source == "preset":
         return settings.at(choice.memit if isinstance(settings, SpreadConfig) else (choice.rome,))
     return settings.at(wanted.recommended(lm).edited or ())
-
-
-def usable(
-    lm: LanguageModel, records: Iterable[Record], *, known_only: bool = True
-) -> tuple[tuple[Record, ...], dict[str, int]]:
-    """The records that can be written and judged together, and how many were left out for what reason.
-
-    Left out are records with more tokens in a prompt, with its answer, than the model has positions; with nothing to write; with a subject
-    that the tokens do not show once; whose prompt an earlier record writes otherwise; and, if `known_only`, those that give no old object,
-    or one that the model does not say: an edit of what is not known shows little.
-    """
-    left: dict[str, int] = {}
-    kept: list[Record] = []
-    targets: dict[str, str | None] = {}
-
-    def leave(reason: str, count: int = 1) -> None:
-        if count:
-            left[reason] = left.get(reason, 0) + count
-
-    def why_not(record: Record) -> str | None:
-        if not record.facts or any(fact.target is None for fact in record.facts):
-            return "nothing to write"
-        try:
-            for fact in record.facts:
-                subject_span(lm.tokenizer, fact.text, fact.subject)
-        except SubjectError:
-            return "subject not found once in its prompt"
-        wanted = [(fact.text, fact.target and fact.target.strip()) for fact in record.facts]
-        if len(set(wanted)) != len({text for text, _ in wanted}) or any(
-            targets.get(text, target) != target for text, target in wanted
-        ):
-            return "another target for the same prompt"
-        targets.update(wanted)
-        return None
-
-    every = check_items(records, "records", "records of a suite")
-    able = [record for record in every if _fits(lm, record)]
-    leave("too long for the model's positions", len(every) - len(able))
-    if known_only:
-        given = [
-            record for record in able if all(fact.target_true is not None for fact in record.facts)
-        ]
-        leave(
-            "no old object is given, by which to tell what the model knows; --all judges them (in Python: known_only=False)",
-            len(able) - len(given),
-        )
-        able = list(known(lm, given))
-        leave("the model does not say the old object", len(given) - len(able))
-    for record in able:
-        reason = why_not(record)
-        if reason is None:
-            kept.append(record)
-        else:
-            leave(reason)
-    return tuple(kept), left
-
-
-def _fits(lm: LanguageModel, record: Record) -> bool:
-    """Whether the model has positions for all that is asked and written, with the contexts that editors put before a fact's prompt."""
-    if lm.max_tokens is None:
-        return True
-    asked = [(q.prompt, text, 0) for q in record.questions for text in (*q.answers[:1], q.against)]
-    asked += [
-        (fact.text, text, _CONTEXT)
-        for fact in record.facts
-        for text in (fact.target, fact.target_true)
-    ]
-    # A token is a character or more, nearly always: what is short needs not be looked at.
-    return all(
-        len(lm.question(prompt, text)[0] if text else lm.prompt_ids(prompt)) + room <= lm.max_tokens
-        for prompt, text, room in asked
-        if len(prompt.encode()) + len((text or "").encode()) + room + 2 > lm.max_tokens
-    )
-
-
-_CONTEXT = 16
-"""Tokens kept free for a context before a prompt: the longest of contexts.py has 9 of the model's, a full stop, and perhaps a BOS."""

@@ -1,0 +1,127 @@
+"""The records that a model can be judged by.
+
+    records, left_out = usable(lm, suite.records)
+    left_out                    # {"the model does not say the old object": 12}
+
+Two things decide. All texts of a record must fit the model and the other records. By default the model
+must also know the record: an edit of a fact that the model does not know shows little.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from ..core.checks import check_items
+from ..core.errors import SubjectError
+from ..model.language_model import LanguageModel
+from ..model.tokens import subject_span
+from .records import Record
+
+_CONTEXT = 16
+"""Tokens that stay free for a context in front of a fact's prompt. The longest context has nine of the
+model's tokens and a full stop; a BOS may come first."""
+
+UNKNOWN = "no old object is given, so it is not clear what the model knows"
+"""The reason for leaving out a record that `known_only=False` judges."""
+
+
+def usable(
+    lm: LanguageModel, records: Iterable[Record], *, known_only: bool = True
+) -> tuple[tuple[Record, ...], dict[str, int]]:
+    """Return the records that can be written and judged together.
+
+    A record is left out in these cases:
+
+    - A prompt with its answer has more tokens than the model has positions.
+    - The record has nothing to write.
+    - The tokens of a prompt do not show its subject exactly once.
+    - An earlier record writes another target for the same prompt.
+    - With `known_only`, the record gives no old object, or the model does not say the old object.
+
+    Args:
+        lm: The model, unedited.
+        records: Records of a suite.
+        known_only: Whether to leave out records that the model does not know.
+
+    Returns:
+        The records in their order, and {reason: how many records were left out for it}.
+    """
+    listed = check_items(records, "records", "records of a suite")
+    left_out: Counter[str] = Counter()
+    able = [record for record in listed if _fits(lm, record)]
+    left_out["too long for the model's positions"] = len(listed) - len(able)
+    if known_only:
+        with_old = [
+            record for record in able if all(fact.target_true is not None for fact in record.facts)
+        ]
+        left_out[UNKNOWN] = len(able) - len(with_old)
+        able = list(known(lm, with_old))
+        left_out["the model does not say the old object"] = len(with_old) - len(able)
+    kept: list[Record] = []
+    targets: dict[str, str | None] = {}
+    for record in able:
+        reason = _conflict(lm, record, targets)
+        if reason:
+            left_out[reason] += 1
+        else:
+            kept.append(record)
+    return tuple(kept), {reason: n for reason, n in left_out.items() if n}
+
+
+def known(lm: LanguageModel, records: Iterable[Record]) -> tuple[Record, ...]:
+    """Return the records whose old objects the model says.
+
+    The model says an old object if greedy decoding of the fact's prompt gives the whole `target_true`.
+    A record counts as known if this holds for each of its facts.
+    """
+    listed = list(records)
+    asked = [(at, fact) for at, record in enumerate(listed) for fact in record.facts]
+    is_known = {at: bool(record.facts) for at, record in enumerate(listed)}
+    pairs = [(fact.text, true) for _, fact in asked if (true := fact.target_true) is not None]
+    said = iter(lm.says([text for text, _ in pairs], [true for _, true in pairs]) if pairs else [])
+    for at, fact in asked:
+        is_known[at] &= fact.target_true is not None and next(said)
+    return tuple(record for at, record in enumerate(listed) if is_known[at])
+
+
+def _conflict(lm: LanguageModel, record: Record, targets: dict[str, str | None]) -> str:
+    """Return why a record cannot be written after the earlier ones, or "".
+
+    Args:
+        targets: {prompt: target} of the earlier records. The function adds a record that has no conflict.
+    """
+    if not record.facts or any(fact.target is None for fact in record.facts):
+        return "nothing to write"
+    try:
+        for fact in record.facts:
+            subject_span(lm.tokenizer, fact.text, fact.subject)
+    except SubjectError:
+        return "subject not found once in its prompt"
+    written = [(fact.text, fact.target and fact.target.strip()) for fact in record.facts]
+    contradicts_itself = len(set(written)) != len({text for text, _ in written})
+    if contradicts_itself or any(targets.get(text, target) != target for text, target in written):
+        return "another target for the same prompt"
+    targets.update(written)
+    return ""
+
+
+def _fits(lm: LanguageModel, record: Record) -> bool:
+    """Return whether the model has positions for every prompt with its answer.
+
+    A fact's prompt also needs room for the context that an editor puts in front of it.
+    """
+    if lm.max_tokens is None:
+        return True
+    asked = [(q.prompt, text, 0) for q in record.questions for text in (*q.answers[:1], q.against)]
+    asked += [
+        (fact.text, text, _CONTEXT)
+        for fact in record.facts
+        for text in (fact.target, fact.target_true)
+    ]
+    # A token has a byte or more, nearly always, so a short text needs no tokenizer.
+    return all(
+        len(lm.question(prompt, text)[0] if text else lm.prompt_ids(prompt)) + room <= lm.max_tokens
+        for prompt, text, room in asked
+        if len(prompt.encode()) + len((text or "").encode()) + room + 2 > lm.max_tokens
+    )
