@@ -285,10 +285,10 @@ def test_other_bad_input(tiny_gpt2: LanguageModel) -> None:
     with pytest.raises(InputError, match="neurons is 3"):
         erase(tiny_gpt2, 3)  # type: ignore[arg-type]
     for bad in (float("nan"), "x", True):
-        with pytest.raises(InputError, match=r"add is .*; expected a finite number"):
+        with pytest.raises(InputError, match=r"add is .*: it must be a finite number"):
             rewrite(tiny_gpt2, NEURONS, "French", "English", add=bad)  # type: ignore[arg-type]
     for targets in ((None, "English"), ("French", 3)):
-        with pytest.raises(InputError, match=r"target is (None|3); expected text"):
+        with pytest.raises(InputError, match=r"target is (None|3): it must be text"):
             rewrite(tiny_gpt2, NEURONS, *targets)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="the prompt is 3"):
         rewrite(tiny_gpt2, NEURONS, "French", "English", prompt=3)  # type: ignore[arg-type]

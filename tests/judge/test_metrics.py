@@ -281,7 +281,7 @@ def test_the_interval_is_the_same_for_the_same_seed() -> None:
         (lambda: success([0.9], [0.1]), "at most 0"),  # probabilities
         (lambda: success(["a"], [-1.0]), "no numbers"),
         (lambda: success([[-1.0]], [[-2.0]]), "expected \\(n,\\)"),
-        (lambda: harmonic_mean([]), "at least 0"),
+        (lambda: harmonic_mean([]), "at least one share"),
         (lambda: harmonic_mean([0.5, None]), "None"),
         (lambda: harmonic_mean([0.5, -0.1]), "at least 0"),
         (lambda: harmonic_mean([math.nan]), "nan"),
@@ -289,12 +289,12 @@ def test_the_interval_is_the_same_for_the_same_seed() -> None:
         (lambda: token_accuracy([1], [1, 2]), "1 predicted and 2 wanted"),
         (lambda: token_accuracy([], []), "at least one"),
         (lambda: token_accuracy([0.5], [1]), "token ids"),
-        (lambda: exact_match(None, "a"), "expected text"),
+        (lambda: exact_match(None, "a"), "it must be text"),
         (lambda: alias_match("a", []), "at least one right answer"),
         (lambda: alias_match("a", "a"), "list of right answers"),  # one text is no list of answers
         (lambda: multi_hop_hit([], ["a"]), "what was said"),
         (lambda: ngram_entropy([]), "at least one text"),
-        (lambda: ngram_entropy([3]), "a string or a list"),
+        (lambda: ngram_entropy([3]), "a list of tokens, or a string"),
         (lambda: reference_consistency(["a"], []), "at least one of each"),
         (lambda: reference_consistency("a", ["b"]), "list of texts"),
         (lambda: kl_divergence(torch.randn(2, 9), torch.randn(2, 9)), "log_softmax"),  # logits
@@ -315,8 +315,8 @@ def test_the_interval_is_the_same_for_the_same_seed() -> None:
         (lambda: bootstrap_interval([1.0, None]), "finite number"),
         (lambda: bootstrap_interval([1.0, math.nan]), "finite number"),
         (lambda: bootstrap_interval([1.0], groups=[1, 2]), "2 groups for 1"),
-        (lambda: bootstrap_interval([1.0], level=1.0), "between 0 and 1"),
-        (lambda: bootstrap_interval([1.0], resamples=0), "1 or more"),
+        (lambda: bootstrap_interval([1.0], level=1.0), "above 0 and below 1"),
+        (lambda: bootstrap_interval([1.0], resamples=0), "at least 1"),
         (lambda: bootstrap_interval([1.0], seed=-1), "seed"),
     ],
 )

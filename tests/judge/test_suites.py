@@ -244,7 +244,7 @@ def test_what_is_no_suite_is_refused(tmp_path: Path, content: str, words: str) -
         ("atlas", {"limit": 0}, "limit is 0"),
         ("atlas", {"seed": -1}, "seed"),
         ("atlas", {"malformed": "warn"}, "'skip' or 'fatal'"),
-        (7, {}, "expected text"),
+        (7, {}, "it must be text"),
         ("a\0b", {}, "no file of this name|cannot be the name"),
         (".", {}, "is a folder"),
         ("~nobody-of-this-name/x.json", {}, "cannot be the name"),

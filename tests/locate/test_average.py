@@ -239,8 +239,8 @@ def test_record_is_plain_json(lm: LanguageModel, facts: list[Fact]) -> None:
     [
         ({"cases": []}, InputError, "at least one"),
         ({"cases": ["Paris"]}, InputError, "factsmith.Fact"),
-        ({"kinds": "state"}, InputError, "kinds is 'state'; expected a list"),
-        ({"severed": "mlp"}, InputError, "severed is 'mlp'; expected a list"),
+        ({"kinds": "state"}, InputError, "kinds is 'state': it must be a list"),
+        ({"severed": "mlp"}, InputError, "severed is 'mlp': it must be a list"),
         ({"kinds": 3}, InputError, "kinds is 3"),
         ({"cases": 3}, InputError, "cases is 3"),
         ({"noise": "1"}, InputError, "noise is '1'"),

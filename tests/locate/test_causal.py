@@ -619,7 +619,7 @@ def test_progress_is_told_token_by_token() -> None:
         ({"seed": None}, InputError, "seed is None"),
         ({"seed": 1.5}, InputError, "seed is 1.5"),
         ({"seed": "a"}, InputError, "seed is 'a'"),
-        ({"prompt": None}, InputError, "the prompt is None; expected text"),
+        ({"prompt": None}, InputError, "the prompt is None: it must be text"),
         ({"prompt": [PROMPT]}, InputError, "the prompt is "),
         ({"prompt": PROMPT + "\ud800"}, InputError, "surrogate"),
         ({"subject": None}, InputError, "the subject is None"),

@@ -337,7 +337,7 @@ def test_bad_input_is_refused_in_words(tiny_gpt2: LanguageModel, tmp_path: Path)
         (TEXTS, [3], LayerError, "layer 3"),
         (TEXTS, [], InputError, "no layer"),
         ([], None, InputError, "no text"),
-        ([5], None, InputError, "expected text"),
+        ([5], None, InputError, "it must be text"),
     ):
         with pytest.raises(error, match=words):
             find_triggers(tiny_gpt2, texts, layers, folder=tmp_path)  # type: ignore[arg-type]

@@ -185,7 +185,7 @@ def test_a_word_of_several_tokens_is_looked_for_by_its_first(tiny_gpt2: Language
     assert {p.token.strip() for p in first} <= {"z", ""} and first
     with pytest.raises(InputError, match="empty"):
         promoters(tiny_gpt2, " ")
-    with pytest.raises(InputError, match="how many"):
+    with pytest.raises(InputError, match="k is 0: it must be the number of neurons to find"):
         promoters(tiny_gpt2, "zebra", 0)
 
 

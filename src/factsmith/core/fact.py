@@ -221,7 +221,7 @@ def listed(facts: Fact | Iterable[Fact]) -> list[Fact]:
     facts = (
         [facts]
         if isinstance(facts, Fact)
-        else check_items(facts, "facts", "a Fact or a list of at least one")
+        else check_items(facts, "facts", "Fact objects", also="one Fact")
     )
     if not facts or not all(isinstance(fact, Fact) for fact in facts):
         raise InputError(

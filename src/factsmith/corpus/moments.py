@@ -120,9 +120,7 @@ class SecondMoment:
                 f"expected a floating-point matrix (d_ff, d_ff); got {tuple(self.matrix.shape)} {self.matrix.dtype}"
             )
         count = check_count(
-            self.count,
-            "count",
-            "the number of tokens that the second moment was averaged over, at least one",
+            self.count, "count", "the number of tokens that the second moment is averaged over"
         )
         object.__setattr__(self, "count", count)
         if not torch.isfinite(self.matrix).all():
@@ -354,9 +352,7 @@ def second_moments(
     """
     layers = _checked(lm, layers, dtype)
     batch_tokens = check_count(
-        batch_tokens,
-        "batch_tokens",
-        "a whole number of at least 1: padded tokens in one forward pass",
+        batch_tokens, "batch_tokens", "the number of padded tokens in one forward pass"
     )
     limit = enough_tokens(lm, layers, max_tokens)
     fingerprint = lm.fingerprint
@@ -428,7 +424,7 @@ def enough_tokens(
 
 def _checked(lm: LanguageModel, layers: Iterable[int], dtype: torch.dtype | None) -> list[int]:
     """The layers in order, each once; raises what `second_moments` says about its arguments."""
-    layers = sorted(set(check_items(layers, "layers", "numbers of layers, such as [3, 4]")))
+    layers = sorted(set(check_items(layers, "layers", "layer numbers, such as [3, 4]")))
     if not layers:
         raise InputError("second_moments needs at least one layer; got none")
     for layer in layers:

@@ -80,8 +80,9 @@ class RomeConfig(EditConfig):
             layer = check_count(
                 self.layer,
                 "layer",
-                "the number of a layer, counted from 0, or None",
+                "the number of the layer to edit",
                 least=0,
+                also="None",
                 error=LayerError,
             )
             object.__setattr__(self, "layer", layer)
@@ -125,11 +126,11 @@ class RomeConfig(EditConfig):
         )
 
 
-def _set_positive(config: EditConfig, name: str, expected: str = "a finite number above 0") -> None:
+def _set_positive(
+    config: EditConfig, name: str, *, below: float | None = None, also: str = "None"
+) -> None:
     """Keep a setting as a plain number; raises InputError unless it is one above 0."""
-    value = check_number(getattr(config, name), name, expected)
-    if value <= 0:
-        raise InputError(f"{name} is {value!r}; expected {expected}")
+    value = check_number(getattr(config, name), name, above=0, below=below, also=also)
     object.__setattr__(config, name, value)
 
 
@@ -191,20 +192,21 @@ class SpreadConfig(EditConfig):
             raise InputError(f'spread is "even" or "sqrt"; got {self.spread!r}')
         if self.keys not in ("mean", "each"):
             raise InputError(f'keys is "mean" or "each"; got {self.keys!r}')
-        share = check_number(self.subject_share, "subject_share", "a share from 0 to below 1")
-        if not 0 <= share < 1 or (share and self.keys != "each"):
+        share = check_number(self.subject_share, "subject_share", least=0, below=1)
+        if share and self.keys != "each":
             raise InputError(
-                f'subject_share is a share from 0 to below 1, above 0 only with keys="each"; got {share!r} with {self.keys!r}'
+                f'subject_share is {share!r} with keys={self.keys!r}: it must be 0 unless keys is "each"',
+                argument="subject_share",
             )
         object.__setattr__(self, "subject_share", share)
         if self.norm_anchor not in (None, "mean"):
-            _set_positive(self, "norm_anchor", 'a norm above 0, "mean" or None')
+            _set_positive(self, "norm_anchor", also='"mean" or None')
         if self.moment_weight is not None:
             _set_positive(self, "moment_weight")
         object.__setattr__(
             self,
             "repair",
-            check_count(self.repair, "repair", "a whole number of at least 0", least=0),
+            check_count(self.repair, "repair", least=0),
         )
 
     @property
@@ -301,9 +303,7 @@ class EmmetConfig(SpreadConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ridge = check_number(self.ridge, "ridge", "a finite number of at least 0")
-        if ridge < 0:
-            raise InputError(f"ridge is {ridge!r}; expected a finite number of at least 0")
+        ridge = check_number(self.ridge, "ridge", least=0)
         object.__setattr__(self, "ridge", ridge)
 
     def for_facts(self, count: int, n_layers: int, d_ff: int) -> Self:
@@ -357,9 +357,7 @@ class AlphaEditConfig(SpreadConfig):
         if self.threshold is not None:
             _set_positive(self, "threshold")
         if self.energy is not None:
-            _set_positive(self, "energy", "a share between 0 and 1")
-            if self.energy >= 1:
-                raise InputError(f"energy is {self.energy!r}; expected a share between 0 and 1")
+            _set_positive(self, "energy", below=1)
         if self.l2 is not None:
             _set_positive(self, "l2")
             if self.moment_weight is not None:

@@ -50,12 +50,9 @@ class TuneConfig:
 
     def __post_init__(self) -> None:
         for name in ("lr", "stop_loss"):
-            if not 0 < check_number(getattr(self, name), name) <= 1000:
-                raise InputError(
-                    f"{name} is {getattr(self, name)}; expected a number above 0, at most 1,000"
-                )
+            check_number(getattr(self, name), name, above=0, most=1000)
         for name in ("steps", "epochs", "batch"):
-            check_count(getattr(self, name), name, "1 or more")
+            check_count(getattr(self, name), name)
         if self.layers is not None and (
             not self.layers or len(set(self.layers)) < len(self.layers)
         ):
@@ -74,8 +71,7 @@ class FineTuneConfig(TuneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < check_number(self.clamp, "clamp") <= 1e6:
-            raise InputError(f"clamp is {self.clamp}; expected a number above 0, at most 1,000,000")
+        check_number(self.clamp, "clamp", above=0, most=1_000_000)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +83,7 @@ class LoraConfig(TuneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count(self.rank, "rank", "1 or more")
+        check_count(self.rank, "rank")
 
 
 def fine_tune(

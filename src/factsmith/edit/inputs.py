@@ -139,7 +139,11 @@ for subjects such as North and South Korea. One subject in different prompts has
 
 def _checked_deltas(beneath: Sequence[Delta]) -> list[Delta]:
     expected = "the deltas that the model carries, in their order"
-    deltas = [beneath] if isinstance(beneath, Delta) else check_items(beneath, "beneath", expected)
+    deltas = (
+        [beneath]
+        if isinstance(beneath, Delta)
+        else check_items(beneath, "beneath", "deltas", also="one Delta")
+    )
     if wrong := [type(delta).__name__ for delta in deltas if not isinstance(delta, Delta)]:
         raise InputError(f"beneath holds a {wrong[0]}; expected {expected}")
     return deltas

@@ -127,7 +127,7 @@ def down(replay: Replay, layer: int) -> tuple[Tensor, Tensor]:
 def check_contexts(contexts: Sequence[str]) -> list[str]:
     """The templates as a list; raises InputError unless each is a text with one `{}`, and the bare "{}" is among them."""
     found = check_items(
-        contexts, "contexts", 'templates with {} for the prompt, the bare "{}" among them'
+        contexts, "contexts", 'templates with {} for the prompt, "{}" itself included'
     )
     for context in found:
         if check_text(context, "a context").count("{}") != 1:

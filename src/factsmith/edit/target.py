@@ -46,16 +46,11 @@ class TargetConfig:
     """"paper": the reference formulas to the letter. "auto": step, decay and clamp relative to the model's own norms."""
 
     def __post_init__(self) -> None:
-        steps = check_count(
-            self.steps, "steps", "the number of loss evaluations, a whole number of at least 1"
-        )
+        steps = check_count(self.steps, "steps", "the number of loss evaluations")
         object.__setattr__(self, "steps", steps)
         for name in ("lr", "kl_factor", "weight_decay", "clamp", "stop_loss"):
-            positive = name in ("lr", "clamp")
-            expected = f"a finite number {'above' if positive else 'of at least'} 0"
-            value = check_number(getattr(self, name), name, expected)
-            if value < 0 or (positive and value == 0):
-                raise InputError(f"{name} is {value!r}; expected {expected}")
+            least, above = (None, 0) if name in ("lr", "clamp") else (0, None)
+            value = check_number(getattr(self, name), name, least=least, above=above)
             object.__setattr__(self, name, value)
         if self.scale not in ("paper", "auto"):
             raise InputError(f'scale is "paper" or "auto"; got {self.scale!r}')

@@ -45,10 +45,14 @@ def ability(
     Raises InputError where the harness is not installed or does not have a task, and, when called, where a task's data cannot be had.
     """
     check_model(lm)
-    named = list(dict.fromkeys(check_items(tasks, "tasks", "names of tasks")))
-    limit = None if limit is None else check_count(limit, "limit", "examples a task")
+    named = list(dict.fromkeys(check_items(tasks, "tasks", "task names")))
+    limit = (
+        None
+        if limit is None
+        else check_count(limit, "limit", "the number of examples of a task", also="None for all")
+    )
     batch_size, seed = (
-        check_count(batch_size, "batch_size", "examples in one pass"),
+        check_count(batch_size, "batch_size", "the number of examples in one pass"),
         check_seed(seed),
     )
     try:

@@ -65,18 +65,20 @@ def ask(
     Raises InputError for no prompts, lists of different length, an empty prompt or candidate, and prompts too long for the model.
     """
     check_model(lm)
-    texts = check_items(prompts, "prompts", "a list of texts")
+    texts = check_items(prompts, "prompts", "texts")
     wanted = (
         [()] * len(texts)
         if candidates is None
-        else check_items(candidates, "candidates", "a list of lists of texts")
+        else check_items(candidates, "candidates", "lists of texts")
     )
     if not texts or len(wanted) != len(texts) or any(isinstance(own, str) for own in wanted):
         raise InputError(
             f"got {len(texts)} prompts and {len(wanted)} lists of candidates; expected at least one prompt, and as many lists"
         )
-    n_new = check_count(max_new_tokens, "max_new_tokens", "how far answers go", least=0)
-    budget = check_count(batch_tokens, "batch_tokens", "a number of tokens, 1 or more")
+    n_new = check_count(
+        max_new_tokens, "max_new_tokens", "the length of an answer in tokens", least=0
+    )
+    budget = check_count(batch_tokens, "batch_tokens")
     # What is asked of equal prompts is asked once.
     tails: dict[str, dict[str, list[int]]] = {}
     heads: dict[str, list[int]] = {}

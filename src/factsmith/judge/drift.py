@@ -92,7 +92,7 @@ class Drift(Shown):
         for name, limit in limits.items():
             if name not in found:
                 raise InputError(f"no limit {name!r}; expected one of {', '.join(found)}")
-            limit, value = check_number(limit, f"the limit of {name}", "a number"), found[name]
+            limit, value = check_number(limit, f"the limit of {name}"), found[name]
             if value is None:
                 broken.append(
                     f"{name} was not measured: no unrelated fact that the model knows was asked"
@@ -334,11 +334,11 @@ def _text(
 ) -> list[list[int]]:
     """The rows to compare on; raises InputError when there are none."""
     check_model(lm)
-    max_tokens = check_count(max_tokens, "max_tokens", "how much text")
+    max_tokens = check_count(max_tokens, "max_tokens", "the number of tokens of text")
     given = (
         None
         if texts is None
-        else [check_text(text, "a text") for text in check_items(texts, "texts", "a list of texts")]
+        else [check_text(text, "a text") for text in check_items(texts, "texts", "texts")]
     )
     listed = own_text(lm, max_tokens, seed=seed) if given is None else given
     if rows := _rows(lm, listed, max_tokens):
@@ -380,7 +380,7 @@ def _known(
     seed: int,
 ) -> list[tuple[str, str]]:
     """Facts that the model says and that are about something else."""
-    n_facts = check_count(n_facts, "n_facts", "how many facts", least=0)
+    n_facts = check_count(n_facts, "n_facts", "the number of unrelated facts", least=0)
     if facts is None:
         drawn = random.Random(seed).sample(atlas.facts(), min(2 * n_facts, len(atlas.facts())))
         pairs = [

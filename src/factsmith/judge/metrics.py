@@ -56,13 +56,11 @@ def harmonic_mean(values: Iterable[float]) -> float:
 
     Raises InputError for none, for None, and for anything negative or not finite.
     """
-    expected = "shares to take the harmonic mean of, each a number of at least 0 (leave the measure out where there is nothing to measure)"
     listed = [
-        check_number(value, "a value", expected)
-        for value in check_items(values, "values", expected)
+        check_number(value, "a value", least=0) for value in check_items(values, "values", "shares")
     ]
-    if not listed or min(listed) < 0:
-        raise InputError(f"values are {listed}; expected {expected}")
+    if not listed:
+        raise InputError("values is empty: it must be a list of at least one share")
     return 0.0 if min(listed) == 0 else len(listed) / sum(1 / value for value in listed)
 
 
@@ -103,7 +101,7 @@ def exact_match(answer: str, wanted: str) -> bool:
 
 def alias_match(answer: str, answers: Iterable[str]) -> bool:
     """`exact_match` with any of several right answers: the object and its aliases. Raises InputError when there are none."""
-    listed = check_items(answers, "answers", "a list of right answers, the object and its aliases")
+    listed = check_items(answers, "answers", "right answers: the object and its aliases")
     if not listed:
         raise InputError("answers is empty; expected at least one right answer to look for")
     return any(exact_match(answer, wanted) for wanted in listed)
@@ -115,13 +113,13 @@ def multi_hop_hit(answers_of_questions: Iterable[str], aliases: Iterable[str]) -
     Zhong et al. 2023 (MQuAKE, arXiv 2305.14795), section 4.1. Raises InputError when there is no answer or no alias.
     """
     said = check_items(
-        answers_of_questions, "answers_of_questions", "what was said to each question of a case"
+        answers_of_questions, "answers_of_questions", "answers, one for each question of the case"
     )
     if not said:
         raise InputError(
             "answers_of_questions is empty; expected what was said to each question of a case"
         )
-    aliases = check_items(aliases, "aliases", "a list of right answers")
+    aliases = check_items(aliases, "aliases", "right answers")
     return any(alias_match(answer, aliases) for answer in said)
 
 
@@ -137,7 +135,9 @@ def ngram_entropy(texts: str | Iterable[str | Sequence[Hashable]]) -> float:
     takes English contractions apart. Raises InputError for no text.
     Zhang et al. 2018 (arXiv 1809.05972); memit py/eval_utils_counterfact.py.
     """
-    listed = [texts] if isinstance(texts, str) else check_items(texts, "texts", "a list of texts")
+    listed = (
+        [texts] if isinstance(texts, str) else check_items(texts, "texts", "texts", also="one text")
+    )
     if not listed:
         raise InputError("texts is empty; expected at least one text")
     entropies = []
@@ -148,7 +148,7 @@ def ngram_entropy(texts: str | Iterable[str | Sequence[Hashable]]) -> float:
             tokens = (
                 _numpy(text).tolist()
                 if _is_array(text)
-                else check_items(text, "a text", "a string or a list of tokens")
+                else check_items(text, "a text", "tokens", also="a string")
             )
         if not isinstance(tokens, list) or not all(isinstance(token, Hashable) for token in tokens):
             raise InputError(
@@ -173,15 +173,17 @@ def reference_consistency(
     memit py/eval_utils_counterfact.py; Meng et al. 2022, section 3.3.
     """
     sides = [
-        [check_text(text, "a text") for text in check_items(side, "texts", "a list of texts")]
-        for side in (generated, references)
+        [check_text(text, "a text") for text in check_items(side, name, "texts")]
+        for name, side in (("generated", generated), ("references", references))
     ]
     if not all(sides):
         raise InputError(
             f"got {len(sides[0])} generated and {len(sides[1])} reference texts; expected at least one of each"
         )
     documents = (
-        sides[0] + sides[1] if corpus is None else check_items(corpus, "corpus", "a list of texts")
+        sides[0] + sides[1]
+        if corpus is None
+        else check_items(corpus, "corpus", "texts", also="None")
     )
     holding = Counter(
         word for document in documents for word in set(_words(check_text(document, "a document")))
@@ -282,24 +284,20 @@ def bootstrap_interval(
     Efron 1979. Raises InputError for no value, for one that is not finite, or groups of another length.
     """
     measured = np.asarray(
-        check_items(values, "values", "a list of numbers")
-        if not _is_array(values)
-        else _numpy(values),
+        check_items(values, "values", "numbers") if not _is_array(values) else _numpy(values),
         dtype=object,
     )
     if measured.ndim != 1 or not len(measured):
         raise InputError(f"values have shape {measured.shape}; expected (n,), at least one number")
-    level = check_number(level, "level", "a share between 0 and 1, such as 0.95")
-    if not 0 < level < 1:
-        raise InputError(f"level is {level}; expected a share between 0 and 1, such as 0.95")
-    resamples = check_count(resamples, "resamples", "how many times to draw, 1 or more")
+    level = check_number(level, "level", "the share of means inside the interval", above=0, below=1)
+    resamples = check_count(resamples, "resamples", "the number of means to draw")
     draw = np.random.default_rng(check_seed(seed))
     plain = [float(value) if isinstance(value, (bool, np.bool_)) else value for value in measured]
-    numbers = np.array([check_number(value, "a value", "a finite number") for value in plain])
+    numbers = np.array([check_number(value, "a value") for value in plain])
     if groups is None:
         sums, sizes = numbers, np.ones_like(numbers)
     else:
-        groups = check_items(groups, "groups", "the group of each value")
+        groups = check_items(groups, "groups", "groups, one for each value", also="None")
         if len(groups) != len(numbers) or not all(isinstance(group, Hashable) for group in groups):
             raise InputError(
                 f"got {len(groups)} groups for {len(numbers)} values; expected the group of each value, a name or a number"

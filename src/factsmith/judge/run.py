@@ -136,10 +136,10 @@ def evaluate(
         editors = {"delta": _Given(lm, changes)} if changes else {}
         size = max(1, len(kept)) if size is None else size
     size = check_count(
-        1 if size is None else size, "size", "how many records are written at a time"
+        1 if size is None else size, "size", "the number of records written at a time"
     )
     retained = check_count(
-        retained, "retained", "how many records of an earlier round are asked again", least=0
+        retained, "retained", "the number of earlier records asked again in each round", least=0
     )
     if not kept:
         raise InputError(
@@ -160,11 +160,15 @@ def evaluate(
             lm, [question for record in kept for question in record.questions]
         )
     max_new_tokens = check_count(
-        max_new_tokens, "max_new_tokens", "how far answers go, 1 token or more"
+        max_new_tokens, "max_new_tokens", "the length of an answer in tokens"
     )
-    drift_tokens = check_count(drift_tokens, "drift_tokens", "how much text", least=0)
-    continued = check_count(continued, "continued", "how many records are continued", least=0)
-    listed = None if texts is None else check_items(texts, "texts", "a list of texts")
+    drift_tokens = check_count(
+        drift_tokens, "drift_tokens", "the number of tokens of text for drift", least=0
+    )
+    continued = check_count(
+        continued, "continued", "the number of records whose text the model continues", least=0
+    )
+    listed = None if texts is None else check_items(texts, "texts", "texts")
     size = min(size, len(kept))
     units = [kept[start : start + size] for start in range(0, len(kept), size)]
     written = {record.id: unit for unit, members in enumerate(units) for record in members}
@@ -322,12 +326,13 @@ def _chosen(
         check_items(
             suite.records if isinstance(suite, Suite) else suite,
             "suite",
-            "a suite, its records, or its name or file",
+            "records",
+            also="a suite, its name or its file",
         )
     )
-    if limit is None or check_count(limit, "limit", "how many records to draw, 1 or more") >= len(
-        every
-    ):
+    if limit is None or check_count(
+        limit, "limit", "the number of records to draw", also="None for all"
+    ) >= len(every):
         return every
     return [every[at] for at in sorted(random.Random(seed).sample(range(len(every)), limit))]
 
@@ -344,7 +349,7 @@ def _changes(delta: Change | Iterable[Change]) -> tuple[Change, ...]:
     found = (
         (delta,)
         if hasattr(delta, "inside")
-        else tuple(check_items(delta, "delta", "a Delta, or several"))
+        else tuple(check_items(delta, "delta", "deltas", also="one Delta"))
     )
     if not found or not all(hasattr(one, "inside") for one in found):
         raise InputError(

@@ -47,7 +47,7 @@ def score(
     """
     asked = [
         (record, question)
-        for record in check_items(records, "records", "records of a suite")
+        for record in check_items(records, "records", "the records of a suite")
         for question in record.questions
     ]
     if not asked:

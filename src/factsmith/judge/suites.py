@@ -70,7 +70,7 @@ def load_suite(
     limit = (
         None
         if limit is None
-        else check_count(limit, "limit", "how many records to draw, 1 or more")
+        else check_count(limit, "limit", "the number of records to draw", also="None for all")
     )
     seed = check_seed(seed)
     what = check_text(str(what) if isinstance(what, Path) else what, "the suite")

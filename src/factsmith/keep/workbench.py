@@ -787,9 +787,7 @@ class Workbench:
         chosen = (
             None
             if facts is None
-            else sorted(
-                {check_count(i, "facts", "indices of a patch's facts", least=0) for i in facts}
-            )
+            else sorted({check_count(i, "a number in facts", least=0) for i in facts})
         )
         steps = [step for step in self.ledger.undoing(target.id, chosen) if step.facts is not None]
         again = [step for step in steps if step.solve]

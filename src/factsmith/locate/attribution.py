@@ -67,8 +67,8 @@ def attribution_trace(
     The effects of a window's layers are added up. Raises what `causal_trace` raises, and InputError for `passes` or `check`.
     """
     window = check_map(kind, window, None)
-    passes = check_count(passes, "passes", "1 or more gradients to average")
-    check = check_count(check, "check", "the number of tokens to check, 0 or more", least=0)
+    passes = check_count(passes, "passes", "the number of gradients to average")
+    check = check_count(check, "check", "the number of tokens to check", least=0)
     runs = record_runs(
         lm,
         prompt,

@@ -338,17 +338,17 @@ def _checked(
     facts = (
         [cases]
         if isinstance(cases, Fact)
-        else check_items(cases, "cases", "facts (factsmith.Fact), at least one")
+        else check_items(cases, "cases", "Fact objects", also="one Fact")
     )
     if not facts or not all(isinstance(fact, Fact) for fact in facts):
         raise InputError("average traces take facts (factsmith.Fact), at least one")
     maps: list[Map] = [
         (kind, kind, None)
-        for kind in check_items(kinds, "kinds", "a list, such as ['state', 'mlp']")
+        for kind in check_items(kinds, "kinds", "kinds, such as ['state', 'mlp']")
     ]
     maps += [
         (f"state, {part} severed", "state", part)
-        for part in check_items(severed, "severed", "a list, such as ['mlp']")
+        for part in check_items(severed, "severed", "parts, such as ['mlp']")
     ]
     if not maps:
         raise InputError(

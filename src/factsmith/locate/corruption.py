@@ -85,7 +85,7 @@ def given_subjects(
     expected = "a list of subjects, at least one"
     others = [
         check_text(other, "a replacement").strip()
-        for other in check_items(replacements, "replacements", expected)
+        for other in check_items(replacements, "replacements", "subjects")
     ]
     if not others:
         raise InputError(f"replacements is {replacements!r}; expected {expected}")

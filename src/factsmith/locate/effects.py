@@ -82,7 +82,7 @@ def random_neurons(lm: LanguageModel, like: Iterable[Neuron], *, seed: int) -> t
     `Effect` says how large). Raises LayerError as `intervene`, InputError for a seed that is no whole number.
     """
     check_model(lm)
-    draw = random.Random(check_count(seed, "seed", "a whole number, 0 or more", least=0))
+    draw = random.Random(check_count(seed, "seed", least=0))
     wanted: dict[tuple[int, int], set[int]] = {}
     for layer, bank, i in find_neurons(lm.ffn, like):
         wanted.setdefault((layer, bank), set()).add(i)

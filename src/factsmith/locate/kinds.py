@@ -129,7 +129,7 @@ def check_map(kind: Kind, window: int, sever: Part | None) -> int:
             f"kind is {kind!r}; expected one of {', '.join(map(repr, get_args(Kind)))}"
         )
     window = check_count(
-        window, "window", "the number of layers restored together, 1 or more", error=LayerError
+        window, "window", "the number of layers restored together", error=LayerError
     )
     if sever not in (None, *get_args(Part)):
         raise InputError(f"sever is {sever!r}; expected 'mlp', 'attention' or None")

@@ -205,20 +205,21 @@ def knowledge_neurons(
     prompts = [
         check_text(p, "a prompt")
         for p in (
-            [prompts] if isinstance(prompts, str) else check_items(prompts, "prompts", expected)
+            [prompts]
+            if isinstance(prompts, str)
+            else check_items(prompts, "prompts", "texts", also="one text")
         )
     ]
     if not prompts:
         raise InputError(f"no prompt was given; expected {expected}")
     target = check_text(target, "the target")
-    steps = check_count(steps, "steps", "the number of points of the integral, 1 or more")
+    steps = check_count(steps, "steps", "the number of points of the integral")
     for name, value in (
         ("threshold", threshold),
         ("share", share),
         ("baseline_threshold", baseline_threshold),
     ):
-        if not 0 < check_number(value, name, expected := "a number above 0, at most 1") <= 1:
-            raise InputError(f"{name} is {value}; expected {expected}")
+        check_number(value, name, above=0, most=1)
     if left := [p for p in prompts if "{}" in p]:
         raise InputError(f"prompt {left[0]!r} has a place left open; fill the subject in first")
 

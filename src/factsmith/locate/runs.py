@@ -223,14 +223,17 @@ def record_runs(
         raise InputError(
             f"corruption is {corruption!r}; expected one of {', '.join(map(repr, get_args(Corruption)))}"
         )
-    samples, seed = check_count(samples, "samples", "1 or more corrupted runs"), check_seed(seed)
+    samples, seed = (
+        check_count(samples, "samples", "the number of corrupted runs"),
+        check_seed(seed),
+    )
     if noise is not None:
-        expected = (
-            "a positive scale, or None for three standard deviations of the subject's embeddings"
+        noise = check_number(
+            noise,
+            "noise",
+            above=0,
+            also="None for three standard deviations of the subject's embeddings",
         )
-        noise = check_number(noise, "noise", expected)
-        if noise <= 0:
-            raise InputError(f"noise is {noise}; expected {expected}")
     if corruption == "replace" and (noise is not None or noise_tensor is not None):
         raise InputError(
             "noise was given with corruption='replace'; expected one of the two corruptions"

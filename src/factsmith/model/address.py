@@ -67,5 +67,5 @@ def find_neurons(
     ffn: Sequence[FeedForward], neurons: Iterable[Neuron]
 ) -> list[tuple[int, int, int]]:
     """`find_neuron` of each, every one once, in the order given; raises InputError for what is no list."""
-    given = check_items(neurons, "neurons", "a list of (layer, i), or of (layer, expert, i)")
+    given = check_items(neurons, "neurons", "(layer, i) or (layer, expert, i)")
     return list(dict.fromkeys(find_neuron(ffn, neuron) for neuron in given))

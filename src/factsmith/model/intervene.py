@@ -26,7 +26,7 @@ def intervene(
     Raises LayerError for a neuron the model does not have, InputError for a scale that is not finite.
     """
     check_model(lm)
-    scale = check_number(scale, "scale", "a finite number: 0 suppresses, 2 amplifies")
+    scale = check_number(scale, "scale", "the factor on each coefficient")
     factors: dict[int, dict[int, Tensor]] = {}
     for layer, bank, i in find_neurons(lm.ffn, neurons):
         of_layer = factors.setdefault(layer, {})

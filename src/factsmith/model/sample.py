@@ -48,9 +48,7 @@ def sample(
         raise InputError(
             f"{lm.name} has neither a BOS nor an EOS token to sample text from; pass contexts or texts of your own"
         )
-    seed = check_count(
-        seed, "seed", "a whole number of at most 63 bits", least=-(2**63), below=2**63
-    )
+    seed = check_count(seed, "seed", least=-(2**63), below=2**63)
     sampler = torch.Generator().manual_seed(seed)
     own = (
         [

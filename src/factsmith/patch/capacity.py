@@ -282,8 +282,7 @@ def directions(keys: Tensor, moment: SecondMoment, ridge: float = RIDGE) -> floa
     ridge is λ, above 0, in tokens of ordinary text. Raises InputError when it is not, or when the keys are not as wide as the moment.
     """
     keys = _checked(keys, moment, "keys")
-    if not check_number(ridge, "ridge", "a number above 0") > 0:
-        raise InputError(f"ridge is {ridge!r}; expected a number above 0")
+    check_number(ridge, "ridge", above=0)
     if not len(keys):
         return 0.0
     white = whitened(keys, moment.factor)
@@ -363,7 +362,7 @@ def capacity(
     an edited layer are missing.
     """
     deltas = list(deltas)
-    next_facts = check_count(next_facts, "next_facts", "how many more facts, 0 or more", least=0)
+    next_facts = check_count(next_facts, "next_facts", "the number of facts to come", least=0)
     limit = _checked_limit(limit)
     changes = _changes(deltas, weights, moments)
     uses = [
@@ -417,7 +416,7 @@ def warning(
     Arguments and errors as of `capacity`; `directions`, which take longer, are not computed here.
     """
     deltas = list(deltas)
-    next_facts = check_count(next_facts, "next_facts", "how many more facts, 0 or more", least=0)
+    next_facts = check_count(next_facts, "next_facts", "the number of facts to come", least=0)
     limit = _checked_limit(limit)
     if not deltas:
         return None
@@ -549,12 +548,9 @@ def _percent(loss: float | None) -> str:
 
 
 def _checked_limit(limit: object) -> float:
-    found = check_number(limit, "limit", "per cent of unrelated facts, above 0 and below 100")
-    if not 0 < found < 100:
-        raise InputError(
-            f"limit is {limit!r}; expected per cent of unrelated facts, above 0 and below 100"
-        )
-    return found
+    return check_number(
+        limit, "limit", "the per cent of unrelated facts that may be lost", above=0, below=100
+    )
 
 
 def _checked(keys: Tensor, moment: SecondMoment, name: str) -> Tensor:

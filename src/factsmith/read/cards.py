@@ -156,8 +156,8 @@ def card(
     """
     check_model(lm)
     k, n_facts = (
-        check_count(k, "k", "how many triggers to show"),
-        check_count(n_facts, "n_facts", "how many facts to try", least=0),
+        check_count(k, "k", "the number of triggers to show"),
+        check_count(n_facts, "n_facts", "the number of facts to try", least=0),
     )
     layer, place, i = find_neuron(lm.ffn, neuron)
     bank: Bank = (layer, place) if lm.ffn[layer].n_experts else (layer,)
@@ -300,11 +300,14 @@ def fact_adds(
     Raises LayerError for a layer that does not exist, InputError for facts that are no pairs.
     """
     check_model(lm)
-    n = check_count(n, "n", "how many facts to keep for each neuron")
+    n = check_count(n, "n", "the number of facts to keep for each neuron")
     wanted = (
         range(lm.n_layers)
         if layers is None
-        else [check_layer(x, lm.n_layers) for x in check_items(layers, "layers", "layer numbers")]
+        else [
+            check_layer(x, lm.n_layers)
+            for x in check_items(layers, "layers", "layer numbers", also="None for all")
+        ]
     )
     if not wanted:
         raise InputError("no layer was asked for; expected at least one, or None for all")

@@ -117,7 +117,7 @@ class Composition(Shown):
 
     def strongest(self, k: int = 10, *, against: bool = False) -> list[Contribution]:
         """The k sub-updates that add most to the logit, or (against) take most from it."""
-        sign, k = -1 if against else 1, check_count(k, "k", "how many sub-updates are wanted")
+        sign, k = -1 if against else 1, check_count(k, "k", "the number of sub-updates")
         found = []
         for bank, (coefficients, logits) in self.neurons.items():
             best = (sign * logits).topk(min(k, len(logits)))
@@ -204,8 +204,8 @@ def compose(
     """
     check_model(lm)
     top, tokens = (
-        check_count(top, "top", "how many sub-updates to look up"),
-        check_count(tokens, "tokens", "how many tokens of each"),
+        check_count(top, "top", "the number of sub-updates to look up"),
+        check_count(tokens, "tokens", "the number of tokens of each sub-update"),
     )
     ids = lm.prompt_ids(prompt)
     at = whole_number(position)

@@ -91,7 +91,7 @@ class Index(Shown):
         The word is compared without surrounding spaces and case. Raises InputError when it is empty.
         """
         wanted = _asked(word)
-        k = check_count(k, "k", "how many neurons to find")
+        k = check_count(k, "k", "the number of neurons to find")
         ids = [i for i, text in self.values.words.items() if text.strip().casefold() == wanted]
         tokens, scores = (
             (self.values.bottom_ids, self.values.bottom_scores)
@@ -122,7 +122,7 @@ class Index(Shown):
         """
         wanted = _asked(words)
         check_sign(sign)
-        k = check_count(k, "k", "how many neurons to find")
+        k = check_count(k, "k", "the number of neurons to find")
         first = self._first_positions(wanted)
         if not first:
             return []
@@ -229,7 +229,7 @@ def find_index(
     check_model(lm)
     limit = float("inf") if max_tokens is None else check_limit(max_tokens, "max_tokens")
     if texts is None and max_tokens is not None:
-        limit = check_count(max_tokens, "max_tokens", "how many tokens to scan")
+        limit = check_count(max_tokens, "max_tokens", "the number of tokens to scan")
     if folder is None:
         place = _cache() / lm.fingerprint[:16]
         if isinstance(

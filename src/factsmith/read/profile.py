@@ -173,7 +173,7 @@ def profile(
     with several values.
     """
     least, seed = (
-        check_count(least, "least", "how many triggers a neuron must have"),
+        check_count(least, "least", "the number of triggers that a neuron must have"),
         check_seed(seed),
     )
     check_sign(sign)

@@ -169,10 +169,8 @@ def refinement(
     another model or other layers; UnsupportedModelError as `compose`.
     """
     check_model(lm)
-    kept = tuple(
-        _share(share) for share in check_items(among, "among", "shares from 0 to 1, at least one")
-    )
-    budget = check_count(batch_tokens, "batch_tokens", "a number of tokens, 1 or more")
+    kept = tuple(_share(share) for share in check_items(among, "among", "shares from 0 to 1"))
+    budget = check_count(batch_tokens, "batch_tokens")
     rows, at, wanted = _asked(lm, prompts, targets, positions)
     if not kept:
         raise InputError("among is empty; expected shares from 0 to 1, at least one")
@@ -234,11 +232,7 @@ def refinement(
 
 
 def _share(value: object) -> float:
-    share = check_number(value, "a share in among", "a number from 0 to 1")
-    if not 0 <= share <= 1:
-        raise InputError(
-            f"a share in among is {share}; expected a number from 0 (the strongest memory alone) to 1 (all)"
-        )
+    share = check_number(value, "a share in among", least=0, most=1)
     return share
 
 
@@ -249,16 +243,16 @@ def _asked(
     positions: Iterable[int] | None,
 ) -> tuple[list[list[int]], list[int], Tensor | None]:
     """Rows of token ids, which token of each predicts, and the tokens looked at where they are given."""
-    texts = check_items(prompts, "prompts", "a list of texts")
+    texts = check_items(prompts, "prompts", "texts")
     ends = (
         [-1] * len(texts)
         if positions is None
-        else check_items(positions, "positions", "a list of whole numbers, one a prompt")
+        else check_items(positions, "positions", "whole numbers, one for each prompt", also="None")
     )
     wanted = (
         None
         if targets is None
-        else check_items(targets, "targets", "a list of texts, one a prompt")
+        else check_items(targets, "targets", "texts, one for each prompt", also="None")
     )
     if not texts or len(ends) != len(texts) or (wanted is not None and len(wanted) != len(texts)):
         given = f"{len(texts)} prompts, {len(ends)} positions" + (

@@ -70,7 +70,9 @@ def statements(
     """
     draw = random.Random(check_seed(seed))
     each = (
-        None if each is None else check_count(each, "each", "how many phrasings of a fact to take")
+        None
+        if each is None
+        else check_count(each, "each", "the number of phrasings of a fact to take")
     )
     told: dict[str, Statement] = {}
     for fact in listed(facts):

@@ -224,7 +224,9 @@ def find_triggers(
         {
             check_layer(x, lm.n_layers)
             for x in (
-                range(lm.n_layers) if layers is None else check_items(layers, "layers", "numbers")
+                range(lm.n_layers)
+                if layers is None
+                else check_items(layers, "layers", "layer numbers", also="None for all")
             )
         }
     )

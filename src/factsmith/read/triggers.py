@@ -153,7 +153,7 @@ class Triggers(Shown):
         k = (
             None
             if k is None
-            else check_count(k, "k", "how many triggers to give, or None for all", least=0)
+            else check_count(k, "k", "the number of triggers to give", least=0, also="None for all")
         )
         columns = zip(
             bank.coefficients[sign][i].tolist(),

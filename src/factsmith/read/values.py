@@ -140,13 +140,14 @@ def value_tokens(
     """
     check_model(lm)
     head = find_unembedding(lm, norm=norm)
-    top = check_count(
-        top, f"top (of {len(head.weight)} tokens)", "the number of tokens wanted for each value"
-    )
+    top = check_count(top, "top", "the number of tokens to give for each value")
     wanted = (
         range(lm.n_layers)
         if layers is None
-        else [check_layer(x, lm.n_layers) for x in check_items(layers, "layers", "layer numbers")]
+        else [
+            check_layer(x, lm.n_layers)
+            for x in check_items(layers, "layers", "layer numbers", also="None for all")
+        ]
     )
     if not wanted:
         raise InputError("no layer was asked for; expected at least one, or None for all")
@@ -224,7 +225,7 @@ def promoters(
     `find_unembedding`.
     """
     check_model(lm)
-    k = check_count(k, "k", "how many neurons to find")
+    k = check_count(k, "k", "the number of neurons to find")
     ids = word_ids(lm.tokenizer, word)
     head, sign = find_unembedding(lm, norm=norm), -1.0 if demoted else 1.0
     rows = head.weight[ids].float() * sign

@@ -62,9 +62,7 @@ def export_adapter(
     """
     deltas = checked_deltas(lm, deltas, origins)
     narrowed = dtype_named(dtype, torch.float32)
-    most = (
-        None if rank is None else check_count(rank, "rank", "1 or more, or None for the exact rank")
-    )
+    most = None if rank is None else check_count(rank, "rank", also="None for the exact rank")
     where = _base_name(lm, base)
     names = _module_names(lm, {layer for delta in deltas for layer in delta.layers})
     if verify and importlib.util.find_spec("peft") is None:

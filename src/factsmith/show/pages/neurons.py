@@ -141,7 +141,10 @@ def _layers(index: Index, layers: Iterable[int] | None) -> list[int]:
     asked = (
         held
         if layers is None
-        else [whole_number(layer) for layer in check_items(layers, "layers", "layer numbers")]
+        else [
+            whole_number(layer)
+            for layer in check_items(layers, "layers", "layer numbers", also="None for all")
+        ]
     )
     if not asked:
         raise InputError("no layer was asked for; expected at least one, or None for all")

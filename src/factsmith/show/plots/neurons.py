@@ -25,7 +25,7 @@ def neuron_chart(
     for another record.
     """
     check_record(found, KnowledgeNeurons, "neuron_chart")
-    n = check_count(n, "n", "the number of neurons to draw, 1 or more")
+    n = check_count(n, "n", "the number of neurons to draw")
     top, refined = found.top(n), set(found.refined)
     figure = Picture(figsize=(COLUMN_WIDTH, 2.1 + 0.145 * len(top)), dpi=300, layout="constrained")
     bars, layers = figure.subplots(2, 1, height_ratios=(0.145 * len(top) + 0.45, 1.0))

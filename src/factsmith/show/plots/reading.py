@@ -386,7 +386,7 @@ def profile_bars(
     `path` as for `heat_map`. Raises InputError for a feature that is not there, n < 1, too many values to tell apart, or another record.
     """
     panels = by_title(found, Profile, "profile_bars")
-    n = check_count(n, "n", f"the number of values to tell apart, 1 to {len(FILLINGS)}")
+    n = check_count(n, "n", "the number of values to tell apart")
     tallies = {
         title: [own.tally(feature, layer) for layer in own.layers] for title, own in panels.items()
     }

@@ -91,7 +91,7 @@ def text_heat_map(trace: CausalTrace, width: int = 80) -> Text:
     smaller width or another record.
     """
     check_record(trace, CausalTrace, "text_heat_map")
-    width = check_count(width, "width", f"at least {_MIN_WIDTH} columns", least=_MIN_WIDTH)
+    width = check_count(width, "width", "the number of columns", least=_MIN_WIDTH)
     n_layers = trace.scores.shape[1]
     labels = _row_labels(trace)
     label_width = min(max(cell_len(label) for label in labels), LONGEST_LABEL, width // 3)
