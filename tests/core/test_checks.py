@@ -80,6 +80,10 @@ def test_the_ends_of_a_range_are_accepted_or_refused_as_named() -> None:
             "ridge is '1': it must be a finite number of at least 0",
         ),
         (
+            lambda: check_number(1.5, "share", least=0, most=1),
+            "share is 1.5: it must be a number from 0 to 1",
+        ),
+        (
             lambda: check_limit(0, "max_tokens"),
             "max_tokens is 0: it must be a number of at least 1, or math.inf for no limit",
         ),

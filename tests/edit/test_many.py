@@ -516,7 +516,7 @@ def test_arguments_of_another_kind_are_refused_in_words() -> None:
     for changes, words in (
         ({"config": RomeConfig(layer=1)}, "memit takes a MemitConfig; got RomeConfig"),
         ({"earlier": [1]}, "got int"),
-        ({"earlier": 1}, "expected the deltas"),
+        ({"earlier": 1}, "must be a list of deltas"),
         ({"moments": None}, "got NoneType"),
     ):
         with pytest.raises(InputError, match=words):

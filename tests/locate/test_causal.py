@@ -288,7 +288,7 @@ def test_replacements_are_drawn_from_the_bundled_subjects_by_seed() -> None:
 def test_replacements_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = model("gpt2")
     for given in (("Edwin",), ("",), (SUBJECT,), (*fitting("gpt2"), SUBJECT + "s"), (), "Edwin"):
-        with pytest.raises(InputError, match=r"expected a(nother subject| list of subjects)"):
+        with pytest.raises(InputError, match=r"(expected another subject|a list of subjects)"):
             causal_trace(lm, PROMPT, SUBJECT, corruption="replace", replacements=given)
     monkeypatch.setattr(
         causal.atlas, "facts", lambda: [atlas.AtlasFact("Edwin", "P140", "Christianity")]

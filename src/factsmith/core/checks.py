@@ -118,6 +118,8 @@ def check_number(
             or (below is not None and number >= below)
         ):
             return number
+    if least is not None and most is not None:
+        raise _refusal(value, name, f"a number from {least:,} to {most:,}", meaning, also)
     limits = {"at least": least, "above": above, "at most": most, "below": below}
     reach = " and ".join(f"{word} {end:,}" for word, end in limits.items() if end is not None)
     accepted = f"a finite number{' of' if reach.startswith('at') else ''} {reach}".rstrip()
