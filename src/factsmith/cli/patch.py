@@ -258,11 +258,11 @@ def patch(
     with progress() as tell, opened(model, workspace, device, tell) as (lm, bench):
         from ..corpus.moments_store import load_moments
         from ..edit.published import settings
-        from ..model.language_model import check_dense_layer as check_layer
+        from ..model.address import check_dense_layer
         from ..patch.proposal import propose
 
         for number in layer or ():
-            check_layer(lm, number)  # also where nothing is to be written
+            check_dense_layer(number, lm.ffn)  # also where nothing is to be written
         given = None if moments is None else load_moments(moments)
         config = settings(lm, method, layer, read_settings(setting or []), paper=paper)
         revision: Revision | None = None

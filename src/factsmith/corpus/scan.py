@@ -19,9 +19,8 @@ from typing import TypeAlias, cast
 import torch
 from torch import Tensor
 
-from ..core.checks import whole_number
-from ..core.errors import InputError, LayerError
-from ..model.address import Neuron
+from ..core.errors import InputError
+from ..model.address import Neuron, neuron_numbers
 from ..model.ffn import Neurons
 from ..model.language_model import LanguageModel
 from ..model.trace import recording, stoppable
@@ -41,18 +40,13 @@ def banks(lm: LanguageModel, layers: Iterable[int] | None = None) -> dict[Bank, 
 
 
 def bank_of(neuron: Neuron) -> tuple[Bank, int]:
-    """A neuron's bank, and which of its neurons it is. Raises LayerError for what is not two or three whole numbers."""
-    numbers = (
-        [whole_number(n) for n in neuron]
-        if isinstance(neuron, Iterable) and not isinstance(neuron, (str, bytes))
-        else []
-    )
-    if len(numbers) not in (2, 3) or None in numbers:
-        raise LayerError(
-            f"{neuron!r} is no neuron; expected (layer, number), or (layer, expert, number) in a layer with experts"
-        )
-    *place, i = numbers
-    return cast("Bank", tuple(place)), cast("int", i)
+    """Return a neuron's bank, and which of the bank's neurons it is.
+
+    Raises:
+        LayerError: It is not two or three whole numbers.
+    """
+    *place, i = neuron_numbers(neuron)
+    return cast("Bank", tuple(place)), i
 
 
 def bank_name(bank: Bank) -> str:

@@ -25,8 +25,9 @@ from ..core.checks import check_count, check_number
 from ..core.errors import InputError, LayerError, NumericsError
 from ..core.fact import Fact, listed
 from ..core.progress import Progress, tell
+from ..model.address import check_dense_layer
 from ..model.ffn import linear_matrix
-from ..model.language_model import LanguageModel, check_dense_layer
+from ..model.language_model import LanguageModel
 from ..model.tokens import pad_id, target_ids
 from .configs import MemitConfig
 from .delta import read_weights, write_weights
@@ -210,7 +211,7 @@ def _checked(facts: Fact | Sequence[Fact]) -> list[Fact]:
 def _layers(lm: LanguageModel, config: TuneConfig) -> list[int]:
     chosen = config.layers or MemitConfig.recommended(lm).layers
     assert chosen is not None
-    return sorted(check_dense_layer(lm, layer) for layer in chosen)
+    return sorted(check_dense_layer(layer, lm.ffn) for layer in chosen)
 
 
 def _finite(found: dict[int, Tensor], base: Mapping[int, Tensor]) -> dict[int, Tensor]:

@@ -21,7 +21,8 @@ from ..core.errors import InputError
 from ..core.fact import Fact, listed
 from ..core.progress import Progress
 from ..corpus.moments import SecondMoment
-from ..model.language_model import LanguageModel, check_dense_layer
+from ..model.address import check_dense_layer
+from ..model.language_model import LanguageModel
 from . import solve
 from .configs import EditConfig
 from .delta import Delta
@@ -92,7 +93,7 @@ def edit_inputs(  # house: these are the arguments of `edit`, less the method
     wanted, carried = _distinct(listed(facts)), _checked_deltas(beneath)
     if config.edited is None:
         config = config.at(type(config).recommended(lm).edited or ())
-    layers = [check_dense_layer(lm, layer) for layer in config.edited or ()]
+    layers = [check_dense_layer(layer, lm.ffn) for layer in config.edited or ()]
     inputs = EditInputs(
         lm=lm,
         facts=wanted,

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from ..core.errors import InputError, NumericsError
 from ..core.fact import Fact
-from ..model.language_model import LanguageModel, check_dense_layer
+from ..model.address import check_dense_layer
+from ..model.language_model import LanguageModel
 from ..model.replay import Replay, record
 from .keys import Site, above, check_contexts, down, read_keys, read_stream
 from .questions import (
@@ -50,7 +51,7 @@ def find_targets(
     The model is untouched. Raises SubjectError when a prompt names its subject twice, LayerError, InputError for contexts without "{}",
     UnsupportedModelError for a mixture-of-experts layer, NumericsError when the loss is not finite.
     """
-    layer, contexts = check_dense_layer(lm, layer), check_contexts(contexts)
+    layer, contexts = check_dense_layer(layer, lm.ffn), check_contexts(contexts)
     questions = [tokenize_facts(lm, fact, contexts) for fact in facts]
     found: dict[int, tuple[Targets, int]] = {}
     for group in question_batches(
@@ -90,7 +91,7 @@ def known_targets(
     The model need not be the one that they were found on: keys and v_initial are those of the model as it is. Errors as `find_targets`,
     InputError too for another shape.
     """
-    check_dense_layer(lm, layer)
+    check_dense_layer(layer, lm.ffn)
     if v_star.shape != (len(facts), lm.d_model):
         raise InputError(
             f"v_star has shape {tuple(v_star.shape)}; expected ({len(facts)}, {lm.d_model}): a target for each fact"

@@ -49,15 +49,16 @@ from ..edit.delta import Delta, applied, patched, read_weights, write_weights
 from ..edit.methods import find_method
 from ..edit.resolve import resolve
 from ..judge.drift import Drift, drift
+from ..model.address import check_dense, check_dense_layer
 from ..model.answers import begins_with, first_phrase
-from ..model.language_model import LanguageModel, check_dense_layer
+from ..model.language_model import LanguageModel
 from ..patch.capacity import LIMIT, Capacity, capacity
 from ..patch.capacity import warning as capacity_warning
 from ..patch.complete import MADE, known_of
 from ..patch.conflicts import relations, standing
 from ..patch.gates import GateResult, check_gates, measures_drift
 from ..patch.layer_choice import LayerChoice
-from ..patch.layers import check_dense, measure_layers, published_choice, quick_layers
+from ..patch.layers import measure_layers, published_choice, quick_layers
 from ..patch.plan import Plan, chosen_layers, plan
 from ..patch.proof import Check, Verification, verify
 from ..patch.proposal import Proposal, solve_and_prove
@@ -158,7 +159,7 @@ class Workbench:
     def _plan(self, facts: Fact | Iterable[Fact], method: str, config: Any) -> Plan:
         """`plan`, but for the time."""
         self._check_weights()
-        check_dense(self.lm)
+        check_dense(self.lm.ffn)
         found = plan(self.lm, facts)
         kind = find_method(method, config).config
         places = None if config is None else config.edited
@@ -175,7 +176,7 @@ class Workbench:
                     "time above; `factsmith layers` does it now, `--layer` and `settings` name some"
                 )
         for layer in places:
-            check_dense_layer(self.lm, layer)
+            check_dense_layer(layer, self.lm.ffn)
         with self._carrying([]):
             moments = kept_moments(self.lm, places, self.ledger.folder / "moments")
             known = [entry.known for entry in found.entries]
@@ -578,7 +579,7 @@ class Workbench:
         `propose` and `commit` raise.
         """
         self.ledger.expect(self._at)  # before the work, not after it
-        check_dense(self.lm)
+        check_dense(self.lm.ffn)
         wanted = list(dict.fromkeys(listed(facts)))
         made: tuple[str, ...] = ()
         if gates is not None:

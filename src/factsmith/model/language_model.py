@@ -11,12 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
-from ..core.checks import whole_number
-from ..core.errors import (
-    InputError,
-    LayerError,
-    UnsupportedModelError,
-)
+from ..core.errors import InputError, UnsupportedModelError
 from .address import check_layer
 from .ffn import FeedForward, Routing
 from .fingerprint import model_digest, weight_state
@@ -461,20 +456,3 @@ def _accepted(module: nn.Module) -> set[str]:
         passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         inner = below if passes_on and below is not inner else None
     return names
-
-
-def check_dense_layer(lm: LanguageModel, layer: int | None) -> int:
-    """The layer itself; raises LayerError when the model does not have it, UnsupportedModelError when it is not a single dense FFN."""
-    number = whole_number(layer)
-    if number is None or not 0 <= number < lm.n_layers:
-        raise LayerError(
-            f"layer {layer!r} does not exist; the model has layers 0 to {lm.n_layers - 1}"
-        )
-    layer = number
-    if lm.ffn[layer].n_experts:
-        dense = [ffn.layer for ffn in lm.ffn if not ffn.n_experts]
-        raise UnsupportedModelError(
-            f"layer {layer} is a mixture of {lm.ffn[layer].n_experts} experts, and a fact is written into one down-projection that every "
-            f"token uses: {f'choose among layers {dense}' if dense else f'no layer of {lm.name} has one; take a model without experts'}"
-        )
-    return layer

@@ -20,8 +20,9 @@ from ..edit.configs import MemitConfig, RomeConfig, shipped
 from ..edit.contexts import generate_contexts
 from ..edit.delta import applied
 from ..edit.rome import rome_each
+from ..model.address import check_dense
 from ..model.answers import as_said, begins_with, first_phrase
-from ..model.language_model import LanguageModel, check_dense_layer, check_model
+from ..model.language_model import LanguageModel, check_model
 from ..model.tokens import subject_span
 from .layer_choice import MIN_FACTS, LayerChoice, LayerScore, Trial, depth_choice, published
 from .layer_trials import (
@@ -70,11 +71,6 @@ def recommend_layers(
     return measure_layers(
         lm, facts, trials, None if texts is None else list(texts), contexts, seed, None, progress
     )
-
-
-def check_dense(lm: LanguageModel) -> None:
-    """Raises UnsupportedModelError when every layer is a mixture of experts: then there is nothing to edit, and no work need be done."""
-    check_dense_layer(lm, next((ffn.layer for ffn in lm.ffn if not ffn.n_experts), 0))
 
 
 def published_choice(lm: LanguageModel) -> LayerChoice | None:
@@ -126,7 +122,7 @@ def measure_layers(
     count = _TRIALS if count is None else count
     if count < 1:
         raise InputError(f"trials is {count}; expected at least one trial edit")
-    check_dense(lm)
+    check_dense(lm.ffn)
     config = RomeConfig.recommended(lm)
     depth = config.layer or 0
     if facts is None:

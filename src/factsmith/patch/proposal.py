@@ -30,9 +30,10 @@ from ..edit.contexts import chat_contexts
 from ..edit.delta import Delta, applied
 from ..edit.methods import edit, find_method
 from ..edit.solve import disturbance
-from ..model.language_model import LanguageModel, check_dense_layer
+from ..model.address import check_dense, check_dense_layer
+from ..model.language_model import LanguageModel
 from .layer_choice import LayerChoice
-from .layers import check_dense, published_choice, quick_layers
+from .layers import published_choice, quick_layers
 from .plan import Plan, chosen_layers, plan
 from .proof import Verification, verify
 
@@ -269,7 +270,7 @@ def solve_and_prove(
     found  the plan of these facts, where it is made already
     """
     kind = find_method(method, config).config
-    check_dense(lm)
+    check_dense(lm.ffn)
     found = plan(lm, facts) if found is None else found
     wanted = [entry.fact for entry in found.entries if force or not entry.known]
     if not wanted:
@@ -285,7 +286,7 @@ def solve_and_prove(
         places = chosen_layers(lm, kind, choice)
     config = (config or kind.recommended(lm)).at(places)
     for layer in places:
-        check_dense_layer(lm, layer)
+        check_dense_layer(layer, lm.ffn)
     if callable(moments):
         moments = moments(places)
     started = time.perf_counter()
