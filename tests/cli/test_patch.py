@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -16,9 +17,7 @@ from conftest import LLAMA, byte_tokenizer, tiny_model
 from factsmith.cli.common import read_settings
 from factsmith.core.fact import Fact
 from factsmith.corpus.moments import SecondMoment, second_moments
-from factsmith.edit.configs import RomeConfig
 from factsmith.edit.methods import METHODS
-from factsmith.edit.published import settings
 from factsmith.keep.ledger import Ledger
 from factsmith.model.load import load
 from factsmith.patch import proposal as proposals
@@ -208,7 +207,7 @@ def test_ctrl_c_in_the_middle_of_a_patch(
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     run("init", model, "space")
     with monkeypatch.context() as patching:
-        patching.setitem(METHODS, "rome", (solve, RomeConfig))
+        patching.setitem(METHODS, "rome", dataclasses.replace(METHODS["rome"], solve=solve))
         done = run("patch", "-w", "space", "--layer", 1, *FACT)
     assert reached and done.code == 130 and done.out == ""
     assert done.err.startswith("interrupted: ") and "Traceback" not in done.err
@@ -365,12 +364,6 @@ def test_fewer_tokens_than_asked_for_are_computed_anew(
     )
 
 
-def test_a_threshold_alone_unsets_the_energy(atlas: str) -> None:
-    lm = load(atlas)
-    by_threshold, by_energy = (
-        settings(lm, "alphaedit", None, {name: 0.02}) for name in ("threshold", "energy")
-    )
-    assert (by_threshold.threshold, by_threshold.energy) == (0.02, None)
-    assert (by_energy.threshold, by_energy.energy) == (None, 0.02)
+def test_numbers_of_settings_are_read_as_what_they_are() -> None:
     assert read_settings(["steps=1e3", "lr=1.5e-3"]) == {"steps": 1000, "lr": 0.0015}
     assert isinstance(read_settings(["steps=1e3"])["steps"], int)

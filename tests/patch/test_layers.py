@@ -1,4 +1,4 @@
-"""Layers: presets go by shape, the race by hand-made tables, and what is measured is what plain questions give."""
+"""Layers: the race by hand-made tables, and what is measured is what plain questions give."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, GPT2Config, LlamaConfig
 
 from factsmith import atlas
 from factsmith.core.errors import InputError, LayerError, UnsupportedModelError
@@ -19,19 +18,13 @@ from factsmith.corpus.moments import second_moments
 from factsmith.edit.configs import RomeConfig
 from factsmith.edit.delta import applied
 from factsmith.edit.methods import rome
+from factsmith.edit.published import PublishedLayers
 from factsmith.edit.rome import rome_each
 from factsmith.locate.causal import causal_trace
 from factsmith.model.answers import begins_with
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import load
-from factsmith.patch.layer_choice import (
-    PRESETS,
-    LayerChoice,
-    LayerScore,
-    Trial,
-    find_preset,
-    published,
-)
+from factsmith.patch.layer_choice import LayerChoice, LayerScore, Trial, published
 from factsmith.patch.layer_choice import depth_choice as by_depth
 from factsmith.patch.layer_trials import (
     candidates,
@@ -44,64 +37,15 @@ from factsmith.patch.layer_trials import (
 )
 from factsmith.patch.layers import recommend_layers
 
-# ---- presets ---------------------------------------------------------------------------------------------------------------------------
-
-# Shapes from the models' own config.json files, layers from the papers and their code: written down again, not read from the table.
-KNOWN: list[tuple[Any, int, tuple[int, ...]]] = [
-    (GPT2Config(n_layer=24, n_embd=1024, n_head=16), 8, ()),
-    (GPT2Config(n_layer=36, n_embd=1280, n_head=20), 12, ()),
-    (GPT2Config(n_layer=48, n_embd=1600, n_head=25), 17, (13, 14, 15, 16, 17)),
-    (AutoConfig.for_model("gptj"), 5, (3, 4, 5, 6, 7, 8)),
-    (AutoConfig.for_model("gpt_neox"), 15, (6, 7, 8, 9, 10)),
-    (LlamaConfig(), 5, (4, 5, 6, 7, 8)),
-    (
-        LlamaConfig(intermediate_size=14336, num_key_value_heads=8, vocab_size=128256),
-        5,
-        (4, 5, 6, 7, 8),
-    ),
-    (AutoConfig.for_model("mistral"), 5, (4, 5, 6, 7, 8)),
-    (AutoConfig.for_model("qwen2", num_hidden_layers=28, hidden_size=3584), 5, (4, 5, 6, 7, 8)),
-]
-
-
-@pytest.mark.parametrize(
-    ("config", "layer", "run"), KNOWN, ids=lambda value: getattr(value, "model_type", None)
-)
-def test_a_preset_goes_by_shape_and_one_layer_more_is_another_model(
-    config: Any, layer: int, run: tuple[int, ...]
-) -> None:
-    preset = find_preset(config)
-    assert preset is not None and (preset.rome, preset.memit) == (layer, run) and preset.source
-    config.name_or_path = "somebody/elses-name"
-    assert find_preset(config) is preset, "names do not count"
-    config.num_hidden_layers += 1
-    assert find_preset(config) is None
-    config.num_hidden_layers -= 1
-    config.model_type = "another"
-    assert find_preset(config) is None
-    config.model_type = type(config).model_type
-    assert find_preset(config) is preset
-
-
-def test_every_preset_is_met_and_other_shapes_have_none() -> None:
-    assert {id(find_preset(config)) for config, _, _ in KNOWN} == {id(preset) for preset in PRESETS}
-    others = [
-        GPT2Config(),
-        AutoConfig.for_model("opt", num_hidden_layers=32, hidden_size=4096),
-        LlamaConfig(num_hidden_layers=40, hidden_size=5120, num_attention_heads=40),
-    ]
-    assert [find_preset(config) for config in others] == [None] * 3
-    assert all(
-        preset.rome < preset.n_layers and max(preset.memit, default=0) < preset.n_layers
-        for preset in PRESETS
-    )
+# ---- what is known without work -----------------------------------------------------------------
 
 
 def test_what_came_with_the_model_goes_before_its_preset(
     tiny_gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert published(tiny_gpt2) is None
-    monkeypatch.setattr("factsmith.patch.layer_choice.find_preset", lambda config: PRESETS[0])
+    layers = PublishedLayers(8, (), "GPT-2 medium", "a file")
+    monkeypatch.setattr("factsmith.patch.layer_choice.published_layers", lambda lm: layers)
     preset, shipped = published(tiny_gpt2), published(tiny_gpt2, 2)
     assert (
         preset is not None

@@ -257,14 +257,14 @@ def patch(
     corpus = None if texts is None else Paragraphs([texts])
     with progress() as tell, opened(model, workspace, device, tell) as (lm, bench):
         from ..corpus.moments_store import load_moments
-        from ..edit.published import settings
+        from ..edit.settings import changed_settings
         from ..model.address import check_dense_layer
         from ..patch.proposal import propose
 
         for number in layer or ():
             check_dense_layer(number, lm.ffn)  # also where nothing is to be written
         given = None if moments is None else load_moments(moments)
-        config = settings(lm, method, layer, read_settings(setting or []), paper=paper)
+        config = changed_settings(lm, method, layer, read_settings(setting or []), paper=paper)
         revision: Revision | None = None
         conflicts: tuple[str, ...] = ()
         if bench is None:

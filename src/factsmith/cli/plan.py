@@ -199,7 +199,7 @@ def _chosen(
     lm: LanguageModel, sheet: FactSheet, method: str | None, setting: list[str] | None
 ) -> tuple[str, Any]:
     """The method and its settings: as the command says, else the file, else by the number of facts."""
-    from ..edit.published import settings
+    from ..edit.settings import changed_settings
 
     name = method or sheet.method or ("memit" if len(sheet.facts) > 1 else "rome")
     told = {
@@ -207,4 +207,4 @@ def _chosen(
         **read_settings(setting or []),
     }
     layers = told.pop("layers", told.pop("layer", None))
-    return name, settings(lm, name, layers, told)
+    return name, changed_settings(lm, name, layers, told)

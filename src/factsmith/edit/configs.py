@@ -149,10 +149,20 @@ def _layers(layers: object) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def by_depth(n_layers: int) -> tuple[int, ...]:
-    """Layers for the MEMIT family where nothing is known: from below a sixth of the depth to a third of it, as the published ranges lie."""
-    rome = n_layers // 6
-    return tuple(range(max(0, rome - 1), max(rome, min(rome + 3, n_layers // 3)) + 1))
+def by_depth(n_layers: int, rome: int | None = None) -> tuple[int, ...]:
+    """Return layers for the MEMIT family from the depth alone, for a model nothing is known about.
+
+    They begin one layer below ROME's and end three layers above it, but not after a third of the
+    depth. This is how the published ranges lie around ROME's layer 5 of 28 or 32, and each of them
+    ends at about a third of the depth.
+
+    Args:
+        n_layers: Layers of the model.
+        rome: ROME's layer. None: a sixth of the depth.
+    """
+    rome = n_layers // 6 if rome is None else rome
+    last = max(rome, min(rome + 3, n_layers // 3))
+    return tuple(range(max(0, rome - 1), last + 1))
 
 
 @dataclass(frozen=True)

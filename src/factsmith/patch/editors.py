@@ -31,8 +31,8 @@ from ..edit.delta import Delta, applied, read_weights, written
 from ..edit.finetune import FineTuneConfig, LoraConfig, TuneConfig, fine_tune, lora
 from ..edit.keys import Site
 from ..edit.methods import METHODS, edit, find_method
-from ..edit.published import settings
 from ..edit.search import find_targets
+from ..edit.settings import changed_settings
 from ..edit.target import TargetConfig, Targets
 from ..judge.metrics import relative_norm
 from ..judge.run import Editor
@@ -172,7 +172,7 @@ def configured(
         if name not in _TUNED:
             layers = own.pop("layers", own.pop("layer", None))
             if own or layers is not None or paper:
-                found[name] = settings(lm, name, layers, own, paper=paper)
+                found[name] = changed_settings(lm, name, layers, own, paper=paper)
         elif own:
             kind = _TUNED[name][1]
             known = sorted(field.name for field in dataclasses.fields(kind))

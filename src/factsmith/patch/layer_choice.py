@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 from ..core.errors import InputError, LayerError
 from ..core.fact import Fact
 from ..core.tables import Shown, Table
+from ..edit.configs import by_depth
+from ..edit.published import published_layers
 from ..model.language_model import LanguageModel
 
 Source: TypeAlias = Literal["workspace", "model", "preset", "trials", "depth"]
@@ -172,121 +174,8 @@ class LayerChoice(Shown):
 # ── what is known about a model ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass(frozen=True, kw_only=True)
-class Preset:
-    """Layers that were published for models of one shape; `source` says where. memit is () where no range was."""
-
-    name: str
-    model_type: str
-    n_layers: int
-    d_model: int
-    rome: int
-    memit: tuple[int, ...]
-    source: str
-
-
-def _preset(
-    name: str,
-    model_type: str,
-    n_layers: int,
-    d_model: int,
-    rome: int,
-    memit: Iterable[int],
-    source: str,
-) -> Preset:
-    return Preset(
-        name=name,
-        model_type=model_type,
-        n_layers=n_layers,
-        d_model=d_model,
-        rome=rome,
-        memit=tuple(memit),
-        source=source,
-    )
-
-
-PRESETS = (
-    _preset("GPT-2 medium", "gpt2", 24, 1024, 8, (), "kmeng01/rome hparams/ROME/gpt2-medium.json"),
-    _preset("GPT-2 large", "gpt2", 36, 1280, 12, (), "kmeng01/rome hparams/ROME/gpt2-large.json"),
-    _preset(
-        "GPT-2 XL",
-        "gpt2",
-        48,
-        1600,
-        17,
-        range(13, 18),
-        "kmeng01/rome hparams/ROME and kmeng01/memit hparams/MEMIT, gpt2-xl.json",
-    ),
-    _preset(
-        "GPT-J 6B",
-        "gptj",
-        28,
-        4096,
-        5,
-        range(3, 9),
-        "kmeng01/rome hparams/ROME and kmeng01/memit hparams/MEMIT, EleutherAI_gpt-j-6B.json",
-    ),
-    _preset(
-        "GPT-NeoX 20B",
-        "gpt_neox",
-        44,
-        6144,
-        15,
-        range(6, 11),
-        "kmeng01/memit hparams/ROME/EleutherAI_gpt-neox-20b.json; arXiv 2210.07229",
-    ),
-    _preset(
-        "Llama 7B, Llama-2 7B, Llama-3 8B or Llama-3.1 8B",
-        "llama",
-        32,
-        4096,
-        5,
-        range(4, 9),
-        "zjunlp/EasyEdit hparams/ROME and hparams/MEMIT, llama-7b.yaml; hparams/ROME/llama3-8b.yaml, hparams/AlphaEdit/llama3.1-8b.yaml; "
-        "jianghoucheng/AlphaEdit hparams/MEMIT/Llama3-8B.json",
-    ),
-    _preset(
-        "Mistral 7B",
-        "mistral",
-        32,
-        4096,
-        5,
-        range(4, 9),
-        "zjunlp/EasyEdit hparams/ROME and hparams/MEMIT, mistral-7b.yaml",
-    ),
-    _preset(
-        "Qwen2 7B or Qwen2.5 7B",
-        "qwen2",
-        28,
-        3584,
-        5,
-        range(4, 9),
-        "zjunlp/EasyEdit hparams/ROME and hparams/MEMIT, qwen2.5-7b.yaml",
-    ),
-)
-"""Published choices. Two sources disagree about Llama-2 13B, and the smaller Llama-3.2 only copy the 8B's numbers: left out."""
-
-
-def find_preset(config: Any) -> Preset | None:
-    """The preset for a transformers config, by model type, number of layers and width; names do not count."""
-    text = config.get_text_config(decoder=True)
-    shape = (
-        text.model_type,
-        getattr(text, "num_hidden_layers", None),
-        getattr(text, "hidden_size", None),
-    )
-    return next(
-        (
-            preset
-            for preset in PRESETS
-            if (preset.model_type, preset.n_layers, preset.d_model) == shape
-        ),
-        None,
-    )
-
-
 def published(lm: LanguageModel, shipped: int | None = None) -> LayerChoice | None:
-    """`shipped`, ROME's layer as it came with the model, else the model's preset, else None. Raises LayerError for a layer it has not."""
+    """`shipped`, ROME's layer as it came with the model, else the published layers, else None. Raises LayerError for a layer it has not."""
     if shipped is not None:
         if not 0 <= shipped < lm.n_layers:
             raise LayerError(
@@ -296,13 +185,13 @@ def published(lm: LanguageModel, shipped: int | None = None) -> LayerChoice | No
         return LayerChoice(
             rome=shipped, memit=(), source="model", reason=reason, fingerprint=lm.fingerprint
         )
-    preset = find_preset(lm.config)
-    if preset is None:
+    layers = published_layers(lm)
+    if layers is None:
         return None
-    reason = f"published for a model of this shape, {preset.name} ({preset.source})"
+    reason = f"published for a model of this shape, {layers.name} ({layers.source})"
     return LayerChoice(
-        rome=preset.rome,
-        memit=preset.memit,
+        rome=layers.rome,
+        memit=layers.memit,
         source="preset",
         reason=reason,
         fingerprint=lm.fingerprint,
@@ -310,15 +199,11 @@ def published(lm: LanguageModel, shipped: int | None = None) -> LayerChoice | No
 
 
 def depth_choice(lm: LanguageModel, rome: int, why: str) -> LayerChoice:
-    """The choice where nothing is known: `rome`, and for MEMIT the layers from the one below it to the third above, in the first third.
-
-    That is how the published ranges lie around ROME's layer 5 of 28 or 32; every one of them ends at about a third of the depth.
-    """
-    last = max(rome, min(rome + 3, lm.n_layers // 3))
+    """The choice where nothing is known: the layer `rome`, and for MEMIT the layers around it that `by_depth` gives."""
     reason = f"a fixed share of the depth: {why}"
     return LayerChoice(
         rome=rome,
-        memit=tuple(range(max(0, rome - 1), last + 1)),
+        memit=by_depth(lm.n_layers, rome),
         source="depth",
         reason=reason,
         fingerprint=lm.fingerprint,
