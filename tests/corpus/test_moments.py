@@ -24,8 +24,8 @@ from factsmith.core.errors import (
     NumericsError,
     WorkspaceError,
 )
-from factsmith.corpus import moments as module
 from factsmith.corpus import text as corpus_text
+from factsmith.corpus.moment_sums import HalvedSum
 from factsmith.corpus.moments import TOKENS_PER_NEURON, SecondMoment, second_moments
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap
@@ -236,11 +236,11 @@ def test_excess_predicts_what_unseen_text_shows(per: int) -> None:
     mixing = torch.randn(d_ff, d_ff, generator=draw, dtype=torch.float64) * torch.logspace(
         0, -1.5, d_ff, dtype=torch.float64
     )
-    truth, total = mixing @ mixing.T, module._Sum(d_ff)
+    truth, total = mixing @ mixing.T, HalvedSum(d_ff)
     counts = [per * d_ff // 2 - 40, per * d_ff // 2 + 40]
     for half, n in enumerate(counts):
         total.add(half, torch.randn(n, d_ff, generator=draw, dtype=torch.float64) @ mixing.T)
-    matrix, split_half, excess = total.compared(counts)
+    matrix, _, split_half, excess = total.estimate(counts)
     keys = torch.randn(500, d_ff, generator=draw, dtype=torch.float64) @ mixing.T
     u = torch.linalg.solve(matrix, keys.T).T
     least = 1 / (keys * torch.linalg.solve(truth, keys.T).T).sum(1)

@@ -1,9 +1,9 @@
 """Addresses in a model: layers and neurons, checked before anything is computed.
 
-    check_layer(3, lm.n_layers)                  # 3, or a LayerError
-    check_layers(None, lm.n_layers)              # [0, 1, ...]
-    check_dense_layer(3, lm.ffn)                 # 3, or an error if the layer is a mixture of experts
-    find_neuron(lm.ffn, (3, 1201))               # (layer, bank, index)
+    check_layer(3, lm.n_layers)           # 3, or a LayerError
+    check_layers(None, lm.n_layers)       # [0, 1, ...]
+    check_dense_layer(3, lm.ffn)          # 3, or an error if the layer is a mixture of experts
+    find_neuron(lm.ffn, (3, 1201))        # (layer, bank, index)
 
 Numbers may be Python's, numpy's, or tensors of one element.
 """
