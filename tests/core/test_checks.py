@@ -1,4 +1,4 @@
-"""Checks on arguments: what passes, in which type it comes back, and what the message says of the rest."""
+"""Checks on arguments: what passes, its type, and the message about the rest."""
 
 from __future__ import annotations
 

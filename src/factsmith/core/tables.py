@@ -1,10 +1,13 @@
-"""Results that show themselves: as aligned text where they are printed, as HTML in a notebook.
+"""Results that show themselves: as text where they are printed, as HTML in a notebook.
 
-class Census(Shown):
-    def tables(self):
-        return [Table("parameters by part", {"part": "<", "n": ">"}, [("memory", "3,153,408"), ...])]
+    class Census(Shown):
+        def tables(self):
+            return [Table("parameters by part", {"part": "<", "n": ">"}, [("memory", "3,153,408")])]
 
-census                      # in a terminal: the tables as text; in a notebook: as HTML
+    census                      # in a terminal: the tables as text; in a notebook: as HTML
+
+`Table` is the one table of the project: the command line, notebooks, pages and Markdown print the
+same rows.
 """
 
 from __future__ import annotations
@@ -14,58 +17,64 @@ import io
 import re
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from rich import table as rich_table
 from rich.console import Console, Group, RenderableType
 from rich.text import Text
 
+from .grid import NUMBER, Grid
+
 _ROWS = 20
-"""Shown of a long table; a result holds the rest."""
+"""Rows that a long table shows; the result itself has all of them."""
+
+_LEAST_WIDTH, _MOST_WIDTH = 40, 140
+"""Columns of a terminal between which the text of a result is as wide as the terminal."""
 
 
 @dataclass(frozen=True)
 class Table:
     """Rows of cells under a line of text.
 
-    title    what it shows, as a sentence without its stop
-    columns  {name: "<" or ">"}, how the column is aligned; {} for a title alone
-    rows     as many cells each as there are columns
-    note     a line below, if any
+    Attributes:
+        title: What the table shows: a sentence without its full stop. "": no title.
+        columns: {name: kind}. The kind "<" is text, ">" is a number, and "ok" is a verdict: green
+            where it is "ok" or "passed", red where it is "no" or "failed". A name of spaces is not
+            printed. {}: a title alone.
+        rows: One cell for each column.
+        note: A line below. "": none.
+        bold: Indices of the rows to emphasise.
     """
 
     title: str
     columns: Mapping[str, str]
     rows: Sequence[tuple[str, ...]] = ()
     note: str = ""
+    bold: Collection[int] = ()
 
     def as_rich(self, n: int | None = None) -> RenderableType:
-        """For a rich console, at most n rows."""
+        """Return the table for a rich console, with at most n rows.
+
+        It fits itself to the console: aligned columns where they fit, and otherwise one block for
+        each row. Nothing is cut.
+        """
         parts: list[RenderableType] = (
             [Text(visible(self.title), style="bold")] if self.title else []
         )
         if self.columns:
-            found = rich_table.Table(
-                box=None, pad_edge=False, header_style="bold", show_header=self._has_names
-            )
-            for name, side in self.columns.items():
-                found.add_column(
-                    Text(name), justify="right" if side == ">" else "left", no_wrap=side == ">"
-                )
-            for row in self.rows[:n]:
-                found.add_row(*(Text(visible(cell)) for cell in row))
-            parts.append(found)
+            columns = {visible(name): kind for name, kind in self.columns.items()}
+            rows = [tuple(map(visible, row)) for row in self.rows[:n]]
+            parts.append(Grid(columns, rows, self.bold))
         parts += [
             Text(line, style="dim") for line in (_rest(self.rows, n), visible(self.note)) if line
         ]
         return Group(*parts)
 
     def as_html(self, n: int | None = None) -> str:
-        """A table for a page, at most n rows, whatever is in them escaped."""
+        """Return the table for a page, with at most n rows and every text escaped."""
         if not self.columns:
             return f"<p><b>{_escaped(self.title)}</b></p>"
-        sides = ["right" if side == ">" else "left" for side in self.columns.values()]
+        sides = ["right" if kind == NUMBER else "left" for kind in self.columns.values()]
         head = "".join(
             f'<th scope="col" style="text-align:{side}">{_escaped(name)}</th>'
             for name, side in zip(self.columns, sides, strict=True)
@@ -91,10 +100,10 @@ class Table:
         return f"<table>{caption}{names}<tbody>{body}</tbody></table>{below}"
 
     def as_markdown(self, level: int = 2) -> list[str]:
-        """Lines of Markdown, the title as a heading; nothing of what is in the cells is read as Markdown."""
+        """Return lines of Markdown with the title as a heading; no cell is read as Markdown."""
         lines = [f"{'#' * level} {as_text(self.title)}", ""] if self.title else []
         if self.columns:
-            sides = ("---:" if side == ">" else "---" for side in self.columns.values())
+            sides = ("---:" if kind == NUMBER else "---" for kind in self.columns.values())
             head, *body = [
                 "| " + " | ".join(map(as_text, row)) + " |"
                 for row in (tuple(self.columns), *self.rows)
@@ -108,16 +117,17 @@ class Table:
 
 
 class Shown(ABC):
-    """A result that says what it holds as tables."""
+    """A result that shows itself as tables."""
 
     @abstractmethod
     def tables(self) -> list[Table]:
-        """What there is to see, most important first."""
+        """Return the tables, the most important first."""
 
     def __repr__(self) -> str:
-        # As wide as the terminal, but wide enough for a table where there is none; in a notebook rich would print by itself.
-        width = max(80, min(140, shutil.get_terminal_size((120, 24)).columns))
+        terminal = shutil.get_terminal_size((120, 24)).columns
+        width = max(_LEAST_WIDTH, min(_MOST_WIDTH, terminal))
         written = io.StringIO()
+        # In a notebook rich would print by itself.
         console = Console(
             file=written, width=width, color_system=None, highlight=False, force_jupyter=False
         )
@@ -125,7 +135,7 @@ class Shown(ABC):
         return "\n".join(line.rstrip() for line in written.getvalue().splitlines())
 
     def to_markdown(self) -> str:
-        """The tables as Markdown, every row of them."""
+        """Return the tables as Markdown, with every row."""
         return "\n".join(line for table in self.tables() for line in table.as_markdown()) + "\n"
 
     def _repr_html_(self) -> str:
@@ -133,27 +143,27 @@ class Shown(ABC):
 
 
 def as_text(text: str) -> str:
-    """Text in which nothing is Markdown."""
+    """Escape a text so that nothing in it is read as Markdown."""
     return re.sub(r"([\\`*_{}\[\]<>|#~&!])", r"\\\1", visible(text))
 
 
 def visible(text: str) -> str:
-    """Text from models and files without what would steer the terminal."""
+    """Replace every character that would steer the terminal."""
     return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in text)
 
 
 def counted(n: int, noun: str, plural: str = "s") -> str:
-    """So many of something: "1 fact", "2 facts"."""
+    """Return a count with its noun: "1 fact", "2 facts"."""
     return f"{n:,} {noun}{'' if n == 1 else plural}"
 
 
 def quoted(tokens: Sequence[str]) -> str:
-    """Tokens side by side, each in quotes."""
+    """Return tokens in a row, each in quotes."""
     return " ".join(repr(visible(token)) for token in tokens)
 
 
 def ending(text: str, width: int = 60) -> str:
-    """The last so many characters of a text, whole words."""
+    """Return the last `width` characters of a text, in whole words."""
     text = visible(text)
     return text if len(text) <= width else "… " + text[-width:].partition(" ")[2]
 

@@ -101,7 +101,7 @@ def gates_table(results: tuple[GateResult, ...]) -> Table:
         )
         for result in results
     ]
-    return Table("gates", {"": "<", "measured": ">", "asked": "<", " ": "<"}, rows)
+    return Table("gates", {"": "<", "measured": ">", "asked": "<", " ": "ok"}, rows)
 
 
 def _failure(check: Check) -> str:

@@ -90,7 +90,7 @@ class Verification(Shown):
             "p before": ">",
             "after": "<",
             "p after": ">",
-            "held": "<",
+            "held": "ok",
         }
         rows = [
             (
