@@ -74,7 +74,7 @@ from .locate.causal import causal_trace as causal_trace
 from .locate.effects import Effect as Effect
 from .locate.effects import effect as effect
 from .locate.effects import random_neurons as random_neurons
-from .locate.kinds import CausalTrace as CausalTrace
+from .locate.records import CausalTrace as CausalTrace
 from .locate.neurons import KnowledgeNeurons as KnowledgeNeurons
 from .locate.neurons import knowledge_neurons as knowledge_neurons
 from .locate.neurons import refine_relation as refine_relation

@@ -18,10 +18,10 @@ from factsmith.locate.average import (
     AverageTrace,
     average_trace,
     causal_traces,
-    t_quantile,
     token_classes,
 )
 from factsmith.locate.causal import causal_trace
+from factsmith.locate.interval import t_quantile
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import load, wrap
 
@@ -245,19 +245,23 @@ def test_record_is_plain_json(lm: LanguageModel, facts: list[Fact]) -> None:
         ({"cases": 3}, InputError, "cases is 3"),
         ({"noise": "1"}, InputError, "noise is '1'"),
         ({"kinds": ["neuron"]}, InputError, "'state', 'mlp', 'attention'"),
-        ({"kinds": []}, InputError, "no map"),
-        ({"severed": ["state"]}, InputError, "'mlp', 'attention' or None"),
+        ({"kinds": []}, InputError, "no map would be made"),
+        (
+            {"severed": ["state"]},
+            InputError,
+            "sever is 'state': it must be one of 'mlp', 'attention', None",
+        ),
         ({"window": 0}, LayerError, "window is 0"),
         ({"samples": 0}, InputError, "samples is 0"),
         (
             {"cases": [Fact("Paris", "{} lies in", "no such thing")]},
             InputError,
-            r"none of the facts \(1 given\)",
+            "the answer of none of the 1 fact,",
         ),
         (
             {"cases": [Fact("is", "Paris {} in", "no such thing")]},
             (SubjectError, InputError),
-            r"none of the facts \(1 given\)|more than once",
+            "the answer of none of the 1 fact,|more than once",
         ),
     ],
 )

@@ -29,10 +29,13 @@ from conftest import (
 )
 from factsmith import atlas
 from factsmith.core.errors import InputError, LayerError, NumericsError, SubjectError
-from factsmith.locate import causal
+from factsmith.locate import batching, corruption, runs, sweep
 from factsmith.locate.causal import causal_trace
-from factsmith.locate.kinds import CausalTrace
+from factsmith.locate.corruption import Corruption
+from factsmith.locate.kinds import Restoration
+from factsmith.locate.records import CausalTrace
 from factsmith.locate.runs import record_runs
+from factsmith.locate.sweep import trace_runs
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import load, wrap
 from factsmith.model.trace import hook_count
@@ -288,13 +291,13 @@ def test_replacements_are_drawn_from_the_bundled_subjects_by_seed() -> None:
 def test_replacements_that_do_not_fit_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = model("gpt2")
     for given in (("Edwin",), ("",), (SUBJECT,), (*fitting("gpt2"), SUBJECT + "s"), (), "Edwin"):
-        with pytest.raises(InputError, match=r"(expected another subject|a list of subjects)"):
+        with pytest.raises(InputError, match=r"(Give another subject|a list of subjects)"):
             causal_trace(lm, PROMPT, SUBJECT, corruption="replace", replacements=given)
     monkeypatch.setattr(
-        causal.atlas, "facts", lambda: [atlas.AtlasFact("Edwin", "P140", "Christianity")]
+        corruption.atlas, "facts", lambda: [atlas.AtlasFact("Edwin", "P140", "Christianity")]
     )
     with pytest.raises(
-        InputError, match=r"0 of the 1 bundled subjects fit .* expected 10: give replacements"
+        InputError, match=r"0 of the 1 bundled subjects fit .* samples is 10\. Give replacements"
     ):
         causal_trace(lm, PROMPT, SUBJECT, corruption="replace")
 
@@ -332,14 +335,13 @@ def test_an_answer_of_no_probability_is_refused() -> None:
 
 def test_one_recording_serves_every_map() -> None:
     lm = model("llama")
-    runs = record_runs(lm, PROMPT, SUBJECT, target="F", samples=SAMPLES)
+    recorded = record_runs(lm, PROMPT, SUBJECT, Corruption(samples=SAMPLES), target="F")
     for kind, sever in [("state", None), ("mlp", None), ("attention", None), ("state", "mlp")]:
         alone = causal_trace(
             lm, PROMPT, SUBJECT, target="F", kind=kind, sever=sever, window=2, samples=SAMPLES
         )  # type: ignore[arg-type]
-        assert torch.allclose(
-            runs.trace(kind, sever=sever, window=2).scores, alone.scores, atol=1e-7
-        )  # type: ignore[arg-type]
+        shared = trace_runs(recorded, Restoration(kind, 2, sever))  # type: ignore[arg-type]
+        assert torch.allclose(shared.scores, alone.scores, atol=1e-7)
 
 
 @pytest.mark.parametrize(("window", "family"), [(1, "gpt2"), (3, "llama"), (10, "gptj")])
@@ -393,8 +395,9 @@ def test_batches_cut_to_memory_give_the_same(monkeypatch: pytest.MonkeyPatch) ->
         kind: causal_trace(model("llama"), PROMPT, SUBJECT, kind=kind, samples=SAMPLES)
         for kind in KINDS
     }  # type: ignore[arg-type]
-    monkeypatch.setattr(causal, "_CPU_BATCH_BYTES", 1)
-    monkeypatch.setattr(causal, "_HEAD_ROWS", 1)
+    monkeypatch.setattr(batching, "CPU_BATCH_BYTES", 1)
+    monkeypatch.setattr(runs, "HEAD_ROWS", 1)
+    monkeypatch.setattr(sweep, "HEAD_ROWS", 1)
     for kind, trace in whole.items():
         cut = causal_trace(model("llama"), PROMPT, SUBJECT, kind=kind, samples=SAMPLES)  # type: ignore[arg-type]
         assert torch.allclose(cut.scores, trace.scores, rtol=1e-5, atol=1e-7)
@@ -420,9 +423,14 @@ def test_shortcuts_that_a_layer_does_not_allow_are_not_taken(
 ) -> None:
     """Layers whose attention follows their MLP, and memories that are given more than the hidden state: the long way, the same numbers."""
     lm = model("gpt2")
-    runs = record_runs(lm, PROMPT, SUBJECT, samples=SAMPLES)
-    maps = [("state", None), ("mlp", None), ("attention", None), ("state", "mlp")]
-    short = [runs.trace(kind, window=2, sever=sever).scores for kind, sever in maps]  # type: ignore[arg-type]
+    recorded = record_runs(lm, PROMPT, SUBJECT, Corruption(samples=SAMPLES))
+    maps = [
+        Restoration("state", 2),
+        Restoration("mlp", 2),
+        Restoration("attention", 2),
+        Restoration("state", 2, "mlp"),
+    ]
+    short = [trace_runs(recorded, restoration).scores for restoration in maps]
     ran: list[int] = []
     plain = type(lm.layers[0]).forward
 
@@ -431,16 +439,15 @@ def test_shortcuts_that_a_layer_does_not_allow_are_not_taken(
         return plain(self, hidden, *args, **kwargs)
 
     monkeypatch.setattr(type(lm.layers[0]), "forward", counted)
-    runs.trace("mlp", window=2)
+    trace_runs(recorded, Restoration("mlp", 2))
     cells = sum(ran)
-    monkeypatch.setattr(causal, "tensors", lambda value: iter((value, value)))
-    long = dataclasses.replace(runs, _meets_last=(True,) * lm.n_layers)
-    for (kind, sever), scores in zip(maps, short, strict=True):
+    monkeypatch.setattr(batching, "tensors", lambda value: iter((value, value)))
+    long = dataclasses.replace(recorded, attention_last=(True,) * lm.n_layers)
+    for restoration, scores in zip(maps, short, strict=True):
         ran.clear()
-        assert torch.allclose(
-            long.trace(kind, window=2, sever=sever).scores, scores, rtol=1e-4, atol=1e-7
-        )  # type: ignore[arg-type]
-        assert sum(ran) > cells or kind != "mlp"  # it was a longer way
+        again = trace_runs(long, restoration).scores
+        assert torch.allclose(again, scores, rtol=1e-4, atol=1e-7)
+        assert sum(ran) > cells or restoration.kind != "mlp"  # it was a longer way
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -610,11 +617,15 @@ def test_progress_is_told_token_by_token() -> None:
         ({"kind": "neuron"}, InputError, "'state', 'mlp', 'attention'"),
         ({"kind": "mlp", "window": 0}, LayerError, "window is 0"),
         ({"samples": 0}, InputError, "samples is 0"),
-        ({"sever": "state"}, InputError, "'mlp', 'attention' or None"),
-        ({"sever": "mlp", "kind": "mlp"}, InputError, "expected kind='state'"),
+        (
+            {"sever": "state"},
+            InputError,
+            "sever is 'state': it must be one of 'mlp', 'attention', None",
+        ),
+        ({"sever": "mlp", "kind": "mlp"}, InputError, "give kind='state'"),
         ({"corruption": "mask"}, InputError, "'noise', 'replace'"),
-        ({"corruption": "replace", "noise": 0.1}, InputError, "one of the two corruptions"),
-        ({"replacements": ["Edwin"]}, InputError, "expected corruption='replace'"),
+        ({"corruption": "replace", "noise": 0.1}, InputError, "leave the noise out"),
+        ({"replacements": ["Edwin"]}, InputError, "Give corruption='replace'"),
         ({"seed": -1}, InputError, "seed is -1"),
         ({"seed": None}, InputError, "seed is None"),
         ({"seed": 1.5}, InputError, "seed is 1.5"),
@@ -690,7 +701,7 @@ def test_a_model_s_name_is_no_model() -> None:
 
 
 def test_probabilities_that_are_not_finite_are_refused() -> None:
-    with pytest.raises(NumericsError, match="expected finite"):
+    with pytest.raises(NumericsError, match="must be finite"):
         causal_trace(model("gpt2"), PROMPT, SUBJECT, noise=1e38, samples=1)
     assert hook_count(model("gpt2").module.modules()) == 0
 

@@ -20,7 +20,7 @@ from factsmith.core.errors import InputError, WorkspaceError
 from factsmith.judge.evaluation import Evaluation
 from factsmith.judge.rows import Row
 from factsmith.locate.average import AverageTrace
-from factsmith.locate.kinds import CausalTrace
+from factsmith.locate.records import CausalTrace
 from factsmith.locate.neurons import knowledge_neurons
 from factsmith.model.language_model import LanguageModel
 from factsmith.read.agreement import agreement

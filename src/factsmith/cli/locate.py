@@ -37,7 +37,7 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..locate.kinds import CausalTrace
+    from ..locate.records import CausalTrace
     from ..model.language_model import LanguageModel
 
 

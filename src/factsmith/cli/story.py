@@ -18,7 +18,7 @@ from ..core.fact import Fact, Probe
 from ..keep.outcome import Outcome
 from ..keep.workbench import Workbench
 from ..locate.causal import causal_trace
-from ..locate.kinds import CausalTrace
+from ..locate.records import CausalTrace
 from ..model.language_model import LanguageModel
 from ..model.load import load
 from ..patch.proof import Verification

@@ -1,23 +1,24 @@
-"""Causal traces of many facts, and their average: where facts live, by kind of token and layer.
+"""Causal traces of many facts, and their average: where facts are kept, by token class and layer.
 
-    found = average_trace(lm, facts)
-    found.effects["mlp"]                       # (6, n_layers) average indirect effect; rows are found.classes
-    found.low["mlp"], found.high["mlp"]        # its 95 % interval
-    found.total_effect, found.n_facts, found.n_skipped
+    average = average_trace(lm, facts)
+    average.effects["mlp"]                     # (6, n_layers) average indirect effect
+    average.classes                            # the names of the six rows
+    average.low["mlp"], average.high["mlp"]    # the 95 % interval of each effect
+    average.total_effect, average.n_facts, average.n_skipped
 
-    for traces in causal_traces(lm, facts):    # {"state": CausalTrace, ...} of one fact after another
+    for traces in causal_traces(lm, facts):    # {"state": CausalTrace, ...} of each fact in turn
         ...
 
-The averages of Meng et al. 2022, section 2.2 and figure 3 (arXiv 2202.05262). All maps of a fact share one recording of its runs.
+The averages are those of Meng et al. 2022, section 2.2 and figure 3 (arXiv 2202.05262). All maps of
+a fact share one recording of its runs.
 """
 
 from __future__ import annotations
 
-import math
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +28,12 @@ from ..core.errors import InputError
 from ..core.fact import Fact
 from ..core.tables import Shown, Table, counted
 from ..model.language_model import LanguageModel, check_model
-from ..model.tokens import encode, subject_span
-from .corruption import noise_scale
-from .kinds import CausalTrace, Corruption, Kind, Part, check_map
+from .corruption import Corruption, TracedPrompt, noise_scale
+from .interval import margin, mean_interval
+from .kinds import CorruptionKind, Part, Restoration, TraceKind
+from .records import CausalTrace, corruption_warnings
 from .runs import record_runs
+from .sweep import trace_runs
 
 CLASSES = (
     "first subject token",
@@ -41,27 +44,40 @@ CLASSES = (
     "last token",
 )
 
-Map: TypeAlias = tuple[str, Kind, Part | None]  # its name, what is restored, what is severed
-
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class AverageTrace(Shown):
-    """Average indirect effects (AIE) of many facts by class of token and layer, and their average total effect (ATE).
+    """Average indirect effects of many facts, by class of token and layer.
 
-    classes       the six kinds of token, the rows of all arrays. As in the paper's figures a token counts in every class whose words fit
-                  it: a subject's only token is its first and its last, one token behind the subject is the first subsequent and the last
-    effects       {map: (6, n_layers) float32} mean of (score - corrupted); nan where no fact has such a token. A map is "state", "mlp",
-                  "attention", or a severed one: "state, mlp severed", "state, attention severed"
-    low, high     the same: the 95 % interval of the mean over facts, by Student's t; nan for fewer than two facts
-    counts        (6,) facts that have such a token. A fact counts once in a class: the mean of its tokens there
-    total_effect  mean of (clean - corrupted), with total_low and total_high likewise
-    clean         mean p(answer) of the untouched runs
-    corrupted     mean p(answer) with the subject corrupted
-    n_facts       facts averaged
-    n_skipped     facts left out, because the model does not say their answer
-    each          {map: (n_facts, 6, n_layers)} what was averaged; nan where the fact has no such token
-    noise         standard deviation of the noise on the subjects' embeddings, one for all facts; 0 with corruption "replace"
-    window, corruption, samples, seed   as in `CausalTrace`
+    The paper calls them AIE, and the average total effect ATE. A map is named "state", "mlp",
+    "attention", "state, mlp severed" or "state, attention severed".
+
+    Attributes:
+        classes: The six classes of token: the rows of all arrays. As in the paper's figures, a
+            token belongs to every class whose words fit it. The only token of a subject is its
+            first and its last token. A single token after the subject is the first subsequent
+            token and the last token.
+        effects: {map: (6, n_layers) float32} mean of (score - corrupted); nan where no fact has
+            such a token.
+        low: {map: (6, n_layers) float32} lower end of the 95 % interval of the mean over facts, by
+            Student's t; nan for fewer than two facts.
+        high: {map: (6, n_layers) float32} upper end of the same interval.
+        counts: (6,) number of facts that have such a token. A fact counts once in a class, with
+            the mean over its tokens in that class.
+        total_effect: Mean of (clean - corrupted).
+        total_low: Lower end of its 95 % interval.
+        total_high: Upper end of its 95 % interval.
+        clean: Mean p(answer) of the clean runs.
+        corrupted: Mean p(answer) with the subject corrupted.
+        n_facts: Number of facts averaged.
+        n_skipped: Number of facts left out, because the model does not say their answer.
+        each: {map: (n_facts, 6, n_layers)} the averaged effects of each fact; nan where the fact
+            has no such token.
+        noise: Standard deviation of the noise, one for all facts; 0 with corruption "replace".
+        window: Number of neighbouring layers restored together.
+        corruption: "noise" on the subject's embeddings, or "replace" for other subjects.
+        samples: Number of corrupted runs of each fact.
+        seed: Seed of the noise or of the choice of replacements.
     """
 
     classes: tuple[str, ...] = CLASSES
@@ -79,41 +95,73 @@ class AverageTrace(Shown):
     each: dict[str, Tensor] = field(repr=False)
     noise: float
     window: int
-    corruption: Corruption
+    corruption: CorruptionKind
     samples: int
     seed: int
 
-    def tables(self) -> list[Table]:
-        """The largest average effect of each class of token, by map; all of them is `class_map(average)`."""
-        title = f"p(answer) of {counted(self.n_facts, 'fact')}: {self.clean:.3f}, with the subject corrupted {self.corrupted:.3f}"
-        rows = []
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Reasons not to trust the maps, as sentences; usually empty."""
+        return corruption_warnings("answer", self.clean, self.corrupted)
+
+    def tables(self, width: int = 80) -> list[Table]:
+        """Return the largest average effect of each class of token, for each map.
+
+        `class_map(average)` draws all effects.
+
+        Args:
+            width: Columns of the screen. A class takes one line if that fits, and otherwise two.
+        """
+        skipped = (
+            f"; {self.n_skipped} left out, which the model answers otherwise"
+            if self.n_skipped
+            else ""
+        )
+        summary = (
+            f"{counted(self.n_facts, 'fact')}{skipped}: "
+            f"p(answer) {self.clean:.3f}, corrupted {self.corrupted:.3f}"
+        )
+        total = f"{self.total_effect:.3f}{margin(self.total_low, self.total_high)}"
+        is_wide = width >= max(map(len, self.classes)) + 20 * len(self.effects)
+        rows: list[tuple[str, ...]] = []
         for row, (name, count) in enumerate(zip(self.classes, self.counts, strict=True)):
-            best = {
-                kind: effects[row].nan_to_num(-torch.inf).max(0)
-                for kind, effects in self.effects.items()
-            }
-            rows.append(
-                (
-                    name,
-                    str(count),
-                    *(
-                        f"{float(b.values):.3f} @{int(b.indices)}" if count else ""
-                        for b in best.values()
-                    ),
-                )
-            )
-        columns = {"": "<", "facts": ">", **dict.fromkeys(self.effects, ">")}
-        return [Table(title, columns, rows, "the largest average effect of a layer, @ the layer")]
+            some = "" if count in (0, self.n_facts) else f"of {counted(count, 'fact')}"
+            peaks = [self._peak_of_class(kind, row) for kind in self.effects if count]
+            if not count:
+                rows.append((name, *[""] * len(self.effects)))
+            elif is_wide:
+                label = f"{name}, {some}" if some else name
+                rows.append((label, *(f"{value}{half} @{layer}" for value, half, layer in peaks)))
+            else:
+                rows.append((name, *(f"{value} @{layer}" for value, _, layer in peaks)))
+                halves = [half.strip() for _, half, _ in peaks]
+                if some or any(halves):
+                    rows.append((some, *halves))
+        return [
+            Table(summary, {}),
+            Table(
+                f"average total effect {total}",
+                {"": "<", **dict.fromkeys(self.effects, ">")},
+                rows,
+                "largest average effect of a layer, ± half of its 95 % interval, @ the layer",
+            ),
+        ]
+
+    def _peak_of_class(self, kind: str, row: int) -> tuple[str, str, int]:
+        """The largest effect of a class in a map, its margin, and its layer."""
+        layer = int(self.effects[kind][row].nan_to_num(-torch.inf).argmax())
+        low, high = float(self.low[kind][row, layer]), float(self.high[kind][row, layer])
+        return f"{float(self.effects[kind][row, layer]):.3f}", margin(low, high), layer
 
     def peak(self, kind: str) -> tuple[str, int]:
-        """(class, layer) with the largest average effect of a map."""
+        """Return (class, layer) with the largest average effect of a map."""
         row, layer = divmod(
             int(self.effects[kind].nan_to_num(-torch.inf).argmax()), self.effects[kind].shape[1]
         )
         return self.classes[row], layer
 
     def rows(self) -> list[dict[str, Any]]:
-        """The averages as a table: a row for each map, class and layer that has a number."""
+        """Return the averages as a table: one row for each map, class and layer with a number."""
         return [
             {
                 "map": name,
@@ -131,7 +179,7 @@ class AverageTrace(Shown):
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as plain JSON-able values, without `each`; None where there is no number."""
+        """Return the record as plain values for JSON, without `each`. A nan becomes None."""
         plain = {k: v for k, v in vars(self).items() if k != "each"}
         for name in ("effects", "low", "high"):
             plain[name] = {
@@ -141,99 +189,98 @@ class AverageTrace(Shown):
         return {k: _plain(v) if isinstance(v, float) else v for k, v in plain.items()}
 
 
-def causal_traces(
+def causal_traces(  # house: the promised public signature; the settings go into a Corruption
     lm: LanguageModel,
     cases: Fact | Iterable[Fact],
     *,
-    kinds: Sequence[Kind] = ("state", "mlp", "attention"),
+    kinds: Sequence[TraceKind] = ("state", "mlp", "attention"),
     severed: Sequence[Part] = (),
-    corruption: Corruption = "noise",
+    corruption: CorruptionKind = "noise",
     window: int = 10,
     samples: int = 10,
     noise: float | None = None,
     seed: int = 1,
 ) -> Iterator[dict[str, CausalTrace]]:
-    """The maps of each fact in turn: {map: CausalTrace}, all from one recording of its runs.
+    """Yield the maps of each fact in turn, all from one recording of its runs.
 
-    cases    facts, or one fact; the answer traced is what the model should say today: `target_true` where a fact has one, else `target`.
-             Whether the model does say it stands in each trace (`is_correct`)
-    kinds    the maps to make; severed: and the "state" maps with these parts held at their corrupted values above the restored state
-    noise    one scale for all facts; None: three standard deviations over the embeddings of all their subjects' tokens, as in the paper
+    The arguments `corruption`, `window`, `samples` and `seed` are those of `causal_trace`.
 
-    The other arguments, and the errors, are those of `causal_trace`; InputError when nothing was given to trace.
+    Args:
+        lm: The model.
+        cases: Facts, or one fact. The answer traced is the one that the model should give today:
+            `target_true` where a fact has one, and otherwise `target`. Each trace says in
+            `is_correct` whether the model gives it.
+        kinds: The maps to make.
+        severed: Parts to hold at their corrupted values above a restored state, one more map each.
+        noise: Standard deviation of the noise, one for all facts. None: three standard deviations
+            over the embeddings of all their subjects' tokens, as in the paper.
+
+    Yields:
+        {map: CausalTrace} of one fact.
+
+    Raises:
+        InputError: when there is no fact, or no map; and what `causal_trace` raises.
     """
     check_model(lm)
-    facts, maps, window = _checked(cases, kinds, severed, window)
-    scale = noise if noise is not None or corruption != "noise" else _common_scale(lm, facts)
-    for fact in facts:
-        runs = record_runs(
-            lm,
-            fact.text,
-            fact.subject,
-            target=_answer(fact),
-            corruption=corruption,
-            samples=samples,
-            noise=scale,
-            seed=seed,
-        )
-        yield {name: runs.trace(kind, window=window, sever=sever) for name, kind, sever in maps}
+    settings = Corruption(corruption, samples, noise, seed=seed)
+    facts = _check_facts(cases)
+    restorations = _check_maps(kinds, severed, window)
+    yield from _traces(lm, facts, restorations, _scaled(settings, lm, facts))
 
 
-def average_trace(
-    lm: LanguageModel,
+def average_trace(  # house: the promised public signature; the settings go into a Corruption
+    lm: LanguageModel,  # house: the public signature repeats that of causal_traces
     cases: Fact | Iterable[Fact],
     *,
-    kinds: Sequence[Kind] = ("state", "mlp", "attention"),
+    kinds: Sequence[TraceKind] = ("state", "mlp", "attention"),
     severed: Sequence[Part] = (),
-    corruption: Corruption = "noise",
+    corruption: CorruptionKind = "noise",
     window: int = 10,
     samples: int = 10,
     noise: float | None = None,
     seed: int = 1,
     progress: Callable[[int, int], object] | None = None,
 ) -> AverageTrace:
-    """Trace many facts and average by class of token: Meng et al. 2022, section 2.2 and figure 3 (arXiv 2202.05262).
+    """Trace many facts, and average their effects by class of token.
 
-    progress  called with (facts done, facts to do) after each fact that is traced
+    Meng et al. 2022, section 2.2 and figure 3 (arXiv 2202.05262). As in the paper, facts whose
+    answer the model does not say are left out and counted. The scale of the noise is taken over
+    all facts. The other arguments are those of `causal_traces`.
 
-    The other arguments are those of `causal_traces`. Facts whose answer the model does not say are left out and counted, as in the paper;
-    the noise's scale is taken over all that are given. Raises InputError when none remains.
+    Args:
+        progress: Called with (facts done, facts to do) after each fact that is traced.
+
+    Raises:
+        InputError: when the model says no fact's answer; and what `causal_traces` raises.
     """
     check_model(lm)
-    facts, maps, window = _checked(cases, kinds, severed, window)
-    said = lm.says([fact.text for fact in facts], [_answer(fact) for fact in facts])
-    known = [fact for fact, is_said in zip(facts, said, strict=True) if is_said]
-    if not known:
+    settings = Corruption(corruption, samples, noise, seed=seed)
+    facts = _check_facts(cases)
+    restorations = _check_maps(kinds, severed, window)
+    says = lm.says([fact.text for fact in facts], [_answer(fact) for fact in facts])
+    said = [fact for fact, is_said in zip(facts, says, strict=True) if is_said]
+    if not said:
         raise InputError(
-            f"the model says the answer of none of the facts ({len(facts)} given), so there is nothing to trace; expected facts it knows "
-            "(the answer is target_true where a fact has one, else target)"
+            f"the model says the answer of none of the {counted(len(facts), 'fact')}, so no trace "
+            "can be made. Give facts that it knows. The answer is target_true where a fact has "
+            "one, and otherwise target.",
+            argument="cases",
         )
-    scale = noise if noise is not None or corruption != "noise" else _common_scale(lm, facts)
-    each: dict[str, list[Tensor]] = {name: [] for name, _, _ in maps}
+    settings = _scaled(settings, lm, facts)
+    each: dict[str, list[Tensor]] = {restoration.name: [] for restoration in restorations}
     clean, corrupted = [], []
-    traces = causal_traces(
-        lm,
-        known,
-        kinds=kinds,
-        severed=severed,
-        corruption=corruption,
-        window=window,
-        samples=samples,
-        noise=scale,
-        seed=seed,
-    )
-    for done, found in enumerate(traces, 1):
-        for name, trace in found.items():
+    for done, traces in enumerate(_traces(lm, said, restorations, settings), 1):
+        for name, trace in traces.items():
             each[name].append(_by_class(trace))
-        one = next(iter(found.values()))
+        one = next(iter(traces.values()))
         clean.append(one.clean)
         corrupted.append(one.corrupted)
         if progress is not None:
-            progress(done, len(known))
-    stacked = {name: torch.stack(found) for name, found in each.items()}
-    bounds = {name: _interval(values) for name, values in stacked.items()}
+            progress(done, len(said))
+    stacked = {name: torch.stack(effects) for name, effects in each.items()}
+    bounds = {name: mean_interval(values) for name, values in stacked.items()}
     total, total_low, total_high = (
-        float(v) for v in _interval(torch.tensor(clean) - torch.tensor(corrupted))
+        float(value) for value in mean_interval(torch.tensor(clean) - torch.tensor(corrupted))
     )
     present = ~next(iter(stacked.values()))[:, :, 0].isnan()
     return AverageTrace(
@@ -246,19 +293,19 @@ def average_trace(
         total_high=total_high,
         clean=sum(clean) / len(clean),
         corrupted=sum(corrupted) / len(corrupted),
-        n_facts=len(known),
-        n_skipped=len(facts) - len(known),
+        n_facts=len(said),
+        n_skipped=len(facts) - len(said),
         each=stacked,
-        noise=scale or 0.0,
-        window=window,
-        corruption=corruption,
-        samples=samples,
-        seed=seed,
+        noise=settings.scale or 0.0,
+        window=restorations[0].window,
+        corruption=settings.kind,
+        samples=settings.samples,
+        seed=settings.seed,
     )
 
 
 def token_classes(n_tokens: int, subject_span: tuple[int, int]) -> tuple[range, ...]:
-    """The token columns of each of the six `CLASSES`, in their order; empty where a prompt has none."""
+    """Return the token columns of each of the six `CLASSES`; empty where a prompt has none."""
     start, stop = subject_span
     last = n_tokens - 1
     after = range(stop, n_tokens)
@@ -272,93 +319,86 @@ def token_classes(n_tokens: int, subject_span: tuple[int, int]) -> tuple[range, 
     )
 
 
+def _traces(
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    restorations: Sequence[Restoration],
+    corruption: Corruption,
+) -> Iterator[dict[str, CausalTrace]]:
+    """The maps of each fact, from one recording of its runs."""
+    for fact in facts:
+        runs = record_runs(lm, fact.text, fact.subject, corruption, target=_answer(fact))
+        yield {restoration.name: trace_runs(runs, restoration) for restoration in restorations}
+
+
 def _by_class(trace: CausalTrace) -> Tensor:
-    """(6, n_layers) the trace's effects, averaged over the tokens of each class; nan where it has none."""
+    """(6, n_layers) the effects averaged over the tokens of each class; nan where it has none."""
     columns = token_classes(len(trace.tokens), trace.subject_span)
     return torch.stack([trace.effects[c.start : c.stop].mean(0) for c in columns])
 
 
-def _interval(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean over the first dimension, without the nans, and its 95 % interval by Student's t (nan for fewer than two numbers)."""
-    values = values.double()
-    count = (~values.isnan()).sum(0)
-    mean = values.nanmean(0)
-    variance = (values - mean).square().nansum(0) / (count - 1)
-    factor = count.double().apply_(lambda n: t_quantile(int(n) - 1) if n > 1 else torch.nan)
-    error = factor * (variance / count).sqrt()
-    return mean.float(), (mean - error).float(), (mean + error).float()
-
-
-@cache
-def t_quantile(degrees: int, share: float = 0.95) -> float:
-    """t such that `share` of Student's distribution with this many degrees of freedom lies in [-t, t]."""
-
-    def inside(
-        angle: float,
-    ) -> (
-        float
-    ):  # the share for t = sqrt(degrees) tan(angle), a finite sum (Abramowitz and Stegun 26.7.3-4)
-        odd, cosine = degrees % 2, math.cos(angle)
-        term, total = cosine if odd else 1.0, 0.0
-        for k in range(2 + odd, degrees + 1, 2):
-            total += term
-            term *= cosine**2 * (k - 1) / k
-        total = total * math.sin(angle)
-        return 2 / math.pi * (angle + total) if odd else total
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < share else (low, middle)
-    return math.sqrt(degrees) * math.tan(low)
-
-
 def _answer(fact: Fact) -> str:
+    """The answer that the model should give today."""
     answer = fact.target_true if fact.target_true is not None else fact.target
     if answer is None:
         raise InputError(
-            f"the fact about {fact.subject!r} has neither a target nor a target_true; a trace needs an answer to follow"
+            f"the fact about {fact.subject!r} has no target and no target_true. "
+            "A trace follows an answer: give one of the two.",
+            argument="cases",
         )
     return answer
 
 
-def _common_scale(lm: LanguageModel, facts: Sequence[Fact]) -> float:
-    """The noise's scale for all facts: over the tokens of every subject, repeats included."""
-    ids = []
-    for fact in facts:
-        start, stop = subject_span(lm, fact.text, fact.subject)
-        ids.extend(encode(lm.tokenizer, fact.text)[0][start:stop])
-    return noise_scale(lm, ids)
+def _scaled(corruption: Corruption, lm: LanguageModel, facts: Sequence[Fact]) -> Corruption:
+    """The corruption with one noise scale: over the tokens of every subject, repeats included."""
+    if corruption.scale is not None or corruption.kind != "noise":
+        return corruption
+    ids = [
+        token
+        for fact in facts
+        for token in TracedPrompt.read(lm, fact.text, fact.subject).subject_ids
+    ]
+    return dataclasses.replace(corruption, scale=noise_scale(lm, ids))
 
 
-def _checked(
-    cases: Fact | Iterable[Fact], kinds: Sequence[Kind], severed: Sequence[Part], window: int
-) -> tuple[list[Fact], list[Map], int]:
-    """What is to be traced, the maps to make of each, and the window as an int, before anything is computed."""
+def _check_facts(cases: Fact | Iterable[Fact]) -> list[Fact]:
+    """The facts to trace, as a list."""
     facts = (
         [cases]
         if isinstance(cases, Fact)
         else check_items(cases, "cases", "Fact objects", also="one Fact")
     )
     if not facts or not all(isinstance(fact, Fact) for fact in facts):
-        raise InputError("average traces take facts (factsmith.Fact), at least one")
-    maps: list[Map] = [
-        (kind, kind, None)
+        raise InputError(
+            "cases must be facts (factsmith.Fact), at least one. Read them from a file with "
+            "FactFile.read, or make them with Fact(...).",
+            argument="cases",
+        )
+    return facts
+
+
+def _check_maps(
+    kinds: Sequence[TraceKind], severed: Sequence[Part], window: int
+) -> list[Restoration]:
+    """What each map restores."""
+    restorations = [
+        Restoration(kind, window)
         for kind in check_items(kinds, "kinds", "kinds, such as ['state', 'mlp']")
     ]
-    maps += [
-        (f"state, {part} severed", "state", part)
+    restorations += [
+        Restoration("state", window, part)
         for part in check_items(severed, "severed", "parts, such as ['mlp']")
     ]
-    if not maps:
+    if not restorations:
         raise InputError(
-            "no map was asked for; expected at least one of kinds 'state', 'mlp', 'attention', or of severed 'mlp', 'attention'"
+            "kinds and severed are both empty, so no map would be made. Give at least one of the "
+            "kinds 'state', 'mlp' and 'attention', or of the severed parts 'mlp' and 'attention'.",
+            argument="kinds",
         )
-    for _, kind, sever in maps:
-        window = check_map(kind, window, sever)
-    return facts, maps, window
+    return restorations
 
 
 def _plain(value: Tensor | float) -> float | None:
+    """A number for JSON: None for nan."""
     number = float(value)
     return None if number != number else number

@@ -1,18 +1,19 @@
-"""Causal tracing: corrupt the subject, restore one internal state from the clean run, and see how much of the answer comes back.
+"""Causal tracing: corrupt the subject, restore one state, and see how much of the answer returns.
 
     trace = causal_trace(lm, "The Space Needle is in the city of", "Space Needle")
     trace.scores                       # (n_tokens, n_layers) p(answer) with that state restored
-    trace.effects                      # the indirect effect: what restoring it gains over the corrupted run
+    trace.effects                      # the indirect effect: the gain over the corrupted run
     trace.peak                         # (token, layer) where restoring helps most
 
-    runs = record_runs(lm, prompt, subject)                 # the clean and the corrupted runs, once for all maps:
-    runs.trace("mlp"), runs.trace("state", sever="mlp")
+Several maps of one prompt can share its recorded runs:
 
-The method is section 2.1 of Meng et al. 2022 (arXiv 2202.05262). The plain way runs the whole model once for each token and layer. Here
-a restored state costs only what it can change: positions from the restored token on, layers from the restored layer up. Everything else is
-the corrupted run, recorded once. For each token one sweep climbs the layers, carrying every variant that has been restored so far as one
-batch. Variants that are still the same (windows that begin at the same layer) are carried once, and a feed-forward memory is asked only at
-the positions where somebody reads its answer.
+    runs = record_runs(lm, prompt, subject, Corruption())
+    trace_runs(runs, Restoration("mlp")), trace_runs(runs, Restoration("state", sever="mlp"))
+
+The method is section 2.1 of Meng et al. 2022 (arXiv 2202.05262). The plain way runs the whole model
+once for each token and layer. This way a restored state costs only what it can change: positions
+from the restored token on, and layers from the restored layer up. The rest is the corrupted run,
+which is recorded once. An MLP is run only at the positions whose output is read.
 """
 
 from __future__ import annotations
@@ -24,19 +25,22 @@ import numpy as np
 from torch import Tensor
 
 from ..model.language_model import LanguageModel
-from .kinds import CausalTrace, Corruption, Kind, Part, check_map
+from .corruption import Corruption
+from .kinds import CorruptionKind, Part, Restoration, TraceKind
+from .records import CausalTrace
 from .runs import record_runs
+from .sweep import trace_runs
 
 
-def causal_trace(
+def causal_trace(  # house: the promised public signature; the settings go into a Corruption
     lm: LanguageModel,
     prompt: str,
     subject: str,
     *,
     target: str | None = None,
-    kind: Kind = "state",
+    kind: TraceKind = "state",
     sever: Part | None = None,
-    corruption: Corruption = "noise",
+    corruption: CorruptionKind = "noise",
     replacements: Sequence[str] | None = None,
     window: int = 10,
     samples: int = 10,
@@ -45,41 +49,50 @@ def causal_trace(
     seed: int = 1,
     progress: Callable[[int, int], object] | None = None,
 ) -> CausalTrace:
-    """Restore every (token, layer) of one prompt in turn and measure p(answer): Meng et al. 2022, section 2.1 (arXiv 2202.05262).
+    """Restore every (token, layer) of one prompt in turn, and measure p(answer).
 
-    prompt        whole text that holds the subject once, or a template with one `{}` where it goes
-    target        the answer to follow, of one or more tokens; None: the model's own most likely next token
-    kind          "state": the layer's output. "mlp", "attention": what that part adds, in layers [l - window // 2, l + ceil(window / 2))
-    sever         with kind "state": hold the "mlp" or "attention" outputs at the restored token, in all layers above, at the values they
-                  have in the corrupted run (section 2.2, figure 3): what is lost went through them
-    corruption    "noise": added to the subject's embeddings. "replace": another subject of as many tokens stands in its place
-    replacements  those other subjects, each one corrupted run, whatever `samples` says; None: `samples` of them drawn by `seed` from the
-                  atlas's subjects that have as many tokens here and leave the rest of the prompt as it is
-    samples       number of corrupted runs; each has its own noise, the same for every restored state
-    noise         scale of the normal noise on the subject's input embeddings. None: three times the standard deviation of the entries of
-                  this subject's own embeddings. The paper takes it over all subjects of its data set: to average over many prompts, pass
-                  one number to all, or use `average_trace`
-    noise_tensor  (samples, n_subject_tokens, d_model) corruption to add instead of drawing it from `seed`; scaled by `noise` when that is
-                  given too, else added as it is. Its first dimension decides the number of samples, whatever `samples` says
-    seed          of numpy's RandomState, whose randn(samples, n_subject_tokens, d_model) is the noise
-    progress      called with (tokens done, tokens to do) after each token
+    Meng et al. 2022, section 2.1 (arXiv 2202.05262). The model is not changed. In a causal model a
+    token before the subject cannot have an effect: its scores are the corrupted probability,
+    without a computation.
 
-    Tokens before the subject cannot have an effect in a causal model: their scores are the corrupted probability, without being computed.
-    Raises SubjectError (subject empty, absent or repeated), LayerError (window), InputError (anything else that was given),
-    UnsupportedModelError (no attention part to restore), and NumericsError when the probabilities are not finite or the answer has none.
-    The model is not changed.
+    Args:
+        lm: The model.
+        prompt: A text that holds the subject once, or a template with one `{}` in its place.
+        subject: The part of the text to corrupt.
+        target: The answer to follow, of one or more tokens. None: the model's own most likely next
+            token.
+        kind: "state" restores a layer's output. "mlp" and "attention" restore what that part adds
+            in the layers [l - window // 2, l + ceil(window / 2)).
+        sever: With kind "state": hold the outputs of the "mlp" or "attention" at the restored
+            token, in all layers above, at the values of the corrupted run (section 2.2, figure 3).
+            The effect that disappears went through them.
+        corruption: "noise" is added to the subject's embeddings. "replace" puts another subject
+            with as many tokens in its place.
+        replacements: These other subjects, one for each corrupted run; they decide the number of
+            samples. None: drawn by `seed` from the atlas's subjects that have as many tokens in
+            this prompt and leave its other tokens unchanged.
+        window: Number of neighbouring layers restored together.
+        samples: Number of corrupted runs. Each has its own noise, the same for every restored
+            state.
+        noise: Standard deviation of the normal noise on the subject's input embeddings. None:
+            three times the standard deviation of the entries of this subject's own embeddings. The
+            paper takes it over all subjects of its data set: to average over many prompts, pass
+            one number to all, or use `average_trace`.
+        noise_tensor: (samples, n_subject_tokens, d_model) noise to add, instead of noise drawn by
+            `seed`. It is multiplied by `noise` if that is given too. Its first dimension decides
+            the number of samples.
+        seed: Seed of numpy's RandomState, whose randn(samples, n_subject_tokens, d_model) is the
+            noise.
+        progress: Called with (tokens done, tokens to do) after each token.
+
+    Raises:
+        SubjectError: when the subject is empty, or does not occur exactly once.
+        LayerError: when the window is not accepted.
+        InputError: when another argument is not accepted.
+        UnsupportedModelError: when a layer has no attention part to restore.
+        NumericsError: when a probability is not finite, or the answer has the probability 0.
     """
-    window = check_map(kind, window, sever)
-    runs = record_runs(
-        lm,
-        prompt,
-        subject,
-        target=target,
-        corruption=corruption,
-        replacements=replacements,
-        samples=samples,
-        noise=noise,
-        noise_tensor=noise_tensor,
-        seed=seed,
-    )
-    return runs.trace(kind, window=window, sever=sever, progress=progress)
+    restoration = Restoration(kind, window, sever)
+    settings = Corruption(corruption, samples, noise, noise_tensor, replacements, seed)
+    runs = record_runs(lm, prompt, subject, settings, target=target)
+    return trace_runs(runs, restoration, progress=progress)

@@ -1,140 +1,100 @@
-"""locate.kinds."""
+"""The names of what a causal trace restores, severs and corrupts.
+
+    Restoration("mlp", window=2).spans(6)      # the layers that are restored together
+    Restoration("state", sever="mlp").name     # "state, mlp severed"
+
+This module does not import torch. The command line reads the names from it before it loads a model.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
-
-from torch import Tensor
+from typing import Literal, TypeAlias, get_args
 
 from ..core.checks import check_count
 from ..core.errors import InputError, LayerError
-from ..core.tables import Shown, Table
 
 Part: TypeAlias = Literal["mlp", "attention"]
+"""A part of a layer whose output can be restored, or held at its corrupted value."""
 
-Kind: TypeAlias = Literal["state", "mlp", "attention"]
+TraceKind: TypeAlias = Literal["state", "mlp", "attention"]
+"""What a trace restores: a layer's output, or the output of one of its parts."""
 
-Corruption: TypeAlias = Literal["noise", "replace"]
+CorruptionKind: TypeAlias = Literal["noise", "replace"]
+"""How a trace corrupts the subject: noise on its embeddings, or another subject."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class CausalTrace(Shown):
-    """What restoring each state of one prompt brings back of its answer. Probabilities are joint over the answer's tokens.
+@dataclass(frozen=True)
+class Restoration:
+    """What one map of a causal trace restores.
 
-    prompt, subject  the whole text, and the part of it that was corrupted
-    answer           the text whose probability was measured
-    answer_ids       its tokens
-    predicted        the model's own greedy answer, of as many tokens (fewer where it ends its text or line)
-    is_correct       whether that is the answer traced; a target that the model would not say is traced all the same
-    kind, window     "state", "mlp" or "attention"; number of neighbouring layers restored together (1 for "state")
-    sever            "mlp" or "attention": held at the corrupted run's values above the restored state; None: nothing held
-    tokens           (n_tokens,) the prompt's tokens as printed, a BOS included
-    subject_span     token columns [start, stop) of the subject
-    scores           (n_tokens, n_layers) float32 on the CPU: mean p(answer) over the samples after restoring, `corrupted` not taken off
-    clean            p(answer) of the untouched run
-    corrupted        mean p(answer) with the subject corrupted and nothing restored
-    corruption       "noise" on the subject's embeddings, or "replace": other subjects in its place
-    replacements     those other subjects, one a sample; empty for noise
-    noise            standard deviation of the noise on the subject's embeddings (of the given tensor, where one was given); 0 for "replace"
-    samples          number of corrupted runs averaged
-    seed             what they were drawn from; None when they were given
+    Attributes:
+        kind: "state" restores a layer's output. "mlp" and "attention" restore the output of that
+            part in several neighbouring layers.
+        window: Number of neighbouring layers restored together. A state is restored alone.
+        sever: With kind "state": the part whose outputs, in all layers above the restored state,
+            keep the values of the corrupted run. None: every part runs freely.
+
+    Raises:
+        InputError: when the kind or the severed part is unknown, or the two do not fit.
+        LayerError: when the window is not a whole number of at least 1.
     """
 
-    prompt: str
-    subject: str
-    answer: str
-    answer_ids: tuple[int, ...]
-    predicted: str
-    is_correct: bool
-    kind: Kind
-    window: int
-    sever: Part | None
-    tokens: tuple[str, ...]
-    subject_span: tuple[int, int]
-    scores: Tensor
-    clean: float
-    corrupted: float
-    corruption: Corruption
-    replacements: tuple[str, ...]
-    noise: float
-    samples: int
-    seed: int | None
+    kind: TraceKind = "state"
+    window: int = 10
+    sever: Part | None = None
+
+    def __post_init__(self) -> None:
+        check_choice(self.kind, "kind", get_args(TraceKind))
+        window = check_count(
+            self.window, "window", "the number of layers restored together", error=LayerError
+        )
+        object.__setattr__(self, "window", window)
+        check_choice(self.sever, "sever", (*get_args(Part), None))
+        if self.sever is not None and self.kind != "state":
+            raise InputError(
+                f"sever is {self.sever!r} and kind is {self.kind!r}. Only a restored state can be "
+                "cut off from the layers above: give kind='state', or leave sever out.",
+                argument="sever",
+            )
 
     @property
-    def effects(self) -> Tensor:
-        """(n_tokens, n_layers) the indirect effect of each state: scores - corrupted."""
-        return self.scores - self.corrupted
+    def part(self) -> Part | None:
+        """The part whose output is restored, or None for a state."""
+        return None if self.kind == "state" else self.kind
 
     @property
-    def peak(self) -> tuple[int, int]:
-        """(token, layer) with the largest indirect effect."""
-        token, layer = divmod(int(self.scores.argmax()), self.scores.shape[1])
-        return token, layer
+    def layers_together(self) -> int:
+        """The number of layers restored together: the window, or 1 for a state."""
+        return self.window if uses_window(self.kind) else 1
 
-    def tables(self) -> list[Table]:
-        """The best layer of every token; the whole map is `heat_map(trace)`."""
-        title = f"p({self.answer.strip()}) after {self.prompt!r}: {self.clean:.3f}, with the subject corrupted {self.corrupted:.3f}"
-        best, layers = self.scores.max(1)
-        start, stop = self.subject_span
-        rows = [
-            (f"{token}{'*' if start <= t < stop else ''}", str(layer), f"{p:.3f}")
-            for t, (token, layer, p) in enumerate(
-                zip(self.tokens, layers.tolist(), best.tolist(), strict=True)
-            )
-        ]
-        restored = "state" if self.kind == "state" else f"{self.window} layers of {self.kind}"
+    @property
+    def name(self) -> str:
+        """The name of the map, such as "mlp" or "state, mlp severed"."""
+        return self.kind if self.sever is None else f"{self.kind}, {self.sever} severed"
+
+    def spans(self, n_layers: int) -> list[range]:
+        """Return the layers restored together around each layer, cut at the model's ends.
+
+        As in the reference code, the span of layer l is [l - window // 2, l + ceil(window / 2)).
+        """
+        window = self.layers_together
         return [
-            Table(
-                title,
-                {"token": "<", "best layer": ">", "p": ">"},
-                rows,
-                f"* subject; p: with one {restored} restored",
-            )
-        ]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The record as plain JSON-able values."""
-        return {**vars(self), "scores": self.scores.tolist()}
-
-    def rows(self) -> list[dict[str, Any]]:
-        """The map as a table: one row for each token and layer."""
-        start, stop = self.subject_span
-        return [
-            {
-                "column": t,
-                "token": self.tokens[t],
-                "subject": start <= t < stop,
-                "layer": layer,
-                "score": p,
-                "effect": p - self.corrupted,
-            }
-            for t, row in enumerate(self.scores.tolist())
-            for layer, p in enumerate(row)
+            range(max(0, layer - window // 2), min(n_layers, layer - (-window // 2)))
+            for layer in range(n_layers)
         ]
 
 
-def window_spans(n_layers: int, window: int) -> list[range]:
-    """The layers restored together around each layer, cut at the model's ends (the reference's [l - w//2, l + ceil(w/2)))."""
-    return [
-        range(max(0, layer - window // 2), min(n_layers, layer - (-window // 2)))
-        for layer in range(n_layers)
-    ]
+def uses_window(kind: TraceKind) -> bool:
+    """Return whether a trace of this kind restores several layers together."""
+    return kind != "state"
 
 
-def check_map(kind: Kind, window: int, sever: Part | None) -> int:
-    """The window as an int; raises InputError or LayerError unless this map can be made."""
-    if kind not in get_args(Kind):
+def check_choice(value: object, name: str, choices: Sequence[object]) -> None:
+    """Raise an InputError unless the value is one of the choices."""
+    if value not in choices:
         raise InputError(
-            f"kind is {kind!r}; expected one of {', '.join(map(repr, get_args(Kind)))}"
+            f"{name} is {value!r}: it must be one of {', '.join(map(repr, choices))}",
+            argument=name,
         )
-    window = check_count(
-        window, "window", "the number of layers restored together", error=LayerError
-    )
-    if sever not in (None, *get_args(Part)):
-        raise InputError(f"sever is {sever!r}; expected 'mlp', 'attention' or None")
-    if sever is not None and kind != "state":
-        raise InputError(
-            f"sever={sever!r} was given with kind={kind!r}; expected kind='state': a restored state is what gets cut off"
-        )
-    return window

@@ -30,7 +30,7 @@ from matplotlib.ticker import MaxNLocator
 from ...core.errors import InputError, WorkspaceError
 from ...judge.evaluation import Evaluation
 from ...locate.average import AverageTrace
-from ...locate.kinds import CausalTrace
+from ...locate.records import CausalTrace
 from ...locate.neurons import KnowledgeNeurons
 from ...read.agreement import Agreement
 from ...read.census import Census

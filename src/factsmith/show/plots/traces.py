@@ -16,7 +16,7 @@ from rich.text import Text
 
 from ...core.checks import check_count
 from ...locate.average import AverageTrace
-from ...locate.kinds import CausalTrace
+from ...locate.records import CausalTrace
 from .drawing import (
     COLUMN_WIDTH,
     LINES,
