@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from ..core.errors import InputError, UnsupportedModelError
 from .address import check_layer
+from .language_model import LanguageModel
 from .tokens import Batch
 from .trace import (
     Call,
@@ -35,9 +36,6 @@ from .trace import (
     stoppable,
     with_slot,
 )
-
-if TYPE_CHECKING:
-    from .language_model import LanguageModel
 
 
 class _PrefixLayer(DynamicLayer):  # type: ignore[misc]

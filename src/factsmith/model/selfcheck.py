@@ -23,8 +23,9 @@ from ..core.errors import (
     first_line,
 )
 from .ffn import FeedForward, same
-from .language_model import LanguageModel, Structure
+from .language_model import LanguageModel
 from .replay import PrefixCache, record
+from .running import Structure
 from .structure import build, counterparts, find_feed_forward, find_layers
 from .tokens import Batch, encode, pad_id
 from .trace import recording, replaced_by, replacing

@@ -1,0 +1,303 @@
+"""A transformers model that can be run: what it is, how text becomes a batch, and passes over it.
+
+    batch = lm.batch(["Paris is the capital of", "The Louvre is in"])
+    lm.forward(batch).logits                # the model's own pass, (B, T, vocab)
+    lm.head(lm.last_hidden(batch)[:, -1])   # the same numbers at one column, (B, vocab)
+
+`RunnableModel` is the base of `LanguageModel`, which adds the questions. `selfcheck.discover` fills
+in the structure.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.errors import InputError, UnsupportedModelError
+from .ffn import FeedForward
+from .fingerprint import model_digest, weight_state
+from .logits import wide_unembedding
+from .quantised import packed_format, quantised_error
+from .tokens import Batch, align, encode, fast_tokenizer, pad_id, target_ids
+from .trace import Slot, recording, standing_in, with_first_tensor
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Structure:
+    """How a module is built, as its own dry run showed.
+
+    Attributes:
+        layers: The decoder layers, in order.
+        slot: Where a layer takes its hidden state.
+        ffn: Each layer's feed-forward memory.
+        attention: Each layer's part in which positions meet; None if there is not exactly one.
+        layer_result: What the first layer returned: the form in which this model's layers answer.
+        d_model: Width of the hidden state.
+    """
+
+    layers: tuple[nn.Module, ...]
+    slot: Slot
+    ffn: tuple[FeedForward, ...]
+    attention: tuple[nn.Module | None, ...]
+    layer_result: Any
+    d_model: int
+
+
+class RunnableModel:
+    """A model, its tokenizer and its structure.
+
+    Attributes:
+        module: The transformers model, in evaluation mode, its gradients turned off.
+        tokenizer: A fast tokenizer.
+        name: What it was loaded as.
+        embedding: The input embedding.
+        layers: The decoder layers, in order.
+        slot: Where a layer takes its hidden state.
+        ffn: Each layer's feed-forward memory.
+        attention: Each layer's part in which positions meet; None if there is not exactly one.
+        accepts: Names of the inputs that the model's forward takes.
+        caches_prefix: Whether the keys and values of a prefix can be kept and used again.
+        hides_padding: Whether padding changes nothing.
+        plain_ids: Ids of some ordinary tokens.
+    """
+
+    is_causal = True
+    """Whether a position sees only what comes before it, so that a text can be continued."""
+
+    def __init__(self, module: Any, tokenizer: Any, name: str) -> None:
+        """Take a module and its tokenizer. The structure comes from `selfcheck.discover`.
+
+        Raises:
+            TokenizerError: The tokenizer is not a fast one.
+            UnsupportedModelError: The model is quantised, or some weights are not on a device.
+        """
+        self.module = module
+        self.tokenizer = fast_tokenizer(tokenizer)
+        self.name = name
+        self.config: Any = module.config
+        self._text_config: Any = self.config.get_text_config(decoder=True)
+        self.accepts = _accepted(module)
+        self._fingerprint: tuple[object, str] | None = None
+        self.plain_ids: list[int] = []
+        self.caches_prefix = False
+        self.hides_padding = True
+        self.embedding: nn.Module = module.get_input_embeddings()
+        if (packed := packed_format(module)) is not None:
+            raise quantised_error(name, packed)
+        if absent := next((path for path, p in module.named_parameters() if p.is_meta), None):
+            raise UnsupportedModelError(
+                f"{name} has weights that are on no device ({absent} is offloaded or was never "
+                "loaded), so they cannot be read or edited; load the model on the CPU, or on "
+                "devices that hold all of it"
+            )
+        module.eval().requires_grad_(False)
+
+    def __repr__(self) -> str:
+        return (
+            f"LanguageModel({self.name!r}, n_layers={self.n_layers}, d_model={self.d_model}, "
+            f"{self.dtype}, {self.device})"
+        )
+
+    # ── what it is ──────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.layers)
+
+    @property
+    def d_model(self) -> int:
+        """Width of the hidden state."""
+        return self._d_model
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the input embedding, where token ids go."""
+        return next(self.embedding.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point dtype of the weights."""
+        dtype: torch.dtype = next(
+            p.dtype for p in self.module.parameters() if p.is_floating_point()
+        )
+        return dtype
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The longest sequence the model has positions for; None if it states none."""
+        limit = getattr(self._text_config, "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 (hex) over the config, the tokenizer, and every weight: name, dtype, shape, bytes.
+
+        It is computed once and kept until a weight changes. A change shows in the tensor's identity
+        or in PyTorch's version counter. A few sampled entries of every tensor show writes that go
+        round the counter.
+        """
+        state = weight_state(self.module)
+        if self._fingerprint is None or self._fingerprint[0] != state:
+            self._fingerprint = (state, model_digest(self.module, self.config, self.tokenizer))
+        return self._fingerprint[1]
+
+    def adopt(self, structure: Structure) -> None:
+        """Take over the structure that `selfcheck.discover` found."""
+        self.layers, self.slot = structure.layers, structure.slot
+        self.ffn, self.attention = structure.ffn, structure.attention
+        self._layer_result, self._d_model = structure.layer_result, structure.d_model
+
+    # ── text to batches ─────────────────────────────────────────────────────────────────────────
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """Return the token ids of a prompt, with the BOS that the tokenizer adds, if any.
+
+        Raises:
+            InputError: The prompt has no token.
+        """
+        ids, _ = encode(self.tokenizer, prompt)
+        if not ids:
+            raise InputError(f"the prompt {prompt!r} has no token; give some text")
+        return ids
+
+    def question(self, prompt: str, target: str) -> tuple[list[int], list[int], list[int]]:
+        """Return how to ask for a target in one pass.
+
+        The target's earlier tokens are part of the sequence, so its joint probability is the
+        product over the columns.
+
+        Returns:
+            The token ids to run, the columns that predict the target, and its token ids. The last
+            two have one length.
+        """
+        head, tail = self.prompt_ids(prompt), target_ids(self.tokenizer, prompt, target)
+        return head + tail[:-1], list(range(len(head) - 1, len(head) + len(tail) - 1)), tail
+
+    def align(self, sequences: Sequence[Sequence[int]], pivots: Sequence[int]) -> Batch:
+        """Put one token of each sequence, its pivot, into one column, on the model's device."""
+        return align(sequences, pivots, pad=pad_id(self.tokenizer), device=self.device)
+
+    def batch(self, prompts: Sequence[str]) -> Batch:
+        """Tokenize prompts and align them at their last token, with padding on the left."""
+        sequences = [self.prompt_ids(p) for p in prompts]
+        return self.align(sequences, [len(ids) - 1 for ids in sequences])
+
+    def groups(self, lengths: list[int], budget: int = 4096) -> list[list[int]]:
+        """Group the indices of sequences by length, each group at most `budget` padded tokens.
+
+        Lengths in a group are similar, or equal if the model does not hide padding.
+        """
+        order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+        groups: list[list[int]] = []
+        for i in order:
+            group = groups[-1] if groups else []
+            fits = group and (len(group) + 1) * lengths[i] <= budget
+            alike = group and (
+                lengths[i] <= 1.25 * lengths[group[0]] + 2
+                if self.hides_padding
+                else lengths[i] == lengths[group[0]]
+            )
+            if fits and alike:
+                group.append(i)
+            else:
+                groups.append([i])
+        return groups
+
+    def check_batch(self, batch: Batch) -> None:
+        """Check that the model can run a batch.
+
+        Raises:
+            InputError: A row is longer than the model's positions.
+            UnsupportedModelError: A row begins with padding that the model does not hide.
+        """
+        longest = int(batch.attention_mask.sum(1).max())
+        if self.max_tokens is not None and longest > self.max_tokens:
+            raise InputError(
+                f"the text has {longest} tokens; {self.name} has positions for {self.max_tokens}: "
+                "shorten the text"
+            )
+        if not self.hides_padding and batch.left_padded:
+            raise UnsupportedModelError(
+                f"{self.name} does not hide padding on the left, so prompts of different lengths "
+                "would change one another; give them one by one"
+            )
+
+    # ── passes ──────────────────────────────────────────────────────────────────────────────────
+
+    def forward(self, batch: Batch, *, start: int = 0, cache: Any = None) -> Any:
+        """Run the model's own pass over columns `start`..T, and return its own output.
+
+        The model gets only the inputs that its forward declares, and never token types.
+
+        Args:
+            batch: The rows.
+            start: The first column to run.
+            cache: A key/value cache that holds the columns before `start`.
+        """
+        inputs: dict[str, Any] = {
+            "input_ids": batch.input_ids[:, start:],
+            "attention_mask": batch.attention_mask,
+            "position_ids": batch.position_ids[:, start:],
+            "past_key_values": cache,
+            "use_cache": cache is not None,
+        }
+        return self.module(**{k: v for k, v in inputs.items() if k in self.accepts})
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Run the model's own tail on last-layer states: (..., d_model) to (..., vocab).
+
+        The tail is everything after the last layer: final norm, unembedding, scale and softcap.
+        """
+        flat = hidden.reshape(-1, 1, hidden.shape[-1])
+        ids = torch.full((len(flat), 1), self.plain_ids[0], dtype=torch.long, device=self.device)
+        batch = Batch(ids, torch.ones_like(ids), torch.zeros_like(ids), 0)
+
+        def play(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return self.as_layer_output(flat)
+
+        with standing_in(self.layers, play), wide_unembedding(self.module, flat):
+            logits = self.forward(batch).logits
+        return logits.reshape(*hidden.shape[:-1], logits.shape[-1])  # type: ignore[no-any-return]
+
+    def as_layer_output(self, hidden: Tensor) -> Any:
+        """Return a hidden state in the form in which this model's layers return it."""
+        return with_first_tensor(self._layer_result, hidden)
+
+    @torch.no_grad()
+    def last_hidden(self, batch: Batch) -> Tensor:
+        """Return the last layer's output, (B, T, d_model). The unembedding does not run.
+
+        Raises:
+            InputError, UnsupportedModelError: As `check_batch`.
+        """
+        self.check_batch(batch)
+        with recording({"last": self.layers[-1]}, stop=True) as calls:
+            self.forward(batch)
+        return calls["last"][0].output
+
+    @torch.no_grad()
+    def last_logits(self, batch: Batch) -> Tensor:
+        """Return the logits after each row's pivot token: (B, vocab)."""
+        return self.head(self.last_hidden(batch)[:, batch.pivot])
+
+
+def _accepted(module: nn.Module) -> set[str]:
+    """Return the names of the inputs that the model's forward takes.
+
+    A forward with **kwargs hands them on to the model inside, so the names of that one count too.
+    """
+    names: set[str] = set()
+    inner: Any = module
+    while inner is not None:
+        parameters = inspect.signature(type(inner).forward).parameters
+        names.update(parameters)
+        below = getattr(inner, "base_model", None)
+        passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        inner = below if passes_on and below is not inner else None
+    return names
