@@ -22,7 +22,9 @@ from factsmith.show.reports.record import MEANINGS, Report, report_markdown
 NASTY = '</td><script>alert(1)</script>|`x`\n## [a](b) \u202e&amp; "q" {{ 7*7 }} \x1b[31m'
 
 
-def row(editor: str, unit: int, record: str, kind: QuestionKind, right: bool, written: int = 0) -> Row:
+def row(
+    editor: str, unit: int, record: str, kind: QuestionKind, right: bool, written: int = 0
+) -> Row:
     stays = kind == "neighbour" and editor != BASE
     answer = "Oslo" if right else NASTY
     logs = (-0.1, -2.0) if right else (-2.0, -0.1)

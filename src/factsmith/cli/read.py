@@ -136,7 +136,7 @@ def explain(
                 )
 
     def draw(path: Path) -> None:
-        from ..show.plots.reading import prediction_chart
+        from ..show.plots.predictions import prediction_chart
 
         prediction_chart(found, path=path)
 

@@ -1,17 +1,12 @@
-"""Every picture: causal traces, knowledge neurons and what scaling them does, for paper and for the terminal.
+"""What the figures share: colours, axes, labels, and saving to a file.
 
-    heat_map(trace, path="trace.svg")        tokens × layers, subject marked with *; PNG, SVG or PDF by the suffix
-    print(text_heat_map(trace, width=80))    the same with shading blocks; in colour through a rich console
-    class_map(average), class_lines(average) average indirect effects by kind of token and layer: the map, and curves with intervals
-    neuron_chart(found)                      the neurons that carry one fact, and the layers they lie in
-    curves({"label": (x, y, low, high)})     lines with bands, such as an effect against the number of neurons
-    profile_lines(found), profile_bars(...)  what a layer's neurons go by: shares of them by feature, and one feature's values
-    agreement_chart(found), census_chart(..) whether keys and values agree, by layer; what a model is made of
-    evaluation_chart(runs)                   judged edits: against their number, and round by round
-    prediction_chart(composition)            one prediction: how it comes up the layers, and what each part adds to it
-    refinement_chart(refinement)             many of them: whose a layer's prediction is, and where answers come up
+    figure, panels = side_by_side(2, height=2.4)
+    draw_lines(panels[0], {"label": (x, y, low, high)}, LINES)
+    layer_axes(panels[0])
+    headline(figure, "Selective neurons")
+    finish(figure, "picture.svg")
 
-Figures are made without pyplot, so nothing here opens a window or touches the caller's plotting state.
+A figure is one column of a two-column page wide, unless it has several panels in a row.
 """
 
 from __future__ import annotations
@@ -21,28 +16,31 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from rich.cells import cell_len, set_cell_size
 
 from ...core.errors import InputError, WorkspaceError
-from ...judge.evaluation import Evaluation
-from ...locate.average import AverageTrace
-from ...locate.records import CausalTrace
-from ...locate.neurons import KnowledgeNeurons
-from ...read.agreement import Agreement
-from ...read.census import Census
-from ...read.composition import Composition
-from ...read.profile import Profile
-from ...read.refinement import Refinement
 
-if TYPE_CHECKING:
-    pass
+Series: TypeAlias = (
+    "Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float], Sequence[float]]]"
+)
+"""Lines with bands, by their labels: (x, y, low, high)."""
 
+COLUMN_WIDTH = 3.4
+"""The width of one column of a two-column page, in inches."""
 
-# Okabe and Ito's colours, which the colour-blind tell apart; dash and marker say the same without any colour.
+LONGEST_LABEL = 16
+"""The most characters of a token that a label shows."""
+
+SMALL = 7.5
+"""The font size of axis labels and of the titles of panels, in points."""
+
+# The colours of Okabe and Ito, which colour-blind readers can tell apart. Dash and marker say the
+# same without any colour.
 BLUE = "#0072B2"
 
 LINES = (
@@ -55,8 +53,9 @@ LINES = (
     ("#56B4E9", (0, (3, 1, 1, 1)), "P"),
     ("#808080", (0, (8, 2)), "*"),
 )
+"""The looks of lines: colour, dash and marker."""
 
-# Fillings of bars, told apart by lightness and hatching as well.
+# Lightness and hatching tell these apart as well.
 FILLINGS: tuple[dict[str, Any], ...] = (
     {"facecolor": BLUE},
     {"facecolor": "#E69F00", "hatch": "////"},
@@ -67,33 +66,90 @@ FILLINGS: tuple[dict[str, Any], ...] = (
     {"facecolor": "#56B4E9"},
     {"facecolor": "#CC79A7", "hatch": "\\\\\\\\"},
 )
+"""The looks of bars that show different things."""
 
 _SUFFIXES = (".png", ".svg", ".pdf")
 
-COLUMN_WIDTH = 3.4  # inches: one column of a two-column page
+_LINE_BREAKS = str.maketrans({"\n": "↵", "\r": "↵", "\t": "→"})
 
-_VISIBLE = str.maketrans({"\n": "↵", "\r": "↵", "\t": "→"})
-
-PLAIN = {"facecolor": "0.93", "linewidth": 0, "pad": 0.5}  # behind words on hatching
+_DRAWN_BY = {
+    "CausalTrace": "heat_map",
+    "AverageTrace": "class_map or class_lines",
+    "KnowledgeNeurons": "neuron_chart",
+    "Composition": "prediction_chart",
+    "Refinement": "refinement_chart",
+    "Evaluation": "evaluation_chart",
+    "Profile": "profile_lines or profile_bars",
+    "Agreement": "agreement_chart",
+    "Census": "census_chart",
+}
+"""The functions that draw a record, by the name of its class."""
 
 
 class Picture(Figure):
-    """A figure that a notebook shows as it is, at the size of a column on the page."""
+    """A figure that a notebook shows at the size it has on the page."""
 
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
-        return _drawn(self, "png", dpi=150), {"width": round(110 * self.get_figwidth())}
+        return _render(self, "png", dpi=150), {"width": round(110 * self.get_figwidth())}
 
 
-def by_title(found: Any, kind: type, drawn_by: str) -> dict[str, Any]:
-    """One record, or several by title, as several by title. Raises InputError for others, or none."""
-    panels = dict(found) if isinstance(found, Mapping) else {getattr(found, "model", ""): found}
+# ---- what is drawn ----
+
+
+def check_record(record: object, kind: type, drawn_by: str) -> None:
+    """Raise InputError if a function cannot draw this record, and name one that can."""
+    if not isinstance(record, kind):
+        name = type(record).__name__
+        instead = f"; draw it with {_DRAWN_BY[name]}" if name in _DRAWN_BY else ""
+        raise InputError(f"{drawn_by} draws a {kind.__name__}; got a {name}{instead}")
+
+
+def by_title(records: Any, kind: type, drawn_by: str) -> dict[str, Any]:
+    """Return the records by the titles of their panels; a single record has its model as title.
+
+    Raises:
+        InputError: when there is no record, or one of another kind.
+    """
+    panels = (
+        dict(records) if isinstance(records, Mapping) else {getattr(records, "model", ""): records}
+    )
     for record in list(panels.values()) or [panels]:
         check_record(record, kind, drawn_by)
     return panels
 
 
+def token_label(token: str) -> str:
+    """Return a token as one line: no outer spaces, marks for line breaks, "␣" for spaces alone."""
+    return token.strip(" ").translate(_LINE_BREAKS) or "␣"
+
+
+def fit(text: str, width: int) -> str:
+    """Return the text in exactly `width` terminal cells: padded, or cut with an ellipsis.
+
+    A trailing * marks a subject token, so it survives the cut.
+    """
+    if cell_len(text) <= width:
+        return set_cell_size(text, width)
+    tail = "…*" if text.endswith("*") else "…"
+    return set_cell_size(text, width - len(tail)) + tail
+
+
+def cut(text: str, width: int) -> str:
+    """Return the text, cut with an ellipsis if it needs more than `width` terminal cells."""
+    return fit(text, width).rstrip()
+
+
+# ---- figures and axes ----
+
+
 def side_by_side(n: int, height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure with so many panels in a row, two to the width of a page, and rows of them."""
+    """Return a figure with `n` panels in a row, and its panels row by row.
+
+    Args:
+        n: Panels in a row. Two of them are as wide as a page.
+        height: Of the figure, in inches.
+        rows: Rows of panels.
+    """
     figure = Picture(
         figsize=(COLUMN_WIDTH * max(1, n * 0.94), height),
         dpi=300 if n == 1 else 200,
@@ -102,23 +158,48 @@ def side_by_side(n: int, height: float, rows: int = 1) -> tuple[Figure, list[Axe
     return figure, list(figure.subplots(rows, n, squeeze=False).flat)
 
 
-def shared_heights(grid: Sequence[Axes], label: str) -> None:
-    """The same scale from 0 for all, so that heights can be compared."""
-    top = max(axes.get_ylim()[1] for axes in grid)
-    for axes in grid:
-        axes.set_ylim(0, top)
-    grid[0].set_ylabel(label, fontsize=7.5)
+def headline(figure: Figure, text: str, *, parse_math: bool = False) -> None:
+    """Write the title of a figure; text from a model may hold `$`, so it is no formula."""
+    figure.suptitle(text, fontsize=8, x=0.02, ha="left", parse_math=parse_math)
+
+
+def panel_title(axes: Axes, text: str, *, pad: float = 3) -> None:
+    """Write the title of a panel."""
+    axes.set_title(text, fontsize=SMALL, loc="left", pad=pad, parse_math=False)
+
+
+def thin_frame(axes: Axes) -> None:
+    """Draw small ticks and a thin frame."""
+    axes.tick_params(labelsize=7, length=2, width=0.5)
+    for edge in axes.spines.values():
+        edge.set_linewidth(0.5)
+
+
+def layer_numbers(axes: Axes) -> None:
+    """Put at most eight round layer numbers on the x axis."""
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
 
 
 def layer_axes(axes: Axes) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
-    axes.set_xlabel("layer", fontsize=7.5)
-    quiet(axes)
+    """Finish a panel whose x axis is the layer."""
+    layer_numbers(axes)
+    axes.set_xlabel("layer", fontsize=SMALL)
+    thin_frame(axes)
 
 
-def legend_below(figure: Figure, axes: Axes) -> None:
+def shared_heights(panels: Sequence[Axes], label: str) -> None:
+    """Give all panels the same scale from 0, so that a reader can compare heights."""
+    top = max(axes.get_ylim()[1] for axes in panels)
+    for axes in panels:
+        axes.set_ylim(0, top)
+    panels[0].set_ylabel(label, fontsize=SMALL)
+
+
+def legend_below(figure: Figure, axes: Axes, columns: int | None = None) -> None:
+    """Write the legend of one panel below the figure; None: as many columns as fit."""
     handles, labels = axes.get_legend_handles_labels()
-    columns = 2 if figure.get_figwidth() < 1.5 * COLUMN_WIDTH else 4
+    if columns is None:
+        columns = 2 if figure.get_figwidth() < 1.5 * COLUMN_WIDTH else 4
     figure.legend(
         handles,
         labels,
@@ -130,15 +211,11 @@ def legend_below(figure: Figure, axes: Axes) -> None:
     )
 
 
-def draw_lines(
-    axes: Axes,
-    series: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float], Sequence[float]]],
-    styles: Iterable[tuple[str, Any, str]],
-) -> None:
+def draw_lines(axes: Axes, series: Series, looks: Iterable[tuple[str, Any, str]]) -> None:
+    """Draw lines with their bands, each with one of the `looks` (as `LINES` has them)."""
     for (label, (x, y, low, high)), (colour, dash, marker) in zip(
-        series.items(), styles, strict=False
+        series.items(), looks, strict=False
     ):
-        spacing = max(1, len(x) // 8)
         axes.plot(
             x,
             y,
@@ -146,7 +223,7 @@ def draw_lines(
             linestyle=dash,
             marker=marker,
             markersize=2.6,
-            markevery=spacing,
+            markevery=max(1, len(x) // 8),
             linewidth=1.0,
             label=label,
         )
@@ -154,65 +231,40 @@ def draw_lines(
 
 
 def filling(solid: bool) -> dict[str, Any]:
-    """How bars look: told apart by darkness and hatching, not by colour."""
+    """Return the look of a solid or a hatched bar: lightness tells them apart, not colour."""
     if solid:
         return {"facecolor": BLUE, "edgecolor": BLUE, "linewidth": 0.5}
     return {"facecolor": "white", "edgecolor": BLUE, "linewidth": 0.5, "hatch": "////"}
 
 
-def check_record(record: object, kind: type, drawn_by: str) -> None:
-    """Raises InputError for what this figure cannot show, and names the one that can."""
-    if not isinstance(record, kind):
-        other: dict[type, str] = {
-            CausalTrace: "heat_map",
-            AverageTrace: "class_map or class_lines",
-            KnowledgeNeurons: "neuron_chart",
-        }
-        other |= {Composition: "prediction_chart", Refinement: "refinement_chart"}
-        other |= {Evaluation: "evaluation_chart"}
-        other |= {
-            Profile: "profile_lines or profile_bars",
-            Agreement: "agreement_chart",
-            Census: "census_chart",
-        }
-        instead = next(
-            (
-                f"; draw it with {name}"
-                for known, name in other.items()
-                if isinstance(record, known)
-            ),
-            "",
-        )
-        raise InputError(
-            f"{drawn_by} draws a {kind.__name__}; got a {type(record).__name__}{instead}"
-        )
+# ---- files ----
 
 
-def quiet(axes: Axes) -> None:
-    """Small ticks and thin frames, as everywhere here."""
-    axes.tick_params(labelsize=7, length=2, width=0.5)
-    for edge in axes.spines.values():
-        edge.set_linewidth(0.5)
+def finish(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
+    """Save the figure if there is a path, and return it.
 
-
-def finished(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
+    Raises:
+        InputError: for a suffix other than .png, .svg and .pdf.
+        WorkspaceError: when the file cannot be written.
+    """
     if path is not None:
         _save(figure, Path(path))
     return figure
 
 
-def visible(token: str) -> str:
-    """A token as one line of text: outer spaces dropped, line breaks shown, an all-space token as an open box."""
-    return token.strip(" ").translate(_VISIBLE) or "␣"
-
-
 def check_path(path: str | os.PathLike[str]) -> None:
-    """Raises InputError for a suffix that cannot be drawn, WorkspaceError for a folder that is not there."""
+    """Check that a figure can be saved under this name, before anything is computed.
+
+    Raises:
+        InputError: for a suffix other than .png, .svg and .pdf.
+        WorkspaceError: when the folder does not exist.
+    """
     path = Path(path)
     suffix = path.suffix.lower()
     if suffix not in _SUFFIXES:
         raise InputError(
-            f"cannot draw {path.name!r}: its suffix is {suffix or 'missing'}; expected one of {', '.join(_SUFFIXES)}"
+            f"cannot draw {path.name!r}: its suffix is {suffix or 'missing'}; "
+            f"expected one of {', '.join(_SUFFIXES)}"
         )
     if not path.parent.is_dir():
         raise WorkspaceError(f"cannot draw {path}: {path.parent} is not a folder; make it first")
@@ -220,7 +272,7 @@ def check_path(path: str | os.PathLike[str]) -> None:
 
 def _save(figure: Figure, path: Path) -> None:
     check_path(path)
-    picture = _drawn(figure, path.suffix.lower()[1:])  # in full before the file is touched
+    picture = _render(figure, path.suffix.lower()[1:])  # first, so that an error leaves the file
     try:
         path.write_bytes(picture)
     except OSError as error:
@@ -229,10 +281,10 @@ def _save(figure: Figure, path: Path) -> None:
         ) from None
 
 
-def _drawn(figure: Figure, kind: str, dpi: float | str = "figure") -> bytes:
-    written = io.BytesIO()
+def _render(figure: Figure, kind: str, dpi: float | str = "figure") -> bytes:
+    content = io.BytesIO()
     with warnings.catch_warnings():
-        # A script that the font lacks is drawn as boxes; that is no reason to interrupt the caller.
+        # The font draws boxes for a script that it lacks. That is no reason to warn the caller.
         warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
-        figure.savefig(written, format=kind, dpi=dpi)
-    return written.getvalue()
+        figure.savefig(content, format=kind, dpi=dpi)
+    return content.getvalue()

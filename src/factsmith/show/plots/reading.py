@@ -1,11 +1,17 @@
-"""show.plots.reading."""
+"""What the layers of a model hold: what their neurons fire at, what they write, and their size.
+
+    profile_lines(fs.profile(triggers), path="profile.svg")          what triggers share, by layer
+    profile_bars(profile, "relation", n=6, path="relations.svg")     which relation, by layer
+    agreement_chart(fs.agreement(triggers, values), path="agreement.svg")
+    census_chart({"small": fs.census(lm), "large": fs.census(other)}, path="census.svg")
+
+Each chart takes one record, or several by title. Several are drawn side by side.
+"""
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
-import textwrap
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -14,335 +20,87 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator, ScalarFormatter
 from torch import Tensor
 
 from ...core.checks import check_count
 from ...core.errors import InputError
 from ...read.agreement import Agreement
 from ...read.census import Census
-from ...read.composition import Composition
 from ...read.profile import Profile
-from ...read.refinement import Refinement
 from .drawing import (
-    BLUE,
-    COLUMN_WIDTH,
     FILLINGS,
     LINES,
-    Picture,
+    SMALL,
     by_title,
-    check_record,
-    draw_lines,
+    cut,
     filling,
-    finished,
+    finish,
+    headline,
     layer_axes,
     legend_below,
-    quiet,
+    panel_title,
     shared_heights,
     side_by_side,
-    visible,
+    thin_frame,
 )
-from .traces import fit
 
-
-def curves(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float], Sequence[float]]],
-    *,
-    x_label: str,
-    y_label: str,
-    title: str = "",
-    mark_x: float | None = None,
-    mark_y: float | None = None,
-    log_x: bool = False,
-    path: str | os.PathLike[str] | None = None,
-) -> Figure:
-    """Lines with bands: {label: (x, y, low, high)}, told apart by colour, dash and marker; thin lines at `mark_x` and `mark_y`.
-
-    `path` as for `heat_map`. Raises InputError for series whose four parts differ in length, or without any.
-    """
-    if not series or any(len({len(part) for part in parts}) != 1 for parts in series.values()):
-        raise InputError(
-            f"series {list(series)} cannot be drawn; expected at least one, each with as many x as y, low and high"
-        )
-    figure = Picture(figsize=(COLUMN_WIDTH, 2.4), dpi=300, layout="constrained")
-    axes = figure.add_subplot()
-    draw_lines(axes, series, itertools.cycle(LINES))
-    for position, line in ((mark_x, axes.axvline), (mark_y, axes.axhline)):
-        if position is not None:
-            line(position, color="black", linewidth=0.5, linestyle=":")
-    if log_x:
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.set_xlabel(x_label, fontsize=7.5)
-    axes.set_ylabel(y_label, fontsize=7.5)
-    axes.legend(fontsize=6.5, frameon=False, handlelength=2.6)
-    figure.suptitle(title, fontsize=8, x=0.02, ha="left")
-    quiet(axes)
-    return finished(figure, path)
-
-
-def prediction_chart(found: Composition, *, path: str | os.PathLike[str] | None = None) -> Figure:
-    """Draw one prediction on its way up: the answer's probability and rank behind each part, and below what each part adds to its logit.
-
-    Parts stand from left to right: the embedding, then attention (hatched, open marks) and memory (solid) of every layer; last the final
-    norm's shift with the unembedding's bias, where it adds anything. `path` as for `heat_map`. Raises InputError for another record.
-    """
-    check_record(found, Composition, "prediction_chart")
-    n_layers = len(found.ranks) // 2
-    figure = Picture(figsize=(COLUMN_WIDTH, 3.6), dpi=300, layout="constrained")
-    panels = figure.subplots(3, 1, sharex=True, height_ratios=(1, 1, 1.3))
-    at = _up_the_layers(n_layers)
-    _draw_way_up(panels[0], at, found.probabilities.tolist(), "behind FFN", "behind attention")
-    _draw_way_up(panels[1], at, (found.ranks + 1).tolist())
-    panels[0].set_ylim(-0.05, 1.05)
-    panels[0].set_ylabel("probability", fontsize=7.5)
-    panels[0].legend(
-        fontsize=6.5,
-        frameon=False,
-        handlelength=1.4,
-        ncols=2,
-        loc="lower right",
-        bbox_to_anchor=(1.02, 0.97),
-        borderpad=0,
-    )
-    _rank_axis(panels[1])
-    bars = panels[2]
-    logits = [part.logit for part in found.parts]
-    for kind, places, solid in (
-        ("embedding", at[:1], True),
-        ("attention", at[1::2], False),
-        ("FFN", at[2::2], True),
-    ):
-        own = [
-            logit
-            for part, logit in zip(found.parts, logits, strict=True)
-            if part.kind == kind.lower()
-        ]
-        label = None if kind == "embedding" else kind
-        bars.bar(places, own, width=0.36, label=label, **filling(solid))
-    shown = [*at, n_layers] if abs(logits[-1]) > 0.01 * max(map(abs, logits)) else at
-    if len(shown) > len(at):
-        bars.bar(
-            [n_layers],
-            logits[-1:],
-            width=0.36,
-            facecolor="0.6",
-            edgecolor="0.6",
-            linewidth=0.5,
-            label="shift and bias",
-        )
-    bars.axhline(0, color="black", linewidth=0.5)
-    bars.set_ylabel(
-        "added to logit" if found.contrast is None else "added to the lead", fontsize=7.5
-    )
-    bars.legend(
-        fontsize=6.5,
-        frameon=False,
-        handlelength=1.4,
-        ncols=3,
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.32),
-    )
-    _layer_ticks(bars, n_layers)
-    bars.set_xlim(-1.5, shown[-1] + 0.5)
-    against = "" if found.contrast is None else f", not {visible(found.contrast).strip()}"
-    title = f"{textwrap.shorten(visible(found.prompt), 52, placeholder=' …')}\n→ {fit(visible(found.target) + against, 40).rstrip()}"
-    figure.suptitle(title, fontsize=8, x=0.02, ha="left", parse_math=False)
-    for axes in panels:
-        quiet(axes)
-    return finished(figure, path)
-
-
-def refinement_chart(found: Refinement, *, path: str | os.PathLike[str] | None = None) -> Figure:
-    """Draw many predictions by layer, in four panels: whether a layer says what one of its memories says, beside chance (dotted); whose
-    prediction the stream's then is; how often the answer is the likeliest already, with its mean probability; and its rank, with quartiles.
-
-    `path` as for `heat_map`. Raises InputError for another record.
-    """
-    check_record(found, Refinement, "refinement_chart")
-    n_layers = len(found.says)
-    figure = Picture(figsize=(COLUMN_WIDTH, 6.3), dpi=300, layout="constrained")
-    alone, whose, first, rank = figure.subplots(4, 1, sharex=True)
-    for share, composed, chance, (colour, _, marker) in zip(
-        found.among, found.composed, found.chance, LINES, strict=False
-    ):
-        label = "all" if share == 1 else f"strongest {share:.0%}" if share else "strongest"
-        alone.plot(
-            range(n_layers),
-            composed.tolist(),
-            color=colour,
-            marker=marker,
-            markersize=2.6,
-            linewidth=1.0,
-            label=label,
-        )
-        alone.plot(range(n_layers), chance.tolist(), color=colour, linestyle=":", linewidth=0.8)
-    alone.plot([], [], color="black", linestyle=":", linewidth=0.8, label="chance")
-    alone.set_title(
-        "layer's prediction is that of none of its memories", fontsize=7.5, loc="left", pad=13
-    )
-    bottom = np.zeros(n_layers)
-    fillings = (
-        ("residual", "white", ""),
-        ("agreement", "0.8", ""),
-        ("composition", "white", "////"),
-        ("ffn", BLUE, ""),
-    )
-    for case, colour, hatch in fillings:
-        heights = np.array(found.cases[case].tolist())
-        look = {"facecolor": colour, "hatch": hatch, "edgecolor": BLUE, "linewidth": 0.5}
-        whose.bar(
-            range(n_layers),
-            heights,
-            bottom=bottom,
-            width=0.72,
-            label="FFN" if case == "ffn" else case,
-            **look,
-        )
-        bottom += heights
-    whose.set_title(
-        "stream's prediction behind the FFN is that of", fontsize=7.5, loc="left", pad=13
-    )
-    at = _up_the_layers(n_layers)
-    _draw_way_up(first, at, found.first.tolist(), "the likeliest")
-    colour, dash, _ = LINES[1]
-    first.plot(
-        at,
-        found.probabilities.double().mean(0).tolist(),
-        color=colour,
-        linestyle=dash,
-        linewidth=1.0,
-        label="mean probability",
-    )
-    first.set_title("answer is", fontsize=7.5, loc="left", pad=3)
-    low, median, high = (found.quantiles(0.25, 0.5, 0.75) + 1).tolist()
-    _draw_way_up(rank, at, median, "median, quartiles")
-    rank.fill_between(at, low, high, color=BLUE, alpha=0.18, linewidth=0)
-    _rank_axis(rank)
-    rank.set_title("answer's rank", fontsize=7.5, loc="left", pad=3)
-    rank.set_ylabel("")
-    for axes in (alone, whose, first):
-        axes.set_ylim(-0.03, 1.03)
-        axes.set_ylabel("share", fontsize=7.5)
-    for axes in (alone, whose, first, rank):
-        side, x = ("left", -0.02) if axes in (alone, whose) else ("right", 1.02)
-        legend = {
-            "loc": f"lower {side}",
-            "bbox_to_anchor": (x, 0.97),
-            "ncols": 6,
-            "columnspacing": 1.0,
-            "borderpad": 0,
-        }
-        axes.legend(fontsize=6, frameon=False, handlelength=1.6, **legend).set_in_layout(False)
-        quiet(axes)
-    _layer_ticks(rank, n_layers)
-    rank.set_xlim(-1.5, n_layers - 0.5)
-    figure.suptitle(
-        f"{len(found.answers):,} predictions of {found.model}",
-        fontsize=8,
-        x=0.02,
-        ha="left",
-        parse_math=False,
-    )
-    return finished(figure, path)
-
-
-def _up_the_layers(n_layers: int) -> list[float]:
-    """Where the embedding and each layer's attention and memory stand on an axis of layers."""
-    return [-1.0, *(layer + side for layer in range(n_layers) for side in (-0.2, 0.2))]
-
-
-def _draw_way_up(
-    axes: Axes, at: Sequence[float], values: Sequence[float], label: str = "", attention: str = ""
-) -> None:
-    """A line through the states behind each part: open marks behind attention, solid ones behind the memory and the embedding."""
-    size = 3.2 if len(at) < 30 else 1.6
-    axes.plot(
-        at,
-        values,
-        color=BLUE,
-        linewidth=1.0,
-        marker="o",
-        markersize=size,
-        markevery=[0, *range(2, len(at), 2)],
-        label=label,
-    )
-    behind = {
-        "marker": "o",
-        "markersize": size,
-        "markerfacecolor": "white",
-        "markeredgecolor": BLUE,
-        "markeredgewidth": 0.7,
-    }
-    axes.plot(at[1::2], values[1::2], linestyle="", label=attention, **behind)  # type: ignore[arg-type]
-
-
-def _rank_axis(axes: Axes) -> None:
-    """Ranks from 1, the likeliest, on top."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.yaxis.set_minor_locator(NullLocator())
-    low, high = axes.get_ylim()
-    axes.set_ylim(max(high, 2), min(low, 0.8))
-    axes.set_ylabel("rank", fontsize=7.5)
-
-
-def _layer_ticks(axes: Axes, n_layers: int) -> None:
-    """Layer numbers, evenly spaced, and before them the embedding."""
-    step = math.ceil(n_layers / 8)
-    layers = range(0, n_layers, step)
-    axes.set_xticks([-1, *layers], labels=["emb.", *map(str, layers)])
-    axes.set_xlabel("layer", fontsize=7.5)
+# ---- profiles ----
 
 
 def profile_lines(
-    found: Profile | Mapping[str, Profile],
+    found: Profile | Mapping[str, Profile],  # house: the promised name of the parameter
     features: Sequence[str | tuple[str, ...]] | None = None,
     *,
     path: str | os.PathLike[str] | None = None,
 ) -> Figure:
-    """Draw by layer which share of the neurons is selective for each feature, with what chance allows: grey, up to the largest of them.
+    """Draw the share of a layer's neurons that are selective for each feature.
 
-    found     one profile, or several by title, side by side
-    features  which, in this order; None: all, or the eight that most neurons go by. ("relation", "token") counts the neurons selective
-              for the first and for none of the others
+    The grey area reaches up to the largest share that chance gives for one of the features.
 
-    `path` as for `heat_map`. Raises InputError for features that are not there, more than can be told apart, or another record.
+    Args:
+        found: One profile, or several by title.
+        features: The features to draw, in this order. ("relation", "token") counts the neurons that
+            are selective for the first and for none of the others. None: all features, or the eight
+            with the largest shares.
+        path: Where to save the figure, as for `heat_map`.
+
+    Raises:
+        InputError: for an unknown feature, for more features than there are lines that a reader
+            can tell apart, or for another record.
     """
-    panels = by_title(found, Profile, "profile_lines")
+    profiles = by_title(found, Profile, "profile_lines")
     features = tuple(
-        features if features is not None else _commonest(next(iter(panels.values())), len(LINES))
+        features if features is not None else _commonest(next(iter(profiles.values())), len(LINES))
     )
     if not 1 <= len(features) <= len(LINES):
         raise InputError(
-            f"got {len(features)} features to draw; expected 1 to {len(LINES)}: choose some with features=[...]"
+            f"got {len(features)} features to draw; expected 1 to {len(LINES)}: "
+            "choose some with features=[...]"
         )
-    figure, grid = side_by_side(len(panels), 2.9)
-    for axes, (title, own) in zip(grid, panels.items(), strict=True):
-        chance = torch.zeros(len(own.layers), dtype=torch.float64)
-        lines: dict[str, Tensor] = {}
+    figure, panels = side_by_side(len(profiles), 2.9)
+    for axes, (title, profile) in zip(panels, profiles.items(), strict=True):
+        chance = torch.zeros(len(profile.layers), dtype=torch.float64)
+        shares: dict[str, Tensor] = {}
         for feature in features:
             name, *without = (feature,) if isinstance(feature, str) else feature
-            lines[name + (f", not {' or '.join(without)}" if without else "")] = own.share_of(
-                name, without=without
-            )
-            chance = torch.maximum(
-                chance, own.chance[:, own.features.index(name)].double().nan_to_num()
-            )
-        _draw_by_layer(axes, title, own.layers, lines)
+            label = name + (f", not {' or '.join(without)}" if without else "")
+            shares[label] = profile.share_of(name, without=without)
+            by_chance = profile.chance[:, profile.features.index(name)]
+            chance = torch.maximum(chance, by_chance.double().nan_to_num())
+        _draw_by_layer(axes, title, profile.layers, shares)
         axes.fill_between(
-            own.layers, 0, chance.tolist(), color="0.6", linewidth=0, label="by chance"
+            profile.layers, 0, chance.tolist(), color="0.6", linewidth=0, label="by chance"
         )
-    shared_heights(grid, "share of neurons")
-    legend_below(figure, grid[0])
-    figure.suptitle("Selective neurons", fontsize=8, x=0.02, ha="left")
-    return finished(figure, path)
+    shared_heights(panels, "share of neurons")
+    legend_below(figure, panels[0])
+    headline(figure, "Selective neurons")
+    return finish(figure, path)
 
 
 def _draw_by_layer(
     axes: Axes, title: str, layers: Sequence[int], lines: Mapping[str, Tensor]
 ) -> None:
-    """Lines (layers,) by their labels in one panel, each told from the others."""
+    """Draw lines (layers,) by their labels in one panel."""
     for (label, heights), (colour, dash, marker) in zip(lines.items(), LINES, strict=False):
         axes.plot(
             layers,
@@ -354,22 +112,22 @@ def _draw_by_layer(
             linewidth=1.0,
             label=label,
         )
-    axes.set_title(title, fontsize=7.5, loc="left", pad=3)
+    panel_title(axes, title)
     layer_axes(axes)
 
 
-def _commonest(found: Profile, n: int) -> list[str]:
-    """The n features that the largest share of some layer's neurons is selective for, in their order."""
-    most = {
-        feature: float(found.share[:, i].nan_to_num().max())
-        for i, feature in enumerate(found.features)
+def _commonest(profile: Profile, n: int) -> list[str]:
+    """Return the n features with the largest share in some layer, in the profile's order."""
+    largest = {
+        feature: float(profile.share[:, i].nan_to_num().max())
+        for i, feature in enumerate(profile.features)
     }
-    kept = set(sorted(most, key=lambda feature: -most[feature])[:n])
-    return [feature for feature in found.features if feature in kept]
+    kept = set(sorted(largest, key=lambda feature: -largest[feature])[:n])
+    return [feature for feature in profile.features if feature in kept]
 
 
 def profile_bars(
-    found: Profile | Mapping[str, Profile],
+    found: Profile | Mapping[str, Profile],  # house: the promised name of the parameter
     feature: str,
     *,
     n: int = 6,
@@ -377,18 +135,28 @@ def profile_bars(
     names: Mapping[Hashable, str] | None = None,
     path: str | os.PathLike[str] | None = None,
 ) -> Figure:
-    """Draw by layer how many neurons are selective for which value of a feature: some values, and the others together.
+    """Draw the share of a layer's neurons that are selective for each value of a feature.
 
-    found   one profile, or several by title, side by side; a value has the same filling in all
-    values  which to tell apart, from below; None: the n commonest
-    names   how values are called; a value that is not there is called as it is written
+    Some values have a bar of their own; the others are one bar. A value looks the same in every
+    panel.
 
-    `path` as for `heat_map`. Raises InputError for a feature that is not there, n < 1, too many values to tell apart, or another record.
+    Args:
+        found: One profile, or several by title.
+        feature: The feature, such as "relation".
+        n: How many values have a bar of their own, if `values` is None: the commonest ones.
+        values: The values that have one, from the bottom up.
+        names: What the legend calls the values. A value without a name is written as it is.
+        path: Where to save the figure, as for `heat_map`.
+
+    Raises:
+        InputError: for an unknown feature, for n < 1, for more values than there are bars that a
+            reader can tell apart, or for another record.
     """
-    panels = by_title(found, Profile, "profile_bars")
+    profiles = by_title(found, Profile, "profile_bars")
     n = check_count(n, "n", "the number of values to tell apart")
     tallies = {
-        title: [own.tally(feature, layer) for layer in own.layers] for title, own in panels.items()
+        title: [profile.tally(feature, layer) for layer in profile.layers]
+        for title, profile in profiles.items()
     }
     totals: Counter[Hashable] = Counter()
     for layers in tallies.values():
@@ -397,141 +165,174 @@ def profile_bars(
     values = [value for value, _ in totals.most_common(n)] if values is None else list(values)
     if len(values) > len(FILLINGS):
         raise InputError(
-            f"got {len(values)} values to draw; expected at most {len(FILLINGS)}: the others are drawn together"
+            f"got {len(values)} values to draw; expected at most {len(FILLINGS)}: "
+            "leave some out, and they are drawn together"
         )
-    figure, grid = side_by_side(len(panels), 2.9)
-    for axes, (title, own) in zip(grid, panels.items(), strict=True):
-        neurons = [
-            sum(len(each) for bank, each in own.neurons.items() if bank[0] == layer)
-            for layer in own.layers
-        ]
+    looks = [
+        (cut((names or {}).get(value, str(value)), 28), look)
+        for value, look in zip(values, FILLINGS, strict=False)
+    ]
+    figure, panels = side_by_side(len(profiles), 2.9)
+    for axes, (title, profile) in zip(panels, profiles.items(), strict=True):
         heights = [[tally.get(value, 0) for tally in tallies[title]] for value in values]
-        labels = [fit((names or {}).get(value, str(value)), 28).rstrip() for value in values]
         if set(totals) - set(values):
-            heights.append(
-                [
-                    sum(tally.values()) - sum(own)
-                    for tally, own in zip(tallies[title], zip(*heights, strict=True), strict=True)
-                ]
-            )
-            labels.append("others")
-        bottom = np.zeros(len(neurons))
-        for row, (height, label) in enumerate(zip(heights, labels, strict=True)):
-            shares = np.array(height) / neurons
-            look: dict[str, Any] = FILLINGS[row] if row < len(values) else {"facecolor": "white"}
-            axes.bar(
-                own.layers,
-                shares,
-                bottom=bottom,
-                width=0.72,
-                label=label,
-                edgecolor="black",
-                linewidth=0.4,
-                **look,
-            )
-            bottom += shares
-        axes.set_title(title, fontsize=7.5, loc="left", pad=3)
+            drawn = [sum(each) for each in zip(*heights, strict=True)]
+            counts = [sum(tally.values()) for tally in tallies[title]]
+            heights.append([n - some for n, some in zip(counts, drawn, strict=True)])
+        _stack(axes, profile, heights, [*looks, ("others", {"facecolor": "white"})])
+        panel_title(axes, title)
         layer_axes(axes)
-    shared_heights(grid, "share of neurons")
-    legend_below(figure, grid[0])
-    figure.suptitle(
-        f"Selective neurons, by {feature}", fontsize=8, x=0.02, ha="left", parse_math=False
-    )
-    return finished(figure, path)
+    shared_heights(panels, "share of neurons")
+    legend_below(figure, panels[0])
+    headline(figure, f"Selective neurons, by {feature}")
+    return finish(figure, path)
+
+
+def _stack(
+    axes: Axes,
+    profile: Profile,
+    heights: Sequence[Sequence[int]],
+    looks: Sequence[tuple[str, Mapping[str, Any]]],
+) -> None:
+    """Stack numbers of neurons (bars, layers), as shares of each layer's neurons."""
+    n_neurons = [
+        sum(len(purity) for bank, purity in profile.neurons.items() if bank[0] == layer)
+        for layer in profile.layers
+    ]
+    bottom = np.zeros(len(n_neurons))
+    for height, (label, look) in zip(heights, looks, strict=False):
+        shares = np.array(height) / n_neurons
+        axes.bar(
+            profile.layers,
+            shares,
+            bottom=bottom,
+            width=0.72,
+            label=label,
+            edgecolor="black",
+            linewidth=0.4,
+            **look,
+        )
+        bottom += shares
+
+
+# ---- keys and values ----
 
 
 def agreement_chart(
-    found: Agreement | Mapping[str, Agreement], *, path: str | os.PathLike[str] | None = None
+    found: Agreement | Mapping[str, Agreement],  # house: the promised name of the parameter
+    *,
+    path: str | os.PathLike[str] | None = None,
 ) -> Figure:
-    """Draw by layer how often a value promotes what follows its key's strongest trigger, as its first token or among the first, and chance.
+    """Draw how often a value promotes the token that follows its key's strongest trigger.
 
-    found  one record, or several by title, side by side
+    The lines are the share of values that promote it most, the share that has it among the first
+    tokens, and the first share by chance.
 
-    `path` as for `heat_map`. Raises InputError for another record.
+    Args:
+        found: One record, or several by title.
+        path: Where to save the figure, as for `heat_map`.
+
+    Raises:
+        InputError: for another record.
     """
-    panels = by_title(found, Agreement, "agreement_chart")
-    figure, grid = side_by_side(len(panels), 2.4)
-    for axes, (title, own) in zip(grid, panels.items(), strict=True):
+    records = by_title(found, Agreement, "agreement_chart")
+    figure, panels = side_by_side(len(records), 2.4)
+    for axes, (title, record) in zip(panels, records.items(), strict=True):
         lines = {
-            "first token": own.share,
-            "among the first": own.within,
-            "first, by chance": own.chance,
+            "as their first token": record.share,
+            "among their first tokens": record.within,
+            "first token, by chance": record.chance,
         }
-        _draw_by_layer(axes, title, own.layers, lines)
-    shared_heights(grid, "share of neurons")
-    legend_below(figure, grid[0])
-    figure.suptitle(
-        "Values that promote the token behind the strongest trigger", fontsize=8, x=0.02, ha="left"
-    )
-    return finished(figure, path)
+        _draw_by_layer(axes, title, record.layers, lines)
+    shared_heights(panels, "share of neurons")
+    legend_below(figure, panels[0])
+    headline(figure, "Values that promote the token after the strongest trigger")
+    return finish(figure, path)
+
+
+# ---- sizes ----
 
 
 def census_chart(
-    found: Census | Mapping[str, Census], *, path: str | os.PathLike[str] | None = None
+    found: Census | Mapping[str, Census],  # house: the promised name of the parameter
+    *,
+    path: str | os.PathLike[str] | None = None,
 ) -> Figure:
-    """Draw what a model is made of: parameters by layer, memory solid and attention hatched, beside the embeddings; below, where second
-    moments were given, the share of the coefficients' directions that the text uses: the effective rank in a hundred neurons.
+    """Draw the size of a model's parts by layer: FFN solid, attention hatched, embeddings grey.
 
-    found  one census, or several by title, side by side
+    If the census has effective ranks, a second row draws them as shares of the layer's neurons:
+    how many of the directions that the coefficients could take the text uses.
 
-    `path` as for `heat_map`. Raises InputError for another record.
+    Args:
+        found: One census, or several by title.
+        path: Where to save the figure, as for `heat_map`.
+
+    Raises:
+        InputError: for another record.
     """
-    panels = by_title(found, Census, "census_chart")
+    records = by_title(found, Census, "census_chart")
+    n = len(records)
     ranked = any(
-        layer.effective_rank is not None for own in panels.values() for layer in own.layers
+        layer.effective_rank is not None for record in records.values() for layer in record.layers
     )
-    figure, grid = side_by_side(len(panels), 3.6 if ranked else 2.2, rows=1 + ranked)
-    for place, (title, own) in enumerate(panels.items()):
-        axes, layers = grid[place], [layer.layer for layer in own.layers]
-        memory, attention = (
-            [getattr(layer, part) / 1e6 for layer in own.layers] for part in ("ffn", "attention")
-        )
-        axes.bar(
-            layers,
-            memory,
-            width=0.72,
-            label=f"memory {own.ffn / own.parameters:.0%}",
-            **filling(True),
-        )
-        axes.bar(
-            layers,
-            attention,
-            bottom=memory,
-            width=0.72,
-            label=f"attention {own.attention / own.parameters:.0%}",
-            **filling(False),
-        )
-        look: dict[str, Any] = {"facecolor": "0.75", "edgecolor": "0.4", "linewidth": 0.5}
-        axes.bar(
-            [-1.3],
-            [own.embeddings / 1e6],
-            width=0.72,
-            label=f"embeddings {own.embeddings / own.parameters:.0%}",
-            **look,
-        )
-        axes.legend(fontsize=6.5, frameon=False, handlelength=1.4, loc="upper right")
-        axes.set_title(
-            f"{title}: {own.parameters / 1e6:,.1f} million parameters",
-            fontsize=7.5,
-            loc="left",
-            pad=3,
-            parse_math=False,
-        )
-        ticks = range(0, len(layers), math.ceil(len(layers) / 8))
-        axes.set_xticks([-1.3, *ticks], labels=["emb.", *map(str, ticks)])
-        quiet(axes)
-        if ranked:
-            below = grid[len(panels) + place]
-            shares = [
-                math.nan if x.effective_rank is None else x.effective_rank / x.neurons
-                for x in own.layers
-            ]
-            below.bar(layers, shares, width=0.72, **filling(True))
-            below.set_xlim(axes.get_xlim())
-            below.set_xticks(list(ticks))
-            below.set_xlabel("layer", fontsize=7.5)
-            quiet(below)
-    shared_heights(grid[: len(panels)], "parameters, millions")
+    figure, panels = side_by_side(n, 3.6 if ranked else 2.2, rows=1 + ranked)
+    for axes, (title, record) in zip(panels, records.items(), strict=False):
+        _draw_parameters(axes, title, record)
     if ranked:
-        shared_heights(grid[len(panels) :], "effective rank / neurons")
-    return finished(figure, path)
+        for above, below, record in zip(panels[:n], panels[n:], records.values(), strict=True):
+            _draw_ranks(below, record)
+            below.set_xlim(above.get_xlim())
+        shared_heights(panels[n:], "effective rank / neurons")
+    shared_heights(panels[:n], "parameters, millions")
+    return finish(figure, path)
+
+
+def _draw_parameters(axes: Axes, title: str, record: Census) -> None:
+    layers = [layer.layer for layer in record.layers]
+    memory = [layer.ffn / 1e6 for layer in record.layers]
+    attention = [layer.attention / 1e6 for layer in record.layers]
+
+    def label(name: str, parameters: int) -> str:
+        return f"{name} {parameters / record.parameters:.0%}"
+
+    axes.bar(layers, memory, width=0.72, label=label("FFN", record.ffn), **filling(True))
+    axes.bar(
+        layers,
+        attention,
+        bottom=memory,
+        width=0.72,
+        label=label("attention", record.attention),
+        **filling(False),
+    )
+    axes.bar(
+        [-1.3],
+        [record.embeddings / 1e6],
+        width=0.72,
+        label=label("embeddings", record.embeddings),
+        facecolor="0.75",
+        edgecolor="0.4",
+        linewidth=0.5,
+    )
+    axes.legend(fontsize=6.5, frameon=False, handlelength=1.4, loc="upper right")
+    panel_title(axes, f"{title}: {record.parameters / 1e6:,.1f} million parameters")
+    ticks = _ticks(record)
+    axes.set_xticks([-1.3, *ticks], labels=["emb.", *map(str, ticks)])
+    thin_frame(axes)
+
+
+def _draw_ranks(axes: Axes, record: Census) -> None:
+    """Draw the effective rank of each layer's coefficients, as a share of its neurons."""
+    shares = [
+        math.nan if layer.effective_rank is None else layer.effective_rank / layer.neurons
+        for layer in record.layers
+    ]
+    axes.bar([layer.layer for layer in record.layers], shares, width=0.72, **filling(True))
+    axes.set_xticks(list(_ticks(record)))
+    axes.set_xlabel("layer", fontsize=SMALL)
+    thin_frame(axes)
+
+
+def _ticks(record: Census) -> range:
+    """Return at most eight layers, evenly spaced."""
+    n_layers = len(record.layers)
+    return range(0, n_layers, math.ceil(n_layers / 8))
