@@ -38,7 +38,7 @@ from factsmith.edit.delta import Delta, applied
 from factsmith.edit.keys import read_keys
 from factsmith.edit.methods import METHODS
 from factsmith.edit.resolve import resolve
-from factsmith.keep import workbench
+from factsmith.keep import again, carried, workbench
 from factsmith.keep.export.folder import read_patch
 from factsmith.keep.ledger import BASE, LATEST, Ledger
 from factsmith.keep.revision import Revision
@@ -47,9 +47,10 @@ from factsmith.model.answers import answer_tokens
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import load, wrap
 from factsmith.patch import layers as recommend
-from factsmith.patch.conflicts import standing
+from factsmith.patch.bench import Scratch
+from factsmith.patch.conflicts import compare_facts
 from factsmith.patch.plan import plan
-from factsmith.patch.proposal import propose
+from patching import proposed
 
 FACT = Fact(
     "Danielle Darrieux",
@@ -258,7 +259,7 @@ def test_middle_revert(lm: LanguageModel, bench: Workbench) -> None:
         bench.revert(one.id)
     assert hashes(lm) == state and bench.log()[0].id == last.id
     bench.revert(apart.id)
-    assert torch.equal(lm.ffn[2].weight(), bench._base[2])
+    assert torch.equal(lm.ffn[2].weight(), bench._carried.base[2])
     bench.revert(last.id)
     assert {n for n, h in hashes(lm).items() if h != before_apart[n]} == {
         n for n in state if ".2.mlp.c_proj.weight" in n
@@ -328,12 +329,12 @@ def test_a_revert_that_would_lose_a_fact_is_not_recorded(
     two = bench.apply([EASY], "memit", SPREADING, moments=moments, force=True).revision
     assert one is not None and two is not None
     state = hashes(lm)
-    proof = workbench.verify(lm, [EASY], nullcontext)
+    proof = again.prove(lm, [EASY], nullcontext)
     held = dataclasses.replace(
         proof.checks[0], before=" Paris", wanted=" Paris", after="x", held=False
     )
     monkeypatch.setattr(
-        workbench, "verify", lambda *_, **__: dataclasses.replace(proof, checks=(held,))
+        again, "prove", lambda *_, **__: dataclasses.replace(proof, checks=(held,))
     )
     with pytest.raises(NumericsError, match="would lose 1 fact"):
         bench.revert(one.id, moments=moments)
@@ -345,7 +346,7 @@ def test_a_revert_that_would_lose_a_fact_is_not_recorded(
     }
     bench.revert("latest")
     monkeypatch.setattr(bench, "find_moments", lambda *_, **__: other)
-    with pytest.raises(InputError, match="not there any more"):
+    with pytest.raises(InputError, match="not in the workspace any more"):
         bench.revert(one.id)
 
 
@@ -467,7 +468,7 @@ def test_a_plan_knows_what_facts_meet(lm: LanguageModel, bench: Workbench) -> No
         and len(found.conflicts) == 3
         and found.notes == ()
     )
-    with bench._carrying([]):
+    with bench.on_base():
         keys = read_keys(lm, [*facts, first], 1, ["{}"])[:, 0].double()
     lower = torch.linalg.cholesky(moments[1].matrix.double())
     white = torch.linalg.inv(lower) @ keys.T
@@ -522,7 +523,7 @@ def test_patches_of_another_workspace_are_taken_in(
         other.checkout(other.log()[-1].id)
         assert hashes(lm) == there
         expected = resolve(
-            lm, original, moments=moments, beneath=[other._deltas[other.log()[-1].id]]
+            lm, original, moments=moments, beneath=[other._carried.deltas[other.log()[-1].id]]
         )
         for layer in again.layers:
             assert torch.allclose(again.dense(layer), expected.dense(layer), atol=1e-6)
@@ -555,7 +556,7 @@ def test_apply_says_when_there_is_little_room(
         return "little room"
 
     base, moments = lm.ffn[1].weight().detach().clone(), moments_of(lm)
-    monkeypatch.setattr(workbench, "capacity_warning", warned)
+    monkeypatch.setattr("factsmith.patch.attempt.capacity_warning", warned)
     bare = bench.apply(THREE[:1], "rome", RomeConfig(layer=1, steps=2), moments=moments, force=True)
     assert bare.room is None and not asked, (
         "second moments that are not kept are not computed for it"
@@ -650,13 +651,15 @@ def test_two_workbenches_on_one_workspace(lm: LanguageModel, tmp_path: Path) -> 
 
 
 POINTS: dict[str, Callable[[pytest.MonkeyPatch, Callable[..., Any]], None]] = {
-    "solving": lambda m, bomb: m.setitem(METHODS, "rome", (bomb, RomeConfig)),
-    "inside the solver": lambda m, bomb: m.setattr("factsmith.edit.methods.find_targets", bomb),
+    "solving": lambda m, bomb: m.setitem(
+        METHODS, "rome", dataclasses.replace(METHODS["rome"], solve=bomb)
+    ),
+    "inside the solver": lambda m, bomb: m.setattr("factsmith.edit.rome.find_targets", bomb),
     "sampling": lambda m, bomb: m.setattr("factsmith.corpus.moments_store.own_text", bomb),
     "moments": lambda m, bomb: m.setattr("factsmith.corpus.moments_store.second_moments", bomb),
-    "verifying": lambda m, bomb: m.setattr("factsmith.model.answers.first_phrase", bomb),
+    "verifying": lambda m, bomb: m.setattr("factsmith.patch.proof.as_said", bomb),
     "saving": lambda m, bomb: m.setattr(Delta, "save", bomb),
-    "writing weights": lambda m, bomb: _after(m, workbench, "write_weights", bomb),
+    "writing weights": lambda m, bomb: _after(m, carried, "write_weights", bomb),
     "recording": lambda m, bomb: m.setattr("factsmith.keep.ledger.Ledger._append", bomb),
 }
 
@@ -926,7 +929,7 @@ def test_apply_records_what_was_done(lm: LanguageModel, bench: Workbench) -> Non
 
 
 def test_verification_is_what_a_plain_question_gives(lm: LanguageModel) -> None:
-    found = propose(lm, FACT, config=QUICK, moments=moments_of(lm), contexts=["{}"])
+    found = proposed(lm, FACT, config=QUICK, moments=moments_of(lm), contexts=["{}"])
     assert found.delta is not None and found.verification is not None
     for check in found.verification.checks:
         assert check.before == lm.answer([check.prompt])[0]
@@ -943,7 +946,7 @@ def test_verification_is_what_a_plain_question_gives(lm: LanguageModel) -> None:
 def test_how_much_ordinary_text_is_disturbed(lm: LanguageModel) -> None:
     """Against the layer's outputs at every token of the text, by hooks; a change of a quarter of them is warned of."""
     moments = moments_of(lm)
-    found = propose(lm, FACT, config=QUICK, moments=moments, contexts=["{}"])
+    found = proposed(lm, FACT, config=QUICK, moments=moments, contexts=["{}"])
     assert found.delta is not None
 
     def outputs() -> torch.Tensor:
@@ -965,7 +968,7 @@ def test_how_much_ordinary_text_is_disturbed(lm: LanguageModel) -> None:
         "broken" in w for w in found.warnings
     )
     far = dataclasses.replace(QUICK, lr=50.0, clamp=100.0, stop_loss=0.0)
-    broken = propose(lm, FACT, config=far, moments=moments, contexts=["{}"])
+    broken = proposed(lm, FACT, config=far, moments=moments, contexts=["{}"])
     assert broken.disturbance[1] > 0.25 and any(
         "the model may be broken" in warning for warning in broken.warnings
     )
@@ -975,12 +978,12 @@ def test_facts_with_one_key_and_two_targets_are_said(lm: LanguageModel) -> None:
     """A key does not see what follows the subject."""
     facts = [Fact("Edwin", "{} is a", "king"), Fact("Edwin", "{} plays", "basketball")]
     for method, kind in (("rome", QUICK), ("memit", MemitConfig((1,), steps=3))):
-        found = propose(lm, facts, method, kind, moments={1: moments_of(lm)[1]}, contexts=["{}"])
+        found = proposed(lm, facts, method, kind, moments={1: moments_of(lm)[1]}, contexts=["{}"])
         (warning,) = [w for w in found.warnings if "nearly the key" in w]
         assert (
             "'Edwin is a'" in warning and "'Edwin plays'" in warning and "cosine 1.000" in warning
         )
-        found = propose(
+        found = proposed(
             lm, [facts[0], FACT], method, kind, moments={1: moments_of(lm)[1]}, contexts=["{}"]
         )
         assert not any("nearly the key" in w for w in found.warnings)
@@ -1066,7 +1069,7 @@ def test_a_neighbour_must_stay_as_it_is(lm: LanguageModel, monkeypatch: pytest.M
         paraphrases=("{} was a",),
         neighbours=(Probe("a", "France"), Probe("b", "Atlantis"), Probe("c")),
     )
-    found = propose(lm, fact, config=QUICK, moments=moments_of(lm), contexts=["{}"])
+    found = proposed(lm, fact, config=QUICK, moments=moments_of(lm), contexts=["{}"])
     assert found.verification is not None
     neighbours = [check for check in found.verification.checks if check.role == "neighbour"]
     assert [check.wanted for check in neighbours] == ["France"] * 3
@@ -1083,7 +1086,7 @@ def test_an_answer_that_ends_at_once_must_stay_so(
 ) -> None:
     answers = iter([["x"], ["x", "", ""], ["x", "", "y"]])
     monkeypatch.setattr(lm, "answer", lambda prompts, max_new_tokens: next(answers))
-    found = propose(
+    found = proposed(
         lm,
         Fact("Edwin", "{} is a", "king", neighbours=("a", "b")),
         config=QUICK,
@@ -1157,9 +1160,9 @@ def test_second_moments_are_the_base_models_and_are_kept(
 
 def test_gradients_may_be_off_around_it(lm: LanguageModel) -> None:
     moments = moments_of(lm)
-    expected = propose(lm, FACT, config=QUICK, moments=moments, contexts=["{}"]).delta
+    expected = proposed(lm, FACT, config=QUICK, moments=moments, contexts=["{}"]).delta
     with torch.no_grad():
-        found = propose(lm, FACT, config=QUICK, moments=moments, contexts=["{}"]).delta
+        found = proposed(lm, FACT, config=QUICK, moments=moments, contexts=["{}"]).delta
         assert not torch.is_grad_enabled()
     assert (
         found is not None
@@ -1170,11 +1173,12 @@ def test_gradients_may_be_off_around_it(lm: LanguageModel) -> None:
 
 def test_plan_and_propose_need_no_workspace(lm: LanguageModel) -> None:
     before = hashes(lm)
-    assert plan(lm, FACT).new == (FACT,)
+    assert plan(Scratch(lm), FACT).new == (FACT,)
     seen: list[str] = []
-    found = propose(lm, FACT, config=QUICK, progress=lambda what, done, total: seen.append(what))
+    found = proposed(lm, FACT, config=QUICK, progress=lambda what, done, total: seen.append(what))
     assert found.delta is not None and hashes(lm) == before
     assert list(dict.fromkeys(seen)) == [
+        "planning",
         "sampling text",
         "second moments",
         "solving",
@@ -1264,7 +1268,7 @@ def test_a_patch_without_a_layer_uses_what_is_kept(eager: LanguageModel, bench: 
     )
     assert "recommended layer 1: layer 2 is edited" in brought.warnings[0]
     every = bench.propose(FACT, moments=moments_of(eager), contexts=["{}"])
-    assert every.delta is not None and sorted(every.delta.layers) == [1] and every.notes == (), (
+    assert every.delta is not None and sorted(every.delta.layers) == [1] and every.plan.advice == (), (
         "the recommended, where it has moments"
     )
 
@@ -1344,7 +1348,7 @@ def test_a_model_that_knows_nothing_falls_back_and_says_so(
         not (bench.ledger.folder / "layers.json").exists()
         and "looking for facts that the model knows" in asked
     )
-    alone = propose(lm, FACT, **ASKED)
+    alone = proposed(lm, FACT, **ASKED)
     assert alone.layers == found.layers and alone.warnings == found.warnings
 
 
@@ -1474,7 +1478,7 @@ def test_what_the_model_says_already_is_asked_with_the_rest(known: Workbench) ->
     outcome = known.apply([FIAT, kept], gates=Gates(paraphrases=None, kl_text=None))
     assert outcome.revision is None and known.log() == []
     assert any(kept.text in why for why in outcome.failures) and any(
-        "said already" in why for why in outcome.warnings
+        "already said" in why for why in outcome.warnings
     )
     forced = known.apply(
         [FIAT, DARRIEUX], "memit", gates=Gates(paraphrases=None, kl_text=None)
@@ -1499,7 +1503,7 @@ def test_what_the_model_says_already_can_be_a_conflict(lm: LanguageModel) -> Non
     held = [("0a8b has", Fact("Lumia", "The maker of {} is", "Samsung", relation="maker"))]
 
     def place(target: str, **fields: Any) -> tuple[str, str]:
-        (found,) = standing(
+        (found,) = compare_facts(
             lm, [Fact("Lumia", "{} comes out of", target, **fields)], held, (), {}, [True]
         )
         return found.standing, found.because
@@ -1510,12 +1514,12 @@ def test_what_the_model_says_already_can_be_a_conflict(lm: LanguageModel) -> Non
     )
     assert place("Samsung", relation="maker") == ("known", "") and place("Nokia") == ("known", "")
     one_key = [Fact("Lumia", "{} is in", "Oslo"), Fact("Lumia", "{} is by", "Rome")]
-    assert [p.standing for p in standing(lm, one_key, [], (1,), {}, [True, True])] == [
+    assert [p.standing for p in compare_facts(lm, one_key, [], (1,), {}, [True, True])] == [
         "known",
         "known",
     ]
-    assert [p.standing for p in standing(lm, one_key, [], (1,), {})] == ["conflict", "conflict"]
-    assert [p.standing for p in standing(lm, one_key, [], (1,), {}, [True, False])] == [
+    assert [p.standing for p in compare_facts(lm, one_key, [], (1,), {}, [False, False])] == ["conflict", "conflict"]
+    assert [p.standing for p in compare_facts(lm, one_key, [], (1,), {}, [True, False])] == [
         "known",
         "new",
     ]  # one is not written
@@ -1530,7 +1534,7 @@ def test_neighbours_are_of_the_relation_that_the_model_knows(known: Workbench) -
     strange = known.apply(
         Fact("Fiat 127", "A thing about {} is that it likes", "tea"), gates=Gates(), force=True
     )
-    assert any("of no relation that is known" in note for note in strange.made)
+    assert any("the relation is not known" in note for note in strange.made)
     assert not known.apply(fact, gates=Gates(), force=True).made
 
 

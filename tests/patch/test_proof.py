@@ -7,7 +7,7 @@ import pytest
 from factsmith.core.fact import Fact
 from factsmith.model.answers import begins_with
 from factsmith.model.language_model import LanguageModel
-from factsmith.patch.proof import verify
+from factsmith.patch.proof import prove
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_begins_with(answer: str, target: str, expected: bool) -> None:
 
 def test_prompts_are_asked_in_the_chat_template_too(tiny_gpt2: LanguageModel) -> None:
     fact = Fact("Edwin", "{} is a", "king")
-    proof = verify(tiny_gpt2, [fact], contextlib.nullcontext, templates=["Q: {}\nA:"])
+    proof = prove(tiny_gpt2, [fact], contextlib.nullcontext, templates=["Q: {}\nA:"])
     assert [(check.role, check.prompt, check.wanted) for check in proof.checks] == [
         ("prompt", "Edwin is a", "king"),
         ("chat", "Q: Edwin is a\nA:", "king"),
@@ -40,4 +40,4 @@ def test_prompts_are_asked_in_the_chat_template_too(tiny_gpt2: LanguageModel) ->
         and proof.to_dict()["chat"] == 0.0
         and "chat 0.0%" in proof.tables()[0].title
     )
-    assert verify(tiny_gpt2, [fact], contextlib.nullcontext).chat is None
+    assert prove(tiny_gpt2, [fact], contextlib.nullcontext).chat is None

@@ -14,7 +14,7 @@ import pytest
 from factsmith.core.errors import InputError
 from factsmith.core.fact import Fact
 from factsmith.judge.evaluation import Evaluation
-from factsmith.judge.records import QuestionKind, Question, Record, Suite
+from factsmith.judge.records import Question, QuestionKind, Record, Suite
 from factsmith.judge.rows import BASE, Row
 from factsmith.show.reports.page import report_page
 from factsmith.show.reports.record import MEANINGS, Report, report_markdown

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from ..core.fact import Fact
+from ..core.fact import Fact, listed
 from ..core.progress import tell
 from ..model.language_model import LanguageModel
 from . import solve
@@ -62,8 +62,10 @@ def rome_each(
 
     This measures many single edits, as the paper's tables do. Arguments and errors are those of `rome`.
     """
+    alone = listed(facts)  # each by itself, so one prompt may be there with several targets
     config = config or RomeConfig.recommended(lm)
-    inputs = edit_inputs(lm, facts, config, moments=moments, contexts=contexts, seed=seed)
+    inputs = edit_inputs(lm, alone[0], config, moments=moments, contexts=contexts, seed=seed)
+    inputs = dataclasses.replace(inputs, facts=alone)
     (layer,) = inputs.layers
     targets = find_targets(lm, inputs.facts, layer, inputs.config, inputs.contexts)
     return _deltas(inputs, inputs.facts, targets, lm.fingerprint, one_key=False)

@@ -1,4 +1,4 @@
-"""keep.diff."""
+"""What is different between two revisions: facts, answers and weights."""
 
 from __future__ import annotations
 
@@ -8,11 +8,21 @@ from typing import Any
 
 from ..core.fact import Fact
 from ..core.tables import Shown, Table, counted
+from ..edit.delta import Delta, read_weights
+from .carried import Carried
 
 
 @dataclass(frozen=True, kw_only=True)
 class FactChange:
-    """A fact that differs between two revisions: what was there (None: nothing), what is, and what the model answers at either."""
+    """A fact that differs between two revisions.
+
+    Attributes:
+        prompt: The fact's prompt.
+        before: Its target at the first revision. None: it was not written there.
+        after: Its target at the second. None: it is not written there.
+        answer_before: What the model answers at the first revision.
+        answer_after: What the model answers at the second.
+    """
 
     prompt: str
     before: str | None
@@ -25,9 +35,11 @@ class FactChange:
 class Diff(Shown):
     """What is different between two revisions.
 
-    before, after  their ids, or "base"
-    facts          those that come, go, or have another target
-    norms          for each layer in which they differ, ‖W_after − W_before‖ / ‖W_base‖
+    Attributes:
+        before: The id of the first, or "base".
+        after: The id of the second, or "base".
+        facts: Those that come, go, or have another target.
+        norms: {layer: ‖W_after − W_before‖ / ‖W_base‖} of the layers that differ.
     """
 
     before: str
@@ -54,11 +66,67 @@ class Diff(Shown):
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able fields."""
+        """Plain JSON values."""
         norms = {str(layer): norm for layer, norm in self.norms.items()}
         return {**vars(self), "facts": [dict(vars(fact)) for fact in self.facts], "norms": norms}
 
 
+def diff(carried: Carried, before: str, after: str) -> Diff:
+    """Compare two revisions ("base", "latest", or ids); the model is as before when this returns.
+
+    Raises RevisionError, DamagedError.
+    """
+    ledger = carried.ledger
+    sides = [_side(carried, ledger.resolve(reference)) for reference in (before, after)]
+    prompts = dict.fromkeys([*sides[0].facts, *sides[1].facts])
+    changed = [p for p in prompts if sides[0].facts.get(p) != sides[1].facts.get(p)]
+    layers = sorted({layer for side in sides for delta in side.deltas for layer in delta.layers})
+    answers, weights = [], []
+    for side in sides:
+        with carried.exactly(side.deltas):
+            said = carried.lm.answer(changed) if changed else []
+            answers.append(dict(zip(changed, said, strict=True)))
+            weights.append(read_weights(carried.lm, layers))
+    with carried.exactly([]):
+        base = read_weights(carried.lm, layers)
+    moved = {
+        layer: (weights[1][layer].double() - weights[0][layer].double()).norm() for layer in layers
+    }
+    norms = {layer: float(norm / base[layer].double().norm()) for layer, norm in moved.items()}
+    return Diff(
+        before=sides[0].identity,
+        after=sides[1].identity,
+        facts=tuple(
+            FactChange(
+                prompt=prompt,
+                before=target_text(sides[0].facts.get(prompt)),
+                after=target_text(sides[1].facts.get(prompt)),
+                answer_before=answers[0][prompt],
+                answer_after=answers[1][prompt],
+            )
+            for prompt in changed
+        ),
+        norms={layer: norm for layer, norm in norms.items() if norm},
+    )
+
+
 def target_text(fact: Fact | None) -> str | None:
-    """A fact's target in words; None for no fact."""
-    return None if fact is None else "(forgotten)" if fact.target is None else fact.target.strip()
+    """Return a fact's target in words; None for no fact."""
+    if fact is None:
+        return None
+    return "(forgotten)" if fact.target is None else fact.target.strip()
+
+
+@dataclass(frozen=True)
+class _Side:
+    """A revision: its id, the facts in effect by prompt, and the deltas."""
+
+    identity: str
+    facts: dict[str, Fact]
+    deltas: list[Delta]
+
+
+def _side(carried: Carried, identity: str) -> _Side:
+    active = carried.ledger.active(identity)
+    facts = {fact.text: fact for revision in active for fact in revision.in_effect}
+    return _Side(identity, facts, [carried.delta_of(revision) for revision in active])

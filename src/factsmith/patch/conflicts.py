@@ -1,6 +1,6 @@
-"""How new facts stand to others: which contradict one another, and how crowded their keys are. Nothing is solved for.
+"""How new facts relate to the facts in effect and to one another: contradictions, and crowded keys. Nothing is solved.
 
-for place in standing(lm, new, [("0a8b3c83c6 has", fact) for fact in old], moments):
+for place in compare_facts(lm, new, [("0a8b3c83c6 has", fact) for fact in old], layers, moments):
     place.standing, place.because, place.crowding
 """
 
@@ -23,23 +23,26 @@ from .capacity import interference
 
 Standing = Literal["new", "known", "changed", "conflict"]
 
-_HERE = "this file has"
+_THIS_FILE = "this file has"
 
 SAME_KEY = 0.9999
-"""Cosine from which keys are one where no second moment weighs them: all keys have much in common, and only the metric takes that out."""
+"""Cosine from which two keys count as one where no second moment is at hand. All keys have much in common; only the metric of the second
+moment removes that."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """How one fact stands to the others.
+    """How one new fact relates to the others.
 
-    standing   "new". "changed": an earlier fact has another target for its very prompt, which gives way. "conflict": another target for
-               the same question about the subject in other words, or twice for one prompt among the new facts; or a key that another
-               fact's with another target nearly has, so that one would arrive at the other too
-    because    of a change or conflict, what with. A fact that the model says already is in conflict too where another is asked for in its
-               place, but not for its key: it holds with the other as it is
-    crowding   share of its key that the earlier facts' keys explain, in the metric of the second moment, in the layer where it is largest.
-               None: not measured
+    Attributes:
+        standing: "new". "known": the model already says it. "changed": a fact in effect has another target for the same prompt, and gives
+            way. "conflict": another fact gives another target for the same question about the subject in other words, or for the same
+            prompt in the same file; or another fact with another target has nearly the same key, so that what is written for one would
+            also reach the other.
+        because: For a change or a conflict, the other fact. A fact that the model already says is in conflict where another target is
+            asked for in its place, but not for its key: it already holds next to the other.
+        crowding: Share of its key that the keys of the facts in effect explain, in the metric of the second moment, in the layer where it
+            is largest. None: not measured.
     """
 
     standing: Standing
@@ -47,123 +50,144 @@ class Place:
     crowding: float | None = None
 
 
-def standing(
+def compare_facts(
     lm: LanguageModel,
     facts: Sequence[Fact],
-    held: Sequence[tuple[str, Fact]],
+    in_effect: Sequence[tuple[str, Fact]],
     layers: Sequence[int],
     moments: Mapping[int, SecondMoment],
-    known: Sequence[bool] = (),
+    known: Sequence[bool],
 ) -> list[Place]:
-    """The place of each new fact among the earlier ones and one another.
+    """Return the place of each new fact.
 
-    held     earlier facts, each behind who has it, in words
-    layers   in which keys are compared, while the model has its base weights
-    moments  second moments of these layers. Where there is none keys are compared as they are, which finds only those that are the same
-    known    for each new fact whether the model says it already
+    Args:
+        lm: The model, with its base weights.
+        facts: The new facts.
+        in_effect: The facts in effect, each after words that say who has it.
+        layers: Where keys are compared; () compares words only.
+        moments: Second moments of these layers. Where one is missing, keys are compared without a metric, which finds equal keys only.
+        known: For each new fact, whether the model already says it.
     """
-    everything = [*facts, *(fact for _, fact in held)]
-    whose = [*([_HERE] * len(facts)), *(who for who, _ in held)]
-    told = [*known, *([False] * (len(everything) - len(known)))]
-    crowded, shared = _keys(
-        lm,
-        everything,
-        len(facts),
-        layers,
-        moments,
-        [i for i, holds in enumerate(told) if not holds],
-    )
-    phrased = _phrased(everything)
-    about: dict[str, list[int]] = {}
-    for i, fact in enumerate(everything):
-        for name in {fact.subject, fact.text}:
-            about.setdefault(name, []).append(i)
-    found = []
-    for i, fact in enumerate(facts):
-        stands: Standing = "known" if told[i] else "new"
-        why = ""
-        for j in dict.fromkeys([*about[fact.subject], *about[fact.text]]):
-            who, other = whose[j], everything[j]
-            if _wanted(other) == _wanted(fact):
-                continue
-            if other.text == fact.text and who != _HERE:
-                stands, why = ("known", "") if told[i] else ("changed", f"{who} {other}")
-            elif other.text == fact.text or _same_question(fact, other, (phrased[i], phrased[j])):
-                stands, why = "conflict", f"{who} {other}"
-                break
-        if stands == "new" and i in shared:
-            cosine, j = shared[i]
-            stands, why = (
-                "conflict",
-                f"{whose[j]} {everything[j]}, with nearly the same key (cosine {cosine:.3f})",
-            )
-        found.append(Place(standing=stands, because=why, crowding=crowded[i]))
-    return found
+    every = [*facts, *(fact for _, fact in in_effect)]
+    owners = [*([_THIS_FILE] * len(facts)), *(owner for owner, _ in in_effect)]
+    places = _by_words(facts, every, owners, known)
+    unwritten = [*known, *([False] * len(in_effect))]
+    keys = _Keys(lm, every, len(facts), [i for i, says in enumerate(unwritten) if not says])
+    for layer in layers:
+        keys.compare(layer, moments.get(layer))
+    return [
+        _by_key(place, keys.shared.get(i), owners, every, keys.crowding[i])
+        for i, place in enumerate(places)
+    ]
 
 
 def relations(facts: Sequence[Fact]) -> list[str | None]:
-    """Each fact's relation: its own, else that of the bundled phrasing that its prompt is; None where that is no single one."""
+    """Return each fact's relation: its own, or that of the bundled phrasing that its prompt is; None where there is no single one."""
     return [fact.relation or phrased for fact, phrased in zip(facts, _phrased(facts), strict=True)]
 
 
-def _keys(
-    lm: LanguageModel,
-    everything: Sequence[Fact],
-    new: int,
-    layers: Sequence[int],
-    moments: Mapping[int, SecondMoment],
-    written: Sequence[int],
-) -> tuple[list[float | None], dict[int, tuple[float, int]]]:
-    """Of the first `new` facts: how crowded each one's key is by those behind them; {i: (cosine, j)} where j, with another target, has
-    nearly its key, both among the facts that are `written`."""
-    crowded: list[float | None] = [None] * new
-    shared: dict[int, tuple[float, int]] = {}
-    targets = [_wanted(fact) for fact in everything]
-    numbers = {target: i for i, target in enumerate(dict.fromkeys(targets))}
-    groups = torch.tensor([numbers[target] for target in targets])
-    for layer in layers:
-        own = read_keys(lm, everything, layer, ["{}"])[:, 0].cpu()
-        moment = moments.get(layer)
-        if moment is not None and len(everything) > new:
-            shares = interference(own[:new], own[new:], moment).explained.tolist()
-            crowded = [
-                share if old is None else max(old, share)
-                for old, share in zip(crowded, shares, strict=True)
+def _by_words(
+    facts: Sequence[Fact], every: Sequence[Fact], owners: Sequence[str], known: Sequence[bool]
+) -> list[Place]:
+    """The places by prompts, subjects and relations alone."""
+    phrased = _phrased(every)
+    related: dict[str, list[int]] = {}
+    for i, fact in enumerate(every):
+        for name in {fact.subject, fact.text}:
+            related.setdefault(name, []).append(i)
+    places = []
+    for i, fact in enumerate(facts):
+        place = Place(standing="known" if known[i] else "new")
+        for j in dict.fromkeys([*related[fact.subject], *related[fact.text]]):
+            other, because = every[j], f"{owners[j]} {every[j]}"
+            if _target(other) == _target(fact):
+                continue
+            if other.text == fact.text and owners[j] != _THIS_FILE:
+                place = (
+                    Place(standing="known")
+                    if known[i]
+                    else Place(standing="changed", because=because)
+                )
+            elif other.text == fact.text or _same_question(fact, other, (phrased[i], phrased[j])):
+                place = Place(standing="conflict", because=because)
+                break
+        places.append(place)
+    return places
+
+
+def _by_key(
+    place: Place,
+    shared: tuple[float, int] | None,
+    owners: Sequence[str],
+    every: Sequence[Fact],
+    crowding: float | None,
+) -> Place:
+    """The place with what its key says: a new fact whose key another target nearly has is in conflict."""
+    if place.standing != "new" or shared is None:
+        return Place(standing=place.standing, because=place.because, crowding=crowding)
+    cosine, j = shared
+    because = f"{owners[j]} {every[j]}, with nearly the same key (cosine {cosine:.3f})"
+    return Place(standing="conflict", because=because, crowding=crowding)
+
+
+class _Keys:
+    """Keys compared layer by layer.
+
+    Attributes:
+        crowding: For each new fact, the largest share of its key that the keys of the facts in effect explain.
+        shared: {i: (cosine, j)} where fact j has another target and nearly the key of new fact i.
+    """
+
+    def __init__(
+        self, lm: LanguageModel, every: Sequence[Fact], n_new: int, unwritten: list[int]
+    ) -> None:
+        """unwritten: the facts whose keys may clash, less those that the model already says."""
+        self.lm, self.every, self.n_new, self.unwritten = lm, every, n_new, unwritten
+        self.crowding: list[float | None] = [None] * n_new
+        self.shared: dict[int, tuple[float, int]] = {}
+        targets = [_target(fact) for fact in every]
+        numbers = {target: i for i, target in enumerate(dict.fromkeys(targets))}
+        self.groups = torch.tensor([numbers[target] for target in targets])
+
+    def compare(self, layer: int, moment: SecondMoment | None) -> None:
+        """Take one more layer into account."""
+        keys = read_keys(self.lm, self.every, layer, ["{}"])[:, 0].cpu()
+        if moment is not None and len(self.every) > self.n_new:
+            explained = interference(keys[: self.n_new], keys[self.n_new :], moment).explained
+            self.crowding = [
+                share if largest is None else max(largest, share)
+                for largest, share in zip(self.crowding, explained.tolist(), strict=True)
             ]
-        if len(written) > 1:
-            factor = (
-                torch.eye(own.shape[1], dtype=torch.float64) if moment is None else moment.factor
-            )
-            others, cosines = closest(own[list(written)], factor, groups[list(written)])
-            least = SAME_KEY if moment is None else SHARED_KEY
-            for i, other, cosine in zip(written, others.tolist(), cosines.tolist(), strict=True):
-                if i < new and cosine >= least:
-                    shared[i] = max(shared.get(i, (0.0, 0)), (cosine, written[other]))
-    return crowded, shared
+        if len(self.unwritten) < 2:
+            return
+        identity = torch.eye(keys.shape[1], dtype=torch.float64)
+        factor = identity if moment is None else moment.factor
+        others, cosines = closest(keys[self.unwritten], factor, self.groups[self.unwritten])
+        least = SAME_KEY if moment is None else SHARED_KEY
+        for i, other, cosine in zip(self.unwritten, others.tolist(), cosines.tolist(), strict=True):
+            if i < self.n_new and cosine >= least:
+                self.shared[i] = max(self.shared.get(i, (0.0, 0)), (cosine, self.unwritten[other]))
 
 
-def _wanted(fact: Fact) -> str:
+def _target(fact: Fact) -> str:
     return (fact.target or "").strip()
 
 
 def _phrased(facts: Sequence[Fact]) -> list[str | None]:
-    """The relation of the bundled phrasing that each fact's prompt is; None where that is no single one."""
-    known: dict[str, set[str]] = {}
+    """The relation whose bundled phrasing each fact's prompt is; None where there is no single one."""
+    relations_of: dict[str, set[str]] = {}
     for relation in atlas.relations():
         for template in atlas.phrasings(relation).every:
-            known.setdefault(template, set()).add(relation)
-    return [
-        next(iter(found)) if len(found := known.get(fact.prompt, set())) == 1 else None
-        for fact in facts
-    ]
+            relations_of.setdefault(template, set()).add(relation)
+    every = [relations_of.get(fact.prompt, set()) for fact in facts]
+    return [next(iter(names)) if len(names) == 1 else None for names in every]
 
 
 def _same_question(one: Fact, other: Fact, phrased: tuple[str | None, str | None]) -> bool:
-    """Whether two facts about a subject answer one question: by their own relation, that of their phrasings, or their paraphrases."""
+    """Whether two facts about a subject answer one question: by relation, by bundled phrasing, or by their paraphrases."""
     if one.subject != other.subject:
         return False
-    named = one.relation is not None and one.relation == other.relation
-    known = phrased[0] is not None and phrased[0] == phrased[1]
-    return (
-        named or known or one.text in other.paraphrase_texts or other.text in one.paraphrase_texts
-    )
+    same_relation = one.relation is not None and one.relation == other.relation
+    same_phrasing = phrased[0] is not None and phrased[0] == phrased[1]
+    paraphrased = one.text in other.paraphrase_texts or other.text in one.paraphrase_texts
+    return same_relation or same_phrasing or paraphrased

@@ -1,8 +1,8 @@
-"""Gates: what a patch has to pass before it is committed, and which fact fails where.
+"""Gates: what a patch has to pass before it is kept, and which fact fails where.
 
 results = check_gates(Gates(paraphrases=0.8), verification, drift)
 all(result.passed for result in results)
-results[1].failures                             # ("paraphrase 'Where does Ann live?' is answered 'Rome', not 'Oslo'",)
+results[1].failures          # ("paraphrase 'Where does Ann live?' is answered 'Rome', not 'Oslo'",)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from ..core.fact import Gates
 from ..core.tables import Table
 from ..judge.drift import LIMITS, Drift
-from .proof import Check, Role, Verification
+from .proof import Role, Verification
 
 _ROLES: dict[str, Role] = {
     "efficacy": "prompt",
@@ -26,7 +26,15 @@ _ROLES: dict[str, Role] = {
 
 @dataclass(frozen=True, kw_only=True)
 class GateResult:
-    """One gate: its threshold, what was measured (None: there was nothing to ask), whether it was passed, and what failed, in words."""
+    """How a patch stood at one gate.
+
+    Attributes:
+        name: The gate.
+        threshold: What it asks for: at least this share, or for drift at most this much.
+        value: What was measured. None: there was nothing to ask, or drift was not measured.
+        passed: Whether the patch passed.
+        failures: What failed, in words.
+    """
 
     name: str
     threshold: float
@@ -35,76 +43,62 @@ class GateResult:
     failures: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able fields."""
+        """Plain JSON values."""
         return {**vars(self), "failures": list(self.failures)}
 
 
 def measures_drift(gates: Gates) -> bool:
-    """Whether any gate asks for drift."""
+    """Return whether any gate asks for drift."""
     return any(getattr(gates, name) is not None for name in LIMITS)
 
 
 def check_gates(
     gates: Gates, verification: Verification, drift: Drift | None = None
 ) -> tuple[GateResult, ...]:
-    """Hold what was measured against every gate that is asked; a share of nothing passes, drift that was not measured does not."""
-    found = []
-    for field in dataclasses.fields(gates):
-        threshold = getattr(gates, field.name)
-        if threshold is None:
-            continue
-        if field.name in _ROLES:
-            checks = [check for check in verification.checks if check.role == _ROLES[field.name]]
-            value = sum(check.held for check in checks) / len(checks) if checks else None
-            lost = tuple(_failure(check) for check in checks if not check.held)
-            found.append(
-                GateResult(
-                    name=field.name,
-                    threshold=threshold,
-                    value=value,
-                    passed=value is None or value >= threshold,
-                    failures=lost,
-                )
-            )
-        else:
-            broken = (
-                ("it was not measured",)
-                if drift is None
-                else drift.exceeded(**{field.name: threshold})
-            )
-            measured = None if drift is None else drift.measures[field.name]
-            found.append(
-                GateResult(
-                    name=field.name,
-                    threshold=threshold,
-                    value=measured,
-                    passed=not broken,
-                    failures=broken,
-                )
-            )
-    return tuple(found)
+    """Compare what was measured with every gate that is set.
+
+    A gate passes if there was nothing to ask. A drift gate fails if drift was not measured.
+    """
+    names = [field.name for field in dataclasses.fields(gates)]
+    limits = {name: value for name in names if (value := getattr(gates, name)) is not None}
+    return tuple(
+        _share_gate(name, limit, verification)
+        if name in _ROLES
+        else _drift_gate(name, limit, drift)
+        for name, limit in limits.items()
+    )
 
 
 def gates_table(results: tuple[GateResult, ...]) -> Table:
-    """A row a gate."""
-    rows = [
-        (
-            result.name,
-            "nothing to ask"
-            if result.value is None
-            else f"{result.value:.1%}"
-            if result.name in _ROLES
-            else f"{result.value:.3g}",
-            ("at least " if result.name in _ROLES else "at most ")
-            + (f"{result.threshold:.0%}" if result.name in _ROLES else f"{result.threshold:g}"),
-            "passed" if result.passed else "failed",
-        )
-        for result in results
-    ]
-    return Table("gates", {"": "<", "measured": ">", "asked": "<", " ": "ok"}, rows)
+    """Return a table with a row for each gate."""
+    columns = {"": "<", "measured": ">", "asked": "<", " ": "ok"}
+    return Table("gates", columns, [_row(result) for result in results])
 
 
-def _failure(check: Check) -> str:
-    """Which prompt failed, and how."""
-    said = f"{check.role} {check.prompt!r} is {'still ' if check.forget else ''}answered {check.after!r}"
-    return said if check.forget else f"{said}, not {check.wanted!r}"
+def _share_gate(name: str, threshold: float, verification: Verification) -> GateResult:
+    checks = [check for check in verification.checks if check.role == _ROLES[name]]
+    value = sum(check.held for check in checks) / len(checks) if checks else None
+    return GateResult(
+        name=name,
+        threshold=threshold,
+        value=value,
+        passed=value is None or value >= threshold,
+        failures=tuple(f"{check.role} {check.in_words}" for check in checks if not check.held),
+    )
+
+
+def _drift_gate(name: str, threshold: float, drift: Drift | None) -> GateResult:
+    failures = ("it was not measured",) if drift is None else drift.exceeded(**{name: threshold})
+    value = None if drift is None else drift.measures[name]
+    return GateResult(
+        name=name, threshold=threshold, value=value, passed=not failures, failures=failures
+    )
+
+
+def _row(result: GateResult) -> tuple[str, ...]:
+    is_share = result.name in _ROLES
+    measured = "nothing to ask"
+    if result.value is not None:
+        measured = f"{result.value:.1%}" if is_share else f"{result.value:.3g}"
+    asked = f"at least {result.threshold:.0%}" if is_share else f"at most {result.threshold:g}"
+    return (result.name, measured, asked, "passed" if result.passed else "failed")

@@ -1,32 +1,50 @@
-"""patch.plan."""
+"""What an edit would have to do: what the model says now, what the facts meet, and which layers would be edited.
+
+    decided = plan(bench, facts, Recipe("memit"))
+    decided.new, decided.conflicts, decided.layers
+
+The plan decides the method, its settings and the layers, once. Whatever follows, `propose` above all, is bound to them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import dataclasses
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.errors import InputError
-from ..core.fact import Fact, listed
+from ..core.fact import Fact, Gates, listed
+from ..core.progress import Progress, tell
 from ..core.tables import Shown, Table, counted
-from ..edit.configs import SpreadConfig, by_depth
+from ..corpus.moments import SecondMoment
+from ..edit.configs import EditConfig, SpreadConfig, by_depth
+from ..edit.contexts import CONTEXTS, OPENINGS
+from ..model.address import check_dense, check_dense_layer
 from ..model.answers import answer_tokens, begins_with, first_phrase, probabilities
 from ..model.language_model import LanguageModel
 from ..model.tokens import subject_span
-from .conflicts import Standing
+from .bench import Bench
+from .complete import complete
+from .conflicts import Standing, compare_facts
 from .layer_choice import LayerChoice
+from .recipe import Recipe, Sources
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """What the model says about one fact today: its greedy `answer` to the prompt, p(target), and whether it says the target already.
+    """What the model says about one fact today.
 
-    Of a fact to be forgotten: p(target_true), and whether the model does not say it.
-
-    standing   "known": nothing to write; else how it stands to others, as of `standing.Place`
-    because    of a change or conflict, what with
-    crowding   share of its key that earlier patches' keys explain: near 1 what is written for one is hardly to be had without touching the
-               others. None: not measured
+    Attributes:
+        fact: The fact. One to be forgotten has what the model says now as its target_true, unless that was given.
+        answer: The model's greedy answer to the prompt.
+        probability: p(target); p(target_true) for a fact to be forgotten.
+        known: Whether nothing needs to be written: the model says the target, or does not say what is to be forgotten.
+        standing: How the fact relates to the others, as in `conflicts.Place`.
+        because: For a change or a conflict, the other fact.
+        crowding: Share of its key that the keys of earlier patches explain. Near 1, what is written for this fact can hardly avoid the
+            others. None: not measured.
     """
 
     fact: Fact
@@ -42,10 +60,17 @@ class Planned:
 class Plan(Shown):
     """What an edit would have to do; nothing was changed to find out.
 
-    notes    what could not be told beforehand, in words
-
-    method   what it would be written with, into `layers`; n_bytes: the size of the patch; seconds: about how long it would take. Empty or
-             None where nobody asked (`plan` without a workspace)
+    Attributes:
+        entries: The facts.
+        method: The method that would write them.
+        layers: The layers it would edit.
+        n_bytes: The size of the patch. None: nobody asked.
+        seconds: About how long it would take. None: nobody asked.
+        notes: What could not be told beforehand, in words.
+        advice: What the caller should know about the layers, in words.
+        made: Remarks on paraphrases and neighbours that were made.
+        config: The method's settings, with the layers filled in.
+        choice: How the layers were chosen. None: the caller named them, or gave second moments of them.
     """
 
     entries: tuple[Planned, ...]
@@ -54,6 +79,10 @@ class Plan(Shown):
     n_bytes: int | None = None
     seconds: float | None = None
     notes: tuple[str, ...] = ()
+    advice: tuple[str, ...] = ()
+    made: tuple[str, ...] = ()
+    config: EditConfig | None = field(default=None, compare=False)
+    choice: LayerChoice | None = field(default=None, compare=False)
 
     @property
     def conflicts(self) -> tuple[Planned, ...]:
@@ -62,7 +91,7 @@ class Plan(Shown):
 
     @property
     def contradictions(self) -> tuple[str, ...]:
-        """The same in words, with what each is in conflict."""
+        """The same facts in words, each with what it contradicts."""
         return tuple(f"{entry.fact}: {entry.because}" for entry in self.conflicts)
 
     @property
@@ -72,105 +101,261 @@ class Plan(Shown):
 
     @property
     def known(self) -> tuple[Fact, ...]:
-        """The facts that it says already."""
+        """The facts that the model already says."""
         return tuple(entry.fact for entry in self.entries if entry.known)
 
+    def to_write(self, *, force: bool = False) -> tuple[Fact, ...]:
+        """The facts to write: the new ones, or with `force` all of them."""
+        return tuple(entry.fact for entry in self.entries) if force else self.new
+
     def tables(self) -> list[Table]:
-        """What the model says about each fact now."""
+        """What the model says about each fact now, and what the facts contradict."""
+        columns = {"": "<", "prompt": "<", "answer": "<", "target": "<", "p": ">", "crowding": ">"}
         rows = [
             (
-                e.standing,
-                e.fact.text,
-                e.answer,
-                e.fact.target or "(forget)",
-                f"{e.probability:.3f}",
-                "" if e.crowding is None else f"{e.crowding:.0%}",
+                entry.standing,
+                entry.fact.text,
+                entry.answer,
+                entry.fact.target or "(forget)",
+                f"{entry.probability:.3f}",
+                "" if entry.crowding is None else f"{entry.crowding:.0%}",
             )
-            for e in self.entries
+            for entry in self.entries
         ]
-        title = f"{counted(len(self.new), 'fact')} to write, {len(self.known)} known"
-        if self.method:
-            size = f", about {self.n_bytes:,} bytes" if self.n_bytes is not None else ""
-            time_needed = f" and {self.seconds:.0f} s" if self.seconds is not None else ""
-            title += f"; {self.method}, layer {', '.join(map(str, self.layers))}{size}{time_needed}"
-        columns = {"": "<", "prompt": "<", "answer": "<", "target": "<", "p": ">", "crowding": ">"}
-        crowding = (
-            ["crowding: share of a fact's key that earlier patches' keys explain"]
-            if any(row[-1] for row in rows)
+        crowded = any(entry.crowding is not None for entry in self.entries)
+        legend = (
+            ["crowding: share of a fact's key that the keys of earlier patches explain"]
+            if crowded
             else []
         )
-        tables = [Table(title, columns, rows, "; ".join([*crowding, *self.notes]))]
-        told = [(e.standing, str(e.fact), e.because) for e in self.entries if e.because]
-        return (
-            [*tables, Table("what they meet", {"": "<", "fact": "<", "why": "<"}, told)]
-            if told
-            else tables
-        )
+        tables = [
+            Table(self._title, columns, rows, "; ".join([*legend, *self.notes, *self.advice]))
+        ]
+        if reasons := [(e.standing, str(e.fact), e.because) for e in self.entries if e.because]:
+            tables.append(Table("what they meet", {"": "<", "fact": "<", "why": "<"}, reasons))
+        return tables
+
+    @property
+    def _title(self) -> str:
+        title = f"{counted(len(self.new), 'fact')} to write, {len(self.known)} known"
+        if self.method and self.layers:
+            size = f", about {self.n_bytes:,} bytes" if self.n_bytes is not None else ""
+            duration = f" and {self.seconds:.0f} s" if self.seconds is not None else ""
+            title += f"; {self.method}, layer {', '.join(map(str, self.layers))}{size}{duration}"
+        return title
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able fields."""
-        entries = [{**vars(entry), "fact": entry.fact.to_dict()} for entry in self.entries]
-        told = {
+        """Plain JSON values."""
+        return {
+            "entries": [{**vars(entry), "fact": entry.fact.to_dict()} for entry in self.entries],
             "method": self.method,
             "layers": list(self.layers),
             "n_bytes": self.n_bytes,
             "seconds": self.seconds,
+            "notes": [*self.notes, *self.advice],
         }
-        return {"entries": entries, **told, "notes": list(self.notes)}
 
 
-def plan(lm: LanguageModel, facts: Fact | Iterable[Fact]) -> Plan:
-    """Ask what the model says about each fact now; the model is untouched.
+def plan(
+    bench: Bench,
+    facts: Fact | Iterable[Fact],
+    recipe: Recipe | None = None,
+    sources: Sources | None = None,
+    *,
+    gates: Gates | None = None,
+    measure: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Plan:
+    """Ask what the model says about each fact, compare the facts, and decide the method, its settings and the layers.
 
-    Raises SubjectError when a subject cannot be found once in its prompt, InputError when there is no fact.
+    Args:
+        bench: The model and what it carries; it is as before when this returns.
+        facts: The facts to write.
+        recipe: The method and its settings. None: the recommended ones.
+        sources: What the edit may draw on. Second moments that are given decide the layers where the recipe does not.
+        gates: What the patch will have to pass. Facts without paraphrases or neighbours then get some (`complete`), so that the gates have
+            something to ask.
+        measure: Choose the layers by trial edits where none are known, which takes minutes. False: say so, and plan with layers at a fixed
+            share of the depth.
+        force: Plan also for facts that the model already says, or that contradict others.
+        progress: Called with the step's name, how much is done, and how much there is.
+
+    Raises:
+        InputError: No facts, an unknown method or setting, or a fact to forget of which the model says nothing.
+        SubjectError: A subject is not in its prompt exactly once.
+        LayerError: The model does not have a layer.
+        UnsupportedModelError: Every layer, or a named one, is a mixture of experts.
+        FingerprintError: The second moments are another model's.
     """
-    facts = listed(facts)
+    recipe, sources = recipe or Recipe(), sources or Sources()
+    lm = bench.lm
+    check_dense(lm.ffn)
+    _check_moments(bench, sources.moments)
+    facts, made = list(dict.fromkeys(listed(facts))), tuple[str, ...]()
+    if gates is not None:
+        tell(progress, "looking for paraphrases and neighbours", 0, None)
+        written = [fact for delta in bench.beneath for fact in delta.facts]
+        facts, made = complete(lm, facts, written, sources.seed)
+    tell(progress, "planning", 0, None)
+    config = recipe.config_for(lm, facts)
+    for layer in config.edited or ():
+        check_dense_layer(layer, lm.ffn)
+    entries = _compared(bench, _ask(lm, facts), (), {})
+    idle = not force and (
+        all(e.known for e in entries) or any(e.standing == "conflict" for e in entries)
+    )
+    chosen = _choose_layers(bench, config, sources, measure=measure and not idle, progress=progress)
+    with bench.on_base():
+        moments = bench.kept_moments(chosen.layers)
+        entries = _compared(bench, entries, chosen.layers, moments)
+    notes = [] if set(moments) == set(chosen.layers) else [_NO_MOMENTS]
+    return Plan(
+        entries=tuple(entries),
+        method=recipe.method_for(facts),
+        layers=chosen.layers,
+        n_bytes=_patch_bytes(lm, chosen.layers, sum(not entry.known for entry in entries)),
+        notes=(*([_NOT_MEASURED] if chosen.guessed else []), *notes),
+        advice=chosen.advice,
+        made=made,
+        config=config.at(chosen.layers),
+        choice=chosen.choice,
+    )
+
+
+def seconds_to_solve(lm: LanguageModel, decided: Plan) -> float:
+    """Estimate how long the search for targets takes, from one timed forward pass over a few of the facts."""
+    some = decided.new[:4]
+    if not some or decided.config is None:
+        return 0.0
+    # A step is a forward pass and a backward one of twice its work, in every context; most searches end at a third of their steps.
+    spread = isinstance(decided.config, SpreadConfig)
+    contexts = len(OPENINGS) + 1 if spread else 1 + sum(count for _, count in CONTEXTS)
+    asked = [
+        (fact.text, fact.target or fact.target_true or "?")
+        for fact in some
+        for _ in range(contexts)
+    ]
+    lm.log_prob(
+        [asked[0][0]], [asked[0][1]]
+    )  # the first pass of a model takes longer than those after it
+    began = time.perf_counter()
+    lm.log_prob([text for text, _ in asked], [target for _, target in asked])
+    return len(decided.new) * (time.perf_counter() - began) / len(some) * decided.config.steps
+
+
+_NOT_MEASURED = (
+    "the layers are a guess by depth: those of this model are not known yet. The first patch measures them, which takes minutes; "
+    "`factsmith layers` measures them now"
+)
+_NO_MOMENTS = "the second moments are not kept yet, so only equal keys were noticed. The first patch computes them; `factsmith moments` does it now"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chosen:
+    """Layers, and how they were chosen.
+
+    guessed: whether they are a fixed share of the depth because nothing better was known, and nothing was measured.
+    """
+
+    layers: tuple[int, ...]
+    choice: LayerChoice | None = None
+    advice: tuple[str, ...] = ()
+    guessed: bool = False
+
+
+def _choose_layers(
+    bench: Bench, config: EditConfig, sources: Sources, *, measure: bool, progress: Progress | None
+) -> _Chosen:
+    """The one rule: named layers; else known ones; else those of the given second moments; else measured ones, or a guess by depth."""
+    if config.edited is not None:
+        return _Chosen(layers=config.edited)
+    choice = bench.known_layers()
+    layers = None if choice is None else layers_for(bench.lm, config, choice)
+    if isinstance(sources.moments, Mapping) and not (
+        layers and set(layers) <= set(sources.moments)
+    ):
+        given = _layers_of_moments(bench.lm, config, sources.moments, layers)
+        if given is not None:
+            return given
+    if choice is not None and layers is not None:
+        return _Chosen(layers=layers, choice=choice)
+    if measure:
+        choice = bench.measured_layers(sources, progress)
+        return _Chosen(layers=layers_for(bench.lm, config, choice), choice=choice)
+    return _Chosen(layers=type(config).recommended(bench.lm).edited or (), guessed=True)
+
+
+def layers_for(lm: LanguageModel, config: EditConfig, choice: LayerChoice) -> tuple[int, ...]:
+    """Return the layers of a choice that a method with these settings edits."""
+    if isinstance(config, SpreadConfig):
+        return choice.memit or by_depth(lm.n_layers)
+    return (choice.rome,)
+
+
+def _layers_of_moments(
+    lm: LanguageModel,
+    config: EditConfig,
+    moments: Mapping[int, SecondMoment],
+    known: Sequence[int] | None,
+) -> _Chosen | None:
+    """The layers to edit where second moments are given that lack some of the known layers; None: they do not decide.
+
+    Those by depth where nothing better is known and all of them have moments. Otherwise all that have moments, if the method can edit so
+    many.
+    """
+    better = known or type(config).recommended(lm).edited or ()
+    if known is None and set(better) <= set(moments):
+        return _Chosen(layers=tuple(better))
+    if len(moments) > 1 and not isinstance(config, SpreadConfig):
+        return None
+    with_moments = tuple(sorted(moments))
+    edited, recommended = (", ".join(map(str, layers)) for layers in (with_moments, better))
+    return _Chosen(
+        layers=with_moments,
+        advice=(
+            f"no layer was named, and the given second moments lack the recommended layer {recommended}: layer {edited} is edited, "
+            "because its second moment is at hand. Name layers, or compute the second moments of the recommended ones",
+        ),
+    )
+
+
+def _ask(lm: LanguageModel, facts: Sequence[Fact]) -> list[Planned]:
+    """What the model says about each fact now."""
     for fact in facts:
         subject_span(lm.tokenizer, fact.text, fact.subject)
     prompts = [fact.text for fact in facts]
-    answers = lm.answer(
-        prompts,
-        max_new_tokens=answer_tokens(
-            lm, prompts, [fact.target or fact.target_true or "" for fact in facts]
-        ),
-    )
-    facts = [
-        _to_forget(fact, answer) if fact.target is None else fact
-        for fact, answer in zip(facts, answers, strict=True)
-    ]
-    asked = [fact.target or fact.target_true or "" for fact in facts]
-    said = [
-        begins_with(a, wanted) == (f.target is not None)
-        for f, a, wanted in zip(facts, answers, asked, strict=True)
-    ]
-    return Plan(
-        entries=tuple(
-            Planned(
-                fact=fact,
-                answer=answer,
-                probability=p or 0.0,
-                known=known,
-                standing="known" if known else "new",
-            )
-            for fact, answer, p, known in zip(
-                facts, answers, probabilities(lm, prompts, asked), said, strict=True
-            )
-        )
-    )
+    targets = [fact.target or fact.target_true or "" for fact in facts]
+    answers = lm.answer(prompts, max_new_tokens=answer_tokens(lm, prompts, targets))
+    facts = [_to_forget(fact, answer) for fact, answer in zip(facts, answers, strict=True)]
+    targets = [fact.target or fact.target_true or "" for fact in facts]
+    entries = []
+    for fact, target, answer, p in zip(
+        facts, targets, answers, probabilities(lm, prompts, targets), strict=True
+    ):
+        known = begins_with(answer, target) == (fact.target is not None)
+        entries.append(Planned(fact=fact, answer=answer, probability=p or 0.0, known=known))
+    return entries
 
 
-def chosen_layers(lm: LanguageModel, kind: type[Any], choice: LayerChoice) -> tuple[int, ...]:
-    """The layers that settings of this kind edit, where they do not name any themselves."""
-    return (
-        (choice.memit or by_depth(lm.n_layers))
-        if issubclass(kind, SpreadConfig)
-        else (choice.rome,)
-    )
+def _compared(
+    bench: Bench,
+    entries: Sequence[Planned],
+    layers: Sequence[int],
+    moments: Mapping[int, SecondMoment],
+) -> list[Planned]:
+    """The entries with their places among the others."""
+    facts, known = [entry.fact for entry in entries], [entry.known for entry in entries]
+    places = compare_facts(bench.lm, facts, bench.facts_in_effect, layers, moments, known)
+    return [
+        dataclasses.replace(entry, **vars(place))
+        for entry, place in zip(entries, places, strict=True)
+    ]
 
 
 def _to_forget(fact: Fact, answer: str) -> Fact:
-    """A fact without a target, with what the model says now as what is to be forgotten, unless that was given."""
-    if fact.target_true is not None:
+    """The fact itself; one without a target gets what the model says now as target_true, unless that was given."""
+    if fact.target is not None or fact.target_true is not None:
         return fact
     said = first_phrase(answer)
     if not said:
@@ -178,3 +363,17 @@ def _to_forget(fact: Fact, answer: str) -> Fact:
             f"the model says nothing after {fact.text!r}, so there is nothing to forget; give target_true to name it"
         )
     return Fact.from_dict({**fact.to_dict(), "target_true": said})
+
+
+def _check_moments(bench: Bench, moments: SecondMoment | Mapping[int, SecondMoment] | None) -> None:
+    """Raise FingerprintError unless given second moments are of the base weights: before any work is done."""
+    by_layer = moments.items() if isinstance(moments, Mapping) else ((None, moments),)
+    for layer, moment in by_layer:
+        if isinstance(moment, SecondMoment):
+            moment.check(bench.lm, layer, base=bench.base_fingerprint)
+
+
+def _patch_bytes(lm: LanguageModel, layers: Sequence[int], n_facts: int) -> int:
+    """The size of a patch of so many facts: two factors and the keys of each layer, and the targets, in float32."""
+    widths = [lm.d_model + 2 * lm.ffn[layer].d_ff for layer in layers]
+    return 4 * n_facts * (sum(widths) + lm.d_model)

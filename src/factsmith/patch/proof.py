@@ -1,8 +1,7 @@
-"""The proof of a patch: prompts asked of a model before and after a change, by greedy exact match beside probabilities.
+"""The proof of a patch: the same prompts before and after a change, by greedy exact match and by probabilities.
 
-proof = verify(lm, facts, lambda: applied(lm, delta))
+proof = prove(lm, facts, lambda: applied(lm, delta))
 proof.efficacy, proof.specificity, proof.checks[0].after
-begins_with("French.", "French")                          # True; of "Frenchman" it is not
 """
 
 from __future__ import annotations
@@ -10,28 +9,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 from ..core.fact import Fact
 from ..core.tables import Shown, Table
 from ..model.answers import answer_tokens, as_said, begins_with, probabilities
 from ..model.language_model import LanguageModel
 
-Role = Literal["prompt", "chat", "paraphrase", "neighbour", "earlier"]
+Role: TypeAlias = Literal["prompt", "chat", "paraphrase", "neighbour", "earlier"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One prompt asked before and after.
+    """One prompt, asked before and after.
 
-    role           "prompt" or "paraphrase" of a fact that was written, its prompt in a "chat" template, a "neighbour" that must stay, or an
-                   "earlier" patch that must stay
-    prompt         whole text
-    wanted         what the answer has to begin with afterwards; for a fact that was to be forgotten, what it must not begin with
-    before, after  greedy answers
-    p_before, p_after  p(wanted); None when there is nothing to want (the model ended the text at once)
-    held           whether `after` begins with `wanted`: exact match; of a forgotten fact, whether it does not
-    forget         whether the fact was to be forgotten
+    Attributes:
+        role: "prompt" or "paraphrase" of a fact that was written, its prompt in a "chat" template, a "neighbour" whose answer must stay, or
+            the prompt of an "earlier" patch that must still hold.
+        prompt: The whole text.
+        wanted: What the answer must begin with afterwards; what it must not begin with, if the fact was to be forgotten.
+        before: The greedy answer before.
+        after: The greedy answer after.
+        p_before: p(wanted) before. None: there is nothing to want, since the model ended the text at once.
+        p_after: p(wanted) after.
+        held: Whether `after` begins with `wanted`, by exact match; for a fact to be forgotten, whether it does not.
+        forget: Whether the fact was to be forgotten.
     """
 
     role: Role
@@ -44,21 +46,33 @@ class Check:
     held: bool
     forget: bool = False
 
+    @property
+    def held_before(self) -> bool:
+        """Whether the answer before was already as wanted."""
+        return begins_with(self.before, self.wanted) != self.forget
+
+    @property
+    def in_words(self) -> str:
+        """What was answered after the prompt, and what was wanted: for messages about a check that failed."""
+        if self.forget:
+            return f"{self.prompt!r} is still answered {self.after!r}"
+        return f"{self.prompt!r} is answered {self.after!r}, not {self.wanted!r}"
+
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Verification(Shown):
-    """The proof of a patch: every check, by greedy exact match beside probabilities."""
+    """The proof of a patch: every check, and the shares of those that held."""
 
     checks: tuple[Check, ...]
 
     @property
     def efficacy(self) -> float | None:
-        """Share of the written prompts that are answered with the target; None when there is none."""
+        """Share of the written prompts that are answered with the target. None: nothing was asked."""
         return self._share("prompt")
 
     @property
     def chat(self) -> float | None:
-        """The same in chat templates."""
+        """The same, with the prompts in a chat template."""
         return self._share("chat")
 
     @property
@@ -73,43 +87,34 @@ class Verification(Shown):
 
     @property
     def retention(self) -> float | None:
-        """Share of the earlier patches still answered with their target."""
+        """Share of the earlier patches that still hold."""
         return self._share("earlier")
 
-    def tables(self) -> list[Table]:
-        """The shares, and every check, those that failed first."""
-        shares = {name: getattr(self, name) for name in _SHARES}
-        title = (
-            ", ".join(f"{name} {share:.1%}" for name, share in shares.items() if share is not None)
-            or "nothing was asked"
-        )
-        columns = {
-            "": "<",
-            "prompt": "<",
-            "before": "<",
-            "p before": ">",
-            "after": "<",
-            "p after": ">",
-            "held": "ok",
-        }
-        rows = [
-            (
-                check.role,
-                check.prompt,
-                check.before,
-                _number(check.p_before),
-                check.after,
-                _number(check.p_after),
-                "ok" if check.held else "no",
-            )
-            for check in sorted(self.checks, key=lambda check: check.held)
-        ]
+    @property
+    def shares(self) -> dict[str, float]:
+        """{"efficacy": 1.0, ...} of everything that was asked."""
+        every = {name: getattr(self, name) for name in _SHARES}
+        return {name: share for name, share in every.items() if share is not None}
+
+    def failed(self, *roles: Role) -> list[Check]:
+        """The checks of these roles that did not hold; of all roles, if none is named."""
         return [
-            Table(title, columns, rows, "p: of the target; for neighbours, of the answer before")
+            check for check in self.checks if not check.held and (not roles or check.role in roles)
+        ]
+
+    def tables(self) -> list[Table]:
+        """The shares, and every check, failed ones first."""
+        title = ", ".join(f"{name} {share:.1%}" for name, share in self.shares.items())
+        legend = "p: of the target; for neighbours, of the answer before"
+        ordered = sorted(self.checks, key=lambda check: check.held)
+        return [
+            Table(
+                title or "nothing was asked", _COLUMNS, [_row(check) for check in ordered], legend
+            )
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able fields, the shares included."""
+        """Plain JSON values, the shares included."""
         shares = {name: getattr(self, name) for name in _SHARES}
         return {**shares, "checks": [dict(vars(check)) for check in self.checks]}
 
@@ -119,48 +124,51 @@ class Verification(Shown):
 
 
 _SHARES = ("efficacy", "chat", "generalization", "specificity", "retention")
+_COLUMNS = {
+    "": "<",
+    "prompt": "<",
+    "before": "<",
+    "p before": ">",
+    "after": "<",
+    "p after": ">",
+    "held": "ok",
+}
 
 
-def _number(p: float | None) -> str:
-    return "" if p is None else f"{p:.3f}"
-
-
-def verify(
+def prove(
     lm: LanguageModel,
     facts: Sequence[Fact],
     changed: Callable[[], AbstractContextManager[None]],
     *,
-    earlier: Iterable[Fact] = (),
+    asked_again: Iterable[Fact] = (),
     templates: Sequence[str] = (),
 ) -> Verification:
-    """Ask everything about some facts of the model as it is, and once more inside `changed()`.
+    """Ask everything about some facts, once of the model as it is and once inside `changed()`.
 
-    earlier    facts written before, whose prompts are asked too, to see that they hold; those that do not hold as it is are left out
-    templates  chat templates with `{}` for the prompt, in which the facts' prompts are asked as well
+    Args:
+        lm: The model.
+        facts: The facts that were written, with their paraphrases and neighbours.
+        changed: Opens a block in which the model carries the change.
+        asked_again: Facts written before, whose prompts must still hold. Those that do not hold now are left out.
+        templates: Chat templates with `{}` for the prompt, in which the facts' prompts are asked as well.
 
-    Raises NumericsError when a probability is not a number.
+    Raises:
+        NumericsError: A probability is not a number.
     """
-    every = _probes(facts, earlier, templates)
-    if not every:
+    probes = _probes(facts, asked_again, templates)
+    if not probes:
         return Verification(checks=())
     n_tokens = answer_tokens(
-        lm, [probe.prompt for probe in every], [probe.wanted or "" for probe in every]
+        lm, [probe.prompt for probe in probes], [probe.wanted or "" for probe in probes]
     )
-    said_now = lm.answer([probe.prompt for probe in every], max_new_tokens=n_tokens)
-    stands = [
-        probe.role != "earlier" or begins_with(said, probe.wanted or "") != probe.forget
-        for probe, said in zip(every, said_now, strict=True)
+    said = lm.answer([probe.prompt for probe in probes], max_new_tokens=n_tokens)
+    asked = [
+        (probe, answer)
+        for probe, answer in zip(probes, said, strict=True)
+        if _counts(probe, answer)
     ]
-    probes = [probe for probe, kept in zip(every, stands, strict=True) if kept]
-    before = [said for said, kept in zip(said_now, stands, strict=True) if kept]
-    prompts = [probe.prompt for probe in probes]
-    wanted = [
-        # A neighbour has to stay as it is, also where it never was what the fact file expects.
-        probe.wanted
-        if probe.wanted is not None and probe.role != "neighbour"
-        else as_said(said, probe.wanted)
-        for probe, said in zip(probes, before, strict=True)
-    ]
+    prompts = [probe.prompt for probe, _ in asked]
+    wanted = [_wanted(probe, answer) for probe, answer in asked]
     p_before = probabilities(lm, prompts, wanted)
     with changed():
         after = lm.answer(prompts, max_new_tokens=n_tokens)
@@ -171,22 +179,22 @@ def verify(
                 role=probe.role,
                 prompt=probe.prompt,
                 wanted=wanted[i].strip(),
-                before=before[i],
+                before=before,
                 after=after[i],
                 p_before=p_before[i],
                 p_after=p_after[i],
                 held=begins_with(after[i], wanted[i]) != probe.forget
                 if wanted[i].strip()
-                else after[i] == before[i],
+                else after[i] == before,
                 forget=probe.forget,
             )
-            for i, probe in enumerate(probes)
+            for i, (probe, before) in enumerate(asked)
         )
     )
 
 
-class _Asked(NamedTuple):
-    """One prompt to ask before and after; `wanted` None: what is said before; `forget`: it must not be said any more."""
+class _Probe(NamedTuple):
+    """One prompt to ask before and after. wanted: None means what is said before. forget: it must not be said any more."""
 
     role: Role
     prompt: str
@@ -195,31 +203,42 @@ class _Asked(NamedTuple):
 
 
 def _probes(
-    facts: Sequence[Fact], earlier: Iterable[Fact], templates: Sequence[str]
-) -> list[_Asked]:
-    """Everything to ask about facts; what was written now is not asked again as a neighbour or an earlier fact."""
-    probes: list[_Asked] = []
+    facts: Sequence[Fact], asked_again: Iterable[Fact], templates: Sequence[str]
+) -> list[_Probe]:
+    """Everything to ask. What is written now is not asked again as a neighbour or an earlier fact."""
+    probes: list[_Probe] = []
     written = {fact.text for fact in facts}
     for fact in facts:
+        probes.append(_probe("prompt", fact, fact.text))
         probes += [
-            _asked("prompt", fact, fact.text),
-            *(_asked("chat", fact, text.replace("{}", fact.text)) for text in templates),
+            _probe("chat", fact, template.replace("{}", fact.text)) for template in templates
         ]
-        probes += [_asked("paraphrase", fact, text) for text in fact.paraphrase_texts]
-        probes += [
-            _Asked("neighbour", probe.prompt, probe.expected)
-            for probe in fact.neighbours
-            if probe.prompt not in written
-        ]
+        probes += [_probe("paraphrase", fact, text) for text in fact.paraphrase_texts]
+        near = [probe for probe in fact.neighbours if probe.prompt not in written]
+        probes += [_Probe("neighbour", probe.prompt, probe.expected) for probe in near]
     return probes + [
-        _asked("earlier", fact, fact.text) for fact in earlier if fact.text not in written
+        _probe("earlier", fact, fact.text) for fact in asked_again if fact.text not in written
     ]
 
 
-def _asked(role: Role, fact: Fact, prompt: str) -> _Asked:
-    return _Asked(
-        role,
-        prompt,
-        fact.target_true if fact.target is None else fact.target,
-        forget=fact.target is None,
-    )
+def _probe(role: Role, fact: Fact, prompt: str) -> _Probe:
+    wanted = fact.target_true if fact.target is None else fact.target
+    return _Probe(role, prompt, wanted, forget=fact.target is None)
+
+
+def _counts(probe: _Probe, answer: str) -> bool:
+    """Whether a probe is asked: an earlier fact that does not hold now cannot be lost."""
+    return probe.role != "earlier" or begins_with(answer, probe.wanted or "") != probe.forget
+
+
+def _wanted(probe: _Probe, answer: str) -> str:
+    """What is wanted afterwards. A neighbour must stay as it is, even where it never was what the fact file expects."""
+    if probe.wanted is not None and probe.role != "neighbour":
+        return probe.wanted
+    return as_said(answer, probe.wanted)
+
+
+def _row(check: Check) -> tuple[str, ...]:
+    before, after = ("" if p is None else f"{p:.3f}" for p in (check.p_before, check.p_after))
+    verdict = "ok" if check.held else "no"
+    return (check.role, check.prompt, check.before, before, check.after, after, verdict)

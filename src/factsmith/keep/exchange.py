@@ -1,0 +1,147 @@
+"""Take in the patches of another workspace, from a folder that `export` wrote in the format "patch"."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..core.errors import NumericsError, RevisionError
+from ..core.fact import Fact
+from ..core.progress import Progress, tell
+from ..core.tables import counted
+from ..edit.delta import Delta
+from ..edit.methods import find_method
+from ..edit.resolve import resolve
+from ..model.answers import first_phrase
+from ..patch.bench import Bench
+from ..patch.conflicts import compare_facts
+from ..patch.proof import Verification, prove
+from ..patch.recipe import Sources
+from .carried import Carried, newest_facts
+from .diff import target_text
+from .export.folder import SavedPatch, read_patch
+
+
+@dataclass(frozen=True)
+class Arrivals:
+    """Patches to commit.
+
+    Attributes:
+        deltas: Each delta with its message, in their order.
+        report: The proof of all of them together, plain JSON values.
+    """
+
+    deltas: list[tuple[Delta, str]] = field(default_factory=list)
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def read_arrivals(
+    bench: Bench,
+    carried: Carried,
+    folder: str | os.PathLike[str],
+    sources: Sources,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Arrivals:
+    """Read the patches of a folder, and make them fit the model as it is; nothing is recorded.
+
+    A patch made on the very weights that it comes to is taken as it is. Any other is solved again for these weights, from its targets and
+    in closed form. A patch whose every fact is already in effect is left out.
+
+    Args:
+        bench: The workbench.
+        carried: What its model carries; it is as before when this returns.
+        folder: The folder.
+        sources: Second moments for patches that must be solved again. None given: the kept ones.
+        force: Go on when facts contradict those in effect, do not take, or push out others.
+        progress: Called with the step's name, how much is done, and how much there is.
+
+    Raises:
+        RevisionError: A fact has another target here.
+        NumericsError: A fact does not take, or one that was here would be lost.
+        DamagedError: The folder cannot be read. Otherwise as `read_patch`.
+    """
+    patches = read_patch(folder, fingerprint=carried.ledger.fingerprint).patches
+    for patch in patches:
+        if patch.delta.facts:
+            find_method(patch.delta.method)  # one that is not known could never be solved again
+    targets = {fact.text: target_text(fact) for _, fact in bench.facts_in_effect}
+    arrivals = Arrivals()
+    contradicted = False
+    for number, patch in enumerate(patches):
+        facts = patch.delta.facts
+        tell(progress, "taking in patches", number, len(patches))
+        if all(targets.get(fact.text) == target_text(fact) for fact in facts):
+            continue
+        if reason := _contradiction(bench, patch):
+            if not force:
+                raise RevisionError(f"{folder} has {reason}; revert that first, or force it")
+            contradicted = True
+        below = [*carried.deltas.values(), *(delta for delta, _ in arrivals.deltas)]
+        delta = _fitted(bench, carried, patch, below, sources, progress)
+        arrivals.deltas.append((delta, patch.origin.message))
+        targets |= {fact.text: target_text(fact) for fact in facts}
+    if arrivals.deltas:
+        proof = _proof(bench, carried, [delta for delta, _ in arrivals.deltas])
+        lost = [
+            check
+            for check in proof.failed("prompt", "earlier")
+            if check.role == "prompt" or check.held_before
+        ]
+        if lost and not force:
+            raise NumericsError(
+                f"with the patches of {folder}, {counted(len(lost), 'fact')} would not hold, the first: {lost[0].prompt!r} would be "
+                f"answered {first_phrase(lost[0].after)!r}. Nothing was recorded; force it, or write the facts with `factsmith apply`"
+            )
+        arrivals.report.update(proof.to_dict() | {"forced": bool(lost or contradicted)})
+    return arrivals
+
+
+def _contradiction(bench: Bench, patch: SavedPatch) -> str:
+    """The first fact of a patch that contradicts one in effect, in words; "" for none."""
+    facts, layers = patch.delta.facts, sorted(patch.delta.layers)
+    with bench.on_base():
+        moments = bench.kept_moments(layers)
+        unknown = [False] * len(facts)
+        places = compare_facts(bench.lm, facts, bench.facts_in_effect, layers, moments, unknown)
+    for fact, place in zip(facts, places, strict=True):
+        if place.standing in ("changed", "conflict"):
+            return f"{fact}, but {place.because}"
+    return ""
+
+
+def _fitted(
+    bench: Bench,
+    carried: Carried,
+    patch: SavedPatch,
+    below: Sequence[Delta],
+    sources: Sources,
+    progress: Progress | None,
+) -> Delta:
+    """A patch's delta for a model that carries `below`: the same one where it was made on these weights, or solved again."""
+    with carried.exactly(below):
+        fits = bench.lm.fingerprint == patch.delta.fingerprint
+    if fits:
+        return patch.delta
+    layers = sorted(patch.delta.layers)
+    moments = (
+        bench.moments(layers, sources, progress) if sources.moments is None else sources.moments
+    )
+    with carried.exactly(below):
+        return resolve(
+            bench.lm,
+            patch.delta,
+            moments=moments,
+            beneath=carried.on_base(below),
+            progress=progress,
+        )
+
+
+def _proof(bench: Bench, carried: Carried, new: Sequence[Delta]) -> Verification:
+    """The proof that the new patches take and that the facts in effect still hold."""
+    facts: list[Fact] = newest_facts(new)
+    deltas = [*carried.deltas.values(), *new]
+    return prove(bench.lm, facts, lambda: carried.exactly(deltas), asked_again=bench.asked_again)

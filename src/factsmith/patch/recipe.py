@@ -1,0 +1,124 @@
+"""How an edit is made: the method with its settings, and what it may draw on.
+
+    Recipe("memit")                              # the settings recommended for the model
+    Recipe("rome", RomeConfig(layer=5))          # settings of your own
+    Recipe.of("memit", paper=True, steps=40)     # the published settings, with one changed
+    Sources(texts=lines, seed=1)
+
+Both are values: nothing is loaded or computed until a plan is made with them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..core.fact import Fact
+from ..core.factfile import FactSheet
+from ..corpus.moments import SecondMoment
+from ..edit.configs import EditConfig
+from ..edit.methods import METHODS, find_method
+from ..edit.published import settings
+from ..model.language_model import LanguageModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """What an edit may draw on.
+
+    Attributes:
+        moments: Second moments of the edited layers: one SecondMoment, or {layer: SecondMoment}. None: the kept ones; otherwise they are
+            computed from `texts`.
+        texts: Ordinary text for second moments and drift. None: the model writes it.
+        contexts: Templates with `{}` for the prompt. None: the model writes them.
+        seed: Seed of the contexts and of the text that the model writes.
+    """
+
+    moments: SecondMoment | Mapping[int, SecondMoment] | None = None
+    texts: Iterable[str] | None = None
+    contexts: Sequence[str] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.texts is not None and iter(self.texts) is self.texts:
+            object.__setattr__(self, "texts", list(self.texts))  # they are read more than once
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method and its settings.
+
+    Attributes:
+        method: The method's name. None: "rome" for one fact, "memit" for several (`method_for`).
+        config: Its settings. None: those recommended for the model, with `changes`.
+        layers: The layers to edit, a number or several. None: those of `config`, or else the plan chooses them.
+        paper: Start from the settings published for a model of this shape, not from the recommended ones.
+        changes: {setting: value} that differ.
+
+    Raises InputError for an unknown method, or settings of another method.
+    """
+
+    method: str | None = None
+    config: EditConfig | None = None
+    layers: Any = field(default=None, kw_only=True)
+    paper: bool = field(default=False, kw_only=True)
+    changes: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.method is not None:
+            find_method(self.method, self.config)
+
+    @classmethod
+    def of(
+        cls, method: str | None = None, *, layers: Any = None, paper: bool = False, **changes: Any
+    ) -> Recipe:
+        """Return a recipe that changes some of the recommended, or of the published settings."""
+        return cls(method, layers=layers, paper=paper, changes=changes)
+
+    @classmethod
+    def for_sheet(
+        cls, sheet: FactSheet, method: str | None = None, changes: Mapping[str, Any] | None = None
+    ) -> Recipe:
+        """Return the recipe of a fact file.
+
+        Args:
+            sheet: The file. Its settings count for the method that it names, and for any method if it names none.
+            method: Overrules the file's method.
+            changes: Overrule the file's settings one by one. "layer" or "layers" names the layers to edit.
+        """
+        name = method or sheet.method
+        merged = dict(sheet.settings) if sheet.method in (None, name) else {}
+        merged.update(changes or {})
+        layers = merged.pop("layers", merged.pop("layer", None))
+        return cls(name, layers=layers, changes=merged)
+
+    def method_for(self, facts: Sequence[Fact]) -> str:
+        """Return the method's name for these facts: ROME writes one fact well, MEMIT many."""
+        if self.method is not None:
+            return self.method
+        if self.config is not None:
+            return next(
+                name for name, method in METHODS.items() if type(self.config) is method.config
+            )
+        return "memit" if len(facts) > 1 else "rome"
+
+    def config_for(self, lm: LanguageModel, facts: Sequence[Fact]) -> EditConfig:
+        """Return the settings for a model. Their `edited` is None where the layers are still to be chosen.
+
+        Raises:
+            InputError: An unknown setting, or nothing was published for such a model.
+            LayerError: What names the layers is not layer numbers.
+        """
+        method = self.method_for(facts)
+        if self.config is not None:
+            return self.config if self.layers is None else self.config.at(self.layers)
+        changed: EditConfig | None = settings(
+            lm, method, self.layers, self.changes, paper=self.paper
+        )
+        if changed is not None:
+            return changed
+        recommended = find_method(method).config.recommended(lm)
+        names = {"layer", "layers"} & {field.name for field in dataclasses.fields(recommended)}
+        return dataclasses.replace(recommended, **dict.fromkeys(names))
