@@ -13,7 +13,7 @@ from conftest import GPT2, TEXTS, byte_tokenizer, tiny_model
 from factsmith.core.errors import InputError
 from factsmith.core.fact import Fact
 from factsmith.corpus.moments_store import find_moments
-from factsmith.edit import methods
+from factsmith.edit import rome, spread
 from factsmith.edit.configs import AlphaEditConfig, EmmetConfig, MemitConfig, RomeConfig
 from factsmith.edit.delta import Delta
 from factsmith.edit.finetune import FineTuneConfig, LoraConfig
@@ -135,7 +135,7 @@ def test_methods_share_targets(lm: LanguageModel, monkeypatch: pytest.MonkeyPatc
         searched.append(tuple(fact.subject for fact in args[1]))
         return find_targets(*args, **options)
 
-    for module in (editing, methods):
+    for module in (editing, rome, spread):
         monkeypatch.setattr(module, "find_targets", counting)
     config = {
         name: dataclasses.replace(
