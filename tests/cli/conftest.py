@@ -12,7 +12,7 @@ from factsmith import cli
 from factsmith.edit.configs import RomeConfig
 from factsmith.model import load as load_module
 from factsmith.model.load import load
-from factsmith.patch import proposal as proposals
+from factsmith.patch.proposal import Proposal
 
 
 @pytest.fixture
@@ -59,4 +59,4 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         RomeConfig, "recommended", classmethod(lambda cls, lm: cls(layer=1, steps=2))
     )
-    monkeypatch.setattr(proposals.Proposal, "failed", False)  # two steps are not enough to hold
+    monkeypatch.setattr(Proposal, "failed", False)  # two steps are not enough to hold

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import dataclasses
 import signal
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ from factsmith.corpus.moments import SecondMoment, second_moments
 from factsmith.edit.methods import METHODS
 from factsmith.keep.ledger import Ledger
 from factsmith.model.load import load
-from factsmith.patch import proposal as proposals
+from patching import proposed
 
 
 @pytest.mark.usefixtures("quick")
@@ -50,7 +51,7 @@ def test_facts_from_a_file(run: Run, model: Path, tmp_path: Path) -> None:
     )
     run("init", model, ".")
     done = run(
-        "patch", "facts.yaml", "--texts", "corpus.txt", "--layer", "0", "--force", "--json"
+        "patch", "facts.yaml", "--method", "rome", "--texts", "corpus.txt", "--layer", 0, "--force", "--json"
     ).json  # little text
     assert [fact["target"] for fact in done["revision"]["facts"]] == ["king", "Brazil"]
     assert done["delta"]["rank"] == 2 and done["delta"]["layers"] == [0]
@@ -116,7 +117,7 @@ def test_any_method_and_its_settings(run: Run, atlas: str, tmp_path: Path) -> No
             "threshold is 'abc'",
         ),
         (("--method", "memit", "--paper"), "no memit settings were published"),
-        (("--layer", 0, "--layer", 1), "one layer"),
+        (("--method", "rome", "--layer", 0, "--layer", 1), "one layer"),
     ):
         refused = run("patch", atlas, facts, *wrong)
         assert refused.code == 2 and words in refused.err, refused.err
@@ -162,7 +163,7 @@ def test_a_model_of_experts_is_refused(run: Run, tmp_path: Path, method: str) ->
             done = run("patch", *where, *FACT, "--method", method, *more)
             assert (
                 (done.code, done.out) == (3, "")
-                and "mixture of 4 experts" in done.err
+                and "mixture of experts" in done.err
                 and "Traceback" not in done.err
             )
             assert "take a model without experts" in " ".join(done.err.split())
@@ -267,7 +268,7 @@ def test_second_moments_are_computed_kept_and_used(
     assert cut.code == 0 and "layer 1: 10 tokens" in cut.out
 
     done = run("patch", model, *FACT, "--moments", "kept", "--json").json
-    by_hand = proposals.propose(
+    by_hand = proposed(
         lm, Fact("Danielle Darrieux", "The mother tongue of {} is", "English"), moments=kept
     )
     assert done["moments"] == by_hand.moments
@@ -367,3 +368,42 @@ def test_fewer_tokens_than_asked_for_are_computed_anew(
 def test_numbers_of_settings_are_read_as_what_they_are() -> None:
     assert read_settings(["steps=1e3", "lr=1.5e-3"]) == {"steps": 1000, "lr": 0.0015}
     assert isinstance(read_settings(["steps=1e3"])["steps"], int)
+
+
+FILE = """
+facts:
+- {subject: Bulgaria, prompt: "The currency of {} is the", target: euro}
+- {subject: Japan, prompt: "The capital of {} is", target: Paris}
+"""
+
+
+def test_a_file_decides_method_settings_and_gates(run: Run, atlas: str, tmp_path: Path) -> None:
+    """`patch FILE` reads the file as `apply` does: nothing of it is dropped."""
+    facts = tmp_path / "facts.yaml"
+    facts.write_text("method: emmet\nsettings: {layers: [0, 1], steps: 33}\n" + FILE)
+    run("init", atlas, "space")
+    done = run("patch", "-w", "space", facts, "--json").json
+    assert (done["delta"]["method"], done["delta"]["layers"]) == ("emmet", [0, 1])
+    assert done["revision"]["config"]["steps"] == 33 and done["gates"] == []
+    overruled = run("patch", "-w", "space", facts, "--method", "memit", "--dry-run", "--force", "--json")
+    assert overruled.json["delta"]["method"] == "memit" and overruled.json["revision"] is None
+
+    facts.write_text("gates: {neighbours: 1.0, kl_text: 0.0}\n" + FILE.replace("Paris", "Oslo"))
+    gated = run("patch", "-w", "space", facts, "--json")
+    assert gated.code == 4 and gated.json["revision"] is None
+    assert {gate["name"]: gate["passed"] for gate in gated.json["gates"]}["kl_text"] is False
+    assert "kl_text" in gated.err
+
+
+def test_the_default_method_is_one_for_all_commands(run: Run, atlas: str, tmp_path: Path) -> None:
+    run("init", atlas, "space")
+    facts = tmp_path / "facts.yaml"
+    facts.write_text(FILE)
+    planned = run("plan", facts, "-w", "space", "--json").json
+    patched = run("patch", "-w", "space", facts, "--dry-run", "--json").json
+    assert planned["method"] == patched["delta"]["method"] == patched["plan"]["method"] == "memit"
+    one = run("patch", "-w", "space", *FIAT, "--dry-run", "--json").json
+    assert one["delta"]["method"] == "rome"
+
+
+FIAT = ("--subject", "Fiat 127", "--prompt", "The maker of {} is", "--target", "Toyota")

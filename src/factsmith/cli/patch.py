@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,8 +12,8 @@ import typer
 from rich.console import Console
 
 from ..core.errors import InputError, NumericsError
-from ..core.fact import Fact
-from ..core.factfile import FactFile
+from ..core.fact import Fact, Gates
+from ..core.factfile import FactFile, FactSheet
 from ..keep.revision import Revision
 from .common import (
     LARGEST_SEED,
@@ -21,7 +22,6 @@ from .common import (
     Model,
     Paragraphs,
     Where,
-    checks_table,
     complain,
     in_workspace,
     line,
@@ -31,14 +31,11 @@ from .common import (
     print_result,
     progress,
     read_settings,
+    show_tables,
 )
 
 if TYPE_CHECKING:
-    from ..patch.proposal import Proposal
-
-
-_MANY_CHECKS = 40
-"""A patch of many facts is shown as shares and failures; one of fewer checks than this, check by check."""
+    from ..patch.attempt import Attempt
 
 
 def moments(
@@ -182,11 +179,12 @@ def patch(
         list[str] | None, typer.Option(help="A text whose answer must not change; may be repeated.")
     ] = None,
     method: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="rome, r-rome, memit, emmet or alphaedit; the last three write many facts at once."
+            help="rome, r-rome, memit, emmet or alphaedit; the last three write many facts at once.",
+            show_default="the file's; else memit, or rome for one fact",
         ),
-    ] = "rome",
+    ] = None,
     layer: Annotated[
         list[int] | None,
         typer.Option(
@@ -253,142 +251,131 @@ def patch(
       factsmith patch atlas facts.yaml --dry-run
     """
     model, file = model_and_facts(words or [])
-    facts = _facts(file, subject, prompt, target, forget, paraphrase or [], neighbour or [])
+    described = _Described(subject, prompt, target, forget, paraphrase or [], neighbour or [])
+    sheet = described.sheet() if file is None else described.of_file(file)
     corpus = None if texts is None else Paragraphs([texts])
     with progress() as tell, opened(model, workspace, device, tell) as (lm, bench):
         from ..corpus.moments_store import load_moments
-        from ..edit.settings import changed_settings
-        from ..model.address import check_dense_layer
-        from ..patch.proposal import propose
+        from ..patch.attempt import attempt_patch
+        from ..patch.bench import Scratch
+        from ..patch.recipe import Recipe, Sources
 
-        for number in layer or ():
-            check_dense_layer(number, lm.ffn)  # also where nothing is to be written
+        changes = read_settings(setting or [])
+        recipe = Recipe.for_sheet(sheet, method, changes, layers=layer, paper=paper)
         given = None if moments is None else load_moments(moments)
-        config = changed_settings(lm, method, layer, read_settings(setting or []), paper=paper)
-        revision: Revision | None = None
-        conflicts: tuple[str, ...] = ()
+        gates = None if file is None or sheet.gates == Gates() else sheet.gates
         if bench is None:
-            proposal = propose(
-                lm,
-                facts,
-                method,
-                config,
-                moments=given,
-                texts=corpus,
-                seed=seed,
-                force=force,
-                progress=tell,
-            )
-        elif dry_run:
-            proposal = bench.propose(
-                facts,
-                method,
-                config,
-                moments=given,
-                texts=corpus,
-                seed=seed,
-                force=force,
-                progress=tell,
+            sources = Sources(moments=given, texts=corpus, seed=seed)
+            attempt: Attempt = attempt_patch(
+                Scratch(lm), sheet.facts, recipe, sources, gates=gates, force=force, progress=tell
             )
         else:
-            outcome = bench.apply(
-                facts,
-                method,
-                config,
+            attempt = bench.apply(
+                sheet.facts,
+                recipe,
                 moments=given,
                 texts=corpus,
                 seed=seed,
+                gates=gates,
                 force=force,
                 message=message,
+                dry_run=dry_run,
                 progress=tell,
             )
-            proposal, revision = outcome.proposal, outcome.revision
-            conflicts = proposal.plan.contradictions if proposal.delta is None else ()
-    where = None if bench is None else str(bench.ledger.folder.resolve())
-    for warning in proposal.warnings:
+    revision: Revision | None = getattr(attempt, "revision", None)
+    proposal = attempt.proposal
+    folder = None if bench is None else str(bench.ledger.folder.resolve())
+    for warning in attempt.warnings:
         complain("warning", warning)
 
     def show(console: Console) -> None:
-        _show_proposal(console, proposal)
+        show_tables(attempt.proof_tables())(console)
         if revision is not None:
-            line(
-                console,
-                f"committed {revision.id[:10]};",
-                f"to take it back: factsmith revert {revision.id[:10]}{in_workspace(workspace)}",
-            )
-        elif proposal.failed and not dry_run and bench is not None:
-            line(
-                console,
-                "nothing was kept:",
-                "the patch does not hold; try another --layer, or keep it all the same with --force",
-            )
-        elif proposal.thin and not dry_run and bench is not None:
-            line(
-                console,
-                "nothing was kept:",
-                "too little text says what must stay; give more, or keep it all the same with --force",
-            )
-        elif proposal.delta is not None and bench is None:
-            line(
-                console,
-                "nothing was kept:",
-                f"to keep patches, make a workspace with `factsmith init {model}` and run this in it",
-            )
+            take_back = f"factsmith revert {revision.id[:10]}{in_workspace(workspace)}"
+            line(console, f"committed {revision.id[:10]};", f"to take it back: {take_back}")
         elif proposal.delta is not None:
-            line(console, "dry run:", "nothing was kept; run this again without --dry-run")
+            line(console, *_why_not_kept(attempt, dry_run, model if bench is None else None))
 
-    print_result(
-        {**proposal.to_dict(), "workspace": where, "revision": revision and revision.to_dict()},
-        show,
-        as_json,
-    )
-    for one in conflicts:
-        complain("conflict", one)
-    if conflicts:
+    kept = {"workspace": folder, "revision": revision and revision.to_dict()}
+    measured = {"gates": [gate.to_dict() for gate in attempt.gates]}
+    print_result({**proposal.to_dict(), **measured, **kept}, show, as_json)
+    stopped = proposal.plan.contradictions if proposal.delta is None else ()
+    for contradiction in stopped:
+        complain("conflict", contradiction)
+    if stopped:
         complain("error", "nothing was written; revert what is there, or --force")
-    if conflicts or (revision is None and (proposal.failed or (proposal.thin and not force))):
+    for gate in attempt.gates:
+        for failure in gate.failures if not gate.passed else ():
+            complain("failed", f"{gate.name}: {failure}")
+    broken = proposal.delta is not None and not attempt.holds
+    if stopped or (broken and revision is None and not (force and not proposal.failed)):
         raise typer.Exit(NumericsError.exit_code)
 
 
-def _facts(
-    file: Path | None,
-    subject: str | None,
-    prompt: str | None,
-    target: str | None,
-    forget: bool,
-    paraphrases: list[str],
-    neighbours: list[str],
-) -> list[Fact]:
-    options = {
-        "--subject": subject,
-        "--prompt": prompt,
-        "--target": "--forget" if forget else target,
-    }
-    given = [name for name, value in options.items() if value is not None]
-    if forget and target is not None:
-        raise InputError(
-            f"got --target {target} and --forget; give one: what the model should say, or that it should stop"
+def _why_not_kept(attempt: Attempt, dry_run: bool, model: str | None) -> tuple[str, str]:
+    """Why a change was not kept, and what to do next."""
+    if model is not None:
+        return (
+            "nothing was kept:",
+            f"to keep patches, make a workspace with `factsmith init {model}` and run this in it",
         )
-    if file is not None:
-        if given or paraphrases or neighbours:
+    if dry_run:
+        return "dry run:", "nothing was kept; run this again without --dry-run"
+    if attempt.proposal.thin:
+        return (
+            "nothing was kept:",
+            "too little text says what must stay; give more with --texts, or keep it all the same with --force",
+        )
+    return (
+        "nothing was kept:",
+        "the patch does not hold; try another --layer, or keep it all the same with --force",
+    )
+
+
+@dataclass(frozen=True)
+class _Described:
+    """The options of `patch` that describe a fact."""
+
+    subject: str | None
+    prompt: str | None
+    target: str | None
+    forget: bool
+    paraphrases: list[str]
+    neighbours: list[str]
+
+    @property
+    def _given(self) -> dict[str, str | None]:
+        target = "--forget" if self.forget else self.target
+        return {"--subject": self.subject, "--prompt": self.prompt, "--target": target}
+
+    def sheet(self) -> FactSheet:
+        """The fact that the options describe; raises InputError for one that is not whole."""
+        if self.forget and self.target is not None:
+            raise InputError(
+                f"got --target {self.target} and --forget; give one: what the model should say, or that it should stop"
+            )
+        missing = [name for name, value in self._given.items() if value is None]
+        if missing or self.subject is None or self.prompt is None:
+            raise InputError(
+                "a patch needs --subject, --prompt and --target (or --forget), or a file of facts; "
+                f"{', '.join(missing)} not given"
+            )
+        fact = Fact(
+            subject=self.subject,
+            prompt=self.prompt,
+            target=self.target,
+            paraphrases=tuple(self.paraphrases),
+            neighbours=tuple(self.neighbours),
+        )
+        return FactSheet(facts=(fact,))
+
+    def of_file(self, file: Path) -> FactSheet:
+        """The file's facts, gates, method and settings; raises InputError where options describe a fact too."""
+        if any(self._given.values()) or self.paraphrases or self.neighbours:
             raise InputError(
                 f"got {file} and options that describe a fact; put the fact into the file, or leave the file out"
             )
-        return FactFile.read(file)
-    if subject is None or prompt is None or (target is None and not forget):
-        missing = ", ".join(name for name in options if name not in given)
-        raise InputError(
-            f"a patch needs --subject, --prompt and --target (or --forget), or a file of facts; {missing} not given"
-        )
-    return [
-        Fact(
-            subject=subject,
-            prompt=prompt,
-            target=target,
-            paraphrases=tuple(paraphrases),
-            neighbours=tuple(neighbours),
-        )
-    ]
+        return FactFile.sheet(file)
 
 
 def _check_folder(folder: Path) -> None:
@@ -401,28 +388,3 @@ def _check_folder(folder: Path) -> None:
         raise InputError(
             f"cannot write into {folder}: {error.strerror}; name a folder that can be written with --out"
         ) from None
-
-
-def _show_proposal(console: Console, proposal: Proposal) -> None:
-    delta, proof = proposal.delta, proposal.verification
-    if delta is None or proof is None:
-        return
-    where = f"layer {', '.join(map(str, sorted(delta.layers)))}, rank {delta.rank}, {delta.n_bytes:,} bytes"
-    times = ", ".join(
-        f"{'solved' if name == 'solve' else 'verified'} in {seconds:.1f} s"
-        for name, seconds in proposal.seconds.items()
-    )
-    line(console, delta.method, f"{where}; {times}")
-    checks = proof.to_dict()["checks"]
-    if len(checks) <= _MANY_CHECKS:
-        console.print(checks_table(checks))
-        return
-    for name in ("efficacy", "chat", "generalization", "specificity", "retention"):
-        share = getattr(proof, name)
-        if share is not None:
-            line(console, f"{name:14}", f"{100 * share:.1f} %")
-    failed = [check for check in checks if not check["held"]]
-    if failed:
-        console.print(checks_table(failed[:_MANY_CHECKS]))
-    shown = "" if len(failed) <= _MANY_CHECKS else f"(the first {_MANY_CHECKS} are shown)"
-    line(console, f"{len(failed)} of {len(checks)} checks failed", shown)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from ..core.errors import NumericsError
-from ..core.factfile import FactFile, FactSheet
+from ..core.factfile import FactFile
 from ..core.tables import counted
 from .common import (
     LARGEST_SEED,
@@ -27,10 +27,6 @@ from .common import (
     read_settings,
     show_tables,
 )
-
-if TYPE_CHECKING:
-    from ..model.language_model import LanguageModel
-
 
 File = Annotated[
     Path,
@@ -77,11 +73,13 @@ def plan(
       factsmith plan facts.yaml -w my-workspace
     """
     sheet = FactFile.sheet(file)
-    with progress() as tell, opened(None, workspace, device, tell) as (lm, bench):
+    with progress() as tell, opened(None, workspace, device, tell) as (_, bench):
         assert bench is not None
         tell("asking", 0, None)
-        name, config = _chosen(lm, sheet, method, setting)
-        found = bench.plan(sheet.facts, name, config)
+        from ..patch.recipe import Recipe
+
+        recipe = Recipe.for_sheet(sheet, method, read_settings(setting or []))
+        found = bench.plan(sheet.facts, recipe)
     print_result(found.to_dict(), show_tables(found.tables()), as_json)
     if found.conflicts:
         complain(
@@ -140,9 +138,11 @@ def apply(
     """
     sheet = FactFile.sheet(file)
     corpus = Paragraphs(texts) if texts else None
-    with progress() as tell, opened(None, workspace, device, tell) as (lm, bench):
+    with progress() as tell, opened(None, workspace, device, tell) as (_, bench):
         assert bench is not None
-        name, config = _chosen(lm, sheet, method, setting)
+        from ..patch.recipe import Recipe
+
+        recipe = Recipe.for_sheet(sheet, method, read_settings(setting or []))
         options: dict[str, Any] = {
             "texts": corpus,
             "seed": seed,
@@ -150,7 +150,7 @@ def apply(
             "message": message,
             "progress": tell,
         }
-        outcome = bench.apply(sheet.facts, name, config, gates=sheet.gates, **options)
+        outcome = bench.apply(sheet.facts, recipe, gates=sheet.gates, **options)
     planned = outcome.proposal.plan
     conflicts = list(planned.contradictions)
     result = {"plan": planned.to_dict(), "outcome": outcome.to_dict(), "conflicts": conflicts}
@@ -193,18 +193,3 @@ def schema(as_json: Json = False) -> None:
     print_result(
         found, lambda _: typer.echo(json.dumps(found, indent=2, ensure_ascii=False)), as_json
     )
-
-
-def _chosen(
-    lm: LanguageModel, sheet: FactSheet, method: str | None, setting: list[str] | None
-) -> tuple[str, Any]:
-    """The method and its settings: as the command says, else the file, else by the number of facts."""
-    from ..edit.settings import changed_settings
-
-    name = method or sheet.method or ("memit" if len(sheet.facts) > 1 else "rome")
-    told = {
-        **(sheet.settings if name == (sheet.method or name) else {}),
-        **read_settings(setting or []),
-    }
-    layers = told.pop("layers", told.pop("layer", None))
-    return name, changed_settings(lm, name, layers, told)

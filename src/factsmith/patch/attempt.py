@@ -96,6 +96,11 @@ class Attempt(Shown):
             }
         return report
 
+    def proof_tables(self) -> list[Table]:
+        """The gates and the proof, without the warnings."""
+        gates = [gates_table(self.gates)] if self.gates else []
+        return [*gates, *self.proposal.proof_tables()]
+
     def tables(self) -> list[Table]:
         """The gates, the proposal, and the warning on room."""
         gates = [gates_table(self.gates)] if self.gates else []

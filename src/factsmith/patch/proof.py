@@ -103,9 +103,18 @@ class Verification(Shown):
         ]
 
     def tables(self) -> list[Table]:
-        """The shares, and every check, failed ones first."""
+        """The shares, and every check, failed ones first; of very many checks only those that failed."""
         title = ", ".join(f"{name} {share:.1%}" for name, share in self.shares.items())
         legend = "p: of the target; for neighbours, of the answer before"
+        failed = self.failed()
+        if len(self.checks) > _MANY:
+            title += f"; {len(failed)} of {len(self.checks):,} checks failed"
+            if not failed:
+                return [Table(title, {})]
+            more = f"; the first {_MANY} of those that failed" if len(failed) > _MANY else ""
+            return [
+                Table(title, _COLUMNS, [_row(check) for check in failed[:_MANY]], legend + more)
+            ]
         ordered = sorted(self.checks, key=lambda check: check.held)
         return [
             Table(
@@ -123,6 +132,8 @@ class Verification(Shown):
         return sum(held) / len(held) if held else None
 
 
+_MANY = 40
+"""More checks than this are shown as shares and failures only."""
 _SHARES = ("efficacy", "chat", "generalization", "specificity", "retention")
 _COLUMNS = {
     "": "<",

@@ -68,12 +68,16 @@ class Proposal(Shown):
     disturbance: Mapping[int, float] = dataclasses.field(default_factory=dict)
     thin: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
-    def tables(self) -> list[Table]:
-        """What was solved for, and its proof; the plan, where there was nothing to write."""
-        warnings = [Table(warning, {}) for warning in self.warnings]
+    def proof_tables(self) -> list[Table]:
+        """What was solved for, and its proof; nothing where there was nothing to write."""
         if self.delta is None or self.verification is None:
-            return [*self.plan.tables(), *warnings]
-        return [Table(self.summary, {}), *self.verification.tables(), *warnings]
+            return []
+        return [Table(self.summary, {}), *self.verification.tables()]
+
+    def tables(self) -> list[Table]:
+        """What was solved for, its proof, and the warnings; the plan, where there was nothing to write."""
+        warnings = [Table(warning, {}) for warning in self.warnings]
+        return [*(self.proof_tables() or self.plan.tables()), *warnings]
 
     @property
     def summary(self) -> str:

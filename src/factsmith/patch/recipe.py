@@ -20,7 +20,7 @@ from ..core.factfile import FactSheet
 from ..corpus.moments import SecondMoment
 from ..edit.configs import EditConfig
 from ..edit.methods import METHODS, find_method
-from ..edit.published import settings
+from ..edit.settings import changed_settings
 from ..model.language_model import LanguageModel
 
 
@@ -79,7 +79,13 @@ class Recipe:
 
     @classmethod
     def for_sheet(
-        cls, sheet: FactSheet, method: str | None = None, changes: Mapping[str, Any] | None = None
+        cls,
+        sheet: FactSheet,
+        method: str | None = None,
+        changes: Mapping[str, Any] | None = None,
+        *,
+        layers: Any = None,
+        paper: bool = False,
     ) -> Recipe:
         """Return the recipe of a fact file.
 
@@ -87,12 +93,14 @@ class Recipe:
             sheet: The file. Its settings count for the method that it names, and for any method if it names none.
             method: Overrules the file's method.
             changes: Overrule the file's settings one by one. "layer" or "layers" names the layers to edit.
+            layers: The layers to edit; they overrule those of file and changes.
+            paper: Start from the published settings.
         """
         name = method or sheet.method
         merged = dict(sheet.settings) if sheet.method in (None, name) else {}
         merged.update(changes or {})
-        layers = merged.pop("layers", merged.pop("layer", None))
-        return cls(name, layers=layers, changes=merged)
+        named = merged.pop("layers", merged.pop("layer", None))
+        return cls(name, layers=layers or named, paper=paper, changes=merged)
 
     def method_for(self, facts: Sequence[Fact]) -> str:
         """Return the method's name for these facts: ROME writes one fact well, MEMIT many."""
@@ -114,7 +122,7 @@ class Recipe:
         method = self.method_for(facts)
         if self.config is not None:
             return self.config if self.layers is None else self.config.at(self.layers)
-        changed: EditConfig | None = settings(
+        changed: EditConfig | None = changed_settings(
             lm, method, self.layers, self.changes, paper=self.paper
         )
         if changed is not None:
