@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import dataclasses
 import signal
 import time
 from pathlib import Path
