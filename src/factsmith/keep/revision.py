@@ -1,7 +1,17 @@
-"""What a ledger is made of: what is stored of a revision, and what is handed out of it. Values only; `ledger.Ledger` keeps them."""
+"""The records of a ledger: how a revision is stored, and how it is shown.
+
+    revision = ledger.show("latest")
+    revision.state, revision.message, [str(fact) for fact in revision.facts]
+
+`StoredRecord` is the JSON text in the database. A revision's id is the sha256 of that text.
+`Revision` is the same record as seen from one place in the history: it also says whether the patch
+is in effect there, and which delta the model carries for it. Everything here is a plain value.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,29 +19,41 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
+from ..core.errors import InputError
 from ..core.fact import Fact
 
-Kind = Literal["patch", "revert"]
+BASE = "base"
+"""The name of the unpatched model, before every revision."""
 
-State = Literal["active", "reverted", "later"]
+LATEST = "latest"
+"""The name of the newest revision."""
+
+RevisionKind = Literal["patch", "revert"]
+
+RevisionState = Literal["active", "reverted", "later"]
+
+_Sha256 = Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")]
+
+
+# ---- stored ------------------------------------------------------------------------------------
 
 
 class StoredChange(pydantic.BaseModel):
-    """What becomes of a patch in a later revision."""
+    """What a revert does to one patch, as it is stored."""
 
     model_config = pydantic.ConfigDict(strict=True, extra="forbid")
 
-    delta: Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")] | None
+    delta: _Sha256 | None
     delta_bytes: int
     facts: list[int]
 
 
 class StoredRecord(pydantic.BaseModel):
-    """What is kept of a revision, and what its id is the sha256 of."""
+    """A revision as it is stored; its id is the sha256 of this record."""
 
     model_config = pydantic.ConfigDict(strict=True, extra="forbid")
 
-    kind: Kind
+    kind: RevisionKind
     parent: str
     created: str
     message: str
@@ -42,25 +64,57 @@ class StoredRecord(pydantic.BaseModel):
     layers: list[int]
     moments: str | None
     report: dict[str, Any]
-    delta: Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")] | None
+    delta: _Sha256 | None
     delta_bytes: int
     reverts: str | None
     changes: dict[str, StoredChange] = {}
 
     @property
     def changed(self) -> dict[str, StoredChange]:
-        """Its changes; a revert of format 1 took one patch out whole."""
-        whole = self.reverts is not None and not self.changes
-        return (
-            {str(self.reverts): StoredChange(delta=None, delta_bytes=0, facts=[])}
-            if whole
-            else self.changes
-        )
+        """What the revision does to earlier patches, by their ids.
+
+        Ledgers of format 1 stored no changes: there a revert took one whole patch out of effect.
+        """
+        if self.reverts is None or self.changes:
+            return self.changes
+        return {self.reverts: StoredChange(delta=None, delta_bytes=0, facts=[])}
+
+    def sealed(self) -> tuple[str, str]:
+        """Return the id of the record, and the text that it is the sha256 of.
+
+        Raises:
+            InputError: when a value cannot be written as JSON in UTF-8.
+        """
+        try:
+            text = json.dumps(
+                self.model_dump(), ensure_ascii=False, sort_keys=True, allow_nan=False
+            )
+            return hashlib.sha256(text.encode()).hexdigest(), text
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"A record cannot be stored as JSON: {error}. Give config, facts and report as "
+                "JSON values: finite numbers, and text that can be written as UTF-8."
+            ) from None
+
+
+def one_line(message: str) -> str:
+    """Return a message as one line of at most 200 characters."""
+    line = " ".join(message.split())
+    return line if len(line) <= 200 else line[:199] + "…"
+
+
+# ---- shown -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """What a revert made of a patch: the sha256 of its delta from then on (None: out of effect), and which of its facts are in it."""
+    """What a revert does to one patch.
+
+    Attributes:
+        delta: The sha256 of the patch's delta from this revert on. None: it goes out of effect.
+        delta_bytes: The size of that delta's files.
+        facts: The indices of the patch's facts that stay in effect.
+    """
 
     delta: str | None
     delta_bytes: int
@@ -69,36 +123,42 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Revision:
-    """One entry of the history.
+    """One entry of the history, as seen from one place in it.
 
-    id           sha256 hex of the record; any unique prefix of at least four digits names it
-    parent       id of the entry before it, or "base"
-    number       1 for the first entry
-    kind         "patch" (adds a delta) or "revert" (takes facts out, or brings back what another revert took)
-    state        "active" (in effect where the workspace is checked out), "reverted", or "later" (comes after the checked-out entry)
-    created      UTC, ISO 8601
-    message      one line
-    base         fingerprint of the unpatched model
-    method       name of the editing method; for a revert, that of the reverted entry
-    config       its settings, plain JSON values
-    facts        what was written, or taken out
-    layers       the layers touched
-    moments      digest of the second moments used, or None
-    report       the evaluation kept with the entry, plain JSON values
-    delta        sha256 of the delta's files; None for a revert
-    delta_bytes  their size
-    reverts      id of the entry that a revert takes out; None for a patch
-    changes      of a revert: {patch id: what it made of it}, for every patch that it touched; those on top of others were solved again
-    reverted_by  id of the newest revert that took this entry out whole (in effect or not), or None
-    carried      sha256 of the delta that the model carries for this patch where it is looked at: its own, or one solved again. None: none
-    in_effect    the facts of a patch that are in effect there
+    Attributes:
+        id: The sha256 (hex) of the record. A unique prefix of at least four digits names it too.
+        parent: The id of the entry before it, or "base".
+        number: Its place in the history. The first entry has number 1.
+        kind: "patch" adds a delta. "revert" takes facts out of effect, or brings back facts that
+            another revert took out.
+        state: "active": in effect at this place. "reverted": taken out of effect. "later": it comes
+            after this place.
+        created: The UTC time of the commit, in ISO 8601.
+        message: One line.
+        base: The fingerprint of the unpatched model.
+        method: The name of the editing method. A revert has the method of the entry it undoes.
+        config: The settings of the method, as plain JSON values.
+        facts: The facts that were written, or that the revert moved.
+        layers: The layers that changed.
+        moments: The sha256 of the second moments that were used, or None.
+        report: The evaluation stored with the entry, as plain JSON values.
+        delta: The sha256 of the delta's files. None for a revert.
+        delta_bytes: The size of these files.
+        reverts: The id of the entry that a revert undoes. None for a patch.
+        changes: For a revert: what it does to each patch that it touches, by the patch's id. Later
+            patches that were solved on top of others are among them.
+        reverted_by: The id of the newest revert that took this entry out completely, or None. That
+            revert may be undone or come later.
+        carried: The sha256 of the delta that the model carries for this patch at this place: the
+            patch's own delta, or one that was solved again. None: the model carries none.
+        in_effect: The facts of the patch that are in effect at this place.
     """
 
     id: str
     parent: str
     number: int
-    kind: Kind
-    state: State
+    kind: RevisionKind
+    state: RevisionState
     created: str
     message: str
     base: str
@@ -116,8 +176,22 @@ class Revision:
     carried: str | None
     in_effect: tuple[Fact, ...]
 
+    @property
+    def deltas(self) -> tuple[str, ...]:
+        """The sha256 of every delta that the revision names: its own, and those of its changes."""
+        named = (self.delta, *(change.delta for change in self.changes.values()))
+        return tuple(delta for delta in named if delta is not None)
+
+    @property
+    def indices_in_effect(self) -> tuple[int, ...] | None:
+        """The indices of the facts that are in effect; None if the patch is out of effect."""
+        if self.carried is None:
+            return None
+        kept = {id(fact) for fact in self.in_effect}  # a patch may hold two equal facts
+        return tuple(i for i, fact in enumerate(self.facts) if id(fact) in kept)
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able fields."""
+        """Return the fields as plain JSON values."""
         facts = {
             name: [fact.to_dict() for fact in getattr(self, name)]
             for name in ("facts", "in_effect")
@@ -131,11 +205,14 @@ class Revision:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What becomes of one patch when something is taken out, or back in.
+    """What a revert would do to one patch.
 
-    patch   as it is now
-    facts   indices of its facts that are in effect afterwards; None: the patch is out of effect
-    delta   sha256 of a delta that is there already and can be used as it is; None: it goes, or is solved again
+    Attributes:
+        patch: The patch as it is now.
+        facts: The indices of its facts that are in effect afterwards. None: the patch goes out of
+            effect.
+        delta: The sha256 of a delta in the workspace that the model carries for it afterwards.
+            None: the patch goes out of effect, or must be solved again.
     """
 
     patch: Revision
@@ -144,31 +221,45 @@ class Step:
 
     @property
     def solve(self) -> bool:
-        """Whether its delta has to be solved again: some of its facts go, or what it was solved on top of does."""
+        """Whether the patch must be solved again.
+
+        It must if some of its facts go, or if a delta changes that it was solved on top of.
+        """
         return self.facts is not None and self.delta is None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Integrity:
-    """What `Ledger.verify` counted: revisions read, delta folders checked against their sha256, and those that no revision names."""
+    """The counts of a full check of a workspace.
+
+    Attributes:
+        revisions: How many records were read and checked.
+        deltas: How many delta folders in the workspace are named by a revision.
+        orphans: The sha256 of the delta folders that no revision names.
+    """
 
     revisions: int
     deltas: int
     orphans: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able fields."""
+        """Return the fields as plain JSON values."""
         return {**vars(self), "orphans": list(self.orphans)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """A workspace at a glance.
+    """A summary of a workspace.
 
-    folder, model, dtype, fingerprint  as in `Ledger`
-    head, current                      ids of the newest and of the checked-out revision, or "base"
-    active                             the patches in effect, oldest first
-    integrity                          what was counted while every record and every delta's sha256 was checked
+    Attributes:
+        folder: The workspace.
+        model: The name or path of its model.
+        dtype: The dtype of its model, such as "float32".
+        fingerprint: The sha256 (hex) of the unpatched model.
+        head: The id of the newest revision, or "base".
+        current: The id of the revision that is checked out, or "base".
+        active: The patches in effect, oldest first.
+        integrity: The counts of the full check that was made for this summary.
     """
 
     folder: Path
@@ -181,7 +272,7 @@ class Status:
     integrity: Integrity
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able fields; the active patches by their ids."""
+        """Return the fields as plain JSON values; the active patches as their ids."""
         active = [revision.id for revision in self.active]
         return {
             **vars(self),

@@ -1,0 +1,103 @@
+"""Ledgers survive processes that are killed, and several processes that write at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from factsmith.keep.ledger import Ledger
+from ledgers import commit
+
+_WORK = """
+import os, random, signal, sys, time
+from factsmith.core.errors import WorkspaceError
+from factsmith.core.fact import Fact
+from factsmith.keep.ledger import Ledger
+
+fact = Fact("A", "{} is", "B")
+
+def work(name, steps, out):
+    with Ledger(sys.argv[1], wait=60) as ledger:
+        for step in range(steps):
+            def write(folder):
+                folder.mkdir()
+                (folder / "delta.safetensors").write_bytes(f"{name} {step}".encode() * 5000)
+            while True:
+                try:
+                    revision = ledger.commit(
+                        write, onto=ledger.head, method="rome", facts=[fact], layers=[1]
+                    )
+                    break
+                except WorkspaceError as error:
+                    if "somebody committed" not in str(error):
+                        raise
+            os.write(out, revision.id.encode() + b"\\n")
+            if name == "killed" and step % 2:
+                os.write(out, ledger.revert(revision.id).id.encode() + b"\\n")
+"""
+
+
+_KILLS = (
+    _WORK
+    + """
+random.seed(int(sys.argv[2]))
+for round_ in range(int(sys.argv[3])):
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        work("killed", 10**9, write)
+    os.close(write)
+    lines = os.read(read, 65)  # one commit is reported; then it may die anywhere in the next few
+    time.sleep(random.random() * 0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    while more := os.read(read, 65536):
+        lines += more
+    os.close(read)
+    print(lines.decode(), end="")
+"""
+)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKILL")
+def test_kill_in_the_middle_of_commits(ledger: Ledger) -> None:
+    """What was reported is there, and all that is there is whole, wherever the kill falls."""
+    kills = 40
+    done = subprocess.run(
+        [sys.executable, "-c", _KILLS, str(ledger.folder), "0", str(kills)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    reported = done.stdout.split()
+    with Ledger(ledger.folder) as opened:
+        integrity = opened.verify()
+        ids = [r.id for r in opened.log()]
+        assert len(set(reported)) == len(reported) >= kills
+        assert set(reported) <= set(ids)
+        assert (
+            len(ids) - len(reported) <= kills
+        )  # at most the one entry in flight at each kill went unreported
+        assert integrity.revisions == len(ids) == opened.log()[0].number
+        commit(opened, "after")
+    assert not any((ledger.folder / "deltas").glob(".staging-*"))
+
+
+def test_processes_at_once_lose_nothing(ledger: Ledger) -> None:
+    script = _WORK + "work(sys.argv[2], 5, 1)"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(ledger.folder), str(n)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for n in range(3)
+    ]
+    outputs = [process.communicate(timeout=60)[0].split() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    committed = sorted(identity for output in outputs for identity in output)
+    assert len(committed) == 15 and committed == sorted(r.id for r in ledger.log())
+    assert ledger.verify().deltas == 15
