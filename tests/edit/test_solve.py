@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from factsmith.core.errors import InputError, NumericsError
+from factsmith.corpus import factors
 from factsmith.edit import solve
 
 
@@ -20,18 +21,10 @@ def vectors(*sizes: int, seed: int = 1) -> list[torch.Tensor]:
     return [torch.randn(size, generator=draw, dtype=torch.float64) for size in sizes]
 
 
-def test_solve_moment_equals_a_general_solver() -> None:
-    matrix, keys = moment(), torch.stack(vectors(12, 12, 12))
-    expected = torch.linalg.lstsq(matrix, keys.T).solution.T
-    torch.testing.assert_close(
-        solve.solve_moment(solve.cholesky(matrix), keys), expected, rtol=1e-8, atol=1e-10
-    )
-
-
 def test_rome_maps_the_prompts_key_to_v_star() -> None:
     k_star, k_prompt, v_star = vectors(12, 12, 5)
     weight = torch.stack(vectors(*[12] * 5, seed=2))
-    left, right = solve.rome(k_star, k_prompt, v_star - weight @ k_prompt, solve.cholesky(moment()))
+    left, right = solve.rome(k_star, k_prompt, v_star - weight @ k_prompt, factors.cholesky(moment()))
     assert left.shape == (5, 1) and right.shape == (1, 12)
     torch.testing.assert_close((weight + left @ right) @ k_prompt, v_star)
     assert not torch.allclose((weight + left @ right) @ k_star, v_star), (
@@ -43,7 +36,7 @@ def test_rome_with_one_key_is_the_least_change_under_the_moment() -> None:
     """ROME's theorem: of all updates with Δk = r, it has the smallest E‖Δm‖² = tr(Δ C Δᵀ). Checked against the KKT system, row by row."""
     matrix = moment()
     (key, residual) = vectors(12, 5)
-    left, right = solve.rome(key, key, residual, solve.cholesky(matrix))
+    left, right = solve.rome(key, key, residual, factors.cholesky(matrix))
     kkt = torch.zeros(13, 13, dtype=torch.float64)
     kkt[:12, :12], kkt[:12, 12], kkt[12, :12] = 2 * matrix, key, key
     wanted = torch.zeros(13, 5, dtype=torch.float64)
@@ -62,33 +55,16 @@ def test_rome_with_one_key_is_the_least_change_under_the_moment() -> None:
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_singular_moment_is_solved_with_the_stated_jitter(tokens: int, dtype: torch.dtype) -> None:
     matrix = moment(tokens=tokens).to(dtype)  # of rank 1 or 5, not 12
-    factor = solve.cholesky(matrix)
+    factor = factors.cholesky(matrix)
     error = (factor @ factor.T - matrix).abs().max()
-    assert 0 < error <= solve.JITTERS[-1] * matrix.diagonal().mean() * 1.01
+    assert 0 < error <= factors.JITTERS[-1] * matrix.diagonal().mean() * 1.01
     (key, residual) = vectors(12, 5)
     left, right = solve.rome(key, key, residual, factor)
     torch.testing.assert_close(left @ right @ key, residual, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("matrix", "error", "words"),
-    [
-        (torch.ones(3, 4), InputError, "square"),
-        (torch.eye(3) + torch.triu(torch.ones(3, 3), 1), InputError, "symmetric"),
-        (torch.zeros(3, 3), NumericsError, "mean diagonal"),
-        (torch.diag(torch.tensor([1.0, 1.0, -0.5])), NumericsError, "positive definite"),
-        (torch.full((3, 3), float("nan")), NumericsError, "NaN"),
-    ],
-)
-def test_what_is_no_second_moment_is_refused(
-    matrix: torch.Tensor, error: type[Exception], words: str
-) -> None:
-    with pytest.raises(error, match=words):
-        solve.cholesky(matrix)
-
-
 def test_keys_that_do_not_overlap_are_refused() -> None:
-    factor = solve.cholesky(torch.eye(4, dtype=torch.float64))
+    factor = factors.cholesky(torch.eye(4, dtype=torch.float64))
     unit = torch.eye(4, dtype=torch.float64)
     with pytest.raises(NumericsError, match="hardly overlap"):
         solve.rome(unit[0], unit[1], torch.ones(3), factor)
@@ -125,7 +101,7 @@ def stacked_least_squares(
 def test_memit_equals_least_squares_on_the_stacked_system(n: int) -> None:
     """In both of the spaces that it is solved in: fewer facts than neurons, and more."""
     keys, residuals = batch(n)
-    left, right = solve.memit(keys, residuals, solve.cholesky(moment()), 0.7)
+    left, right = solve.memit(keys, residuals, factors.cholesky(moment()), 0.7)
     assert left.shape == (5, n) and right.shape == (n, 12)
     expected = stacked_least_squares(keys, residuals, moment(), 0.7)
     torch.testing.assert_close(left @ right, expected, rtol=1e-7, atol=1e-9)
@@ -137,13 +113,13 @@ def test_memit_equals_least_squares_on_the_stacked_system(n: int) -> None:
 def test_memit_with_stored_keys_counts_them_as_observations() -> None:
     keys, residuals = batch(4)
     old, _ = batch(3, seed=8)
-    factor = solve.cholesky(solve.with_stored(moment(), old.T @ old, 0.7))
+    factor = factors.cholesky(solve.with_stored(moment(), old.T @ old, 0.7))
     left, right = solve.memit(keys, residuals, factor, 0.7)
     expected = stacked_least_squares(
         torch.cat([keys, old]), torch.cat([residuals, torch.zeros(3, 5).double()]), moment(), 0.7
     )
     torch.testing.assert_close(left @ right, expected, rtol=1e-7, atol=1e-9)
-    without = solve.memit(keys, residuals, solve.cholesky(moment()), 0.7)
+    without = solve.memit(keys, residuals, factors.cholesky(moment()), 0.7)
     assert ((without[0] @ without[1]) @ old.T).norm() > 1.2 * ((left @ right) @ old.T).norm(), (
         "the old keys are kept"
     )
@@ -151,12 +127,12 @@ def test_memit_with_stored_keys_counts_them_as_observations() -> None:
 
 def test_emmet_without_a_ridge_gives_every_key_its_output() -> None:
     keys, residuals = batch(7)
-    left, right = solve.emmet(keys, residuals, solve.cholesky(moment()))
+    left, right = solve.emmet(keys, residuals, factors.cholesky(moment()))
     torch.testing.assert_close((left @ right) @ keys.T, residuals.T)
-    softened = solve.emmet(keys, residuals, solve.cholesky(moment()), weight=1, ridge=0.1)
+    softened = solve.emmet(keys, residuals, factors.cholesky(moment()), weight=1, ridge=0.1)
     assert not torch.allclose((softened[0] @ softened[1]) @ keys.T, residuals.T, rtol=1e-3)
     torch.testing.assert_close(
-        softened, solve.memit(keys, residuals, solve.cholesky(moment()), 0.1)
+        softened, solve.memit(keys, residuals, factors.cholesky(moment()), 0.1)
     )
 
 
@@ -168,7 +144,7 @@ def test_emmet_is_the_least_change_among_those_that_fit() -> None:
     kkt[:12, :12], kkt[:12, 12:], kkt[12:, :12] = 2 * matrix, keys.T, keys
     wanted = torch.zeros(15, 5, dtype=torch.float64)
     wanted[12:] = residuals
-    left, right = solve.emmet(keys, residuals, solve.cholesky(matrix))
+    left, right = solve.emmet(keys, residuals, factors.cholesky(matrix))
     torch.testing.assert_close(
         left @ right, torch.linalg.lstsq(kkt, wanted).solution[:12].T, rtol=1e-7, atol=1e-9
     )
@@ -176,7 +152,7 @@ def test_emmet_is_the_least_change_among_those_that_fit() -> None:
 
 def test_emmet_with_one_fact_is_rome() -> None:
     keys, residuals = batch(1)
-    factor = solve.cholesky(moment())
+    factor = factors.cholesky(moment())
     left, right = solve.emmet(keys, residuals, factor)
     u, v = solve.rome(keys[0], keys[0], residuals[0], factor)
     torch.testing.assert_close(left @ right, u @ v)
@@ -186,7 +162,7 @@ def test_emmet_with_one_fact_is_rome() -> None:
 def test_alphaedit_is_the_authors_system_and_leaves_ordinary_text_alone(earlier: bool) -> None:
     """P (KᵀK + Σ k kᵀ) + l2 · I is not symmetric; a general solver takes it as it is written in the paper."""
     matrix = moment(tokens=6)  # of rank 6: text uses half of the space
-    basis = solve.null_space(*torch.linalg.eigh(matrix), threshold=1e-9)
+    basis = factors.null_space(*torch.linalg.eigh(matrix), threshold=1e-9)
     assert basis.shape == (12, 6)
     keys, residuals = batch(4)
     old, _ = batch(3, seed=8)
@@ -198,7 +174,7 @@ def test_alphaedit_is_the_authors_system_and_leaves_ordinary_text_alone(earlier:
     torch.testing.assert_close(left @ right, expected, rtol=1e-7, atol=1e-9)
     texts = torch.linalg.eigh(matrix).eigenvectors[:, 6:]
     assert (left @ right @ texts).norm() < 1e-9 * (left @ right).norm()
-    memit = solve.memit(keys, residuals, solve.cholesky(matrix + 0.1 * torch.eye(12).double()), 1.0)
+    memit = solve.memit(keys, residuals, factors.cholesky(matrix + 0.1 * torch.eye(12).double()), 1.0)
     assert (memit[0] @ memit[1] @ texts).norm() > 1e-3, "the control writes there"
 
 
@@ -206,8 +182,8 @@ def test_alphaedit_is_the_authors_system_and_leaves_ordinary_text_alone(earlier:
 def test_the_order_of_facts_does_not_matter(method: str) -> None:
     keys, residuals = batch(6)
     order = torch.tensor([3, 0, 5, 1, 4, 2])
-    factor = solve.cholesky(moment())
-    basis = solve.null_space(*torch.linalg.eigh(moment()), energy=0.5)
+    factor = factors.cholesky(moment())
+    basis = factors.null_space(*torch.linalg.eigh(moment()), energy=0.5)
     formula = {
         "memit": lambda k, r: solve.memit(k, r, factor, 2.0),
         "emmet": lambda k, r: solve.emmet(k, r, factor),
@@ -219,27 +195,14 @@ def test_the_order_of_facts_does_not_matter(method: str) -> None:
     assert not torch.allclose(straight[0] @ straight[1], other[0] @ other[1], rtol=1e-3)
 
 
-def test_the_null_space_by_energy_does_not_depend_on_the_scale() -> None:
-    values, vectors = torch.linalg.eigh(moment())
-    basis = solve.null_space(values, vectors, energy=0.9)
-    assert torch.equal(solve.null_space(1e4 * values, vectors, energy=0.9), basis)
-    left_out = torch.trace(basis.T @ moment() @ basis) / torch.trace(moment())
-    assert left_out <= 0.1
-    wider = vectors[:, : basis.shape[1] + 1]
-    assert torch.trace(wider.T @ moment() @ wider) / torch.trace(moment()) > 0.1, (
-        "one more direction would be too much"
-    )
-    assert solve.null_space(values, vectors, threshold=float(values[4])).shape[1] == 4
-
-
 @pytest.mark.parametrize("n", [2, 13])
 def test_keys_that_are_not_independent_have_no_exact_solution(n: int) -> None:
     keys, residuals = batch(n)
     if n == 2:
         keys[1] = 3 * keys[0]
     with pytest.raises(NumericsError, match=r"independent|not positive"):
-        solve.emmet(keys, residuals, solve.cholesky(moment()))
-    assert torch.isfinite(solve.memit(keys, residuals, solve.cholesky(moment()), 1e-3)[1]).all(), (
+        solve.emmet(keys, residuals, factors.cholesky(moment()))
+    assert torch.isfinite(solve.memit(keys, residuals, factors.cholesky(moment()), 1e-3)[1]).all(), (
         "a ridge averages them"
     )
 
@@ -247,24 +210,19 @@ def test_keys_that_are_not_independent_have_no_exact_solution(n: int) -> None:
 def test_a_fact_given_twice_is_averaged_by_a_ridge() -> None:
     keys, residuals = batch(2)
     keys[1] = keys[0]
-    left, right = solve.memit(keys, residuals, solve.cholesky(moment()), 1e-9)
+    left, right = solve.memit(keys, residuals, factors.cholesky(moment()), 1e-9)
     torch.testing.assert_close((left @ right) @ keys[0], residuals.mean(0), rtol=1e-5, atol=1e-6)
 
 
 def test_bad_input_is_refused() -> None:
     keys, residuals = batch(3)
-    factor = solve.cholesky(moment())
+    factor = factors.cholesky(moment())
     for wrong in (
         lambda: solve.memit(keys, residuals[:2], factor, 1.0),
         lambda: solve.memit(keys, residuals, factor, 0.0),
     ):
         with pytest.raises(InputError):
             wrong()
-    for energy in (0.0, 1.0, float("nan")):
-        with pytest.raises(InputError, match="energy"):
-            solve.null_space(*torch.linalg.eigh(moment()), energy=energy)
-    with pytest.raises(InputError, match="either"):
-        solve.null_space(*torch.linalg.eigh(moment()))
     with pytest.raises(InputError, match="null space"):
         solve.alphaedit(keys, residuals, torch.empty(12, 0), 1.0)
     keys[1, 4] = torch.nan
@@ -281,7 +239,7 @@ def test_the_closest_key_of_another_group() -> None:
     )
     keys[1050] = 2 * keys[7]
     groups[7], groups[1050] = 0, 1
-    index, cosine = solve.closest(keys, solve.cholesky(moment()), groups)
+    index, cosine = solve.closest(keys, factors.cholesky(moment()), groups)
     gram = keys.double() @ torch.linalg.inv(moment()) @ keys.double().T
     scale = gram.diagonal().sqrt()
     expected = (gram / (scale[:, None] * scale)).masked_fill(groups[:, None] == groups, -1)
@@ -291,23 +249,8 @@ def test_the_closest_key_of_another_group() -> None:
         groups[:, None] == groups, -1
     )
     assert not torch.equal(index, plain.argmax(1)), "the second moment counts"
-    alone = solve.closest(keys[:4], solve.cholesky(moment()), torch.zeros(4, dtype=torch.long))
+    alone = solve.closest(keys[:4], factors.cholesky(moment()), torch.zeros(4, dtype=torch.long))
     assert (alone[1] == -1).all()
-
-
-def test_the_spectrum_of_what_is_no_second_moment_is_refused() -> None:
-    values, vectors = solve.spectrum(moment())
-    torch.testing.assert_close(vectors @ torch.diag(values) @ vectors.T, moment())
-    for matrix, error, words in (
-        (torch.zeros(3, 3), NumericsError, "mean diagonal"),
-        (torch.diag(torch.tensor([1.0, 1.0, -0.5])), NumericsError, "eigenvalue of -0.5"),
-        (torch.eye(3) + torch.triu(torch.ones(3, 3), 1), InputError, "symmetric"),
-        (torch.full((3, 3), float("inf")), NumericsError, "infinity"),
-    ):
-        with pytest.raises(error, match=words):
-            solve.spectrum(matrix)
-    with pytest.raises(InputError, match="nothing would be kept"):
-        solve.null_space(values, vectors, threshold=2 * float(values[-1]))
 
 
 def test_the_disturbance_is_what_samples_of_that_moment_see() -> None:
