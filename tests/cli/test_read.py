@@ -9,8 +9,6 @@ from pathlib import Path
 import pytest
 
 from commands import PROMPT, Run
-from factsmith.cli import common
-from factsmith.cli.common import Paragraphs
 from factsmith.corpus.moments import second_moments
 from factsmith.model.load import load
 from factsmith.read.census import effective_rank
@@ -304,20 +302,7 @@ def test_a_census_counts_directions_on_the_corpus(run: Run, model: Path, tmp_pat
     )
 
 
-def test_texts_that_are_read_as_they_are(
-    run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A mark of the byte order is no text; a file without blank lines is read in parts."""
-    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfParis is in France.\r\n\r\nSo is\r\nLyon.\n")
-    paragraphs = Paragraphs([tmp_path / "bom.txt"])
-    assert list(paragraphs) == list(paragraphs) == ["Paris is in France.", "So is\nLyon."]
-    monkeypatch.setattr(common, "_LONGEST", 50)
-    for words in ("word " * 400, "line of words\n" * 100, "x" * 400, "a b\n \nc d" * 20):
-        (tmp_path / "long.txt").write_text(words)
-        parts = list(Paragraphs([tmp_path / "long.txt"]))
-        assert len(parts) > 7 and max(map(len, parts)) <= 100
-        assert " ".join(parts).split() == words.split() or set(words) == {"x"}
-        assert "".join("".join(parts).split()) == "".join(words.split())
+def test_texts_that_are_not_in_utf8_are_refused(run: Run, model: Path, tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("Zürich lies in Switzerland".encode("latin-1"))
     done = run("find", model, "is", "--texts", "latin.txt", "--index", "index")
     assert (

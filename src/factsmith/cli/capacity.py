@@ -8,11 +8,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ..corpus.paragraphs import Paragraphs
 from .common import (
     LARGEST_SEED,
     Device,
     Json,
-    Paragraphs,
     Where,
     complain,
     opened,

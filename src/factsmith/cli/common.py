@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import functools
 import io
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -167,53 +166,6 @@ def _holds(folder: Path, model: str) -> bool:
         return False
     with Ledger(folder) as ledger:
         return ledger.model in (model, str(Path(model).resolve()))
-
-
-_LONGEST = 1_000_000  # characters of a paragraph that are read at a time
-
-
-class Paragraphs:
-    """The paragraphs of text files, one after another, read as they are asked for, as often as they are; very long ones in parts."""
-
-    def __init__(self, files: Sequence[Path]) -> None:
-        """Raises InputError for a file that cannot be opened."""
-        self.files = files
-        for file in files:
-            try:
-                file.open("rb").close()
-            except OSError as error:
-                raise self._unreadable(file, error) from None
-
-    def __iter__(self) -> Iterator[str]:
-        for file in self.files:
-            try:
-                with file.open(encoding="utf-8-sig") as lines:
-                    for text in _paragraphs(iter(functools.partial(lines.readline, _LONGEST), "")):
-                        if text := text.strip():
-                            yield text
-            except (OSError, UnicodeDecodeError) as error:
-                raise self._unreadable(file, error) from None
-
-    @staticmethod
-    def _unreadable(file: Path, error: Exception) -> InputError:
-        return InputError(f"cannot read {file}: {error}; expected plain text in UTF-8")
-
-
-def _paragraphs(lines: Iterable[str]) -> Iterator[str]:
-    """Lines put together up to blank ones, and cut at white space when they grow too long."""
-    held = ""
-    for line in lines:
-        if not line.strip():
-            yield held
-            held = ""
-            continue
-        held += line
-        if len(held) >= _LONGEST:
-            space = max(held.rfind(c) for c in " \n\t")
-            cut = space if space > 0 else len(held)
-            yield held[:cut]
-            held = held[cut:]
-    yield held
 
 
 # ---- printing -------------------------------------------------------------------------------------------------------------------------

@@ -15,12 +15,12 @@ from rich.console import Console
 from ..core.errors import DamagedError, FingerprintError, InputError, NumericsError
 from ..core.files import check_writable, file_digest, write_file
 from ..core.tables import counted
+from ..corpus.paragraphs import Paragraphs
 from .common import (
     LARGEST_SEED,
     Device,
     Json,
     Model,
-    Paragraphs,
     Where,
     complain,
     line,

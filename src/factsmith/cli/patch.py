@@ -14,13 +14,13 @@ from rich.console import Console
 from ..core.errors import InputError, NumericsError
 from ..core.fact import Fact, Gates
 from ..core.factfile import FactFile, FactSheet
+from ..corpus.paragraphs import Paragraphs
 from ..keep.revision import Revision
 from .common import (
     LARGEST_SEED,
     Device,
     Json,
     Model,
-    Paragraphs,
     Where,
     complain,
     in_workspace,

@@ -12,11 +12,11 @@ from rich.console import Console
 from ..core.errors import NumericsError
 from ..core.factfile import FactFile
 from ..core.tables import counted
+from ..corpus.paragraphs import Paragraphs
 from .common import (
     LARGEST_SEED,
     Device,
     Json,
-    Paragraphs,
     Where,
     complain,
     in_workspace,

@@ -10,13 +10,13 @@ from rich.console import Console
 
 from ..core.errors import InputError
 from ..core.tables import Table, counted, ending
+from ..corpus.paragraphs import Paragraphs
 from .common import (
     Device,
     Json,
     Model,
     ModelAndPrompt,
     Out,
-    Paragraphs,
     Where,
     complain,
     line,
