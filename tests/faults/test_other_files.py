@@ -103,7 +103,7 @@ def test_newer_ledgers_and_other_models_are_refused(lm: Any, tmp_path: Path) -> 
     before = whole_state(space)
     stranger = wrap(tiny_model("gpt2", seed=5, **GPT2), byte_tokenizer())
     fingerprint = stranger.fingerprint
-    with pytest.raises(FingerprintError, match="load that model, unpatched"):
+    with pytest.raises(FingerprintError, match="Load that model without patches"):
         Workbench(stranger, space)
     assert stranger.fingerprint == fingerprint and whole_state(space) == before
     db = sqlite3.connect(space / "ledger.db")
