@@ -112,7 +112,8 @@ def check_weights(tiny: Tiny, folder: Path) -> tuple[list[Revision], str]:
 
 def kill_workbenches(tiny: Tiny, folder: Path, seed: int, kills: int) -> dict[str, Any]:
     """Kill processes that use one workspace through a workbench; arguments as `kill_ledgers`."""
-    from factsmith.keep.workbench import Workbench, create
+    from factsmith.keep.bench import create
+    from factsmith.keep.workbench import Workbench
 
     rng, books, hit = random.Random(seed), Books(), Counter[str]()
     create(tiny.lm, folder).close()

@@ -68,7 +68,8 @@ def crowd_of_workbenches(tiny: Tiny, folder: Path, n: int, steps: int) -> list[d
     import torch
 
     from factsmith.edit.delta import Delta
-    from factsmith.keep.workbench import Workbench, create
+    from factsmith.keep.bench import create
+    from factsmith.keep.workbench import Workbench
 
     create(tiny.lm, folder).close()
 

@@ -58,7 +58,7 @@ def init(
     """
     with progress() as tell:
         lm = load_model(model, device, None, tell)
-    from ..keep.workbench import create
+    from ..keep.bench import create
 
     with create(lm, folder) as ledger:
         made = {

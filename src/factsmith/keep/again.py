@@ -1,7 +1,8 @@
-"""Take something out of the middle: solve again what was solved on top of it, and prove that what stays still holds.
+"""Take something out of the middle: solve again what was solved on top of it, and prove that what
+stays still holds.
 
-Later patches were solved on the model that carried the earlier ones. The ledger keeps their v_star and their settings, so they are solved
-again in closed form, without a gradient.
+Later patches were solved on the model that carried the earlier ones. The ledger keeps their v_star
+and their settings, so they are solved again in closed form, without a gradient.
 """
 
 from __future__ import annotations
@@ -49,14 +50,16 @@ def undo(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Undoing:
-    """Work out what the model carries without a patch, or without some of its facts; nothing is recorded.
+    """Work out what the model carries without a patch, or without some of its facts; nothing is
+    recorded.
 
     Args:
         bench: The workbench.
         carried: What its model carries; it is as before when this returns.
         target: The revision to take out, or the revert to take back.
         facts: Indices of the patch's facts that go. None: all.
-        sources: Second moments for patches that must be solved again. None given: those they were made with.
+        sources: Second moments for patches that must be solved again. None given: those they were
+            made with.
         force: Go on when a fact that stays would be lost.
         progress: Called with the step's name, how much is done, and how much there is.
 
@@ -84,8 +87,10 @@ def undo(
     lost = [check for check in proof.failed("prompt") if check.held_before]
     if lost and not force:
         raise NumericsError(
-            f"taking out {target.id[:10]} would lose {counted(len(lost), 'fact')} that should stay, the first: "
-            f"{lost[0].prompt!r} would be answered {first_phrase(lost[0].after)!r}. Nothing was recorded; force it, and write again what "
+            f"taking out {target.id[:10]} would lose {counted(len(lost), 'fact')} that should "
+            "stay, the first: "
+            f"{lost[0].prompt!r} would be answered {first_phrase(lost[0].after)!r}. Nothing was "
+            "recorded; force it, and write again what "
             "was lost"
         )
     return Undoing(deltas, again, proof.to_dict())
@@ -107,7 +112,8 @@ def _solve_again(
         moments = bench.moments(patch.layers, sources, progress)
         if patch.moments not in (None, moments_digest(moments, patch.layers)):
             raise InputError(
-                f"{patch.id[:10]} has to be solved again, and the second moments that it was made with are not in the workspace any more; "
+                f"{patch.id[:10]} has to be solved again, and the second moments that it was made "
+                "with are not in the workspace any more; "
                 "give them, or put them back into the workspace's moments folder",
                 argument="moments",
             )

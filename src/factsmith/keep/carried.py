@@ -6,8 +6,8 @@
         lm.answer([prompt])
     carried.move([*carried.deltas.values(), delta], record)
 
-The weights are always base + Σ active deltas in ledger order, built again from the kept base matrices. Nothing is subtracted: W + Δ − Δ is
-not W in floating point.
+The weights are always base + Σ active deltas in ledger order, built again from the kept base
+matrices. Nothing is subtracted: W + Δ − Δ is not W in floating point.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class Carried:
         return (dataclasses.replace(every[0], fingerprint=self.ledger.fingerprint), *every[1:])
 
     def delta_of(self, revision: Revision, digest: str | None = None) -> Delta:
-        """The delta that is carried for a patch, or another of its deltas by its sha256; from memory where it is there.
+        """The delta that is carried for a patch, or another of its deltas by its sha256; from
+        memory where it is there.
 
         Raises DamagedError when the files are not whole.
         """
@@ -72,15 +73,20 @@ class Carried:
         return Delta.load(self.ledger.delta_folder(revision, digest))
 
     def check_weights(self) -> None:
-        """Raise FingerprintError when somebody else changed the weights: what would be recorded is then not what was made."""
+        """Raise FingerprintError when somebody else changed the weights: what would be recorded is
+        then not what was made.
+        """
         if self.lm.fingerprint != self._fingerprint:
             raise FingerprintError(
-                "the model's weights were changed outside the workbench, so what would be recorded is not what was made; "
+                "the model's weights were changed outside the workbench, so what would be recorded "
+                "is not what was made; "
                 "load the model again and open the workspace with it"
             )
 
     def check_bits(self) -> None:
-        """Build the weights again from the base and the files, and compare them with the model's; raises DamagedError."""
+        """Build the weights again from the base and the files, and compare them with the model's;
+        raises DamagedError.
+        """
         fresh = [
             Delta.load(self.ledger.delta_folder(revision)) for revision in self.ledger.active()
         ]
@@ -89,14 +95,17 @@ class Carried:
         wrong = [layer for layer, weight in built.items() if not torch.equal(weight, now[layer])]
         if wrong:
             raise DamagedError(
-                f"the weights of layer {', '.join(map(str, wrong))} are not base + patches; open the workspace again"
+                f"the weights of layer {', '.join(map(str, wrong))} are not base + patches; open "
+                "the workspace again"
             )
 
     # ── changing ─────────────────────────────────────────────────────────────────────────────────
 
     @contextmanager
     def exactly(self, deltas: Collection[Delta]) -> Iterator[None]:
-        """A block in which the model has base + Σ deltas: the very weights that committing them would give."""
+        """A block in which the model has base + Σ deltas: the very weights that committing them
+        would give.
+        """
         try:
             self._put(deltas)
             yield
@@ -104,9 +113,11 @@ class Carried:
             self._put(self.deltas.values())
 
     def move(self, deltas: Collection[Delta], record: Callable[[], T]) -> T:
-        """Put deltas into the model and record it in the ledger; if either fails, the model goes back.
+        """Put deltas into the model and record it in the ledger; if either fails, the model goes
+        back.
 
-        The weights come first: they are checked for shape and finite numbers before anything is recorded. An interruption that comes when
+        The weights come first: they are checked for shape and finite numbers before anything is
+            recorded. An interruption that comes when
         the record is already made leaves both moved, since history is not taken back.
 
         Args:
@@ -143,7 +154,8 @@ class Carried:
 
     def _put(self, deltas: Collection[Delta]) -> None:
         layers = {layer for delta in deltas for layer in delta.layers}
-        # A layer that was never patched still has its base weights: they are copied before its first change.
+        # A layer that was never patched still has its base weights: they are copied before its
+        # first change.
         self.base.update(read_weights(self.lm, layers - self.base.keys()))
         write_weights(self.lm, patched(self.base, deltas))
 

@@ -1,4 +1,6 @@
-"""Take in the patches of another workspace, from a folder that `export` wrote in the format "patch"."""
+"""Take in the patches of another workspace, from a folder that `export` wrote in the format
+"patch".
+"""
 
 from __future__ import annotations
 
@@ -48,8 +50,9 @@ def read_arrivals(
 ) -> Arrivals:
     """Read the patches of a folder, and make them fit the model as it is; nothing is recorded.
 
-    A patch made on the very weights that it comes to is taken as it is. Any other is solved again for these weights, from its targets and
-    in closed form. A patch whose every fact is already in effect is left out.
+    A patch made on the very weights that it comes to is taken as it is. Any other is solved again
+    for these weights, from its targets and in closed form. A patch whose every fact is already in
+    effect is left out.
 
     Args:
         bench: The workbench.
@@ -93,8 +96,10 @@ def read_arrivals(
         ]
         if lost and not force:
             raise NumericsError(
-                f"with the patches of {folder}, {counted(len(lost), 'fact')} would not hold, the first: {lost[0].prompt!r} would be "
-                f"answered {first_phrase(lost[0].after)!r}. Nothing was recorded; force it, or write the facts with `factsmith apply`"
+                f"with the patches of {folder}, {counted(len(lost), 'fact')} would not hold, the "
+                f"first: {lost[0].prompt!r} would be "
+                f"answered {first_phrase(lost[0].after)!r}. Nothing was recorded; force it, or "
+                "write the facts with `factsmith apply`"
             )
         arrivals.report.update(proof.to_dict() | {"forced": bool(lost or contradicted)})
     return arrivals
@@ -121,7 +126,9 @@ def _fitted(
     sources: Sources,
     progress: Progress | None,
 ) -> Delta:
-    """A patch's delta for a model that carries `below`: the same one where it was made on these weights, or solved again."""
+    """A patch's delta for a model that carries `below`: the same one where it was made on these
+    weights, or solved again.
+    """
     with carried.exactly(below):
         fits = bench.lm.fingerprint == patch.delta.fingerprint
     if fits:

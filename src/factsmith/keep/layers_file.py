@@ -36,7 +36,8 @@ def read_layers(file: Path, lm: LanguageModel, fingerprint: str) -> LayerChoice 
             raise InputError(f"it names layers that the model does not have ({lm.n_layers})")
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(
-            f"{file} cannot be used: {error}; delete it, and the layers are measured again when they are needed"
+            f"{file} cannot be used: {error}; delete it, and the layers are measured again when "
+            "they are needed"
         ) from None
     if choice.fingerprint != fingerprint:
         return None
@@ -46,7 +47,9 @@ def read_layers(file: Path, lm: LanguageModel, fingerprint: str) -> LayerChoice 
 
 
 def write_layers(file: Path, choice: LayerChoice) -> None:
-    """Keep a choice that trial edits made; raises WorkspaceError. Any other choice is quickly made again, and is not kept."""
+    """Keep a choice that trial edits made; raises WorkspaceError. Any other choice is quickly made
+    again, and is not kept.
+    """
     if choice.source != "trials":
         return
     text = json.dumps({"format": _FORMAT, **choice.to_dict()}, ensure_ascii=False, indent=1) + "\n"

@@ -15,7 +15,8 @@ class Outcome(Attempt):
     """What `Workbench.apply` did.
 
     Attributes:
-        revision: The record that keeps the patch. None: nothing was written; `warnings` and `failures` say why.
+        revision: The record that keeps the patch. None: nothing was written; `warnings` and
+            `failures` say why.
         forced: Whether the patch was kept though a gate failed, or though facts were in conflict.
     """
 

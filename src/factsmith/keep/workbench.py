@@ -1,13 +1,15 @@
 """Workbench: a model, its ledger, and the only object that changes both.
 
-    with Workbench(load("gpt2"), "my-workspace") as bench:       # the folder is made if it is not a workspace yet
+    with Workbench(load("gpt2"), "my-workspace") as bench:       # the folder is made if it is not a
+    workspace yet
         outcome = bench.apply([Fact("Danielle Darrieux", "The mother tongue of {} is", "English")])
         outcome.verification.efficacy, outcome.revision.id
-        bench.revert(outcome.revision.id)                         # the weights are the base's again, bit for bit
+        bench.revert(outcome.revision.id)                         # the weights are the base's
+        again, bit for bit
 
-The steps of `apply` can be taken one by one: `plan` asks what the model says now, `propose` solves for the change and measures it while it
-is in the model for a moment, `commit` keeps it. A Workbench is a `patch.Bench`, so the functions of `patch` do the same without a workspace
-(`patch.Scratch`).
+The steps of `apply` can be taken one by one: `plan` asks what the model says now, `propose` solves
+for the change and measures it while it is in the model for a moment, `commit` keeps it. A Workbench
+is a `patch.Bench`, so the functions of `patch` do the same without a workspace (`patch.Scratch`).
 """
 
 from __future__ import annotations
@@ -15,65 +17,43 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
-from .. import atlas
 from ..core.checks import check_count
 from ..core.errors import FingerprintError, InputError
 from ..core.fact import Fact, Gates, listed
 from ..core.progress import Progress
-from ..corpus.moments import SecondMoment
-from ..corpus.moments_store import find_moments, kept_moments
 from ..edit.configs import EditConfig, by_depth
 from ..edit.delta import Delta, applied
 from ..edit.inputs import Moments
 from ..judge.drift import Drift, drift
-from ..model.address import check_dense
 from ..model.language_model import LanguageModel
 from ..patch.attempt import attempt_patch
 from ..patch.capacity import LIMIT, Capacity, capacity
 from ..patch.complete import complete
-from ..patch.layer_choice import LayerChoice
-from ..patch.layers import measure_layers, published_choice, quick_layers
 from ..patch.plan import Plan, plan, seconds_to_solve
 from ..patch.proof import Verification, prove
 from ..patch.proposal import Proposal, propose
 from ..patch.recipe import Recipe, Sources
 from .again import undo
-from .carried import Carried, newest_facts
+from .bench import LedgerBench
+from .carried import newest_facts
 from .diff import Diff, diff
 from .exchange import read_arrivals
 from .export.contents import Origin
 from .export.formats import export
 from .export.record import Export
-from .layers_file import read_layers, write_layers
-from .ledger import LATEST, Ledger
+from .ledger import LATEST
 from .outcome import Outcome
 from .revision import Integrity, Revision, Status
 
-_ASKED_AGAIN = 100
-"""Earlier facts asked again with every new patch: the newest ones. `Workbench.verify` asks all."""
 
+class Workbench(LedgerBench):
+    """A model and the workspace that records its patches.
 
-def create(lm: LanguageModel, folder: str | os.PathLike[str]) -> Ledger:
-    """Make a workspace for a model and return its ledger, open.
-
-    Raises:
-        WorkspaceError: The folder is a workspace already, or cannot be written.
-    """
-    # A path is kept whole, so that the workspace finds its model from anywhere.
-    is_folder = lm.name not in atlas.names() and Path(lm.name).is_dir()
-    name = str(Path(lm.name).resolve()) if is_folder else lm.name
-    dtype = str(lm.dtype).removeprefix("torch.")
-    return Ledger.create(folder, model=name, fingerprint=lm.fingerprint, dtype=dtype)
-
-
-class Workbench:
-    """A model and the workspace that records its patches; a context manager that leaves the model at its base weights.
-
-    Opening makes the workspace if the folder is not one yet, and puts the active deltas into the model.
+    A context manager that leaves the model at its base weights. Opening makes the workspace if the
+    folder is not one yet, and puts the active deltas into the model.
 
     Attributes:
         lm: The model; while the workbench is open its weights are base + Σ active deltas.
@@ -84,90 +64,6 @@ class Workbench:
         DamagedError: A delta is not whole.
     """
 
-    def __init__(self, lm: LanguageModel, folder: str | os.PathLike[str]) -> None:
-        self.lm = lm
-        is_workspace = (Path(folder) / "ledger.db").is_file()
-        self.ledger = Ledger(folder) if is_workspace else create(lm, folder)
-        self._carried = Carried(lm, self.ledger)
-        try:
-            if lm.fingerprint != self.ledger.fingerprint:
-                raise FingerprintError(
-                    f"{folder} was made for {self.ledger.model!r} in {self.ledger.dtype}, fingerprint {self.ledger.fingerprint[:10]}; "
-                    f"got {lm.name!r} in {str(lm.dtype).removeprefix('torch.')} with {lm.fingerprint[:10]}. Load that model without "
-                    "patches (close another workbench that holds it), or make a workspace for this one"
-                )
-            self.checkout(self.ledger.current)
-        except BaseException:
-            self.ledger.close()
-            raise
-
-    def __enter__(self) -> Workbench:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Put the base weights back, bit for bit, and close the ledger; the records stay."""
-        self._carried.release()
-        self.ledger.close()
-
-    # ── what planning and proposing need to know (patch.Bench) ───────────────────────────────────
-
-    @property
-    def base_fingerprint(self) -> str:
-        """The fingerprint of the model without patches."""
-        return self.ledger.fingerprint
-
-    @property
-    def beneath(self) -> tuple[Delta, ...]:
-        """The deltas that the model carries, in ledger order; the first counts as made on the base."""
-        return self._carried.on_base(self._carried.deltas.values())
-
-    @property
-    def facts_in_effect(self) -> list[tuple[str, Fact]]:
-        """The facts in effect, each after words that say which revision has it; of those with one prompt the newest."""
-        newest: dict[str, tuple[str, Fact]] = {}
-        for revision in self.ledger.active(self._carried.at):
-            for fact in revision.in_effect:
-                newest.pop(fact.text, None)
-                newest[fact.text] = (f"{revision.id[:10]} has", fact)
-        return list(newest.values())
-
-    @property
-    def asked_again(self) -> list[Fact]:
-        """The newest facts in effect, which must still hold after a new patch."""
-        return newest_facts(self._carried.deltas.values())[-_ASKED_AGAIN:]
-
-    def on_base(self) -> AbstractContextManager[None]:
-        """A block in which the model has its base weights."""
-        return self._carried.exactly([])
-
-    def carrying(self, *deltas: Delta) -> AbstractContextManager[None]:
-        """A block in which the model carries these deltas on top of the active ones."""
-        return self._carried.exactly([*self._carried.deltas.values(), *deltas])
-
-    def kept_moments(self, layers: Sequence[int]) -> Mapping[int, SecondMoment]:
-        """The second moments of these layers that the workspace keeps, or that came with the model."""
-        return kept_moments(self.lm, layers, self._moments_folder)
-
-    def moments(
-        self, layers: Sequence[int], sources: Sources, progress: Progress | None
-    ) -> Mapping[int, SecondMoment]:
-        """The second moments of these layers, of the base weights: kept, or computed now and kept."""
-        return self.find_moments(layers, texts=sources.texts, seed=sources.seed, progress=progress)
-
-    def known_layers(self) -> LayerChoice | None:
-        """The layers to edit as far as they are known without work: kept here, or else those of `published_choice`."""
-        return self._kept_layers() or published_choice(self.lm)
-
-    def measured_layers(self, sources: Sources, progress: Progress | None) -> LayerChoice:
-        """The layers to edit by a few trial edits on the base weights, kept in the workspace."""
-        with self.on_base():
-            choice = quick_layers(self.lm, sources, folder=self._moments_folder, progress=progress)
-        write_layers(self._layers_file, choice)
-        return choice
-
     # ── reading ──────────────────────────────────────────────────────────────────────────────────
 
     def plan(
@@ -176,21 +72,25 @@ class Workbench:
         method: str | Recipe | None = None,
         config: EditConfig | None = None,
     ) -> Plan:
-        """Plan what writing these facts would meet and take; nothing changes and little is computed.
+        """Plan what writing these facts would meet and take; nothing changes and little is
+        computed.
 
         Args:
             facts: The facts.
             method: A method's name, or a Recipe. None: "memit" for several facts, "rome" for one.
             config: The method's settings. None: the recommended ones.
 
-        Second moments are used only where they are kept; without them the plan says nothing about crowding. Raises what `patch.plan` raises.
+        Second moments are used only where they are kept; without them the plan says nothing about
+        crowding. Raises what `patch.plan` raises.
         """
         self._carried.check_weights()
         decided = plan(self, facts, _recipe(method, config))
         return dataclasses.replace(decided, seconds=self._seconds_for(decided))
 
     def _seconds_for(self, decided: Plan) -> float:
-        """About how long writing takes: by the newest patches of the method, or else by how long a forward pass takes."""
+        """About how long writing takes: by the newest patches of the method, or else by how long a
+        forward pass takes.
+        """
         revisions = [
             r for r in self.ledger.log() if r.method == decided.method and "seconds" in r.report
         ][:5]
@@ -209,11 +109,14 @@ class Workbench:
         return self.ledger.show(reference)
 
     def status(self) -> Status:
-        """Return where the workspace stands, after checking every record and every delta's sha256; raises DamagedError."""
+        """Return where the workspace stands, after checking every record and every delta's sha256;
+        raises DamagedError.
+        """
         return self.ledger.status()
 
     def verify(self) -> Verification:
-        """Ask every active patch's prompt, paraphrases and neighbours of the base weights and of the weights now.
+        """Ask every active patch's prompt, paraphrases and neighbours of the base weights and of
+        the weights now.
 
         Where two patches have the same prompt, only the newer one's is asked.
         """
@@ -221,7 +124,8 @@ class Workbench:
             return prove(self.lm, newest_facts(self._carried.deltas.values()), self.carrying)
 
     def diff(self, before: str, after: str = LATEST) -> Diff:
-        """Compare two revisions ("base", "latest", or ids): facts, the model's answers to their prompts, norms by layer.
+        """Compare two revisions ("base", "latest", or ids): facts, the model's answers to their
+        prompts, norms by layer.
 
         The model is as before when this returns. Raises RevisionError, DamagedError.
         """
@@ -229,10 +133,12 @@ class Workbench:
         return diff(self._carried, before, after)
 
     def rebuild(self) -> Integrity:
-        """Check every record and file, then build the weights again from the base and the files, and compare them with the model's.
+        """Check every record and file, then build the weights again from the base and the files,
+        and compare them with the model's.
 
         Raises:
-            DamagedError: The first fault, or other weights than those the model carries; then these stay.
+            DamagedError: The first fault, or other weights than those the model carries; then these
+                stay.
         """
         integrity = self.ledger.verify()
         self._carried.check_weights()
@@ -240,7 +146,8 @@ class Workbench:
         return integrity
 
     def drift(self, **options: Any) -> Drift:
-        """Measure what the patches that the model carries did to everything else; options as of the function `drift`.
+        """Measure what the patches that the model carries did to everything else; options as of the
+        function `drift`.
 
         Raises:
             InputError: The model carries no patch.
@@ -248,7 +155,8 @@ class Workbench:
         deltas = list(self._carried.deltas.values())
         if not deltas:
             raise InputError(
-                "the workspace carries no patch, so nothing can have drifted; `factsmith log` lists its patches"
+                "the workspace carries no patch, so nothing can have drifted; `factsmith log` "
+                "lists its patches"
             )
         subjects = [fact.subject for delta in deltas for fact in delta.facts]
         with self.on_base():
@@ -257,13 +165,15 @@ class Workbench:
     def capacity(
         self, next_facts: int = 0, *, limit: float = LIMIT, ask: bool = True, **options: Any
     ) -> Capacity:
-        """Measure how full the edited layers are, and forecast what `next_facts` more will cost everything else.
+        """Measure how full the edited layers are, and forecast what `next_facts` more will cost
+        everything else.
 
         Args:
             next_facts: How many facts are still to come.
             limit: Per cent of unrelated facts answered otherwise that count as broken.
             ask: Ask the model which of the stored facts it still says.
-            options: Where second moments come from, as of the function `find_moments`; they are kept in the workspace.
+            options: Where second moments come from, as of the function `find_moments`; they are
+                kept in the workspace.
         """
         self._carried.check_weights()
         deltas = list(self._carried.deltas.values())
@@ -286,7 +196,8 @@ class Workbench:
     def export(
         self, folder: str | os.PathLike[str], format: str = "checkpoint", **options: Any
     ) -> Export:
-        """Write the model with its patches as a "checkpoint" or an "adapter", or the patches alone as a "patch".
+        """Write the model with its patches as a "checkpoint" or an "adapter", or the patches alone
+        as a "patch".
 
         Options and errors are those of `export_checkpoint`, `export_adapter` and `export_patch`.
         """
@@ -314,8 +225,9 @@ class Workbench:
     ) -> Proposal:
         """Solve for a change on top of the active ones, and measure it; nothing is kept.
 
-        Second moments and measured layers are those of the base weights, and are kept in the workspace. Arguments as of `apply`. Raises what
-        `patch.plan` and `patch.propose` raise, and DamagedError when something kept cannot be read.
+        Second moments and measured layers are those of the base weights, and are kept in the
+        workspace. Arguments as of `apply`. Raises what `patch.plan` and `patch.propose` raise, and
+        DamagedError when something kept cannot be read.
         """
         self._carried.check_weights()
         sources = Sources(moments=moments, texts=texts, contexts=contexts, seed=seed)
@@ -330,55 +242,10 @@ class Workbench:
         )
         return propose(self, decided, sources, force=force, progress=progress)
 
-    def find_moments(
-        self,
-        layers: Sequence[int],
-        *,
-        folder: str | os.PathLike[str] | None = None,
-        **options: Any,
-    ) -> dict[int, SecondMoment]:
-        """Return second moments of the base weights, kept in the workspace unless `folder` says where; otherwise as the function."""
-        self._carried.check_weights()
-        with self.on_base():
-            return find_moments(self.lm, layers, folder=folder or self._moments_folder, **options)
-
-    def recommend_layers(
-        self,
-        facts: Iterable[Fact] | None = None,
-        *,
-        trials: int | None = None,
-        texts: Iterable[str] | None = None,
-        contexts: Sequence[str] | None = None,
-        seed: int = 0,
-        refresh: bool = False,
-        progress: Progress | None = None,
-    ) -> LayerChoice:
-        """Measure which layers to edit, on the base weights, and keep the choice in the workspace as layers.json.
-
-        A kept choice is returned when nothing else is asked for: no `facts`, no other number of `trials`, no `refresh`. Arguments as of the
-        function `recommend_layers`. Raises what it raises, DamagedError when the kept choice cannot be read, WorkspaceError when the new one
-        cannot be written.
-        """
-        self._carried.check_weights()
-        kept = None if refresh or facts is not None else self._kept_layers()
-        if kept is not None and not kept.quick and trials in (None, kept.trials):
-            return kept
-        check_dense(self.lm.ffn)
-        sources = Sources(texts=texts, contexts=contexts, seed=seed)
-        with self.on_base():
-            choice = measure_layers(
-                self.lm,
-                facts,
-                sources,
-                trials=trials,
-                folder=self._moments_folder,
-                progress=progress,
-            )
-        write_layers(self._layers_file, choice)
-        return choice
-
     def completed(self, facts: Fact | Iterable[Fact], *, seed: int = 0) -> list[Fact]:
-        """Return the facts with something to ask about each (`patch.complete`): those without paraphrases or neighbours get five."""
+        """Return the facts with something to ask about each (`patch.complete`): those without
+        paraphrases or neighbours get five.
+        """
         written = [fact for delta in self._carried.deltas.values() for fact in delta.facts]
         return complete(self.lm, listed(facts), written, seed)[0]
 
@@ -390,7 +257,9 @@ class Workbench:
         config: EditConfig | None = None,
         **options: Any,
     ) -> Iterator[LanguageModel]:
-        """A block in which the model carries these facts, to look at; nothing is recorded. Arguments and errors as of `propose`."""
+        """A block in which the model carries these facts, to look at; nothing is recorded.
+        Arguments and errors as of `propose`.
+        """
         proposal = self.propose(facts, method, config, **options)
         with self.carrying(*([] if proposal.delta is None else [proposal.delta])):
             yield self.lm
@@ -413,23 +282,27 @@ class Workbench:
         dry_run: bool = False,
         progress: Progress | None = None,
     ) -> Outcome:
-        """Plan, solve, verify and commit: afterwards the model says the facts, and the ledger knows why.
+        """Plan, solve, verify and commit: afterwards the model says the facts, and the ledger knows
+        why.
 
-        What the model already says is not written, but it is asked with the rest. Nothing is recorded where a fact is in conflict, where the
-        patch fails a gate, or where its second moments are from too little text; `warnings`, `failures` and `gates` say why. An exception or
-        Ctrl-C leaves model and ledger as they were.
+        What the model already says is not written, but it is asked with the rest. Nothing is
+        recorded where a fact is in conflict, where the patch fails a gate, or where its second
+        moments are from too little text; `warnings`, `failures` and `gates` say why. An exception
+        or Ctrl-C leaves model and ledger as they were.
 
         Args:
             facts: The facts to write.
             method: A method's name, or a Recipe. None: "memit" for several facts, "rome" for one.
             config: The method's settings. None: the recommended ones.
-            moments: Second moments of the edited layers. None: the kept ones, or computed from `texts`.
+            moments: Second moments of the edited layers. None: the kept ones, or computed from
+                `texts`.
             texts: Ordinary text for second moments and drift. None: the model writes it.
             contexts: Templates with `{}` for the prompt. None: the model writes them.
             seed: Seed of everything that the model writes or that is drawn.
-            gates: What the patch has to pass; facts without paraphrases or neighbours get some made. None: every fact has to take, and the
-                earlier ones to hold.
-            force: Keep the patch all the same, and say so in the record; write also what the model already says.
+            gates: What the patch has to pass; facts without paraphrases or neighbours get some
+                made. None: every fact has to take, and the earlier ones to hold.
+            force: Keep the patch all the same, and say so in the record; write also what the model
+                already says.
             message: One line for the log.
             dry_run: Do all of it, but keep nothing.
             progress: Called with the step's name, how much is done, and how much there is.
@@ -476,12 +349,14 @@ class Workbench:
 
         Raises:
             FingerprintError: The delta was made on other weights.
-            WorkspaceError: The workspace cannot be written, has moved on, or an older revision is checked out.
+            WorkspaceError: The workspace cannot be written, has moved on, or an older revision is
+                checked out.
         """
         self._carried.check_weights()
         if delta.fingerprint != self.lm.fingerprint:
             raise FingerprintError(
-                f"the delta was made on weights {delta.fingerprint[:10]}, the model has {self.lm.fingerprint[:10]}; make it again on "
+                f"the delta was made on weights {delta.fingerprint[:10]}, the model has "
+                f"{self.lm.fingerprint[:10]}; make it again on "
                 "this model with the patches it carries now"
             )
         plain = report.to_dict() if isinstance(report, Verification) else report
@@ -514,15 +389,18 @@ class Workbench:
         message: str = "",
         progress: Progress | None = None,
     ) -> Revision:
-        """Take a patch out, or some of its facts, or bring back what a revert took; the revert is a revision of its own.
+        """Take a patch out, or some of its facts, or bring back what a revert took; the revert is a
+        revision of its own.
 
-        Patches that were solved on top of what goes are solved again, in closed form and in their order, from the targets kept with them.
-        Then every fact that stays is asked, and the proof is the revision's report.
+        Patches that were solved on top of what goes are solved again, in closed form and in their
+        order, from the targets kept with them. Then every fact that stays is asked, and the proof
+        is the revision's report.
 
         Args:
             reference: The revision's id, a unique prefix, or "latest".
             facts: Indices of the patch's facts that go. None: all.
-            moments: Second moments for patches that must be solved again. None: those they were made with.
+            moments: Second moments for patches that must be solved again. None: those they were
+                made with.
             force: Go on when a fact that stays would be lost.
             message: One line for the log.
             progress: Called with the step's name, how much is done, and how much there is.
@@ -566,7 +444,8 @@ class Workbench:
         force: bool = False,
         progress: Progress | None = None,
     ) -> tuple[Revision, ...]:
-        """Commit the patches of a folder that `export` wrote in the format "patch", in their order; return the revisions.
+        """Commit the patches of a folder that `export` wrote in the format "patch", in their order;
+        return the revisions.
 
         Arguments and errors as of `exchange.read_arrivals`; nothing is recorded when one is raised.
         """
@@ -590,9 +469,11 @@ class Workbench:
         return tuple(revisions)
 
     def checkout(self, reference: str) -> str:
-        """Give the model the weights of a revision ("base", "latest", or an id) and return its full id. The same revision, the same bits.
+        """Give the model the weights of a revision ("base", "latest", or an id) and return its full
+        id. The same revision, the same bits.
 
-        History does not change; committing goes on from the latest revision only. Raises RevisionError, DamagedError, WorkspaceError.
+        History does not change; committing goes on from the latest revision only. Raises
+        RevisionError, DamagedError, WorkspaceError.
         """
         identity = self.ledger.resolve(reference)
         if identity == self.ledger.current:
@@ -601,19 +482,6 @@ class Workbench:
             deltas = [self._carried.delta_of(revision) for revision in self.ledger.active(identity)]
             self._carried.move(deltas, lambda: self.ledger.checkout(identity))
         return identity
-
-    # ── inside ───────────────────────────────────────────────────────────────────────────────────
-
-    @property
-    def _moments_folder(self) -> Path:
-        return self.ledger.folder / "moments"
-
-    @property
-    def _layers_file(self) -> Path:
-        return self.ledger.folder / "layers.json"
-
-    def _kept_layers(self) -> LayerChoice | None:
-        return read_layers(self._layers_file, self.lm, self.ledger.fingerprint)
 
 
 def _recipe(method: str | Recipe | None, config: EditConfig | None) -> Recipe:

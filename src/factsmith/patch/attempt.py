@@ -1,4 +1,5 @@
-"""From facts to the answer whether a patch deserves to be kept: complete, plan, propose, check the gates. Nothing is kept.
+"""From facts to the answer whether a patch deserves to be kept: complete, plan, propose, check the
+gates. Nothing is kept.
 
     attempt = attempt_patch(Scratch(lm), facts, gates=Gates())
     attempt.holds, attempt.failures, attempt.delta
@@ -34,7 +35,8 @@ class Attempt(Shown):
         proposal: The change and its proof.
         gates: How it stood at each gate, if gates were given.
         drift: What the change did to everything else, where a gate asks for it.
-        room: A warning where the model nears the measured breaking point with this patch. None: it does not.
+        room: A warning where the model nears the measured breaking point with this patch. None: it
+            does not.
     """
 
     proposal: Proposal
@@ -59,14 +61,19 @@ class Attempt(Shown):
 
     @property
     def holds(self) -> bool:
-        """Whether there is a change, it passed every gate, and enough text says what must stay. Without gates: every fact took."""
+        """Whether there is a change, it passed every gate, and enough text says what must stay.
+
+        Without gates: every fact took.
+        """
         if self.delta is None or self.proposal.thin:
             return False
         return all(gate.passed for gate in self.gates) if self.gates else not self.proposal.failed
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """Which facts are in conflict, which second moments say too little, and which fact failed at which gate, in words."""
+        """Which facts are in conflict, which second moments say too little, and which fact failed
+        at which gate, in words.
+        """
         conflicts = (f"conflict: {why}" for why in self.proposal.plan.contradictions)
         thin = (f"text: {why}" for why in self.proposal.thin.values())
         failed = (gate for gate in self.gates if not gate.passed)
@@ -132,12 +139,14 @@ def attempt_patch(
     """Plan, solve, prove and check the gates; nothing is kept.
 
     Args:
-        bench: The model and what it carries; it is as before when this returns, also after an exception.
-        facts: The facts to write. What the model already says is asked with the rest, but not written.
+        bench: The model and what it carries; it is as before when this returns, also after an
+            exception.
+        facts: The facts to write. What the model already says is asked with the rest, but not
+            written.
         recipe: The method and its settings.
         sources: What the edit may draw on.
-        gates: What the patch has to pass. Facts without paraphrases or neighbours get some (`complete`). None: every fact must take, and
-            the earlier ones must hold.
+        gates: What the patch has to pass. Facts without paraphrases or neighbours get some
+            (`complete`). None: every fact must take, and the earlier ones must hold.
         force: Solve also where facts are in conflict, and write also what the model already says.
         progress: Called with the step's name, how much is done, and how much there is.
 
@@ -177,7 +186,10 @@ def _drift(
 
 
 def _room(bench: Bench, delta: Delta) -> str | None:
-    """The capacity warning with one more change. None: none is due, or the second moments are not at hand."""
+    """The capacity warning with one more change.
+
+    None: none is due, or the second moments are not at hand.
+    """
     deltas = [*bench.beneath, delta]
     layers = sorted({layer for each in deltas for layer in each.layers})
     with bench.on_base():

@@ -4,7 +4,8 @@
     with bench.carrying(delta):
         lm.answer([prompt])
 
-`Bench` is what planning and proposing need to know. There are two: `Scratch` here, and `keep.Workbench`, which adds a ledger.
+`Bench` is what planning and proposing need to know. There are two: `Scratch` here, and
+`keep.Workbench`, which adds a ledger.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class Bench(Protocol):
 
     @property
     def facts_in_effect(self) -> list[tuple[str, Fact]]:
-        """The facts that these deltas write, each after words that say who has it; of one prompt the newest."""
+        """The facts that these deltas write, each after words that say who has it; of one prompt
+        the newest.
+        """
 
     @property
     def asked_again(self) -> list[Fact]:

@@ -1,29 +1,37 @@
-"""How full edited layers are, and what more facts will cost the rest of what the model knows: plain tensors and deltas in, numbers out.
+"""How full edited layers are, and what more facts will cost the rest of what the model knows: plain
+tensors and deltas in, numbers out.
 
     found = capacity(deltas, weights, moments, next_facts=100)
-    found                                   # a table: layers, loss now, loss with 100 more, the breaking point
-    found.warning                           # what to say before those 100 are written; None when there is room
-    warning([*deltas, delta], weights, moments)             # the same for a change that is solved for, without what takes longer
-    interference(new_keys, stored_keys, moment)             # how much of what is stored arrives at new keys
+    found                                   # a table: layers, loss now, loss with 100 more, the
+    breaking point found.warning                           # what to say before those 100 are
+    written; None when there is room warning([*deltas, delta], weights, moments)             # the
+    same for a change that is solved for, without what takes longer interference(new_keys,
+    stored_keys, moment)             # how much of what is stored arrives at new keys
 
 Three things are measured for a layer with the keys it stores and the update it carries:
 
-- `directions` that keys take up, of d_ff: the trace of the ridge's hat matrix, with the keys as columns of K and C the second moment,
+- `directions` that keys take up, of d_ff: the trace of the ridge's hat matrix, with the keys as
+columns of K and C the second moment,
 
-      tr Kᵀ (K Kᵀ + λ C)⁻¹ K = Σ s² / (s² + λ),      s the singular values of the whitened keys L⁻¹ K, C = L Lᵀ
+      tr Kᵀ (K Kᵀ + λ C)⁻¹ K = Σ s² / (s² + λ),      s the singular values of the whitened keys L⁻¹
+      K, C = L Lᵀ
 
-  A fact with a key of its own takes up one direction, two facts with nearly the same key hardly more than one. When all are taken, a
-  further key is a combination of stored ones, and nothing can be written for it alone.
+  A fact with a key of its own takes up one direction, two facts with nearly the same key hardly
+  more than one. When all are taken, a further key is a combination of stored ones, and nothing can
+  be written for it alone.
 - `norm`, ‖Δ‖ / ‖W‖ of all updates together.
-- `disturbance`, how much they change what the layer puts out on ordinary text (`solve.disturbance`).
+- `disturbance`, how much they change what the layer puts out on ordinary text
+(`solve.disturbance`).
 
-What is lost of everything else is predicted from the disturbance x (mean over the edited layers) and the load ℓ = facts / (edited layers ·
-d_ff), and the disturbance of n facts from that of those there are, which grows a little slower than the square root of their number:
+What is lost of everything else is predicted from the disturbance x (mean over the edited layers)
+and the load ℓ = facts / (edited layers · d_ff), and the disturbance of n facts from that of those
+there are, which grows a little slower than the square root of their number:
 
     lost share of unrelated facts = 1 − exp(−(x / X)^a ℓ^b),      x(n) = x(n₀) · (n / n₀)^p
 
-The constants (`FITTED`) are from `benchmarks/capacity.py`: facts written into both bundled models, until a quarter of the rest was lost.
-docs/capacity.md says how far they carry. Beyond what was measured nothing is predicted.
+The constants (`FITTED`) are from `benchmarks/capacity.py`: facts written into both bundled models,
+until a quarter of the rest was lost. docs/capacity.md says how far they carry. Beyond what was
+measured nothing is predicted.
 """
 
 from __future__ import annotations
@@ -45,23 +53,31 @@ from ..edit import solve
 from ..edit.delta import Delta
 
 LIMIT = 10.0
-"""Per cent of unrelated facts answered otherwise from which a model is called broken, unless the caller says otherwise."""
+"""Per cent of unrelated facts answered otherwise from which a model is called broken, unless the
+caller says otherwise.
+"""
 
 RIDGE = 10.0
-"""λ of `directions`: how many tokens of ordinary text stand against a key, as many as the editors' own λ gives a fact (SpreadConfig)."""
+"""λ of `directions`: how many tokens of ordinary text stand against a key, as many as the editors'
+own λ gives a fact (SpreadConfig).
+"""
 
 _FEW = 10
-"""Facts from which those that are stored say how fast the disturbance grows; fewer count in proportion, beside what is usual."""
+"""Facts from which those that are stored say how fast the disturbance grows; fewer count in
+proportion, beside what is usual.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """The constants of the two formulas above, where they were fitted, and how far off they are on a model that they were not fitted on.
+    """The constants of the two formulas above, where they were fitted, and how far off they are on
+    a model that they were not fitted on.
 
     scale, power, crowding  X, a and b of the loss
     usual, growth           the disturbance of n facts where none is stored: usual · ℓ^p; p
     disturbance, load       the largest that was measured
-    error                   root mean square error of a predicted loss, in points, fitted on one model and tested on the other
+    error                   root mean square error of a predicted loss, in points, fitted on one
+    model and tested on the other
     """
 
     scale: float
@@ -82,7 +98,9 @@ class Fit:
     def disturbance_at(
         self, load: float, now: tuple[float, float] | None = None, share: float = 1.0
     ) -> float:
-        """The disturbance that a load will bring; `now`: the load there is and the disturbance it brought, trusted to `share`."""
+        """The disturbance that a load will bring; `now`: the load there is and the disturbance it
+        brought, trusted to `share`.
+        """
         expected = self.usual * math.pow(load, self.growth)
         if now is None:
             return expected
@@ -107,9 +125,10 @@ FITTED = Fit(
 """From benchmarks/results/capacity.json ("fit")."""
 
 WARNED_FROM = 0.5
-"""Share of the limit from which a predicted loss is warned of. Near the limit predictions came out too low by up to a factor of 1.7; from
-half of it on, the warning came before the limit in all seven series that reached it ("breaking" in the same file; in six of seven by
-constants fitted on the other model alone)."""
+"""Share of the limit from which a predicted loss is warned of. Near the limit predictions came out
+too low by up to a factor of 1.7; from half of it on, the warning came before the limit in all seven
+series that reached it ("breaking" in the same file; in six of seven by constants fitted on the
+other model alone)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,10 +164,11 @@ class Capacity(Shown):
     facts        stored in them
     limit        per cent of unrelated facts answered otherwise that count as broken
     next_facts   how many more were asked for
-    loss         per cent of unrelated facts that are predicted to be answered otherwise now; None outside of what was measured
-    loss_next    the same with the next facts
-    breaking     how many facts in all take the loss to the limit; None when that is outside of what was measured
-    asked, kept  stored facts that were asked of the model, and how many of them it still says; None when it was not asked
+    loss         per cent of unrelated facts that are predicted to be answered otherwise now; None
+    outside of what was measured loss_next    the same with the next facts breaking     how many
+    facts in all take the loss to the limit; None when that is outside of what was measured asked,
+    kept  stored facts that were asked of the model, and how many of them it still says; None when
+    it was not asked
     """
 
     layers: tuple[LayerUse, ...]
@@ -178,12 +198,16 @@ class Capacity(Shown):
 
     @property
     def retention(self) -> float | None:
-        """Share of the stored facts that the model still says; None when it was not asked, or there is none."""
+        """Share of the stored facts that the model still says; None when it was not asked, or there
+        is none.
+        """
         return None if not self.asked or self.kept is None else self.kept / self.asked
 
     @property
     def warning(self) -> str | None:
-        """What to say before the next facts are written (or, with none, about those there are); None when there is room."""
+        """What to say before the next facts are written (or, with none, about those there are);
+        None when there is room.
+        """
         loss = self.loss_next if self.next_facts else self.loss
         return _warning(self.facts, self.next_facts, loss, self.limit, self.breaking)
 
@@ -193,7 +217,8 @@ class Capacity(Shown):
             (
                 "full",
                 f"{self.full:.1%}",
-                f"of the directions of {counted(len(self.layers), 'layer')}; {counted(self.facts, 'fact')} stored",
+                f"of the directions of {counted(len(self.layers), 'layer')}; "
+                f"{counted(self.facts, 'fact')} stored",
             ),
             ("load", f"{self.load:.4f}", "facts / (layers x neurons)"),
         ]
@@ -219,7 +244,8 @@ class Capacity(Shown):
         at = _OUTSIDE if self.breaking is None else f"{self.breaking:,} facts"
         named.append(("breaking point", at, f"in all, where {self.limit:g} % is reached"))
         note = (
-            f"predictions: off by {FITTED.error:.1f} points (root mean square) where they were checked, on two small models up to a load "
+            f"predictions: off by {FITTED.error:.1f} points (root mean square) where they were "
+            "checked, on two small models up to a load "
             f"of {FITTED.load:.2f}; beyond that nothing is predicted"
         )
         rows = [
@@ -264,10 +290,11 @@ class Capacity(Shown):
 class Interference:
     """What stored facts do to new keys in one layer.
 
-    explained  (n,) share of each new key, in the metric of C, that lies in the span of the stored ones: so much of it gets what was
+    explained  (n,) share of each new key, in the metric of C, that lies in the span of the stored
+    ones: so much of it gets what was
                written for them. `chance` is what a key without any likeness to them has
-    closest    (n,) int64, the stored key most like it that has another target; −1 where there is none
-    cosine     (n,) their cosine under C⁻¹; −1 where there is none
+    closest    (n,) int64, the stored key most like it that has another target; −1 where there is
+    none cosine     (n,) their cosine under C⁻¹; −1 where there is none
     """
 
     explained: Tensor
@@ -277,9 +304,11 @@ class Interference:
 
 
 def directions(keys: Tensor, moment: SecondMoment, ridge: float = RIDGE) -> float:
-    """Effective number of directions that keys (n, d_ff) take up: tr Kᵀ (K Kᵀ + λ C)⁻¹ K, between 0 and min(n, d_ff).
+    """Effective number of directions that keys (n, d_ff) take up: tr Kᵀ (K Kᵀ + λ C)⁻¹ K, between 0
+    and min(n, d_ff).
 
-    ridge is λ, above 0, in tokens of ordinary text. Raises InputError when it is not, or when the keys are not as wide as the moment.
+    ridge is λ, above 0, in tokens of ordinary text. Raises InputError when it is not, or when the
+    keys are not as wide as the moment.
     """
     keys = _checked(keys, moment, "keys")
     check_number(ridge, "ridge", above=0)
@@ -299,9 +328,11 @@ def interference(
     targets: Sequence[str | None] | None = None,
     stored_targets: Sequence[str | None] | None = None,
 ) -> Interference:
-    """How much of each new key (n, d_ff) is explained by the stored ones (m, d_ff), and which of these is the closest.
+    """How much of each new key (n, d_ff) is explained by the stored ones (m, d_ff), and which of
+    these is the closest.
 
-    targets, stored_targets  what each is to answer: only facts with another target disturb one another. None: all count
+    targets, stored_targets  what each is to answer: only facts with another target disturb one
+    another. None: all count
 
     Raises InputError when keys are not as wide as the second moment, or targets are not one a key.
     """
@@ -314,7 +345,8 @@ def interference(
     ours, theirs = list(targets or [None] * len(new)), list(stored_targets or [None] * len(stored))
     if (len(ours), len(theirs)) != (len(new), len(stored)):
         raise InputError(
-            f"{len(ours)} and {len(theirs)} targets do not fit {len(new)} new and {len(stored)} stored keys; expected one a key"
+            f"{len(ours)} and {len(theirs)} targets do not fit {len(new)} new and {len(stored)} "
+            "stored keys; expected one a key"
         )
     nobody = torch.full((len(new),), -1.0, dtype=torch.float64)
     if not len(stored) or not len(new):
@@ -350,16 +382,17 @@ def capacity(
     asked: int | None = None,
     kept: int | None = None,
 ) -> Capacity:
-    """How full the layers are that some deltas edit, all of them together, and what `next_facts` more will cost.
+    """How full the layers are that some deltas edit, all of them together, and what `next_facts`
+    more will cost.
 
     weights      {l: (d_model, d_ff)} down-projections without the deltas
     moments      {l: SecondMoment} of the same layers
-    layers       {l: d_ff} where the next facts will go; None: where the stored ones are. Needed when there is no delta
-    limit        per cent of unrelated facts answered otherwise that count as broken
-    asked, kept  what was asked of the model about stored facts, for `retention`
+    layers       {l: d_ff} where the next facts will go; None: where the stored ones are. Needed
+    when there is no delta limit        per cent of unrelated facts answered otherwise that count as
+    broken asked, kept  what was asked of the model about stored facts, for `retention`
 
-    Raises InputError when a number is out of range, or there are neither deltas nor layers; LayerError when weights or a second moment of
-    an edited layer are missing.
+    Raises InputError when a number is out of range, or there are neither deltas nor layers;
+    LayerError when weights or a second moment of an edited layer are missing.
     """
     deltas = list(deltas)
     next_facts = check_count(next_facts, "next_facts", "the number of facts to come", least=0)
@@ -410,10 +443,12 @@ def warning(
     next_facts: int = 0,
     limit: float = LIMIT,
 ) -> str | None:
-    """What to say about some deltas together, and about `next_facts` more: that the predicted loss nears the limit; None if it does not.
+    """What to say about some deltas together, and about `next_facts` more: that the predicted loss
+    nears the limit; None if it does not.
 
-    For a change that is solved for and not yet kept, give it last among the deltas. Warned is from half of the limit on (WARNED_FROM).
-    Arguments and errors as of `capacity`; `directions`, which take longer, are not computed here.
+    For a change that is solved for and not yet kept, give it last among the deltas. Warned is from
+    half of the limit on (WARNED_FROM). Arguments and errors as of `capacity`; `directions`, which
+    take longer, are not computed here.
     """
     deltas = list(deltas)
     next_facts = check_count(next_facts, "next_facts", "the number of facts to come", least=0)
@@ -432,14 +467,17 @@ def warning(
     )
 
 
-# ---- inside ---------------------------------------------------------------------------------------------------------------------------
+# ---- inside
+# ---------------------------------------------------------------------------------------------------------------------------
 
 _OUTSIDE = "outside of what was measured"
 
 
 @dataclass(frozen=True)
 class _Change:
-    """All updates of a layer together: factors (d_model, r) and (r, d_ff), the keys they store (n, d_ff), and what they disturb."""
+    """All updates of a layer together: factors (d_model, r) and (r, d_ff), the keys they store (n,
+    d_ff), and what they disturb.
+    """
 
     left: Tensor
     right: Tensor
@@ -449,7 +487,9 @@ class _Change:
 
 @dataclass(frozen=True)
 class _Forecast:
-    """The loss as a function of the number of facts: neurons of all edited layers, stored facts, and the disturbance they bring."""
+    """The loss as a function of the number of facts: neurons of all edited layers, stored facts,
+    and the disturbance they bring.
+    """
 
     neurons: int
     facts: int
@@ -478,7 +518,9 @@ class _Forecast:
         return FITTED.loss(disturbance, load) if FITTED.covers(disturbance, load) else None
 
     def breaking(self, limit: float) -> int | None:
-        """The smallest number of facts whose loss is above the limit; None when that was not measured."""
+        """The smallest number of facts whose loss is above the limit; None when that was not
+        measured.
+        """
         most = math.floor(FITTED.load * self.neurons)
         low, high = 0, most + 1  # the loss grows with the number of facts: halve the interval
         while high - low > 1:
@@ -499,7 +541,9 @@ def _stored(deltas: Sequence[Delta]) -> int:
 def _changes(
     deltas: Sequence[Delta], weights: Mapping[int, Tensor], moments: Mapping[int, SecondMoment]
 ) -> dict[int, _Change]:
-    """All updates of each layer together; raises LayerError when its weights or its second moment are missing."""
+    """All updates of each layer together; raises LayerError when its weights or its second moment
+    are missing.
+    """
     found = {}
     for layer in sorted({layer for delta in deltas for layer in delta.layers}):
         for name, given in (("weights", weights), ("second moment", moments)):
@@ -533,12 +577,15 @@ def _warning(
     )
     if loss is None:
         return (
-            f"{whose}: more than was ever measured (a load of {FITTED.load:.2f}, a disturbance of {FITTED.disturbance:.0%}), where a "
-            "quarter of what the model knows besides was lost: measure it with `factsmith drift`, or spread the facts over more layers"
+            f"{whose}: more than was ever measured (a load of {FITTED.load:.2f}, a disturbance of "
+            f"{FITTED.disturbance:.0%}), where a "
+            "quarter of what the model knows besides was lost: measure it with `factsmith drift`, "
+            "or spread the facts over more layers"
         )
     at = "" if breaking is None else f", which about {breaking:,} reach"
     return (
-        f"{whose}: about {loss:.0f} % of unrelated facts are predicted to be answered otherwise; the limit is {limit:g} %{at}: measure it "
+        f"{whose}: about {loss:.0f} % of unrelated facts are predicted to be answered otherwise; "
+        f"the limit is {limit:g} %{at}: measure it "
         "with `factsmith drift`, write fewer, or spread them over more layers"
     )
 

@@ -23,12 +23,14 @@ MADE = 5
 def complete(
     lm: LanguageModel, facts: Sequence[Fact], written: Iterable[Fact], seed: int
 ) -> tuple[list[Fact], tuple[str, ...]]:
-    """Return the facts with something to ask about each, and remarks on what could not be chosen well.
+    """Return the facts with something to ask about each, and remarks on what could not be chosen
+    well.
 
-    A fact without paraphrases gets its prompt after words that the model writes, other words than those it is edited with. A fact without
-    neighbours gets facts of the same relation: written ones first, then bundled ones that the model knows. Where the relation is not
-    known, it gets neighbours of any relation. A relation is known if the fact names it, if the prompt is a bundled phrasing, or if a
-    bundled fact about the subject says what the model says.
+    A fact without paraphrases gets its prompt after words that the model writes, other words than
+    those it is edited with. A fact without neighbours gets facts of the same relation: written ones
+    first, then bundled ones that the model knows. Where the relation is not known, it gets
+    neighbours of any relation. A relation is known if the fact names it, if the prompt is a bundled
+    phrasing, or if a bundled fact about the subject says what the model says.
 
     Args:
         lm: The model.
@@ -95,6 +97,7 @@ def _remarks(unknown: Sequence[Fact]) -> tuple[str, ...]:
     if not unknown:
         return ()
     return (
-        f"{counted(len(unknown), 'fact')} without neighbours got neighbours of any relation, because the relation is not known, the first: "
+        f"{counted(len(unknown), 'fact')} without neighbours got neighbours of any relation, "
+        "because the relation is not known, the first: "
         f"{unknown[0]}; name its relation, or neighbours",
     )

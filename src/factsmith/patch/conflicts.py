@@ -1,4 +1,5 @@
-"""How new facts relate to the facts in effect and to one another: contradictions, and crowded keys. Nothing is solved.
+"""How new facts relate to the facts in effect and to one another: contradictions, and crowded keys.
+Nothing is solved.
 
 for place in compare_facts(lm, new, [("0a8b3c83c6 has", fact) for fact in old], layers, moments):
     place.standing, place.because, place.crowding
@@ -26,8 +27,8 @@ Standing = Literal["new", "known", "changed", "conflict"]
 _THIS_FILE = "this file has"
 
 SAME_KEY = 0.9999
-"""Cosine from which two keys count as one where no second moment is at hand. All keys have much in common; only the metric of the second
-moment removes that."""
+"""Cosine from which two keys count as one where no second moment is at hand. All keys have much in
+common; only the metric of the second moment removes that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +36,16 @@ class Place:
     """How one new fact relates to the others.
 
     Attributes:
-        standing: "new". "known": the model already says it. "changed": a fact in effect has another target for the same prompt, and gives
-            way. "conflict": another fact gives another target for the same question about the subject in other words, or for the same
-            prompt in the same file; or another fact with another target has nearly the same key, so that what is written for one would
-            also reach the other.
-        because: For a change or a conflict, the other fact. A fact that the model already says is in conflict where another target is
-            asked for in its place, but not for its key: it already holds next to the other.
-        crowding: Share of its key that the keys of the facts in effect explain, in the metric of the second moment, in the layer where it
-            is largest. None: not measured.
+        standing: "new". "known": the model already says it. "changed": a fact in effect has another
+            target for the same prompt, and gives way. "conflict": another fact gives another target
+            for the same question about the subject in other words, or for the same prompt in the
+            same file; or another fact with another target has nearly the same key, so that what is
+            written for one would also reach the other.
+        because: For a change or a conflict, the other fact. A fact that the model already says is
+            in conflict where another target is asked for in its place, but not for its key: it
+            already holds next to the other.
+        crowding: Share of its key that the keys of the facts in effect explain, in the metric of
+            the second moment, in the layer where it is largest. None: not measured.
     """
 
     standing: Standing
@@ -65,7 +68,8 @@ def compare_facts(
         facts: The new facts.
         in_effect: The facts in effect, each after words that say who has it.
         layers: Where keys are compared; () compares words only.
-        moments: Second moments of these layers. Where one is missing, keys are compared without a metric, which finds equal keys only.
+        moments: Second moments of these layers. Where one is missing, keys are compared without a
+            metric, which finds equal keys only.
         known: For each new fact, whether the model already says it.
     """
     every = [*facts, *(fact for _, fact in in_effect)]
@@ -82,7 +86,9 @@ def compare_facts(
 
 
 def relations(facts: Sequence[Fact]) -> list[str | None]:
-    """Return each fact's relation: its own, or that of the bundled phrasing that its prompt is; None where there is no single one."""
+    """Return each fact's relation: its own, or that of the bundled phrasing that its prompt is;
+    None where there is no single one.
+    """
     return [fact.relation or phrased for fact, phrased in zip(facts, _phrased(facts), strict=True)]
 
 
@@ -122,7 +128,9 @@ def _by_key(
     every: Sequence[Fact],
     crowding: float | None,
 ) -> Place:
-    """The place with what its key says: a new fact whose key another target nearly has is in conflict."""
+    """The place with what its key says: a new fact whose key another target nearly has is in
+    conflict.
+    """
     if place.standing != "new" or shared is None:
         return Place(standing=place.standing, because=place.because, crowding=crowding)
     cosine, j = shared
@@ -134,7 +142,8 @@ class _Keys:
     """Keys compared layer by layer.
 
     Attributes:
-        crowding: For each new fact, the largest share of its key that the keys of the facts in effect explain.
+        crowding: For each new fact, the largest share of its key that the keys of the facts in
+            effect explain.
         shared: {i: (cosine, j)} where fact j has another target and nearly the key of new fact i.
     """
 
@@ -184,7 +193,9 @@ def _phrased(facts: Sequence[Fact]) -> list[str | None]:
 
 
 def _same_question(one: Fact, other: Fact, phrased: tuple[str | None, str | None]) -> bool:
-    """Whether two facts about a subject answer one question: by relation, by bundled phrasing, or by their paraphrases."""
+    """Whether two facts about a subject answer one question: by relation, by bundled phrasing, or
+    by their paraphrases.
+    """
     if one.subject != other.subject:
         return False
     same_relation = one.relation is not None and one.relation == other.relation

@@ -1,11 +1,13 @@
-"""The editors as the runner takes them: each a function of facts that returns a block inside which the model carries them.
+"""The editors as the runner takes them: each a function of facts that returns a block inside which
+the model carries them.
 
     found = evaluate(lm, records, editors(lm, ["rome", "memit", "ft-l"]), size=1)
     with editors(lm, ["memit"])["memit"](facts) as notes:
         lm.answer([facts[0].text]), notes["seconds"], notes["norm"]
 
-Second moments and contexts are found once, on the model as it is, and shared. Blocks may be nested, as a sequence of edits does: an editor
-knows what the blocks around it wrote, and MEMIT's family keeps its keys.
+Second moments and contexts are found once, on the model as it is, and shared. Blocks may be nested,
+as a sequence of edits does: an editor knows what the blocks around it wrote, and MEMIT's family
+keeps its keys.
 """
 
 from __future__ import annotations
@@ -64,19 +66,22 @@ def editors(
     """Editors by name, for `evaluate`.
 
     methods  some of rome, r-rome, memit, emmet, alphaedit, ft-l (or ft), lora
-    config   {method: its settings}: RomeConfig, MemitConfig ..., FineTuneConfig, LoraConfig; what is not there: those recommended, at the
+    config   {method: its settings}: RomeConfig, MemitConfig ..., FineTuneConfig, LoraConfig; what
+    is not there: those recommended, at the
              layers that came with the model or were published for it, else at a share of its depth;
              FT-L takes the lowest of MEMIT's, LoRA all
-    moments  {layer: SecondMoment} of the edited layers; None: those kept with the model, else computed from `texts` (None: the model's own)
-    folder   where computed ones are kept, and looked for
-    seed     of contexts, of computed text, and of what training shuffles
+    moments  {layer: SecondMoment} of the edited layers; None: those kept with the model, else
+    computed from `texts` (None: the model's own) folder   where computed ones are kept, and looked
+    for seed     of contexts, of computed text, and of what training shuffles
 
-    Methods that search the same targets share them: those of facts that are written into the model as it is are found once, and kept for
-    the methods that come after (the time it took is counted for each).
+    Methods that search the same targets share them: those of facts that are written into the model
+    as it is are found once, and kept for the methods that come after (the time it took is counted
+    for each).
 
-    A block gives {"seconds": what solving took, "norm": the largest ‖ΔW‖/‖W‖ of a layer, with the blocks around it}. It changes the model
-    by down-projections only and puts the very bits of before back, also when it is left by an exception. Raises InputError for a method or
-    settings that are none, and what the methods raise.
+    A block gives {"seconds": what solving took, "norm": the largest ‖ΔW‖/‖W‖ of a layer, with the
+    blocks around it}. It changes the model by down-projections only and puts the very bits of
+    before back, also when it is left by an exception. Raises InputError for a method or settings
+    that are none, and what the methods raise.
     """
     check_model(lm)
     seed = check_seed(seed)
@@ -143,7 +148,9 @@ def editors(
 
 
 _KEPT = 1000
-"""Facts whose targets are kept for other methods: in a model of 14,000 neurons a layer, some 100 KB each."""
+"""Facts whose targets are kept for other methods: in a model of 14,000 neurons a layer, some 100 KB
+each.
+"""
 
 
 def configured(
@@ -153,10 +160,12 @@ def configured(
     *,
     paper: bool = False,
 ) -> dict[str, Any]:
-    """`config` for `editors`: recommended settings with some values changed, {method: {name: value}}; layers among them, as "layers".
+    """`config` for `editors`: recommended settings with some values changed, {method: {name:
+    value}}; layers among them, as "layers".
 
-    paper: those published for a model of this shape instead, of the methods that edit in closed form. Methods of which nothing is changed
-    are left out. Raises InputError for a method, a setting or a value that is none, or where nothing was published; LayerError.
+    paper: those published for a model of this shape instead, of the methods that edit in closed
+    form. Methods of which nothing is changed are left out. Raises InputError for a method, a
+    setting or a value that is none, or where nothing was published; LayerError.
     """
     named = [_OTHER_NAMES.get(name, name) for name in methods]
     changed = {
@@ -178,7 +187,8 @@ def configured(
             known = sorted(field.name for field in dataclasses.fields(kind))
             if unknown := sorted(set(own) - set(known)):
                 raise InputError(
-                    f"{name} has no setting {', '.join(unknown)}; expected some of {', '.join(known)}"
+                    f"{name} has no setting {', '.join(unknown)}; expected some of "
+                    f"{', '.join(known)}"
                 )
             if isinstance(own.get("layers"), int):
                 own["layers"] = (own["layers"],)
@@ -216,7 +226,9 @@ class _Writer:
     def targets(
         self, facts: Sequence[Fact], config: EditConfig, contexts: Sequence[str]
     ) -> Targets | None:
-        """What was found before for these facts on the model as it is, or is found now; None inside of a block, and for ROME's many."""
+        """What was found before for these facts on the model as it is, or is found now; None inside
+        of a block, and for ROME's many.
+        """
         single = not isinstance(config, SpreadConfig)
         if (
             self._open

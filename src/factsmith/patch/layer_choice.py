@@ -17,12 +17,15 @@ from ..model.language_model import LanguageModel
 Source: TypeAlias = Literal["workspace", "model", "preset", "trials", "depth"]
 
 MIN_FACTS = 6
-"""Fewer facts than this say too little about a layer: one failed edit would then weigh more than all but the worst layers differ."""
+"""Fewer facts than this say too little about a layer: one failed edit would then weigh more than
+all but the worst layers differ.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerScore:
-    """How the trial edits of one layer held: means over `trials` edits, by greedy exact match; None where nothing could be asked.
+    """How the trial edits of one layer held: means over `trials` edits, by greedy exact match; None
+    where nothing could be asked.
 
     efficacy        share of edited prompts answered with the target
     generalization  of other phrasings of them
@@ -57,7 +60,9 @@ class LayerScore:
 
     @property
     def score(self) -> float:
-        """The harmonic mean of those three that there are, the field's one number: 0 as soon as one of them is."""
+        """The harmonic mean of those three that there are, the field's one number: 0 as soon as one
+        of them is.
+        """
         parts = [x for x in (self.efficacy, self.generalization, self.specificity) if x is not None]
         return statistics.harmonic_mean(parts)
 
@@ -76,16 +81,17 @@ class LayerChoice(Shown):
 
     rome         the layer for ROME
     memit        consecutive layers for MEMIT, ascending; () where the source names none
-    source       "workspace": measured before and kept there; "model": came with its config.json; "preset": published for a model of this
-                 shape; "trials": measured now; "depth": nothing is known, a fixed share of the depth
+    source       "workspace": measured before and kept there; "model": came with its config.json;
+    "preset": published for a model of this
+                 shape; "trials": measured now; "depth": nothing is known, a fixed share of the
+                 depth
     reason       the same in words
     fingerprint  of the model it is for
     scores       of the layers tried, by layer; () where none was
-    effects      (n_layers,) average indirect effect of the MLPs around each layer at the last subject token; () where not traced
-    window       neighbouring layers restored together for `effects`; None where not traced
-    facts        the trial edits
-    seed         of their choice
-    quick        whether only the most promising layers were tried, with a few edits
+    effects      (n_layers,) average indirect effect of the MLPs around each layer at the last
+    subject token; () where not traced window       neighbouring layers restored together for
+    `effects`; None where not traced facts        the trial edits seed         of their choice quick
+    whether only the most promising layers were tried, with a few edits
     """
 
     rome: int
@@ -171,15 +177,20 @@ class LayerChoice(Shown):
             ) from None
 
 
-# ── what is known about a model ────────────────────────────────────────────────────────────────────────────────────────────
+# ── what is known about a model
+# ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def published(lm: LanguageModel, shipped: int | None = None) -> LayerChoice | None:
-    """`shipped`, ROME's layer as it came with the model, else the published layers, else None. Raises LayerError for a layer it has not."""
+    """`shipped`, ROME's layer as it came with the model, else the published layers, else None.
+
+    Raises LayerError for a layer it has not.
+    """
     if shipped is not None:
         if not 0 <= shipped < lm.n_layers:
             raise LayerError(
-                f"{lm.name} came with layer {shipped} to edit, and has layers 0 to {lm.n_layers - 1}; name a layer"
+                f"{lm.name} came with layer {shipped} to edit, and has layers 0 to "
+                f"{lm.n_layers - 1}; name a layer"
             )
         reason = "it came with the model (config.json, factsmith)"
         return LayerChoice(
@@ -199,7 +210,9 @@ def published(lm: LanguageModel, shipped: int | None = None) -> LayerChoice | No
 
 
 def depth_choice(lm: LanguageModel, rome: int, why: str) -> LayerChoice:
-    """The choice where nothing is known: the layer `rome`, and for MEMIT the layers around it that `by_depth` gives."""
+    """The choice where nothing is known: the layer `rome`, and for MEMIT the layers around it that
+    `by_depth` gives.
+    """
     reason = f"a fixed share of the depth: {why}"
     return LayerChoice(
         rome=rome,

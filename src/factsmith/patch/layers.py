@@ -1,4 +1,5 @@
-"""Which layers to edit, measured on the model at hand: an average causal trace, then trial edits of real facts, each taken back.
+"""Which layers to edit, measured on the model at hand: an average causal trace, then trial edits of
+real facts, each taken back.
 
     choice = recommend_layers(load("gpt2"))
     choice.rome, choice.memit, choice.reason
@@ -41,13 +42,18 @@ from .layer_trials import (
 from .recipe import Sources
 
 _TRIALS = 24
-"""Trial edits at the layers that stay in the race to the end; `benchmarks/layers.py` measures what they are worth."""
+"""Trial edits at the layers that stay in the race to the end; `benchmarks/layers.py` measures what
+they are worth.
+"""
 
 QUICK = 5
 """Layers that a patch without a named layer tries itself, with MIN_FACTS edits each: 30 in all."""
 
 _MOMENT_BYTES = 4 * 2**30
-"""Memory for second moments of several layers. Beyond it they are computed again for each round of trials."""
+"""Memory for second moments of several layers.
+
+Beyond it they are computed again for each round of trials.
+"""
 
 
 def recommend_layers(
@@ -60,17 +66,21 @@ def recommend_layers(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> LayerChoice:
-    """Measure which layers to edit: an average causal trace, then trial edits at the promising layers, each taken back.
+    """Measure which layers to edit: an average causal trace, then trial edits at the promising
+    layers, each taken back.
 
-    The other settings of the edits are those recommended for the model. A model that knows too few bundled facts gets a fixed share of its
-    depth; `source` and `reason` say so. The model is as before when this returns, also after an exception.
+    The other settings of the edits are those recommended for the model. A model that knows too few
+    bundled facts gets a fixed share of its depth; `source` and `reason` say so. The model is as
+    before when this returns, also after an exception.
 
     Args:
         lm: The model.
-        facts: Edits to try, with paraphrases and neighbours to judge them by. None: bundled facts that the model knows.
-        trials: Edits at the layers that stay in the race to the end, 24 if None. Layers far behind get a quarter or a half as many, six at
-            least.
-        texts: Text for second moments. None: those that came with the model, or else text that the model writes.
+        facts: Edits to try, with paraphrases and neighbours to judge them by. None: bundled facts
+            that the model knows.
+        trials: Edits at the layers that stay in the race to the end, 24 if None. Layers far behind
+            get a quarter or a half as many, six at least.
+        texts: Text for second moments. None: those that came with the model, or else text that the
+            model writes.
         contexts: Templates with `{}` for the prompt. None: the model writes them.
         seed: Seed of the facts, the contexts and the text.
         progress: Called with the step's name, how much is done, and how much there is.
@@ -88,7 +98,10 @@ def recommend_layers(
 
 
 def published_choice(lm: LanguageModel) -> LayerChoice | None:
-    """Return the layers that came with the model, or were published for one of its shape. None: neither."""
+    """Return the layers that came with the model, or were published for one of its shape.
+
+    None: neither.
+    """
     choice = published(lm, shipped(RomeConfig, lm).get("layer"))
     memit = shipped(MemitConfig, lm).get("layers")
     return (
@@ -99,10 +112,13 @@ def published_choice(lm: LanguageModel) -> LayerChoice | None:
 def quick_layers(
     lm: LanguageModel, sources: Sources, *, folder: Path | None, progress: Progress | None
 ) -> LayerChoice:
-    """Measure with a few trial edits at the layers where the trace is strongest: for a patch that names no layer."""
+    """Measure with a few trial edits at the layers where the trace is strongest: for a patch that
+    names no layer.
+    """
     note(
         progress,
-        "No layer was named, and none is known for this model. Up to 30 trial edits choose one now, which takes a while. "
+        "No layer was named, and none is known for this model. Up to 30 trial edits choose one "
+        "now, which takes a while. "
         "`factsmith layers` in a workspace tries more and keeps its choice.",
         argument="layer",
     )
@@ -129,7 +145,8 @@ def measure_layers(
         facts: Edits to try.
         sources: What the edits may draw on.
         trials: Edits at the layers that stay in the race.
-        folder: Where second moments are looked for; the computed one of the chosen layer is kept there.
+        folder: Where second moments are looked for; the computed one of the chosen layer is kept
+            there.
         progress: Called with the step's name, how much is done, and how much there is.
         quick: Try QUICK layers only, those neighbours whose effects have the largest sum.
     """
@@ -303,6 +320,7 @@ def _settled(lm: LanguageModel, facts: Sequence[Fact]) -> list[Fact]:
     if not settled:
         every = "the fact" if len(facts) == 1 else f"all {len(facts)} facts"
         raise InputError(
-            f"the model already says {every}, so no edit could be tried; give targets that it does not say"
+            f"the model already says {every}, so no edit could be tried; give targets that it does "
+            "not say"
         )
     return settled

@@ -1,9 +1,11 @@
-"""What an edit would have to do: what the model says now, what the facts meet, and which layers would be edited.
+"""What an edit would have to do: what the model says now, what the facts meet, and which layers
+would be edited.
 
     decided = plan(bench, facts, Recipe("memit"))
     decided.new, decided.conflicts, decided.layers
 
-The plan decides the method, its settings and the layers, once. Whatever follows, `propose` above all, is bound to them.
+The plan decides the method, its settings and the layers, once. Whatever follows, `propose` above
+all, is bound to them.
 """
 
 from __future__ import annotations
@@ -37,14 +39,16 @@ class Planned:
     """What the model says about one fact today.
 
     Attributes:
-        fact: The fact. One to be forgotten has what the model says now as its target_true, unless that was given.
+        fact: The fact. One to be forgotten has what the model says now as its target_true, unless
+            that was given.
         answer: The model's greedy answer to the prompt.
         probability: p(target); p(target_true) for a fact to be forgotten.
-        known: Whether nothing needs to be written: the model says the target, or does not say what is to be forgotten.
+        known: Whether nothing needs to be written: the model says the target, or does not say what
+            is to be forgotten.
         standing: How the fact relates to the others, as in `conflicts.Place`.
         because: For a change or a conflict, the other fact.
-        crowding: Share of its key that the keys of earlier patches explain. Near 1, what is written for this fact can hardly avoid the
-            others. None: not measured.
+        crowding: Share of its key that the keys of earlier patches explain. Near 1, what is written
+            for this fact can hardly avoid the others. None: not measured.
     """
 
     fact: Fact
@@ -70,7 +74,8 @@ class Plan(Shown):
         advice: What the caller should know about the layers, in words.
         made: Remarks on paraphrases and neighbours that were made.
         config: The method's settings, with the layers filled in.
-        choice: How the layers were chosen. None: the caller named them, or gave second moments of them.
+        choice: How the layers were chosen. None: the caller named them, or gave second moments of
+            them.
     """
 
     entries: tuple[Planned, ...]
@@ -167,22 +172,25 @@ def plan(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
-    """Ask what the model says about each fact, compare the facts, and decide the method, its settings and the layers.
+    """Ask what the model says about each fact, compare the facts, and decide the method, its
+    settings and the layers.
 
     Args:
         bench: The model and what it carries; it is as before when this returns.
         facts: The facts to write.
         recipe: The method and its settings. None: the recommended ones.
-        sources: What the edit may draw on. Second moments that are given decide the layers where the recipe does not.
-        gates: What the patch will have to pass. Facts without paraphrases or neighbours then get some (`complete`), so that the gates have
-            something to ask.
-        measure: Choose the layers by trial edits where none are known, which takes minutes. False: say so, and plan with layers at a fixed
-            share of the depth.
+        sources: What the edit may draw on. Second moments that are given decide the layers where
+            the recipe does not.
+        gates: What the patch will have to pass. Facts without paraphrases or neighbours then get
+            some (`complete`), so that the gates have something to ask.
+        measure: Choose the layers by trial edits where none are known, which takes minutes. False:
+            say so, and plan with layers at a fixed share of the depth.
         force: Plan also for facts that the model already says, or that contradict others.
         progress: Called with the step's name, how much is done, and how much there is.
 
     Raises:
-        InputError: No facts, an unknown method or setting, or a fact to forget of which the model says nothing.
+        InputError: No facts, an unknown method or setting, or a fact to forget of which the model
+            says nothing.
         SubjectError: A subject is not in its prompt exactly once.
         LayerError: The model does not have a layer.
         UnsupportedModelError: Every layer, or a named one, is a mixture of experts.
@@ -224,11 +232,14 @@ def plan(
 
 
 def seconds_to_solve(lm: LanguageModel, decided: Plan) -> float:
-    """Estimate how long the search for targets takes, from one timed forward pass over a few of the facts."""
+    """Estimate how long the search for targets takes, from one timed forward pass over a few of the
+    facts.
+    """
     some = decided.new[:4]
     if not some or decided.config is None:
         return 0.0
-    # A step is a forward pass and a backward one of twice its work, in every context; most searches end at a third of their steps.
+    # A step is a forward pass and a backward one of twice its work, in every context; most searches
+    # end at a third of their steps.
     spread = isinstance(decided.config, SpreadConfig)
     contexts = len(OPENINGS) + 1 if spread else 1 + sum(count for _, count in CONTEXTS)
     asked = [
@@ -245,7 +256,8 @@ def seconds_to_solve(lm: LanguageModel, decided: Plan) -> float:
 
 
 _NOT_MEASURED = (
-    "the layers are a guess by depth: those of this model are not known yet. The first patch measures them, which takes minutes; "
+    "the layers are a guess by depth: those of this model are not known yet. The first patch "
+    "measures them, which takes minutes; "
     "`factsmith layers` measures them now"
 )
 _NO_MOMENTS = "the second moments are not kept yet, so only equal keys were noticed. The first patch computes them; `factsmith moments` does it now"
@@ -255,7 +267,8 @@ _NO_MOMENTS = "the second moments are not kept yet, so only equal keys were noti
 class _Chosen:
     """Layers, and how they were chosen.
 
-    guessed: whether they are a fixed share of the depth because nothing better was known, and nothing was measured.
+    guessed: whether they are a fixed share of the depth because nothing better was known, and
+    nothing was measured.
     """
 
     layers: tuple[int, ...]
@@ -267,7 +280,9 @@ class _Chosen:
 def _choose_layers(
     bench: Bench, config: EditConfig, sources: Sources, *, measure: bool, progress: Progress | None
 ) -> _Chosen:
-    """The one rule: named layers; else known ones; else those of the given second moments; else measured ones, or a guess by depth."""
+    """The one rule: named layers; else known ones; else those of the given second moments; else
+    measured ones, or a guess by depth.
+    """
     if config.edited is not None:
         return _Chosen(layers=config.edited)
     choice = bench.known_layers()
@@ -299,10 +314,11 @@ def _layers_of_moments(
     moments: Mapping[int, SecondMoment],
     known: Sequence[int] | None,
 ) -> _Chosen | None:
-    """The layers to edit where second moments are given that lack some of the known layers; None: they do not decide.
+    """The layers to edit where second moments are given that lack some of the known layers; None:
+    they do not decide.
 
-    Those by depth where nothing better is known and all of them have moments. Otherwise all that have moments, if the method can edit so
-    many.
+    Those by depth where nothing better is known and all of them have moments. Otherwise all that
+    have moments, if the method can edit so many.
     """
     better = known or type(config).recommended(lm).edited or ()
     if known is None and set(better) <= set(moments):
@@ -314,8 +330,10 @@ def _layers_of_moments(
     return _Chosen(
         layers=with_moments,
         advice=(
-            f"no layer was named, and the given second moments lack the recommended layer {recommended}: layer {edited} is edited, "
-            "because its second moment is at hand. Name layers, or compute the second moments of the recommended ones",
+            "no layer was named, and the given second moments lack the recommended layer "
+            f"{recommended}: layer {edited} is edited, "
+            "because its second moment is at hand. Name layers, or compute the second moments of "
+            "the recommended ones",
         ),
     )
 
@@ -354,19 +372,24 @@ def _compared(
 
 
 def _to_forget(fact: Fact, answer: str) -> Fact:
-    """The fact itself; one without a target gets what the model says now as target_true, unless that was given."""
+    """The fact itself; one without a target gets what the model says now as target_true, unless
+    that was given.
+    """
     if fact.target is not None or fact.target_true is not None:
         return fact
     said = first_phrase(answer)
     if not said:
         raise InputError(
-            f"the model says nothing after {fact.text!r}, so there is nothing to forget; give target_true to name it"
+            f"the model says nothing after {fact.text!r}, so there is nothing to forget; give "
+            "target_true to name it"
         )
     return Fact.from_dict({**fact.to_dict(), "target_true": said})
 
 
 def _check_moments(bench: Bench, moments: SecondMoment | Mapping[int, SecondMoment] | None) -> None:
-    """Raise FingerprintError unless given second moments are of the base weights: before any work is done."""
+    """Raise FingerprintError unless given second moments are of the base weights: before any work
+    is done.
+    """
     by_layer = moments.items() if isinstance(moments, Mapping) else ((None, moments),)
     for layer, moment in by_layer:
         if isinstance(moment, SecondMoment):
@@ -374,6 +397,8 @@ def _check_moments(bench: Bench, moments: SecondMoment | Mapping[int, SecondMome
 
 
 def _patch_bytes(lm: LanguageModel, layers: Sequence[int], n_facts: int) -> int:
-    """The size of a patch of so many facts: two factors and the keys of each layer, and the targets, in float32."""
+    """The size of a patch of so many facts: two factors and the keys of each layer, and the
+    targets, in float32.
+    """
     widths = [lm.d_model + 2 * lm.ffn[layer].d_ff for layer in layers]
     return 4 * n_facts * (sum(widths) + lm.d_model)

@@ -1,4 +1,5 @@
-"""The proof of a patch: the same prompts before and after a change, by greedy exact match and by probabilities.
+"""The proof of a patch: the same prompts before and after a change, by greedy exact match and by
+probabilities.
 
 proof = prove(lm, facts, lambda: applied(lm, delta))
 proof.efficacy, proof.specificity, proof.checks[0].after
@@ -24,15 +25,19 @@ class Check:
     """One prompt, asked before and after.
 
     Attributes:
-        role: "prompt" or "paraphrase" of a fact that was written, its prompt in a "chat" template, a "neighbour" whose answer must stay, or
-            the prompt of an "earlier" patch that must still hold.
+        role: "prompt" or "paraphrase" of a fact that was written, its prompt in a "chat" template,
+            a "neighbour" whose answer must stay, or the prompt of an "earlier" patch that must
+            still hold.
         prompt: The whole text.
-        wanted: What the answer must begin with afterwards; what it must not begin with, if the fact was to be forgotten.
+        wanted: What the answer must begin with afterwards; what it must not begin with, if the fact
+            was to be forgotten.
         before: The greedy answer before.
         after: The greedy answer after.
-        p_before: p(wanted) before. None: there is nothing to want, since the model ended the text at once.
+        p_before: p(wanted) before. None: there is nothing to want, since the model ended the text
+            at once.
         p_after: p(wanted) after.
-        held: Whether `after` begins with `wanted`, by exact match; for a fact to be forgotten, whether it does not.
+        held: Whether `after` begins with `wanted`, by exact match; for a fact to be forgotten,
+            whether it does not.
         forget: Whether the fact was to be forgotten.
     """
 
@@ -53,7 +58,9 @@ class Check:
 
     @property
     def in_words(self) -> str:
-        """What was answered after the prompt, and what was wanted: for messages about a check that failed."""
+        """What was answered after the prompt, and what was wanted: for messages about a check that
+        failed.
+        """
         if self.forget:
             return f"{self.prompt!r} is still answered {self.after!r}"
         return f"{self.prompt!r} is answered {self.after!r}, not {self.wanted!r}"
@@ -67,7 +74,10 @@ class Verification(Shown):
 
     @property
     def efficacy(self) -> float | None:
-        """Share of the written prompts that are answered with the target. None: nothing was asked."""
+        """Share of the written prompts that are answered with the target.
+
+        None: nothing was asked.
+        """
         return self._share("prompt")
 
     @property
@@ -103,7 +113,9 @@ class Verification(Shown):
         ]
 
     def tables(self) -> list[Table]:
-        """The shares, and every check, failed ones first; of very many checks only those that failed."""
+        """The shares, and every check, failed ones first; of very many checks only those that
+        failed.
+        """
         title = ", ".join(f"{name} {share:.1%}" for name, share in self.shares.items())
         legend = "p: of the target; for neighbours, of the answer before"
         failed = self.failed()
@@ -160,8 +172,10 @@ def prove(
         lm: The model.
         facts: The facts that were written, with their paraphrases and neighbours.
         changed: Opens a block in which the model carries the change.
-        asked_again: Facts written before, whose prompts must still hold. Those that do not hold now are left out.
-        templates: Chat templates with `{}` for the prompt, in which the facts' prompts are asked as well.
+        asked_again: Facts written before, whose prompts must still hold. Those that do not hold now
+            are left out.
+        templates: Chat templates with `{}` for the prompt, in which the facts' prompts are asked as
+            well.
 
     Raises:
         NumericsError: A probability is not a number.
@@ -205,7 +219,10 @@ def prove(
 
 
 class _Probe(NamedTuple):
-    """One prompt to ask before and after. wanted: None means what is said before. forget: it must not be said any more."""
+    """One prompt to ask before and after.
+
+    wanted: None means what is said before. forget: it must not be said any more.
+    """
 
     role: Role
     prompt: str
@@ -216,7 +233,10 @@ class _Probe(NamedTuple):
 def _probes(
     facts: Sequence[Fact], asked_again: Iterable[Fact], templates: Sequence[str]
 ) -> list[_Probe]:
-    """Everything to ask. What is written now is not asked again as a neighbour or an earlier fact."""
+    """Everything to ask.
+
+    What is written now is not asked again as a neighbour or an earlier fact.
+    """
     probes: list[_Probe] = []
     written = {fact.text for fact in facts}
     for fact in facts:
@@ -243,7 +263,10 @@ def _counts(probe: _Probe, answer: str) -> bool:
 
 
 def _wanted(probe: _Probe, answer: str) -> str:
-    """What is wanted afterwards. A neighbour must stay as it is, even where it never was what the fact file expects."""
+    """What is wanted afterwards.
+
+    A neighbour must stay as it is, even where it never was what the fact file expects.
+    """
     if probe.wanted is not None and probe.role != "neighbour":
         return probe.wanted
     return as_said(answer, probe.wanted)

@@ -32,8 +32,9 @@ from .proof import Check, Verification, prove
 from .recipe import Sources
 
 _BROKEN = 0.25
-"""Change of a layer's output on ordinary text from which a warning is given. On the atlas model one fact changes it by 4 %, and three in
-three layers by 12 % at most. Forced to 12 %, one fact's target spills over to other subjects; at 42 %, to other questions."""
+"""Change of a layer's output on ordinary text from which a warning is given. On the atlas model one
+fact changes it by 4 %, and three in three layers by 12 % at most. Forced to 12 %, one fact's target
+spills over to other subjects; at 42 %, to other questions."""
 
 _LOST = {
     "prompt": "the patch did not take",
@@ -53,10 +54,12 @@ class Proposal(Shown):
         layers: How the layers were chosen. None: the caller named them, or there is no delta.
         moments: sha256 of the second moments used. None: there is no delta.
         seconds: Time to "solve" (second moments not counted) and to "verify".
-        disturbance: For each edited layer, by what share its output changes on ordinary text (`solve.disturbance`): 0.05 is 5 %. Layers in
-            `thin` are left out, since too little is known of what they would change.
-        thin: For each edited layer whose second moment is from too little text (`SecondMoment.is_thin`), a sentence that says so. Such a
-            change may break what the text does not show, so a workbench keeps it only if forced.
+        disturbance: For each edited layer, by what share its output changes on ordinary text
+            (`solve.disturbance`): 0.05 is 5 %. Layers in `thin` are left out, since too little is
+            known of what they would change.
+        thin: For each edited layer whose second moment is from too little text
+            (`SecondMoment.is_thin`), a sentence that says so. Such a change may break what the text
+            does not show, so a workbench keeps it only if forced.
     """
 
     plan: Plan
@@ -75,7 +78,9 @@ class Proposal(Shown):
         return [Table(self.summary, {}), *self.verification.tables()]
 
     def tables(self) -> list[Table]:
-        """What was solved for, its proof, and the warnings; the plan, where there was nothing to write."""
+        """What was solved for, its proof, and the warnings; the plan, where there was nothing to
+        write.
+        """
         warnings = [Table(warning, {}) for warning in self.warnings]
         return [*(self.proof_tables() or self.plan.tables()), *warnings]
 
@@ -114,7 +119,8 @@ class Proposal(Shown):
     def _already_known(self) -> list[str]:
         written = () if self.delta is None else self.delta.facts
         return [
-            f"the model does not say {fact.target_true!r} after {fact.text!r}: nothing to forget (force it to write anyway)"
+            f"the model does not say {fact.target_true!r} after {fact.text!r}: nothing to forget "
+            "(force it to write anyway)"
             if fact.target is None
             else f"the model already answers {fact.text!r} with {fact.target.strip()!r}: nothing to write (force it to write anyway)"
             for fact in self.plan.known
@@ -135,7 +141,8 @@ class Proposal(Shown):
     @property
     def _disturbed(self) -> list[str]:
         return [
-            f"on ordinary text the output of layer {layer} changes by {share:.0%}, so the model may be broken. Fewer facts at a time, a "
+            f"on ordinary text the output of layer {layer} changes by {share:.0%}, so the model "
+            "may be broken. Fewer facts at a time, a "
             "larger ridge (moment_weight, ridge, l2) or a smaller clamp change it less"
             for layer, share in self.disturbance.items()
             if share >= _BROKEN
@@ -162,7 +169,9 @@ class Proposal(Shown):
 
     @property
     def _shared_keys(self) -> list[str]:
-        """That facts with different targets have nearly one key, with the closest two as an example."""
+        """That facts with different targets have nearly one key, with the closest two as an
+        example.
+        """
         records = () if self.delta is None else self.delta.convergence
         pairs = [
             (record["cosine"], i, record["shares_key_with"])
@@ -173,8 +182,10 @@ class Proposal(Shown):
             return []
         cosine, one, other = max(pairs)
         return [
-            f"{len(pairs)} facts have nearly the key of another fact with another target, so what is written for one also reaches the other: "
-            f"{self.delta.facts[one].text!r} and {self.delta.facts[other].text!r}, cosine {cosine:.3f}. Check that both took, or begin the "
+            f"{len(pairs)} facts have nearly the key of another fact with another target, so what "
+            "is written for one also reaches the other: "
+            f"{self.delta.facts[one].text!r} and {self.delta.facts[other].text!r}, cosine "
+            f"{cosine:.3f}. Check that both took, or begin the "
             "prompts with different words"
         ]
 
@@ -201,7 +212,8 @@ class Proposal(Shown):
         }
 
 
-@torch.enable_grad()  # solvers need it, and a Ctrl-C inside a `no_grad` can leave it off: this sets it back
+# solvers need it, and a Ctrl-C inside a `no_grad` can leave it off: this sets it back
+@torch.enable_grad()
 def propose(
     bench: Bench,
     plan: Plan,
@@ -210,10 +222,12 @@ def propose(
     force: bool = False,
     progress: Progress | None = None,
 ) -> Proposal:
-    """Solve for the change that a plan decided on, and measure it while it is in the model for a moment.
+    """Solve for the change that a plan decided on, and measure it while it is in the model for a
+    moment.
 
     Args:
-        bench: The model and what it carries; it is as before when this returns, also after an exception.
+        bench: The model and what it carries; it is as before when this returns, also after an
+            exception.
         plan: Made by `plan` on this bench, with its method, settings and layers.
         sources: What the edit may draw on, as for the plan.
         force: Write also what the model already says.
@@ -279,7 +293,9 @@ def propose(
 
 
 def _chat_templates(lm: LanguageModel) -> list[str]:
-    """The model's chat template; [] where it cannot be filled: then the caller gave contexts, and they say how it is used."""
+    """The model's chat template; [] where it cannot be filled: then the caller gave contexts, and
+    they say how it is used.
+    """
     try:
         return chat_contexts(lm)
     except InputError:

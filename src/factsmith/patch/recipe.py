@@ -29,8 +29,8 @@ class Sources:
     """What an edit may draw on.
 
     Attributes:
-        moments: Second moments of the edited layers: one SecondMoment, or {layer: SecondMoment}. None: the kept ones; otherwise they are
-            computed from `texts`.
+        moments: Second moments of the edited layers: one SecondMoment, or {layer: SecondMoment}.
+            None: the kept ones; otherwise they are computed from `texts`.
         texts: Ordinary text for second moments and drift. None: the model writes it.
         contexts: Templates with `{}` for the prompt. None: the model writes them.
         seed: Seed of the contexts and of the text that the model writes.
@@ -53,8 +53,10 @@ class Recipe:
     Attributes:
         method: The method's name. None: "rome" for one fact, "memit" for several (`method_for`).
         config: Its settings. None: those recommended for the model, with `changes`.
-        layers: The layers to edit, a number or several. None: those of `config`, or else the plan chooses them.
-        paper: Start from the settings published for a model of this shape, not from the recommended ones.
+        layers: The layers to edit, a number or several. None: those of `config`, or else the plan
+            chooses them.
+        paper: Start from the settings published for a model of this shape, not from the recommended
+            ones.
         changes: {setting: value} that differ.
 
     Raises InputError for an unknown method, or settings of another method.
@@ -90,9 +92,11 @@ class Recipe:
         """Return the recipe of a fact file.
 
         Args:
-            sheet: The file. Its settings count for the method that it names, and for any method if it names none.
+            sheet: The file. Its settings count for the method that it names, and for any method if
+                it names none.
             method: Overrules the file's method.
-            changes: Overrule the file's settings one by one. "layer" or "layers" names the layers to edit.
+            changes: Overrule the file's settings one by one. "layer" or "layers" names the layers
+                to edit.
             layers: The layers to edit; they overrule those of file and changes.
             paper: Start from the published settings.
         """
@@ -113,7 +117,8 @@ class Recipe:
         return "memit" if len(facts) > 1 else "rome"
 
     def config_for(self, lm: LanguageModel, facts: Sequence[Fact]) -> EditConfig:
-        """Return the settings for a model. Their `edited` is None where the layers are still to be chosen.
+        """Return the settings for a model. Their `edited` is None where the layers are still to be
+        chosen.
 
         Raises:
             InputError: An unknown setting, or nothing was published for such a model.
@@ -129,4 +134,5 @@ class Recipe:
             return changed
         recommended = find_method(method).config.recommended(lm)
         names = {"layer", "layers"} & {field.name for field in dataclasses.fields(recommended)}
-        return dataclasses.replace(recommended, **dict.fromkeys(names))
+        unset: dict[str, Any] = dict.fromkeys(names)
+        return dataclasses.replace(recommended, **unset)

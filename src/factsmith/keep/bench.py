@@ -1,0 +1,215 @@
+"""What a workspace knows of its model: a `patch.Bench` whose deltas stand in a ledger.
+
+    bench = LedgerBench(lm, "my-workspace")
+    bench.beneath, bench.asked_again
+    with bench.on_base():
+        lm.answer([prompt])
+
+`Workbench` adds the verbs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from typing_extensions import Self
+
+from .. import atlas
+from ..core.errors import FingerprintError
+from ..core.fact import Fact
+from ..core.progress import Progress
+from ..corpus.moments import SecondMoment
+from ..corpus.moments_store import find_moments, kept_moments
+from ..edit.delta import Delta
+from ..model.address import check_dense
+from ..model.language_model import LanguageModel
+from ..patch.layer_choice import LayerChoice
+from ..patch.layers import measure_layers, published_choice, quick_layers
+from ..patch.recipe import Sources
+from .carried import Carried, newest_facts
+from .layers_file import read_layers, write_layers
+from .ledger import Ledger
+
+_ASKED_AGAIN = 100
+"""Earlier facts asked again with every new patch: the newest ones. `Workbench.verify` asks all."""
+
+
+def create(lm: LanguageModel, folder: str | os.PathLike[str]) -> Ledger:
+    """Make a workspace for a model and return its ledger, open.
+
+    Raises:
+        WorkspaceError: The folder is a workspace already, or cannot be written.
+    """
+    # A path is kept whole, so that the workspace finds its model from anywhere.
+    is_folder = lm.name not in atlas.names() and Path(lm.name).is_dir()
+    name = str(Path(lm.name).resolve()) if is_folder else lm.name
+    dtype = str(lm.dtype).removeprefix("torch.")
+    return Ledger.create(folder, model=name, fingerprint=lm.fingerprint, dtype=dtype)
+
+
+class LedgerBench:
+    """A model and a workspace; a context manager that leaves the model at its base weights.
+
+    Attributes:
+        lm: The model; its weights are base + Σ active deltas.
+        ledger: The records.
+
+    Raises:
+        FingerprintError: The workspace was made for another model.
+        DamagedError: A delta is not whole.
+    """
+
+    def __init__(self, lm: LanguageModel, folder: str | os.PathLike[str]) -> None:
+        self.lm = lm
+        is_workspace = (Path(folder) / "ledger.db").is_file()
+        self.ledger = Ledger(folder) if is_workspace else create(lm, folder)
+        self._carried = Carried(lm, self.ledger)
+        try:
+            if lm.fingerprint != self.ledger.fingerprint:
+                raise FingerprintError(
+                    f"{folder} was made for {self.ledger.model!r} in {self.ledger.dtype}, "
+                    f"fingerprint {self.ledger.fingerprint[:10]}; "
+                    f"got {lm.name!r} in {str(lm.dtype).removeprefix('torch.')} with "
+                    f"{lm.fingerprint[:10]}. Load that model without "
+                    "patches (close another workbench that holds it), or make a workspace for this "
+                    "one"
+                )
+            self._carried.go_to(self.ledger.current)  # opening writes nothing
+        except BaseException:
+            self.ledger.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Put the base weights back, bit for bit, and close the ledger; the records stay."""
+        self._carried.release()
+        self.ledger.close()
+
+    @property
+    def base_fingerprint(self) -> str:
+        """The fingerprint of the model without patches."""
+        return self.ledger.fingerprint
+
+    @property
+    def beneath(self) -> tuple[Delta, ...]:
+        """The deltas that the model carries, in ledger order; the first counts as made on the base."""
+        return self._carried.on_base(self._carried.deltas.values())
+
+    @property
+    def facts_in_effect(self) -> list[tuple[str, Fact]]:
+        """The facts in effect, each after words that say which revision has it; of those with one
+        prompt the newest.
+        """
+        newest: dict[str, tuple[str, Fact]] = {}
+        for revision in self.ledger.active(self._carried.at):
+            for fact in revision.in_effect:
+                newest.pop(fact.text, None)
+                newest[fact.text] = (f"{revision.id[:10]} has", fact)
+        return list(newest.values())
+
+    @property
+    def asked_again(self) -> list[Fact]:
+        """The newest facts in effect, which must still hold after a new patch."""
+        return newest_facts(self._carried.deltas.values())[-_ASKED_AGAIN:]
+
+    def on_base(self) -> AbstractContextManager[None]:
+        """A block in which the model has its base weights."""
+        return self._carried.exactly([])
+
+    def carrying(self, *deltas: Delta) -> AbstractContextManager[None]:
+        """A block in which the model carries these deltas on top of the active ones."""
+        return self._carried.exactly([*self._carried.deltas.values(), *deltas])
+
+    def kept_moments(self, layers: Sequence[int]) -> Mapping[int, SecondMoment]:
+        """The second moments of these layers that the workspace keeps, or that came with the model."""
+        return kept_moments(self.lm, layers, self._moments_folder)
+
+    def moments(
+        self, layers: Sequence[int], sources: Sources, progress: Progress | None
+    ) -> Mapping[int, SecondMoment]:
+        """The second moments of these layers, of the base weights: kept, or computed now and kept."""
+        return self.find_moments(layers, texts=sources.texts, seed=sources.seed, progress=progress)
+
+    def known_layers(self) -> LayerChoice | None:
+        """The layers to edit as far as they are known without work: kept here, or else those of
+        `published_choice`.
+        """
+        return self._kept_layers() or published_choice(self.lm)
+
+    def measured_layers(self, sources: Sources, progress: Progress | None) -> LayerChoice:
+        """The layers to edit by a few trial edits on the base weights, kept in the workspace."""
+        with self.on_base():
+            choice = quick_layers(self.lm, sources, folder=self._moments_folder, progress=progress)
+        write_layers(self._layers_file, choice)
+        return choice
+
+    def find_moments(
+        self,
+        layers: Sequence[int],
+        *,
+        folder: str | os.PathLike[str] | None = None,
+        **options: Any,
+    ) -> dict[int, SecondMoment]:
+        """Return second moments of the base weights, kept in the workspace unless `folder` says
+        where; otherwise as the function.
+        """
+        self._carried.check_weights()
+        with self.on_base():
+            return find_moments(self.lm, layers, folder=folder or self._moments_folder, **options)
+
+    def recommend_layers(
+        self,
+        facts: Iterable[Fact] | None = None,
+        *,
+        trials: int | None = None,
+        texts: Iterable[str] | None = None,
+        contexts: Sequence[str] | None = None,
+        seed: int = 0,
+        refresh: bool = False,
+        progress: Progress | None = None,
+    ) -> LayerChoice:
+        """Measure which layers to edit, on the base weights, and keep the choice in the workspace
+        as layers.json.
+
+        A kept choice is returned when nothing else is asked for: no `facts`, no other number of
+            `trials`, no `refresh`. Arguments as of the
+        function `recommend_layers`. Raises what it raises, DamagedError when the kept choice cannot
+        be read, WorkspaceError when the new one cannot be written.
+        """
+        self._carried.check_weights()
+        kept = None if refresh or facts is not None else self._kept_layers()
+        if kept is not None and not kept.quick and trials in (None, kept.trials):
+            return kept
+        check_dense(self.lm.ffn)
+        sources = Sources(texts=texts, contexts=contexts, seed=seed)
+        with self.on_base():
+            choice = measure_layers(
+                self.lm,
+                facts,
+                sources,
+                trials=trials,
+                folder=self._moments_folder,
+                progress=progress,
+            )
+        write_layers(self._layers_file, choice)
+        return choice
+
+    @property
+    def _moments_folder(self) -> Path:
+        return self.ledger.folder / "moments"
+
+    @property
+    def _layers_file(self) -> Path:
+        return self.ledger.folder / "layers.json"
+
+    def _kept_layers(self) -> LayerChoice | None:
+        return read_layers(self._layers_file, self.lm, self.ledger.fingerprint)
