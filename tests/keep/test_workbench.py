@@ -38,7 +38,7 @@ from factsmith.edit.delta import Delta, applied
 from factsmith.edit.keys import read_keys
 from factsmith.edit.methods import METHODS
 from factsmith.edit.resolve import resolve
-from factsmith.keep import again, carried, workbench
+from factsmith.keep import again, carried
 from factsmith.keep.export.folder import read_patch
 from factsmith.keep.ledger import BASE, LATEST, Ledger
 from factsmith.keep.revision import Revision
@@ -1220,7 +1220,7 @@ def test_recommended_layers_are_kept_in_the_workspace(
         "those of the losers are not kept"
     )
 
-    monkeypatch.setattr(workbench, "measure_layers", None)  # from here on nothing may be measured
+    monkeypatch.setattr("factsmith.keep.bench.measure_layers", None)  # from here on nothing may be measured
     again = bench.recommend_layers()
     assert (again.source, again.rome, again.memit, again.scores) == (
         "workspace",
