@@ -267,7 +267,7 @@ def test_pages_that_cannot_be_made(run: Run, model: Path, tmp_path: Path) -> Non
     for arguments, code, words in (
         ((), 2, "name a model"),
         ((model, "--out", "texts.txt"), 5, "a file of that name"),
-        ((model, "--out", "site"), 2, "no page of factsmith's"),
+        ((model, "--out", "site"), 2, "factsmith did not write it"),
         ((model, "--layer", "7"), 2, "layer 7"),
         (("--index", "none"), 5, "no triggers"),
         (("--index", "none", "--texts", "texts.txt"), 2, "name the model"),

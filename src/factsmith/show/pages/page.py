@@ -1,4 +1,13 @@
-"""show.pages.page."""
+"""What all pages share: how they show text, how templates become HTML, and where pages go.
+
+    check_page("card.html")                                    before anything is computed
+    html = render("card.html", card, title="A card", ...)
+    write_page(html, "card.html")
+
+Tokens and texts come from models and corpora, so no page trusts them. Templates escape them. Data
+is in a JSON block without a `<`, and scripts put it into text nodes only. A content security policy
+lets one script run, named by its hash, and lets the browser fetch nothing.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +26,23 @@ from markupsafe import Markup, escape
 from ...core.errors import InputError, WorkspaceError
 from ...core.files import write_file
 from ...read.cards import Card
-from ...read.triggers import Triggers
+from ...read.triggers import Trigger, Triggers
 
 _SUFFIXES = (".html", ".htm")
 
-_OURS = b'<meta name="generator" content="factsmith">'  # in the first lines of every page
+_MARK = b'<meta name="generator" content="factsmith">'
+"""A line near the top of every page, by which factsmith knows its pages."""
 
-FITS = ((10, 3, 10), (5, 2, 10), (3, 1, 5), (1, 1, 5), (1, 0, 3))
-"""Triggers, lowest triggers and tokens a neuron, from what a layer's page holds at best to what it holds at least."""
-
-LARGEST = 8_000_000
-"""Characters of a page's data; a layer that has more at best shows less of each neuron."""
+# ---- files ----
 
 
 def check_page(path: str | os.PathLike[str]) -> None:
-    """Raises InputError for a suffix that is not .html, or a file there that is no page of ours, WorkspaceError where no folder is."""
+    """Check that a page can be written under this name.
+
+    Raises:
+        InputError: for a suffix other than .html, or if a file exists that factsmith did not make.
+        WorkspaceError: when the folder does not exist, or the file there cannot be read.
+    """
     path = Path(path)
     if path.suffix.lower() not in _SUFFIXES or path.is_dir():
         raise InputError(
@@ -41,32 +52,41 @@ def check_page(path: str | os.PathLike[str]) -> None:
         raise WorkspaceError(f"cannot write {path}: {path.parent} is not a folder; make it first")
     try:
         with path.open("rb") as file:
-            ours = _OURS in file.read(1000)
+            is_page = _MARK in file.read(1000)
     except FileNotFoundError:
         return
     except OSError as error:
         raise WorkspaceError(
-            f"cannot read {path}, which is there already: {error.strerror}; choose another name"
+            f"{path} exists and cannot be read: {error.strerror}; choose another name"
         ) from None
-    if not ours:
+    if not is_page:
         raise InputError(
-            f"{path} is there already, and no page of factsmith's; choose another name, or delete it"
+            f"{path} exists, and factsmith did not write it; choose another name, or delete it"
         )
 
 
 def check_folder(folder: str | os.PathLike[str]) -> None:
-    """Raises WorkspaceError for a folder that is a file, InputError for one with an index.html that is no page of ours."""
+    """Check that pages can be written into this folder.
+
+    Raises:
+        InputError: if its index.html exists, and factsmith did not make it.
+        WorkspaceError: when the folder is a file.
+    """
     folder = Path(folder)
     if folder.is_dir():
         check_page(folder / "index.html")
     elif folder.exists():
         raise WorkspaceError(
-            f"cannot make the folder {folder}: there is a file of that name; choose another"
+            f"cannot make the folder {folder}: a file of that name exists; choose another name"
         )
 
 
-def keep_page(html: str, path: str | os.PathLike[str] | None) -> str:
-    """The page itself, written to `path` in one step if that is given. Raises WorkspaceError where it cannot be."""
+def write_page(html: str, path: str | os.PathLike[str] | None) -> str:
+    """Write the page in one step if there is a path, and return it.
+
+    Raises:
+        WorkspaceError: when the file cannot be written.
+    """
     if path is not None:
         try:
             write_file(Path(path), html.encode())
@@ -77,45 +97,38 @@ def keep_page(html: str, path: str | os.PathLike[str] | None) -> str:
     return html
 
 
-def shown(text: str) -> str:
-    """Text with every character that has no look of its own shown by one that has: as many characters, none that steers the page."""
-    return "".join(map(_look, text)) if not text.isprintable() else text
+# ---- text ----
+
+
+def printable(text: str) -> str:
+    """Return a text of the same length in which every character shows and none steers the page."""
+    return text if text.isprintable() else "".join(map(_symbol, text))
+
+
+# These would turn round the text next to them.
+_DIRECTIONS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
 @functools.cache
-def _look(character: str) -> str:
+def _symbol(character: str) -> str:
     kind, code = unicodedata.category(character), ord(character)
     if character == "\n":
         return "↵"
-    if kind == "Cc":
-        return (
-            chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
-        )  # pictures of control characters
-    if kind in ("Cs", "Zl", "Zp") or unicodedata.bidirectional(character) in _STEERS:
+    if kind == "Cc":  # Unicode has pictures of most control characters
+        return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
+    if kind in ("Cs", "Zl", "Zp") or unicodedata.bidirectional(character) in _DIRECTIONS:
         return "\ufffd"
     return character
 
 
-_STEERS = (
-    "LRE",
-    "RLE",
-    "LRO",
-    "RLO",
-    "PDF",
-    "LRI",
-    "RLI",
-    "FSI",
-    "PDI",
-)  # they would turn round what stands beside the text
-
-
 def signed(number: float, digits: int = 2) -> str:
+    """Return a number with its sign."""
     return f"{number:+.{digits}f}".replace("-", "−")
 
 
 def _chip(token: str) -> Markup:
-    """A token with its outer spaces as dots."""
-    text = shown(token)
+    """Return a token as HTML, with its outer spaces as dots."""
+    text = printable(token)
     word = text.strip(" ")
     before = len(text) - len(text.lstrip(" ")) if word else len(text)
     dots = [
@@ -127,12 +140,38 @@ def _chip(token: str) -> Markup:
     )
 
 
-# ── templates ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+def excerpt(trigger: Trigger, before: int, after: int) -> tuple[str, str, str]:
+    """Return the text of a trigger as three parts: before its token, the token, after it.
+
+    A long text is cut at a space, if there is one.
+
+    Args:
+        trigger: The trigger.
+        before: About how many characters to keep before the token of a long text.
+        after: About how many to keep after it.
+    """
+    text, start, stop = trigger.text, trigger.start, trigger.stop
+    first, last = 0, len(text)
+    if len(text) > 1.5 * (before + after):
+        first, last = max(0, start - before), min(len(text), stop + after)
+        if first and (space := text.find(" ", first, start)) >= 0:
+            first = space
+        if last < len(text) and (space := text.rfind(" ", stop, last)) >= 0:
+            last = space
+    head = "…" + text[first:start] if first else text[:start].lstrip(" ")
+    tail = text[stop:last] + ("…" if last < len(text) else "")
+    return printable(head), printable(text[start:stop]), printable(tail)
+
+
+# ---- templates ----
 
 
 def script_json(content: Any) -> Markup:
-    """JSON for a script element, which ends at `</script` wherever it stands: no <, > or & is left, nor what JavaScript takes for a line's
-    end."""
+    """Return JSON for a script element.
+
+    The element ends at the first `</script`, so the JSON has no <, > or &. It has no character
+    either that ends a line in JavaScript.
+    """
     text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -141,19 +180,19 @@ def script_json(content: Any) -> Markup:
 
 @functools.cache
 def _environment() -> Environment:
-    found = Environment(
+    environment = Environment(
         loader=PackageLoader("factsmith", "show/templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    found.filters.update(shown=shown, chip=_chip, signed=signed)
-    return found
+    environment.filters.update(printable=printable, chip=_chip, signed=signed)
+    return environment
 
 
 def _source(name: str) -> str:
-    """A file of ours as it stands, not filled in."""
+    """Return a file of the templates as it is, not filled in."""
     environment = _environment()
     assert environment.loader is not None
     return environment.loader.get_source(environment, name)[0]
@@ -161,21 +200,26 @@ def _source(name: str) -> str:
 
 @functools.cache
 def script_block(name: str) -> Markup:
+    """Return the script of a page, after the functions that all scripts share."""
     return Markup(_source("common.js") + "\n" + _source(name))
 
 
 def render(
     template: str, source: Card | Triggers | None, *, script: Markup | None = None, **content: Any
 ) -> str:
-    """A page, whose policy lets the one script run that it is told by its hash, and fetches nothing.
+    """Return a page. Its policy lets only this script run, and lets the browser fetch nothing.
 
-    source  what the footer says it was read from; None: the template says it in a footer of its own
+    Args:
+        template: The file name of the template.
+        source: What the footer describes: the model, and the texts that were read. None: the
+            template has a footer of its own.
+        script: The script, if the page has one.
+        **content: The variables of the template.
     """
-    allowed = (
-        "'none'"
-        if script is None
-        else f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-    )
+    allowed = "'none'"
+    if script is not None:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        allowed = f"'sha256-{digest}'"
     page = _environment().get_template(template)
     return page.render(
         source=source,

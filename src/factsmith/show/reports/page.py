@@ -15,7 +15,7 @@ import os
 from ...core.tables import visible
 from ...judge.evaluation import INTERVALS
 from ...judge.rows import BASE
-from ..pages.page import check_page, keep_page, render
+from ..pages.page import check_page, write_page, render
 from .charts import bars, report_charts
 from .record import (
     Report,
@@ -69,4 +69,4 @@ def report_page(found: Report, path: str | os.PathLike[str] | None = None) -> st
         meanings=meanings(found),
         facts=found.facts(),
     )
-    return keep_page(html, path)
+    return write_page(html, path)

@@ -14,7 +14,7 @@ from ...core.tables import Shown, Table, as_text, counted
 from ...judge.evaluation import INTERVALS, Evaluation
 from ...judge.records import Suite
 from ...judge.rows import BASE, LOWEST, Row, Share
-from ..pages.page import keep_page
+from ..pages.page import write_page
 
 MEANINGS = {
     "success": "The papers' measure: of two candidates, the new object and the old one, the wanted one is the likelier. It is kind: the "
@@ -254,7 +254,7 @@ def report_markdown(found: Report, path: str | os.PathLike[str] | None = None) -
         *(f"- {as_text(name)}: {as_text(value)}" for name, value in found.facts().items()),
     ]
     text = "\n".join(lines) + "\n"
-    return keep_page(text, path)
+    return write_page(text, path)
 
 
 # ── what is shown ───────────────────────────────────────────────────────────────────────────────────────────────────────────

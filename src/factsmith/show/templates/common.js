@@ -1,5 +1,5 @@
 "use strict";
-// Texts come from models and corpora: they are only ever put into text nodes.
+// Texts come from models and corpora, so they go into text nodes only.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 
@@ -12,24 +12,26 @@ function make(tag, attributes, ...children) {
   return node;
 }
 
-// A token with its outer spaces as dots.
+// Return a token with its outer spaces as dots.
 function chip(text, hit) {
-  const [, before, word, behind] = /^( *)([^]*?)( *)$/.exec(text);
+  const [, before, word, after] = /^( *)([^]*?)( *)$/.exec(text);
   const dots = (spaces) => (spaces ? make("span", { class: "space" }, "·".repeat(spaces.length)) : null);
-  return make("span", { class: hit ? "token hit" : "token", dir: "auto" }, dots(before), word || (text ? null : "(empty)"), dots(behind));
+  return make("span", { class: hit ? "token hit" : "token", dir: "auto" }, dots(before), word || (text ? null : "(empty)"), dots(after));
 }
 
 function folded(text) {
   return text.trim().toLowerCase();
 }
 
-// What stands behind # in the address: n17, e3n17, or q=Paris&sort=fired.
+// Read the part of the address after #: n17, e3n17, or q=Paris&sort=fired.
 function address() {
   const hash = location.hash.slice(1);
-  const own = /^(?:e(\d+))?n(\d+)$/.exec(hash);
-  return own ? { expert: own[1] === undefined ? null : Number(own[1]), neuron: Number(own[2]) } : { query: new URLSearchParams(hash) };
+  const name = /^(?:e(\d+))?n(\d+)$/.exec(hash);
+  if (!name) return { query: new URLSearchParams(hash) };
+  return { expert: name[1] === undefined ? null : Number(name[1]), neuron: Number(name[2]) };
 }
 
+// Return a function that acts once typing pauses.
 function later(act) {
   let timer = 0;
   return () => {

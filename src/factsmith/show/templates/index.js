@@ -1,23 +1,29 @@
-// data.words: tokens; data.layers: [{layer, file, banks: [[expert or null, first neuron's tokens, ...]]}], data.width tokens a neuron
+// data.words   the tokens, as text
+// data.layers  [{layer, file, banks: [[expert or null, tokens]]}]: numbers of words, the first neuron's first
+// data.width   how many tokens each neuron has
 const MOST = 200;
 const field = (id) => document.getElementById(id);
 const lowered = data.words.map(folded);
 
+// Return the neurons that promote a word: whole tokens first, then the highest rank.
 function find(word) {
   const exact = new Set();
   const part = new Set();
-  lowered.forEach((own, at) => (own === word ? exact : own.includes(word) ? part : new Set()).add(at));
-  const found = [];
+  lowered.forEach((token, at) => {
+    if (token === word) exact.add(at);
+    else if (token.includes(word)) part.add(at);
+  });
+  const matches = [];
   for (const { layer, file, banks } of data.layers) {
     for (const [expert, tokens] of banks) {
       tokens.forEach((token, at) => {
         if (!exact.has(token) && !part.has(token)) return;
         const neuron = Math.floor(at / data.width);
-        found.push({ layer, file, expert, neuron, token, rank: at % data.width, loose: exact.has(token) ? 0 : 1 });
+        matches.push({ layer, file, expert, neuron, token, rank: at % data.width, loose: exact.has(token) ? 0 : 1 });
       });
     }
   }
-  return found.sort((a, b) => a.loose - b.loose || a.rank - b.rank);
+  return matches.sort((a, b) => a.loose - b.loose || a.rank - b.rank);
 }
 
 function search() {
@@ -27,12 +33,12 @@ function search() {
   for (const link of document.querySelectorAll("a.layer")) {
     link.setAttribute("href", link.dataset.file + (word ? "#" + new URLSearchParams({ q: query.trim() }) : ""));
   }
-  field("found").hidden = !word || !data.width;
-  const found = word && data.width ? find(word) : [];
-  field("count").textContent = !word || !data.width ? "" : found.length > MOST
-    ? `${found.length.toLocaleString("en")} matches, of which the first ${MOST}`
-    : `${found.length} match${found.length === 1 ? "" : "es"} among the first ${data.width} tokens of each value`;
-  field("rows").replaceChildren(...found.slice(0, MOST).map((row) => {
+  field("matches").hidden = !word || !data.width;
+  const matches = word && data.width ? find(word) : [];
+  field("count").textContent = !word || !data.width ? "" : matches.length > MOST
+    ? `${matches.length.toLocaleString("en")} matches; the first ${MOST} are shown`
+    : `${matches.length} match${matches.length === 1 ? "" : "es"} among the first ${data.width} tokens of each value`;
+  field("rows").replaceChildren(...matches.slice(0, MOST).map((row) => {
     const id = (row.expert === null ? "" : `e${row.expert}`) + `n${row.neuron}`;
     const name = [row.layer, ...(row.expert === null ? [] : [row.expert]), row.neuron].join(" ");
     return make(

@@ -1,5 +1,10 @@
-// data.neurons: [bank, number, share of tokens it is on at, [token, score, ...] promoted, the same demoted,
-//                [coefficient, text, start, stop, ...] top, the same bottom, [fact, coefficient, adds, ...]]
+// data.layer    the layer; data.command: the start of the command that makes a card
+// data.banks    [{expert or null, neurons: how many}]
+// data.neurons  [bank, number, share of the tokens where it fires,
+//               [token, score, ...] promoted, [token, score, ...] demoted,
+//               [coefficient, text, start, stop, ...] highest, the same lowest,
+//               [fact, coefficient, adds, ...]]
+// data.words, data.texts, data.facts   what tokens, texts and facts are numbers of
 const [BANK, NUMBER, FIRED, UP, DOWN, TOP, BOTTOM, FACTS] = [0, 1, 2, 3, 4, 5, 6, 7];
 const CHUNK = 60;
 const field = (id) => document.getElementById(id);
@@ -8,12 +13,13 @@ const lowered = { words: data.words.map(folded), texts: data.texts.map((text) =>
 lowered.facts = data.facts.map((pair) => pair.join(" ").toLowerCase());
 let shown = [];
 let wanted = "";
-let isBehind = null;
+let isAfter = null;
 
+// Cut a flat list into rows.
 function rows(flat, width) {
-  const found = [];
-  for (let at = 0; at < flat.length; at += width) found.push(flat.slice(at, at + width));
-  return found;
+  const cut = [];
+  for (let at = 0; at < flat.length; at += width) cut.push(flat.slice(at, at + width));
+  return cut;
 }
 
 function nameOf(neuron) {
@@ -23,25 +29,25 @@ function nameOf(neuron) {
 
 // ── search ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-// Whether a trigger fires behind a word, or at it.
-function behind(word) {
-  const ends = lowered.texts.map((own) => (own.includes(word) ? own.indexOf(word) + word.length : Infinity));
+// Return whether a trigger fires at a word or after it.
+function after(word) {
+  const ends = lowered.texts.map((text) => (text.includes(word) ? text.indexOf(word) + word.length : Infinity));
   return ([, text, , stop]) => ends[text] <= stop;
 }
 
-// How well each neuron answers: larger is better, 0 not at all.
+// Return how well each neuron matches a query: larger is better, and 0 is no match.
 function scorer(query, where) {
   const inside = (kind) => where === "any" || where === kind;
   const word = folded(query);
-  const words = lowered.words.map((own) => (own === word ? 2 : own.includes(word) ? 1 : 0));
-  const is = behind(word);
-  const facts = lowered.facts.map((own) => own.includes(word));
+  const words = lowered.words.map((token) => (token === word ? 2 : token.includes(word) ? 1 : 0));
+  const fires = after(word);
+  const facts = lowered.facts.map((text) => text.includes(word));
   const best = (flat) => {
     let score = 0;
     for (let at = 0; at < flat.length; at += 2) score = Math.max(score, words[flat[at]] * (1 - at / (4 * flat.length)));
     return score;
   };
-  const share = (flat) => (flat.length ? rows(flat, 4).filter(is).length / (flat.length / 4) : 0);
+  const share = (flat) => (flat.length ? rows(flat, 4).filter(fires).length / (flat.length / 4) : 0);
   return (neuron) => {
     let score = 0;
     if (where === "any" && String(neuron[NUMBER]) === word) score += 1000;
@@ -66,7 +72,7 @@ function search() {
   const { neuron, expert, query } = address();
   if (neuron !== undefined) {
     wanted = "";
-    shown = data.neurons.filter((own) => own[NUMBER] === neuron && data.banks[own[BANK]].expert === expert);
+    shown = data.neurons.filter((each) => each[NUMBER] === neuron && data.banks[each[BANK]].expert === expert);
   } else {
     wanted = (query.get("q") || "").trim();
     const sort = query.get("sort") || "best";
@@ -75,11 +81,11 @@ function search() {
     field("in").value = query.get("in") || "any";
     field("sort").value = sort;
     if (field("expert")) field("expert").value = bank || "";
-    shown = data.neurons.filter((own) => !bank || String(data.banks[own[BANK]].expert) === bank);
+    shown = data.neurons.filter((each) => !bank || String(data.banks[each[BANK]].expert) === bank);
     if (wanted) {
       const score = scorer(wanted, field("in").value);
-      const scores = new Map(shown.map((own) => [own, score(own)]));
-      shown = shown.filter((own) => scores.get(own) > 0);
+      const scores = new Map(shown.map((each) => [each, score(each)]));
+      shown = shown.filter((each) => scores.get(each) > 0);
       if (sort === "best") shown.sort((a, b) => scores.get(b) - scores.get(a));
     }
     const order = ORDERS[sort];
@@ -87,16 +93,16 @@ function search() {
   }
   const all = data.neurons.length.toLocaleString("en");
   field("count").replaceChildren(
-    neuron === undefined ? `${shown.length.toLocaleString("en")} of ${all} neurons` : shown.length ? "one neuron; " : "no such neuron here; ",
+    neuron === undefined ? `${shown.length.toLocaleString("en")} of ${all} neurons` : shown.length ? "one neuron; " : "this layer has no such neuron; ",
   );
   if (neuron !== undefined) field("count").append(make("a", { href: "#" }, `show all ${all}`));
-  isBehind = behind(folded(wanted));
+  isAfter = after(folded(wanted));
   list.replaceChildren();
   extend();
   if (neuron !== undefined && shown.length) list.querySelector("details").open = true;
 }
 
-// Where the fields say to look, as the address has it, so that it can be shared.
+// Write the search into the address, so that a reader can share it.
 function remember() {
   const query = new URLSearchParams();
   if (field("q").value.trim()) query.set("q", field("q").value.trim());
@@ -120,8 +126,8 @@ const hit = (word) => wanted !== "" && lowered.words[word].includes(folded(wante
 function item(neuron) {
   const name = nameOf(neuron);
   const top = rows(neuron[TOP], 4);
-  const firing = (wanted !== "" && top.find(isBehind)) || top[0];
-  const end = firing ? triggerText(...firing.slice(1), true) : make("span", { class: "quiet" }, "nothing");
+  const firing = (wanted !== "" && top.find(isAfter)) || top[0];
+  const end = firing ? triggerText(...firing.slice(1), true) : make("span", { class: "quiet" }, "no text");
   const tokens = rows(neuron[UP], 2);
   const first = [...tokens.filter(([word]) => hit(word)), ...tokens.filter(([word]) => !hit(word))].slice(0, 5);
   const details = make(
@@ -145,8 +151,8 @@ function item(neuron) {
 function triggerText(text, start, stop, short) {
   const whole = data.texts[text];
   const before = short && start > 90 ? "…" + whole.slice(start - 90, start).trimStart() : whole.slice(0, start);
-  const behind = short ? null : make("span", { class: "behind" }, whole.slice(stop));
-  return make("span", { class: "text", dir: "auto" }, make("span", null, before), make("mark", null, whole.slice(start, stop)), behind);
+  const after = short ? null : make("span", { class: "after" }, whole.slice(stop));
+  return make("span", { class: "text", dir: "auto" }, make("span", null, before), make("mark", null, whole.slice(start, stop)), after);
 }
 
 function table(caption, heads, body) {
@@ -160,7 +166,7 @@ function scores(title, flat, most, kind) {
     bar.style.width = (100 * Math.abs(score)) / most + "%";
     return make("tr", null, make("td", null, chip(data.words[word], hit(word))), make("td", { class: "bars" }, bar), number(score, 2));
   });
-  return make("section", { class: "panel" }, make("h3", null, title), table("by one unit of coefficient", [["token"], ["", ""], ["score", "n"]], body));
+  return make("section", { class: "panel" }, make("h3", null, title), table("What one unit of the coefficient adds to the logit.", [["token"], ["", ""], ["score", "n"]], body));
 }
 
 const number = (value, digits) => make("td", { class: "n" }, (value < 0 ? "−" : "+") + Math.abs(value).toFixed(digits));
@@ -170,7 +176,7 @@ function places(title, flat) {
     make("tr", null, number(coefficient, 2), make("td", null, triggerText(text, start, stop, false))),
   );
   return make("section", { class: "panel wide" }, make("h3", null, title), table(
-    "the token at which it fires is marked; what stands behind it, it has not seen", [["coefficient", "n"], ["text"]], body,
+    "The token where the neuron fires is marked. The model has not yet read the grey text after it.", [["coefficient", "n"], ["text"]], body,
   ));
 }
 
@@ -179,7 +185,7 @@ function facts(flat) {
     const [prompt, answer] = data.facts[fact];
     return make("tr", null, number(coefficient, 2), number(adds, 2), make("td", { dir: "auto" }, prompt + " ", make("strong", null, answer)));
   });
-  const caption = `of ${data.facts.length} it was tried on; a correlation: what the answer loses without the neuron is on its card`;
+  const caption = `Of ${data.facts.length} known facts tested. This is a correlation; the card shows what an answer loses without the neuron.`;
   return make("section", { class: "panel wide" }, make("h3", null, "Facts it adds most to"), table(
     caption, [["coefficient", "n"], ["adds", "n"], ["fact"]], body,
   ));
@@ -201,12 +207,12 @@ function inside(neuron, name) {
       { class: "grid" },
       scores("Promotes", neuron[UP], most, "up"),
       scores("Demotes", neuron[DOWN], most, "down"),
-      neuron[TOP].length ? places("Fires most at", neuron[TOP]) : null,
-      neuron[BOTTOM].length ? places("Is lowest at", neuron[BOTTOM]) : null,
+      neuron[TOP].length ? places("Fires most", neuron[TOP]) : null,
+      neuron[BOTTOM].length ? places("Is lowest", neuron[BOTTOM]) : null,
       neuron[FACTS].length ? facts(neuron[FACTS]) : null,
     ),
     make("nav", null, make("a", { href: "#" + name.id }, "link to this neuron"), near(-1, "← previous"), near(1, "next →")),
-    make("p", { class: "quiet" }, "Its card: ", make("code", null, `${data.command} ${numbers.join(" ")} --out card.html`)),
+    make("p", { class: "quiet" }, "Make its card: ", make("code", null, `${data.command} ${numbers.join(" ")} --out card.html`)),
   );
 }
 
