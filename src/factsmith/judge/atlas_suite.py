@@ -1,4 +1,13 @@
-"""judge.atlas_suite."""
+"""The suite made from the bundled facts: counterfactual edits of facts that the bundled models
+know.
+
+    suite = atlas_suite(limit=100, seed=0)
+    suite.records[0].facts[0]        # such as: the capital of Bulgaria, changed from Sofia to Oslo
+
+Each record changes one fact to another object of its relation. Everything random in a record is
+drawn from a generator seeded with the suite's seed and the fact, so a record does not depend on the
+limit.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +15,25 @@ import hashlib
 import random
 from collections import Counter
 from functools import cache
+from typing import NamedTuple
 
 from .. import atlas
 from ..core.fact import Fact
 from .records import Question, Record, Suite, negation
 
-# ── made from the bundled facts ─────────────────────────────────────────────────────────────────────────────────────────
-
-_NEIGHBOURS, _SAME_SUBJECT, _GENERATED, _REFERENCES, _CHAINS = (
-    10,
-    3,
-    3,
-    5,
-    2,
-)  # at most so many a record
+# Questions and texts of a record, at most.
+_NEIGHBOURS = 10
+_LOCALITY = 3
+_GENERATION_PROMPTS = 3
+_REFERENCES = 5
+_CHAINS = 2
 
 _COUNTRY = {
     "P17": "the country in which {} lies",
     "P27": "the country of which {} is a citizen",
     "P495": "the country from which {} comes",
 }
-"""Relations whose objects are countries, as a name for the object: the first hop."""
+"""The first hop: relations whose objects are countries, with a name for the object."""
 
 _OF_COUNTRY = {
     "P36": (
@@ -50,7 +57,7 @@ _OF_COUNTRY = {
         "Q: What is the currency of {}? A: the",
     ),
 }
-"""What is asked of a country in a second hop, three ways each."""
+"""The second hop: relations of countries, with three ways to ask."""
 
 _BOUND = (
     frozenset(
@@ -75,11 +82,60 @@ _BOUND = (
     frozenset(["P39", "P101", "P106", "P108", "P136", "P413", "P641", "P1303", "P937"]),
     frozenset(["P127", "P176", "P178", "P449"]),
 )
-"""Relations of which one may follow from another: an edit of one is no reason for the others to stay."""
+"""Groups of relations of which one may follow from another. A fact of the same subject in the same
+group need not stay after an edit."""
+
+
+def atlas_suite(limit: int | None, seed: int) -> Suite:
+    """Return the bundled suite.
+
+    It edits the facts whose held-out phrasings the bundled models have never seen. A record asks:
+
+    - neighbours: facts of the same relation, first those with the same object, as in COUNTERFACT;
+    - locality: facts of the subject in relations that the edit does not touch;
+    - multihop: a chain of the edit and one bundled fact. If the edit changes a country, the
+      question asks for something about the new country. If it changes something about a country,
+      the question names the country by someone or something of that country.
+
+    Args:
+        limit: Number of records to draw. None: all.
+        seed: Seed of the sample and of each record.
+    """
+    facts = [
+        fact
+        for fact in atlas.facts()
+        if atlas.is_held_out(fact.subject) and len(_objects(fact.relation)) > 1
+    ]
+    chosen = range(len(facts))
+    if limit is not None:
+        draw = random.Random(seed)
+        records_to_draw = min(limit, len(facts))
+        chosen = sorted(draw.sample(range(len(facts)), records_to_draw))
+    return Suite(
+        name="atlas",
+        records=tuple(_record(facts[at], seed) for at in chosen),
+        skipped=(),
+        source="bundled",
+        digest=_digest(),
+    )
+
+
+def _digest() -> str:
+    """Return the sha256 (hex) of the bundled facts and phrasings."""
+    digest = hashlib.sha256(
+        "\n".join(f"{f.subject}\t{f.relation}\t{f.object}" for f in atlas.facts()).encode()
+    )
+    for relation in atlas.relations():
+        digest.update("\n".join((relation, *atlas.phrasings(relation).every)).encode())
+    return digest.hexdigest()
+
+
+# ── the facts, looked up ──────────────────────────────────────────────────────────────────────────
 
 
 @cache
 def _by_relation() -> dict[str, tuple[atlas.AtlasFact, ...]]:
+    """Return the facts of each relation."""
     groups: dict[str, list[atlas.AtlasFact]] = {}
     for fact in atlas.facts():
         groups.setdefault(fact.relation, []).append(fact)
@@ -87,8 +143,8 @@ def _by_relation() -> dict[str, tuple[atlas.AtlasFact, ...]]:
 
 
 @cache
-def _sharing() -> dict[tuple[str, str], tuple[atlas.AtlasFact, ...]]:
-    """Facts by (relation, object)."""
+def _by_relation_and_object() -> dict[tuple[str, str], tuple[atlas.AtlasFact, ...]]:
+    """Return the facts of each pair of a relation and an object."""
     groups: dict[tuple[str, str], list[atlas.AtlasFact]] = {}
     for fact in atlas.facts():
         groups.setdefault((fact.relation, fact.object), []).append(fact)
@@ -96,155 +152,176 @@ def _sharing() -> dict[tuple[str, str], tuple[atlas.AtlasFact, ...]]:
 
 
 @cache
-def _own_phrasings() -> dict[str, tuple[str, ...]]:
-    """The trained phrasings of a relation that no other relation has: "{} lies in" asks for more than one thing."""
-    used = Counter(
+def _unambiguous_phrasings() -> dict[str, tuple[str, ...]]:
+    """Return the trained phrasings of each relation that no other relation has.
+
+    "{} lies in" asks for more than one thing. A relation without any other phrasing keeps all of
+    its own.
+    """
+    uses = Counter(
         template
         for relation in atlas.relations()
         for template in set(atlas.phrasings(relation).every)
     )
     return {
-        relation: tuple(t for t in atlas.phrasings(relation).trained if used[t] == 1)
+        relation: tuple(t for t in atlas.phrasings(relation).trained if uses[t] == 1)
         or atlas.phrasings(relation).trained
         for relation in atlas.relations()
     }
 
 
-def atlas_suite(limit: int | None, seed: int) -> Suite:
-    """The bundled suite: counterfactual edits of facts whose held-out phrasings the models were never told.
-
-    A record's new object is another object of its relation (of those with something further known of them, where a chain can be asked). Its
-    neighbours are facts of the same relation, first those with the same object, as COUNTERFACT's all are; locality is asked of the
-    subject's facts in relations that the edit has no bearing on. A two-hop question joins the edit and one bundled fact: an edited country
-    with what is known of the new one, or what is edited of a country with someone or something of that country. A record is the same
-    whatever the limit.
-    """
-    told = [
-        fact
-        for fact in atlas.facts()
-        if atlas.is_held_out(fact.subject) and len(_objects(fact.relation)) > 1
-    ]
-    chosen = (
-        range(len(told))
-        if limit is None
-        else sorted(random.Random(seed).sample(range(len(told)), min(limit, len(told))))
-    )
-    digest = hashlib.sha256(
-        "\n".join(f"{f.subject}\t{f.relation}\t{f.object}" for f in atlas.facts()).encode()
-    )
-    for relation in atlas.relations():
-        digest.update("\n".join((relation, *atlas.phrasings(relation).every)).encode())
-    records = tuple(_atlas_record(told[at], seed) for at in chosen)
-    return Suite(
-        name="atlas", records=records, skipped=(), source="bundled", digest=digest.hexdigest()
-    )
-
-
 @cache
 def _objects(relation: str) -> tuple[str, ...]:
-    """The objects of a relation; where that is a country, those of which something further is known."""
+    """Return the objects of a relation; of countries, those about which a second hop can ask."""
     objects = dict.fromkeys(fact.object for fact in _by_relation()[relation])
     if relation in _COUNTRY:
         objects = dict.fromkeys(
-            each
-            for each in objects
-            if any(fact.relation in _OF_COUNTRY for fact in atlas.facts_about(each))
+            country
+            for country in objects
+            if any(fact.relation in _OF_COUNTRY for fact in atlas.facts_about(country))
         )
     return tuple(objects)
 
 
-def _atlas_record(fact: atlas.AtlasFact, seed: int) -> Record:
+# ── one record ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _record(fact: atlas.AtlasFact, seed: int) -> Record:
+    """Return the record that changes a fact to another object of its relation.
+
+    The order of the draws is part of the suite: another order makes other records.
+    """
     draw = random.Random(f"{seed} {fact.subject} {fact.relation}")
     new = draw.choice([each for each in _objects(fact.relation) if each != fact.object])
-    prompt, *others = _own_phrasings()[fact.relation]
+    prompt, *further_phrasings = _unambiguous_phrasings()[fact.relation]
     edit = Fact(fact.subject, prompt, new, target_true=fact.object, relation=fact.relation)
-    asked = [Question(kind="prompt", prompt=edit.text, answers=(new,), against=fact.object)]
-    for template in atlas.phrasings(fact.relation).held_out:
-        asked.append(
-            Question(
-                kind="paraphrase",
-                prompt=template.replace("{}", fact.subject),
-                answers=(new,),
-                against=fact.object,
-            )
-        )
-    for other in _neighbours(fact, new, draw):
-        asked.append(
-            Question(
-                kind="neighbour", prompt=_put(other, draw), answers=(other.object,), against=new
-            )
-        )
-    bound = {fact.relation}.union(*(group for group in _BOUND if fact.relation in group))
-    free = [other for other in atlas.facts_about(fact.subject) if other.relation not in bound]
-    for other in free[:_SAME_SUBJECT]:
-        asked.append(Question(kind="locality", prompt=_put(other, draw), answers=(other.object,)))
-    asked += _two_hops(fact, new, draw)
-    denied = negation(edit)
-    alike = [other for other in _sharing()[fact.relation, new] if other.subject != fact.subject]
+    questions = [
+        Question(kind="prompt", prompt=edit.text, answers=(new,), against=fact.object),
+        *_paraphrases(fact, new),
+        *_neighbours(fact, new, draw),
+        *_locality(fact, draw),
+        *_two_hops(fact, new, draw),
+    ]
+    denial = negation(edit)
+    if denial is not None:
+        questions.append(denial)
+    alike = [
+        other
+        for other in _by_relation_and_object()[fact.relation, new]
+        if other.subject != fact.subject
+    ]
+    n_prompts = min(_GENERATION_PROMPTS, len(further_phrasings))
     return Record(
         id=f"{fact.relation} {fact.subject}",
         facts=(edit,),
-        questions=(*asked, *([] if denied is None else [denied])),
+        questions=tuple(questions),
         generation_prompts=tuple(
-            t.replace("{}", fact.subject) for t in draw.sample(others, min(_GENERATED, len(others)))
+            template.replace("{}", fact.subject)
+            for template in draw.sample(further_phrasings, n_prompts)
         ),
         references=tuple(
-            f"{_put(other, draw)} {other.object}."
+            f"{_ask_for(other, draw)} {other.object}."
             for other in draw.sample(alike, min(_REFERENCES, len(alike)))
         ),
     )
 
 
-def _put(fact: atlas.AtlasFact, draw: random.Random) -> str:
-    """A prompt that asks for a bundled fact."""
-    return draw.choice(_own_phrasings()[fact.relation]).replace("{}", fact.subject)
+def _ask_for(fact: atlas.AtlasFact, draw: random.Random) -> str:
+    """Return a prompt that asks for a bundled fact."""
+    return draw.choice(_unambiguous_phrasings()[fact.relation]).replace("{}", fact.subject)
 
 
-def _neighbours(fact: atlas.AtlasFact, new: str, draw: random.Random) -> list[atlas.AtlasFact]:
-    """Facts of the relation about others, those with the same object first; none whose object is the new one."""
-    same = [
-        other for other in _sharing()[fact.relation, fact.object] if other.subject != fact.subject
+def _paraphrases(fact: atlas.AtlasFact, new: str) -> list[Question]:
+    """Return the questions in the held-out phrasings."""
+    return [
+        Question(
+            kind="paraphrase",
+            prompt=template.replace("{}", fact.subject),
+            answers=(new,),
+            against=fact.object,
+        )
+        for template in atlas.phrasings(fact.relation).held_out
     ]
-    if len(same) >= _NEIGHBOURS:
-        return draw.sample(same, _NEIGHBOURS)
-    rest = [
-        other for other in _by_relation()[fact.relation] if other.object not in (fact.object, new)
+
+
+def _neighbours(fact: atlas.AtlasFact, new: str, draw: random.Random) -> list[Question]:
+    """Return questions about other subjects of the relation, those with the same object first.
+
+    The answer is never the new object.
+    """
+    others = [
+        other
+        for other in _by_relation_and_object()[fact.relation, fact.object]
+        if other.subject != fact.subject
     ]
-    return same + draw.sample(rest, min(_NEIGHBOURS - len(same), len(rest)))
+    if len(others) >= _NEIGHBOURS:
+        others = draw.sample(others, _NEIGHBOURS)
+    else:
+        rest = [
+            other
+            for other in _by_relation()[fact.relation]
+            if other.object not in (fact.object, new)
+        ]
+        others += draw.sample(rest, min(_NEIGHBOURS - len(others), len(rest)))
+    return [
+        Question(
+            kind="neighbour", prompt=_ask_for(other, draw), answers=(other.object,), against=new
+        )
+        for other in others
+    ]
+
+
+def _locality(fact: atlas.AtlasFact, draw: random.Random) -> list[Question]:
+    """Return questions about the same subject in relations that the edit does not touch."""
+    touched = {fact.relation}.union(*(group for group in _BOUND if fact.relation in group))
+    others = [other for other in atlas.facts_about(fact.subject) if other.relation not in touched]
+    return [
+        Question(kind="locality", prompt=_ask_for(other, draw), answers=(other.object,))
+        for other in others[:_LOCALITY]
+    ]
+
+
+class _Chain(NamedTuple):
+    """A first hop to a country, and a second hop to something about it."""
+
+    country: str
+    """The country in words, such as "the country in which Ada Quill lives"."""
+    relation: str
+    """The relation of the second hop."""
+    answer: str
+    before: str | None
+    """The answer before the edit. None: not known."""
 
 
 def _two_hops(fact: atlas.AtlasFact, new: str, draw: random.Random) -> list[Question]:
-    """Questions whose answer follows from the edit and one bundled fact, and is not what was so before; three ways to ask each."""
-    cases: list[
-        tuple[str, str, str, str | None]
-    ] = []  # (the country in words, what is asked of it, the answer now, the answer before)
+    """Return questions whose answer follows from the edit and one bundled fact, three for each
+    chain.
+
+    The answer differs from the answer before the edit.
+    """
+    chains: list[_Chain] = []
     if fact.relation in _COUNTRY:
         old = {other.relation: other.object for other in atlas.facts_about(fact.object)}
-        for other in atlas.facts_about(new):
-            if other.relation in _OF_COUNTRY and other.object != old.get(other.relation):
-                country = _COUNTRY[fact.relation].replace("{}", fact.subject)
-                cases.append((country, other.relation, other.object, old.get(other.relation)))
+        country = _COUNTRY[fact.relation].replace("{}", fact.subject)
+        chains = [
+            _Chain(country, other.relation, other.object, old.get(other.relation))
+            for other in atlas.facts_about(new)
+            if other.relation in _OF_COUNTRY and other.object != old.get(other.relation)
+        ]
     elif fact.relation in _OF_COUNTRY:
         for relation, words in _COUNTRY.items():
-            if inside := _sharing().get((relation, fact.subject)):
-                cases.append(
-                    (
-                        words.replace("{}", draw.choice(inside).subject),
-                        fact.relation,
-                        new,
-                        fact.object,
-                    )
-                )
+            if of_country := _by_relation_and_object().get((relation, fact.subject)):
+                country = words.replace("{}", draw.choice(of_country).subject)
+                chains.append(_Chain(country, fact.relation, new, fact.object))
+    chosen = draw.sample(chains, min(_CHAINS, len(chains)))
     return [
         Question(
             kind="multihop",
-            prompt=template.replace("{}", country),
-            answers=(answer,),
-            against=before,
+            prompt=template.replace("{}", chain.country),
+            answers=(chain.answer,),
+            against=chain.before,
             group=group,
         )
-        for group, (country, relation, answer, before) in enumerate(
-            draw.sample(cases, min(_CHAINS, len(cases)))
-        )
-        for template in _OF_COUNTRY[relation]
+        for group, chain in enumerate(chosen)
+        for template in _OF_COUNTRY[chain.relation]
     ]

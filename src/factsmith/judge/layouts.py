@@ -1,327 +1,162 @@
-"""judge.layouts."""
+"""The layouts of the benchmarks' files: the fields that show a layout, and how one record is read.
+
+    LAYOUTS["counterfact"].read(Entry(row, dropped=[]), 0)      # a Record; raises Refused
+
+`suites.py` says what each layout is and which paper it comes from.
+"""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
-from ..core.checks import check_text
-from ..core.errors import FactError, InputError
 from ..core.fact import Fact
-from .records import MOST, Question, QuestionKind, Record, negation
-
-if TYPE_CHECKING:
-    pass
-
-
-class Refused(Exception):
-    """A field that cannot be used."""
-
-    def __init__(self, field: str, message: str) -> None:
-        super().__init__(f"{field} {message}")
-        self.field, self.message = field, message
-
-
-class Entry:
-    """The fields of a record, checked as they are read; `dropped` collects questions that cannot be used though the record can."""
-
-    def __init__(self, fields: Any, path: str = "", *, dropped: list[Refused]) -> None:
-        if not isinstance(fields, Mapping):
-            raise Refused(path, f"is {brief(fields)}; expected fields with names")
-        self.fields, self.path, self.dropped = fields, path, dropped
-
-    def at(self, name: str) -> str:
-        """The whole name of a field."""
-        return f"{self.path}.{name}" if self.path else name
-
-    def has(self, name: str) -> bool:
-        """Whether a field is there and holds something (None, NaN, and blank text are how tables write nothing)."""
-        value = self.fields.get(name)
-        return not (
-            value is None
-            or (isinstance(value, float) and math.isnan(value))
-            or (isinstance(value, str) and not value.strip())
-        )
-
-    def text(self, name: str) -> str:
-        """A text that is not blank."""
-        if not self.has(name):
-            raise Refused(
-                self.at(name), f"is {'empty' if name in self.fields else 'missing'}; expected text"
-            )
-        return _as_text(self.fields[name], self.at(name))
-
-    def optional(self, name: str) -> str | None:
-        """The same, or None where there is nothing."""
-        return self.text(name) if self.has(name) else None
-
-    def texts(self, name: str) -> tuple[str, ...]:
-        """All the texts of a list, or a list of lists, that are not blank; a text alone is one; nothing is none."""
-        if not self.has(name):
-            return ()
-        value = self.fields[name]
-        if not isinstance(value, (list, str)):
-            raise Refused(self.at(name), f"is {brief(value)}; expected text or a list of texts")
-        return tuple(dict.fromkeys(_flat(value, self.at(name))))
-
-    def wanted(self, name: str, otherwise: str = "these questions are left out") -> tuple[str, ...]:
-        """The texts of a field that every record of the layout has; a note in `dropped` where it is missing or has nothing in it."""
-        value = self.fields.get(name)
-        blank = isinstance(value, list) and any(
-            each is None or (isinstance(each, str) and not each.strip()) for each in value
-        )
-        found = self.texts(name)
-        if blank or not found:
-            state = (
-                "has a blank text" if blank else "is empty" if name in self.fields else "is missing"
-            )
-            self.dropped.append(Refused(self.at(name), f"{state}; expected text, so {otherwise}"))
-        return found
-
-    def row(self, name: str) -> Entry:
-        """Fields inside a field."""
-        if not self.has(name):
-            raise Refused(self.at(name), "is missing; expected fields with names")
-        return Entry(self.fields[name], self.at(name), dropped=self.dropped)
-
-    def rows(self, name: str) -> list[Entry]:
-        """A list of these, or one; nothing is none."""
-        value = self.fields.get(name) if self.has(name) else []
-        if isinstance(value, Mapping):
-            return [self.row(name)]
-        if not isinstance(value, list):
-            raise Refused(self.at(name), f"is {brief(value)}; expected a list")
-        return [
-            Entry(each, f"{self.at(name)}.{at}", dropped=self.dropped)
-            for at, each in enumerate(value)
-        ]
-
-    def id(self, index: int, *names: str) -> str:
-        """The record's own number or name, else its place in the file."""
-        own = [self.fields[name] for name in names if self.has(name)]
-        if not all(isinstance(each, (str, int)) and not isinstance(each, bool) for each in own):
-            raise Refused(self.at(names[0]), f"is {brief(own[0])}; expected a number or text")
-        return "-".join(map(str, own)) or str(index)
-
-    def fact(
-        self,
-        subject: str,
-        prompt: str,
-        target: str | None,
-        true: str | None,
-        relation: str | None,
-        field: str,
-    ) -> Fact:
-        """A fact; an old object that is the new one as well says nothing and is left out only where the caller does so."""
-        if prompt.count("{}") != 1:
-            raise Refused(
-                self.at(field),
-                f"has {prompt.count('{}')} slots in {brief(prompt)}; expected one `{{}}`, where the subject goes",
-            )
-        try:
-            return Fact(subject, prompt, target, target_true=true, relation=relation)
-        except FactError as error:
-            raise Refused(self.at(field), f"makes no fact: {error}") from None
-
-    def told(self, field: str, subject: str) -> tuple[str, str]:
-        """(template, subject as it stands there) of a prompt that names its subject: where it does so last, if more than once."""
-        prompt = self.text(field)
-        if "{}" in prompt:
-            raise Refused(
-                self.at(field), f"holds {{}} in {brief(prompt)}; expected the subject itself"
-            )
-        whole = rf"(?<!\w){re.escape(subject)}(?!\w)"
-        for pattern, flags in ((whole, 0), (re.escape(subject), 0), (whole, re.IGNORECASE)):
-            if found := list(re.finditer(pattern, prompt, flags)):
-                start, stop = found[-1].span()
-                return f"{prompt[:start]}{{}}{prompt[stop:]}", prompt[start:stop]
-        raise Refused(
-            self.at(field),
-            f"{brief(prompt)} does not name the subject {brief(subject)}; expected it there",
-        )
-
-    def ask(
-        self,
-        kind: QuestionKind,
-        field: str,
-        prompt: str,
-        answers: Sequence[str],
-        against: str | None = None,
-    ) -> list[Question]:
-        """The question, or nothing and a note in `dropped` where it has no answer but needs one."""
-        try:
-            return [
-                Question(
-                    kind=kind, prompt=prompt, answers=tuple(dict.fromkeys(answers)), against=against
-                )
-            ]
-        except InputError as error:
-            self.dropped.append(Refused(self.at(field), f"is no question and is left out: {error}"))
-            return []
-
-
-def _as_text(value: object, field: str) -> str:
-    if not isinstance(value, str):
-        raise Refused(field, f"is {brief(value)}; expected text")
-    if len(value) > MOST:
-        raise Refused(field, f"has {len(value):,} characters; expected at most {MOST:,}")
-    try:
-        check_text(value, "it")
-    except InputError as error:
-        raise Refused(field, f"cannot be used: {error}") from None
-    return value.strip()
-
-
-def _flat(value: object, field: str, depth: int = 0) -> Iterator[str]:
-    """The texts of a list, or of a list of lists of them, but the blank ones."""
-    if isinstance(value, list) and depth < 3:
-        for at, each in enumerate(value):
-            yield from _flat(each, f"{field}.{at}", depth + 1)
-    elif text := _as_text(value, field):
-        yield text
-
-
-def brief(value: object) -> str:
-    """A value in a message; of what holds others only its type, since a file may nest them without end."""
-    if isinstance(value, str):
-        return repr(value if len(value) <= 60 else f"{value[:57]}...")
-    return f"a {type(value).__name__}" if isinstance(value, (Mapping, list)) else repr(value)
-
-
-# ── layouts ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+from .entry import Entry, Refused
+from .records import Question, QuestionKind, Record, negation
 
 
 class Layout(NamedTuple):
-    """How a benchmark writes its records: the fields by which it is recognised, and how one is read."""
+    """How a benchmark writes its records."""
 
     name: str
     fields: frozenset[str]
+    """The fields by which a file is recognised."""
     read: Callable[[Entry, int], Record]
+    """Reads one record, given its place in the file."""
 
 
-def _written(
+def _about_fact(
     row: Entry, fact: Fact, *, aliases: Sequence[str] = (), compared: bool = True
 ) -> list[Question]:
-    """The questions every fact has: its prompt, and its negation."""
+    """Return the questions that every fact has: its prompt and its negation.
+
+    Args:
+        row: Collects the questions that cannot be asked.
+        fact: The fact that is written.
+        aliases: Further right answers.
+        compared: Whether the new object is compared with the old one.
+    """
     assert fact.target is not None
-    asked = row.ask(
-        "prompt",
-        "prompt",
-        fact.text,
-        (fact.target, *aliases),
-        fact.target_true if compared else None,
-    )
-    denied = negation(fact)
-    return asked + ([] if denied is None else [denied])
+    against = fact.target_true if compared else None
+    questions = row.ask("prompt", "prompt", fact.text, (fact.target, *aliases), against)
+    denial = negation(fact)
+    return questions if denial is None else [*questions, denial]
+
+
+def _portability(row: Entry) -> list[Question]:
+    """Return the question that EasyEdit added in the field "portability", if it is there."""
+    if not row.has("portability"):
+        return []
+    added = row.entry("portability")
+    answers = (added.text("New Answer"),)
+    return added.ask("reasoning", "New Question", added.text("New Question"), answers)
 
 
 def _counterfact(row: Entry, index: int) -> Record:
-    rewrite = row.row("requested_rewrite")
-    new, true = rewrite.row("target_new").text("str"), rewrite.row("target_true").text("str")
+    rewrite = row.entry("requested_rewrite")
+    new, old = rewrite.entry("target_new").text("str"), rewrite.entry("target_true").text("str")
     subject, prompt = rewrite.text("subject"), rewrite.text("prompt")
-    fact = rewrite.fact(subject, prompt, new, true, rewrite.optional("relation_id"), "prompt")
-    asked = _written(row, fact)
-    for text in row.wanted("paraphrase_prompts"):
-        asked += row.ask("paraphrase", "paraphrase_prompts", text, (new,), true)
-    for text in row.wanted("neighborhood_prompts"):
-        asked += row.ask("neighbour", "neighborhood_prompts", text, (true,), new)
+    relation = rewrite.optional("relation_id")
+    fact = rewrite.fact(subject, prompt, new, target_true=old, relation=relation)
+    questions = _about_fact(row, fact)
+    for text in row.expected_texts("paraphrase_prompts"):
+        questions += row.ask("paraphrase", "paraphrase_prompts", text, (new,), old)
+    for text in row.expected_texts("neighborhood_prompts"):
+        questions += row.ask("neighbour", "neighborhood_prompts", text, (old,), new)
     if alias := row.optional("alternative_subject"):
-        asked += row.ask(
-            "aliasing", "alternative_subject", prompt.replace("{}", alias), (new,), true
-        )
-    if row.has("portability"):
-        further = row.row("portability")
-        asked += further.ask(
-            "reasoning", "New Question", further.text("New Question"), (further.text("New Answer"),)
-        )
+        text = prompt.replace("{}", alias)
+        questions += row.ask("aliasing", "alternative_subject", text, (new,), old)
+    questions += _portability(row)
     return Record(
         id=row.id(index, "case_id"),
         facts=(fact,),
-        questions=tuple(asked),
+        questions=tuple(questions),
         generation_prompts=row.texts("generation_prompts"),
     )
 
 
-def _slim(row: Entry, index: int) -> Record:
-    fact = _named(row, "prompt", "target_new", row.texts("ground_truth"))
-    asked = _written(row, fact)
+def _counterfact_slim(row: Entry, index: int) -> Record:
+    fact = _fact_of_prompt(row, "prompt", "target_new", row.texts("ground_truth"))
+    questions = _about_fact(row, fact)
     assert fact.target is not None
-    for text in row.wanted("rephrase_prompt"):
-        asked += row.ask("paraphrase", "rephrase_prompt", text, (fact.target,), fact.target_true)
-    for text in row.wanted("locality_prompt"):
-        asked += row.ask(
-            "neighbour", "locality_prompt", text, row.texts("locality_ground_truth"), fact.target
-        )
-    return Record(id=row.id(index, "case_id"), facts=(fact,), questions=tuple(asked))
+    new, old = fact.target, fact.target_true
+    for text in row.expected_texts("rephrase_prompt"):
+        questions += row.ask("paraphrase", "rephrase_prompt", text, (new,), old)
+    for text in row.expected_texts("locality_prompt"):
+        answers = row.texts("locality_ground_truth")
+        questions += row.ask("neighbour", "locality_prompt", text, answers, new)
+    return Record(id=row.id(index, "case_id"), facts=(fact,), questions=tuple(questions))
 
 
-def _zsre(row: Entry, index: int, *, rome: bool) -> Record:
-    true = row.wanted("answers", "no old object is known")
-    template, subject = row.told("src", row.text("subject"))
-    if rome:
-        if not true:
-            raise Refused(row.at("answers"), "is empty; expected the true answer, which is written")
-        new, old = true[0], None
+def _zsre(row: Entry, index: int, *, as_rome: bool) -> Record:
+    """Read a record of zsRE.
+
+    Args:
+        row: Fields of the record.
+        index: Its place in the file.
+        as_rome: Whether the true answer is written, as ROME does, or the counterfactual.
+    """
+    right = row.expected_texts("answers", "no old object is known")
+    template, subject = row.template("src", row.text("subject"))
+    old: str | None = None
+    if as_rome:
+        if not right:
+            raise Refused(
+                row.path_of("answers"), "is empty; expected the true answer, which is written"
+            )
+        new, aliases = right[0], right[1:]
     else:
-        new = row.text("alt")
-        old = true[0] if true and new not in true else None
-    fact = row.fact(subject, template, new, old, None, "src")
-    asked = _written(row, fact, aliases=true[1:] if rome else (), compared=False)
-    for text in row.wanted("rephrase"):
-        asked += row.ask("paraphrase", "rephrase", text, (new,))
-    for text in row.wanted("loc"):
-        asked += row.ask(
-            "locality", "loc", text if text.endswith("?") else f"{text}?", row.texts("loc_ans")
-        )
-    if row.has("portability") and not rome:
-        further = row.row("portability")
-        asked += further.ask(
-            "reasoning", "New Question", further.text("New Question"), (further.text("New Answer"),)
-        )
-    return Record(id=row.id(index, "case_id"), facts=(fact,), questions=tuple(asked))
+        new, aliases = row.text("alt"), ()
+        old = right[0] if right and new not in right else None
+    fact = row.fact(subject, template, new, target_true=old, field="src")
+    questions = _about_fact(row, fact, aliases=aliases, compared=False)
+    for text in row.expected_texts("rephrase"):
+        questions += row.ask("paraphrase", "rephrase", text, (new,))
+    for text in row.expected_texts("loc"):
+        prompt = text if text.endswith("?") else f"{text}?"
+        questions += row.ask("locality", "loc", prompt, row.texts("loc_ans"))
+    if not as_rome:  # the added question follows from the counterfactual
+        questions += _portability(row)
+    return Record(id=row.id(index, "case_id"), facts=(fact,), questions=tuple(questions))
 
 
 def _mquake(row: Entry, index: int) -> Record:
     hops = [
         (hop.text("question"), (hop.text("answer"), *hop.texts("answer_alias")))
-        for hop in row.rows("new_single_hops")
+        for hop in row.entries("new_single_hops")
     ]
-    aliases = dict(hops)
-    facts, asked, written = [], [], set()
-    for rewrite in row.rows("requested_rewrite"):
-        new, true = rewrite.row("target_new").text("str"), rewrite.row("target_true").text("str")
-        fact = rewrite.fact(
-            rewrite.text("subject"),
-            rewrite.text("prompt"),
-            new,
-            true,
-            rewrite.optional("relation_id"),
-            "prompt",
-        )
-        facts.append(fact)
-        question = rewrite.optional("question")
-        others = aliases.get(question or "", ())
-        asked += _written(rewrite, fact, aliases=others)
-        if question is not None:
-            written.add(question)
-            asked += rewrite.ask("paraphrase", "question", question, (new, *others), true)
+    answers_of = dict(hops)
+    facts: list[Fact] = []
+    questions: list[Question] = []
+    edited_hops: set[str] = set()
+    for rewrite in row.entries("requested_rewrite"):
+        new = rewrite.entry("target_new").text("str")
+        old = rewrite.entry("target_true").text("str")
+        subject, prompt = rewrite.text("subject"), rewrite.text("prompt")
+        relation = rewrite.optional("relation_id")
+        facts.append(rewrite.fact(subject, prompt, new, target_true=old, relation=relation))
+        hop = rewrite.optional("question")
+        aliases = answers_of.get(hop or "", ())
+        questions += _about_fact(rewrite, facts[-1], aliases=aliases)
+        if hop is not None:
+            edited_hops.add(hop)
+            questions += rewrite.ask("paraphrase", "question", hop, (new, *aliases), old)
     if not facts:
-        raise Refused(row.at("requested_rewrite"), "is empty; expected at least one fact to write")
+        raise Refused(
+            row.path_of("requested_rewrite"), "is empty; expected at least one fact to write"
+        )
     answers = (row.text("new_answer"), *row.texts("new_answer_alias"))
     before = row.optional("answer")
-    for text in row.wanted("questions"):
-        multi = row.ask(
-            "multihop", "questions", text, answers, before if before not in answers else None
-        )
-        asked += [replace(question, group=0) for question in multi]
-    for question, stays in hops:
-        if question not in written:
-            asked += row.ask("locality", "new_single_hops", question, stays)
-    return Record(id=row.id(index, "case_id"), facts=tuple(facts), questions=tuple(asked))
+    against = before if before not in answers else None
+    for text in row.expected_texts("questions"):
+        chain = row.ask("multihop", "questions", text, answers, against)
+        questions += [replace(question, group=0) for question in chain]
+    for hop, answers in hops:
+        if hop not in edited_hops:
+            questions += row.ask("locality", "new_single_hops", hop, answers)
+    return Record(id=row.id(index, "case_id"), facts=tuple(facts), questions=tuple(questions))
 
 
 _ABILITIES: dict[str, QuestionKind] = {
@@ -333,71 +168,93 @@ _ABILITIES: dict[str, QuestionKind] = {
     "Forgetfulness": "locality",
 }
 
+_PARTS: dict[str, QuestionKind] = {"portability": "reasoning", "locality": "locality"}
+"""The parts of a record of KnowEdit, and the kind of an ability with another name."""
+
 
 def _knowedit(row: Entry, index: int) -> Record:
-    fact = _named(row, "prompt", "target_new", row.texts("ground_truth"))
+    fact = _fact_of_prompt(row, "prompt", "target_new", row.texts("ground_truth"))
     assert fact.target is not None
-    asked = _written(row, fact)
+    questions = _about_fact(row, fact)
     for text in row.texts("rephrase") or row.texts("rephrase_prompt"):
-        asked += row.ask("paraphrase", "rephrase", text, (fact.target,), fact.target_true)
-    for part, otherwise in (("portability", "reasoning"), ("locality", "locality")):
-        abilities = row.row(part) if row.has(part) else Entry({}, dropped=row.dropped)
+        questions += row.ask("paraphrase", "rephrase", text, (fact.target,), fact.target_true)
+    for part, default in _PARTS.items():
+        abilities = row.entry(part) if row.has(part) else Entry({}, dropped=row.dropped)
         for ability in abilities.fields:
-            kind: QuestionKind = _ABILITIES.get(str(ability), otherwise)  # type: ignore[arg-type]
-            for each in abilities.rows(ability):
-                old = fact.target_true if kind == "aliasing" else None
-                asked += each.ask(
-                    kind, "ground_truth", each.text("prompt"), each.texts("ground_truth"), old
-                )
-    prompts = row.texts("generate_prompt")
+            kind = _ABILITIES.get(str(ability), default)
+            against = fact.target_true if kind == "aliasing" else None
+            for each in abilities.entries(ability):
+                prompt, answers = each.text("prompt"), each.texts("ground_truth")
+                questions += each.ask(kind, "ground_truth", prompt, answers, against)
     return Record(
         id=row.id(index, "case_id"),
         facts=(fact,),
-        questions=tuple(asked),
-        generation_prompts=prompts,
+        questions=tuple(questions),
+        generation_prompts=row.texts("generate_prompt"),
     )
 
 
-def known_layout(row: Entry, index: int) -> Record:
-    template, subject = row.told("prompt", row.text("subject"))
+def _known(row: Entry, index: int) -> Record:
+    template, subject = row.template("prompt", row.text("subject"))
     true = row.text("attribute")
-    fact = row.fact(subject, template, None, true, row.optional("relation_id"), "prompt")
-    asked = row.ask("prompt", "prompt", fact.text, (true,))
-    return Record(id=row.id(index, "known_id"), facts=(fact,), questions=tuple(asked))
+    relation = row.optional("relation_id")
+    fact = row.fact(subject, template, None, target_true=true, relation=relation)
+    questions = row.ask("prompt", "prompt", fact.text, (true,))
+    return Record(id=row.id(index, "known_id"), facts=(fact,), questions=tuple(questions))
 
 
 def _wikibigedit(row: Entry, index: int) -> Record:
-    fact = _named(row, "update", "ans", (), relation=row.optional("relation"))
+    fact = _fact_of_prompt(row, "update", "ans", relation=row.optional("relation"))
     assert fact.target is not None
-    asked = _written(row, fact)
-    for field, texts in (("rephrase", row.wanted("rephrase")), ("personas", row.texts("personas"))):
+    questions = _about_fact(row, fact)
+    rephrased, persona = row.expected_texts("rephrase"), row.texts("personas")
+    for field, texts in (("rephrase", rephrased), ("personas", persona)):
         for text in texts:
-            asked += row.ask("paraphrase", field, text, (fact.target,))
+            questions += row.ask("paraphrase", field, text, (fact.target,))
     if row.has("mhop"):
-        asked += row.ask("multihop", "mhop", row.text("mhop"), row.texts("mhop_ans"))
+        questions += row.ask("multihop", "mhop", row.text("mhop"), row.texts("mhop_ans"))
     if row.has("loc"):
-        asked += row.ask("locality", "loc", row.text("loc"), row.texts("loc_ans"))
-    return Record(id=row.id(index, "case_id", "id"), facts=(fact,), questions=tuple(asked))
+        questions += row.ask("locality", "loc", row.text("loc"), row.texts("loc_ans"))
+    return Record(id=row.id(index, "case_id", "id"), facts=(fact,), questions=tuple(questions))
 
 
 def _qaedit(row: Entry, index: int) -> Record:
-    fact = _named(row, "prompt", "target", ())
+    fact = _fact_of_prompt(row, "prompt", "target")
     assert fact.target is not None
-    asked = _written(row, fact)
-    for text in row.wanted("rephrase"):
-        asked += row.ask("paraphrase", "rephrase", text, (fact.target,))
-    for each in row.rows("locality"):
-        asked += each.ask("locality", "loc", each.text("loc"), each.texts("loc_ans"))
-    return Record(id=row.id(index, "source", "id"), facts=(fact,), questions=tuple(asked))
+    questions = _about_fact(row, fact)
+    for text in row.expected_texts("rephrase"):
+        questions += row.ask("paraphrase", "rephrase", text, (fact.target,))
+    for each in row.entries("locality"):
+        questions += each.ask("locality", "loc", each.text("loc"), each.texts("loc_ans"))
+    return Record(id=row.id(index, "source", "id"), facts=(fact,), questions=tuple(questions))
 
 
-def _named(
-    row: Entry, prompt: str, target: str, true: Sequence[str], *, relation: str | None = None
+def _fact_of_prompt(
+    row: Entry,
+    prompt: str,
+    target: str,
+    old: Sequence[str] = (),
+    *,
+    relation: str | None = None,
 ) -> Fact:
-    """The fact of a layout whose prompt names its subject."""
-    template, subject = row.told(prompt, row.text("subject"))
+    """Return the fact of a layout whose prompt names its subject.
+
+    Args:
+        row: Fields of the record.
+        prompt: Name of the field with the prompt.
+        target: Name of the field with the new object.
+        old: The old object and its aliases, if the record gives them.
+        relation: The relation, if the record gives it.
+    """
+    template, subject = row.template(prompt, row.text("subject"))
+    old_object = old[0] if old else None
     return row.fact(
-        subject, template, row.text(target), true[0] if true else None, relation, prompt
+        subject,
+        template,
+        row.text(target),
+        target_true=old_object,
+        relation=relation,
+        field=prompt,
     )
 
 
@@ -405,13 +262,18 @@ LAYOUTS = {
     name: Layout(name, frozenset(fields.split()), read)
     for name, fields, read in (
         ("counterfact", "requested_rewrite paraphrase_prompts neighborhood_prompts", _counterfact),
-        ("counterfact-slim", "subject prompt target_new rephrase_prompt locality_prompt", _slim),
-        ("zsre", "subject src alt answers", partial(_zsre, rome=False)),
-        ("zsre-rome", "subject src alt answers", partial(_zsre, rome=True)),
+        (
+            "counterfact-slim",
+            "subject prompt target_new rephrase_prompt locality_prompt",
+            _counterfact_slim,
+        ),
+        ("zsre", "subject src alt answers", partial(_zsre, as_rome=False)),
+        ("zsre-rome", "subject src alt answers", partial(_zsre, as_rome=True)),
         ("mquake", "requested_rewrite questions new_answer", _mquake),
         ("knowedit", "subject prompt target_new", _knowedit),
-        ("known", "subject attribute prompt", known_layout),
+        ("known", "subject attribute prompt", _known),
         ("wikibigedit", "subject update ans", _wikibigedit),
         ("qaedit", "subject prompt target rephrase", _qaedit),
     )
 }
+"""The layouts by name."""

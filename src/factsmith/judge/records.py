@@ -1,4 +1,13 @@
-"""judge.records."""
+"""Records: the facts that a benchmark writes into a model, and the questions that it asks
+afterwards.
+
+    fact = Fact("Ada Quill", "{} lives in", "Oslo", target_true="Rome")
+    question = Question(kind="prompt", prompt=fact.text, answers=("Oslo",), against="Rome")
+    record = Record(id="1", facts=(fact,), questions=(question, negation(fact)))
+    suite = Suite(name="own", records=(record,), skipped=(), source="by hand", digest="0")
+
+`load_suite` reads suites from files; see `suites.py`.
+"""
 
 from __future__ import annotations
 
@@ -22,27 +31,40 @@ QuestionKind = Literal[
     "locality",
     "negation",
 ]
-"""prompt, paraphrase: the fact that was written. neighbour: another subject, same relation; must stay. reasoning, aliasing, relation: what
-follows from the fact, by a further fact, another name of its subject, another relation ("portability"). multihop: a chain of facts of which
-some were written. locality: anything else that must stay. negation: the fact denied ("It is not true that ..."), see `negation`."""
+"""What a question tests.
 
-MOST = 20_000  # characters of a text, as in `Fact`
+prompt, paraphrase: the fact that was written. neighbour: another subject in the same relation,
+which must stay. reasoning, aliasing, relation: what follows from the fact by a further fact, by
+another name of its subject, or in another relation ("portability"). multihop: a chain of facts, of
+which some were written.
+locality: anything else that must stay. negation: the fact denied ("It is not true that ...").
+"""
+
+LONGEST_TEXT = 20_000
+"""Characters that a text of a question may have, as in `Fact`."""
+
+_NEEDS_NO_ANSWER = ("neighbour", "locality", "negation")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """One thing to ask after an edit.
+    """One question to ask after an edit.
 
-    kind     what it tests, one of `QuestionKind`
-    prompt   whole text, to be continued by the answer
-    answers  any of them is right after the edit, the object first, then its aliases; for neighbour and locality what must stay. (): known
-             only as "what the model said before" (neighbour, locality), or nothing in particular (negation)
-    against  the other side of a two-way comparison: for prompt and paraphrase the true object, for a neighbour, and under a negation, the
-             new one; for a multi-hop question what its answer was. None where there is none
-    group    of a record's questions, those of one number are ways to ask the same thing and any of them may hit (MQuAKE); None: it stands
-             alone
+    Attributes:
+        kind: What the question tests.
+        prompt: Whole text, which the answer continues.
+        answers: The answers that are right after the edit: the object first, then its aliases. For
+            a neighbour or locality question, the answers that must stay; () if any answer of the
+            unedited model must stay. For a negation, () if no answer in particular is right.
+        against: The other side of a two-way comparison. For prompt and paraphrase questions it is
+            the old object. For neighbour questions and negations it is the new object. For a
+            multi-hop question it is the answer before the edit. None: the question has no
+            comparison.
+        group: Questions of a record with the same number ask the same thing in several ways, and
+            one hit is enough (MQuAKE). None: the question counts by itself.
 
-    Raises InputError for an unknown kind or an empty text, or no answer where one is needed.
+    Raises:
+        InputError: when the kind is unknown, a text is empty or too long, or an answer is missing.
     """
 
     kind: QuestionKind
@@ -54,31 +76,38 @@ class Question:
     def __post_init__(self) -> None:
         if self.kind not in get_args(QuestionKind):
             raise InputError(
-                f"a question of kind {self.kind!r}; expected one of {', '.join(get_args(QuestionKind))}"
+                f"the kind of a question is {self.kind!r}; it must be one of "
+                f"{', '.join(get_args(QuestionKind))}",
+                argument="kind",
             )
         for text in (self.prompt, *self.answers, *([] if self.against is None else [self.against])):
-            if (
-                not check_text(text, f"a text of a {self.kind} question").strip()
-                or len(text) > MOST
-            ):
+            is_blank = not check_text(text, f"a text of a {self.kind} question").strip()
+            if is_blank or len(text) > LONGEST_TEXT:
                 raise InputError(
-                    f"a text of a {self.kind} question has {len(text)} characters; expected some, at most {MOST:,}"
+                    f"a text of a {self.kind} question has {len(text):,} characters, "
+                    f"{'all of them blank' if is_blank else 'too many'}; "
+                    f"give a text of at most {LONGEST_TEXT:,} characters"
                 )
-        if not self.answers and self.kind not in ("neighbour", "locality", "negation"):
+        if not self.answers and self.kind not in _NEEDS_NO_ANSWER:
             raise InputError(
-                f"{self.kind} question {self.prompt!r} has no answer; expected at least one that is right after the edit"
+                f"the {self.kind} question {self.prompt!r} has no answer; "
+                "give at least one that is right after the edit",
+                argument="answers",
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """What belongs together in a benchmark: what is written, and what is asked about it.
+    """The facts that are written together, and the questions about them.
 
-    id                  unique in its suite
-    facts               to be written, one or more (MQuAKE); a fact without a target (layout "known") is only asked for
-    questions           in the file's order
-    generation_prompts  to be continued freely, for n-gram entropy and consistency
-    references          texts to compare the continuations with; () where the benchmark's file has none
+    Attributes:
+        id: Name of the record, unique in its suite.
+        facts: One or more facts to write (MQuAKE has several). A fact without a target is only
+            asked for (layout "known").
+        questions: In the order of the file.
+        generation_prompts: Prompts that the model continues freely, for n-gram entropy and
+            consistency.
+        references: Texts to compare the continuations with; () if the benchmark's file has none.
     """
 
     id: str
@@ -90,11 +119,15 @@ class Record:
 
 @dataclass(frozen=True)
 class Malformed:
-    """What of a file could not be used: a record, or a question of one (its `field` says which), and why.
+    """A record of a file that cannot be used, or a part of one, with the reason.
 
-    index  of the record in the file, from 0
-    field  such as "requested_rewrite.target_new.str"; "" where the record is none at all
-    whole  whether all of the record is left out; else it is used without what this is
+    Attributes:
+        file: Name of the file.
+        index: Number of the record in the file, from 0.
+        field: Name of the field, such as "requested_rewrite.target_new.str"; "" for the whole
+            record.
+        message: The reason, which continues the field's name.
+        whole: Whether the whole record is left out. Otherwise the record is used without this part.
     """
 
     file: str
@@ -111,11 +144,12 @@ class Malformed:
 class Suite:
     """Records to judge edits by.
 
-    name     the layout, or "atlas"
-    records  in the file's order
-    skipped  what could not be used of the records that were looked at
-    source   the path, hub id, or "bundled"
-    digest   sha256 (hex) of the file's bytes, or of the bundled facts and phrasings
+    Attributes:
+        name: Name of the layout, or "atlas".
+        records: In the order of the file.
+        skipped: The malformed parts of the records that were read.
+        source: Path, hub id, or "bundled".
+        digest: sha256 (hex) of the file's bytes, or of the bundled facts and phrasings.
     """
 
     name: str
@@ -126,22 +160,28 @@ class Suite:
 
     @property
     def left_out(self) -> str:
-        """How much was malformed, in words: "2 records, 1 question of others"; "" where nothing was."""
-        whole = len({each.index for each in self.skipped if each.whole})
-        parts = len(self.skipped) - sum(each.whole for each in self.skipped)
-        told = [
-            (whole, counted(whole, "record")),
-            (parts, counted(parts, "question") + (" of others" if whole else "")),
-        ]
-        return ", ".join(text for n, text in told if n)
+        """How much was malformed, in words: "2 records, 1 question of others"; "" for nothing."""
+        records = len({each.index for each in self.skipped if each.whole})
+        questions = sum(not each.whole for each in self.skipped)
+        parts = []
+        if records:
+            parts.append(counted(records, "record"))
+        if questions:
+            parts.append(counted(questions, "question") + (" of others" if records else ""))
+        return ", ".join(parts)
 
 
 def negation(fact: Fact) -> Question | None:
-    """The fact denied: "It is not true that" before its prompt. None where that makes no sentence: a question, or a prompt like "{}, the".
+    """Return the question that denies a fact: its prompt after "It is not true that".
 
-    What was written must now *not* follow: `against` is the new object, `answers` the old one where it is known, which is so no longer once
-    the new one holds. An edit that ties the object to the words in front of it, whatever stands before them, fails.
-    After Liu et al. 2025, "Is Model Editing Built on Sand?" (arXiv 2510.00625): editors collapse on such queries.
+    The new object must not follow: it is `against`. The old object, if the fact gives it, is the
+    right answer. An edit fails if it ties the new object to the words right before it, whatever the
+    sentence says. Editors collapse on such queries: Liu et al. 2025, "Is Model Editing Built on
+    Sand?" (arXiv 2510.00625).
+
+    Returns:
+        The question. None if the prompt makes no sentence: a question, or a prompt such as "{},
+        the".
     """
     if fact.target is None or "?" in fact.prompt or fact.prompt.startswith("{},"):
         return None
@@ -158,4 +198,5 @@ def negation(fact: Fact) -> Question | None:
 
 _OPENERS = re.compile(
     "(A|An|As|At|By|During|For|From|Her|His|In|Its|Of|On|Our|That|The|Their|This|To|Under|With) "
-)  # none is a name
+)
+"""Words that may open a sentence and are no names, so their first letter becomes small."""

@@ -1,27 +1,33 @@
-"""What edits are judged by: records of facts to write and questions to ask, from the benchmarks' own files or made from the bundled facts.
+"""Suites of records, from the benchmarks' own files or from the bundled facts.
 
-suite = load_suite("atlas", limit=100)                       # bundled
-suite = load_suite("counterfact.json")                       # a file; its layout is recognised by its fields
-suite = load_suite("zsre-rome:zsre_mend_eval.json")          # or named
-suite.records[0].facts, suite.records[0].questions, suite.skipped
+    suite = load_suite("atlas", limit=100)                       # bundled
+    suite = load_suite("counterfact.json")                       # a file, recognised by its fields
+    suite = load_suite("zsre-rome:zsre_mend_eval.json")          # a file with a named layout
+    suite.records[0].facts, suite.records[0].questions, suite.skipped
 
 The layouts, by the name that `kind` takes:
 
-counterfact       ROME's full schema (Meng et al. 2022, arXiv 2202.05262): paraphrases, neighbours, generation prompts; `attribute_prompts`
-                  are not read. Where EasyEdit added a portability question or an alternative subject they are asked too
-counterfact-slim  EasyEdit's: one rephrase and one neighbour a record. Most of its rephrase prompts are generation prompts, which need not
-                  end where the object is due, so scores on them are not comparable with published paraphrase scores
-zsre              MEND's (Mitchell et al. 2022, arXiv 2110.11309): the counterfactual `alt` is written, as MEND and EasyEdit do; the
-                  portability question follows from it
-zsre-rome         the same file as ROME, MEMIT and AlphaEdit use it: the true answer is written; never recognised, always named
-mquake            MQuAKE-CF (Zhong et al. 2023, arXiv 2305.14795): several facts a record, three questions a multi-hop case. The hops
-                  that no edit touches are asked as locality
-knowedit          RippleEdits (Cohen et al. 2023, arXiv 2307.12976) in KnowEdit's layout: reasoning, aliasing, and logical generalisation as
-                  "relation"; relation specificity and forgetfulness as locality
-known             ROME's known_1000: what a model may know, nothing to write. Each fact has a target_true and no target, and its question
-                  asks for the former: to find out what a model knows (edited, it would be made to forget)
-wikibigedit       Thede et al. 2025 (arXiv 2503.05683), JSON or CSV; a persona's question counts as a paraphrase
-qaedit            Yang et al. 2025 (arXiv 2502.11177)
+counterfact       ROME's full schema (Meng et al. 2022, arXiv 2202.05262): paraphrases, neighbours,
+                  generation prompts. `attribute_prompts` are not read. If EasyEdit added a
+                  portability question or an alternative subject, they are asked too.
+counterfact-slim  EasyEdit's schema: one rephrase and one neighbour a record. Most of its rephrase
+                  prompts are generation prompts, which need not end where the object follows.
+                  Scores on them are not comparable with published paraphrase scores.
+zsre              MEND's file (Mitchell et al. 2022, arXiv 2110.11309). The counterfactual `alt` is
+                  written, as MEND and EasyEdit do. The portability question follows from it.
+zsre-rome         The same file as ROME, MEMIT and AlphaEdit use it: the true answer is written.
+                  This layout is never recognised; name it.
+mquake            MQuAKE-CF (Zhong et al. 2023, arXiv 2305.14795): several facts a record, three
+                  questions a multi-hop case. The hops that no edit touches are asked as locality.
+knowedit          RippleEdits (Cohen et al. 2023, arXiv 2307.12976) in KnowEdit's layout: reasoning,
+                  aliasing, and logical generalisation as "relation". Relation specificity and
+                  forgetfulness count as locality.
+known             ROME's known_1000: facts that a model may know, with nothing to write. Each fact
+                  has a target_true and no target, and its question asks for the target_true. Use it
+                  to find out what a model knows.
+wikibigedit       Thede et al. 2025 (arXiv 2503.05683), JSON or CSV. A persona's question counts as
+                  a paraphrase.
+qaedit            Yang et al. 2025 (arXiv 2502.11177).
 """
 
 from __future__ import annotations
@@ -34,15 +40,18 @@ import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ..core.checks import check_count, check_seed, check_text
 from ..core.errors import InputError
 from .atlas_suite import atlas_suite
-from .layouts import LAYOUTS, Entry, Layout, Refused
+from .entry import Entry, Refused
+from .layouts import LAYOUTS, Layout
 from .records import Malformed, Record, Suite
+
+_FORMATS = ".json, .jsonl or .csv"
 
 
 def load_suite(
@@ -53,50 +62,80 @@ def load_suite(
     limit: int | None = None,
     seed: int = 0,
 ) -> Suite:
-    """The records of a benchmark.
+    """Return the records of a benchmark.
 
-    what       "atlas"; a .json, .jsonl or .csv file; a hub dataset, owner/name or owner/name/file; or one of these with the layout's name
-               in front ("zsre-rome:FILE")
-    kind       the layout's name; None: recognised by its fields
-    malformed  "skip": leave out and list in `skipped`; "fatal": an error, wherever in the file
-    limit      a sample of so many usable records, drawn by seed; unless malformed ones are fatal, only those drawn are looked at. None: all
-    seed       of the sample, and of what "atlas" draws
+    Args:
+        what: "atlas"; a .json, .jsonl or .csv file; or a hub dataset, owner/name or
+            owner/name/file. A file or dataset may have the name of its layout in front
+            ("zsre-rome:FILE").
+        kind: Name of the layout. None: recognised by the fields of the records.
+        malformed: "skip": leave malformed records out and list them in `skipped`. "fatal": raise an
+            error for a malformed record anywhere in the file.
+        limit: Number of usable records to draw. Only drawn records are checked, unless malformed
+            ones are fatal. None: all records.
+        seed: Seed of the sample, and of what "atlas" draws.
 
-    Raises InputError for what is no suite, a file that cannot be read or is not of the layout, no usable record, and, if that is fatal, a
-    malformed one.
+    Raises:
+        InputError: when `what` is no suite, the file cannot be read or is not of the layout, no
+            record is usable, or a malformed record is fatal.
     """
     if malformed not in ("skip", "fatal"):
-        raise InputError(f"malformed is {malformed!r}; expected 'skip' or 'fatal'")
-    limit = (
-        None
-        if limit is None
-        else check_count(limit, "limit", "the number of records to draw", also="None for all")
-    )
+        raise InputError(
+            f"malformed is {malformed!r}; it must be 'skip' or 'fatal'", argument="malformed"
+        )
+    if limit is not None:
+        limit = check_count(limit, "limit", "the number of records to draw")
     seed = check_seed(seed)
     what = check_text(str(what) if isinstance(what, Path) else what, "the suite")
     if kind is not None and kind not in LAYOUTS:
-        raise InputError(f"kind is {kind!r}; expected one of {', '.join(LAYOUTS)}, or None")
-    named, _, rest = what.partition(":")
-    if named in LAYOUTS and rest:
-        if kind not in (None, named):
+        raise InputError(
+            f"kind is {kind!r}; it must be one of {', '.join(LAYOUTS)}, or None", argument="kind"
+        )
+    prefix, _, rest = what.partition(":")
+    if prefix in LAYOUTS and rest:
+        if kind not in (None, prefix):
             raise InputError(
-                f"{what!r} names the layout {named}, kind is {kind!r}; give one of them"
+                f"{what!r} names the layout {prefix}, and kind is {kind!r}; give one of them",
+                argument="kind",
             )
-        what, kind = rest, named
+        what, kind = rest, prefix
     if what == "atlas":
         if kind is not None:
-            raise InputError(f"atlas is bundled and has no layout of a file; got kind {kind!r}")
+            raise InputError(
+                f"atlas is bundled, so it has no layout, and kind is {kind!r}; leave kind out",
+                argument="kind",
+            )
         return atlas_suite(limit, seed)
-    path = _find(what)
+    return _load_file(what, kind, _Sample(limit, seed, malformed == "fatal"))
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Which records of a file to use.
+
+    Attributes:
+        limit: Number of records. None: all.
+        seed: Seed of the draw.
+        is_strict: Whether a malformed record anywhere in the file is an error.
+    """
+
+    limit: int | None
+    seed: int
+    is_strict: bool
+
+
+def _load_file(what: str, kind: str | None, sample: _Sample) -> Suite:
+    """Return the suite in a file or a hub dataset."""
+    path = _local_file(what)
     try:
         content = path.read_bytes()
     except OSError as error:
         raise InputError(
-            f"cannot read {what}: {error.strerror}; expected a file of records"
+            f"{what} cannot be read: {error.strerror}; give a file of records that can be read"
         ) from None
-    rows = _rows(what, path.suffix.lower(), content)
-    layout = _layout(what, rows, kind)
-    records, skipped = _read(what, rows, layout, malformed == "fatal", limit, seed)
+    rows = _parse_rows(what, path.suffix.lower(), content)
+    layout = _recognise_layout(what, rows, kind)
+    records, skipped = _read_records(what, rows, layout, sample)
     return Suite(
         name=layout.name,
         records=records,
@@ -106,88 +145,90 @@ def load_suite(
     )
 
 
-# ── files ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the file ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def _find(what: str) -> Path:
-    """The file that is meant; raises InputError."""
+def _local_file(what: str) -> Path:
+    """Return the path of the file that a name stands for, downloaded if it is a hub dataset."""
     try:
         path = Path(what).expanduser()
         is_file, is_folder = path.is_file(), path.is_dir()
-    except (OSError, ValueError, RuntimeError):  # the last for a user's home that is none
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: the home of an unknown user
         raise InputError(
-            f"{what[:80]!r} cannot be the name of a file; expected atlas, a file or a hub dataset"
+            f"{what[:80]!r} cannot be the name of a file; give atlas, a file or a hub dataset"
         ) from None
     if is_file:
         return path
     if is_folder:
-        raise InputError(f"{what!r} is a folder; expected one .json, .jsonl or .csv file in it")
+        raise InputError(f"{what!r} is a folder; name one {_FORMATS} file in it")
     if what in LAYOUTS:
         raise InputError(
-            f"{what!r} is a layout, and its data is not bundled; download its file and give it as {what}:FILE"
+            f"{what!r} is a layout, and its data is not bundled; "
+            f"download its file and give it as {what}:FILE"
         )
     if re.fullmatch(r"[\w.-]+/[\w.-]+(/[^:]+)?", what) and not what.startswith((".", "~")):
         return _download(what)
     raise InputError(
-        f"no suite {what!r}: no file of this name; expected atlas, a .json, .jsonl or .csv file, or a hub dataset owner/name"
+        f"there is no suite {what!r}, and no file of this name; "
+        f"give atlas, a {_FORMATS} file, or a hub dataset owner/name"
     )
 
 
 def _download(what: str) -> Path:
-    """A file of a hub dataset, from the cache where it is there; raises InputError."""
+    """Return a file of a hub dataset, from the cache if it is there."""
     from huggingface_hub import HfApi, hf_hub_download
 
     owner, name, *inside = what.split("/", 2)
     try:
         if not inside:
-            every = HfApi().list_repo_files(f"{owner}/{name}", repo_type="dataset")
-            inside = [file for file in every if file.lower().endswith((".json", ".jsonl", ".csv"))]
+            files = HfApi().list_repo_files(f"{owner}/{name}", repo_type="dataset")
+            inside = [file for file in files if file.lower().endswith((".json", ".jsonl", ".csv"))]
             if len(inside) != 1:
+                names = f": {', '.join(inside[:12])}" if inside else ""
                 raise InputError(
-                    f"dataset {what!r} has {len(inside)} .json, .jsonl and .csv files{': ' if inside else ''}{', '.join(inside[:12])}; "
+                    f"the dataset {what!r} has {len(inside)} .json, .jsonl and .csv files{names}; "
                     f"name one as {what}/FILE, or download one and give its path"
                 )
         return Path(hf_hub_download(f"{owner}/{name}", inside[0], repo_type="dataset"))
     except InputError:
         raise
-    except Exception as error:  # hub, network and validation errors alike
-        lines = str(error).splitlines() or [""]
+    except Exception as error:  # errors of the hub, the network, and the name
+        first_line = (str(error).splitlines() or [""])[0]
         raise InputError(
-            f"no file {what!r}, and no such hub dataset can be had ({type(error).__name__}: {lines[0]}); download the file where there is "
-            "a network and give its path"
+            f"there is no file {what!r}, and a hub dataset of this name cannot be downloaded "
+            f"({type(error).__name__}: {first_line}); "
+            "download the file where there is a network and give its path"
         ) from error
 
 
-def _rows(what: str, suffix: str, content: bytes) -> list[Any]:
-    """The records of a file as they stand; a line of JSON that is none comes as the error it makes. Raises InputError."""
+def _parse_rows(what: str, suffix: str, content: bytes) -> list[Any]:
+    """Return the records of a file, unchecked. A line that is not JSON is returned as its error."""
     try:
         text = content.decode("utf-8-sig")
         if suffix == ".csv":
             rows: Any = list(csv.DictReader(io.StringIO(text), strict=True))
         elif suffix == ".jsonl":
-            rows = _lines(text)
+            rows = _parse_lines(text)
         else:
             try:
                 rows = json.loads(text)
-            except ValueError:
-                rows = _lines(text)
-                if not rows or isinstance(
-                    rows[0], Exception
-                ):  # no file of lines either: say what is wrong with the whole
+            except ValueError:  # KnowEdit ships lines of JSON in a .json file
+                rows = _parse_lines(text)
+                if not rows or isinstance(rows[0], Exception):
                     raise
     except (ValueError, RecursionError, csv.Error) as error:
         raise InputError(
-            f"{what} cannot be read as {suffix.lstrip('.') or 'JSON'}: {error}; expected a list of records"
+            f"{what} cannot be read as {suffix.lstrip('.') or 'JSON'}: {error}; "
+            "give a list of records"
         ) from None
     if not isinstance(rows, list) or not rows:
-        shape = f"a {type(rows).__name__}" if not isinstance(rows, list) else "empty"
-        raise InputError(
-            f"{what} is no suite: it is {shape}; expected a list of at least one record"
-        )
+        shape = "empty" if isinstance(rows, list) else f"a {type(rows).__name__}"
+        raise InputError(f"{what} is {shape}; give a list of at least one record")
     return rows
 
 
-def _lines(text: str) -> list[Any]:
+def _parse_lines(text: str) -> list[Any]:
+    """Return the values of lines of JSON, and the error of each line that is not JSON."""
     rows: list[Any] = []
     for line in text.split("\n"):
         if line.strip():
@@ -198,80 +239,95 @@ def _lines(text: str) -> list[Any]:
     return rows
 
 
-def _layout(what: str, rows: Sequence[Any], kind: str | None) -> Layout:
-    """The layout named, or the one that most of the first records are of; raises InputError."""
-    first = [set(row) for row in rows[:200] if isinstance(row, Mapping)]
+# ── the layout ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _recognise_layout(what: str, rows: Sequence[Any], kind: str | None) -> Layout:
+    """Return the named layout, or the layout of most of the first records."""
+    names_of = [set(row) for row in rows[:200] if isinstance(row, Mapping)]
     fitting = {
-        name: sum(layout.fields <= keys for keys in first)
+        name: sum(layout.fields <= names for names in names_of)
         for name, layout in LAYOUTS.items()
         if name != "zsre-rome"
     }
     best = max(fitting, key=lambda name: (fitting[name], len(LAYOUTS[name].fields)))
-    # Records that lack a field may be of a layout with fewer: what the others are of is meant.
+    # A record that lacks a field fits a layout with fewer fields. The other records decide.
     finer = [
         name
         for name in fitting
         if LAYOUTS[name].fields > LAYOUTS[best].fields and 2 * fitting[name] > fitting[best]
     ]
     best = max(finer, key=lambda name: fitting[name], default=best)
-    if kind is not None and any(LAYOUTS[kind].fields <= keys for keys in first):
+    if kind is not None and any(LAYOUTS[kind].fields <= names for names in names_of):
         return LAYOUTS[kind]
     if kind is None and fitting[best]:
         return LAYOUTS[best]
-    found = ", ".join(sorted(map(str, first[0]))[:12]) if first else "no record of named fields"
+    got = ", ".join(sorted(map(str, names_of[0]))[:12]) if names_of else "no record of named fields"
     if kind is not None:
-        like = f"; it looks like {best}" if fitting[best] else ""
+        hint = f"; it looks like {best}" if fitting[best] else ""
         raise InputError(
-            f"{what} is not of the layout {kind}: expected the fields {', '.join(sorted(LAYOUTS[kind].fields))}; got {found}{like}"
+            f"{what} is not of the layout {kind}: its records need the fields "
+            f"{', '.join(sorted(LAYOUTS[kind].fields))}; the first has {got}{hint}"
         )
-    wanted = "; ".join(
-        f"{name}: {', '.join(sorted(layout.fields))}"
-        for name, layout in LAYOUTS.items()
-        if name in fitting
-    )
+    accepted = "; ".join(f"{name}: {', '.join(sorted(LAYOUTS[name].fields))}" for name in fitting)
     raise InputError(
-        f"{what} is of no layout that is known: its records have {found}; looked for {wanted}"
+        f"{what} has no known layout: its records have {got}; "
+        f"give records with the fields of one of these layouts. {accepted}"
     )
 
 
-def _read(
-    what: str, rows: Sequence[Any], layout: Layout, fatal: bool, limit: int | None, seed: int
+# ── the records ───────────────────────────────────────────────────────────────────────────────────
+
+
+def _read_records(
+    what: str, rows: Sequence[Any], layout: Layout, sample: _Sample
 ) -> tuple[tuple[Record, ...], tuple[Malformed, ...]]:
-    """Usable records, all or a sample, in the file's order, and what was not usable."""
+    """Return the usable records of a sample in the file's order, and the malformed parts."""
     order = list(range(len(rows)))
-    if limit is not None:
-        random.Random(seed).shuffle(order)
-    found: dict[int, Record] = {}
+    if sample.limit is not None:
+        random.Random(sample.seed).shuffle(order)
+    records: dict[int, Record] = {}
     skipped: list[Malformed] = []
     for index in order:
-        if len(found) == limit and not fatal:
+        is_full = len(records) == sample.limit
+        if is_full and not sample.is_strict:
             break
-        dropped: list[Refused] = []
-        record: Record | None = None
-        try:
-            if isinstance(rows[index], Exception):
-                raise Refused("", f"is no JSON: {rows[index]}")
-            record = layout.read(Entry(rows[index], dropped=dropped), index)
-        except Refused as refused:
-            dropped = [refused]
-        if record is not None and len(found) != limit:
-            found[index] = record
+        record, dropped = _read_record(rows[index], index, layout)
+        if record is not None and not is_full:
+            records[index] = record
         skipped += [
             Malformed(what, index, each.field, each.message, whole=record is None)
             for each in dropped
         ]
     skipped.sort(key=lambda each: each.index)
-    if fatal and skipped:
+    if sample.is_strict and skipped:
         raise InputError(
-            f"{skipped[0]}; correct it, or let such records be left out (malformed='skip'; no --strict)"
+            f"{skipped[0]}; correct it, or leave such records out with malformed='skip'",
+            argument="malformed",
         )
-    if not found:
+    if not records:
         raise InputError(
-            f"{what} has no usable record of the layout {layout.name}; the first of {len(skipped)} errors: {skipped[0]}"
+            f"{what} has no usable record of the layout {layout.name}; "
+            f"the first of {len(skipped)} errors: {skipped[0]}"
         )
-    ids = Counter(record.id for record in found.values())
-    unique = {
-        at: record if ids[record.id] == 1 else replace(record, id=f"{record.id}#{at}")
-        for at, record in sorted(found.items())
-    }
-    return tuple(unique.values()), tuple(skipped)
+    return _with_unique_ids(dict(sorted(records.items()))), tuple(skipped)
+
+
+def _read_record(row: Any, index: int, layout: Layout) -> tuple[Record | None, list[Refused]]:
+    """Return a record, or None if it cannot be used, and the fields that cannot be used."""
+    dropped: list[Refused] = []
+    try:
+        if isinstance(row, Exception):
+            raise Refused("", f"is no JSON: {row}")
+        return layout.read(Entry(row, dropped=dropped), index), dropped
+    except Refused as refused:
+        return None, [refused]
+
+
+def _with_unique_ids(records: Mapping[int, Record]) -> tuple[Record, ...]:
+    """Return the records, with the place in the file added to an id that several of them have."""
+    uses = Counter(record.id for record in records.values())
+    return tuple(
+        record if uses[record.id] == 1 else replace(record, id=f"{record.id}#{at}")
+        for at, record in records.items()
+    )

@@ -3,8 +3,8 @@
     records, left_out = usable(lm, suite.records)
     left_out                    # {"the model does not say the old object": 12}
 
-Two things decide. All texts of a record must fit the model and the other records. By default the model
-must also know the record: an edit of a fact that the model does not know shows little.
+Two things decide. All texts of a record must fit the model and the other records. By default the
+model must also know the record: an edit of a fact that the model does not know shows little.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ..model.tokens import subject_span
 from .records import Record
 
 _CONTEXT = 16
-"""Tokens that stay free for a context in front of a fact's prompt. The longest context has nine of the
-model's tokens and a full stop; a BOS may come first."""
+"""Tokens that stay free for a context in front of a fact's prompt. The longest context has nine of
+the model's tokens and a full stop; a BOS may come first."""
 
 UNKNOWN = "no old object is given, so it is not clear what the model knows"
 """The reason for leaving out a record that `known_only=False` judges."""
@@ -72,8 +72,8 @@ def usable(
 def known(lm: LanguageModel, records: Iterable[Record]) -> tuple[Record, ...]:
     """Return the records whose old objects the model says.
 
-    The model says an old object if greedy decoding of the fact's prompt gives the whole `target_true`.
-    A record counts as known if this holds for each of its facts.
+    The model says an old object if greedy decoding of the fact's prompt gives the whole
+    `target_true`. A record counts as known if this holds for each of its facts.
     """
     listed = list(records)
     asked = [(at, fact) for at, record in enumerate(listed) for fact in record.facts]
@@ -89,7 +89,8 @@ def _conflict(lm: LanguageModel, record: Record, targets: dict[str, str | None])
     """Return why a record cannot be written after the earlier ones, or "".
 
     Args:
-        targets: {prompt: target} of the earlier records. The function adds a record that has no conflict.
+        targets: {prompt: target} of the earlier records. The function adds a record that has no
+            conflict.
     """
     if not record.facts or any(fact.target is None for fact in record.facts):
         return "nothing to write"
