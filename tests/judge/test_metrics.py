@@ -18,39 +18,13 @@ from factsmith.judge.metrics import (
     exact_match,
     harmonic_mean,
     kl_divergence,
-    magnitude,
-    multi_hop_hit,
     ngram_entropy,
     perplexity,
     reference_consistency,
     relative_norm,
-    success,
-    token_accuracy,
 )
 
-# ── two candidates compared ─────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_success_counts_the_questions_where_the_wanted_side_is_strictly_likelier() -> None:
-    new, true = [-1.0, -2.0, -3.0, -0.5], [-2.0, -1.0, -3.0, -4.0]
-    assert success(new, true) == 0.5 and success(true, new) == 0.25  # a tie is a success of neither
-    assert success(torch.tensor(new), np.array(true, dtype=np.float32)) == 0.5
-    assert success(-1.0, -2.0) == 1.0  # one question
-    assert success([-math.inf], [-3.0]) == 0.0
-
-
-def test_candidates_are_compared_by_the_token() -> None:
-    """A candidate of four tokens at 0.5 each is likelier a token than one token at 0.4; its sum, 0.0625, would lose."""
-    four = torch.full((4,), 0.5).log()
-    assert success([float(four.mean())], [math.log(0.4)]) == 1.0
-    assert success([float(four.sum())], [math.log(0.4)]) == 0.0  # control: what summing would say
-
-
-def test_magnitude_is_the_mean_difference_of_probabilities() -> None:
-    assert magnitude(
-        [math.log(0.5), math.log(0.125)], [math.log(0.25), math.log(0.5)]
-    ) == pytest.approx((0.25 - 0.375) / 2)
-    assert magnitude([-math.inf], [0.0]) == -1.0
+# ── answers ───────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -77,14 +51,6 @@ def test_the_harmonic_mean_by_hand() -> None:
     assert harmonic_mean(iter([0.25])) == 0.25
 
 
-# ── answers ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_token_accuracy_is_the_share_of_right_tokens() -> None:
-    assert token_accuracy([1, 2, 3], [1, 5, 3]) == pytest.approx(2 / 3)
-    assert token_accuracy(torch.tensor([7]), np.array([7])) == 1.0
-
-
 @pytest.mark.parametrize(
     ("answer", "wanted", "held"),
     [
@@ -103,13 +69,9 @@ def test_exact_match(answer: str, wanted: str, held: bool) -> None:
     assert exact_match(answer, wanted) is held
 
 
-def test_any_alias_and_any_question_may_hit() -> None:
-    assert alias_match("UK, since 1707", ["United Kingdom", "UK"]) and not alias_match(
-        "Ukraine", ["United Kingdom", "UK"]
-    )
-    said = ["I know not", "a king", "United Kingdom."]
-    assert multi_hop_hit(said, ["UK", "United Kingdom"])
-    assert not multi_hop_hit(said[:2], ["UK", "United Kingdom"])
+def test_any_alias_may_hit() -> None:
+    aliases = ["United Kingdom", "UK"]
+    assert alias_match("UK, since 1707", aliases) and not alias_match("Ukraine", aliases)
 
 
 # ── generated text ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -196,8 +158,9 @@ def test_kl_divergence_of_many_rows_is_torchs_own() -> None:
 
 
 def test_perplexity_of_a_fair_die() -> None:
-    assert perplexity([math.log(1 / 6)] * 5) == pytest.approx(6)
-    assert perplexity(torch.tensor([0.5, 0.125]).log()) == pytest.approx(4)  # sqrt(2 · 8)
+    assert perplexity(5 * math.log(6), 5) == pytest.approx(6)
+    assert perplexity(math.log(2) + math.log(8), 2) == pytest.approx(4)  # sqrt(2 · 8)
+    assert perplexity(1000.0, 1) == math.inf
 
 
 def test_relative_norm_by_hand() -> None:
@@ -276,25 +239,16 @@ def test_the_interval_is_the_same_for_the_same_seed() -> None:
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: success([], []), "at least one"),
-        (lambda: success([-1.0], [-1.0, -2.0]), "1 wanted and 2 other"),
-        (lambda: success([0.9], [0.1]), "at most 0"),  # probabilities
-        (lambda: success(["a"], [-1.0]), "no numbers"),
-        (lambda: success([[-1.0]], [[-2.0]]), "expected \\(n,\\)"),
-        (lambda: harmonic_mean([]), "at least one share"),
+        (lambda: harmonic_mean([]), "at least 0"),
         (lambda: harmonic_mean([0.5, None]), "None"),
         (lambda: harmonic_mean([0.5, -0.1]), "at least 0"),
         (lambda: harmonic_mean([math.nan]), "nan"),
         (lambda: harmonic_mean(0.5), "0.5"),
-        (lambda: token_accuracy([1], [1, 2]), "1 predicted and 2 wanted"),
-        (lambda: token_accuracy([], []), "at least one"),
-        (lambda: token_accuracy([0.5], [1]), "token ids"),
-        (lambda: exact_match(None, "a"), "it must be text"),
+        (lambda: exact_match(None, "a"), "expected text"),
         (lambda: alias_match("a", []), "at least one right answer"),
         (lambda: alias_match("a", "a"), "list of right answers"),  # one text is no list of answers
-        (lambda: multi_hop_hit([], ["a"]), "what was said"),
         (lambda: ngram_entropy([]), "at least one text"),
-        (lambda: ngram_entropy([3]), "a list of tokens, or a string"),
+        (lambda: ngram_entropy([3]), "a string or a list"),
         (lambda: reference_consistency(["a"], []), "at least one of each"),
         (lambda: reference_consistency("a", ["b"]), "list of texts"),
         (lambda: kl_divergence(torch.randn(2, 9), torch.randn(2, 9)), "log_softmax"),  # logits
@@ -304,19 +258,17 @@ def test_the_interval_is_the_same_for_the_same_seed() -> None:
         (lambda: kl_divergence(None, None), "no array"),
         (lambda: relative_norm(torch.tensor([3 + 4j]), torch.tensor([10.0])), "complex"),
         (lambda: relative_norm("a", [1.0]), "no array"),
-        (lambda: success([1j], [1j]), "no numbers"),
-        (lambda: token_accuracy([[1], [1, 2]], [1]), "token ids"),
         (lambda: ngram_entropy([[[1], [2], [1]]]), "no token"),
         (lambda: bootstrap_interval([1.0], groups=5), "groups"),
         (lambda: bootstrap_interval([1.0], groups=[[1]]), "group of each value"),
-        (lambda: perplexity([]), "at least one"),
+        (lambda: perplexity(1.0, 0), "n_tokens"),
         (lambda: relative_norm([1.0], [1.0, 2.0]), "one shape"),
         (lambda: bootstrap_interval([]), "at least one"),
         (lambda: bootstrap_interval([1.0, None]), "finite number"),
         (lambda: bootstrap_interval([1.0, math.nan]), "finite number"),
         (lambda: bootstrap_interval([1.0], groups=[1, 2]), "2 groups for 1"),
-        (lambda: bootstrap_interval([1.0], level=1.0), "above 0 and below 1"),
-        (lambda: bootstrap_interval([1.0], resamples=0), "at least 1"),
+        (lambda: bootstrap_interval([1.0], level=1.0), "between 0 and 1"),
+        (lambda: bootstrap_interval([1.0], resamples=0), "1 or more"),
         (lambda: bootstrap_interval([1.0], seed=-1), "seed"),
     ],
 )
@@ -328,8 +280,7 @@ def test_what_cannot_be_measured_is_refused(call: Callable[[], Any], words: str)
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: success([math.nan], [-1.0]),
-        lambda: perplexity([math.nan]),
+        lambda: perplexity(math.nan, 2),
         lambda: kl_divergence([[math.nan, -1.0]], [[-0.7, -0.7]]),
         lambda: relative_norm([1.0], [0.0]),
         lambda: relative_norm([math.inf], [1.0]),
@@ -348,8 +299,6 @@ def test_arrays_of_tokens_count_as_lists() -> None:
         == ngram_entropy([np.array(ids)])
         > 0
     )
-    assert success(torch.tensor([-1.0], requires_grad=True), torch.tensor([-2.0])) == 1
-    assert perplexity([-1000.0]) == math.inf
 
 
 @pytest.mark.parametrize(
