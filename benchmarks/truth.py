@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 
 import factsmith as fs
 from factsmith.edit.methods import METHODS
+from factsmith.judge.editor import Editor
 from factsmith.judge.evaluation import Evaluation
 from factsmith.judge.records import Record, Suite
 from factsmith.judge.rows import BASE
-from factsmith.judge.run import Editor
 from factsmith.judge.usable import usable
 from factsmith.show.plots.judging import judged_chart, round_by_round
 

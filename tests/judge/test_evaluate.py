@@ -18,12 +18,13 @@ from factsmith.core.errors import DamagedError, FingerprintError, InputError, Nu
 from factsmith.core.fact import Fact
 from factsmith.edit.delta import Delta, applied
 from factsmith.judge.drift import drift
+from factsmith.judge.editor import Editor
 from factsmith.judge.evaluation import Evaluation
 from factsmith.judge.metrics import ngram_entropy, reference_consistency
 from factsmith.judge.records import Question, Record, Suite
 from factsmith.judge.rows import BASE, Row
-from factsmith.judge.run import Editor, evaluate
-from factsmith.judge.score import _same, score
+from factsmith.judge.run import evaluate
+from factsmith.judge.score import is_same, score
 from factsmith.judge.suites import load_suite
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap
@@ -435,8 +436,8 @@ def test_what_was_not_touched_stayed(lm: LanguageModel) -> None:
         assert len({row.answer for row in found.rows}) == 1, "decoded equally far"
         assert {row.stayed for row in found.asked("nothing")} == {True}
     for said in ("1,000 people", "3.5 million", "", "... and so on"):
-        assert _same(said, said, "Rome") is True
-    assert _same("Oslo", "Rome", None) is False and _same("2,000", "1,000", None) is False
+        assert is_same(said, said, "Rome") is True
+    assert is_same("Oslo", "Rome", None) is False and is_same("2,000", "1,000", None) is False
 
 
 def test_drift_is_that_of_the_edited_model(lm: LanguageModel) -> None:
@@ -657,8 +658,8 @@ def test_bad_input_is_refused_in_words(lm: LanguageModel) -> None:
     nothing = Record(id="x", facts=(), questions=())
     write = editor(lm, [])
     cases = (
-        ([], {"a": write}, {}, "none with a fact"),
-        ([nothing], {"a": write}, {}, "none with a fact"),
+        ([], {"a": write}, {}, "no record with a fact"),
+        ([nothing], {"a": write}, {}, "no record with a fact"),
         ([RECORDS[0], RECORDS[0]], {"a": write}, {}, "same id"),
         (RECORDS, {}, {}, "at least one"),
         (RECORDS, {BASE: write}, {}, "base"),

@@ -1,16 +1,18 @@
-"""Many questions put to a model at once: how likely each candidate answer is, and what the model says by itself.
+"""Ask a model many questions at once: the likelihood of candidate answers, and its greedy answer.
 
-    replies = ask(lm, ["The capital of France is"], [["Paris", "Rome"]])
+    replies = ask(lm, ["The capital of France is"], [["Paris", "Rome"]], max_new_tokens=8)
     replies[0].log_probs, replies[0].says, replies[0].answer
 
-Every prompt is run once, whatever is asked of it: its keys and values serve all candidates and the greedy answer, and logits are read
-where an answer's tokens are due and nowhere else. Prompts of similar length share a pass. The numbers are those of asking one by one.
+Every prompt runs once. Its keys and values serve all candidates and the greedy answer. Logits are
+read only in front of the tokens of a candidate. Prompts of similar length share a pass. The numbers
+are those of asking one by one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,13 +28,16 @@ from ..model.trace import recording
 
 @dataclass(frozen=True)
 class Reply:
-    """What a model says to one prompt.
+    """The reply of a model to one prompt.
 
-    answer     its greedy continuation, without white space around it, to the end of the text or the line; "" where none was asked for
-    log_probs  for each candidate the mean log-probability of its tokens, in nats (teacher forced: each after those before it); NaN from a
-               model that computes no finite states
-    right      for each candidate the share of its tokens that are the likeliest in their place
-    n_tokens   for each candidate its number of tokens
+    Attributes:
+        answer: Greedy continuation without white space around it, to the end of the text or the
+            line. "" if no answer was asked for.
+        log_probs: For each candidate, the mean log-probability of its tokens in nats (teacher
+            forced: each token after the candidate's tokens before it). NaN from a model whose
+            states are not finite.
+        right: For each candidate, the share of its tokens that are the likeliest in their place.
+        n_tokens: For each candidate, its number of tokens.
     """
 
     answer: str
@@ -42,8 +47,20 @@ class Reply:
 
     @property
     def says(self) -> tuple[bool, ...]:
-        """For each candidate whether greedy decoding gives all of it."""
+        """For each candidate, whether greedy decoding gives all of it."""
         return tuple(share == 1 for share in self.right)
+
+
+class _Scores(NamedTuple):
+    """The numbers of one candidate; see `Reply`."""
+
+    log_prob: float
+    right: float
+    n_tokens: int
+
+
+_Answered = tuple[str, Mapping[str, _Scores]]
+"""The greedy answer to a prompt, and the scores of its candidates by name."""
 
 
 @torch.no_grad()
@@ -56,157 +73,185 @@ def ask(
     batch_tokens: int = 4096,
     progress: Progress | None = None,
 ) -> list[Reply]:
-    """Put prompts to a model, each with any number of candidate answers.
+    """Ask a model prompts, each with any number of candidate answers.
 
-    candidates      for each prompt its candidates; None: none for any
-    max_new_tokens  how far the greedy answers go, or to the model's last position, whatever else is asked; 0: none are asked for
-    batch_tokens    padded tokens in one pass
+    Args:
+        lm: The model.
+        prompts: Whole texts. Equal prompts run once.
+        candidates: A list of candidates for each prompt. None: no candidates.
+        max_new_tokens: Length of the greedy answers in tokens. An answer also ends at the model's
+            last position. 0: no answers.
+        batch_tokens: Padded tokens in one pass.
+        progress: Gets the number of prompts that are done.
 
-    Raises InputError for no prompts, lists of different length, an empty prompt or candidate, and prompts too long for the model.
+    Returns:
+        One reply a prompt.
+
+    Raises:
+        InputError: when there are no prompts, the lists differ in length, a prompt or candidate is
+            empty, or a prompt is too long for the model.
     """
     check_model(lm)
     texts = check_items(prompts, "prompts", "texts")
-    wanted = (
+    lists = (
         [()] * len(texts)
         if candidates is None
         else check_items(candidates, "candidates", "lists of texts")
     )
-    if not texts or len(wanted) != len(texts) or any(isinstance(own, str) for own in wanted):
+    if not texts or len(lists) != len(texts) or any(isinstance(each, str) for each in lists):
         raise InputError(
-            f"got {len(texts)} prompts and {len(wanted)} lists of candidates; expected at least one prompt, and as many lists"
+            f"there are {len(texts)} prompts and {len(lists)} lists of candidates; "
+            "give at least one prompt, and one list for each"
         )
     n_new = check_count(
         max_new_tokens, "max_new_tokens", "the length of an answer in tokens", least=0
     )
     budget = check_count(batch_tokens, "batch_tokens")
-    # What is asked of equal prompts is asked once.
-    tails: dict[str, dict[str, list[int]]] = {}
     heads: dict[str, list[int]] = {}
-    for text, own in zip(texts, wanted, strict=True):
-        known = tails.setdefault(text, {})
+    tails: dict[str, dict[str, list[int]]] = {}
+    for text, listed in zip(texts, lists, strict=True):
         if text not in heads:
             heads[text] = lm.prompt_ids(text)
-        for candidate in own:
-            if candidate not in known:
-                known[candidate] = target_ids(lm.tokenizer, text, candidate, head=heads[text])
+        tails_of_text = tails.setdefault(text, {})
+        for candidate in listed:
+            if candidate not in tails_of_text:
+                ids = target_ids(lm.tokenizer, text, candidate, head=heads[text])
+                tails_of_text[candidate] = ids
     distinct, rows = list(heads), list(heads.values())
-    found: dict[str, tuple[str, dict[str, tuple[float, float, int]]]] = {}
+    answered: dict[str, _Answered] = {}
     for group in _groups(lm, [len(ids) for ids in rows], n_new, budget):
         names = [distinct[i] for i in group]
-        for name, reply in zip(
-            names,
-            _asked(lm, [rows[i] for i in group], [tails[name] for name in names], n_new),
-            strict=True,
-        ):
-            found[name] = reply
-        tell(progress, "asking", len(found), len(distinct))
-    replies = []
-    for text, own in zip(texts, wanted, strict=True):
-        answer, scored = found[text]
-        columns = [scored[candidate] for candidate in own]
-        replies.append(
-            Reply(answer, *(tuple(column) for column in zip(*columns, strict=True)))
-            if columns
-            else Reply(answer, (), (), ())
+        replies = _answer_group(
+            lm, [rows[i] for i in group], [tails[name] for name in names], n_new
         )
-    return replies
+        answered.update(zip(names, replies, strict=True))
+        tell(progress, "asking", len(answered), len(distinct))
+    return [_reply(*answered[text], listed) for text, listed in zip(texts, lists, strict=True)]
+
+
+def _reply(answer: str, scores: Mapping[str, _Scores], candidates: Sequence[str]) -> Reply:
+    listed = [scores[candidate] for candidate in candidates]
+    return Reply(
+        answer=answer,
+        log_probs=tuple(each.log_prob for each in listed),
+        right=tuple(each.right for each in listed),
+        n_tokens=tuple(each.n_tokens for each in listed),
+    )
 
 
 def _groups(lm: LanguageModel, lengths: list[int], n_new: int, budget: int) -> Iterator[list[int]]:
-    """Prompts that share a pass: alike in length, and with room for as long an answer, so that none is cut short for another's sake."""
-    apart: dict[int, list[int]] = {}
+    """Yield the numbers of the prompts that share a pass.
+
+    They are similar in length and have room for equally long answers, so no answer is cut short for
+    the sake of another prompt.
+    """
+    by_room: dict[int, list[int]] = {}
     for i, length in enumerate(lengths):
-        apart.setdefault(
-            n_new if lm.max_tokens is None else min(n_new, lm.max_tokens - length + 1), []
-        ).append(i)
-    for own in apart.values():
-        yield from (
-            [own[i] for i in group] for group in lm.groups([lengths[i] for i in own], budget)
-        )
+        room = n_new if lm.max_tokens is None else min(n_new, lm.max_tokens - length + 1)
+        by_room.setdefault(room, []).append(i)
+    for members in by_room.values():
+        for group in lm.groups([lengths[i] for i in members], budget):
+            yield [members[i] for i in group]
 
 
-def _asked(
+def _answer_group(
     lm: LanguageModel,
     rows: Sequence[Sequence[int]],
-    tails: Sequence[dict[str, list[int]]],
+    tails: Sequence[Mapping[str, list[int]]],
     n_new: int,
-) -> Iterator[tuple[str, dict[str, tuple[float, float, int]]]]:
-    """One group of prompts: for each its answer, and {candidate: (mean log-probability, share right, tokens)}."""
+) -> Iterator[_Answered]:
+    """Yield the answers to prompts that share a pass.
+
+    Args:
+        lm: The model.
+        rows: Token ids of each prompt.
+        tails: For each prompt, the token ids of its candidates by name.
+        n_new: Length of the greedy answers in tokens.
+    """
     batch = lm.align(rows, [len(ids) - 1 for ids in rows])
     logits, cache = lm.begin(batch)
-    # The cache grows by putting new tensors in place of its own, so these stay what they are.
-    kept = None if cache is None else [(layer.keys, layer.values) for layer in cache.layers]
-    pairs = [(row, name, ids) for row, own in enumerate(tails) for name, ids in own.items()]
-    total, right = torch.zeros(len(pairs)), torch.zeros(len(pairs))
+    # The cache grows by new tensors in place of its own, so these tensors stay as they are.
+    prefix = None if cache is None else [(layer.keys, layer.values) for layer in cache.layers]
+    pairs = [(row, name, ids) for row, named in enumerate(tails) for name, ids in named.items()]
+    log_sums, n_right = torch.zeros(len(pairs)), torch.zeros(len(pairs))
     if pairs:
-        at = torch.tensor([row for row, _, _ in pairs], device=logits.device)
-        _count(
-            total,
-            right,
-            torch.arange(len(pairs)),
-            logits[at],
-            torch.tensor([ids[0] for *_, ids in pairs]),
-        )
+        first_tokens = torch.tensor([ids[0] for *_, ids in pairs])
+        logits_of_pairs = logits[torch.tensor([row for row, _, _ in pairs], device=logits.device)]
+        _count(log_sums, n_right, torch.arange(len(pairs)), logits_of_pairs, first_tokens)
     longer = [i for i, (*_, ids) in enumerate(pairs) if len(ids) > 1]
     for part in lm.groups([len(pairs[i][2]) for i in longer]) if longer else []:
         chosen = [longer[i] for i in part]
-        hidden = _behind(
-            lm, batch, kept, [pairs[i][0] for i in chosen], [pairs[i][2][:-1] for i in chosen]
+        hidden = _run_tails(
+            lm, batch, prefix, [pairs[i][0] for i in chosen], [pairs[i][2][:-1] for i in chosen]
         )
         places = [
             (line, column, i, token)
             for line, i in enumerate(chosen)
             for column, token in enumerate(pairs[i][2][1:])
         ]
-        for some in (
-            places[start : start + 256] for start in range(0, len(places), 256)
-        ):  # logits are the largest tensors of all
+        # Logits are the largest tensors of all, so only some places get them at a time.
+        for some in (places[start : start + 256] for start in range(0, len(places), 256)):
             lines, columns, owners, tokens = (
                 torch.tensor(column) for column in zip(*some, strict=True)
             )
-            _count(
-                total,
-                right,
-                owners,
-                lm.head(hidden[lines.to(hidden.device), columns.to(hidden.device)]),
-                tokens,
-            )
-    scored: list[dict[str, tuple[float, float, int]]] = [{} for _ in tails]
-    for (row, name, ids), each, n_right in zip(pairs, total.tolist(), right.tolist(), strict=True):
-        scored[row][name] = (each / len(ids), n_right / len(ids), len(ids))
+            states = hidden[lines.to(hidden.device), columns.to(hidden.device)]
+            _count(log_sums, n_right, owners, lm.head(states), tokens)
+    scores: list[dict[str, _Scores]] = [{} for _ in tails]
+    totals = zip(pairs, log_sums.tolist(), n_right.tolist(), strict=True)
+    for (row, name, ids), log_sum, right in totals:
+        scores[row][name] = _Scores(log_sum / len(ids), right / len(ids), len(ids))
     answers = lm.continue_from(batch, logits, cache, n_new) if n_new else [[] for _ in rows]
-    for ids, own in zip(answers, scored, strict=True):
-        yield lm.as_answer(ids), own
+    for ids, named_scores in zip(answers, scores, strict=True):
+        yield lm.as_answer(ids), named_scores
 
 
-def _count(total: Tensor, right: Tensor, owners: Tensor, logits: Tensor, tokens: Tensor) -> None:
-    """Add what logits (N, vocab) say about the tokens (N,) due there to the sums of their owners (N,)."""
+def _count(
+    log_sums: Tensor, n_right: Tensor, owners: Tensor, logits: Tensor, tokens: Tensor
+) -> None:
+    """Add the log-probabilities of tokens, and whether they are the likeliest, to sums.
+
+    Args:
+        log_sums: One sum of log-probabilities for each owner. Changed in place.
+        n_right: One number of likeliest tokens for each owner. Changed in place.
+        owners: (N,) the owner of each token.
+        logits: (N, vocab) in the place where the token belongs.
+        tokens: (N,) token ids.
+    """
     due = tokens.to(logits.device)
     logs = logits.float().log_softmax(-1).gather(1, due[:, None])[:, 0]
-    total.index_add_(0, owners, logs.cpu())
-    right.index_add_(0, owners, ((logits.argmax(-1) == due) & ~logs.isnan()).float().cpu())
+    log_sums.index_add_(0, owners, logs.cpu())
+    n_right.index_add_(0, owners, ((logits.argmax(-1) == due) & ~logs.isnan()).float().cpu())
 
 
-def _behind(
+def _run_tails(
     lm: LanguageModel,
     batch: Batch,
-    kept: list[tuple[Tensor, Tensor]] | None,
+    prefix: list[tuple[Tensor, Tensor]] | None,
     rows: Sequence[int],
     tails: Sequence[Sequence[int]],
 ) -> Tensor:
-    """The last layer's output at tokens (R lists) that stand behind rows (R,) of a batch: (R, longest, d_model)."""
+    """Return the last layer's output at tokens that follow prompts.
+
+    Args:
+        lm: The model.
+        batch: The prompts.
+        prefix: Keys and values of each layer at the prompts. None: the model has no such cache, and
+            the prompts run again.
+        rows: (R,) the prompt of each tail, as a row of the batch.
+        tails: R lists of token ids.
+
+    Returns:
+        (R, longest tail, d_model).
+    """
     width, device = max(map(len, tails)), batch.input_ids.device
     head = batch.keep(torch.tensor(rows))
-    ids, mask = (
-        torch.full((len(rows), width), pad_id(lm.tokenizer)),
-        torch.zeros(len(rows), width, dtype=torch.long),
-    )
+    ids = torch.full((len(rows), width), pad_id(lm.tokenizer))
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
     for row, tail in enumerate(tails):
         ids[row, : len(tail)] = torch.tensor(tail)
         mask[row, : len(tail)] = 1
-    positions = head.position_ids[:, -1:] + mask.to(device).cumsum(
-        1
-    )  # padding on the right stays inside what the row uses
+    # A padding column on the right repeats the position of the row's last token.
+    positions = head.position_ids[:, -1:] + mask.to(device).cumsum(1)
     whole = Batch(
         torch.cat([head.input_ids, ids.to(device)], 1),
         torch.cat([head.attention_mask, mask.to(device)], 1),
@@ -214,8 +259,8 @@ def _behind(
         batch.width,
     )
     lm.check_batch(whole)
-    start = 0 if kept is None else batch.width
-    cache = None if kept is None else PrefixCache(kept, torch.tensor(rows))
+    start = 0 if prefix is None else batch.width
+    cache = None if prefix is None else PrefixCache(prefix, torch.tensor(rows))
     with recording({"last": lm.layers[-1]}, stop=True) as calls:
         lm.forward(whole, start=start, cache=cache)
     return calls["last"][0].output[:, batch.width - start :]

@@ -106,11 +106,9 @@ def atlas_suite(limit: int | None, seed: int) -> Suite:
         for fact in atlas.facts()
         if atlas.is_held_out(fact.subject) and len(_objects(fact.relation)) > 1
     ]
-    chosen = range(len(facts))
+    chosen = list(range(len(facts)))
     if limit is not None:
-        draw = random.Random(seed)
-        records_to_draw = min(limit, len(facts))
-        chosen = sorted(draw.sample(range(len(facts)), records_to_draw))
+        chosen = sorted(random.Random(seed).sample(chosen, min(limit, len(facts))))
     return Suite(
         name="atlas",
         records=tuple(_record(facts[at], seed) for at in chosen),

@@ -3,9 +3,9 @@
     entry = Entry({"subject": "Ada Quill", "prompt": "Ada Quill lives in"}, dropped=[])
     entry.text("subject")                     # "Ada Quill"
     entry.template("prompt", "Ada Quill")     # ("{} lives in", "Ada Quill")
-    entry.text("target")                      # raises Refused: target is missing; expected text
+    entry.text("target")                      # raises FieldError: target is missing; expected text
 
-A field that a record cannot do without raises `Refused`, and the record is left out. A question
+A field that a record cannot do without raises `FieldError`, and the record is left out. A question
 that cannot be used is added to `dropped`, and the record is used without it.
 """
 
@@ -22,7 +22,7 @@ from ..core.fact import Fact
 from .records import LONGEST_TEXT, Question, QuestionKind
 
 
-class Refused(Exception):
+class FieldError(Exception):
     """A field that cannot be used.
 
     Attributes:
@@ -44,9 +44,9 @@ class Entry:
         dropped: The questions that cannot be used. An entry inside a field shares this list.
     """
 
-    def __init__(self, fields: Any, path: str = "", *, dropped: list[Refused]) -> None:
+    def __init__(self, fields: Any, path: str = "", *, dropped: list[FieldError]) -> None:
         if not isinstance(fields, Mapping):
-            raise Refused(path, f"is {brief(fields)}; expected fields with names")
+            raise FieldError(path, f"is {brief(fields)}; expected fields with names")
         self.fields, self.path, self.dropped = fields, path, dropped
 
     def path_of(self, name: str) -> str:
@@ -66,7 +66,7 @@ class Entry:
         """Return a text that is not blank."""
         if not self.has(name):
             state = "empty" if name in self.fields else "missing"
-            raise Refused(self.path_of(name), f"is {state}; expected text")
+            raise FieldError(self.path_of(name), f"is {state}; expected text")
         return _text(self.fields[name], self.path_of(name))
 
     def optional(self, name: str) -> str | None:
@@ -82,7 +82,7 @@ class Entry:
             return ()
         value = self.fields[name]
         if not isinstance(value, (list, str)):
-            raise Refused(
+            raise FieldError(
                 self.path_of(name), f"is {brief(value)}; expected text or a list of texts"
             )
         return tuple(dict.fromkeys(_texts(value, self.path_of(name))))
@@ -109,13 +109,15 @@ class Entry:
             state = "is empty" if name in self.fields else "is missing"
         else:
             return texts
-        self.dropped.append(Refused(self.path_of(name), f"{state}; expected text, so {otherwise}"))
+        self.dropped.append(
+            FieldError(self.path_of(name), f"{state}; expected text, so {otherwise}")
+        )
         return texts
 
     def entry(self, name: str) -> Entry:
         """Return the fields inside a field."""
         if not self.has(name):
-            raise Refused(self.path_of(name), "is missing; expected fields with names")
+            raise FieldError(self.path_of(name), "is missing; expected fields with names")
         return Entry(self.fields[name], self.path_of(name), dropped=self.dropped)
 
     def entries(self, name: str) -> list[Entry]:
@@ -124,7 +126,7 @@ class Entry:
         if isinstance(value, Mapping):
             return [self.entry(name)]
         if not isinstance(value, list):
-            raise Refused(self.path_of(name), f"is {brief(value)}; expected a list")
+            raise FieldError(self.path_of(name), f"is {brief(value)}; expected a list")
         return [
             Entry(each, f"{self.path_of(name)}.{at}", dropped=self.dropped)
             for at, each in enumerate(value)
@@ -134,7 +136,7 @@ class Entry:
         """Return the numbers or names that a record gives itself, or its place in the file."""
         parts = [self.fields[name] for name in names if self.has(name)]
         if not all(isinstance(part, (str, int)) and not isinstance(part, bool) for part in parts):
-            raise Refused(
+            raise FieldError(
                 self.path_of(names[0]), f"is {brief(parts[0])}; expected a number or text"
             )
         return "-".join(map(str, parts)) or str(index)
@@ -151,14 +153,14 @@ class Entry:
     ) -> Fact:
         """Return a fact. A message speaks of `field`, the field that holds the prompt."""
         if (slots := prompt.count("{}")) != 1:
-            raise Refused(
+            raise FieldError(
                 self.path_of(field),
                 f"has {slots} slots in {brief(prompt)}; expected one `{{}}` for the subject",
             )
         try:
             return Fact(subject, prompt, target, target_true=target_true, relation=relation)
         except FactError as error:
-            raise Refused(self.path_of(field), f"makes no fact: {error}") from None
+            raise FieldError(self.path_of(field), f"makes no fact: {error}") from None
 
     def template(self, name: str, subject: str) -> tuple[str, str]:
         """Return a prompt that names its subject, with a slot in place of the subject.
@@ -170,7 +172,7 @@ class Entry:
         """
         prompt = self.text(name)
         if "{}" in prompt:
-            raise Refused(
+            raise FieldError(
                 self.path_of(name), f"holds {{}} in {brief(prompt)}; expected the subject itself"
             )
         whole_word = rf"(?<!\w){re.escape(subject)}(?!\w)"
@@ -182,7 +184,7 @@ class Entry:
             if matches := list(re.finditer(pattern, prompt, flags)):
                 start, stop = matches[-1].span()
                 return f"{prompt[:start]}{{}}{prompt[stop:]}", prompt[start:stop]
-        raise Refused(
+        raise FieldError(
             self.path_of(name),
             f"{brief(prompt)} does not name the subject {brief(subject)}; "
             "expected a prompt that does",
@@ -202,7 +204,7 @@ class Entry:
             return [Question(kind=kind, prompt=prompt, answers=answers, against=against)]
         except InputError as error:
             reason = f"is no question and is left out: {error}"
-            self.dropped.append(Refused(self.path_of(field), reason))
+            self.dropped.append(FieldError(self.path_of(field), reason))
             return []
 
 
@@ -217,13 +219,13 @@ def brief(value: object) -> str:
 def _text(value: object, field: str) -> str:
     """Return a value as text without white space around it."""
     if not isinstance(value, str):
-        raise Refused(field, f"is {brief(value)}; expected text")
+        raise FieldError(field, f"is {brief(value)}; expected text")
     if len(value) > LONGEST_TEXT:
-        raise Refused(field, f"has {len(value):,} characters; expected at most {LONGEST_TEXT:,}")
+        raise FieldError(field, f"has {len(value):,} characters; expected at most {LONGEST_TEXT:,}")
     try:
         check_text(value, "it")
     except InputError as error:
-        raise Refused(field, f"cannot be used: {error}") from None
+        raise FieldError(field, f"cannot be used: {error}") from None
     return value.strip()
 
 

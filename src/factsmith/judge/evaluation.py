@@ -1,4 +1,10 @@
-"""judge.evaluation."""
+"""The result of a run: all its rows, and what they come to.
+
+evaluation = Evaluation.load("judged")
+evaluation                                       # a table: the base model first
+evaluation.summary("rome")["prompt exact"]       # Share(value, low, high, n)
+evaluation.measured("rome"), evaluation.drift("rome"), evaluation.retention("rome")
+"""
 
 from __future__ import annotations
 
@@ -6,37 +12,42 @@ import functools
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from ..core.errors import DamagedError, InputError
 from ..core.tables import Shown, Table, counted
-from .metrics import bootstrap_interval, harmonic_mean
 from .rows import BASE, BROKEN, PROBE, Continuation, Row, Share
 from .store import Store
+from .summary import MEASURES, summarise
 
-if TYPE_CHECKING:
-    pass
+INTERVALS = "± half of the 95 % interval over records; entropy in bits, times 100"
+
+DRIFTS = ("kl_text", "perplexity", "kl_facts", "changed_share")
+"""The measures of a `Drift` that are noted after an edit. perplexity is after divided by before."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Evaluation(Shown):
-    """All rows of a run, the base model's among them.
+    """All rows of a run, those of the base model included.
 
-    rows      in the order in which they were asked
-    written   what the models wrote by themselves
-    notes     {(editor, unit): {name: number}}, what the editors said of themselves, and where drift was measured, `DRIFTS` of it; "broken"
-              is 1 where the model gave numbers that are not finite: what it was asked counts as wrong, such drift is left out
-    failed    {(editor, unit): why}, edits that could not be made; what was asked behind them was asked of the model without them
-    size      records an edit; sequence: whether edits were put upon one another
-    units     how many edits of each editor there are to be; 0: not told
-    settings  {editor: its settings in words}, of those that say theirs
-    skipped   records left out because there is nothing to write in them
-    model     what it was loaded as; fingerprint: the model's
+    Attributes:
+        rows: In the order in which they were asked.
+        written: What the models wrote when they continued generation prompts.
+        notes: {(editor, unit): {name: number}}. The numbers come from the editors and, if drift was
+            measured, from `DRIFTS`. "broken" is 1 if the model gave numbers that are not finite:
+            its answers count as wrong, and drift that is not finite is left out.
+        failed: {(editor, unit): reason} of the edits that could not be made. The questions after
+            such an edit were asked of the model without it.
+        size: Number of records an edit.
+        sequence: Whether each edit was put on top of the edits before it.
+        skipped: Number of records that were left out because they have nothing to write.
+        model: Name that the model was loaded by.
+        fingerprint: Fingerprint of the model.
+        units: Number of edits that each editor has to make. 0: not known.
+        settings: {editor: its settings in words}, of the editors that have some.
     """
 
     rows: tuple[Row, ...]
@@ -53,24 +64,35 @@ class Evaluation(Shown):
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Evaluation:
-        """What a run has kept so far, of edits that were finished (`unfinished` says where some are missing).
+        """Return what a run has kept so far in its folder. `unfinished` lists the missing edits.
 
-        Raises InputError where there is none, DamagedError, WorkspaceError.
+        Raises:
+            InputError: when the folder holds no run.
+            DamagedError: when its file cannot be read as rows.
+            WorkspaceError: when its file cannot be opened.
         """
-        store = Store(Path(folder), None)
-        told = store.header
+        return cls.of(Store.read(Path(folder)))
+
+    @classmethod
+    def of(cls, store: Store) -> Evaluation:
+        """Return what a store holds.
+
+        Raises:
+            DamagedError: when the store's header lacks a field.
+        """
+        header = store.header
         try:
             return cls(
                 rows=tuple(store.rows),
-                written=tuple(store.written),
+                written=tuple(store.continuations),
                 notes=store.notes,
                 failed=store.failed,
-                size=int(told["size"]),
-                sequence=bool(told["sequence"]),
-                skipped=int(told.get("skipped", 0)),
-                model=str(told.get("model", "")),
-                fingerprint=str(told["fingerprint"]),
-                units=int(told["units"]),
+                size=int(header["size"]),
+                sequence=bool(header["sequence"]),
+                skipped=int(header.get("skipped", 0)),
+                model=str(header.get("model", "")),
+                fingerprint=str(header["fingerprint"]),
+                units=int(header["units"]),
                 settings=store.settings,
             )
         except (KeyError, TypeError, ValueError) as error:
@@ -78,19 +100,24 @@ class Evaluation(Shown):
                 f"{store.path}, line 1, cannot be read ({error}); delete the file to begin again"
             ) from None
 
+    # ── which rows ────────────────────────────────────────────────────────────────────────────────
+
     @property
     def editors(self) -> tuple[str, ...]:
-        """Base first, then in the order in which they ran."""
+        """The editors: base first, then the others in the order in which they ran."""
         return tuple(dict.fromkeys(row.editor for row in self.rows))
 
     @property
     def unfinished(self) -> dict[str, int]:
-        """{editor: how many of its edits are there} of those, base among them, that have fewer than `units`: the run was stopped."""
-        there = Counter(editor for editor, _ in self.notes)
-        return {editor: there[editor] for editor in self.editors if there[editor] < self.units}
+        """{editor: number of its finished edits}, of the editors that lack edits; base may be
+        one."""
+        finished = Counter(editor for editor, _ in self.notes)
+        return {
+            editor: finished[editor] for editor in self.editors if finished[editor] < self.units
+        }
 
     def finished(self) -> Evaluation:
-        """The same without editors that are unfinished."""
+        """Return the same run without the editors that lack edits."""
         gone = self.unfinished
         return replace(
             self,
@@ -106,120 +133,136 @@ class Evaluation(Shown):
         return f"{self.size:,} {'a round' if self.sequence else 'at a time'}"
 
     def asked(self, editor: str, unit: int | None = None) -> list[Row]:
-        """The rows of an editor: of a sequence those asked behind its last round (or behind `unit`), else of every edit on its own records.
+        """Return the rows of an editor.
 
-        Raises InputError for an editor that did not run.
+        Args:
+            editor: Name of the editor.
+            unit: Return the rows asked after this edit. None: the rows after the last round of a
+                sequence, or else the rows of every edit.
+
+        Raises:
+            InputError: when the editor did not run, or has no rows after this edit.
         """
-        own = [row for row in self.rows if row.editor == editor]
-        if not own:
-            raise InputError(f"no editor {editor!r} ran; there are {', '.join(self.editors)}")
-        if unit is None and not (self.sequence and editor != BASE):
-            return own
-        wanted = max(row.unit for row in own) if unit is None else unit
-        chosen = [row for row in own if row.unit == wanted]
-        if not chosen:
+        rows = [row for row in self.rows if row.editor == editor]
+        if not rows:
             raise InputError(
-                f"{editor} was not asked behind edit {unit}; there are 0 to {max(row.unit for row in own)}"
+                f"no editor {editor!r} ran; give one of {', '.join(self.editors)}",
+                argument="editor",
             )
-        return chosen
+        last = max(row.unit for row in rows)
+        if unit is None:
+            if editor == BASE or not self.sequence:
+                return rows
+            unit = last
+        rows = [row for row in rows if row.unit == unit]
+        if not rows:
+            raise InputError(
+                f"{editor} was not asked after edit {unit}; give an edit from 0 to {last}",
+                argument="unit",
+            )
+        return rows
+
+    # ── what they come to ─────────────────────────────────────────────────────────────────────────
 
     def summary(self, editor: str, unit: int | None = None, *, seed: int = 0) -> dict[str, Share]:
-        """Every measure that the questions allow, by name: "prompt success", "prompt exact", "neighbour stayed", "multihop exact" ...
+        """Return every measure that the questions allow, by name.
 
-        Questions that are ways to ask the same thing (MQuAKE's three) count once, as right when any of them is. "score" and "score exact"
-        are the harmonic means over prompt, paraphrase and neighbour, where all three were asked.
+        The names are "prompt success", "prompt exact", "neighbour stayed", "multihop exact" and so
+        on. Questions that ask the same thing in several ways (MQuAKE's three) count once, as right
+        if any of them is right. "score" and "score exact" are the harmonic means over prompt,
+        paraphrase and neighbour questions, if all three kinds were asked.
+
+        Args:
+            editor: Name of the editor.
+            unit: As for `asked`.
+            seed: Seed of the bootstrap.
         """
-        rows = self.asked(editor, unit)
-        found: dict[str, Share] = {}
-        for kind in dict.fromkeys(row.kind for row in rows):
-            own = [row for row in rows if row.kind == kind]
-            for name, value in _MEASURES.items():
-                cases: dict[tuple[str, int], list[float]] = {}
-                for at, row in enumerate(own):
-                    if (measured := value(row)) is not None:
-                        cases.setdefault(
-                            (row.record, at if row.group is None else -1 - row.group), []
-                        ).append(float(measured))
-                if cases:
-                    values, groups = (
-                        [max(each) for each in cases.values()],
-                        [record for record, _ in cases],
-                    )
-                    low, high = bootstrap_interval(values, groups=groups, seed=seed)
-                    found[f"{kind} {name}"] = Share(
-                        sum(values) / len(values), low, high, len(values)
-                    )
-        told = [
+        continuations = [
             one
             for one in self.written
             if one.editor == editor and (unit is None or one.unit == unit)
         ]
-        for name in ("entropy", "consistency"):
-            if some := [
-                (value, one.record) for one in told if (value := getattr(one, name)) is not None
-            ]:
-                values, groups = [value for value, _ in some], [record for _, record in some]
-                found[f"text {name}"] = Share(
-                    sum(values) / len(values),
-                    *bootstrap_interval(values, groups=groups, seed=seed),
-                    len(values),
-                )
-        for name, measure in (("score", "success"), ("score exact", "exact")):
-            if (overall := score_of(rows, _MEASURES[measure], seed)) is not None:
-                found[name] = overall
-        return found
+        return summarise(self.asked(editor, unit), continuations, seed=seed)
+
+    @functools.cached_property
+    def summaries(self) -> Mapping[str, Mapping[str, Share]]:
+        """{editor: its summary}."""
+        return {editor: self.summary(editor) for editor in self.editors}
 
     def retention(self, editor: str, name: str = "exact") -> dict[int, dict[int, float]]:
-        """Of a sequence: {round written: {round asked: share of its prompts}}, to see what becomes of earlier rounds."""
-        found: dict[int, dict[int, list[float]]] = {}
-        self.asked(editor)  # raises for one that did not run
+        """Return what becomes of earlier rounds of a sequence.
+
+        Args:
+            editor: Name of the editor.
+            name: The way to count: success, exact, stayed, magnitude or tokens.
+
+        Returns:
+            {round written: {round asked: mean over the prompts of the records}}.
+        """
+        values: dict[int, dict[int, list[float]]] = {}
+        self.asked(editor)  # raises an error if the editor did not run
         for row in self.rows:
-            value = _MEASURES[name](row) if row.editor == editor and row.kind == "prompt" else None
-            if value is not None:
-                found.setdefault(row.written, {}).setdefault(row.unit, []).append(float(value))
+            if row.editor == editor and row.kind == "prompt":
+                value = MEASURES[name](row)
+                if value is not None:
+                    by_round = values.setdefault(row.written, {})
+                    by_round.setdefault(row.unit, []).append(float(value))
         return {
-            written: {asked: sum(v) / len(v) for asked, v in sorted(own.items())}
-            for written, own in sorted(found.items())
+            written: {asked: sum(v) / len(v) for asked, v in sorted(by_round.items())}
+            for written, by_round in sorted(values.items())
         }
 
     def remaining(self, editor: str) -> dict[int, tuple[float, float]]:
-        """Of a sequence, behind each round: the share of prompts answered right of those of the first round, and of all rounds so far."""
-        told = self.retention(editor)
-        rounds = sorted({asked for own in told.values() for asked in own})
-        sizes = {
-            at: sum(
-                row.unit == at == row.written
-                for row in self.rows
-                if row.editor == editor and row.kind == "prompt"
-            )
-            for at in rounds
-        }
-        found = {}
+        """Return what is left of a sequence after each round.
+
+        Returns:
+            {round: (share of right prompts of the first round, share of those of all rounds so
+            far)}.
+        """
+        retention = self.retention(editor)
+        rounds = sorted({asked for by_round in retention.values() for asked in by_round})
+        prompts = [row for row in self.rows if row.editor == editor and row.kind == "prompt"]
+        n_prompts = {at: sum(row.unit == at == row.written for row in prompts) for at in rounds}
+        remaining = {}
         for at in rounds:
-            own = [(told[old][at], sizes[old]) for old in rounds if at in told.get(old, {})]
-            if at in told.get(rounds[0], {}):
-                found[at] = (
-                    told[rounds[0]][at],
-                    sum(share * n for share, n in own) / max(1, sum(n for _, n in own)),
+            shares = [
+                (retention[written][at], n_prompts[written])
+                for written in rounds
+                if at in retention.get(written, {})
+            ]
+            if at in retention.get(rounds[0], {}):
+                right = sum(share * n for share, n in shares)
+                remaining[at] = (
+                    retention[rounds[0]][at],
+                    right / max(1, sum(n for _, n in shares)),
                 )
-        return found
+        return remaining
 
     def drift(self, editor: str, unit: int | None = None) -> dict[str, float]:
-        """The means of `DRIFTS` where they were measured: of a sequence behind its last round, or behind `unit`. {} where they were not."""
-        told = {
+        """Return the means of `DRIFTS` over the edits after which drift was measured.
+
+        Args:
+            editor: Name of the editor.
+            unit: Only after this edit. None: after the last round of a sequence, or else after
+                every edit.
+
+        Returns:
+            {measure: mean}; {} if no drift was measured.
+        """
+        notes = {
             at: note
             for (name, at), note in self.notes.items()
             if name == editor and set(DRIFTS) & set(note)
         }
-        if unit is not None or self.sequence:
-            told = {
-                at: note for at, note in told.items() if at == (max(told) if unit is None else unit)
-            }
-        found = {name: [note[name] for note in told.values() if name in note] for name in DRIFTS}
-        return {name: sum(values) / len(values) for name, values in found.items() if values}
+        if unit is None and self.sequence:
+            unit = max(notes, default=None)
+        if unit is not None:
+            notes = {at: note for at, note in notes.items() if at == unit}
+        values = {name: [note[name] for note in notes.values() if name in note] for name in DRIFTS}
+        return {name: sum(listed) / len(listed) for name, listed in values.items() if listed}
 
     def probed(self, editor: str) -> dict[str, float]:
-        """What the probe measured of a model: the base model, or what it was behind an editor's last edit."""
+        """Return what the probe measured of the base model, or after an editor's last edit."""
         return {
             name.removeprefix(PROBE): value
             for (of, _), note in self.notes.items()
@@ -228,40 +271,41 @@ class Evaluation(Shown):
         }
 
     def measured(self, editor: str) -> dict[str, float]:
-        """What an editor noted of its edits: how many were made, mean seconds, the largest norm, and drift where it was measured.
+        """Return what the edits of an editor cost, and what they did to the rest of the model.
 
-        "failed": edits that could not be made; "broken": edits behind which the model gave no finite numbers; where there are any.
+        Returns:
+            "edits": how many were made. "failed" and "broken", if there are any: edits that could
+            not be made, and edits after which the model gave no finite numbers. "seconds" and
+            "seconds_a_record": means. "norm": the largest. And the measures of `drift`.
         """
-        notes = [own for (name, _), own in self.notes.items() if name == editor]
-        records = len({row.record for row in self.rows if row.editor == editor})
-        failed = sum(name == editor for name, _ in self.failed)
-        broken = sum(BROKEN in own for own in notes)
-        found: dict[str, float] = {"edits": len(notes) - failed}
-        found |= {name: n for name, n in (("failed", failed), (BROKEN, broken)) if n}
-        if seconds := [own["seconds"] for own in notes if "seconds" in own]:
-            found |= {
-                "seconds": sum(seconds) / len(seconds),
-                "seconds_a_record": sum(seconds) / max(1, records),
-            }
-        if norms := [own["norm"] for own in notes if "norm" in own]:
-            found["norm"] = max(norms)
-        return found | self.drift(editor)
+        notes = [note for (name, _), note in self.notes.items() if name == editor]
+        n_records = len({row.record for row in self.rows if row.editor == editor})
+        n_failed = sum(name == editor for name, _ in self.failed)
+        n_broken = sum(BROKEN in note for note in notes)
+        measured: dict[str, float] = {"edits": len(notes) - n_failed}
+        if n_failed:
+            measured["failed"] = n_failed
+        if n_broken:
+            measured[BROKEN] = n_broken
+        if seconds := [note["seconds"] for note in notes if "seconds" in note]:
+            measured["seconds"] = sum(seconds) / len(seconds)
+            measured["seconds_a_record"] = sum(seconds) / max(1, n_records)
+        if norms := [note["norm"] for note in notes if "norm" in note]:
+            measured["norm"] = max(norms)
+        return measured | self.drift(editor)
 
-    @functools.cached_property
-    def summaries(self) -> Mapping[str, Mapping[str, Share]]:
-        """{editor: its summary}."""
-        return {editor: self.summary(editor) for editor in self.editors}
+    # ── how it is shown ───────────────────────────────────────────────────────────────────────────
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able fields: measures, what edits cost and did, retention; not the rows."""
+        """Return fields for JSON: measures, what the edits cost and did, and retention; no rows."""
         edits = [editor for editor in self.editors if editor != BASE]
         return {
             "size": self.size,
             "sequence": self.sequence,
             "settings": {e: self.settings[e] for e in edits if e in self.settings},
             "measures": {
-                e: {name: _plain(share) for name, share in own.items()}
-                for e, own in self.summaries.items()
+                e: {name: _plain(share) for name, share in shares.items()}
+                for e, shares in self.summaries.items()
             },
             "probed": {e: dict(self.probed(e)) for e in self.editors},
             "failed": [
@@ -272,24 +316,13 @@ class Evaluation(Shown):
         }
 
     def tables(self) -> list[Table]:
-        """One column an editor, the base model first."""
+        """Return one table: a row a measure, a column an editor, the base model first."""
         summaries = self.summaries
-        names = list(
-            dict.fromkeys(
-                name for own in summaries.values() for name in own if not name.endswith("tokens")
-            )
-        )
+        names = dict.fromkeys(name for shares in summaries.values() for name in shares)
         rows = [
-            (
-                name,
-                *(
-                    f"{100 * own[name].value:.1f} ± {50 * (own[name].high - own[name].low):.1f}"
-                    if name in own
-                    else ""
-                    for own in summaries.values()
-                ),
-            )
+            (name, *(_cell(shares.get(name)) for shares in summaries.values()))
             for name in names
+            if not name.endswith("tokens")
         ]
         how = "in rounds of" if self.sequence else "at a time:"
         title = f"{self.model}, {how} {counted(self.size, 'record')}"
@@ -297,55 +330,11 @@ class Evaluation(Shown):
         return [Table(title, columns, rows, INTERVALS)]
 
 
-INTERVALS = "± half of the 95 % interval over records; entropy in bits, times 100"
-
-DRIFTS = ("kl_text", "perplexity", "kl_facts", "changed_share")
-"""What of a `Drift` is noted beside an edit's rows: perplexity is after divided by before."""
-
-_MEASURES: Mapping[str, Callable[[Row], float | None]] = {
-    "success": lambda row: row.success,
-    "exact": lambda row: row.exact,
-    "stayed": lambda row: row.stayed,
-    "magnitude": lambda row: (
-        None if row.success is None else _p(row.log_wanted) - _p(row.log_against)
-    ),
-    "tokens": lambda row: row.tokens,
-}
-
-
 def _plain(share: Share) -> dict[str, float | int | None]:
     return {name: value if math.isfinite(value) else None for name, value in vars(share).items()}
 
 
-def _p(log: float | None) -> float:
-    return 0.0 if log is None else math.exp(log)
-
-
-def score_of(
-    rows: Sequence[Row], measure: Callable[[Row], float | None], seed: int, resamples: int = 2000
-) -> Share | None:
-    """The harmonic mean of a measure's means over prompt, paraphrase and neighbour questions; None unless all three were asked."""
-    place = {kind: i for i, kind in enumerate(("prompt", "paraphrase", "neighbour"))}
-    number: dict[str, int] = {}
-    told = [
-        (number.setdefault(row.record, len(number)), place[row.kind], measure(row))
-        for row in rows
-        if row.kind in place
-    ]
-    sums, sizes = np.zeros((len(number), 3)), np.zeros((len(number), 3))
-    for record, kind, value in told:
-        if value is not None:
-            sums[record, kind] += value
-            sizes[record, kind] += 1
-    if not len(number) or not sizes.sum(0).all():
-        return None
-    draws = np.random.default_rng(seed).multinomial(
-        len(number), np.full(len(number), 1 / len(number)), size=resamples
-    )
-    with np.errstate(divide="ignore", invalid="ignore"):
-        means = (draws @ sums) / (draws @ sizes)
-        drawn = 3 / (1 / means).sum(1)  # 0 where one is 0
-    low, high = np.nanquantile(drawn, [0.025, 0.975])
-    return Share(
-        harmonic_mean((sums.sum(0) / sizes.sum(0)).tolist()), float(low), float(high), len(number)
-    )
+def _cell(share: Share | None) -> str:
+    if share is None:
+        return ""
+    return f"{100 * share.value:.1f} ± {50 * (share.high - share.low):.1f}"

@@ -1,6 +1,6 @@
 """The layouts of the benchmarks' files: the fields that show a layout, and how one record is read.
 
-    LAYOUTS["counterfact"].read(Entry(row, dropped=[]), 0)      # a Record; raises Refused
+    LAYOUTS["counterfact"].read(Entry(row, dropped=[]), 0)      # a Record; raises FieldError
 
 `suites.py` says what each layout is and which paper it comes from.
 """
@@ -13,7 +13,7 @@ from functools import partial
 from typing import NamedTuple
 
 from ..core.fact import Fact
-from .entry import Entry, Refused
+from .entry import Entry, FieldError
 from .records import Question, QuestionKind, Record, negation
 
 
@@ -103,7 +103,7 @@ def _zsre(row: Entry, index: int, *, as_rome: bool) -> Record:
     old: str | None = None
     if as_rome:
         if not right:
-            raise Refused(
+            raise FieldError(
                 row.path_of("answers"), "is empty; expected the true answer, which is written"
             )
         new, aliases = right[0], right[1:]
@@ -144,7 +144,7 @@ def _mquake(row: Entry, index: int) -> Record:
             edited_hops.add(hop)
             questions += rewrite.ask("paraphrase", "question", hop, (new, *aliases), old)
     if not facts:
-        raise Refused(
+        raise FieldError(
             row.path_of("requested_rewrite"), "is empty; expected at least one fact to write"
         )
     answers = (row.text("new_answer"), *row.texts("new_answer_alias"))

@@ -64,11 +64,12 @@ def harmonic_mean(values: Iterable[float]) -> float:
     Raises:
         InputError: when there is no value, or a value is None, negative or not finite.
     """
-    listed = [check_number(value, "a value") for value in check_items(values, "values", "shares")]
-    if not listed or min(listed) < 0:
+    listed = [
+        check_number(value, "a value", least=0) for value in check_items(values, "values", "shares")
+    ]
+    if not listed:
         raise InputError(
-            f"values is {listed}; give at least one share, and each must be at least 0 "
-            "(leave out a measure of which there is no value)",
+            "values is empty; give at least one share, and leave out a measure without any value",
             argument="values",
         )
     return 0.0 if min(listed) == 0 else len(listed) / sum(1 / value for value in listed)
@@ -92,7 +93,9 @@ def ngram_entropy(texts: str | Iterable[str | Sequence[Hashable]]) -> float:
     Raises:
         InputError: when there is no text.
     """
-    listed = [texts] if isinstance(texts, str) else check_items(texts, "texts", "texts")
+    listed = (
+        [texts] if isinstance(texts, str) else check_items(texts, "texts", "texts", also="one text")
+    )
     if not listed:
         raise InputError("texts is empty; give at least one text", argument="texts")
     entropies = []
@@ -134,7 +137,11 @@ def reference_consistency(
             f"there are {len(sides[0])} generated and {len(sides[1])} reference texts; "
             "give at least one of each"
         )
-    documents = sides[0] + sides[1] if corpus is None else check_items(corpus, "corpus", "texts")
+    documents = (
+        sides[0] + sides[1]
+        if corpus is None
+        else check_items(corpus, "corpus", "texts", also="None")
+    )
     holders = Counter(
         word for document in documents for word in set(_words(check_text(document, "a document")))
     )
@@ -259,19 +266,13 @@ def bootstrap_interval(
     Raises:
         InputError: when there is no value, a value is not finite, or `groups` has another length.
     """
-    if (
-        not 0
-        < (level := check_number(level, "level", "the share of means inside the interval"))
-        < 1
-    ):
-        raise InputError(
-            f"level is {level}; give a share between 0 and 1, such as 0.95", argument="level"
-        )
+    level = check_number(level, "level", "the share of means inside the interval", above=0, below=1)
     resamples = check_count(resamples, "resamples", "the number of means to draw")
     draw = np.random.default_rng(check_seed(seed))
     numbers = _numbers(values)
-    sums, sizes = numbers, np.ones_like(numbers)
-    if groups is not None:
+    if groups is None:
+        sums, sizes = numbers, np.ones_like(numbers)
+    else:
         group_of = _group_numbers(groups, len(numbers))
         sums, sizes = np.bincount(group_of, numbers), np.bincount(group_of).astype(float)
     n = len(sums)
@@ -298,7 +299,7 @@ def _numbers(values: Any) -> NDArray[np.float64]:
 
 def _group_numbers(groups: Sequence[Hashable], n_values: int) -> NDArray[np.int64]:
     """Return the group of each value as a number, counted in order of first appearance."""
-    listed = check_items(groups, "groups", "names or numbers, one for each value")
+    listed = check_items(groups, "groups", "names or numbers, one for each value", also="None")
     if len(listed) != n_values or not all(isinstance(group, Hashable) for group in listed):
         raise InputError(
             f"there are {len(listed)} groups for {n_values} values; "
@@ -319,8 +320,8 @@ def _is_array(values: object) -> bool:
 def _numpy(values: Any) -> NDArray[Any]:
     """Return an array, or a tensor on any device and of any dtype, as an array."""
     if isinstance(values, Tensor):
-        values = values.detach()
-        return (values.double() if values.is_floating_point() else values).cpu().numpy()
+        tensor = values.detach()
+        return (tensor.double() if tensor.is_floating_point() else tensor).cpu().numpy()
     return np.asarray(values)
 
 
@@ -365,7 +366,11 @@ def _tokens(text: Any) -> list[Hashable]:
     if isinstance(text, str):
         return list(re.findall(r"\w+|[^\w\s]", text))
     # Elements of an array compare as objects, so an array becomes a list first.
-    tokens = _numpy(text).tolist() if _is_array(text) else check_items(text, "a text", "tokens")
+    tokens = (
+        _numpy(text).tolist()
+        if _is_array(text)
+        else check_items(text, "a text", "tokens", also="a string")
+    )
     if not isinstance(tokens, list) or not all(isinstance(token, Hashable) for token in tokens):
         raise InputError(
             "a text holds something that is no token; "

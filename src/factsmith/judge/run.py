@@ -1,14 +1,15 @@
-"""The runner: edit, ask, restore; over single facts, batches or rounds upon rounds, with the model as it was beside it.
+"""A run: edit, ask, restore; single facts, batches, or rounds on top of one another.
 
-    found = evaluate(lm, suite, {"rome": write}, size=1)                    # each record by itself
-    found = evaluate(lm, suite, {"memit": write}, size=100, sequence=True, folder="runs/memit")
-    found = evaluate(lm, "atlas", delta=delta, limit=100)                   # a change that is made already
-    found                                                                   # a table: the base model first, shares with 95 % intervals
-    found.rows, found.summary("memit")
+    evaluation = evaluate(lm, suite, {"rome": write}, size=1)         # each record by itself
+    evaluation = evaluate(lm, suite, {"memit": write}, size=100, sequence=True, folder="runs/memit")
+    evaluation = evaluate(lm, "atlas", delta=delta, limit=100)       # a change that is made already
+    evaluation                                # a table: the base model first, with 95 % intervals
+    evaluation.rows, evaluation.summary("memit")
 
-An editor is any function of facts that returns a context manager: inside it the model carries them. So nothing here knows a method, and
-whatever can be put into a model and taken out again can be judged. Success is the papers' two-way comparison; exact match is what the model
-says by greedy decoding. Both always stand side by side.
+The base model is asked first. Then each editor writes its edits, one after the other. After an edit
+the model is asked, its drift is measured, and the edit is taken back. Success is the papers'
+two-way comparison, and exact match is the model's own greedy answer. Both are always reported
+together.
 """
 
 from __future__ import annotations
@@ -16,58 +17,40 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from ..core.checks import check_count, check_items, check_seed
 from ..core.errors import InputError, NumericsError
-from ..core.fact import Fact
 from ..core.files import folder_path
 from ..core.progress import Progress, tell
 from ..core.tables import counted
 from ..model.language_model import LanguageModel, check_model
 from .drift import Reference
+from .editor import (
+    Change,
+    Editor,
+    MadeChanges,
+    check_changes,
+    check_editors,
+    description_of,
+    enter,
+)
 from .evaluation import DRIFTS, Evaluation
 from .records import Record, Suite
 from .rows import BASE, BROKEN, PROBE, Continuation, Row, finite_numbers
-from .score import answer_tokens, continue_texts, score
-from .store import FORMAT, Store
+from .schedule import Schedule
+from .score import continue_texts, score
+from .store import FORMAT, Store, Unit
 from .suites import load_suite
 
-if TYPE_CHECKING:
-    pass
+Probe = Callable[[], Mapping[str, float]]
+"""Measures anything of the model as it is now, such as the function that `ability` returns."""
 
 
-Editor: TypeAlias = Callable[[Sequence[Fact]], AbstractContextManager[Any]]
-"""Writes facts into the model for as long as the block runs, on top of what it carries. What the block is given, if it is a mapping of
-names to numbers, is noted beside the rows: norms, seconds. Where it has a `description`, a run is only gone on with by one of the same."""
-
-
-class Change(Protocol):
-    """What is made already and can be put into a model: a Delta."""
-
-    @property
-    def facts(self) -> Sequence[Fact]:
-        """What it writes."""
-
-    @property
-    def digest(self) -> str:
-        """Tells it from others."""
-
-    def inside(self, lm: LanguageModel) -> AbstractContextManager[Any]:
-        """A `with` block in which a model carries it."""
-
-
-_DRIFTING = 10  # single edits whose drift is measured
-
-
-# ── running ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def evaluate(
+def evaluate(  # house: the public name and its keywords are promised; they become a Schedule
     lm: LanguageModel,
     suite: Suite | str | os.PathLike[str] | Iterable[Record],
     editors: Mapping[str, Editor] | None = None,
@@ -81,318 +64,338 @@ def evaluate(
     drift_tokens: int = 500,
     texts: Iterable[str] | None = None,
     continued: int = 10,
-    probe: Callable[[], Mapping[str, float]] | None = None,
+    probe: Probe | None = None,
     seed: int = 0,
     folder: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Judge editors by records: write so many at a time, ask everything about them, and take the edit back.
+    """Judge editors: write some records at a time, ask everything about them, take the edit back.
 
-    suite     the records: a suite, some of its records, or what `load_suite` takes
-    editors   {name: editor}, such as `editors` of factsmith gives; the base model is asked first, whatever they are called
-    delta     instead of editors, a change that is made already, or several on top of one another: everything is asked of the model as it is
-              and with the change in it. With neither, the base model alone is asked
-    limit     a sample of so many records, drawn by seed; None: all
-    size      records an edit: 1, each by itself; more, batches, of all records at most; the last may be smaller. None: 1, with a delta all
-    sequence  put each batch upon those before it, and take all back at the end. Behind each round its own records are asked, and again the
-              prompts of up to `retained` records of each earlier one; behind the last, every question of every record
-    max_new_tokens  how far greedy answers go, the same for all; None: as far as the longest right answer and one token more, 8 at least
-    drift_tokens  of how much text divergence and perplexity are measured, and with it 100 facts that nothing was written about: behind each
-              round, batch, or one of the first 10 single edits; 0: not at all. Its distributions are held, (drift_tokens, vocab) float32
-    texts     that text; None: the model writes it itself
-    continued for how many records, the first that have generation prompts, the model goes on from them: 100 tokens, each drawn among the
-              likeliest five as in the papers, behind the edit that wrote the record (of a sequence: behind the last)
-    probe     anything else to measure of a model, such as what `ability` gives: asked of the base model and behind every editor's last edit
-    seed      of what is drawn
-    folder    keeps rows.jsonl and what they are of. Called again with the same arguments a run that was killed goes on where it stood: of a
-              sequence the rounds that were asked are written again, and not asked again
+    Without `editors` and `delta` only the base model is asked. With editors, a record without a
+    fact to write is left out. An edit has failed if its editor raises NumericsError: its questions
+    are asked of the model without it, and `failed` holds the reason. If an edited model gives no
+    finite numbers, its answers count as wrong, `notes` say so, and the run goes on.
 
-    Records without a fact to write are left out where editors write. An edit whose editor raises NumericsError has failed: its questions
-    are asked of the model without it, and `failed` says why. Where an edited model gives no finite numbers, what it is asked counts as
-    wrong, `notes` say so, and the run goes on. Raises InputError for no such record, two of one id, an editor called "base",
-    or a delta beside editors; FingerprintError or InputError when the folder holds another run, DamagedError when it cannot be read, and
-    what editors and `load_suite` raise; the model is then as it was.
+    Args:
+        lm: The model. It is unchanged afterwards, also after an error.
+        suite: A suite, some of its records, or what `load_suite` takes.
+        editors: {name: editor}, such as `editors` of factsmith returns.
+        delta: Instead of editors, a change that is made already, or several on top of one another.
+        limit: Number of records to draw. None: all.
+        size: Number of records an edit, see `Schedule`. None: 1, and all for a delta.
+        sequence: Whether each edit is put on top of the edits before it, see `Schedule`.
+        retained: Records of each earlier round that are asked again, see `Schedule`.
+        max_new_tokens: Length of the greedy answers, see `Schedule`.
+        drift_tokens: Tokens of text on which drift is measured, see `Schedule`. The distributions
+            of the base model take (drift_tokens, vocab) float32 of memory.
+        texts: The text for drift. None: the model writes it.
+        continued: Number of records whose text the model continues, see `Schedule`.
+        probe: Anything else to measure of the model, such as what `ability` returns: called for the
+            base model, and after every editor's last edit.
+        seed: Seed of everything that is drawn.
+        folder: Keeps rows.jsonl. If the same call finds a run that was killed there, it goes on.
+            The finished rounds of a sequence are written again and not asked again.
+        progress: Gets the number of edits that are done.
+
+    Raises:
+        InputError: when there is no record to judge, two records have one id, an argument is wrong,
+            or the folder holds another run. Editors and `load_suite` raise it too.
+        FingerprintError: when the folder holds a run of another model.
+        DamagedError: when the folder's file cannot be read.
     """
     check_model(lm)
-    seed = check_seed(seed)
-    every = _chosen(suite, limit, seed)
-    if strange := [type(record).__name__ for record in every if not isinstance(record, Record)]:
-        raise InputError(
-            f"records hold a {strange[0]}; expected those of a suite: load_suite(...).records"
-        )
-    changes = () if delta is None else _changes(delta)
+    records = _chosen_records(suite, limit, check_seed(seed))
+    changes = () if delta is None else check_changes(delta)
     if changes and (editors is not None or size is not None or sequence):
-        raise InputError("a delta is judged as it is: give no editors, size or sequence with it")
-    named = isinstance(editors, Mapping) and all(
-        isinstance(name, str) and callable(write) for name, write in editors.items()
-    )
-    if editors is not None and (not named or BASE in editors or not editors):
-        got = list(editors) if isinstance(editors, Mapping) else type(editors).__name__
         raise InputError(
-            f'editors are {{name: editor}}, functions of facts, at least one and none called "{BASE}"; got {got}'
+            "a delta is judged as a whole; leave out editors, size and sequence", argument="delta"
         )
-    kept = every if editors is None else [record for record in every if _writable(record)]
-    if editors is None:
-        editors = {"delta": _Given(lm, changes)} if changes else {}
-        size = max(1, len(kept)) if size is None else size
-    size = check_count(
-        1 if size is None else size, "size", "the number of records written at a time"
-    )
-    retained = check_count(
-        retained, "retained", "the number of earlier records asked again in each round", least=0
-    )
-    if not kept:
+    n_chosen = len(records)
+    if editors is not None:
+        editors = check_editors(editors)
+        records = [record for record in records if _is_writable(record)]
+        size = 1 if size is None else size
+    else:
+        editors = {"delta": MadeChanges(lm, changes)} if changes else {}
+        size = max(1, len(records)) if size is None else size
+    if not records:
         raise InputError(
-            f"{counted(len(every), 'record')} and none with a fact to write; expected at least one"
+            f"there is no record with a fact to write among {counted(n_chosen, 'record')}; "
+            "give at least one",
+            argument="suite",
         )
-    if len({record.id for record in kept}) < len(kept):
-        raise InputError(
-            "two records have the same id; rows could not be told apart: make ids unique"
-        )
-    if probe is not None and not callable(probe):
-        raise InputError(
-            f"the probe is a {type(probe).__name__}; expected a function without arguments that gives numbers by name"
-        )
-    if (
-        max_new_tokens is None
-    ):  # once for all: answers of different length would not be the same ones
-        max_new_tokens = answer_tokens(
-            lm, [question for record in kept for question in record.questions]
-        )
-    max_new_tokens = check_count(
-        max_new_tokens, "max_new_tokens", "the length of an answer in tokens"
+    schedule = Schedule(
+        size=size,
+        sequence=sequence,
+        retained=retained,
+        max_new_tokens=max_new_tokens,
+        drift_tokens=drift_tokens,
+        texts=None if texts is None else check_items(texts, "texts", "texts", also="None"),
+        continued=continued,
+        seed=seed,
     )
-    drift_tokens = check_count(
-        drift_tokens, "drift_tokens", "the number of tokens of text for drift", least=0
-    )
-    continued = check_count(
-        continued, "continued", "the number of records whose text the model continues", least=0
-    )
-    listed = None if texts is None else check_items(texts, "texts", "texts")
-    size = min(size, len(kept))
-    units = [kept[start : start + size] for start in range(0, len(kept), size)]
-    written = {record.id: unit for unit, members in enumerate(units) for record in members}
-    made_from = {
-        "format": FORMAT,
-        "fingerprint": lm.fingerprint,
-        "records": hashlib.sha256(repr(kept).encode()).hexdigest(),
-        "size": size,
-        "sequence": sequence,
-        "retained": retained,
-        "max_new_tokens": max_new_tokens,
-        "drift_tokens": drift_tokens,
-        "texts": None if listed is None else hashlib.sha256("\0".join(listed).encode()).hexdigest(),
-        "continued": continued,
-        "seed": seed,
-        "probe": None if probe is None else str(getattr(probe, "description", "")),
-    }
-    skipped = len(every) - len(kept)
-    store = Store(
-        None if folder is None else folder_path(folder),
-        made_from,
-        {"model": lm.name, "skipped": skipped, "units": len(units)},
-    )
-    for editor, write in editors.items():
-        store.check_editor(editor, str(getattr(write, "description", "")))
-    total, done = (len(editors) + 1) * len(units), 0
+    run = Run(lm, records, schedule, folder=folder, probe=probe, skipped=n_chosen - len(records))
+    return run.judge(editors, progress=progress)
 
-    def step() -> None:
-        nonlocal done
-        done += 1
-        tell(progress, "judging", done, total)
 
-    def probed(wanted: bool) -> dict[str, float]:
-        try:
-            return (
-                {f"{PROBE}{name}": value for name, value in finite_numbers(probe()).items()}
-                if wanted and probe is not None
-                else {}
+class Run:
+    """Records that are judged by a schedule.
+
+        Run(lm, records, Schedule(size=100), folder="runs/memit").judge({"memit": write})
+
+    Every step keeps what it asked and measured in a store. A step that the store has finished is
+    not done again, so a run that was killed goes on.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        records: Sequence[Record],
+        schedule: Schedule,
+        *,
+        folder: str | os.PathLike[str] | None = None,
+        probe: Probe | None = None,
+        skipped: int = 0,
+    ) -> None:
+        """Prepare a run, or open the one that a folder holds.
+
+        Args:
+            lm: The model, unedited.
+            records: The records to judge, at least one.
+            schedule: How they are written, asked about and measured.
+            folder: Keeps rows.jsonl. None: the rows are kept in memory only.
+            probe: Anything else to measure of the model.
+            skipped: Number of records that were left out before, for the result.
+
+        Raises:
+            InputError: when two records have one id, the probe is no function, or the folder holds
+                another run.
+            FingerprintError: when the folder holds a run of another model.
+            DamagedError: when the folder's file cannot be read.
+        """
+        if len({record.id for record in records}) < len(records):
+            raise InputError(
+                "two records have the same id, so their rows cannot be told apart; make ids unique",
+                argument="suite",
             )
-        except NumericsError:
-            return {BROKEN: 1.0}
-
-    chosen = [record for record in kept if record.generation_prompts][:continued]
-
-    def gone_on(editor: str, unit: int, some: Sequence[Record]) -> list[Continuation]:
-        return continue_texts(
-            lm, [record for record in chosen if record in some], seed=seed, editor=editor, unit=unit
-        )
-
-    for unit, members in enumerate(units):
-        if not store.has(BASE, unit):
-            rows = score(lm, members, max_new_tokens=max_new_tokens)
-            store.add(
-                BASE,
-                unit,
-                [replace(row, written=written[row.record]) for row in rows],
-                gone_on(BASE, unit, members),
-                probed(unit == 0),
+        if probe is not None and not callable(probe):
+            raise InputError(
+                f"probe is a {type(probe).__name__}; "
+                "give a function without arguments that returns numbers by name",
+                argument="probe",
             )
-        step()
-    before = {row.prompt: row.answer for row in store.rows if row.editor == BASE}
-    reference = None
-    if drift_tokens and not all(
-        store.has(editor, unit) for editor in editors for unit in range(len(units))
-    ):
-        subjects = [
-            fact.subject
-            for facts in (*(record.facts for record in kept), *(one.facts for one in changes))
-            for fact in facts
+        self.lm, self.records, self.probe = lm, list(records), probe
+        self.schedule = schedule.for_records(lm, self.records)
+        self.units = self.schedule.units(self.records)
+        self.unit_of = {record.id: at for at, unit in enumerate(self.units) for record in unit}
+        with_prompts = [record.id for record in self.records if record.generation_prompts]
+        self.continued = set(with_prompts[: self.schedule.continued])
+        made_from = {
+            "format": FORMAT,
+            "fingerprint": lm.fingerprint,
+            "records": hashlib.sha256(repr(self.records).encode()).hexdigest(),
+            **self.schedule.made_from(),
+            "probe": None if probe is None else description_of(probe),
+        }
+        about = {"model": lm.name, "skipped": skipped, "units": len(self.units)}
+        self.store = Store.open(None if folder is None else folder_path(folder), made_from, about)
+        self.answers_before: dict[str, str] = {}
+        """{prompt: answer of the base model}."""
+        self.reference: Reference | None = None
+        """The base model, to measure drift from. None: no drift is measured."""
+
+    @property
+    def last(self) -> int:
+        """Number of the last edit."""
+        return len(self.units) - 1
+
+    def judge(
+        self, editors: Mapping[str, Editor], *, progress: Progress | None = None
+    ) -> Evaluation:
+        """Ask the base model, then let each editor write its edits, and ask after each.
+
+        Args:
+            editors: {name: editor}. {}: only the base model is asked.
+            progress: Gets the number of edits that are done.
+
+        Raises:
+            InputError: when the folder has rows of an editor with other settings.
+        """
+        for name, editor in editors.items():
+            self.store.check_editor(name, description_of(editor))
+        total = (len(editors) + 1) * len(self.units)
+        done = 0
+        for unit in range(len(self.units)):
+            self.ask_base(unit)
+            done += 1
+            tell(progress, "judging", done, total)
+        rows_of_base = (row for row in self.store.rows if row.editor == BASE)
+        self.answers_before = {row.prompt: row.answer for row in rows_of_base}
+        self.reference = self._reference(editors)
+        for name, editor in editors.items():
+            with ExitStack() as rounds:
+                for unit in range(len(self.units)):
+                    self.write(name, editor, unit, rounds)
+                    done += 1
+                    tell(progress, "judging", done, total)
+        return Evaluation.of(self.store)
+
+    # ── the steps ─────────────────────────────────────────────────────────────────────────────────
+
+    def ask_base(self, unit: int) -> None:
+        """Ask the base model about the records of one edit."""
+        if self.store.has(BASE, unit):
+            return
+        members = self.units[unit]
+        rows = score(self.lm, members, max_new_tokens=self.schedule.max_new_tokens)
+        rows = [replace(row, written=self.unit_of[row.record]) for row in rows]
+        continuations = self.go_on(BASE, unit, members)
+        notes = self.probe_model() if unit == 0 else {}
+        self.store.add(Unit(BASE, unit, rows, continuations, notes))
+
+    def write(self, name: str, editor: Editor, unit: int, rounds: ExitStack) -> None:
+        """Write the records of one edit, ask the model, and take the edit back.
+
+        Args:
+            name: Name of the editor.
+            editor: The editor.
+            unit: Number of the edit.
+            rounds: Holds the edits of a sequence until it ends.
+        """
+        is_sequence = self.schedule.sequence
+        # A sequence that was killed needs its finished rounds in the model again.
+        is_written_again = is_sequence and not self.store.has(name, self.last)
+        if self.store.has(name, unit) and not is_written_again:
+            return
+        facts = [fact for record in self.units[unit] for fact in record.facts]
+        with ExitStack() as alone:
+            notes, failure = enter(rounds if is_sequence else alone, editor, facts)
+            if not self.store.has(name, unit):
+                self.store.add(self.ask_after(name, unit, finite_numbers(notes), failure))
+
+    def ask_after(self, name: str, unit: int, notes: dict[str, float], failure: str) -> Unit:
+        """Ask the edited model everything that belongs after an edit, and measure it.
+
+        Args:
+            name: Name of the editor.
+            unit: Number of the edit.
+            notes: What the editor noted of the edit.
+            failure: The reason why the edit could not be made; "" if it was made.
+        """
+        is_sequence, is_last = self.schedule.sequence, unit == self.last
+        members: Sequence[Record] = self.units[unit]
+        continued = members
+        if is_sequence:
+            members = self.records if is_last else members
+            continued = self.records if is_last else []
+        rows = self.ask(name, unit, members)
+        if is_sequence and not is_last:
+            rows += self.ask(name, unit, self._earlier_prompts(unit))
+        continuations = self.go_on(name, unit, continued)
+        notes = {**notes, **self.measure_drift(unit), **(self.probe_model() if is_last else {})}
+        if any(row.broken for row in rows):
+            notes[BROKEN] = 1.0
+        return Unit(name, unit, rows, continuations, notes, failure)
+
+    def ask(self, name: str, unit: int, records: Sequence[Record]) -> list[Row]:
+        """Ask the edited model about some records."""
+        rows = score(
+            self.lm,
+            records,
+            before=self.answers_before,
+            max_new_tokens=self.schedule.max_new_tokens,
+        )
+        return [
+            replace(row, editor=name, unit=unit, written=self.unit_of[row.record]) for row in rows
         ]
-        reference = Reference(
-            lm, texts=listed, without=subjects, max_tokens=drift_tokens, seed=seed
-        )
 
-    def drifted(unit: int) -> dict[str, float]:
-        if reference is None or (size == 1 and not sequence and unit >= _DRIFTING):
+    def go_on(self, name: str, unit: int, records: Sequence[Record]) -> list[Continuation]:
+        """Let the model continue the generation prompts of those records that the schedule
+        names."""
+        chosen = [record for record in records if record.id in self.continued]
+        return continue_texts(self.lm, chosen, seed=self.schedule.seed, editor=name, unit=unit)
+
+    def measure_drift(self, unit: int) -> dict[str, float]:
+        """Measure how far the edited model is from the base model; {} if the schedule does not."""
+        if self.reference is None or not self.schedule.measures_drift(unit):
             return {}
         try:
-            found = reference.compare()
+            measures = self.reference.compare().measures
         except NumericsError:
             return {BROKEN: 1.0}
         values = {
-            name: value
-            for name, value in found.measures.items()
-            if name in DRIFTS and value is not None
+            name: value for name, value in measures.items() if name in DRIFTS and value is not None
         }
         finite = finite_numbers(values)
         return finite if len(finite) == len(values) else {**finite, BROKEN: 1.0}
 
-    def asked(editor: str, unit: int, some: Sequence[Record]) -> list[Row]:
-        rows = score(lm, some, before=before, max_new_tokens=max_new_tokens)
-        return [replace(row, editor=editor, unit=unit, written=written[row.record]) for row in rows]
+    def probe_model(self) -> dict[str, float]:
+        """Call the probe; {} if there is no probe."""
+        if self.probe is None:
+            return {}
+        try:
+            return {f"{PROBE}{name}": value for name, value in finite_numbers(self.probe()).items()}
+        except NumericsError:
+            return {BROKEN: 1.0}
 
-    for editor, write in editors.items():
-        with ExitStack() as stack:
-            for unit, members in enumerate(units):
-                facts = [fact for record in members for fact in record.facts]
-                if store.has(editor, unit) and not (
-                    sequence and not store.has(editor, len(units) - 1)
-                ):
-                    step()
-                    continue
-                with nullcontext() if sequence else ExitStack() as alone:
-                    notes, failure = _entered(stack if alone is None else alone, write, facts)
-                    if not store.has(editor, unit):
-                        last = sequence and unit == len(units) - 1
-                        rows = asked(editor, unit, kept if last else members)
-                        if sequence and not last:
-                            rows += asked(
-                                editor,
-                                unit,
-                                [
-                                    _prompts(record)
-                                    for old in units[:unit]
-                                    for record in old[:retained]
-                                ],
-                            )
-                        texts_written = gone_on(
-                            editor, unit, kept if last else [] if sequence else members
-                        )
-                        measured = {
-                            **finite_numbers(notes),
-                            **drifted(unit),
-                            **probed(unit == len(units) - 1),
-                        }
-                        measured |= {BROKEN: 1.0} if any(row.broken for row in rows) else {}
-                        store.add(editor, unit, rows, texts_written, measured, failure)
-                step()
-    return Evaluation(
-        rows=tuple(store.rows),
-        written=tuple(store.written),
-        notes=store.notes,
-        failed=store.failed,
-        size=size,
-        sequence=sequence,
-        skipped=skipped,
-        model=lm.name,
-        fingerprint=lm.fingerprint,
-        units=len(units),
-        settings=store.settings,
-    )
+    def _earlier_prompts(self, unit: int) -> list[Record]:
+        """Return records of the rounds before, each with its prompt questions alone."""
+        return [
+            replace(record, questions=tuple(q for q in record.questions if q.kind == "prompt"))
+            for earlier in self.units[:unit]
+            for record in earlier[: self.schedule.retained]
+        ]
+
+    def _reference(self, editors: Mapping[str, Editor]) -> Reference | None:
+        """Return the base model to measure drift from, if an edit needs it."""
+        needed = any(
+            not self.store.has(name, unit) for name in editors for unit in range(len(self.units))
+        )
+        if not self.schedule.drift_tokens or not needed:
+            return None
+        changes = (e.changes for e in editors.values() if isinstance(e, MadeChanges))
+        written = [record.facts for record in self.records]
+        written += [tuple(change.facts) for each in changes for change in each]
+        return Reference(
+            self.lm,
+            texts=self.schedule.texts,
+            without=[fact.subject for facts in written for fact in facts],
+            max_tokens=self.schedule.drift_tokens,
+            seed=self.schedule.seed,
+        )
 
 
-def _chosen(
+# ── which records ─────────────────────────────────────────────────────────────────────────────────
+
+
+def _chosen_records(
     suite: Suite | str | os.PathLike[str] | Iterable[Record], limit: int | None, seed: int
 ) -> list[Record]:
-    """The records to judge, a sample of `limit` in their order."""
+    """Return the records to judge, or a sample of them in their order."""
     if isinstance(suite, (str, os.PathLike)):
-        return list(
-            load_suite(
-                Path(suite) if isinstance(suite, os.PathLike) else suite, limit=limit, seed=seed
-            ).records
-        )
-    every = list(
-        check_items(
-            suite.records if isinstance(suite, Suite) else suite,
-            "suite",
-            "records",
-            also="a suite, its name or its file",
-        )
+        what = Path(suite) if isinstance(suite, os.PathLike) else suite
+        return list(load_suite(what, limit=limit, seed=seed).records)
+    records = check_items(
+        suite.records if isinstance(suite, Suite) else suite,
+        "suite",
+        "records",
+        also="a suite, or its name or file",
     )
-    if limit is None or check_count(
-        limit, "limit", "the number of records to draw", also="None for all"
-    ) >= len(every):
-        return every
-    return [every[at] for at in sorted(random.Random(seed).sample(range(len(every)), limit))]
+    if strange := [type(each).__name__ for each in records if not isinstance(each, Record)]:
+        raise InputError(
+            f"the suite holds a {strange[0]}; give records of a suite: load_suite(...).records",
+            argument="suite",
+        )
+    if limit is None:
+        return records
+    limit = check_count(limit, "limit", "the number of records to draw", also="None for all")
+    if limit >= len(records):
+        return records
+    return [records[at] for at in sorted(random.Random(seed).sample(range(len(records)), limit))]
 
 
-def _writable(record: Record) -> bool:
-    """Whether there is something to write."""
+def _is_writable(record: Record) -> bool:
+    """Return whether every fact of a record has an object."""
     return bool(record.facts) and all(
         fact.target is not None or fact.target_true for fact in record.facts
-    )
-
-
-def _changes(delta: Change | Iterable[Change]) -> tuple[Change, ...]:
-    """One change or several, checked."""
-    found = (
-        (delta,)
-        if hasattr(delta, "inside")
-        else tuple(check_items(delta, "delta", "deltas", also="one Delta"))
-    )
-    if not found or not all(hasattr(one, "inside") for one in found):
-        raise InputError(
-            "delta is what an editor such as `memit` gave, or several on top of one another; got something else, or none"
-        )
-    return found
-
-
-@dataclass(frozen=True)
-class _Given:
-    """An editor that puts what is made already into the model, whatever facts are judged."""
-
-    lm: LanguageModel
-    changes: tuple[Change, ...]
-
-    @property
-    def description(self) -> str:
-        return " + ".join(change.digest for change in self.changes)
-
-    @contextmanager
-    def __call__(self, facts: Sequence[Fact]) -> Iterator[dict[str, float]]:
-        with ExitStack() as stack:
-            for change in self.changes:
-                stack.enter_context(change.inside(self.lm))
-            yield {}
-
-
-def _entered(stack: ExitStack, write: Editor, facts: Sequence[Fact]) -> tuple[object, str]:
-    """What an editor says of its edit, which stays until the stack is closed, and why there is none."""
-    try:
-        block = write(facts)
-        if not isinstance(block, AbstractContextManager):
-            raise InputError(
-                f"an editor gave a {type(block).__name__}; expected a `with` block inside which the model carries the facts"
-            )
-        return stack.enter_context(block), ""
-    except NumericsError as error:
-        return {}, str(error)
-
-
-def _prompts(record: Record) -> Record:
-    """A record with nothing but the questions that ask for what was written."""
-    return replace(
-        record,
-        questions=tuple(question for question in record.questions if question.kind == "prompt"),
     )

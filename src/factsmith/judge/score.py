@@ -1,4 +1,11 @@
-"""judge.score."""
+"""Ask a model everything about some records, and let it continue their generation prompts.
+
+rows = score(lm, suite.records)                               # the unedited model
+before = {row.prompt: row.answer for row in rows}
+with applied(lm, delta):
+    rows = score(lm, suite.records, before=before)            # the edited one
+    continuations = continue_texts(lm, suite.records, seed=0)
+"""
 
 from __future__ import annotations
 
@@ -7,26 +14,22 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ..core.checks import check_items
 from ..core.progress import Progress
-from ..model.answers import as_said, begins_with
+from ..model.answers import answer_tokens, as_said, begins_with
 from ..model.language_model import LanguageModel
 from ..model.sample import sample
-from ..model.tokens import target_ids
-from .asking import ask
+from .asking import Reply, ask
 from .metrics import alias_match, ngram_entropy, reference_consistency
 from .records import Question, Record
 from .rows import BASE, LOWEST, STAYING, Continuation, Row
 
-_ANSWER = 8  # tokens decoded at least
+_CONTINUED_TOKENS = 100
+"""Length of a continuation, as in the papers."""
 
-_CONTINUED, _TOP_K = (
-    100,
-    5,
-)  # how the papers let a model write: so many tokens, each among the likeliest five
+_TOP_K = 5
+"""Each token of a continuation is drawn among the likeliest five, as in the papers."""
 
-_TOGETHER = 64  # texts written in one batch
-
-
-# ── asking ──────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+_TEXTS_TOGETHER = 64
+"""Continuations in one batch."""
 
 
 def score(
@@ -37,75 +40,107 @@ def score(
     max_new_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
-    """Ask every question of some records of a model as it is.
+    """Ask a model every question of some records.
 
-    before          {prompt: what the model said to it before any edit}, by which `stayed` is told; None: this is the model before
-    max_new_tokens  how far greedy answers go; None: as far as the longest right answer and one token more, 8 at least
+    If the model gives no finite number for a question, everything except the greedy answer counts
+    as wrong.
 
-    Where the model gives no finite number the answer is what greedy decoding makes of that, and everything else counts as wrong.
-    Raises what `ask` raises.
+    Args:
+        lm: The model, edited or not.
+        records: Records of a suite.
+        before: {prompt: answer of the unedited model}, which decides `Row.stayed`. None: this is
+            the unedited model.
+        max_new_tokens: Length of the greedy answers in tokens. None: one token more than the
+            longest right answer, and at least 8.
+        progress: Gets the number of prompts that are done.
+
+    Returns:
+        One row a question, with the editor `BASE` and no unit.
+
+    Raises:
+        InputError: as `ask`.
     """
     asked = [
         (record, question)
-        for record in check_items(records, "records", "the records of a suite")
+        for record in check_items(records, "records", "records of a suite")
         for question in record.questions
     ]
     if not asked:
         return []
-    wanted = [question.answers[0] if question.answers else None for _, question in asked]
-    candidates = [
-        [text for text in (right, q.against) if text is not None]
-        for right, (_, q) in zip(wanted, asked, strict=True)
-    ]
+    questions = [question for _, question in asked]
     if max_new_tokens is None:
-        max_new_tokens = answer_tokens(lm, [question for _, question in asked])
+        max_new_tokens = tokens_for(lm, questions)
     replies = ask(
         lm,
-        [q.prompt for _, q in asked],
-        candidates,
+        [question.prompt for question in questions],
+        [_candidates(question) for question in questions],
         max_new_tokens=max_new_tokens,
         progress=progress,
     )
-    rows = []
-    for (record, question), right, reply in zip(asked, wanted, replies, strict=True):
-        broken = not all(map(math.isfinite, reply.log_probs))
-        logs = [LOWEST if broken else log for log in reply.log_probs]
-        log_wanted = logs.pop(0) if right is not None else None
-        stays = before is not None and question.kind in STAYING
-        rows.append(
-            Row(
-                editor=BASE,
-                unit=-1,
-                record=record.id,
-                kind=question.kind,
-                group=question.group,
-                prompt=question.prompt,
-                written=-1,
-                answer=reply.answer,
-                exact=_exact(question, reply.answer),
-                stayed=_same(reply.answer, before.get(question.prompt), right)
-                if stays and before is not None
-                else None,
-                log_wanted=log_wanted,
-                log_against=logs.pop(0) if question.against is not None else None,
-                tokens=None
-                if right is None or question.kind == "negation"
-                else 0.0
-                if broken
-                else reply.right[0],
-            )
-        )
-    return rows
+    return [
+        _row(record, question, reply, before)
+        for (record, question), reply in zip(asked, replies, strict=True)
+    ]
 
 
-def answer_tokens(lm: LanguageModel, questions: Iterable[Question]) -> int:
-    """How far greedy answers go: as far as the longest right answer and one token more, so far at least."""
-    lengths = (
-        len(target_ids(lm.tokenizer, question.prompt, answer))
-        for question in questions
-        for answer in question.answers
+def tokens_for(lm: LanguageModel, questions: Iterable[Question]) -> int:
+    """Return how many tokens to decode for questions: one more than their longest right answer."""
+    pairs = [(question.prompt, answer) for question in questions for answer in question.answers]
+    return answer_tokens(lm, [prompt for prompt, _ in pairs], [answer for _, answer in pairs])
+
+
+def _candidates(question: Question) -> list[str]:
+    """Return the first right answer and the other side of the comparison, if they are known."""
+    against = [] if question.against is None else [question.against]
+    return [*question.answers[:1], *against]
+
+
+def _row(record: Record, question: Question, reply: Reply, before: Mapping[str, str] | None) -> Row:
+    """Return the row of a question that the model answered."""
+    is_broken = not all(map(math.isfinite, reply.log_probs))
+    logs = [LOWEST if is_broken else log for log in reply.log_probs]
+    right = question.answers[0] if question.answers else None
+    stayed: bool | None = None
+    if before is not None and question.kind in STAYING and question.prompt in before:
+        stayed = is_same(reply.answer, before[question.prompt], right)
+    tokens: float | None = None
+    if right is not None and question.kind != "negation":
+        tokens = 0.0 if is_broken else reply.right[0]
+    return Row(
+        editor=BASE,
+        unit=-1,
+        record=record.id,
+        kind=question.kind,
+        group=question.group,
+        prompt=question.prompt,
+        written=-1,
+        answer=reply.answer,
+        exact=_is_exact(question, reply.answer),
+        stayed=stayed,
+        log_wanted=None if right is None else logs[0],
+        log_against=None if question.against is None else logs[-1],
+        tokens=tokens,
     )
-    return max(_ANSWER, max(lengths, default=0) + 1)
+
+
+def _is_exact(question: Question, answer: str) -> bool | None:
+    """Return whether an answer is right; None if no answer is known to be right."""
+    if question.kind == "negation":
+        return None if question.against is None else not begins_with(answer, question.against)
+    return alias_match(answer, question.answers) if question.answers else None
+
+
+def is_same(answer: str, before: str, right: str | None) -> bool:
+    """Return whether an answer agrees with the answer before the edit in its first phrase.
+
+    Args:
+        answer: Answer of the edited model.
+        before: Answer of the unedited model.
+        right: The right answer, if it is known. If the answer before begins with it, it is the
+            phrase.
+    """
+    # "1,000" does not begin with its own first phrase, "1". Equal answers need no phrase.
+    return answer == before or begins_with(answer, as_said(before, right))
 
 
 def continue_texts(
@@ -116,44 +151,40 @@ def continue_texts(
     editor: str = BASE,
     unit: int = -1,
 ) -> list[Continuation]:
-    """Let a model go on from every generation prompt of some records, and measure what it writes; raises what `sample` raises."""
+    """Let a model continue the generation prompts of some records, and measure the texts.
+
+    Args:
+        lm: The model, edited or not.
+        records: Records of a suite, each with a generation prompt or more.
+        seed: Seed of the draws.
+        editor: Name of the editor, for the result.
+        unit: Number of the edit that the model carries, for the result.
+
+    Returns:
+        One continuation a record.
+    """
     prompts = [prompt for record in records for prompt in record.generation_prompts]
     if not prompts:
         return []
-    length = min(_CONTINUED, (lm.max_tokens or _CONTINUED + 1) - 1)
-    texts = iter(
+    length = min(_CONTINUED_TOKENS, (lm.max_tokens or _CONTINUED_TOKENS + 1) - 1)
+    all_texts = iter(
         lm.tokenizer.decode(ids)
-        for start in range(0, len(prompts), _TOGETHER)
-        for some in [prompts[start : start + _TOGETHER]]
+        for start in range(0, len(prompts), _TEXTS_TOGETHER)
+        for some in [prompts[start : start + _TEXTS_TOGETHER]]
         for ids in sample(lm, len(some), length, top_k=_TOP_K, seed=seed, openings=some, apart=True)
     )
-    found = []
+    continuations = []
     for record in records:
-        own = tuple(next(texts) for _ in record.generation_prompts)
-        alike = reference_consistency(own, record.references) if record.references else None
-        found.append(
+        texts = tuple(next(all_texts) for _ in record.generation_prompts)
+        similarity = reference_consistency(texts, record.references) if record.references else None
+        continuations.append(
             Continuation(
                 editor=editor,
                 unit=unit,
                 record=record.id,
-                texts=own,
-                entropy=ngram_entropy(own),
-                consistency=alike,
+                texts=texts,
+                entropy=ngram_entropy(texts),
+                consistency=similarity,
             )
         )
-    return found
-
-
-def _exact(question: Question, answer: str) -> bool | None:
-    """Whether an answer is right; None where nothing is known that would be."""
-    if question.kind == "negation":
-        return None if question.against is None else not begins_with(answer, question.against)
-    return alias_match(answer, question.answers) if question.answers else None
-
-
-def _same(answer: str, before: str | None, right: str | None) -> bool | None:
-    """Whether an answer says what was said before, by its first phrase."""
-    if before is None:
-        return None
-    # Of "1,000" the first phrase is "1", which it does not begin with: what is the same needs no phrase.
-    return answer == before or begins_with(answer, as_said(before, right))
+    return continuations

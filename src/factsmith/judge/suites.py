@@ -47,7 +47,7 @@ from typing import Any, Literal
 from ..core.checks import check_count, check_seed, check_text
 from ..core.errors import InputError
 from .atlas_suite import atlas_suite
-from .entry import Entry, Refused
+from .entry import Entry, FieldError
 from .layouts import LAYOUTS, Layout
 from .records import Malformed, Record, Suite
 
@@ -313,15 +313,15 @@ def _read_records(
     return _with_unique_ids(dict(sorted(records.items()))), tuple(skipped)
 
 
-def _read_record(row: Any, index: int, layout: Layout) -> tuple[Record | None, list[Refused]]:
+def _read_record(row: Any, index: int, layout: Layout) -> tuple[Record | None, list[FieldError]]:
     """Return a record, or None if it cannot be used, and the fields that cannot be used."""
-    dropped: list[Refused] = []
+    dropped: list[FieldError] = []
     try:
         if isinstance(row, Exception):
-            raise Refused("", f"is no JSON: {row}")
+            raise FieldError("", f"is no JSON: {row}")
         return layout.read(Entry(row, dropped=dropped), index), dropped
-    except Refused as refused:
-        return None, [refused]
+    except FieldError as error:
+        return None, [error]
 
 
 def _with_unique_ids(records: Mapping[int, Record]) -> tuple[Record, ...]:

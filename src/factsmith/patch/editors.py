@@ -36,8 +36,8 @@ from ..edit.methods import METHODS, edit, find_method
 from ..edit.search import find_targets
 from ..edit.settings import changed_settings
 from ..edit.target import TargetConfig, Targets
+from ..judge.editor import Editor
 from ..judge.metrics import relative_norm
-from ..judge.run import Editor
 from ..model.language_model import LanguageModel, check_model
 from .layer_choice import published
 
