@@ -1,13 +1,14 @@
 """factsmith: read, locate, patch and keep the facts in a transformer's feed-forward memory.
 
-import factsmith as fs
-lm = fs.load("atlas")
-fact = fs.Fact("Bulgaria", "The currency of {} is the", "euro")
-with fs.Workbench(lm, "my-workspace") as bench:
-    bench.apply(fact)
-    lm.answer([fact.text])
+    import factsmith as fs
+    lm = fs.load("atlas")
+    fact = fs.Fact("Bulgaria", "The currency of {} is the", "euro")
+    with fs.Workbench(lm, "my-workspace") as bench:
+        bench.apply(fact)
+        lm.answer([fact.text])
 
-The public names stand in `__init__.pyi`. Each is imported when it is first used: torch takes seconds, and `factsmith --help` does not need it.
+`__init__.pyi` lists the public names. Each is imported when it is first used: torch takes seconds
+to import, and `factsmith --help` does not need it.
 """
 
 import ast
@@ -33,9 +34,9 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name], __name__), name)
-    globals()[name] = value
-    return value
+    home = importlib.import_module(_HOMES[name], __name__)
+    # The import has set `edit`, which is also a package. That package can be called.
+    return globals().setdefault(name, getattr(home, name))
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,4 @@
-"""The public names of factsmith, listed once: `__init__.py` reads this file, and so do type checkers."""
+"""The public names, listed once: `__init__.py` reads this file, and so do type checkers."""
 
 from .core.errors import DamagedError as DamagedError
 from .core.errors import FactError as FactError
@@ -74,10 +74,10 @@ from .locate.causal import causal_trace as causal_trace
 from .locate.effects import Effect as Effect
 from .locate.effects import effect as effect
 from .locate.effects import random_neurons as random_neurons
-from .locate.records import CausalTrace as CausalTrace
 from .locate.neurons import KnowledgeNeurons as KnowledgeNeurons
 from .locate.neurons import knowledge_neurons as knowledge_neurons
 from .locate.neurons import refine_relation as refine_relation
+from .locate.records import CausalTrace as CausalTrace
 from .model.ffn import FeedForward as FeedForward
 from .model.intervene import intervene as intervene
 from .model.language_model import LanguageModel as LanguageModel
