@@ -34,7 +34,8 @@ from factsmith.edit.contexts import generate_contexts, generate_openings
 from factsmith.edit.delta import Delta, applied
 from factsmith.edit.search import find_targets
 from factsmith.edit.target import Targets
-from factsmith.patch.capacity import LIMIT, WARNED_FROM, Fit, capacity
+from factsmith.patch.capacity import LIMIT, WARNED_FROM, capacity
+from factsmith.patch.forecast import Fit
 from methods import chosen
 
 OTHERS = 800

@@ -85,11 +85,11 @@ from .model.load import load as load
 from .model.load import wrap as wrap
 from .model.masked import MaskedLanguageModel as MaskedLanguageModel
 from .patch.capacity import Capacity as Capacity
-from .patch.capacity import Interference as Interference
 from .patch.capacity import capacity as capacity
-from .patch.capacity import interference as interference
 from .patch.editors import configured as configured
 from .patch.editors import editors as editors
+from .patch.interference import Interference as Interference
+from .patch.interference import interference as interference
 from .patch.layer_choice import LayerChoice as LayerChoice
 from .patch.layer_choice import LayerScore as LayerScore
 from .patch.layer_choice import published as published

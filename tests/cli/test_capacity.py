@@ -12,7 +12,7 @@ from factsmith.corpus.moments_store import load_moments
 from factsmith.edit.delta import Delta
 from factsmith.keep.ledger import Ledger
 from factsmith.model.load import load
-from factsmith.patch.capacity import FITTED
+from factsmith.patch.forecast import FITTED
 
 
 def test_a_workspace_without_patches(run: Run, model: Path) -> None:

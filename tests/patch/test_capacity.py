@@ -16,7 +16,9 @@ from factsmith.core.fact import Fact
 from factsmith.corpus.moments import SecondMoment
 from factsmith.edit.delta import Delta
 from factsmith.patch import capacity as module
-from factsmith.patch.capacity import FITTED, Capacity, capacity, directions, interference, warning
+from factsmith.patch.capacity import Capacity, capacity, warning
+from factsmith.patch.forecast import FITTED, Forecast
+from factsmith.patch.interference import directions, interference
 
 D_MODEL, D_FF = 5, 12
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks/results/capacity.json"
@@ -183,7 +185,7 @@ def test_nothing_stored_disturbs_nothing() -> None:
     )
     with pytest.raises(InputError, match="targets"):
         interference(new, new, moment, targets=["a", "b"])
-    with pytest.raises(InputError, match="one a key"):
+    with pytest.raises(InputError, match="one target a key"):
         interference(new, new, moment, targets=["a", "b"], stored_targets=["a"])
 
 
@@ -229,8 +231,8 @@ def test_layers_hold_what_all_deltas_do_together() -> None:
     assert 0 < found.full < 5 / D_FF
 
 
-def wide(facts: int, disturbance: float, neurons: int = 3072) -> module._Forecast:
-    return module._Forecast(neurons, facts, disturbance)
+def wide(facts: int, disturbance: float, neurons: int = 3072) -> Forecast:
+    return Forecast(neurons, facts, disturbance)
 
 
 def test_the_loss_follows_the_stated_formula() -> None:
@@ -393,7 +395,7 @@ def test_every_warning_came_before_the_limit() -> None:
         reached += 1
         before, there = own[over - 1], own[over]
         neurons = before["facts"] / before["load"]
-        forecast = module._Forecast(round(neurons), int(before["facts"]), before["disturbance"])
+        forecast = Forecast(round(neurons), int(before["facts"]), before["disturbance"])
         said = module._warning(
             0, int(there["facts"]), forecast.loss(int(there["facts"])), module.LIMIT, None
         )

@@ -20,7 +20,7 @@ from ..edit.inputs import SHARED_KEY
 from ..edit.keys import read_keys
 from ..edit.solve import closest
 from ..model.language_model import LanguageModel
-from .capacity import interference
+from .interference import interference
 
 Standing = Literal["new", "known", "changed", "conflict"]
 
