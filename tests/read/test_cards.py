@@ -12,7 +12,8 @@ from factsmith.core.errors import InputError, LayerError
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import load
 from factsmith.model.trace import hook_count
-from factsmith.read.cards import card, fact_adds
+from factsmith.read.cards import card
+from factsmith.read.fact_adds import fact_adds
 from factsmith.read.index import Index, build_index
 
 FACTS = [
@@ -129,7 +130,7 @@ def test_the_facts_each_neuron_of_a_layer_adds_most_to(lm: LanguageModel, index:
 def test_facts_of_layers_that_are_not_there(lm: LanguageModel) -> None:
     with pytest.raises(LayerError, match="layer 9"):
         fact_adds(lm, [9], FACTS)
-    with pytest.raises(InputError, match="no layer"):
+    with pytest.raises(InputError, match="layers is empty"):
         fact_adds(lm, [], FACTS)
     adds = fact_adds(lm, [1], FACTS)
     for neuron in ((2, 0), (1, 1024)):

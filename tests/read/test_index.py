@@ -13,7 +13,9 @@ from conftest import TEXTS
 from factsmith.core.errors import DamagedError, FingerprintError, InputError, WorkspaceError
 from factsmith.model.language_model import LanguageModel
 from factsmith.read import index as module
-from factsmith.read.index import Index, build_index, find_index
+from factsmith.read import index_store
+from factsmith.read.index import Index, build_index
+from factsmith.read.index_store import find_index
 from factsmith.read.trigger_scan import find_triggers
 from factsmith.read.triggers import Triggers
 from factsmith.read.values import ValueTokens, value_tokens
@@ -105,7 +107,7 @@ def test_an_index_that_is_not_whole(
     (tmp_path / "texts.sqlite").write_bytes(
         b"not a database at all, but long enough to be looked at"
     )
-    with pytest.raises(DamagedError, match=r"cannot search .* delete it"):
+    with pytest.raises(DamagedError, match=r"cannot search .* Delete it"):
         opened.triggered_by("Paris")
     file = tmp_path / "values.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"\xff")
@@ -350,7 +352,7 @@ def test_where_it_cannot_write_nothing_is_read(
         yield ""
 
     monkeypatch.setattr(module, "value_tokens", lambda *_, **__: pytest.fail("values were read"))
-    monkeypatch.setattr(module, "own_text", lambda *_, **__: pytest.fail("text was sampled"))
+    monkeypatch.setattr(index_store, "own_text", lambda *_, **__: pytest.fail("text was sampled"))
     (tmp_path / "file").write_text("mine")
     make: Callable[..., Index]
     for make in (find_index, build_index):

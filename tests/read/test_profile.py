@@ -114,7 +114,7 @@ def test_bad_input_is_refused_in_words(triggers: Triggers) -> None:
         profile(triggers).selective("kind", 0)
     with pytest.raises(InputError, match="called 'token'"):
         profile(triggers, {"token": {}})
-    with pytest.raises(InputError, match="a label is a list"):
+    with pytest.raises(InputError, match="label 'kind' is a list"):
         profile(triggers, {"kind": CORPUS})  # type: ignore[dict-item]
     with pytest.raises(InputError, match="has no group"):
         profile(triggers, groups={})

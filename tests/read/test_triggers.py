@@ -24,6 +24,7 @@ from factsmith.core.errors import (
 from factsmith.corpus import text as corpus
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap
+from factsmith.read import strongest
 from factsmith.read import trigger_scan as module
 from factsmith.read.trigger_scan import find_triggers
 from factsmith.read.triggers import Trigger, Triggers
@@ -156,7 +157,7 @@ def by_hooks(lm: LanguageModel, layer: int, text: str) -> dict[int, list[tuple[i
 def test_experts_have_triggers_where_they_are_routed_to(
     family: str, changes: dict[str, object], batch_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_AT_ONCE", 100 * batch_tokens // 60)
+    monkeypatch.setattr(strongest, "_AT_ONCE", 100 * batch_tokens // 60)
     lm = wrap(tiny_model(family, **changes), byte_tokenizer(bos=True))
     texts = [
         chr(33 + n) + text[n:] for n, text in enumerate(dict.fromkeys(CORPUS[:40])) if len(text) > n
@@ -335,7 +336,7 @@ def test_one_long_text_is_held_no_longer_than_many(
 def test_bad_input_is_refused_in_words(tiny_gpt2: LanguageModel, tmp_path: Path) -> None:
     for texts, layers, error, words in (
         (TEXTS, [3], LayerError, "layer 3"),
-        (TEXTS, [], InputError, "no layer"),
+        (TEXTS, [], InputError, "layers is empty"),
         ([], None, InputError, "no text"),
         ([5], None, InputError, "it must be text"),
     ):

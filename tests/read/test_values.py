@@ -16,8 +16,9 @@ from factsmith.model.trace import hook_count
 from factsmith.read import extremes
 from factsmith.read.composition import compose
 from factsmith.read.extremes import extreme_tokens
-from factsmith.read.unembedding import behind, find_unembedding
-from factsmith.read.values import promoters, value_tokens
+from factsmith.read.promoters import promoters
+from factsmith.read.unembedding import find_unembedding, output_scale
+from factsmith.read.values import value_tokens
 
 GEMMA = {**LLAMA, "head_dim": 8, "final_logit_softcapping": None}
 FAMILIES: dict[str, tuple[dict[str, Any], bool, bool]] = {
@@ -85,12 +86,12 @@ def test_a_norm_behind_the_memory_is_folded_in() -> None:
     lm = model("gemma2")
     layer = lm.module.model.layers[1]
     assert torch.allclose(
-        behind(lm, 1), 1 + layer.post_feedforward_layernorm.weight, rtol=1e-3, atol=1e-3
+        output_scale(lm, 1), 1 + layer.post_feedforward_layernorm.weight, rtol=1e-3, atol=1e-3
     )
     scale = (1 + layer.post_feedforward_layernorm.weight) * (1 + lm.module.model.norm.weight)
     scores = (lm.ffn[1].values * scale) @ lm.module.get_output_embeddings().weight.T
     assert torch.equal(value_tokens(lm, [1], top=3).top_ids[1,], scores.topk(3).indices)
-    assert torch.equal(behind(model("llama"), 1), torch.ones(32))
+    assert torch.equal(output_scale(model("llama"), 1), torch.ones(32))
 
 
 def test_every_bank_of_experts_is_read() -> None:
@@ -209,10 +210,10 @@ def test_in_bfloat16_the_norms_are_the_model_s_own_to_the_bit(family: str) -> No
     )
     if family == "gemma2":
         assert torch.equal(
-            behind(lm, 1), base.layers[1].post_feedforward_layernorm.weight.float() + 1
+            output_scale(lm, 1), base.layers[1].post_feedforward_layernorm.weight.float() + 1
         )
     found = value_tokens(lm, [1], top=5)
-    own = lm.ffn[1].values.float() * behind(lm, 1)
+    own = lm.ffn[1].values.float() * output_scale(lm, 1)
     own = own - own.mean(-1, keepdim=True) if family == "gpt2" else own
     scores = (
         own * (norm.weight.float() + more)

@@ -167,8 +167,8 @@ def find(
     model, word = model_and_prompt(words)
     corpus = Paragraphs(texts) if texts else None
     with progress() as tell, opened(model, workspace, device, tell) as (lm, _):
-        from ..read.index import find_index
-        from ..read.values import promoters
+        from ..read.index_store import find_index
+        from ..read.promoters import promoters
 
         promoting = promoters(lm, word, top)
         found = find_index(lm, index, texts=corpus, max_tokens=max_tokens, progress=tell)
@@ -280,7 +280,7 @@ def neuron(
     ):
         from ..model.address import find_neuron
         from ..read.cards import card
-        from ..read.index import find_index
+        from ..read.index_store import find_index
 
         wanted: Any = tuple(numbers)
         find_neuron(lm.ffn, wanted)  # before an index is made for it
@@ -346,8 +346,9 @@ def browse(
     corpus = Paragraphs(texts) if texts else None
     with progress() as tell:
         from ..model.address import check_layer
-        from ..read.cards import fact_adds
-        from ..read.index import Index, find_index
+        from ..read.fact_adds import fact_adds
+        from ..read.index import Index
+        from ..read.index_store import find_index
 
         if index is not None and bare:
             opened_index, adds = Index.open(index), None
@@ -414,7 +415,7 @@ def census(
         else:
             from ..corpus.moments import enough_tokens, second_moments
             from ..corpus.moments_store import own_corpus
-            from ..read.index import find_index
+            from ..read.index_store import find_index
 
             scanned = find_index(lm, index, texts=corpus, max_tokens=max_tokens, progress=tell)
             read["idle"] = {

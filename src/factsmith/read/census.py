@@ -1,15 +1,18 @@
-"""What a model is made of: how much of it is memory, how many neurons that is, and how full they look.
+"""What a model is made of: how much of it is memory, how many neurons that is, and how full.
 
-    found = census(lm)                                       # parameters by part
-    found = census(lm, triggers=triggers, moments=moments)   # and idle neurons, and how many directions the coefficients use
+    result = census(lm)                                       # parameters by part
+    result = census(lm, triggers=triggers, moments=moments)   # and idle neurons, effective ranks
+    result = find_census(lm)                                  # the same, on text of the model's own
 
-The effective rank of a second moment C is exp(−Σ pᵢ ln pᵢ) of its eigenvalues' shares pᵢ (Roy & Vetterli 2007): d_ff when all directions
-are used alike, 1 when one is. A layer whose text uses few of them has room for more keys.
+The effective rank of a second moment C is exp(−Σ pᵢ ln pᵢ), where pᵢ are the shares of its
+eigenvalues (Roy & Vetterli 2007). It is d_ff when the text uses all directions of the coefficients
+alike, and 1 when it uses one. A layer whose text uses few of them has room for more keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,18 +20,29 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import FingerprintError, InputError
+from ..core.progress import Progress, tell
 from ..core.tables import Shown, Table, counted
+from ..corpus.moments import enough_tokens, second_moments
+from ..corpus.moments_store import own_corpus
 from ..model.language_model import LanguageModel, check_model
+from .index_store import find_index
 from .triggers import Triggers
 
 
 @dataclass(frozen=True)
 class LayerCensus:
-    """One layer: parameters of its memory and its attention, and its neurons.
+    """One layer.
 
-    idle            neurons whose mean square coefficient is below a ten-thousandth of their bank's median: they add next to nothing to what
-                    the layer writes; None where the layer was not scanned
-    effective_rank  of the second moment; None where none was given
+    Attributes:
+        layer: The layer.
+        ffn: Number of parameters of its FFN.
+        attention: Number of parameters of its attention.
+        neurons: Number of neurons.
+        experts: Number of experts.
+        idle: Number of neurons whose mean square coefficient is below a ten-thousandth of their
+            bank's median. They add almost nothing to what the layer writes. None where the layer
+            was not scanned.
+        effective_rank: Of the second moment. None where none was given.
     """
 
     layer: int
@@ -42,9 +56,15 @@ class LayerCensus:
 
 @dataclass(frozen=True, repr=False)
 class Census(Shown):
-    """Parameters by part, and each layer's.
+    """Parameters by part, and by layer.
 
-    ffn, attention, embeddings, other  numbers of parameters; a tied unembedding counts once, as an embedding
+    Attributes:
+        model: The name that the model was loaded by.
+        ffn: Number of parameters of all FFNs.
+        attention: Number of parameters of all attention.
+        embeddings: Number of parameters of embeddings and unembedding. A tied one counts once.
+        other: Number of all other parameters.
+        layers: The layers.
     """
 
     model: str
@@ -55,7 +75,7 @@ class Census(Shown):
     layers: tuple[LayerCensus, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able fields."""
+        """Return the record as JSON-able values."""
         return {
             "model": self.model,
             "parameters": self.parameters,
@@ -70,7 +90,7 @@ class Census(Shown):
         }
 
     def tables(self) -> list[Table]:
-        """Parameters by part, and layer by layer."""
+        """Return parameters by part, then layer by layer."""
         parts = {
             "memory (FFN)": self.ffn,
             "attention": self.attention,
@@ -102,12 +122,12 @@ class Census(Shown):
 
     @property
     def parameters(self) -> int:
-        """All of them."""
+        """Number of all parameters."""
         return self.ffn + self.attention + self.embeddings + self.other
 
     @property
     def neurons(self) -> int:
-        """All neurons, those of experts included."""
+        """Number of all neurons, those of experts included."""
         return sum(layer.neurons for layer in self.layers)
 
 
@@ -120,45 +140,41 @@ def census(
     triggers: Triggers | None = None,
     moments: Mapping[int, Tensor] | None = None,
 ) -> Census:
-    """Count a model's parameters by part and layer, and look at how its neurons are used.
+    """Count a model's parameters by part and layer, and measure how its neurons are used.
 
-    triggers  of a corpus: idle neurons are counted on it
-    moments   {layer: (d_ff, d_ff)} second moments: their effective rank
+    Args:
+        lm: The model.
+        triggers: Triggers in a corpus, on which idle neurons are counted. None: they are not.
+        moments: {layer: (d_ff, d_ff)}, second moments of which the effective rank is computed.
+            None: it is not.
 
-    Raises FingerprintError for another model's triggers, InputError for a matrix that is not its layer's.
+    Raises:
+        FingerprintError: when the triggers are another model's.
+        InputError: when a matrix does not fit its layer.
     """
     check_model(lm)
     if triggers is not None and triggers.fingerprint != lm.fingerprint:
         raise FingerprintError(
-            f"the triggers are of {triggers.model}, another model than {lm.name}: scan the corpus with it"
+            f"the triggers are of {triggers.model}, another model than {lm.name}. "
+            "Scan the corpus with this model."
         )
-    counted: set[int] = set()
-
-    def count(module: nn.Module | None) -> int:
-        new = {
-            id(p): p.numel()
-            for p in (() if module is None else module.parameters())
-            if id(p) not in counted
-        }
-        counted.update(new)
-        return sum(new.values())
-
-    embeddings = count(lm.embedding) + count(lm.module.get_output_embeddings())
-    embeddings += sum(
-        count(m) for m in lm.module.modules() if isinstance(m, nn.Embedding)
-    )  # of positions
+    parameters = _Parameters()
+    embeddings = parameters.count(lm.embedding, lm.module.get_output_embeddings())
+    embeddings += parameters.count(*(m for m in lm.module.modules() if isinstance(m, nn.Embedding)))
     layers = []
     for ffn, attention in zip(lm.ffn, lm.attention, strict=True):
         moment = (moments or {}).get(ffn.layer)
         if moment is not None and (ffn.n_experts or tuple(moment.shape) != (ffn.d_ff, ffn.d_ff)):
             raise InputError(
-                f"the second moment of layer {ffn.layer} is {tuple(moment.shape)}; expected one row for each of its neurons"
+                f"the second moment of layer {ffn.layer} has shape {tuple(moment.shape)}: it must "
+                "have one row and one column for each neuron of a dense layer",
+                argument="moments",
             )
         layers.append(
             LayerCensus(
                 layer=ffn.layer,
-                ffn=count(ffn.module),
-                attention=count(attention),
+                ffn=parameters.count(ffn.module),
+                attention=parameters.count(attention),
                 neurons=sum(bank.d_ff for bank in ffn.banks),
                 experts=ffn.n_experts,
                 idle=None if triggers is None else _idle(triggers, ffn.layer),
@@ -170,13 +186,32 @@ def census(
         ffn=sum(layer.ffn for layer in layers),
         attention=sum(layer.attention for layer in layers),
         embeddings=embeddings,
-        other=count(lm.module),
+        other=parameters.count(lm.module),
         layers=tuple(layers),
     )
 
 
+class _Parameters:
+    """Counts parameters of modules, each parameter once."""
+
+    def __init__(self) -> None:
+        self.counted: set[int] = set()
+
+    def count(self, *modules: nn.Module | None) -> int:
+        """Return the number of entries of the parameters that were not counted before."""
+        new = {
+            id(p): p.numel()
+            for module in modules
+            if module is not None
+            for p in module.parameters()
+            if id(p) not in self.counted
+        }
+        self.counted.update(new)
+        return sum(new.values())
+
+
 def effective_rank(moment: Tensor) -> float:
-    """exp of the entropy of a second moment's eigenvalues (n, n), taken as shares: 1 to n; 0 for a matrix of zeros."""
+    """Return the effective rank of a second moment (n, n): 1 to n, or 0 for a matrix of zeros."""
     values = torch.linalg.eigvalsh(moment.double()).clamp(min=0)
     if not float(values.sum()):
         return 0.0
@@ -185,13 +220,109 @@ def effective_rank(moment: Tensor) -> float:
 
 
 def _idle(triggers: Triggers, layer: int) -> int | None:
-    """Neurons of a layer that are as good as never on in the corpus; None where it was not scanned."""
-    own = [bank.mean_square for place, bank in triggers.banks.items() if place[0] == layer]
-    return (
-        sum(
-            int((squares < _IDLE * squares.median()).sum() + (squares == 0).all() * len(squares))
-            for squares in own
-        )
-        if own
-        else None
+    """Return the number of idle neurons of a layer. None where it was not scanned."""
+    squares = [bank.mean_square for place, bank in triggers.banks.items() if place[0] == layer]
+    if not squares:
+        return None
+    return sum(
+        int((each < _IDLE * each.median()).sum() + (each == 0).all() * len(each))
+        for each in squares
     )
+
+
+# ── with text that is read first ─────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, repr=False)
+class ReadCensus(Shown):
+    """A census, and the text that its neurons were measured on.
+
+    Attributes:
+        census: The census.
+        idle: {"n_texts", "n_tokens", "index"}: the text and the folder of the index on which idle
+            neurons were counted. None: they were not.
+        effective_rank: {"n_tokens", "of"}: the text of the effective ranks. None: there are none.
+    """
+
+    census: Census
+    idle: Mapping[str, Any] | None = None
+    effective_rank: Mapping[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the census as JSON-able values, and the text as "read"."""
+        sources = {"idle": self.idle, "effective_rank": self.effective_rank}
+        read = {name: dict(source) for name, source in sources.items() if source is not None}
+        return {**self.census.to_dict(), "read": read}
+
+    def tables(self) -> list[Table]:
+        """Return the tables of the census, then the text as lines."""
+        lines = []
+        if self.idle is not None:
+            texts = counted(self.idle["n_texts"], "text")
+            tokens = counted(self.idle["n_tokens"], "token")
+            lines.append(f"idle in {texts}, {tokens}, of {self.idle['index']}")
+        if self.effective_rank is not None:
+            tokens = counted(self.effective_rank["n_tokens"], "token")
+            lines.append(f"effective rank in the first {tokens} of {self.effective_rank['of']}")
+        return [*self.census.tables(), *(Table(line, {}) for line in lines)]
+
+
+def find_census(
+    lm: LanguageModel,
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    texts: str | Iterable[str] | None = None,
+    max_tokens: float | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> ReadCensus:
+    """Return a census with idle neurons and effective ranks, reading the text that they need.
+
+    Idle neurons are those of the model's index, which is made if there is none. Effective ranks
+    need more: an index keeps only the texts that some neuron fires on. They are measured on the
+    same texts if texts are given, otherwise on text that the model writes itself. They take 16
+    tokens for each neuron of the widest layer.
+
+    Args:
+        lm: The model.
+        folder: As `find_index`.
+        texts: As `find_index`. They are read twice, so they must not be an iterator.
+        max_tokens: As `find_index`. Also the most tokens for the effective ranks.
+        seed: Seed of the model's own text.
+        progress: Gets how far each step is.
+
+    Raises:
+        InputError: when the texts are an iterator.
+        FactsmithError: as `find_index` and `second_moments`.
+    """
+    check_model(lm)
+    if isinstance(texts, Iterator):
+        raise InputError(
+            "texts is an iterator, which can be read once: it must be a list, or another "
+            "collection that can be read twice",
+            argument="texts",
+        )
+    index = find_index(lm, folder, texts=texts, max_tokens=max_tokens, seed=seed, progress=progress)
+    scanned = index.triggers
+    idle = {
+        "n_texts": scanned.n_texts,
+        "n_tokens": scanned.n_tokens,
+        "index": str(index.folder),
+    }
+    dense = [ffn.layer for ffn in lm.ffn if not ffn.n_experts]
+    if not dense:
+        return ReadCensus(census(lm, triggers=scanned), idle)
+    n = min(enough_tokens(lm, dense), max_tokens or float("inf"))
+    moments = second_moments(
+        lm,
+        own_corpus(lm, n, seed, progress) if texts is None else texts,
+        dense,
+        max_tokens=n,
+        progress=lambda done: tell(progress, "second moments", done, round(n)),
+    )
+    ranks = {
+        "n_tokens": moments[dense[0]].count,
+        "of": "the model's own words" if texts is None else "the texts",
+    }
+    matrices = {layer: moment.matrix for layer, moment in moments.items()}
+    return ReadCensus(census(lm, triggers=scanned, moments=matrices), idle, ranks)

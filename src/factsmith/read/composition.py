@@ -1,52 +1,75 @@
-"""How a prediction is put together: what every sub-update, attention and the embedding add to one token's logit.
+"""How one prediction is made: what each part of the model adds to the logit of a token.
 
-    found = compose(lm, "The currency of Bulgaria is the")      # of the token the model says; or target=" lev"
-    found.parts                                                  # embedding, each attention and each memory, signed: they sum to the logit
-    found.strongest(10)                                          # the neurons that move it most
-    found.half                                                   # how many of them carry half of what speaks for it
-    found.ranks, found.probabilities                             # of the token, from layer to layer
+    composition = compose(lm, "The currency of Bulgaria is the")   # the token that the model says
+    composition.parts            # embedding, attention and FFN of each layer; they sum to the logit
+    composition.strongest(10)    # the neurons that add most to it
+    composition.half             # how many neurons carry half of what speaks for the token
+    composition.ranks, composition.probabilities                   # of the token, layer by layer
 
-Direct logit attribution: the last hidden state is a sum of everything that was added to the stream, and the final norm is linear once its
-divisor is fixed at what it was in this pass. So every addition has a share of the logit, and the shares sum to it. Geva et al. 2022
-(arXiv 2203.14680) look at the same sub-updates mᵢ·vᵢ; 2021 (arXiv 2012.14913) ask whether a layer says what any one of its memories says.
+This is direct logit attribution. The last hidden state is the sum of everything that was added to
+the stream, and the final norm is linear once its divisor is fixed at its value in this pass. So
+each addition has a share of the logit, and the shares sum to the logit. Geva et al. 2022 (arXiv
+2203.14680) look at the same sub-updates mᵢ·vᵢ.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..core.checks import check_count, whole_number
+from ..core.checks import check_count
 from ..core.errors import InputError
+from ..core.progress import Progress, note
 from ..core.tables import Shown, Table, counted, quoted
 from ..corpus.scan import Bank
 from ..model.address import Neuron
 from ..model.language_model import LanguageModel, check_model
 from ..model.tokens import target_ids
-from .stream import carrying_half, read_logits, read_stream, shares, way_up
-from .unembedding import behind, find_unembedding
+from .stream import (
+    Stream,
+    carrying_half,
+    check_position,
+    read_logits,
+    read_stream,
+    shares,
+    way_up,
+)
+from .unembedding import find_unembedding, output_scales
 from .values import tokens_of
 
-Kind = Literal["embedding", "attention", "ffn", "shift"]
+ContributionKind: TypeAlias = Literal["embedding", "attention", "ffn", "shift"]
+"""What adds to a logit. "shift" is the final norm's shift with the unembedding's bias."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one part of the model adds to the logit; layer None: the embedding, or the final norm's shift with the unembedding's bias."""
+    """What one part of the model adds to the logit.
 
-    kind: Kind
+    Attributes:
+        kind: What the part is.
+        layer: Its layer. None for the embedding and the shift.
+        logit: What it adds.
+    """
+
+    kind: ContributionKind
     layer: int | None
     logit: float
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """One sub-update: the neuron, its coefficient (times its expert's weight), what it adds to the token's logit, and the tokens that it
-    promotes most, where they were looked up."""
+    """What one sub-update adds to the logit.
+
+    Attributes:
+        neuron: (layer, i) or (layer, expert, i).
+        coefficient: The neuron's coefficient, times its expert's weight.
+        logit: What the sub-update adds.
+        writes: The tokens that it promotes most, where they were looked up.
+    """
 
     neuron: Neuron
     coefficient: float
@@ -56,19 +79,25 @@ class Contribution:
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Composition(Shown):
-    """A prediction taken apart.
+    """A prediction as the sum of its parts, in a model with L layers.
 
-    prompt         the text
-    tokens         its tokens as text
-    position       which of them the prediction is made at
-    target         the token predicted, as text, and `target_id`
-    contrast       the token whose logit is taken off, as text, and `contrast_id`; None: the logit alone
-    logit          of the target (less the contrast's), before any softcap
-    parts          what every part adds to it, from the embedding up; their sum is the logit
-    neurons        {bank: (coefficients (d_ff,), logits (d_ff,))}, float32; of experts those that were chosen
-    ranks          (2 n_layers + 1,) int64, rank of the target (0: the likeliest) in the stream: embedding, behind each attention and memory
-    probabilities  (2 n_layers + 1,) float32, its probability there, read through the model's own tail
-    writes         the tokens that the strongest sub-updates promote most
+    Attributes:
+        prompt: The text.
+        tokens: Its tokens, as text.
+        position: The number of the token at which the prediction is made.
+        target: The predicted token, as text.
+        target_id: Its id.
+        contrast: The token whose logit is subtracted, as text. None: none is.
+        contrast_id: Its id.
+        logit: The target's logit (less the contrast's), before any softcap.
+        parts: What each part adds, from the embedding up. The sum is the logit.
+        neurons: {bank: (coefficients (d_ff,), logits (d_ff,))}, float32. In a layer with experts
+            only those that were chosen.
+        ranks: (2 L + 1,) int64, the target's rank in the stream after the embedding, and after
+            attention and FFN of each layer. 0 is the likeliest token.
+        probabilities: (2 L + 1,) float32, its probability there, read through the model's own
+            final norm and unembedding.
+        writes: The tokens that the strongest sub-updates promote most.
     """
 
     prompt: str
@@ -86,20 +115,21 @@ class Composition(Shown):
     writes: Mapping[Neuron, tuple[str, ...]]
 
     def tables(self, k: int = 10) -> list[Table]:
-        """What every part adds, with the target's way up; then the k neurons that add most to it, and the k that take most."""
+        """Return what each part adds, and the k neurons that add most and take most."""
+        n_neurons = sum(len(m) for m, _ in self.neurons.values())
         against = "" if self.contrast is None else f" above that of {self.contrast.strip()!r}"
-        half = f"{counted(self.half, 'neuron')} of {sum(len(m) for m, _ in self.neurons.values()):,} carry half of what speaks for it"
+        half = f"{counted(self.half, 'neuron')} of {n_neurons:,} carry half of what speaks for it"
         title = f"{self.prompt} {self.target.strip()}: logit {self.logit:.2f}{against}; {half}"
         parts = []
         for row in self.rows():
             alone = "shift and bias" if row["part"] == "shift" else row["part"]
             name = alone if row["layer"] is None else f"layer {row['layer']} {row['part']}"
-            behind = (
+            after = (
                 ("", "")
                 if row["rank"] is None
                 else (f"{row['rank'] + 1:,}", f"{row['probability']:.1%}")
             )
-            parts.append((name, f"{row['logit']:+.2f}", *behind))
+            parts.append((name, f"{row['logit']:+.2f}", *after))
         columns = {"neuron": "<", "coefficient": ">", "adds": ">", "what it writes": "<"}
         neurons = [
             (
@@ -108,7 +138,7 @@ class Composition(Shown):
                 f"{c.logit:+.3f}",
                 quoted(c.writes),
             )
-            for c in (*self.strongest(k), *self.strongest(k, against=True))
+            for c in self._both_ends(k)
         ]
         return [
             Table(title, {"part": "<", "adds": ">", "rank": ">", "probability": ">"}, parts),
@@ -116,12 +146,15 @@ class Composition(Shown):
         ]
 
     def strongest(self, k: int = 10, *, against: bool = False) -> list[Contribution]:
-        """The k sub-updates that add most to the logit, or (against) take most from it."""
+        """Return the k sub-updates that add most to the logit.
+
+        With `against`, return the k that take most from it.
+        """
         sign, k = -1 if against else 1, check_count(k, "k", "the number of sub-updates")
-        found = []
+        contributions = []
         for bank, (coefficients, logits) in self.neurons.items():
             best = (sign * logits).topk(min(k, len(logits)))
-            found += [
+            contributions += [
                 Contribution(
                     (*bank, int(i)),
                     float(coefficients[i]),
@@ -131,11 +164,18 @@ class Composition(Shown):
                 for value, i in zip(best.values, best.indices, strict=True)
                 if value > 0
             ]
-        return sorted(found, key=lambda c: -sign * c.logit)[:k]
+        return sorted(contributions, key=lambda c: -sign * c.logit)[:k]
+
+    def _both_ends(self, k: int) -> list[Contribution]:
+        """Return the k sub-updates that add most, then the k that take most."""
+        return [*self.strongest(k), *self.strongest(k, against=True)]
 
     def rows(self) -> list[dict[str, Any]]:
-        """The parts as a table, from the embedding up; rank and probability are those behind the part, None for the shift."""
-        way_up = [*zip(self.ranks.tolist(), self.probabilities.tolist(), strict=True), (None, None)]
+        """Return the parts as rows of a table, from the embedding up.
+
+        Rank and probability are those after the part, and None for the shift.
+        """
+        after = [*zip(self.ranks.tolist(), self.probabilities.tolist(), strict=True), (None, None)]
         return [
             {
                 "layer": part.layer,
@@ -144,25 +184,13 @@ class Composition(Shown):
                 "rank": rank,
                 "probability": probability,
             }
-            for part, (rank, probability) in zip(self.parts, way_up, strict=True)
+            for part, (rank, probability) in zip(self.parts, after, strict=True)
         ]
 
     def to_dict(self, k: int = 10) -> dict[str, Any]:
-        """The record as plain JSON-able values: of the neurons the k that add most, then the k that take most."""
-        named = (
-            "prompt",
-            "tokens",
-            "position",
-            "target",
-            "target_id",
-            "contrast",
-            "contrast_id",
-            "logit",
-            "half",
-        )
-        neurons = [*self.strongest(k), *self.strongest(k, against=True)]
+        """Return the record as JSON-able values, with the k neurons that add and take most."""
         return {
-            **{name: getattr(self, name) for name in named},
+            **{name: getattr(self, name) for name in _PLAIN},
             "parts": self.rows(),
             "neurons": [
                 {
@@ -171,14 +199,31 @@ class Composition(Shown):
                     "logit": c.logit,
                     "writes": list(c.writes),
                 }
-                for c in neurons
+                for c in self._both_ends(k)
             ],
         }
 
     @property
     def half(self) -> int:
-        """How many of the sub-updates that speak for the target it takes to make up half of what they add; 0 when none does."""
+        """How many sub-updates carry half of what speaks for the target.
+
+        The largest are counted first. 0 if no sub-update speaks for it.
+        """
         return int(carrying_half(torch.cat([logits for _, logits in self.neurons.values()])))
+
+
+_PLAIN = (
+    "prompt",
+    "tokens",
+    "position",
+    "target",
+    "target_id",
+    "contrast",
+    "contrast_id",
+    "logit",
+    "half",
+)
+"""Attributes that are JSON-able as they are."""
 
 
 @torch.no_grad()
@@ -191,73 +236,54 @@ def compose(
     position: int = -1,
     top: int = 10,
     tokens: int = 5,
+    progress: Progress | None = None,
 ) -> Composition:
-    """Take the prediction at one token of a prompt apart.
+    """Break the prediction at one token of a prompt down into what each part adds.
 
-    target    text whose first token is looked at; None: the token the model says
-    contrast  text whose first token's logit is taken off, so that shares say why the one and not the other
-    position  which token of the prompt predicts (negative: from its end)
-    top       of how many of the sub-updates that add most, and that take most, the tokens they promote are looked up, so many `tokens` each
+    Args:
+        lm: The model.
+        prompt: The text.
+        target: Text whose first token is explained. None: the token that the model says.
+        contrast: Text whose first token's logit is subtracted. The shares then say why the model
+            predicts the target and not this.
+        position: The number of the token that predicts. A negative number counts from the end.
+        top: Of how many sub-updates that add most, and take most, to look up the tokens.
+        tokens: Number of tokens to look up for each.
+        progress: Gets a note where only the first of several tokens of a text is explained.
 
-    Raises InputError for an empty prompt, a position outside it, a count below 1, or a target without a token; UnsupportedModelError as
-    `find_unembedding`.
+    Raises:
+        InputError: when the prompt is empty, the position is outside it, a number is below 1,
+            a target has no token, or target and contrast begin with the same token.
+        UnsupportedModelError: as `find_unembedding` and `output_scale`.
     """
     check_model(lm)
-    top, tokens = (
-        check_count(top, "top", "the number of sub-updates to look up"),
-        check_count(tokens, "tokens", "the number of tokens of each sub-update"),
-    )
+    top = check_count(top, "top", "the number of sub-updates to look up")
+    tokens = check_count(tokens, "tokens", "the number of tokens of each sub-update")
     ids = lm.prompt_ids(prompt)
-    at = whole_number(position)
-    if at is None or not -len(ids) <= at < len(ids):
-        raise InputError(
-            f"position is one of the prompt's {len(ids)} tokens, 0 to {len(ids) - 1}, or negative from its end; got {position!r}"
-        )
-    at %= len(ids)
-    head = find_unembedding(lm)
-    scales = [behind(lm, layer) for layer in range(lm.n_layers)]
+    at = check_position(position, len(ids))
+    head, scales = find_unembedding(lm), output_scales(lm)
     stream = read_stream(lm, [ids], [at], scales)
     reading = read_logits(lm, head, stream.states[-1])
     wanted = (
         int(reading.logits[0].argmax())
         if target is None
-        else target_ids(lm.tokenizer, prompt, target)[0]
+        else _first_token(lm, prompt, target, "target", progress)
     )
-    other = None if contrast is None else target_ids(lm.tokenizer, prompt, contrast)[0]
+    other = None if contrast is None else _first_token(lm, prompt, contrast, "contrast", progress)
     if other == wanted:
         both = lm.tokenizer.decode([wanted])
         raise InputError(
-            f"{target or both!r} and {contrast!r} begin with the same token, {both!r}, so there is nothing between them at this place; put "
-            "what they have in common into the prompt"
+            f"{target or both!r} and {contrast!r} begin with the same token, {both!r}, so "
+            "their logits are the same. Move what they have in common into the prompt.",
+            argument="contrast",
         )
     chosen = torch.tensor([wanted])
     direction, constant, logit = reading.directions(
         head, chosen, None if other is None else torch.tensor([other])
     )
-
-    def share(added: Tensor) -> float:
-        return float(added[0].double() @ direction[0].double().to(added.device))
-
-    parts = [Part("embedding", None, share(stream.embedding))]
-    neurons: dict[Bank, tuple[Tensor, Tensor]] = {}
-    for ffn, attention, memory, factor, fired in zip(
-        lm.ffn, stream.attention, stream.ffn, stream.behind, stream.fired, strict=True
-    ):
-        parts += [
-            Part("attention", ffn.layer, share(attention)),
-            Part("ffn", ffn.layer, share(memory)),
-        ]
-        for banks in fired:
-            added = shares(ffn, banks, direction.to(factor.device) * factor)[0].cpu()
-            for slot, place in enumerate(banks.places[0].tolist()):
-                if place >= 0:
-                    neurons[(ffn.layer, place) if ffn.n_experts else (ffn.layer,)] = (
-                        banks.m[0, slot].cpu(),
-                        added[slot],
-                    )
-    parts.append(Part("shift", None, float(constant)))
+    parts, neurons = _shares_by_part(lm, stream, direction)
     ranks, probabilities, _ = way_up(lm, stream.states, chosen)
-    found = Composition(
+    composition = Composition(
         prompt=prompt,
         tokens=tuple(lm.tokenizer.decode([i]) for i in ids),
         position=at,
@@ -266,25 +292,64 @@ def compose(
         contrast=None if other is None else lm.tokenizer.decode([other]),
         contrast_id=other,
         logit=float(logit),
-        parts=tuple(parts),
+        parts=(*parts, Part("shift", None, float(constant))),
         neurons=neurons,
         ranks=ranks[:, 0],
         probabilities=probabilities[:, 0],
         writes={},
     )
-    looked_up = [*found.strongest(top), *found.strongest(top, against=True)]
-    written = tokens_of(
-        lm,
-        head,
-        scales,
-        [c.neuron for c in looked_up],
-        [c.coefficient < 0 for c in looked_up],
-        tokens,
-    )
-    return replace(
-        found,
-        writes={
-            c.neuron: tuple(token for token, _ in own)
-            for c, own in zip(looked_up, written, strict=True)
-        },
-    )
+    looked_up = composition._both_ends(top)
+    negative = [c.coefficient < 0 for c in looked_up]
+    written = tokens_of(lm, head, scales, [c.neuron for c in looked_up], negative, tokens)
+    return replace(composition, writes=_words(looked_up, written))
+
+
+def _first_token(
+    lm: LanguageModel, prompt: str, text: str, argument: str, progress: Progress | None
+) -> int:
+    """Return the first token of a text that continues a prompt, with a note if it has more."""
+    ids = target_ids(lm.tokenizer, prompt, text)
+    if len(ids) > 1:
+        first = lm.tokenizer.decode(ids[:1])
+        note(
+            progress,
+            f"{text!r} is {len(ids)} tokens; only the first, {first!r}, is explained",
+            argument=argument,
+        )
+    return ids[0]
+
+
+def _shares_by_part(
+    lm: LanguageModel, stream: Stream, direction: Tensor
+) -> tuple[list[Part], dict[Bank, tuple[Tensor, Tensor]]]:
+    """Return what each part and each sub-update adds along a direction (1, d_model)."""
+
+    def share(added: Tensor) -> float:
+        return float(added[0].double() @ direction[0].double().to(added.device))
+
+    parts = [Part("embedding", None, share(stream.embedding))]
+    neurons: dict[Bank, tuple[Tensor, Tensor]] = {}
+    for ffn, attention, added, factor, fired in zip(
+        lm.ffn, stream.attention, stream.ffn, stream.factors, stream.fired, strict=True
+    ):
+        parts += [
+            Part("attention", ffn.layer, share(attention)),
+            Part("ffn", ffn.layer, share(added)),
+        ]
+        for banks in fired:
+            along = shares(ffn, banks, direction.to(factor.device) * factor)[0].cpu()
+            for slot, place in enumerate(banks.places[0].tolist()):
+                if place >= 0:
+                    bank: Bank = (ffn.layer, place) if ffn.n_experts else (ffn.layer,)
+                    neurons[bank] = (banks.m[0, slot].cpu(), along[slot])
+    return parts, neurons
+
+
+def _words(
+    contributions: Sequence[Contribution], written: Sequence[Sequence[tuple[str, float]]]
+) -> dict[Neuron, tuple[str, ...]]:
+    """Return the tokens of each sub-update by neuron, without their scores."""
+    return {
+        c.neuron: tuple(token for token, _ in tokens)
+        for c, tokens in zip(contributions, written, strict=True)
+    }

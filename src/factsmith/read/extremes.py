@@ -1,4 +1,16 @@
-"""read.extremes."""
+"""The largest and smallest products of many vectors with the rows of a large matrix.
+
+    top, top_scores, bottom, bottom_scores = extreme_tokens(vectors, weight, 10)
+
+A plain product of thousands of values with a whole vocabulary is slow. So a rough product, in int8
+where the processor has an instruction for it, screens the rows first:
+
+1. Keep the groups of 64 rows with the largest rough scores, then the best rows of these groups:
+   `_MARGIN` more than asked for.
+2. Score these rows in float32. This also shows how large the error of the rough scores is.
+3. Where the error may have hidden one of the best rows of a vector, multiply that vector with the
+   whole matrix.
+"""
 
 from __future__ import annotations
 
@@ -7,21 +19,36 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-NEAR = 16
+_ROWS = 256
+"""Vectors screened at a time."""
 
+_GROUP = 64
+"""Rows of the matrix that are screened by their maximum."""
 
-_ROWS, _GROUP, _MARGIN, _ERRORS = 256, 64, 14, 5
+_MARGIN = 14
+"""Rows scored in float32 beyond those asked for."""
+
+_ERRORS = 5
+"""How many errors of the rough scores the best rows must lie above the rows left out."""
+
+_STEPS = 127
+"""The largest number in int8."""
 
 
 def extreme_tokens(
     vectors: Tensor, weight: Tensor, k: int, screen: Screen | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of the rows of a matrix (vocab, d), the k with the largest and the k with the smallest product with each vector (n, d).
+    """Return the k rows with the largest and the k with the smallest product with each vector.
 
-    Returns (ids, scores, ids, scores), each (n, k), best and most negative first. Rows are screened by a rough product: kept by groups of
-    64, then one by one, `_MARGIN` more than asked for, and these are scored in float32. How far the rough scores are off is seen there;
-    a vector whose k best do not lie `_ERRORS` of these errors clear of what was left out is multiplied with the whole matrix instead.
-    `screen` is `Screen.of(weight)`, for who asks often.
+    Args:
+        vectors: The vectors, (n, d).
+        weight: The matrix, (vocab, d).
+        k: Number of rows to return at either end. At most vocab are returned.
+        screen: `Screen.of(weight)`, for repeated calls. None: made where it pays.
+
+    Returns:
+        Ids and scores of the largest, then ids and scores of the smallest. Each is (n, k) on the
+        CPU, the best and the most negative first.
     """
     k = min(k, len(weight))
     vectors = vectors.to(weight.device, torch.float32)
@@ -29,45 +56,57 @@ def extreme_tokens(
         if len(vectors) <= _ROWS:
             return _plain_extremes(vectors, weight, k)
         screen = Screen.of(weight)
-    near = min(len(weight), k + _MARGIN)
     buffer = screen.empty(min(_ROWS, len(vectors)))
-    found: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    parts: list[tuple[Tensor, ...]] = []
     for part in torch.split(vectors, _ROWS):
-        rough, unit = screen.scores(part, buffer[: len(part)])
-        row: list[Tensor] = []
-        doubtful = torch.zeros(len(part), dtype=torch.bool, device=part.device)
-        for sign in (1, -1):
-            columns, guessed = _largest(rough, near, len(weight), sign)
-            exact = torch.cat(
-                [
-                    _products(part[a : a + 32], weight, columns[a : a + 32])
-                    for a in range(0, len(part), 32)
-                ]
-            )
-            best = (sign * exact).topk(k, dim=1)
-            row += [columns.gather(1, best.indices), sign * best.values]
-            guessed = guessed * unit
-            error = (guessed - exact).square().mean(1).sqrt()
-            if near < len(weight):
-                doubtful |= best.values[:, -1] - sign * guessed[:, -1] < _ERRORS * error
+        results, doubtful = _screened(part, weight, k, screen, buffer[: len(part)])
         again = doubtful.nonzero()[:, 0]
         if len(again):
-            for own, plain in zip(row, _plain_extremes(part[again], weight, k), strict=True):
-                own[again] = plain.to(own)
-        found.append(tuple(tensor.cpu() for tensor in row))  # type: ignore[arg-type]
-    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))  # type: ignore[return-value]
+            for tensor, plain in zip(results, _plain_extremes(part[again], weight, k), strict=True):
+                tensor[again] = plain.to(tensor)
+        parts.append(tuple(tensor.cpu() for tensor in results))
+    return tuple(torch.cat(each) for each in zip(*parts, strict=True))  # type: ignore[return-value]
+
+
+def _screened(
+    vectors: Tensor, weight: Tensor, k: int, screen: Screen, buffer: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """Return the results of `extreme_tokens` by screening, and which vectors are doubtful (n,)."""
+    near = min(len(weight), k + _MARGIN)
+    rough, unit = screen.scores(vectors, buffer)
+    results: list[Tensor] = []
+    doubtful = torch.zeros(len(vectors), dtype=torch.bool, device=vectors.device)
+    for sign in (1, -1):
+        columns, guessed = _largest(rough, near, len(weight), sign)
+        exact = torch.cat(
+            [
+                _products(vectors[a : a + 32], weight, columns[a : a + 32])
+                for a in range(0, len(vectors), 32)
+            ]
+        )
+        best = (sign * exact).topk(k, dim=1)
+        results += [columns.gather(1, best.indices), sign * best.values]
+        guessed = guessed * unit
+        error = (guessed - exact).square().mean(1).sqrt()
+        if near < len(weight):
+            doubtful |= best.values[:, -1] - sign * guessed[:, -1] < _ERRORS * error
+    return results, doubtful
 
 
 def _plain_extremes(
     vectors: Tensor, weight: Tensor, k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the results of `extreme_tokens` from the full product."""
     scores = vectors @ weight.float().T
     top, bottom = scores.topk(k, dim=1), scores.topk(k, dim=1, largest=False)
     return top.indices.cpu(), top.values.cpu(), bottom.indices.cpu(), bottom.values.cpu()
 
 
 def _products(vectors: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
-    """Products of each vector (n, d) with some rows of a matrix, numbered (n, m): (n, m). Few at a time stay in the cache."""
+    """Return products of each vector (n, d) with its rows of a matrix, numbered (n, m): (n, m).
+
+    Call it with few vectors: their rows then stay in the cache.
+    """
     products: Tensor = torch.linalg.vecdot(
         nn.functional.embedding(rows, weight).float(), vectors[:, None]
     )
@@ -75,9 +114,15 @@ def _products(vectors: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
 
 
 def _largest(scores: Tensor, near: int, vocab: int, sign: int) -> tuple[Tensor, Tensor]:
-    """Columns (n, near) of the largest scores (n, vocab and padding), or of the smallest, and these scores, best first.
+    """Return the columns (n, near) of the largest scores, and the scores, best first.
 
-    The largest lie in as many groups as there are of them, those with the largest maxima.
+    The `near` largest scores lie in at most `near` groups: those with the largest maxima.
+
+    Args:
+        scores: Rough scores, (n, vocab and padding). The padding is overwritten.
+        near: Number of columns.
+        vocab: Number of columns that are not padding.
+        sign: 1 for the largest scores, -1 for the smallest.
     """
     ends = torch.iinfo(scores.dtype) if scores.dtype == torch.int32 else torch.finfo(scores.dtype)
     scores[:, vocab:] = ends.min if sign > 0 else ends.max
@@ -92,10 +137,12 @@ def _largest(scores: Tensor, near: int, vocab: int, sign: int) -> tuple[Tensor, 
 
 @dataclass(frozen=True, eq=False)
 class Screen:
-    """A matrix (vocab, d) to be multiplied with quickly and roughly, with zeros up to whole groups of rows.
+    """A matrix (vocab, d) in a form that multiplies quickly and roughly.
 
-    rows     (vocab and padding, d): int8 or bfloat16 where the processor multiplies them by instruction, else float32
-    columns  (d,) float32, what one step of int8 is worth in each column; None for other dtypes
+    Attributes:
+        rows: The rows, with zeros up to whole groups: int8 or bfloat16 where the processor has an
+            instruction for it, otherwise float32.
+        columns: What one step of int8 is worth in each column, (d,) float32. None for other dtypes.
     """
 
     rows: Tensor
@@ -103,7 +150,7 @@ class Screen:
 
     @classmethod
     def of(cls, weight: Tensor) -> Screen:
-        """For a matrix, on its device."""
+        """Make the screen of a matrix, on its device."""
         padding = (0, 0, 0, -len(weight) % _GROUP)
         dtype = _fastest(weight.device)
         if dtype != torch.int8:
@@ -115,7 +162,7 @@ class Screen:
         return cls(nn.functional.pad(rows, padding), columns)
 
     def empty(self, n: int) -> Tensor:
-        """Room for the scores of n vectors."""
+        """Return room for the scores of n vectors."""
         return torch.empty(
             n,
             len(self.rows),
@@ -124,7 +171,10 @@ class Screen:
         )
 
     def scores(self, vectors: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        """Rough products with vectors (n, d), written to `out` (n, vocab and padding), and what one of their units is worth, (n, 1)."""
+        """Return rough products with vectors (n, d), and what one unit of them is worth, (n, 1).
+
+        The products are written to `out`, (n, vocab and padding).
+        """
         if self.columns is None:
             return torch.mm(vectors.to(self.rows.dtype), self.rows.T, out=out), vectors.new_ones(
                 len(vectors), 1
@@ -136,15 +186,12 @@ class Screen:
         return torch._int_mm((vectors / unit).round_().to(torch.int8), self.rows.T, out=out), unit
 
 
-_STEPS = 127
-
-
 def _fastest(device: torch.device) -> torch.dtype:
-    """The dtype whose products a device makes fastest."""
+    """Return the dtype in which a device multiplies fastest."""
     if device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        known: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-        if any(known.get(name) for name in ("amx_int8", "avx512_vnni", "avx_vnni")):
+        flags: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+        if any(flags.get(name) for name in ("amx_int8", "avx512_vnni", "avx_vnni")):
             return torch.int8
-        if any(known.get(name) for name in ("amx_bf16", "avx512_bf16")):
+        if any(flags.get(name) for name in ("amx_bf16", "avx512_bf16")):
             return torch.bfloat16
     return torch.bfloat16 if device.type == "cuda" else torch.float32

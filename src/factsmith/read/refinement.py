@@ -1,18 +1,14 @@
-"""Over many predictions: whether a layer says what one of its memories says, and how the answer comes up through the layers.
+"""How predictions are made, on average over many of them, layer by layer.
 
-    found = refinement(lm, prompts)                       # at each prompt's last token; of the token the model says there
-    found.composed, found.chance                          # by layer: how often the layer's own prediction is no single memory's
-    found.cases["composition"]                            # by layer: how often the stream then says neither's
-    found.ranks, found.probabilities, found.first         # of the answer, behind each attention and memory
-    found.half                                            # per prompt: sub-updates that carry half of what speaks for the answer
+    average = refinement(lm, prompts)         # what the model says after each prompt
+    average.composed, average.chance          # how often no neuron predicts what its layer predicts
+    average.cases["composition"]              # how often the stream then predicts a third token
+    average.ranks, average.probabilities, average.first    # of the answer, layer by layer
+    average.half                              # sub-updates that carry half of each answer
 
-Geva et al. 2021 (arXiv 2012.14913), section 5. There a layer's prediction is the token on which its output has the largest product with
-the unembedding, and a memory's the same of its value; memories count where their coefficient is above zero, as ReLU leaves few. GELU and
-gated models leave none at zero: a memory with a negative coefficient says what its value demotes most, and beside all of them `among`
-takes the fewest that carry a given share of Σ |mᵢ|·‖vᵢ‖.
-
-How often that happens by itself depends on how many tokens the memories cover: a thousand of them cover much of a small vocabulary. So
-`chance` is the same with the predictions of a layer dealt out over the prompts: every prediction against every prompt's memories.
+Geva et al. 2021 (arXiv 2012.14913), section 5. `own_predictions` says what a layer and a neuron
+predict by themselves. `chance` is the same measure with the layer's predictions dealt out over the
+prompts: each prediction against the neurons of every prompt.
 """
 
 from __future__ import annotations
@@ -24,42 +20,62 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.checks import check_count, check_items, check_number, whole_number
+from ..core.checks import check_count, check_items, check_number
 from ..core.errors import InputError
 from ..core.progress import Progress, tell
 from ..core.tables import Shown, Table
-from ..corpus.scan import banks
 from ..model.language_model import LanguageModel, check_model
 from ..model.tokens import target_ids
-from .extremes import extreme_tokens
-from .stream import Fired, Stream, carrying_half, read_logits, read_stream, shares, unfold, way_up
-from .unembedding import Unembedding, behind, find_unembedding
-from .values import ValueTokens, value_tokens
+from .own_predictions import OwnPredictions
+from .stream import (
+    Stream,
+    carrying_half,
+    check_position,
+    read_logits,
+    read_stream,
+    shares,
+    way_up,
+)
+from .unembedding import find_unembedding, output_scales
+from .values import ValueTokens
 
 CASES = ("residual", "ffn", "agreement", "composition")
+"""What the stream predicts after a layer's FFN, as `Refinement.cases` counts it."""
 
-_ROWS = 64  # prompts in a batch: each brings the coefficients of all layers
+_ROWS = 64
+"""Prompts in a batch: each brings the coefficients of all layers."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Refinement(Shown):
-    """n predictions of a model with L layers, layer by layer; shares are float64.
+    """n predictions of a model with L layers, layer by layer.
 
-    answers        (n,) int64, the token looked at: the one the model says, or the target's first
-    ranks          (n, 2 L + 1) int64, the answer's rank (0: the likeliest) in the stream: embedding, behind each attention and memory
-    probabilities  (n, 2 L + 1) float32, its probability there, read through the model's own tail
-    half           (n,) int64, how many sub-updates carry half of what speaks for the answer (`Composition.half`), of `neurons`
-    neurons        how many sub-updates a prediction is made of: of experts those chosen
-    among          shares of Σ |mᵢ|·‖vᵢ‖ in a layer: 1 all memories that are not at zero, 0 the strongest alone
-    composed       (len(among), L) of the predictions, in how many the layer's own prediction is that of none of these memories
-    chance         (len(among), L) the same, were the layer's predictions dealt out over the prompts
-    counted        (len(among), L) how many memories these are on average
-    half_of_layer  (n, L) int64, how many of a layer's sub-updates carry half of what speaks for the layer's own prediction
-    says           (L,) in how many the layer's own prediction is the answer
-    cases          {case: (L,)} what the stream predicts behind the layer's memory, before it r, and the memory's own prediction y:
-                   "residual" r and not y, "ffn" y and not r, "agreement" both, "composition" neither; they sum to 1
-    norm           whether the layers' and memories' own predictions have the final norm folded in
-    model          what it was loaded as
+    Shares are float64. The stream has 2 L + 1 points: after the embedding, and after the attention
+    and the FFN of each layer.
+
+    Attributes:
+        answers: (n,) int64, the token looked at: the one that the model says, or the first of the
+            target.
+        ranks: (n, 2 L + 1) int64, the answer's rank at each point. 0 is the likeliest token.
+        probabilities: (n, 2 L + 1) float32, its probability there, read through the model's own
+            final norm and unembedding.
+        half: (n,) int64, how many of the `neurons` sub-updates carry half of what speaks for the
+            answer, as `Composition.half`.
+        neurons: The number of sub-updates of one prediction: of experts those chosen.
+        among: Which neurons count, as shares of Σ |mᵢ|·‖vᵢ‖ in a layer. 1: all that are not at
+            zero, 0: the strongest alone.
+        composed: (len(among), L), the share of predictions in which no such neuron predicts what
+            its layer predicts.
+        chance: (len(among), L), the same with the layer's predictions dealt out over the prompts.
+        counted: (len(among), L), how many neurons these are on average.
+        half_of_layer: (n, L) int64, how many of a layer's sub-updates carry half of what speaks
+            for the layer's own prediction.
+        says: (L,), the share of predictions in which a layer's own prediction is the answer.
+        cases: {case: (L,)}, the share of predictions in which the stream predicts, after the FFN:
+            "residual" what it predicted before, "ffn" what the FFN predicts, "agreement" both,
+            "composition" neither. They sum to 1.
+        norm: Whether the own predictions of layers and neurons have the final norm folded in.
+        model: The name that the model was loaded by.
     """
 
     answers: Tensor
@@ -78,10 +94,10 @@ class Refinement(Shown):
     model: str
 
     def tables(self) -> list[Table]:
-        """Layer by layer what its own prediction is, and how far the answer is."""
+        """Return one table: for each layer its own prediction, and how far the answer is."""
         title = (
-            f"{len(self.answers):,} predictions of {self.model}; half of what speaks for the answer: "
-            f"{int(self.half.median()):,} of {self.neurons:,} sub-updates"
+            f"{len(self.answers):,} predictions of {self.model}; half of what speaks for the "
+            f"answer: {int(self.half.median()):,} of {self.neurons:,} sub-updates"
         )
         median, first = self.quantiles(0.5)[0].tolist(), self.first.tolist()
         rows = [
@@ -95,33 +111,30 @@ class Refinement(Shown):
             )
             for layer in range(len(self.says))
         ]
-        names = ("layer", "no memory's", "says the answer", *self.cases, "median rank", "first")
+        names = ("layer", "no neuron's", "says the answer", *self.cases, "median rank", "first")
         return [
             Table(
                 title,
                 dict.fromkeys(names, ">"),
                 rows,
-                "no memory's: the layer's prediction is that of none of its memories",
+                "no neuron's: no neuron of the layer predicts what the layer predicts",
             )
         ]
 
     @property
     def first(self) -> Tensor:
-        """(2 L + 1,) of the predictions, in how many the answer is the likeliest token already."""
+        """(2 L + 1,), the share of predictions whose answer is the likeliest token at a point."""
         return (self.ranks == 0).double().mean(0)
 
     def quantiles(self, *which: float) -> Tensor:
-        """(len(which), 2 L + 1) quantiles of the answer's rank: 0.5 the median."""
+        """Return quantiles of the answer's rank, (len(which), 2 L + 1). 0.5 is the median."""
         return self.ranks.double().quantile(torch.tensor(which, dtype=torch.float64), dim=0)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The averages as a table, a row a layer."""
-        median, first, probability = (
-            self.quantiles(0.5)[0],
-            self.first,
-            self.probabilities.double().mean(0),
-        )
-        found = []
+        """Return the averages as rows of a table, one for each layer."""
+        median, first = self.quantiles(0.5)[0], self.first
+        probability = self.probabilities.double().mean(0)
+        rows = []
         for layer in range(len(self.says)):
             row: dict[str, Any] = {"layer": layer}
             for share, composed, chance in zip(
@@ -139,12 +152,12 @@ class Refinement(Shown):
                     f"{name} first": float(first[at]),
                     f"{name} p": float(probability[at]),
                 }
-            found.append(row)
-        return found
+            rows.append(row)
+        return rows
 
 
 @torch.no_grad()
-def refinement(
+def refinement(  # house: a promised public signature
     lm: LanguageModel,
     prompts: Iterable[str],
     targets: Iterable[str] | None = None,
@@ -156,84 +169,74 @@ def refinement(
     batch_tokens: int = 4096,
     progress: Progress | None = None,
 ) -> Refinement:
-    """Take many predictions apart, some dozens in one pass, and put together by layer what they have in common.
+    """Break many predictions down, some dozens in one pass, and average them by layer.
 
-    targets       for each prompt the text whose first token is looked at; None: the token the model says
-    positions     for each prompt which of its tokens predicts (negative: from its end); None: the last. A text may be given many times
-    among         which memories count for `composed`: the fewest that carry such a share of Σ |mᵢ|·‖vᵢ‖; 1: all, 0: the strongest
-    norm          fold the final norm into what layers and memories say by themselves; False: the paper's bare projection
-    values        the model's, of all layers, where they were read before; they say with what norm
-    batch_tokens  padded tokens in one forward pass
+    Args:
+        lm: The model.
+        prompts: The texts. A text may be given many times.
+        targets: For each prompt the text whose first token is looked at. None: the token that the
+            model says.
+        positions: For each prompt the number of the token that predicts; a negative number counts
+            from the end. None: the last token.
+        among: Which neurons count for `composed`: the fewest that carry such a share of
+            Σ |mᵢ|·‖vᵢ‖. 1: all, 0: the strongest alone.
+        norm: Fold the final norm into what layers and neurons predict by themselves. False: the
+            bare projection of the paper.
+        values: The model's values, of all layers, if they were read before. They decide on `norm`.
+        batch_tokens: Padded tokens in one forward pass.
+        progress: Gets the number of predictions done.
 
-    Raises InputError for no prompts, lists that differ in length, a position outside its prompt, a target without a token, or values of
-    another model or other layers; UnsupportedModelError as `compose`.
+    Raises:
+        InputError: when there are no prompts, lists differ in length, a position is outside its
+            prompt, a target has no token, or `values` are of another model or not of all layers.
+        UnsupportedModelError: as `compose`.
     """
     check_model(lm)
-    kept = tuple(_share(share) for share in check_items(among, "among", "shares from 0 to 1"))
-    budget = check_count(batch_tokens, "batch_tokens")
-    rows, at, wanted = _asked(lm, prompts, targets, positions)
+    kept = tuple(
+        check_number(share, "a share in among", least=0, most=1)
+        for share in check_items(among, "among", "shares from 0 to 1")
+    )
     if not kept:
-        raise InputError("among is empty; expected shares from 0 to 1, at least one")
-    scales = [behind(lm, layer) for layer in range(lm.n_layers)]
-    told = _Memories(lm, norm, values, kept, scales)
-    head = find_unembedding(lm)
-    n, points = len(rows), 2 * lm.n_layers + 1
-    answers, half, half_of_layer = (
-        torch.zeros(n, dtype=torch.long),
-        torch.zeros(n, dtype=torch.long),
-        torch.zeros(n, lm.n_layers).long(),
-    )
-    ranks, probabilities = torch.zeros(n, points, dtype=torch.long), torch.zeros(n, points)
-    likeliest, own = (
-        torch.zeros(n, points, dtype=torch.long),
-        torch.zeros(n, lm.n_layers, dtype=torch.long),
-    )
-    done = 0
-    for group in lm.groups([len(ids) for ids in rows], budget):
-        for part in (group[start : start + _ROWS] for start in range(0, len(group), _ROWS)):
-            stream = read_stream(lm, [rows[i] for i in part], [at[i] for i in part], scales)
-            reading = read_logits(lm, head, stream.states[-1])
-            answers[part] = reading.logits.argmax(-1).cpu() if wanted is None else wanted[part]
-            directions, _, _ = reading.directions(head, answers[part])
-            speaking = _shares(lm, stream, directions)
-            half[part] = carrying_half(speaking)
-            ranks[part], probabilities[part], likeliest[part] = (
-                t.T for t in way_up(lm, stream.states, answers[part])
-            )
-            own[part] = told.predictions(stream)
-            half_of_layer[part] = told.add(stream, own[part])
-            done += len(part)
-            tell(progress, "predictions", done, n)
-    composed, chance, counted = told.result(n)
-    before, after = likeliest[:, 1::2], likeliest[:, 2::2]
-    same_before, same_own = after == before, after == own
-    cases = (
-        same_before & ~same_own,
-        same_own & ~same_before,
-        same_before & same_own,
-        ~same_before & ~same_own,
-    )
+        raise InputError(
+            "among is empty: it must hold at least one share from 0 to 1", argument="among"
+        )
+    budget = check_count(batch_tokens, "batch_tokens")
+    asked = _asked(lm, prompts, targets, positions)
+    scales = output_scales(lm)
+    own_predictions = OwnPredictions(lm, among=kept, norm=norm, values=values, scales=scales)
+    each = _read_each(lm, asked, own_predictions, scales, budget, progress)
+    composed, chance, counted = own_predictions.result(len(asked.rows))
     return Refinement(
-        answers=answers,
-        ranks=ranks,
-        probabilities=probabilities,
-        half=half,
-        neurons=speaking.shape[1],
+        answers=each.answers,
+        ranks=each.ranks,
+        probabilities=each.probabilities,
+        half=each.half,
+        neurons=each.neurons,
         among=kept,
         composed=composed,
         chance=chance,
         counted=counted,
-        half_of_layer=half_of_layer,
-        says=(own == answers[:, None]).double().mean(0),
-        cases={name: case.double().mean(0) for name, case in zip(CASES, cases, strict=True)},
-        norm=told.norm,
+        half_of_layer=each.half_of_layer,
+        says=(each.by_layer == each.answers[:, None]).double().mean(0),
+        cases=_cases(each.likeliest, each.by_layer),
+        norm=own_predictions.norm,
         model=lm.name,
     )
 
 
-def _share(value: object) -> float:
-    share = check_number(value, "a share in among", least=0, most=1)
-    return share
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """The predictions to break down.
+
+    Attributes:
+        rows: For each its token ids.
+        at: For each the number of the token that predicts.
+        tokens: (n,), the tokens looked at. None: what the model says.
+    """
+
+    rows: list[list[int]]
+    at: list[int]
+    tokens: Tensor | None
 
 
 def _asked(
@@ -241,165 +244,121 @@ def _asked(
     prompts: Iterable[str],
     targets: Iterable[str] | None,
     positions: Iterable[int] | None,
-) -> tuple[list[list[int]], list[int], Tensor | None]:
-    """Rows of token ids, which token of each predicts, and the tokens looked at where they are given."""
+) -> _Asked:
+    """Check what the caller asks for, and tokenize it."""
     texts = check_items(prompts, "prompts", "texts")
-    ends = (
-        [-1] * len(texts)
-        if positions is None
-        else check_items(positions, "positions", "whole numbers, one for each prompt", also="None")
-    )
-    wanted = (
-        None
-        if targets is None
-        else check_items(targets, "targets", "texts, one for each prompt", also="None")
-    )
+    ends = [-1] * len(texts)
+    if positions is not None:
+        ends = check_items(positions, "positions", "whole numbers, one for each prompt")
+    wanted = None
+    if targets is not None:
+        wanted = check_items(targets, "targets", "texts, one for each prompt")
     if not texts or len(ends) != len(texts) or (wanted is not None and len(wanted) != len(texts)):
         given = f"{len(texts)} prompts, {len(ends)} positions" + (
             "" if wanted is None else f", {len(wanted)} targets"
         )
-        raise InputError(f"got {given}; expected at least one prompt, and as many of each")
+        raise InputError(f"got {given}; give at least one prompt, and as many of each")
     rows, at = [], []
     for text, end in zip(texts, ends, strict=True):
-        ids, place = lm.prompt_ids(text), whole_number(end)
-        if place is None or not -len(ids) <= place < len(ids):
-            raise InputError(
-                f"a position is {end!r}; expected one of the {len(ids)} tokens of {text!r}, or negative from its end"
-            )
-        at.append(place % len(ids))
+        ids = lm.prompt_ids(text)
+        at.append(check_position(end, len(ids), "a position"))
         rows.append(ids[: at[-1] + 1] if lm.is_causal else ids)
     if wanted is None:
-        return rows, at, None
-    return (
-        rows,
-        at,
-        torch.tensor(
-            [
-                target_ids(lm.tokenizer, text, target)[0]
-                for text, target in zip(texts, wanted, strict=True)
-            ]
-        ),
-    )
+        return _Asked(rows, at, None)
+    tokens = [
+        target_ids(lm.tokenizer, text, target)[0]
+        for text, target in zip(texts, wanted, strict=True)
+    ]
+    return _Asked(rows, at, torch.tensor(tokens))
 
 
-def _shares(lm: LanguageModel, stream: Stream, directions: Tensor) -> Tensor:
-    """What every sub-update of all layers adds along each prediction's direction (n, d_model): (n, neurons), on the CPU."""
-    found = []
-    for ffn, factor, fired in zip(lm.ffn, stream.behind, stream.fired, strict=True):
-        found += [
+class _Each:
+    """What is read of each prediction: the attributes of `Refinement` of these names, and more.
+
+    Attributes:
+        likeliest: (n, 2 L + 1) int64, the likeliest token at each point of the stream.
+        by_layer: (n, L) int64, what each layer predicts by itself.
+    """
+
+    def __init__(self, n: int, n_layers: int) -> None:
+        points = 2 * n_layers + 1
+        self.answers = torch.zeros(n, dtype=torch.long)
+        self.half = torch.zeros(n, dtype=torch.long)
+        self.half_of_layer = torch.zeros(n, n_layers, dtype=torch.long)
+        self.ranks = torch.zeros(n, points, dtype=torch.long)
+        self.probabilities = torch.zeros(n, points)
+        self.likeliest = torch.zeros(n, points, dtype=torch.long)
+        self.by_layer = torch.zeros(n, n_layers, dtype=torch.long)
+        self.neurons = 0
+
+
+def _read_each(
+    lm: LanguageModel,
+    asked: _Asked,
+    own_predictions: OwnPredictions,
+    scales: Mapping[int, Tensor],
+    budget: int,
+    progress: Progress | None,
+) -> _Each:
+    """Read all predictions, batch by batch, and count the own predictions of layers."""
+    head, each = find_unembedding(lm), _Each(len(asked.rows), lm.n_layers)
+    done = 0
+    for part in _batches(lm, asked.rows, budget):
+        rows, at = [asked.rows[i] for i in part], [asked.at[i] for i in part]
+        stream = read_stream(lm, rows, at, scales)
+        reading = read_logits(lm, head, stream.states[-1])
+        answers = reading.logits.argmax(-1).cpu() if asked.tokens is None else asked.tokens[part]
+        directions, _, _ = reading.directions(head, answers)
+        speaking = _shares_of_all(lm, stream, directions)
+        each.answers[part], each.half[part] = answers, carrying_half(speaking)
+        each.ranks[part], each.probabilities[part], each.likeliest[part] = (
+            t.T for t in way_up(lm, stream.states, answers)
+        )
+        by_layer = own_predictions.predictions(stream)
+        each.by_layer[part] = by_layer
+        each.half_of_layer[part] = own_predictions.add(stream, by_layer)
+        each.neurons = speaking.shape[1]
+        done += len(part)
+        tell(progress, "predictions", done, len(asked.rows))
+    return each
+
+
+def _batches(lm: LanguageModel, rows: Sequence[Sequence[int]], budget: int) -> list[list[int]]:
+    """Return the numbers of rows in batches of similar length, at most `_ROWS` each."""
+    return [
+        group[start : start + _ROWS]
+        for group in lm.groups([len(ids) for ids in rows], budget)
+        for start in range(0, len(group), _ROWS)
+    ]
+
+
+def _shares_of_all(lm: LanguageModel, stream: Stream, directions: Tensor) -> Tensor:
+    """Return what every sub-update of all layers adds along each prediction's direction.
+
+    Takes directions (n, d_model). Returns (n, neurons) on the CPU.
+    """
+    along = []
+    for ffn, factor, fired in zip(lm.ffn, stream.factors, stream.fired, strict=True):
+        along += [
             shares(ffn, some, directions.to(factor.device) * factor).flatten(1).cpu()
             for some in fired
         ]
-    return torch.cat(found, 1)
+    return torch.cat(along, 1)
 
 
-class _Memories:
-    """What layers and their memories say by themselves, and how often the one is among the other.
+def _cases(likeliest: Tensor, by_layer: Tensor) -> dict[str, Tensor]:
+    """Return `Refinement.cases`.
 
-    A sum over predictions as they come in: how many of the memories that count there say the layer's own prediction, and for `chance` how
-    often each token is predicted and in how many predictions one of the memories that count says it.
+    Args:
+        likeliest: (n, 2 L + 1), the likeliest token at each point of the stream.
+        by_layer: (n, L), what each layer predicts by itself.
     """
-
-    def __init__(
-        self,
-        lm: LanguageModel,
-        norm: bool,
-        values: ValueTokens | None,
-        among: Sequence[float],
-        scales: Sequence[Tensor],
-    ) -> None:
-        if values is not None and (
-            values.fingerprint != lm.fingerprint
-            or {bank[0] for bank in values.top_ids} != set(range(lm.n_layers))
-        ):
-            there = f"the values of {values.model} are not those of all layers of {lm.name}"
-            raise InputError(f"{there}; read them with value_tokens(lm), or leave them out")
-        values = value_tokens(lm, top=1, norm=norm) if values is None else values
-        self.lm, self.norm, self.among = lm, values.norm, among
-        self.head: Unembedding = find_unembedding(lm, norm=self.norm)
-        self.scales = [
-            scale.to(self.head.scale) if self.norm else torch.ones_like(self.head.scale)
-            for scale in scales
-        ]
-        self.says = [  # by layer and bank: (d_ff,) and (d_ff,), the tokens for a positive and for a negative coefficient
-            [
-                (values.top_ids[bank][:, 0], values.bottom_ids[bank][:, 0])
-                for bank in banks(lm, [layer])
-            ]
-            for layer in range(lm.n_layers)
-        ]
-        self.lengths = [
-            [
-                (bank.values.float() * scale.to(bank.values.device)).norm(dim=1).cpu()
-                for bank in ffn.banks
-            ]
-            for ffn, scale in zip(lm.ffn, self.scales, strict=True)
-        ]
-        shape = (len(among), lm.n_layers)
-        self.hits, self.counts = (
-            torch.zeros(shape, dtype=torch.float64),
-            torch.zeros(shape, dtype=torch.float64),
-        )
-        self.predicted = torch.zeros(lm.n_layers, len(self.head.weight), dtype=torch.int32)
-        self.covered = torch.zeros(*shape, len(self.head.weight), dtype=torch.int32)
-
-    def predictions(self, stream: Stream) -> Tensor:
-        """What each layer says by itself: (n, n_layers)."""
-        written = torch.stack(
-            [
-                self.head.fold(out.to(scale) * scale)
-                for out, scale in zip(stream.written, self.scales, strict=True)
-            ],
-            1,
-        )
-        ids, *_ = extreme_tokens(written.flatten(0, 1), self.head.weight, 1)
-        return ids.view(written.shape[:2])
-
-    def add(self, stream: Stream, own: Tensor) -> Tensor:
-        """Take in some predictions, of what each layer says by itself (n, n_layers); `half_of_layer` of each."""
-        n = len(own)
-        row = torch.arange(n)
-        half = torch.zeros_like(own)
-        for layer, (ffn, fired) in enumerate(zip(self.lm.ffn, stream.fired, strict=True)):
-            direction = unfold(self.head, self.head.weight[own[:, layer]]) * self.scales[layer]
-            half[:, layer] = carrying_half(
-                torch.cat([shares(ffn, some, direction).flatten(1).cpu() for some in fired], 1)
-            )
-            said, weights = (
-                torch.cat(each, 1)
-                for each in zip(*(self._weighed(layer, some) for some in fired), strict=True)
-            )
-            weights, order = weights.double().sort(1, descending=True)
-            said = said.gather(1, order)
-            before = weights.cumsum(1) - weights
-            self.predicted[layer] += torch.bincount(
-                own[:, layer], minlength=self.predicted.shape[1]
-            ).int()
-            for i, share in enumerate(self.among):
-                counts = weights > 0
-                if share < 1:  # of all, rounding must not lose the smallest
-                    counts &= before < share * weights.sum(1, keepdim=True)
-                    counts[:, 0] = weights[:, 0] > 0
-                of, place = counts.nonzero(as_tuple=True)
-                covered = torch.zeros(n, self.covered.shape[2], dtype=torch.bool)
-                covered[of, said[of, place]] = True
-                self.hits[i, layer] += covered[row, own[:, layer]].sum()
-                self.counts[i, layer] += len(of)
-                self.covered[i, layer] += covered.sum(0, dtype=torch.int32)
-        return half
-
-    def _weighed(self, layer: int, fired: Fired) -> tuple[Tensor, Tensor]:
-        """What each sub-update says by itself, and |m| times the length of its value: (n, neurons) on the CPU."""
-        here = Fired(fired.places.cpu(), fired.m.cpu())
-        said, weights = torch.zeros(here.m.shape, dtype=torch.long), torch.zeros_like(here.m)
-        for place, row, slot in here.by_bank():
-            own = here.m[row, slot]
-            promoted, demoted = self.says[layer][place]
-            said[row, slot] = torch.where(own > 0, promoted, demoted)
-            weights[row, slot] = own.abs() * self.lengths[layer][place]
-        return said.flatten(1), weights.flatten(1)
-
-    def result(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
-        """`composed`, `chance` and `counted` of n predictions."""
-        dealt = (self.covered.double() * self.predicted.double()).sum(-1) / n**2
-        return 1 - self.hits / n, 1 - dealt, self.counts / n
+    before, after = likeliest[:, 1::2], likeliest[:, 2::2]
+    same_before, same_own = after == before, after == by_layer
+    cases = (
+        same_before & ~same_own,
+        same_own & ~same_before,
+        same_before & same_own,
+        ~same_before & ~same_own,
+    )
+    return {name: case.double().mean(0) for name, case in zip(CASES, cases, strict=True)}

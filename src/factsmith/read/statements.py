@@ -1,12 +1,13 @@
-"""Facts as sentences whose parts are known: a corpus, and the labels by which triggers found in it are told apart.
+"""Facts as sentences with known parts: a corpus, and labels for the triggers in it.
 
-    told = statements(facts, each=6)                             # every fact in six of its phrasings, with its answer
-    triggers = find_triggers(lm, [one.text for one in told])
-    labels = fact_labels(told)                                   # relation, subject, object, and the part of the sentence
-    profile(triggers, labels, groups={one.text: one.fact for one in told})
+    sentences = statements(facts, each=6)                    # each fact in six of its phrasings
+    triggers = find_triggers(lm, [one.text for one in sentences])
+    labels = fact_labels(sentences)                          # relation, subject, object, and part
+    profile(triggers, labels, groups={one.text: one.fact for one in sentences})
 
-A fact should have fewer sentences than half of a neuron's triggers: then none is selective for a subject, a relation or an object that it
-met in one fact alone. For the bundled models `tools.atlas.corpus.crossed` chooses the facts.
+A fact should have fewer sentences than half of a neuron's triggers. Then no neuron is selective for
+a subject, a relation or an object that it met in one fact alone. `tools.atlas.corpus.crossed`
+chooses such facts among the bundled ones.
 """
 
 from __future__ import annotations
@@ -18,22 +19,26 @@ from dataclasses import dataclass
 from ..core.checks import check_count, check_seed
 from ..core.errors import InputError
 from ..core.fact import Fact, listed
-from .profile import Label
+from .features import Label
 from .triggers import Trigger
 
 PARTS = ("subject", "subject's end", "words", "answer due", "answer", "end")
-"""Where in a statement a token stands: inside the subject; its last token; in the relation's words; the last token before the answer, where
-it is predicted; in the answer; behind it. A subject that ends where the answer is due counts as the subject's end."""
+"""Where a token is in a statement.
+
+Inside the subject; at the subject's last token; in the words of the relation; at the last token
+before the answer, where the answer is predicted; in the answer; or after it. A subject that ends
+where the answer is due counts as the subject's end."""
 
 
 @dataclass(frozen=True)
 class Statement:
     """A fact as a sentence.
 
-    text     a prompt of the fact, its answer, and a full stop
-    fact     the fact
-    subject  the subject's characters [start, stop); None where the prompt does not hold it
-    answer   the answer's
+    Attributes:
+        text: A prompt of the fact, its answer, and a full stop.
+        fact: The fact.
+        subject: The subject's characters, [start, stop). None where the prompt does not hold it.
+        answer: The answer's characters.
     """
 
     text: str
@@ -47,7 +52,7 @@ class Statement:
         return self.text[slice(*self.answer)]
 
     def part(self, start: int, stop: int) -> str:
-        """Which of `PARTS` the token with the characters [start, stop) stands in."""
+        """Return which of `PARTS` holds the token with the characters [start, stop)."""
         first, last = self.subject or (0, 0)
         if start < last <= stop:
             return "subject's end"
@@ -62,57 +67,74 @@ class Statement:
 def statements(
     facts: Fact | Iterable[Fact], *, each: int | None = None, seed: int = 0
 ) -> list[Statement]:
-    """Every fact in its prompt and its paraphrases, continued with what is so: `target_true` where it is known, else `target`.
+    """Return each fact as sentences: its prompt and its paraphrases, completed with the answer.
 
-    each  at most so many of a fact's phrasings, drawn at random by `seed`; None: all
+    The answer is `target_true` where it is known, otherwise `target`. Where two facts make the same
+    sentence, the first fact keeps it.
 
-    Where two facts make the same sentence the first keeps it. Raises InputError for what is no fact, or has nothing to say.
+    Args:
+        facts: The facts.
+        each: At most so many of a fact's phrasings, drawn at random. None: all.
+        seed: Seed of the draw.
+
+    Raises:
+        InputError: when an item is not a fact, or a fact has no answer.
     """
     draw = random.Random(check_seed(seed))
-    each = (
-        None
-        if each is None
-        else check_count(each, "each", "the number of phrasings of a fact to take")
-    )
-    told: dict[str, Statement] = {}
+    if each is not None:
+        each = check_count(each, "each", "the number of phrasings of a fact to take")
+    sentences: dict[str, Statement] = {}
     for fact in listed(facts):
-        said = fact.target_true if fact.target_true is not None else fact.target
-        if said is None:
+        answer = fact.target_true if fact.target_true is not None else fact.target
+        if answer is None:
             raise InputError(
-                f"{fact} says nothing; expected a target_true or a target: a statement ends with what is so"
+                f"{fact} has no answer, so it says nothing. "
+                "Give each fact a target_true or a target: a statement ends with it."
             )
-        said = said.strip()
         phrasings = (fact.prompt, *fact.paraphrases)
         for template in (
             phrasings if each is None else draw.sample(phrasings, min(each, len(phrasings)))
         ):
-            prompt = template.replace("{}", fact.subject).rstrip()
-            first = template.find("{}") if "{}" in template else prompt.find(fact.subject)
-            text = f"{prompt} {said}."
-            subject = (first, first + len(fact.subject)) if first >= 0 else None
-            told.setdefault(
-                text, Statement(text, fact, subject, (len(prompt) + 1, len(prompt) + 1 + len(said)))
-            )
-    return list(told.values())
+            statement = _statement(fact, template, answer.strip())
+            sentences.setdefault(statement.text, statement)
+    return list(sentences.values())
+
+
+def _statement(fact: Fact, template: str, answer: str) -> Statement:
+    """Return a fact in one phrasing, where {} stands for the subject."""
+    prompt = template.replace("{}", fact.subject).rstrip()
+    first = template.find("{}") if "{}" in template else prompt.find(fact.subject)
+    subject = (first, first + len(fact.subject)) if first >= 0 else None
+    start = len(prompt) + 1
+    return Statement(f"{prompt} {answer}.", fact, subject, (start, start + len(answer)))
 
 
 def fact_labels(
-    told: Iterable[Statement], types: Mapping[str, str] | None = None
+    told: Iterable[Statement],  # house: a promised public signature
+    types: Mapping[str, str] | None = None,
 ) -> dict[str, Label]:
-    """What `profile` may know about the triggers in statements, by feature.
+    """Return labels that `profile` can compare triggers by.
 
-    relation  the fact's; of a fact without one, its prompt
-    subject   the fact's
-    object    the answer
-    type      of the subject, by its relation: `types` is {relation: type}, such as the bundled `atlas.subject_types()`; only where given
-    part      where in the sentence the token stands, one of `PARTS`
+    The features are:
 
-    Raises InputError for no statement, or types of which no relation is here.
+        relation  The fact's relation; for a fact without one, its prompt.
+        subject   The fact's subject.
+        object    The answer.
+        type      The type of the subject. Only with `types`.
+        part      Where in the sentence the token is: one of `PARTS`.
+
+    Args:
+        told: The statements that were scanned.
+        types: {relation: type of its subjects}, such as the bundled `atlas.subject_types()`.
+
+    Raises:
+        InputError: when there are no statements, or `types` has none of their relations.
     """
     by_text = {each.text: each for each in told}
     if not by_text:
         raise InputError(
-            "fact_labels got no statement; expected those that were scanned, as `statements` makes them"
+            "fact_labels got no statement. Give the statements that were scanned, as `statements` "
+            "returns them."
         )
     relations = {text: each.fact.relation or each.fact.prompt for text, each in by_text.items()}
     labels: dict[str, Label] = {"relation": relations}
@@ -122,14 +144,16 @@ def fact_labels(
         }
         if not labels["type"]:
             raise InputError(
-                f"types has none of the relations here, such as {next(iter(relations.values()))!r}; it has {', '.join(types)}"
+                f"types has no relation of the statements, such as "
+                f"{next(iter(relations.values()))!r}; it has {', '.join(types)}",
+                argument="types",
             )
     labels["subject"] = {text: each.fact.subject for text, each in by_text.items()}
     labels["object"] = {text: each.object for text, each in by_text.items()}
 
     def part(trigger: Trigger) -> Hashable:
-        own = by_text.get(trigger.text)
-        return None if own is None else own.part(trigger.start, trigger.stop)
+        statement = by_text.get(trigger.text)
+        return None if statement is None else statement.part(trigger.start, trigger.stop)
 
     labels["part"] = part
     return labels

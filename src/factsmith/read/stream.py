@@ -1,41 +1,50 @@
-"""What every layer adds to the stream at one token of each of some texts, and what its memory does there: all layers in one pass.
+"""What each layer adds to the stream at one token of each of some texts, in one pass of the model.
 
-scales = [behind(lm, layer) for layer in range(lm.n_layers)]
-stream = read_stream(lm, rows, at, scales)             # rows of token ids, and which token of each
-stream.ffn[3], stream.fired[3]                         # (n, d_model) added by layer 3's memory, and its coefficients
-reading = read_logits(lm, head, stream.states[-1])     # how these additions become logits
-shares(lm, 3, stream, reading.directions(head, ids))   # what each sub-update adds to the logit of a token
+    scales = output_scales(lm)
+    stream = read_stream(lm, rows, at, scales)             # rows of token ids, a token of each row
+    stream.ffn[3], stream.fired[3]                         # what layer 3's FFN added, and how
+    reading = read_logits(lm, head, stream.states[-1])     # how additions become logits
+    directions, _, _ = reading.directions(head, ids)
+    shares(lm.ffn[3], stream.fired[3][0], directions)      # each sub-update's share of a logit
+
+The stream is the hidden state that runs through all layers. The final norm is linear once its
+divisor is fixed at its value in this pass, so each addition has a share of every logit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from ..core.checks import whole_number
+from ..core.errors import InputError
 from ..model.ffn import FeedForward
 from ..model.language_model import LanguageModel
-from ..model.trace import first_tensor, get_slot, recording, replacing
+from ..model.tokens import Batch
+from ..model.trace import Call, first_tensor, get_slot, recording, replacing
 from .unembedding import Unembedding
 
-_HEAD_ROWS = 256  # states read through the tail at a time: logits are the largest tensors of all
+_HEAD_ROWS = 256
+"""States read through the unembedding at a time: logits are the largest tensors of all."""
 
 
 @dataclass(frozen=True, eq=False)
 class Fired:
     """The coefficients of some of a layer's banks at n tokens, times their expert's weight.
 
-    places  (n, k) int64, which of the layer's banks; -1: none
-    m       (n, k, d_ff) float32
+    Attributes:
+        places: (n, k) int64, which of the layer's banks. -1: none.
+        m: (n, k, d_ff) float32.
     """
 
     places: Tensor
     m: Tensor
 
     def by_bank(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(place, row, slot): for each bank where in `m` its coefficients are."""
+        """Yield each bank with the rows and the slots of `m` that hold its coefficients."""
         for place in torch.unique(self.places).tolist():
             if place >= 0:
                 yield place, *(self.places == place).nonzero(as_tuple=True)
@@ -43,48 +52,123 @@ class Fired:
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """The way up at n tokens, in float32, where the embedding lies; the coefficients where their layer does.
+    """The stream at n tokens, from the embedding up, in float32.
 
-    embedding  (n, d_model)
-    attention  one a layer, (n, d_model): what attention added to the stream
-    ffn        one a layer, (n, d_model): what the memory added to the stream
-    written    one a layer, (n, d_model): what it put out, before a norm behind it
-    behind     one a layer, (n, d_model): what that norm multiplied it by; ones where there is none
-    fired      one a layer: of experts those that were chosen, then the shared bank
-    states     (2 n_layers + 1, n, d_model): embedding, then behind attention and memory of every layer
+    Tensors are on the device of the embedding, the coefficients on that of their layer.
+
+    Attributes:
+        embedding: (n, d_model).
+        states: (2 n_layers + 1, n, d_model): the embedding, then the stream after the attention
+            and after the FFN of each layer.
+        attention: One for each layer, (n, d_model): what the attention added.
+        ffn: One for each layer, (n, d_model): what the FFN added.
+        written: One for each layer, (n, d_model): the FFN's output, before a norm that follows it.
+        factors: One for each layer, (n, d_model): what that norm multiplied the output by. Ones
+            where no norm follows.
+        fired: One for each layer. In a layer with experts: those chosen, then the shared bank.
     """
 
     embedding: Tensor
-    attention: list[Tensor]
-    ffn: list[Tensor]
-    written: list[Tensor]
-    behind: list[Tensor]
-    fired: list[list[Fired]]
     states: Tensor
+    attention: list[Tensor] = field(default_factory=list)
+    ffn: list[Tensor] = field(default_factory=list)
+    written: list[Tensor] = field(default_factory=list)
+    factors: list[Tensor] = field(default_factory=list)
+    fired: list[list[Fired]] = field(default_factory=list)
+
+
+def check_position(position: object, n_tokens: int, name: str = "position") -> int:
+    """Return the number of a token counted from the start.
+
+    Args:
+        position: The number. A negative number counts from the end.
+        n_tokens: Number of tokens of the prompt.
+        name: How an error names the position.
+
+    Raises:
+        InputError: when the prompt has no such token.
+    """
+    at = whole_number(position)
+    if at is None or not -n_tokens <= at < n_tokens:
+        raise InputError(
+            f"{name} is {position!r}: the prompt has {n_tokens} tokens, so it must be a whole "
+            f"number from 0 to {n_tokens - 1}, or a negative one that counts from the end",
+            argument=name if name.isidentifier() else None,
+        )
+    return at % n_tokens
 
 
 @torch.no_grad()
 def read_stream(
-    lm: LanguageModel, rows: Sequence[Sequence[int]], at: Sequence[int], scales: Sequence[Tensor]
+    lm: LanguageModel,
+    rows: Sequence[Sequence[int]],
+    at: Sequence[int],
+    scales: Mapping[int, Tensor],
 ) -> Stream:
-    """What happens at one token of each row of token ids; scales: `behind` of every layer.
+    """Read the stream at one token of each row.
 
-    Raises InputError for rows longer than the model's positions, UnsupportedModelError for padding it would see.
+    Args:
+        lm: The model.
+        rows: Rows of token ids.
+        at: For each row the number of the token.
+        scales: `output_scales` of every layer.
+
+    Raises:
+        InputError: when a row is longer than the model's positions.
+        UnsupportedModelError: when the model would see the padding of shorter rows.
     """
     batch = lm.align(rows, at)
     lm.check_batch(batch)
+    seen = _run(lm, batch)
+    before = get_slot(seen.entered[0][0], lm.slot)[:, batch.pivot].float()
+    home = before.device
+    stream = Stream(before, torch.stack([before] * (2 * lm.n_layers + 1)))
+    for ffn in lm.ffn:
+        up = seen.after[ffn.layer].to(home)
+        output = seen.written[ffn.layer].to(home)
+        added, factor = _added(lm, ffn, seen, output, scales[ffn.layer].to(home))
+        stream.written.append(output)
+        stream.factors.append(factor)
+        stream.ffn.append(added)
+        stream.attention.append(up - added - before)
+        stream.states[2 * ffn.layer + 1], stream.states[2 * ffn.layer + 2] = up - added, up
+        stream.fired.append(_fired_experts(ffn, seen) if ffn.n_experts else [_fired(ffn, seen)])
+        before = up
+    return stream
+
+
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    """What one forward pass leaves.
+
+    Attributes:
+        batch: The rows, aligned at their tokens.
+        after: {layer: (n, d_model)}, the stream after the layer, at the tokens.
+        written: {layer: (n, d_model)}, the FFN's output at the tokens.
+        m: {layer: (n, d_ff)}, the coefficients of a dense layer at the tokens.
+        entered: The calls of the first layer, and of each layer with a norm after its FFN.
+        experts: {(layer, part): calls} of the parts of layers with experts.
+    """
+
+    batch: Batch
+    after: dict[int, Tensor]
+    written: dict[int, Tensor]
+    m: dict[int, Tensor]
+    entered: dict[int, list[Call]]
+    experts: dict[tuple[int, str], list[Call]]
+
+
+def _run(lm: LanguageModel, batch: Batch) -> _Pass:
+    """Run the model once and keep what `read_stream` needs."""
     after: dict[int, Tensor] = {}
     written: dict[int, Tensor] = {}
     m: dict[int, Tensor] = {}
 
-    def keep(found: dict[int, Tensor], layer: int) -> Callable[[Tensor], Tensor]:
+    def keep(kept: dict[int, Tensor], layer: int) -> Callable[[Tensor], Tensor]:
         def take(tensor: Tensor) -> Tensor:
-            at_pivot = tensor.reshape(batch.size, batch.width, -1)[
-                :, batch.pivot
-            ]  # some families flatten (B, T)
-            found[layer] = at_pivot.to(
-                torch.float32, copy=True
-            )  # models add to such tensors in place
+            # Some families flatten (B, T), and models add to such tensors in place.
+            at_pivot = tensor.reshape(batch.size, batch.width, -1)[:, batch.pivot]
+            kept[layer] = at_pivot.to(torch.float32, copy=True)
             return tensor
 
         return take
@@ -101,7 +185,7 @@ def read_stream(
         if ffn.n_experts
         for name, part in ffn.routing_parts().items()
     }
-    # What is kept of the layers is what goes in, and what comes out of experts' parts is kept as it was.
+    # Of the layers only the inputs are used, so their outputs are not copied.
     with (
         recording(again, copy=False) as entered,
         recording(routed) as experts,
@@ -109,71 +193,54 @@ def read_stream(
         replacing(outputs),
     ):
         lm.forward(batch)
-    before = get_slot(entered[0][0], lm.slot)[:, batch.pivot].float()
-    home = before.device
-    found = Stream(before, [], [], [], [], [], torch.stack([before] * (2 * lm.n_layers + 1)))
-    for ffn, scale in zip(lm.ffn, scales, strict=True):
-        out, up = written[ffn.layer].to(home), after[ffn.layer].to(home)
-        added, factor = out, scale.to(home).expand_as(out)
-        if not ffn.adds_directly:
-            call = entered[ffn.layer][0]
-            with replacing({ffn.module: torch.zeros_like}):
-                without = first_tensor(lm.layers[ffn.layer](*call.args, **call.kwargs))
-            added, scaled = up - without[:, batch.pivot].float().to(home), factor * out
-            factor = (
-                factor * ((scaled * added).sum(-1) / scaled.square().sum(-1))[:, None]
-            )  # what the norm divided by
-        found.written.append(out)
-        found.behind.append(factor)
-        found.ffn.append(added)
-        found.attention.append(up - added - before)
-        found.states[2 * ffn.layer + 1], found.states[2 * ffn.layer + 2] = up - added, up
-        parts = (
-            {name: experts[ffn.layer, name] for name in ffn.routing_parts()}
-            if ffn.n_experts
-            else None
-        )
-        if parts is None:
-            found.fired.append(
-                [
-                    Fired(
-                        torch.zeros(batch.size, 1, dtype=torch.long, device=m[ffn.layer].device),
-                        m[ffn.layer][:, None],
-                    )
-                ]
-            )
-        else:
-            routing = ffn.routing_of(parts)
-            own = (
-                torch.arange(batch.size, device=routing.experts.device) * batch.width + batch.pivot
-            )
-            chosen = torch.where(
-                (routing.experts >= 0) & (routing.experts < ffn.n_experts), routing.experts, -1
-            )[own]
-            found.fired.append(
-                [
-                    Fired(
-                        chosen,
-                        (routing.weights[own][..., None] * routing.coefficients[own]).float(),
-                    )
-                ]
-            )
-            if routing.shared is not None and routing.shared_weight is not None:
-                shared = (routing.shared_weight[own][:, None] * routing.shared[own]).float()
-                found.fired[-1].append(
-                    Fired(torch.full_like(chosen[:, :1], ffn.n_experts), shared[:, None])
-                )
-        before = up
-    return found
+    return _Pass(batch, after, written, m, entered, experts)
+
+
+def _added(
+    lm: LanguageModel, ffn: FeedForward, seen: _Pass, output: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return what an FFN added to the stream, and what its output was multiplied by."""
+    factor = scale.expand_as(output)
+    if ffn.adds_directly:
+        return output, factor
+    call = seen.entered[ffn.layer][0]
+    with replacing({ffn.module: torch.zeros_like}):
+        without = first_tensor(lm.layers[ffn.layer](*call.args, **call.kwargs))
+    up = seen.after[ffn.layer].to(output.device)
+    added, scaled = up - without[:, seen.batch.pivot].float().to(output.device), factor * output
+    # The quotient of the two is what the norm divided by.
+    return added, factor * ((scaled * added).sum(-1) / scaled.square().sum(-1))[:, None]
+
+
+def _fired(ffn: FeedForward, seen: _Pass) -> Fired:
+    """Return the coefficients of a dense layer."""
+    m = seen.m[ffn.layer]
+    return Fired(torch.zeros(len(m), 1, dtype=torch.long, device=m.device), m[:, None])
+
+
+def _fired_experts(ffn: FeedForward, seen: _Pass) -> list[Fired]:
+    """Return the coefficients of the chosen experts of a layer, then those of its shared bank."""
+    routing = ffn.routing_of({name: seen.experts[ffn.layer, name] for name in ffn.routing_parts()})
+    batch = seen.batch
+    at = torch.arange(batch.size, device=routing.experts.device) * batch.width + batch.pivot
+    chosen = torch.where(
+        (routing.experts >= 0) & (routing.experts < ffn.n_experts), routing.experts, -1
+    )[at]
+    fired = [Fired(chosen, (routing.weights[at][..., None] * routing.coefficients[at]).float())]
+    if routing.shared is not None and routing.shared_weight is not None:
+        shared = (routing.shared_weight[at][:, None] * routing.shared[at]).float()
+        fired.append(Fired(torch.full_like(chosen[:, :1], ffn.n_experts), shared[:, None]))
+    return fired
 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
     """How n last hidden states become logits.
 
-    logits  (n, vocab), after any softcap
-    normed  (n, d_model) float32, what the unembedding takes, times the head's multiplier
-    size    (n,) what the final norm divides by
+    Attributes:
+        logits: (n, vocab), after any softcap.
+        normed: (n, d_model) float32, the input of the unembedding, times the head's multiplier.
+        size: (n,), what the final norm divides by.
     """
 
     logits: Tensor
@@ -183,32 +250,31 @@ class Reading:
     def directions(
         self, head: Unembedding, ids: Tensor, other: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """How additions to the stream become the logit of a token (n,), less another's: addition @ direction, and a constant beside them.
+        """Return how additions to the stream become the logit of a token.
 
-        Returns directions (n, d_model), the constants (n,), and the logits (n,), before any softcap.
+        The logit is the sum of `addition @ direction` over all additions, plus a constant.
+
+        Args:
+            head: The model's unembedding.
+            ids: The tokens, (n,).
+            other: Tokens whose logits are subtracted, (n,). None: nothing is subtracted.
+
+        Returns:
+            The directions (n, d_model), the constants (n,), and the logits (n,) before any
+            softcap.
         """
-        rows, bias = (
-            head.weight[ids].float(),
-            self.size.new_zeros(len(ids)) if head.bias is None else head.bias[ids].float(),
-        )
+        rows = head.weight[ids].float()
+        bias = self.size.new_zeros(len(ids)) if head.bias is None else head.bias[ids].float()
         if other is not None:
-            rows, bias = (
-                rows - head.weight[other].float(),
-                bias if head.bias is None else bias - head.bias[other].float(),
-            )
-        directions = unfold(head, rows) / self.size[:, None]
+            rows = rows - head.weight[other].float()
+            bias = bias if head.bias is None else bias - head.bias[other].float()
+        directions = head.unfold(rows) / self.size[:, None]
         constants = (rows.double() @ head.shift.double()).float() + bias
         return directions, constants, (self.normed.double() * rows.double()).sum(-1).float() + bias
 
 
-def unfold(head: Unembedding, rows: Tensor) -> Tensor:
-    """The other side of `head.fold`: head.fold(values) @ row is values @ unfold(head, row), for rows of the matrix (..., d_model)."""
-    rows = rows.float() * head.scale
-    return rows - rows.mean(-1, keepdim=True) if head.centres else rows
-
-
 def read_logits(lm: LanguageModel, head: Unembedding, last: Tensor) -> Reading:
-    """The model's own tail on last hidden states (n, d_model), with the divisor of its norm held at what it is for them."""
+    """Send last hidden states (n, d_model) through the model's own final norm and unembedding."""
     with recording({"last": lm.module.get_output_embeddings()}, copy=False) as calls:
         logits = lm.head(last.to(lm.dtype))
     normed = calls["last"][0].input.reshape(last.shape).float() * head.multiplier
@@ -219,41 +285,49 @@ def read_logits(lm: LanguageModel, head: Unembedding, last: Tensor) -> Reading:
 
 
 def shares(ffn: FeedForward, fired: Fired, directions: Tensor) -> Tensor:
-    """What each sub-update adds along a direction of its own token, (n, d_model): (n, k, d_ff), where the coefficients lie."""
+    """Return what each sub-update adds along the direction of its token.
+
+    Takes directions (n, d_model). Returns (n, k, d_ff), on the device of the coefficients.
+    """
     directions = directions.to(fired.m)
-    found = torch.zeros_like(fired.m)
+    along = torch.zeros_like(fired.m)
     for place, row, slot in fired.by_bank():
-        found[row, slot] = fired.m[row, slot] * (
+        along[row, slot] = fired.m[row, slot] * (
             directions[row] @ ffn.banks[place].values.float().T
         )
-    return found
+    return along
 
 
 def way_up(lm: LanguageModel, states: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where a token (n,) stands in states (s, n, d_model) read through the model's own tail.
+    """Read a token (n,) from states (s, n, d_model), through the model's own final norm.
 
-    Returns its ranks (s, n), 0 for the likeliest, its probabilities (s, n), and the likeliest token of each state (s, n), on the CPU.
+    Returns:
+        The token's ranks (s, n), 0 for the likeliest, its probabilities (s, n), and the likeliest
+        token of each state (s, n), all on the CPU.
     """
     wanted = ids.expand(states.shape[:2]).flatten()
-    found = []
-    for part, own in zip(
+    parts = []
+    for part, tokens in zip(
         torch.split(states.to(lm.dtype).flatten(0, 1), _HEAD_ROWS),
         torch.split(wanted, _HEAD_ROWS),
         strict=True,
     ):
         probabilities = lm.head(part).float().softmax(-1)
-        p = probabilities.gather(1, own.to(probabilities.device)[:, None])
-        found.append(
+        p = probabilities.gather(1, tokens.to(probabilities.device)[:, None])
+        parts.append(
             ((probabilities > p).sum(1).cpu(), p[:, 0].cpu(), probabilities.argmax(-1).cpu())
         )
     ranks, probability, likeliest = (
-        torch.cat(parts).view(states.shape[:2]) for parts in zip(*found, strict=True)
+        torch.cat(each).view(states.shape[:2]) for each in zip(*parts, strict=True)
     )
     return ranks, probability, likeliest
 
 
 def carrying_half(each: Tensor) -> Tensor:
-    """How many of the shares (..., n) above zero it takes to make up half of their sum; 0 where none is above zero."""
+    """Return how many of the shares (..., n) above zero make up half of their sum.
+
+    The largest are counted first. 0 where no share is above zero.
+    """
     each = each.double().clamp(min=0).sort(-1, descending=True).values
     total = each.sum(-1, keepdim=True)
     return torch.where(total[..., 0] > 0, (each.cumsum(-1) < total / 2).sum(-1) + 1, 0)

@@ -1,15 +1,12 @@
-"""What the memory's keys match: for every neuron the places in a corpus where its coefficient is largest, and where it is smallest.
+"""What keys match: for each neuron, the places in a corpus where its coefficient is extreme.
 
-    found = find_triggers(lm, texts, top=25, folder="triggers")     # one pass over the corpus, all layers at once
-    found = Triggers.load("triggers")                               # later, without the model
-    for trigger in found.of((3, 17)):
-        print(trigger.coefficient, trigger.prefix)                  # ends with the token at which the neuron fires
+    triggers = find_triggers(lm, texts, top=25, folder="triggers")   # from .trigger_scan
+    triggers = Triggers.load("triggers")                             # later, without the model
+    for trigger in triggers.of((3, 17)):
+        print(trigger.coefficient, trigger.prefix)    # ends with the token where it fires
 
-Geva et al. 2021 (arXiv 2012.14913): a key is known by the prefixes it fires on. Per text a neuron counts once, at the position of its
-largest coefficient (the first of equals), and of texts that tie the earlier ones stay. Coefficients of GELU and gated neurons have a sign,
-and what is far below zero writes the value's opposite, so the smallest are kept as well.
-
-What is held in memory grows with neurons times `top`, not with the corpus.
+Geva et al. 2021 (arXiv 2012.14913): a key is known by the prefixes on which it fires. This module
+holds the result and its file; `trigger_scan` makes it.
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,22 +29,26 @@ from ..corpus.scan import Bank, bank_name, bank_of, named_bank
 from ..model.address import Neuron
 from ..model.language_model import LanguageModel
 
-if TYPE_CHECKING:
-    pass
-
-
 Sign = Literal["top", "bottom"]
+"""Where coefficients are largest, or where they are smallest."""
 
 SIGNS: tuple[Sign, ...] = ("top", "bottom")
 
 FORMAT = "triggers 1"
+"""The format of the file that holds triggers."""
 
 
 def check_sign(sign: object) -> None:
-    """Raises InputError for anything but "top" and "bottom"."""
+    """Check that a sign is "top" or "bottom".
+
+    Raises:
+        InputError: when it is not.
+    """
     if sign not in SIGNS:
         raise InputError(
-            f'sign is "top" (where coefficients are largest) or "bottom" (lowest); got {sign!r}'
+            f'sign is {sign!r}: it must be "top", where coefficients are largest, or "bottom", '
+            "where they are smallest",
+            argument="sign",
         )
 
 
@@ -55,12 +56,14 @@ def check_sign(sign: object) -> None:
 class Trigger:
     """A place in a text where a neuron's coefficient is among its largest (or smallest).
 
-    coefficient  the neuron's
-    text         the whole text
-    start, stop  the characters of the token at which it fires
-    token        that token's id
-    next_token   the id of the token behind it; None at the end of the text
-    position     which token of the text it is
+    Attributes:
+        coefficient: The neuron's coefficient at the place.
+        text: The whole text.
+        start: First character of the token at which the neuron fires.
+        stop: The character after that token.
+        token: The token's id.
+        next_token: The id of the token that follows. None at the end of the text.
+        position: The number of the token in the text, counted from 0.
     """
 
     coefficient: float
@@ -73,7 +76,7 @@ class Trigger:
 
     @property
     def prefix(self) -> str:
-        """The text up to and with the token."""
+        """The text up to the token, with it."""
         return self.text[: self.stop]
 
     def __repr__(self) -> str:
@@ -82,13 +85,16 @@ class Trigger:
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class BankTriggers:
-    """The triggers of one bank of neurons, best first; a coefficient of 0 marks an empty place.
+    """The triggers of one bank of neurons, strongest first.
 
-    coefficients  {"top", "bottom"}: (d_ff, t) float32
-    texts         {"top", "bottom"}: (d_ff, t) int64, indices into `Triggers.texts`
-    positions     {"top", "bottom"}: (d_ff, t) int64, which token of the text
-    fired         (d_ff,) float64, the share of tokens at which the coefficient was above zero
-    mean_square   (d_ff,) float64, its mean square over all tokens of the corpus
+    A coefficient of 0 marks an empty place.
+
+    Attributes:
+        coefficients: {"top", "bottom"}: (d_ff, t) float32.
+        texts: {"top", "bottom"}: (d_ff, t) int64, indices into `Triggers.texts`.
+        positions: {"top", "bottom"}: (d_ff, t) int64, the number of the token in its text.
+        fired: (d_ff,) float64, the share of tokens at which the coefficient is above zero.
+        mean_square: (d_ff,) float64, the coefficient's mean square over all tokens of the corpus.
     """
 
     coefficients: Mapping[Sign, Tensor]
@@ -104,15 +110,16 @@ class BankTriggers:
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Triggers(Shown):
-    """What every neuron of some layers fires on in a corpus.
+    """The triggers of every neuron of some layers in a corpus.
 
-    banks        {(layer,) or (layer, expert): BankTriggers}
-    texts        the texts that are referred to
-    model        what the model was loaded as
-    fingerprint  the model's
-    corpus       sha256 of the corpus' tokens
-    n_texts      texts read
-    n_tokens     tokens read
+    Attributes:
+        banks: {(layer,) or (layer, expert): BankTriggers}.
+        texts: The texts that the triggers refer to.
+        model: The name that the model was loaded by.
+        fingerprint: The model's fingerprint.
+        corpus: sha256 of the tokens of the corpus.
+        n_texts: Number of texts read.
+        n_tokens: Number of tokens read.
     """
 
     banks: Mapping[Bank, BankTriggers]
@@ -122,18 +129,19 @@ class Triggers(Shown):
     corpus: str
     n_texts: int
     n_tokens: int
-    _ids: Tensor = field(repr=False)  # the texts' tokens, one after another
-    _spans: Tensor = field(repr=False)  # (n, 2) their characters
-    _starts: Tensor = field(repr=False)  # (texts + 1,) where each text's tokens begin
+    _ids: Tensor = field(repr=False)
+    """The tokens of the texts, one text after another."""
+    _spans: Tensor = field(repr=False)
+    """(n, 2), the characters of each token."""
+    _starts: Tensor = field(repr=False)
+    """(texts + 1,), where the tokens of each text begin."""
 
     def tables(self) -> list[Table]:
-        """What was scanned, of which model, and on what."""
+        """Return one table: what was scanned, and how much was kept."""
         each = max((len(bank.coefficients["top"][0]) for bank in self.banks.values()), default=0)
+        n_neurons = sum(len(bank.fired) for bank in self.banks.values())
         rows = [
-            (
-                "neurons",
-                f"{sum(len(bank.fired) for bank in self.banks.values()):,} in {counted(len(self.banks), 'bank')}",
-            ),
+            ("neurons", f"{n_neurons:,} in {counted(len(self.banks), 'bank')}"),
             ("triggers each", f"{each} largest, {each} smallest"),
             ("read", f"{counted(self.n_texts, 'text')}, {counted(self.n_tokens, 'token')}"),
             ("kept", counted(len(self.texts), "text")),
@@ -142,19 +150,26 @@ class Triggers(Shown):
         return [Table(f"triggers of {self.model}", {"": "<", " ": "<"}, rows)]
 
     def of(self, neuron: Neuron, *, sign: Sign = "top", k: int | None = None) -> list[Trigger]:
-        """The triggers of a neuron, strongest first, at most k (None: all). Raises LayerError for a neuron that was not scanned."""
+        """Return the triggers of a neuron, strongest first.
+
+        Args:
+            neuron: (layer, i) or (layer, expert, i).
+            sign: "top" for the largest coefficients, "bottom" for the smallest.
+            k: At most so many. None: all.
+
+        Raises:
+            LayerError: when the neuron was not scanned.
+        """
         place, i = bank_of(neuron)
         bank = self.banks.get(place)
         if bank is None or not 0 <= i < len(bank.fired):
             raise LayerError(
-                f"neuron {tuple(neuron)} was not scanned; there are those of {', '.join(map(str, self.banks))}"
+                f"neuron {tuple(neuron)} was not scanned. "
+                f"Ask for a neuron of a bank that was: {', '.join(map(str, self.banks))}."
             )
         check_sign(sign)
-        k = (
-            None
-            if k is None
-            else check_count(k, "k", "the number of triggers to give", least=0, also="None for all")
-        )
+        if k is not None:
+            k = check_count(k, "k", "the number of triggers to return", least=0)
         columns = zip(
             bank.coefficients[sign][i].tolist(),
             bank.texts[sign][i].tolist(),
@@ -175,32 +190,43 @@ class Triggers(Shown):
         )
 
     def next_tokens(self, bank: Bank, sign: Sign = "top") -> Tensor:
-        """The token behind each trigger: (d_ff, t) int64, -1 where there is none."""
-        own = self.banks[bank]
+        """Return the token that follows each trigger: (d_ff, t) int64, -1 where there is none."""
+        triggers = self.banks[bank]
         check_sign(sign)
-        at = self._starts[own.texts[sign]] + own.positions[sign]
-        inside = (at + 1 < self._starts[own.texts[sign] + 1]) & (own.coefficients[sign] != 0)
+        texts = triggers.texts[sign]
+        at = self._starts[texts] + triggers.positions[sign]
+        inside = (at + 1 < self._starts[texts + 1]) & (triggers.coefficients[sign] != 0)
         return torch.where(inside, self._ids[(at + 1).clamp(max=len(self._ids) - 1)], -1)
 
     def tokens(self, bank: Bank, sign: Sign = "top", *, back: int = 0) -> Tensor:
-        """The token at each trigger, or so many before it: (d_ff, t) int64, -1 where there is none."""
-        own = self.banks[bank]
+        """Return the token at each trigger: (d_ff, t) int64, -1 where there is none.
+
+        Args:
+            bank: (layer,) or (layer, expert).
+            sign: "top" for the largest coefficients, "bottom" for the smallest.
+            back: Return the token so many places before the trigger.
+        """
+        triggers = self.banks[bank]
         check_sign(sign)
-        there = (own.coefficients[sign] != 0) & (own.positions[sign] >= back)
-        return torch.where(
-            there,
-            self._ids[(self._starts[own.texts[sign]] + own.positions[sign] - back).clamp(min=0)],
-            -1,
-        )
+        filled = (triggers.coefficients[sign] != 0) & (triggers.positions[sign] >= back)
+        at = self._starts[triggers.texts[sign]] + triggers.positions[sign] - back
+        return torch.where(filled, self._ids[at.clamp(min=0)], -1)
 
     def position(self, text: int, character: int) -> int | None:
-        """The first token of a text that ends at or behind a character; None where there is none."""
+        """Return the first token of a text that ends at a character or after it.
+
+        None where no token does.
+        """
         stops = self._spans[int(self._starts[text]) : int(self._starts[text + 1]), 1]
-        behind = (stops >= character).nonzero()
-        return int(behind[0, 0]) if len(behind) else None
+        later = (stops >= character).nonzero()
+        return int(later[0, 0]) if len(later) else None
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write `triggers.safetensors`, with the texts and what they are of, in one step. Raises WorkspaceError."""
+        """Write `triggers.safetensors`, texts included, into a folder in one step.
+
+        Raises:
+            WorkspaceError: when the file cannot be written.
+        """
         raw = [text.encode() for text in self.texts]
         tensors = {
             "ids": self._ids,
@@ -209,32 +235,39 @@ class Triggers(Shown):
             "characters": torch.frombuffer(bytearray(b"".join(raw) or b" "), dtype=torch.uint8),
             "lengths": torch.tensor([len(text) for text in raw]),
         }
-        for bank, own in self.banks.items():
-            for name, tensor in _named(own).items():
+        for bank, triggers in self.banks.items():
+            for name, tensor in _named_tensors(triggers).items():
                 tensors[f"{bank_name(bank)}/{name}"] = tensor
         described = {name: str(getattr(self, name)) for name in _DESCRIBED}
         write_tensors(Path(folder) / _FILE, tensors, {"format": FORMAT, **described})
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], lm: LanguageModel | None = None) -> Triggers:
-        """Read what `save` wrote. Raises DamagedError when it is missing or altered, FingerprintError when it is not of `lm`."""
+        """Read what `save` wrote.
+
+        Args:
+            folder: The folder.
+            lm: The model that the triggers must belong to. None: any.
+
+        Raises:
+            DamagedError: when the file is missing or was altered.
+            FingerprintError: when the triggers belong to another model than `lm`.
+        """
         tensors, metadata = read_artefact(
             Path(folder) / _FILE, "triggers", FORMAT, "find_triggers", "scan the corpus again"
         )
         if lm is not None:
             _check_model(metadata, folder, lm)
-        characters, ends = (
-            tensors["characters"].numpy().tobytes(),
-            tensors["lengths"].cumsum(0).tolist(),
-        )
-        texts = [characters[a:b].decode() for a, b in zip([0, *ends], ends)]
+        characters = tensors["characters"].numpy().tobytes()
+        ends = tensors["lengths"].cumsum(0).tolist()
+        texts = [characters[a:b].decode() for a, b in zip([0, *ends], ends, strict=False)]
         parts: dict[Bank, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if "/" in name:
                 bank, _, part = name.partition("/")
                 parts.setdefault(named_bank(bank), {})[part] = tensor
         return cls(
-            banks={bank: _bank(own) for bank, own in sorted(parts.items())},
+            banks={bank: _bank_triggers(each) for bank, each in sorted(parts.items())},
             texts=texts,
             **{name: kind(metadata[name]) for name, kind in _DESCRIBED.items()},
             _ids=tensors["ids"],
@@ -244,7 +277,11 @@ class Triggers(Shown):
 
 
 def holds_triggers(folder: str | os.PathLike[str], lm: LanguageModel) -> bool:
-    """Whether there are triggers in a folder, of whatever corpus. Raises FingerprintError when they are another model's."""
+    """Return whether a folder holds triggers of a model, of any corpus.
+
+    Raises:
+        FingerprintError: when it holds triggers of another model.
+    """
     path = Path(folder) / _FILE
     if path.is_file():
         _check_model(read_metadata(path), folder, lm)
@@ -254,10 +291,12 @@ def holds_triggers(folder: str | os.PathLike[str], lm: LanguageModel) -> bool:
 def _check_model(
     metadata: Mapping[str, str], folder: str | os.PathLike[str], lm: LanguageModel
 ) -> None:
+    """Check that the triggers in a folder belong to a model."""
     if metadata.get("fingerprint", lm.fingerprint) != lm.fingerprint:
         raise FingerprintError(
-            f"the triggers in {folder} are of {metadata['model']} with fingerprint {metadata['fingerprint'][:12]}; {lm.name} has "
-            f"{lm.fingerprint[:12]}: scan the corpus with it, into another folder"
+            f"the triggers in {folder} belong to {metadata['model']}, fingerprint "
+            f"{metadata['fingerprint'][:12]}; {lm.name} has fingerprint {lm.fingerprint[:12]}. "
+            "Load that model, or scan the corpus into another folder."
         )
 
 
@@ -274,15 +313,17 @@ _DESCRIBED: Mapping[str, Any] = {
 _BY_SIGN = ("coefficients", "texts", "positions")
 
 
-def _named(own: BankTriggers) -> dict[str, Tensor]:
+def _named_tensors(triggers: BankTriggers) -> dict[str, Tensor]:
+    """Return the tensors of one bank by their names in the file."""
     signed = {
-        f"{sign}.{name}": getattr(own, name)[sign].contiguous()
+        f"{sign}.{name}": getattr(triggers, name)[sign].contiguous()
         for name in _BY_SIGN
         for sign in SIGNS
     }
-    return {**signed, "fired": own.fired, "mean_square": own.mean_square}
+    return {**signed, "fired": triggers.fired, "mean_square": triggers.mean_square}
 
 
-def _bank(tensors: Mapping[str, Tensor]) -> BankTriggers:
+def _bank_triggers(tensors: Mapping[str, Tensor]) -> BankTriggers:
+    """Return one bank from its tensors by name: the inverse of `_named_tensors`."""
     signed = {name: {sign: tensors[f"{sign}.{name}"] for sign in SIGNS} for name in _BY_SIGN}
     return BankTriggers(**signed, fired=tensors["fired"], mean_square=tensors["mean_square"])

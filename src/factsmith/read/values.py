@@ -1,14 +1,13 @@
-"""What the memory's values promote: each value read out through the unembedding, as the model's own last layer is.
+"""What values promote: each value read as tokens, through the model's own unembedding.
 
-    found = value_tokens(lm, layers=[3], top=10)       # top and bottom tokens of every value of layer 3
-    found.of((3, 17))                                  # those of one neuron, with their scores
-    head = find_unembedding(lm)                        # the model's tail as scale, shift and a matrix
+    values = value_tokens(lm, layers=[3], top=10)      # the ends of every value of layer 3
+    values.of((3, 17))                                 # one neuron's tokens with their scores
+    values.save("folder"); ValueTokens.load("folder")  # later, without the model
 
-Geva et al. 2022 (arXiv 2203.14680): a value v is a distribution over the vocabulary, softmax(E v), and tokens with a large score are what
-it promotes; with a negative coefficient it demotes them. The paper leaves the final norm out (`norm=False`); folded in, a value is
-centred where the norm centres and weighed by the norm's scale, which is what becomes of it on the way to the logits.
-
-Thousands of values times a whole vocabulary are screened by a rough product, and what comes near the top is scored again in float32.
+Geva et al. 2022 (arXiv 2203.14680): a value v is a distribution over the vocabulary, softmax(E v).
+The value promotes tokens with a large score; with a negative coefficient it demotes them. The paper
+leaves the final norm out (`norm=False`). By default it is folded in: the value is centred where the
+norm centres, and multiplied by the norm's scale, as happens on the way to the logits.
 """
 
 from __future__ import annotations
@@ -23,27 +22,31 @@ import torch
 from torch import Tensor
 
 from ..core.artefact import read_artefact, write_tensors
-from ..core.checks import check_count, check_items
-from ..core.errors import InputError, LayerError
+from ..core.checks import check_count
+from ..core.errors import LayerError
 from ..core.progress import Progress, tell
 from ..core.tables import Shown, Table, counted
 from ..corpus.scan import Bank, bank_name, bank_of, banks, named_bank
-from ..model.address import Neuron, check_layer, find_neuron
+from ..model.address import Neuron, check_layers, find_neuron
 from ..model.language_model import LanguageModel, check_model
-from ..model.tokens import word_ids
-from .extremes import NEAR, Screen, extreme_tokens
-from .unembedding import Unembedding, find_unembedding, norm_after
+from .extremes import Screen, extreme_tokens
+from .unembedding import Unembedding, find_unembedding, output_scales
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class ValueTokens(Shown):
-    """The tokens that values promote most and least, by bank of neurons.
+    """The tokens that values promote and demote most, by bank of neurons.
 
-    top_ids, bottom_ids        {bank: (d_ff, k) int64}, best first; bottom: the most demoted first
-    top_scores, bottom_scores  {bank: (d_ff, k) float32}, what one unit of coefficient adds to the token's logit, but for the norm's divisor
-    words                      {id: text} of every token among them
-    norm                       whether the final norm is folded in
-    model, fingerprint         what the model was loaded as, and its fingerprint
+    Attributes:
+        top_ids: {bank: (d_ff, k) int64}, the tokens promoted most, best first.
+        top_scores: {bank: (d_ff, k) float32}, what one unit of coefficient adds to the token's
+            logit, without the final norm's division.
+        bottom_ids: {bank: (d_ff, k) int64}, the tokens demoted most, the most demoted first.
+        bottom_scores: {bank: (d_ff, k) float32}, their scores.
+        words: {id: text} of every token among them.
+        norm: Whether the final norm is folded in.
+        model: The name that the model was loaded by.
+        fingerprint: The model's fingerprint.
     """
 
     top_ids: Mapping[Bank, Tensor]
@@ -56,11 +59,20 @@ class ValueTokens(Shown):
     fingerprint: str
 
     def of(self, neuron: Neuron, *, bottom: bool = False) -> list[tuple[str, float]]:
-        """The tokens of one neuron's value with their scores. Raises LayerError for one whose value was not read."""
+        """Return the tokens of one neuron's value with their scores.
+
+        Args:
+            neuron: (layer, i) or (layer, expert, i).
+            bottom: Return the tokens that it demotes most, not those that it promotes most.
+
+        Raises:
+            LayerError: when the neuron's value was not read.
+        """
         bank, i = bank_of(neuron)
         if bank not in self.top_ids or not 0 <= i < len(self.top_ids[bank]):
             raise LayerError(
-                f"the value of {tuple(neuron)} was not read; there are those of {', '.join(map(str, self.top_ids))}"
+                f"the value of neuron {tuple(neuron)} was not read. "
+                f"Ask for a neuron of a bank that was: {', '.join(map(str, self.top_ids))}."
             )
         ids, scores = (
             (self.bottom_ids, self.bottom_scores) if bottom else (self.top_ids, self.top_scores)
@@ -71,20 +83,22 @@ class ValueTokens(Shown):
         ]
 
     def tables(self) -> list[Table]:
-        """What was read, of which model."""
+        """Return one table: how many values were read, and how."""
         k = max((ids.shape[1] for ids in self.top_ids.values()), default=0)
+        n_values = sum(map(len, self.top_ids.values()))
         rows = [
-            (
-                "values",
-                f"{sum(map(len, self.top_ids.values())):,} in {counted(len(self.top_ids), 'bank')}",
-            ),
+            ("values", f"{n_values:,} in {counted(len(self.top_ids), 'bank')}"),
             ("tokens each", f"{k} most promoted, {k} most demoted"),
             ("final norm", "folded in" if self.norm else "left out"),
         ]
         return [Table(f"values of {self.model}", {"": "<", " ": "<"}, rows)]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write `values.safetensors` in one step. Raises WorkspaceError."""
+        """Write `values.safetensors` into a folder in one step.
+
+        Raises:
+            WorkspaceError: when the file cannot be written.
+        """
         tensors = {
             f"{bank_name(bank)}/{part}": t.contiguous()
             for part in _PARTS
@@ -100,7 +114,11 @@ class ValueTokens(Shown):
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> ValueTokens:
-        """Read what `save` wrote. Raises DamagedError when it is missing or altered."""
+        """Read what `save` wrote.
+
+        Raises:
+            DamagedError: when the file is missing or was altered.
+        """
         tensors, metadata = read_artefact(
             Path(folder) / FILE, "values", _FORMAT, "ValueTokens.save", "read the values again"
         )
@@ -109,7 +127,7 @@ class ValueTokens(Shown):
             bank, _, part = name.partition("/")
             parts[part][named_bank(bank)] = tensor
         return cls(
-            **{part: dict(sorted(own.items())) for part, own in parts.items()},
+            **{part: dict(sorted(each.items())) for part, each in parts.items()},
             words={int(i): word for i, word in json.loads(metadata["words"]).items()},
             norm=metadata["norm"] == "True",
             model=metadata["model"],
@@ -118,6 +136,7 @@ class ValueTokens(Shown):
 
 
 FILE = "values.safetensors"
+"""The file in a folder that holds values."""
 
 _FORMAT = "values 1"
 
@@ -133,37 +152,39 @@ def value_tokens(
     norm: bool = True,
     progress: Progress | None = None,
 ) -> ValueTokens:
-    """The `top` most promoted and most demoted tokens of every value of some layers (None: all).
+    """Return the most promoted and the most demoted tokens of every value of some layers.
 
-    norm: fold the final norm in, and what the layer puts behind its memory (Gemma 2); False: the paper's bare projection.
-    Raises LayerError for a layer that does not exist, InputError for `top`, UnsupportedModelError as `find_unembedding`.
+    Args:
+        lm: The model.
+        layers: The layers. None: all.
+        top: Number of tokens at either end of each value.
+        norm: Fold in the final norm, and a norm that follows the FFN (Gemma 2). False: the bare
+            projection of the paper.
+        progress: Gets the number of banks read.
+
+    Raises:
+        LayerError: when a layer does not exist.
+        InputError: when `top` is not a whole number of at least 1, or `layers` is empty.
+        UnsupportedModelError: as `find_unembedding`.
     """
     check_model(lm)
+    top = check_count(top, "top", "the number of tokens wanted for each value")
+    wanted = check_layers(layers, lm.n_layers)
     head = find_unembedding(lm, norm=norm)
-    top = check_count(top, "top", "the number of tokens to give for each value")
-    wanted = (
-        range(lm.n_layers)
-        if layers is None
-        else [
-            check_layer(x, lm.n_layers)
-            for x in check_items(layers, "layers", "layer numbers", also="None for all")
-        ]
-    )
-    if not wanted:
-        raise InputError("no layer was asked for; expected at least one, or None for all")
-    found: dict[Bank, tuple[Tensor, ...]] = {}
-    every, scale, screen = banks(lm, wanted), norm_after(lm, wanted, norm), Screen.of(head.weight)
+    tokens: dict[Bank, tuple[Tensor, ...]] = {}
+    every, screen = banks(lm, wanted), Screen.of(head.weight)
+    scales = output_scales(lm, wanted, norm=norm)
     for bank, neurons in every.items():
-        found[bank] = extreme_tokens(
-            head.fold(neurons.values.float() * scale[neurons.layer]), head.weight, top, screen
+        tokens[bank] = extreme_tokens(
+            head.fold(neurons.values.float() * scales[neurons.layer]), head.weight, top, screen
         )
-        tell(progress, "values", len(found), len(every))
+        tell(progress, "values", len(tokens), len(every))
     used = torch.unique(
-        torch.cat([ids.flatten() for tensors in found.values() for ids in tensors[::2]])
+        torch.cat([ids.flatten() for tensors in tokens.values() for ids in tensors[::2]])
     ).tolist()
     return ValueTokens(
         **{
-            part: {bank: tensors[i] for bank, tensors in found.items()}
+            part: {bank: tensors[i] for bank, tensors in tokens.items()}
             for i, part in enumerate(_PARTS)
         },
         words={token: lm.tokenizer.decode([token]) for token in used},
@@ -177,96 +198,42 @@ def value_tokens(
 def tokens_of(
     lm: LanguageModel,
     head: Unembedding,
-    scales: Sequence[Tensor],
+    scales: Mapping[int, Tensor],
     neurons: Sequence[Neuron],
     negative: Sequence[bool],
     k: int,
 ) -> list[list[tuple[str, float]]]:
-    """The k tokens that each neuron's sub-update promotes most, with their scores for one unit: of a negative coefficient those the value
-    demotes. scales: `behind` of every layer. Raises LayerError for a neuron the model does not have."""
+    """Return the tokens that each neuron's sub-update promotes most, with scores for one unit.
+
+    Args:
+        lm: The model.
+        head: The model's unembedding.
+        scales: `output_scales` of every layer.
+        neurons: The neurons.
+        negative: For each neuron whether its coefficient is negative. Such a sub-update promotes
+            the tokens that its value demotes.
+        k: Number of tokens for each.
+
+    Raises:
+        LayerError: when the model does not have a neuron.
+    """
     places = [find_neuron(lm.ffn, neuron) for neuron in neurons]
     if not places:
         return []
-    own = [lm.ffn[layer].banks[bank].values[i].float() * scales[layer] for layer, bank, i in places]
-    values = torch.stack([value.to(head.weight.device) for value in own])
-    top, top_scores, bottom, bottom_scores = extreme_tokens(head.fold(values), head.weight, k)
-    found = []
+    values = [
+        lm.ffn[layer].banks[bank].values[i].float() * scales[layer] for layer, bank, i in places
+    ]
+    stacked = torch.stack([value.to(head.weight.device) for value in values])
+    top, top_scores, bottom, bottom_scores = extreme_tokens(head.fold(stacked), head.weight, k)
+    tokens = []
     for row, is_negative in enumerate(negative):
         ids, scores = (
             (bottom[row], -bottom_scores[row]) if is_negative else (top[row], top_scores[row])
         )
-        found.append(
+        tokens.append(
             [
                 (lm.tokenizer.decode([token]), score)
                 for token, score in zip(ids.tolist(), scores.tolist(), strict=True)
             ]
         )
-    return found
-
-
-@dataclass(frozen=True)
-class Promotion:
-    """A neuron whose value has a word among its tokens: which token, its rank (0: the first), and the score."""
-
-    neuron: Neuron
-    token: str
-    rank: int
-    score: float
-
-
-@torch.no_grad()
-def promoters(
-    lm: LanguageModel, word: str, k: int = 20, *, demoted: bool = False, norm: bool = True
-) -> list[Promotion]:
-    """The k neurons, of all the model's, whose values promote (or demote) a word most, by its rank among all tokens, then by score.
-
-    Any word will do: of one that is no single token its first is looked for (`word_ids`). Ranks are counted for the `NEAR` · k values with
-    the largest share of their length along a token. Raises InputError for a word without a token, UnsupportedModelError as
-    `find_unembedding`.
-    """
-    check_model(lm)
-    k = check_count(k, "k", "the number of neurons to find")
-    ids = word_ids(lm.tokenizer, word)
-    head, sign = find_unembedding(lm, norm=norm), -1.0 if demoted else 1.0
-    rows = head.weight[ids].float() * sign
-    every = banks(lm)
-    scale = norm_after(lm, {bank[0] for bank in every}, norm)
-
-    def folded(bank: Bank, chosen: Tensor | slice) -> Tensor:
-        return head.fold((every[bank].values[chosen].float() * scale[bank[0]]).to(rows.device))
-
-    best: list[tuple[float, Bank, int, int]] = []
-    for bank in every:
-        values = folded(bank, slice(None))
-        along = (values @ rows.T) / values.norm(dim=1, keepdim=True).clamp(
-            min=torch.finfo(values.dtype).tiny
-        )
-        share, column = along.max(1)
-        top = share.topk(min(NEAR * k, len(share)))
-        best += [
-            (float(s), bank, int(i), int(column[i]))
-            for s, i in zip(top.values, top.indices, strict=True)
-            if s > 0
-        ]
-        best = sorted(best, key=lambda entry: -entry[0])[: NEAR * k]
-    if not best:
-        return []
-    chosen = torch.stack(
-        [
-            folded(bank, torch.tensor([i], device=every[bank].values.device))[0]
-            for _, bank, i, _ in best
-        ]
-    )
-    own = (chosen * rows[[column for *_, column in best]]).sum(1)
-    ranks = torch.zeros(len(best), dtype=torch.int64, device=rows.device)
-    for part in torch.split(head.weight, 16_384):
-        ranks += (sign * (chosen @ part.float().T) > own[:, None] + own.abs()[:, None] * 1e-6).sum(
-            1
-        )  # itself is not above itself
-    found = [
-        Promotion((*bank, i), lm.tokenizer.decode([ids[column]]), rank, sign * score)
-        for (_, bank, i, column), rank, score in zip(
-            best, ranks.tolist(), own.tolist(), strict=True
-        )
-    ]
-    return sorted(found, key=lambda p: (p.rank, -abs(p.score), p.neuron))[:k]
+    return tokens

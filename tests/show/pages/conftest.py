@@ -8,7 +8,8 @@ import torch
 from conftest import LLAMA, TEXTS, byte_tokenizer, tiny_model
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap
-from factsmith.read.cards import Card, FactAdds, FactUse
+from factsmith.read.cards import Card, FactUse
+from factsmith.read.fact_adds import FactAdds
 from factsmith.read.index import Index, build_index
 from factsmith.read.triggers import Trigger
 from show.html import FACTS, NASTY

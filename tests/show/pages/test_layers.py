@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from factsmith.read.cards import FactAdds
+from factsmith.read.fact_adds import FactAdds
 from factsmith.read.index import Index
 from factsmith.show.pages import layers
 from factsmith.show.pages.neurons import layer_page, write_pages

@@ -16,7 +16,8 @@ from factsmith.core.errors import (
     WorkspaceError,
 )
 from factsmith.model.language_model import LanguageModel
-from factsmith.read.cards import Card, FactAdds, card, fact_adds
+from factsmith.read.cards import Card, card
+from factsmith.read.fact_adds import FactAdds, fact_adds
 from factsmith.read.index import Index
 from factsmith.show.pages.neurons import card_page, layer_page, write_pages
 from show.html import Page

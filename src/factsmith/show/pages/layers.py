@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...corpus.scan import Bank
-from ...read.cards import FactAdds
+from ...read.fact_adds import FactAdds
 from ...read.index import Index
 from ...read.triggers import Trigger
 from .page import excerpt, printable, render, script_block, script_json

@@ -18,7 +18,8 @@ from typing import Any
 from ...core.checks import check_items, whole_number
 from ...core.errors import FingerprintError, InputError, LayerError, WorkspaceError
 from ...core.progress import Progress, tell
-from ...read.cards import Card, FactAdds
+from ...read.cards import Card
+from ...read.fact_adds import FactAdds
 from ...read.index import Index
 from .layers import AROUND, index_html, layer_html
 from .page import check_folder, check_page, excerpt, printable, render, signed, write_page
