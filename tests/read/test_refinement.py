@@ -11,7 +11,7 @@ from torch import Tensor
 from conftest import GPT2, LLAMA, TEXTS, byte_tokenizer, tiny_model
 from devices import devices, spread
 from factsmith.core.errors import InputError, UnsupportedModelError
-from factsmith.model import language_model
+from factsmith.model import running
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap
 from factsmith.model.trace import get_slot, hook_count, recording
@@ -284,7 +284,7 @@ def test_targets_positions_and_values_given(tiny_llama: LanguageModel) -> None:
 def test_a_model_over_several_devices(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("accelerate")
     # The devices of the test look like another number format.
-    monkeypatch.setattr(language_model, "packed_format", lambda module: None)
+    monkeypatch.setattr(running, "packed_format", lambda module: None)
     body, ends = ("transformer.h", "transformer.wte transformer.wpe transformer.ln_f")
     if family == "gemma2":
         body, ends = ("model.layers", "model.embed_tokens model.rotary_emb model.norm")
