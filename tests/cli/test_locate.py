@@ -140,7 +140,7 @@ def test_neurons(run: Run, model: Path, tmp_path: Path) -> None:
         "--out",
         "chart.svg",
     )
-    assert done.code == 0 and "refined" in done.out and "random:" in done.out
+    assert done.code == 0 and "refined" in done.out and "\nrandom " in done.out
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "chart.csv",
         "chart.json",
@@ -194,7 +194,7 @@ def test_an_own_answer_that_is_no_word_is_said(run: Run, atlas: str) -> None:
     assert (
         refused.code == 2
         and repr(answer) in refused.err
-        and "no answer of whole words" in refused.err
+        and "not an answer of whole words" in refused.err
     )
     traced = run("trace", atlas, "Bulgaria", "--subject", "Bulgaria", "--samples", 1, "--json")
     assert traced.json["answer"] == "," and "its first token is followed" in traced.err
@@ -236,13 +236,13 @@ def test_the_table_of_averages_fits_a_pipe(
     asked = ("trace", atlas, "facts.yaml", "--window", 2, "--sever", "attention", "--samples", 1)
     found, shown = run(*asked, "--json").json, run(*asked).out
     assert max(map(len, shown.splitlines())) <= 80
-    last = shown[shown.index("last token") :].splitlines()
+    last = shown[shown.index("\nlast token") :]
     for name, effects in found["effects"].items():
         best = max(range(len(effects[-1])), key=lambda layer: effects[-1][layer])
         half = (found["high"][name][-1][best] - found["low"][name][-1][best]) / 2
-        assert f"{effects[-1][best]:.3f} @{best}" in last[0] and f"± {half:.3f}" in last[1]
+        assert f"{name}: {effects[-1][best]:.3f} ± {half:.3f} @{best}" in last
     monkeypatch.setenv("COLUMNS", "120")
-    assert re.search(r"last token( +\d\.\d{3} ± \d\.\d{3} @\d){4}$", run(*asked).out, re.MULTILINE)
+    assert re.search(r"last token +2( +\d\.\d{3} ± \d\.\d{3} @\d){4}$", run(*asked).out, re.MULTILINE)
     FactFile.write("facts.yaml", facts[:1])
     assert run("trace", atlas, "facts.yaml", "--kind", "state", "--samples", 1).out.startswith(
         "1 fact: "

@@ -26,7 +26,7 @@ from conftest import (
     tiny_model,
 )
 from factsmith.core.errors import InputError, NumericsError
-from factsmith.locate import neurons
+from factsmith.locate import gradients, neurons
 from factsmith.locate.neurons import KnowledgeNeurons, knowledge_neurons, refine, refine_relation
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap
@@ -177,8 +177,8 @@ def test_any_number_of_steps_and_any_cut_of_the_batch(
 ) -> None:
     whole = knowledge_neurons(model("gemma2"), PROMPT, "is", steps=steps)
     assert close(whole.scores[0], plain("gemma2", PROMPT, "is", steps))
-    monkeypatch.setattr(neurons, "_BATCH_BYTES", 1)
-    monkeypatch.setattr(neurons, "_HEAD_ROWS", 1)
+    monkeypatch.setattr(gradients, "BATCH_BYTES", 1)
+    monkeypatch.setattr(gradients, "HEAD_ROWS", 1)
     one_by_one = knowledge_neurons(model("gemma2"), PROMPT, "is", steps=steps)
     assert close(one_by_one.scores, whole.scores, 1e-6)
     assert torch.allclose(one_by_one.silent, whole.silent, rtol=1e-6)
@@ -186,7 +186,7 @@ def test_any_number_of_steps_and_any_cut_of_the_batch(
 
 @pytest.mark.parametrize("steps", [17, 20, 300])
 def test_few_nodes_average_polynomials_as_all_points_do(steps: int) -> None:
-    nodes, mixing = neurons._quadrature(steps, 8)
+    nodes, mixing = gradients._quadrature(steps, 8)
     points = torch.arange(steps, dtype=torch.float64) / steps
     assert float(nodes[0]) == 0 and bool((nodes[1:] > 0).all()) and float(nodes[-1]) < 1
     for degree in range(15):
@@ -203,10 +203,10 @@ def test_few_nodes_average_polynomials_as_all_points_do(steps: int) -> None:
 
 
 def test_only_smooth_gradients_are_taken_from_few_nodes() -> None:
-    nodes, mixing = neurons._quadrature(20, 8)
+    nodes, mixing = gradients._quadrature(20, 8)
 
     def fades(function: Callable[[Tensor], Tensor]) -> bool:
-        return bool(neurons._fades((mixing @ function(nodes))[:, None, None, None])[0])
+        return bool(gradients._fades((mixing @ function(nodes))[:, None, None, None])[0])
 
     assert fades(lambda a: (1 + a).rsqrt()) and fades(lambda a: a.exp()) and fades(torch.ones_like)
     for size in (1.0, 0.3, 0.1, 0.03):
@@ -222,9 +222,9 @@ def test_few_nodes_give_what_every_point_gives(
 ) -> None:
     lm, prompts = model(family), texts(family)
     climbed: list[int] = []
-    climb = neurons._climb
+    climb = gradients._climb
     monkeypatch.setattr(
-        neurons,
+        gradients,
         "_climb",
         lambda asked, layers, *rest: climbed.append(len(layers)) or climb(asked, layers, *rest),
     )
@@ -476,7 +476,7 @@ def test_a_relation_is_refined_by_one_share() -> None:
         and mixed[1].refined == ()
     )
     assert mixed[1].baseline == record.refined
-    with pytest.raises(InputError, match="no records"):
+    with pytest.raises(InputError, match="records is empty"):
         refine_relation([])
 
 
@@ -536,7 +536,7 @@ def test_the_record_is_plain_json_and_compact() -> None:
         (PROMPT, "is", {"steps": True}, "steps is True"),
         (PROMPT, "is", {"threshold": "a"}, "threshold is 'a'"),
         (PROMPT, " ", {}, "target is empty"),
-        ("The mother tongue of {} is", "French", {}, "fill the subject in"),
+        ("The mother tongue of {} is", "French", {}, "Fill the subject in"),
         (PROMPT, "is", {"steps": 0}, "steps is 0"),
         (PROMPT, "is", {"threshold": 0.0}, "threshold is 0"),
         (PROMPT, "is", {"share": 1.5}, "share is 1.5"),

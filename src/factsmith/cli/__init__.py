@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -79,7 +79,8 @@ def main(arguments: list[str] | None = None) -> None:
                 )
         app(arguments, prog_name="factsmith")
     except FactsmithError as error:
-        complain("error", str(error))
+        words = sys.argv[1:] if arguments is None else arguments
+        complain("error", f"{error}{_option(error.argument, words)}")
         sys.exit(error.exit_code)
     except SystemExit as end:
         if end.code == 130:
@@ -91,6 +92,22 @@ def main(arguments: list[str] | None = None) -> None:
         text = f"{type(error).__name__}: {error}; this is a fault in factsmith: please report it with what FACTSMITH_TRACEBACK=1 prints"
         complain("unexpected error", text)
         sys.exit(1)
+
+
+def _option(argument: str | None, words: Sequence[str]) -> str:
+    """The command's option for a Python argument, in words to follow an error; "" for none."""
+    commands = typer.main.get_group(app).commands
+    command = next((commands[word] for word in words if word in commands), None)
+    if argument is None or command is None:
+        return ""
+    names = (argument, argument.removesuffix("s"))  # a repeated option has a singular name
+    flags = [
+        flag
+        for parameter in command.params
+        for flag in parameter.opts
+        if parameter.name in names and flag.startswith("--")
+    ]
+    return f" (option: {flags[0]})" if flags else ""
 
 
 def _version(wanted: bool) -> None:

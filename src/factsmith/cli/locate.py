@@ -1,19 +1,18 @@
-"""Locate: where a fact lives, by causal tracing, by neurons, and by trial edits of layers."""
+"""Locate facts: by causal tracing, by neurons, and by trial edits of layers."""
 
 from __future__ import annotations
 
-import enum
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from ..core.errors import InputError, UnsupportedModelError
+from ..core.errors import InputError
 from ..core.factfile import FactFile
-from ..core.tables import counted
+from ..locate.kinds import CorruptionKind, Part, TraceKind, uses_window
 from .common import (
     LARGEST_SEED,
     Device,
@@ -24,318 +23,231 @@ from .common import (
     Where,
     complain,
     is_facts,
-    line,
     model_and_facts,
     model_and_prompt,
     need_model,
     opened,
     output,
-    plain_table,
     print_result,
     progress,
     save,
+    show_tables,
 )
 
-if TYPE_CHECKING:
-    from ..locate.records import CausalTrace
-    from ..model.language_model import LanguageModel
+_MOST_BARS = 60
+"""Neurons in one chart. More do not fit on a page."""
+
+Words = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="[MODEL] PROMPT|FACTS.yaml",
+        help="A model (left out: the workspace's), and a text or facts.",
+    ),
+]
+
+Kind = Annotated[
+    TraceKind | None,
+    typer.Option(
+        help="What to restore: the whole state, or what one part adds.",
+        show_default="state; of facts: all",
+    ),
+]
+
+Sever = Annotated[
+    Part | None,
+    typer.Option(help="Hold this part at its corrupted values above the restored state."),
+]
+
+Replacement = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A subject to put in its place; may be repeated.", show_default="bundled ones"
+    ),
+]
+
+Window = Annotated[
+    int | None,
+    typer.Option(
+        help="Neighbouring layers restored together, for mlp and attention.", show_default="10"
+    ),
+]
+
+Noise = Annotated[
+    float | None,
+    typer.Option(help="Scale of the noise.", show_default="3 sigma of the subject's embeddings"),
+]
+
+NoiseSeed = Annotated[
+    int,
+    typer.Option(min=0, max=LARGEST_SEED, help="Of the noise, or of the choice of other subjects."),
+]
+
+_TEXT_KIND: TraceKind = "state"
+_OWN_TARGET = "the model's own, up to the first punctuation"
+_FORCE_HELP = "Follow the target even if the model says something else."
 
 
-_MOST_BARS = 60  # neurons in one chart: more do not fit on a page
+@dataclass(frozen=True)
+class _Place:
+    """Where a command runs, and where its result goes."""
+
+    out: str | None
+    workspace: Path | None
+    device: str | None
+    as_json: bool
 
 
-class Part(str, enum.Enum):
-    """The parts of a layer whose outputs `trace` restores or severs."""
-
-    mlp = "mlp"
-    attention = "attention"
-
-
-class Kind(str, enum.Enum):
-    """What `trace` restores."""
-
-    state = "state"
-    mlp = "mlp"
-    attention = "attention"
-
-
-class Corruption(str, enum.Enum):
-    """How `trace` takes the subject away."""
-
-    noise = "noise"
-    other = "replace"
-
-
-def trace(
-    words: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="[MODEL] PROMPT|FACTS.yaml",
-            help="A model (left out: the workspace's), and a text or facts.",
-        ),
-    ],
+def trace(  # house: Typer reads one parameter for each option
+    words: Words,
     subject: Annotated[str | None, typer.Option(help="The part of the text to corrupt.")] = None,
     target: Annotated[
-        str | None,
-        typer.Option(
-            help="The answer to follow.",
-            show_default="the model's own, up to the first punctuation",
-        ),
+        str | None, typer.Option(help="The answer to follow.", show_default=_OWN_TARGET)
     ] = None,
-    kind: Annotated[
-        Kind | None,
-        typer.Option(
-            help="What to restore: the whole state, or what one part adds.",
-            show_default="state; of facts: all",
-        ),
-    ] = None,
-    sever: Annotated[
-        Part | None,
-        typer.Option(help="Hold this part at its corrupted values above the restored state."),
-    ] = None,
+    kind: Kind = None,
+    sever: Sever = None,
     corruption: Annotated[
-        Corruption, typer.Option(help="Noise on the subject, or other subjects in its place.")
-    ] = Corruption.noise,
-    replacement: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A subject to put in its place; may be repeated.", show_default="bundled ones"
-        ),
-    ] = None,
-    window: Annotated[
-        int | None,
-        typer.Option(
-            help="Neighbouring layers restored together, for mlp and attention.", show_default="10"
-        ),
-    ] = None,
+        CorruptionKind, typer.Option(help="Noise on the subject, or other subjects in its place.")
+    ] = "noise",
+    replacement: Replacement = None,
+    window: Window = None,
     samples: Annotated[int, typer.Option(help="Corrupted runs to average.")] = 10,
-    noise: Annotated[
-        float | None,
-        typer.Option(
-            help="Scale of the noise.", show_default="3 sigma of the subject's embeddings"
-        ),
-    ] = None,
-    seed: Annotated[
-        int,
-        typer.Option(
-            min=0, max=LARGEST_SEED, help="Of the noise, or of the choice of other subjects."
-        ),
-    ] = 1,
+    noise: Noise = None,
+    seed: NoiseSeed = 1,
     fast: Annotated[
         bool,
         typer.Option("--fast", help="Estimate by gradients, and say how well the estimate ranks."),
     ] = False,
-    force: Annotated[
-        bool,
-        typer.Option("--force", help="Trace the target even if the model says something else."),
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", help=_FORCE_HELP)] = False,
     out: Out = None,
     workspace: Where = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Find where a fact lives: causal tracing of one text, as a heat map of tokens and layers; of a file of facts, their average.
+    """Find where a fact lives, by causal tracing: a heat map of one text, or the average of a file.
 
     \b
     Examples:
-      factsmith trace atlas "The mother tongue of Danielle Darrieux is" --subject "Danielle Darrieux" --out trace.png
-      factsmith trace atlas "The mother tongue of Danielle Darrieux is" --subject "Danielle Darrieux" --kind mlp --window 2
+      factsmith trace atlas "The currency of Bulgaria is the" --subject Bulgaria --out trace.png
+      factsmith trace atlas "The currency of Bulgaria is the" --subject Bulgaria --kind mlp
       factsmith trace atlas facts.yaml --window 2 --out average
     """
-    from ..locate.attribution import AttributionTrace, attribution_trace
-    from ..locate.causal import causal_trace
-    from ..show.plots.traces import heat_map, text_heat_map
-
-    if any(map(is_facts, words[:-1])) and not is_facts(words[-1]):
-        raise InputError(
-            f"got {words[0]} before {words[-1]!r}; the model comes first: factsmith trace MODEL FACTS.yaml"
-        )
-    if window is not None and (kind is Kind.state or (kind is None and not is_facts(words[-1]))):
-        raise InputError(
-            "--window is for --kind mlp or attention: a state is restored by itself; name another --kind, or leave it out"
-        )
+    place = _Place(out, workspace, device, as_json)
+    settings: dict[str, Any] = {
+        "corruption": corruption,
+        "samples": samples,
+        "noise": noise,
+        "seed": seed,
+    }
+    settings |= {} if window is None else {"window": window}
     if is_facts(words[-1]):
-        given = {
+        of_a_text = {
             "--subject": subject,
             "--target": target,
             "--replacement": replacement,
             "--fast": fast,
             "--force": force,
         }
-        if unfit := [name for name, value in given.items() if value]:
-            raise InputError(
-                f"got {words[-1]} and {', '.join(unfit)}; a file of facts is traced with its own subjects and answers, exactly"
-            )
-        _trace_facts(
-            words,
-            kind,
-            sever,
-            corruption,
-            window or 10,
-            samples,
-            noise,
-            seed,
-            out,
-            workspace,
-            device,
-            as_json,
-        )
+        _refuse_options(words[-1], (name for name, value in of_a_text.items() if value))
+        _refuse_window(window, kind)
+        kinds = {} if kind is None else {"kinds": (kind,)}
+        severed = {} if sever is None else {"severed": (sever,)}
+        _trace_facts(words, {**settings, **kinds, **severed}, place)
         return
+    if any(map(is_facts, words[:-1])):
+        raise InputError(
+            f"got {words[0]} before {words[-1]!r}. Name the model first: "
+            "factsmith trace MODEL FACTS.yaml"
+        )
     if subject is None:
         raise InputError(
-            "no --subject was given; name the part of the text to corrupt, as it stands there"
+            "no --subject was given. Name the part of the text to corrupt, as it is written there."
         )
-    files = output(out)  # before the work, not after it
-    model, prompt = model_and_prompt(words)
-    need_model(model, workspace)
-    if prompt.count("{}") > 1:
+    _refuse_window(window, kind or _TEXT_KIND)
+    if fast and sever is not None:
         raise InputError(
-            f"the prompt {prompt!r} has {prompt.count('{}')} slots {{}}; expected one, where the subject goes, or none"
+            "--fast estimates restored states, and not severed ones. Leave out --fast or --sever."
         )
-    (text,) = _filled([prompt], subject)
-    with progress() as tell, opened(model, workspace, device, tell) as (lm, _):
-        if target is not None:
-            _check_says(lm, [text], target, force)
-        else:
-            said, p = _own_answer(lm, text)
-            if p is None:
-                complain(
-                    "warning",
-                    f"the model continues {text!r} with {said!r}, which is no answer of whole words: its first token is followed",
-                )
-            else:
-                target = said
-        settings: dict[str, Any] = {
-            "target": target,
-            "kind": (kind or Kind.state).value,
-            "corruption": corruption.value,
-            "replacements": replacement or None,
-            "window": window or 10,
-            "samples": samples,
-            "noise": noise,
-            "seed": seed,
-            "progress": lambda done, total: tell("tracing", done, total),
-        }
-        if fast:
-            if sever is not None:
-                raise InputError(
-                    "--fast estimates restored states, not severed ones; leave out --fast or --sever"
-                )
-            found: CausalTrace = attribution_trace(lm, text, subject, **settings)
-        else:
-            found = causal_trace(
-                lm, text, subject, sever=None if sever is None else sever.value, **settings
-            )
-    _check_lost(found.answer.strip(), found.clean, found.corrupted)
-    saved = save(files, "trace", found, lambda path: heat_map(found, path=path))
+    settings |= {"kind": kind or _TEXT_KIND, "replacements": replacement or None}
+    settings |= {} if sever is None else {"sever": sever}
+    _trace_text(words, subject, target, settings, place, fast=fast, force=force)
+
+
+def _trace_text(
+    words: list[str],
+    subject: str,
+    target: str | None,
+    settings: dict[str, Any],
+    place: _Place,
+    *,
+    fast: bool,
+    force: bool,
+) -> None:
+    """Trace one text."""
+    from ..locate.attribution import attribution_trace
+    from ..locate.causal import causal_trace
+    from ..locate.question import answer_to_follow, fill_prompts, prompt_warnings
+    from ..show.plots.traces import heat_map, text_heat_map
+
+    files = output(place.out)  # before the work, not after it
+    model, prompt = model_and_prompt(words)
+    need_model(model, place.workspace)
+    (text,) = fill_prompts([prompt], subject, single_slot=True)
+    _warn(prompt_warnings([text]))
+    with progress() as tell, opened(model, place.workspace, place.device, tell) as (lm, _):
+        answer = answer_to_follow(lm, [text], target, force=force)
+        _warn(answer.warnings)
+        result = (attribution_trace if fast else causal_trace)(
+            lm,
+            text,
+            subject,
+            target=answer.target,
+            progress=lambda done, total: tell("tracing", done, total),
+            **settings,
+        )
+    _warn(result.warnings)
+    saved = save(files, "trace", result, lambda path: heat_map(result, path=path))
 
     def show(console: Console) -> None:
-        console.print(text_heat_map(found, max(20, min(console.width, 120))))
-        if isinstance(found, AttributionTrace) and found.rank_correlation is not None:
-            line(
-                console,
-                "estimate:",
-                f"its ranks correlate {found.rank_correlation:.2f} with the exact map's, on {found.checked} states",
-            )
+        console.print(text_heat_map(result, max(20, min(console.width, 120))))
+        for note in result.notes:
+            console.print(note, soft_wrap=True)
 
-    print_result(found.to_dict(), show, as_json, saved)
+    print_result(result.to_dict(), show, place.as_json, saved)
 
 
-def _trace_facts(
-    words: list[str],
-    kind: Kind | None,
-    sever: Part | None,
-    corruption: Corruption,
-    window: int,
-    samples: int,
-    noise: float | None,
-    seed: int,
-    out: str | None,
-    workspace: Path | None,
-    device: str | None,
-    as_json: bool,
-) -> None:
-    """`trace` of a file of facts: their average."""
+def _trace_facts(words: list[str], settings: dict[str, Any], place: _Place) -> None:
+    """Average the traces of a file of facts."""
     from ..locate.average import average_trace
     from ..show.plots.traces import class_lines, class_map
 
     model, file = model_and_facts(words)
     assert file is not None
-    files = output(out, curves=True, inputs=[file])
-    need_model(model, workspace)
+    files = output(place.out, curves=True, inputs=[file])
+    need_model(model, place.workspace)
     facts = FactFile.read(file)
-    with progress() as tell, opened(model, workspace, device, tell) as (lm, _):
-        found = average_trace(
+    with progress() as tell, opened(model, place.workspace, place.device, tell) as (lm, _):
+        average = average_trace(
             lm,
             facts,
-            kinds=("state", "mlp", "attention") if kind is None else (kind.value,),
-            severed=() if sever is None else (sever.value,),
-            corruption=corruption.value,
-            window=window,
-            samples=samples,
-            noise=noise,
-            seed=seed,
             progress=lambda done, total: tell("tracing facts", done, total),
+            **settings,
         )
-    _check_lost("answer", found.clean, found.corrupted)
+    _warn(average.warnings)
     saved = save(
         files,
         "average",
-        found,
-        lambda path: class_map(found, path=path),
-        lambda path: class_lines(found, path=path),
+        average,
+        lambda path: class_map(average, path=path),
+        lambda path: class_lines(average, path=path),
     )
-
-    def show(console: Console) -> None:
-        skipped = (
-            f"; {found.n_skipped} left out, which the model answers otherwise"
-            if found.n_skipped
-            else ""
-        )
-        line(
-            console,
-            f"{counted(found.n_facts, 'fact')}{skipped}:",
-            f"p(answer) {found.clean:.3f}, corrupted {found.corrupted:.3f}",
-        )
-        line(
-            console,
-            "average total effect",
-            f"{found.total_effect:.3f}{_margin(found.total_low, found.total_high)}",
-        )
-        table = plain_table(
-            caption="largest average effect of a layer, ± half of its 95 % interval, @ the layer"
-        )
-        table.add_column("")
-        # A cell is "0.065 ± 0.028 @0": beside one another where the terminal is wide enough, else in two lines.
-        wide = console.width >= max(map(len, found.classes)) + 20 * len(found.effects)
-        for name in found.effects:
-            table.add_column(name, justify="right")
-        for row, (token, count) in enumerate(zip(found.classes, found.counts, strict=True)):
-            cells = []
-            for name, effects in found.effects.items():
-                layer = int(effects[row].nan_to_num(-1).argmax())
-                margin = _margin(
-                    float(found.low[name][row, layer]), float(found.high[name][row, layer])
-                )
-                value = f"{float(effects[row, layer]):.3f}"
-                cells.append(
-                    ""
-                    if not count
-                    else f"{value}{margin} @{layer}"
-                    if wide
-                    else f"{value} @{layer}\n{margin.strip()}".strip()
-                )
-            table.add_row(token, *cells)
-        console.print(table)
-
-    print_result(found.to_dict(), show, as_json, saved)
+    print_result(average.to_dict(), show_tables(average.tables()), place.as_json, saved)
 
 
-def neurons(
+def neurons(  # house: Typer reads one parameter for each option
     words: ModelAndPrompt,
-    subject: Annotated[str | None, typer.Option(help="What stands for {} in the prompts.")] = None,
+    subject: Annotated[str | None, typer.Option(help="Goes into the {} of the prompts.")] = None,
     target: Annotated[
-        str | None, typer.Option(help="The answer to attribute.", show_default="the model's own")
+        str | None, typer.Option(help="The answer to attribute.", show_default=_OWN_TARGET)
     ] = None,
     paraphrase: Annotated[
         list[str] | None, typer.Option(help="Another way to ask the same; may be repeated.")
@@ -358,10 +270,7 @@ def neurons(
     seed: Annotated[
         int, typer.Option(min=0, max=LARGEST_SEED, help="Of the random neurons to compare with.")
     ] = 0,
-    force: Annotated[
-        bool,
-        typer.Option("--force", help="Attribute the target even if the model says something else."),
-    ] = False,
+    force: Annotated[bool, typer.Option("--force", help=_FORCE_HELP)] = False,
     out: Out = None,
     workspace: Where = None,
     device: Device = None,
@@ -369,83 +278,43 @@ def neurons(
 ) -> None:
     """Find the neurons that carry a fact, then silence and double them to see.
 
-    Several ways to ask single out the neurons of the fact; one alone also finds those of its wording.
+    Several ways to ask single out the neurons of the fact; one alone also finds those of its
+    wording.
 
     \b
     Examples:
-      factsmith neurons atlas "The currency of {} is the" --subject Bulgaria --paraphrase "In {} people pay with the" --out neurons.png
-      factsmith neurons atlas "The currency of Bulgaria is the"
+      factsmith neurons atlas "The currency of {} is the" --subject Bulgaria --out neurons.png
+      factsmith neurons atlas "The currency of Bulgaria is the" \\
+          --paraphrase "In Bulgaria people pay with the"
     """
-    from ..locate.effects import effect, random_neurons
+    from ..locate.effects import check_neurons
     from ..locate.neurons import knowledge_neurons
+    from ..locate.question import answer_to_follow, fill_prompts, prompt_warnings
     from ..show.plots.neurons import neuron_chart
 
     files = output(out)
     model, prompt = model_and_prompt(words)
     need_model(model, workspace)
-    prompts = _filled([prompt, *(paraphrase or [])], subject)
+    prompts = fill_prompts([prompt, *(paraphrase or [])], subject)
+    _warn(prompt_warnings(prompts))
     with progress() as tell, opened(model, workspace, device, tell) as (lm, _):
-        if target is None:
-            target, p = _own_answer(lm, prompts[0])
-            if p is None:
-                raise InputError(
-                    f"the model continues {prompts[0]!r} with {target!r}, which is no answer of whole words; end the prompt where an "
-                    "answer begins, or name one with --target and --force"
-                )
-        _check_says(lm, prompts, target, force)
-        found = knowledge_neurons(
+        answer = answer_to_follow(lm, prompts, target, force=force, whole_words=True)
+        _warn(answer.warnings)
+        located = knowledge_neurons(
             lm,
             prompts,
-            target,
+            answer.text,
             steps=steps,
             threshold=threshold,
             share=share,
             progress=lambda done, total: tell("attributing", done, total),
         )
-        effects = {
-            name: effect(lm, chosen, prompts, target)
-            for name, chosen in {
-                "refined": found.refined,
-                "random": random_neurons(lm, found.refined, seed=seed),
-                "activation baseline": found.baseline,
-            }.items()
-        }
-    saved = save(files, "neurons", found, lambda path: neuron_chart(found, n=top, path=path))
-
-    def show(console: Console) -> None:
-        refined = set(found.refined)
-        line(console, prompts[0], f"{target} (p = {float(found.probability[0]):.3f})", style="bold")
-        table = plain_table("layer", "neuron", "attribution", f"strong in, of {len(prompts)}")
-        table.add_column("")
-        for neuron, score in found.top(top):
-            strong = sum(neuron in coarse for coarse in found.coarse)
-            place = ":".join(map(str, neuron[1:]))
-            table.add_row(
-                str(neuron[0]),
-                place,
-                f"{score:.4f}",
-                str(strong),
-                "refined" if neuron in refined else "",
-            )
-        console.print(table)
-        for name, measured in effects.items():
-            changes = f"silenced {measured.suppressed:+.1%}, doubled {measured.amplified:+.1%}"
-            line(
-                console,
-                f"{name}:",
-                f"{counted(measured.n_neurons, 'neuron')}; p({target}) {changes}"
-                if measured.n_neurons
-                else "none",
-            )
-
-    document = {
-        **found.to_dict(),
-        "effects": {name: measured.to_dict() for name, measured in effects.items()},
-    }
-    print_result(document, show, as_json, saved)
+        check = check_neurons(lm, located, seed=seed)
+    saved = save(files, "neurons", located, lambda path: neuron_chart(located, n=top, path=path))
+    print_result(check.to_dict(), show_tables(check.tables(top)), as_json, saved)
 
 
-def layers(
+def layers(  # house: Typer reads one parameter for each option
     model: Model = None,
     facts: Annotated[
         Path | None,
@@ -499,109 +368,44 @@ def layers(
     with progress() as tell, opened(model, workspace, device, tell) as (lm, bench):
         if refresh and bench is None:
             raise InputError(
-                "--refresh measures again what a workspace keeps, and there is none; leave it out, or add --workspace"
+                "--refresh measures again what a workspace keeps, and there is no workspace. "
+                "Leave it out, or add --workspace."
             )
         if preset:
-            known = published(lm)
-            if known is None:
+            choice = published(lm)
+            if choice is None:
                 raise InputError(
-                    f"no layers were published for a model like {lm.name}; leave out --preset to measure them"
+                    f"no layers were published for a model like {lm.name}. "
+                    "Leave out --preset to measure them."
                 )
-            choice = known
         elif bench is None:
             choice = recommend_layers(lm, wanted, trials=trials, seed=seed, progress=tell)
         else:
             choice = bench.recommend_layers(
                 wanted, trials=trials, seed=seed, refresh=refresh, progress=tell
             )
-
-    def show(console: Console) -> None:
-        line(console, "ROME:", f" layer {choice.rome}")
-        line(
-            console,
-            "MEMIT:",
-            f"layers {', '.join(map(str, choice.memit))}" if choice.memit else "not known",
-        )
-        line(console, "why:", f"  {choice.reason}")
-        if choice.scores:
-            (own,) = choice.tables()
-            table = plain_table(*own.columns)
-            for row in own.rows:
-                table.add_row(*row, style="bold" if row[0] == str(choice.rome) else "")
-            console.print(table)
-
-    print_result(choice.to_dict(), show, as_json)
+    print_result(choice.to_dict(), show_tables(choice.tables()), as_json)
 
 
-def _filled(prompts: Sequence[str], subject: str | None) -> list[str]:
-    """The prompts with the subject in their slots; raises InputError where one cannot be asked, warns where it ends in a space."""
-    if subject is not None and not subject.strip():
-        raise InputError("--subject is empty; expected a part of the prompt")
-    texts = []
-    for prompt in prompts:
-        if not prompt.strip():
-            raise InputError("a prompt is empty; expected a text for the model to continue")
-        if "{}" in prompt and subject is None:
-            raise InputError(
-                f"{prompt!r} has {{}} in it, and no --subject was given; give one, or write the subject into the prompt"
-            )
-        if subject is not None and "{}" not in prompt and subject.strip() not in prompt:
-            raise InputError(
-                f"subject {subject!r} is not in {prompt!r}, which has no {{}} either; write it as it stands there, or leave it out"
-            )
-        texts.append(prompt if subject is None else prompt.replace("{}", subject.strip()))
-        if texts[-1][-1].isspace():
-            complain(
-                "warning",
-                f"{texts[-1]!r} ends in white space, after which most models answer worse; end it with the last word",
-            )
-    return texts
+def _warn(warnings: Iterable[str]) -> None:
+    """Print warnings to standard error."""
+    for text in warnings:
+        complain("warning", text)
 
 
-def _own_answer(lm: LanguageModel, prompt: str) -> tuple[str, float | None]:
-    """What the model itself says first after a prompt, and how likely; None where that text, as a target, is not what it says.
-
-    So it is where the continuation begins with a punctuation mark, or in the middle of a word: between prompt and target goes a space.
-    """
-    from ..model.answers import first_phrase
-
-    said = first_phrase(lm.answer([prompt])[0])
-    if not said or not lm.says([prompt], [said])[0]:
-        return said, None
-    return said, math.exp(float(lm.log_prob([prompt], [said])[0]))
-
-
-def _check_says(lm: LanguageModel, prompts: list[str], target: str, force: bool) -> None:
-    """Warns of prompts that the model answers otherwise; raises InputError when it answers none with the target, unless forced."""
-    right = lm.says(prompts, [target] * len(prompts))
-    wrong = [prompt for prompt, said in zip(prompts, right, strict=True) if not said]
-    for prompt in wrong:
-        try:
-            answer, p = _own_answer(lm, prompt)
-        except (
-            UnsupportedModelError
-        ):  # a masked language model fills a gap; it has no continuation to show
-            said = f"the model does not answer {prompt!r} with {target.strip()!r}"
-        else:
-            likely = "" if p is None else f" (p = {p:.3f})"
-            said = f"the model answers {prompt!r} with {answer!r}{likely}, not {target.strip()!r}"
-        if len(wrong) == len(prompts) and not force:
-            raise InputError(
-                f"{said}; leave out --target to follow its own answer, or add --force to follow the target all the same"
-            )
-        complain("warning", said)
-
-
-def _check_lost(answer: str, clean: float, corrupted: float) -> None:
-    """Warns when the corruption costs the answer hardly any probability: a map is of what comes back of the loss."""
-    if clean - corrupted < max(0.01, 0.05 * clean):
-        complain(
-            "warning",
-            f"p({answer}) is {clean:.3f}, and {corrupted:.3f} with the subject corrupted: the corruption does not take the answer away, so "
-            "there is nothing to bring back and the map shows nothing; try another corruption, or more noise",
+def _refuse_options(file: str, options: Iterable[str]) -> None:
+    """Raise an InputError for options that do not go with a file of facts."""
+    if unfit := ", ".join(options):
+        raise InputError(
+            f"got {file} and {unfit}. A file of facts is traced with its own subjects and "
+            "answers, exactly: leave the options out."
         )
 
 
-def _margin(low: float, high: float) -> str:
-    """Half of a 95 % interval, where there is one."""
-    return "" if math.isnan(low) else f" ± {(high - low) / 2:.3f}"
+def _refuse_window(window: int | None, kind: TraceKind | None) -> None:
+    """Raise an InputError for a window that would have no effect. No kind: all of them."""
+    if window is not None and kind is not None and not uses_window(kind):
+        raise InputError(
+            "--window is for --kind mlp or attention: a state is restored alone. "
+            "Name another --kind, or leave the window out."
+        )

@@ -104,13 +104,10 @@ class AverageTrace(Shown):
         """Reasons not to trust the maps, as sentences; usually empty."""
         return corruption_warnings("answer", self.clean, self.corrupted)
 
-    def tables(self, width: int = 80) -> list[Table]:
+    def tables(self) -> list[Table]:
         """Return the largest average effect of each class of token, for each map.
 
         `class_map(average)` draws all effects.
-
-        Args:
-            width: Columns of the screen. A class takes one line if that fits, and otherwise two.
         """
         skipped = (
             f"; {self.n_skipped} left out, which the model answers otherwise"
@@ -122,36 +119,25 @@ class AverageTrace(Shown):
             f"p(answer) {self.clean:.3f}, corrupted {self.corrupted:.3f}"
         )
         total = f"{self.total_effect:.3f}{margin(self.total_low, self.total_high)}"
-        is_wide = width >= max(map(len, self.classes)) + 20 * len(self.effects)
-        rows: list[tuple[str, ...]] = []
-        for row, (name, count) in enumerate(zip(self.classes, self.counts, strict=True)):
-            some = "" if count in (0, self.n_facts) else f"of {counted(count, 'fact')}"
-            peaks = [self._peak_of_class(kind, row) for kind in self.effects if count]
-            if not count:
-                rows.append((name, *[""] * len(self.effects)))
-            elif is_wide:
-                label = f"{name}, {some}" if some else name
-                rows.append((label, *(f"{value}{half} @{layer}" for value, half, layer in peaks)))
-            else:
-                rows.append((name, *(f"{value} @{layer}" for value, _, layer in peaks)))
-                halves = [half.strip() for _, half, _ in peaks]
-                if some or any(halves):
-                    rows.append((some, *halves))
+        rows = [
+            (name, str(count), *(self._best(kind, row) if count else "" for kind in self.effects))
+            for row, (name, count) in enumerate(zip(self.classes, self.counts, strict=True))
+        ]
         return [
             Table(summary, {}),
             Table(
                 f"average total effect {total}",
-                {"": "<", **dict.fromkeys(self.effects, ">")},
+                {"": "<", "facts": ">", **dict.fromkeys(self.effects, ">")},
                 rows,
                 "largest average effect of a layer, ± half of its 95 % interval, @ the layer",
             ),
         ]
 
-    def _peak_of_class(self, kind: str, row: int) -> tuple[str, str, int]:
-        """The largest effect of a class in a map, its margin, and its layer."""
+    def _best(self, kind: str, row: int) -> str:
+        """The largest effect of a class in a map, half of its interval, and its layer."""
         layer = int(self.effects[kind][row].nan_to_num(-torch.inf).argmax())
         low, high = float(self.low[kind][row, layer]), float(self.high[kind][row, layer])
-        return f"{float(self.effects[kind][row, layer]):.3f}", margin(low, high), layer
+        return f"{float(self.effects[kind][row, layer]):.3f}{margin(low, high)} @{layer}"
 
     def peak(self, kind: str) -> tuple[str, int]:
         """Return (class, layer) with the largest average effect of a map."""

@@ -1,20 +1,22 @@
 """Knowledge neurons: the few FFN neurons whose coefficients carry a fact's probability.
 
-    found = knowledge_neurons(lm, ["The capital of France is", "France, whose capital is"], "Paris")
-    found.refined                      # ((9, 417), ...): strong in most phrasings
-    found.scores                       # (n_prompts, n_layers, n_neurons) integrated gradients
-    found.baseline                     # the same refinement of the bare activations, to compare with
+    neurons = knowledge_neurons(lm, ["The capital of France is", "The French capital is"], "Paris")
+    neurons.refined                    # ((9, 417), ...): strong in most phrasings
+    neurons.scores                     # (n_prompts, n_layers, n_neurons) integrated gradients
+    neurons.baseline                   # the same refinement of the activations, for comparison
 
-The score is equation 4-5 of Dai et al. 2022 (arXiv 2104.08696): integrated gradients of p(target) with respect to a neuron's
-coefficient, all neurons of its layer scaled together, at the position that predicts. A layer writes the sum of its coefficients times
-its values (plus a bias), so scaling the coefficients by alpha moves what it writes along one line, and the gradient for neuron i is its
-value times the gradient g for what is written there:
+The score is equation 4-5 of Dai et al. 2022 (arXiv 2104.08696): integrated gradients of p(target)
+with respect to a neuron's coefficient, at the position that predicts. All neurons of a layer are
+scaled together. A layer writes the sum of its coefficients times its values (plus a bias). So
+scaling the coefficients by alpha moves what it writes along one line, and the gradient for neuron i
+is its value times the gradient g for what is written:
 
     attribution_i = c_i * v_i . mean over alpha of g(alpha)
 
-Only g is differentiated for, d_model numbers a layer and alpha, and only layers above the scaled one take part. All layers' variants
-climb the model in one batch, and the vocabulary is read only where the target is predicted. Where the gradient is smooth in alpha, which is
-checked, the sum over twenty points is taken from eight.
+So only g is computed by backward passes: d_model numbers for each layer and alpha. Only the layers
+above the scaled one take part. The variants of all layers climb the model in one batch, and only
+the positions that predict the target are unembedded. Where the gradient is smooth in alpha, which
+is checked, eight points replace the sum over twenty.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,31 +36,46 @@ from ..core.errors import InputError, NumericsError
 from ..core.tables import Shown, Table, counted
 from ..model.address import Neuron
 from ..model.language_model import LanguageModel, check_model
-from .gradients import LEAST, ask, groups, mean_gradients
+from .gradients import Question, RecordedPrompts, mean_gradients, record_prompts, shared_batches
 
-if TYPE_CHECKING:
-    pass
+LEAST_PROMPTS = 3
+"""A refined neuron is strong in at least so many prompts, as in the authors' code."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class KnowledgeNeurons(Shown):
-    """Which neurons carry one fact, asked for in one or more phrasings.
+    """The neurons that carry one fact, located with one phrasing of it or several.
 
-    A neuron is (layer, i), or (layer, expert, i) in a layer with experts (expert == n_experts: the shared bank). In the last dimension of
-    `scores` the neuron (layer, expert, i) has index expert * d_ff + i; layers with fewer neurons than the widest end in zeros.
+    A neuron is (layer, i), or (layer, expert, i) in a layer with experts; expert == n_experts is
+    the shared bank. In the last dimension of `scores` the neuron (layer, expert, i) has the index
+    expert * d_ff + i. Layers with fewer neurons than the widest end in zeros.
 
-    prompts, target     what was asked, and the text whose probability was attributed
-    target_ids          its tokens in each prompt
-    predicted           in each prompt the likeliest token where each token of the target is predicted, as text
-    probability         (n_prompts,) float32: p(target), joint over its tokens
-    silent              (n_prompts, n_layers) float32: p(target) with all neurons of that layer silent where the target is predicted
-    scores              (n_prompts, n_layers, n_neurons) float32 on the CPU: integrated gradients, `steps` points of a left Riemann sum
-    activations         the same shape: the coefficients (an expert's weighed by its routing), averaged over the target's positions
-    coarse              per prompt, the neurons with at least `threshold` times the prompt's largest score, strongest first
-    refined             the neurons in the coarse sets of at least `share` of the prompts (and of 3, where there are 3), most shared first
-    baseline_coarse     the same sets by activation, from `baseline_threshold`
-    baseline            refined from these by `baseline_share`
-    n_experts, d_ff     (n_layers,) routed experts a layer (0: none), and neurons a bank
+    Attributes:
+        prompts: The phrasings, each a text that ends where the target begins.
+        target: The text whose probability was attributed.
+        target_ids: Its tokens in each prompt.
+        predicted: For each prompt, the likeliest token at each of the target's places, as text.
+        is_correct: For each prompt, whether these are the target's tokens.
+        probability: (n_prompts,) float32 p(target), joint over its tokens.
+        silent: (n_prompts, n_layers) float32 p(target) with all neurons of that layer silent where
+            the target is predicted.
+        scores: (n_prompts, n_layers, n_neurons) float32 on the CPU: integrated gradients, by
+            `steps` points of a left Riemann sum.
+        activations: The same shape: the coefficients, averaged over the target's positions. An
+            expert's coefficient is multiplied by its routing weight.
+        coarse: For each prompt, the neurons with at least `threshold` times the prompt's largest
+            score, strongest first.
+        refined: The neurons in the coarse sets of at least `share` of the prompts (and of three,
+            if there are three), most shared first.
+        baseline_coarse: The same sets by activation, with `baseline_threshold`.
+        baseline: The neurons refined from these by `baseline_share`.
+        steps: Points of the Riemann sum.
+        threshold: See `coarse`.
+        share: See `refined`.
+        baseline_threshold: See `baseline_coarse`.
+        baseline_share: See `baseline`.
+        n_experts: (n_layers,) number of routed experts; 0 for none.
+        d_ff: (n_layers,) number of neurons of a bank.
     """
 
     prompts: tuple[str, ...]
@@ -84,58 +101,68 @@ class KnowledgeNeurons(Shown):
 
     @property
     def gaps(self) -> Tensor:
-        """(n_prompts, n_layers) what the sum leaves of completeness: a layer's scores, summed, less p(target) - silent.
+        """(n_prompts, n_layers) the error of the sum: a layer's scores - (p(target) - silent).
 
-        Zero for an exact integral; a left Riemann sum of 20 points leaves some. It leaves much where p jumps along the way: in models with
-        experts, when a layer above chooses others; with a norm behind the memory (as in Gemma 2), close to alpha = 0.
+        It is zero for an exact integral, and small for a left Riemann sum of 20 points. It is
+        large where p jumps on the way: in a model with experts, if a layer above chooses others;
+        with a norm after the memory (as in Gemma 2), close to alpha = 0.
         """
         return self.scores.sum(-1) - (self.probability[:, None] - self.silent)
 
-    def tables(self) -> list[Table]:
-        """The strongest neurons, and in how many of the prompts each is strong."""
-        p, refined = float(self.probability.mean()), set(self.refined)
-        title = f"{counted(len(refined), 'neuron')} for {self.target.strip()!r} (p {p:.3f} over {counted(len(self.prompts), 'prompt')})"
-        rows = []
-        for neuron, score in self.top(len(refined) + 10):
-            strong = sum(neuron in coarse for coarse in self.coarse)
-            rows.append(
-                (
-                    " ".join(map(str, neuron)),
-                    f"{score:.4f}",
-                    str(strong),
-                    "refined" if neuron in refined else "",
-                )
+    def tables(self, n: int | None = None) -> list[Table]:
+        """Return the strongest neurons, and in how many prompts each is strong.
+
+        Args:
+            n: Number of neurons. None: ten more than the refined set has.
+        """
+        refined, n_prompts = set(self.refined), len(self.prompts)
+        rows = [
+            (
+                str(neuron[0]),
+                ":".join(map(str, neuron[1:])),
+                f"{score:.4f}",
+                str(self.count_strong(neuron)),
+                "refined" if neuron in refined else "",
             )
+            for neuron, score in self.top(len(refined) + 10 if n is None else n)
+        ]
+        columns = ("layer", "neuron", "attribution", f"strong in, of {n_prompts}")
         return [
             Table(
-                title,
-                {
-                    "neuron": "<",
-                    "attribution": ">",
-                    f"strong in, of {len(self.prompts)}": ">",
-                    "": "<",
-                },
+                f"p({self.target.strip()}) after {self.prompts[0]!r}: "
+                f"{float(self.probability[0]):.3f}; "
+                f"{counted(len(refined), 'refined neuron')} of {counted(n_prompts, 'prompt')}",
+                {**dict.fromkeys(columns, ">"), "": "<"},
                 rows,
             )
         ]
 
     def top(self, n: int = 20) -> list[tuple[Neuron, float]]:
-        """The n neurons with the largest score averaged over the prompts, with that average."""
+        """Return the n neurons with the largest mean score over the prompts, and that mean."""
         mean = self.scores.mean(0)
         strongest = mean.flatten().topk(min(n, mean.numel())).indices.tolist()
         places = [divmod(index, mean.shape[1]) for index in strongest]
         return [
-            (_name(layer, flat, self.n_experts, self.d_ff), float(mean[layer, flat]))
+            (_neuron_at(layer, flat, self.n_experts, self.d_ff), float(mean[layer, flat]))
             for layer, flat in places
         ]
 
     def of(self, neuron: Neuron) -> Tensor:
-        """(n_prompts,) the scores of one neuron."""
+        """Return the scores of one neuron: (n_prompts,)."""
         layer, *expert, i = neuron
         return self.scores[:, layer, (expert[0] if expert else 0) * self.d_ff[layer] + i]
 
+    def count_strong(self, neuron: Neuron) -> int:
+        """Return the number of prompts whose coarse set holds a neuron."""
+        return sum(neuron in coarse for coarse in self.coarse)
+
     def with_share(self, share: float, baseline_share: float | None = None) -> KnowledgeNeurons:
-        """The same record, refined by another share of the prompts."""
+        """Return the same record, refined by another share of the prompts.
+
+        Args:
+            share: The new share.
+            baseline_share: The new share of the baseline. None: the same.
+        """
         baseline_share = share if baseline_share is None else baseline_share
         return dataclasses.replace(
             self,
@@ -146,7 +173,10 @@ class KnowledgeNeurons(Shown):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as plain JSON-able values: sets and the strongest neurons, not the score of every neuron."""
+        """Return the record as plain values for JSON: the sets and the strongest neurons.
+
+        The scores of all neurons are left out.
+        """
         whole = {"scores", "activations"}
         plain = {
             name: value.tolist() if isinstance(value, Tensor) else value
@@ -156,7 +186,7 @@ class KnowledgeNeurons(Shown):
         return {**plain, "gaps": self.gaps.tolist(), "top": self.top()}
 
     def rows(self, n: int = 100) -> list[dict[str, Any]]:
-        """The n strongest neurons as a table: their mean score, and in how many prompts they are strong."""
+        """Return the n strongest neurons as a table: one row for each neuron."""
         refined, baseline = set(self.refined), set(self.baseline)
         return [
             {
@@ -164,7 +194,7 @@ class KnowledgeNeurons(Shown):
                 "expert": neuron[1] if len(neuron) == 3 else None,
                 "neuron": neuron[-1],
                 "attribution": score,
-                "prompts": sum(neuron in coarse for coarse in self.coarse),
+                "prompts": self.count_strong(neuron),
                 "refined": neuron in refined,
                 "baseline": neuron in baseline,
             }
@@ -172,7 +202,7 @@ class KnowledgeNeurons(Shown):
         ]
 
 
-def knowledge_neurons(
+def knowledge_neurons(  # house: the promised public signature
     lm: LanguageModel,
     prompts: str | Sequence[str],
     target: str,
@@ -184,97 +214,58 @@ def knowledge_neurons(
     every_point: bool = False,
     progress: Callable[[int, int], object] | None = None,
 ) -> KnowledgeNeurons:
-    """Attribute p(target) to the FFN neurons of every layer: Dai et al. 2022, section 3 (arXiv 2104.08696).
+    """Attribute p(target) to the FFN neurons of every layer.
 
-    prompts             one prompt, or several phrasings of one fact, the subject filled in; each ends where the target begins. For a masked
-                        language model each has [MASK] in the target's place, once for each of its tokens
-    target              of one or more tokens: their joint probability is attributed, all positions that predict them scaled together
-    steps               points of the left Riemann sum: alpha = 0, 1/steps, ... (steps - 1)/steps
-    threshold           part of a prompt's largest score, over all layers, from which a neuron is in its coarse set
-    share               part of the prompts whose coarse sets a refined neuron is in; with three prompts or more, of three at least
-    baseline_threshold  the threshold for the activation baseline (the authors' 0.5)
-    every_point         take all `steps` points in every layer. Else layers along whose way the gradient is smooth take 8 points that give
-                        the same sum: measured, to 1e-5 of the layer's scores
-    progress            called with (prompts done, prompts to do)
+    Dai et al. 2022, section 3 (arXiv 2104.08696). Scores and gradients are computed in the model's
+    dtype. The model is not changed.
 
-    Scores and gradients are computed in the model's dtype. Raises InputError (arguments, prompts too long), UnsupportedModelError,
-    and NumericsError when p(target) is zero or not finite. The model is not changed.
+    Args:
+        lm: The model.
+        prompts: One prompt, or several phrasings of one fact, with the subject filled in. Each
+            ends where the target begins. For a masked language model each has [MASK] in the
+            target's place, once for each of its tokens.
+        target: The text to attribute, of one or more tokens. Their joint probability is
+            attributed, and all positions that predict them are scaled together.
+        steps: Points of the left Riemann sum: alpha = 0, 1/steps, ... (steps - 1)/steps.
+        threshold: Part of a prompt's largest score, over all layers, from which a neuron is in its
+            coarse set.
+        share: Part of the prompts whose coarse sets hold a refined neuron. With three prompts or
+            more, it is in three of them at least.
+        baseline_threshold: The threshold of the activation baseline (0.5 in the authors' code).
+        every_point: Take all `steps` points in every layer. Otherwise a layer whose gradient is
+            smooth on the way takes 8 points, with the same sum to 1e-5 of the layer's scores.
+        progress: Called with (prompts done, prompts to do).
+
+    Raises:
+        InputError: when an argument is not accepted, or a prompt is too long.
+        UnsupportedModelError: when the model cannot run the prompts.
+        NumericsError: when p(target) is zero or not finite.
     """
     check_model(lm)
-    expected = "one prompt, or a list of at least one"
-    prompts = [
-        check_text(p, "a prompt")
-        for p in (
-            [prompts]
-            if isinstance(prompts, str)
-            else check_items(prompts, "prompts", "texts", also="one text")
-        )
-    ]
-    if not prompts:
-        raise InputError(f"no prompt was given; expected {expected}")
+    texts = _check_prompts(prompts)
     target = check_text(target, "the target")
     steps = check_count(steps, "steps", "the number of points of the integral")
-    for name, value in (
-        ("threshold", threshold),
-        ("share", share),
-        ("baseline_threshold", baseline_threshold),
-    ):
-        check_number(value, name, above=0, most=1)
-    if left := [p for p in prompts if "{}" in p]:
-        raise InputError(f"prompt {left[0]!r} has a place left open; fill the subject in first")
+    check_number(threshold, "threshold", above=0, most=1)
+    check_number(share, "share", above=0, most=1)
+    check_number(baseline_threshold, "baseline_threshold", above=0, most=1)
 
-    questions = [lm.question(p, target) for p in prompts]
-    widest = max(sum(bank.d_ff for bank in ffn.banks) for ffn in lm.ffn)
-    scores = torch.zeros(len(prompts), lm.n_layers, widest)
-    activations = torch.zeros_like(scores)
-    probability, silent = torch.zeros(len(prompts)), torch.zeros(len(prompts), lm.n_layers)
-    predicted = [""] * len(prompts)
-    is_correct = [False] * len(prompts)
+    questions = [lm.question(prompt, target) for prompt in texts]
+    attributions = _Attributions(lm, texts, target, questions)
     done = 0
-    for group in groups(lm, questions):
-        asked = ask(lm, [questions[i] for i in group])
-        for row, i in enumerate(group):
-            if not (
-                math.isfinite(p := float(asked.probability[row]))
-                and p > torch.finfo(torch.float32).tiny
-            ):
-                raise NumericsError(
-                    f"p({target!r}) after {prompts[i]!r} is {p}; expected a positive number to attribute. "
-                    "Choose a target the model gives some probability, or load the model in float32"
-                )
-            predicted[i] = lm.tokenizer.decode(asked.likeliest[row].tolist())
-            is_correct[i] = asked.likeliest[row].tolist() == questions[i][2]
-        gradients, low = mean_gradients(asked, steps, every_point)
-        probability[group], silent[group] = asked.probability.float().cpu(), low.float().cpu()
-        for layer, banks in enumerate(asked.banks):
-            for bank in banks:
-                rows = torch.tensor(group)[bank.rows.cpu() // asked.n_targets]
-                here = slice(bank.first, bank.first + bank.coefficients.shape[1])
-                g = gradients[layer].flatten(0, 1)[
-                    bank.rows.to(gradients[layer].device)
-                ]  # (n, d_model)
-                attributed = bank.coefficients * (g.to(bank.coefficients) @ bank.neurons.weight())
-                scores[:, layer, here].index_add_(0, rows, attributed.float().cpu())
-                activations[:, layer, here].index_add_(
-                    0, rows, bank.coefficients.float().cpu() / asked.n_targets
-                )
+    for group in shared_batches(lm, questions):
+        recorded = record_prompts(lm, [questions[i] for i in group])
+        attributions.check(group, recorded)
+        gradients, silent = mean_gradients(recorded, steps, every_point)
+        attributions.add(group, recorded, gradients, silent)
         done += len(group)
         if progress is not None:
-            progress(done, len(prompts))
+            progress(done, len(texts))
 
     n_experts, d_ff = tuple(f.n_experts for f in lm.ffn), tuple(f.banks[0].d_ff for f in lm.ffn)
-    coarse = _coarse(scores, threshold, n_experts, d_ff)
-    baseline_coarse = _coarse(activations, baseline_threshold, n_experts, d_ff)
+    coarse = _coarse(attributions.scores, threshold, n_experts, d_ff)
+    baseline_coarse = _coarse(attributions.activations, baseline_threshold, n_experts, d_ff)
     return KnowledgeNeurons(
-        prompts=tuple(prompts),
-        target=target,
-        target_ids=tuple(tuple(wanted) for _, _, wanted in questions),
-        predicted=tuple(predicted),
-        is_correct=tuple(is_correct),
-        probability=probability,
-        silent=silent,
-        scores=scores,
-        activations=activations,
+        **attributions.fields(),
         coarse=coarse,
         refined=refine(coarse, share),
         baseline_coarse=baseline_coarse,
@@ -290,10 +281,16 @@ def knowledge_neurons(
 
 
 def refine(coarse: Sequence[Sequence[Neuron]], share: float) -> tuple[Neuron, ...]:
-    """The neurons in at least `share` of the coarse sets, and in 3 of them where there are 3; most shared first, then by place."""
+    """Return the neurons in many of the coarse sets, most shared first, then by place.
+
+    Args:
+        coarse: The coarse set of each prompt.
+        share: Part of the sets that hold a refined neuron. Where there are three sets or more, it
+            is in three at least.
+    """
     counts = Counter(neuron for neurons in coarse for neuron in neurons)
-    # Rounded first: 0.7 * 10 is a little more than 7 in binary.
-    needed = max(math.ceil(round(share * len(coarse), 9)), min(LEAST, len(coarse)))
+    # Rounded first, because 0.7 * 10 is a little more than 7 in binary.
+    needed = max(math.ceil(round(share * len(coarse), 9)), min(LEAST_PROMPTS, len(coarse)))
     kept = [(-count, neuron) for neuron, count in counts.items() if count >= needed]
     return tuple(neuron for _, neuron in sorted(kept))
 
@@ -307,14 +304,27 @@ def refine_relation(
     step: float = 0.05,
     rounds: int = 6,
 ) -> tuple[KnowledgeNeurons, ...]:
-    """Refine the facts of one relation by one common share, so that they have `low` to `high` neurons each on average.
+    """Refine the facts of one relation by one common share.
 
-    As in the authors' code: from `share` on, `step` less while the facts have too few neurons, `step` more while too many, at most `rounds`
-    times. The activation baseline gets a share of its own in the same way. Raises InputError for an empty list.
+    As in the authors' code, the share falls by `step` while the facts have fewer than `low` neurons
+    on average, and rises by `step` while they have more than `high`. The activation baseline gets a
+    share of its own in the same way.
+
+    Args:
+        records: The knowledge neurons of each fact.
+        share: The share to begin with.
+        low: Smallest accepted mean number of neurons.
+        high: Largest accepted mean number of neurons.
+        step: How much the share changes in one round.
+        rounds: Number of rounds, at most.
+
+    Raises:
+        InputError: when there is no record.
     """
     if not records:
         raise InputError(
-            "no records were given; expected the knowledge neurons of at least one fact of the relation"
+            "records is empty. Give the knowledge neurons of at least one fact of the relation.",
+            argument="records",
         )
 
     def settled(sets: Callable[[KnowledgeNeurons], Sequence[Sequence[Neuron]]]) -> float:
@@ -330,22 +340,122 @@ def refine_relation(
     return tuple(r.with_share(*shares) for r in records)
 
 
+class _Attributions:
+    """The fields of `KnowledgeNeurons` that are filled group by group."""
+
+    def __init__(
+        self, lm: LanguageModel, prompts: list[str], target: str, questions: Sequence[Question]
+    ) -> None:
+        n_prompts = len(prompts)
+        self.lm, self.prompts, self.target, self.questions = lm, prompts, target, questions
+        widest = max(sum(bank.d_ff for bank in ffn.banks) for ffn in lm.ffn)
+        self.scores = torch.zeros(n_prompts, lm.n_layers, widest)
+        self.activations = torch.zeros_like(self.scores)
+        self.probability = torch.zeros(n_prompts)
+        self.silent = torch.zeros(n_prompts, lm.n_layers)
+        self.predicted = [""] * n_prompts
+        self.is_correct = [False] * n_prompts
+
+    def check(self, group: Sequence[int], recorded: RecordedPrompts) -> None:
+        """Raise a NumericsError unless every prompt gives the target a positive probability."""
+        for i, p in zip(group, recorded.probability.tolist(), strict=True):
+            if not (math.isfinite(p) and p > torch.finfo(torch.float32).tiny):
+                raise NumericsError(
+                    f"p({self.target!r}) after {self.prompts[i]!r} is {p}. Only a positive number "
+                    "can be attributed: choose a target that the model gives some probability, or "
+                    "load the model in float32.",
+                    argument="target",
+                )
+
+    def add(
+        self,
+        group: Sequence[int],
+        recorded: RecordedPrompts,
+        gradients: Sequence[Tensor],
+        silent: Tensor,
+    ) -> None:
+        """Add the attributions of some prompts.
+
+        Args:
+            group: Which prompts they are.
+            recorded: The same prompts, run once.
+            gradients: For each layer the mean gradient for what it writes, (B, P, d_model).
+            silent: (B, n_layers) p(target) with the layer's neurons silent.
+        """
+        self.probability[group] = recorded.probability.float().cpu()
+        self.silent[group] = silent.float().cpu()
+        for i, likeliest in zip(group, recorded.likeliest.tolist(), strict=True):
+            self.predicted[i] = self.lm.tokenizer.decode(likeliest)
+            self.is_correct[i] = likeliest == self.questions[i][2]
+        for layer, banks in enumerate(recorded.banks):
+            for bank in banks:
+                rows = torch.tensor(group)[bank.rows.cpu() // recorded.n_targets]
+                neurons = slice(bank.first, bank.first + bank.coefficients.shape[1])
+                gradient = gradients[layer].flatten(0, 1)
+                g = gradient[bank.rows.to(gradient.device)]  # (n, d_model)
+                attributed = bank.coefficients * (g.to(bank.coefficients) @ bank.neurons.weight())
+                self.scores[:, layer, neurons].index_add_(0, rows, attributed.float().cpu())
+                self.activations[:, layer, neurons].index_add_(
+                    0, rows, bank.coefficients.float().cpu() / recorded.n_targets
+                )
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields of the record."""
+        return {
+            "prompts": tuple(self.prompts),
+            "target": self.target,
+            "target_ids": tuple(tuple(target) for _, _, target in self.questions),
+            "predicted": tuple(self.predicted),
+            "is_correct": tuple(self.is_correct),
+            "probability": self.probability,
+            "silent": self.silent,
+            "scores": self.scores,
+            "activations": self.activations,
+        }
+
+
+def _check_prompts(prompts: str | Sequence[str]) -> list[str]:
+    """The prompts as a list, each a text without an open slot."""
+    given = (
+        [prompts]
+        if isinstance(prompts, str)
+        else check_items(prompts, "prompts", "texts", also="one text")
+    )
+    if not given:
+        raise InputError(
+            "prompts is empty. Give one prompt, or a list of at least one.", argument="prompts"
+        )
+    texts = [check_text(prompt, "a prompt") for prompt in given]
+    for text in texts:
+        if "{}" in text:
+            raise InputError(
+                f"prompt {text!r} has an open slot {{}}. Fill the subject in first.",
+                argument="prompts",
+            )
+    return texts
+
+
 def _coarse(
     scores: Tensor, threshold: float, n_experts: Sequence[int], d_ff: Sequence[int]
 ) -> tuple[tuple[Neuron, ...], ...]:
-    """Per prompt the neurons with at least `threshold` times its largest score, strongest first; none when no score is positive."""
-    found = []
-    for own in scores:
-        strong = ((own >= threshold * own.max()) & (own > 0)).nonzero()
-        order = own[strong[:, 0], strong[:, 1]].argsort(descending=True, stable=True)
-        found.append(
-            tuple(_name(layer, flat, n_experts, d_ff) for layer, flat in strong[order].tolist())
+    """The strong neurons of each prompt, strongest first; empty where no score is positive."""
+    sets = []
+    for of_prompt in scores:
+        strong = ((of_prompt >= threshold * of_prompt.max()) & (of_prompt > 0)).nonzero()
+        order = of_prompt[strong[:, 0], strong[:, 1]].argsort(descending=True, stable=True)
+        sets.append(
+            tuple(
+                _neuron_at(layer, flat, n_experts, d_ff) for layer, flat in strong[order].tolist()
+            )
         )
-    return tuple(found)
+    return tuple(sets)
 
 
-def _name(layer: int, flat: int, n_experts: Sequence[int], d_ff: Sequence[int]) -> Neuron:
-    """The neuron at an index of the last dimension of the scores; a shared bank may be wider than the experts before it."""
+def _neuron_at(layer: int, flat: int, n_experts: Sequence[int], d_ff: Sequence[int]) -> Neuron:
+    """The neuron at an index of the last dimension of the scores.
+
+    A shared bank comes after the experts, and may be wider than they are.
+    """
     if not n_experts[layer]:
         return layer, flat
     expert = min(flat // d_ff[layer], n_experts[layer])
