@@ -131,7 +131,7 @@ class KnowledgeNeurons(Shown):
             Table(
                 f"p({self.target.strip()}) after {self.prompts[0]!r}: "
                 f"{float(self.probability[0]):.3f}; "
-                f"{counted(len(refined), 'refined neuron')} of {counted(n_prompts, 'prompt')}",
+                f"{counted(len(refined), 'refined neuron')} from {counted(n_prompts, 'prompt')}",
                 {**dict.fromkeys(columns, ">"), "": "<"},
                 rows,
             )
