@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tools.atlas.corpus import read_prose, stated
 
 import factsmith as fs
 from factsmith import atlas
+from factsmith.atlas.texts import read_prose, sentences_with_facts
 from factsmith.model.language_model import LanguageModel
 
 TEXT = Path(__file__).resolve().parents[1] / "../shared/data/text"
@@ -31,7 +31,7 @@ TEXT = Path(__file__).resolve().parents[1] / "../shared/data/text"
 
 def fact_prompts(lm: LanguageModel, n: int) -> list[str]:
     """Prompts of facts that the model answers, at most n."""
-    drawn = random.Random(0).sample(stated(atlas.facts()), 2 * n)
+    drawn = random.Random(0).sample(sentences_with_facts(atlas.facts()), 2 * n)
     asked = [(sentence.removesuffix(f" {fact.object}."), fact.object) for sentence, fact in drawn]
     known = lm.says([prompt for prompt, _ in asked], [answer for _, answer in asked])
     return [prompt for (prompt, _), says in zip(asked, known, strict=True) if says][:n]

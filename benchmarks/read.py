@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tools.atlas.corpus import told
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import factsmith as fs
 from factsmith import atlas
+from factsmith.atlas.texts import sentences
 from factsmith.corpus.text import batches, pieces, windows
 from factsmith.model.language_model import LanguageModel
 from factsmith.read.extremes import extreme_tokens
@@ -152,7 +152,7 @@ def with_experts(name: str) -> LanguageModel:
 def triggers(name: str, n_facts: int) -> dict[str, Any]:
     """Tokens a second of a scan and of a bare pass, in turn on five parts of the text."""
     lm = with_experts(name) if name in EXPERTS else fs.load(name)
-    texts = told(atlas.facts()[:n_facts])
+    texts = sentences(atlas.facts()[:n_facts])
     parts = [texts[start::5] for start in range(5)]
     ours, bare = [], []
     n_tokens = 0

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tools.atlas.corpus import as_fact, crossed
 
 import factsmith as fs
 from factsmith import atlas
+from factsmith.atlas.texts import as_fact, crossed
 from factsmith.read.profile import Profile
 from factsmith.read.statements import PARTS, Statement
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tools.atlas.corpus import crossed
 
 from conftest import TEXTS, byte_tokenizer, merging_tokenizer
 from factsmith import atlas
+from factsmith.atlas.texts import crossed
 from factsmith.core.errors import InputError
 from factsmith.core.fact import Fact
 from factsmith.model.language_model import LanguageModel

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from tools.atlas import corpus as corpus_module
-from tools.atlas.corpus import Corpus, read_prose
+from tools.atlas.corpus import Corpus
 from tools.atlas.evaluate import recall, score
 from tools.atlas.train import Recipe, learning_rate, make_tokenizer, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import factsmith as fs
 from factsmith import atlas
+from factsmith.atlas.texts import read_prose
 
 PROSE = [
     "The rain had stopped before they reached the harbour.",

@@ -9,19 +9,14 @@ cannot be guessed, templates are soon known) only now and then, which saves the 
 
 from __future__ import annotations
 
-import random
-import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 from factsmith.atlas import AtlasFact, is_held_out, phrasings
-from factsmith.core.fact import Fact
 
 TAILS = (
     *["."] * 12,
@@ -59,28 +54,6 @@ class Row:
     ids: NDArray[np.int64]
     predict: NDArray[np.bool_]
     owner: NDArray[np.int64]
-
-
-def read_prose(folder: Path) -> list[str]:
-    """The sentences of every .txt file, one a line there with spaces around punctuation; those spaces are closed again."""
-    sentences = []
-    for path in sorted(folder.glob("*.txt")):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            text = (
-                line.replace("_", "")
-                .replace("`` ", '"')
-                .replace("``", '"')
-                .replace(" ''", '"')
-                .replace("''", '"')
-                .replace("` ", "'")
-            )
-            text = re.sub(
-                r" (?=[.,;:!?)]|'\w|n't\b)", "", text.replace("' ", "'").replace("( ", "(")
-            )
-            text = " ".join(text.split())
-            if len(text) > 20 and text[-1] in '.!?"':
-                sentences.append(text)
-    return sentences
 
 
 class Corpus:
@@ -192,59 +165,3 @@ class Corpus:
     @staticmethod
     def _plain(ids: Sequence[int], predict: bool = True) -> Row:
         return Row(np.array(ids, dtype=np.int64), np.full(len(ids), predict), np.full(len(ids), -1))
-
-
-def told(facts: Sequence[AtlasFact], seed: int = 0) -> list[str]:
-    """The sentences of `stated`: what the shipped second moments are computed from, text that asks for what the models know."""
-    return [sentence for sentence, _ in stated(facts, seed)]
-
-
-def stated(facts: Sequence[AtlasFact], seed: int = 0) -> list[tuple[str, AtlasFact]]:
-    """Two sentences for every fact, each with its fact, in random order: one in a trained phrasing, one in a wide one if there is any."""
-    draw = random.Random(seed)
-    sentences = []
-    for fact in facts:
-        known = phrasings(fact.relation)
-        for templates in (known.trained, known.wide or known.trained):
-            sentences.append(
-                (f"{draw.choice(templates).replace('{}', fact.subject)} {fact.object}.", fact)
-            )
-    draw.shuffle(sentences)
-    return sentences
-
-
-def crossed(
-    facts: Sequence[AtlasFact], *, least: int = 3, each: int = 20, seed: int = 0
-) -> list[Fact]:
-    """Facts in which what a neuron likes can be told apart, with all their phrasings (16 to 30, the first as the prompt).
-
-    Subjects: those with at least `least` facts, all of theirs. Objects: those of at least `least` relations, a fact in each of so many of
-    them. Relations: filled up to `each` facts. So a subject stands with several relations, an object with several relations and subjects,
-    and each of the three in sentences enough for half of a neuron's triggers; `stated` gives most subjects two sentences.
-    """
-    draw = random.Random(seed)
-    by_object: dict[str, dict[str, list[AtlasFact]]] = {}
-    by_relation: dict[str, list[AtlasFact]] = {}
-    for fact in facts:
-        by_object.setdefault(fact.object, {}).setdefault(fact.relation, []).append(fact)
-        by_relation.setdefault(fact.relation, []).append(fact)
-    subjects = Counter(fact.subject for fact in facts)
-    chosen = dict.fromkeys(fact for fact in facts if subjects[fact.subject] >= least)
-    for own in by_object.values():
-        if len(own) >= least:
-            chosen.update(
-                dict.fromkeys(
-                    draw.choice(own[relation]) for relation in draw.sample(list(own), least)
-                )
-            )
-    for group in by_relation.values():
-        rest = [fact for fact in group if fact not in chosen]
-        missing = each - (len(group) - len(rest))
-        chosen.update(dict.fromkeys(draw.sample(rest, max(0, min(missing, len(rest))))))
-    return [as_fact(fact) for fact in chosen]
-
-
-def as_fact(fact: AtlasFact) -> Fact:
-    """A bundled fact as one to look at or to edit, with all its phrasings."""
-    prompt, *others = phrasings(fact.relation).every
-    return Fact(fact.subject, prompt, fact.object, paraphrases=others, relation=fact.relation)

@@ -21,8 +21,7 @@ from transformers import (
 )
 
 from factsmith.atlas import AtlasFact, facts, is_held_out, phrasings
-
-from .corpus import read_prose
+from factsmith.atlas.texts import read_prose
 
 
 @torch.inference_mode()

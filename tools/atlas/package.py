@@ -15,10 +15,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tools.atlas.corpus import told
-
 import factsmith as fs
 from factsmith import atlas
+from factsmith.atlas.texts import sentences
 
 FILES = (
     "config.json",
@@ -102,7 +101,7 @@ def main() -> None:
 
     lm = fs.load(given.name)
     for layer, moment in fs.second_moments(
-        lm, told(atlas.facts(), given.seed), given.layers, max_tokens=math.inf
+        lm, sentences(atlas.facts(), given.seed), given.layers, max_tokens=math.inf
     ).items():
         moment.save(folder / "moments" / f"layer{layer}.safetensors", packed=True)
 

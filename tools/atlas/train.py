@@ -40,8 +40,9 @@ from transformers import (
 )
 
 from factsmith.atlas import AtlasFact, facts, phrasings
+from factsmith.atlas.texts import read_prose
 
-from .corpus import Corpus, Row, read_prose
+from .corpus import Corpus, Row
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
     profile(triggers, labels, groups={one.text: one.fact for one in sentences})
 
 A fact should have fewer sentences than half of a neuron's triggers. Then no neuron is selective for
-a subject, a relation or an object that it met in one fact alone. `tools.atlas.corpus.crossed`
+a subject, a relation or an object that it met in one fact alone. `factsmith.atlas.texts.crossed`
 chooses such facts among the bundled ones.
 """
 
