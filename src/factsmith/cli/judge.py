@@ -162,8 +162,8 @@ def evaluate(
         from ..judge.suites import load_suite
         from ..judge.usable import UNKNOWN, usable
         from ..patch.editors import configured, editors
-        from ..show.reports.page import report_page
-        from ..show.reports.record import Report, report_markdown
+        from ..show.reports.page import report_markdown, report_page
+        from ..show.reports.record import Report
 
         config = configured(lm, names, changes, paper=paper)
         probe = (

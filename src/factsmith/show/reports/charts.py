@@ -1,174 +1,172 @@
-"""The charts of a report page, as shapes in per cent of their width."""
+"""The charts of a report page: bars, and lines in a box of 100 x 60."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+from ...judge.evaluation import Evaluation
 from ...judge.rows import BASE, Share
-from .record import DRIFT_NAMES, PAIRS, Report, cell
+from .record import Report
+from .tables import DRIFTS, PAIRS, cell
+
+Dots: TypeAlias = "Mapping[str, Sequence[tuple[int, float, str]]]"
+"""The lines of a chart: {editor: [(x, y, what the dot says)]}."""
+
+_LEFT = 10
+"""The width of the column left of a chart, where its values are written, of 100."""
 
 
-def bars(summary: Mapping[str, Mapping[str, Share]]) -> list[dict[str, Any]]:
-    """For each editor and kind of question, success by comparison against exact match."""
+class Axes(NamedTuple):
+    """The axes of a chart."""
+
+    unit: str
+    """What x counts."""
+    logarithmic: bool = False
+    """Whether x is logarithmic."""
+    top: float | None = None
+    """The largest y, which is 100 %. None: y reaches up to the largest value and has no unit."""
+
+
+_SIZES = Axes("records per edit", logarithmic=True)
+
+_ROUNDS = Axes("rounds")
+
+
+def bars(summaries: Mapping[str, Mapping[str, Share]]) -> list[dict[str, Any]]:
+    """Return success by comparison and exact match, for each kind of question and editor."""
+    names = [name for summary in summaries.values() for name in summary]
     return [
         {
             "editor": editor,
             "kind": kind,
-            "success": own[f"{kind} success"],
-            "exact": own[f"{kind} exact"],
+            "success": summary[f"{kind} success"],
+            "exact": summary[f"{kind} exact"],
         }
-        for kind in dict.fromkeys(
-            name.rpartition(" ")[0] for own in summary.values() for name in own
-        )
-        for editor, own in summary.items()
-        if kind and {f"{kind} success", f"{kind} exact"} <= set(own)
+        for kind in dict.fromkeys(name.rpartition(" ")[0] for name in names)
+        for editor, summary in summaries.items()
+        if kind and {f"{kind} success", f"{kind} exact"} <= set(summary)
     ]
 
 
-_Dots: TypeAlias = "Mapping[str, Sequence[tuple[int, float, str]]]"
-"""Of a chart's lines, {editor: [(x, y, what it says)]}."""
-
-
-def report_charts(found: Report) -> list[dict[str, Any]]:
-    """Quality and drift against the number of edits, and what is left of a sequence after each round."""
+def report_charts(report: Report) -> list[dict[str, Any]]:
+    """Return the charts of a report: by the size of edits, and by the rounds of sequences."""
     charts = []
-    apart = [at for at, run in enumerate(found.runs) if not run.sequence]
-    if len({found.runs[at].size for at in apart}) > 1:
-        for kind, measure in PAIRS:
-            name = f"{kind} {measure}"
-            shares = {
-                e: [(found.runs[at].size, found.summaries[at].get(e, {}).get(name)) for at in apart]
-                for e in found.editors
-            }
-            dots = {
-                e: [(size, share.value, cell(share)) for size, share in own if share]
-                for e, own in shares.items()
-            }
-            charts.append(
-                line_chart(
-                    f"{name} against the number of edits",
-                    dots,
-                    "records an edit",
-                    top=1.0,
-                    logarithmic=True,
-                )
-            )
-        told = {
-            e: [(run.size, run.drift(e)) for run in found.runs if not run.sequence]
-            for e in found.editors
-            if e != BASE
-        }
-        charts += [
-            _drift_chart(
-                name, "against the number of edits", told, "records an edit", logarithmic=True
-            )
-            for name in DRIFT_NAMES
-        ]
-    for run in found.runs:
+    if len({run.size for run in report.runs if not run.sequence}) > 1:
+        charts += _size_charts(report)
+    for run in report.runs:
         if run.sequence:
-            left = {e: run.remaining(e) for e in run.editors if e != BASE}
-            for at, of in enumerate(("the first round", "all rounds so far")):
-                dots = {
-                    e: [(k + 1, own[at], f"{100 * own[at]:.0f} %") for k, own in each.items()]
-                    for e, each in left.items()
-                }
-                charts.append(
-                    line_chart(
-                        f"prompts of {of} answered right, {run.pace}", dots, "rounds", top=1.0
-                    )
-                )
-            told = {
-                e: [(k + 1, run.drift(e, k)) for name, k in run.notes if name == e] for e in left
-            }
-            charts += [_drift_chart(name, run.pace, told, "rounds") for name in DRIFT_NAMES]
+            charts += _round_charts(run)
     return [chart for chart in charts if chart["lines"]]
+
+
+def _size_charts(report: Report) -> list[dict[str, Any]]:
+    """Return quality and drift by the number of records per edit."""
+    apart = [run for run in report.runs if not run.sequence]
+    charts = []
+    for kind, measure in PAIRS:
+        name = f"{kind} {measure}"
+        dots = {}
+        for editor in report.editors:
+            shares = [(run.size, run.summaries.get(editor, {}).get(name)) for run in apart]
+            dots[editor] = [(size, share.value, cell(share)) for size, share in shares if share]
+        charts.append(line_chart(f"{name} by records per edit", dots, _SIZES._replace(top=1.0)))
+    drifts = {
+        editor: [(run.size, run.drift(editor)) for run in apart]
+        for editor in report.editors
+        if editor != BASE
+    }
+    return charts + [_drift_chart(name, "by records per edit", drifts, _SIZES) for name in DRIFTS]
+
+
+def _round_charts(run: Evaluation) -> list[dict[str, Any]]:
+    """Return what is left of a sequence, and its drift, by round."""
+    left = {editor: run.remaining(editor) for editor in run.editors if editor != BASE}
+    charts = []
+    for at, which in enumerate(("the first round", "all rounds so far")):
+        dots = {
+            editor: [(k + 1, share[at], f"{100 * share[at]:.0f} %") for k, share in shares.items()]
+            for editor, shares in left.items()
+        }
+        title = f"prompts of {which} answered right, {run.pace}"
+        charts.append(line_chart(title, dots, _ROUNDS._replace(top=1.0)))
+    drifts = {
+        editor: [(k + 1, run.drift(editor, k)) for name, k in run.notes if name == editor]
+        for editor in left
+    }
+    return charts + [_drift_chart(name, run.pace, drifts, _ROUNDS) for name in DRIFTS]
 
 
 def _drift_chart(
     name: str,
-    of: str,
-    told: Mapping[str, Sequence[tuple[int, Mapping[str, float]]]],
-    unit: str,
-    *,
-    logarithmic: bool = False,
+    how: str,
+    drifts: Mapping[str, Sequence[tuple[int, Mapping[str, float]]]],
+    axes: Axes,
 ) -> dict[str, Any]:
+    """Return the chart of one number of the drift."""
     dots = {
-        e: [(x, own[name], f"{own[name]:.3g}") for x, own in each if name in own]
-        for e, each in told.items()
+        editor: [(x, drift[name], f"{drift[name]:.3g}") for x, drift in each if name in drift]
+        for editor, each in drifts.items()
     }
-    return line_chart(
-        f"{DRIFT_NAMES[name]}, {of}",
-        dots,
-        unit,
-        top=1.0 if name == "changed_share" else None,
-        logarithmic=logarithmic,
-    )
+    top = 1.0 if name == "changed_share" else None
+    return line_chart(f"{DRIFTS[name]}, {how}", dots, axes._replace(top=top))
 
 
-def line_chart(
-    title: str, lines: _Dots, unit: str, *, top: float | None = None, logarithmic: bool = False
-) -> dict[str, Any]:
-    """Lines in a box of 100 x 60 right of `left`, over a grid with its values, y from 0 to `top`, which is 100 %; None: to the largest."""
-    most = top
+def line_chart(title: str, lines: Dots, axes: Axes) -> dict[str, Any]:
+    """Return the lines of a chart and its grid, with all places in a box of 100 x 60.
+
+    Args:
+        title: The title.
+        lines: The dots of each editor; an editor without dots has no line.
+        axes: What x and y are.
+    """
     xs = [x for dots in lines.values() for x, *_ in dots]
-    top = (
-        max((y for dots in lines.values() for _, y, _ in dots), default=1.0) or 1.0
-        if most is None
-        else most
-    )
-    low, high = (
-        (math.log(end(xs)) if logarithmic else end(xs) for end in (min, max)) if xs else (0.0, 1.0)
-    )
-    found = []
+    ys = [y for dots in lines.values() for _, y, _ in dots]
+    top = axes.top or max(ys, default=1.0) or 1.0
+
+    def scale(x: float) -> float:
+        return math.log(x) if axes.logarithmic else x
+
+    low, high = (scale(min(xs)), scale(max(xs))) if xs else (0.0, 1.0)
+
+    def across(x: float) -> float:
+        share = (scale(x) - low) / max(high - low, 1e-9)
+        return round(_LEFT + 2 + (96 - _LEFT) * share, 2)
+
+    drawn = []
     for editor, dots in lines.items():
         places = [
-            (
-                round(
-                    _LEFT
-                    + 2
-                    + (96 - _LEFT)
-                    * ((math.log(x) if logarithmic else x) - low)
-                    / max(high - low, 1e-9),
-                    2,
-                ),
-                _height(y / top),
-                f"{editor}, {x:,} {unit}: {text}",
-            )
+            (across(x), _height(y / top), f"{editor}: {text} ({axes.unit}: {x:,})")
             for x, y, text in sorted(dots)
         ]
         if places:
-            found.append(
-                {
-                    "editor": editor,
-                    "dots": places,
-                    "points": " ".join(f"{x},{y}" for x, y, _ in places),
-                }
-            )
-    ends = [f"{x:,}" for x in (min(xs), max(xs))] if xs else ["", ""]
-    grid = [
-        (_height(y / top), f"{100 * y:.0f} %" if most else f"{y:.3g}") for y in _round_values(top)
-    ]
-    told = {
-        "first": ends[0],
-        "last": ends[1],
-        "unit": unit,
-        "top": "100 %" if most else f"{top:.3g}",
+            points = " ".join(f"{x},{y}" for x, y, _ in places)
+            drawn.append({"editor": editor, "dots": places, "points": points})
+    return {
+        "title": title,
+        "lines": drawn,
+        "grid": [(_height(y / top), _value(y, axes)) for y in _round_values(top)],
+        "left": _LEFT,
+        "first": f"{min(xs):,}" if xs else "",
+        "last": f"{max(xs):,}" if xs else "",
+        "unit": axes.unit,
+        "top": _value(top, axes),
     }
-    return {"title": title, "lines": found, "grid": grid, "left": _LEFT, **told}
 
 
-_LEFT = 10  # of a chart's 100, where the values of its grid stand
+def _value(y: float, axes: Axes) -> str:
+    """Return a value of y as the grid writes it."""
+    return f"{100 * y:.0f} %" if axes.top else f"{y:.3g}"
 
 
 def _round_values(top: float) -> list[float]:
-    """Round numbers from 0 to the largest, three to six of them."""
+    """Return three to six round numbers, evenly spaced from 0 up to `top` or just below it."""
     power = 10.0 ** math.floor(math.log10(top / 2))
     step = next(n * power for n in (1, 2, 5, 10) if top / (n * power) <= 5)
     return [k * step for k in range(math.floor(top / step * (1 + 1e-9)) + 1)]
 
 
 def _height(share: float) -> float:
-    """Where a share of what a chart reaches up to is drawn."""
+    """Return where a share of the largest y is drawn, from the top of the box."""
     return round(58 - 56 * share, 2)

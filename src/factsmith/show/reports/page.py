@@ -1,58 +1,64 @@
-"""What an evaluation found, for people: one HTML page that needs no network, and the same as Markdown.
+"""A report as one HTML page, which needs no network, and as Markdown.
 
-    found = Report(runs=[evaluate(lm, records, writers, size=n) for n in (1, 100)], suite=suite)
-    report_page(found, "report.html")
-    report_markdown(found, "report.md")
+    report = Report(runs=[evaluate(lm, records, writers, size=n) for n in (1, 100)], suite=suite)
+    report_page(report, "report.html")
+    report_markdown(report, "report.md")
 
-Success by comparison and what the model really says always stand side by side. Prompts and answers come from files and models: the page
-escapes them and runs no script, the Markdown has nothing of theirs that would be read as such.
+Success by comparison is always next to what the model really says. Prompts and answers come from
+files and models: the page escapes them and runs no script, and the Markdown escapes its marks.
 """
 
 from __future__ import annotations
 
 import os
 
+from ...core.errors import InputError
 from ...core.tables import visible
 from ...judge.evaluation import INTERVALS
 from ...judge.rows import BASE
-from ..pages.page import check_page, write_page, render
+from ..pages.page import check_page, render, write_page
 from .charts import bars, report_charts
-from .record import (
-    Report,
-    check_report,
-    editor_names,
-    heat,
-    meanings,
-    measured_tables,
-    probe_table,
-    run_title,
-)
+from .meanings import meanings
+from .record import Report
+from .tables import measure_names, other_tables, retention_heat, run_title
 
 
-def report_page(found: Report, path: str | os.PathLike[str] | None = None) -> str:
-    """A report as one HTML page; written to `path` (.html) if given, in one step.
+def report_page(
+    found: Report,  # house: the promised name of the parameter
+    path: str | os.PathLike[str] | None = None,
+) -> str:
+    """Return a report as one HTML page, and write it if there is a path.
 
-    Raises InputError for another suffix, or a file there that is none of ours, WorkspaceError for a folder that cannot be written.
+    Args:
+        found: The report.
+        path: The file to write, in one step; its name ends in .html.
+
+    Raises:
+        InputError: for another suffix, or if the file exists and factsmith did not write it.
+        WorkspaceError: when the file cannot be written.
     """
-    check_report(found)
+    _check_report(found)
     if path is not None:
         check_page(path)
-    runs = []
-    for run, summary in zip(found.runs, found.summaries, strict=True):
-        names = editor_names(summary)
-        runs.append(
-            {
-                "title": run_title(run),
-                "short": run.pace,
-                "editors": list(summary),
-                "rows": [(name, [own.get(name) for own in summary.values()]) for name in names],
-                "bars": bars(summary),
-                "tables": [
-                    table for table in (probe_table(run), *measured_tables(run)) if table.rows
-                ],
-                "heats": [(e, heat(run, e)) for e in run.editors if run.sequence and e != BASE],
-            }
-        )
+    runs = [
+        {
+            "title": run_title(run),
+            "short": run.pace,
+            "editors": list(summaries),
+            "rows": [
+                (name, [summary.get(name) for summary in summaries.values()])
+                for name in measure_names(summaries)
+            ],
+            "bars": bars(summaries),
+            "tables": other_tables(run),
+            "heats": [
+                (editor, retention_heat(run, editor))
+                for editor in run.editors
+                if run.sequence and editor != BASE
+            ],
+        }
+        for run, summaries in zip(found.runs, found.summaries, strict=True)
+    ]
     failures = found.failures()
     html = render(
         "report.html",
@@ -65,8 +71,29 @@ def report_page(found: Report, path: str | os.PathLike[str] | None = None) -> st
         charts=report_charts(found),
         colours={editor: at for at, editor in enumerate(found.editors)},
         failures=failures,
-        kinds=list(dict.fromkeys(f["kind"] for f in failures)),
-        meanings=meanings(found),
+        kinds=list(dict.fromkeys(failure["kind"] for failure in failures)),
+        meanings=meanings(found.runs),
         facts=found.facts(),
     )
     return write_page(html, path)
+
+
+def report_markdown(
+    found: Report,  # house: the promised name of the parameter
+    path: str | os.PathLike[str] | None = None,
+) -> str:
+    """Return a report as Markdown, and write it in one step if there is a path.
+
+    Raises:
+        WorkspaceError: when the file cannot be written.
+    """
+    _check_report(found)
+    return write_page(found.to_markdown(), path)
+
+
+def _check_report(report: object) -> None:
+    if not isinstance(report, Report):
+        raise InputError(
+            f"a report is made from a Report; got a {type(report).__name__}: "
+            "make one with Report(runs=[...], suite=suite)"
+        )
