@@ -35,7 +35,8 @@ from factsmith.edit.rome import rome_each
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import load
 from factsmith.patch.layer_choice import LayerScore, Trial
-from factsmith.patch.layer_trials import choose, judge, race, trial_facts
+from factsmith.patch.layer_trials import choose, race
+from factsmith.patch.trial_facts import judge, trial_facts
 from factsmith.patch.layers import recommend_layers
 
 SWEEP_SEED = 1_000_003

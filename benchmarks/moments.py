@@ -44,7 +44,7 @@ from factsmith.edit.rome import rome_each
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import load, wrap
 from factsmith.patch.layer_choice import LayerScore
-from factsmith.patch.layer_trials import judge, trial_facts
+from factsmith.patch.trial_facts import judge, trial_facts
 
 SHARED = Path(__file__).resolve().parents[1] / "../shared"
 PER_NEURON = (2, 4, 8, 16, 32, 64, 128, 200)

@@ -33,7 +33,7 @@ from factsmith.edit.methods import rome
 from factsmith.edit.rome import rome_each
 from factsmith.model.language_model import LanguageModel
 from factsmith.patch.layer_choice import LayerScore
-from factsmith.patch.layer_trials import judge, trial_facts
+from factsmith.patch.trial_facts import judge, trial_facts
 
 
 def moments_of(

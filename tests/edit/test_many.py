@@ -31,7 +31,7 @@ from factsmith.edit.search import find_targets
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import load, wrap
 from factsmith.model.tokens import subject_span
-from factsmith.patch.layer_trials import trial_facts
+from factsmith.patch.trial_facts import trial_facts
 
 CONTEXTS = ["{}", "Paris. {}", "The king is in Brazil. {}"]
 FACTS = [

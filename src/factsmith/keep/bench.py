@@ -101,7 +101,7 @@ class LedgerBench:
 
     @property
     def beneath(self) -> tuple[Delta, ...]:
-        """The deltas that the model carries, in ledger order; the first counts as made on the base."""
+        """The deltas that the model carries, in order; the first counts as made on the base."""
         return self._carried.on_base(self._carried.deltas.values())
 
     @property
@@ -130,13 +130,13 @@ class LedgerBench:
         return self._carried.exactly([*self._carried.deltas.values(), *deltas])
 
     def kept_moments(self, layers: Sequence[int]) -> Mapping[int, SecondMoment]:
-        """The second moments of these layers that the workspace keeps, or that came with the model."""
+        """The second moments of these layers that are kept here, or came with the model."""
         return kept_moments(self.lm, layers, self._moments_folder)
 
     def moments(
         self, layers: Sequence[int], sources: Sources, progress: Progress | None
     ) -> Mapping[int, SecondMoment]:
-        """The second moments of these layers, of the base weights: kept, or computed now and kept."""
+        """The second moments of these layers, of the base weights: kept, or computed now."""
         return self.find_moments(layers, texts=sources.texts, seed=sources.seed, progress=progress)
 
     def known_layers(self) -> LayerChoice | None:

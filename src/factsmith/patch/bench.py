@@ -39,7 +39,7 @@ class Bench(Protocol):
 
     @property
     def beneath(self) -> tuple[Delta, ...]:
-        """The deltas that the model carries, in their order; the first counts as made on the base."""
+        """The deltas that the model carries, in order; the first counts as made on the base."""
 
     @property
     def facts_in_effect(self) -> list[tuple[str, Fact]]:
@@ -48,7 +48,7 @@ class Bench(Protocol):
         """
 
     @property
-    def asked_again(self) -> list[Fact]:
+    def asked_again(self) -> Sequence[Fact]:
         """Facts that must still hold after a new patch."""
 
     def on_base(self) -> AbstractContextManager[None]:

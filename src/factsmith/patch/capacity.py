@@ -269,7 +269,7 @@ class _Change:
 def _changes(
     deltas: Sequence[Delta], weights: Mapping[int, Tensor], moments: Mapping[int, SecondMoment]
 ) -> dict[int, _Change]:
-    """All updates of each layer together; raises LayerError where weights or moments are missing."""
+    """All updates of each layer; raises LayerError where weights or moments are missing."""
     changes = {}
     for layer in sorted({layer for delta in deltas for layer in delta.layers}):
         for name, given in (("weights", weights), ("second moment", moments)):

@@ -183,7 +183,7 @@ def _target(fact: Fact) -> str:
 
 
 def _phrased(facts: Sequence[Fact]) -> list[str | None]:
-    """The relation whose bundled phrasing each fact's prompt is; None where there is no single one."""
+    """The relation whose bundled phrasing a fact's prompt is; None where no single one is."""
     relations_of: dict[str, set[str]] = {}
     for relation in atlas.relations():
         for template in atlas.phrasings(relation).every:

@@ -131,7 +131,9 @@ def check_keys(keys: Tensor, moment: SecondMoment, name: str) -> Tensor:
 
 
 def _unit(rows: Tensor) -> Tensor:
-    return rows / rows.norm(dim=1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny)
+    tiny = torch.finfo(rows.dtype).tiny
+    unit: Tensor = rows / rows.norm(dim=1, keepdim=True).clamp(min=tiny)
+    return unit
 
 
 def _alike(

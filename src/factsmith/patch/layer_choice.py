@@ -1,4 +1,10 @@
-"""patch.layer_choice."""
+"""The layers to edit, and why: a record, and the choices that cost no work.
+
+    choice = published(lm)                 # what was published for a model of this shape, or None
+    choice.rome, choice.memit, choice.reason
+
+`layers` measures where nothing was published.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +22,28 @@ from ..model.language_model import LanguageModel
 
 Source: TypeAlias = Literal["workspace", "model", "preset", "trials", "depth"]
 
+Trial: TypeAlias = tuple[float, float | None, float | None]
+"""One edit's efficacy, generalization and specificity, each 0 to 1. None: nothing was asked."""
+
 MIN_FACTS = 6
-"""Fewer facts than this say too little about a layer: one failed edit would then weigh more than
+"""Fewer facts than this say too little about a layer. One failed edit would then weigh more than
 all but the worst layers differ.
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerScore:
-    """How the trial edits of one layer held: means over `trials` edits, by greedy exact match; None
-    where nothing could be asked.
+    """How the trial edits of one layer held, by greedy exact match.
 
-    efficacy        share of edited prompts answered with the target
-    generalization  of other phrasings of them
-    specificity     of other facts' prompts, near by subject or relation, whose answer stayed
+    Attributes:
+        layer: The layer.
+        trials: Number of trial edits that the means are over.
+        efficacy: Share of edited prompts answered with the target.
+        generalization: The same for other phrasings of them. None: there were none.
+        specificity: Share of other facts' prompts, near by subject or relation, whose answer
+            stayed. None: there were none.
+
+    Raises InputError for a share outside [0, 1].
     """
 
     layer: int
@@ -41,14 +55,14 @@ class LayerScore:
     def __post_init__(self) -> None:
         for share in (self.efficacy, self.generalization or 0, self.specificity or 0):
             if not isinstance(share, (int, float)) or not 0 <= share <= 1:
-                raise InputError(f"a share is a number from 0 to 1; got {share!r}")
+                raise InputError(f"a share is {share!r}; expected a number from 0 to 1")
 
     @classmethod
     def of(cls, layer: int, trials: Sequence[Trial]) -> LayerScore:
-        """The means of some trials at a layer."""
+        """Return the means of some trials at a layer."""
         columns = zip(*trials, strict=True)
         efficacy, generalization, specificity = (
-            [x for x in column if x is not None] for column in columns
+            [share for share in column if share is not None] for column in columns
         )
         return cls(
             layer=layer,
@@ -60,38 +74,39 @@ class LayerScore:
 
     @property
     def score(self) -> float:
-        """The harmonic mean of those three that there are, the field's one number: 0 as soon as one
-        of them is.
+        """The harmonic mean of the shares that there are, the field's one number.
+
+        It is 0 as soon as one of them is.
         """
-        parts = [x for x in (self.efficacy, self.generalization, self.specificity) if x is not None]
-        return statistics.harmonic_mean(parts)
+        shares = (self.efficacy, self.generalization, self.specificity)
+        return statistics.harmonic_mean([share for share in shares if share is not None])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able fields, the score included."""
+        """Return plain JSON values, the score included."""
         return {**vars(self), "score": self.score}
-
-
-Trial: TypeAlias = tuple[float, float | None, float | None]
-"""One edit's efficacy, generalization and specificity, each 0 to 1."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class LayerChoice(Shown):
     """Layers to edit, and why.
 
-    rome         the layer for ROME
-    memit        consecutive layers for MEMIT, ascending; () where the source names none
-    source       "workspace": measured before and kept there; "model": came with its config.json;
-    "preset": published for a model of this
-                 shape; "trials": measured now; "depth": nothing is known, a fixed share of the
-                 depth
-    reason       the same in words
-    fingerprint  of the model it is for
-    scores       of the layers tried, by layer; () where none was
-    effects      (n_layers,) average indirect effect of the MLPs around each layer at the last
-    subject token; () where not traced window       neighbouring layers restored together for
-    `effects`; None where not traced facts        the trial edits seed         of their choice quick
-    whether only the most promising layers were tried, with a few edits
+    Attributes:
+        rome: The layer for ROME.
+        memit: Consecutive layers for MEMIT, ascending; () where the source names none.
+        source: "workspace": measured before and kept there. "model": came with its config.json.
+            "preset": published for a model of this shape. "trials": measured now. "depth": a fixed
+            share of the depth, since nothing is known.
+        reason: The same in words.
+        fingerprint: Of the model that the choice is for.
+        scores: Of the layers that were tried, by layer; () where none was.
+        effects: (n_layers,) average indirect effect of the MLPs around each layer at the last
+            subject token; () where nothing was traced.
+        window: Neighbouring layers restored together for `effects`. None: nothing was traced.
+        facts: The trial edits.
+        seed: Of their choice.
+        quick: Whether only the most promising layers were tried, with a few edits.
+
+    Raises InputError for fields that do not fit together.
     """
 
     rome: int
@@ -109,35 +124,30 @@ class LayerChoice(Shown):
     def __post_init__(self) -> None:
         for layer in (self.rome, *self.memit):
             if not isinstance(layer, int) or isinstance(layer, bool) or layer < 0:
-                raise InputError(f"a layer is a number counted from 0; got {layer!r}")
-        if list(self.memit) != list(
-            range(min(self.memit, default=0), min(self.memit, default=0) + len(self.memit))
-        ):
-            raise InputError(f"MEMIT's layers are consecutive and ascending; got {self.memit}")
+                raise InputError(f"a layer is {layer!r}; expected a number counted from 0")
+        first = min(self.memit, default=0)
+        if list(self.memit) != list(range(first, first + len(self.memit))):
+            raise InputError(
+                f"MEMIT's layers are {self.memit}; expected consecutive layers, in ascending order"
+            )
         if self.source not in get_args(Source):
-            raise InputError(f"source is one of {', '.join(get_args(Source))}; got {self.source!r}")
+            raise InputError(
+                f"source is {self.source!r}; expected one of {', '.join(get_args(Source))}"
+            )
 
     def tables(self) -> list[Table]:
         """The choice with its reason, and what the trial edits measured at each layer."""
-        title = f"ROME: layer {self.rome}; MEMIT: {', '.join(map(str, self.memit)) or 'not known'}; {self.reason}"
-        columns = dict.fromkeys(
-            ["layer", "trials", "efficacy", "generalization", "specificity", "score", "trace"], ">"
-        )
-        rows = []
-        for row in self.scores:
-            shares = (
-                "" if x is None else f"{x:.3f}"
-                for x in (row.efficacy, row.generalization, row.specificity, row.score)
-            )
-            rows.append(
-                (
-                    str(row.layer),
-                    str(row.trials),
-                    *shares,
-                    f"{self.effects[row.layer]:.4f}" if self.effects else "",
-                )
-            )
-        return [Table(title, columns if rows else {}, rows)]
+        memit = ", ".join(map(str, self.memit)) or "not known"
+        title = f"ROME: layer {self.rome}; MEMIT: {memit}; {self.reason}"
+        names = ["layer", "trials", "efficacy", "generalization", "specificity", "score", "trace"]
+        rows = [self._row(score) for score in self.scores]
+        return [Table(title, dict.fromkeys(names, ">") if rows else {}, rows)]
+
+    def _row(self, row: LayerScore) -> tuple[str, ...]:
+        shares = (row.efficacy, row.generalization, row.specificity, row.score)
+        effect = f"{self.effects[row.layer]:.4f}" if self.effects else ""
+        cells = ("" if share is None else f"{share:.3f}" for share in shares)
+        return (str(row.layer), str(row.trials), *cells, effect)
 
     @property
     def trials(self) -> int:
@@ -145,7 +155,7 @@ class LayerChoice(Shown):
         return max((score.trials for score in self.scores), default=0)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able fields."""
+        """Return plain JSON values."""
         return {
             **vars(self),
             "memit": list(self.memit),
@@ -156,68 +166,64 @@ class LayerChoice(Shown):
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> LayerChoice:
-        """The inverse of `to_dict`; raises InputError for anything else."""
+        """Make a choice from what `to_dict` gave; raises InputError for anything else."""
         try:
-            scores = [
-                LayerScore(**{k: v for k, v in score.items() if k != "score"})
-                for score in fields["scores"]
-            ]
+            scores = [{k: v for k, v in each.items() if k != "score"} for each in fields["scores"]]
             return cls(
                 **{
                     **fields,
                     "memit": tuple(fields["memit"]),
-                    "scores": tuple(scores),
+                    "scores": tuple(LayerScore(**each) for each in scores),
                     "effects": tuple(float(effect) for effect in fields["effects"]),
                     "facts": tuple(Fact.from_dict(fact) for fact in fields["facts"]),
                 }
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(
-                f"expected the fields of a LayerChoice; got something else: {error}"
-            ) from None
-
-
-# ── what is known about a model
-# ────────────────────────────────────────────────────────────────────────────────────────────
+            raise InputError(f"these are not the fields of a LayerChoice: {error}") from None
 
 
 def published(lm: LanguageModel, shipped: int | None = None) -> LayerChoice | None:
-    """`shipped`, ROME's layer as it came with the model, else the published layers, else None.
+    """Return the layers that came with a model or were published for its shape; None for neither.
 
-    Raises LayerError for a layer it has not.
+    Args:
+        lm: The model.
+        shipped: ROME's layer as it came with the model. It goes first.
+
+    Raises:
+        LayerError: The model does not have the shipped layer.
     """
     if shipped is not None:
         if not 0 <= shipped < lm.n_layers:
             raise LayerError(
                 f"{lm.name} came with layer {shipped} to edit, and has layers 0 to "
-                f"{lm.n_layers - 1}; name a layer"
+                f"{lm.n_layers - 1}; name a layer",
+                argument="layer",
             )
-        reason = "it came with the model (config.json, factsmith)"
         return LayerChoice(
-            rome=shipped, memit=(), source="model", reason=reason, fingerprint=lm.fingerprint
+            rome=shipped,
+            memit=(),
+            source="model",
+            reason="it came with the model (config.json, factsmith)",
+            fingerprint=lm.fingerprint,
         )
     layers = published_layers(lm)
     if layers is None:
         return None
-    reason = f"published for a model of this shape, {layers.name} ({layers.source})"
     return LayerChoice(
         rome=layers.rome,
         memit=layers.memit,
         source="preset",
-        reason=reason,
+        reason=f"published for a model of this shape, {layers.name} ({layers.source})",
         fingerprint=lm.fingerprint,
     )
 
 
 def depth_choice(lm: LanguageModel, rome: int, why: str) -> LayerChoice:
-    """The choice where nothing is known: the layer `rome`, and for MEMIT the layers around it that
-    `by_depth` gives.
-    """
-    reason = f"a fixed share of the depth: {why}"
+    """Return the choice where nothing is known: layer `rome`, and around it those of `by_depth`."""
     return LayerChoice(
         rome=rome,
         memit=by_depth(lm.n_layers, rome),
         source="depth",
-        reason=reason,
+        reason=f"a fixed share of the depth: {why}",
         fingerprint=lm.fingerprint,
     )

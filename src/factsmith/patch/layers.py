@@ -33,13 +33,12 @@ from .layer_trials import (
     CANDIDATES,
     candidates,
     choose,
-    judge,
     mlp_effects,
     race,
     trace_window,
-    trial_facts,
 )
 from .recipe import Sources
+from .trial_facts import judge, trial_facts
 
 _TRIALS = 24
 """Trial edits at the layers that stay in the race to the end; `benchmarks/layers.py` measures what
@@ -206,7 +205,7 @@ def _facts_to_try(
     tried = trial_facts(lm, count, seed=sources.seed)
     if len(tried) >= min(MIN_FACTS, count):
         return tried, None
-    why = f"{lm.name} knows {len(tried)} of the bundled facts that were asked, too few to try edits on"
+    why = f"{lm.name} knows {len(tried)} of the bundled facts that were asked, too few for trials"
     return [], depth_choice(lm, config.layer or 0, why)
 
 

@@ -213,7 +213,7 @@ def plan(
     idle = not force and (
         all(e.known for e in entries) or any(e.standing == "conflict" for e in entries)
     )
-    chosen = _choose_layers(bench, config, sources, measure=measure and not idle, progress=progress)
+    chosen = choose_layers(bench, config, sources, measure=measure and not idle, progress=progress)
     with bench.on_base():
         moments = bench.kept_moments(chosen.layers)
         entries = _compared(bench, entries, chosen.layers, moments)
@@ -260,15 +260,21 @@ _NOT_MEASURED = (
     "measures them, which takes minutes; "
     "`factsmith layers` measures them now"
 )
-_NO_MOMENTS = "the second moments are not kept yet, so only equal keys were noticed. The first patch computes them; `factsmith moments` does it now"
+_NO_MOMENTS = (
+    "the second moments are not kept yet, so only equal keys were noticed. The first patch "
+    "computes them; `factsmith moments` does it now"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Chosen:
-    """Layers, and how they were chosen.
+class Chosen:
+    """Layers to edit, and how they were chosen.
 
-    guessed: whether they are a fixed share of the depth because nothing better was known, and
-    nothing was measured.
+    Attributes:
+        layers: The layers.
+        choice: Where they come from. None: they were named, or are those of given second moments.
+        advice: What the caller should know about them, in words.
+        guessed: Whether they are a share of the depth, since nothing better was known or measured.
     """
 
     layers: tuple[int, ...]
@@ -277,14 +283,28 @@ class _Chosen:
     guessed: bool = False
 
 
-def _choose_layers(
-    bench: Bench, config: EditConfig, sources: Sources, *, measure: bool, progress: Progress | None
-) -> _Chosen:
-    """The one rule: named layers; else known ones; else those of the given second moments; else
-    measured ones, or a guess by depth.
+def choose_layers(
+    bench: Bench,
+    config: EditConfig,
+    sources: Sources,
+    *,
+    measure: bool = False,
+    progress: Progress | None = None,
+) -> Chosen:
+    """Choose the layers to edit; this is the one rule.
+
+    Named layers go first. Then come the layers that are known for the model, those of the given
+    second moments, and measured ones. A fixed share of the depth comes last.
+
+    Args:
+        bench: The model, and what is known of it.
+        config: The method's settings.
+        sources: What the edit may draw on.
+        measure: Measure where nothing is known, which takes minutes. False: guess by depth.
+        progress: Called with the step's name, how much is done, and how much there is.
     """
     if config.edited is not None:
-        return _Chosen(layers=config.edited)
+        return Chosen(layers=config.edited)
     choice = bench.known_layers()
     layers = None if choice is None else layers_for(bench.lm, config, choice)
     if isinstance(sources.moments, Mapping) and not (
@@ -294,11 +314,11 @@ def _choose_layers(
         if given is not None:
             return given
     if choice is not None and layers is not None:
-        return _Chosen(layers=layers, choice=choice)
+        return Chosen(layers=layers, choice=choice)
     if measure:
         choice = bench.measured_layers(sources, progress)
-        return _Chosen(layers=layers_for(bench.lm, config, choice), choice=choice)
-    return _Chosen(layers=type(config).recommended(bench.lm).edited or (), guessed=True)
+        return Chosen(layers=layers_for(bench.lm, config, choice), choice=choice)
+    return Chosen(layers=type(config).recommended(bench.lm).edited or (), guessed=True)
 
 
 def layers_for(lm: LanguageModel, config: EditConfig, choice: LayerChoice) -> tuple[int, ...]:
@@ -313,7 +333,7 @@ def _layers_of_moments(
     config: EditConfig,
     moments: Mapping[int, SecondMoment],
     known: Sequence[int] | None,
-) -> _Chosen | None:
+) -> Chosen | None:
     """The layers to edit where second moments are given that lack some of the known layers; None:
     they do not decide.
 
@@ -322,12 +342,12 @@ def _layers_of_moments(
     """
     better = known or type(config).recommended(lm).edited or ()
     if known is None and set(better) <= set(moments):
-        return _Chosen(layers=tuple(better))
+        return Chosen(layers=tuple(better))
     if len(moments) > 1 and not isinstance(config, SpreadConfig):
         return None
     with_moments = tuple(sorted(moments))
     edited, recommended = (", ".join(map(str, layers)) for layers in (with_moments, better))
-    return _Chosen(
+    return Chosen(
         layers=with_moments,
         advice=(
             "no layer was named, and the given second moments lack the recommended layer "

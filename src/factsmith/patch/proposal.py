@@ -122,7 +122,8 @@ class Proposal(Shown):
             f"the model does not say {fact.target_true!r} after {fact.text!r}: nothing to forget "
             "(force it to write anyway)"
             if fact.target is None
-            else f"the model already answers {fact.text!r} with {fact.target.strip()!r}: nothing to write (force it to write anyway)"
+            else f"the model already answers {fact.text!r} with {fact.target.strip()!r}: "
+            "nothing to write (force it to write anyway)"
             for fact in self.plan.known
             if fact not in written
         ]
