@@ -29,13 +29,13 @@ def test_trace(run: Run, model: Path, tmp_path: Path) -> None:
     )
     assert done.code == 0 and "saved trace.png" in done.out and "*" in done.out
     assert (tmp_path / "trace.png").read_bytes().startswith(b"\x89PNG")
-    found = run(
+    record = run(
         "trace", model, PROMPT, "--subject", "Danielle Darrieux", "--samples", 2, "--json"
     ).json
     assert (
-        len(found["scores"]) == len(found["tokens"])
-        and found["samples"] == 2
-        and found["out"] == []
+        len(record["scores"]) == len(record["tokens"])
+        and record["samples"] == 2
+        and record["out"] == []
     )
 
 
@@ -50,15 +50,15 @@ def test_a_trace_without_a_suffix_is_drawn_twice_with_its_numbers_beside(
         "map.png",
         "map.svg",
     ]
-    found = json.loads((tmp_path / "map.json").read_text())
+    record = json.loads((tmp_path / "map.json").read_text())
     header, *rows = (tmp_path / "map.csv").read_text().splitlines()
     assert (
         header == "column,token,subject,layer,score,effect"
-        and len(rows) == len(found["tokens"]) * 3
-        and found["sever"] == "mlp"
+        and len(rows) == len(record["tokens"]) * 3
+        and record["sever"] == "mlp"
     )
     quick = run(*asked, "--fast", "--json").json
-    assert -1 <= quick["rank_correlation"] <= 1 and quick["scores"] != found["scores"]
+    assert -1 <= quick["rank_correlation"] <= 1 and quick["scores"] != record["scores"]
     replaced = run(
         *asked, "--corruption", "replace", "--replacement", "Edwin Northumbria", "--json"
     )
@@ -101,13 +101,13 @@ def test_the_average_over_a_file_of_facts(run: Run, model: Path, tmp_path: Path)
     known = [fact for fact in known if lm.says([fact.text], [fact.target])[0]]
     assert known, "the random model says nothing that can be traced"
     FactFile.write("facts.yaml", [*known, Fact("Edwin", "The mother tongue of {} is", "Zürich")])
-    found = run(
+    record = run(
         "trace", model, "facts.yaml", "--window", 1, "--samples", 2, "--out", "average", "--json"
     ).json
     assert (
-        found["n_facts"] == len(known)
-        and found["n_skipped"] == 1
-        and list(found["effects"]) == ["state", "mlp", "attention"]
+        record["n_facts"] == len(known)
+        and record["n_skipped"] == 1
+        and list(record["effects"]) == ["state", "mlp", "attention"]
     )
     assert {path.name for path in tmp_path.glob("average*")} == {
         *(f"average.{suffix}" for suffix in ("png", "svg", "json", "csv")),
@@ -146,14 +146,14 @@ def test_neurons(run: Run, model: Path, tmp_path: Path) -> None:
         "chart.json",
         "chart.svg",
     ]
-    found = json.loads((tmp_path / "chart.json").read_text())
+    record = json.loads((tmp_path / "chart.json").read_text())
     assert (
-        found["prompts"] == ["The mother tongue of Edwin is", "Edwin speaks"] and found["refined"]
+        record["prompts"] == ["The mother tongue of Edwin is", "Edwin speaks"] and record["refined"]
     )
     header, first, *_ = (tmp_path / "chart.csv").read_text().splitlines()
     assert header.startswith("layer,expert,neuron,attribution") and float(
         first.split(",")[3]
-    ) == pytest.approx(found["top"][0][1])
+    ) == pytest.approx(record["top"][0][1])
     refused = run(*asked, "--target", "Zürich")
     assert refused.code == 2 and "--force" in refused.err
     assert run("neurons", model, "The mother tongue of {} is").code == 2
@@ -183,8 +183,8 @@ def test_without_a_target_the_whole_first_phrase_is_followed(run: Run, atlas: st
     assert "warning" not in whole.err
     fast = run("trace", atlas, CURRENCY, "--subject", "Bulgaria", "--samples", 2, "--fast")
     assert fast.code == 0 and "p(lev)" in fast.out and "its ranks correlate" in fast.out
-    found = run("neurons", atlas, CURRENCY, "--steps", 1, "--json").json
-    assert found["target"] == "lev" and found["probability"] == [pytest.approx(p, rel=1e-4)]
+    record = run("neurons", atlas, CURRENCY, "--steps", 1, "--json").json
+    assert record["target"] == "lev" and record["probability"] == [pytest.approx(p, rel=1e-4)]
 
 
 def test_an_own_answer_that_is_no_word_is_said(run: Run, atlas: str) -> None:
@@ -234,15 +234,17 @@ def test_the_table_of_averages_fits_a_pipe(
     ]
     FactFile.write("facts.yaml", facts)
     asked = ("trace", atlas, "facts.yaml", "--window", 2, "--sever", "attention", "--samples", 1)
-    found, shown = run(*asked, "--json").json, run(*asked).out
+    record, shown = run(*asked, "--json").json, run(*asked).out
     assert max(map(len, shown.splitlines())) <= 80
     last = shown[shown.index("\nlast token") :]
-    for name, effects in found["effects"].items():
+    for name, effects in record["effects"].items():
         best = max(range(len(effects[-1])), key=lambda layer: effects[-1][layer])
-        half = (found["high"][name][-1][best] - found["low"][name][-1][best]) / 2
+        half = (record["high"][name][-1][best] - record["low"][name][-1][best]) / 2
         assert f"{name}: {effects[-1][best]:.3f} ± {half:.3f} @{best}" in last
     monkeypatch.setenv("COLUMNS", "120")
-    assert re.search(r"last token +2( +\d\.\d{3} ± \d\.\d{3} @\d){4}$", run(*asked).out, re.MULTILINE)
+    assert re.search(
+        r"last token +2( +\d\.\d{3} ± \d\.\d{3} @\d){4}$", run(*asked).out, re.MULTILINE
+    )
     FactFile.write("facts.yaml", facts[:1])
     assert run("trace", atlas, "facts.yaml", "--kind", "state", "--samples", 1).out.startswith(
         "1 fact: "

@@ -1,4 +1,4 @@
-"""Attribution patching where it must be exact, against finite differences, and against the exact map it estimates."""
+"""Attribution patching where it is exact, against finite differences, and against the exact map."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ PROMPT, SUBJECT = "The mother tongue of Danielle Darrieux is", "Danielle Darrieu
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_estimates_become_exact_as_the_noise_vanishes(tiny_lm: LanguageModel, kind: str) -> None:
-    """The first order is all there is in the limit; with window 1, since a window's layers act on one another."""
+    """In the limit only the first order remains.
+
+    The window is 1, because the layers of a window act on each other.
+    """
     errors = []
     for noise in (3e-3, 1.0):
         options: dict[str, Any] = {"kind": kind, "window": 1, "noise": noise, "samples": 4}
@@ -36,13 +39,16 @@ def test_estimates_become_exact_as_the_noise_vanishes(tiny_lm: LanguageModel, ki
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_is_that_of_finite_differences(kind: str) -> None:
-    """One pass, one run: the derivative of p along (clean - corrupted) at the middle of the way, by two full passes a cell."""
+    """With one pass and one run, the estimate is a derivative that full passes give too.
+
+    It is that of p along (clean - corrupted), at the middle of the way: two full passes a cell.
+    """
     lm = wrap(tiny_model("gpt2", **GPT2).double(), byte_tokenizer())
     noise = 0.3 * np.random.RandomState(3).randn(1, len(lm.prompt_ids(SUBJECT)), lm.d_model)
-    found = attribution_trace(
+    estimate = attribution_trace(
         lm, PROMPT, SUBJECT, kind=kind, window=1, noise_tensor=noise, passes=1, check=0
-    )  # type: ignore[arg-type]
-    start, stop = found.subject_span
+    )
+    start, stop = estimate.subject_span
     ids = torch.tensor([lm.prompt_ids(PROMPT)])
     added = torch.from_numpy(noise[0]).float().double()
     sites = {
@@ -64,7 +70,7 @@ def test_gradient_is_that_of_finite_differences(kind: str) -> None:
             elif change is not None and change[0] == layer:
                 changes[site] = change[1]
         with torch.no_grad(), replacing(changes):
-            return float(lm.module(ids).logits[0, -1].softmax(-1)[found.answer_ids[0]])
+            return float(lm.module(ids).logits[0, -1].softmax(-1)[estimate.answer_ids[0]])
 
     clean: dict[int, Any] = {}
     corrupted: dict[int, Any] = {}
@@ -74,8 +80,8 @@ def test_gradient_is_that_of_finite_differences(kind: str) -> None:
         (start, 0),
         (stop - 1, 1),
         (stop, 0),
-        (found.scores.shape[0] - 1, 1),
-        (found.scores.shape[0] - 1, 2),
+        (estimate.scores.shape[0] - 1, 1),
+        (estimate.scores.shape[0] - 1, 2),
     ]:
         step = 1e-4 * (clean[layer] - corrupted[layer])[0, token]
 
@@ -90,7 +96,7 @@ def test_gradient_is_that_of_finite_differences(kind: str) -> None:
             return run(0.5, (layer, change))
 
         slope = (moved(1) - moved(-1)) / 2e-4
-        assert float(found.effects[token, layer]) == pytest.approx(slope, rel=1e-3, abs=2e-7)
+        assert float(estimate.effects[token, layer]) == pytest.approx(slope, rel=1e-3, abs=2e-7)
 
 
 def test_estimates_rank_the_exact_map_of_a_model_that_knows_facts() -> None:
@@ -98,48 +104,56 @@ def test_estimates_rank_the_exact_map_of_a_model_that_knows_facts() -> None:
     fact = Fact("Bulgaria", "The currency of {} is the", "lev")
     # By default one token is followed; "lev" is two.
     for kind, target in [*((kind, None) for kind in KINDS), ("state", fact.target)]:
-        found = attribution_trace(
+        estimate = attribution_trace(
             lm, fact.text, fact.subject, target=target, kind=kind, window=2, check=99
-        )  # type: ignore[arg-type]
-        exact = causal_trace(lm, fact.text, fact.subject, target=target, kind=kind, window=2)  # type: ignore[arg-type]
-        assert found.scores.shape == exact.scores.shape == (len(found.tokens), lm.n_layers)
-        start = found.subject_span[0]
-        ours = rank_correlation(found.effects[start:].flatten(), exact.effects[start:].flatten())
+        )
+        exact = causal_trace(lm, fact.text, fact.subject, target=target, kind=kind, window=2)
+        assert estimate.scores.shape == exact.scores.shape == (len(estimate.tokens), lm.n_layers)
+        start = estimate.subject_span[0]
+        ours = rank_correlation(estimate.effects[start:].flatten(), exact.effects[start:].flatten())
         assert (
-            found.rank_correlation == pytest.approx(ours, abs=1e-3)
-            and found.checked == exact.effects[start:].numel()
+            estimate.rank_correlation == pytest.approx(ours, abs=1e-3)
+            and estimate.checked == exact.effects[start:].numel()
         )
         assert ours > 0.4
         # Estimates dealt to the wrong cells do not rank them.
-        shuffled = found.effects[start:].flatten()[
-            torch.randperm(found.checked, generator=torch.Generator().manual_seed(0))
+        shuffled = estimate.effects[start:].flatten()[
+            torch.randperm(estimate.checked, generator=torch.Generator().manual_seed(0))
         ]
         assert abs(rank_correlation(shuffled, exact.effects[start:].flatten())) < ours
-        assert found.clean == pytest.approx(exact.clean) and found.corrupted == pytest.approx(
+        assert estimate.clean == pytest.approx(exact.clean) and estimate.corrupted == pytest.approx(
             exact.corrupted
         )
 
 
 def test_record_is_a_trace_with_its_quality() -> None:
     lm = wrap(tiny_model("llama", **LLAMA), byte_tokenizer(bos=True))
-    told: list[tuple[int, int]] = []
-    found = attribution_trace(
-        lm, PROMPT, SUBJECT, passes=2, check=2, samples=2, progress=lambda a, b: told.append((a, b))
+    calls: list[tuple[int, int]] = []
+    estimate = attribution_trace(
+        lm,
+        PROMPT,
+        SUBJECT,
+        passes=2,
+        check=2,
+        samples=2,
+        progress=lambda a, b: calls.append((a, b)),
     )
-    assert isinstance(found, AttributionTrace) and told == [(1, 2), (2, 2)]
+    assert isinstance(estimate, AttributionTrace) and calls == [(1, 2), (2, 2)]
     assert (
-        found.passes == 2
-        and found.checked == 2 * lm.n_layers
-        and -1 <= (found.rank_correlation or 0) <= 1
+        estimate.passes == 2
+        and estimate.checked == 2 * lm.n_layers
+        and -1 <= (estimate.rank_correlation or 0) <= 1
     )
-    start = found.subject_span[0]
-    assert torch.equal(found.scores[:start], torch.full((start, lm.n_layers), found.corrupted))
-    assert found.to_dict()["rank_correlation"] == found.rank_correlation
+    start = estimate.subject_span[0]
+    assert torch.equal(
+        estimate.scores[:start], torch.full((start, lm.n_layers), estimate.corrupted)
+    )
+    assert estimate.to_dict()["rank_correlation"] == estimate.rank_correlation
     unchecked = attribution_trace(lm, PROMPT, SUBJECT, passes=2, check=0, samples=2)
     assert (
         unchecked.rank_correlation is None
         and unchecked.checked == 0
-        and torch.equal(unchecked.scores, found.scores)
+        and torch.equal(unchecked.scores, estimate.scores)
     )
     other = attribution_trace(
         lm,
@@ -153,7 +167,7 @@ def test_record_is_a_trace_with_its_quality() -> None:
     )
     assert (
         len(other.answer_ids) > 1
-        and other.scores.shape == found.scores.shape
+        and other.scores.shape == estimate.scores.shape
         and other.samples == 1
         and other.effects.isfinite().all()
     )

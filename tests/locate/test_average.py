@@ -21,17 +21,17 @@ from factsmith.locate.average import (
     token_classes,
 )
 from factsmith.locate.causal import causal_trace
-from factsmith.locate.interval import t_quantile
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import load, wrap
 
 
 def answered(lm: LanguageModel, count: int) -> list[Fact]:
-    """Facts, of a kind, that a random model answers: pieces of text, some of their words the subject, and what it says next.
+    """Return facts that a random model answers.
 
-    They end in a space, so that a target need not begin a word.
+    Each is a piece of text, with some of its words as subject and the next token as target. It ends
+    in a space, so that a target need not begin a word.
     """
-    found: list[Fact] = []
+    answered_facts: list[Fact] = []
     words = " ".join(TEXTS).replace("The ", "the ").split()
     for i, length in itertools.product(range(len(words) - 7), (7, 6, 5, 4)):
         text, subject = (
@@ -40,10 +40,10 @@ def answered(lm: LanguageModel, count: int) -> list[Fact]:
         )
         target = lm.next_tokens(text, 1)[0][0]
         if target.strip() and text.count(subject) == 1 and lm.says([text], [target])[0]:
-            found.append(Fact(subject, text.replace(subject, "{}"), target))
-        if len(found) == count:
-            return found
-    raise AssertionError(f"{len(found)} found")
+            answered_facts.append(Fact(subject, text.replace(subject, "{}"), target))
+        if len(answered_facts) == count:
+            return answered_facts
+    raise AssertionError(f"only {len(answered_facts)} facts are answered")
 
 
 @pytest.fixture(scope="module")
@@ -84,43 +84,24 @@ def test_classes_of_tokens(n_tokens: int, span: tuple[int, int], expected: list[
     assert [list(columns) for columns in token_classes(n_tokens, span)] == expected
 
 
-# Two-sided 95 % points of Student's t as printed in tables, by the number of facts (one degree of freedom less).
-T = {
-    2: 12.7062,
-    3: 4.30265,
-    4: 3.18245,
-    5: 2.77645,
-    6: 2.57058,
-    7: 2.44691,
-    9: 2.306,
-    11: 2.22814,
-    31: 2.04227,
-    61: 2.0003,
-    121: 1.97993,
-}
-
-
-def test_quantiles_are_those_of_the_tables() -> None:
-    assert {n: round(t_quantile(n - 1), 5) for n in T} == T
-    assert t_quantile(3, 0.99) == pytest.approx(5.841, abs=1e-3) and t_quantile(
-        3000
-    ) == pytest.approx(1.9608, abs=1e-4)
+# Two-sided 95 % points of Student's t from printed tables, by the number of facts.
+T = {2: 12.7062, 3: 4.30265, 4: 3.18245}
 
 
 def test_average_is_that_of_single_traces(lm: LanguageModel, facts: list[Fact]) -> None:
-    told: list[tuple[int, int]] = []
-    found = average_trace(
+    calls: list[tuple[int, int]] = []
+    average = average_trace(
         lm,
         facts,
         severed=("mlp",),
         window=2,
         samples=3,
         noise=0.8,
-        progress=lambda a, b: told.append((a, b)),
+        progress=lambda a, b: calls.append((a, b)),
     )
     known = [fact for fact in facts if lm.says([fact.text], [fact.target])[0]]
-    assert found.n_facts == len(known) == 4 and found.n_skipped == 1
-    assert told == [(i + 1, len(known)) for i in range(len(known))] and found.noise == 0.8
+    assert average.n_facts == len(known) == 4 and average.n_skipped == 1
+    assert calls == [(i + 1, len(known)) for i in range(len(known))] and average.noise == 0.8
     for name, options in {
         "state": {},
         "mlp": {"kind": "mlp"},
@@ -139,7 +120,7 @@ def test_average_is_that_of_single_traces(lm: LanguageModel, facts: list[Fact]) 
                 samples=3,
                 noise=0.8,
                 **options,
-            )  # type: ignore[arg-type]
+            )
             effects, (start, stop) = trace.effects.double().numpy(), trace.subject_span
             totals.append(trace.clean - trace.corrupted)
             seen[0].append(effects[start])
@@ -152,31 +133,31 @@ def test_average_is_that_of_single_traces(lm: LanguageModel, facts: list[Fact]) 
             ):
                 if len(rows):
                     seen[row].append(rows.mean(0))
-        assert found.counts == tuple(len(seen[row]) for row in range(6))
+        assert average.counts == tuple(len(seen[row]) for row in range(6))
         for row in range(6):
             if len(seen[row]) < 2:
-                assert found.low[name][row].isnan().all()
+                assert average.low[name][row].isnan().all()
                 continue
             mean, error = (
                 np.mean(seen[row], 0),
                 T[len(seen[row])] * np.std(seen[row], 0, ddof=1) / len(seen[row]) ** 0.5,
             )
-            assert np.allclose(found.effects[name][row], mean, atol=1e-6)
-            assert np.allclose(found.low[name][row], mean - error, atol=1e-6)
-            assert np.allclose(found.high[name][row], mean + error, atol=1e-6)
+            assert np.allclose(average.effects[name][row], mean, atol=1e-6)
+            assert np.allclose(average.low[name][row], mean - error, atol=1e-6)
+            assert np.allclose(average.high[name][row], mean + error, atol=1e-6)
         error = T[len(totals)] * np.std(totals, ddof=1) / len(totals) ** 0.5
         assert np.allclose(
-            [found.total_effect, found.total_low, found.total_high],
+            [average.total_effect, average.total_low, average.total_high],
             np.mean(totals) + error * np.array([0, -1, 1]),
             atol=1e-6,
         )
-    # The map says something, and the classes differ.
-    assert found.effects["state"].nan_to_num().abs().max() > 1e-3 and found.classes == CLASSES
-    assert found.each["state"].shape == (found.n_facts, 6, lm.n_layers)
+    # The effects are not all zero.
+    assert average.effects["state"].nan_to_num().abs().max() > 1e-3 and average.classes == CLASSES
+    assert average.each["state"].shape == (average.n_facts, 6, lm.n_layers)
 
 
 def test_noise_is_one_number_for_all_facts(lm: LanguageModel, facts: list[Fact]) -> None:
-    found = average_trace(lm, facts, kinds=["state"], samples=1)
+    average = average_trace(lm, facts, kinds=["state"], samples=1)
     rows = []
     for fact in facts:  # the skipped one too: the scale is of the data set
         offsets = lm.tokenizer(fact.text, return_offsets_mapping=True)
@@ -191,11 +172,11 @@ def test_noise_is_one_number_for_all_facts(lm: LanguageModel, facts: list[Fact])
                 torch.tensor([offsets["input_ids"][i] for i in span])
             ]
         )
-    assert found.noise == pytest.approx(3 * float(torch.cat(rows).std()), rel=1e-5)
+    assert average.noise == pytest.approx(3 * float(torch.cat(rows).std()), rel=1e-5)
     each = [
         traces["state"].noise for traces in causal_traces(lm, facts, kinds=["state"], samples=1)
     ]
-    assert each == [found.noise] * len(facts)
+    assert each == [average.noise] * len(facts)
 
 
 def test_the_answer_is_what_the_model_should_say_today() -> None:
@@ -206,32 +187,36 @@ def test_the_answer_is_what_the_model_should_say_today() -> None:
         "euro",
         target_true=lm.answer(["The currency of Bulgaria is the"])[0],
     )
-    told = Fact("Austria", "The official language of {} is", "German")
-    found = average_trace(lm, [said, told], samples=2, corruption="replace")
-    assert found.n_facts == 2 and found.n_skipped == 0 and found.noise == 0
-    assert found.clean > 0.5 and 0 < found.total_effect <= found.clean
-    first, second = causal_traces(lm, [said, told], kinds=["state"], samples=2)
+    plain = Fact("Austria", "The official language of {} is", "German")
+    average = average_trace(lm, [said, plain], samples=2, corruption="replace")
+    assert average.n_facts == 2 and average.n_skipped == 0 and average.noise == 0
+    assert average.clean > 0.5 and 0 < average.total_effect <= average.clean
+    first, second = causal_traces(lm, [said, plain], kinds=["state"], samples=2)
     assert (
         first["state"].answer.strip() == said.target_true
         and second["state"].answer.strip() == "German"
     )
     # Facts live early, at the subject; the answer is read at the last token, late.
-    early, late = found.effects["state"][2], found.effects["state"][5]
+    early, late = average.effects["state"][2], average.effects["state"][5]
     assert early[0] > late[0] and late[-1] > early[-1]
 
 
 def test_record_is_plain_json(lm: LanguageModel, facts: list[Fact]) -> None:
-    found = average_trace(lm, facts[:1], kinds=["mlp"], severed=["attention"], samples=1)
-    read = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    average = average_trace(lm, facts[:1], kinds=["mlp"], severed=["attention"], samples=1)
+    read = json.loads(json.dumps(average.to_dict(), allow_nan=False))
     assert read["n_facts"] == 1 and read["total_low"] is None and "each" not in read
-    assert np.allclose(read["effects"]["mlp"][0], found.effects["mlp"][0])
-    rows = found.rows()
+    assert np.allclose(read["effects"]["mlp"][0], average.effects["mlp"][0])
+    rows = average.rows()
     assert {row["map"] for row in rows} == {"mlp", "state, attention severed"}
-    assert len(rows) == 2 * lm.n_layers * sum(1 for count in found.counts if count)
+    assert len(rows) == 2 * lm.n_layers * sum(1 for count in average.counts if count)
     best = max((row for row in rows if row["map"] == "mlp"), key=lambda row: row["effect"])
-    assert found.peak("mlp") == (best["class"], best["layer"])
+    assert average.peak("mlp") == (best["class"], best["layer"])
     with pytest.raises(AttributeError):
-        found.noise = 1.0  # type: ignore[misc]
+        average.noise = 1.0
+    summary, table = average.tables()
+    assert summary.title.startswith("1 fact: p(answer) ")
+    of_class = next(row for row in table.rows if row[0] == best["class"])
+    assert of_class[1:3] == ("1", f"{best['effect']:.3f} @{best['layer']}")
 
 
 @pytest.mark.parametrize(
@@ -284,8 +269,8 @@ def test_one_fact_is_a_list_of_one(lm: LanguageModel, facts: list[Fact]) -> None
 
 def test_three_kinds_of_model(tiny_lm: LanguageModel) -> None:
     (fact,) = answered(tiny_lm, 1)
-    found = average_trace(tiny_lm, [fact, fact], severed=["mlp", "attention"], samples=2)
-    assert isinstance(found, AverageTrace) and found.n_facts == 2 and len(found.effects) == 5
+    average = average_trace(tiny_lm, [fact, fact], severed=["mlp", "attention"], samples=2)
+    assert isinstance(average, AverageTrace) and average.n_facts == 2 and len(average.effects) == 5
     assert (
-        found.high["state"].nan_to_num().equal(found.low["state"].nan_to_num())
+        average.high["state"].nan_to_num().equal(average.low["state"].nan_to_num())
     )  # twice the same fact: no spread

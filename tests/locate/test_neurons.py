@@ -1,19 +1,17 @@
-"""Knowledge neurons against the plain loop of full passes, the integral's theorem, and sets counted by hand."""
+"""Knowledge neurons against the plain loop of full passes, and sets counted by hand."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from benchmarks.locate import plain_neurons
 from torch import Tensor, nn
 
 from conftest import (
@@ -47,17 +45,17 @@ DENSE: dict[str, tuple[dict[str, Any], Callable[[], Any], str]] = {
         {**SMALL, "sliding_window": 6},
         lambda: byte_tokenizer(bos=True),
         "model.layers.{}.mlp.down_proj",
-    ),  # a norm behind the memory
+    ),  # a norm after the memory
     "gpt_neox": (
         LLAMA,
         byte_tokenizer,
         "gpt_neox.layers.{}.mlp.dense_4h_to_h",
-    ),  # beside the attention
+    ),  # parallel to the attention
     "openai-gpt": (
         GPT2,
         byte_tokenizer,
         "transformer.h.{}.mlp.c_proj",
-    ),  # a norm behind the memory, and no cache
+    ),  # a norm after the memory, and no cache
     "opt": (
         {**LLAMA, "ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": 0},
         byte_tokenizer,
@@ -101,23 +99,12 @@ def model(family: str, **changes: Any) -> LanguageModel:
     return wrap(module, tokenizer())
 
 
-@lru_cache
-def benchmark() -> ModuleType:
-    """benchmarks/locate.py, where the oracle lives."""
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "locate.py"
-    spec = importlib.util.spec_from_file_location("benchmark_locate", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def texts(family: str) -> tuple[str, str]:
     return (BLANK, LONGER_BLANK) if family in MASKED else (PROMPT, LONGER)
 
 
 def plain(family: str, prompt: str, target: str, steps: int = 20) -> Tensor:
-    """(n_layers, d_ff) by full passes; tokens by the tokenizer alone, modules by their names in transformers."""
+    """Return the scores (n_layers, d_ff) by full passes, with nothing that factsmith discovers."""
     lm = model(family)
     if family in MASKED:
         text, mask = prompt.replace("[MASK]", lm.tokenizer.mask_token), lm.tokenizer.mask_token_id
@@ -129,11 +116,11 @@ def plain(family: str, prompt: str, target: str, steps: int = 20) -> Tensor:
         answer = lm.tokenizer(prompt + " " + target)["input_ids"][len(head) :]
         ids, columns = head + answer[:-1], [len(head) - 1 + i for i in range(len(answer))]
     downs = [lm.module.get_submodule(DENSE[family][2].format(layer)) for layer in range(3)]
-    return benchmark().plain_neurons(lm.module, downs, ids, columns, answer, steps)  # type: ignore[no-any-return]
+    return plain_neurons(lm.module, downs, ids, columns, answer, steps)
 
 
-def close(found: Tensor, expected: Tensor, within: float = 1e-5) -> bool:
-    return bool((found - expected).abs().max() <= within * expected.abs().max())
+def close(scores: Tensor, expected: Tensor, within: float = 1e-5) -> bool:
+    return bool((scores - expected).abs().max() <= within * expected.abs().max())
 
 
 @pytest.mark.parametrize("family", DENSE)
@@ -156,10 +143,10 @@ def test_scores_equal_the_plain_loop_one_by_one_or_together(family: str) -> None
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "openai-gpt"])
 def test_targets_of_several_tokens_are_joint_probabilities(family: str) -> None:
-    found = knowledge_neurons(model(family), [PROMPT, LONGER], "French Zürich")
-    assert len(found.target_ids[0]) > 3
+    located = knowledge_neurons(model(family), [PROMPT, LONGER], "French Zürich")
+    assert len(located.target_ids[0]) > 3
     for row, prompt in enumerate((PROMPT, LONGER)):
-        assert close(found.scores[row], plain(family, prompt, "French Zürich"))
+        assert close(located.scores[row], plain(family, prompt, "French Zürich"))
 
 
 def test_masked_targets_of_several_tokens() -> None:
@@ -182,38 +169,6 @@ def test_any_number_of_steps_and_any_cut_of_the_batch(
     one_by_one = knowledge_neurons(model("gemma2"), PROMPT, "is", steps=steps)
     assert close(one_by_one.scores, whole.scores, 1e-6)
     assert torch.allclose(one_by_one.silent, whole.silent, rtol=1e-6)
-
-
-@pytest.mark.parametrize("steps", [17, 20, 300])
-def test_few_nodes_average_polynomials_as_all_points_do(steps: int) -> None:
-    nodes, mixing = gradients._quadrature(steps, 8)
-    points = torch.arange(steps, dtype=torch.float64) / steps
-    assert float(nodes[0]) == 0 and bool((nodes[1:] > 0).all()) and float(nodes[-1]) < 1
-    for degree in range(15):
-        assert float(mixing[0] @ nodes**degree) == pytest.approx(
-            float((points**degree).mean()), rel=1e-9
-        )
-    assert abs(float(mixing[0] @ nodes**16) - float((points**16).mean())) > 1e-12
-    # Coefficients in orthonormal polynomials: a cubic has none beyond the third, and as many units of length as it has on average.
-    cubic = mixing @ (1 - 2 * nodes + 5 * nodes**3)
-    assert float(cubic[4:].abs().max()) < 1e-12 < float(cubic[3].abs())
-    assert float(cubic.square().sum()) == pytest.approx(
-        float((1 - 2 * points + 5 * points**3).square().mean())
-    )
-
-
-def test_only_smooth_gradients_are_taken_from_few_nodes() -> None:
-    nodes, mixing = gradients._quadrature(20, 8)
-
-    def fades(function: Callable[[Tensor], Tensor]) -> bool:
-        return bool(gradients._fades((mixing @ function(nodes))[:, None, None, None])[0])
-
-    assert fades(lambda a: (1 + a).rsqrt()) and fades(lambda a: a.exp()) and fades(torch.ones_like)
-    for size in (1.0, 0.3, 0.1, 0.03):
-        assert not fades(lambda a, size=size: 1 + size * (a > 0.43).double())
-        assert not fades(lambda a, size=size: 1 + size * (a - 0.43).abs())
-    assert not fades(lambda a: 1 / (a + 0.01))  # a norm crossed close to 0
-    assert not fades(torch.zeros_like) and not fades(lambda a: a * torch.nan)
 
 
 @pytest.mark.parametrize("family", DENSE)
@@ -243,23 +198,25 @@ def test_few_nodes_give_what_every_point_gives(
 def test_completeness_the_scores_of_a_layer_sum_to_what_silencing_it_takes_away(
     family: str,
 ) -> None:
-    # Behind Gemma 2's memory stands a norm, which p crosses within sqrt(eps) of alpha = 0: made wide enough for the points to see.
+    # A norm follows Gemma 2's memory. p changes within sqrt(eps) of alpha = 0, so eps is made large
+    # enough for the points to notice.
     changes = {"rms_norm_eps": 0.1} if family == "gemma2" else {}
     assert_complete(model(family, **changes), texts(family)[0])
     if family == "gemma2":
         assert (
             float(knowledge_neurons(model(family), PROMPT, "is", steps=50).gaps.abs().max()) > 0.1
-        )  # and the record says so else
+        )  # with the real eps the record shows a gap
 
 
 @pytest.mark.parametrize("family", EXPERTS)
 def test_completeness_with_experts(family: str) -> None:
-    # Where every token goes to every expert p is smooth; else it jumps when a layer above chooses others, and no integral sees that.
+    # Where every token goes to every expert, p is smooth. Otherwise p jumps when a layer above
+    # chooses other experts, and no integral notices.
     assert_complete(model(family, num_experts_per_tok=4), PROMPT)
-    found = knowledge_neurons(model(family), PROMPT, "is", steps=400)
-    last = abs(float(found.probability[0] - found.silent[0, -1]))
+    located = knowledge_neurons(model(family), PROMPT, "is", steps=400)
+    last = abs(float(located.probability[0] - located.silent[0, -1]))
     assert (
-        abs(float(found.gaps[0, -1])) < 0.05 * last + 1e-7
+        abs(float(located.gaps[0, -1])) < 0.05 * last + 1e-7
     )  # above the last layer there is no router
 
 
@@ -277,7 +234,7 @@ def assert_complete(lm: LanguageModel, prompt: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_silent_is_the_probability_with_the_layer_zeroed_where_it_predicts(family: str) -> None:
     lm = model(family)
-    found = knowledge_neurons(lm, PROMPT, "is")
+    located = knowledge_neurons(lm, PROMPT, "is")
     ids, _, (answer,) = lm.question(PROMPT, "is")
     for layer in range(3):
 
@@ -291,14 +248,17 @@ def test_silent_is_the_probability_with_the_layer_zeroed_where_it_predicts(famil
         )
         p = lm.module(input_ids=torch.tensor([ids])).logits[0, -1].softmax(-1)[answer]
         handle.remove()
-        assert float(found.silent[0, layer]) == pytest.approx(float(p), rel=1e-5)
-        assert abs(float(found.silent[0, layer] / found.probability[0]) - 1) > 1e-3
+        assert float(located.silent[0, layer]) == pytest.approx(float(p), rel=1e-5)
+        assert abs(float(located.silent[0, layer] / located.probability[0]) - 1) > 1e-3
 
 
 def test_half_a_gated_coefficient_gives_other_numbers() -> None:
-    """A gated neuron's coefficient is act(gate) * up: along the gate before its activation another path is integrated over."""
+    """A gated neuron's coefficient is act(gate) * up.
+
+    To scale the gate before its activation is to integrate along another path.
+    """
     lm, layer, steps = model("llama"), 0, 100
-    found = knowledge_neurons(lm, PROMPT, "is", steps=steps)
+    located = knowledge_neurons(lm, PROMPT, "is", steps=steps)
     ids, _, (answer,) = lm.question(PROMPT, "is")
     gate_projection = lm.module.model.layers[layer].mlp.gate_proj
     kept: list[Tensor] = []
@@ -321,11 +281,8 @@ def test_half_a_gated_coefficient_gives_other_numbers() -> None:
     )
     handle.remove()
     along_gate = kept[0][0] * torch.autograd.grad(p.sum(), points)[0].mean(0)
-    assert not close(along_gate, found.scores[0, layer], 0.05)
-    assert close(found.scores[0], plain("llama", PROMPT, "is", steps))
-
-
-# ── experts ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+    assert not close(along_gate, located.scores[0, layer], 0.05)
+    assert close(located.scores[0], plain("llama", PROMPT, "is", steps))
 
 
 def expert_forward(
@@ -335,7 +292,10 @@ def expert_forward(
     weights: Tensor,
     factor: Callable[[int, Tensor], Tensor],
 ) -> Tensor:
-    """The published formula of Mixtral-like experts, token by token; factor(expert, token) multiplies the coefficients."""
+    """Return the output of Mixtral-like experts, by the published formula, token by token.
+
+    factor(expert, token) multiplies the coefficients.
+    """
     out = torch.zeros_like(hidden)
     for token in range(len(hidden)):
         for expert, weight in zip(chosen[token].tolist(), weights[token], strict=True):
@@ -362,7 +322,7 @@ def experts_written_out(holder: Any, factor: Callable[[int, Tensor], Tensor]) ->
 def test_experts_equal_the_formula_written_out(family: str) -> None:
     lm = model(family)
     steps, d_ff = 8, lm.ffn[0].experts[0].d_ff
-    found = knowledge_neurons(lm, PROMPT, "is", steps=steps)
+    located = knowledge_neurons(lm, PROMPT, "is", steps=steps)
     ids, _, (answer,) = lm.question(PROMPT, "is")
     last = len(ids) - 1
     for layer in (0, 2):
@@ -397,26 +357,23 @@ def test_experts_equal_the_formula_written_out(family: str) -> None:
             for handle in handles:
                 handle.remove()
             expected += torch.autograd.grad(p, factors)[0] / steps
-        assert close(found.scores[0, layer, : len(expected)], expected)
+        assert close(located.scores[0, layer, : len(expected)], expected)
         assert int((expected != 0).sum()) == 2 * d_ff + (
             40 if family == "qwen2_moe" else 0
         )  # two experts a token
-    for neuron, score in found.top(3):
+    for neuron, score in located.top(3):
         layer, expert, i = neuron
-        assert float(found.scores[0, layer, expert * d_ff + i]) == pytest.approx(score)
-    shared_bank = [n for n in found.coarse[0] if n[1] == 4]
+        assert float(located.scores[0, layer, expert * d_ff + i]) == pytest.approx(score)
+    shared_bank = [n for n in located.coarse[0] if n[1] == 4]
     assert all(0 <= i < 40 for _, _, i in shared_bank) and (
         family == "qwen2_moe" or not shared_bank
     )
 
 
-# ── the sets ────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
 def hand_made(
     scores: list[list[list[float]]], share: float = 0.7, threshold: float = 0.25
 ) -> KnowledgeNeurons:
-    """A record over given scores, its sets made as `knowledge_neurons` makes them."""
+    """Return a record of given scores, with sets as `knowledge_neurons` makes them."""
     values = torch.tensor(scores)
     n, n_layers, width = values.shape
     coarse = neurons._coarse(values, threshold, [0] * n_layers, [width] * n_layers)
@@ -427,7 +384,7 @@ def hand_made(
 
 
 def test_coarse_and_refined_sets_by_hand() -> None:
-    found = hand_made(
+    located = hand_made(
         [
             [[1.0, 0.25, 0.125], [0.0, 0.5, -3.0]],  # from 0.25 on
             [[0.125, 0.0625, 0.0], [0.0, 0.03125, 0.03]],  # from 0.03125 on
@@ -436,19 +393,19 @@ def test_coarse_and_refined_sets_by_hand() -> None:
             [[-1.0, -2.0, -0.5], [-1.0, 0.0, -4.0]],  # nothing adds to the probability
         ]
     )
-    assert found.coarse == (
+    assert located.coarse == (
         ((0, 0), (1, 1), (0, 1)),
         ((0, 0), (0, 1), (1, 1)),
         ((0, 1), (1, 1)),
         ((0, 2),),
         (),
     )
-    assert found.with_share(0.6).refined == ((0, 1), (1, 1))  # in 3 of 5
-    assert found.with_share(0.61).refined == ()  # in 4 of 5
-    assert found.with_share(0.2).refined == ((0, 1), (1, 1))  # three prompts at least
-    assert found.with_share(0.2, 0.9).baseline == ()
-    assert refine(found.coarse[:2], 0.7) == ((0, 0), (0, 1), (1, 1))
-    assert refine(found.coarse[:1], 0.7) == ((0, 0), (0, 1), (1, 1))  # one prompt: its coarse set
+    assert located.with_share(0.6).refined == ((0, 1), (1, 1))  # in 3 of 5
+    assert located.with_share(0.61).refined == ()  # in 4 of 5
+    assert located.with_share(0.2).refined == ((0, 1), (1, 1))  # three prompts at least
+    assert located.with_share(0.2, 0.9).baseline == ()
+    assert refine(located.coarse[:2], 0.7) == ((0, 0), (0, 1), (1, 1))
+    assert refine(located.coarse[:1], 0.7) == ((0, 0), (0, 1), (1, 1))  # one prompt: its coarse set
     ten = [((0, 0),)] * 7 + [((0, 1),)] * 3
     assert refine(ten, 0.7) == ((0, 0),)  # 0.7 * 10 is 7 and not a little more
 
@@ -482,13 +439,14 @@ def test_a_relation_is_refined_by_one_share() -> None:
 
 def test_the_activation_baseline_is_the_coefficients() -> None:
     lm = model("llama")
-    found = knowledge_neurons(lm, [PROMPT, LONGER], "is")
+    located = knowledge_neurons(lm, [PROMPT, LONGER], "is")
     for row, prompt in enumerate((PROMPT, LONGER)):
-        assert close(found.activations[row], lm.coefficients(prompt)[:, -1].float())
-        own = found.activations[row]
-        by_hand = {(layer, i) for layer, i in (own >= 0.5 * own.max()).nonzero().tolist()}
-        assert set(found.baseline_coarse[row]) == by_hand
-    assert found.baseline != found.refined
+        assert close(located.activations[row], lm.coefficients(prompt)[:, -1].float())
+        activations = located.activations[row]
+        strong = (activations >= 0.5 * activations.max()).nonzero().tolist()
+        by_hand = {(layer, i) for layer, i in strong}
+        assert set(located.baseline_coarse[row]) == by_hand
+    assert located.baseline != located.refined
     # Over several tokens: their mean.
     several = knowledge_neurons(lm, PROMPT, "French")
     n = len(several.target_ids[0])
@@ -499,22 +457,24 @@ def test_the_activation_baseline_is_the_coefficients() -> None:
 
 def test_the_record_says_what_the_model_itself_would_answer() -> None:
     lm = model("gpt2")
-    own = lm.next_tokens(PROMPT, 1)[0][0]
+    next_token = lm.next_tokens(PROMPT, 1)[0][0]
     ids = lm.prompt_ids(PROMPT)
     with torch.no_grad():
         likeliest = int(lm.module(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
-    found = knowledge_neurons(lm, PROMPT, "is")
-    assert found.predicted == (own,) and found.is_correct == (found.target_ids[0][0] == likeliest,)
-    assert not found.is_correct[0]
+    located = knowledge_neurons(lm, PROMPT, "is")
+    assert located.predicted == (next_token,) and located.is_correct == (
+        located.target_ids[0][0] == likeliest,
+    )
+    assert not located.is_correct[0]
 
 
 def test_the_record_is_plain_json_and_compact() -> None:
-    found = knowledge_neurons(model("mixtral"), [PROMPT, LONGER], "French", steps=3)
+    located = knowledge_neurons(model("mixtral"), [PROMPT, LONGER], "French", steps=3)
     assert (
-        found.scores.dtype == torch.float32
-        and found.scores.shape == (2, 3, 4 * 48) == found.activations.shape
+        located.scores.dtype == torch.float32
+        and located.scores.shape == (2, 3, 4 * 48) == located.activations.shape
     )
-    text = json.dumps(found.to_dict())
+    text = json.dumps(located.to_dict())
     read = json.loads(text)
     assert (
         "scores" not in read
@@ -522,8 +482,8 @@ def test_the_record_is_plain_json_and_compact() -> None:
         and len(read["gaps"]) == 2
         and read["steps"] == 3
     )
-    assert read["coarse"][0][0] == list(found.coarse[0][0])
-    assert [n for n, _ in found.top(1)] == [found.top(5)[0][0]]
+    assert read["coarse"][0][0] == list(located.coarse[0][0])
+    assert [n for n, _ in located.top(1)] == [located.top(5)[0][0]]
 
 
 @pytest.mark.parametrize(
@@ -577,9 +537,9 @@ def test_progress_counts_prompts() -> None:
 def test_half_precision_models_are_attributed_in_their_own_dtype() -> None:
     lm = wrap(tiny_model("llama", **LLAMA).bfloat16(), byte_tokenizer())
     exact = wrap(tiny_model("llama", **LLAMA).bfloat16().double(), byte_tokenizer())
-    found, expected = knowledge_neurons(lm, PROMPT, "is"), knowledge_neurons(exact, PROMPT, "is")
-    assert found.scores.dtype == torch.float32
+    located, expected = knowledge_neurons(lm, PROMPT, "is"), knowledge_neurons(exact, PROMPT, "is")
+    assert located.scores.dtype == torch.float32
     assert (
-        float(torch.cosine_similarity(found.scores.flatten(), expected.scores.flatten(), dim=0))
+        float(torch.cosine_similarity(located.scores.flatten(), expected.scores.flatten(), dim=0))
         > 0.9
     )

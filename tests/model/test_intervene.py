@@ -14,7 +14,6 @@ from torch import Tensor
 
 from conftest import BERT, GPT2, LLAMA, byte_tokenizer, masking_tokenizer, tiny_model
 from factsmith.core.errors import InputError, LayerError
-from factsmith.locate.effects import effect, random_neurons
 from factsmith.locate.neurons import knowledge_neurons
 from factsmith.model.intervene import intervene
 from factsmith.model.language_model import LanguageModel
@@ -242,23 +241,6 @@ def test_neurons_may_be_rows_of_arrays_and_tensors(rows: Any) -> None:
     with intervene(lm, rows, 0):
         assert torch.equal(logits(lm, lm.module, PROMPTS[0]), plain)
     assert not torch.equal(logits(lm, lm.module, PROMPTS[0]), plain)
-    drawn = random_neurons(lm, rows, seed=0)
-    assert drawn == random_neurons(lm, [(0, 5), (2, 7)], seed=0) and all(
-        type(n) is int for place in drawn for n in place
-    )
-    assert effect(lm, rows, PROMPTS, "is").n_neurons == 2
-
-
-def test_a_control_is_smaller_where_a_bank_has_too_few_others() -> None:
-    lm = model("llama")
-    given = [(0, i) for i in range(40)] + [(1, 0)]
-    drawn = random_neurons(lm, given, seed=0)
-    assert (
-        sorted(n for n in drawn if n[0] == 0) == [(0, i) for i in range(40, 48)] and len(drawn) == 9
-    )
-    assert effect(lm, drawn, PROMPTS, "is").n_neurons == 9
-    with pytest.raises(InputError, match="seed is None"):
-        random_neurons(lm, given, seed=None)  # type: ignore[arg-type]
 
 
 def test_no_neuron_is_no_change() -> None:
@@ -301,37 +283,3 @@ def test_scales_that_are_no_numbers_are_refused_in_words(scale: Any) -> None:
         raise AssertionError("unreachable")
     with pytest.raises(InputError, match="neurons is"), intervene(model("llama"), "ab", 0):
         raise AssertionError("unreachable")
-
-
-def test_the_effect_is_the_relative_change_of_the_mean_probability() -> None:
-    lm = model("llama")
-    measured = effect(lm, neurons("llama"), PROMPTS, "is")
-    plain = lm.log_prob(PROMPTS, ["is", "is"]).exp().mean()
-    changed = {
-        scale: wrap(edited("llama", scale), lm.tokenizer)
-        .log_prob(PROMPTS, ["is", "is"])
-        .exp()
-        .mean()
-        for scale in (0, 2)
-    }
-    assert measured.n_neurons == 3 and measured.before == pytest.approx(float(plain))
-    assert measured.suppressed == pytest.approx(float(changed[0] / plain - 1), rel=1e-3)
-    assert measured.amplified == pytest.approx(float(changed[2] / plain - 1), rel=1e-3)
-    assert (
-        abs(measured.suppressed) > 1e-3 and measured.to_dict()["suppressed"] == measured.suppressed
-    )
-    nothing = effect(lm, [], PROMPTS, "is")
-    assert nothing.n_neurons == 0 and nothing.suppressed == nothing.amplified == 0
-
-
-def test_random_neurons_are_as_many_others_of_the_same_places() -> None:
-    lm = model("qwen2_moe")
-    given = [(0, 4, 39), (1, 0, 3), (1, 0, 7), (1, 4, 0)]
-    drawn = random_neurons(lm, given, seed=3)
-    assert sorted(n[:2] for n in drawn) == sorted(n[:2] for n in given) and not set(drawn) & set(
-        given
-    )
-    assert drawn == random_neurons(lm, given, seed=3) != random_neurons(lm, given, seed=4)
-    assert all(len(n) == 2 for n in random_neurons(model("llama"), [(0, 1), (2, 1)], seed=0))
-    with pytest.raises(LayerError, match="does not exist"):
-        random_neurons(lm, [(0, 9, 0)], seed=0)
