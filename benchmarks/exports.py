@@ -1,10 +1,12 @@
-"""Do exports of every causal language model that transformers can build read back as the patched model? A line a type, and JSON.
+"""Does the export of every model type read back as the patched model? One line a type, and JSON.
 
     python benchmarks/exports.py [--json FILE] [TYPE ...]
 
-Tiny random models as in `families.py`, saved with a tokenizer and loaded. A random update of rank 2 goes into their first two layers
-without experts, and is exported as a checkpoint and as an adapter, which a process without factsmith loads through plain transformers and
-peft and which is compared with the patched model in memory. Types that are refused, or have no such layer, are passed over.
+The types are all causal language models that transformers can build. Each is a tiny random model as
+in `families.py`, saved with a tokenizer and loaded. A random update of rank 2 goes into its first
+two layers without experts. It is exported as a checkpoint and as an adapter. A process without
+factsmith loads both through plain transformers and peft, and their answers are compared with those
+of the patched model in memory. Types that are refused, or have no such layer, are listed as such.
 """
 
 from __future__ import annotations
@@ -29,17 +31,18 @@ from factsmith.core.fact import Fact
 from factsmith.edit.delta import Delta
 from factsmith.keep.export.adapter import export_adapter
 from factsmith.keep.export.checkpoint import export_checkpoint
-from factsmith.keep.export.readback import LIMITS, Job, ask, compare, read_back
+from factsmith.keep.export.questions import ask
+from factsmith.keep.export.readback import LIMITS, Job, compare, read_back
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import load
 from families import letters, tiny_model
 
 TOGETHER = 24
-"""Exports read back by one process: importing peft takes seconds."""
+"""How many exports one process reads back: importing peft takes seconds."""
 
 
 def update(lm: LanguageModel) -> Delta | None:
-    """A random change of the first two layers without experts; None where there is none."""
+    """Return a random change of the first two layers without experts; None if it has none."""
     layers = [ffn.layer for ffn in lm.ffn if not ffn.n_experts][:2]
     generator = torch.Generator().manual_seed(1)
 
@@ -61,7 +64,7 @@ def update(lm: LanguageModel) -> Delta | None:
 
 
 def written(family: str, place: Path) -> list[dict[str, Any]]:
-    """Both exports of a type's model, not read back yet; a row with an outcome where there are none."""
+    """Write both exports of a type, without reading them back; or return why there are none."""
     try:
         tiny_model(family).save_pretrained(place / "base")
         letters().save_pretrained(place / "base")
@@ -105,10 +108,13 @@ def written(family: str, place: Path) -> list[dict[str, Any]]:
 
 
 def settle(rows: list[dict[str, Any]]) -> None:
-    """Read back what is waiting; one that cannot be loaded ends the process, so then each gets its own."""
+    """Read the waiting exports back.
+
+    One that cannot be loaded ends the process, and then each is read by a process of its own.
+    """
     waiting = [row for row in rows if "job" in row]
     try:
-        heard = read_back([row["job"] for row in waiting]) if waiting else []
+        several = read_back([row["job"] for row in waiting]) if waiting else []
     except ModelError as error:
         if len(waiting) > 1:
             for row in waiting:
@@ -117,16 +123,17 @@ def settle(rows: list[dict[str, Any]]) -> None:
         del waiting[0]["job"]
         waiting[0].update(outcome="not loaded", why=str(error))
         return
-    for row, answers in zip(waiting, heard, strict=True):
+    for row, answers in zip(waiting, several, strict=True):
         job = row.pop("job")
         try:
-            found = compare(job.questions, answers, LIMITS[torch.float32])
-            row.update(outcome="equal", difference=found.difference, moved=found.moved)
+            comparison = compare(job.questions, answers, LIMITS[torch.float32])
+            row.update(outcome="equal", difference=comparison.difference, moved=comparison.moved)
         except NumericsError as error:
             row.update(outcome="other", why=str(error))
 
 
 def main() -> None:
+    """Run the types, print a line for each export, and write the numbers if asked."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -160,7 +167,7 @@ def main() -> None:
         for form in ("checkpoint", "adapter")
     }
     worst = max((row["difference"] for row in rows if row["outcome"] == "equal"), default=0.0)
-    print(f"\n{counts}; logits of those that are equal are off by {worst:.0e} at most")
+    print(f"\n{counts}; the logits of equal ones differ by {worst:.0e} at most")
     if options.json:
         result = {"counts": counts, "worst": worst, "results": rows}
         Path(options.json).write_text(

@@ -1,26 +1,30 @@
-"""What the tests of exports share: tiny models on disk, and random changes to them."""
+"""Helpers for tests of exports: tiny models on disk, and random changes to them."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from conftest import GPT2, LLAMA, byte_tokenizer, tiny_model
 from factsmith.core.fact import Fact
 from factsmith.edit.delta import Delta
-from factsmith.keep.export import adapter, checkpoint
-from factsmith.keep.export.readback import Heard, Job, Questions
+from factsmith.keep.export import readback
+from factsmith.keep.export.questions import Questions
+from factsmith.keep.export.readback import Answers, Job
 from factsmith.model.language_model import LanguageModel
 
 SETTINGS = {"gpt2": GPT2, "llama": LLAMA}
 
 
 def saved_model(family: str, folder: Path) -> Path:
-    """A tiny random model of a family with its tokenizer, as a folder."""
+    """Save a tiny random model of a family with its tokenizer, and return the folder."""
     tiny_model(family, **SETTINGS[family]).save_pretrained(folder)
     byte_tokenizer(bos=family == "llama").save_pretrained(folder)
     return folder
@@ -34,7 +38,7 @@ def some_delta(
     rank: int = 2,
     scale: float = 0.15,
 ) -> Delta:
-    """A random change of some layers, large enough to be seen in every dtype."""
+    """Return a random change of some layers, large enough to be seen in every dtype."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -54,7 +58,7 @@ def some_delta(
 
 
 def two_deltas(lm: LanguageModel) -> list[Delta]:
-    """Layers 0, 1 and 2 of ranks 2, 5 and 3 in sum; layer 1 is changed twice."""
+    """Return two changes: layers 0, 1 and 2 of ranks 2, 5 and 3 in sum; layer 1 changes twice."""
     return [
         some_delta(lm, 1, (0, 1), ("Paris", "Danielle Darrieux")),
         some_delta(lm, 2, (1, 2), ("Edwin", "Zürich"), rank=3),
@@ -62,14 +66,14 @@ def two_deltas(lm: LanguageModel) -> list[Delta]:
 
 
 def names(folder: Path) -> list[str]:
-    """Everything in a folder and below."""
+    """Return the names of all entries of a folder and its subfolders."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
-def heard_from(questions: Questions, **changes: object) -> Heard:
-    """What a faithful export would answer, with changes."""
-    same = Heard(
-        heads=questions.heads,
+def answers_of(questions: Questions, **changes: object) -> Answers:
+    """Return what a faithful export would answer, with changes."""
+    same = Answers(
+        prompt_ids=questions.prompt_ids,
         picks=[[*picks, 7] for picks in questions.picks],
         logits=questions.patched.clone(),
     )
@@ -77,8 +81,33 @@ def heard_from(questions: Questions, **changes: object) -> Heard:
 
 
 def replace_read_back(
-    monkeypatch: pytest.MonkeyPatch, answer: Callable[[list[Job]], list[Heard]]
+    monkeypatch: pytest.MonkeyPatch, answer: Callable[[Sequence[Job]], list[Answers]]
 ) -> None:
     """Let `answer` take the place of the process that reads exports back."""
-    for module in (adapter, checkpoint):
-        monkeypatch.setattr(module, "read_back", answer)
+    monkeypatch.setattr(readback, "read_back", answer)
+
+
+def dense_sum(deltas: list[Delta], layer: int) -> np.ndarray[Any, Any]:
+    """Return Σ leftᵢ rightᵢ of a layer, (d_model, d_ff), in float64 and without the library."""
+    return sum(
+        d.layers[layer][0].double().numpy() @ d.layers[layer][1].double().numpy()
+        for d in deltas
+        if layer in d.layers
+    )  # type: ignore[return-value]
+
+
+def product(folder: Path, layer: int) -> np.ndarray[Any, Any]:
+    """Return BA of a layer from an adapter's file, (d_model, d_ff) in float64."""
+    tensors = {
+        name: x
+        for name, x in load_file(folder / "adapter_model.safetensors").items()
+        if f".{layer}." in name
+    }
+    (b,) = (x for name, x in tensors.items() if name.endswith("lora_B.weight"))
+    (a,) = (x for name, x in tensors.items() if name.endswith("lora_A.weight"))
+    return b.double().numpy() @ a.double().numpy()
+
+
+def off(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
+    """Return the difference of two matrices, relative to the second."""
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))

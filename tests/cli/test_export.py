@@ -9,11 +9,11 @@ import pytest
 from safetensors.torch import load_file
 
 from commands import FACT, Run
-from exports import heard_from, names, replace_read_back
+from exports import answers_of, names, replace_read_back
 from factsmith.atlas import folder
 
 
-@pytest.mark.slow  # tests/test_readback.py reads the bundled model back in the process that it needs anyway
+@pytest.mark.slow
 def test_the_bundled_model_as_an_adapter_read_back_in_a_process_of_its_own(
     run: Run, atlas: str
 ) -> None:
@@ -56,7 +56,7 @@ def test_every_format_and_what_is_printed(
     run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("peft")
-    replace_read_back(monkeypatch, lambda jobs: [heard_from(jobs[0].questions)])
+    replace_read_back(monkeypatch, lambda jobs: [answers_of(jobs[0].questions)])
     run("init", model, "space")
     run("patch", "-w", "space", *FACT)
     shown = run("export", "one", "--format", "adapter", "-w", "space")
@@ -103,17 +103,17 @@ def test_what_goes_wrong_has_its_exit_code_and_leaves_nothing(
     before = names(tmp_path)
     replace_read_back(
         monkeypatch,
-        lambda jobs: [heard_from(jobs[0].questions, logits=-jobs[0].questions.patched)],
+        lambda jobs: [answers_of(jobs[0].questions, logits=-jobs[0].questions.patched)],
     )
     cases: list[tuple[int, list[str], str]] = [
         (2, ["out", "-f", "gguf"], "checkpoint, adapter or patch"),
         (2, ["out", "--dtype", "int8"], "--dtype"),
-        (2, ["out", "--rank", "3"], "options of an adapter"),
+        (2, ["out", "--rank", "3"], "It is an option of: adapter"),
         (2, ["mine", "-f", "patch"], "--overwrite"),
-        (2, ["full", "-f", "patch", "--overwrite"], "no export of factsmith's"),
+        (2, ["full", "-f", "patch", "--overwrite"], "not an export by factsmith"),
         (4, ["out", "-f", "adapter"], "not the patched model"),
         (4, ["out"], "not the patched model"),
-        (5, ["file/out", "-f", "patch"], "cannot write"),
+        (5, ["file/out", "-f", "patch"], "annot write"),
     ]
     for code, arguments, words in cases:
         done = run("export", *arguments, "-w", "space")

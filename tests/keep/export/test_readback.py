@@ -1,4 +1,4 @@
-"""Exports read back in a process without factsmith: right ones agree, in every dtype and either orientation; wrong ones are refused."""
+"""Exports are read back in a process without factsmith: right ones agree, wrong ones do not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import GPT2, byte_tokenizer, tiny_model
-from exports import heard_from, saved_model, some_delta, two_deltas
+from exports import answers_of, saved_model, some_delta, two_deltas
 from factsmith import atlas
 from factsmith.core.errors import ModelError, NumericsError
 from factsmith.core.fact import Fact
@@ -23,7 +23,8 @@ from factsmith.edit.methods import rome
 from factsmith.keep.export import readback
 from factsmith.keep.export.adapter import export_adapter
 from factsmith.keep.export.checkpoint import export_checkpoint
-from factsmith.keep.export.readback import LIMITS, Job, Questions, ask, compare, read_back
+from factsmith.keep.export.questions import Questions, ask
+from factsmith.keep.export.readback import LIMITS, Job, compare, read_back
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import load, wrap
 
@@ -60,7 +61,7 @@ def rewritten(adapter: Path, to: Path, change: str) -> Path:
 
 
 def test_what_is_right_agrees_and_what_is_wrong_does_not(tmp_path: Path) -> None:
-    """One process reads all of it: both families and the bundled model, both formats, three dtypes, and the controls."""
+    """One process reads all: two families, the bundled model, both formats, three dtypes."""
     jobs: list[tuple[str, Job, float, bool]] = []
     for family in ("gpt2", "llama"):
         base = saved_model(family, tmp_path / family)
@@ -124,10 +125,10 @@ def test_what_is_right_agrees_and_what_is_wrong_does_not(tmp_path: Path) -> None
                         True,
                     )
                 )
-                # without being told what was rounded, an adapter in 16 bits is not the patched model: the limit sees that
+                # Compared with the exact sum, an adapter in 16 bits is not the patched model.
                 jobs.append(
                     (
-                        f"{name} half, untold",
+                        f"{name} half, compared with the exact sum",
                         dataclasses.replace(with_adapter, adapter=str(narrow)),
                         LIMITS[dtype],
                         False,
@@ -183,7 +184,7 @@ def test_the_answers_in_memory_are_those_of_plain_decoding(
     deltas = two_deltas(lm)
     with applied(lm, deltas):
         for prompt, head, row, picks in zip(
-            questions.prompts, questions.heads, questions.rows, questions.picks, strict=True
+            questions.prompts, questions.prompt_ids, questions.rows, questions.picks, strict=True
         ):
             ids = torch.tensor([lm.tokenizer(prompt)["input_ids"]])
             assert ids[0].tolist() == head
@@ -199,19 +200,19 @@ def test_many_facts_are_sampled_evenly(
     monkeypatch: pytest.MonkeyPatch, asked: tuple[LanguageModel, Questions]
 ) -> None:
     lm, _ = asked
-    monkeypatch.setattr(readback, "_PROMPTS", 3)
+    monkeypatch.setattr("factsmith.keep.export.questions._PROMPTS", 3)
     subjects = [f"Edwin {i}" for i in range(7)]
     questions = ask(lm, [some_delta(lm, 1, subjects=subjects)])
     assert (
         questions.prompts == [f"The mother tongue of Edwin {i} is" for i in (0, 2, 4)]
         and questions.facts == 7
     )
-    assert "3 prompts of 7" in str(compare(questions, heard_from(questions), 1e-4))
+    assert "3 prompts of 7" in str(compare(questions, answers_of(questions), 1e-4))
 
 
 def test_every_way_to_differ_is_refused(asked: tuple[LanguageModel, Questions]) -> None:
     _, questions = asked
-    found = compare(questions, heard_from(questions), 1e-4, "")
+    found = compare(questions, answers_of(questions), 1e-4, "")
     assert (found.difference, found.off, found.ties) == (
         0.0,
         0.0,
@@ -221,12 +222,12 @@ def test_every_way_to_differ_is_refused(asked: tuple[LanguageModel, Questions]) 
     logits = questions.patched.clone()
     logits[2, 5] += 0.5
     with pytest.raises(
-        NumericsError, match=r"logits are off by 5.0e-01 .*; nothing was kept; write it in float32"
+        NumericsError, match=r"logits are off by 5.0e-01 .* Nothing was kept. Write it in float32."
     ):
-        compare(questions, heard_from(questions, logits=logits), 1e-4, "write it in float32")
+        compare(questions, answers_of(questions, logits=logits), 1e-4, "Write it in float32.")
     logits[2, 5] = float("nan")
     with pytest.raises(NumericsError, match="off by nan"):
-        compare(questions, heard_from(questions, logits=logits), 1e-4)
+        compare(questions, answers_of(questions, logits=logits), 1e-4)
 
     picks = [list(p) for p in questions.picks]
     picks[1][3] = (picks[1][3] + 1) % 300
@@ -234,31 +235,31 @@ def test_every_way_to_differ_is_refused(asked: tuple[LanguageModel, Questions]) 
         NumericsError,
         match=r"1 of 4 answers differ \(after 'The mother tongue of Danielle Darrieux is' it says",
     ):
-        compare(questions, heard_from(questions, picks=picks), 1e-4)
+        compare(questions, answers_of(questions, picks=picks), 1e-4)
 
-    heads = [[1, *head] for head in questions.heads]
+    prompt_ids = [[1, *ids] for ids in questions.prompt_ids]
     with pytest.raises(
         NumericsError,
-        match="the tokenizer read back makes other tokens of 'The mother tongue of Paris is'",
+        match="The tokenizer that was read back makes other tokens of 'The mother tongue of Paris",
     ):
-        compare(questions, heard_from(questions, heads=heads), 1e-4)
+        compare(questions, answers_of(questions, prompt_ids=prompt_ids), 1e-4)
 
 
-def test_a_tie_behind_the_target_is_rounding_and_one_in_the_target_is_not(
+def test_a_tie_after_the_target_is_rounding_and_one_in_the_target_is_not(
     asked: tuple[LanguageModel, Questions],
 ) -> None:
     _, questions = asked
-    values, ids = questions.runners[0]
+    values, ids = questions.candidates[0]
     second = next(int(token) for token in ids[2] if int(token) != questions.picks[0][2])
     gap = float(values[2][0] - values[2][(ids[2] == second).nonzero()[0, 0]])
     picks = [list(p) for p in questions.picks]
     picks[0][2] = second
     limit = 1.0  # so wide that only the rule for ties decides
-    near = heard_from(questions, picks=picks, logits=questions.patched + gap)
+    near = answers_of(questions, picks=picks, logits=questions.patched + gap)
     assert compare(questions, near, limit).ties == 1 and "1 tie" in str(
         compare(questions, near, limit)
     )
-    far = heard_from(questions, picks=picks, logits=questions.patched + 0.4 * gap)
+    far = answers_of(questions, picks=picks, logits=questions.patched + 0.4 * gap)
     with pytest.raises(NumericsError, match="1 of 4 answers"):
         compare(questions, far, limit)
     strict = dataclasses.replace(questions, strict=[3, 0, 0, 0])
@@ -288,7 +289,7 @@ def test_what_cannot_be_loaded_is_said_in_words(
     )
     with pytest.raises(
         ModelError,
-        match=r"could not be loaded back by transformers: OSError: no such model; nothing was kept",
+        match=r"could not be loaded back by transformers: OSError: no such model. Nothing was kept",
     ):
         read_back([Job("nowhere", questions)])
     monkeypatch.setattr(readback, "_SCRIPT", "import os; os._exit(9)")

@@ -1,17 +1,21 @@
-"""keep.export.adapter."""
+"""Exports as a PEFT LoRA adapter: the patches alone, to load onto the untouched base model.
+
+    made = export_adapter(lm, deltas, "my-adapter")
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("gpt2"), "my-adapter")
+
+The deltas of each layer are summed, and the sum is written as the product B A of its own rank
+(`lowrank`). alpha equals r, so PEFT adds B A unscaled.
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import safetensors.torch
 import torch
-from torch import Tensor
 
 from ... import atlas
 from ...core.checks import check_count, check_text
@@ -21,20 +25,17 @@ from ...core.progress import Progress, tell
 from ...edit.delta import Delta
 from ...model.ffn import linear_matrix
 from ...model.language_model import LanguageModel
-from .contents import Origin
-from .folder import as_json, describe, staged
-from .readback import LIMITS, Job, ask, compare, read_back
-from .record import AdapterLayer, Export, checked_deltas, described, dtype_named, file_name
-
-if TYPE_CHECKING:
-    pass
-
-
-_RANK_TOLERANCE = torch.finfo(torch.float32).eps
-"""Singular values of a layer's summed update below so much of the largest are rounding: 1.2e-7, the spacing of the float32 factors."""
+from .contents import Contents, Origin
+from .dtypes import check_dtype, dtype_name
+from .lowrank import LowRank, compress
+from .manifest import as_json, write_manifest
+from .questions import ask
+from .readback import LIMITS, Job, ReadBack, check_job
+from .record import AdapterLayer, Export
+from .staging import staged
 
 
-def export_adapter(
+def export_adapter(  # house: public, and promised with these names
     lm: LanguageModel,
     deltas: Delta | Iterable[Delta],
     folder: str | os.PathLike[str],
@@ -47,189 +48,188 @@ def export_adapter(
     origins: Sequence[Origin] = (),
     progress: Progress | None = None,
 ) -> Export:
-    """The deltas as a PEFT LoRA adapter on the down-projections: a file of kilobytes, loaded onto the untouched base model.
+    """Write the deltas as a PEFT LoRA adapter on the down-projections: a file of kilobytes.
 
-    Deltas on one layer are summed and their factors recompressed (QR, then SVD of the small core) to the rank of the sum: singular values
-    below 1.2e-7 of the largest, the spacing of float32, are left out. alpha is r, so that BA is added as it is. All layers have one r, the
-    largest, with zeros where there was less to say: servers know no other.
+    Singular values below 1.2e-7 of the largest, the spacing of float32, are left out. All layers
+    have the same r, that of the layer with the largest rank; the others are padded with zeros,
+    because servers know only one r.
 
-    rank   at most so large; None: the exact rank. What is larger is truncated by SVD, and `Export.layers` says what that lost
-    dtype  of the factors; None: float32, whatever the model's, since it is little and exact
-    base   the base model's folder or hub id as it is written into adapter_config.json; None: where the model was loaded from
+    Args:
+        lm: The model, without the deltas. It is unchanged afterwards, also after an exception.
+        deltas: One delta or several, in the order in which they are added.
+        folder: A new folder to write into.
+        rank: The largest rank to write. What is beyond it is truncated by SVD, and `Export.layers`
+            says how much that loses. None: the exact rank.
+        dtype: The dtype of the factors. None: float32, whatever the model's is, because the file
+            is small and exact then.
+        base: The base model's folder or hub id for adapter_config.json. None: where the model was
+            loaded from.
+        verify: Whether to load the adapter with peft in a separate process and compare its answers
+            and logits with those of the patched model. An adapter of which an answer differs is
+            refused, also if that comes from a rank that is too small.
+        overwrite: Whether to replace an earlier export in the folder.
+        origins: Where the deltas come from, one for each, for the manifest.
+        progress: Gets what is being done.
 
-    The other arguments and errors are those of `export_checkpoint`; reading back needs peft. An adapter whose answers are no longer those
-    of the patched model is refused, also when it is the rank that was too small.
+    Raises:
+        InputError: when there is no delta, a delta does not fit, the folder holds other files,
+            nothing says what the base model is, or peft is not installed.
+        UnsupportedModelError: when the model is masked, or a layer cannot have an adapter.
+        NumericsError: when the adapter that was read back differs from the patched model.
+        ModelError: when the adapter cannot be loaded back.
+        WorkspaceError: when the folder cannot be written. After every error the folder is as it
+            was before.
     """
-    deltas = checked_deltas(lm, deltas, origins)
-    narrowed = dtype_named(dtype, torch.float32)
-    most = None if rank is None else check_count(rank, "rank", also="None for the exact rank")
-    where = _base_name(lm, base)
-    names = _module_names(lm, {layer for delta in deltas for layer in delta.layers})
-    if verify and importlib.util.find_spec("peft") is None:
-        raise InputError(
-            'an adapter is read back by peft, which is not installed; install it with: pip install "factsmith[adapter]", or do not verify'
-        )
+    contents = Contents.of(lm, deltas, origins)
+    factor_dtype = check_dtype(dtype, torch.float32)
+    if rank is not None:
+        rank = check_count(rank, "rank", "the largest rank to write", also="None for the exact one")
+    base_name = _base_name(lm, base)
+    names = _module_names(lm, contents.layers)
+    if verify:
+        _check_peft()
     with staged(folder, overwrite) as staging:
         tell(progress, "compressing", 0, None)
-        parts = {
-            layer: _compressed(
-                [d.layers[layer] for d in deltas if layer in d.layers], most, narrowed
+        products = {
+            layer: compress(
+                [d.layers[layer] for d in contents.deltas if layer in d.layers], rank, factor_dtype
             )
             for layer in names
         }
-        r = max(part.left.shape[1] for part in parts.values())
-        tensors = {}
-        for layer, part in parts.items():
-            key = f"base_model.model.{names[layer]}"
-            pad = r - part.left.shape[1]
-            tensors[f"{key}.lora_A.weight"] = torch.nn.functional.pad(
-                part.right, (0, 0, 0, pad)
-            ).contiguous()
-            tensors[f"{key}.lora_B.weight"] = torch.nn.functional.pad(
-                part.left, (0, pad)
-            ).contiguous()
-        config = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": where,
-            "r": r,
-            "lora_alpha": r,
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "fan_in_fan_out": any(linear_matrix(lm.ffn[layer].down).transposed for layer in names),
-            "target_modules": [names[layer] for layer in sorted(names)],
-            "inference_mode": True,
-        }
-        write_file(staging / "adapter_config.json", as_json(config))
-        safetensors.torch.save_file(
-            tensors, staging / "adapter_model.safetensors", {"format": "pt"}
-        )
-        found = None
+        _write_adapter(staging, lm, names, products, base_name)
+        comparison = None
         if verify:
             tell(progress, "reading it back", 0, None)
-            rough = {
-                layer: part for layer, part in parts.items() if part.error > 10 * _RANK_TOLERANCE
-            }
-            questions = ask(
-                lm,
-                deltas,
-                {layer: (part.left, part.right) for layer, part in parts.items()}
-                if rough
-                else None,
-            )
-            (heard,) = read_back(
-                [Job(where, questions, dtype=file_name(lm.dtype), adapter=str(staging))]
-            )
-            exact = max(part.rank for part in parts.values())
-            advice = (
-                f"a rank of {exact} is exact"
-                if r < exact
-                else "write it in float32"
-                if rough
-                else ""
-            )
-            if not advice and any(ffn.n_experts for ffn in lm.ffn):
-                advice = "beside layers with experts peft may take the name of this layer's matrix for theirs; export a checkpoint"
-            found = compare(questions, heard, LIMITS[lm.dtype], advice)
-        files = describe(
-            staging, "adapter", lm, deltas, origins, None if found is None else vars(found)
+            comparison = _read_back(contents, products, base_name, staging)
+        files = write_manifest(
+            staging, "adapter", contents, None if comparison is None else vars(comparison)
         )
-    layers = tuple(
-        AdapterLayer(layer=layer, rank=part.rank, kept=part.left.shape[1], error=part.error)
-        for layer, part in sorted(parts.items())
-    )
-    return described(
+    return Export.of(
         folder,
         "adapter",
-        lm,
-        deltas,
+        contents,
         files,
-        dtype=file_name(narrowed),
-        layers=layers,
-        rank=r,
-        read_back=found,
+        dtype=dtype_name(factor_dtype),
+        layers=tuple(
+            AdapterLayer(layer=layer, rank=each.rank, kept=each.kept, error=each.error)
+            for layer, each in sorted(products.items())
+        ),
+        rank=_common_rank(products),
+        read_back=comparison,
     )
 
 
-# ---- low rank -------------------------------------------------------------------------------------------------------------------------
+def _common_rank(products: Mapping[int, LowRank]) -> int:
+    return max(product.kept for product in products.values())
 
 
-@dataclass(frozen=True)
-class _Part:
-    """The sum of a layer's updates: left (d_model, kept) and right (kept, d_ff) as they are written, its exact rank, and what was lost."""
+def _write_adapter(
+    folder: Path,
+    lm: LanguageModel,
+    names: Mapping[int, str],
+    products: Mapping[int, LowRank],
+    base_name: str,
+) -> None:
+    """Write adapter_config.json and adapter_model.safetensors."""
+    r = _common_rank(products)
+    tensors = {}
+    for layer, product in products.items():
+        key = f"base_model.model.{names[layer]}"
+        padding = r - product.kept
+        tensors[f"{key}.lora_A.weight"] = torch.nn.functional.pad(
+            product.right, (0, 0, 0, padding)
+        ).contiguous()
+        tensors[f"{key}.lora_B.weight"] = torch.nn.functional.pad(
+            product.left, (0, padding)
+        ).contiguous()
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": r,
+        "lora_alpha": r,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(linear_matrix(lm.ffn[layer].down).transposed for layer in names),
+        "target_modules": [names[layer] for layer in sorted(names)],
+        "inference_mode": True,
+    }
+    write_file(folder / "adapter_config.json", as_json(config))
+    safetensors.torch.save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
 
-    left: Tensor
-    right: Tensor
-    rank: int
-    error: float
 
+def _read_back(
+    contents: Contents, products: Mapping[int, LowRank], base_name: str, folder: Path
+) -> ReadBack:
+    """Compare the adapter, loaded onto its base model, with the patched model in memory.
 
-def _compressed(
-    factors: Sequence[tuple[Tensor, Tensor]], most: int | None, dtype: torch.dtype
-) -> _Part:
-    """Σ leftᵢ rightᵢ as one product of its own rank, or of at most so large a one; no matrix is larger than the factors.
-
-    With left = Q₁R₁ and rightᵀ = Q₂R₂ the sum is Q₁ (R₁R₂ᵀ) Q₂ᵀ, and the singular values of the small core are its own.
+    A truncated or rounded adapter is compared with what its own factors give.
     """
-    left = torch.cat([a for a, _ in factors], dim=1).double()
-    right = torch.cat([b for _, b in factors], dim=0).double()
-    q1, r1 = torch.linalg.qr(left)
-    q2, r2 = torch.linalg.qr(right.T)
-    u, s, vh = torch.linalg.svd(r1 @ r2.T, full_matrices=False)
-    noise = (
-        len(s)
-        * torch.finfo(torch.float64).eps
-        * torch.linalg.matrix_norm(r1)
-        * torch.linalg.matrix_norm(r2)
-    )  # all that is left of Δ − Δ
-    s = torch.where(s > torch.maximum(_RANK_TOLERANCE * s[0], noise), s, 0.0)
-    rank = max(1, int((s > 0).sum()))
-    kept = rank if most is None else min(rank, most)
-    root = s[
-        :kept
-    ].sqrt()  # shared out evenly, so that neither factor leaves the range of a narrow dtype
-    new_left, new_right = (
-        (q1 @ (u[:, :kept] * root)).to(dtype),
-        ((root[:, None] * vh[:kept]) @ q2.T).to(dtype),
-    )
-    lost = _norm(
-        torch.cat([left, -new_left.double()], dim=1), torch.cat([right, new_right.double()], dim=0)
-    )
-    norm = float(torch.linalg.vector_norm(s))
-    return _Part(left=new_left, right=new_right, rank=rank, error=lost / norm if norm else 0.0)
-
-
-def _norm(left: Tensor, right: Tensor) -> float:
-    """‖left @ right‖ (Frobenius), from the factors."""
-    return float(torch.linalg.matrix_norm(torch.linalg.qr(left)[1] @ torch.linalg.qr(right.T)[1].T))
+    lm = contents.lm
+    is_rough = any(product.is_rough for product in products.values())
+    factors = {layer: (product.left, product.right) for layer, product in products.items()}
+    questions = ask(lm, contents.deltas, factors if is_rough else None)
+    exact = max(product.rank for product in products.values())
+    if _common_rank(products) < exact:
+        advice = f"A rank of {exact} is exact."
+    elif is_rough:
+        advice = "Write it in float32."
+    elif any(ffn.n_experts for ffn in lm.ffn):
+        advice = (
+            "In a model with experts peft may take the name of this layer's matrix for that of "
+            "the experts; export a checkpoint."
+        )
+    else:
+        advice = ""
+    job = Job(base_name, questions, dtype=dtype_name(lm.dtype), adapter=str(folder))
+    return check_job(job, LIMITS[lm.dtype], advice)
 
 
 def _module_names(lm: LanguageModel, layers: Iterable[int]) -> dict[int, str]:
-    """The name of each layer's down-projection in the model; raises UnsupportedModelError where an adapter cannot stand beside it."""
-    names = {module: name for name, module in lm.module.named_modules()}
-    found = {}
+    """Return the name of each layer's down-projection in the model.
+
+    Raises:
+        UnsupportedModelError: when it is only a part of a module, so that no adapter fits it.
+    """
+    modules = {module: name for name, module in lm.module.named_modules()}
+    names = {}
     for layer in sorted(layers):
         down, weight = lm.ffn[layer].down, lm.ffn[layer].weight()
         whole = linear_matrix(down).read()
         if (whole.data_ptr(), whole.shape) != (weight.data_ptr(), weight.shape):
             raise UnsupportedModelError(
-                f"layer {layer}: the down-projection is part of {names[down]}, so no LoRA adapter can stand beside it; export a checkpoint"
+                f"Layer {layer}: the down-projection is a part of {modules[down]}, so it cannot "
+                "have a LoRA adapter. Export a checkpoint."
             )
-        found[layer] = names[down]
-    return found
+        names[layer] = modules[down]
+    return names
 
 
 def _base_name(lm: LanguageModel, base: str | None) -> str:
-    """What an adapter is to be loaded onto: a folder, whole, or a hub id. Raises InputError where the model has neither."""
-    name = (
-        check_text(base, "base")
-        if base is not None
-        else str(getattr(lm.config, "_name_or_path", "") or "")
-    )
+    """Return what an adapter is loaded onto: the full path of a folder, or a hub id.
+
+    Raises:
+        InputError: when the model was not loaded from either, and no name was given.
+    """
+    if base is not None:
+        name = check_text(base, "base")
+    else:
+        name = str(getattr(lm.config, "_name_or_path", "") or "")
     if not name.strip():
         raise InputError(
-            f"{lm.name} was not loaded from a folder or the hub, so nothing says what the adapter belongs to; save the base model with "
-            "save_pretrained and give its folder, or its hub id, as base"
+            f"{lm.name} was not loaded from a folder or the hub, so nothing says which model the "
+            "adapter belongs to. Save the base model with save_pretrained, and give its folder or "
+            "its hub id as base.",
+            argument="base",
         )
     name = str(atlas.folder(name)) if name in atlas.names() else name
     return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def _check_peft() -> None:
+    if importlib.util.find_spec("peft") is None:
+        raise InputError(
+            "An adapter is read back by peft, which is not installed. Install it with `pip install "
+            '"factsmith[adapter]"`, or export without verifying.',
+            argument="verify",
+        )

@@ -1,11 +1,16 @@
-"""keep.export.checkpoint."""
+"""Exports as a checkpoint: the whole model, with the patches merged into its weights.
+
+made = export_checkpoint(lm, delta, "my-model", dtype=torch.bfloat16)
+AutoModelForCausalLM.from_pretrained("my-model")      # needs neither factsmith nor a base model
+"""
 
 from __future__ import annotations
 
 import copy
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +23,13 @@ from ...core.progress import Progress, tell
 from ...edit.delta import Delta, applied
 from ...model.language_model import LanguageModel
 from ...model.load import quietly
-from .contents import Origin
-from .folder import as_json, describe, staged
-from .readback import LIMITS, Job, ask, compare, read_back
-from .record import Export, checked_deltas, described, dtype_named, file_name
+from .contents import Contents, Origin
+from .dtypes import check_dtype, dtype_name
+from .manifest import as_json, write_manifest
+from .questions import ask
+from .readback import LIMITS, Job, check_job
+from .record import Export
+from .staging import staged
 
 
 def export_checkpoint(
@@ -35,74 +43,100 @@ def export_checkpoint(
     origins: Sequence[Origin] = (),
     progress: Progress | None = None,
 ) -> Export:
-    """The model with the deltas merged into it, as `save_pretrained` writes it, tokenizer too; it needs no base model and no factsmith.
+    """Write the model with the deltas merged into it, and its tokenizer, as `save_pretrained` does.
 
-    lm         the model without the deltas; as before when this returns, exception or not
-    dtype      float32, float16 or bfloat16; None: as the model is loaded
-    verify     load the folder in a process of its own, and compare it with the patched model
-    overwrite  replace an earlier export
-    origins    where the deltas come from, one each, noted in factsmith.json
+    Args:
+        lm: The model, without the deltas. It is unchanged afterwards, also after an exception.
+        deltas: One delta or several, in the order in which they are added.
+        folder: A new folder to write into.
+        dtype: float32, float16 or bfloat16. None: the dtype that the model is loaded in.
+        verify: Whether to load the folder in a separate process and compare its answers and logits
+            with those of the patched model.
+        overwrite: Whether to replace an earlier export in the folder.
+        origins: Where the deltas come from, one for each, for the manifest.
+        progress: Gets what is being done.
 
-    Raises InputError (no delta, a folder that holds something else), WorkspaceError (it cannot be written), NumericsError (a weight too
-    large for the dtype, or what was read back is not the patched model), ModelError (it could not be loaded), UnsupportedModelError; then
-    nothing is left in the folder's place but what was there.
+    Raises:
+        InputError: when there is no delta, a delta does not fit, or the folder holds other files.
+        UnsupportedModelError: when the model is masked, or a layer cannot be edited.
+        NumericsError: when a weight is too large for the dtype, or the export that was read back
+            differs from the patched model.
+        ModelError: when the export cannot be loaded back.
+        WorkspaceError: when the folder cannot be written. After every error the folder is as it
+            was before.
     """
-    deltas = checked_deltas(lm, deltas, origins)
-    narrowed = dtype_named(dtype, lm.dtype)
+    contents = Contents.of(lm, deltas, origins)
+    written_dtype = check_dtype(dtype, lm.dtype)
     with staged(folder, overwrite) as staging:
-        questions = ask(lm, deltas) if verify else None
-        with applied(lm, deltas):
+        questions = ask(lm, contents.deltas) if verify else None
+        with applied(lm, contents.deltas):
             tell(progress, "writing the model", 0, None)
-            _save_model(lm, staging, narrowed)
-        found = None
+            _save_model(lm, staging, written_dtype)
+        comparison = None
         if questions is not None:
             tell(progress, "reading it back", 0, None)
-            (heard,) = read_back([Job(str(staging), questions)])
-            advice = "" if narrowed == lm.dtype else f"write it in {file_name(lm.dtype)}"
-            found = compare(questions, heard, max(LIMITS[lm.dtype], LIMITS[narrowed]), advice)
-        files = describe(
-            staging, "checkpoint", lm, deltas, origins, None if found is None else vars(found)
+            limit = max(LIMITS[lm.dtype], LIMITS[written_dtype])
+            advice = "" if written_dtype == lm.dtype else f"Write it in {dtype_name(lm.dtype)}."
+            comparison = check_job(Job(str(staging), questions), limit, advice)
+        files = write_manifest(
+            staging, "checkpoint", contents, None if comparison is None else vars(comparison)
         )
-    return described(
-        folder, "checkpoint", lm, deltas, files, dtype=file_name(narrowed), read_back=found
+    return Export.of(
+        folder,
+        "checkpoint",
+        contents,
+        files,
+        dtype=dtype_name(written_dtype),
+        read_back=comparison,
     )
 
 
 def _save_model(lm: LanguageModel, folder: Path, dtype: torch.dtype) -> None:
-    """`save_pretrained` of model and tokenizer in a dtype; raises NumericsError for a weight that it cannot hold."""
+    """Save model and tokenizer in a dtype."""
+    state = None if dtype == lm.dtype else _cast_state(lm, dtype)
+    with _same_config(lm), quietly():
+        lm.module.save_pretrained(folder, state_dict=state)
+        lm.tokenizer.save_pretrained(folder)
+    if dtype != lm.dtype:
+        file = folder / "config.json"
+        config = _renamed(json.loads(file.read_bytes()), dtype_name(lm.dtype), dtype_name(dtype))
+        write_file(file, as_json(config))
+
+
+def _cast_state(lm: LanguageModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the model's state in a dtype; raise NumericsError for a weight it cannot hold."""
+    # Tied weights are one tensor under several names. `save_pretrained` sees that they are tied
+    # only while they are one tensor, so each is cast once.
+    cast: dict[tuple[Any, ...], Tensor] = {}
+    state = {}
+    for name, weight in lm.module.state_dict().items():
+        key = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
+        if key not in cast:
+            cast[key] = weight.to("cpu", dtype) if weight.dtype == lm.dtype else weight
+            if not bool(cast[key].isfinite().all()):
+                raise NumericsError(
+                    f"{name} has numbers too large for {dtype_name(dtype)}. Write it in bfloat16 "
+                    "or float32.",
+                    argument="dtype",
+                )
+        state[name] = cast[key]
+    return state
+
+
+@contextmanager
+def _same_config(lm: LanguageModel) -> Iterator[None]:
+    """Undo what `save_pretrained` changes in the model's config."""
     config = lm.module.config
     before = {name: copy.copy(getattr(config, name, None)) for name in ("dtype", "architectures")}
-    state = None
-    if dtype != lm.dtype:
-        # Tied weights are one tensor under several names: `save_pretrained` sees that only while they are one.
-        cast_once: dict[tuple[Any, ...], Tensor] = {}
-        state = {}
-        for name, weight in lm.module.state_dict().items():
-            key = (weight.data_ptr(), weight.shape, weight.stride(), weight.dtype)
-            if key not in cast_once:
-                cast_once[key] = weight.to("cpu", dtype) if weight.dtype == lm.dtype else weight
-                if not bool(cast_once[key].isfinite().all()):
-                    raise NumericsError(
-                        f"{name} has numbers too large for {file_name(dtype)}; write it in bfloat16 or float32"
-                    )
-            state[name] = cast_once[key]
     try:
-        with quietly():
-            lm.module.save_pretrained(folder, state_dict=state)
-            lm.tokenizer.save_pretrained(folder)
+        yield
     finally:
         for name, value in before.items():
             setattr(config, name, value)
-    if dtype != lm.dtype:
-        file = folder / "config.json"
-        write_file(
-            file,
-            as_json(_renamed(json.loads(file.read_bytes()), file_name(lm.dtype), file_name(dtype))),
-        )
 
 
 def _renamed(config: Any, old: str, new: str) -> Any:
-    """A config in which a dtype, also of a part, is another."""
+    """Return a config in which one dtype is another, also in its parts."""
     if not isinstance(config, dict):
         return config
     return {

@@ -1,8 +1,17 @@
-"""The contents of an export: a model, its patches, and where each patch comes from."""
+"""The contents of an export: a model, its patches, and where each patch comes from.
+
+contents = Contents.of(lm, deltas, origins)      # checked: the deltas fit the model
+contents.layers, contents.n_facts, contents.model_bytes
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from ...core.errors import InputError, UnsupportedModelError
+from ...edit.delta import Delta, patched, read_weights
+from ...model.language_model import LanguageModel, check_model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,3 +27,76 @@ class Origin:
     revision: str | None = None
     message: str = ""
     moments: str | None = None
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What an export holds.
+
+    Attributes:
+        lm: The model, without the patches.
+        deltas: The patches, in the order in which they are added.
+        origins: Where each patch comes from.
+    """
+
+    lm: LanguageModel
+    deltas: tuple[Delta, ...]
+    origins: tuple[Origin, ...]
+
+    @classmethod
+    def of(
+        cls, lm: LanguageModel, deltas: Delta | Iterable[Delta], origins: Sequence[Origin]
+    ) -> Contents:
+        """Check a model and deltas, and return them as the contents of an export.
+
+        Args:
+            lm: The model, without the deltas.
+            deltas: One delta or several, in the order in which they are added.
+            origins: One for each delta, or none: then nothing is recorded of where they come from.
+
+        Raises:
+            InputError: when there is no delta, a delta does not fit the model, or the numbers of
+                deltas and origins differ.
+            UnsupportedModelError: when the model is masked, or a layer cannot be edited.
+        """
+        check_model(lm)
+        if not lm.is_causal:
+            raise UnsupportedModelError(
+                f"{lm.name} is a masked language model. Only models that continue text can be "
+                "exported."
+            )
+        several = (deltas,) if isinstance(deltas, Delta) else tuple(deltas)
+        if not several:
+            raise InputError(
+                "deltas is empty: there is no patch to export. Give at least one Delta.",
+                argument="deltas",
+            )
+        if strange := [type(each).__name__ for each in several if not isinstance(each, Delta)]:
+            raise InputError(
+                f"deltas has a {strange[0]}. Give at least one Delta, and nothing besides.",
+                argument="deltas",
+            )
+        if origins and len(origins) != len(several):
+            raise InputError(
+                f"origins has {len(origins)} entries for {len(several)} deltas. Give one for each "
+                "delta, or none.",
+                argument="origins",
+            )
+        contents = cls(lm, several, tuple(origins) or (Origin(),) * len(several))
+        patched(read_weights(lm, contents.layers), several)  # raises if they do not fit
+        return contents
+
+    @property
+    def layers(self) -> set[int]:
+        """The layers that change."""
+        return {layer for delta in self.deltas for layer in delta.layers}
+
+    @property
+    def n_facts(self) -> int:
+        """How many facts the patches hold."""
+        return sum(len(delta.facts) for delta in self.deltas)
+
+    @property
+    def model_bytes(self) -> int:
+        """The size of the model's weights in memory."""
+        return sum(each.numel() * each.element_size() for each in self.lm.module.parameters())

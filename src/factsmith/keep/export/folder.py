@@ -1,59 +1,35 @@
-"""The folders that exports are: staged beside their place, described by a manifest, and those that hold patches read again.
+"""Reading a folder of patches, from whomever it comes.
 
-with staged("my-patch", overwrite=False) as folder:      # renamed to my-patch at the end, or gone
-    delta.save(folder / "0001")
-    describe(folder, "patch", lm, [delta], [Origin()])
-for saved in read_patch("my-patch").patches:
-    saved.delta, saved.origin.message
+    for saved in read_patch("my-patch", fingerprint=lm.fingerprint).patches:
+        saved.delta, saved.origin.message
 
-factsmith.json                  what is in the folder: the model, the patches and their facts, size and sha256 of every file
-0001/edit.json                  a patch folder's deltas, in their order, as `Delta.save` writes them
-0001/delta.safetensors
+    factsmith.json           the manifest: the model, the patches, the sha256 of every file
+    0001/edit.json           the first patch, as `Delta.save` writes it
+    0001/delta.safetensors
+    0002/...
+
+Such a folder is data: nothing in it is run, and no link in it is followed. The manifest, the list
+of files, their sizes and their checksums are checked before a tensor is read.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import json
 import os
-import secrets
-import shutil
 import stat
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any
 
-import pydantic
-import safetensors
-
-from ...core.errors import DamagedError, FingerprintError, InputError, WorkspaceError
+from ...core.errors import DamagedError, FingerprintError, InputError
 from ...core.fact import Fact
-from ...core.files import (
-    check_writable,
-    file_digest,
-    flush_folder,
-    folder_path,
-    record_digest,
-    write_file,
-)
+from ...core.files import file_digest, folder_path
 from ...core.tables import Shown, Table, counted
 from ...edit.delta import Delta
-from ...model.language_model import LanguageModel
 from .contents import Origin
+from .manifest import FILE, MOST_JSON, Manifest, ManifestPatch, damaged, read_manifest
 
-Format = Literal["checkpoint", "adapter", "patch"]
-
-FORMATS: tuple[Format, ...] = get_args(Format)
-
-_MANIFEST = "factsmith.json"
-
-_MANIFEST_FORMAT = 1
-
-_DELTA_FILES = ("delta.safetensors", "edit.json")  # of `Delta.save`
-
-_MOST_JSON = 64 * 2**20
+_DELTA_FILES = ("delta.safetensors", "edit.json")
+"""The files of one patch, as `Delta.save` writes them."""
 
 _MOST_BYTES = 8 * 2**30
 
@@ -68,11 +44,15 @@ class SavedPatch:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class PatchFolder(Shown):
-    """What `read_patch` found.
+    """The patches of a folder.
 
-    folder       where
-    model        name of the model that the patches were made for, its `dtype`, and its `fingerprint` without any patch
-    patches      in the order in which they were made: a later one may stand on earlier ones
+    Attributes:
+        folder: The folder.
+        model: The name of the model that the patches were made for.
+        dtype: The dtype of that model, such as "float32".
+        fingerprint: The sha256 (hex) of that model without any patch.
+        patches: The patches in the order in which they were made. A later one may be solved on top
+            of earlier ones.
     """
 
     folder: Path
@@ -82,7 +62,7 @@ class PatchFolder(Shown):
     patches: tuple[SavedPatch, ...]
 
     def tables(self) -> list[Table]:
-        """The patches, oldest first."""
+        """Return one table of the patches, oldest first."""
         rows = [
             (
                 str(i),
@@ -93,16 +73,13 @@ class PatchFolder(Shown):
             )
             for i, p in enumerate(self.patches, 1)
         ]
-        title = f"{counted(len(rows), 'patch', 'es')} for {self.model} ({self.dtype}, fingerprint {self.fingerprint[:10]})"
-        return [
-            Table(
-                title, {"": ">", "method": "<", "layers": "<", "facts": ">", "message": "<"}, rows
-            )
-        ]
+        model = f"{self.model} ({self.dtype}, fingerprint {self.fingerprint[:10]})"
+        columns = {"": ">", "method": "<", "layers": "<", "facts": ">", "message": "<"}
+        return [Table(f"{counted(len(rows), 'patch', 'es')} for {model}", columns, rows)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able fields; the deltas' tensors are left out."""
-        described = [
+        """Return the fields as plain JSON values, without the tensors of the deltas."""
+        patches = [
             {
                 **vars(p.origin),
                 "method": p.delta.method,
@@ -111,355 +88,140 @@ class PatchFolder(Shown):
             }
             for p in self.patches
         ]
-        return {**vars(self), "folder": str(self.folder.resolve()), "patches": described}
-
-
-# ---- writing --------------------------------------------------------------------------------------------------------------------------
-
-
-_Sha256 = Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")]
-
-_Count = Annotated[int, pydantic.Field(ge=0)]
-
-
-class _Strict(pydantic.BaseModel):
-    model_config = pydantic.ConfigDict(strict=True, extra="forbid")
-
-
-class _File(_Strict):
-    bytes: _Count
-    sha256: _Sha256
-
-
-class _Entry(_Strict):
-    """One patch as the manifest describes it."""
-
-    method: str
-    layers: list[_Count]
-    facts: list[dict[str, Any]]
-    revision: _Sha256 | None
-    message: str
-    moments: _Sha256 | None
-
-
-class _Manifest(_Strict):
-    """What factsmith.json holds."""
-
-    factsmith: Format
-    format: int
-    model: str
-    dtype: str
-    fingerprint: _Sha256
-    patches: list[_Entry]
-    files: dict[str, _File]
-    read_back: dict[str, Any] | None
+        return {**vars(self), "folder": str(self.folder.resolve()), "patches": patches}
 
 
 def numbered(i: int) -> str:
-    """The folder of a patch, counted from 0."""
+    """Return the name of a patch's folder; patches are counted from 0."""
     return f"{i + 1:04d}"
-
-
-def describe(
-    staging: Path,
-    format: Format,
-    lm: LanguageModel,
-    deltas: Sequence[Delta],
-    origins: Sequence[Origin],
-    found: Mapping[str, Any] | None = None,
-) -> dict[str, int]:
-    """Write the manifest of what is in a folder; {name: bytes} of all files, it included. found: how it was read back, if it was.
-
-    Raises InputError for an origin that cannot be noted.
-    """
-    files = {
-        path.relative_to(staging).as_posix(): path
-        for path in sorted(staging.rglob("*"))
-        if path.is_file()
-    }
-    record = {
-        "factsmith": format,
-        "format": _MANIFEST_FORMAT,
-        "model": lm.name,
-        "dtype": str(lm.dtype).removeprefix("torch."),
-        "fingerprint": lm.fingerprint,
-        "patches": [
-            {
-                "method": delta.method,
-                "layers": sorted(delta.layers),
-                "facts": [fact.to_dict() for fact in delta.facts],
-                **vars(origin),
-            }
-            for delta, origin in zip(deltas, origins or [Origin()] * len(deltas), strict=True)
-        ],
-        "files": {
-            name: {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-            for name, path in files.items()
-        },
-        "read_back": None if found is None else dict(found),
-    }
-    try:
-        _Manifest.model_validate_json(json.dumps(record, ensure_ascii=False))
-    except ValueError as error:
-        raise InputError(
-            f"the origin of a patch cannot be noted: {'; '.join(str(error).splitlines())[:300]}"
-        ) from None
-    write_file(staging / _MANIFEST, as_json({**record, "sha256": record_digest(record)}))
-    return {name: (staging / name).stat().st_size for name in [*files, _MANIFEST]}
-
-
-@contextlib.contextmanager
-def staged(folder: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
-    """A new folder beside `folder` to write into; at the end of the block it takes its place, or else nothing of it is left."""
-    given = folder_path(folder)
-    if given.is_symlink():
-        raise InputError(f"{given} is a link; choose the name of a new folder")
-    target = given.resolve()
-    _check_target(target, overwrite)
-    check_writable(target.parent)
-    made = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
-    staging = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
-    older = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
-    try:
-        with _explained(folder):
-            staging.mkdir(parents=True)
-        with _explained(folder):
-            yield staging
-        with _explained(folder):
-            for path in staging.rglob("*"):
-                if path.is_file():
-                    with path.open("rb") as file:
-                        os.fsync(file.fileno())
-            _check_target(target, overwrite)  # somebody may have written there meanwhile
-            if target.is_dir():
-                target.rename(older)
-            try:
-                staging.rename(target)
-            except BaseException:
-                if older.is_dir():
-                    older.rename(target)
-                raise
-            flush_folder(target.parent)
-        made = []
-        shutil.rmtree(older, ignore_errors=True)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-        for parent in made:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-
-
-def _check_target(target: Path, overwrite: bool) -> None:
-    """Raises InputError unless a folder may be written there: nothing is there, or nothing in it, or an export that may be replaced."""
-    if target.exists() and not target.is_dir():
-        raise InputError(f"{target} is a file; choose the name of a new folder")
-    if not target.is_dir():
-        return
-    if target in (Path.cwd(), *Path.cwd().parents):
-        raise InputError(f"{target} is the folder you are in; choose the name of a new folder")
-    held = {
-        path.relative_to(target).as_posix()
-        for path in target.rglob("*")
-        if not path.is_dir() or path.is_symlink()
-    }
-    if not held and not any(target.iterdir()):
-        return
-    try:
-        manifest = _manifest(target)
-    except (DamagedError, InputError):
-        raise InputError(
-            f"{target} holds files that are no export of factsmith's; choose the name of a new folder"
-        ) from None
-    if strange := sorted(held - manifest.files.keys() - {_MANIFEST}):
-        raise InputError(
-            f"{target} is an earlier export, but holds {strange[0]!r} too, which is not of it; choose the name of a new folder"
-        )
-    if not overwrite:
-        raise InputError(
-            f"{target} is an earlier export; overwrite it (--overwrite), or choose the name of a new folder"
-        )
-
-
-@contextlib.contextmanager
-def _explained(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn what the file system reports into a WorkspaceError that says what to do."""
-    try:
-        yield
-    except (OSError, safetensors.SafetensorError) as error:
-        text = str(error)
-        if (
-            isinstance(error, OSError) and error.errno == errno.ENOSPC
-        ) or f"os error {errno.ENOSPC}" in text:
-            raise WorkspaceError(
-                f"the disk is full: nothing was written to {folder}; free some space and run this again"
-            ) from error
-        why = (error.strerror if isinstance(error, OSError) else None) or text
-        raise WorkspaceError(
-            f"cannot write {folder}: {why}; nothing was left of it: choose a folder that can be written"
-        ) from error
-
-
-# ---- reading patches ------------------------------------------------------------------------------------------------------------------
 
 
 def read_patch(
     folder: str | os.PathLike[str], *, fingerprint: str | None = None, max_bytes: int = _MOST_BYTES
 ) -> PatchFolder:
-    """Read what `export_patch` wrote, from whomever it comes: files are data, and nothing in them is run or followed.
+    """Read a folder that `export_patch` wrote, from whomever it comes.
 
-    fingerprint  of the unpatched model that the patches are for; another one is refused before any tensor is read
-    max_bytes    refuse what is larger
+    Args:
+        folder: The folder. It may hold the manifest and, for each patch, edit.json and
+            delta.safetensors, as regular files and nothing besides.
+        fingerprint: The fingerprint of the unpatched model that the patches must be for. None: any.
+        max_bytes: The largest size of the patches that is read.
 
-    Only the manifest and, for each patch, edit.json and delta.safetensors may be there, as plain files: no links, no other names. Sizes,
-    checksums and shapes are checked before tensors are read. Raises DamagedError for all that does not hold, InputError for a folder that
-    is none or holds another kind of export, FingerprintError for another model's.
+    Raises:
+        InputError: when this is not a folder of patches, or it is too large.
+        FingerprintError: when the patches are for another model.
+        DamagedError: when something in the folder is not as its manifest says.
     """
     path = folder_path(folder)
     if not path.is_dir():
         raise InputError(
-            f"{path} is no folder; expected one that `factsmith export --format patch` wrote"
+            f"{path} is not a folder. Give a folder that an export in the format patch wrote."
         )
-    manifest = _manifest(path)
-    if manifest.factsmith != "patch":
-        raise InputError(
-            f"{path} holds {'an' if manifest.factsmith == 'adapter' else 'a'} {manifest.factsmith}; expected a patch"
-        )
-    if fingerprint is not None and manifest.fingerprint != fingerprint:
-        raise FingerprintError(
-            f"{path} was made for {manifest.model!r} in {manifest.dtype}, fingerprint {manifest.fingerprint[:10]}; got a model with "
-            f"{fingerprint[:10]}: load the model that it was made for, in the same dtype"
-        )
-    expected = {
-        f"{numbered(i)}/{name}" for i in range(len(manifest.patches)) for name in _DELTA_FILES
-    }
-    if not expected or set(manifest.files) != expected:
-        raise _damaged(
-            path,
-            f"its manifest names {len(manifest.files)} files for {len(manifest.patches)} patches, and not the right ones",
-        )
-    if sum(file.bytes for file in manifest.files.values()) > max_bytes:
-        raise InputError(
-            f"{path} holds more than {max_bytes:,} bytes; read it with a larger max_bytes if that is meant"
-        )
+    manifest = read_manifest(path)
+    _check_manifest(path, manifest, fingerprint, max_bytes)
     _check_listing(path, manifest)
-    saved = []
-    for i, entry in enumerate(manifest.patches):
-        place = path / numbered(i)
-        for name in _DELTA_FILES:
-            stated = manifest.files[f"{numbered(i)}/{name}"]
-            if name.endswith(".json") and stated.bytes > _MOST_JSON:
-                raise _damaged(
-                    path,
-                    f"{numbered(i)}/{name} has {stated.bytes:,} bytes, and {_MOST_JSON:,} are the most",
-                )
-            if file_digest(place / name) != stated.sha256:
-                raise _damaged(path, f"{numbered(i)}/{name} does not match its checksum")
-        try:
-            delta = Delta.load(place)
-        except DamagedError as error:
-            raise _damaged(path, str(error)) from None
-        described = (entry.method, sorted(entry.layers), _facts(path, entry))
-        if described != (delta.method, sorted(delta.layers), delta.facts):
-            raise _damaged(path, f"{numbered(i)} is not the patch that its manifest describes")
-        saved.append(
-            SavedPatch(
-                delta=delta,
-                origin=Origin(
-                    revision=entry.revision, message=entry.message, moments=entry.moments
-                ),
-            )
-        )
     return PatchFolder(
         folder=path,
         model=manifest.model,
         dtype=manifest.dtype,
         fingerprint=manifest.fingerprint,
-        patches=tuple(saved),
+        patches=tuple(_read_saved(path, manifest, i) for i in range(len(manifest.patches))),
     )
 
 
-def _manifest(folder: Path) -> _Manifest:
-    """The manifest of an export, checked by itself; raises DamagedError."""
-    file = folder / _MANIFEST
-    try:
-        entry = file.lstat()
-        if not stat.S_ISREG(entry.st_mode):
-            raise ValueError("it is no plain file")
-        if entry.st_size > _MOST_JSON:
-            raise ValueError(f"it has {entry.st_size:,} bytes, and {_MOST_JSON:,} are the most")
-        record = json.loads(file.read_bytes(), parse_constant=_refused)
-        if not isinstance(record, dict) or record.get("factsmith") not in FORMATS:
-            raise ValueError("it is no manifest")
-        if record.get("format") != _MANIFEST_FORMAT:
-            raise ValueError(
-                f"it has format {record.get('format')!r}, and this factsmith reads {_MANIFEST_FORMAT}: pip install -U factsmith"
-            )
-        if record.pop("sha256", None) != record_digest(record):
-            raise ValueError("it does not match its checksum")
-        return _Manifest.model_validate(record)
-    except FileNotFoundError:
-        raise DamagedError(
-            f"no {_MANIFEST} in {folder}; expected a folder that `factsmith export` wrote"
-        ) from None
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError: UTF-8, JSON, and what pydantic finds
-        raise _damaged(
-            folder, f"{_MANIFEST} cannot be used: {'; '.join(str(error).splitlines())}"
-        ) from None
+def _check_manifest(
+    folder: Path, manifest: Manifest, fingerprint: str | None, max_bytes: int
+) -> None:
+    """Check that a manifest is of patches, for this model, and not too large."""
+    if manifest.factsmith != "patch":
+        article = "an" if manifest.factsmith == "adapter" else "a"
+        raise InputError(
+            f"{folder} holds {article} {manifest.factsmith}. Give a folder that an export in the "
+            "format patch wrote."
+        )
+    if fingerprint is not None and manifest.fingerprint != fingerprint:
+        raise FingerprintError(
+            f"{folder} was made for {manifest.model!r} in {manifest.dtype}, fingerprint "
+            f"{manifest.fingerprint[:10]}, and this model has {fingerprint[:10]}. Load the model "
+            "that it was made for, in the same dtype."
+        )
+    expected = {
+        f"{numbered(i)}/{name}" for i in range(len(manifest.patches)) for name in _DELTA_FILES
+    }
+    if not expected or set(manifest.files) != expected:
+        raise damaged(
+            folder,
+            f"its manifest has {counted(len(manifest.patches), 'patch', 'es')}, and does not name "
+            "the files of these",
+        )
+    if sum(file.bytes for file in manifest.files.values()) > max_bytes:
+        raise InputError(
+            f"{folder} holds more than {max_bytes:,} bytes. Read it with a larger max_bytes if it "
+            "is meant to be that large.",
+            argument="max_bytes",
+        )
 
 
-def _check_listing(folder: Path, manifest: _Manifest) -> None:
-    """Raises DamagedError unless a folder holds the manifest's files, as plain files of the stated sizes, and nothing else."""
-    places = {numbered(i) for i in range(len(manifest.patches))}
-    found = set()
+def _check_listing(folder: Path, manifest: Manifest) -> None:
+    """Check that a folder holds the files of its manifest, and nothing besides."""
+    places = [numbered(i) for i in range(len(manifest.patches))]
+    names: set[str] = set()
     try:
-        for where, wanted in [
-            ("", places),
-            *((place, set(_DELTA_FILES)) for place in sorted(places)),
-        ]:
-            if where and not stat.S_ISDIR((folder / where).lstat().st_mode):
-                raise _damaged(folder, f"{where} is no plain folder")
-            with os.scandir(folder / where) as entries:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name not in places and entry.name != FILE:
+                    raise _unnamed(folder, entry.name)
+        for place in places:
+            if not stat.S_ISDIR((folder / place).lstat().st_mode):
+                raise damaged(folder, f"{place} is a link or a file, where a folder is expected")
+            with os.scandir(folder / place) as entries:
                 for entry in entries:
-                    name = f"{where}/{entry.name}" if where else entry.name
-                    if entry.name not in wanted and name != _MANIFEST:
-                        raise _damaged(folder, f"it holds {name!r}, which is not of it")
-                    if not where:
-                        continue
-                    held = entry.stat(follow_symlinks=False)
-                    if not stat.S_ISREG(held.st_mode):
-                        raise _damaged(folder, f"{name} is no plain file")
-                    if held.st_size != manifest.files[name].bytes:
-                        raise _damaged(
-                            folder,
-                            f"{name} has {held.st_size:,} bytes; expected {manifest.files[name].bytes:,}",
-                        )
-                    found.add(name)
+                    names.add(f"{place}/{entry.name}")
+                    _check_file(folder, f"{place}/{entry.name}", entry, manifest)
     except OSError as error:
-        raise _damaged(folder, f"it cannot be read: {error.strerror}") from None
-    if missing := sorted(manifest.files.keys() - found):
-        raise _damaged(folder, f"{missing[0]} is missing")
+        raise damaged(folder, f"it cannot be read: {error.strerror}") from None
+    if missing := sorted(manifest.files.keys() - names):
+        raise damaged(folder, f"{missing[0]} is missing")
 
 
-def _facts(folder: Path, entry: _Entry) -> tuple[Fact, ...]:
+def _check_file(folder: Path, name: str, entry: os.DirEntry[str], manifest: Manifest) -> None:
+    if name not in manifest.files:
+        raise _unnamed(folder, name)
+    status, n_bytes = entry.stat(follow_symlinks=False), manifest.files[name].bytes
+    if not stat.S_ISREG(status.st_mode):
+        raise damaged(folder, f"{name} is not a regular file")
+    if status.st_size != n_bytes:
+        raise damaged(folder, f"{name} has {status.st_size:,} bytes instead of {n_bytes:,}")
+
+
+def _unnamed(folder: Path, name: str) -> DamagedError:
+    return damaged(folder, f"it holds {name!r}, which its manifest does not name")
+
+
+def _read_saved(folder: Path, manifest: Manifest, i: int) -> SavedPatch:
+    """Read one patch, and compare it with what the manifest says of it."""
+    place, entry = numbered(i), manifest.patches[i]
+    for name in _DELTA_FILES:
+        stated = manifest.files[f"{place}/{name}"]
+        if name.endswith(".json") and stated.bytes > MOST_JSON:
+            raise damaged(
+                folder, f"{place}/{name} has {stated.bytes:,} bytes; {MOST_JSON:,} are the most"
+            )
+        if file_digest(folder / place / name) != stated.sha256:
+            raise damaged(folder, f"{place}/{name} does not match its checksum")
+    try:
+        delta = Delta.load(folder / place)
+    except DamagedError as error:
+        raise damaged(folder, str(error)) from None
+    described = (entry.method, sorted(entry.layers), _facts(folder, entry))
+    if described != (delta.method, sorted(delta.layers), delta.facts):
+        raise damaged(folder, f"{place} is not the patch that its manifest describes")
+    origin = Origin(revision=entry.revision, message=entry.message, moments=entry.moments)
+    return SavedPatch(delta=delta, origin=origin)
+
+
+def _facts(folder: Path, entry: ManifestPatch) -> tuple[Fact, ...]:
     try:
         return tuple(Fact.from_dict(fields) for fields in entry.facts)
     except InputError as error:
-        raise _damaged(folder, f"{_MANIFEST} holds a fact that cannot be read ({error})") from None
-
-
-def _damaged(folder: Path, what: str) -> DamagedError:
-    what = what if len(what) <= 400 else f"{what[:399]}…"
-    return DamagedError(f"{folder}: {what}; have it exported or sent again")
-
-
-def as_json(record: Any) -> bytes:
-    """A file's content: JSON as people read it, finite numbers only."""
-    return (json.dumps(record, ensure_ascii=False, indent=2, allow_nan=False) + "\n").encode()
-
-
-def _refused(constant: str) -> None:
-    raise ValueError(f"it holds {constant}, which is no number")
+        raise damaged(folder, f"{FILE} holds a fact that cannot be read: {error}") from None

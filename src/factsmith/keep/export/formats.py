@@ -1,36 +1,43 @@
-"""Exports: a patched model for programs that know nothing of factsmith, and patches for another workspace.
+"""Exports by the name of their format.
 
-    made = export_adapter(lm, delta, "my-adapter")           # PEFT LoRA on the down-projections: kilobytes beside the untouched model
-    made = export_checkpoint(lm, delta, "my-model")          # the whole model, merged, as `save_pretrained` writes it
-    made = export_patch(lm, delta, "my-patch")               # the deltas themselves, with all that a workspace keeps of them
-    for saved in read_patch("my-patch").patches:
-        saved.delta, saved.origin.message
+    made = export(lm, delta, "my-adapter", "adapter")      # PEFT LoRA: kilobytes (adapter.py)
+    made = export(lm, delta, "my-model", "checkpoint")     # the whole model, merged (checkpoint.py)
+    made = export(lm, delta, "my-patch", "patch")          # for another workspace (patch.py)
 
-Every export is a folder with a `factsmith.json` that says what is in it. It is written beside its place, read back, and only then renamed
-into it: it is there whole and checked, or not at all. Checkpoints and adapters are read back by plain transformers and peft in a process
-of its own that never imports factsmith, and compared with the patched model in memory; patches are compared bit for bit.
+Every export is a folder with a manifest (`manifest`). It is written next to its place, read back,
+and only then renamed, so it is there whole and checked, or not at all (`staging`). Checkpoints and
+adapters are read back by plain transformers and peft in a separate process that never imports
+factsmith, and compared with the patched model in memory (`readback`). Patches are compared bit for
+bit.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
-
 from ...core.errors import InputError
-from ...core.progress import Progress
 from ...edit.delta import Delta
 from ...model.language_model import LanguageModel
 from .adapter import export_adapter
 from .checkpoint import export_checkpoint
-from .contents import Origin
-from .folder import FORMATS
+from .manifest import FORMATS, Format
 from .patch import export_patch
 from .record import Export
 
-# ---- writing --------------------------------------------------------------------------------------------------------------------------
+_WRITERS: Mapping[Format, Callable[..., Export]] = {
+    "checkpoint": export_checkpoint,
+    "adapter": export_adapter,
+    "patch": export_patch,
+}
+
+_OPTIONS: Mapping[Format, tuple[str, ...]] = {
+    "checkpoint": ("dtype",),
+    "adapter": ("dtype", "rank", "base"),
+    "patch": (),
+}
+"""The options that not every format has."""
 
 
 def export(
@@ -39,28 +46,38 @@ def export(
     folder: str | os.PathLike[str],
     format: str = "checkpoint",
     *,
-    dtype: torch.dtype | None = None,
-    rank: int | None = None,
-    base: str | None = None,
     verify: bool = True,
-    overwrite: bool = False,
-    origins: Sequence[Origin] = (),
-    progress: Progress | None = None,
+    **options: Any,
 ) -> Export:
-    """One of the three formats by its name; an option that the format does not take raises InputError, as does an unknown format."""
-    kept: dict[str, Any] = {"overwrite": overwrite, "origins": origins, "progress": progress}
-    if format == "adapter":
-        return export_adapter(
-            lm, deltas, folder, rank=rank, dtype=dtype, base=base, verify=verify, **kept
-        )
-    if rank is not None or base is not None:
-        raise InputError(f"rank and base are options of an adapter; a {format} takes neither")
-    if format == "checkpoint":
-        return export_checkpoint(lm, deltas, folder, dtype=dtype, verify=verify, **kept)
-    if format != "patch":
+    """Write the model with deltas, or the deltas alone, in one of the formats.
+
+    Args:
+        lm: The model, without the deltas. It is unchanged afterwards, also after an exception.
+        deltas: One delta or several, in the order in which they are added.
+        folder: A new folder to write into.
+        format: "checkpoint", "adapter" or "patch".
+        verify: Whether to read the export back and compare it. A patch is always compared.
+        options: Options of `export_checkpoint`, `export_adapter` or `export_patch`. None: not
+            given.
+
+    Raises:
+        InputError: when there is no such format, or it has no such option; and what these functions
+            raise.
+    """
+    if format not in FORMATS:
         raise InputError(
-            f"format is {format!r}; expected {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+            f"format is {format!r}: it must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}.",
+            argument="format",
         )
-    if dtype is not None:
-        raise InputError(f"a patch is kept in float32 as it was made; got dtype {dtype}")
-    return export_patch(lm, deltas, folder, **kept)
+    given = {name: value for name, value in options.items() if value is not None}
+    allowed = {*_OPTIONS[format], "overwrite", "origins", "progress"}
+    for name in sorted(given.keys() - allowed):
+        takers = [other for other in FORMATS if name in _OPTIONS[other]]
+        raise InputError(
+            f"{name} is {given[name]!r}, but a {format} has no {name}."
+            + (f" It is an option of: {', '.join(takers)}." if takers else ""),
+            argument=name,
+        )
+    if format != "patch":
+        given["verify"] = verify
+    return _WRITERS[format](lm, deltas, folder, **given)

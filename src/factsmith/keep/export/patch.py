@@ -1,17 +1,25 @@
-"""keep.export.patch."""
+"""Exports as a patch folder: the deltas themselves, for another workspace of the same model.
+
+export_patch(lm, [first, second], "my-patch")      # 0001/, 0002/ and a manifest
+Workbench(lm, "another-workspace").import_patches("my-patch")
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
 
+import torch
+
 from ...core.errors import NumericsError
 from ...core.progress import Progress, tell
 from ...edit.delta import Delta
 from ...model.language_model import LanguageModel
-from .contents import Origin
-from .folder import describe, numbered, read_patch, staged
-from .record import Export, checked_deltas, described, equal_weights
+from .contents import Contents, Origin
+from .folder import numbered, read_patch
+from .manifest import write_manifest
+from .record import Export
+from .staging import staged
 
 
 def export_patch(
@@ -23,20 +31,53 @@ def export_patch(
     origins: Sequence[Origin] = (),
     progress: Progress | None = None,
 ) -> Export:
-    """The deltas for another workspace of the same model: 0001/, 0002/ ... as `Delta.save` writes them, in their order, and a manifest.
+    """Write deltas for another workspace of the same model, and compare what was written.
 
-    They are read back by `read_patch` and compared bit for bit. Arguments and errors as of `export_checkpoint`.
+    Each delta is saved in a folder of its own, with its facts, settings and targets. The whole is
+    read back with `read_patch`, and every tensor must be equal bit for bit.
+
+    Args:
+        lm: The model, without the deltas.
+        deltas: One delta or several, in the order in which they are added.
+        folder: A new folder to write into.
+        overwrite: Whether to replace an earlier export in the folder.
+        origins: Where the deltas come from, one for each, for the manifest.
+        progress: Gets what is being done.
+
+    Raises:
+        InputError: when there is no delta, a delta does not fit, or the folder holds other files.
+        UnsupportedModelError: when the model is masked, or a layer cannot be edited.
+        NumericsError: when a delta that was read back differs.
+        WorkspaceError: when the folder cannot be written. After every error the folder is as it
+            was before.
     """
-    deltas = checked_deltas(lm, deltas, origins)
+    contents = Contents.of(lm, deltas, origins)
     with staged(folder, overwrite) as staging:
-        tell(progress, "writing the patches", 0, len(deltas))
-        for i, delta in enumerate(deltas):
+        tell(progress, "writing the patches", 0, len(contents.deltas))
+        for i, delta in enumerate(contents.deltas):
             delta.save(staging / numbered(i))
-        files = describe(staging, "patch", lm, deltas, origins)
-        again = [saved.delta for saved in read_patch(staging, fingerprint=lm.fingerprint).patches]
-        for ours, theirs in zip(deltas, again, strict=True):
-            if not equal_weights(ours, theirs):
+        files = write_manifest(staging, "patch", contents)
+        patches = read_patch(staging, fingerprint=lm.fingerprint).patches
+        for delta, saved in zip(contents.deltas, patches, strict=True):
+            if not equal_deltas(delta, saved.delta):
                 raise NumericsError(
-                    "a patch read back is not the one that was written; nothing was kept: please report it"
+                    "A patch that was read back differs from the one that was written. Nothing was "
+                    "kept; please report this."
                 )
-    return described(folder, "patch", lm, deltas, files, dtype="float32")
+    return Export.of(folder, "patch", contents, files, dtype="float32")
+
+
+def equal_deltas(a: Delta, b: Delta) -> bool:
+    """Return whether two deltas have the same facts and the same tensors, bit for bit."""
+    if (a.method, a.facts, a.fingerprint, set(a.layers)) != (
+        b.method,
+        b.facts,
+        b.fingerprint,
+        set(b.layers),
+    ):
+        return False
+    pairs = [(a.v_star, b.v_star)]
+    for layer in a.layers:
+        pairs += zip(a.layers[layer], b.layers[layer], strict=True)
+        pairs.append((a.k_star[layer], b.k_star[layer]))
+    return all(torch.equal(x.cpu(), y.cpu()) for x, y in pairs)

@@ -1,32 +1,33 @@
-"""keep.export.record."""
+"""The record of an export: what was written, how large it is, and how it was checked.
+
+made = export_adapter(lm, delta, "my-adapter")
+made.n_bytes, made.rank, made.read_back.difference
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ...core.errors import InputError, UnsupportedModelError
 from ...core.tables import Shown, Table, counted
-from ...edit.delta import Delta, patched, read_weights
-from ...model.language_model import LanguageModel, check_model
-from .contents import Origin
-from .folder import Format
+from .contents import Contents
+from .manifest import Format
 from .readback import ReadBack
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-# ---- what there is to see -------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterLayer:
-    """One layer of an adapter: the exact rank of its summed update Δ, the rank kept, and the error ‖Δ − BA‖ / ‖Δ‖ (Frobenius)."""
+    """One layer of an adapter.
+
+    Attributes:
+        layer: Its number.
+        rank: The exact rank of its summed update Δ.
+        kept: The rank that was written.
+        error: ‖Δ − BA‖ / ‖Δ‖ (Frobenius), where BA is what was written.
+    """
 
     layer: int
     rank: int
@@ -36,17 +37,21 @@ class AdapterLayer:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Export(Shown):
-    """What was written.
+    """An export that was written.
 
-    folder       where
-    format       "checkpoint", "adapter" or "patch"
-    dtype        of the tensors, such as "bfloat16"
-    patches      how many deltas are in it, and `facts` they hold
-    files        {name: bytes}; n_bytes is their sum
-    model_bytes  bytes of the model's weights as they are loaded, to hold the files against
-    layers       of an adapter: ranks and errors, layer by layer
-    rank         of an adapter: r, the same for all layers (smaller ones are padded with zeros); 0 for other formats
-    read_back    the comparison with the patched model; None when it was not asked for, and for patches (compared bit for bit)
+    Attributes:
+        folder: Where it is.
+        format: "checkpoint", "adapter" or "patch".
+        dtype: The dtype of its tensors, such as "bfloat16".
+        patches: How many deltas it holds.
+        facts: How many facts these hold.
+        files: {name: bytes} of every file.
+        model_bytes: The size of the model's weights in memory, to compare the files with.
+        layers: For an adapter: ranks and errors of each layer.
+        rank: For an adapter: r, the same for all layers; smaller ones are padded with zeros. 0 for
+            other formats.
+        read_back: The comparison with the patched model. None: it was not asked for, or the export
+            is a patch, which is always compared bit for bit.
     """
 
     folder: Path
@@ -60,37 +65,56 @@ class Export(Shown):
     rank: int = 0
     read_back: ReadBack | None = None
 
+    @classmethod
+    def of(
+        cls,
+        folder: str | os.PathLike[str],
+        format: Format,
+        contents: Contents,
+        files: Mapping[str, int],
+        **more: Any,
+    ) -> Export:
+        """Return the record of an export that holds some contents; `more` are other fields."""
+        return cls(
+            folder=Path(folder),
+            format=format,
+            patches=len(contents.deltas),
+            facts=contents.n_facts,
+            files=files,
+            model_bytes=contents.model_bytes,
+            **more,
+        )
+
     @property
     def n_bytes(self) -> int:
-        """Bytes of all files together."""
+        """The size of all files together."""
         return sum(self.files.values())
 
     def tables(self) -> list[Table]:
-        """What was written, how large it is beside the model, and how it was checked."""
-        if self.format == "patch":
-            checked = f"verified: {counted(self.patches, 'patch', 'es')} read back, every tensor equal bit for bit"
-        else:
-            checked = "not verified" if self.read_back is None else f"verified: {self.read_back}"
-        of = "" if self.format == "checkpoint" else f" instead of {folder_size(self.model_bytes)}"
-        holds = (
-            f"{counted(self.patches, 'patch', 'es')}, {counted(self.facts, 'fact')}, {self.dtype}"
+        """Return what was written, how large it is next to the model, and how it was checked."""
+        holds = ", ".join(
+            [counted(self.patches, "patch", "es"), counted(self.facts, "fact"), self.dtype]
         )
-        files = [(name, folder_size(size)) for name, size in self.files.items()]
-        tables = [
-            Table(
-                f"{self.format} in {self.folder}: {holds}; {folder_size(self.n_bytes)}{of}",
-                {"file": "<", "size": ">"},
-                files,
-            )
-        ]
+        size = size_text(self.n_bytes)
+        if self.format != "checkpoint":
+            size += f" instead of {size_text(self.model_bytes)}"
+        files = [(name, size_text(n_bytes)) for name, n_bytes in self.files.items()]
+        title = f"{self.format} in {self.folder}: {holds}; {size}"
+        tables = [Table(title, {"file": "<", "size": ">"}, files)]
         if self.layers:
             columns = {"layer": ">", "rank": ">", "kept": ">", "‖Δ−BA‖/‖Δ‖": ">"}
             rows = [(str(x.layer), str(x.rank), str(x.kept), f"{x.error:.1e}") for x in self.layers]
             tables.append(Table(f"LoRA of rank {self.rank}, alpha {self.rank}", columns, rows))
-        return [*tables, Table(checked, {})]
+        return [*tables, Table(self._checked(), {})]
+
+    def _checked(self) -> str:
+        if self.format == "patch":
+            patches = counted(self.patches, "patch", "es")
+            return f"verified: {patches} read back, every tensor equal bit for bit"
+        return "not verified" if self.read_back is None else f"verified: {self.read_back}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able fields."""
+        """Return the fields as plain JSON values."""
         return {
             **vars(self),
             "folder": str(self.folder.resolve()),
@@ -101,86 +125,9 @@ class Export(Shown):
         }
 
 
-def checked_deltas(
-    lm: LanguageModel, deltas: Delta | Iterable[Delta], origins: Sequence[Origin]
-) -> list[Delta]:
-    check_model(lm)
-    if not lm.is_causal:
-        raise UnsupportedModelError(
-            f"{lm.name} is a masked language model; exports are of models that continue text"
-        )
-    found = [deltas] if isinstance(deltas, Delta) else list(deltas)
-    if not found or not all(isinstance(delta, Delta) for delta in found):
-        raise InputError(
-            f"expected at least one Delta; got {[type(delta).__name__ for delta in found]}: there is no patch to export"
-        )
-    if origins and len(origins) != len(found):
-        raise InputError(
-            f"got {len(origins)} origins for {len(found)} deltas; expected one each, or none"
-        )
-    patched(
-        read_weights(lm, {layer for delta in found for layer in delta.layers}), found
-    )  # whether they fit at all
-    return found
-
-
-def dtype_named(dtype: torch.dtype | None, default: torch.dtype) -> torch.dtype:
-    if dtype is not None and dtype not in _DTYPES:
-        raise InputError(
-            f"dtype is {dtype!r}; expected torch.float32, torch.float16 or torch.bfloat16, or None for {default}"
-        )
-    return default if dtype is None else dtype
-
-
-def described(
-    folder: str | os.PathLike[str],
-    format: Format,
-    lm: LanguageModel,
-    deltas: Sequence[Delta],
-    files: dict[str, int],
-    **more: Any,
-) -> Export:
-    size = sum(weight.numel() * weight.element_size() for weight in lm.module.parameters())
-    facts = sum(len(delta.facts) for delta in deltas)
-    return Export(
-        folder=Path(folder),
-        format=format,
-        patches=len(deltas),
-        facts=facts,
-        files=files,
-        model_bytes=size,
-        **more,
-    )
-
-
-# ---- small things ---------------------------------------------------------------------------------------------------------------------
-
-
-def equal_weights(a: Delta, b: Delta) -> bool:
-    """Whether two deltas have the same tensors, bit for bit, and the same facts."""
-    if (a.method, a.facts, a.fingerprint, set(a.layers)) != (
-        b.method,
-        b.facts,
-        b.fingerprint,
-        set(b.layers),
-    ):
-        return False
-    pairs = [(a.v_star, b.v_star)]
-    for layer in a.layers:
-        pairs += [
-            *zip(a.layers[layer], b.layers[layer], strict=True),
-            (a.k_star[layer], b.k_star[layer]),
-        ]
-    return all(torch.equal(x.cpu(), y.cpu()) for x, y in pairs)
-
-
-def file_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def folder_size(n: int) -> str:
-    """A number of bytes as people say it."""
-    for unit, of in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
-        if n >= of:
-            return f"{n / of:.1f} {unit}"
-    return counted(n, "byte")
+def size_text(n_bytes: int) -> str:
+    """Return a size for people, such as "1.5 MB"."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if n_bytes >= size:
+            return f"{n_bytes / size:.1f} {unit}"
+    return counted(n_bytes, "byte")

@@ -1,0 +1,39 @@
+"""The manifest of an export refuses what it could not read again."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from conftest import GPT2, byte_tokenizer, tiny_model
+from exports import names, some_delta
+from factsmith.core.errors import InputError
+from factsmith.keep.export.contents import Contents, Origin
+from factsmith.keep.export.manifest import read_manifest, write_manifest
+from factsmith.keep.export.patch import export_patch
+from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import wrap
+
+
+@pytest.fixture(scope="module")
+def lm() -> LanguageModel:
+    """A tiny random model."""
+    return wrap(tiny_model("gpt2", **GPT2), byte_tokenizer())
+
+
+def test_origins_that_cannot_be_noted_are_refused(lm: LanguageModel, tmp_path: Path) -> None:
+    for origin in (Origin(revision="../x"), Origin(moments="abc"), Origin(message=3)):  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="origin"):
+            export_patch(lm, some_delta(lm, 1), tmp_path / "out", origins=[origin])
+    assert names(tmp_path) == []
+
+
+def test_a_manifest_lists_every_file(lm: LanguageModel, tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("12345")
+    sizes = write_manifest(tmp_path, "adapter", Contents.of(lm, some_delta(lm, 1), []))
+    assert sizes == {"a": 5, "factsmith.json": (tmp_path / "factsmith.json").stat().st_size}
+    manifest = read_manifest(tmp_path)
+    assert manifest.factsmith == "adapter" and manifest.fingerprint == lm.fingerprint
+    assert manifest.files["a"].sha256 == hashlib.sha256(b"12345").hexdigest()
