@@ -1,12 +1,16 @@
-"""What keeping costs: plan, apply and revert of 1, 100 and 1,000 facts; solving again against writing anew; bytes.
+"""How long planning, applying and reverting 1, 100 and 1,000 facts takes, and how many bytes.
 
     python benchmarks/keep.py --json benchmarks/results/keep.json
 
-For each size, on a bundled model, with MEMIT's recommended settings: two files of so many facts (real ones that the model knows, given
-another object) are planned and applied behind gates, the second on top of the first; then the first is taken out, so that the second is
-solved again from its kept targets. Beside it the plain way, kept as the oracle: the second file written anew on the base model, search
-and all. Above 300 facts in one pass of 30 steps, without repairs, which take minutes and change little of what is measured here. Processor
-seconds of one thread; what the facts are answered with afterwards, either way; what checkout and opening take; bytes.
+For each size there are two sets of facts: real facts that a bundled model knows, each with another
+object. Both are planned and applied behind gates, with the recommended settings of MEMIT, the
+second on top of the first. Then the first is taken out, so the second is solved again from its
+stored targets. This is compared with the plain way: the second set is written again on the base
+model, with the search for its targets. More than 300 facts are written in one pass of 30 steps
+without repairs: these take minutes, and change little of what is measured.
+
+The numbers are processor seconds of one thread, the share of facts that are answered right
+afterwards, how long a checkout and a rebuild take, and bytes.
 """
 
 from __future__ import annotations
@@ -28,14 +32,14 @@ from methods import chosen
 
 
 def clock(run: Callable[[], Any]) -> tuple[float, Any]:
-    """Processor seconds, and what came out."""
+    """Return the processor seconds of a call, and its result."""
     began = time.process_time()
     result = run()
     return round(time.process_time() - began, 2), result
 
 
 def measured(name: str, size: int, seed: int) -> dict[str, Any]:
-    """One size on one model."""
+    """Measure one size on one model."""
     lm = fs.load(name)
     facts, _ = chosen(lm, 2 * size, seed, 0)
     plain = [
@@ -49,10 +53,9 @@ def measured(name: str, size: int, seed: int) -> dict[str, Any]:
     gates = fs.Gates(efficacy=0.0, paraphrases=None, neighbours=None, earlier=None)
     row: dict[str, Any] = {"facts": size}
 
-    def right(of: list[fs.Fact]) -> float:
-        return round(
-            100 * sum(lm.says([f.text for f in of], [str(f.target) for f in of])) / len(of), 1
-        )
+    def right(facts: list[fs.Fact]) -> float:
+        says = lm.says([fact.text for fact in facts], [str(fact.target) for fact in facts])
+        return round(100 * sum(says) / len(facts), 1)
 
     with tempfile.TemporaryDirectory() as folder, fs.Workbench(lm, Path(folder) / "space") as bench:
         bench.find_moments(config.layers or ())
@@ -95,17 +98,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    found = (
+    rows = (
         json.loads(given.json.read_text())
         if given.json is not None and given.json.is_file()
         else {}
     )
     for model in given.models:
         for size in given.sizes:
-            found.setdefault(model, {})[str(size)] = measured(model, size, given.seed)
-            print(model, json.dumps(found[model][str(size)]), flush=True)
+            rows.setdefault(model, {})[str(size)] = measured(model, size, given.seed)
+            print(model, json.dumps(rows[model][str(size)]), flush=True)
             if given.json is not None:
-                given.json.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+                given.json.write_text(json.dumps(rows, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -468,16 +468,16 @@ class Histories(RuleBasedStateMachine):
     def agrees(self) -> None:
         assert (self.ledger.current, self.ledger.head) == (self.ids[self.at], self.ids[-1])
         for place in {self.at, len(self.ids) - 1, len(self.ids) // 2}:
-            found = {}
+            state = {}
             for patch in self.ledger.active(self.ids[place]):
                 name = json.loads((self.ledger.delta_folder(patch) / "edit.json").read_text())[
                     "name"
                 ]
-                found[patch.id] = (
+                state[patch.id] = (
                     frozenset(patch.facts.index(fact) for fact in patch.in_effect),
                     name,
                 )
-            assert found == self.states[place]
+            assert state == self.states[place]
         assert [revision.id for revision in self.ledger.log()] == self.ids[:0:-1]
         self.ledger.verify()
 

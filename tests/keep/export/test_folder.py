@@ -89,10 +89,10 @@ def resign(folder: Path, change: Callable[[dict[str, Any]], None] | None = None)
 def test_patches_come_back_in_order_with_where_they_come_from(
     lm: LanguageModel, folder: Path
 ) -> None:
-    found = read_patch(folder, fingerprint=lm.fingerprint)
-    assert (found.model, found.dtype, found.fingerprint) == (lm.name, "float32", lm.fingerprint)
-    assert [saved.origin for saved in found.patches] == ORIGINS
-    for saved, delta in zip(found.patches, two_deltas(lm), strict=True):
+    read = read_patch(folder, fingerprint=lm.fingerprint)
+    assert (read.model, read.dtype, read.fingerprint) == (lm.name, "float32", lm.fingerprint)
+    assert [saved.origin for saved in read.patches] == ORIGINS
+    for saved, delta in zip(read.patches, two_deltas(lm), strict=True):
         assert saved.delta.facts == delta.facts and torch.equal(saved.delta.v_star, delta.v_star)
         for layer, (left, right) in delta.layers.items():
             assert torch.equal(saved.delta.dense(layer), left @ right) and torch.equal(
@@ -102,8 +102,8 @@ def test_patches_come_back_in_order_with_where_they_come_from(
         "0001", "0001/delta.safetensors", "0001/edit.json",
         "0002", "0002/delta.safetensors", "0002/edit.json", "factsmith.json",
     ]  # fmt: skip
-    assert "ticket 812" in repr(found) and "2 patches for" in repr(found)
-    described = json.loads(json.dumps(found.to_dict()))
+    assert "ticket 812" in repr(read) and "2 patches for" in repr(read)
+    described = json.loads(json.dumps(read.to_dict()))
     assert (
         described["patches"][1]["layers"] == [1, 2]
         and described["patches"][0]["facts"][0]["subject"] == "Paris"
@@ -364,16 +364,16 @@ def test_random_corruption_never_ends_in_anything_but_words(folder: Path) -> Non
             ):  # too broken to be signed
                 resign(folder)
         try:
-            found = read_patch(folder, max_bytes=10**7)
+            result = read_patch(folder, max_bytes=10**7)
         except (DamagedError, InputError) as error:
             refused += 1
             assert 0 < len(str(error)) < 1000, seed
         else:
             passed += 1  # where a message, a model's name or a setting became another text
-            assert isinstance(found, PatchFolder) and len(found.patches) == 2
-            assert all(isinstance(saved.delta, Delta) for saved in found.patches)
-            json.dumps(found.to_dict(), ensure_ascii=False).encode()
-            assert repr(found)
+            assert isinstance(result, PatchFolder) and len(result.patches) == 2
+            assert all(isinstance(saved.delta, Delta) for saved in result.patches)
+            json.dumps(result.to_dict(), ensure_ascii=False).encode()
+            assert repr(result)
         for other, before in whole.items():
             (folder / other).write_bytes(before)
     assert refused > 0.8 * CORRUPTIONS and passed > 0.01 * CORRUPTIONS, (refused, passed)

@@ -85,12 +85,15 @@ def test_what_is_refused_leaves_nothing(
         k_star={1: delta.k_star[1][:, 1:]},
     )
     too_deep = dataclasses.replace(delta, layers={7: delta.layers[1]}, k_star={7: delta.k_star[1]})
+    wrong_dtype: Any = "bfloat16"
+    a_text: Any = "atlas"
+    a_half: Any = 1.5
     cases: list[tuple[type[Exception], str, Any]] = [
         (InputError, "no patch to export", lambda: export_patch(lm, [], out)),
-        (InputError, "at least one Delta", lambda: export_adapter(lm, ["delta"], out)),  # type: ignore[list-item]
-        (InputError, "load it first", lambda: export_adapter("atlas", delta, out)),  # type: ignore[arg-type]
+        (InputError, "at least one Delta", lambda: export_adapter(lm, [a_text], out)),
+        (InputError, "load it first", lambda: export_adapter(a_text, delta, out)),
         (InputError, "rank is 0", lambda: export_adapter(lm, delta, out, rank=0)),
-        (InputError, "rank is 1.5", lambda: export_adapter(lm, delta, out, rank=1.5)),  # type: ignore[arg-type]
+        (InputError, "rank is 1.5", lambda: export_adapter(lm, delta, out, rank=a_half)),
         (
             InputError,
             "dtype is torch.int8: it must be torch.float32",
@@ -99,8 +102,8 @@ def test_what_is_refused_leaves_nothing(
         (
             InputError,
             "dtype is 'bfloat16': it must be torch.float32",
-            lambda: export_checkpoint(lm, delta, out, dtype="bfloat16"),
-        ),  # type: ignore[arg-type]
+            lambda: export_checkpoint(lm, delta, out, dtype=wrong_dtype),
+        ),
         (
             InputError,
             "must be checkpoint, adapter or patch",
@@ -234,11 +237,11 @@ def test_a_workbench_exports_what_it_carries(folders: dict[str, Path], tmp_path:
         carried = lm.fingerprint
         made = bench.export(tmp_path / "out", "patch")
         assert lm.fingerprint == carried != base, "the model carries what it carried"
-        found = read_patch(tmp_path / "out", fingerprint=base)
-        assert [s.origin.message for s in found.patches] == ["one", "two"] and made.patches == 2
+        exported = read_patch(tmp_path / "out", fingerprint=base)
+        assert [s.origin.message for s in exported.patches] == ["one", "two"] and made.patches == 2
         assert (
-            found.patches[0].origin.revision == first.id
-            and found.patches[0].origin.moments == "ab" * 32
+            exported.patches[0].origin.revision == first.id
+            and exported.patches[0].origin.moments == "ab" * 32
         )
         bench.export(tmp_path / "model", verify=False)
         stored = load_file(tmp_path / "model/model.safetensors")
@@ -248,7 +251,7 @@ def test_a_workbench_exports_what_it_carries(folders: dict[str, Path], tmp_path:
         bench.checkout(first.id)
         bench.export(tmp_path / "adapter", "adapter", verify=False)
         assert (
-            off(product(tmp_path / "adapter", 1), dense_sum([found.patches[0].delta], 1)) < 2e-7
+            off(product(tmp_path / "adapter", 1), dense_sum([exported.patches[0].delta], 1)) < 2e-7
         ), "at the revision that is checked out"
 
 

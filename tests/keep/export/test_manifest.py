@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,8 @@ def lm() -> LanguageModel:
 
 
 def test_origins_that_cannot_be_noted_are_refused(lm: LanguageModel, tmp_path: Path) -> None:
-    for origin in (Origin(revision="../x"), Origin(moments="abc"), Origin(message=3)):  # type: ignore[arg-type]
+    number: Any = 3
+    for origin in (Origin(revision="../x"), Origin(moments="abc"), Origin(message=number)):
         with pytest.raises(InputError, match="origin"):
             export_patch(lm, some_delta(lm, 1), tmp_path / "out", origins=[origin])
     assert names(tmp_path) == []

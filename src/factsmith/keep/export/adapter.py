@@ -50,9 +50,8 @@ def export_adapter(  # house: public, and promised with these names
 ) -> Export:
     """Write the deltas as a PEFT LoRA adapter on the down-projections: a file of kilobytes.
 
-    Singular values below 1.2e-7 of the largest, the spacing of float32, are left out. All layers
-    have the same r, that of the layer with the largest rank; the others are padded with zeros,
-    because servers know only one r.
+    Singular values below 1.2e-7 of the largest, the spacing of float32, are left out. Servers know
+    only one r, so all layers have that of the largest one, padded with zeros.
 
     Args:
         lm: The model, without the deltas. It is unchanged afterwards, also after an exception.
@@ -65,8 +64,8 @@ def export_adapter(  # house: public, and promised with these names
         base: The base model's folder or hub id for adapter_config.json. None: where the model was
             loaded from.
         verify: Whether to load the adapter with peft in a separate process and compare its answers
-            and logits with those of the patched model. An adapter of which an answer differs is
-            refused, also if that comes from a rank that is too small.
+            and logits with those of the patched model. All answers must be equal, also if the rank
+            is truncated.
         overwrite: Whether to replace an earlier export in the folder.
         origins: Where the deltas come from, one for each, for the manifest.
         progress: Gets what is being done.
@@ -82,8 +81,7 @@ def export_adapter(  # house: public, and promised with these names
     """
     contents = Contents.of(lm, deltas, origins)
     factor_dtype = check_dtype(dtype, torch.float32)
-    if rank is not None:
-        rank = check_count(rank, "rank", "the largest rank to write", also="None for the exact one")
+    max_rank = _check_rank(rank)
     base_name = _base_name(lm, base)
     names = _module_names(lm, contents.layers)
     if verify:
@@ -92,7 +90,9 @@ def export_adapter(  # house: public, and promised with these names
         tell(progress, "compressing", 0, None)
         products = {
             layer: compress(
-                [d.layers[layer] for d in contents.deltas if layer in d.layers], rank, factor_dtype
+                [d.layers[layer] for d in contents.deltas if layer in d.layers],
+                max_rank,
+                factor_dtype,
             )
             for layer in names
         }
@@ -101,9 +101,7 @@ def export_adapter(  # house: public, and promised with these names
         if verify:
             tell(progress, "reading it back", 0, None)
             comparison = _read_back(contents, products, base_name, staging)
-        files = write_manifest(
-            staging, "adapter", contents, None if comparison is None else vars(comparison)
-        )
+        files = write_manifest(staging, "adapter", contents, comparison)
     return Export.of(
         folder,
         "adapter",
@@ -117,6 +115,12 @@ def export_adapter(  # house: public, and promised with these names
         rank=_common_rank(products),
         read_back=comparison,
     )
+
+
+def _check_rank(rank: int | None) -> int | None:
+    if rank is None:
+        return None
+    return check_count(rank, "rank", "the largest rank to write", also="None for the exact rank")
 
 
 def _common_rank(products: Mapping[int, LowRank]) -> int:

@@ -78,9 +78,7 @@ def export_checkpoint(
             limit = max(LIMITS[lm.dtype], LIMITS[written_dtype])
             advice = "" if written_dtype == lm.dtype else f"Write it in {dtype_name(lm.dtype)}."
             comparison = check_job(Job(str(staging), questions), limit, advice)
-        files = write_manifest(
-            staging, "checkpoint", contents, None if comparison is None else vars(comparison)
-        )
+        files = write_manifest(staging, "checkpoint", contents, comparison)
     return Export.of(
         folder,
         "checkpoint",

@@ -22,6 +22,7 @@ from ...core.errors import DamagedError, InputError
 from ...core.files import file_digest, record_digest, write_file
 from .contents import Contents
 from .dtypes import dtype_name
+from .readback import ReadBack
 
 Format = Literal["checkpoint", "adapter", "patch"]
 
@@ -75,7 +76,7 @@ class Manifest(_Strict):
 
 
 def write_manifest(
-    folder: Path, format: Format, contents: Contents, read_back: dict[str, Any] | None = None
+    folder: Path, format: Format, contents: Contents, read_back: ReadBack | None = None
 ) -> dict[str, int]:
     """Write the manifest of a folder.
 
@@ -116,7 +117,7 @@ def write_manifest(
             name: {"bytes": path.stat().st_size, "sha256": file_digest(path)}
             for name, path in files.items()
         },
-        "read_back": read_back,
+        "read_back": None if read_back is None else vars(read_back),
     }
     try:
         Manifest.model_validate_json(json.dumps(record, ensure_ascii=False))
