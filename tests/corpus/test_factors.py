@@ -69,7 +69,7 @@ def test_the_spectrum_of_what_is_no_second_moment_is_refused() -> None:
     ):
         with pytest.raises(error, match=words):
             factors.spectrum(matrix)
-    with pytest.raises(InputError, match="nothing would be kept"):
+    with pytest.raises(InputError, match="no direction would be protected"):
         factors.null_space(values, vectors, threshold=2 * float(values[-1]))
 
 

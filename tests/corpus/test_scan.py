@@ -1,4 +1,4 @@
-"""The names of banks. What `scan` reads is compared with plain passes in tests/model/test_families.py."""
+"""The addresses of banks. tests/model/test_families.py compares `scan` with plain passes."""
 
 from __future__ import annotations
 

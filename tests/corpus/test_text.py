@@ -66,15 +66,15 @@ def test_a_long_text_has_the_tokens_of_the_whole(
     )
     monkeypatch.setattr(module, "_PART", 700)
     monkeypatch.setattr(module, "_MARGIN", 80)
-    found = list(pieces(model(tokenizer, context), text))
+    cut = list(pieces(model(tokenizer, context), text))
     assert max(seen) <= 700 + 2 * 80 < len(text) // 5
-    assert [i for piece in found for i in piece.ids] == ids
-    assert {len(piece.ids) for piece in found[:-1]} <= {context or module.LONGEST}
+    assert [i for piece in cut for i in piece.ids] == ids
+    assert {len(piece.ids) for piece in cut[:-1]} <= {context or module.LONGEST}
     at = 0
-    for piece in found:
+    for piece in cut:
         first = None
         for (a, b), (x, y) in zip(piece.spans, spans[at : at + len(piece.ids)], strict=True):
-            if y > x:  # the tokenizer tells where it is: the piece says the same
+            if y > x:  # the tokenizer gives its place, and the piece has the same
                 first = x - a if first is None else first
                 assert (a + first, b + first) == (x, y) and piece.text[a:b] == text[x:y]
         at += len(piece.ids)
@@ -82,16 +82,17 @@ def test_a_long_text_has_the_tokens_of_the_whole(
 
 def test_a_long_text_without_white_space() -> None:
     text = "東京は日本の首都です" * 11_000
-    found = list(pieces(model(TOKENIZERS["byte"]), text))
-    assert [i for piece in found for i in piece.ids] == encode(TOKENIZERS["byte"], text)[0]
-    assert sum(len(piece.text) for piece in found) >= len(text)
+    cut = list(pieces(model(TOKENIZERS["byte"]), text))
+    assert [i for piece in cut for i in piece.ids] == encode(TOKENIZERS["byte"], text)[0]
+    assert sum(len(piece.text) for piece in cut) >= len(text)
 
 
 def test_white_space_that_is_trimmed_lies_between_its_neighbours() -> None:
     (piece,) = pieces(model(TOKENIZERS["trimming"]), "Paris   is\n\n  here  ")
-    told = [piece.text[a:b] for a, b in piece.spans]
+    texts = [piece.text[a:b] for a, b in piece.spans]
     assert (
-        "".join(told).split() == ["Paris", "is", "here"] and sum(one.isspace() for one in told) >= 5
+        "".join(texts).split() == ["Paris", "is", "here"]
+        and sum(one.isspace() for one in texts) >= 5
     )
     assert ADDED not in piece.spans and all(a <= b for a, b in piece.spans)
     assert [a for a, _ in piece.spans] == sorted(a for a, _ in piece.spans)

@@ -272,7 +272,7 @@ def test_a_second_moment_that_is_not_finite_cannot_be_made(value: float) -> None
 def test_a_threshold_above_all_eigenvalues_protects_nothing_and_is_refused() -> None:
     largest = float(moments()[0].spectrum[0][-1])
     config = AlphaEditConfig((0,), threshold=2 * largest, **SEARCH)
-    with pytest.raises(InputError, match="nothing would be kept"):
+    with pytest.raises(InputError, match="no direction would be protected"):
         edit("alphaedit", FACTS, config=config)
     assert edit(
         "alphaedit", FACTS, config=dataclasses.replace(config, threshold=0.5 * largest)

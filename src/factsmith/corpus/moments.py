@@ -175,7 +175,9 @@ class SecondMoment:
         """
         if self.fingerprint:
             # The model's own fingerprint takes a pass over its weights.
-            expected, when = (lm.fingerprint, "now") if base is None else (base, "without edits")
+            expected, when = (
+                (lm.fingerprint, "now") if base is None else (base, "without its edits")
+            )
             if expected not in ("", self.fingerprint):
                 raise FingerprintError(
                     "the second moment was computed from a model with fingerprint "

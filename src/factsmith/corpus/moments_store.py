@@ -1,7 +1,9 @@
-"""Second moments from where they are: a folder, beside the model, or computed now, from texts or from the model's own words.
+"""Second moments of a model: kept in a folder, shipped with the model, or computed now.
 
-moments = find_moments(lm, [3, 4, 5], folder="moments")   # what is not there is computed, and kept there
-load_moments("moments")                                   # {3: SecondMoment(layer=3, ...), ...}
+    moments = find_moments(lm, [3, 4, 5], folder="moments")  # computes the missing, keeps them
+    load_moments("moments")                                  # {3: SecondMoment(layer=3, ...), ...}
+
+A folder keeps them as layer<number>.safetensors.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from ..model.sample import own_text
 from .moments import SecondMoment, enough_tokens, second_moments
 
 
-def find_moments(
+def find_moments(  # house: a promised public signature
     lm: LanguageModel,
     layers: Sequence[int],
     *,
@@ -35,56 +37,69 @@ def find_moments(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[int, SecondMoment]:
-    """Second moments of some layers: those kept in `folder`, those that came with the model, else computed now.
+    """Return second moments of some layers: kept ones, shipped ones, or new ones.
 
-    folder  where computed ones are kept as layer<l>.safetensors; None: nowhere
-    texts   what to compute them from, whatever is kept; None: text that the model writes itself, from `seed`
-    packed  keep them as `SecondMoment.save` packs them
+    A file of another model (by fingerprint), or of fewer tokens than `max_tokens`, is passed over.
+    An edit takes the moments of all its layers from one text. So if some layers lack a shipped
+    one, all missing layers are computed now, and the shipped files stay as they are.
 
-    max_tokens (None: 16 a neuron of the widest layer), dtype and checkpoint are those of `second_moments`. A file for another model (by
-    fingerprint), or of fewer tokens than max_tokens, is passed over. An edit takes its layers' from one text: what came with the model is
-    computed anew where not all layers have it, and stays as it is. Raises LayerError, DamagedError for a file that cannot be read, and what
-    `second_moments` raises.
+    Args:
+        lm: The model.
+        layers: The layers.
+        folder: Where kept ones are, and where new ones are written. None: nowhere.
+        texts: The texts to compute from; kept and shipped ones are then not used. None: text that
+            the model writes itself, from `seed`.
+        max_tokens: As for `second_moments`.
+        dtype: As for `second_moments`.
+        checkpoint: As for `second_moments`.
+        packed: Whether new ones are written packed, as `SecondMoment.save` does.
+        seed: The seed of the model's own text.
+        progress: Gets the progress of sampling and of the pass.
+
+    Raises:
+        LayerError: The model has no such layer.
+        DamagedError: A file cannot be read.
+        InputError: As `second_moments`; or max_tokens is infinite, and there are no texts.
     """
     layers = list(dict.fromkeys(layers))
     least = 0.0 if max_tokens is None else check_limit(max_tokens, "max_tokens")
-    found = _kept(lm, layers, folder, least) if texts is None else {}
-    came = (
-        _kept(lm, [layer for layer in layers if layer not in found], _beside(lm), least)
-        if texts is None
-        else {}
+    kept: dict[int, SecondMoment] = {}
+    shipped: dict[int, SecondMoment] = {}
+    if texts is None:
+        kept = _read(lm, layers, folder, least)
+        shipped = _read(lm, [x for x in layers if x not in kept], _shipped_folder(lm), least)
+    known = kept | shipped
+    from_one_text = len({moment.corpus for moment in known.values()}) == 1
+    if from_one_text and all(layer in known for layer in layers):
+        return known
+    missing = [layer for layer in layers if layer not in kept]
+    if not missing:
+        return kept
+    limit = enough_tokens(lm, missing, max_tokens)
+    computed = second_moments(
+        lm,
+        own_corpus(lm, limit, seed, progress) if texts is None else texts,
+        missing,
+        max_tokens=limit,
+        dtype=dtype,
+        checkpoint=checkpoint,
+        progress=lambda done: tell(
+            progress, "second moments", done, None if math.isinf(limit) else round(limit)
+        ),
     )
-    every = found | came
-    if (
-        all(layer in every for layer in layers)
-        and len({moment.corpus for moment in every.values()}) == 1
-    ):
-        return every
-    missing = [layer for layer in layers if layer not in found]
-    if missing:
-        limit = enough_tokens(lm, missing, max_tokens)
-        computed = second_moments(
-            lm,
-            own_corpus(lm, limit, seed, progress) if texts is None else texts,
-            missing,
-            max_tokens=limit,
-            dtype=dtype,
-            checkpoint=checkpoint,
-            progress=lambda done: tell(
-                progress, "second moments", done, None if math.isinf(limit) else round(limit)
-            ),
-        )
-        for layer, moment in computed.items():
-            if folder is not None and layer not in came:
-                moment.save(moments_file(folder, layer), packed=packed)
-            found[layer] = moment
-    return found
+    for layer, moment in computed.items():
+        if folder is not None and layer not in shipped:
+            moment.save(moments_file(folder, layer), packed=packed)
+    return kept | computed
 
 
 def load_moments(folder: str | os.PathLike[str]) -> dict[int, SecondMoment]:
-    """Every layer's second moment in a folder that `find_moments` filled, by layer; whose they are is checked where they are used.
+    """Return every second moment in a folder that `find_moments` filled, by layer.
 
-    Raises DamagedError when there is none, or one cannot be read.
+    Their model is checked where they are used.
+
+    Raises:
+        DamagedError: There is no file, or one cannot be read.
     """
     files = {
         int(file.stem[5:]): file
@@ -93,7 +108,8 @@ def load_moments(folder: str | os.PathLike[str]) -> dict[int, SecondMoment]:
     }
     if not files:
         raise DamagedError(
-            f"no second moments in {folder}; expected files named layer<number>.safetensors, as `factsmith moments` writes them"
+            f"there are no second moments in {folder}; expected files named "
+            "layer<number>.safetensors, as `factsmith moments` writes them"
         )
     return {layer: SecondMoment.load(file) for layer, file in sorted(files.items())}
 
@@ -104,25 +120,32 @@ def kept_moments(
     folder: str | os.PathLike[str] | None = None,
     least: float = 0,
 ) -> dict[int, SecondMoment]:
-    """Those second moments of some layers that are in `folder` or came with the model, by layer; another model's are passed over.
+    """Return the second moments that are in a folder or shipped with the model, by layer.
 
-    least  how many tokens they are of; those of fewer are passed over too
+    Files of another model are passed over.
+
+    Args:
+        lm: The model.
+        layers: The layers to look for.
+        folder: The folder. None: only those that were shipped.
+        least: Files of fewer tokens are passed over.
     """
     layers = list(layers)
-    own = _kept(lm, layers, folder, least)
-    return own | _kept(lm, [layer for layer in layers if layer not in own], _beside(lm), least)
+    kept = _read(lm, layers, folder, least)
+    rest = [layer for layer in layers if layer not in kept]
+    return kept | _read(lm, rest, _shipped_folder(lm), least)
 
 
-def _kept(
+def _read(
     lm: LanguageModel, layers: Iterable[int], folder: str | os.PathLike[str] | None, least: float
 ) -> dict[int, SecondMoment]:
-    """`kept_moments` of one folder."""
+    """Return the second moments of this model in one folder, by layer."""
     files = {} if folder is None else {layer: moments_file(folder, layer) for layer in layers}
-    held = {layer: SecondMoment.load(file) for layer, file in files.items() if file.is_file()}
+    read = {layer: SecondMoment.load(file) for layer, file in files.items() if file.is_file()}
     return {
-        layer: m
-        for layer, m in held.items()
-        if m.fingerprint == lm.fingerprint and m.count > least - 1
+        layer: moment
+        for layer, moment in read.items()
+        if moment.fingerprint == lm.fingerprint and moment.count > least - 1
     }
 
 
@@ -132,27 +155,33 @@ def keep_moments(
     """Write into a folder those second moments that it does not hold yet."""
     for layer, moment in moments.items():
         file = moments_file(folder, layer)
-        held = SecondMoment.load(file) if file.is_file() else None
-        if held is None or (held.fingerprint, held.corpus, held.count) != (
-            moment.fingerprint,
-            moment.corpus,
-            moment.count,
-        ):
+        present = SecondMoment.load(file) if file.is_file() else None
+        if present is None or _source(present) != _source(moment):
             moment.save(file, packed=packed)
 
 
+def _source(moment: SecondMoment) -> tuple[str, str, int]:
+    return moment.fingerprint, moment.corpus, moment.count
+
+
 def moments_file(folder: str | os.PathLike[str], layer: int) -> Path:
-    """Where a folder keeps the second moment of a layer."""
+    """Return the file in which a folder keeps the second moment of a layer."""
     return Path(folder) / f"layer{layer}.safetensors"
 
 
 def own_corpus(
     lm: LanguageModel, n_tokens: float, seed: int, progress: Progress | None
 ) -> list[str]:
-    """Text of about so many tokens that the model writes itself. Raises InputError for an infinite number, and as `own_text`."""
+    """Return texts of about n_tokens tokens in all that the model writes itself.
+
+    Raises:
+        InputError: n_tokens is infinite, or the tokenizer has no start token.
+    """
     if math.isinf(n_tokens):
         raise InputError(
-            "max_tokens=inf reads a text to its end, and the model's own has none; give texts, or a number of tokens"
+            "max_tokens is infinite, which reads texts to their end, and there are no texts; give "
+            "texts, or a number of tokens",
+            argument="max_tokens",
         )
     tell(progress, "sampling text", 0, round(n_tokens))
     return own_text(
@@ -166,18 +195,21 @@ def own_corpus(
 def moments_digest(
     moments: SecondMoment | Mapping[int, SecondMoment], layers: Sequence[int]
 ) -> str:
-    """sha256 of the second moments of some layers, as it is recorded with a patch."""
-    held = [moments] if isinstance(moments, SecondMoment) else [moments[layer] for layer in layers]
+    """Return the sha256 (hex) of some layers' matrices, as a patch records it."""
+    if isinstance(moments, SecondMoment):
+        chosen = [moments]
+    else:
+        chosen = [moments[layer] for layer in layers]
     digests = [
         hashlib.sha256(moment.matrix.detach().cpu().contiguous().numpy().data).hexdigest()
-        for moment in held
+        for moment in chosen
     ]
-    return (
-        digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
-    )
+    if len(digests) == 1:
+        return digests[0]
+    return hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
-def _beside(lm: LanguageModel) -> Path | None:
-    """The folder of second moments that came with the model: `moments` beside its weights."""
+def _shipped_folder(lm: LanguageModel) -> Path | None:
+    """Return the folder of second moments that came with the model: `moments` in its folder."""
     source = getattr(lm.module.config, "_name_or_path", "")
     return Path(source) / "moments" if source and Path(source).is_dir() else None

@@ -1,11 +1,9 @@
-"""A corpus through a model: texts cut to what fits, put together by length, and every layer's coefficients taken in one pass.
+"""Read the coefficients of several layers at every token of a batch, in one pass.
 
-    for window in windows(pieces(lm, texts)):              # some hundred pieces at a time
-        for rows in batches(window, 2048):                 # alike in length, at most 2,048 tokens with padding
-            for bank, found in scan(lm, rows, layers).items():
-                found.m, found.row, found.column           # (n, d_ff) coefficients, and where each of them stands
+    for bank, read in scan(lm, rows, layers).items():
+        read.m, read.row, read.column      # (n, d_ff) coefficients, and where each token is
 
-The pass ends before the highest layer's down-projection; the unembedding never runs.
+The pass ends before the highest layer's down-projection. The unembedding never runs.
 """
 
 from __future__ import annotations
@@ -26,11 +24,16 @@ from ..model.language_model import LanguageModel
 from ..model.trace import recording, stoppable
 
 Bank: TypeAlias = tuple[int] | tuple[int, int]
-"""(layer,), or (layer, expert) in a layer with experts: where a bank of neurons lies."""
+"""The address of a bank of neurons: (layer,), or (layer, expert) in a layer with experts."""
 
 
 def banks(lm: LanguageModel, layers: Iterable[int] | None = None) -> dict[Bank, Neurons]:
-    """Every bank of some layers (None: all), experts and the shared one included, by where it lies."""
+    """Return every bank of some layers by its address, experts and the shared bank included.
+
+    Args:
+        lm: The model.
+        layers: The layers. None: every layer.
+    """
     wanted = [lm.ffn[layer] for layer in (range(lm.n_layers) if layers is None else layers)]
     return {
         (ffn.layer, place) if ffn.n_experts else (ffn.layer,): bank
@@ -50,12 +53,12 @@ def bank_of(neuron: Neuron) -> tuple[Bank, int]:
 
 
 def bank_name(bank: Bank) -> str:
-    """A bank as it is written in files: "3", or "3.5" for an expert."""
+    """Return a bank as files write it: "3", or "3.5" for an expert."""
     return ".".join(map(str, bank))
 
 
 def named_bank(name: str) -> Bank:
-    """The inverse of `bank_name`."""
+    """Return the bank that `bank_name` wrote."""
     return cast("Bank", tuple(map(int, name.split("."))))
 
 
@@ -63,9 +66,10 @@ def named_bank(name: str) -> Bank:
 class Coefficients:
     """What one bank of neurons did at the tokens of a batch.
 
-    m       (n, d_ff) float32 (float64 for a float64 model)
-    row     (n,) int64, which row of the batch each token is in
-    column  (n,) int64, which token of its row it is
+    Attributes:
+        m: The coefficients, (n, d_ff) float32 (float64 for a float64 model).
+        row: The row of the batch that each token is in, (n,) int64.
+        column: The column of each token in its row, (n,) int64.
     """
 
     m: Tensor
@@ -74,11 +78,17 @@ class Coefficients:
 
 
 def check_dtype(lm: LanguageModel, dtype: torch.dtype | None) -> None:
-    """Raises InputError for anything but what `scan` can run a model in."""
+    """Check that `scan` can run the model in a dtype.
+
+    Raises:
+        InputError: It cannot.
+    """
     if dtype is not None and (dtype != torch.bfloat16 or lm.dtype == torch.float64):
         raise InputError(
-            f"a forward pass in {dtype!r} of a model in {lm.dtype} is not offered (float16 overflows, float64 models are there for their "
-            "precision); give torch.bfloat16, or None for the model's own"
+            f"dtype is {dtype!r} and the model is in {lm.dtype}; give torch.bfloat16 for a model "
+            "in 32 or 16 bits, or None for the model's own (float16 overflows, and a float64 model "
+            "is used for its precision)",
+            argument="dtype",
         )
 
 
@@ -88,19 +98,25 @@ def scan(
     layers: Sequence[int],
     dtype: torch.dtype | None = None,
 ) -> dict[Bank, Coefficients]:
-    """The coefficients of some layers at every token of a few rows of token ids; nothing after the last of these layers runs.
+    """Return the coefficients of some layers at every token of a few rows.
 
-    Of a layer with experts each bank has the tokens that were routed to it, and none is there to which none was; the shared one has all.
+    A bank of a layer with experts has the tokens that were routed to it. It is left out if there is
+    no such token. A shared bank has all tokens.
 
-    dtype: torch.bfloat16 runs the pass in it, the weights cast on their way; None: the model's own.
+    Args:
+        lm: The model. Nothing above the last of the layers runs.
+        rows: Token ids, row by row.
+        layers: The layers to read.
+        dtype: torch.bfloat16 runs the pass in it. The weights stay as they are. None: the model's
+            own.
     """
     batch = lm.align(rows, [0] * len(rows))
-    found: dict[Bank, tuple[Tensor, Tensor | None]] = {}
+    taken: dict[Bank, tuple[Tensor, Tensor | None]] = {}
     with torch.no_grad(), stoppable() as stop, ExitStack() as stack:
 
         def take(layer: int, place: int, m: Tensor, token: Tensor | None) -> None:
             experts = lm.ffn[layer].n_experts
-            found[(layer, place) if experts else (layer,)] = m, token
+            taken[(layer, place) if experts else (layer,)] = m, token
             if layer == max(layers) and not experts:
                 stop()
 
@@ -119,12 +135,12 @@ def scan(
         )
     )
     result: dict[Bank, Coefficients] = {}
-    for bank, (m, token) in sorted(found.items()):
+    for bank, (m, token) in sorted(taken.items()):
         token = torch.arange(len(m)) if token is None else token
         at = token.to(real.device)
-        own = real[at]
-        if not bool(own.all()):
-            m, at = m[own.to(m.device)], at[own]
+        is_token = real[at]
+        if not bool(is_token.all()):
+            m, at = m[is_token.to(m.device)], at[is_token]
         result[bank] = Coefficients(
             m.to(torch.promote_types(m.dtype, torch.float32)),
             row[at].to(m.device),

@@ -1,4 +1,11 @@
-"""corpus.text."""
+"""Text cut into pieces that fit the model, and pieces put together into batches.
+
+    for window in windows(pieces(lm, texts)):       # some hundred pieces at a time
+        for rows in batches(window, 2048):          # of similar length, at most 2,048 padded tokens
+            [piece.ids for piece in rows]
+
+A corpus may be endless, and a text may be of any length: both are read as they are needed.
+"""
 
 from __future__ import annotations
 
@@ -14,27 +21,35 @@ from ..model.language_model import LanguageModel
 from ..model.tokens import encode
 
 WINDOW = 512
-"""Pieces tokenized ahead of the model and sorted by length: enough that a batch has little padding, few enough to stream a corpus."""
+"""Pieces that are tokenized ahead of the model and sorted by length together.
 
+These are enough for batches with little padding, and few enough to stream a corpus."""
 
 LONGEST = 1024
-"""Tokens of a piece at most: a pass holds every layer's coefficients at all of them, and models with many more positions would run out."""
+"""Tokens of a piece at most.
+
+A pass holds every layer's coefficients at all of them. Models with many more positions would run
+out of memory."""
 
 ADDED = (-1, -1)
-"""The span of a token that stands for no place in the text: one that the tokenizer puts in front (BOS) or behind."""
+"""The span of a token that the tokenizer added in front (BOS) or at the end."""
 
-_PART, _MARGIN = 50_000, 500
-"""Characters of a long text that are tokenized together, and those on either side that the tokenizer sees as well."""
+_PART = 50_000
+"""Characters of a long text that are tokenized together."""
+
+_MARGIN = 500
+"""Characters on either side of a part that the tokenizer sees as well."""
 
 
 @dataclass(frozen=True)
 class Piece:
     """A text, or as much of a longer one as goes through the model at a time.
 
-    number  its place among all pieces of the corpus
-    text    the characters it stands for
-    ids     its tokens
-    spans   for each token the characters [start, stop) of `text`; `ADDED` for one the tokenizer added
+    Attributes:
+        number: Its place among all pieces of the corpus, from 0.
+        text: The characters of its tokens.
+        ids: Its tokens.
+        spans: For each token the characters [start, stop) of `text`, or ADDED.
     """
 
     number: int
@@ -44,69 +59,80 @@ class Piece:
 
 
 def check_texts(texts: str | Iterable[str]) -> None:
-    """Raises InputError for what can be no corpus; each text is looked at when it is read."""
+    """Check that something can be a corpus. Each text is checked when it is read.
+
+    Raises:
+        InputError: It is not a text, nor an iterable.
+    """
     if isinstance(texts, (bytes, Mapping)) or not isinstance(texts, Iterable):
         raise InputError(
-            f"the texts are {texts!r:.60}; expected a text, or texts one after another"
+            f"the texts are {texts!r:.60}; give a text, or a list of texts", argument="texts"
         )
 
 
 def pieces(
     lm: LanguageModel, texts: str | Iterable[str], limit: float = math.inf
 ) -> Iterator[Piece]:
-    """The pieces of a corpus in order, up to `limit` tokens; the last is cut. Raises InputError for what is no text.
+    """Yield the pieces of a corpus in order.
 
-    A text is cut where the model's context ends, at `LONGEST` tokens at most. Texts are tokenized as they are asked for, long ones part by
-    part: what is held does not grow with them.
+    A text is cut where the model's context ends, at LONGEST tokens at most. Long texts are
+    tokenized part by part, so that memory does not grow with them.
+
+    Args:
+        lm: The model.
+        texts: One text, or texts one after another.
+        limit: Stop after this many tokens; the last piece is cut.
+
+    Raises:
+        InputError: Something is not a text.
     """
     check_texts(texts)
     longest = min(lm.max_tokens or LONGEST, LONGEST)
     number = itertools.count()
     for text in [texts] if isinstance(texts, str) else texts:
         tokens = _tokens(lm.tokenizer, check_text(text, "a text of the corpus"))
-        while own := list(itertools.islice(tokens, int(min(longest, limit)))):
-            written = [span for _, span in own if span != ADDED]
-            first, last = (
-                min((a for a, _ in written), default=0),
-                max((b for _, b in written), default=0),
-            )
+        while taken := list(itertools.islice(tokens, int(min(longest, limit)))):
+            written = [span for _, span in taken if span != ADDED]
+            first = min((start for start, _ in written), default=0)
+            last = max((stop for _, stop in written), default=0)
             spans = [
-                ADDED if span == ADDED else (span[0] - first, span[1] - first) for _, span in own
+                ADDED if span == ADDED else (span[0] - first, span[1] - first) for _, span in taken
             ]
-            yield Piece(next(number), text[first:last], [token for token, _ in own], spans)
-            limit -= len(own)
+            yield Piece(next(number), text[first:last], [token for token, _ in taken], spans)
+            limit -= len(taken)
             if limit < 1:
                 return
 
 
 def _tokens(tokenizer: Any, text: str) -> Iterator[tuple[int, tuple[int, int]]]:
-    """The tokens of a text and their characters, as `encode` finds them, but with those of white space that tokenizers trim off.
+    """Yield the tokens of a text and their characters.
 
-    A long text is cut at white space. The tokenizer sees some characters beyond the cut, so that tokens are those of the whole text unless
-    one of them reaches further than that.
+    They are those of `encode`, except that a token of white space that the tokenizer trims off has
+    its characters back. A long text is cut at white space. The tokenizer sees some characters
+    beyond the cut, so the tokens are those of the whole text unless one reaches further than that.
     """
     special = set(tokenizer.all_special_ids)
     for start, stop in _parts(text):
         begin = max(start - _MARGIN, 0)
         ids, spans = encode(tokenizer, text[begin : stop + _MARGIN])
         added = [token in special and a == b for token, (a, b) in zip(ids, spans, strict=True)]
-        front = next((i for i, own in enumerate(added) if not own), len(ids))
-        back = len(ids) - next((i for i, own in enumerate(reversed(added)) if not own), 0)
-        behind = begin  # where the token before ended
+        front = next((i for i, is_added in enumerate(added) if not is_added), len(ids))
+        at_end = next((i for i, is_added in enumerate(reversed(added)) if not is_added), 0)
+        before = begin  # where the token before ended
         for i, (token, (a, b)) in enumerate(zip(ids, spans, strict=True)):
-            if not front <= i < back:
+            if not front <= i < len(ids) - at_end:
                 if start == 0 if i < front else stop == len(text):
                     yield token, ADDED
                 continue
-            # Of trimmed white space only its end is told.
-            a, b = (begin + a, begin + b) if b > a else (behind, max(behind, begin + b))
-            behind = b
+            # For trimmed white space the tokenizer gives the end alone.
+            a, b = (begin + a, begin + b) if b > a else (before, max(before, begin + b))
+            before = b
             if (a >= start or start == 0) and (a < stop or stop == len(text)):
                 yield token, (a, b)
 
 
 def _parts(text: str) -> Iterator[tuple[int, int]]:
-    """A text as [start, stop), cut at white space into parts of `_PART` characters at most."""
+    """Yield a text as [start, stop), cut at white space into parts of at most _PART characters."""
     start = 0
     while len(text) - start > _PART:
         space = max(text.rfind(c, start + 1, start + _PART) for c in " \n\t")
@@ -116,14 +142,17 @@ def _parts(text: str) -> Iterator[tuple[int, int]]:
     yield start, len(text)
 
 
-def windows(found: Iterator[Piece]) -> Iterator[list[Piece]]:
-    """So many pieces at a time as are sorted by length together."""
-    while window := list(itertools.islice(found, WINDOW)):
+def windows(stream: Iterator[Piece]) -> Iterator[list[Piece]]:
+    """Yield as many pieces at a time as are sorted by length together."""
+    while window := list(itertools.islice(stream, WINDOW)):
         yield window
 
 
 def batches(window: Iterable[Piece], batch_tokens: int) -> Iterator[list[Piece]]:
-    """Pieces of like length whose padded size stays within the budget, shortest first (at least one piece each)."""
+    """Yield pieces of similar length, shortest first, whose padded size stays within the budget.
+
+    A batch has at least one piece.
+    """
     rows: list[Piece] = []
     for piece in sorted(window, key=lambda piece: len(piece.ids)):
         if rows and len(piece.ids) * (len(rows) + 1) > batch_tokens:
