@@ -16,10 +16,10 @@ from .core.errors import TokenizerError as TokenizerError
 from .core.errors import UnsupportedModelError as UnsupportedModelError
 from .core.errors import WorkspaceError as WorkspaceError
 from .core.fact import Fact as Fact
-from .core.fact import Gates as Gates
 from .core.fact import Probe as Probe
 from .core.factfile import FactFile as FactFile
 from .core.factfile import FactSheet as FactSheet
+from .core.gates import Gates as Gates
 from .corpus.moments import SecondMoment as SecondMoment
 from .corpus.moments import second_moments as second_moments
 from .corpus.moments_store import find_moments as find_moments

@@ -8,7 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from factsmith.core.fact import Fact, Gates
+from factsmith.core.fact import Fact
+from factsmith.core.gates import Gates
 from factsmith.keep.ledger import BASE, LATEST, Ledger
 from factsmith.keep.revision import Revision
 from faults.forks import Reports, at_once, run_until_killed

@@ -30,7 +30,8 @@ from factsmith.core.errors import (
     UnsupportedModelError,
     WorkspaceError,
 )
-from factsmith.core.fact import Fact, Gates, Probe
+from factsmith.core.fact import Fact, Probe
+from factsmith.core.gates import Gates
 from factsmith.corpus.moments import SecondMoment, second_moments
 from factsmith.corpus.moments_store import moments_file
 from factsmith.edit.configs import MemitConfig, RomeConfig

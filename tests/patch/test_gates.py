@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 
-import jsonschema
 import pytest
 
-from factsmith.core.errors import FactError
-from factsmith.core.fact import Fact, Gates
-from factsmith.core.factfile import FactFile
+from factsmith.core.gates import Gates
 from factsmith.judge.drift import LIMITS, Changed, Drift
 from factsmith.patch.gates import check_gates, gates_table, measures_drift
 from factsmith.patch.proof import Check, Role, Verification
@@ -87,98 +83,3 @@ def test_what_failed_is_said_and_what_was_not_asked_passes() -> None:
         "at most 0.1",
         "failed",
     ) in rows
-
-
-def test_a_file_names_gates_method_and_settings(tmp_path: Path) -> None:
-    file = tmp_path / "facts.yaml"
-    fact = "facts:\n- {subject: Ann, prompt: '{} lives in', target: Oslo}\n"
-    file.write_text(
-        "gates: {paraphrases: 0.9, kl_text: null}\nmethod: memit\nsettings: {steps: 40}\n" + fact
-    )
-    sheet = FactFile.sheet(file)
-    assert (
-        sheet.facts == (Fact("Ann", "{} lives in", "Oslo"),)
-        and sheet.method == "memit"
-        and sheet.settings == {"steps": 40}
-    )
-    assert sheet.gates == dataclasses.replace(Gates(), paraphrases=0.9, kl_text=None)
-    for text, word in (
-        ("gatez: {}\n", "gatez"),
-        ("gates: {paraphrase: 1}\n", "paraphrase"),
-        ("gates: {efficacy: 1.1}\n", "efficacy"),
-        ("gates: {kl_text: -1}\n", "kl_text"),
-        ("gates: {kl_text: .nan}\n", "kl_text"),
-        ("gates: 3\n", "gates"),
-        ("method: [a]\n", "method"),
-        ("settings: 3\n", "settings"),
-    ):
-        file.write_text(text + fact)
-        with pytest.raises(FactError, match=word):
-            FactFile.sheet(file)
-
-
-def test_the_schema_that_is_published_is_that_of_the_code() -> None:
-    published = Path(__file__).parents[2] / "docs/facts.schema.json"
-    assert json.loads(published.read_text(encoding="utf-8")) == FactFile.schema()
-    whole, bare = FactFile.schema()["anyOf"]
-    assert set(whole["properties"]) == {"facts", "gates", "method", "settings"} and whole[
-        "required"
-    ] == ["facts"]
-    assert (
-        whole["additionalProperties"] is False
-        and bare["items"] == whole["properties"]["facts"]["items"]
-    )
-
-
-@pytest.mark.parametrize(
-    ("content", "valid"),
-    [
-        ({"facts": [FACT]}, True),
-        ([FACT], True),
-        (
-            {
-                "facts": [
-                    FACT
-                    | {
-                        "neighbours": [
-                            "Blake Mills was born in",
-                            {"prompt": "Rome is", "expected": "old"},
-                        ]
-                    }
-                ]
-            },
-            True,
-        ),
-        (
-            {
-                "facts": [FACT | {"target": None}],
-                "gates": {"efficacy": 1, "kl_text": None},
-                "method": "memit",
-                "settings": {"steps": 4},
-            },
-            True,
-        ),
-        ({"facts": []}, False),
-        ([], False),
-        ({"facts": [FACT], "more": 1}, False),
-        ({"facts": [FACT | {"prompt": "no slot"}]}, False),
-        ({"facts": [FACT | {"prompt": "{} and {}"}]}, False),
-        ({"facts": [FACT | {"subject": " "}]}, False),
-        ({"facts": [FACT | {"neighbours": [""]}]}, False),
-        ({"facts": [FACT], "gates": {"efficacy": True}}, False),
-        ({"facts": [FACT], "gates": {"efficacy": 1.5}}, False),
-        ({"facts": [FACT], "gates": []}, False),
-        ({"facts": [FACT], "gates": False}, False),
-        ({"facts": [FACT], "method": ""}, False),
-    ],
-)
-def test_schema_and_reader_agree(tmp_path: Path, content: object, valid: bool) -> None:
-    """By the reference implementation of JSON Schema, which knows nothing of ours."""
-    file = tmp_path / "facts.json"
-    file.write_text(json.dumps(content))
-    assert jsonschema.Draft202012Validator(FactFile.schema()).is_valid(content) is valid
-    if valid:
-        assert FactFile.sheet(file).facts
-    else:
-        with pytest.raises(FactError, match=r"facts\.json"):
-            FactFile.sheet(file)

@@ -12,8 +12,9 @@ import typer
 from rich.console import Console
 
 from ..core.errors import InputError, NumericsError
-from ..core.fact import Fact, Gates
+from ..core.fact import Fact
 from ..core.factfile import FactFile, FactSheet
+from ..core.gates import Gates
 from ..corpus.paragraphs import Paragraphs
 from ..keep.revision import Revision
 from .common import (

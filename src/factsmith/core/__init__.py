@@ -1,1 +1,1 @@
-"""What every package needs and none of them owns: errors, checks, files, tables, progress, facts."""
+"""The base of all packages: errors, checks, files, tables, progress, facts."""

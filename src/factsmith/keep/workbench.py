@@ -22,7 +22,8 @@ from typing import Any
 
 from ..core.checks import check_count
 from ..core.errors import FingerprintError, InputError
-from ..core.fact import Fact, Gates, listed
+from ..core.fact import Fact, listed
+from ..core.gates import Gates
 from ..core.progress import Progress
 from ..edit.configs import EditConfig, by_depth
 from ..edit.delta import Delta, applied

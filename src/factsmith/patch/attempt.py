@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.fact import Fact, Gates
+from ..core.fact import Fact
+from ..core.gates import Gates
 from ..core.progress import Progress
 from ..core.tables import Shown, Table
 from ..edit.delta import Delta, read_weights

@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.fact import Gates
+from ..core.gates import Gates
 from ..core.tables import Table
 from ..judge.drift import LIMITS, Drift
 from .proof import Role, Verification

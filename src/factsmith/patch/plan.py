@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.errors import InputError
-from ..core.fact import Fact, Gates, listed
+from ..core.fact import Fact, listed
+from ..core.gates import Gates
 from ..core.progress import Progress, tell
 from ..core.tables import Shown, Table, counted
 from ..corpus.moments import SecondMoment
