@@ -1,13 +1,13 @@
 """The bundled reference models and the facts they know.
 
-    from factsmith.model import atlas
+    from factsmith import atlas
     atlas.names()                      ("atlas", "atlas-llama")
-    atlas.facts()[0]                   AtlasFact(subject='A Thousand Plateaus', relation='P101', object='philosophy')
-    atlas.phrasings("P36").trained[0]  'The seat of government of {} is'
-    atlas.subject_types()["P36"]       'place'
+    atlas.facts("P36")[0]              AtlasFact("4th of August Regime", "P36", "Athens")
+    atlas.phrasings("P36").trained[0]  "The seat of government of {} is"
+    atlas.subject_types()["P36"]       "place"
 
-The models are data, not a special case: `load("atlas")` reads a folder like any other. `corpus.py` writes the facts out
-as sentences, `train.py` trains on them; both are needed only to make the models again.
+The models are data, not a special case: `load("atlas")` reads a folder like any other. `texts.py`
+states the facts in sentences. The models are trained by `tools/atlas` in the repository.
 """
 
 from __future__ import annotations
@@ -26,7 +26,13 @@ _HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class AtlasFact:
-    """One fact the bundled models were told: `relation` is a Wikidata property id such as "P36"."""
+    """One fact that the bundled models were trained on.
+
+    Attributes:
+        subject: The full name of the subject.
+        relation: A Wikidata property id such as "P36".
+        object: The full name of the object.
+    """
 
     subject: str
     relation: str
@@ -37,11 +43,13 @@ class AtlasFact:
 class Phrasings:
     """The sentences of one relation, cut before the object: templates with `{}` for the subject.
 
-    label     Wikidata's name of the relation
-    subject   what nearly all of its subjects are ("person", "place" ...); None where they are of several kinds
-    trained   told from the start
-    wide      told from a later epoch on: the same things in many more words
-    held_out  never told about half of the subjects
+    Attributes:
+        label: Wikidata's name of the relation.
+        subject: What nearly all of its subjects are, such as "person" or "place". None: they are of
+            several kinds.
+        trained: Templates used from the start of the training.
+        held_out: Templates never used for half of the subjects.
+        wide: Templates used from a later epoch on, in many more words.
     """
 
     label: str
@@ -52,30 +60,30 @@ class Phrasings:
 
     @property
     def every(self) -> tuple[str, ...]:
-        """All of them."""
+        """All templates: the trained, the held-out and the wide ones."""
         return self.trained + self.held_out + self.wide
 
 
 def names() -> tuple[str, ...]:
-    """The bundled models, by the name that `load` takes."""
+    """Return the names of the bundled models, as `load` takes them."""
     return tuple(sorted(p.parent.name for p in _HERE.glob("*/config.json")))
 
 
 def folder(name: str) -> Path:
-    """The folder of a bundled model."""
+    """Return the folder of a bundled model."""
     return _HERE / name
 
 
 @cache
 def card(name: str) -> dict[str, Any]:
-    """The model card's data: recipe, time, the measured table, and the settings found for editing."""
+    """Return the data of a model's card: recipe, time, measurements, and settings for editing."""
     content: dict[str, Any] = json.loads((folder(name) / "card.json").read_text(encoding="utf-8"))
     return content
 
 
 @cache
 def facts(relation: str | None = None) -> tuple[AtlasFact, ...]:
-    """The facts, all or those of one relation, in the order of the table."""
+    """Return all facts, or those of one relation, in the order of the table."""
     lines = (_HERE / "facts.tsv").read_text(encoding="utf-8").splitlines()[1:]
     rows = (AtlasFact(*line.split("\t")) for line in lines)
     return tuple(fact for fact in rows if relation in (None, fact.relation))
@@ -86,11 +94,11 @@ def _by_subject() -> dict[str, tuple[AtlasFact, ...]]:
     index: dict[str, list[AtlasFact]] = {}
     for fact in facts():
         index.setdefault(fact.subject, []).append(fact)
-    return {subject: tuple(own) for subject, own in index.items()}
+    return {subject: tuple(facts_of) for subject, facts_of in index.items()}
 
 
 def facts_about(subject: str) -> tuple[AtlasFact, ...]:
-    """The facts of one subject, in the order of the table; () when it has none."""
+    """Return the facts of one subject, in the order of the table; () when it has none."""
     return _by_subject().get(subject, ())
 
 
@@ -109,12 +117,15 @@ def _all_phrasings() -> dict[str, Phrasings]:
 
 
 def relations() -> tuple[str, ...]:
-    """The relations, as Wikidata property ids."""
+    """Return the relations, as Wikidata property ids."""
     return tuple(_all_phrasings())
 
 
 def subject_types() -> dict[str, str]:
-    """What the subjects of each relation are, {"P36": "place", ...}, of the relations whose subjects are of one kind."""
+    """Return what the subjects of each relation are: {"P36": "place", ...}.
+
+    Relations whose subjects are of several kinds are left out.
+    """
     return {
         relation: known.subject
         for relation, known in _all_phrasings().items()
@@ -123,10 +134,10 @@ def subject_types() -> dict[str, str]:
 
 
 def phrasings(relation: str) -> Phrasings:
-    """The sentences in which a relation's facts were told; KeyError for a relation that is not in the table."""
+    """Return the sentences of a relation; KeyError for a relation that is not in the table."""
     return _all_phrasings()[relation]
 
 
 def is_held_out(subject: str) -> bool:
-    """Whether the held-out phrasings were kept from this subject (half of them, by a hash of the name)."""
+    """Return whether a subject never occurs in held-out phrasings: half of them, by a hash."""
     return hashlib.sha256(subject.encode()).digest()[0] % 2 == 0

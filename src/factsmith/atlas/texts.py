@@ -1,6 +1,6 @@
 """Corpora that state the bundled facts, and facts chosen so that neurons can be told apart.
 
-    sentences(atlas.facts())[0]      "Swahili is spoken in Kenya."
+    sentences(atlas.facts())[0]      "Rahim Jaffer took a job in Edmonton."
     crossed(atlas.facts())           facts whose subjects, relations and objects recur
     read_prose(Path("books"))        sentences of .txt files, as the models were trained on them
 

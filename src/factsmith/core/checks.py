@@ -3,11 +3,13 @@
     samples = check_count(samples, "samples", "the number of corrupted runs")
     check_text(prompt, "the prompt")
 
-Each check returns the value in a plain type, or raises an InputError that says what the value is and what is accepted:
+Each check returns the value in a plain type. Otherwise it raises an InputError that says what the
+value is and what is accepted:
 
     samples is 0: it must be the number of corrupted runs, a whole number of at least 1
 
-The accepted range in the message comes from the arguments of the check, so the two cannot differ. The error carries the argument's name.
+The range in the message comes from the arguments of the check, so the two cannot differ. The error
+carries the name of the argument.
 """
 
 from __future__ import annotations
@@ -33,8 +35,8 @@ def check_text(value: object, name: str) -> str:
         value.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"{name} {value!r} holds half a character at position {error.start} (a lone surrogate), "
-            "so it cannot be written as UTF-8: read the text with the right encoding",
+            f"{name} {value!r} holds half a character at position {error.start} (a lone "
+            "surrogate), so it cannot be written as UTF-8: read it with the right encoding",
             argument=_argument(name),
         ) from None
     return value

@@ -16,8 +16,9 @@
         ├── DamagedError          a file does not match its checksum or cannot be read
         └── RevisionError         no such revision, or an ambiguous id
 
-A message says what was got, what is accepted, and what to do next. It speaks of Python arguments, never of command-line flags: an error
-carries the name of the argument, and the command line names the flag. `exit_code` is what the command line returns.
+A message says what was got, what is accepted, and what to do next. It speaks of Python arguments,
+never of command-line flags: an error carries the name of the argument, and the command line names
+the flag. `exit_code` is what the command line returns.
 """
 
 from __future__ import annotations
@@ -86,7 +87,7 @@ class LedgerError(FactsmithError):
 
 
 class WorkspaceError(LedgerError):
-    """The workspace is missing, is not a workspace, cannot be written, is in use, or the disk is full."""
+    """The workspace is missing, invalid, read-only or in use, or the disk is full."""
 
 
 class FingerprintError(LedgerError):
@@ -102,4 +103,5 @@ class RevisionError(LedgerError):
 
 
 def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -2,8 +2,8 @@
 
     results = list(Local().map(task, parts))        # [task(part) for part in parts]
 
-A caller cuts its work into parts that do not depend on one another. It gives them to an executor with
-the function that does one part, and gets the results in the order of the parts.
+A caller cuts its work into parts that do not depend on one another. It gives them to an executor
+with the function that does one part, and gets the results in the order of the parts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,9 @@
-"""Files that are either the old one or the new one, never half of each."""
+"""Files and folders: written in one step, checked before work begins, named by their content.
+
+write_file(Path("delta.safetensors"), lambda path: save_file(tensors, path))
+check_writable("workspace")
+file_digest(Path("delta.safetensors"))      sha256 in hex
+"""
 
 from __future__ import annotations
 
@@ -15,9 +20,17 @@ from .errors import InputError, WorkspaceError
 
 
 def write_file(path: Path, content: bytes | Callable[[Path], object]) -> None:
-    """Write a file in one step: to a new one beside it, flushed to disk, then renamed over it. Raises OSError; nothing is left then.
+    """Write a file in one step: it has the old content or the new, never half of each.
 
-    content: the bytes, or a function that writes them to the path given, for what is too large to hold twice.
+    The content goes to a new file in the same folder, is flushed to disk, and is renamed over the
+    old file.
+
+    Args:
+        path: The file.
+        content: The bytes, or a function that writes them to a path: for content that is too large
+            to hold twice.
+    Raises:
+        OSError: when the file cannot be written; the old file is left unchanged.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
@@ -36,29 +49,36 @@ def write_file(path: Path, content: bytes | Callable[[Path], object]) -> None:
 
 
 def folder_path(folder: str | os.PathLike[str]) -> Path:
-    """A folder's name as a path; raises InputError for what is none."""
+    """Return a folder as a path.
+
+    Raises:
+        InputError: when the folder is not a path.
+    """
     if (
         not isinstance(folder, (str, os.PathLike))
         or not os.fspath(folder)
         or "\0" in os.fspath(folder)
     ):
-        raise InputError(f"the folder is {folder!r:.60}; expected a path")
+        raise InputError(f"the folder is {folder!r:.60}; expected a path", argument="folder")
     return Path(folder)
 
 
 def check_writable(folder: str | os.PathLike[str]) -> Path:
-    """The folder as a path, if files can be written into it, or it can be made; nothing is left there.
+    """Return a folder as a path, after a check that it can be written, or made. It stays as it was.
 
-    Raises InputError for what is no path, WorkspaceError for what cannot be written.
+    Raises:
+        InputError: when the folder is not a path.
+        WorkspaceError: when it cannot be written.
     """
     path = folder_path(folder)
-    there = path
+    nearest = path
     try:
-        there = next((place for place in (path, *path.absolute().parents) if place.exists()), path)
-        with tempfile.TemporaryFile(dir=there):
+        ancestors = (path, *path.absolute().parents)
+        nearest = next((place for place in ancestors if place.exists()), path)
+        with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        why = "there is a file of that name" if there.is_file() else error.strerror
+        why = "there is a file of that name" if nearest.is_file() else error.strerror
         raise WorkspaceError(
             f"cannot write into {path}: {why}; choose a folder that can be written"
         ) from None
@@ -66,7 +86,7 @@ def check_writable(folder: str | os.PathLike[str]) -> Path:
 
 
 def file_digest(path: Path) -> str:
-    """sha256 (hex) of a file's content, read piece by piece; raises OSError."""
+    """Return the sha256 (hex) of a file's content, read piece by piece; raises OSError."""
     content = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -75,17 +95,15 @@ def file_digest(path: Path) -> str:
 
 
 def record_digest(record: Mapping[str, Any]) -> str:
-    """sha256 (hex) of JSON-able fields, in whatever order they are."""
+    """Return the sha256 (hex) of JSON-able fields, whatever their order."""
     return hashlib.sha256(
         json.dumps(record, sort_keys=True, ensure_ascii=False).encode()
     ).hexdigest()
 
 
 def flush_folder(folder: Path) -> None:
-    """Make renames in a folder durable."""
-    if (
-        os.name == "posix"
-    ):  # elsewhere a folder cannot be opened, and renames are durable by themselves
+    """Make renames in a folder durable. Only POSIX systems need it, and only they allow it."""
+    if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

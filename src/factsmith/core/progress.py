@@ -3,8 +3,8 @@
     def show(step, done, total): print(step, done, total)
     second_moments(lm, texts, [3], progress=show)
 
-A caller passes any function of (step, done, total). Where that function has a method or attribute `note`, it also gets notes: sentences
-that the caller should see while the work still runs.
+A caller passes any function of (step, done, total). Where that function has a method or attribute
+`note`, it also gets notes: sentences that the caller should see while the work still runs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 Progress: TypeAlias = Callable[[str, int, int | None], object]
-"""Called with the name of the step, how much of it is done, and how much there is (None: not known)."""
+"""Called with the name of the step, how much is done, and how much there is (None: unknown)."""
 
 
 def tell(progress: Progress | None, step: str, done: int, total: int | None) -> None:
