@@ -25,10 +25,10 @@ def test_it_is_the_share_of_neurons_whose_value_says_what_follows(
         find_triggers(tiny_gpt2, CORPUS, [0, 2], top=3),
         value_tokens(tiny_gpt2, [0, 1, 2], top=20),
     )
-    found = agreement(triggers, values, sign=sign)  # type: ignore[arg-type]
-    assert found.layers == (0, 2)
+    result = agreement(triggers, values, sign=sign)  # type: ignore[arg-type]
+    assert result.layers == (0, 2)
     promoted = values.top_ids if sign == "top" else values.bottom_ids
-    for row, layer in enumerate(found.layers):
+    for row, layer in enumerate(result.layers):
         pairs = [
             (triggers.of((layer, i), sign=sign)[0].next_token, promoted[layer,][i].tolist())  # type: ignore[arg-type]
             for i in range(128)
@@ -36,15 +36,15 @@ def test_it_is_the_share_of_neurons_whose_value_says_what_follows(
         ]
         pairs = [(following, tokens) for following, tokens in pairs if following is not None]
         n = len(pairs)
-        assert int(found.counted[row]) == n > 50
-        assert float(found.share[row]) == pytest.approx(
+        assert int(result.counted[row]) == n > 50
+        assert float(result.share[row]) == pytest.approx(
             sum(f == tokens[0] for f, tokens in pairs) / n
         )
         assert (
-            float(found.within[row]) == pytest.approx(sum(f in tokens for f, tokens in pairs) / n)
-            and float(found.within[row]) > 0
+            float(result.within[row]) == pytest.approx(sum(f in tokens for f, tokens in pairs) / n)
+            and float(result.within[row]) > 0
         )
-        assert float(found.chance[row]) == pytest.approx(
+        assert float(result.chance[row]) == pytest.approx(
             sum(f == tokens[0] for f, _ in pairs for _, tokens in pairs) / n**2
         )
 
@@ -58,8 +58,8 @@ def test_values_that_know_what_follows_agree(tiny_gpt2: LanguageModel) -> None:
     knowing = dataclasses.replace(
         values, top_ids={(1,): torch.where(following >= 0, following, 0).expand(-1, 5)}
     )
-    found = agreement(triggers, knowing)
-    assert float(found.share) == 1 and float(found.chance) < 0.5
+    result = agreement(triggers, knowing)
+    assert float(result.share) == 1 and float(result.chance) < 0.5
     assert float(agreement(triggers, values).share) < 0.5
 
 

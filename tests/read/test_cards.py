@@ -1,4 +1,4 @@
-"""A neuron's card, against asking the model with a hook of the test's own."""
+"""A neuron's card, compared with the model's answers under a hook of the test's own."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from factsmith.core.errors import InputError, LayerError
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import load
 from factsmith.model.trace import hook_count
-from factsmith.read.cards import card
-from factsmith.read.fact_adds import fact_adds
+from factsmith.read.cards import card, find_card
 from factsmith.read.index import Index, build_index
 
 FACTS = [
@@ -40,17 +39,17 @@ def index(lm: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Index:
 
 def test_a_card_says_what_the_index_and_the_model_say(lm: LanguageModel, index: Index) -> None:
     neuron = (5, 221)
-    found = card(lm, index, neuron, FACTS, k=3)
-    assert found.neuron == neuron and found.n_asked == 2, "what it does not know is not asked"
+    result = card(lm, index, neuron, FACTS, k=3)
+    assert result.neuron == neuron and result.n_asked == 2, "what it does not know is not asked"
     assert (
-        list(found.triggers) == index.triggers.of(neuron, k=3)
-        and list(found.promotes) == index.values.of(neuron)[:3]
+        list(result.triggers) == index.triggers.of(neuron, k=3)
+        and list(result.promotes) == index.values.of(neuron)[:3]
     )
     seen = torch.cat([lm.coefficients(text, [5])[0, :, 221] for text in index.triggers.texts])
-    assert int(found.counts.sum()) == len(seen)
-    assert torch.allclose(found.edges[[0, -1]], torch.stack([seen.min(), seen.max()]), atol=1e-4)
-    assert int(found.counts[0]) == pytest.approx(int((seen < found.edges[1]).sum()), abs=2)
-    for use in found.facts:
+    assert int(result.counts.sum()) == len(seen)
+    assert torch.allclose(result.edges[[0, -1]], torch.stack([seen.min(), seen.max()]), atol=1e-4)
+    assert int(result.counts[0]) == pytest.approx(int((seen < result.edges[1]).sum()), abs=2)
+    for use in result.facts:
         assert use.coefficient == pytest.approx(
             float(lm.coefficients(use.prompt, [5])[0, -1, 221]), abs=1e-4
         )
@@ -68,13 +67,13 @@ def test_a_card_says_what_the_index_and_the_model_say(lm: LanguageModel, index: 
             pytest.approx(before, abs=1e-5),
             pytest.approx(after, abs=1e-5),
         )
-    assert any(abs(use.p - use.p_silenced) > 1e-4 for use in found.facts)
+    assert any(abs(use.p - use.p_silenced) > 1e-4 for use in result.facts)
     assert hook_count(lm.module.modules()) == 0
 
 
 def test_bundled_facts_are_asked_when_none_are_given(lm: LanguageModel, index: Index) -> None:
-    found = card(lm, index, (2, 7), n_facts=3)
-    assert found.n_asked > 300 and len(found.facts) == 3
+    result = card(lm, index, (2, 7), n_facts=3)
+    assert result.n_asked > 300 and len(result.facts) == 3
     assert card(lm, index, (2, 7), n_facts=0).facts == () == card(lm, index, (2, 7), []).facts
 
 
@@ -86,53 +85,13 @@ def test_bad_input_is_refused_in_words(lm: LanguageModel, index: Index, tmp_path
         card(lm, index, (0, 0), ["no pair"])  # type: ignore[list-item]
 
 
-def test_the_facts_each_neuron_of_a_layer_adds_most_to(lm: LanguageModel, index: Index) -> None:
-    asked = [
-        *FACTS,
-        ("Michel Brault grew up speaking", "French"),
-        ("Alain Prost carries the passport of", "France"),
-    ]
-    adds = fact_adds(lm, [5, 2], asked, n=2)
-    assert set(adds.facts) == {(2,), (5,)} and FACTS[0] in adds.known and FACTS[2] not in adds.known
-    head, norm = lm.module.lm_head.weight.double(), lm.module.transformer.ln_f.weight.double()
-    for layer in (2, 5):
-        values = lm.ffn[layer].values.double()
-        due = torch.tensor([lm.tokenizer(" " + answer)["input_ids"][0] for _, answer in adds.known])
-        units = (values - values.mean(1, keepdim=True)) * norm @ head[due].T  # (d_ff, facts)
-        m = torch.stack(
-            [lm.coefficients(prompt, [layer])[0, -1].double() for prompt, _ in adds.known], 1
-        )
-        expected = (m * units).sort(1, descending=True)
-        assert torch.allclose(
-            adds.adds[layer,].double(), expected.values[:, :2].clamp(min=0), atol=1e-3
-        )
-        clear = (expected.values[:, :1] - expected.values[:, 1:2] > 1e-3)[:, 0] & (
-            expected.values[:, 0] > 1e-3
-        )
-        assert clear.sum() > 500 and torch.equal(
-            adds.facts[layer,][clear, 0], expected.indices[clear, 0]
-        )
-        assert torch.allclose(
-            adds.coefficients[layer,][clear, 0].double(),
-            m.gather(1, expected.indices)[clear, 0],
-            atol=1e-3,
-        )
-    for i in (221, 992):
-        used = {
-            (use.prompt, use.answer): use.coefficient
-            for use in card(lm, index, (5, i), asked, n_facts=2).facts
-        }
-        assert {
-            (prompt, answer): pytest.approx(m, abs=1e-4) for prompt, answer, m, _ in adds.of((5, i))
-        } == used
-
-
-def test_facts_of_layers_that_are_not_there(lm: LanguageModel) -> None:
+def test_a_card_is_made_with_the_index_that_is_kept(
+    lm: LanguageModel, index: Index, tmp_path: Path
+) -> None:
+    kept = find_card(lm, (5, 221), index.folder, k=3, n_facts=0)
+    assert kept.triggers == card(lm, index, (5, 221), n_facts=0, k=3).triggers != ()
+    made = find_card(lm, (5, 221), tmp_path / "new", texts=TEXTS, n_facts=0)
+    assert made.n_texts == len(TEXTS) and Index.open(tmp_path / "new", lm).values.of((5, 221))
     with pytest.raises(LayerError, match="layer 9"):
-        fact_adds(lm, [9], FACTS)
-    with pytest.raises(InputError, match="layers is empty"):
-        fact_adds(lm, [], FACTS)
-    adds = fact_adds(lm, [1], FACTS)
-    for neuron in ((2, 0), (1, 1024)):
-        with pytest.raises(LayerError, match="not looked at"):
-            adds.of(neuron)
+        find_card(lm, (9, 0), tmp_path / "other", texts=TEXTS)
+    assert not (tmp_path / "other").exists(), "the neuron is checked before an index is made"

@@ -45,23 +45,25 @@ def model(family: str) -> LanguageModel:
 @pytest.mark.parametrize("contrast", [None, " Brazil"])
 def test_the_parts_sum_to_the_logit(family: str, contrast: str | None) -> None:
     lm = model(family)
-    found = compose(lm, PROMPT, " Paris", contrast=contrast, position=3)
+    composition = compose(lm, PROMPT, " Paris", contrast=contrast, position=3)
     with torch.no_grad():
         logits = lm.module(input_ids=torch.tensor([lm.prompt_ids(PROMPT)])).logits[0, 3]
-    expected = logits[found.target_id] - (
-        0 if found.contrast_id is None else logits[found.contrast_id]
+    expected = logits[composition.target_id] - (
+        0 if composition.contrast_id is None else logits[composition.contrast_id]
     )
-    assert found.logit == pytest.approx(float(expected), abs=1e-3)
-    assert sum(part.logit for part in found.parts) == pytest.approx(float(expected), abs=2e-3)
-    assert max(abs(part.logit) for part in found.parts) > 0.05
-    assert [part.layer for part in found.parts if part.kind == "attention"] == list(
+    assert composition.logit == pytest.approx(float(expected), abs=1e-3)
+    assert sum(part.logit for part in composition.parts) == pytest.approx(float(expected), abs=2e-3)
+    assert max(abs(part.logit) for part in composition.parts) > 0.05
+    assert [part.layer for part in composition.parts if part.kind == "attention"] == list(
         range(lm.n_layers)
     )
     written = {
-        layer: sum(float(s.sum()) for bank, (_, s) in found.neurons.items() if bank[0] == layer)
+        layer: sum(
+            float(s.sum()) for bank, (_, s) in composition.neurons.items() if bank[0] == layer
+        )
         for layer in range(lm.n_layers)
     }
-    for part in found.parts:
+    for part in composition.parts:
         if (
             part.kind == "ffn"
             and part.layer is not None
@@ -70,15 +72,17 @@ def test_the_parts_sum_to_the_logit(family: str, contrast: str | None) -> None:
             assert written[part.layer] == pytest.approx(part.logit, abs=2e-3), (
                 "a memory without a bias is the sum of its sub-updates"
             )
-    assert torch.isclose(found.probabilities[-1], logits.softmax(-1)[found.target_id], atol=1e-5)
-    assert int(found.ranks[-1]) == int((logits > logits[found.target_id]).sum())
-    assert len(found.ranks) == len(found.probabilities) == 2 * lm.n_layers + 1
+    assert torch.isclose(
+        composition.probabilities[-1], logits.softmax(-1)[composition.target_id], atol=1e-5
+    )
+    assert int(composition.ranks[-1]) == int((logits > logits[composition.target_id]).sum())
+    assert len(composition.ranks) == len(composition.probabilities) == 2 * lm.n_layers + 1
     assert hook_count(lm.module.modules()) == 0
 
 
 def test_a_sub_update_s_share_is_its_value_through_the_norm() -> None:
     lm = model("gpt2")
-    found = compose(lm, PROMPT)
+    composition = compose(lm, PROMPT)
     ids = torch.tensor([lm.prompt_ids(PROMPT)])
     kept: list[torch.Tensor] = []
     handle = lm.module.transformer.h[1].mlp.c_proj.register_forward_pre_hook(
@@ -98,32 +102,38 @@ def test_a_sub_update_s_share_is_its_value_through_the_norm() -> None:
         * norm.weight
         / (last[0].var(unbiased=False) + norm.eps).sqrt()
     )
-    expected = kept[0] * (through @ lm.module.transformer.wte.weight[found.target_id])
-    coefficients, shares = found.neurons[1,]
+    expected = kept[0] * (through @ lm.module.transformer.wte.weight[composition.target_id])
+    coefficients, shares = composition.neurons[1,]
     assert torch.allclose(coefficients, kept[0], atol=1e-5) and torch.allclose(
         shares, expected.detach(), atol=1e-4
     )
-    assert found.target_id == int(logits.argmax()) and int(found.ranks[-1]) == 0
+    assert composition.target_id == int(logits.argmax()) and int(composition.ranks[-1]) == 0
 
 
 def test_the_strongest_and_how_many_make_half(tiny_llama: LanguageModel) -> None:
-    found = compose(tiny_llama, PROMPT)
+    composition = compose(tiny_llama, PROMPT)
     shares = {
         (*bank, i): float(s)
-        for bank, (_, logits) in found.neurons.items()
+        for bank, (_, logits) in composition.neurons.items()
         for i, s in enumerate(logits)
     }
-    assert [c.neuron for c in found.strongest(5)] == sorted(shares, key=lambda n: -shares[n])[:5]
-    assert [c.neuron for c in found.strongest(5, against=True)] == sorted(
+    assert [c.neuron for c in composition.strongest(5)] == sorted(shares, key=lambda n: -shares[n])[
+        :5
+    ]
+    assert [c.neuron for c in composition.strongest(5, against=True)] == sorted(
         shares, key=lambda n: shares[n]
     )[:5]
     speaking = sorted((s for s in shares.values() if s > 0), reverse=True)
-    assert sum(speaking[: found.half]) >= sum(speaking) / 2 > sum(speaking[: found.half - 1])
+    assert (
+        sum(speaking[: composition.half])
+        >= sum(speaking) / 2
+        > sum(speaking[: composition.half - 1])
+    )
 
 
 def test_the_way_up_is_read_through_the_model_s_own_tail() -> None:
     lm = model("llama")
-    found = compose(lm, PROMPT)
+    composition = compose(lm, PROMPT)
     with torch.no_grad():
         states = lm.module(
             input_ids=torch.tensor([lm.prompt_ids(PROMPT)]), output_hidden_states=True
@@ -133,9 +143,13 @@ def test_the_way_up_is_read_through_the_model_s_own_tail() -> None:
         ):  # the last of transformers' hidden states is normed already
             logits = lm.module.lm_head(lm.module.model.norm(states[layer][0, -1]))
             assert torch.isclose(
-                logits.softmax(-1)[found.target_id], found.probabilities[2 * layer], atol=1e-5
+                logits.softmax(-1)[composition.target_id],
+                composition.probabilities[2 * layer],
+                atol=1e-5,
             )
-            assert int((logits > logits[found.target_id]).sum()) == int(found.ranks[2 * layer])
+            assert int((logits > logits[composition.target_id]).sum()) == int(
+                composition.ranks[2 * layer]
+            )
 
 
 def test_a_stream_that_is_normed_in_every_layer_is_no_sum() -> None:
@@ -155,3 +169,21 @@ def test_bad_input_is_refused_in_words(tiny_gpt2: LanguageModel) -> None:
     with pytest.raises(InputError, match="positions for 64"):
         compose(tiny_gpt2, "king " * 100)
     assert compose(tiny_gpt2, PROMPT, position=0).position == 0
+
+
+def test_a_note_says_when_only_a_first_token_is_explained(tiny_gpt2: LanguageModel) -> None:
+    notes: list[tuple[str, str | None]] = []
+
+    class Reporter:
+        def __call__(self, step: str, done: int, total: int | None) -> None:
+            pytest.fail("there is one pass, so there is no progress")
+
+        def note(self, text: str, *, argument: str | None = None) -> None:
+            notes.append((text, argument))
+
+    compose(tiny_gpt2, PROMPT, " Paris Paris", contrast=" king king", progress=Reporter())
+    assert [argument for _, argument in notes] == ["target", "contrast"]
+    assert all("only the first" in text for text, _ in notes)
+    notes.clear()
+    compose(tiny_gpt2, PROMPT, progress=Reporter())
+    assert not notes

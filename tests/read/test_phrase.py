@@ -41,7 +41,7 @@ def test_where_a_phrase_ends(text: str, phrase: str, expected: str | None) -> No
 
 def test_against_regular_expressions() -> None:
     chosen = random.Random(0)
-    found = 0
+    matches = 0
     for _ in range(4000):
         text = "".join(chosen.choice("aab AB_1,.") for _ in range(14))
         phrase = "".join(chosen.choice("ab A,") for _ in range(chosen.randint(1, 3))).strip()
@@ -50,5 +50,5 @@ def test_against_regular_expressions() -> None:
         left, right = (r"\b" if re.match(r"\w", c) else "" for c in (phrase[0], phrase[-1]))
         brute = re.search(left + re.escape(phrase) + right, text, re.IGNORECASE)
         assert phrase_end(text, folded(phrase)) == (brute and brute.end()), (text, phrase)
-        found += brute is not None
-    assert 500 < found < 3500
+        matches += brute is not None
+    assert 500 < matches < 3500

@@ -1,11 +1,11 @@
-"""What triggers share: against counting one neuron at a time, and on triggers made so that the answer is known."""
+"""What triggers share, compared with counts by neuron, and on triggers with known answers."""
 
 from __future__ import annotations
 
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -31,78 +31,78 @@ def triggers(tiny_gpt2: LanguageModel) -> Triggers:
 @pytest.mark.parametrize("sign", ["top", "bottom"])
 def test_purity_is_the_share_of_the_commonest(triggers: Triggers, sign: Sign) -> None:
     labels = {text: len(text) % 5 for text in CORPUS[:100]}
-    found = profile(
+    result = profile(
         triggers, {"length": labels, "next": lambda trigger: trigger.next_token}, sign=sign, least=8
     )
     tokenizer = byte_tokenizer()
-    assert found.features == (
+    assert result.features == (
         "token",
         "bigram",
         "trigram",
         "position",
         "length",
         "next",
-    ) and found.layers == (0, 1, 2)
-    for layer in found.layers:
+    ) and result.layers == (0, 1, 2)
+    for layer in result.layers:
         for i in range(0, 128, 5):
-            own = triggers.of((layer, i), sign=sign)
+            of_neuron = triggers.of((layer, i), sign=sign)
             values = [
-                [t.token for t in own],
+                [t.token for t in of_neuron],
                 *(
                     [
                         tuple(tokenizer(t.text)["input_ids"][t.position + 1 - n : t.position + 1])
-                        for t in own
+                        for t in of_neuron
                         if t.position >= n - 1
                     ]
                     for n in (2, 3)
                 ),
-                [t.position for t in own],
-                [labels[t.text] for t in own if t.text in labels],
-                [t.next_token for t in own if t.next_token is not None],
+                [t.position for t in of_neuron],
+                [labels[t.text] for t in of_neuron if t.text in labels],
+                [t.next_token for t in of_neuron if t.next_token is not None],
             ]
             for column, each in enumerate(values):
-                purity = float(found.neurons[layer,][i, column])
+                purity = float(result.neurons[layer,][i, column])
                 if len(each) < 8:
                     assert purity != purity
                 else:
                     assert purity == pytest.approx(Counter(each).most_common(1)[0][1] / len(each))
-    assert int(found.counted[0]) == int((~found.neurons[0,][:, 0].isnan()).sum())
+    assert int(result.counted[0]) == int((~result.neurons[0,][:, 0].isnan()).sum())
 
 
 def test_who_is_selective(triggers: Triggers) -> None:
-    found = profile(triggers)
-    for row, layer in enumerate(found.layers):
-        for column, feature in enumerate(found.features):
-            each = found.neurons[layer,][:, column]
-            kept = found.selective(feature, layer)
-            assert len(kept) == int((each >= found.needed[row, column]).sum())
+    result = profile(triggers)
+    for row, layer in enumerate(result.layers):
+        for column, feature in enumerate(result.features):
+            each = result.neurons[layer,][:, column]
+            kept = result.selective(feature, layer)
+            assert len(kept) == int((each >= result.needed[row, column]).sum())
             assert [float(each[i]) for _, i in kept] == sorted(
                 (float(each[i]) for _, i in kept), reverse=True
             )
-            assert float(found.share[row, column]) == pytest.approx(
+            assert float(result.share[row, column]) == pytest.approx(
                 len(kept) / int((~each.isnan()).sum())
             )
-            assert sum(found.tally(feature, layer).values()) == len(kept)
-    assert float(found.share[0, 0]) > 0.2, "random keys over random embeddings know tokens"
-    assert (found.purity[:, 0] > 1.5 * found.control[:, 0]).all()
+            assert sum(result.tally(feature, layer).values()) == len(kept)
+    assert float(result.share[0, 0]) > 0.2, "random keys over random embeddings know tokens"
+    assert (result.purity[:, 0] > 1.5 * result.control[:, 0]).all()
 
 
 def test_labels_that_say_nothing_select_nobody(triggers: Triggers) -> None:
-    """The control must fail: labels dealt out at random, and labels so common that every neuron has them."""
+    """The control must fail: random labels, and labels so common that every neuron has them."""
     draw = random.Random(3)
     nothing = {text: draw.randrange(4) for text in CORPUS}
     common = dict.fromkeys(CORPUS, "the same")
-    found = profile(triggers, {"nothing": nothing, "common": common})
-    column = found.features.index("nothing")
-    assert float(found.share[:, column].max()) < 0.05 and torch.allclose(
-        found.purity[:, column], found.control[:, column], atol=0.05
+    result = profile(triggers, {"nothing": nothing, "common": common})
+    column = result.features.index("nothing")
+    assert float(result.share[:, column].max()) < 0.05 and torch.allclose(
+        result.purity[:, column], result.control[:, column], atol=0.05
     )
     assert (
-        found.share[:, column + 1].isnan().all()
-        and found.selective("common", 0) == []
-        and float(found.purity[:, column + 1].min()) == 1
+        result.share[:, column + 1].isnan().all()
+        and result.selective("common", 0) == []
+        and float(result.purity[:, column + 1].min()) == 1
     )
-    assert float(found.chance.nan_to_num().max()) < 0.05
+    assert float(result.chance.nan_to_num().max()) < 0.05
 
 
 def test_bad_input_is_refused_in_words(triggers: Triggers) -> None:
@@ -126,29 +126,32 @@ def test_bad_input_is_refused_in_words(triggers: Triggers) -> None:
         )
 
 
+def _top_only(each: Tensor) -> dict[Sign, Tensor]:
+    return {"top": each, "bottom": torch.zeros_like(each)}
+
+
 def made(
     rows: dict[tuple[int, ...], list[list[tuple[int, int]]]], texts: Sequence[str]
 ) -> Triggers:
-    """Triggers as they are given: {bank: for each neuron the (text, position) of its triggers}; the tokens are the words."""
+    """Return triggers as given: {bank: for each neuron the (text, position) of its triggers}.
+
+    The tokens are the words.
+    """
     words = [[match.span() for match in re.finditer(r"\S+", text)] for text in texts]
-    spelled = [text[a:b] for text, own in zip(texts, words, strict=True) for a, b in own]
+    spelled = [text[a:b] for text, spans in zip(texts, words, strict=True) for a, b in spans]
     numbers = {word: n for n, word in enumerate(sorted(set(spelled)))}
     banks = {}
     for bank, neurons in rows.items():
         grid = torch.zeros(len(neurons), max(map(len, neurons)), 2, dtype=torch.int64)
         coefficients = torch.zeros(grid.shape[:2])
-        for i, own in enumerate(neurons):
-            grid[i, : len(own)] = torch.tensor(own).view(-1, 2)
-            coefficients[i, : len(own)] = torch.arange(len(own), 0, -1)
-        signed: Callable[[Tensor], dict[Sign, Tensor]] = lambda each: {
-            "top": each,
-            "bottom": torch.zeros_like(each),
-        }
+        for i, places in enumerate(neurons):
+            grid[i, : len(places)] = torch.tensor(places).view(-1, 2)
+            coefficients[i, : len(places)] = torch.arange(len(places), 0, -1)
         still = torch.zeros(len(neurons), dtype=torch.float64)
         banks[bank] = BankTriggers(
-            coefficients=signed(coefficients),
-            texts=signed(grid[..., 0]),
-            positions=signed(grid[..., 1]),
+            coefficients=_top_only(coefficients),
+            texts=_top_only(grid[..., 0]),
+            positions=_top_only(grid[..., 1]),
             fired=still,
             mean_square=still,
         )
@@ -161,8 +164,10 @@ def made(
         n_texts=len(texts),
         n_tokens=len(spelled),
         _ids=torch.tensor([numbers[word] for word in spelled]),
-        _spans=torch.tensor([span for own in words for span in own]),
-        _starts=torch.tensor([0, *torch.tensor([len(own) for own in words]).cumsum(0).tolist()]),
+        _spans=torch.tensor([span for spans in words for span in spans]),
+        _starts=torch.tensor(
+            [0, *torch.tensor([len(spans) for spans in words]).cumsum(0).tolist()]
+        ),
     )
 
 
@@ -189,7 +194,10 @@ def fires(
 
 
 def test_made_triggers_have_the_answers_they_were_made_with() -> None:
-    """A bank knows names, another verbs, most know nothing; experts of one layer are one control, told apart by their bank."""
+    """A few neurons of one bank know names, one of another bank a verb, the others nothing.
+
+    The experts of one layer have one control.
+    """
     idle = [
         [(i, 3) for i in random.Random(n).sample(range(len(SENTENCES)), 12)] for n in range(300)
     ]
@@ -198,37 +206,37 @@ def test_made_triggers_have_the_answers_they_were_made_with() -> None:
         {(0, 0): idle + knows, (0, 1): [*idle, fires("saw"), [(0, 3)] * 2], (1,): [[], *idle]},
         SENTENCES,
     )
-    found = profile(triggers, LABELS)
-    assert found.selective("name", 0)[:3] == [(0, 0, 300), (0, 0, 302), (0, 0, 301)]
-    assert (0, 0, 303) not in found.selective("name", 0) and found.neurons[0, 0][
-        301, found.features.index("name")
+    result = profile(triggers, LABELS)
+    assert result.selective("name", 0)[:3] == [(0, 0, 300), (0, 0, 302), (0, 0, 301)]
+    assert (0, 0, 303) not in result.selective("name", 0) and result.neurons[0, 0][
+        301, result.features.index("name")
     ] == 0.75
-    assert found.selective("verb", 0)[0] == (0, 1, 300) and found.tally("verb", 0)["saw"] >= 1
-    assert found.tally("name", 0)["Ann"] >= 2 and set(found.tally("name", 0)) <= set(NAMES)
-    assert found.neurons[0, 1][301].isnan().all() and found.neurons[1,][0].isnan().all()
-    assert found.counted.tolist() == [300 + 4 + 300 + 1, 300]
-    assert float(found.share[1, found.features.index("name")]) < 0.03
+    assert result.selective("verb", 0)[0] == (0, 1, 300) and result.tally("verb", 0)["saw"] >= 1
+    assert result.tally("name", 0)["Ann"] >= 2 and set(result.tally("name", 0)) <= set(NAMES)
+    assert result.neurons[0, 1][301].isnan().all() and result.neurons[1,][0].isnan().all()
+    assert result.counted.tolist() == [300 + 4 + 300 + 1, 300]
+    assert float(result.share[1, result.features.index("name")]) < 0.03
     # All fire at the full stop: one token, one position. What all share says nothing about any.
     assert (
-        found.share[:, 0].isnan().all()
-        and found.purity[:, 0].tolist() == [1, 1]
-        and found.selective("position", 0) == []
+        result.share[:, 0].isnan().all()
+        and result.purity[:, 0].tolist() == [1, 1]
+        and result.selective("position", 0) == []
     )
     assert torch.equal(
-        profile(triggers, LABELS, seed=0).share.nan_to_num(9), found.share.nan_to_num(9)
+        profile(triggers, LABELS, seed=0).share.nan_to_num(9), result.share.nan_to_num(9)
     )
     assert profile(triggers, sign="bottom").counted.tolist() == [0, 0]
 
 
 def test_labels_dealt_among_texts_select_nobody() -> None:
-    """The control that must fail: the same neurons, the same labels, but no longer those of their texts."""
+    """The control that must fail: the same neurons, and the labels of other texts."""
     neurons = [fires(NAMES[n % 4], others=n % 4, seed=n) for n in range(80)]
     shuffled = random.Random(1).sample(list(LABELS["name"].values()), len(SENTENCES))
     triggers = made({(0,): neurons}, SENTENCES)
-    found = profile(
+    result = profile(
         triggers, {"name": LABELS["name"], "dealt": dict(zip(SENTENCES, shuffled, strict=True))}
     )
-    assert len(found.selective("name", 0)) == 80 and len(found.selective("dealt", 0)) <= 4
+    assert len(result.selective("name", 0)) == 80 and len(result.selective("dealt", 0)) <= 4
 
 
 def test_labels_of_triggers_are_asked_trigger_by_trigger() -> None:
@@ -240,39 +248,42 @@ def test_labels_of_triggers_are_asked_trigger_by_trigger() -> None:
         asked.append(trigger)
         return word[trigger.position] if trigger.position < 3 else None
 
-    found = profile(made({(2,): neurons}, SENTENCES), {"word": which})
+    result = profile(made({(2,): neurons}, SENTENCES), {"word": which})
     assert (
-        found.tally("word", 2) == dict.fromkeys(("name", "verb", "place"), 10)
+        result.tally("word", 2) == dict.fromkeys(("name", "verb", "place"), 10)
         and len(asked) == 40 * 12
     )
     assert {
         trigger.text[trigger.start : trigger.stop] for trigger in asked if trigger.position == 0
     } == {"Ann"}
-    column = found.features.index("word")
-    assert [bool(each.isnan()) for each in found.neurons[2,][:4, column]] == [
+    column = result.features.index("word")
+    assert [bool(each.isnan()) for each in result.neurons[2,][:4, column]] == [
         False,
         False,
         False,
         True,
     ]
-    assert found.possible[:4].isnan().all() and found.possible[column].isnan()
+    assert result.possible[:4].isnan().all() and result.possible[column].isnan()
 
 
 def test_only_leaves_triggers_out() -> None:
-    """Neurons that fire on a name know no name but in the name: behind it there is nothing left of them."""
+    """Neurons that fire on a name know the name in the name alone, and nothing after it."""
     triggers = made(
         {(0,): [fires("Ann", at=0, seed=n) + fires("Bob", at=2, seed=n) for n in range(4)]},
         SENTENCES,
     )
-    found = profile(triggers, LABELS, only=lambda trigger: trigger.position == 2)
-    column = found.features.index("name")
-    assert found.neurons[0,][:, column].tolist() == [1.0] * 4
+    result = profile(triggers, LABELS, only=lambda trigger: trigger.position == 2)
+    column = result.features.index("name")
+    assert result.neurons[0,][:, column].tolist() == [1.0] * 4
     assert profile(triggers, LABELS).neurons[0,][:, column].tolist() == [0.5] * 4
     assert profile(triggers, only=lambda trigger: trigger.position == 1).counted.tolist() == [0]
 
 
 def test_groups_keep_one_fact_from_looking_like_knowledge() -> None:
-    """Neurons that fire on one fact, in all its sentences: dealt out by trigger they seem to know its relation, by fact they do not."""
+    """Neurons fire on one fact, in all its sentences.
+
+    With labels dealt out by trigger they seem to know its relation; dealt out by fact they do not.
+    """
     facts = [(f"Name{n}", f"verb{n % 30}") for n in range(360)]
     texts = [f"{name} {verb} {place} ." for name, verb in facts for place in PLACES]
     draw = random.Random(2)
@@ -303,21 +314,21 @@ def test_selective_for_one_but_not_for_others(triggers: Triggers) -> None:
         [(i, 2) for i, text in enumerate(SENTENCES) if verb in text and name in text]
         for name, verb in zip(NAMES, VERBS, strict=False)
     ]
-    found = profile(
+    result = profile(
         made({(1,): [fires(name, seed=1) for name in NAMES * 9] + both}, SENTENCES), LABELS, least=6
     )
-    assert len(found.selective("name", 1)) == 40 and found.selective("verb", 1) == [
+    assert len(result.selective("name", 1)) == 40 and result.selective("verb", 1) == [
         (1, 36),
         (1, 37),
         (1, 38),
         (1, 39),
     ]
-    assert found.selective("name", 1, without=["verb"]) == [(1, i) for i in range(36)]
-    assert found.share_of("name", without=["verb"]).tolist() == [0.9] and found.share_of(
+    assert result.selective("name", 1, without=["verb"]) == [(1, i) for i in range(36)]
+    assert result.share_of("name", without=["verb"]).tolist() == [0.9] and result.share_of(
         "name"
     ).tolist() == [1]
     with pytest.raises(InputError, match="no profile of 'noun'"):
-        found.selective("name", 1, without=["noun"])
+        result.selective("name", 1, without=["noun"])
     whole = profile(triggers)
     assert torch.allclose(whole.share_of("bigram").float(), whole.share[:, 1])
 
@@ -328,5 +339,5 @@ def test_what_is_possible_at_all() -> None:
         text: ("rare" if i < 5 else "common" if i < 20 else None)
         for i, text in enumerate(SENTENCES)
     }
-    found = profile(made({(0,): [fires("Ann"), fires("Bob")]}, SENTENCES), {"kind": rare}, least=1)
-    assert float(found.possible[-1]) == pytest.approx(15 / 20)
+    result = profile(made({(0,): [fires("Ann"), fires("Bob")]}, SENTENCES), {"kind": rare}, least=1)
+    assert float(result.possible[-1]) == pytest.approx(15 / 20)

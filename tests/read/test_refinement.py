@@ -1,4 +1,7 @@
-"""Many predictions against plain passes and loops; a memory built to decide alone; controls that notice a wrong sign or pairing."""
+"""Many predictions, compared with plain passes and loops, and on neurons made to decide alone.
+
+Controls notice a wrong sign and a wrong pairing.
+"""
 
 from __future__ import annotations
 
@@ -47,15 +50,15 @@ def model(family: str) -> LanguageModel:
 
 def sub_updates(lm: LanguageModel, prompt: str, at: int) -> list[list[tuple[Tensor, Tensor]]]:
     """For each layer (coefficient, value) of every sub-update at one token."""
-    found: list[list[tuple[Tensor, Tensor]]] = []
+    by_layer: list[list[tuple[Tensor, Tensor]]] = []
     for ffn in lm.ffn:
         if not ffn.n_experts:
-            found.append(
+            by_layer.append(
                 list(zip(lm.coefficients(prompt, [ffn.layer])[0, at], ffn.values, strict=True))
             )
             continue
         routing = lm.routing(prompt, ffn.layer)
-        own = [
+        pairs = [
             pair
             for expert, weight, m in zip(
                 routing.experts[at].tolist(),
@@ -70,22 +73,22 @@ def sub_updates(lm: LanguageModel, prompt: str, at: int) -> list[list[tuple[Tens
             and routing.shared_weight is not None
             and ffn.shared is not None
         ):
-            own += list(
+            pairs += list(
                 zip(routing.shared_weight[at] * routing.shared[at], ffn.shared.values, strict=True)
             )
-        found.append(own)
-    return found
+        by_layer.append(pairs)
+    return by_layer
 
 
 def brute_force(
     lm: LanguageModel, prompts: list[str], among: tuple[float, ...], at: int = -1
 ) -> dict[str, Tensor]:
-    """The same by one plain pass a prompt, and loops over layers and memories; the paper's bare projection."""
+    """Return the same from one plain pass a prompt and loops, with the paper's bare projection."""
     weight = lm.module.get_output_embeddings().weight.float()
     hits = torch.zeros(
         len(among), lm.n_layers, len(prompts), len(prompts)
     )  # which prompt's memories say which prompt's prediction
-    own, said, tops = torch.zeros(len(prompts), lm.n_layers).long(), {}, []
+    by_layer, said, tops = torch.zeros(len(prompts), lm.n_layers).long(), {}, []
     halves = torch.zeros(len(prompts), lm.n_layers).long()
     counted = torch.zeros(len(among), lm.n_layers)
     for p, prompt in enumerate(prompts):
@@ -105,12 +108,12 @@ def brute_force(
                 else lm.module.model.layers[layer].post_feedforward_layernorm(out)
             )
             states += [after - added, after]
-            own[p, layer] = int((weight @ out).argmax())
+            by_layer[p, layer] = int((weight @ out).argmax())
             m, values = torch.stack([m for m, _ in each]), torch.stack([v for _, v in each])
             strength = m.abs() * values.norm(dim=1)
             order = strength.argsort(descending=True).tolist()
             speak = (
-                (m * (values @ weight[own[p, layer]]))
+                (m * (values @ weight[by_layer[p, layer]]))
                 .clamp(min=0)
                 .double()
                 .sort(descending=True)
@@ -133,10 +136,12 @@ def brute_force(
                 counted[a, layer] += len(kept) / len(prompts)
         tops.append(lm.head(torch.stack(states)).argmax(-1))
     for (p, a, layer), tokens in said.items():
-        hits[a, layer, p] = torch.tensor([float(int(token) in tokens) for token in own[:, layer]])
+        hits[a, layer, p] = torch.tensor(
+            [float(int(token) in tokens) for token in by_layer[:, layer]]
+        )
     top = torch.stack(tops)
     before, after = top[:, 1::2], top[:, 2::2]
-    same_before, same_own = (after == before).double(), (after == own).double()
+    same_before, same_own = (after == before).double(), (after == by_layer).double()
     cases = (
         same_before * (1 - same_own),
         same_own * (1 - same_before),
@@ -148,7 +153,7 @@ def brute_force(
         "chance": 1 - hits.mean((-1, -2)).double(),
         "counted": counted.double(),
         "half_of_layer": halves,
-        "says": (own == top[:, -1:]).double().mean(0),
+        "says": (by_layer == top[:, -1:]).double().mean(0),
         "answers": top[:, -1],
         **{name: case.mean(0) for name, case in zip(CASES, cases, strict=True)},
     }
@@ -158,34 +163,38 @@ def brute_force(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_as_plain_passes_and_loops(family: str) -> None:
     lm = model(family)
-    found = refinement(lm, PROMPTS, among=(1.0, 0.5, 0.1, 0.0))
+    average = refinement(lm, PROMPTS, among=(1.0, 0.5, 0.1, 0.0))
     with torch.no_grad():
-        expected = brute_force(lm, PROMPTS, found.among)
+        expected = brute_force(lm, PROMPTS, average.among)
     for name, value in expected.items():
-        got = found.cases[name] if name in CASES else getattr(found, name)
+        got = average.cases[name] if name in CASES else getattr(average, name)
         assert torch.allclose(got.double(), value.double(), atol=1e-5), name
     for i, prompt in enumerate(PROMPTS[:4]):
         single = compose(lm, prompt)
         assert (
-            single.target_id == int(found.answers[i]) and abs(single.half - int(found.half[i])) <= 1
+            single.target_id == int(average.answers[i])
+            and abs(single.half - int(average.half[i])) <= 1
         )
-        assert torch.equal(single.ranks, found.ranks[i])
-        assert torch.allclose(single.probabilities, found.probabilities[i], atol=1e-5)
-        assert sum(map(len, (m for m, _ in single.neurons.values()))) == found.neurons
+        assert torch.equal(single.ranks, average.ranks[i])
+        assert torch.allclose(single.probabilities, average.probabilities[i], atol=1e-5)
+        assert sum(map(len, (m for m, _ in single.neurons.values()))) == average.neurons
     assert torch.allclose(
-        sum(found.cases.values(), torch.zeros(())), torch.ones(lm.n_layers, dtype=torch.float64)
+        sum(average.cases.values(), torch.zeros(())), torch.ones(lm.n_layers, dtype=torch.float64)
     )
-    assert bool((found.composed.diff(dim=0) >= 0).all()), (
+    assert bool((average.composed.diff(dim=0) >= 0).all()), (
         "the fewer memories count, the fewer predictions are one of theirs"
     )
-    assert 0 < float(found.composed[1].mean()) < 1 and not torch.allclose(
-        found.composed, found.chance
+    assert 0 < float(average.composed[1].mean()) < 1 and not torch.allclose(
+        average.composed, average.chance
     ), "there is something to tell"
     assert hook_count(lm.module.modules()) == 0
 
 
 def decided(lm: LanguageModel, sign: int, others: float) -> Refinement:
-    """Of a model in whose first layer one memory, always on, writes a token's direction; the others' values are scaled."""
+    """Refine a model in whose first layer one neuron, always on, writes a token's direction.
+
+    The values of the other neurons are scaled.
+    """
     mlp, rows = lm.module.transformer.h[0].mlp, lm.module.transformer.wte.weight
     mlp.c_fc.weight[:, 7], mlp.c_fc.bias[7] = 0.0, 5.0  # GELU(5) = 5, whatever comes in
     mlp.c_proj.weight.mul_(others)
@@ -220,13 +229,13 @@ def test_the_cases_of_a_stream_that_is_told_what_it_says() -> None:
         mlp.c_proj.bias.copy_(1e3 * rows[token] / rows[token].norm())
         lm.module.transformer.h[mlp is second].attn.c_proj.weight.mul_(1e-3)
     third.c_proj.bias.mul_(1e-4)
-    found = refinement(lm, PROMPTS)
+    average = refinement(lm, PROMPTS)
     assert [
-        float(found.cases[case][i]) for i, case in enumerate(("ffn", "agreement", "residual"))
+        float(average.cases[case][i]) for i, case in enumerate(("ffn", "agreement", "residual"))
     ] == [1, 1, 1]
-    assert found.says.tolist() == [1, 1, 0] and found.answers.tolist() == [100] * len(PROMPTS)
-    assert float(found.first[2:].min()) == 1.0 and float(found.first[0]) < 1
-    assert found.half.tolist() == [0] * len(PROMPTS), "biases decide, no sub-update"
+    assert average.says.tolist() == [1, 1, 0] and average.answers.tolist() == [100] * len(PROMPTS)
+    assert float(average.first[2:].min()) == 1.0 and float(average.first[0]) < 1
+    assert average.half.tolist() == [0] * len(PROMPTS), "biases decide, no sub-update"
 
 
 @torch.no_grad()
@@ -235,10 +244,10 @@ def test_a_negative_coefficient_says_what_its_value_demotes() -> None:
     mlp, rows = lm.module.model.layers[1].mlp, lm.module.lm_head.weight
     mlp.down_proj.weight.mul_(1e-3)
     mlp.down_proj.weight[:, 5] = 10 * rows[200]
-    found = refinement(lm, PROMPTS, among=(0.0,))
+    average = refinement(lm, PROMPTS, among=(0.0,))
     m = torch.stack([lm.coefficients(prompt, [1])[0, -1, 5] for prompt in PROMPTS])
     assert 0 < int((m < 0).sum()) < len(m), "either sign occurs"
-    assert float(found.composed[0, 1]) == 0.0
+    assert float(average.composed[0, 1]) == 0.0
     flipped = value_tokens(lm, top=1, norm=False)
     wrong = type(flipped)(**{**vars(flipped), "bottom_ids": flipped.top_ids})
     assert float(refinement(lm, PROMPTS, among=(0.0,), values=wrong).composed[0, 1]) == float(
@@ -248,21 +257,21 @@ def test_a_negative_coefficient_says_what_its_value_demotes() -> None:
 
 def test_targets_positions_and_values_given(tiny_llama: LanguageModel) -> None:
     lm = tiny_llama
-    found = refinement(
+    average = refinement(
         lm, [TEXTS[0]] * 6, [" Paris"] * 6, positions=[1, 2, -3, 4, 5, -1], batch_tokens=40
     )
     n = len(lm.prompt_ids(TEXTS[0]))
     for i, position in enumerate((1, 2, n - 3, 4, 5, n - 1)):
         single = compose(lm, TEXTS[0], " Paris", position=position)
-        assert single.target_id == int(found.answers[i]) and torch.equal(
-            single.ranks, found.ranks[i]
+        assert single.target_id == int(average.answers[i]) and torch.equal(
+            single.ranks, average.ranks[i]
         )
-        assert torch.allclose(single.probabilities, found.probabilities[i], atol=1e-6)
+        assert torch.allclose(single.probabilities, average.probabilities[i], atol=1e-6)
     assert (
-        torch.equal(found.first, (found.ranks == 0).double().mean(0))
-        and float(found.first.max()) < 1
+        torch.equal(average.first, (average.ranks == 0).double().mean(0))
+        and float(average.first.max()) < 1
     )
-    assert torch.equal(found.quantiles(0.0, 1.0)[1], found.ranks.max(0).values.double())
+    assert torch.equal(average.quantiles(0.0, 1.0)[1], average.ranks.max(0).values.double())
     folded = refinement(lm, PROMPTS, norm=True)
     again = refinement(lm, PROMPTS, values=value_tokens(lm, top=3), batch_tokens=64)
     assert again.norm and torch.equal(folded.composed, again.composed), (
@@ -302,12 +311,12 @@ def test_a_model_over_several_devices(family: str, monkeypatch: pytest.MonkeyPat
     with devices():
         spread(parted, places)
         lm = wrap(parted, byte_tokenizer(bos=family != "gpt2"))
-        found, single = refinement(lm, PROMPTS), compose(lm, PROMPTS[0])
+        average, single = refinement(lm, PROMPTS), compose(lm, PROMPTS[0])
         assert torch.allclose(refinement(lm, PROMPTS, norm=True).composed, folded.composed)
-    assert torch.allclose(found.composed, expected.composed) and torch.allclose(
-        found.chance, expected.chance
+    assert torch.allclose(average.composed, expected.composed) and torch.allclose(
+        average.chance, expected.chance
     )
-    assert torch.equal(found.half, expected.half) and torch.equal(found.ranks, expected.ranks)
+    assert torch.equal(average.half, expected.half) and torch.equal(average.ranks, expected.ranks)
     assert single.logit == pytest.approx(alone.logit, abs=1e-4) and torch.equal(
         single.ranks, alone.ranks
     )

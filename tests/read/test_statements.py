@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -31,8 +34,8 @@ TOWER = Fact("The Eiffel Tower", "{} is in", "Paris")
 
 
 def test_a_fact_is_stated_in_each_of_its_phrasings_with_what_is_so() -> None:
-    told = statements([EDWIN, TOWER])
-    assert [each.text for each in told] == [
+    sentences = statements([EDWIN, TOWER])
+    assert [each.text for each in sentences] == [
         "The official religion of Edwin of Northumbria is Christianity.",
         "Edwin of Northumbria prays as told by Christianity.",
         "As for religion, Edwin of Northumbria chose Christianity.",
@@ -40,15 +43,21 @@ def test_a_fact_is_stated_in_each_of_its_phrasings_with_what_is_so() -> None:
         "The Eiffel Tower is in Paris.",
     ]
     assert (
-        all(each.text[slice(*each.subject)] == each.fact.subject for each in told if each.subject)
-        and told[3].subject is None
+        all(
+            each.text[slice(*each.subject)] == each.fact.subject
+            for each in sentences
+            if each.subject
+        )
+        and sentences[3].subject is None
     )
-    assert [each.object for each in told] == ["Christianity"] * 4 + ["Paris"] and told[
+    assert [each.object for each in sentences] == ["Christianity"] * 4 + ["Paris"] and sentences[
         0
     ].fact == EDWIN
     few = statements([EDWIN, TOWER], each=2, seed=3)
     assert (
-        len(few) == 3 and set(few) < set(told) and few == statements([EDWIN, TOWER], each=2, seed=3)
+        len(few) == 3
+        and set(few) < set(sentences)
+        and few == statements([EDWIN, TOWER], each=2, seed=3)
     )
     assert (
         len(statements([TOWER, Fact("The Eiffel Tower", "{} is in", "Paris", relation="P131")]))
@@ -58,7 +67,7 @@ def test_a_fact_is_stated_in_each_of_its_phrasings_with_what_is_so() -> None:
 
 @pytest.mark.parametrize("trim", [True, False])
 def test_every_token_stands_in_one_part(trim: bool) -> None:
-    """By reading the sentence: its words and where they belong."""
+    """Each word of a sentence is in the part that a reader would name."""
     (stated, *_) = statements(EDWIN)
     wanted = {
         "The official religion of": "words",
@@ -80,7 +89,10 @@ def test_every_token_stands_in_one_part(trim: bool) -> None:
 
 @pytest.mark.parametrize("make", [byte_tokenizer, merging_tokenizer])
 def test_tokens_of_real_tokenizers(make: object) -> None:
-    """Every sentence has one subject's end and one place where the answer is due, also where tokens reach over the spaces."""
+    """Every sentence has one subject's end, and at most one token where the answer is due.
+
+    This also holds where tokens reach across spaces.
+    """
     tokenizer = make()  # type: ignore[operator]
     for stated in statements([EDWIN, TOWER]):
         spans = [
@@ -96,25 +108,25 @@ def test_tokens_of_real_tokenizers(make: object) -> None:
 
 
 def test_labels_say_what_each_sentence_is_about(tiny_gpt2: LanguageModel) -> None:
-    told = statements([EDWIN, TOWER])
-    labels = fact_labels(told, types={"P140": "person"})
+    sentences = statements([EDWIN, TOWER])
+    labels = fact_labels(sentences, types={"P140": "person"})
     assert list(labels) == ["relation", "type", "subject", "object", "part"]
     assert set(labels["relation"].values()) == {"P140", "{} is in"}  # type: ignore[union-attr]
-    assert set(labels["type"]) == {each.text for each in told if each.fact == EDWIN}  # type: ignore[arg-type]
+    about_edwin = {each.text for each in sentences if each.fact == EDWIN}
+    assert set(labels["type"]) == about_edwin  # type: ignore[arg-type]
     assert (
-        labels["object"][told[0].text] == "Christianity"
-        and labels["subject"][told[4].text] == "The Eiffel Tower"
+        labels["object"][sentences[0].text] == "Christianity"
+        and labels["subject"][sentences[4].text] == "The Eiffel Tower"
     )  # type: ignore[index]
-    assert "type" not in fact_labels(told)
-    triggers = find_triggers(tiny_gpt2, [*TEXTS, *(each.text for each in told)], top=9)
-    found = profile(triggers, labels, least=1)
-    trigger = next(t for i in range(128) for t in triggers.of((0, i)) if t.text == told[0].text)
-    assert labels["part"](trigger) == told[0].part(trigger.start, trigger.stop)  # type: ignore[operator]
-    assert (
-        labels["part"](next(t for i in range(128) for t in triggers.of((0, i)) if t.text in TEXTS))
-        is None
-    )  # type: ignore[operator]
-    assert set(found.tally("part", 0)) <= set(PARTS) and found.features[-5:] == tuple(labels)
+    assert "type" not in fact_labels(sentences)
+    triggers = find_triggers(tiny_gpt2, [*TEXTS, *(each.text for each in sentences)], top=9)
+    result = profile(triggers, labels, least=1)
+    every = [t for i in range(128) for t in triggers.of((0, i))]
+    trigger = next(t for t in every if t.text == sentences[0].text)
+    part: Any = labels["part"]
+    assert part(trigger) == sentences[0].part(trigger.start, trigger.stop)
+    assert part(next(t for t in every if t.text in TEXTS)) is None
+    assert set(result.tally("part", 0)) <= set(PARTS) and result.features[-5:] == tuple(labels)
 
 
 def test_bad_input_is_refused_in_words() -> None:
@@ -129,20 +141,20 @@ def test_bad_input_is_refused_in_words() -> None:
 
 
 def test_bundled_facts_are_crossed() -> None:
-    """No fact alone fills half of 25 triggers, every relation could, and so could subjects and objects by several facts of theirs."""
-    told = statements(crossed(atlas.facts()), each=6)
-    labels = fact_labels(told, atlas.subject_types())
+    """No fact alone fills half of 25 triggers; relations, and many subjects and objects, can."""
+    crossed_facts = statements(crossed(atlas.facts()), each=6)
+    labels = fact_labels(crossed_facts, atlas.subject_types())
 
-    def count(of: object) -> dict[object, set[tuple[str, str | None]]]:
-        found: dict[object, set[tuple[str, str | None]]] = {}
-        for stated in told:
-            found.setdefault(of(stated), set()).add((stated.fact.subject, stated.fact.relation))  # type: ignore[operator]
-        return found
+    def count(of: Callable[[Statement], object]) -> dict[object, set[tuple[str, str | None]]]:
+        facts: dict[object, set[tuple[str, str | None]]] = {}
+        for stated in crossed_facts:
+            facts.setdefault(of(stated), set()).add((stated.fact.subject, stated.fact.relation))
+        return facts
 
     sentences: dict[Fact, list[Statement]] = {}
-    for stated in told:
+    for stated in crossed_facts:
         sentences.setdefault(stated.fact, []).append(stated)
-    assert max(map(len, sentences.values())) == 6 and len(told) > 10_000
+    assert max(map(len, sentences.values())) == 6 and len(crossed_facts) > 10_000
     relations, subjects, objects = (
         count(of)
         for of in (lambda s: s.fact.relation, lambda s: s.fact.subject, lambda s: s.object)

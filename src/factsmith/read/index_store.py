@@ -21,11 +21,11 @@ from ..core.errors import DamagedError, InputError
 from ..core.files import folder_path
 from ..core.progress import Progress, tell
 from ..core.tables import counted
+from ..corpus.sweep import corpus_digest
 from ..model.language_model import LanguageModel, check_model
 from ..model.sample import own_text
 from .index import Index, build_index, check_place, complete_index
 from .text_search import TEXTS
-from .trigger_scan import corpus_digest
 from .triggers import Triggers, holds_triggers
 
 _TOKENS = 100_000

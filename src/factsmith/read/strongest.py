@@ -96,6 +96,17 @@ class Strongest:
         current[:, changed] = best.values.masked_fill(best.values <= LAST, 0)
         places[:, changed] = where
 
+    def merge(self, other: Strongest, n_texts: int) -> None:
+        """Add what another collected from the texts that follow the first `n_texts`."""
+        self.fired += other.fired
+        self.squares += other.squares
+        for sign in SIGNS:
+            later = other.keys[sign]
+            later = torch.where(later != 0, later - n_texts, 0)
+            best = torch.cat([self.keys[sign], later]).topk(len(self.keys[sign]), dim=0)
+            places = torch.cat([self.places[sign], other.places[sign]])
+            self.keys[sign], self.places[sign] = best.values, places.gather(0, best.indices)
+
     def numbers(self, sign: Sign) -> Tensor:
         """Return the number of each key's piece: (t, d_ff), meaningless where a key is 0."""
         return LAST - (self.keys[sign] & 0xFFFFFFFF)
