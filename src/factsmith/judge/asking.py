@@ -21,7 +21,7 @@ from ..core.checks import check_count, check_items
 from ..core.errors import InputError
 from ..core.progress import Progress, tell
 from ..model.language_model import LanguageModel, check_model
-from ..model.replay import PrefixCache
+from ..model.prefix import PrefixCache
 from ..model.tokens import Batch, pad_id, target_ids
 from ..model.trace import recording
 

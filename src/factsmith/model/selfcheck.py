@@ -24,7 +24,8 @@ from ..core.errors import (
 )
 from .ffn import FeedForward, same
 from .language_model import LanguageModel
-from .replay import PrefixCache, record
+from .prefix import PrefixCache
+from .replay import record
 from .running import Structure
 from .structure import build, counterparts, find_feed_forward, find_layers
 from .tokens import Batch, encode, pad_id

@@ -1,12 +1,12 @@
-"""Text to token columns: where a subject stands, what a target's tokens are, how prompts of different lengths share a batch.
+"""Text to token columns: the place of a subject, the tokens of a target, prompts in one batch.
 
     ids, offsets = encode(tokenizer, "The mother tongue of Danielle Darrieux is")
-    start, stop = subject_span(tokenizer, text, "Danielle Darrieux")     # token columns [start, stop)
-    target_ids(tokenizer, text, "French")                                # the ids that continue the prompt
-    batch = lm.align(sequences, pivots)                                  # every row's pivot token in one column
+    start, stop = subject_span(tokenizer, text, "Danielle Darrieux")     # columns [start, stop)
+    target_ids(tokenizer, text, "French")                                # ids after the prompt
+    batch = lm.align(sequences, pivots)                      # every row's pivot in one column
 
-Everything goes by the offset mapping of the whole string, never by sums of token counts: tokenizers add a BOS, and merge
-across the place where two strings meet.
+All of it uses the offset mapping of the whole string, never sums of token counts: tokenizers add a
+BOS, and merge across the place where two strings meet.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from ..core.errors import InputError, SubjectError, TokenizerError
 class Batch:
     """Token sequences of different lengths with one column in common.
 
-    input_ids       (B, T) int64
-    attention_mask  (B, T) int64, 1 for tokens and 0 for padding on either side
-    position_ids    (B, T) int64, counted from each row's own first token
-    pivot           the column in which every row has its pivot token
+    Attributes:
+        input_ids: (B, T) int64.
+        attention_mask: (B, T) int64, 1 for tokens and 0 for padding on either side.
+        position_ids: (B, T) int64, counted from each row's first token.
+        pivot: The column in which every row has its pivot token.
     """
 
     input_ids: Tensor
@@ -53,7 +54,10 @@ class Batch:
         return bool((self.attention_mask[:, 0] == 0).any())
 
     def extended(self, token_ids: Tensor) -> Batch:
-        """The batch with one more token (B,) at the end of every row, which becomes the pivot."""
+        """Return the batch with one more token (B,) at the end of every row.
+
+        That column becomes the pivot.
+        """
         return Batch(
             torch.cat([self.input_ids, token_ids[:, None].to(self.input_ids)], dim=1),
             torch.cat([self.attention_mask, torch.ones_like(self.attention_mask[:, :1])], dim=1),
@@ -62,7 +66,7 @@ class Batch:
         )
 
     def keep(self, rows: Tensor) -> Batch:
-        """The batch of the given rows (R,), repeats allowed."""
+        """Return the batch of the given rows (R,). Rows may repeat."""
         rows = rows.to(self.input_ids.device)
         return Batch(
             self.input_ids[rows], self.attention_mask[rows], self.position_ids[rows], self.pivot
@@ -70,31 +74,34 @@ class Batch:
 
 
 def fast_tokenizer(tokenizer: Any) -> Any:
-    """The tokenizer itself; raises TokenizerError when it cannot map tokens to characters."""
+    """Return the tokenizer itself.
+
+    Raises:
+        TokenizerError: It cannot map tokens to characters.
+    """
     if not getattr(tokenizer, "is_fast", False):
         raise TokenizerError(
-            f"{type(tokenizer).__name__} has no fast version, so tokens cannot be mapped to characters; "
-            "expected a tokenizer with a tokenizer.json (convert it, or load with use_fast=True)"
+            f"{type(tokenizer).__name__} is not a fast tokenizer, so tokens cannot be mapped to "
+            "characters; give one with a tokenizer.json (convert it, or load with use_fast=True)"
         )
     return tokenizer
 
 
 def encode(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids of a prompt and the characters [start, stop) each stands for; a BOS that the tokenizer adds stays, with (0, 0).
+    """Return the token ids of a prompt, and the characters [start, stop) of each.
 
-    An EOS or separator that the tokenizer appends is taken off: a prompt is there to be continued.
+    A BOS that the tokenizer adds stays, with (0, 0). An EOS or separator that it appends is
+    removed, so that the prompt can be continued.
     """
-    # Not verbose: it would warn of more tokens than the model has positions, which is said where a model is given them.
+    # Not verbose: check_batch reports texts with more tokens than the model has positions.
     encoded = fast_tokenizer(tokenizer)(
         check_text(text, "the prompt"),
         return_offsets_mapping=True,
         return_attention_mask=False,
         verbose=False,
     )
-    ids, offsets = (
-        list(encoded["input_ids"]),
-        [(int(a), int(b)) for a, b in encoded["offset_mapping"]],
-    )
+    ids = list(encoded["input_ids"])
+    offsets = [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
     special = set(tokenizer.all_special_ids)
     while ids and ids[-1] in special and offsets[-1] == (0, 0) and any(b > a for a, b in offsets):
         ids.pop()
@@ -103,26 +110,29 @@ def encode(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]
 
 
 def subject_span(lm_or_tokenizer: Any, text: str, subject: str) -> tuple[int, int]:
-    """Token columns [start, stop) of the subject in the tokenized text.
+    """Return the token columns [start, stop) of the subject in the tokenized text.
 
-    A token that reaches over the subject's edge belongs to the subject. Raises SubjectError when the subject is empty, is not in the
-    text, or is in it more than once.
+    A token that reaches over the subject's edge belongs to the subject.
+
+    Raises:
+        SubjectError: The subject is empty, is not in the text, or is in it more than once.
     """
     tokenizer = getattr(lm_or_tokenizer, "tokenizer", lm_or_tokenizer)
     subject = check_text(subject, "the subject").strip()
     if not subject:
-        raise SubjectError(f"the subject is empty; expected a part of the prompt {text!r}")
+        raise SubjectError(f"the subject is empty; give a part of the prompt {text!r}")
     at = text.find(subject)
     if at < 0:
         raise SubjectError(
-            f"subject {subject!r} is not in the prompt {text!r}; write it as it stands there"
+            f"subject {subject!r} is not in the prompt {text!r}; write it as the prompt does"
         )
     if text.find(subject, at + 1) >= 0:
         raise SubjectError(
-            f"subject {subject!r} occurs more than once in the prompt {text!r}; expected exactly one place"
+            f"subject {subject!r} occurs more than once in the prompt {text!r}; give a prompt that "
+            "has it once"
         )
     _, offsets = encode(tokenizer, text)
-    # Tokens that stand for no character (BOS), or for white space alone, never are the subject.
+    # A token without characters (BOS), or of white space alone, is never part of the subject.
     inside = [
         i
         for i, (a, b) in enumerate(offsets)
@@ -130,7 +140,8 @@ def subject_span(lm_or_tokenizer: Any, text: str, subject: str) -> tuple[int, in
     ]
     if not inside:
         raise SubjectError(
-            f"subject {subject!r} in the prompt {text!r} has no token of its own; the tokenizer drops these characters"
+            f"subject {subject!r} in the prompt {text!r} has no token: the tokenizer drops its "
+            "characters. Give a subject that the tokenizer can write"
         )
     return inside[0], inside[-1] + 1
 
@@ -138,21 +149,29 @@ def subject_span(lm_or_tokenizer: Any, text: str, subject: str) -> tuple[int, in
 def target_ids(
     tokenizer: Any, prompt: str, target: str, *, head: Sequence[int] | None = None
 ) -> list[int]:
-    """The token ids that continue `prompt` with `target`: a space goes between them unless the prompt ends in one; no BOS, no UNK.
+    """Return the token ids that continue a prompt with a target, without BOS and UNK.
 
-    head: the prompt's own token ids, where they are known.
+    A space goes between the two unless the prompt ends in one. White space around the target is not
+    part of it.
 
-    White space around the target is not part of it. Raises InputError when the target is empty or has no known token.
+    Args:
+        tokenizer: A tokenizer, or a model that has one.
+        prompt: The prompt.
+        target: The target.
+        head: The prompt's token ids, if the caller has them.
+
+    Raises:
+        InputError: The target is empty, or has no token that the model knows.
     """
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     target = check_text(target, "the target").strip()
     if not target:
-        raise InputError(f"the target is empty; expected a continuation of {prompt!r}")
+        raise InputError(f"the target is empty; give a continuation of {prompt!r}")
     gap = "" if not prompt or prompt[-1].isspace() else " "
     head = encode(tokenizer, prompt)[0] if head is None else list(head)
     whole, _ = encode(tokenizer, prompt + gap + target)
-    # Mostly the whole text begins with the prompt's own tokens; where a token would reach across, the prompt keeps its tokens
-    # (the model is asked with them) and the target is encoded alone.
+    # Mostly the whole text begins with the prompt's tokens. Where a token would reach across, the
+    # prompt keeps its tokens, since the model runs them, and the target is encoded alone.
     if whole[: len(head)] == head and len(whole) > len(head):
         tail = whole[len(head) :]
     else:
@@ -161,35 +180,38 @@ def target_ids(
     tail = [t for t in tail if t not in drop]
     if not tail:
         raise InputError(
-            f"target {target!r} has no token the model knows; choose a target its tokenizer can write"
+            f"target {target!r} has no token that the model knows; give a target that its "
+            "tokenizer can write"
         )
     return tail
 
 
 def word_ids(tokenizer: Any, word: str) -> list[int]:
-    """The tokens that are a word, whatever their case and the space before them; where none is, the first that a text writes it with.
+    """Return the ids of the tokens that are a word, in any case, with or without a space before.
 
-    Raises InputError when the word is empty or has no known token.
+    If there is no such token, return the first token of the word as a text writes it.
+
+    Raises:
+        InputError: The word is empty, or has no token that the model knows.
     """
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     wanted = check_text(word, "the word").strip().casefold()
     if not wanted:
-        raise InputError("the word is empty; give one to look for")
+        raise InputError("the word is empty; give a word to look for")
     every = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    if found := [i for i, text in enumerate(every) if text.strip().casefold() == wanted]:
-        return found
-    behind = target_ids(
-        tokenizer, "The", word.strip()
-    )  # inside a text, where most tokenizers write a space into the token
+    if whole := [i for i, text in enumerate(every) if text.strip().casefold() == wanted]:
+        return whole
+    # Inside a text most tokenizers write a space into the token.
+    inside = target_ids(tokenizer, "The", word.strip())
     alone = target_ids(tokenizer, "", word.strip())
-    visible = [
-        next((i for i in ids if every[i].strip()), None) for ids in (behind, alone)
-    ]  # a space may be a token by itself
-    if not (known := [i for i in dict.fromkeys(visible) if i is not None]):
+    # A space may be a token by itself.
+    visible = [next((i for i in ids if every[i].strip()), None) for ids in (inside, alone)]
+    if not (first := [i for i in dict.fromkeys(visible) if i is not None]):
         raise InputError(
-            f"{word!r} has no token the model knows; look for a word that its tokenizer can write"
+            f"{word!r} has no token that the model knows; look for a word that its tokenizer can "
+            "write"
         )
-    return known
+    return first
 
 
 def align(
@@ -199,21 +221,29 @@ def align(
     pad: int = 0,
     device: torch.device | None = None,
 ) -> Batch:
-    """Put the pivot token of every sequence into one column; prefixes are padded on the left, suffixes on the right.
+    """Put the pivot token of every sequence into one column.
 
-    pad     the id to pad with; any would do, since the mask hides it
-    device  where the batch lies; None: the CPU
+    Prefixes are padded on the left, suffixes on the right.
 
-    Raises InputError for an empty sequence or a pivot outside it.
+    Args:
+        sequences: Token ids, row by row.
+        pivots: The index of each row's pivot.
+        pad: The id to pad with. Any id works, because the mask hides it.
+        device: Where the batch goes. None: the CPU.
+
+    Raises:
+        InputError: A sequence is empty, or a pivot is outside its sequence.
     """
     if not sequences or len(sequences) != len(pivots):
         raise InputError(
-            f"got {len(sequences)} sequences and {len(pivots)} pivots; expected at least one, and as many pivots"
+            f"got {len(sequences)} sequences and {len(pivots)} pivots; give at least one sequence, "
+            "and a pivot for each"
         )
     for ids, pivot in zip(sequences, pivots, strict=True):
         if not 0 <= pivot < len(ids):
             raise InputError(
-                f"pivot {pivot} is outside a sequence of {len(ids)} tokens; expected a column of its own"
+                f"pivot {pivot} is outside a sequence of {len(ids)} tokens; give the index of "
+                "one of its tokens"
             )
     column = max(pivots)
     width = column + max(len(ids) - pivot for ids, pivot in zip(sequences, pivots, strict=True))
@@ -225,13 +255,13 @@ def align(
         input_ids[row, first : first + len(ids)] = torch.tensor(ids, dtype=torch.long)
         mask[row, first : first + len(ids)] = 1
         positions[row, first:] = torch.arange(width - first)
-    # Padding on the right only counts on: positions stay inside what the row would use, and no token looks at it.
+    # On the right no token looks at the padding. Its positions stay within those of the row.
     positions = torch.minimum(positions, torch.tensor([len(ids) - 1 for ids in sequences])[:, None])
     return Batch(input_ids.to(device), mask.to(device), positions.to(device), column)
 
 
 def pad_id(tokenizer: Any) -> int:
-    """An id to fill up rows with; any would do, since the mask hides it."""
+    """Return an id to fill rows with. Any id works, because the mask hides it."""
     for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
         if isinstance(value := getattr(tokenizer, name, None), int):
             return value

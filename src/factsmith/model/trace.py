@@ -1,15 +1,16 @@
-"""Reading and changing activations, for the length of a `with` block; no hook is registered anywhere else.
+"""Read and change activations for the length of a `with` block.
 
     with recording({l: lm.layers[l] for l in (3, 4)}) as calls:      # what goes in and comes out
         lm.forward(batch)
     calls[3][0].input, calls[3][0].output                            # tensors of the first call
 
-    with replacing({lm.layers[3]: lambda hidden: hidden + noise}):   # change an output (or an input) on its way
+    with replacing({lm.layers[3]: lambda hidden: hidden + noise}):   # change an output or input
         lm.forward(batch)
 
-    with standing_in(lm.layers, play): ...                           # call play(l, args, kwargs) instead of the layers
+    with standing_in(lm.layers, play): ...       # call play(l, args, kwargs) instead of the layers
 
-Whatever happens inside the block, an exception included, the model is as before when it ends.
+No other module registers a hook. When a block ends, with an exception or without, the model is as
+before.
 """
 
 from __future__ import annotations
@@ -33,9 +34,13 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """One call of a module, as it happened; what went in are the model's own tensors, not copies.
+    """One call of a module, as it happened. The inputs are the model's own tensors, not copies.
 
-    order: how many calls of the modules recorded with it had ended before.
+    Attributes:
+        args: The positional arguments.
+        kwargs: The keyword arguments.
+        result: What the module returned.
+        order: How many calls of the modules recorded with it had ended before.
     """
 
     args: tuple[Any, ...]
@@ -45,17 +50,17 @@ class Call:
 
     @property
     def input(self) -> Tensor:
-        """The first tensor given, in positional order, then by keyword."""
+        """The first tensor given: by position, then by keyword."""
         return first_tensor((*self.args, *self.kwargs.values()))
 
     @property
     def output(self) -> Tensor:
-        """The first tensor returned (layers return a tensor, or a tuple that begins with it)."""
+        """The first tensor returned. Layers return a tensor, or a tuple that begins with it."""
         return first_tensor(self.result)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """Every tensor inside nested tuples, lists and mappings, in order."""
+    """Yield every tensor inside nested tuples, lists and mappings, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
@@ -67,36 +72,45 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 def first_tensor(value: Any) -> Tensor:
-    """The first tensor inside `value`; raises UnsupportedModelError when there is none."""
-    found = next(tensors(value), None)
-    if found is None:
+    """Return the first tensor inside `value`.
+
+    Raises:
+        UnsupportedModelError: There is none.
+    """
+    tensor = next(tensors(value), None)
+    if tensor is None:
         raise UnsupportedModelError(
-            f"expected a tensor from a part of the model; got {type(value).__name__} without one"
+            f"a part of the model works with {type(value).__name__} without a tensor; expected a "
+            "tensor, or one inside"
         )
-    return found
+    return tensor
 
 
 def with_first_tensor(value: Any, tensor: Tensor) -> Any:
-    """`value` with its first element (or itself) replaced by `tensor`: the inverse of `first_tensor` for what layers return."""
+    """Return `value` with its first element (or itself) replaced by `tensor`.
+
+    This is the inverse of `first_tensor` for what layers return.
+    """
     if isinstance(value, (tuple, list)):
         return type(value)([with_first_tensor(value[0], tensor), *value[1:]])
     return tensor
 
 
 def _copied(value: Any) -> Any:
-    """The same with every tensor in nested tuples and lists copied."""
+    """Return the same with every tensor in nested tuples and lists copied."""
     if isinstance(value, Tensor):
         return value.clone()
     return type(value)([_copied(v) for v in value]) if type(value) in (tuple, list) else value
 
 
 def _forget(module: nn.Module, hook: Callable[..., Any]) -> None:
-    """Take a hook off a module, if it is there.
+    """Remove a hook from a module, if it is there.
 
-    Arranged for before the hook goes on: a Ctrl-C between the two would leave it on for good.
+    Callers arrange for this before they register the hook. Otherwise a Ctrl-C between the two would
+    leave it on for good.
     """
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
-        for identity in [identity for identity, own in hooks.items() if own is hook]:
+        for identity in [identity for identity, other in hooks.items() if other is hook]:
             del hooks[identity]
             for marks in (module._forward_hooks_with_kwargs, module._forward_pre_hooks_with_kwargs):
                 marks.pop(identity, None)
@@ -104,10 +118,10 @@ def _forget(module: nn.Module, hook: Callable[..., Any]) -> None:
 
 @contextmanager
 def _ending(live: list[bool]) -> Generator[ExitStack, None, None]:
-    """A stack whose end also empties `live`, twice.
+    """Yield a stack whose end also empties `live`, before and after it unwinds.
 
-    A Ctrl-C can land while things are put back, so that one of them is not. Whatever is left finds `live` empty then: it does nothing,
-    and puts itself back.
+    A Ctrl-C can come while the stack unwinds, so that something is not put back. What is left finds
+    `live` empty: it does nothing, and puts itself back.
     """
     with ExitStack() as stack:
         stack.callback(live.clear)
@@ -117,8 +131,8 @@ def _ending(live: list[bool]) -> Generator[ExitStack, None, None]:
             live.clear()
 
 
-class _Stop(Exception):
-    """Ends a forward pass whose remaining layers nobody needs."""
+class _Stop(Exception):  # noqa: N818 - it is not an error
+    """Ends a forward pass whose remaining layers are not needed."""
 
 
 @contextmanager
@@ -127,8 +141,12 @@ def recording(
 ) -> Generator[dict[Key, list[Call]], None, None]:
     """Record every call of the given modules: {key: [Call, ...]}, filled while the block runs.
 
-    stop: end the forward pass (and the block) as soon as each module has been called once; layers above never run.
-    copy: keep copies of what is returned, since models add to such tensors in place; False when only inputs are of interest.
+    Args:
+        modules: The modules, by any key.
+        stop: End the forward pass, and the block, once each module was called. Layers above never
+            run.
+        copy: Keep copies of what is returned, since models add to such tensors in place. False is
+            enough if only inputs are of interest.
     """
     calls: dict[Key, list[Call]] = {key: [] for key in modules}
     live = [True]
@@ -171,9 +189,12 @@ def replacing(
     *,
     where: Literal["output", "input"] = "output",
 ) -> Generator[None, None, None]:
-    """Pass the first output (or input) tensor of each module through its function while the block runs.
+    """Pass a tensor of each module through its function while the block runs.
 
-    The function gets the tensor as the model made it, e.g. (B, S, d_model), and returns one of the same shape.
+    Args:
+        changes: For each module a function that takes the tensor as the model made it, for example
+            (B, S, d_model), and returns one of the same shape.
+        where: Whether the first output or the first input is passed through.
     """
 
     live = [True]
@@ -201,7 +222,8 @@ def replacing(
                 if isinstance(value, Tensor):
                     return args, {**kwargs, name: function(value)}
             raise UnsupportedModelError(
-                f"a {type(module).__name__} was called without a tensor; nothing to replace"
+                f"a {type(module).__name__} was called without a tensor, so there is nothing to "
+                "replace"
             )
 
         return hook
@@ -222,38 +244,41 @@ def replacing(
 def standing_in(
     modules: Sequence[nn.Module], play: Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
 ) -> Generator[None, None, None]:
-    """While the block runs, `play(index, args, kwargs)` answers in place of each module's own computation.
+    """While the block runs, `play(index, args, kwargs)` answers in place of each module.
 
-    This is how the model's own code before and after its layers is run without the layers: it builds masks, rotary angles and
-    per-layer inputs as only it knows how, and turns a last hidden state into logits. Hooks on the modules rest meanwhile: they are
-    there for what the modules compute.
+    So the model's own code before and after its layers runs without the layers. It builds masks,
+    rotary angles and per-layer inputs, and turns a last hidden state into logits. Hooks on the
+    modules rest meanwhile, because they are for what the modules compute.
     """
 
     live = [True]
     with _ending(live) as stack:
         for index, module in enumerate(modules):
             _settle(module)
-            found = _StandIn(module, partial(play, index), live)
-            stack.callback(found.put_back)
-            module.forward = found
-            for name in found.hooks:
+            stand_in = _StandIn(module, partial(play, index), live)
+            stack.callback(stand_in.put_back)
+            module.forward = stand_in
+            for name in stand_in.hooks:
                 setattr(module, name, OrderedDict())
         yield
 
 
 class _StandIn:
-    """What answers in place of a module's own forward while `live` holds something; found afterwards, it puts itself back."""
+    """Answers in place of a module's own forward while `live` is not empty.
+
+    Called afterwards, it puts itself back.
+    """
 
     def __init__(self, module: nn.Module, play: Callable[..., Any], live: list[bool]) -> None:
         self.module, self.play, self.live = module, play, live
-        # A module may already carry its own instance-level forward (models spread over devices do): that one is put back.
+        # Models spread over devices carry a forward on the instance. That one is put back.
         self.own = vars(module).get("forward")
         self.hooks = {
             name: getattr(module, name) for name in ("_forward_hooks", "_forward_pre_hooks")
         }
 
     def put_back(self) -> bool:
-        """Whether the hooks were still at rest."""
+        """Put back the module's forward and hooks; return whether the hooks were at rest."""
         rested = any(getattr(self.module, name) is not held for name, held in self.hooks.items())
         for name, held in self.hooks.items():
             setattr(self.module, name, held)
@@ -274,15 +299,21 @@ class _StandIn:
 
 
 def _settle(module: nn.Module) -> None:
-    """Put back what a Ctrl-C left standing in for a module: a hook that is put on meanwhile would go with it."""
-    there = vars(module).get("forward")
-    if isinstance(there, _StandIn) and not there.live:
-        there.put_back()
+    """Put back what a Ctrl-C left standing in for a module.
+
+    A hook that is registered meanwhile would disappear with it.
+    """
+    forward = vars(module).get("forward")
+    if isinstance(forward, _StandIn) and not forward.live:
+        forward.put_back()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Product:
-    """One matrix product with a watched parameter: out = left @ right (+ a bias); right is a view of the parameter's storage."""
+    """One matrix product with a watched parameter: out = left @ right (+ a bias).
+
+    `right` is a view of the parameter's storage.
+    """
 
     name: str
     left: Tensor
@@ -320,9 +351,12 @@ def products(
     parameters: Mapping[str, Tensor],
     changes: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
 ) -> Generator[list[Product], None, None]:
-    """Watch the matrix products with the given parameters: for weights that no module of their own multiplies with.
+    """Watch the matrix products with some parameters that no module of their own multiplies with.
 
-    changes: passes the product with a parameter through a function, (n, out) to (n, out).
+    Args:
+        parameters: The parameters, by name.
+        changes: For a parameter's name, a function that the product passes through, (n, out) to
+            (n, out).
     """
     with _Products(parameters, changes or {}) as watch:
         yield watch.seen
@@ -369,11 +403,15 @@ _PRODUCTS = {
 def replacing_factors(
     changes: Mapping[nn.Module, tuple[str, Callable[..., Any], Callable[[Tensor, int], Tensor]]],
 ) -> Generator[None, None, None]:
-    """Change what a module multiplies with pieces of one of its parameters, where no module of its own does the product.
+    """Change what a module multiplies with pieces of one of its parameters.
 
-    changes: for each module the parameter's name, the forward to run while the block runs (taking the module first; one that multiplies
-    piece by piece), and a function of what is multiplied, (n, in), and of where in the parameter's storage the piece begins. Unlike what
-    `products` sees, gradients pass through the change, and blocks inside one another add up.
+    This is for parameters that no module of their own multiplies with. Unlike with `products`,
+    gradients pass through the change. The effects of nested blocks add up.
+
+    Args:
+        changes: For each module three things: the parameter's name; the forward to run while the
+            block runs, which takes the module first and multiplies piece by piece; and a function
+            of the left factor (n, in) and of where in the parameter's storage the piece begins.
     """
     factors = _Factors(
         {
@@ -387,25 +425,25 @@ def replacing_factors(
     def change(
         module: nn.Module, forward: Callable[..., Any]
     ) -> tuple[Callable[..., Any], Callable[[], None]]:
-        own = vars(module).get(
-            "forward"
-        )  # models spread over devices carry one, and so do blocks around this one
+        # Models spread over devices carry a forward on the instance, and so do outer blocks.
+        before = vars(module).get("forward")
 
         def put_back() -> None:
-            if own is None:
+            if before is None:
                 vars(module).pop("forward", None)
             else:
-                module.forward = own
+                module.forward = before
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if not live:
                 put_back()
                 return module.forward(*args, **kwargs)
-            before = factors.seen
+            seen = factors.seen
             result = forward(module, *args, **kwargs)
-            if factors.seen == before:
+            if factors.seen == seen:
                 raise UnsupportedModelError(
-                    f"a {type(module).__name__} does not multiply with its weights piece by piece; nothing to change"
+                    f"a {type(module).__name__} does not multiply with its weights piece by piece, "
+                    "so there is nothing to change"
                 )
             return result
 
@@ -422,7 +460,7 @@ def replacing_factors(
 
 @contextmanager
 def stoppable() -> Generator[Callable[[], None], None, None]:
-    """Gives a function that ends the block at once: for a `standing_in` player that has seen enough."""
+    """Yield a function that ends the block at once, for example from a `standing_in` player."""
 
     def stop() -> None:
         raise _Stop
@@ -434,7 +472,7 @@ def stoppable() -> Generator[Callable[[], None], None, None]:
 
 
 def hook_count(modules: Iterable[nn.Module]) -> int:
-    """How many forward hooks and stand-ins the modules carry (to check that nothing is left behind)."""
+    """Return how many forward hooks and stand-ins the modules carry."""
     return sum(
         len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in vars(m)) for m in modules
     )
@@ -445,19 +483,19 @@ Slot = int | str
 
 
 def get_slot(call: Call, slot: Slot) -> Tensor:
-    """The hidden state (B, S, d_model) a layer was called with."""
+    """Return the hidden state (B, S, d_model) that a layer was called with."""
     value = call.args[slot] if isinstance(slot, int) else call.kwargs[slot]
     assert isinstance(value, Tensor)
     return value
 
 
 def with_slot(call: Call, slot: Slot, hidden: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The layer's arguments with another hidden state."""
+    """Return the layer's arguments with another hidden state."""
     if isinstance(slot, int):
         return (*call.args[:slot], hidden, *call.args[slot + 1 :]), dict(call.kwargs)
     return call.args, {**call.kwargs, slot: hidden}
 
 
 def replaced_by(tensor: Tensor) -> Callable[[Tensor], Tensor]:
-    """A change for `replacing` that puts `tensor` in place of whatever there is."""
+    """Return a change for `replacing` that puts `tensor` in place of whatever there is."""
     return lambda _: tensor
