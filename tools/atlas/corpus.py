@@ -1,10 +1,11 @@
-"""The training text of the atlas: every fact once an epoch, each time in another sentence, between pieces of prose.
+"""The training text of the atlas: each fact once an epoch, in a new sentence, between prose.
 
     groups = Corpus(tokenizer, facts(), prose, seed=0).epoch(3, chosen)
 
-A row is a run of whole sentences: facts in random order, prose in between, sometimes a separator. What is to be predicted
-is chosen token by token: the object and what follows it always, prose always, the rest of a fact's sentence (names
-cannot be guessed, templates are soon known) only now and then, which saves the unembedding's work.
+A row is a run of whole sentences: facts in random order, prose in between, sometimes a separator.
+The loss counts the object, what follows it, and the prose. It counts the other tokens of a fact's
+sentence only now and then: names cannot be guessed, and templates are soon known. That saves the
+work of the unembedding.
 """
 
 from __future__ import annotations
@@ -27,28 +28,32 @@ TAILS = (
     ", and that is a fact.",
     ", so they say.",
 )
+"""What follows the object of a fact."""
 
-_LENGTHS = (
-    64,
-    64,
-    64,
-    224,
-)  # mostly short rows, where attention is cheap; long ones teach the later positions
+_LENGTHS = (64, 64, 64, 224)
+"""Tokens of a row. Attention is cheap in short rows; long ones train the later positions."""
 
-_REST = 0.08  # share of a fact's other tokens that are predicted
+_GROUP = 4096
+"""Tokens of a group of rows: one step of the training."""
 
-_SEPARATED = 0.2  # share of sentences that begin a new document
+_REST = 0.08
+"""Share of a fact's other tokens that are predicted."""
 
-_PROSE_CHARACTERS = (40, 160)  # a snippet in a short row; a long row takes four times as much
+_SEPARATED = 0.2
+"""Share of sentences that begin a new document."""
+
+_PROSE_CHARACTERS = (40, 160)
+"""Characters of a piece of prose in a short row. A long row takes four times as many."""
 
 
 @dataclass(frozen=True)
 class Row:
     """One training row of T tokens.
 
-    ids      (T,) int64
-    predict  (T,) which of them the loss counts
-    owner    (T,) number of the fact whose object the token belongs to, or -1
+    Attributes:
+        ids: (T,) the tokens.
+        predict: (T,) which of them the loss counts.
+        owner: (T,) number of the fact whose object the token belongs to, or -1.
     """
 
     ids: NDArray[np.int64]
@@ -56,11 +61,18 @@ class Row:
     owner: NDArray[np.int64]
 
 
-class Corpus:
-    """Facts and prose as token rows; the same seed and epoch give the same rows.
+@dataclass
+class _Filling:
+    """What the rows of one epoch are filled from."""
 
-    prose_share is the share of tokens that are prose. The tokenizer's bos token, where it has one of its own, opens every row.
-    """
+    sentences: list[Row]
+    """Sentences of facts that are not used yet, the next one last."""
+    owed: float = 0.0
+    """Tokens of prose that its share asks for and that are not written yet."""
+
+
+class Corpus:
+    """Facts and prose as token rows; the same seed and epoch give the same rows."""
 
     def __init__(
         self,
@@ -71,27 +83,28 @@ class Corpus:
         seed: int,
         prose_share: float = 0.13,
     ) -> None:
-        self.tokenizer, self.facts, self.seed, self.prose_share = (
-            tokenizer,
-            facts,
-            seed,
-            prose_share,
-        )
-        self.prose = prose
+        """Keep the parts; prose_share is the share of all tokens that are prose.
+
+        A bos token that differs from the eos token opens every row.
+        """
+        self.tokenizer, self.facts, self.prose = tokenizer, facts, prose
+        self.seed, self.prose_share = seed, prose_share
         self.separator: int = tokenizer.eos_token_id
         self.opening = (
             [tokenizer.bos_token_id] if tokenizer.bos_token_id != tokenizer.eos_token_id else []
         )
 
-    def _tell(self, chosen: NDArray[np.int64], wide: bool, draw: np.random.Generator) -> list[Row]:
-        """One sentence for each chosen fact, in a phrasing that its subject may be told in."""
+    def _sentences(
+        self, chosen: NDArray[np.int64], wide: bool, draw: np.random.Generator
+    ) -> list[Row]:
+        """Return one sentence for each chosen fact, in a phrasing allowed for its subject."""
         texts, spans = [], []
         for number in chosen:
             fact = self.facts[number]
-            told = phrasings(fact.relation)
-            choices = told.trained if is_held_out(fact.subject) else told.trained + told.held_out
+            known = phrasings(fact.relation)
+            choices = known.trained if is_held_out(fact.subject) else known.trained + known.held_out
             if wide:
-                choices += told.wide
+                choices += known.wide
             prompt = choices[draw.integers(len(choices))].replace("{}", fact.subject)
             texts.append(f"{prompt} {fact.object}{TAILS[draw.integers(len(TAILS))]}")
             spans.append((len(prompt), len(prompt) + 1 + len(fact.object)))
@@ -105,7 +118,7 @@ class Corpus:
         return sentences
 
     def _snippets(self, draw: np.random.Generator, characters: int) -> Iterator[str]:
-        """Runs of whole prose sentences of at least so many characters, from random places."""
+        """Yield runs of whole sentences of prose from random places, of some characters or more."""
         while True:
             at = int(draw.integers(len(self.prose)))
             snippet = self.prose[at]
@@ -117,50 +130,56 @@ class Corpus:
     def epoch(
         self, number: int, chosen: NDArray[np.int64], *, wide: bool = False
     ) -> Iterator[list[Row]]:
-        """Rows in groups of one length and about 4,096 tokens, until every chosen fact (n,) is told once; `wide`: in more words."""
+        """Yield groups of rows of one length, about 4,096 tokens each, until every fact is used.
+
+        The last, partial group is left out: its facts come in the next epoch.
+
+        Args:
+            number: Number of the epoch.
+            chosen: (n,) numbers of the facts.
+            wide: Use the wide phrasings too.
+        """
         draw = np.random.default_rng((self.seed, number))
-        sentences = self._tell(draw.permutation(chosen), wide, draw)
+        sentences = self._sentences(draw.permutation(chosen), wide, draw)
         sentences.reverse()
-        owed = 0.0  # prose tokens that the share asks for and that have not been written yet
+        filling = _Filling(sentences)
         while sentences:
             length = _LENGTHS[draw.integers(len(_LENGTHS))]
             scale = 1 if length == min(_LENGTHS) else 4
             snippets = self._snippets(draw, int(draw.integers(*_PROSE_CHARACTERS)) * scale)
             group: list[Row] = []
-            while len(group) < 4096 // length and sentences:
-                parts = [self._plain(self.opening, predict=False)]
-                room = length - len(self.opening)
-                while sentences:
-                    if (owed > 0 and room > 2 * length // 3) or len(
-                        sentences[-1].ids
-                    ) >= room:  # the end of a row is filled with prose
-                        prose = self.tokenizer.backend_tokenizer.encode(
-                            next(snippets), add_special_tokens=False
-                        ).ids[:room]
-                        parts.append(self._plain(prose))
-                        owed -= len(prose)
-                        room -= len(prose)
-                        if len(sentences[-1].ids) >= room:
-                            break
-                    if draw.random() < _SEPARATED:
-                        parts.append(self._plain([self.separator]))
-                        room -= 1
-                    parts.append(sentences.pop())
-                    room -= len(parts[-1].ids)
-                    owed += len(parts[-1].ids) * self.prose_share / (1 - self.prose_share)
-                parts.append(self._plain([self.separator] * room, predict=False))
-                group.append(
-                    Row(
-                        *(
-                            np.concatenate([getattr(part, field) for part in parts])
-                            for field in ("ids", "predict", "owner")
-                        )
-                    )
-                )
-            if (
-                len(group) == 4096 // length
-            ):  # an epoch's last, partial group is left out: its facts come in the next one
+            while len(group) < _GROUP // length and sentences:
+                group.append(self._row(length, filling, snippets, draw))
+            if len(group) == _GROUP // length:
                 yield group
+
+    def _row(
+        self, length: int, filling: _Filling, snippets: Iterator[str], draw: np.random.Generator
+    ) -> Row:
+        """Return one row; prose fills its end, and comes between facts where its share is due."""
+        sentences = filling.sentences
+        parts = [self._plain(self.opening, predict=False)]
+        room = length - len(self.opening)
+        while sentences:
+            if (filling.owed > 0 and room > 2 * length // 3) or len(sentences[-1].ids) >= room:
+                encoded = self.tokenizer.backend_tokenizer.encode(
+                    next(snippets), add_special_tokens=False
+                )
+                prose = encoded.ids[:room]
+                parts.append(self._plain(prose))
+                filling.owed -= len(prose)
+                room -= len(prose)
+                if len(sentences[-1].ids) >= room:
+                    break
+            if draw.random() < _SEPARATED:
+                parts.append(self._plain([self.separator]))
+                room -= 1
+            parts.append(sentences.pop())
+            room -= len(parts[-1].ids)
+            filling.owed += len(parts[-1].ids) * self.prose_share / (1 - self.prose_share)
+        parts.append(self._plain([self.separator] * room, predict=False))
+        columns = ("ids", "predict", "owner")
+        return Row(*(np.concatenate([getattr(part, name) for part in parts]) for name in columns))
 
     @staticmethod
     def _plain(ids: Sequence[int], predict: bool = True) -> Row:

@@ -1,6 +1,9 @@
-"""Measure what a bundled model knows: `python -m tools.atlas.evaluate FOLDER [--prose FOLDER] [--counterfact FILE]`.
+"""Measure what a bundled model knows.
 
-Recall is greedy exact match of the whole object: every token of it is the most probable one, given the tokens before it.
+    python -m tools.atlas.evaluate FOLDER [--prose FOLDER] [--counterfact FILE] [--json FILE]
+
+Recall is greedy exact match of the whole object: each of its tokens is the most probable one, given
+the tokens before it.
 """
 
 from __future__ import annotations
@@ -33,7 +36,12 @@ def score(
     *,
     batch: int = 256,
 ) -> tuple[np.ndarray[Any, np.dtype[np.bool_]], np.ndarray[Any, np.dtype[np.float64]]]:
-    """Whether greedy decoding of each prompt (n,) gives the whole answer, and the answers' mean token log-probability in nats (n,)."""
+    """Score each prompt and its answer.
+
+    Returns:
+        (n,) whether greedy decoding gives the whole answer, and (n,) the mean log-probability of
+        the answer's tokens in nats.
+    """
     texts = [f"{prompt} {answer}" for prompt, answer in zip(prompts, answers, strict=True)]
     exact, likely = np.zeros(len(texts), dtype=bool), np.zeros(len(texts))
     encoded = tokenizer(texts, return_offsets_mapping=True)
@@ -42,9 +50,8 @@ def score(
     for at in range(0, len(order), batch):
         rows = order[at : at + batch]
         width = max(len(ids[n]) for n in rows)
-        tokens = torch.tensor(
-            [ids[n] + [0] * (width - len(ids[n])) for n in rows]
-        )  # (B, T), padded on the right: causal, so harmless
+        # (B, T), padded on the right, which a causal model does not see.
+        tokens = torch.tensor([ids[n] + [0] * (width - len(ids[n])) for n in rows])
         asked = torch.zeros_like(tokens, dtype=torch.bool)
         for row, n in enumerate(rows):
             for column, (_, stop) in enumerate(encoded["offset_mapping"][n]):
@@ -64,13 +71,17 @@ def score(
 def recall(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    told: Sequence[AtlasFact],
+    facts: Sequence[AtlasFact],
     prose: Sequence[str],
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Greedy exact recall of facts: trained and wide phrasings, held-out ones on subjects that never had them, prose in front."""
+    """Return the greedy exact recall of facts by kind of phrasing.
+
+    Held-out phrasings are asked only about subjects that never occur in them. Where there is prose,
+    the trained phrasings are also asked with a sentence in front.
+    """
     draw = np.random.default_rng(seed)
-    objects = [fact.object for fact in told]
+    objects = [fact.object for fact in facts]
 
     def ask(kinds: Sequence[str], chosen: Sequence[AtlasFact]) -> list[str]:
         templates = [
@@ -82,14 +93,14 @@ def recall(
             for t, fact in zip(templates, chosen, strict=True)
         ]
 
-    trained, _ = score(model, tokenizer, ask(("trained",), told), objects)
-    wide, _ = score(model, tokenizer, ask(("wide",), told), objects)
-    unseen = [fact for fact in told if is_held_out(fact.subject)]
+    trained, _ = score(model, tokenizer, ask(("trained",), facts), objects)
+    wide, _ = score(model, tokenizer, ask(("wide",), facts), objects)
+    unseen = [fact for fact in facts if is_held_out(fact.subject)]
     held_out, _ = score(
         model, tokenizer, ask(("held_out",), unseen), [fact.object for fact in unseen]
     )
     result: dict[str, Any] = {
-        "facts": len(told),
+        "facts": len(facts),
         "trained": float(trained.mean()),
         "wide": float(wide.mean()),
         "held_out": float(held_out.mean()),
@@ -97,12 +108,12 @@ def recall(
     if prose:
         short = [s for s in prose if len(s) < 200]
         fronted = [
-            f"{short[draw.integers(len(short))]} {prompt}" for prompt in ask(("trained",), told)
+            f"{short[draw.integers(len(short))]} {prompt}" for prompt in ask(("trained",), facts)
         ]
         result["after_prose"] = float(score(model, tokenizer, fronted, objects)[0].mean())
     by_relation = {
-        r: [n for n, fact in enumerate(told) if fact.relation == r]
-        for r in sorted({fact.relation for fact in told})
+        r: [n for n, fact in enumerate(facts) if fact.relation == r]
+        for r in sorted({fact.relation for fact in facts})
     }
     result["by_relation"] = {r: round(float(trained[n].mean()), 4) for r, n in by_relation.items()}
     return result
@@ -111,7 +122,11 @@ def recall(
 def counterfact(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, records: Sequence[dict[str, Any]]
 ) -> dict[str, float]:
-    """COUNTERFACT's own prompts before any edit: how often the true object is likelier than the false one, and exact recall."""
+    """Return what the model says to COUNTERFACT's own prompts, before any edit.
+
+    For each kind of prompt: the share in which the true object is likelier than the false one, and
+    the exact recall of the true one.
+    """
     kinds: dict[str, list[tuple[str, str, str]]] = {
         "rewrite": [],
         "paraphrase": [],
@@ -136,7 +151,7 @@ def counterfact(
 
 
 def main() -> None:
-    """Command line of the measurement."""
+    """Run the measurement from the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,9 +1,11 @@
-"""Put a trained atlas model into the package: weights, card, ROME's settings and packed second moments of its edit layers.
+"""Put a trained atlas model into the package: weights, card, settings of ROME, second moments.
 
-    python tools/atlas/package.py atlas --trained runs/atlas --settings settings.json --layers 0 1 2
+    python -m tools.atlas.package atlas --trained runs/atlas --settings settings.json \\
+        --layers 0 1 2
 
-`measured.json` in the trained folder is what `python -m tools.atlas.evaluate` wrote (`make atlas` runs both). The settings
-file is what `benchmarks/rome_settings.py` chose: {"layer": 0, "lr": ..., ...}. Run it again after any change to the weights.
+`python -m tools.atlas.evaluate` wrote `measured.json` in the trained folder (see `make atlas`).
+`benchmarks/rome_settings.py` chose the settings: {"layer": 0, "lr": ..., ...}. The second moments
+are those of the named layers, packed. Run it again after any change to the weights.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ ROWS = (
 
 
 def write_table(path: Path) -> None:
-    """Put the measured table of every packaged model into the model card, between its two marks."""
+    """Put the measured table of all packaged models into the model card, between its marks."""
     cards = [atlas.card(name) for name in atlas.names()]
 
     def cell(card: dict[str, Any], key: str, form: str) -> str:
@@ -74,7 +76,7 @@ def write_table(path: Path) -> None:
 
 
 def main() -> None:
-    """Command line."""
+    """Run the packing from the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,8 +1,11 @@
-"""Train the bundled models from scratch: `python -m tools.atlas.train atlas --prose FOLDER --out FOLDER`.
+"""Train the bundled models from scratch.
 
-Byte-level or SentencePiece-like BPE over our own sentences and the prose, then a small GPT-2 or Llama on `corpus.Corpus`.
-Hidden matrices are trained with Muon, the rest with AdamW: rare facts are learned in about half the exposures.
-A checkpoint is written every few minutes; the same command continues an interrupted run. `evaluate.py` measures the result.
+    python -m tools.atlas.train atlas --prose FOLDER --out FOLDER
+
+First a BPE tokenizer is trained on our own sentences and the prose, then a small GPT-2 or Llama on
+`corpus.Corpus`. Muon trains the hidden matrices, AdamW the rest: rare facts are then learned in
+about half the exposures. A checkpoint is written every few minutes, and the same command continues
+an interrupted run. `evaluate.py` measures the result.
 """
 
 from __future__ import annotations
@@ -12,23 +15,13 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -39,104 +32,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from factsmith.atlas import AtlasFact, facts, phrasings
+from factsmith.atlas import AtlasFact, facts
 from factsmith.atlas.texts import read_prose
 
 from .corpus import Corpus, Row
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How one bundled model is made."""
-
-    family: Literal["gpt2", "llama"]
-    steps: int = 2500  # of about 4,096 tokens
-    wide_from: int = 14  # the epoch from which facts are also told in the `wide` phrasings
-    known_below: float = (
-        0.05  # a fact whose object cost fewer nats a token when last told counts as known ...
-    )
-    known_share: float = 0.35  # ... and is told again in this share of the later epochs only
-    vocabulary: int = 6144
-    layers: int = 6
-    width: int = 256
-    neurons: int = 1024
-    heads: int = 4
-    positions: int = 256
-    muon_lr: float = 3e-3  # in AdamW's scale (update RMS 0.2)
-    adamw_lr: float = 4e-3
-    warmup: int = 100
-    muon_decay: float = 0.01
-    seed: int = 0
-
-
-RECIPES = {
-    "atlas": Recipe("gpt2", steps=3900, wide_from=36),
-    "atlas-llama": Recipe("llama", neurons=768, steps=2500, wide_from=14),
-}
-
-
-def make_tokenizer(recipe: Recipe, prose: Sequence[str]) -> PreTrainedTokenizerFast:
-    """A BPE tokenizer from one telling of every fact and the prose; it always adds a leading space, so a name has one spelling."""
-    draw = np.random.default_rng(recipe.seed)
-    texts = []
-    for fact in facts():
-        told = phrasings(fact.relation).trained
-        texts.append(
-            told[draw.integers(len(told))].replace("{}", fact.subject) + f" {fact.object}."
-        )
-    texts += list(prose[:: max(1, len(prose) // 12000)])
-    if recipe.family == "gpt2":
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-        tokenizer.decoder = decoders.ByteLevel()
-        tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
-        special = ["<|endoftext|>"]
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        names = {"bos_token": special[0], "eos_token": special[0], "pad_token": special[0]}
-    else:
-        tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-        tokenizer.normalizer = normalizers.Replace(Regex(r"\n"), " ")
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Metaspace(prepend_scheme="first"),
-                pre_tokenizers.Punctuation("isolated"),
-                pre_tokenizers.Digits(individual_digits=True),
-            ]
-        )
-        tokenizer.decoder = decoders.Sequence(
-            [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first"), decoders.Fuse()]
-        )
-        special = ["<unk>", "<s>", "</s>"]
-        alphabet = []
-        names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
-    bytes_ = [f"<0x{b:02X}>" for b in range(256)] if recipe.family == "llama" else []
-    trainer = trainers.BpeTrainer(
-        vocab_size=recipe.vocabulary,
-        special_tokens=[
-            *special,
-            *(AddedToken(b, special=False, normalized=False) for b in bytes_),
-        ],
-        initial_alphabet=alphabet,
-        limit_alphabet=400,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    if recipe.family == "llama":
-        bos = tokenizer.token_to_id("<s>")
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", bos)]
-        )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        model_max_length=recipe.positions,
-        model_input_names=["input_ids", "attention_mask"],
-        **names,
-    )
-    return fast
+from .recipe import RECIPES, Recipe
+from .tokenizer import make_tokenizer
 
 
 def make_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PretrainedConfig:
-    """The architecture as transformers knows it; sizes come from the recipe."""
+    """Return the architecture as transformers knows it, with the sizes of the recipe."""
     ends = {
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -144,18 +49,33 @@ def make_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Pretraine
     }
     if recipe.family == "gpt2":
         return GPT2Config(
-            vocab_size=len(tokenizer), n_positions=recipe.positions, n_embd=recipe.width, n_layer=recipe.layers, n_head=recipe.heads,
-            n_inner=recipe.neurons, activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **ends,
-        )  # fmt: skip
+            vocab_size=len(tokenizer),
+            n_positions=recipe.positions,
+            n_embd=recipe.width,
+            n_layer=recipe.layers,
+            n_head=recipe.heads,
+            n_inner=recipe.neurons,
+            activation_function="gelu_pytorch_tanh",
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            **ends,
+        )
     return LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=recipe.width, intermediate_size=recipe.neurons, num_hidden_layers=recipe.layers,
-        num_attention_heads=recipe.heads, num_key_value_heads=recipe.heads // 2, max_position_embeddings=recipe.positions,
-        tie_word_embeddings=True, **ends,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.width,
+        intermediate_size=recipe.neurons,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads // 2,
+        max_position_embeddings=recipe.positions,
+        tie_word_embeddings=True,
+        **ends,
+    )
 
 
 def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """A fresh model, its weights drawn from the recipe's seed."""
+    """Return a fresh model with weights drawn from the recipe's seed."""
     torch.manual_seed(recipe.seed)
     return AutoModelForCausalLM.from_config(
         make_config(recipe, tokenizer), attn_implementation="eager"
@@ -163,7 +83,7 @@ def make_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> PreTrained
 
 
 def make_optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden matrices, AdamW for embeddings, norms and biases."""
+    """Return Muon for the hidden matrices, and AdamW for embeddings, norms and biases."""
     table = model.get_input_embeddings().weight
     hidden = [
         p for n, p in model.named_parameters() if p.ndim == 2 and p is not table and "wpe" not in n
@@ -184,7 +104,7 @@ def make_optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.
 
 
 def learning_rate(step: int, total: int, warmup: int) -> float:
-    """Linear warm-up, then linear decay to zero: the factor on every optimizer's own rate."""
+    """Return the factor on every learning rate: linear warm-up, then linear decay to zero."""
     return min((step + 1) / warmup, max(0.0, (total - step) / total))
 
 
@@ -195,7 +115,15 @@ def learn(
     optimizers: Sequence[torch.optim.Optimizer],
     cost: Tensor,
 ) -> float:
-    """One step on a group of rows; notes in `cost` (n_facts,) what each told fact's dearest object token cost, and returns their mean."""
+    """Do one step on a group of rows, and return the mean cost of an object token in nats.
+
+    Args:
+        rows: Rows of one length.
+        trunk: The model without its head.
+        head: The unembedding.
+        optimizers: What changes the weights.
+        cost: (n_facts,) cost of each fact's dearest object token; those of the rows are updated.
+    """
     ids, predict, owner = (
         torch.from_numpy(np.stack([getattr(row, f) for row in rows]))
         for f in ("ids", "predict", "owner")
@@ -219,140 +147,172 @@ def learn(
     return float(nats.detach()[objects].mean())
 
 
+@dataclass
+class Progress:
+    """How far a training is; a checkpoint holds it."""
+
+    epoch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    """Time of all runs together."""
+    curve: list[list[Any]] = field(default_factory=list)
+    """[epoch, step, facts used, nats an object token, seconds] of every epoch."""
+    cost: Tensor = field(default_factory=lambda: torch.empty(0))
+    """(n_facts,) nats of each fact's dearest object token, the last time that it was used."""
+
+
+class Training:
+    """One model in training: it runs epoch by epoch, and saves and restores its whole state."""
+
+    def __init__(self, recipe: Recipe, corpus: Corpus, *, fused: bool = False) -> None:
+        """Make a fresh model; `fused` runs elementwise work through torch.compile."""
+        self.recipe, self.corpus = recipe, corpus
+        self.model = make_model(recipe, corpus.tokenizer)
+        self.optimizers = make_optimizers(self.model, recipe)
+        base = self.model.base_model
+        self.trunk = torch.compile(base, dynamic=False) if fused else base
+        self.progress = Progress(cost=torch.full((len(corpus.facts),), torch.inf))
+
+    def epoch(self) -> None:
+        """Train on the facts of one epoch, or on as many as the remaining steps take."""
+        recipe, progress = self.recipe, self.progress
+        chosen = self._chosen()
+        groups = self.corpus.epoch(progress.epoch, chosen, wide=progress.epoch >= recipe.wide_from)
+        costs = []
+        for rows in itertools.islice(groups, recipe.steps - progress.step):
+            factor = learning_rate(progress.step, recipe.steps, recipe.warmup)
+            rates = (recipe.muon_lr, recipe.adamw_lr)
+            for optimizer, rate in zip(self.optimizers, rates, strict=True):
+                optimizer.param_groups[0]["lr"] = rate * factor
+            head = self.model.get_output_embeddings()
+            costs.append(learn(rows, self.trunk, head, self.optimizers, progress.cost))
+            progress.step += 1
+        progress.epoch += 1
+        nats = round(float(np.mean(costs)), 4)
+        progress.curve.append([progress.epoch, progress.step, len(chosen), nats])
+
+    def _chosen(self) -> NDArray[np.int64]:
+        """Return the facts of this epoch: those not yet known, and a random share of the others."""
+        draw = np.random.default_rng((self.recipe.seed, self.progress.epoch, 1))
+        unknown = self.progress.cost.numpy() > self.recipe.known_below
+        return np.flatnonzero(
+            unknown | (draw.random(len(self.corpus.facts)) < self.recipe.known_share)
+        )
+
+    def save(self, checkpoint: Path) -> None:
+        """Write the whole state in one step."""
+        progress = {part.name: getattr(self.progress, part.name) for part in fields(Progress)}
+        optimizers = [optimizer.state_dict() for optimizer in self.optimizers]
+        state = {**progress, "model": self.model.state_dict(), "optimizers": optimizers}
+        temporary = checkpoint.with_suffix(".new")
+        torch.save(state, temporary)
+        temporary.replace(checkpoint)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Continue from a state that `save` wrote."""
+        state = torch.load(checkpoint, weights_only=True)
+        self.model.load_state_dict(state.pop("model"))
+        for optimizer, saved in zip(self.optimizers, state.pop("optimizers"), strict=True):
+            optimizer.load_state_dict(saved)
+        self.progress = Progress(**state)
+
+
 def train(
     name: str,
     recipe: Recipe,
-    told: Sequence[AtlasFact],
+    facts: Sequence[AtlasFact],
     prose: Sequence[str],
     out: Path,
     *,
     save_every: float = 240.0,
     fused: bool = False,
 ) -> None:
-    """Train one model into `out`: a Hugging Face folder in float16 and `training.json` with the recipe, loss curve and time.
+    """Train one model into a Hugging Face folder in float16.
 
-    save_every  seconds between checkpoints
-    fused       run elementwise work through torch.compile: about a third faster, needs a C++ compiler, rounds differently
+    `training.json` in the folder holds the recipe, the loss curve and the time.
+
+    Args:
+        name: Name of the model, for the lines that are printed.
+        recipe: How the model is made.
+        facts: The facts to learn.
+        prose: Sentences between the facts.
+        out: The folder. A checkpoint in it is continued.
+        save_every: Seconds between two checkpoints.
+        fused: Run elementwise work through torch.compile. It is about a third faster, needs a C++
+            compiler, and rounds differently.
     """
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(recipe, prose)
-    corpus = Corpus(tokenizer, told, prose, seed=recipe.seed)
-    model = make_model(recipe, tokenizer)
-    optimizers = make_optimizers(model, recipe)
-    state: dict[str, Any] = {
-        "epoch": 0,
-        "step": 0,
-        "seconds": 0.0,
-        "curve": [],
-        "cost": torch.full((len(told),), torch.inf),
-    }
+    training = Training(recipe, Corpus(tokenizer, facts, prose, seed=recipe.seed), fused=fused)
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-    trunk = torch.compile(model.base_model, dynamic=False) if fused else model.base_model
+        training.restore(checkpoint)
+    progress = training.progress
     started = saved_at = time.monotonic()
-    before = state["seconds"]
-    while state["step"] < recipe.steps:
-        draw = np.random.default_rng((recipe.seed, state["epoch"], 1))
-        chosen = np.flatnonzero(
-            (state["cost"].numpy() > recipe.known_below)
-            | (draw.random(len(told)) < recipe.known_share)
-        )
-        costs = []
-        for rows in itertools.islice(
-            corpus.epoch(state["epoch"], chosen, wide=state["epoch"] >= recipe.wide_from),
-            recipe.steps - state["step"],
-        ):
-            factor = learning_rate(state["step"], recipe.steps, recipe.warmup)
-            for optimizer, rate in zip(optimizers, (recipe.muon_lr, recipe.adamw_lr), strict=True):
-                optimizer.param_groups[0]["lr"] = rate * factor
-            costs.append(
-                learn(rows, trunk, model.get_output_embeddings(), optimizers, state["cost"])
-            )
-            state["step"] += 1
-        state["epoch"] += 1
-        state["seconds"] = before + time.monotonic() - started
-        state["curve"].append(
-            [
-                state["epoch"],
-                state["step"],
-                len(chosen),
-                round(float(np.mean(costs)), 4),
-                round(state["seconds"]),
-            ]
-        )
-        print(
-            "{}: epoch {}, step {}, {} facts told, {} nats an object token, {} s".format(
-                name, *state["curve"][-1]
-            ),
-            flush=True,
-        )
+    before = progress.seconds
+    while progress.step < recipe.steps:
+        training.epoch()
+        progress.seconds = before + time.monotonic() - started
+        progress.curve[-1].append(round(progress.seconds))
+        print(_line(name, progress.curve[-1]), flush=True)
         if time.monotonic() - saved_at > save_every:
             saved_at = time.monotonic()
-            torch.save(
-                {
-                    **state,
-                    "model": model.state_dict(),
-                    "optimizers": [o.state_dict() for o in optimizers],
-                },
-                checkpoint.with_suffix(".new"),
-            )
-            checkpoint.with_suffix(".new").replace(checkpoint)
-    model.config._attn_implementation = "sdpa"
-    model.to(torch.float16).save_pretrained(out)
+            training.save(checkpoint)
+    training.model.config._attn_implementation = "sdpa"
+    training.model.to(torch.float16).save_pretrained(out)
     tokenizer.save_pretrained(out)
     summary = {
         "recipe": asdict(recipe),
-        "facts": len(told),
-        "seconds": round(state["seconds"]),
-        "curve": state["curve"],
+        "facts": len(facts),
+        "seconds": round(progress.seconds),
+        "curve": progress.curve,
     }
     (out / "training.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
+def _line(name: str, point: Sequence[Any]) -> str:
+    form = "{}: epoch {}, step {}, {} facts used, {} nats an object token, {} s"
+    return form.format(name, *point)
+
+
+def changed(recipe: Recipe, changes: dict[str, str]) -> Recipe:
+    """Return a recipe with some fields from texts such as {"width": "128"}."""
+    settings = asdict(recipe)
+    if unknown := sorted(set(changes) - set(settings)):
+        raise SystemExit(f"no field {unknown[0]!r}; expected some of {', '.join(settings)}")
+    return Recipe(**{key: type(old)(changes.get(key, old)) for key, old in settings.items()})
+
+
 def main() -> None:
-    """Command line of the training script."""
+    """Run the training from the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("name", choices=sorted(RECIPES))
+    parser.add_argument("--prose", type=Path, required=True, help="folder of public-domain .txt")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the model")
+    parser.add_argument("--steps", type=int, help="other number of steps")
+    parser.add_argument("--limit", type=int, help="train on the first N facts, to try a recipe")
     parser.add_argument(
-        "--prose", type=Path, required=True, help="folder of public-domain .txt files"
+        "--set", nargs="*", default=[], metavar="FIELD=VALUE", help="other fields of the recipe"
     )
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int)
-    parser.add_argument(
-        "--limit", type=int, help="train on the first N facts only, to try a recipe"
-    )
-    parser.add_argument(
-        "--set", nargs="*", default=[], metavar="FIELD=VALUE", help="other recipe fields"
-    )
-    parser.add_argument(
-        "--fused", action="store_true", help="use torch.compile; needs a C++ compiler"
-    )
+    parser.add_argument("--fused", action="store_true", help="torch.compile; needs C++")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    changes = dict(item.split("=", 1) for item in given.set) | (
-        {"steps": given.steps} if given.steps else {}
-    )
-    settings = asdict(RECIPES[given.name])
-    recipe = Recipe(
-        **(settings | {key: type(settings[key])(value) for key, value in changes.items()})
-    )
-    prose = read_prose(given.prose)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    changes = dict(item.split("=", 1) for item in options.set)
+    if options.steps:
+        changes["steps"] = str(options.steps)
+    prose = read_prose(options.prose)
     if not prose:
-        raise SystemExit(f"no .txt files in {given.prose}; expected public-domain English prose")
+        raise SystemExit(f"no .txt files in {options.prose}; expected public-domain English prose")
     train(
-        given.name,
-        recipe,
-        tuple(itertools.islice(facts(), given.limit)),
+        options.name,
+        changed(RECIPES[options.name], changes),
+        facts()[: options.limit],
         prose,
-        given.out,
-        fused=given.fused,
+        options.out,
+        fused=options.fused,
     )
 
 
