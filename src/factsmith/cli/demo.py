@@ -1,7 +1,14 @@
-"""Demo: the main job on a bundled model, told as a story."""
+"""The `demo` command: the main job on a bundled model, told step by step.
+
+    factsmith demo                  # in the folder factsmith-demo
+    factsmith demo somewhere --json
+
+`story.py` does the steps; this module prints them.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,10 +18,15 @@ from rich.console import Console
 from rich.text import Text
 
 from ..core.tables import visible
-from .common import Json, checks_table, plain_console, print_json, progress
+from .common import Json, plain_console, print_json, progress
 
 if TYPE_CHECKING:
     from .story import Step
+
+_INDENT = "   "
+
+_LEAST_WIDTH, _MOST_WIDTH = 20, 100
+"""Columns of a terminal between which the heat map is as wide as the terminal."""
 
 
 def demo(
@@ -22,7 +34,7 @@ def demo(
         Path,
         typer.Argument(
             metavar="[FOLDER]",
-            help="The workspace the story is played in; made if it is not there.",
+            help="The workspace of the demonstration; it is made if it does not exist.",
         ),
     ] = Path("factsmith-demo"),
     as_json: Json = False,
@@ -33,33 +45,38 @@ def demo(
     Example:
       factsmith demo
     """
-    from . import story as story
+    from .story import run
 
     console = plain_console()
-    found: dict[str, Any] = {}
-    steps = story.run(folder)
+    results: dict[str, Any] = {}
+    steps = run(folder)
     for number in itertools.count(1):
-        with progress() as tell:  # one at a time: bars and text do not meet on a terminal
+        with progress() as tell:  # one bar for each step: a bar and text must not mix
             tell("working", 0, None)
             step = next(steps, None)
         if step is None:
             break
-        found[step.name] = step.to_dict()
+        results[step.name] = step.to_dict()
         if not as_json:
-            _tell_step(console, number, step)
+            _print_step(console, number, step)
     if as_json:
-        print_json(found)
+        print_json(results)
 
 
-def _tell_step(console: Console, number: int, step: Step) -> None:
+def _print_step(console: Console, number: int, step: Step) -> None:
     from ..show.plots.traces import text_heat_map
 
     console.print(Text(f"\n{number}. {step.title}", "bold"))
-    for sentence in step.before:
-        console.print(Text(f"   {visible(sentence)}"), soft_wrap=True)
+    _print_sentences(console, step.before)
     if step.trace is not None:
-        console.print(text_heat_map(step.trace, max(20, min(console.width, 100))))
+        width = max(_LEAST_WIDTH, min(console.width, _MOST_WIDTH))
+        console.print(text_heat_map(step.trace, width))
     if step.proof is not None:
-        console.print(checks_table(step.proof.to_dict()["checks"]))
-    for sentence in step.after:
-        console.print(Text(f"   {visible(sentence)}"), soft_wrap=True)
+        for table in step.proof.tables():  # their titles are the shares, which the sentences give
+            console.print(dataclasses.replace(table, title="").as_rich())
+    _print_sentences(console, step.after)
+
+
+def _print_sentences(console: Console, sentences: tuple[str, ...]) -> None:
+    for sentence in sentences:
+        console.print(Text(_INDENT + visible(sentence)), soft_wrap=True)

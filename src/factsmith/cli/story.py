@@ -1,6 +1,9 @@
-"""The main job on a bundled model, told as a story: a true correction, from what the model believes to the undo.
+"""The main job on a bundled model, step by step: a true correction, from the answer to the undo.
 
-`run(folder)` yields the steps as they are done; the command line prints them. Every number in them is measured.
+    for step in run(Path("factsmith-demo")):
+        print(step.title, step.to_dict())
+
+`run` does each step and yields what it measured. The command line prints the steps.
 """
 
 from __future__ import annotations
@@ -49,23 +52,26 @@ NEIGHBOURS = (
     "Ukraine",
 )
 
-OWN = (
+SUBJECT_FACTS = (
     ("The seat of government of Bulgaria is", "Sofia"),
     ("The people of Bulgaria speak", "Bulgarian"),
     ("Which organisation has Bulgaria joined? It is", "NATO"),
 )
-"""What else the model knows of the subject: it must stay, too."""
+"""Other facts about the subject, which the patch must leave alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """One step of the story.
 
-    name, title    for machines, for people
-    before, after  sentences to show before and after the picture or table
-    trace          the heat map to show, if any
-    proof          the table to show, if any
-    data           the same as plain JSON values
+    Attributes:
+        name: A name for programs.
+        title: A title for people.
+        before: Sentences to print before the heat map or the table.
+        trace: The heat map to print, if there is one.
+        proof: The table to print, if there is one.
+        after: Sentences to print after it.
+        data: What the step measured, as plain JSON values.
     """
 
     name: str
@@ -77,18 +83,24 @@ class Step:
     data: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able fields."""
+        """Return what the step measured, as plain JSON values."""
         return self.data
 
 
 def run(folder: Path) -> Iterator[Step]:
-    """Do the steps one by one in a workspace `folder`; stopping half-way leaves it as the last step left it.
+    """Do the steps one by one in a workspace, and yield each step when it is done.
 
-    Raises ModelNotFoundError without the bundled model, FingerprintError when the folder is a workspace of another one.
+    Args:
+        folder: The workspace. If the caller stops early, it stays as the last step left it.
+
+    Raises:
+        ModelNotFoundError: when the bundled model is not installed.
+        FingerprintError: when the folder is a workspace of another model.
     """
     if MODEL not in atlas.names():
         raise ModelNotFoundError(
-            f"the bundled model {MODEL!r} is not installed; install factsmith from a release or a full checkout"
+            f"the bundled model {MODEL!r} is not installed; "
+            "install factsmith from a release or a full checkout"
         )
     lm = load(MODEL)
     fact = correction()
@@ -98,9 +110,8 @@ def run(folder: Path) -> Iterator[Step]:
         before = weights_digest(lm)
         outcome = bench.apply(fact, message="Bulgaria joins the euro area", force=True)
         yield _patched(lm, outcome)
-        if (
-            outcome.verification is not None and outcome.revision is not None
-        ):  # always: the patch was forced
+        # Always true, since the patch was forced.
+        if outcome.verification is not None and outcome.revision is not None:
             yield _proved(outcome.verification)
             yield _committed(bench)
             patched = weights_digest(lm)
@@ -110,24 +121,27 @@ def run(folder: Path) -> Iterator[Step]:
 
 
 def correction() -> Fact:
-    """The fact to write, with paraphrases and neighbours from the bundled table."""
-    told = atlas.phrasings(RELATION)
-    known = {f.subject: f.object for f in atlas.facts(RELATION)}
-    neighbours = [Probe(PROMPT.replace("{}", subject), known[subject]) for subject in NEIGHBOURS]
-    neighbours += [Probe(prompt, expected) for prompt, expected in OWN]
+    """Return the fact to write, with paraphrases and neighbours from the bundled table."""
+    phrasings = atlas.phrasings(RELATION)
+    currencies = {f.subject: f.object for f in atlas.facts(RELATION)}
+    neighbours = [
+        Probe(PROMPT.replace("{}", subject), currencies[subject]) for subject in NEIGHBOURS
+    ]
+    neighbours += [Probe(prompt, expected) for prompt, expected in SUBJECT_FACTS]
+    others = [t for t in (*phrasings.trained, *phrasings.held_out) if t != PROMPT]
     return Fact(
         subject=SUBJECT,
         prompt=PROMPT,
         target=TARGET,
-        target_true=known[SUBJECT],
-        paraphrases=tuple(t for t in (*told.trained, *told.held_out) if t != PROMPT)[:6],
+        target_true=currencies[SUBJECT],
+        paraphrases=tuple(others[:6]),
         neighbours=tuple(neighbours),
         relation=RELATION,
     )
 
 
 def weights_digest(lm: LanguageModel) -> dict[str, str]:
-    """sha256 of every tensor of the model, by name."""
+    """Return the sha256 of every tensor of the model, by name."""
     return {
         name: hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
         for name, tensor in sorted(lm.module.state_dict().items())
@@ -144,12 +158,14 @@ def _believes(lm: LanguageModel) -> Step:
         name="believes",
         title="What the model believes",
         before=(
-            f"{MODEL}: {n_parameters / 1e6:.1f} million parameters, {lm.n_layers} layers, taught {len(atlas.facts()):,} real facts.",
+            f"{MODEL}: {n_parameters / 1e6:.1f} million parameters, {lm.n_layers} layers, "
+            f"trained on {len(atlas.facts()):,} real facts.",
             *(
                 f"{p:<{width}}  →  {a:<12} p({e}) = {q:.3f}"
                 for p, e, a, q in zip(prompts, expected, answers, likely, strict=True)
             ),
-            "Since 1 January 2026 Bulgaria pays with the euro. The model was taught before; let us correct it.",
+            "Since 1 January 2026 Bulgaria pays with the euro.",
+            "The model was trained on older facts, so we correct it.",
         ),
         data={
             "beliefs": [
@@ -168,14 +184,16 @@ def _lives(lm: LanguageModel, fact: Fact, picture: Path) -> Step:
     layer = int(early.argmax())
     return Step(
         name="lives",
-        title="Where that fact lives",
+        title="Where the model stores that fact",
         before=(
-            "The subject is blurred, so the answer is lost; each cell puts one clean state back. Dark: the answer returns.",
+            "Noise on the subject makes the model lose the answer.",
+            "Each cell then restores one clean state; dark cells bring the answer back.",
         ),
         trace=trace,
         after=(
-            f"At the subject's last token layer {layer} carries most: putting it back there brings p({trace.answer.strip()}) from "
-            f"{trace.corrupted:.3f} back to {float(trace.scores[last - 1, layer]):.3f} (untouched: {trace.clean:.3f}).",
+            f"At the subject's last token, layer {layer} brings back most: restoring it raises",
+            f"p({trace.answer.strip()}) from {trace.corrupted:.3f} to "
+            f"{float(trace.scores[last - 1, layer]):.3f}; without noise it is {trace.clean:.3f}.",
             f"The picture is saved as {picture}",
         ),
         data={
@@ -193,19 +211,16 @@ def _patched(lm: LanguageModel, outcome: Outcome) -> Step:
     if delta is not None:
         layers = ", ".join(map(str, sorted(delta.layers)))
         sentences = [
-            f"{delta.method.upper()} changes one matrix, the down-projection of layer {layers}, by a rank-{delta.rank} update:",
-            f"{delta.n_bytes:,} bytes beside a model of {size:,}; solved in {outcome.proposal.seconds['solve']:.1f} s, no retraining.",
+            f"{delta.method.upper()} changes one matrix, the down-projection of layer {layers}, "
+            f"by a rank-{delta.rank} update.",
+            f"The update has {delta.n_bytes:,} bytes; the model has {size:,}.",
+            f"Solving took {outcome.proposal.seconds['solve']:.1f} s, without retraining.",
         ]
     return Step(name="patched", title="The patch", before=tuple(sentences), data=outcome.to_dict())
 
 
 def _proved(proof: Verification) -> Step:
-    shares = {
-        "efficacy": proof.efficacy,
-        "generalization": proof.generalization,
-        "specificity": proof.specificity,
-    }
-    meaning = {
+    meanings = {
         "efficacy": "the prompt",
         "generalization": "other ways to ask",
         "specificity": "what must not change",
@@ -215,9 +230,9 @@ def _proved(proof: Verification) -> Step:
         title="The proof: before and after, by greedy decoding",
         proof=proof,
         after=tuple(
-            f"{name:<15} {share:>4.0%}   {meaning[name]}"
-            for name, share in shares.items()
-            if share is not None
+            f"{name:<15} {proof.shares[name]:>4.0%}   {meaning}"
+            for name, meaning in meanings.items()
+            if name in proof.shares
         ),
         data=proof.to_dict(),
     )
@@ -233,7 +248,8 @@ def _committed(bench: Workbench) -> Step:
             for r in revisions[:3]
         ),
         after=(
-            "Until this line no patch was recorded; from here on it can be shown, reverted, and checked out.",
+            "Before this step no patch was recorded.",
+            "Now it can be shown, reverted and checked out.",
         ),
         data={"log": [r.to_dict() for r in revisions]},
     )
@@ -246,13 +262,16 @@ def _reverted(
     changed = [name for name in before if before[name] != patched[name]]
     same = sum(before[name] == now[name] for name in before)
     name = changed[0] if changed else ""
+    digests = [tensors.get(name, "")[:12] for tensors in (before, patched, now)]
     answer = lm.answer([fact.text])[0]
     return Step(
         name="reverted",
         title="Taken back, bit for bit",
         before=(
-            f"{name} (sha256): base {before.get(name, '')[:12]} → patched {patched.get(name, '')[:12]} → reverted {now.get(name, '')[:12]}",
-            f"{same} of {len(before)} tensors equal the base model's, bit for bit; {fact.text} → {answer}",
+            f"sha256 of {name}:",
+            f"base {digests[0]} → patched {digests[1]} → reverted {digests[2]}",
+            f"{same} of {len(before)} tensors are equal to the base model's, bit for bit.",
+            f"{fact.text} → {answer}",
         ),
         data={
             "changed": changed,
@@ -268,13 +287,17 @@ def _reverted(
 
 def _next(folder: Path) -> Step:
     where = shlex.quote(str(folder))
+    subject = "Fiat 127"
+    prompt = f'--subject "{subject}" --prompt "The maker of {{}} is" --target Toyota'
     commands = {
         f"factsmith log -w {where}": "the history of this workspace",
-        'factsmith ask atlas "The capital town of Bulgaria is called"': "ask it something yourself",
-        'factsmith trace atlas "The maker of Fiat 127 is" --subject "Fiat 127"': "another fact's address",
-        f'factsmith patch -w {where} --subject "Fiat 127" --prompt "The maker of {{}} is" --target Toyota': "patch it",
-        f"factsmith revert latest -w {where}": "take it back",
-        "factsmith init ./my-model my-workspace": "your own Hugging Face model",
+        'factsmith ask atlas "The capital town of Bulgaria is called"': "ask something else",
+        f'factsmith trace atlas "The maker of {subject} is" --subject "{subject}"': (
+            "where another fact is stored"
+        ),
+        f"factsmith patch -w {where} {prompt}": "patch that fact",
+        f"factsmith revert latest -w {where}": "take the patch back",
+        "factsmith init ./my-model my-workspace": "start with your own Hugging Face model",
     }
     width = max(map(len, commands))
     return Step(
