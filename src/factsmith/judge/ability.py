@@ -1,10 +1,11 @@
-"""General ability before and after an edit, by the tasks of lm-evaluation-harness (Gao et al., https://zenodo.org/records/12608602).
+"""General ability before and after an edit, by the tasks of lm-evaluation-harness.
 
     measure = ability(lm, ["hellaswag"], limit=200)
-    measure()                                        # {"hellaswag acc": 0.31, ...} of the model as it is now
+    measure()                                        # {"hellaswag acc": 0.31, ...} of the model now
     evaluate(lm, records, editors, size=100, probe=measure)
 
-The harness measures through its own API; here it is given a model that is already loaded, edits and all.
+The harness measures through its own API. It gets the model that is loaded already, with its edits.
+Gao et al., https://zenodo.org/records/12608602.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -22,8 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from ..core.checks import check_count, check_items, check_seed
-from ..core.errors import FactsmithError, InputError
+from ..core.errors import FactsmithError, InputError, first_line
 from ..model.language_model import LanguageModel, check_model
+
+_LARGEST_HASHED = 100 * 2**20
+"""Bytes. A larger file of task data is told from others by its size."""
 
 
 def ability(
@@ -35,83 +39,117 @@ def ability(
     batch_size: int = 8,
     seed: int = 0,
 ) -> Callable[[], dict[str, float]]:
-    """A function that runs tasks on the model as it is when called: {"task metric": value}, shares in [0, 1] where the metric is one.
+    """Return a function that runs tasks on the model as it is when the function is called.
 
-    tasks   by the harness's names; their data must be at hand, or there must be a network
-    folder  of further tasks, one YAML file each, which may read local files
-    limit   examples a task; None: all
-    seed    of few-shot examples
+    Args:
+        lm: The model.
+        tasks: Tasks by the harness's names. Their data must be in the local cache, or there must be
+            a network.
+        folder: A folder of further tasks, one YAML file each, which may read local files.
+        limit: Number of examples a task. None: all.
+        batch_size: Number of examples in one pass.
+        seed: Seed of the few-shot examples.
 
-    Raises InputError where the harness is not installed or does not have a task, and, when called, where a task's data cannot be had.
+    Returns:
+        A function that returns {"task metric": value}. It raises InputError if a task's data cannot
+        be loaded.
+
+    Raises:
+        InputError: when the harness is not installed, or does not have a task.
     """
     check_model(lm)
-    named = list(dict.fromkeys(check_items(tasks, "tasks", "task names")))
-    limit = (
-        None
-        if limit is None
-        else check_count(limit, "limit", "the number of examples of a task", also="None for all")
-    )
-    batch_size, seed = (
-        check_count(batch_size, "batch_size", "the number of examples in one pass"),
-        check_seed(seed),
-    )
+    names = list(dict.fromkeys(check_items(tasks, "tasks", "task names")))
+    if limit is not None:
+        limit = check_count(limit, "limit", "the number of examples of a task", also="None for all")
+    batch_size = check_count(batch_size, "batch_size", "the number of examples in one pass")
+    seed = check_seed(seed)
     try:
         with _quietly():
             from lm_eval.models.huggingface import HFLM
             from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise InputError(
-            f'tasks need lm-evaluation-harness, which cannot be used ({error}); install it with: pip install "factsmith[eval]"'
+            f"tasks need lm-evaluation-harness, which cannot be imported ({error}); "
+            'install it with: pip install "factsmith[eval]"',
+            argument="tasks",
         ) from None
     if folder is not None and not Path(folder).is_dir():
         raise InputError(
-            f"{os.fspath(folder)!r} is no folder; expected one with a YAML file for each task"
+            f"{os.fspath(folder)!r} is no folder; give a folder with a YAML file for each task",
+            argument="folder",
         )
-    if not named:
-        raise InputError("no tasks; name at least one")
-    with _quietly():
-        manager = TaskManager(
-            include_path=folder and os.fspath(folder), include_defaults=folder is None
-        )
-        if not set(named) <= set(
-            manager.all_tasks
-        ):  # the harness's own thousands take seconds to list
-            manager = TaskManager(include_path=folder and os.fspath(folder))
-    if unknown := [name for name in named if name not in manager.all_tasks]:
-        near = sorted(
-            name for name in manager.all_tasks if str(unknown[0]).lower() in name.lower()
-        )[:5]
-        told = f" (there are {', '.join(near)})" if near else ""
-        raise InputError(f"no task {unknown[0]!r}{told}; `lm-eval ls tasks` lists them")
+    if not names:
+        raise InputError("tasks is empty; name at least one task", argument="tasks")
     return _Ability(
-        lm,
-        tuple(named),
-        limit,
-        batch_size,
-        seed,
-        "" if folder is None else _digest(Path(folder)),
-        manager,
-        HFLM,
+        lm=lm,
+        tasks=tuple(names),
+        limit=limit,
+        batch_size=batch_size,
+        seed=seed,
+        digest="" if folder is None else _digest(Path(folder)),
+        manager=_task_manager(TaskManager, names, folder),
+        wrapper=HFLM,
     )
 
 
-@dataclass(frozen=True)
+def _task_manager(
+    make: Callable[..., Any], names: Sequence[str], folder: str | os.PathLike[str] | None
+) -> Any:
+    """Return the harness's list of tasks.
+
+    Args:
+        make: The harness's class of such lists.
+        names: The tasks that it must hold.
+        folder: A folder of further tasks.
+
+    Raises:
+        InputError: when a task is missing.
+    """
+    path = None if folder is None else os.fspath(folder)
+    with _quietly():
+        # The harness's own thousands of tasks take seconds to list, so a folder comes first.
+        manager = make(include_path=path, include_defaults=folder is None)
+        if not set(names) <= set(manager.all_tasks):
+            manager = make(include_path=path)
+    if unknown := [name for name in names if name not in manager.all_tasks]:
+        similar = sorted(
+            name for name in manager.all_tasks if str(unknown[0]).lower() in name.lower()
+        )
+        hint = f" (similar names: {', '.join(similar[:5])})" if similar else ""
+        raise InputError(
+            f"there is no task {unknown[0]!r}{hint}; `lm-eval ls tasks` lists all of them",
+            argument="tasks",
+        )
+    return manager
+
+
+@dataclass(frozen=True, kw_only=True)
 class _Ability:
+    """The function that `ability` returns.
+
+    Attributes:
+        digest: Digest of the folder of tasks; "" without a folder.
+        manager: The harness's list of tasks.
+        wrapper: The harness's class of models.
+    """
+
     lm: LanguageModel
     tasks: tuple[str, ...]
     limit: int | None
     batch_size: int
     seed: int
-    folder: str
+    digest: str
     manager: Any
     wrapper: Any
 
     @property
     def description(self) -> str:
-        """What is measured, by which a run is told from another."""
-        return f"{', '.join(self.tasks)}, limit {self.limit}, seed {self.seed}{self.folder and f', of {self.folder}'}"
+        """The tasks and settings in words. A run goes on only with the same ones."""
+        folder = self.digest and f", of {self.digest}"
+        return f"{', '.join(self.tasks)}, limit {self.limit}, seed {self.seed}{folder}"
 
     def __call__(self) -> dict[str, float]:
+        """Run the tasks on the model as it is now."""
         import lm_eval
 
         try:
@@ -122,7 +160,7 @@ class _Ability:
                     batch_size=self.batch_size,
                     device=str(self.lm.device),
                 )
-                found = lm_eval.simple_evaluate(
+                results = lm_eval.simple_evaluate(
                     model=model,
                     tasks=list(self.tasks),
                     task_manager=self.manager,
@@ -132,54 +170,49 @@ class _Ability:
                     random_seed=self.seed,
                     fewshot_random_seed=self.seed,
                 )
-        except (
-            Exception
-        ) as error:  # a task is somebody's templates, code and data: anything can be wrong with it
-            if isinstance(error, FactsmithError):
-                raise
-            first = str(error).strip().splitlines() or [""]
-            why = f"{type(error).__name__}: {first[0]}"
+        except FactsmithError:
+            raise
+        except Exception as error:  # a task is anybody's templates, code and data
             raise InputError(
-                f"{', '.join(self.tasks)} cannot be run ({why}); where there is no network, a task's data must be at hand"
+                f"{', '.join(self.tasks)} cannot be run ({type(error).__name__}: "
+                f"{first_line(error)}); if there is no network, the data of a task must be in the "
+                "local cache",
+                argument="tasks",
             ) from None
-        return _numbers(found)
+        return _finite_metrics(results)
+
+
+def _finite_metrics(results: Any) -> dict[str, float]:
+    """Return {"task metric": value} of the harness's results, without standard errors.
+
+    The harness returns {"results": {task: {"metric,filter": value}}}.
+    """
+    metrics: dict[str, float] = {}
+    for task, values in (results or {}).get("results", {}).items():
+        for name, value in values.items():
+            metric, comma, filter_name = name.partition(",")
+            is_metric = comma and not metric.endswith("_stderr")
+            if is_metric and isinstance(value, (int, float)) and math.isfinite(value):
+                suffix = "" if filter_name == "none" else f" ({filter_name})"
+                metrics[f"{task} {metric}{suffix}"] = float(value)
+    return metrics
 
 
 def _digest(folder: Path) -> str:
-    """sha256 of a folder's files, shortened: tasks of one name may differ."""
+    """Return the sha256 of a folder's files, shortened: tasks of one name may differ."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         size = path.stat().st_size
-        content = path.read_bytes() if size < _LARGEST else str(size).encode()
+        content = path.read_bytes() if size < _LARGEST_HASHED else str(size).encode()
         digest.update(
             f"{path.relative_to(folder)}\0{hashlib.sha256(content).hexdigest()}\n".encode()
         )
     return digest.hexdigest()[:16]
 
 
-_LARGEST = 100 * 2**20
-"""Bytes of a file of data beyond which its size stands for it."""
-
-
-def _numbers(found: Any) -> dict[str, float]:
-    """{"task metric": value} from what the harness gives, {task: {"metric,filter": value}}; without its standard errors."""
-    told: dict[str, float] = {}
-    for task, values in (found or {}).get("results", {}).items():
-        for name, value in values.items():
-            metric, comma, how = name.partition(",")
-            if (
-                comma
-                and not metric.endswith("_stderr")
-                and isinstance(value, (int, float))
-                and math.isfinite(value)
-            ):
-                told[f"{task} {metric}" + ("" if how == "none" else f" ({how})")] = float(value)
-    return told
-
-
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the harness's own bars, notes and warnings: what went wrong comes as an error."""
+    """Silence the harness's bars, notes and warnings. Its problems come as errors."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,21 +1,21 @@
-"""What an edit does to everything else: prose, unrelated facts, the weights; in seconds, before anybody is served with it.
+"""Drift: what an edit does to everything else. It takes seconds, so measure it before the edit is
+used.
 
-    found = drift(lm, lambda: applied(lm, delta), without=["Bulgaria"])
-    found                                    # a table
-    found.exceeded(kl_text=0.05)             # which limits it breaks, in words; () when none
+    measured = drift(lm, lambda: applied(lm, delta), without=["Bulgaria"])
+    measured                                    # a table
+    measured.exceeded(kl_text=0.05)             # the limits that it breaks, in words; () for none
 
-KL divergence is that of the edited model from the model as it is, token by token, in nats: 0.01 is hardly to be seen, at 1 it is another
-model. Papers report perplexity and n-gram entropy of continuations, which notice a collapse late (ANCHORS of the literature: models "edited
-with success" that could not write any more); what changes a distribution shows here first.
+Drift compares the edited model with the unedited one on prose and on facts that nothing was written
+about. Its main measure is the KL divergence of the next token's distribution, in nats a token: 0.01
+is hardly visible, 1 is another model. Papers report perplexity and the n-gram entropy of
+continuations. Those notice a collapse late; a changed distribution shows here first.
 """
 
 from __future__ import annotations
 
-import math
 import random
-import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -24,19 +24,37 @@ import torch
 
 from .. import atlas
 from ..core.checks import check_count, check_items, check_number, check_seed, check_text
-from ..core.errors import InputError
+from ..core.errors import FingerprintError, InputError
 from ..core.progress import Progress, tell
 from ..core.tables import Shown, Table
 from ..corpus.text import pieces
 from ..model.answers import begins_with, first_phrase
 from ..model.language_model import LanguageModel, check_model
 from ..model.sample import own_text
-from .metrics import divergences, kl_divergence
+from .editor import Change
+from .metrics import divergences, kl_divergence, perplexity
+
+LIMITS = ("kl_text", "kl_text_worst", "kl_facts", "changed_share", "perplexity")
+"""The measures that `Drift.exceeded` compares with limits."""
+
+_BATCH_TOKENS = 512
+"""Tokens whose distributions are held at a time, before and after."""
+
+_ANSWER_TOKENS = 8
+
+Drifting = Callable[[], AbstractContextManager[Any]]
+"""Returns a `with` block inside which the model is edited."""
 
 
 @dataclass(frozen=True)
 class Changed:
-    """A fact that is answered otherwise: the prompt, what was said, what is said."""
+    """A fact that the edited model answers differently.
+
+    Attributes:
+        prompt: The question.
+        before: Answer of the unedited model.
+        after: Answer of the edited model.
+    """
 
     prompt: str
     before: str
@@ -45,16 +63,18 @@ class Changed:
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
 class Drift(Shown):
-    """How far an edited model is from the model as it is.
+    """How far an edited model is from the unedited one.
 
-    kl_text          mean KL divergence over the tokens of a text, in nats
-    kl_text_worst    its 99 % quantile
-    perplexity       of that text, before and after
-    kl_facts         mean KL divergence where unrelated facts' answers are due, in nats; None where none is known
-    changed          unrelated facts that are answered otherwise
-    n_facts          unrelated facts that were asked and known
-    n_tokens         tokens of text
-    seconds          time it took
+    Attributes:
+        kl_text: Mean KL divergence over the tokens of a text, in nats.
+        kl_text_worst: The 99 % quantile of the same.
+        perplexity: Perplexity of the text before and after.
+        kl_facts: Mean KL divergence over unrelated facts, at the token where the answer begins, in
+            nats. None: the model knows none of the facts.
+        changed: The unrelated facts that are answered differently.
+        n_facts: Number of unrelated facts that were asked and are known.
+        n_tokens: Number of tokens of text.
+        seconds: Time that the measurement took.
     """
 
     kl_text: float
@@ -68,12 +88,15 @@ class Drift(Shown):
 
     @property
     def changed_share(self) -> float:
-        """Share of the unrelated facts that are answered otherwise; 0 where none is known."""
+        """Share of the unrelated facts that are answered differently; 0 if none is known."""
         return len(self.changed) / max(1, self.n_facts)
 
     @property
     def measures(self) -> dict[str, float | None]:
-        """What limits are held against, by their names; None: not measured. perplexity is after divided by before."""
+        """The measures that limits apply to, by name. perplexity is after divided by before.
+
+        None: not measured.
+        """
         return {
             "kl_text": self.kl_text,
             "kl_text_worst": self.kl_text_worst,
@@ -83,16 +106,19 @@ class Drift(Shown):
         }
 
     def exceeded(self, **limits: float) -> tuple[str, ...]:
-        """Which limits are broken, in words; limits by name: kl_text, kl_text_worst, kl_facts, changed_share, perplexity (after / before).
+        """Return the limits that are broken, in words. A measure without a value breaks its limit.
 
-        Raises InputError for a limit that is none of these.
+        Args:
+            limits: The largest accepted value of a measure, by the name of the measure: kl_text,
+                kl_text_worst, kl_facts, changed_share, perplexity (after / before).
+
+        Raises:
+            InputError: when a name is no measure, or a limit is not finite.
         """
-        found = self.measures
+        measures = self.measures
         broken = []
-        for name, limit in limits.items():
-            if name not in found:
-                raise InputError(f"no limit {name!r}; expected one of {', '.join(found)}")
-            limit, value = check_number(limit, f"the limit of {name}"), found[name]
+        for name, limit in check_limits(limits).items():
+            value = measures[name]
             if value is None:
                 broken.append(
                     f"{name} was not measured: no unrelated fact that the model knows was asked"
@@ -102,41 +128,31 @@ class Drift(Shown):
         return tuple(broken)
 
     def tables(self) -> list[Table]:
-        """The measures, and the facts answered otherwise."""
+        """Return a table of the measures, and one of the facts that are answered differently."""
         before, after = self.perplexity
+        quantile = f"99 % quantile {self.kl_text_worst:.3f}"
         rows = [
             (
                 "KL on text",
                 f"{self.kl_text:.4f}",
-                f"mean of {self.n_tokens:,} tokens, nats; 99 % quantile {self.kl_text_worst:.3f}",
+                f"mean of {self.n_tokens:,} tokens, nats; {quantile}",
             ),
             ("perplexity", f"{after:.2f}", f"before {before:.2f}"),
         ]
         if self.kl_facts is not None:
-            rows.append(
-                (
-                    "KL on facts",
-                    f"{self.kl_facts:.4f}",
-                    f"{self.n_facts:,} unrelated facts, where the answer is due",
-                )
-            )
-            rows.append(
-                (
-                    "facts changed",
-                    f"{self.changed_share:.1%}",
-                    f"{len(self.changed):,} of them are answered otherwise",
-                )
-            )
-        found = [Table("drift", {"": "<", "value": ">", " ": "<"}, rows)]
+            facts = f"{self.n_facts:,} unrelated facts, where the answer begins"
+            rows.append(("KL on facts", f"{self.kl_facts:.4f}", facts))
+            changed = f"{len(self.changed):,} of them are answered differently"
+            rows.append(("facts changed", f"{self.changed_share:.1%}", changed))
+        tables = [Table("drift", {"": "<", "value": ">", " ": "<"}, rows)]
         if self.changed:
-            told = [(c.prompt, c.before, c.after) for c in self.changed]
-            found.append(
-                Table("answered otherwise", {"prompt": "<", "before": "<", "after": "<"}, told)
-            )
-        return found
+            columns = {"prompt": "<", "before": "<", "after": "<"}
+            answers = [(c.prompt, c.before, c.after) for c in self.changed]
+            tables.append(Table("answered differently", columns, answers))
+        return tables
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able fields."""
+        """Return fields for JSON."""
         return {
             **vars(self),
             "perplexity": list(self.perplexity),
@@ -144,22 +160,108 @@ class Drift(Shown):
         }
 
 
-LIMITS = ("kl_text", "kl_text_worst", "kl_facts", "changed_share", "perplexity")
-"""What `Drift.exceeded` takes."""
+def check_limits(limits: Mapping[str, float]) -> dict[str, float]:
+    """Return limits of drift as finite numbers.
 
-_BATCH = 512  # tokens whose distributions are held at a time, twice
+    Raises:
+        InputError: when a name is no measure, or a limit is not finite.
+    """
+    for name in limits:
+        if name not in LIMITS:
+            raise InputError(
+                f"there is no limit {name!r}; give one of {', '.join(LIMITS)}", argument="limit"
+            )
+    return {name: check_number(limit, f"the limit of {name}") for name, limit in limits.items()}
 
-_ANSWER = 8
+
+# ── measuring ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@torch.no_grad()
+def drift(  # house: the public name and its keywords are promised
+    lm: LanguageModel,
+    changed: Drifting,
+    *,
+    texts: Iterable[str] | None = None,
+    facts: Iterable[tuple[str, str]] | None = None,
+    without: Iterable[str] = (),
+    max_tokens: int = 2000,
+    n_facts: int = 200,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Drift:
+    """Measure what differs inside the block that `changed()` returns.
+
+    Args:
+        lm: The model, unedited.
+        changed: Returns a `with` block inside which the model is edited.
+        texts: The texts on which distributions are compared. None: the model writes the text.
+        facts: (prompt, answer) pairs that should not change. Those count that the model says. None:
+            bundled facts.
+        without: Subjects that were edited. A fact with one of them in its prompt is left out.
+        max_tokens: Number of tokens of the texts.
+        n_facts: Number of facts.
+        seed: Seed of the text and of the facts that are drawn.
+        progress: Gets the number of tokens that are compared.
+
+    Raises:
+        InputError: when there is no text, or an argument is wrong.
+    """
+    began = time.perf_counter()
+    if not callable(changed):
+        raise InputError(
+            f"changed is a {type(changed).__name__}; give a function that returns a `with` block "
+            "inside which the model is edited, such as lambda: applied(lm, delta)",
+            argument="changed",
+        )
+    rows = _text_rows(lm, texts, max_tokens, check_seed(seed))
+    total = sum(len(ids) - 1 for ids in rows)
+    compared: list[_Compared] = []
+    # A part is compared before the next one begins, because its distributions are large.
+    for group in _groups(lm, rows):
+        part = _Part(lm, [rows[i] for i in group])
+        with changed():
+            compared.append(part.compare())
+        tell(progress, "comparing text", sum(len(each.apart) for each in compared), total)
+    unrelated = _Facts(lm, _known_facts(lm, facts, without, n_facts, seed))
+    with changed():
+        compared_facts = unrelated.compare()
+    return _drift_of(compared, compared_facts, time.perf_counter() - began)
+
+
+def drift_of_change(lm: LanguageModel, change: Change, **options: Any) -> Drift:
+    """Measure the drift of a change that is made already, such as a saved Delta.
+
+    Facts about the subjects of the change are left out.
+
+    Args:
+        lm: The model that the change was made on.
+        change: The change.
+        options: The other arguments of `drift`.
+
+    Raises:
+        FingerprintError: when the change was made on another model.
+    """
+    if change.fingerprint != lm.fingerprint:
+        raise FingerprintError(
+            f"the change was made on a model with fingerprint {change.fingerprint[:12]}, and "
+            f"{lm.name} has {lm.fingerprint[:12]} now; give the model that it was made on. If the "
+            "change belongs on top of other patches, measure the workspace that holds all of them",
+            argument="workspace",
+        )
+    subjects = [fact.subject for fact in change.facts]
+    return drift(lm, lambda: change.inside(lm), without=subjects, **options)
 
 
 class Reference:
-    """What a model says before it is edited: to compare with, as often as wanted, once it is.
+    """The distributions and answers of an unedited model, to compare edited ones with.
 
         reference = Reference(lm, max_tokens=500)
         with applied(lm, delta):
             reference.compare()                 # a Drift
 
-    Holds the distributions of all tokens, (max_tokens, vocab) float32. Arguments and errors as `drift`.
+    It holds the distributions of all tokens, (max_tokens, vocab) float32. Arguments and errors are
+    those of `drift`.
     """
 
     @torch.no_grad()
@@ -175,231 +277,213 @@ class Reference:
         seed: int = 0,
     ) -> None:
         self.lm = lm
-        rows = _text(lm, texts, max_tokens, check_seed(seed))
+        rows = _text_rows(lm, texts, max_tokens, check_seed(seed))
         self._parts = [_Part(lm, [rows[i] for i in group]) for group in _groups(lm, rows)]
-        self._facts = _Facts(lm, facts, without, n_facts, seed)
+        self._facts = _Facts(lm, _known_facts(lm, facts, without, n_facts, seed))
 
     @torch.no_grad()
     def compare(self) -> Drift:
-        """How far the model, as it is now, is from what it was."""
+        """Return how far the model, as it is now, is from the unedited one."""
         began = time.perf_counter()
-        return _found(
-            [part.compare() for part in self._parts],
-            self._facts.compare(),
-            time.perf_counter() - began,
-        )
+        compared = [part.compare() for part in self._parts]
+        compared_facts = self._facts.compare()
+        return _drift_of(compared, compared_facts, time.perf_counter() - began)
 
 
-@torch.no_grad()
-def drift(
-    lm: LanguageModel,
-    changed: Callable[[], AbstractContextManager[Any]],
-    *,
-    texts: Iterable[str] | None = None,
-    facts: Iterable[tuple[str, str]] | None = None,
-    without: Iterable[str] = (),
-    max_tokens: int = 2000,
-    n_facts: int = 200,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Drift:
-    """Measure what is different inside `changed()`.
+class _Compared(NamedTuple):
+    """A part of the text, compared."""
 
-    texts       what distributions are compared on; None: text that the model writes itself
-    facts       (prompt, answer) pairs that should not change, of which those count that the model says; None: bundled ones
-    without     subjects that were edited: facts with one of them in the prompt are left out
-    max_tokens  of the texts; n_facts: of the facts, drawn by seed
-
-    Raises InputError when there is no text, and what `ask` raises.
-    """
-    began = time.perf_counter()
-    if not callable(changed):
-        raise InputError(
-            "changed is a function that gives a `with` block inside which the model is edited, such as lambda: applied(lm, delta)"
-        )
-    rows = _text(lm, texts, max_tokens, check_seed(seed))
-    compared: list[_Compared] = []
-    for group in _groups(
-        lm, rows
-    ):  # a part is compared before the next is begun: what it holds is large
-        part = _Part(lm, [rows[i] for i in group])
-        with changed():
-            compared.append(part.compare())
-        tell(
-            progress,
-            "comparing text",
-            sum(len(one.apart) for one in compared),
-            sum(len(ids) - 1 for ids in rows),
-        )
-    unrelated = _Facts(lm, facts, without, n_facts, seed)
-    with changed():
-        told = unrelated.compare()
-    return _found(compared, told, time.perf_counter() - began)
+    apart: torch.Tensor
+    """(tokens,) KL divergence in nats."""
+    before: float
+    """Σ −log p of the tokens by the unedited model."""
+    after: float
 
 
-def _found(
-    compared: Sequence[_Compared],
-    told: tuple[float | None, tuple[Changed, ...], int],
-    seconds: float,
-) -> Drift:
-    each = torch.cat([one.apart for one in compared])
-    before, after = (
-        _exp(sum(getattr(one, name) for one in compared) / len(each))
-        for name in ("before", "after")
-    )
+class _ComparedFacts(NamedTuple):
+    """The unrelated facts, compared; see `Drift`."""
+
+    kl: float | None
+    changed: tuple[Changed, ...]
+    n_facts: int
+
+
+def _drift_of(compared: Sequence[_Compared], facts: _ComparedFacts, seconds: float) -> Drift:
+    """Return the drift of all parts and facts together."""
+    apart = torch.cat([each.apart for each in compared])
+    n_tokens = len(apart)
     return Drift(
-        kl_text=float(each.mean()),
-        kl_text_worst=float(each.quantile(0.99)),
-        perplexity=(before, after),
-        kl_facts=told[0],
-        changed=told[1],
-        n_facts=told[2],
-        n_tokens=len(each),
+        kl_text=float(apart.mean()),
+        kl_text_worst=float(apart.quantile(0.99)),
+        perplexity=(
+            perplexity(sum(each.before for each in compared), n_tokens),
+            perplexity(sum(each.after for each in compared), n_tokens),
+        ),
+        kl_facts=facts.kl,
+        changed=facts.changed,
+        n_facts=facts.n_facts,
+        n_tokens=n_tokens,
         seconds=seconds,
     )
 
 
-def _exp(nats: float) -> float:
-    """exp, infinite where it is larger than a float."""
-    return math.exp(nats) if nats < math.log(sys.float_info.max) else math.inf
-
-
-class _Compared(NamedTuple):
-    apart: torch.Tensor  # (tokens,) nats
-    before: float  # Σ -log p
-    after: float
+# ── on text ───────────────────────────────────────────────────────────────────────────────────────
 
 
 class _Part:
-    """Some rows of text, and what was said to follow each of their tokens."""
+    """Some rows of text, with the unedited model's distribution of each next token."""
 
     def __init__(self, lm: LanguageModel, rows: Sequence[Sequence[int]]) -> None:
         self.lm, self.rows = lm, rows
-        self.old = _distributions(lm, rows)
+        self.before = _distributions(lm, rows)
 
     def compare(self) -> _Compared:
-        new = _distributions(self.lm, self.rows)
-        due = torch.tensor([token for ids in self.rows for token in ids[1:]], device=new.device)[
-            :, None
-        ]
-        return _Compared(
-            divergences(self.old, new),
-            *(-float(logs.gather(1, due).sum()) for logs in (self.old, new)),
+        """Compare the model, as it is now, with the unedited one."""
+        after = _distributions(self.lm, self.rows)
+        next_tokens = [token for ids in self.rows for token in ids[1:]]
+        due = torch.tensor(next_tokens, device=after.device)[:, None]
+        before_nats, after_nats = (
+            -float(logs.gather(1, due).sum()) for logs in (self.before, after)
         )
-
-
-class _Facts:
-    """Known facts that were not edited, and what was said of them."""
-
-    def __init__(
-        self,
-        lm: LanguageModel,
-        facts: Iterable[tuple[str, str]] | None,
-        without: Iterable[str],
-        n_facts: int,
-        seed: int,
-    ) -> None:
-        self.lm, self.known = lm, _known(lm, facts, without, n_facts, seed)
-        self.prompts = [prompt for prompt, _ in self.known]
-        self.old, self.answers = self._say()
-
-    def compare(self) -> tuple[float | None, tuple[Changed, ...], int]:
-        """Divergence where answers are due, those answered otherwise, and how many there are."""
-        if not self.known:
-            return None, (), 0
-        new, now = self._say()
-        otherwise = [
-            Changed(prompt, first_phrase(was), first_phrase(is_now))
-            for (prompt, answer), was, is_now in zip(self.known, self.answers, now, strict=True)
-            if not begins_with(is_now, answer)
-        ]
-        return kl_divergence(self.old, new), tuple(otherwise), len(self.known)
-
-    def _say(self) -> tuple[torch.Tensor, list[str]]:
-        """log p of what follows each prompt, (n, vocab) float32 on the CPU, and the greedy answers; each prompt is run once."""
-        lm, rows = self.lm, [self.lm.prompt_ids(prompt) for prompt in self.prompts]
-        found: list[torch.Tensor] = [torch.empty(0)] * len(rows)
-        answers = [""] * len(rows)
-        for group in lm.groups([len(ids) for ids in rows]) if rows else []:
-            batch = lm.align([rows[i] for i in group], [len(rows[i]) - 1 for i in group])
-            logits, cache = lm.begin(batch)
-            told = lm.continue_from(batch, logits, cache, _ANSWER)
-            for i, row, ids in zip(group, logits.float().log_softmax(-1).cpu(), told, strict=True):
-                found[i], answers[i] = row, lm.as_answer(ids)
-        return (torch.stack(found) if found else torch.empty(0)), answers
-
-
-def _text(
-    lm: LanguageModel, texts: Iterable[str] | None, max_tokens: int, seed: int
-) -> list[list[int]]:
-    """The rows to compare on; raises InputError when there are none."""
-    check_model(lm)
-    max_tokens = check_count(max_tokens, "max_tokens", "the number of tokens of text")
-    given = (
-        None
-        if texts is None
-        else [check_text(text, "a text") for text in check_items(texts, "texts", "texts")]
-    )
-    listed = own_text(lm, max_tokens, seed=seed) if given is None else given
-    if rows := _rows(lm, listed, max_tokens):
-        return rows
-    raise InputError("there is no text of two tokens or more to compare on; give some with texts")
-
-
-def _groups(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    return lm.groups([len(ids) for ids in rows], _BATCH)
-
-
-def _rows(lm: LanguageModel, texts: Iterable[str], max_tokens: int) -> list[list[int]]:
-    """Token ids of texts, cut to what the model reads at once and so many in all; texts of one token say nothing."""
-    rows: list[list[int]] = []
-    left, longest = max_tokens, min(_BATCH, lm.max_tokens or _BATCH)
-    for piece in pieces(lm, (text for text in texts if text.strip())):
-        for start in range(0, len(piece.ids), longest):
-            part = piece.ids[start : start + longest][: left + 1]
-            if len(part) > 1 and left > 0:
-                rows.append(part)
-                left -= len(part) - 1
-        if left <= 0:
-            break
-    return rows
+        return _Compared(divergences(self.before, after), before_nats, after_nats)
 
 
 def _distributions(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> torch.Tensor:
-    """log p of every next token inside some rows, one row after another: (tokens, vocab) float32."""
+    """Return log p of every next token, one row after the other: (tokens, vocab) float32."""
     hidden = lm.last_hidden(lm.align(rows, [0] * len(rows)))
-    own = torch.cat([states[: len(ids) - 1] for states, ids in zip(hidden, rows, strict=True)])
-    return torch.cat([lm.head(part).float().log_softmax(-1) for part in torch.split(own, 256)])
+    states = torch.cat([row[: len(ids) - 1] for row, ids in zip(hidden, rows, strict=True)])
+    return torch.cat([lm.head(some).float().log_softmax(-1) for some in torch.split(states, 256)])
 
 
-def _known(
+def _groups(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> list[list[int]]:
+    return lm.groups([len(ids) for ids in rows], _BATCH_TOKENS)
+
+
+def _text_rows(
+    lm: LanguageModel, texts: Iterable[str] | None, max_tokens: int, seed: int
+) -> list[list[int]]:
+    """Return the token ids of the text, cut into rows that the model reads at once.
+
+    A row of one token is left out, because nothing follows it.
+
+    Raises:
+        InputError: when no row is left.
+    """
+    check_model(lm)
+    max_tokens = check_count(max_tokens, "max_tokens", "the number of tokens of text")
+    if texts is None:
+        texts = own_text(lm, max_tokens, seed=seed)
+    else:
+        listed = check_items(texts, "texts", "texts", also="None")
+        texts = [check_text(text, "a text") for text in listed]
+    rows: list[list[int]] = []
+    left, longest = max_tokens, min(_BATCH_TOKENS, lm.max_tokens or _BATCH_TOKENS)
+    for piece in pieces(lm, (text for text in texts if text.strip())):
+        for start in range(0, len(piece.ids), longest):
+            row = piece.ids[start : start + longest][: left + 1]
+            if len(row) > 1 and left > 0:
+                rows.append(row)
+                left -= len(row) - 1
+        if left <= 0:
+            break
+    if not rows:
+        raise InputError(
+            "there is no text of two tokens or more to compare on; give longer texts",
+            argument="texts",
+        )
+    return rows
+
+
+# ── on facts ──────────────────────────────────────────────────────────────────────────────────────
+
+
+class _Facts:
+    """Known facts that were not edited, with the unedited model's distributions and answers."""
+
+    def __init__(self, lm: LanguageModel, facts: Sequence[tuple[str, str]]) -> None:
+        self.lm, self.facts = lm, facts
+        self.before, self.answers = self._ask()
+
+    def compare(self) -> _ComparedFacts:
+        """Compare the model, as it is now, with the unedited one."""
+        if not self.facts:
+            return _ComparedFacts(None, (), 0)
+        after, answers = self._ask()
+        changed = tuple(
+            Changed(prompt, first_phrase(answer_before), first_phrase(answer_after))
+            for (prompt, right), answer_before, answer_after in zip(
+                self.facts, self.answers, answers, strict=True
+            )
+            if not begins_with(answer_after, right)
+        )
+        return _ComparedFacts(kl_divergence(self.before, after), changed, len(self.facts))
+
+    def _ask(self) -> tuple[torch.Tensor, list[str]]:
+        """Run each prompt once.
+
+        Returns:
+            log p of the token after each prompt, (n, vocab) float32 on the CPU, and the greedy
+            answers.
+        """
+        lm = self.lm
+        if not self.facts:
+            return torch.empty(0), []
+        rows = [lm.prompt_ids(prompt) for prompt, _ in self.facts]
+        logs: dict[int, torch.Tensor] = {}
+        answers: dict[int, str] = {}
+        for group in lm.groups([len(ids) for ids in rows]):
+            batch = lm.align([rows[i] for i in group], [len(rows[i]) - 1 for i in group])
+            logits, cache = lm.begin(batch)
+            continuations = lm.continue_from(batch, logits, cache, _ANSWER_TOKENS)
+            of_group = logits.float().log_softmax(-1).cpu()
+            for i, log, ids in zip(group, of_group, continuations, strict=True):
+                logs[i], answers[i] = log, lm.as_answer(ids)
+        order = range(len(rows))
+        return torch.stack([logs[i] for i in order]), [answers[i] for i in order]
+
+
+def _known_facts(
     lm: LanguageModel,
     facts: Iterable[tuple[str, str]] | None,
     without: Iterable[str],
     n_facts: int,
     seed: int,
 ) -> list[tuple[str, str]]:
-    """Facts that the model says and that are about something else."""
+    """Return (prompt, answer) of facts that the model says and that were not edited.
+
+    The arguments are those of `drift`.
+    """
     n_facts = check_count(n_facts, "n_facts", "the number of unrelated facts", least=0)
-    if facts is None:
-        drawn = random.Random(seed).sample(atlas.facts(), min(2 * n_facts, len(atlas.facts())))
-        pairs = [
-            (atlas.phrasings(f.relation).trained[0].replace("{}", f.subject), f.object)
-            for f in drawn
-        ]
-    else:
-        pairs = check_items(facts, "facts", "pairs of a prompt and its answer")
-        if any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in pairs):
-            raise InputError("facts are pairs of a prompt and its answer; got something else")
-    edited = [
+    subjects = [
         subject
         for subject in check_items(without, "without", "subjects")
         if check_text(subject, "a subject").strip()
     ]
     pairs = [
         (prompt, answer)
-        for prompt, answer in pairs
-        if not any(subject in prompt for subject in edited)
+        for prompt, answer in _candidate_facts(facts, 2 * n_facts, seed)
+        if not any(subject in prompt for subject in subjects)
     ]
-    said = lm.says([p for p, _ in pairs], [a for _, a in pairs]) if pairs else []
-    return [pair for pair, right in zip(pairs, said, strict=True) if right][:n_facts]
+    prompts, answers = [prompt for prompt, _ in pairs], [answer for _, answer in pairs]
+    says = lm.says(prompts, answers) if pairs else []
+    return [pair for pair, is_said in zip(pairs, says, strict=True) if is_said][:n_facts]
+
+
+def _candidate_facts(
+    facts: Iterable[tuple[str, str]] | None, n_drawn: int, seed: int
+) -> list[tuple[str, str]]:
+    """Return the given (prompt, answer) pairs, or that many drawn from the bundled facts."""
+    if facts is None:
+        bundled = atlas.facts()
+        drawn = random.Random(seed).sample(bundled, min(n_drawn, len(bundled)))
+        return [
+            (atlas.phrasings(fact.relation).trained[0].replace("{}", fact.subject), fact.object)
+            for fact in drawn
+        ]
+    pairs = check_items(facts, "facts", "pairs of a prompt and its answer", also="None")
+    if any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in pairs):
+        raise InputError(
+            "facts holds an item that is no pair; give pairs of a prompt and its answer",
+            argument="facts",
+        )
+    return pairs

@@ -274,7 +274,8 @@ def bootstrap_interval(
         sums, sizes = numbers, np.ones_like(numbers)
     else:
         group_of = _group_numbers(groups, len(numbers))
-        sums, sizes = np.bincount(group_of, numbers), np.bincount(group_of).astype(float)
+        sums = np.asarray(np.bincount(group_of, numbers), dtype=np.float64)
+        sizes = np.bincount(group_of).astype(float)
     n = len(sums)
     means = []
     at_once = max(1, 2_000_000 // n)  # all draws of 10,000 records at once would fill the memory
