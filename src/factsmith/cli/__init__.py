@@ -104,10 +104,10 @@ def _option(argument: str | None, words: Sequence[str]) -> str:
     flags = [
         flag
         for parameter in command.params
-        for flag in parameter.opts
+        for flag in (*parameter.opts, *parameter.secondary_opts)
         if parameter.name in names and flag.startswith("--")
     ]
-    return f" (option: {flags[0]})" if flags else ""
+    return f" (option: {'/'.join(flags)})" if flags else ""
 
 
 def _version(wanted: bool) -> None:
