@@ -1,13 +1,18 @@
-"""How predictions are put together, over thousands of them: the figures of docs/read.md, "Over many predictions".
+"""Measure how predictions are made, over thousands of them.
 
     python benchmarks/composition.py --json benchmarks/results/composition.json --pictures docs
     python benchmarks/composition.py --prose ""                          # facts only
 
-facts   prompts of the atlas' facts, cut before the object, one phrasing each, drawn at random among facts the model answers correctly
-prose   random tokens of random sentences of novels (../shared/data/text), of which the models have seen some in training
+These are the figures of docs/read.md, "Over many predictions".
 
-Each is taken apart at its last token, of the token the model says there (`factsmith.refinement`), with the paper's bare projection.
-`memories` puts the layers' own predictions next to Geva et al. 2021, section 5.1, for which at least 68 % are no memory's in any layer.
+facts   Prompts of the bundled facts, cut before the object, in one phrasing each. They are drawn at
+        random among the facts that the model answers correctly.
+prose   Random tokens of random sentences of novels (../shared/data/text). The models have seen some
+        of them in training.
+
+`factsmith.refinement` breaks each prediction down, of the token that the model says, with the
+paper's bare projection. For comparison: in each layer of Geva et al. 2021, section 5.1, at least
+68 % of the layer's predictions are no neuron's.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ TEXT = Path(__file__).resolve().parents[1] / "../shared/data/text"
 
 
 def fact_prompts(lm: LanguageModel, n: int) -> list[str]:
-    """Prompts of facts that the model answers, at most n."""
+    """Return prompts of facts that the model answers correctly, at most n."""
     drawn = random.Random(0).sample(sentences_with_facts(atlas.facts()), 2 * n)
     asked = [(sentence.removesuffix(f" {fact.object}."), fact.object) for sentence, fact in drawn]
     known = lm.says([prompt for prompt, _ in asked], [answer for _, answer in asked])
@@ -38,37 +43,37 @@ def fact_prompts(lm: LanguageModel, n: int) -> list[str]:
 
 
 def prose_prompts(lm: LanguageModel, folder: Path, n: int) -> tuple[list[str], list[int]]:
-    """Sentences, and of each a random token but the first few, so that there is something to go by."""
+    """Return sentences, and the number of a random token of each, except the first few."""
     draw = random.Random(0)
     sentences = [s for s in read_prose(folder) if 60 < len(s) < 400]
     chosen = draw.sample(sentences, n)
     return chosen, [draw.randrange(4, len(lm.prompt_ids(s))) for s in chosen]
 
 
-def figures(found: fs.Refinement) -> dict[str, Any]:
-    """What goes into the table."""
+def figures(average: fs.Refinement) -> dict[str, Any]:
+    """Return the numbers of the tables."""
     quartiles = torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)
     each = {
-        name: getattr(found, name) for name in ("composed", "chance", "counted", "says", "first")
+        name: getattr(average, name) for name in ("composed", "chance", "counted", "says", "first")
     }
-    each |= {**found.cases, "probability": found.probabilities.double().mean(0)}
+    each |= {**average.cases, "probability": average.probabilities.double().mean(0)}
     each |= {
-        "half": found.half.double().quantile(quartiles),
-        "half_of_layer": found.half_of_layer.double().quantile(quartiles, dim=0),
+        "half": average.half.double().quantile(quartiles),
+        "half_of_layer": average.half_of_layer.double().quantile(quartiles, dim=0),
     }
-    each |= {"rank_quartiles": found.quantiles(0.25, 0.5, 0.75)}
+    each |= {"rank_quartiles": average.quantiles(0.25, 0.5, 0.75)}
     rounded = {name: torch.round(shares, decimals=4).tolist() for name, shares in each.items()}
     return {
-        "predictions": len(found.answers),
-        "neurons": found.neurons,
-        "among": list(found.among),
+        "predictions": len(average.answers),
+        "neurons": average.neurons,
+        "among": list(average.among),
         **rounded,
     }
 
 
-def show(name: str, found: fs.Refinement) -> None:
-    print(name, found)
-    for row in found.rows():
+def show(name: str, average: fs.Refinement) -> None:
+    print(name, average)
+    for row in average.rows():
         print("  " + "  ".join(f"{key} {value:.3g}" for key, value in row.items()), flush=True)
 
 
@@ -94,12 +99,12 @@ def main() -> None:
             runs["prose"] = (*prose_prompts(lm, Path(given.prose), given.n), False)
         for kind, (texts, positions, norm) in runs.items():
             started = time.process_time()
-            found = fs.refinement(lm, texts, positions=positions, norm=norm)
+            average = fs.refinement(lm, texts, positions=positions, norm=norm)
             seconds = time.process_time() - started
-            show(f"{kind}, {seconds:.1f} s:", found)
-            results.setdefault(name, {})[kind] = {**figures(found), "seconds": round(seconds, 1)}
+            show(f"{kind}, {seconds:.1f} s:", average)
+            results.setdefault(name, {})[kind] = {**figures(average), "seconds": round(seconds, 1)}
             if given.pictures and kind == "facts":
-                fs.refinement_chart(found).savefig(
+                fs.refinement_chart(average).savefig(
                     given.pictures / f"refinement-{name}.png", dpi=220
                 )
     if given.pictures:

@@ -1,13 +1,15 @@
-"""Reading a whole model: every value's tokens against a plain product, every neuron's triggers against a bare pass.
+"""Measure how fast a whole model is read: all values, and the triggers of all neurons.
 
     python benchmarks/read.py --json benchmarks/results/read.json
 
-values    GPT-2 small's shape with random weights, one thread: the ten most promoted tokens of all 36,864 values. `plain_values` is the
-          oracle: one float32 product with the whole vocabulary and a topk, 256 values at a time. Both are run in turn on each layer,
-          processor time of one thread, median over layers times twelve. Ours finds the ten most demoted as well; the plain side of that
-          is timed apart.
-triggers  the bundled models, and random ones with experts, on sentences of the bundled models' facts: tokens a second of `find_triggers`,
-          both signs, beside those of `bare_pass`, the same batches through all layers without the unembedding.
+values    The ten most promoted tokens of all 36,864 values of GPT-2 small's shape, with random
+          weights. The oracle is `plain_values`: one float32 product with the whole vocabulary and a
+          topk, 256 values at a time. Both run in turn on each layer. The seconds are processor time
+          of one thread: the median over layers, times twelve. factsmith also finds the ten most
+          demoted tokens; the plain product that does so is timed separately.
+triggers  Tokens a second of `find_triggers`, both signs, compared with `bare_pass`: the same
+          batches through all layers, without the unembedding. On sentences of the bundled models'
+          facts, for these models and for random ones with experts.
 """
 
 from __future__ import annotations
@@ -36,32 +38,35 @@ TOP, TOKENS = 10, 4096
 
 
 def plain_values(values: Tensor, weight: Tensor, k: int, *, bottom: bool = False) -> Tensor:
-    """The ids of the k largest products of each value with the rows of a matrix; with `bottom` the k smallest are found as well."""
-    found = []
+    """Return the ids of the k largest products of each value with the rows of a matrix.
+
+    With `bottom`, also compute the k smallest.
+    """
+    ids = []
     for part in torch.split(values, 256):
         scores = part @ weight.T
-        found.append(scores.topk(k, dim=1).indices)
+        ids.append(scores.topk(k, dim=1).indices)
         if bottom:
             scores.topk(k, dim=1, largest=False)
-    return torch.cat(found)
+    return torch.cat(ids)
 
 
 def bare_pass(lm: LanguageModel, texts: list[str]) -> None:
-    """The batches of a scan through all layers, and nothing else."""
+    """Run the batches of a scan through all layers, and nothing else."""
     for window in windows(pieces(lm, texts)):
         for rows in batches(window, TOKENS):
             lm.last_hidden(lm.align([piece.ids for piece in rows], [0] * len(rows)))
 
 
 def clock(run: Callable[[], Any]) -> tuple[float, Any]:
-    """Processor seconds, and what came out."""
+    """Return the processor seconds of a function, and its result."""
     started = time.process_time()
     result = run()
     return time.process_time() - started, result
 
 
 def values() -> dict[str, Any]:
-    """Seconds for all values of GPT-2 small's shape."""
+    """Measure the seconds for all values of GPT-2 small's shape."""
     torch.manual_seed(0)
     lm = fs.wrap(
         GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0)).eval(),
@@ -80,7 +85,8 @@ def values() -> dict[str, Any]:
         )
         agree.append(float((top == expected).all(1).double().mean()))
         print(
-            f"layer {ffn.layer}: ours {ours[-1]:.2f} s, plain {plain[-1]:.2f} s, top and bottom {both[-1]:.2f} s",
+            f"layer {ffn.layer}: ours {ours[-1]:.2f} s, plain {plain[-1]:.2f} s, "
+            f"top and bottom {both[-1]:.2f} s",
             flush=True,
         )
     layers = len(lm.ffn)
@@ -130,11 +136,14 @@ EXPERTS: dict[str, tuple[str, dict[str, Any]]] = {
         {**_LARGE, **_QWEN, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 2048},
     ),
 }
-"""Random models with experts: family and shape, by the width of the hidden state."""
+"""Random models with experts: {name with the width of the hidden state: (family, shape)}."""
 
 
 def with_experts(name: str) -> LanguageModel:
-    """One of `EXPERTS`, with the tokenizer of a bundled model and weights large enough that the router has something to choose by."""
+    """Make one of `EXPERTS`, with the tokenizer of a bundled model.
+
+    Its weights are large enough that the router's choices differ.
+    """
     family, shape = EXPERTS[name]
     tokenizer = fs.load("atlas").tokenizer
     torch.manual_seed(0)
@@ -150,7 +159,7 @@ def with_experts(name: str) -> LanguageModel:
 
 
 def triggers(name: str, n_facts: int) -> dict[str, Any]:
-    """Tokens a second of a scan and of a bare pass, in turn on five parts of the text."""
+    """Measure tokens a second of a scan and of a bare pass, in turn on five parts of the text."""
     lm = with_experts(name) if name in EXPERTS else fs.load(name)
     texts = sentences(atlas.facts()[:n_facts])
     parts = [texts[start::5] for start in range(5)]
@@ -158,15 +167,16 @@ def triggers(name: str, n_facts: int) -> dict[str, Any]:
     n_tokens = 0
     with torch.no_grad():
         for part in parts:
-            seconds, found = clock(
+            seconds, result = clock(
                 lambda part=part: fs.find_triggers(lm, part, top=25, batch_tokens=TOKENS)
             )
-            ours.append(found.n_tokens / seconds)
-            bare.append(found.n_tokens / clock(lambda part=part: bare_pass(lm, part))[0])
-            n_tokens += found.n_tokens
+            ours.append(result.n_tokens / seconds)
+            bare.append(result.n_tokens / clock(lambda part=part: bare_pass(lm, part))[0])
+            n_tokens += result.n_tokens
     ratio = statistics.median(a / b for a, b in zip(ours, bare, strict=True))
     print(
-        f"{name}: {statistics.median(ours):,.0f} tokens a second, bare pass {statistics.median(bare):,.0f}: {ratio:.2f} of it",
+        f"{name}: {statistics.median(ours):,.0f} tokens a second, "
+        f"bare pass {statistics.median(bare):,.0f}: {ratio:.2f} of it",
         flush=True,
     )
     return {
@@ -188,17 +198,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     if "values" in given.parts:
-        found["values"] = values()
-        print(json.dumps(found["values"]), flush=True)
+        results["values"] = values()
+        print(json.dumps(results["values"]), flush=True)
     if "triggers" in given.parts:
-        found["triggers"] = {
+        results["triggers"] = {
             name: triggers(name, given.facts) for name in (*atlas.names(), *EXPERTS)
         }
     if given.json:
         before = json.loads(given.json.read_text()) if given.json.is_file() else {}
-        given.json.write_text(json.dumps({**before, **found}, indent=1) + "\n")
+        given.json.write_text(json.dumps({**before, **results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

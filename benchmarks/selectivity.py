@@ -1,16 +1,22 @@
-"""What the neurons of the bundled models go by, layer by layer; whether keys and values agree; what the models are made of.
+"""Measure what the neurons of the bundled models are selective for, layer by layer.
 
-    python benchmarks/selectivity.py --kept FOLDER --pictures docs --json benchmarks/results/selectivity.json
+    python benchmarks/selectivity.py --kept FOLDER --pictures docs \\
+        --json benchmarks/results/selectivity.json
 
-Two corpora. `crossed`: facts chosen so that subjects, relations and objects can be told apart, each in six phrasings: fewer than half of a
-neuron's 25 triggers, so that none is selective for what it met in one fact alone. The control deals labels out fact by fact. `stated`: two
-sentences for each of 5,000 facts at random, where triggers are of many facts: for the subject's type, the agreement of keys and values, and
-the census.
+Also measure whether keys and values agree, and what the models are made of. There are two corpora:
 
-A neuron that fires on a word of a name tells nothing of what it knows of the bearer. So subjects are also looked for behind the subject,
-and objects before the answer is read, each among the neurons with at least 15 of their triggers there.
+crossed  Facts chosen so that subjects, relations and objects can be told apart, in six phrasings
+         each. That is fewer than half of a neuron's 25 triggers, so no neuron is selective for what
+         it met in one fact alone. The control deals labels out fact by fact.
+stated   Two sentences for each of 5,000 facts drawn at random, so triggers are of many facts. It
+         serves the subject's type, the agreement of keys and values, and the census.
 
-FOLDER keeps the triggers: four scans of about a minute each. Pictures: profile-lines.png, profile-parts.png, agreement.png, census.png.
+A neuron that fires on a word of a name may know nothing about the bearer of the name. So subjects
+are also looked for after the subject, and objects before the answer is read. Both count only
+neurons with at least 15 of their triggers there.
+
+FOLDER keeps the triggers: four scans of about a minute each. The pictures are profile-lines.png,
+profile-parts.png, agreement.png and census.png.
 """
 
 from __future__ import annotations
@@ -35,38 +41,38 @@ SIGNS = ("top", "bottom")
 
 
 def scanned(lm: fs.LanguageModel, texts: list[str], folder: Path) -> fs.Triggers:
-    """The triggers kept in a folder, else found and kept."""
+    """Return the triggers kept in a folder. If there are none, scan the texts and keep them."""
     if (folder / "triggers.safetensors").is_file():
         return fs.Triggers.load(folder, lm)
     return fs.find_triggers(lm, texts, top=TOP, folder=folder)
 
 
-def rows(found: Profile) -> dict[str, Any]:
-    """A profile as plain numbers, with the selective neurons that are so for nothing simpler."""
+def rows(profile: Profile) -> dict[str, Any]:
+    """Return a profile as plain numbers, with the shares not explained by a simpler feature."""
     result: dict[str, Any] = {
         feature: {
-            "share": found.share[:, column].tolist(),
-            "chance": found.chance[:, column].tolist(),
-            "needed": found.needed[:, column].tolist(),
-            "without_token": found.share_of(feature, without=["token"]).tolist(),
+            "share": profile.share[:, column].tolist(),
+            "chance": profile.chance[:, column].tolist(),
+            "needed": profile.needed[:, column].tolist(),
+            "without_token": profile.share_of(feature, without=["token"]).tolist(),
         }
-        for column, feature in enumerate(found.features)
+        for column, feature in enumerate(profile.features)
     }
-    if "type" in found.features:
-        result["type"]["without_relation"] = found.share_of("type", without=["relation"]).tolist()
-    for feature, possible in zip(found.features, found.possible.tolist(), strict=True):
+    if "type" in profile.features:
+        result["type"]["without_relation"] = profile.share_of("type", without=["relation"]).tolist()
+    for feature, possible in zip(profile.features, profile.possible.tolist(), strict=True):
         if not math.isnan(possible):
             result[feature]["possible"] = possible
-    return {"neurons": found.counted.tolist(), "features": result}
+    return {"neurons": profile.counted.tolist(), "features": result}
 
 
 def profiles(triggers: fs.Triggers, statements: list[Statement], sign: Any) -> dict[str, Profile]:
-    """All triggers; those behind the subject; those before the answer is read."""
+    """Return profiles of all triggers, those after the subject, and those before the answer."""
     labels = fs.fact_labels(statements, atlas.subject_types())
     groups = {each.text: each.fact for each in statements}
     by_text = {each.text: each for each in statements}
 
-    def behind_subject(trigger: fs.Trigger) -> bool:
+    def after_subject(trigger: fs.Trigger) -> bool:
         subject = by_text[trigger.text].subject
         return subject is not None and trigger.start >= subject[1]
 
@@ -79,7 +85,7 @@ def profiles(triggers: fs.Triggers, statements: list[Statement], sign: Any) -> d
             triggers,
             {"subject": labels["subject"]},
             groups=groups,
-            only=behind_subject,
+            only=after_subject,
             sign=sign,
             least=LEAST,
         ),
@@ -97,7 +103,7 @@ def profiles(triggers: fs.Triggers, statements: list[Statement], sign: Any) -> d
 def shuffled(
     triggers: fs.Triggers, statements: list[Statement], sign: Any
 ) -> dict[str, list[float]]:
-    """The control that must show nothing: each fact's labels are another fact's."""
+    """Return the control that must show nothing: each fact has the labels of another fact."""
     facts = list(dict.fromkeys(each.fact for each in statements))
     other = dict(zip(facts, random.Random(1).sample(facts, len(facts)), strict=True))
     types = atlas.subject_types()
@@ -107,10 +113,12 @@ def shuffled(
         "subject": {each.text: other[each.fact].subject for each in statements},
         "object": {each.text: other[each.fact].target for each in statements},
     }
-    found = fs.profile(
+    profile = fs.profile(
         triggers, labels, groups={each.text: each.fact for each in statements}, sign=sign
     )
-    return {feature: found.share[:, found.features.index(feature)].tolist() for feature in labels}
+    return {
+        feature: profile.share[:, profile.features.index(feature)].tolist() for feature in labels
+    }
 
 
 def main() -> None:
@@ -144,24 +152,26 @@ def main() -> None:
         triggers = scanned(
             lm, [each.text for each in statements], given.kept / f"{name}-crossed-{given.each}"
         )
-        own: dict[str, Any] = {}
+        of_model: dict[str, Any] = {}
         for sign in SIGNS:
-            found = profiles(triggers, statements, sign)
-            own[sign] = {what: rows(each) for what, each in found.items()}
+            each_profile = profiles(triggers, statements, sign)
+            of_model[sign] = {what: rows(each) for what, each in each_profile.items()}
             many = fs.profile(stated, known, groups=groups, sign=sign)  # type: ignore[arg-type]
-            own[sign]["stated"] = rows(many)
-            own[sign]["shuffled"] = shuffled(triggers, statements, sign)
-            layers = found["all"].layers
-            own[sign]["parts"] = [found["all"].tally("part", layer) for layer in layers]
-            own[sign]["types"] = [many.tally("type", layer) for layer in layers]
-            own[sign]["relations"] = [found["all"].tally("relation", layer) for layer in layers]
+            of_model[sign]["stated"] = rows(many)
+            of_model[sign]["shuffled"] = shuffled(triggers, statements, sign)
+            layers = each_profile["all"].layers
+            of_model[sign]["parts"] = [each_profile["all"].tally("part", layer) for layer in layers]
+            of_model[sign]["types"] = [many.tally("type", layer) for layer in layers]
+            of_model[sign]["relations"] = [
+                each_profile["all"].tally("relation", layer) for layer in layers
+            ]
             if sign == "top":
-                seen[name] = found["all"]
-            print(name, sign, json.dumps(own[sign]["all"]["features"]), flush=True)
+                seen[name] = each_profile["all"]
+            print(name, sign, json.dumps(of_model[sign]["all"]["features"]), flush=True)
         values = fs.value_tokens(lm, top=10)
         for sign in SIGNS:
             agree = fs.agreement(stated, values, sign=sign)  # type: ignore[arg-type]
-            own[sign]["agreement"] = {
+            of_model[sign]["agreement"] = {
                 part: getattr(agree, part).tolist() for part in ("share", "within", "chance")
             }
             agreements.update({name: agree} if sign == "top" else {})
@@ -169,11 +179,11 @@ def main() -> None:
         censuses[name] = fs.census(
             lm, triggers=stated, moments={layer: each.matrix for layer, each in moments.items()}
         )
-        own["census"] = [
+        of_model["census"] = [
             [each.ffn, each.attention, each.neurons, each.idle, each.effective_rank]
             for each in censuses[name].layers
         ]
-        result[name] = own
+        result[name] = of_model
     if given.json:
         given.json.write_text(
             json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"

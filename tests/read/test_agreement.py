@@ -12,29 +12,31 @@ from factsmith.core.errors import InputError
 from factsmith.model.language_model import LanguageModel
 from factsmith.read.agreement import agreement
 from factsmith.read.trigger_scan import find_triggers
+from factsmith.read.triggers import SIGNS, Sign
 from factsmith.read.values import value_tokens
 
 CORPUS = [" ".join(text.split()[n:]) for n in range(9) for text in TEXTS]
 
 
-@pytest.mark.parametrize("sign", ["top", "bottom"])
-def test_it_is_the_share_of_neurons_whose_value_says_what_follows(
-    tiny_gpt2: LanguageModel, sign: str
+@pytest.mark.parametrize("sign", SIGNS)
+def test_agreement_is_the_share_of_neurons_whose_value_has_the_next_token(
+    tiny_gpt2: LanguageModel, sign: Sign
 ) -> None:
     triggers, values = (
         find_triggers(tiny_gpt2, CORPUS, [0, 2], top=3),
         value_tokens(tiny_gpt2, [0, 1, 2], top=20),
     )
-    result = agreement(triggers, values, sign=sign)  # type: ignore[arg-type]
+    result = agreement(triggers, values, sign=sign)
     assert result.layers == (0, 2)
     promoted = values.top_ids if sign == "top" else values.bottom_ids
     for row, layer in enumerate(result.layers):
+        strongest = [triggers.of((layer, i), sign=sign, k=1) for i in range(128)]
         pairs = [
-            (triggers.of((layer, i), sign=sign)[0].next_token, promoted[layer,][i].tolist())  # type: ignore[arg-type]
-            for i in range(128)
-            if triggers.of((layer, i), sign=sign)  # type: ignore[arg-type]
+            (trigger.next_token, tokens)
+            for of_neuron, tokens in zip(strongest, promoted[layer,].tolist(), strict=True)
+            for trigger in of_neuron
+            if trigger.next_token is not None
         ]
-        pairs = [(following, tokens) for following, tokens in pairs if following is not None]
         n = len(pairs)
         assert int(result.counted[row]) == n > 50
         assert float(result.share[row]) == pytest.approx(
@@ -49,7 +51,7 @@ def test_it_is_the_share_of_neurons_whose_value_says_what_follows(
         )
 
 
-def test_values_that_know_what_follows_agree(tiny_gpt2: LanguageModel) -> None:
+def test_values_made_of_the_next_tokens_agree(tiny_gpt2: LanguageModel) -> None:
     triggers, values = (
         find_triggers(tiny_gpt2, CORPUS, [1], top=1),
         value_tokens(tiny_gpt2, [1], top=5),

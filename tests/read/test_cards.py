@@ -37,7 +37,7 @@ def index(lm: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Index:
     )
 
 
-def test_a_card_says_what_the_index_and_the_model_say(lm: LanguageModel, index: Index) -> None:
+def test_a_card_holds_what_the_index_and_the_model_say(lm: LanguageModel, index: Index) -> None:
     neuron = (5, 221)
     result = card(lm, index, neuron, FACTS, k=3)
     assert result.neuron == neuron and result.n_asked == 2, "what it does not know is not asked"

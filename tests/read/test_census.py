@@ -53,7 +53,7 @@ def test_experts_and_an_unembedding_of_its_own() -> None:
     )
 
 
-def test_idle_neurons_are_those_that_write_next_to_nothing() -> None:
+def test_idle_neurons_write_almost_nothing() -> None:
     lm = wrap(tiny_model("gpt2", **GPT2), byte_tokenizer())
     with torch.no_grad():
         lm.module.transformer.h[1].mlp.c_fc.weight[:, 5:9] = 0

@@ -18,11 +18,11 @@ PROMPT = "The capital of France is"
 FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": GPT2,
     "llama": LLAMA,
-    "gemma2": {**LLAMA, "head_dim": 8, "final_logit_softcapping": None},  # a norm behind the memory
+    "gemma2": {**LLAMA, "head_dim": 8, "final_logit_softcapping": None},  # a norm after the FFN
     "gptj": {
         **GPT2,
         "rotary_dim": 4,
-    },  # attention and memory side by side; a bias at the unembedding
+    },  # attention and FFN in parallel; a bias at the unembedding
     "mixtral": {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {
         **LLAMA,
@@ -70,7 +70,7 @@ def test_the_parts_sum_to_the_logit(family: str, contrast: str | None) -> None:
             and lm.ffn[part.layer].banks[0].bias is None
         ):
             assert written[part.layer] == pytest.approx(part.logit, abs=2e-3), (
-                "a memory without a bias is the sum of its sub-updates"
+                "an FFN without a bias is the sum of its sub-updates"
             )
     assert torch.isclose(
         composition.probabilities[-1], logits.softmax(-1)[composition.target_id], atol=1e-5
@@ -80,7 +80,7 @@ def test_the_parts_sum_to_the_logit(family: str, contrast: str | None) -> None:
     assert hook_count(lm.module.modules()) == 0
 
 
-def test_a_sub_update_s_share_is_its_value_through_the_norm() -> None:
+def test_the_share_of_a_sub_update_is_its_value_through_the_norm() -> None:
     lm = model("gpt2")
     composition = compose(lm, PROMPT)
     ids = torch.tensor([lm.prompt_ids(PROMPT)])
@@ -131,7 +131,7 @@ def test_the_strongest_and_how_many_make_half(tiny_llama: LanguageModel) -> None
     )
 
 
-def test_the_way_up_is_read_through_the_model_s_own_tail() -> None:
+def test_ranks_are_read_through_the_models_own_norm_and_unembedding() -> None:
     lm = model("llama")
     composition = compose(lm, PROMPT)
     with torch.no_grad():
@@ -152,7 +152,7 @@ def test_the_way_up_is_read_through_the_model_s_own_tail() -> None:
             )
 
 
-def test_a_stream_that_is_normed_in_every_layer_is_no_sum() -> None:
+def test_a_stream_that_is_normed_in_every_layer_is_refused() -> None:
     lm = wrap(tiny_model("openai-gpt", **GPT2), byte_tokenizer())
     with pytest.raises(UnsupportedModelError, match="no share"):
         compose(lm, PROMPT)

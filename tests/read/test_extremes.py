@@ -47,7 +47,7 @@ def test_screening_finds_what_an_exact_product_finds(
     )
 
 
-def test_what_screening_cannot_tell_apart_is_multiplied_exactly(
+def test_what_screening_cannot_separate_is_multiplied_exactly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A column a thousand times the others leaves them few steps of int8.
@@ -66,7 +66,7 @@ def test_what_screening_cannot_tell_apart_is_multiplied_exactly(
     assert same_as_exact(vectors, weight, 10) < 0.5
 
 
-def test_a_vocabulary_smaller_than_what_is_asked_for() -> None:
+def test_a_vocabulary_smaller_than_k() -> None:
     weight = -torch.rand(5, 3) - 0.1
     top, scores, *_ = extreme_tokens(torch.ones(2, 3), weight, 10)
     assert top.shape == (2, 5) and (scores < 0).all() and sorted(top[0].tolist()) == [0, 1, 2, 3, 4]

@@ -73,7 +73,7 @@ def test_the_facts_each_neuron_of_a_layer_adds_most_to(lm: LanguageModel, index:
         } == used
 
 
-def test_facts_of_layers_that_are_not_there(lm: LanguageModel) -> None:
+def test_layers_and_neurons_that_were_not_looked_at_are_refused(lm: LanguageModel) -> None:
     with pytest.raises(LayerError, match="layer 9"):
         fact_adds(lm, [9], FACTS)
     with pytest.raises(InputError, match="layers is empty"):

@@ -39,7 +39,7 @@ def test_promoting_finds_every_value_with_the_word(
 
 
 @pytest.mark.parametrize("words", ["Paris", "capital OF", "são paulo", '"Zürich" and', "king"])
-def test_triggered_by_finds_every_neuron_that_fires_behind_the_words(
+def test_triggered_by_finds_every_neuron_that_fires_after_the_words(
     index: Index, words: str
 ) -> None:
     expected = {}
@@ -55,8 +55,8 @@ def test_triggered_by_finds_every_neuron_that_fires_behind_the_words(
     assert all(words.casefold() in f.trigger.prefix.casefold() for f in firings)
 
 
-def test_words_that_are_no_query_language(index: Index) -> None:
-    """Whatever full-text search would take for an operator is only text."""
+def test_words_are_never_a_query_language(index: Index) -> None:
+    """Operators of full-text search are searched as plain text."""
     for words in ('"', "*", "NOT", "a OR b", "col:x", "(", "near/2", "'; DROP TABLE texts; --"):
         index.triggered_by(words)
     assert index.triggered_by("no such words") == []
@@ -67,7 +67,7 @@ def test_words_that_are_no_query_language(index: Index) -> None:
             index.promoting(wrong)  # type: ignore[arg-type]
 
 
-def test_an_index_that_is_not_whole(
+def test_an_index_that_lacks_a_part_or_is_damaged(
     index: Index, tiny_llama: LanguageModel, tmp_path: Path
 ) -> None:
     with pytest.raises(FingerprintError):

@@ -39,7 +39,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     "lost", [("values.safetensors", "texts.sqlite"), ("texts.sqlite",), ("values.safetensors",)]
 )
-def test_triggers_that_are_there_are_completed(
+def test_kept_triggers_are_completed_to_an_index(
     tiny_gpt2: LanguageModel, tmp_path: Path, lost: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if len(lost) == 2:
@@ -158,7 +158,7 @@ class Killed(BaseException):
 def test_a_kill_leaves_the_old_the_new_or_one_that_is_completed(
     tiny_gpt2: LanguageModel, tmp_path: Path, at: int, old: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed before the first, second and third file is in its place."""
+    """The build is killed before the first, second or third file is in its place."""
     if old:
         build_index(tiny_gpt2, CORPUS[:6], tmp_path, top=2, tokens=4)
     new = ["Edwin is in Paris.", *CORPUS[3:]]

@@ -69,7 +69,7 @@ def test_purity_is_the_share_of_the_commonest(triggers: Triggers, sign: Sign) ->
     assert int(result.counted[0]) == int((~result.neurons[0,][:, 0].isnan()).sum())
 
 
-def test_who_is_selective(triggers: Triggers) -> None:
+def test_selective_neurons_are_those_above_the_needed_purity(triggers: Triggers) -> None:
     result = profile(triggers)
     for row, layer in enumerate(result.layers):
         for column, feature in enumerate(result.features):
@@ -87,7 +87,7 @@ def test_who_is_selective(triggers: Triggers) -> None:
     assert (result.purity[:, 0] > 1.5 * result.control[:, 0]).all()
 
 
-def test_labels_that_say_nothing_select_nobody(triggers: Triggers) -> None:
+def test_labels_that_say_nothing_select_no_neuron(triggers: Triggers) -> None:
     """The control must fail: random labels, and labels so common that every neuron has them."""
     draw = random.Random(3)
     nothing = {text: draw.randrange(4) for text in CORPUS}
@@ -186,7 +186,7 @@ LABELS = {
 def fires(
     want: str, n: int = 12, at: int = 3, others: int = 0, seed: int = 0
 ) -> list[tuple[int, int]]:
-    """Triggers at one position, the first of them in texts with a word, some in others."""
+    """Return triggers at one position: the first in texts with a word, the last in others."""
     draw = random.Random(seed)
     inside = [i for i, text in enumerate(SENTENCES) if want in text.split()]
     outside = [i for i in range(len(SENTENCES)) if i not in inside]
@@ -228,7 +228,7 @@ def test_made_triggers_have_the_answers_they_were_made_with() -> None:
     assert profile(triggers, sign="bottom").counted.tolist() == [0, 0]
 
 
-def test_labels_dealt_among_texts_select_nobody() -> None:
+def test_labels_dealt_among_texts_select_no_neuron() -> None:
     """The control that must fail: the same neurons, and the labels of other texts."""
     neurons = [fires(NAMES[n % 4], others=n % 4, seed=n) for n in range(80)]
     shuffled = random.Random(1).sample(list(LABELS["name"].values()), len(SENTENCES))
@@ -334,7 +334,7 @@ def test_selective_for_one_but_not_for_others(triggers: Triggers) -> None:
 
 
 def test_what_is_possible_at_all() -> None:
-    """Of 12 triggers half are 6: a value in 5 texts cannot fill them."""
+    """Half of 12 triggers is 6: a value in 5 texts cannot fill them."""
     rare = {
         text: ("rare" if i < 5 else "common" if i < 20 else None)
         for i, text in enumerate(SENTENCES)

@@ -28,8 +28,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {
         **LLAMA,
         "head_dim": 8,
-    },  # a norm behind the memory, a softcap behind the unembedding
-    "gptj": {**GPT2, "rotary_dim": 4},  # attention and memory side by side
+    },  # a norm after the FFN, a softcap after the unembedding
+    "gptj": {**GPT2, "rotary_dim": 4},  # attention and FFN in parallel
     "mixtral": {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2_moe": {
         **LLAMA,
@@ -49,7 +49,7 @@ def model(family: str) -> LanguageModel:
 
 
 def sub_updates(lm: LanguageModel, prompt: str, at: int) -> list[list[tuple[Tensor, Tensor]]]:
-    """For each layer (coefficient, value) of every sub-update at one token."""
+    """Return for each layer (coefficient, value) of every sub-update at one token."""
     by_layer: list[list[tuple[Tensor, Tensor]]] = []
     for ffn in lm.ffn:
         if not ffn.n_experts:
@@ -87,7 +87,7 @@ def brute_force(
     weight = lm.module.get_output_embeddings().weight.float()
     hits = torch.zeros(
         len(among), lm.n_layers, len(prompts), len(prompts)
-    )  # which prompt's memories say which prompt's prediction
+    )  # which prompt's neurons predict which prompt's token
     by_layer, said, tops = torch.zeros(len(prompts), lm.n_layers).long(), {}, []
     halves = torch.zeros(len(prompts), lm.n_layers).long()
     counted = torch.zeros(len(among), lm.n_layers)
@@ -182,7 +182,7 @@ def test_the_same_as_plain_passes_and_loops(family: str) -> None:
         sum(average.cases.values(), torch.zeros(())), torch.ones(lm.n_layers, dtype=torch.float64)
     )
     assert bool((average.composed.diff(dim=0) >= 0).all()), (
-        "the fewer memories count, the fewer predictions are one of theirs"
+        "the fewer neurons count, the fewer predictions are theirs"
     )
     assert 0 < float(average.composed[1].mean()) < 1 and not torch.allclose(
         average.composed, average.chance
@@ -204,14 +204,14 @@ def decided(lm: LanguageModel, sign: int, others: float) -> Refinement:
 
 
 @torch.no_grad()
-def test_a_memory_that_decides_alone() -> None:
+def test_a_neuron_that_decides_alone() -> None:
     alone = decided(model("gpt2"), 1, 1e-3)
     assert alone.composed[:, 0].tolist() == [0, 0, 0] and alone.chance[:, 0].tolist() == [0, 0, 0]
     assert alone.counted[1:, 0].tolist() == [1, 1] and alone.half_of_layer[:, 0].tolist() == [
         1
     ] * len(PROMPTS)
-    assert float(alone.composed[2, 1:].min()) > 0.5, "in the other layers none decides alone"
-    # The same memory under many others, which write together: no longer its token.
+    assert float(alone.composed[2, 1:].min()) > 0.5, "in the other layers no neuron decides alone"
+    # The same neuron among many others that write together: its token is no longer predicted.
     among_many = decided(model("gpt2"), 1, 3.0)
     assert (
         float(among_many.composed[2, 0]) > 0.5
@@ -220,7 +220,7 @@ def test_a_memory_that_decides_alone() -> None:
 
 
 @torch.no_grad()
-def test_the_cases_of_a_stream_that_is_told_what_it_says() -> None:
+def test_the_cases_of_a_stream_that_biases_decide() -> None:
     lm = model("gpt2")
     first, second, third = (block.mlp for block in lm.module.transformer.h)
     rows = lm.module.transformer.wte.weight

@@ -33,7 +33,7 @@ EDWIN = Fact(
 TOWER = Fact("The Eiffel Tower", "{} is in", "Paris")
 
 
-def test_a_fact_is_stated_in_each_of_its_phrasings_with_what_is_so() -> None:
+def test_a_fact_is_stated_in_each_phrasing_with_its_true_answer() -> None:
     sentences = statements([EDWIN, TOWER])
     assert [each.text for each in sentences] == [
         "The official religion of Edwin of Northumbria is Christianity.",
@@ -66,7 +66,7 @@ def test_a_fact_is_stated_in_each_of_its_phrasings_with_what_is_so() -> None:
 
 
 @pytest.mark.parametrize("trim", [True, False])
-def test_every_token_stands_in_one_part(trim: bool) -> None:
+def test_every_token_is_in_one_part(trim: bool) -> None:
     """Each word of a sentence is in the part that a reader would name."""
     (stated, *_) = statements(EDWIN)
     wanted = {
@@ -103,8 +103,8 @@ def test_tokens_of_real_tokenizers(make: object) -> None:
         parts = [stated.part(*span) for span in spans]
         assert parts.count("subject's end") == (stated.subject is not None)
         assert parts.count("answer due") <= 1 and ("answer" in parts or "answer due" in parts)
-        behind = parts[len(parts) - 1 - parts[::-1].index("answer") if "answer" in parts else -1 :]
-        assert set(behind) <= {"answer", "answer due", "end"}
+        after = parts[len(parts) - 1 - parts[::-1].index("answer") if "answer" in parts else -1 :]
+        assert set(after) <= {"answer", "answer due", "end"}
 
 
 def test_labels_say_what_each_sentence_is_about(tiny_gpt2: LanguageModel) -> None:

@@ -140,7 +140,7 @@ def by_hooks(lm: LanguageModel, layer: int, text: str) -> dict[int, list[tuple[i
 
 @pytest.mark.parametrize(("family", "changes"), [("mixtral", MIXTRAL), ("qwen2_moe", QWEN)])
 @pytest.mark.parametrize("batch_tokens", [60, 4096])
-def test_experts_have_triggers_where_they_are_routed_to(
+def test_experts_have_triggers_where_tokens_are_routed_to_them(
     family: str, changes: dict[str, object], batch_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(strongest, "_AT_ONCE", 100 * batch_tokens // 60)
@@ -177,7 +177,7 @@ def test_experts_have_triggers_where_they_are_routed_to(
                 assert abs(trigger.coefficient) == pytest.approx(-strength, rel=1e-4, abs=1e-5)
 
 
-def test_a_killed_pass_goes_on_where_it_stood(
+def test_a_killed_pass_continues_where_it_stopped(
     tiny_gpt2: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("factsmith.core.artefact._SECONDS", 0.0)
@@ -255,7 +255,7 @@ def test_a_layer_whose_neurons_are_never_on(monkeypatch: pytest.MonkeyPatch) -> 
     assert result.n_texts == len(CORPUS) and len(result.texts) == 1
 
 
-def test_texts_nobody_refers_to_are_let_go(
+def test_texts_that_no_neuron_refers_to_are_let_go(
     tiny_gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[int] = []
@@ -281,7 +281,7 @@ def test_texts_nobody_refers_to_are_let_go(
 
 
 def test_white_space_that_the_tokenizer_trims_is_a_trigger() -> None:
-    """Its characters lie between those of its neighbours, and its prefix ends before them."""
+    """Its characters lie between those of its neighbours."""
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)

@@ -34,7 +34,7 @@ def test_a_trigger_knows_its_token_and_the_next() -> None:
     assert ends, "some fire at the end of a text"
 
 
-def test_it_is_kept_and_read_without_the_model(
+def test_triggers_are_kept_and_read_without_the_model(
     tmp_path: Path, tiny_llama: LanguageModel, tiny_gpt2: LanguageModel
 ) -> None:
     texts = ["Zürich lies in São Paulo? ", *CORPUS]

@@ -36,7 +36,7 @@ def model(family: str) -> LanguageModel:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_unembedding_is_the_model_s_own_tail(family: str) -> None:
+def test_the_unembedding_is_the_models_own_last_step(family: str) -> None:
     lm = model(family)
     head = find_unembedding(lm)
     assert (head.centres, head.divides) == FAMILIES[family][1:]
@@ -65,7 +65,7 @@ def test_a_norm_after_the_ffn_is_folded_in() -> None:
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
-def test_in_bfloat16_the_norms_are_the_model_s_own_to_the_bit(family: str) -> None:
+def test_in_bfloat16_the_norms_are_the_models_own_to_the_bit(family: str) -> None:
     """Computed from what a norm does with bfloat16 states, they would be off by half a per cent."""
     lm = model(family)
     generator = torch.Generator().manual_seed(2)
@@ -111,7 +111,7 @@ def test_a_model_that_multiplies_its_logits() -> None:
         compose(lm, "Paris is the capital of", "France", contrast="Finland")
 
 
-def test_a_tail_that_is_no_norm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_last_step_that_is_not_a_norm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     lm = model("gpt2")
     monkeypatch.setattr(lm.module.transformer.ln_f, "forward", torch.sin)
     with pytest.raises(UnsupportedModelError, match="norm=False"):

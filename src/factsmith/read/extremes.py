@@ -188,7 +188,8 @@ class Screen:
 
 def _fastest(device: torch.device) -> torch.dtype:
     """Return the dtype in which a device multiplies fastest."""
-    if device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    mkldnn = torch.backends.mkldnn
+    if device.type == "cpu" and mkldnn.is_available():  # type: ignore[no-untyped-call]
         flags: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
         if any(flags.get(name) for name in ("amx_int8", "avx512_vnni", "avx_vnni")):
             return torch.int8

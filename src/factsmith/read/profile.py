@@ -52,7 +52,7 @@ class Profile(Shown):
         layers: The layers, ascending.
         features: "token", "bigram", "trigram", "position", and the labels given.
         share: (layers, features), the share of the counted neurons that are selective for the
-            feature. NaN where the control is so pure that no neuron can be told from it.
+            feature. NaN where the control is so pure that no neuron differs from it.
         chance: (layers, features), the same for triggers or groups dealt out at random a second
             time: about 0.01 or less.
         purity: (layers, features), the mean share of a neuron's triggers that have its commonest
@@ -318,7 +318,7 @@ def _dealt(codes: list[Tensor], generator: torch.Generator) -> list[Tensor]:
     flat = torch.cat([each.flatten() for each in codes])
     places = (flat >= 0).nonzero()[:, 0]
     flat[places] = flat[places][torch.randperm(len(places), generator=generator)]
-    parts: tuple[Tensor, ...] = flat.split([each.numel() for each in codes])  # type: ignore[no-untyped-call]
+    parts = torch.split(flat, [each.numel() for each in codes])
     return [part.view(each.shape) for part, each in zip(parts, codes, strict=True)]
 
 
@@ -356,7 +356,7 @@ def _cell(pure: Tensor, dealt: Tensor, again: Tensor) -> Tensor:
     """
     needed = torch.tensor(max(0.5, float(dealt.quantile(_QUANTILE)) + 1e-6))
     share = chance = torch.tensor(torch.nan)
-    if needed <= 1:  # otherwise the control is pure, and no neuron can be told from it
+    if needed <= 1:  # otherwise the control is pure, and no neuron differs from it
         share, chance = (pure >= needed).float().mean(), (again >= needed).float().mean()
     return torch.stack([share, chance, pure.mean(), dealt.mean(), needed])
 
