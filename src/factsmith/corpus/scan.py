@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ..core.errors import InputError
 from ..model.address import Neuron, neuron_numbers
-from ..model.ffn import Neurons
 from ..model.language_model import LanguageModel
+from ..model.neurons import Neurons
 from ..model.trace import recording, stoppable
 
 Bank: TypeAlias = tuple[int] | tuple[int, int]

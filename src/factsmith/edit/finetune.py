@@ -26,8 +26,8 @@ from ..core.errors import InputError, LayerError, NumericsError
 from ..core.fact import Fact, listed
 from ..core.progress import Progress, tell
 from ..model.address import check_dense_layer
-from ..model.ffn import linear_matrix
 from ..model.language_model import LanguageModel
+from ..model.neurons import linear_matrix
 from ..model.tokens import pad_id, target_ids
 from .configs import MemitConfig
 from .delta import read_weights, write_weights

@@ -18,8 +18,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ..model.ffn import FeedForward, Neurons
+from ..model.ffn import FeedForward
 from ..model.language_model import LanguageModel
+from ..model.neurons import Neurons
 from ..model.replay import Replay, record
 from ..model.trace import recording, replacing
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import UnsupportedModelError
-from .ffn import Matrix, Neurons, is_linear, linear_matrix, same, tolerance
+from .neurons import Matrix, Neurons, is_linear, linear_matrix
+from .tolerance import same, tolerance
 from .trace import Call, Slot, first_tensor, recording, replacing, tensors, with_slot
 
 

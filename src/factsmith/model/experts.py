@@ -16,7 +16,10 @@ from .dry_run import (
     linears_in_order,
     tensor_slots,
 )
-from .ffn import FeedForward, Matrix, Neurons, Routed, is_linear, same
+from .ffn import FeedForward
+from .neurons import Matrix, Neurons, is_linear
+from .routed import Routed
+from .tolerance import same
 from .trace import Product
 
 

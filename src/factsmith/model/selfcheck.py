@@ -22,13 +22,14 @@ from ..core.errors import (
     UnsupportedModelError,
     first_line,
 )
-from .ffn import FeedForward, same
+from .ffn import FeedForward
 from .language_model import LanguageModel
 from .prefix import PrefixCache
 from .replay import record
 from .running import Structure
 from .structure import build, counterparts, find_feed_forward, find_layers
 from .tokens import Batch, encode, pad_id
+from .tolerance import same
 from .trace import recording, replaced_by, replacing
 
 _DRY_TOKENS = 9

@@ -30,7 +30,8 @@ from .dry_run import (
     weighted_parts,
 )
 from .experts import find_experts
-from .ffn import FeedForward, same
+from .ffn import FeedForward
+from .tolerance import same
 from .trace import Call, Slot, get_slot, recording, tensors
 
 # ── finding the layers ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -18,8 +18,8 @@ from torch import Tensor
 from ..core.checks import check_count
 from ..corpus.scan import Bank, banks
 from ..model.address import Neuron
-from ..model.ffn import Neurons
 from ..model.language_model import LanguageModel, check_model
+from ..model.neurons import Neurons
 from ..model.tokens import word_ids
 from .unembedding import Unembedding, find_unembedding, output_scales
 

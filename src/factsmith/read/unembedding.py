@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import UnsupportedModelError
-from ..model.ffn import same, tolerance
 from ..model.language_model import LanguageModel
+from ..model.tolerance import same, tolerance
 from ..model.trace import recording, replacing
 
 

@@ -23,8 +23,8 @@ from ...core.errors import InputError, UnsupportedModelError
 from ...core.files import write_file
 from ...core.progress import Progress, tell
 from ...edit.delta import Delta
-from ...model.ffn import linear_matrix
 from ...model.language_model import LanguageModel
+from ...model.neurons import linear_matrix
 from .contents import Contents, Origin
 from .dtypes import check_dtype, dtype_name
 from .lowrank import LowRank, compress

@@ -1,0 +1,154 @@
+"""A bank of neurons: where its keys and values are in the model, as views.
+
+    bank.values[i]                 # (d_model,) what neuron i writes
+    bank.keys[i]                   # (d_model,) what it reads; gate_keys and up_keys if gated
+    bank.weight()                  # (d_model, d_ff) the down-projection, in the model's storage
+
+The matrices are read at each use, so they follow every change of the weights. Their orientation
+comes from the type of the module, never from their shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..core.errors import UnsupportedModelError
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Return whether the module is one linear map whose orientation its type settles."""
+    return isinstance(module, (nn.Linear, Conv1D))
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """Where a matrix (out, in), or some of its rows, is in a module.
+
+    Attributes:
+        module: The module.
+        name: The parameter's name.
+        transposed: Whether the parameter is (in, out).
+        expert: The index in the parameter's first dimension. None: it has no such dimension.
+        rows: Which rows of the matrix.
+    """
+
+    module: nn.Module
+    name: str = "weight"
+    transposed: bool = False
+    expert: int | None = None
+    rows: slice = field(default_factory=lambda: slice(None))
+
+    def read(self) -> Tensor:
+        """Return the matrix (out, in), or the vector of a bias: a view of the module's storage."""
+        stored = getattr(self.module, self.name).detach()
+        assert isinstance(stored, Tensor)
+        stored = stored if self.expert is None else stored[self.expert]
+        return (stored.T if self.transposed else stored)[self.rows]
+
+    def moved(self, places: Mapping[nn.Module, nn.Module]) -> Matrix:
+        """Return the same matrix in another layer that is built alike."""
+        return dataclasses.replace(self, module=places[self.module])
+
+
+def linear_matrix(module: nn.Module) -> Matrix:
+    """Return the weight of a linear module. Conv1D keeps it transposed."""
+    return Matrix(module, transposed=isinstance(module, Conv1D))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Neurons:
+    """A bank of d_ff neurons, each with a key it matches and a value it writes.
+
+    Attributes:
+        layer: Index of the decoder layer.
+    """
+
+    layer: int
+    _weight: Matrix | None = field(repr=False)
+    _bias: Matrix | None = field(repr=False)
+    _gate: Matrix | None = field(repr=False)
+    _up: Matrix | None = field(repr=False)
+
+    def weight(self) -> Tensor:
+        """Return the down-projection, (d_model, d_ff).
+
+        It is a view of the model's storage in either orientation.
+        """
+        return self._read(self._weight)
+
+    @property
+    def values(self) -> Tensor:
+        """What each neuron writes: (d_ff, d_model), a view."""
+        return self.weight().T
+
+    @property
+    def bias(self) -> Tensor | None:
+        """What is written whatever the input is: (d_model,), or None."""
+        return None if self._bias is None else self._bias.read()
+
+    @property
+    def d_ff(self) -> int:
+        """Number of neurons."""
+        return self.weight().shape[1]
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether a coefficient is act(gate·x)·(up·x), not act(key·x)."""
+        return self._gate is not None
+
+    @property
+    def keys(self) -> Tensor:
+        """What each neuron matches: (d_ff, d_model).
+
+        Raises:
+            UnsupportedModelError: The neurons are gated, so a key is a pair.
+        """
+        if self.is_gated:
+            raise UnsupportedModelError(
+                f"layer {self.layer} is gated, so a key is a pair; use .gate_keys and .up_keys"
+            )
+        return self._read(self._up)
+
+    @property
+    def gate_keys(self) -> Tensor:
+        """The gate half of each key: (d_ff, d_model).
+
+        Raises:
+            UnsupportedModelError: The neurons are not gated.
+        """
+        return self._half(self._gate)
+
+    @property
+    def up_keys(self) -> Tensor:
+        """The up half of each key: (d_ff, d_model).
+
+        Raises:
+            UnsupportedModelError: The neurons are not gated.
+        """
+        return self._half(self._up)
+
+    def moved(self, layer: int, places: Mapping[nn.Module, nn.Module]) -> Neurons:
+        """Return the same bank in another layer that is built alike."""
+        weight, bias, gate, up = (
+            None if m is None else m.moved(places)
+            for m in (self._weight, self._bias, self._gate, self._up)
+        )
+        return Neurons(layer=layer, _weight=weight, _bias=bias, _gate=gate, _up=up)
+
+    def _half(self, matrix: Matrix | None) -> Tensor:
+        if not self.is_gated:
+            raise UnsupportedModelError(f"layer {self.layer} is not gated; use .keys")
+        return self._read(matrix)
+
+    def _read(self, matrix: Matrix | None) -> Tensor:
+        if matrix is None:
+            raise UnsupportedModelError(
+                f"layer {self.layer} has experts, and each has its own matrices; use .experts[e] "
+                "or .shared"
+            )
+        return matrix.read()
