@@ -1,16 +1,20 @@
-"""Causal tracing and knowledge neurons: replay against plain loops of full passes, same numbers, processor time of both.
+"""Causal tracing and knowledge neurons against plain loops: the same numbers, and the time of both.
 
-    python benchmarks/locate.py                        # 13 tokens, every cell; 20 prompts of known_1000, some cells of each
-    python benchmarks/locate.py --cells 0              # every cell of those too: hours
+    python benchmarks/locate.py                # 13 tokens, and 20 prompts of known_1000
+    python benchmarks/locate.py --cells 0      # every cell of those prompts too: hours
     python benchmarks/locate.py --json benchmarks/results/locate.json
 
-`plain_trace` is the oracle: one full forward pass with hooks for every (token, layer), nothing shared, as one would write it first;
-`plain_neurons` likewise: twenty full passes a layer. They know nothing of factsmith; the modules are handed to them. The tests compare
-`factsmith.locate` with them on many families.
+`plain_trace` is the oracle: one full forward pass with hooks for every (token, layer), with nothing
+shared, as one would write it first. `plain_neurons` does the same with twenty full passes a layer.
+They use nothing of factsmith; the modules are handed to them. The tests compare `factsmith.locate`
+with them on many families.
 
-The model is GPT-2 small's shape with random weights, in float32 on one thread; 10 corrupted runs a prompt. The 20 prompts are spread evenly
-over ../shared/data/counterfact/known_1000.json and are tokenized by the atlas's tokenizer (6,144 tokens: somewhat longer than GPT-2's own).
-A plain pass costs the same for every cell of a prompt, so its time there is that of `--cells` random cells times what the map has.
+The model has GPT-2 small's shape and random weights, in float32 on one thread. Each prompt has 10
+corrupted runs. The 20 prompts are spread evenly over ../shared/data/counterfact/known_1000.json.
+They are tokenized by the atlas's tokenizer, which has 6,144 tokens: the texts are somewhat longer
+than with GPT-2's own. A plain pass costs the same for every cell of a prompt. So its time on these
+prompts is that of `--cells` random cells, scaled to the cells of the map. Times are processor
+seconds.
 """
 
 from __future__ import annotations
@@ -45,12 +49,23 @@ def plain_trace(
     shift: int = 0,
     cells: Sequence[tuple[int, int]] | None = None,
 ) -> tuple[Tensor, float, float]:
-    """(scores (n_tokens, n_layers), clean, corrupted) by one full pass a cell: row 0 clean, the other rows corrupted.
+    """Return a map by one full pass a cell, in which row 0 is clean and the others are corrupted.
 
-    rows: ids of the clean prompt, then of each corrupted run; corruption: (samples, n_subject_tokens, d_model), added to the embeddings of
-    the latter; sites: the module of each layer whose output is restored; window: how many layers together (None: this one only);
-    severed: modules held at the traced token at what they put out when nothing is restored; shift: take what is restored from this many
-    columns further (a wrong map, to show that the comparison notices); cells: only these, the others nan.
+    Args:
+        module: The model.
+        sites: For each layer, the module whose output is restored.
+        rows: Token ids of the clean prompt, then of each corrupted run.
+        answer_ids: The answer's tokens.
+        span: Token columns of the subject.
+        corruption: (samples, n_subject_tokens, d_model) noise for the corrupted runs' embeddings.
+        window: Number of layers restored together. None: one.
+        severed: Modules that keep, at the traced token, their outputs of the corrupted run.
+        shift: Restore what is so many columns further. That map is wrong, and shows that the
+            comparison notices.
+        cells: Compute these (token, layer) only; the others are nan. None: all.
+
+    Returns:
+        The scores (n_tokens, n_layers), p(answer) of the clean run, and of the corrupted runs.
     """
     ids = torch.tensor([[*row, *answer_ids[:-1]] for row in rows])
     n_tokens, n_layers = len(rows[0]), len(sites)
@@ -79,7 +94,8 @@ def plain_trace(
     @torch.no_grad()
     def run(changes: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor]]] = ()) -> Tensor:
         with ExitStack() as stack:
-            for site, change in [(module.get_input_embeddings(), corrupt), *changes]:  # type: ignore[operator]
+            embedding: Any = module.get_input_embeddings()  # type: ignore[operator]
+            for site, change in [(embedding, corrupt), *changes]:
                 handle = site.register_forward_hook(
                     lambda _m, _a, out, change=change: _changed(out, change)
                 )
@@ -125,9 +141,17 @@ def plain_neurons(
     answer_ids: Sequence[int],
     steps: int = 20,
 ) -> Tensor:
-    """Integrated gradients (n_layers, d_ff) of the answer's joint probability by full passes: `steps` of them, in one batch, a layer.
+    """Return integrated gradients of the answer's joint probability: (n_layers, d_ff).
 
-    downs: each layer's down-projection, whose input are the coefficients; columns: where the answer's tokens are predicted.
+    Each layer takes `steps` full passes, in one batch.
+
+    Args:
+        module: The model.
+        downs: For each layer, its down-projection, whose input are the coefficients.
+        ids: Token ids to run.
+        columns: Columns that predict the answer's tokens.
+        answer_ids: The answer's tokens.
+        steps: Points of the integral.
     """
     sequence, answer, where = (
         torch.tensor([list(ids)]),
@@ -173,9 +197,10 @@ def _changed(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def random_gpt2_small() -> Any:
-    """A random module of GPT-2 small's shape (12 layers, d=768, vocabulary 50,257).
+    """Return a random model of GPT-2 small's shape (12 layers, d=768, vocabulary 50,257).
 
-    Its weights are three times larger than usual, so that the answer has a probability worth comparing.
+    Its weights are three times larger than usual, so that the answer has a probability that can be
+    compared.
     """
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -186,7 +211,7 @@ def random_gpt2_small() -> Any:
 
 
 def word_tokenizer() -> Any:
-    """One token a word: "w7" is id 7."""
+    """Return a tokenizer with one token a word: "w7" is id 7."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -198,7 +223,10 @@ def word_tokenizer() -> Any:
 
 
 def known_prompts(count: int) -> list[tuple[str, str]]:
-    """(prompt, subject) of entries spread evenly over known_1000, whose subject stands in the prompt once."""
+    """Return (prompt, subject) of entries spread evenly over known_1000.
+
+    The prompt of each holds its subject once.
+    """
     entries = [
         e
         for e in json.loads(KNOWN.read_text(encoding="utf-8"))
@@ -211,20 +239,27 @@ def known_prompts(count: int) -> list[tuple[str, str]]:
 
 
 def compare(
-    lm: Any, prompt: str, subject: str, kind: str, *, samples: int = 10, cells: int = 0
+    lm: Any, prompt: str, subject: str, kind: Any, *, samples: int = 10, cells: int = 0
 ) -> dict[str, Any]:
-    """Run both on one prompt: processor seconds of each and the largest difference between their scores.
+    """Trace one prompt both ways: the seconds of each, and the largest difference of the scores.
 
-    cells: how many of the map's cells the plain loop runs, its time scaled to all of them; 0: every one, and ours is the median of three.
+    Args:
+        lm: The model.
+        prompt: The prompt.
+        subject: Its subject.
+        kind: The kind of trace.
+        samples: Corrupted runs.
+        cells: Cells of the map that the plain loop runs; its time is scaled to all of them. 0:
+            every cell, and our time is the median of three.
     """
     from factsmith.locate.causal import causal_trace
 
-    causal_trace(lm, prompt, subject, kind=kind, samples=1)  # type: ignore[arg-type]  # both ways timed warm
+    causal_trace(lm, prompt, subject, kind=kind, samples=1)  # both ways are timed warm
     repeats = 1 if cells else 3
     runs = [
         _timed(lambda: causal_trace(lm, prompt, subject, kind=kind, samples=samples))
         for _ in range(repeats)
-    ]  # type: ignore[arg-type]
+    ]
     ours, trace = statistics.median(seconds for seconds, _ in runs), runs[0][1]
 
     n_tokens, (start, stop) = len(trace.tokens), trace.subject_span
@@ -264,7 +299,10 @@ def compare(
 
 
 def compare_neurons(lm: Any, prompt: str, target: str, repeats: int = 3) -> dict[str, Any]:
-    """Knowledge neurons of one prompt both ways, in turn: seconds of each (medians) and the largest difference over the largest score."""
+    """Attribute one prompt both ways, in turn: median seconds, and the largest difference.
+
+    The difference is a share of the largest score.
+    """
     from factsmith.locate.neurons import knowledge_neurons
 
     ids, columns, wanted = lm.question(prompt, target)
@@ -273,7 +311,7 @@ def compare_neurons(lm: Any, prompt: str, target: str, repeats: int = 3) -> dict
     plain_neurons(lm.module, downs, ids, columns, wanted, steps=1)
     times = []
     for _ in range(repeats):
-        ours_s, found = _timed(lambda: knowledge_neurons(lm, prompt, target))
+        ours_s, neurons = _timed(lambda: knowledge_neurons(lm, prompt, target))
         oracle_s, scores = _timed(lambda: plain_neurons(lm.module, downs, ids, columns, wanted))
         times.append((oracle_s, ours_s))
     oracle_s, ours_s = (statistics.median(side) for side in zip(*times, strict=True))
@@ -283,12 +321,12 @@ def compare_neurons(lm: Any, prompt: str, target: str, repeats: int = 3) -> dict
         "ours_s": round(ours_s, 3),
         "ratio": round(statistics.median(oracle / ours for oracle, ours in times), 2),
         "largest_score": float(scores.abs().max()),
-        "max_difference": float((found.scores[0] - scores).abs().max() / scores.abs().max()),
+        "max_difference": float((neurons.scores[0] - scores).abs().max() / scores.abs().max()),
     }
 
 
 def _timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    """(processor seconds, result): other work on the machine disturbs processor time least."""
+    """Return the processor seconds, which other work disturbs least, and the result."""
     begun = time.process_time()
     result = run()
     return time.process_time() - begun, result
@@ -300,11 +338,12 @@ def _standard_normal(*shape: int) -> Any:
     return np.random.RandomState(1).randn(*shape)
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
+    """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", type=Path, help="write the table here as JSON")
+    parser.add_argument("--json", type=Path, help="write the table to this file as JSON")
     parser.add_argument("--prompts", type=int, default=20, help="prompts of known_1000; 0: none")
     parser.add_argument(
         "--cells",
@@ -314,7 +353,36 @@ def main() -> None:
     )
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def print_row(row: dict[str, Any]) -> None:
+    """Print one line of the table."""
+    subject = f"{row['subject'][0]}-{row['subject'][1] - 1}"
+    print(
+        f"{row['prompt']:<14} {row['kind']:<10} {row['tokens']:>6} {subject:>8} "
+        f"{row['oracle_s']:>9.2f} {row['ours_s']:>7.2f} {row['ratio']:>6.1f} "
+        f"{row['max_difference']:>15.1e}",
+        flush=True,
+    )
+
+
+def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return how the times of several prompts compare."""
+    return {
+        "prompts": len(rows),
+        "mean_ratio": round(statistics.mean(row["ratio"] for row in rows), 2),
+        "ratio_of_total_time": round(
+            sum(row["oracle_s"] for row in rows) / sum(row["ours_s"] for row in rows), 2
+        ),
+        "lowest_ratio": min(row["ratio"] for row in rows),
+        "max_difference": max(row["max_difference"] for row in rows),
+    }
+
+
+def main() -> None:
+    """Compare both ways, print the table, and write it as JSON."""
+    args = parsed()
     torch.set_num_threads(args.threads)
 
     from transformers import AutoTokenizer
@@ -326,43 +394,33 @@ def main() -> None:
     words = [f"w{1000 + 37 * i}" for i in range(13)]
     rows: list[dict[str, Any]] = []
     print(
-        f"{'prompt':<14} {'kind':<10} {'tokens':>6} {'subject':>8} {'oracle s':>9} {'ours s':>7} {'ratio':>6} {'max difference':>15}"
+        f"{'prompt':<14} {'kind':<10} {'tokens':>6} {'subject':>8} {'oracle s':>9} {'ours s':>7} "
+        f"{'ratio':>6} {'max difference':>15}"
     )
-
-    def add(name: str, row: dict[str, Any]) -> None:
-        rows.append({"prompt": name, **row})
-        subject = f"{row['subject'][0]}-{row['subject'][1] - 1}"
-        print(
-            f"{name:<14} {row['kind']:<10} {row['tokens']:>6} {subject:>8} {row['oracle_s']:>9.2f} {row['ours_s']:>7.2f} "
-            f"{row['ratio']:>6.1f} {row['max_difference']:>15.1e}",
-            flush=True,
-        )
-
     lm = wrap(module, word_tokenizer())
     neurons = compare_neurons(lm, " ".join(words[:9]), words[9])
     print(
-        f"knowledge neurons, {neurons['tokens']} tokens, 20 steps: oracle {neurons['oracle_s']:.2f} s, ours {neurons['ours_s']:.2f} s, "
-        f"ratio {neurons['ratio']:.1f}, largest difference {neurons['max_difference']:.1e} of the largest score",
+        f"knowledge neurons, {neurons['tokens']} tokens, 20 steps: "
+        f"oracle {neurons['oracle_s']:.2f} s, ours {neurons['ours_s']:.2f} s, "
+        f"ratio {neurons['ratio']:.1f}, "
+        f"largest difference {neurons['max_difference']:.1e} of the largest score",
         flush=True,
     )
     for kind in args.kinds:
-        add("13 tokens", compare(lm, " ".join(words), " ".join(words[7:12]), kind))
+        row = compare(lm, " ".join(words), " ".join(words[7:12]), kind)
+        rows.append({"prompt": "13 tokens", **row})
+        print_row(rows[-1])
     summary = {}
     if args.prompts:
         lm = wrap(module, AutoTokenizer.from_pretrained(folder("atlas")))
         for kind in args.kinds:
+            of_kind = []
             for number, (prompt, subject) in enumerate(known_prompts(args.prompts)):
-                add(f"known {number + 1}", compare(lm, prompt, subject, kind, cells=args.cells))
-            own = [row for row in rows if row["kind"] == kind and row["prompt"].startswith("known")]
-            summary[kind] = {
-                "prompts": len(own),
-                "mean_ratio": round(statistics.mean(row["ratio"] for row in own), 2),
-                "ratio_of_total_time": round(
-                    sum(row["oracle_s"] for row in own) / sum(row["ours_s"] for row in own), 2
-                ),
-                "lowest_ratio": min(row["ratio"] for row in own),
-                "max_difference": max(row["max_difference"] for row in own),
-            }
+                row = compare(lm, prompt, subject, kind, cells=args.cells)
+                of_kind.append({"prompt": f"known {number + 1}", **row})
+                print_row(of_kind[-1])
+            rows += of_kind
+            summary[kind] = summarize(of_kind)
             print(f"known_1000, {kind}: {summary[kind]}", flush=True)
     if args.json:
         content = {
