@@ -1,0 +1,1 @@
+"""The parts of `benchmarks/knowledge_neurons.py`, which says what they measure."""
