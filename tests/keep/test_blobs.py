@@ -129,7 +129,7 @@ def test_a_write_that_fails_leaves_nothing(ledger: Ledger, exception: BaseExcept
     commit(ledger, "two")
 
 
-def test_gc_takes_what_nobody_names(ledger: Ledger) -> None:
+def test_gc_takes_what_no_revision_names(ledger: Ledger) -> None:
     first = commit(ledger, "one", n_facts=2)
     ledger.revert(first.id, facts=[0], solved={first.id: delta_of("one'")})
     deltas, kept = ledger.folder / "deltas", state_of(ledger.folder)

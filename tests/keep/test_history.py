@@ -217,7 +217,7 @@ def test_every_delta_that_is_named_counts() -> None:
 
 
 def _altered(entry: Entry, **changes: Any) -> tuple[str, str]:
-    """An id and a text that fit, and say something else."""
+    """Return an id and a matching text with other values."""
     text = json.dumps({**entry.record.model_dump(), **changes})
     return hashlib.sha256(text.encode()).hexdigest(), text
 

@@ -300,7 +300,7 @@ def test_checkout_moves_without_rewriting(ledger: Ledger) -> None:
             write()
 
 
-def test_a_damaged_delta_can_be_left_behind(ledger: Ledger) -> None:
+def test_a_damaged_delta_can_be_taken_out(ledger: Ledger) -> None:
     first, second = commit(ledger, "one", (1,)), commit(ledger, "two", (2,))
     file = ledger.delta_folder(second) / "delta.safetensors"
     file.write_bytes(b"")

@@ -446,6 +446,4 @@ def _disk_full(folder: Path) -> WorkspaceError:
 
 
 def _not_writable(folder: Path, reason: str) -> WorkspaceError:
-    return WorkspaceError(
-        f"{folder} cannot be written: {reason}. Make it writable, or use a copy of it."
-    )
+    return WorkspaceError(f"{folder} cannot be written: {reason}. Make it writable, or use a copy.")

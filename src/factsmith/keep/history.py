@@ -334,7 +334,7 @@ def _steps_ahead(patches: Iterable[Revision], wanted: Mapping[str, Indices]) -> 
 
 
 def moved_facts(steps: Iterable[Step]) -> list[Fact]:
-    """Return the facts that come into effect or go out of it, in the order of the history."""
+    """Return the facts that come into effect or leave it, in the order of the history."""
     return [
         step.patch.facts[i]
         for step in steps
@@ -347,7 +347,7 @@ def check_solved(revision: Revision, steps: Iterable[Step], solved: Collection[s
 
     Args:
         revision: The entry that is undone.
-        steps: What `undoing` says of it.
+        steps: The steps that `undoing` returns for that entry.
         solved: The ids of the patches that were solved again.
 
     Raises:

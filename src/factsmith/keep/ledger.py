@@ -318,7 +318,7 @@ class Ledger:
 
     @contextlib.contextmanager
     def together(self, onto: str) -> Iterator[None]:
-        """Make the commits inside a block one: all of them are recorded, or none.
+        """Make the commits inside a block one: all of them are recorded, or nothing is.
 
         Args:
             onto: The newest revision that the caller knows.

@@ -109,9 +109,7 @@ def test_patches_come_back_in_order_with_where_they_come_from(
         and described["patches"][0]["facts"][0]["subject"] == "Paris"
     )
     resign(folder)
-    read_patch(
-        folder
-    )  # the control of all that follows: checksums made anew are not what is refused
+    read_patch(folder)  # the control of all that follows: new checksums alone are not refused
 
 
 def test_another_models_patches_and_other_folders_are_refused(
@@ -181,7 +179,7 @@ def _named(old: str, new: str) -> Callable[[dict[str, Any]], None]:
 
 
 def _header(shape: list[int]) -> Callable[[Path], None]:
-    """A file of a few bytes whose header speaks of many."""
+    """Write a file of a few bytes whose header claims many."""
 
     def change(folder: Path) -> None:
         size = 4 * int(torch.tensor(shape).prod())
@@ -201,7 +199,7 @@ SPOILED: dict[
         None,
         "'notes.txt', which its manifest does not name",
     ),
-    "a file more beside a delta": (
+    "a file more next to a delta": (
         lambda f: (f / "0001/x.pkl").write_bytes(b"x") and None,
         None,
         "x.pkl",
@@ -239,12 +237,12 @@ SPOILED: dict[
     "another method": (None, lambda m: m["patches"][0].update(method="memit"), "not the patch"),
     "a later format": (None, lambda m: m.update(format=2), "upgrade|pip install -U"),
     "a field more": (None, lambda m: m.update(run="rm -rf /"), "run"),
-    "a layer below none": (
+    "a negative layer": (
         None,
         lambda m: m["patches"][0].update(layers=[-1]),
         "greater than or equal to 0",
     ),
-    "a size that is none": (None, lambda m: m["files"]["0001/edit.json"].update(bytes=-5), "bytes"),
+    "a negative size": (None, lambda m: m["files"]["0001/edit.json"].update(bytes=-5), "bytes"),
     "tensors in 16 bits": (_with_tensors(v_star=lambda t: t["v_star"].half()), None, "float32"),
     "a tensor more": (_with_tensors(more=lambda t: torch.zeros(3)), None, "other tensors"),
     "a shape that does not fit": (
@@ -257,15 +255,15 @@ SPOILED: dict[
     "not a number": (_with_tensors(v_star=lambda t: t["v_star"] * float("nan")), None, "NaN"),
     "a header of 4 GB": (_header([2**15, 2**15]), None, "not a delta"),
     "a header of 8 EB": (_header([2**30, 2**31]), None, "not a delta"),
-    "settings that are none": (_edited(config=[1, 2]), None, "not a delta"),
-    "convergence that is none": (_edited(convergence=[1, 2]), None, "not a delta"),
-    "a fingerprint that is none": (_edited(fingerprint=None), None, "not a delta"),
+    "settings that are a list": (_edited(config=[1, 2]), None, "not a delta"),
+    "convergence that is a list of numbers": (_edited(convergence=[1, 2]), None, "not a delta"),
+    "no fingerprint": (_edited(fingerprint=None), None, "not a delta"),
     "edit.json of another delta": (_edited(layers=[0, 2]), None, "not a delta"),
 }
 
 
 @pytest.mark.parametrize("case", SPOILED)
-def test_what_is_wrong_is_refused_also_with_checksums_made_anew(folder: Path, case: str) -> None:
+def test_what_is_wrong_is_refused_also_with_new_checksums(folder: Path, case: str) -> None:
     spoil, change, words = SPOILED[case]
     if spoil is not None:
         spoil(folder)
@@ -290,7 +288,7 @@ def test_without_new_checksums_each_changed_byte_is_seen(folder: Path) -> None:
 
 
 def _mutated(value: Any, rng: random.Random) -> Any:
-    """A JSON value with something else somewhere in it."""
+    """Return a JSON value with one random part replaced."""
     if isinstance(value, dict) and value and rng.random() < 0.85:
         key = rng.choice(list(value))
         what = rng.random()

@@ -140,7 +140,7 @@ def test_what_is_refused_leaves_nothing(
     export_adapter(lm, delta, out, verify=False)  # writing one needs no peft
 
 
-def test_models_whose_memory_is_no_plain_matrix_are_refused(
+def test_models_without_one_plain_matrix_a_layer_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     moe = wrap(
@@ -152,14 +152,14 @@ def test_models_whose_memory_is_no_plain_matrix_are_refused(
     for call in (export_adapter, export_checkpoint, export_patch):
         with pytest.raises(UnsupportedModelError, match="layer 1 has experts"):
             call(moe, delta, tmp_path / "out")  # type: ignore[operator]
-    beside = {
+    settings = {
         **LLAMA,
         "num_experts": 4,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 24,
         "mlp_only_layers": [1],
     }
-    mixed = wrap(tiny_model("qwen2_moe", **beside), byte_tokenizer(bos=True))
+    mixed = wrap(tiny_model("qwen2_moe", **settings), byte_tokenizer(bos=True))
     assert [ffn.n_experts for ffn in mixed.ffn] == [4, 0, 4]
     with (
         monkeypatch.context() as patch,

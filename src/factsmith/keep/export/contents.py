@@ -52,7 +52,7 @@ class Contents:
         Args:
             lm: The model, without the deltas.
             deltas: One delta or several, in the order in which they are added.
-            origins: One for each delta, or none: then nothing is recorded of where they come from.
+            origins: One for each delta. (): the manifest does not say where the deltas come from.
 
         Raises:
             InputError: when there is no delta, a delta does not fit the model, or the numbers of
@@ -73,13 +73,13 @@ class Contents:
             )
         if strange := [type(each).__name__ for each in several if not isinstance(each, Delta)]:
             raise InputError(
-                f"deltas has a {strange[0]}. Give at least one Delta, and nothing besides.",
+                f"deltas has a {strange[0]}. Give at least one Delta, and only Deltas.",
                 argument="deltas",
             )
         if origins and len(origins) != len(several):
             raise InputError(
                 f"origins has {len(origins)} entries for {len(several)} deltas. Give one for each "
-                "delta, or none.",
+                "delta, or leave origins out.",
                 argument="origins",
             )
         contents = cls(lm, several, tuple(origins) or (Origin(),) * len(several))

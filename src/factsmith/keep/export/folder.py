@@ -103,7 +103,7 @@ def read_patch(
 
     Args:
         folder: The folder. It may hold the manifest and, for each patch, edit.json and
-            delta.safetensors, as regular files and nothing besides.
+            delta.safetensors, as regular files, and nothing more.
         fingerprint: The fingerprint of the unpatched model that the patches must be for. None: any.
         max_bytes: The largest size of the patches that is read.
 
@@ -163,7 +163,7 @@ def _check_manifest(
 
 
 def _check_listing(folder: Path, manifest: Manifest) -> None:
-    """Check that a folder holds the files of its manifest, and nothing besides."""
+    """Check that a folder holds the files of its manifest, and nothing more."""
     places = [numbered(i) for i in range(len(manifest.patches))]
     names: set[str] = set()
     try:
@@ -199,7 +199,7 @@ def _unnamed(folder: Path, name: str) -> DamagedError:
 
 
 def _read_saved(folder: Path, manifest: Manifest, i: int) -> SavedPatch:
-    """Read one patch, and compare it with what the manifest says of it."""
+    """Read one patch, and compare it with its entry in the manifest."""
     place, entry = numbered(i), manifest.patches[i]
     for name in _DELTA_FILES:
         stated = manifest.files[f"{place}/{name}"]

@@ -80,7 +80,7 @@ class Job:
         model: The folder or hub id of the model.
         questions: What to ask it.
         dtype: The dtype to load it in. None: its own.
-        adapter: The folder of an adapter to load onto the model. None: none.
+        adapter: The folder of an adapter to load onto the model. None: no adapter.
     """
 
     model: str

@@ -5,8 +5,8 @@
         write_manifest(folder, "patch", contents)
 
 The block writes into a hidden folder next to the target. At the end of the block that folder is
-flushed to disk and renamed to the target. After an exception nothing of it is left, and an earlier
-export at the target is as it was.
+flushed to disk and renamed to the target. After an exception it is deleted, and an earlier export
+at the target is as it was.
 """
 
 from __future__ import annotations
@@ -136,6 +136,6 @@ def _explained(folder: str | os.PathLike[str]) -> Iterator[None]:
             ) from error
         reason = (error.strerror if isinstance(error, OSError) else None) or text
         raise WorkspaceError(
-            f"Cannot write {folder}: {reason}. Nothing of it is left; choose a folder that can be "
+            f"Cannot write {folder}: {reason}. Nothing was written; choose a folder that can be "
             "written."
         ) from error
