@@ -1,4 +1,4 @@
-"""What the tests of the command line share: what a run gives back, and texts to run it on."""
+"""The result of a run of the command line, and texts to run it on."""
 
 from __future__ import annotations
 
@@ -25,12 +25,15 @@ CURRENCY = "The currency of Bulgaria is the"
 
 @dataclass
 class Done:
+    """What a run of the command line gave."""
+
     code: int
     out: str
     err: str
 
     @property
     def json(self) -> Any:
+        """The output as JSON."""
         return json.loads(self.out)
 
 
@@ -39,5 +42,5 @@ Run = Callable[..., Done]
 
 @functools.cache
 def atlas_model() -> LanguageModel:
-    """The bundled model, loaded once."""
+    """Return the bundled model, loaded once."""
     return load("atlas")

@@ -1,4 +1,4 @@
-"""Tiny random models of real families and tokenizers made on the spot: no download, no network."""
+"""Tiny random models of real families, and tokenizers trained on a few sentences: no download."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ TEXTS = [
 
 
 def shared_dir() -> Path:
-    """The folder of golden files beside the checkout; skips the test when it is not there."""
+    """Return the folder of golden files next to the checkout; skip the test without it."""
     folder = Path(__file__).resolve().parents[1] / "../shared"
     if not folder.is_dir():
         pytest.skip("no ../shared folder beside the checkout")
@@ -53,7 +53,7 @@ def shared_dir() -> Path:
 
 
 def byte_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
-    """GPT-2-style byte-level BPE; with bos=True it puts a BOS in front as Llama 3's does."""
+    """Return a byte-level BPE like GPT-2's; with bos=True it adds a BOS as Llama 3's does."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -74,7 +74,10 @@ def byte_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
 
 
 def merging_tokenizer() -> PreTrainedTokenizerFast:
-    """SentencePiece-style: no split at spaces, so learned tokens reach across word boundaries; adds a BOS, has an UNK."""
+    """Return a tokenizer like SentencePiece's, with a BOS and an UNK.
+
+    It does not split at spaces, so learned tokens reach across words.
+    """
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.decoder = decoders.Replace("▁", " ")
@@ -91,7 +94,10 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def masking_tokenizer() -> PreTrainedTokenizerFast:
-    """BERT-style WordPiece with [CLS] and [SEP] around every text; "Christianity" and "Brazil" it spells."""
+    """Return a WordPiece like BERT's, with [CLS] and [SEP] around every text.
+
+    It spells "Christianity" and "Brazil" letter by letter.
+    """
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     characters = sorted(set("".join(TEXTS)) - {" "})
     words = sorted(set(re.findall(r"\w\w+", " ".join(TEXTS))) - {"Christianity", "Brazil"})
@@ -110,7 +116,7 @@ def masking_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def blank_tokenizer() -> PreTrainedTokenizerFast:
-    """RoBERTa-style byte-level BPE, whose mask is called <mask> and swallows the space before it."""
+    """Return a byte-level BPE like RoBERTa's, whose <mask> takes the space before it."""
     tokenizer = byte_tokenizer().backend_tokenizer
     tokenizer.add_special_tokens(
         [
@@ -134,7 +140,7 @@ def blank_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_model(family: str, *, seed: int = 0, masked: bool = False, **changes: Any) -> Any:
-    """A random model of a transformers family with weights large enough that every layer matters."""
+    """Return a random model of a family, with weights so large that every layer matters."""
     torch.manual_seed(seed)
     module = (AutoModelForMaskedLM if masked else AutoModelForCausalLM).from_config(
         AutoConfig.for_model(family, **changes)
@@ -192,7 +198,7 @@ def tiny_llama() -> LanguageModel:
 
 @pytest.fixture(scope="session")
 def tiny_uncached() -> LanguageModel:
-    """The first GPT: it knows no key/value cache, so replay runs the prefix's columns through each layer again."""
+    """The first GPT has no key/value cache, so replay runs the whole prefix through each layer."""
     lm = wrap(tiny_model("openai-gpt", **GPT2), byte_tokenizer())
     assert not lm.caches_prefix
     return lm
@@ -200,7 +206,7 @@ def tiny_uncached() -> LanguageModel:
 
 @pytest.fixture(params=["tiny_gpt2", "tiny_llama", "tiny_uncached"])
 def tiny_lm(request: pytest.FixtureRequest) -> Iterator[LanguageModel]:
-    """Each of three kinds in turn; fails when a test leaves a hook behind."""
+    """Each of three kinds in turn; a test that leaves a hook fails."""
     lm: LanguageModel = request.getfixturevalue(request.param)
     yield lm
     assert hook_count(lm.module.modules()) == 0, "a hook was left behind"
@@ -208,7 +214,7 @@ def tiny_lm(request: pytest.FixtureRequest) -> Iterator[LanguageModel]:
 
 @pytest.fixture
 def no_hooks_left() -> Callable[[LanguageModel], None]:
-    """A check to call with a model."""
+    """Return a check to call with a model."""
 
     def check(lm: LanguageModel) -> None:
         assert hook_count(lm.module.modules()) == 0

@@ -1,10 +1,10 @@
-"""Make-believe devices: tensors that say they lie on "cpu:1", "cpu:2" ... and refuse to be computed with those of another place.
+"""Make-believe devices: tensors that say they are on "cpu:1", "cpu:2" and so on.
 
     with devices():
-        spread(module, {"model.embed_tokens": "cpu:1", "model.layers.0": "cpu:1", "model.layers.1": "cpu:2", ...})
+        spread(module, {"model.embed_tokens": "cpu:1", "model.layers.0": "cpu:2"})
 
-The numbers are on the CPU all the same. As on accelerators, only numbers and indices
-may come from the CPU.
+An operation on tensors of two devices is an error, as on accelerators: only numbers and indices may
+come from the CPU. The numbers are on the CPU all the same.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class _Devices(TorchDispatchMode):
 
 
 class _Written(TorchFunctionMode):
-    """`torch.tensor` of plain numbers, which does not ask the mode below."""
+    """Handle `torch.tensor` of plain numbers, which does not reach the dispatch mode."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -131,13 +131,13 @@ class _Written(TorchFunctionMode):
 
 @contextmanager
 def devices() -> Generator[None, None, None]:
-    """A block in which "cpu:1" and the like can be named as devices."""
+    """Open a block in which "cpu:1" and the like are devices."""
     with _Devices(), _Written():
         yield
 
 
 def spread(module: Any, places: Mapping[str, str]) -> None:
-    """Put the named parts of a model on devices, states moved between them as accelerate does it for a `device_map`."""
+    """Put the named parts of a model on devices; states move as with a `device_map`."""
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
     placed: dict[int, nn.Parameter] = {}  # weights that are tied stay so
@@ -155,4 +155,4 @@ def spread(module: Any, places: Mapping[str, str]) -> None:
                     inner._buffers[key] = Placed(buffer, device)
         hook = AlignDevicesHook(execution_device=None)
         add_hook_to_module(part, hook)
-        hook.execution_device = device  # set now, since the hook would place the weights by itself
+        hook.execution_device = device  # only now: the hook would place the weights

@@ -1,4 +1,4 @@
-"""The notebook in docs/: every cell runs, and says what is printed beneath it."""
+"""The notebook in docs/: every cell runs, and gives the output that is stored with it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ TOUR = Path(__file__).parents[1] / "docs" / "tour.ipynb"
 
 
 def cells() -> list[dict[str, Any]]:
+    """Return the cells of code."""
     return [
         cell
         for cell in json.loads(TOUR.read_text(encoding="utf-8"))["cells"]
@@ -21,7 +22,7 @@ def cells() -> list[dict[str, Any]]:
 
 
 def run(source: str, names: dict[str, Any]) -> Any:
-    """What the cell's last line gives, as in a notebook."""
+    """Run a cell, and return what its last line gives, as in a notebook."""
     tree = ast.parse(source)
     last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
     exec(compile(tree, "cell", "exec"), names)
@@ -31,6 +32,7 @@ def run(source: str, names: dict[str, Any]) -> Any:
 
 
 def shown(cell: dict[str, Any]) -> dict[str, Any]:
+    """Return the stored output of a cell, by its type."""
     return {
         kind: data for output in cell["outputs"] for kind, data in output.get("data", {}).items()
     }
@@ -44,13 +46,13 @@ def test_the_tour_runs_and_shows_what_is_printed_there(
     names: dict[str, Any] = {}
     kinds = []
     for cell in cells():
-        found, before = run("".join(cell["source"]), names), shown(cell)
+        result, before = run("".join(cell["source"]), names), shown(cell)
         kinds += list(before)
         if "image/png" in before:
-            png, _ = found._repr_png_()
+            png, _ = result._repr_png_()
             assert png.startswith(b"\x89PNG")
         elif "text/html" in before:
-            page = found._repr_html_()
+            page = result._repr_html_()
             titles = [
                 line.split(":")[0]
                 for line in "".join(before["text/plain"]).splitlines()[:1]
@@ -60,9 +62,11 @@ def test_the_tour_runs_and_shows_what_is_printed_there(
                 title.split(";")[0] in page for title in titles
             )
         elif (
-            before and isinstance(found, list) and all(isinstance(answer, str) for answer in found)
+            before
+            and isinstance(result, list)
+            and all(isinstance(answer, str) for answer in result)
         ):
-            assert repr(found) == "".join(before["text/plain"]), "answers are the same everywhere"
+            assert repr(result) == "".join(before["text/plain"]), "answers are the same everywhere"
     assert kinds.count("image/png") >= 4 and kinds.count("text/html") >= 6, (
         "it was stored with its outputs"
     )

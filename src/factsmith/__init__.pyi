@@ -139,8 +139,8 @@ from .show.plots.traces import class_lines as class_lines
 from .show.plots.traces import class_map as class_map
 from .show.plots.traces import heat_map as heat_map
 from .show.plots.traces import text_heat_map as text_heat_map
+from .show.reports.page import report_markdown as report_markdown
 from .show.reports.page import report_page as report_page
 from .show.reports.record import Report as Report
-from .show.reports.page import report_markdown as report_markdown
 
 __version__: str

@@ -20,17 +20,17 @@ class Cells(HTMLParser):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.texts: list[str] = []
         self.elements: set[str] = set()
 
     def handle_starttag(self, tag: str, attrs: object) -> None:
         self.elements.add(tag)
         if tag in ("td", "th", "caption"):
-            self.found.append("")
+            self.texts.append("")
 
     def handle_data(self, data: str) -> None:
-        if self.found:
-            self.found[-1] += data
+        if self.texts:
+            self.texts[-1] += data
 
 
 class Result(Shown):
@@ -59,10 +59,10 @@ def test_a_table_is_shown_as_text_and_as_html() -> None:
         and "words alone" in text
         and "… and" not in text
     )
-    found = cells(page)
+    parsed = cells(page)
     assert (
-        "script" not in found.elements
-        and len([c for c in found.found if c.startswith("token ")]) == 3
+        "script" not in parsed.elements
+        and len([c for c in parsed.texts if c.startswith("token ")]) == 3
     )
     for shown in (text, page):
         assert "\x1b" not in shown and "\u202e" not in shown and "0.286" in shown

@@ -85,7 +85,7 @@ def _sentencepiece_like(texts: Sequence[str], size: int) -> tuple[Tokenizer, dic
     byte_tokens = [
         AddedToken(f"<0x{value:02X}>", special=False, normalized=False) for value in range(256)
     ]
-    special = ["<unk>", "<s>", "</s>", *byte_tokens]
+    special: list[str | AddedToken] = ["<unk>", "<s>", "</s>", *byte_tokens]
     tokenizer.train_from_iterator(texts, _trainer(size, special, []))
     begin = tokenizer.token_to_id("<s>")
     tokenizer.post_processor = processors.TemplateProcessing(
