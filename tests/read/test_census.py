@@ -96,8 +96,8 @@ def test_a_census_reads_the_text_that_it_needs(tiny_gpt2: LanguageModel, tmp_pat
     assert read["effective_rank"] == {"n_tokens": moments[0].count, "of": "the texts"}
     assert f"effective rank in the first {moments[0].count} tokens of the texts" in repr(result)
     part = find_census(tiny_gpt2, tmp_path / "part", texts=TEXTS, max_tokens=50)
-    assert part.idle is not None and part.idle["n_tokens"] == 50
-    assert part.effective_rank is not None and part.effective_rank["n_tokens"] == 50
+    assert part.idle is not None and part.idle.n_tokens == 50
+    assert part.effective_rank is not None and part.effective_rank.n_tokens == 50
     with pytest.raises(InputError, match="read twice"):
         find_census(tiny_gpt2, tmp_path / "other", texts=iter(TEXTS))
     assert ReadCensus(census(tiny_gpt2)).to_dict()["read"] == {}

@@ -233,37 +233,64 @@ def _idle(triggers: Triggers, layer: int) -> int | None:
 # ── with text that is read first ─────────────────────────────────────────────────────────────────
 
 
+@dataclass(frozen=True)
+class IdleText:
+    """The text on which idle neurons were counted.
+
+    Attributes:
+        n_texts: Number of texts.
+        n_tokens: Number of tokens.
+        index: The folder of the index.
+    """
+
+    n_texts: int
+    n_tokens: int
+    index: str
+
+
+@dataclass(frozen=True)
+class RankText:
+    """The text of the effective ranks.
+
+    Attributes:
+        n_tokens: Number of tokens.
+        of: Whose text it is, in words.
+    """
+
+    n_tokens: int
+    of: str
+
+
 @dataclass(frozen=True, repr=False)
 class ReadCensus(Shown):
     """A census, and the text that its neurons were measured on.
 
     Attributes:
         census: The census.
-        idle: {"n_texts", "n_tokens", "index"}: the text and the folder of the index on which idle
-            neurons were counted. None: they were not.
-        effective_rank: {"n_tokens", "of"}: the text of the effective ranks. None: there are none.
+        idle: The text on which idle neurons were counted. None: they were not.
+        effective_rank: The text of the effective ranks. None: there are none.
     """
 
     census: Census
-    idle: Mapping[str, Any] | None = None
-    effective_rank: Mapping[str, Any] | None = None
+    idle: IdleText | None = None
+    effective_rank: RankText | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the census as JSON-able values, and the text as "read"."""
-        sources = {"idle": self.idle, "effective_rank": self.effective_rank}
-        read = {name: dict(source) for name, source in sources.items() if source is not None}
+        texts = {"idle": self.idle, "effective_rank": self.effective_rank}
+        read = {name: dict(vars(text)) for name, text in texts.items() if text is not None}
         return {**self.census.to_dict(), "read": read}
 
     def tables(self) -> list[Table]:
         """Return the tables of the census, then the text as lines."""
         lines = []
         if self.idle is not None:
-            texts = counted(self.idle["n_texts"], "text")
-            tokens = counted(self.idle["n_tokens"], "token")
-            lines.append(f"idle in {texts}, {tokens}, of {self.idle['index']}")
+            texts = counted(self.idle.n_texts, "text")
+            tokens = counted(self.idle.n_tokens, "token")
+            lines.append(f"idle in {texts}, {tokens}, of {self.idle.index}")
         if self.effective_rank is not None:
-            tokens = counted(self.effective_rank["n_tokens"], "token")
-            lines.append(f"effective rank in the first {tokens} of {self.effective_rank['of']}")
+            tokens = counted(self.effective_rank.n_tokens, "token")
+            lines.append(f"effective rank in the first {tokens} of {self.effective_rank.of}")
         return [*self.census.tables(), *(Table(line, {}) for line in lines)]
 
 
@@ -304,11 +331,7 @@ def find_census(
         )
     index = find_index(lm, folder, texts=texts, max_tokens=max_tokens, seed=seed, progress=progress)
     scanned = index.triggers
-    idle = {
-        "n_texts": scanned.n_texts,
-        "n_tokens": scanned.n_tokens,
-        "index": str(index.folder),
-    }
+    idle = IdleText(scanned.n_texts, scanned.n_tokens, str(index.folder))
     dense = [ffn.layer for ffn in lm.ffn if not ffn.n_experts]
     if not dense:
         return ReadCensus(census(lm, triggers=scanned), idle)
@@ -320,9 +343,7 @@ def find_census(
         max_tokens=n,
         progress=lambda done: tell(progress, "second moments", done, round(n)),
     )
-    ranks = {
-        "n_tokens": moments[dense[0]].count,
-        "of": "the model's own words" if texts is None else "the texts",
-    }
+    whose = "the model's own words" if texts is None else "the texts"
+    ranks = RankText(moments[dense[0]].count, whose)
     matrices = {layer: moment.matrix for layer, moment in moments.items()}
     return ReadCensus(census(lm, triggers=scanned, moments=matrices), idle, ranks)

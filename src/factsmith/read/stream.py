@@ -14,7 +14,7 @@ divisor is fixed at its value in this pass, so each addition has a share of ever
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ class Fired:
                 yield place, *(self.places == place).nonzero(as_tuple=True)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Stream:
     """The stream at n tokens, from the embedding up, in float32.
 
@@ -70,11 +70,11 @@ class Stream:
 
     embedding: Tensor
     states: Tensor
-    attention: list[Tensor] = field(default_factory=list)
-    ffn: list[Tensor] = field(default_factory=list)
-    written: list[Tensor] = field(default_factory=list)
-    factors: list[Tensor] = field(default_factory=list)
-    fired: list[list[Fired]] = field(default_factory=list)
+    attention: list[Tensor]
+    ffn: list[Tensor]
+    written: list[Tensor]
+    factors: list[Tensor]
+    fired: list[list[Fired]]
 
 
 def check_position(position: object, n_tokens: int, name: str = "position") -> int:
@@ -122,19 +122,29 @@ def read_stream(
     seen = _run(lm, batch)
     before = get_slot(seen.entered[0][0], lm.slot)[:, batch.pivot].float()
     home = before.device
-    stream = Stream(before, torch.stack([before] * (2 * lm.n_layers + 1)))
+    embedding, states = before, torch.stack([before] * (2 * lm.n_layers + 1))
+    attention, by_ffn, written, factors = [], [], [], []
     for ffn in lm.ffn:
-        up = seen.after[ffn.layer].to(home)
+        after = seen.after[ffn.layer].to(home)
         output = seen.written[ffn.layer].to(home)
         added, factor = _added(lm, ffn, seen, output, scales[ffn.layer].to(home))
-        stream.written.append(output)
-        stream.factors.append(factor)
-        stream.ffn.append(added)
-        stream.attention.append(up - added - before)
-        stream.states[2 * ffn.layer + 1], stream.states[2 * ffn.layer + 2] = up - added, up
-        stream.fired.append(_fired_experts(ffn, seen) if ffn.n_experts else [_fired(ffn, seen)])
-        before = up
-    return stream
+        attention.append(after - added - before)
+        by_ffn.append(added)
+        written.append(output)
+        factors.append(factor)
+        states[2 * ffn.layer + 1], states[2 * ffn.layer + 2] = after - added, after
+        before = after
+    return Stream(
+        embedding=embedding,
+        states=states,
+        attention=attention,
+        ffn=by_ffn,
+        written=written,
+        factors=factors,
+        fired=[
+            _fired_experts(ffn, seen) if ffn.n_experts else [_fired(ffn, seen)] for ffn in lm.ffn
+        ],
+    )
 
 
 @dataclass(frozen=True, eq=False)
