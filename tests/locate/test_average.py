@@ -241,12 +241,12 @@ def test_record_is_plain_json(lm: LanguageModel, facts: list[Fact]) -> None:
         (
             {"cases": [Fact("Paris", "{} lies in", "no such thing")]},
             InputError,
-            "the answer of none of the 1 fact,",
+            "no answer of the 1 fact given",
         ),
         (
             {"cases": [Fact("is", "Paris {} in", "no such thing")]},
             (SubjectError, InputError),
-            "the answer of none of the 1 fact,|more than once",
+            "no answer of the 1 fact given|more than once",
         ),
     ],
 )

@@ -5,9 +5,9 @@
     quick.rank_correlation             # Spearman's, against the exact effects of a few tokens
 
 To restore a state is to move it from its corrupted to its clean value. To first order p(answer)
-gains that difference times the gradient (Nanda 2023; Syed et al. 2023, arXiv 2310.10348). The
-gradient of the corrupted run alone is a poor guide: the answer is lost there, and its probability
-is flat. So the gradient is averaged on the straight way from the corrupted to the clean embeddings
+gains that difference times the gradient (Nanda 2023; Syed et al. 2023, arXiv 2310.10348). In the
+corrupted run the answer is lost and its probability is flat, so the gradient of that run alone is a
+poor guide. The gradient is averaged on the straight way from the corrupted to the clean embeddings
 (Hanna et al. 2024, arXiv 2403.17806). `passes` backward passes give all positions and layers.
 
 The estimate ranks states. For their effects take `causal_trace`.

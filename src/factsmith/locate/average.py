@@ -247,7 +247,7 @@ def average_trace(  # house: the promised public signature; the settings go into
     said = [fact for fact, is_said in zip(facts, says, strict=True) if is_said]
     if not said:
         raise InputError(
-            f"the model says the answer of none of the {counted(len(facts), 'fact')}, so no trace "
+            f"the model says no answer of the {counted(len(facts), 'fact')} given, so no trace "
             "can be made. Give facts that it knows. The answer is target_true where a fact has "
             "one, and otherwise target.",
             argument="cases",

@@ -182,8 +182,8 @@ def mean_gradients(
     """Return the mean gradient of p(target) for what each layer writes where it is predicted.
 
     The mean is over alpha = 0, 1/steps, ... (steps - 1)/steps. Where the gradient is smooth in
-    alpha, `NODES` points give the same mean. It is not smooth in the first layer of most models,
-    or with ReLU: there every point is taken.
+    alpha, `NODES` points give the same mean. Otherwise every point is taken: in the first layer of
+    most models, and with ReLU.
 
     Args:
         recorded: The prompts.

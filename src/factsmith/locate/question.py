@@ -76,8 +76,8 @@ def fill_prompts(
             raise InputError("a prompt is empty. Give a text that the model can continue.")
         if single_slot and prompt.count("{}") > 1:
             raise InputError(
-                f"{prompt!r} has {prompt.count('{}')} slots {{}}. Give one, in the subject's place, "
-                "or write the subject into the prompt."
+                f"{prompt!r} has {prompt.count('{}')} slots {{}}. Give one, in the subject's "
+                "place, or write the subject into the prompt."
             )
         if "{}" in prompt and subject is None:
             raise InputError(

@@ -107,7 +107,7 @@ def _entered(runs: Runs, part: Part | None, spans: Sequence[range]) -> dict[int,
     corrupted run, and only position-wise parts follow the restored part. So one pass with all
     columns restored gives the entry of each column.
 
-    None where positions meet again after the restored part: there the layer runs once a column.
+    None where positions meet again after the restored part. Such a layer runs once for each column.
     """
     if part is None:
         return {span.start: runs.clean.hidden[span.start + 1] for span in spans}

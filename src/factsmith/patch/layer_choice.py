@@ -141,7 +141,8 @@ class LayerChoice(Shown):
         title = f"ROME: layer {self.rome}; MEMIT: {memit}; {self.reason}"
         names = ["layer", "trials", "efficacy", "generalization", "specificity", "score", "trace"]
         rows = [self._row(score) for score in self.scores]
-        return [Table(title, dict.fromkeys(names, ">") if rows else {}, rows)]
+        chosen = [index for index, score in enumerate(self.scores) if score.layer == self.rome]
+        return [Table(title, dict.fromkeys(names, ">") if rows else {}, rows, bold=chosen)]
 
     def _row(self, row: LayerScore) -> tuple[str, ...]:
         shares = (row.efficacy, row.generalization, row.specificity, row.score)
