@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,15 +19,15 @@ import factsmith
 SOURCE = Path(factsmith.__file__).parent
 
 ORDER = [
-    {"core"},
-    {"atlas"},
-    {"model"},
-    {"corpus"},
-    {"read", "locate", "edit", "judge"},
-    {"patch"},
-    {"keep", "show"},
-    {"cluster"},
-    {"cli", "studio"},
+    ("core",),
+    ("atlas",),
+    ("model",),
+    ("corpus",),
+    ("read", "locate", "edit", "judge"),
+    ("patch",),
+    ("keep", "show"),
+    ("cluster",),
+    ("cli", "studio"),
 ]
 """A package imports only from packages above it; packages of one line never import each other."""
 
@@ -135,7 +136,16 @@ def edges() -> list[Import]:
 
 def test_the_order_names_every_package() -> None:
     packages = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
-    assert packages <= set().union(*ORDER)
+    assert packages <= {package for line in ORDER for package in line}
+
+
+def test_the_guide_draws_the_order_and_names_files_that_exist() -> None:
+    text = (SOURCE.parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    lines = [[package for package in line if (SOURCE / package).is_dir()] for line in ORDER]
+    steps = [line[0] if len(line) == 1 else f"{{ {', '.join(line)} }}" for line in lines if line]
+    assert f"    {' → '.join(steps)}\n" in text
+    for name in re.findall(r"`([a-z_/]+(?:/|\.py))`", text):
+        assert any((root / name).exists() for root in (SOURCE, SOURCE.parents[1])), name
 
 
 def test_imports_go_one_way(edges: list[Import]) -> None:
