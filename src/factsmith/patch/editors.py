@@ -34,8 +34,8 @@ from ..edit.inputs import Moments
 from ..edit.methods import METHODS, edit
 from ..edit.search import find_targets
 from ..edit.target import TargetConfig, Targets
+from ..judge.editor import Editor
 from ..judge.metrics import relative_norm
-from ..judge.run import Editor
 from ..model.language_model import LanguageModel, check_model
 from .bench import Scratch
 from .plan import choose_layers
