@@ -73,7 +73,7 @@ def test_exit_codes(run: Run, model: Path, tmp_path: Path) -> None:
         (2, ["frob"], "No such command"),
         (2, ["ask"], "Missing argument"),
         (2, ["ask", model, PROMPT, "--top", "0"], "--top"),
-        (2, ["ask", model, "one", "two"], "put the text in quotes"),
+        (2, ["ask", model, "one", "two"], "Put the text in quotes"),
         (2, ["ask", model, "\udcff"], "UTF-8"),
         (2, ["patch", model], "--subject"),
         (2, ["patch", model, *FACT[:-1], " "], "target"),

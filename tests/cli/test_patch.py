@@ -14,7 +14,7 @@ import torch
 
 from commands import FACT, PROMPT, Run
 from conftest import LLAMA, byte_tokenizer, tiny_model
-from factsmith.cli.common import read_settings
+from factsmith.cli.options import read_settings
 from factsmith.core.fact import Fact
 from factsmith.corpus.moments import SecondMoment, second_moments
 from factsmith.edit.methods import METHODS
@@ -299,7 +299,7 @@ def test_second_moments_of_a_workspace(run: Run, model: Path, tmp_path: Path) ->
         (["--texts", "empty.txt", "--out", "kept"], "no text"),
         (["--layer", "1", "--out", "empty.txt"], "cannot write into empty.txt"),
         (["--layer", "9", "--out", "kept"], "layers 0 to 2"),
-        (["--layer", "1"], "name a folder with --out"),
+        (["--layer", "1"], "no folder to keep the second moments in"),
         (["--max-tokens", "0", "--out", "kept"], "at least 1"),
         (["--max-tokens", "nan", "--out", "kept"], "at least 1"),
         (["--max-tokens", "inf", "--out", "kept"], "give texts"),
@@ -327,7 +327,7 @@ def test_a_patch_weighed_by_two_sentences_is_not_kept(run: Run, atlas: str, tmp_
         and "at least 16,384 tokens" in done.err
     )
     assert (
-        "nothing was kept" in done.out
+        "nothing was written" in done.err
         and run("log", "-w", "space", "--json").json["revisions"] == []
     )
     forced = run(*asked, "--force", "--json").json

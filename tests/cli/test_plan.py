@@ -135,7 +135,7 @@ def test_verify_and_gc(run: Run, space: Path) -> None:
     loose = space / "deltas" / ("0" * 64)
     loose.mkdir()
     (loose / "edit.json").write_text("{}")
-    assert "nobody names" in run("verify", "-w", "space").out
+    assert "no revision names" in run("verify", "-w", "space").out
     assert (
         run("gc", "--dry-run", "-w", "space", "--json").json
         == {"deleted": ["0" * 64], "dry_run": True}

@@ -63,7 +63,7 @@ def test_a_prediction_is_drawn(run: Run, model: Path, tmp_path: Path) -> None:
     refused = run("explain", model, PROMPT, "--out", tmp_path / "other.png")
     assert (
         refused.code == 2
-        and "no record of an earlier run" in refused.err
+        and "which an earlier run did not write" in refused.err
         and not (tmp_path / "other.png").exists()
     )
 
@@ -95,7 +95,7 @@ def test_neurons_are_found_by_a_word(run: Run, model: Path, tmp_path: Path) -> N
     assert again.json == found, "opened, not made again"
     text = run(*arguments).out
     assert (
-        "neurons that fire behind 'is'" in text
+        "neurons that fire after 'is'" in text
         and "by the first of its tokens" not in text
         and "3 texts" in text
     )

@@ -10,7 +10,7 @@ import pytest
 import factsmith as fs
 from conftest import GPT2, byte_tokenizer, tiny_model
 from factsmith.core.tables import Shown, Table, counted, ending, quoted, visible
-from factsmith.patch.proof import Check, Verification
+from factsmith.patch.verification import Check, Verification
 
 EVIL = "<script>alert(1)</script>\x1b[31m\u202e"
 

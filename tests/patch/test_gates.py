@@ -10,7 +10,7 @@ import pytest
 from factsmith.core.gates import Gates
 from factsmith.judge.drift import LIMITS, Changed, Drift
 from factsmith.patch.gates import check_gates, gates_table, measures_drift
-from factsmith.patch.proof import Check, Role, Verification
+from factsmith.patch.verification import Check, Role, Verification
 
 FACT = {"subject": "Ann", "prompt": "{} lives in", "target": "Oslo"}
 NONE = {field.name: None for field in dataclasses.fields(Gates)}

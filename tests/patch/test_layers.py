@@ -27,8 +27,8 @@ from factsmith.model.load import load
 from factsmith.patch.layer_choice import LayerChoice, LayerScore, Trial, published
 from factsmith.patch.layer_choice import depth_choice as by_depth
 from factsmith.patch.layer_trials import candidates, choose, mlp_effects, race, trace_window
-from factsmith.patch.trial_facts import judge, trial_facts
 from factsmith.patch.layers import recommend_layers
+from factsmith.patch.trial_facts import judge, trial_facts
 
 # ---- what is known without work -----------------------------------------------------------------
 

@@ -1,11 +1,13 @@
-"""The command line: parse, call, print; every decision is made in the library.
+"""The command line: parse, call, print. Every decision is made in the library.
 
     factsmith init atlas my-workspace
-    factsmith patch -w my-workspace --subject "Danielle Darrieux" --prompt "The mother tongue of {} is" --target English
+    factsmith patch -w my-workspace --subject "Danielle Darrieux" \\
+        --prompt "The mother tongue of {} is" --target English
     factsmith log -w my-workspace
 
-Answers go to standard output (one JSON document with --json), progress, warnings and errors to standard error. Exit codes: 0 done,
-2 the input cannot be used, 3 the model cannot be used, 4 numbers went wrong, 5 the workspace or its records, 1 anything else, 130 Ctrl-C.
+Answers go to standard output, as one JSON document with --json. Progress, warnings and errors go
+to standard error. Exit codes: 0 done, 2 the input cannot be used, 3 the model cannot be used,
+4 numbers went wrong, 5 the workspace or its records, 1 anything else, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -13,14 +15,14 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Annotated
 
 import typer
 
 from ..core.errors import FactsmithError, InputError
 from . import capacity, demo, export, judge, keep, locate, patch, plan, read
-from .common import complain
+from .printing import complain, flag_of, with_flag
 
 app = typer.Typer(
     name="factsmith",
@@ -68,19 +70,13 @@ for command in COMMANDS:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit with its code; errors of ours are one block on standard error, never a traceback."""
+    """Run the command line and exit with its code; our errors are one block on standard error."""
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        for argument in sys.argv[1:] if arguments is None else arguments:
-            if any(
-                "\udc80" <= c <= "\udcff" for c in argument
-            ):  # how Python marks bytes it could not decode
-                raise InputError(
-                    f"the argument {argument!r} is not in UTF-8; write it in the terminal's own encoding"
-                )
+        _check_encoding(words)
         app(arguments, prog_name="factsmith")
     except FactsmithError as error:
-        words = sys.argv[1:] if arguments is None else arguments
-        complain("error", f"{error}{_option(error.argument, words)}")
+        complain("error", with_flag(str(error), _flag(error, words)))
         sys.exit(error.exit_code)
     except SystemExit as end:
         if end.code == 130:
@@ -89,25 +85,28 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:
         if os.environ.get("FACTSMITH_TRACEBACK"):
             raise
-        text = f"{type(error).__name__}: {error}; this is a fault in factsmith: please report it with what FACTSMITH_TRACEBACK=1 prints"
+        text = (
+            f"{type(error).__name__}: {error}. This is a fault in factsmith; please report it with "
+            "what FACTSMITH_TRACEBACK=1 prints"
+        )
         complain("unexpected error", text)
         sys.exit(1)
 
 
-def _option(argument: str | None, words: Sequence[str]) -> str:
-    """The command's option for a Python argument, in words to follow an error; "" for none."""
+def _check_encoding(words: Iterable[str]) -> None:
+    """Raise InputError for an argument that is not in UTF-8; Python marks such bytes."""
+    for word in words:
+        if any("\udc80" <= character <= "\udcff" for character in word):
+            raise InputError(
+                f"the argument {word!r} is not in UTF-8; write it in the terminal's own encoding"
+            )
+
+
+def _flag(error: FactsmithError, words: Iterable[str]) -> str | None:
+    """The option that sets the argument that an error is about."""
     commands = typer.main.get_group(app).commands
     command = next((commands[word] for word in words if word in commands), None)
-    if argument is None or command is None:
-        return ""
-    names = (argument, argument.removesuffix("s"))  # a repeated option has a singular name
-    flags = [
-        flag
-        for parameter in command.params
-        for flag in (*parameter.opts, *parameter.secondary_opts)
-        if parameter.name in names and flag.startswith("--")
-    ]
-    return f" (option: {'/'.join(flags)})" if flags else ""
+    return None if command is None else flag_of(command, error.argument)
 
 
 def _version(wanted: bool) -> None:

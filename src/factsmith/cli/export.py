@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from ..core.errors import InputError
-from .common import Device, Json, Where, line, opened, print_result, progress, show_tables
+from .models import opened_workspace
+from .options import Device, Json, Where
+from .printing import print_result, progress
 
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -22,40 +23,38 @@ def import_(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Second moments, if patches are solved again.",
+            help="Second moments, for patches that must be solved again.",
             show_default="the workspace's, or the model's",
         ),
     ] = None,
     force: Annotated[
         bool,
         typer.Option(
-            "--force", help="Also against facts that are here, and when a fact does not take."
+            "--force",
+            help="Also commit facts that contradict those in effect, or that do not take.",
         ),
     ] = False,
     workspace: Where = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Commit another workspace's patches here; they are solved again for the patches that are here already.
+    """Commit the patches of another workspace here.
+
+    They are solved again where this workspace already has patches.
 
     \b
     Example:
       factsmith import their-patch -w my-workspace
     """
-    with progress() as tell, opened(None, workspace or Path(), device, tell) as (_, bench):
-        assert bench is not None
+    with progress() as tell, opened_workspace(workspace, device, tell) as bench:
         from ..corpus.moments_store import load_moments
 
         given = None if moments is None else load_moments(moments)
-        made = bench.import_patches(folder, moments=given, force=force, progress=tell)
-
-    def show(console: Console) -> None:
-        for revision in made:
-            line(console, "committed", f"{revision.id[:10]} {revision.message}")
-        if not made:
-            line(console, "nothing", "to take in: every fact is in effect already")
-
-    print_result({"revisions": [revision.to_dict() for revision in made]}, show, as_json)
+        revisions = bench.import_patches(folder, moments=given, force=force, progress=tell)
+    lines = [("committed", f"{revision.id[:10]} {revision.message}") for revision in revisions]
+    nothing = [("nothing", "to commit: every fact is already in effect")]
+    result = {"revisions": [revision.to_dict() for revision in revisions]}
+    print_result(result, [], as_json, lines or nothing)
 
 
 def export(
@@ -65,20 +64,21 @@ def export(
         typer.Option(
             "--format",
             "-f",
-            help="checkpoint: the model, merged; adapter: PEFT LoRA for the base model; patch: for another workspace.",
+            help="checkpoint: the patched model. adapter: a PEFT LoRA for the base model. "
+            "patch: for another workspace.",
         ),
     ] = "checkpoint",
     dtype: Annotated[
         str | None,
         typer.Option(
             help="float32, float16 or bfloat16.",
-            show_default="as the model is loaded; an adapter float32",
+            show_default="as the model is loaded; float32 for an adapter",
         ),
     ] = None,
     rank: Annotated[
         int | None,
         typer.Option(
-            help="Of an adapter, at most; what is more is truncated by SVD.",
+            help="Largest rank of an adapter. More is cut off by SVD.",
             show_default="the exact rank",
         ),
     ] = None,
@@ -86,8 +86,8 @@ def export(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Base model to note in an adapter, a folder or hub id.",
-            show_default="where the model is from",
+            help="Base model to name in an adapter: a folder or a hub id.",
+            show_default="where the model comes from",
         ),
     ] = None,
     no_verify: Annotated[
@@ -103,9 +103,10 @@ def export(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Write the patched model, or its patches, for programs that know nothing of factsmith.
+    """Write the patched model, or its patches, for programs that do not know factsmith.
 
-    What is written is loaded back in a process of its own and compared with the patched model before it is kept.
+    The result is loaded back in another process and compared with the patched model before it is
+    kept.
 
     \b
     Examples:
@@ -113,12 +114,11 @@ def export(
       factsmith export my-model --dtype bfloat16 -w my-workspace
     """
     if dtype is not None and dtype not in _DTYPES:
-        raise InputError(f"--dtype is {dtype!r}; expected float32, float16 or bfloat16")
-    with progress() as tell, opened(None, workspace or Path(), device, tell) as (_, bench):
-        assert bench is not None
+        raise InputError(f"--dtype is {dtype!r}; expected {', '.join(_DTYPES)}")
+    with progress() as tell, opened_workspace(workspace, device, tell) as bench:
         import torch
 
-        made = bench.export(
+        exported = bench.export(
             folder,
             format,
             dtype=None if dtype is None else getattr(torch, dtype),
@@ -128,4 +128,4 @@ def export(
             overwrite=overwrite,
             progress=tell,
         )
-    print_result(made.to_dict(), show_tables(made.tables()), as_json)
+    print_result(exported.to_dict(), exported.tables(), as_json)

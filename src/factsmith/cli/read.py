@@ -6,50 +6,26 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ..core.errors import InputError
-from ..core.tables import Table, counted, ending
+from ..core.tables import Table
 from ..corpus.paragraphs import Paragraphs
-from .common import (
-    Device,
-    Json,
-    Model,
-    ModelAndPrompt,
-    Out,
-    Where,
-    complain,
-    line,
-    model_and_prompt,
-    need_model,
-    opened,
-    output,
-    print_result,
-    progress,
-    save,
-    show_tables,
-)
+from .models import need_model, opened
+from .options import Device, Json, Model, ModelAndPrompt, Out, Texts, Where, model_and_prompt
+from .pictures import output, save
+from .printing import print_result, progress
 
 IndexFolder = Annotated[
     Path | None,
     typer.Option(
         "--index",
         metavar="DIR",
-        help="Where the model's index is kept; by default in the user's cache.",
+        help="Where the model's index is kept.",
+        show_default="in the user's cache",
     ),
 ]
-
-Texts = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--texts",
-        metavar="FILE",
-        help="Plain text to scan, blank lines between paragraphs; by default the model's own words.",
-    ),
-]
-
 MaxTokens = Annotated[
-    int | None, typer.Option("--max-tokens", min=1, help="How many tokens of text to scan.")
+    int | None, typer.Option("--max-tokens", min=1, help="How many tokens of text to read.")
 ]
 
 
@@ -75,33 +51,29 @@ def ask(
         answer = lm.answer([prompt], max_new_tokens=max_new_tokens)[0]
         likely = lm.next_tokens(prompt, top)
         revision = None if bench is None else bench.ledger.current
-    found = {
+    result = {
         "prompt": prompt,
         "answer": answer,
         "next_tokens": [{"token": token, "probability": p} for token, p in likely],
         "model": lm.name,
         "revision": revision,
     }
-
-    def show(console: Console) -> None:
-        line(console, prompt, answer, style="bold")
-        for token, p in likely:
-            line(console, f"  {p:7.2%}", repr(token))
-
-    print_result(found, show, as_json)
+    rows = [(f"{p:.2%}", repr(token)) for token, p in likely]
+    tables = [Table(f"{prompt} → {answer}", {"p": ">", "next token": "<"}, rows)]
+    print_result(result, tables, as_json)
 
 
 def explain(
     words: ModelAndPrompt,
     target: Annotated[
-        str | None, typer.Option(help="The answer to look at; by default what the model says.")
+        str | None, typer.Option(help="The answer to explain.", show_default="what the model says")
     ] = None,
     instead_of: Annotated[
         str | None,
         typer.Option(
             "--instead-of",
             metavar="TEXT",
-            help="Why the answer and not this: shares of the logits' difference.",
+            help="Explain why the answer and not this text: shares of the logits' difference.",
         ),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="How many neurons to list.")] = 10,
@@ -113,7 +85,7 @@ def explain(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Tell how a prediction comes about: the neurons that move it most, what each part adds, and its way up the layers.
+    """Explain a prediction: what each neuron, head and layer adds to it, and its way up the layers.
 
     \b
     Examples:
@@ -124,25 +96,20 @@ def explain(
     files = output(out)  # before the work, not after it
     model, prompt = model_and_prompt(words)
     with progress() as tell, opened(model, workspace, device, tell) as (lm, _):
-        from ..model.tokens import target_ids
         from ..read.composition import compose
 
-        found = compose(lm, prompt, target, contrast=instead_of, top=top, tokens=tokens)
-        for text in (target, instead_of):
-            if text is not None and len(ids := target_ids(lm.tokenizer, prompt, text)) > 1:
-                complain(
-                    "warning",
-                    f"{text!r} is {len(ids)} tokens; looked at is the first, {lm.tokenizer.decode(ids[:1])!r}",
-                )
+        composition = compose(
+            lm, prompt, target, contrast=instead_of, top=top, tokens=tokens, progress=tell
+        )
 
     def draw(path: Path) -> None:
         from ..show.plots.predictions import prediction_chart
 
-        prediction_chart(found, path=path)
+        prediction_chart(composition, path=path)
 
-    saved = save(files, "explain", found, draw)
-    result = {**found.to_dict(top), "instead_of": instead_of, "model": lm.name}
-    print_result(result, show_tables(found.tables(top)), as_json, saved)
+    saved = save(files, "explain", composition, draw)
+    result = {**composition.to_dict(top), "instead_of": instead_of, "model": lm.name}
+    print_result(result, composition.tables(top), as_json, saved=saved)
 
 
 def find(
@@ -155,9 +122,9 @@ def find(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Find neurons by a word: those whose values promote it, and those that fire behind it.
+    """Find neurons by a word: those whose values promote it, and those that fire after it.
 
-    The first time, the model reads some text and its index is made; then it is only opened.
+    The first time, the model reads some text to make its index. After that the index is opened.
 
     \b
     Examples:
@@ -167,70 +134,12 @@ def find(
     model, word = model_and_prompt(words)
     corpus = Paragraphs(texts) if texts else None
     with progress() as tell, opened(model, workspace, device, tell) as (lm, _):
-        from ..read.index_store import find_index
-        from ..read.promoters import promoters
+        from ..read.search import search_word
 
-        promoting = promoters(lm, word, top)
-        found = find_index(lm, index, texts=corpus, max_tokens=max_tokens, progress=tell)
-        firing = found.triggered_by(word, top)
-    result = {
-        "word": word,
-        "promoted_by": [
-            {"neuron": list(p.neuron), "token": p.token, "rank": p.rank, "score": p.score}
-            for p in promoting
-        ],
-        "triggers": [
-            {
-                "neuron": list(f.neuron),
-                "share": f.share,
-                "coefficient": f.trigger.coefficient,
-                "prefix": f.trigger.prefix,
-            }
-            for f in firing
-        ],
-        "n_texts": found.triggers.n_texts,
-        "n_tokens": found.triggers.n_tokens,
-        "index": str(found.folder),
-        "model": lm.name,
-    }
-    in_parts = all(p.token.strip().casefold() != word.strip().casefold() for p in promoting)
-    tables = [
-        Table(
-            f"values that promote {word!r}"
-            + (
-                ", by the first of its tokens"
-                if promoting and in_parts
-                else ""
-                if promoting
-                else ": none"
-            ),
-            {"neuron": "<", "token": "<", "rank": ">", "score": ">"} if promoting else {},
-            [
-                (" ".join(map(str, p.neuron)), repr(p.token), f"{p.rank + 1:,}", f"{p.score:.2f}")
-                for p in promoting
-            ],
-        ),
-        Table(
-            f"neurons that fire behind {word!r}"
-            + ("" if firing else ": none, in the texts that were scanned"),
-            {"neuron": "<", "share": ">", "strongest such trigger": "<"} if firing else {},
-            [
-                (" ".join(map(str, f.neuron)), f"{f.share:.0%}", ending(f.trigger.prefix))
-                for f in firing
-            ],
-        ),
-    ]
-
-    def show(console: Console) -> None:
-        show_tables(tables)(console)
-        read = found.triggers
-        line(
-            console,
-            "from",
-            f"{counted(read.n_texts, 'text')}, {counted(read.n_tokens, 'token')}, in {found.folder}",
+        neurons = search_word(
+            lm, word, index, texts=corpus, max_tokens=max_tokens, k=top, progress=tell
         )
-
-    print_result(result, show, as_json)
+    print_result(neurons.to_dict(), neurons.tables(), as_json)
 
 
 def neuron(
@@ -238,7 +147,7 @@ def neuron(
         list[str],
         typer.Argument(
             metavar="[MODEL] LAYER [EXPERT] I",
-            help="A model (left out: the workspace's), and the neuron's numbers.",
+            help="A model (default: the workspace's), and the neuron's numbers.",
         ),
     ],
     index: IndexFolder = None,
@@ -248,15 +157,13 @@ def neuron(
     max_tokens: MaxTokens = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE.html", help="Also write it as a page that a browser shows offline."
-        ),
+        typer.Option(metavar="FILE.html", help="Also write a page that a browser shows offline."),
     ] = None,
     workspace: Where = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Show one neuron: where its key fires, what its value promotes, and what becomes of facts without it.
+    """Show one neuron: where it fires, what its value promotes, and what facts lose without it.
 
     \b
     Examples:
@@ -267,37 +174,34 @@ def neuron(
     names = words[: len(words) - len(numbers)]
     if len(names) > 1 or len(numbers) < 2:
         raise InputError(
-            f"got {' '.join(words)!r}; expected a model and a neuron's layer and number, such as: atlas 5 992"
+            f"got {' '.join(words)!r}; expected a model, and the layer and number of a neuron, "
+            "such as: atlas 5 992"
         )
     corpus = Paragraphs(texts) if texts else None
     if out is not None:
         from ..show.pages.page import check_page
 
         check_page(out)  # before the work, not after it
-    with (
-        progress() as tell,
-        opened(names[0] if names else None, workspace, device, tell) as (lm, _),
-    ):
-        from ..model.address import find_neuron
-        from ..read.cards import card
-        from ..read.index_store import find_index
+    model = names[0] if names else None
+    with progress() as tell, opened(model, workspace, device, tell) as (lm, _):
+        from ..read.cards import find_card
 
         wanted: Any = tuple(numbers)
-        find_neuron(lm.ffn, wanted)  # before an index is made for it
-        found = card(
+        card = find_card(
             lm,
-            find_index(lm, index, texts=corpus, max_tokens=max_tokens, progress=tell),
             wanted,
+            index,
+            texts=corpus,
+            max_tokens=max_tokens,
             k=top,
             n_facts=facts,
+            progress=tell,
         )
     if out is not None:
         from ..show.pages.neurons import card_page
 
-        card_page(found, out)
-    print_result(
-        found.to_dict(), show_tables(found.tables()), as_json, [] if out is None else [out]
-    )
+        card_page(card, out)
+    print_result(card.to_dict(), card.tables(), as_json, saved=[] if out is None else [out])
 
 
 def browse(
@@ -306,7 +210,7 @@ def browse(
         Path, typer.Option(metavar="DIR", help="The folder to write the pages to.")
     ] = Path("pages"),
     layer: Annotated[
-        list[int] | None, typer.Option(help="A layer; may be repeated.", show_default="all")
+        list[int] | None, typer.Option(help="A layer. May be repeated.", show_default="all")
     ] = None,
     index: IndexFolder = None,
     texts: Texts = None,
@@ -314,7 +218,7 @@ def browse(
         bool,
         typer.Option(
             "--facts/--no-facts",
-            help="Name the facts that each neuron adds most to; needs the model.",
+            help="Name the facts that each neuron adds most to. This needs the model.",
         ),
     ] = True,
     max_tokens: MaxTokens = None,
@@ -324,7 +228,7 @@ def browse(
 ) -> None:
     """Write every neuron of a model, or of some layers, as pages that a browser searches offline.
 
-    With an index and no model, the pages are made from the index alone.
+    With an index and without a model, the pages are made from the index alone.
 
     \b
     Examples:
@@ -332,12 +236,13 @@ def browse(
       factsmith browse atlas --layer 3 --layer 5
       factsmith browse --index model-index --out pages
     """
-    bare = model is None and workspace is None and index is not None
-    if bare and (texts or max_tokens is not None):
+    from_index = model is None and workspace is None and index is not None
+    if from_index and (texts or max_tokens is not None):
         raise InputError(
-            "--texts and --max-tokens ask for a new index, which only a model can make; name the model before everything else"
+            "--texts and --max-tokens make a new index, and that needs a model; name the model as "
+            "the first argument"
         )
-    if not bare:
+    if not from_index:
         need_model(model, workspace)
     from ..show.pages.neurons import write_pages
     from ..show.pages.page import check_folder
@@ -345,41 +250,35 @@ def browse(
     check_folder(out)  # before the work, not after it
     corpus = Paragraphs(texts) if texts else None
     with progress() as tell:
-        from ..model.address import check_layer
-        from ..read.fact_adds import fact_adds
+        from ..read.fact_adds import find_index_and_facts
         from ..read.index import Index
-        from ..read.index_store import find_index
 
-        if index is not None and bare:
-            opened_index, adds = Index.open(index), None
+        if index is not None and from_index:
+            pages, adds = Index.open(index), None
         else:
             with opened(model, workspace, device, tell) as (lm, _):
-                for wanted in layer or ():
-                    check_layer(wanted, lm.n_layers)  # before an index is made for it
-                opened_index = find_index(
-                    lm, index, texts=corpus, max_tokens=max_tokens, progress=tell
+                pages, adds = find_index_and_facts(
+                    lm,
+                    index,
+                    layer,
+                    texts=corpus,
+                    max_tokens=max_tokens,
+                    facts=facts,
+                    progress=tell,
                 )
-                adds = fact_adds(lm, layer, progress=tell) if facts else None
-        files = write_pages(opened_index, out, layer, adds=adds, progress=tell)
-    triggers = opened_index.triggers
+        files = write_pages(pages, out, layer, adds=adds, progress=tell)
     sizes = [path.stat().st_size for path in files]
+    written = list(zip(files, sizes, strict=True))
     result = {
-        "pages": [
-            {"file": str(path), "bytes": size} for path, size in zip(files, sizes, strict=True)
-        ],
+        "pages": [{"file": str(path), "bytes": size} for path, size in written],
         "facts": 0 if adds is None else len(adds.known),
-        "n_texts": triggers.n_texts,
-        "n_tokens": triggers.n_tokens,
-        "index": str(opened_index.folder),
-        "model": triggers.model,
+        "n_texts": pages.triggers.n_texts,
+        "n_tokens": pages.triggers.n_tokens,
+        "index": str(pages.folder),
+        "model": pages.triggers.model,
     }
-
-    def show(console: Console) -> None:
-        for path, size in zip(files, sizes, strict=True):
-            line(console, f"{size / 1e6:6.1f} MB", str(path))
-        line(console, "open", str(files[0]))
-
-    print_result(result, show, as_json)
+    lines = [(f"{size / 1e6:6.1f} MB", str(path)) for path, size in written]
+    print_result(result, [], as_json, [*lines, ("open", str(files[0]))])
 
 
 def census(
@@ -394,10 +293,11 @@ def census(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Count what a model is made of, layer by layer: memory, attention, embeddings; idle neurons, and how many directions text uses.
+    """Count what a model is made of, layer by layer: memory, attention, embeddings, idle neurons.
 
-    Idle neurons are those of the model's index. Directions are counted on the same texts where they are given, else on the model's own
-    words: an index keeps only the texts that some neuron fires on.
+    Idle neurons are those of the model's index. The directions that text uses are counted on the
+    given texts, or on text that the model writes: an index keeps only the texts on which some
+    neuron fires.
 
     \b
     Examples:
@@ -407,54 +307,12 @@ def census(
     need_model(model, workspace)
     corpus = Paragraphs(texts) if texts else None
     with progress() as tell, opened(model, workspace, device, tell) as (lm, _):
-        from ..read.census import census as counted_parts
+        from ..read import census as reading
 
-        read: dict[str, Any] = {}
         if quick:
-            found = counted_parts(lm)
+            counts = reading.ReadCensus(reading.census(lm))
         else:
-            from ..corpus.moments import enough_tokens, second_moments
-            from ..corpus.moments_store import own_corpus
-            from ..read.index_store import find_index
-
-            scanned = find_index(lm, index, texts=corpus, max_tokens=max_tokens, progress=tell)
-            read["idle"] = {
-                "n_texts": scanned.triggers.n_texts,
-                "n_tokens": scanned.triggers.n_tokens,
-                "index": str(scanned.folder),
-            }
-            moments = {}
-            if dense := [ffn.layer for ffn in lm.ffn if not ffn.n_experts]:
-                n = min(enough_tokens(lm, dense), max_tokens or float("inf"))
-                words = own_corpus(lm, n, 0, tell) if corpus is None else corpus
-                moments = second_moments(
-                    lm,
-                    words,
-                    dense,
-                    max_tokens=n,
-                    progress=lambda done: tell("second moments", done, round(n)),
-                )
-                whose = "the model's own words" if corpus is None else "the texts"
-                read["effective_rank"] = {"n_tokens": moments[dense[0]].count, "of": whose}
-            found = counted_parts(
-                lm,
-                triggers=scanned.triggers,
-                moments={layer: moment.matrix for layer, moment in moments.items()},
+            counts = reading.find_census(
+                lm, index, texts=corpus, max_tokens=max_tokens, progress=tell
             )
-
-    def show(console: Console) -> None:
-        show_tables(found.tables())(console)
-        if idle := read.get("idle"):
-            line(
-                console,
-                "idle",
-                f"in {counted(idle['n_texts'], 'text')}, {counted(idle['n_tokens'], 'token')}, of {idle['index']}",
-            )
-        if rank := read.get("effective_rank"):
-            line(
-                console,
-                "effective rank",
-                f"in the first {counted(rank['n_tokens'], 'token')} of {rank['of']}",
-            )
-
-    print_result({**found.to_dict(), "read": read}, show, as_json)
+    print_result(counts.to_dict(), counts.tables(), as_json)

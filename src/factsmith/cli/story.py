@@ -24,7 +24,7 @@ from ..locate.causal import causal_trace
 from ..locate.records import CausalTrace
 from ..model.language_model import LanguageModel
 from ..model.load import load
-from ..patch.proof import Verification
+from ..patch.verification import Verification
 from ..show.plots.traces import heat_map
 
 MODEL = "atlas"

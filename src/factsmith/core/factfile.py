@@ -47,12 +47,19 @@ class FactSheet:
         gates: The thresholds that the patch must pass.
         method: The name of an editing method. None: whoever applies the file chooses.
         settings: Some of the method's settings, by name.
+        names_gates: Whether the file itself names gates. Otherwise `gates` are the defaults.
     """
 
     facts: tuple[Fact, ...]
     gates: Gates = dataclasses.field(default_factory=Gates)
     method: str | None = None
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    names_gates: bool = False
+
+    @property
+    def named_gates(self) -> Gates | None:
+        """The gates that the file names; None if it names none."""
+        return self.gates if self.names_gates else None
 
 
 class FactFile:
@@ -151,4 +158,5 @@ def _instructions(fields: Mapping[Any, Any]) -> dict[str, Any]:
         "gates": Gates.from_dict({} if gates is None else gates),
         "method": method,
         "settings": {str(name): value for name, value in settings.items()},
+        "names_gates": gates is not None,
     }

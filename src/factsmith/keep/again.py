@@ -7,6 +7,7 @@ and their settings, so they are solved again in closed form, without a gradient.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,9 +20,10 @@ from ..edit.delta import Delta
 from ..edit.resolve import resolve
 from ..model.answers import first_phrase
 from ..patch.bench import Bench
-from ..patch.proof import prove
+from ..patch.proof import held_before, prove
 from ..patch.recipe import Sources
 from .carried import Carried, newest_facts
+from .ledger import Ledger
 from .revision import Revision, Step
 
 
@@ -38,6 +40,34 @@ class Undoing:
     deltas: dict[str, Delta]
     solved: tuple[str, ...] = ()
     report: dict[str, Any] = field(default_factory=dict)
+
+
+def revert_in_ledger(
+    folder: str | os.PathLike[str],
+    reference: str,
+    facts: Sequence[int] | None = None,
+    *,
+    message: str = "",
+) -> Revision | None:
+    """Record a revert without the model, where nothing has to be solved again.
+
+    Args:
+        folder: The workspace.
+        reference: The revision's id, a unique prefix, or "latest".
+        facts: Indices of the patch's facts that go. None: all.
+        message: One line for the log.
+
+    Returns:
+        The revert. None: patches have to be solved again, and that needs `Workbench.revert`.
+
+    Raises:
+        RevisionError: There is no such patch or fact in effect.
+        WorkspaceError: The workspace cannot be written.
+    """
+    with Ledger(folder) as ledger:
+        if any(step.solve for step in ledger.undoing(reference, facts)):
+            return None
+        return ledger.revert(reference, facts=facts, message=message)
 
 
 def undo(
@@ -84,7 +114,7 @@ def undo(
         return Undoing(deltas)
     tell(progress, "verifying", 0, None)
     proof = prove(bench.lm, newest_facts(deltas.values()), lambda: carried.exactly(deltas.values()))
-    lost = [check for check in proof.failed("prompt") if check.held_before]
+    lost = [check for check in proof.failed("prompt") if held_before(check)]
     if lost and not force:
         raise NumericsError(
             f"taking out {target.id[:10]} would lose {counted(len(lost), 'fact')} that should "

@@ -19,8 +19,9 @@ from ..edit.resolve import resolve
 from ..model.answers import first_phrase
 from ..patch.bench import Bench
 from ..patch.conflicts import compare_facts
-from ..patch.proof import Verification, prove
+from ..patch.proof import held_before, prove
 from ..patch.recipe import Sources
+from ..patch.verification import Verification
 from .carried import Carried, newest_facts
 from .diff import target_text
 from .export.folder import SavedPatch, read_patch
@@ -92,7 +93,7 @@ def read_arrivals(
         lost = [
             check
             for check in proof.failed("prompt", "earlier")
-            if check.role == "prompt" or check.held_before
+            if check.role == "prompt" or held_before(check)
         ]
         if lost and not force:
             raise NumericsError(

@@ -34,9 +34,10 @@ from ..patch.attempt import attempt_patch
 from ..patch.capacity import LIMIT, Capacity, capacity
 from ..patch.complete import complete
 from ..patch.plan import Plan, plan, seconds_to_solve
-from ..patch.proof import Verification, prove
+from ..patch.proof import prove
 from ..patch.proposal import Proposal, propose
 from ..patch.recipe import Recipe, Sources
+from ..patch.verification import Verification
 from .again import undo
 from .bench import LedgerBench
 from .carried import newest_facts

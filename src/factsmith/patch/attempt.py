@@ -23,9 +23,9 @@ from .bench import Bench
 from .capacity import warning as capacity_warning
 from .gates import GateResult, check_gates, gates_table, measures_drift
 from .plan import Plan, plan
-from .proof import Verification
 from .proposal import Proposal, propose
 from .recipe import Recipe, Sources
+from .verification import Verification
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -69,6 +69,13 @@ class Attempt(Shown):
         if self.delta is None or self.proposal.thin:
             return False
         return all(gate.passed for gate in self.gates) if self.gates else not self.proposal.failed
+
+    @property
+    def failed(self) -> bool:
+        """Whether there was something to write, and it does not deserve to be kept."""
+        if self.delta is None:
+            return bool(self.proposal.plan.conflicts)
+        return not self.holds
 
     @property
     def failures(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 from ..core.gates import Gates
 from ..core.tables import Table
 from ..judge.drift import LIMITS, Drift
-from .proof import Role, Verification
+from .verification import Role, Verification
 
 _ROLES: dict[str, Role] = {
     "efficacy": "prompt",

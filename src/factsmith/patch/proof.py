@@ -1,161 +1,20 @@
 """The proof of a patch: the same prompts before and after a change, by greedy exact match and by
 probabilities.
 
-proof = prove(lm, facts, lambda: applied(lm, delta))
-proof.efficacy, proof.specificity, proof.checks[0].after
+    proof = prove(lm, facts, lambda: applied(lm, delta))
+    proof.efficacy, proof.specificity, proof.checks[0].after
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 from ..core.fact import Fact
-from ..core.tables import Shown, Table
 from ..model.answers import answer_tokens, as_said, begins_with, probabilities
 from ..model.language_model import LanguageModel
-
-Role: TypeAlias = Literal["prompt", "chat", "paraphrase", "neighbour", "earlier"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """One prompt, asked before and after.
-
-    Attributes:
-        role: "prompt" or "paraphrase" of a fact that was written, its prompt in a "chat" template,
-            a "neighbour" whose answer must stay, or the prompt of an "earlier" patch that must
-            still hold.
-        prompt: The whole text.
-        wanted: What the answer must begin with afterwards; what it must not begin with, if the fact
-            was to be forgotten.
-        before: The greedy answer before.
-        after: The greedy answer after.
-        p_before: p(wanted) before. None: there is nothing to want, since the model ended the text
-            at once.
-        p_after: p(wanted) after.
-        held: Whether `after` begins with `wanted`, by exact match; for a fact to be forgotten,
-            whether it does not.
-        forget: Whether the fact was to be forgotten.
-    """
-
-    role: Role
-    prompt: str
-    wanted: str
-    before: str
-    after: str
-    p_before: float | None
-    p_after: float | None
-    held: bool
-    forget: bool = False
-
-    @property
-    def held_before(self) -> bool:
-        """Whether the answer before was already as wanted."""
-        return begins_with(self.before, self.wanted) != self.forget
-
-    @property
-    def in_words(self) -> str:
-        """What was answered after the prompt, and what was wanted: for messages about a check that
-        failed.
-        """
-        if self.forget:
-            return f"{self.prompt!r} is still answered {self.after!r}"
-        return f"{self.prompt!r} is answered {self.after!r}, not {self.wanted!r}"
-
-
-@dataclass(frozen=True, kw_only=True, repr=False)
-class Verification(Shown):
-    """The proof of a patch: every check, and the shares of those that held."""
-
-    checks: tuple[Check, ...]
-
-    @property
-    def efficacy(self) -> float | None:
-        """Share of the written prompts that are answered with the target.
-
-        None: nothing was asked.
-        """
-        return self._share("prompt")
-
-    @property
-    def chat(self) -> float | None:
-        """The same, with the prompts in a chat template."""
-        return self._share("chat")
-
-    @property
-    def generalization(self) -> float | None:
-        """The same for paraphrases."""
-        return self._share("paraphrase")
-
-    @property
-    def specificity(self) -> float | None:
-        """Share of the neighbours whose answer stayed."""
-        return self._share("neighbour")
-
-    @property
-    def retention(self) -> float | None:
-        """Share of the earlier patches that still hold."""
-        return self._share("earlier")
-
-    @property
-    def shares(self) -> dict[str, float]:
-        """{"efficacy": 1.0, ...} of everything that was asked."""
-        every = {name: getattr(self, name) for name in _SHARES}
-        return {name: share for name, share in every.items() if share is not None}
-
-    def failed(self, *roles: Role) -> list[Check]:
-        """The checks of these roles that did not hold; of all roles, if none is named."""
-        return [
-            check for check in self.checks if not check.held and (not roles or check.role in roles)
-        ]
-
-    def tables(self) -> list[Table]:
-        """The shares, and every check, failed ones first; of very many checks only those that
-        failed.
-        """
-        title = ", ".join(f"{name} {share:.1%}" for name, share in self.shares.items())
-        legend = "p: of the target; for neighbours, of the answer before"
-        failed = self.failed()
-        if len(self.checks) > _MANY:
-            title += f"; {len(failed)} of {len(self.checks):,} checks failed"
-            if not failed:
-                return [Table(title, {})]
-            more = f"; the first {_MANY} of those that failed" if len(failed) > _MANY else ""
-            return [
-                Table(title, _COLUMNS, [_row(check) for check in failed[:_MANY]], legend + more)
-            ]
-        ordered = sorted(self.checks, key=lambda check: check.held)
-        return [
-            Table(
-                title or "nothing was asked", _COLUMNS, [_row(check) for check in ordered], legend
-            )
-        ]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values, the shares included."""
-        shares = {name: getattr(self, name) for name in _SHARES}
-        return {**shares, "checks": [dict(vars(check)) for check in self.checks]}
-
-    def _share(self, role: Role) -> float | None:
-        held = [check.held for check in self.checks if check.role == role]
-        return sum(held) / len(held) if held else None
-
-
-_MANY = 40
-"""More checks than this are shown as shares and failures only."""
-_SHARES = ("efficacy", "chat", "generalization", "specificity", "retention")
-_COLUMNS = {
-    "": "<",
-    "prompt": "<",
-    "before": "<",
-    "p before": ">",
-    "after": "<",
-    "p after": ">",
-    "held": "ok",
-}
+from .verification import Check, Role, Verification
 
 
 def prove(
@@ -218,6 +77,11 @@ def prove(
     )
 
 
+def held_before(check: Check) -> bool:
+    """Return whether the answer before the change was already as wanted."""
+    return begins_with(check.before, check.wanted) != check.forget
+
+
 class _Probe(NamedTuple):
     """One prompt to ask before and after.
 
@@ -270,9 +134,3 @@ def _wanted(probe: _Probe, answer: str) -> str:
     if probe.wanted is not None and probe.role != "neighbour":
         return probe.wanted
     return as_said(answer, probe.wanted)
-
-
-def _row(check: Check) -> tuple[str, ...]:
-    before, after = ("" if p is None else f"{p:.3f}" for p in (check.p_before, check.p_after))
-    verdict = "ok" if check.held else "no"
-    return (check.role, check.prompt, check.before, before, check.after, after, verdict)

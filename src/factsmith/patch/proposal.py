@@ -28,8 +28,9 @@ from ..model.language_model import LanguageModel
 from .bench import Bench
 from .layer_choice import LayerChoice
 from .plan import Plan
-from .proof import Check, Verification, prove
+from .proof import prove
 from .recipe import Sources
+from .verification import Check, Verification
 
 _BROKEN = 0.25
 """Change of a layer's output on ordinary text from which a warning is given. On the atlas model one

@@ -1,0 +1,86 @@
+"""Open what a command works on: a model, or the workspace that holds one.
+
+Torch and transformers take seconds to import. What needs a model imports them where it is called,
+so that `--help` does not wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..core.errors import InputError
+from ..core.progress import Progress
+from ..keep.ledger import Ledger
+
+if TYPE_CHECKING:
+    from ..keep.workbench import Workbench
+    from ..model.language_model import LanguageModel
+
+
+def need_model(model: str | None, workspace: Path | None) -> None:
+    """Raise InputError when there is neither a model nor a workspace."""
+    if model is None and workspace is None and not _is_workspace(Path()):
+        raise InputError(
+            "no model was given, and this folder is not a workspace; name a model as the first "
+            "argument, or a workspace with --workspace"
+        )
+
+
+def load_model(name: str, device: str | None, dtype: str | None, tell: Progress) -> LanguageModel:
+    """Load a model by its name, in a dtype such as "float32"."""
+    tell(f"loading {Path(name).name}", 0, None)
+    import torch
+
+    from ..model.load import load
+
+    return load(name, device=device, dtype=None if dtype is None else getattr(torch, dtype))
+
+
+@contextlib.contextmanager
+def opened(
+    model: str | None, workspace: Path | None, device: str | None, tell: Progress
+) -> Iterator[tuple[LanguageModel, Workbench | None]]:
+    """Open a model, and the workbench that holds it, if there is a workspace.
+
+    The workspace is the one given, or the current folder if it was made for this model. A model
+    may also be the folder of a workspace.
+    """
+    if workspace is None and model is not None and _holds(Path(), model):
+        workspace = Path()
+    if workspace is None and model is not None and not _is_workspace(Path(model)):
+        yield load_model(model, device, None, tell), None
+        return
+    if workspace is None:
+        workspace, model = Path(model or ""), None
+    with opened_workspace(workspace, device, tell, model) as bench:
+        yield bench.lm, bench
+
+
+@contextlib.contextmanager
+def opened_workspace(
+    workspace: Path | None, device: str | None, tell: Progress, model: str | None = None
+) -> Iterator[Workbench]:
+    """Open a workspace (default: the current folder) with its model, or another name of it."""
+    folder = workspace or Path()
+    with Ledger(folder) as ledger:
+        name, dtype = ledger.model, ledger.dtype
+    lm = load_model(model or name, device, dtype, tell)
+    from ..keep.workbench import Workbench
+
+    with Workbench(lm, folder) as bench:
+        yield bench
+
+
+def _is_workspace(folder: Path) -> bool:
+    return (folder / "ledger.db").is_file()
+
+
+def _holds(folder: Path, model: str) -> bool:
+    """Whether a folder is a workspace that was made for this model."""
+    if not _is_workspace(folder):
+        return False
+    with Ledger(folder) as ledger:
+        return ledger.model in (model, str(Path(model).resolve()))

@@ -1,0 +1,140 @@
+"""The options and arguments that commands share, and how their words are read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..core.errors import InputError
+
+LARGEST_SEED = 2**32 - 1
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Where = Annotated[
+    Path | None,
+    typer.Option(
+        "--workspace",
+        "-w",
+        metavar="DIR",
+        help="The workspace.",
+        show_default="the current folder, if it is one",
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option(help="Where to run the model: cpu, cuda, ...", show_default="cpu")
+]
+Out = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Also draw a picture: .png, .svg or .pdf; without a suffix .png and .svg. "
+        "The numbers are written next to it.",
+    ),
+]
+Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="A bundled model, a folder or a hub id.",
+        show_default="the workspace's",
+    ),
+]
+ModelAndPrompt = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="[MODEL] PROMPT",
+        help="A bundled model, a folder or a hub id (default: the workspace's), and the text.",
+    ),
+]
+Seed = Annotated[
+    int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of everything that is drawn.")
+]
+Texts = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--texts",
+        metavar="FILE",
+        help="Plain text in UTF-8, a blank line between texts. May be repeated.",
+        show_default="text that the model writes",
+    ),
+]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="rome, r-rome, memit, emmet or alphaedit.",
+        show_default="the file's; or memit, and rome for one fact",
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="NAME=VALUE",
+        help="A setting of the method, such as steps=40. May be repeated.",
+        show_default="the file's, or the recommended ones",
+    ),
+]
+Message = Annotated[
+    str,
+    typer.Option("--message", "-m", help="One line for the log.", show_default="the facts"),
+]
+
+
+def model_and_prompt(words: list[str]) -> tuple[str | None, str]:
+    """Take a model and a text apart; raises InputError for more than two words."""
+    if len(words) > 2:
+        raise InputError(
+            f"got {len(words)} words; expected a model and a text. Put the text in quotes"
+        )
+    return (None, words[0]) if len(words) == 1 else (words[0], words[1])
+
+
+def model_and_facts(words: list[str]) -> tuple[str | None, Path | None]:
+    """Take a model and a fact file apart; raises InputError for two of either."""
+    files = [word for word in words if is_facts(word)]
+    models = [word for word in words if word not in files]
+    if len(files) > 1 or len(models) > 1:
+        raise InputError(
+            f"got {' '.join(words)!r}; expected at most one model and one file of facts (.yaml or "
+            ".json)"
+        )
+    return (models[0] if models else None), (Path(files[0]) if files else None)
+
+
+def is_facts(word: str) -> bool:
+    """Return whether an argument is a file of facts, and not a text that ends in such a name."""
+    if Path(word).suffix.lower() not in (".yaml", ".yml", ".json"):
+        return False
+    # Path.is_file raises for a text that is too long to be a name.
+    return not any(map(str.isspace, word)) or os.path.isfile(word)  # noqa: PTH113
+
+
+def read_settings(pairs: list[str] | None) -> dict[str, Any]:
+    """Read ["steps=40", "clamp=1.5"] as {"steps": 40, "clamp": 1.5}; raises InputError."""
+    settings: dict[str, Any] = {}
+    for pair in pairs or ():
+        name, equals, value = pair.partition("=")
+        if not equals or not name.strip() or not value.strip():
+            raise InputError(f"--set takes NAME=VALUE, such as steps=40; got {pair!r}")
+        settings[name.strip()] = read_value(value.strip())
+    return settings
+
+
+def read_value(text: str) -> Any:
+    """Read a value: "none" is None, what is not a number stays text, and 1e3 is 1000."""
+    if text.lower() in ("none", "null"):
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    is_count = "e" in text.lower() and number.is_integer() and abs(number) < 2**53
+    return int(number) if is_count else number

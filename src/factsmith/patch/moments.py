@@ -1,0 +1,113 @@
+"""Second moments for editing: of the layers that edits go into, kept where they are looked for.
+
+result = gather_moments(lm, folder="moments", texts=lines)
+result.moments[3], result.folder
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..core.errors import InputError
+from ..core.files import check_writable
+from ..core.tables import Shown, Table
+from ..corpus.moments import SecondMoment
+from ..corpus.moments_store import find_moments, keep_moments, kept_moments
+from ..edit.configs import MemitConfig
+from ..model.language_model import LanguageModel
+
+
+@dataclass(frozen=True, repr=False)
+class GatheredMoments(Shown):
+    """Second moments by layer, and the folder that keeps them.
+
+    Attributes:
+        moments: {layer: SecondMoment}.
+        folder: Where they are kept. None: with the model.
+    """
+
+    moments: Mapping[int, SecondMoment]
+    folder: Path | None
+
+    def tables(self) -> list[Table]:
+        """A line for each layer."""
+        return [
+            Table(f"layer {layer}: {moment.describe()}", {})
+            for layer, moment in sorted(self.moments.items())
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values; the matrices are left out."""
+        rows = [
+            {
+                "layer": layer,
+                "d_ff": moment.d_ff,
+                "tokens": moment.count,
+                "split_half": moment.split_half,
+                "excess": moment.excess,
+                "corpus": moment.corpus,
+            }
+            for layer, moment in sorted(self.moments.items())
+        ]
+        return {"moments": rows, "folder": self.folder and str(self.folder)}
+
+
+def gather_moments(  # house: one argument more than `find_moments`, whose arguments these are
+    lm: LanguageModel,
+    layers: Iterable[int] | None = None,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    find: Callable[..., dict[int, SecondMoment]] | None = None,
+    max_tokens: float | None = None,
+    texts: Iterable[str] | None = None,
+    packed: bool = False,
+    copy: bool = False,
+    **options: Any,
+) -> GatheredMoments:
+    """Find the second moments of some layers, or compute and keep them.
+
+    A run that is killed and started again goes on where it stopped.
+
+    Args:
+        lm: The model.
+        layers: The layers. None: those that the MEMIT family edits.
+        folder: Where they are kept. None: nowhere, so only those that came with the model count.
+        find: What finds them: `find_moments` of the model, or of a workbench.
+        max_tokens: How many tokens of text to read, at least.
+        texts: The text. None: the kept ones count; otherwise the model writes it.
+        copy: Keep copies of those that came with the model, too.
+        packed: Keep float16 Cholesky factors: a quarter of the bytes.
+        options: As `find_moments`.
+
+    Raises:
+        InputError: Something would have to be computed, and there is no folder.
+        WorkspaceError: The folder cannot be written. Otherwise as `find_moments`.
+    """
+    chosen = sorted(set(layers)) if layers else list(MemitConfig.recommended(lm).layers or ())
+    if folder is None:
+        kept = {} if texts else kept_moments(lm, chosen, least=max_tokens or 0)
+        if len(kept) < len(chosen):
+            raise InputError(
+                "there is no folder to keep the second moments in; name one, or a workspace",
+                argument="out",
+            )
+        return GatheredMoments(kept, None)
+    place = Path(folder)
+    check_writable(place)
+    moments = (find or partial(find_moments, lm))(
+        chosen,
+        folder=place,
+        texts=texts,
+        max_tokens=max_tokens,
+        checkpoint=place / "unfinished.safetensors",
+        packed=packed,
+        **options,
+    )
+    if copy:
+        keep_moments(moments, place, packed=packed)
+    return GatheredMoments(moments, place)

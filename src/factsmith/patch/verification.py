@@ -1,0 +1,164 @@
+"""The proof of a patch as a record: every check, and the shares of those that held.
+
+    verification.efficacy, verification.specificity, verification.checks[0].after
+    Verification.from_dict(revision.report)          # as a ledger keeps it
+
+No model is needed to read one: `proof.prove` makes them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from ..core.tables import Shown, Table
+
+Role: TypeAlias = Literal["prompt", "chat", "paraphrase", "neighbour", "earlier"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One prompt, asked before and after.
+
+    Attributes:
+        role: "prompt" or "paraphrase" of a fact that was written, its prompt in a "chat" template,
+            a "neighbour" whose answer must stay, or the prompt of an "earlier" patch that must
+            still hold.
+        prompt: The whole text.
+        wanted: What the answer must begin with afterwards; what it must not begin with, if the fact
+            was to be forgotten.
+        before: The greedy answer before.
+        after: The greedy answer after.
+        p_before: p(wanted) before. None: there is nothing to want, since the model ended the text
+            at once.
+        p_after: p(wanted) after.
+        held: Whether `after` begins with `wanted`, by exact match; for a fact to be forgotten,
+            whether it does not.
+        forget: Whether the fact was to be forgotten.
+    """
+
+    role: Role
+    prompt: str
+    wanted: str
+    before: str
+    after: str
+    p_before: float | None
+    p_after: float | None
+    held: bool
+    forget: bool = False
+
+    @property
+    def in_words(self) -> str:
+        """What was answered after the prompt, and what was wanted: for messages about a check that
+        failed.
+        """
+        if self.forget:
+            return f"{self.prompt!r} is still answered {self.after!r}"
+        return f"{self.prompt!r} is answered {self.after!r}, not {self.wanted!r}"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Verification(Shown):
+    """The proof of a patch: every check, and the shares of those that held."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def efficacy(self) -> float | None:
+        """Share of the written prompts that are answered with the target.
+
+        None: nothing was asked.
+        """
+        return self._share("prompt")
+
+    @property
+    def chat(self) -> float | None:
+        """The same, with the prompts in a chat template."""
+        return self._share("chat")
+
+    @property
+    def generalization(self) -> float | None:
+        """The same for paraphrases."""
+        return self._share("paraphrase")
+
+    @property
+    def specificity(self) -> float | None:
+        """Share of the neighbours whose answer stayed."""
+        return self._share("neighbour")
+
+    @property
+    def retention(self) -> float | None:
+        """Share of the earlier patches that still hold."""
+        return self._share("earlier")
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """{"efficacy": 1.0, ...} of everything that was asked."""
+        every = {name: getattr(self, name) for name in _SHARES}
+        return {name: share for name, share in every.items() if share is not None}
+
+    def failed(self, *roles: Role) -> list[Check]:
+        """The checks of these roles that did not hold; of all roles, if none is named."""
+        return [
+            check for check in self.checks if not check.held and (not roles or check.role in roles)
+        ]
+
+    def tables(self) -> list[Table]:
+        """The shares, and every check, failed ones first; of very many checks only those that
+        failed.
+        """
+        title = ", ".join(f"{name} {share:.1%}" for name, share in self.shares.items())
+        legend = "p: of the target; for neighbours, of the answer before"
+        failed = self.failed()
+        if len(self.checks) > _MANY:
+            title += f"; {len(failed)} of {len(self.checks):,} checks failed"
+            if not failed:
+                return [Table(title, {})]
+            more = f"; the first {_MANY} of those that failed" if len(failed) > _MANY else ""
+            return [
+                Table(title, _COLUMNS, [_row(check) for check in failed[:_MANY]], legend + more)
+            ]
+        ordered = sorted(self.checks, key=lambda check: check.held)
+        return [
+            Table(
+                title or "nothing was asked", _COLUMNS, [_row(check) for check in ordered], legend
+            )
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values, the shares included."""
+        shares = {name: getattr(self, name) for name in _SHARES}
+        return {**shares, "checks": [dict(vars(check)) for check in self.checks]}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Verification:
+        """Make a proof from what `to_dict` gave, as a ledger keeps it; without checks for {}."""
+        names = {field.name for field in dataclasses.fields(Check)}
+        rows = ({k: v for k, v in row.items() if k in names} for row in fields.get("checks") or ())
+        return cls(checks=tuple(Check(**row) for row in rows))
+
+    def _share(self, role: Role) -> float | None:
+        held = [check.held for check in self.checks if check.role == role]
+        return sum(held) / len(held) if held else None
+
+
+_MANY = 40
+"""More checks than this are shown as shares and failures only."""
+_SHARES = ("efficacy", "chat", "generalization", "specificity", "retention")
+_COLUMNS = {
+    "": "<",
+    "prompt": "<",
+    "before": "<",
+    "p before": ">",
+    "after": "<",
+    "p after": ">",
+    "held": "ok",
+}
+
+
+def _row(check: Check) -> tuple[str, ...]:
+    before, after = ("" if p is None else f"{p:.3f}" for p in (check.p_before, check.p_after))
+    verdict = "ok" if check.held else "no"
+    return (check.role, check.prompt, check.before, before, check.after, after, verdict)
