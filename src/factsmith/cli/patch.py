@@ -11,7 +11,6 @@ import typer
 from ..core.errors import InputError, NumericsError
 from ..core.fact import Fact
 from ..core.factfile import FactFile, FactSheet
-from ..core.gates import Gates
 from ..corpus.paragraphs import Paragraphs
 from .models import need_model, opened
 from .options import (
