@@ -95,8 +95,8 @@ from .patch.layer_choice import LayerScore as LayerScore
 from .patch.layer_choice import published as published
 from .patch.layers import recommend_layers as recommend_layers
 from .patch.plan import Plan as Plan
-from .patch.verification import Verification as Verification
 from .patch.proposal import Proposal as Proposal
+from .patch.verification import Verification as Verification
 from .read.agreement import Agreement as Agreement
 from .read.agreement import agreement as agreement
 from .read.cards import Card as Card

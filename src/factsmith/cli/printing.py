@@ -146,7 +146,8 @@ def flag_of(command: click.Command, argument: str | None) -> str | None:
         return None
     for parameter in command.params:
         if parameter.name in (argument, argument.removesuffix("s")):
-            return next((flag for flag in parameter.opts if flag.startswith("--")), None)
+            names = (*parameter.opts, *parameter.secondary_opts)
+            return "/".join(name for name in names if name.startswith("--")) or None
     return None
 
 
