@@ -155,7 +155,7 @@ def test_what_cannot_be_written_is_refused_before_anything_changes(
 ) -> None:
     """`os.access` says that the folder is read-only: root can write to one that is.
 
-    test_ledger.py has a folder of another user.
+    tests/keep/test_database.py has a folder of another user.
     """
     delta_of("loose")(ledger.folder / "deltas" / ("0" * 64))
     before = whole_state(ledger.folder)
