@@ -1,4 +1,13 @@
-"""edit.configs."""
+"""The settings of each editing method.
+
+    RomeConfig(layer=5)                                         # the authors' values
+    MemitConfig((3, 4, 5, 6, 7, 8), moment_weight=20_000)       # the authors' values with another λ
+    MemitConfig.recommended(lm)                                 # for any model, by its own norms
+
+All of them extend `TargetConfig`, which says how the search for v_star runs. An `EditConfig` adds
+where the method edits. A `SpreadConfig` adds what the methods of the MEMIT family have in common.
+Its subclasses differ in one formula, `update`.
+"""
 
 from __future__ import annotations
 
@@ -23,67 +32,67 @@ from .target import TargetConfig
 
 
 def shipped(settings: type[TargetConfig], lm: LanguageModel) -> dict[str, Any]:
-    """The settings of an editor that came with the model, {} when none did.
+    """Return the settings of a method that came with the model, or {} if none did.
 
-    A model brings settings in its config.json: {"factsmith": {"rome": {"layer": 1, ...}}}. Raises InputError when they are no set of
-    these fields.
+    A model brings settings in its config.json: {"factsmith": {"rome": {"layer": 1, ...}}}.
+
+    Raises:
+        InputError: These settings are not fields of the class.
     """
     name = settings.__name__.removesuffix("Config").lower()
-    brought = getattr(lm.config, "factsmith", None) or {}
-    brought = brought.get(name, {}) if isinstance(brought, Mapping) else brought
-    known = {field.name for field in dataclasses.fields(settings)}
-    if not isinstance(brought, Mapping) or not known >= set(brought):
+    values = getattr(lm.config, "factsmith", None) or {}
+    values = values.get(name, {}) if isinstance(values, Mapping) else values
+    fields = {field.name for field in dataclasses.fields(settings)}
+    if not isinstance(values, Mapping) or not fields >= set(values):
         raise InputError(
-            f"{lm.name}: config.json has settings {brought!r} under factsmith.{name}; expected some of {sorted(known)}"
+            f"config.json of {lm.name} has the settings {values!r} under factsmith.{name}; "
+            f"expected some of {sorted(fields)}. Correct the file, or give the settings yourself."
         )
-    return dict(brought)
+    return dict(values)
 
 
 @dataclass(frozen=True)
 class EditConfig(TargetConfig, ABC):
-    """Settings of any editor: what all of them have in common."""
+    """What the settings of all methods have in common."""
 
     @property
     @abstractmethod
     def site(self) -> Site:
-        """Where the method's targets are searched: the layer's "ffn", or the "stream" after it."""
+        """Where the method searches its targets: the layer's "ffn", or the "stream" after it."""
 
     @abstractmethod
     def own_contexts(self, lm: LanguageModel, seed: int) -> list[str]:
-        """The contexts that the model writes for this method; templates with `{}` for the prompt."""
+        """Return the contexts that the model writes for this method, with `{}` for the prompt."""
 
     @property
     @abstractmethod
     def edited(self) -> tuple[int, ...] | None:
-        """The layers to edit; None when they are still to be chosen."""
+        """The layers to edit. None: not chosen yet."""
 
     @abstractmethod
     def at(self, layers: Sequence[int]) -> Self:
-        """The same settings for these layers."""
+        """Return the same settings for these layers."""
 
     @classmethod
     @abstractmethod
     def recommended(cls, lm: LanguageModel) -> Self:
-        """The settings that came with the model, else those for a model nothing is known about."""
+        """Return the settings that came with the model, or settings that suit any model."""
 
 
 @dataclass(frozen=True)
 class RomeConfig(EditConfig):
-    """Settings of ROME: where, and how the target is searched (the fields of TargetConfig)."""
+    """Settings of ROME: the layer, and how the target is searched (the fields of TargetConfig)."""
 
     layer: int | None = None
-    """The layer to edit. None: the one of `recommended`; a Workbench, and `propose`, look further (kept, published, measured)."""
+    """The layer to edit. None: the layer of `recommended`. `propose` and a Workbench first look for
+    a layer that was kept, published or measured for this model."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layer is not None:
+            meaning = "the number of the layer to edit"
             layer = check_count(
-                self.layer,
-                "layer",
-                "the number of the layer to edit",
-                least=0,
-                also="None",
-                error=LayerError,
+                self.layer, "layer", meaning, least=0, also="None", error=LayerError
             )
             object.__setattr__(self, "layer", layer)
 
@@ -93,7 +102,7 @@ class RomeConfig(EditConfig):
         return "ffn"
 
     def own_contexts(self, lm: LanguageModel, seed: int) -> list[str]:
-        """The bare prompt and 20 beginnings that the model writes."""
+        """Return the bare prompt and 20 contexts that the model writes."""
         return generate_contexts(lm, seed)
 
     @property
@@ -102,51 +111,38 @@ class RomeConfig(EditConfig):
         return None if self.layer is None else (self.layer,)
 
     def at(self, layers: Sequence[int]) -> Self:
-        """The same settings for one layer; raises LayerError for several."""
+        """Return the same settings for one layer.
+
+        Raises:
+            LayerError: There is not exactly one layer.
+        """
         if len(layers) != 1:
             raise LayerError(
-                f"ROME edits one layer; got {tuple(layers)}: name one, or use a method that spreads its edits, such as memit"
+                f"ROME edits one layer; got {tuple(layers)}. Give one layer, or use a method that "
+                "edits several, such as memit.",
+                argument="layer",
             )
         return dataclasses.replace(self, layer=layers[0])
 
     @classmethod
     def recommended(cls, lm: LanguageModel) -> Self:
-        """The settings that came with the model, else scale="auto" with up to 80 steps of 0.1 at layer n_layers // 6.
+        """Return the settings that came with the model, or settings that suit any model.
 
-        A sixth of the depth is where the published layers lie on average (GPT-J 5 of 28, Llama-3 5 of 32, GPT-2 XL 17 of 48); what was
-        published or measured for this model is better: `recommend_layers`. Steps are smaller than the authors' 0.5, and more, since they
-        find nearer targets (200 single edits of the atlas: efficacy 97.5 to 99.5 %, generalization 94.5 to 95.8, specificity 97.0 to 97.9);
-        an easy fact stops long before the last. Raises InputError as `shipped`.
+        The latter use scale="auto", up to 80 steps of 0.1, and the layer n_layers // 6. The
+        published layers lie at about a sixth of the depth (GPT-J 5 of 28, Llama-3 5 of 32, GPT-2 XL
+        17 of 48). A layer that was published or measured for this model is better; see
+        `recommend_layers`.
+
+        The steps are smaller and more than the authors' 20 of 0.5, because small steps find nearer
+        targets. In 200 single edits of the atlas, efficacy rose from 97.5 to 99.5 %, generalization
+        from 94.5 to 95.8 % and specificity from 97.0 to 97.9 %. The search for an easy fact stops
+        long before the last step.
+
+        Raises:
+            InputError: The settings that came with the model cannot be used.
         """
-        return cls(
-            **{
-                "layer": lm.n_layers // 6,
-                **(shipped(cls, lm) or {"scale": "auto", "steps": 80, "lr": 0.1}),
-            }
-        )
-
-
-def _set_positive(
-    config: EditConfig, name: str, *, below: float | None = None, also: str = "None"
-) -> None:
-    """Keep a setting as a plain number; raises InputError unless it is one above 0."""
-    value = check_number(getattr(config, name), name, above=0, below=below, also=also)
-    object.__setattr__(config, name, value)
-
-
-def _layers(layers: object) -> tuple[int, ...]:
-    """Numbers of layers, ascending; raises LayerError for anything else, and for one that is there twice."""
-    given = (
-        list(layers)
-        if isinstance(layers, Iterable) and not isinstance(layers, (str, bytes))
-        else [layers]
-    )
-    found = [number for number in map(whole_number, given) if number is not None and number >= 0]
-    if not found or len(found) < len(given) or len(set(found)) < len(found):
-        raise LayerError(
-            f"layers are numbers of layers, counted from 0, each once, or None; got {layers!r}"
-        )
-    return tuple(sorted(found))
+        settings = shipped(cls, lm) or {"scale": "auto", "steps": 80, "lr": 0.1}
+        return cls(**{"layer": lm.n_layers // 6, **settings})
 
 
 def by_depth(n_layers: int, rome: int | None = None) -> tuple[int, ...]:
@@ -167,45 +163,56 @@ def by_depth(n_layers: int, rome: int | None = None) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class SpreadConfig(EditConfig):
-    """Settings of the editors that write many facts into several layers at once; the formula of a layer is the method's (`update`)."""
+    """Settings of the methods that write many facts at once into several layers.
+
+    `update` is the formula of one layer. Each method has its own.
+    """
 
     layers: tuple[int, ...] | None = None
-    """The layers to edit, lowest first. None: those of `recommended`; a Workbench, and `propose`, look further."""
+    """The layers to edit, in ascending order. None: the layers of `recommended`. `propose` and a
+    Workbench first look for layers that were kept, published or measured for this model."""
     _: KW_ONLY
     clamp: float = 0.75
-    """Largest ‖δ‖ in units of the stream's norm where δ is added ("paper"; the authors' value) or of half of it ("auto")."""
+    """Largest ‖δ‖. With scale="paper" the unit is the norm of the stream where δ is added, and 0.75
+    is the authors' value. With "auto" the unit is half of that norm."""
     spread: Literal["even", "sqrt"] = "even"
-    """What a layer takes of what is missing: an equal part of it among the layers left (MEMIT), or 1/√ of them (PMET), which gives the
-    lower layers more to do."""
+    """The part of the missing output that a layer takes if n layers are left. "even": 1/n, as in
+    MEMIT. "sqrt": 1/√n, as in PMET, so that the lower layers take more."""
     keys: Literal["mean", "each"] = "mean"
-    """"mean": one key a fact, averaged over contexts (the papers). "each": the fact's output is asked for at its key in every context,
-    which other phrasings of the fact profit from."""
+    """"mean": a fact has one key, the average over the contexts, as in the papers. "each": a fact
+    has a key for each context, and its output is asked for at all of them. Then other phrasings of
+    the fact follow more often."""
     subject_share: float = 0.0
-    """With keys="each": the share of a fact's weight that goes to its subject without the prompt's words, after others. 0 as published.
-    On the atlas 0.3 makes four more of a hundred other phrasings follow, at the cost of one of a hundred other facts."""
+    """Share of a fact's weight for keys of the subject alone, after other words than the prompt's.
+    It needs keys="each". The papers use 0. On the atlas, 0.3 makes four more of a hundred other
+    phrasings follow, and changes one more of a hundred other facts."""
     norm_anchor: float | Literal["mean"] | None = None
-    """Rescale what the last layer's FFN should put out to this norm ("mean": of all facts of the first round), so that the norms of later
-    rounds do not grow on those of earlier ones. None, the authors' setting, leaves it."""
+    """Norm to which the wanted output of the last layer's feed-forward network is rescaled. Then
+    the norms do not grow from round to round. "mean": the mean norm over the facts of the first
+    round.
+    None: no rescaling, as in the papers."""
     moment_weight: float | None = None
-    """λ, how many tokens of ordinary text stand against each fact. None: ten for each fact in a layer, since the more facts are written,
-    the more of what one of them asks for is the others' noise, and at most as many as the layer has neurons. On the atlas, three layers of
-    1,024, by harmonic mean: 9 facts take λ = 30, 92 facts 300 and 307 facts 1,000."""
+    """λ, the number of tokens of ordinary text that weigh as much as one fact. None: ten for each
+    fact in a layer, but not more than the layer has neurons. With more facts, a larger part of what
+    one fact asks for is noise from the others, so λ grows. On the atlas (three layers of 1,024
+    neurons), the harmonic mean is best at λ = 30 for 9 facts, 300 for 92 facts and 1,000 for
+    307."""
     repair: int = 0
-    """How often facts that did not take get a new target on the edited model and are written again, while those that did are kept
-    (UnderEdit, https://arxiv.org/abs/2503.11895). 0 is the authors' single pass."""
+    """How often the facts that the model does not assert yet get a new target, searched on the
+    edited model, and are written again while the other facts are kept (UnderEdit,
+    https://arxiv.org/abs/2503.11895). 0: the authors' single pass."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layers is not None:
-            object.__setattr__(self, "layers", _layers(self.layers))
-        if self.spread not in ("even", "sqrt"):
-            raise InputError(f'spread is "even" or "sqrt"; got {self.spread!r}')
-        if self.keys not in ("mean", "each"):
-            raise InputError(f'keys is "mean" or "each"; got {self.keys!r}')
+            object.__setattr__(self, "layers", _sorted_layers(self.layers))
+        _check_choice(self.spread, "spread", ("even", "sqrt"))
+        _check_choice(self.keys, "keys", ("mean", "each"))
         share = check_number(self.subject_share, "subject_share", least=0, below=1)
         if share and self.keys != "each":
             raise InputError(
-                f'subject_share is {share!r} with keys={self.keys!r}: it must be 0 unless keys is "each"',
+                f"subject_share is {share!r} with keys={self.keys!r}: it must be 0 unless keys is "
+                '"each"',
                 argument="subject_share",
             )
         object.__setattr__(self, "subject_share", share)
@@ -213,19 +220,15 @@ class SpreadConfig(EditConfig):
             _set_positive(self, "norm_anchor", also='"mean" or None')
         if self.moment_weight is not None:
             _set_positive(self, "moment_weight")
-        object.__setattr__(
-            self,
-            "repair",
-            check_count(self.repair, "repair", least=0),
-        )
+        object.__setattr__(self, "repair", check_count(self.repair, "repair", least=0))
 
     @property
     def site(self) -> Site:
-        """These targets are states of the stream."""
+        """The targets of these methods are states of the stream."""
         return "stream"
 
     def own_contexts(self, lm: LanguageModel, seed: int) -> list[str]:
-        """The bare prompt and 5 openings that the model continues."""
+        """Return the bare prompt and 5 openings that the model continues."""
         return generate_openings(lm, seed)
 
     @property
@@ -234,25 +237,33 @@ class SpreadConfig(EditConfig):
         return self.layers
 
     def at(self, layers: Sequence[int]) -> Self:
-        """The same settings for these layers."""
+        """Return the same settings for these layers."""
         return dataclasses.replace(self, layers=tuple(layers))
 
     @classmethod
     def recommended(cls, lm: LanguageModel) -> Self:
-        """The settings that came with the model, else those of `scale_free`, in the layers `by_depth`.
+        """Return the settings that came with the model, or those of `scale_free`.
 
-        What was published or measured for this model is better: `recommend_layers`. Raises InputError as `shipped`.
+        Layers that did not come with the model are those of `by_depth`. Layers that were published
+        or measured for this model are better; see `recommend_layers`.
+
+        Raises:
+            InputError: The settings that came with the model cannot be used.
         """
-        layers = by_depth(lm.n_layers)
-        return cls(**{"layers": layers, **(shipped(cls, lm) or cls.scale_free())})
+        settings = shipped(cls, lm) or cls.scale_free()
+        return cls(**{"layers": by_depth(lm.n_layers), **settings})
 
     @classmethod
     def scale_free(cls) -> dict[str, Any]:
-        """Settings in the model's own units, for a model nothing is known about.
+        """Return settings in the model's own units, for a model nothing is known about.
 
-        Small steps find near targets: with lr 0.5 the first steps already reach the clamp, and what is too long costs every other fact
-        (measured on the bundled models: a third shorter at 0.05, and eight points of specificity). No target moves the stream by more than
-        its own length: twice as far does not write more on the bundled models, and costs a small GPT-2 five points of the rest.
+        Small steps find near targets. With lr=0.5 the first steps already reach the clamp, and a
+        target that is too far costs all other facts. On the bundled models, lr=0.05 gives targets
+        that are a third shorter, and eight points more specificity.
+
+        With clamp=2 a target moves the stream by at most the stream's own norm. Twice that distance
+        writes no more facts on the bundled models, and costs a small GPT-2 five points of the
+        other facts.
         """
         return {
             "scale": "auto",
@@ -267,18 +278,30 @@ class SpreadConfig(EditConfig):
         }
 
     def for_facts(self, count: int, n_layers: int, d_ff: int) -> Self:
-        """The settings for `count` facts, new and earlier, in `n_layers` layers of `d_ff` neurons: λ filled in if it is left open."""
-        return (
-            self
-            if self.moment_weight is not None
-            else dataclasses.replace(self, moment_weight=min(10.0 * count / n_layers, float(d_ff)))
-        )
+        """Return the settings with λ filled in, if it is None.
+
+        Args:
+            count: Number of facts, new and already stored.
+            n_layers: Number of edited layers.
+            d_ff: Neurons of a layer.
+        """
+        if self.moment_weight is not None:
+            return self
+        return dataclasses.replace(self, moment_weight=min(10.0 * count / n_layers, float(d_ff)))
 
     @abstractmethod
     def update(
         self, keys: Tensor, residuals: Tensor, moment: SecondMoment, stored: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """One layer's update, (d_model, n) and (n, d_ff), from keys (n, d_ff), residuals (n, d_model), and Σ k kᵀ of earlier edits."""
+        """Return the update of one layer as factors (d_model, n) and (n, d_ff), float64.
+
+        Args:
+            keys: (n, d_ff).
+            residuals: (n, d_model) the wanted changes of the output at these keys.
+            moment: The layer's second moment.
+            stored: (d_ff, d_ff) Σ k kᵀ over the keys of earlier edits. None: there are no such
+                keys.
+        """
 
 
 @dataclass(frozen=True)
@@ -287,37 +310,36 @@ class MemitConfig(SpreadConfig):
 
     _: KW_ONLY
     moment_weight: float | None = 15_000.0
-    """λ; the authors' value for GPT-J (20,000 for GPT-2 XL). None as in SpreadConfig."""
+    """λ. 15,000 is the authors' value for GPT-J (20,000 for GPT-2 XL). None: as in SpreadConfig."""
 
     def update(
         self, keys: Tensor, residuals: Tensor, moment: SecondMoment, stored: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """MEMIT, equation 14."""
         assert self.moment_weight is not None
-        return solve.memit(
-            keys, residuals, _factor(moment, stored, self.moment_weight), self.moment_weight
-        )
+        factor = _factor(moment, stored, self.moment_weight)
+        return solve.memit(keys, residuals, factor, self.moment_weight)
 
 
 @dataclass(frozen=True)
 class EmmetConfig(SpreadConfig):
-    """Settings of EMMET: like ROME it asks for equality, and for all facts at once."""
+    """Settings of EMMET: it asks for exact outputs as ROME does, and for all facts at once."""
 
     _: KW_ONLY
     moment_weight: float | None = 1_000.0
-    """Factor of the second moment beside `ridge`; the authors' value for GPT-2 XL (1 for GPT-J). With a ridge it is MEMIT with
-    λ = moment_weight · ridge; None sets that λ as in SpreadConfig."""
+    """Factor of the second moment. 1,000 is the authors' value for GPT-2 XL (1 for GPT-J). With a
+    ridge, EMMET is MEMIT with λ = moment_weight · ridge. None: this λ is as in SpreadConfig."""
     ridge: float = 0.1
-    """Added to the keys' Gram matrix when there is more than one fact, the authors' value; with 0 every key gets its output exactly, which
-    keys that nearly coincide pay for with a large update."""
+    """Added to the diagonal of the keys' Gram matrix if there is more than one fact. 0.1 is the
+    authors' value. With 0 each key gets its output exactly, which takes a large update if two keys
+    nearly coincide."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ridge = check_number(self.ridge, "ridge", least=0)
-        object.__setattr__(self, "ridge", ridge)
+        object.__setattr__(self, "ridge", check_number(self.ridge, "ridge", least=0))
 
     def for_facts(self, count: int, n_layers: int, d_ff: int) -> Self:
-        """λ is filled in as in SpreadConfig, divided by the ridge."""
+        """Return the settings with λ filled in as in SpreadConfig, divided by the ridge."""
         if self.moment_weight is not None:
             return self
         filled = super().for_facts(count, n_layers, d_ff)
@@ -326,7 +348,10 @@ class EmmetConfig(SpreadConfig):
 
     @classmethod
     def scale_free(cls) -> dict[str, Any]:
-        """One key a fact, since equality at six nearly equal keys asks for too much."""
+        """Return the settings of SpreadConfig with one key for each fact.
+
+        Exact outputs at several keys of one fact, which nearly coincide, ask for too much.
+        """
         return {**super().scale_free(), "keys": "mean", "subject_share": 0.0}
 
     def update(
@@ -334,12 +359,10 @@ class EmmetConfig(SpreadConfig):
     ) -> tuple[Tensor, Tensor]:
         """EMMET, equation 15."""
         assert self.moment_weight is not None
-        factor = _factor(
-            moment, stored, self.moment_weight * (self.ridge or 1.0)
-        )  # λ, also where one fact is asked for exactly
-        return solve.emmet(
-            keys, residuals, factor, self.moment_weight, self.ridge if len(keys) > 1 else 0.0
-        )
+        # Stored keys count by λ also for a single fact, which is written without the ridge.
+        factor = _factor(moment, stored, self.moment_weight * (self.ridge or 1.0))
+        ridge = self.ridge if len(keys) > 1 else 0.0
+        return solve.emmet(keys, residuals, factor, self.moment_weight, ridge)
 
 
 @dataclass(frozen=True)
@@ -348,13 +371,15 @@ class AlphaEditConfig(SpreadConfig):
 
     _: KW_ONLY
     threshold: float | None = None
-    """Eigenvalues of the second moment below it make the null space; the authors' 0.02 where no energy is given. It does not carry over to
-    models whose coefficients have another size: there `energy` does."""
+    """The null space is spanned by the eigenvectors of the second moment with eigenvalues below
+    this threshold. If neither threshold nor energy is given, it is the authors' 0.02. That value
+    does not suit models whose coefficients have another size. For those use `energy`."""
     energy: float | None = None
-    """Instead of a threshold: the share of the second moment's trace that stays outside the null space."""
+    """Share of the second moment's trace outside the null space, instead of a threshold."""
     l2: float | None = 10.0
-    """Ridge of the update inside the null space, in squared coefficients; the authors' value. None: λ (`moment_weight`) times what ordinary
-    text has in an average direction of the null space, so that it follows the size of the coefficients and the number of facts."""
+    """Ridge of the update inside the null space, in squared coefficients. 10 is the authors' value.
+    None: λ (`moment_weight`) times the mean eigenvalue of the null space's directions. Then it
+    follows the size of the coefficients and the number of facts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -362,7 +387,9 @@ class AlphaEditConfig(SpreadConfig):
             object.__setattr__(self, "threshold", 0.02)
         if self.threshold is not None and self.energy is not None:
             raise InputError(
-                f"AlphaEdit takes a threshold or an energy, the other None; got {self.threshold!r} and {self.energy!r}"
+                f"threshold is {self.threshold!r} and energy is {self.energy!r}: AlphaEdit takes a "
+                "threshold or an energy. Set the other to None.",
+                argument="energy",
             )
         if self.threshold is not None:
             _set_positive(self, "threshold")
@@ -372,19 +399,22 @@ class AlphaEditConfig(SpreadConfig):
             _set_positive(self, "l2")
             if self.moment_weight is not None:
                 raise InputError(
-                    f"AlphaEdit takes an l2 or a moment_weight, the other None; got {self.l2!r} and {self.moment_weight!r}"
+                    f"l2 is {self.l2!r} and moment_weight is {self.moment_weight!r}: AlphaEdit "
+                    "takes an l2 or a moment_weight. Set the other to None.",
+                    argument="l2",
                 )
 
     def for_facts(self, count: int, n_layers: int, d_ff: int) -> Self:
-        """λ is filled in as in SpreadConfig where there is no l2."""
+        """Return the settings with λ filled in as in SpreadConfig, if there is no l2."""
         return self if self.l2 is not None else super().for_facts(count, n_layers, d_ff)
 
     @classmethod
     def scale_free(cls) -> dict[str, Any]:
-        """The null space by energy, and its ridge by λ, since a threshold and an l2 depend on how large coefficients are.
+        """Return the settings of SpreadConfig with an energy, and with l2 from λ.
 
-        Of the atlas' second moment 0.7 leaves 86 to 97 % of the directions: at a load of 0.1 ten points better than 0.9, which leaves too
-        little room for 307 facts.
+        A threshold and an l2 depend on the size of the coefficients. An energy of 0.7 leaves 86 to
+        97 % of the directions of the atlas' second moment in the null space. At a load of 0.1 it is
+        ten points better than 0.9, which leaves too little room for 307 facts.
         """
         return {**super().scale_free(), "threshold": None, "energy": 0.7, "l2": None}
 
@@ -393,21 +423,52 @@ class AlphaEditConfig(SpreadConfig):
     ) -> tuple[Tensor, Tensor]:
         """AlphaEdit, equation 14."""
         basis = moment.null_space(threshold=self.threshold, energy=self.energy)
-        l2 = self.l2
-        if l2 is None:
-            assert self.moment_weight is not None
-            values = moment.spectrum[0]
-            smallest = values[: basis.shape[1]].mean()  # of the eigenvalues of its directions
-            if basis.shape[1] and smallest <= JITTERS[1] * values.mean():
-                raise NumericsError(
-                    f"its text leaves the null space empty, so there is nothing to size l2 by: {moment.too_little}"
-                )
-            l2 = self.moment_weight * float(smallest)
+        l2 = self._l2_of(moment, basis.shape[1]) if self.l2 is None else self.l2
         return solve.alphaedit(keys, residuals, basis, l2, stored)
+
+    def _l2_of(self, moment: SecondMoment, dimensions: int) -> float:
+        """Return λ times the mean eigenvalue of the null space's directions."""
+        assert self.moment_weight is not None
+        values = moment.spectrum[0]
+        mean = values[:dimensions].mean()
+        if dimensions and mean <= JITTERS[1] * values.mean():
+            raise NumericsError(
+                "ordinary text does not use the null space at all, so l2 cannot be computed from "
+                f"it: {moment.too_little}"
+            )
+        return self.moment_weight * float(mean)
 
 
 def _factor(moment: SecondMoment, stored: Tensor | None, weight: float) -> Tensor:
-    """The Cholesky factor of C, or of C + Σ stored k kᵀ / λ."""
+    """Return the Cholesky factor of C, or of C + Σ stored k kᵀ / λ."""
     if stored is None:
         return moment.factor
     return cholesky(solve.with_stored(moment.matrix, stored, weight))
+
+
+def _set_positive(
+    config: EditConfig, name: str, *, below: float | None = None, also: str = "None"
+) -> None:
+    """Store a setting as a plain number, after a check that it is above 0."""
+    value = check_number(getattr(config, name), name, above=0, below=below, also=also)
+    object.__setattr__(config, name, value)
+
+
+def _check_choice(value: object, name: str, choices: tuple[str, str]) -> None:
+    if value not in choices:
+        first, second = choices
+        raise InputError(f'{name} is {value!r}: it must be "{first}" or "{second}"', argument=name)
+
+
+def _sorted_layers(layers: object) -> tuple[int, ...]:
+    """Return the numbers of layers in ascending order, each once."""
+    listed = isinstance(layers, Iterable) and not isinstance(layers, (str, bytes))
+    given = list(layers) if listed else [layers]  # type: ignore[call-overload]
+    numbers = [n for n in map(whole_number, given) if n is not None and n >= 0]
+    if not numbers or len(numbers) < len(given) or len(set(numbers)) < len(numbers):
+        raise LayerError(
+            f"layers is {layers!r}: it must be a list of layer numbers, counted from 0, with each "
+            "layer once, or None",
+            argument="layer",
+        )
+    return tuple(sorted(numbers))

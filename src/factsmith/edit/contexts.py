@@ -1,41 +1,54 @@
-"""Contexts: words in front of a prompt, so that a fact's key and target do not hang on one sentence alone.
+"""Contexts: words before a prompt, so that a fact's key and target do not depend on one sentence.
 
-    generate_contexts(lm, seed=0)      # ROME: "{}" and 20 texts the model writes
-    generate_openings(lm, seed=0)      # MEMIT: "{}" and 5 texts that begin with The, Therefore, Because, I, You
+    generate_contexts(lm, seed=0)      # for ROME: "{}" and 20 texts of the model
+    generate_openings(lm, seed=0)      # for MEMIT: "{}" and 5 texts that begin with The, Because
+    ...
 
-A context is a template with one `{}` where the prompt goes. A model with a chat template is also asked as it is asked in use.
+A context is a template with one `{}`, where the prompt goes. If the tokenizer has a chat template,
+the prompt as a user's message is one more context.
 """
 
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 
+from ..core.checks import check_items, check_text
 from ..core.errors import InputError
 from ..model.language_model import LanguageModel
 from ..model.sample import sample
 
 CONTEXTS = ((5, 10), (10, 10))
-"""(length in tokens, how many) of ROME's contexts: the authors' code (the paper says 50 of 2 to 10 tokens)."""
+"""(length in tokens, number) of ROME's contexts, as in the authors' code. The paper says 50 of 2 to
+10 tokens."""
 
 OPENINGS = ("The", "Therefore", "Because", "I", "You")
-"""How MEMIT's contexts begin, each continued to `_OPENING_TOKENS`: the authors' code."""
+"""The first words of MEMIT's contexts, as in the authors' code."""
 
 SUBJECT = ("{}", "In {}", "About {}", "The story of {}", "It was {}", "by {}")
-"""Contexts of the bare subject: other words in front of it than the fact's own prompt has."""
+"""Contexts of the subject alone, with other words than those of a fact's prompt."""
 
 _OPENING_TOKENS = 10
+"""Length of MEMIT's contexts in tokens."""
 
 _TOP_K = 5
+"""Each token is sampled from this number of the most probable ones."""
 
 _SLOT = "factsmith-slot"
+"""Marks the prompt's place while the chat template is filled, which may treat `{}` in its own
+way."""
 
 
 def generate_contexts(lm: LanguageModel, seed: int = 0) -> list[str]:
-    """The bare "{}" and 20 templates "Some words. {}", the words sampled (top 5) from the model itself, all in one batch.
+    """Return ROME's contexts: the bare "{}" and 20 templates "Some words. {}".
 
-    The same model and seed give the same list. Ten have 4 sampled tokens and ten have 9: the lengths of the authors' code, which counts
-    the start token. A model with a chat template gets one more: the prompt as a user's message. Raises InputError for a tokenizer with
-    neither BOS nor EOS to start from.
+    The model samples the words, all in one batch. The same model and seed give the same list. Ten
+    templates have 4 sampled tokens and ten have 9. These are the lengths of the authors' code,
+    which counts the start token. A chat template adds one more context.
+
+    Raises:
+        InputError: The tokenizer has neither BOS nor EOS to start from, or its chat template cannot
+            be filled.
     """
     lengths = [length - 1 for length, count in CONTEXTS for _ in range(count)]
     sequences = sample(lm, len(lengths), max(lengths), top_k=_TOP_K, seed=seed)
@@ -46,21 +59,25 @@ def generate_contexts(lm: LanguageModel, seed: int = 0) -> list[str]:
 
 
 def generate_openings(lm: LanguageModel, seed: int = 0) -> list[str]:
-    """The bare "{}" and 5 templates that begin with MEMIT's words and are continued by the model (top 5); else as `generate_contexts`."""
-    texts = sample(
-        lm, len(OPENINGS), _OPENING_TOKENS - 1, top_k=_TOP_K, seed=seed, openings=OPENINGS
-    )
-    return [
-        "{}",
-        *(f"{_plain(lm.tokenizer.decode(ids))}. {{}}" for ids in texts),
-        *chat_contexts(lm),
-    ]
+    """Return MEMIT's contexts: the bare "{}" and 5 templates that begin with the words in
+    `OPENINGS`.
+
+    The model continues each opening. Otherwise as `generate_contexts`.
+    """
+    n_tokens = _OPENING_TOKENS - 1
+    sequences = sample(lm, len(OPENINGS), n_tokens, top_k=_TOP_K, seed=seed, openings=OPENINGS)
+    texts = (lm.tokenizer.decode(ids) for ids in sequences)
+    return ["{}", *(f"{_plain(text)}. {{}}" for text in texts), *chat_contexts(lm)]
 
 
 def chat_contexts(lm: LanguageModel) -> list[str]:
-    """The tokenizer's chat template with the prompt as the user's message, up to where the assistant answers; [] when it has none.
+    """Return the chat template with the prompt as the user's message, in a list.
 
-    A template that adds nothing, or leaves no one place for the prompt, counts as none. Raises InputError when it cannot be filled.
+    The template ends where the assistant answers. The list is empty if the tokenizer has no chat
+    template, if the template adds nothing, or if it does not contain the message exactly once.
+
+    Raises:
+        InputError: The template cannot be filled.
     """
     if not getattr(lm.tokenizer, "chat_template", None):
         return []
@@ -68,23 +85,26 @@ def chat_contexts(lm: LanguageModel) -> list[str]:
         text = lm.tokenizer.apply_chat_template(
             [{"role": "user", "content": _SLOT}], tokenize=False, add_generation_prompt=True
         )
-    except Exception as error:  # templates are programs, and raise what they like
+    except Exception as error:  # a template is a program and may raise anything
         raise InputError(
-            f"the chat template of {lm.name} cannot be filled with a user's message ({error}); give contexts, the bare prompt among them, "
-            "or take the template out of the tokenizer's files"
+            f"the chat template of {lm.name} cannot be filled with a user's message ({error}). "
+            "Either give contexts, with the bare prompt among them, or remove the template from "
+            "the tokenizer's files.",
+            argument="contexts",
         ) from error
     bos = lm.tokenizer.bos_token
     if bos and lm.tokenizer("a")["input_ids"][:1] == [lm.tokenizer.bos_token_id]:
-        text = text.removeprefix(bos)  # the tokenizer puts its own in front
+        text = text.removeprefix(bos)  # the tokenizer adds its own
     if text.count(_SLOT) != 1 or "{}" in text or text == _SLOT:
         return []
     return [text.replace(_SLOT, "{}")]
 
 
-def weights(contexts: list[str] | tuple[str, ...]) -> list[float]:
-    """What each context weighs in a key of the MEMIT family: the bare prompt one half, the others the other half; either alone, all of it.
+def weights(contexts: Sequence[str]) -> list[float]:
+    """Return the weight of each context in a key of the MEMIT family.
 
-    A template that is given several times has its weight in parts.
+    The bare prompt has one half, and all other contexts together have the other half. If only one
+    of the two kinds is given, it has the whole weight. Equal templates share their weight.
     """
     bare = sum(context == "{}" for context in contexts)
     others = len(contexts) - bare
@@ -93,6 +113,26 @@ def weights(contexts: list[str] | tuple[str, ...]) -> list[float]:
     return [0.5 / (bare if context == "{}" else others) for context in contexts]
 
 
+def check_contexts(contexts: Sequence[str]) -> list[str]:
+    """Return the templates as a list.
+
+    Raises:
+        InputError: One is not a text with exactly one `{}`, or the bare "{}" is not among them.
+    """
+    templates = check_items(
+        contexts, "contexts", 'templates with {}, with the bare "{}" among them'
+    )
+    for template in templates:
+        if check_text(template, "a context").count("{}") != 1:
+            raise InputError(
+                f"a context is {template!r}: it must have exactly one {{}}, where the prompt goes",
+                argument="contexts",
+            )
+    if "{}" not in templates:
+        raise InputError('contexts lacks the bare prompt, "{}". Add it.', argument="contexts")
+    return templates
+
+
 def _plain(text: str) -> str:
-    """One line without braces, which would be taken for slots."""
+    """Return a text as one line without braces, which would be taken for slots."""
     return " ".join(unicodedata.normalize("NFKC", text).replace("{", " ").replace("}", " ").split())

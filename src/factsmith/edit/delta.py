@@ -1,70 +1,67 @@
 """Delta: one edit as a value, and the only code that writes weights.
 
     delta = rome(lm, fact, moments=moments)     # the model is untouched
-    with applied(lm, delta):                    # W + Δ inside, the very same bits as before outside
+    with applied(lm, delta):                    # W + Δ inside, and the same bits as before outside
         lm.answer([fact.text])
-    delta.save("edits/0001")                    # edit.json + delta.safetensors
+    delta.save("edits/0001")                    # edit.json and delta.safetensors
     Delta.load("edits/0001")
 
-W + Δ − Δ is not W in floating point, so nothing here subtracts: the base matrix is kept and copied back.
+In floating point W + Δ − Δ is not W. So an undo never subtracts: the base matrix is kept, and
+copied back.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
-import json
 import os
-import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..core.errors import (
-    DamagedError,
-    FactError,
-    InputError,
-    LayerError,
-    NumericsError,
-    WorkspaceError,
-)
+from ..core.errors import InputError, LayerError, NumericsError
 from ..core.fact import Fact
-from ..core.files import file_digest, record_digest, write_file
 from ..core.tables import counted
+from ..model.address import check_layer
 from ..model.language_model import LanguageModel
-
-_FORMAT = 1
-
-_MOST_JSON = 64 * 2**20
-
-_JSON = "edit.json"
-
-_TENSORS = "delta.safetensors"
+from .delta_folder import (
+    read_delta_folder,
+    refusing_what_is_not_a_delta,
+    tensors_as_bytes,
+    write_delta_folder,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Delta:
-    """An update of down-projections, kept as factors; float32 on the CPU, whatever the model's dtype and device.
+    """An update of down-projections, kept as factors.
 
-    layers       {l: (left (d_model, r), right (r, d_ff))}; the update to layer l is left @ right
-    k_star       {l: (n_facts, d_ff)} the key each fact was stored under, averaged over contexts
-    v_star       (n_facts, d_model) what was wanted at the subject token: of the down-projection, bias included (ROME), or in the stream
-                 after the last edited layer (the MEMIT family)
-    facts        what was written, in the order of the rows of k_star and v_star
-    method       "rome", ...
-    config       JSON-able settings it was made with, contexts included: with the facts, the recipe
-    fingerprint  of the model it was made on
-    convergence  for each fact, how its target was found: steps, loss, nll, kl, norm, stopped ("loss" or "steps"). Where another fact with
-                 another target has nearly the same key in some layer, also shares_key_with, its index, and their cosine under C⁻¹, 0.95
-                 or more: what is written for one then arrives at the other too, or takes a large update to be kept apart
+    All tensors are float32 on the CPU, whatever the model's dtype and device.
 
-    Raises InputError when shapes or dtypes do not fit together, NumericsError when a number is not finite.
+    Attributes:
+        layers: {l: (left (d_model, r), right (r, d_ff))}. The update of layer l is left @ right.
+        k_star: {l: (n_facts, d_ff)} the key of each fact, averaged over contexts.
+        v_star: (n_facts, d_model) the wanted output at the subject token. For ROME it is the output
+            of the down-projection, bias included. For the MEMIT family it is the stream after the
+            last edited layer.
+        facts: The facts that were written, in the order of the rows of k_star and v_star.
+        method: The name of the method, such as "rome".
+        config: The settings and contexts, as JSON values. Together with the facts they are the
+            recipe.
+        fingerprint: The fingerprint of the model that the delta was made on.
+        convergence: For each fact, how its target was found: steps, loss, nll, kl, norm, and
+            stopped, which is "loss" or "steps". A fact may also have shares_key_with, the index of
+            a fact with another target and nearly the same key in some layer, and cosine, that of
+            the two keys under C⁻¹ (0.95 or more). What is written for one of the two then arrives
+            at the other too, unless a large update keeps them apart.
+
+    Raises:
+        InputError: Shapes or dtypes do not fit together.
+        NumericsError: A number is not finite.
     """
 
     layers: Mapping[int, tuple[Tensor, Tensor]]
@@ -79,7 +76,8 @@ class Delta:
     def __post_init__(self) -> None:
         if not self.layers or set(self.layers) != set(self.k_star):
             raise InputError(
-                f"a delta has factors and k_star for the same layers; got {sorted(self.layers)} and {sorted(self.k_star)}"
+                f"layers has {sorted(self.layers)} and k_star has {sorted(self.k_star)}: both must "
+                "have the same layers, at least one"
             )
         if self.v_star.ndim != 2:
             raise InputError(
@@ -87,38 +85,47 @@ class Delta:
             )
         n, d = self.v_star.shape
         if n != len(self.facts):
-            raise InputError(f"v_star has {n} rows for {len(self.facts)} facts; expected one each")
-        for layer, (left, right) in self.layers.items():
-            key = self.k_star[layer]
-            if (
-                left.ndim != 2
-                or right.ndim != 2
-                or left.shape[1] != right.shape[0]
-                or left.shape[0] != d
-            ):
-                raise InputError(
-                    f"layer {layer}: left {tuple(left.shape)} and right {tuple(right.shape)} do not fit; expected ({d}, r) and (r, d_ff)"
-                )
-            if key.shape != (n, right.shape[1]):
-                raise InputError(
-                    f"layer {layer}: k_star has shape {tuple(key.shape)}; expected {(n, right.shape[1])}"
-                )
+            raise InputError(
+                f"v_star has {n} rows for {len(self.facts)} facts; expected a row for each"
+            )
+        for layer in self.layers:
+            self._check_shapes(layer, n, d)
         for name, tensor in self._tensors().items():
             if tensor.dtype != torch.float32:
                 raise InputError(
-                    f"{name} is {tensor.dtype}; a delta is kept in float32: convert it with .float()"
+                    f"{name} is {tensor.dtype}; expected float32. Convert it with .float()."
                 )
             if not torch.isfinite(tensor).all():
                 raise NumericsError(
-                    f"{name} holds NaN or infinity; this update would break the model"
+                    f"{name} holds NaN or infinity. This update would break the model."
                 )
 
+    def _check_shapes(self, layer: int, n_facts: int, d_model: int) -> None:
+        """Check that the factors and keys of a layer fit each other and v_star."""
+        (left, right), key = self.layers[layer], self.k_star[layer]
+        matrices = left.ndim == right.ndim == 2
+        if not matrices or left.shape[1] != right.shape[0] or left.shape[0] != d_model:
+            raise InputError(
+                f"layer {layer}: left is {tuple(left.shape)} and right is {tuple(right.shape)}; "
+                f"expected ({d_model}, r) and (r, d_ff)"
+            )
+        if key.shape != (n_facts, right.shape[1]):
+            raise InputError(
+                f"layer {layer}: k_star has shape {tuple(key.shape)}; expected "
+                f"{(n_facts, right.shape[1])}"
+            )
+
     def __repr__(self) -> str:
-        facts = counted(len(self.facts), "fact")
-        return f"Delta({self.method}, {facts}, layers {sorted(self.layers)}, rank {self.rank}, {self.n_bytes:,} bytes)"
+        facts, layers = counted(len(self.facts), "fact"), sorted(self.layers)
+        size = f"rank {self.rank}, {self.n_bytes:,} bytes"
+        return f"Delta({self.method}, {facts}, layers {layers}, {size})"
 
     def dense(self, layer: int) -> Tensor:
-        """The update to one layer's down-projection, (d_model, d_ff) float32; raises LayerError for a layer it does not touch."""
+        """Return the update of one layer's down-projection, (d_model, d_ff) float32.
+
+        Raises:
+            LayerError: The delta does not touch the layer.
+        """
         if layer not in self.layers:
             raise LayerError(
                 f"this delta does not touch layer {layer}; it has {sorted(self.layers)}"
@@ -140,211 +147,119 @@ class Delta:
 
     @property
     def digest(self) -> str:
-        """sha256 (hex) of the tensors, as they are saved."""
-        return hashlib.sha256(self._saved()).hexdigest()
+        """The sha256 of the tensors as they are saved, in hexadecimal."""
+        return hashlib.sha256(tensors_as_bytes(self._tensors())).hexdigest()
 
     def inside(self, lm: LanguageModel) -> AbstractContextManager[None]:
-        """A `with` block in which a model carries this delta, as `applied` makes it."""
+        """Return a `with` block in which the model carries this delta, as `applied` does."""
         return applied(lm, self)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write `edit.json` and `delta.safetensors` into a folder, made if absent; each file replaces an older one in one step.
+        """Write `edit.json` and `delta.safetensors` into a folder, which is made if it is missing.
 
-        edit.json is written last and holds the tensors' sha256, so that an interrupted save is seen by `load`.
-        Raises WorkspaceError when the folder cannot be written.
+        Each file replaces an older one in one step. edit.json is written last, with the sha256 of
+        the tensors, so that `load` sees an interrupted save.
+
+        Raises:
+            WorkspaceError: The folder cannot be written.
         """
-        folder = Path(folder)
-        tensors = self._saved()
-        record: dict[str, Any] = {
-            "format": _FORMAT,
+        record = {
             "method": self.method,
             "fingerprint": self.fingerprint,
             "layers": sorted(self.layers),
             "facts": [fact.to_dict() for fact in self.facts],
             "config": dict(self.config),
-            "convergence": [dict(c) for c in self.convergence],
-            "tensors_sha256": hashlib.sha256(tensors).hexdigest(),
+            "convergence": [dict(entry) for entry in self.convergence],
         }
-        record["sha256"] = record_digest(record)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_file(folder / _TENSORS, tensors)
-            write_file(
-                folder / _JSON, (json.dumps(record, ensure_ascii=False, indent=2) + "\n").encode()
-            )
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise WorkspaceError(
-                    f"the disk is full: no delta was written to {folder}; free some space and run this again"
-                ) from None
-            raise WorkspaceError(
-                f"cannot write the delta to {folder}: {error.strerror}; choose a folder that can be written"
-            ) from None
+        write_delta_folder(Path(folder), record, tensors_as_bytes(self._tensors()))
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Delta:
-        """Read what `save` wrote; checksums, shapes, dtypes and finiteness are checked before anything is returned.
+        """Read what `save` wrote.
 
-        Raises DamagedError when a file is missing, altered, or does not fit the other.
+        Checksums, shapes, dtypes and finiteness are checked before anything is returned.
+
+        Raises:
+            DamagedError: A file is missing or altered, or does not fit the other.
         """
         folder = Path(folder)
-        advice = "restore it from a copy, or make the edit again"
-        try:
-            sizes = {name: _plain_size(folder / name) for name in (_JSON, _TENSORS)}
-            if sizes[_JSON] > _MOST_JSON:
-                raise DamagedError(
-                    f"{folder / _JSON} has {sizes[_JSON]:,} bytes, and {_MOST_JSON:,} are the most; {advice}"
-                )
-            raw, found_tensors = (folder / _JSON).read_bytes(), file_digest(folder / _TENSORS)
-        except OSError as error:
-            name = Path(error.filename or folder).name
-            raise DamagedError(
-                f"cannot read {name} in {folder}: {error.strerror}; a saved delta is {_JSON} beside {_TENSORS}"
-            ) from None
-        except ValueError:
-            raise DamagedError(
-                f"cannot read {str(folder)!r}: it is no path; a saved delta is a folder"
-            ) from None
-        try:
-            record = json.loads(raw)
-            stated, checksum = record.pop("sha256"), record["tensors_sha256"]
-            found = record_digest(record)  # of half a character there is none
-        except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
-            raise DamagedError(f"{folder / _JSON} is not the record of a delta; {advice}") from None
-        if found != stated:
-            raise DamagedError(f"{folder / _JSON} does not match its checksum; {advice}")
-        if found_tensors != checksum:
-            raise DamagedError(
-                f"{folder / _TENSORS} does not match the checksum in {_JSON}; {advice}"
-            )
-        if record.get("format") != _FORMAT:
-            raise DamagedError(
-                f"{folder} has format {record.get('format')!r:.40}; this version of factsmith reads {_FORMAT}: {advice}"
-            )
-        try:
-            layers = record["layers"]
-            if not isinstance(layers, list) or not all(
-                type(layer) is int and layer >= 0 for layer in layers
-            ):
-                raise TypeError("its layers are a list of numbers from 0 on")
-            facts = tuple(Fact.from_dict(fields) for fields in record["facts"])
-            _check_header(folder / _TENSORS, layers, len(facts))
-            named = safetensors.torch.load((folder / _TENSORS).read_bytes())
+        record, tensors = read_delta_folder(folder)
+        with refusing_what_is_not_a_delta(folder):
             if not isinstance(record["method"], str) or not isinstance(record["config"], dict):
-                raise TypeError("its method is a name and its config a mapping of settings")
-            if not isinstance(record["fingerprint"], str) or not all(
-                isinstance(found, dict) for found in record["convergence"]
-            ):
-                raise TypeError("its fingerprint is a name and its convergence a list of mappings")
+                raise TypeError("its method is not a name, or its config is not a mapping")
+            if not isinstance(record["fingerprint"], str):
+                raise TypeError("its fingerprint is not a text")
+            if not all(isinstance(entry, dict) for entry in record["convergence"]):
+                raise TypeError("its convergence is not a list of mappings")
+            layers = record["layers"]
             return cls(
-                layers={
-                    layer: (named[f"left.{layer}"], named[f"right.{layer}"]) for layer in layers
-                },
-                k_star={layer: named[f"k_star.{layer}"] for layer in layers},
-                v_star=named["v_star"],
-                facts=facts,
+                layers={x: (tensors[f"left.{x}"], tensors[f"right.{x}"]) for x in layers},
+                k_star={x: tensors[f"k_star.{x}"] for x in layers},
+                v_star=tensors["v_star"],
+                facts=tuple(Fact.from_dict(fields) for fields in record["facts"]),
                 method=record["method"],
                 config=record["config"],
                 fingerprint=record["fingerprint"],
                 convergence=tuple(record["convergence"]),
             )
-        except (
-            KeyError,
-            TypeError,
-            ValueError,
-            OverflowError,
-            RecursionError,
-            OSError,
-            FactError,
-            NumericsError,
-            safetensors.SafetensorError,
-        ) as error:
-            raise DamagedError(
-                f"{folder} matches its checksums but is not a delta: {str(error)[:300]}; {advice}"
-            ) from None
-
-    def _saved(self) -> bytes:
-        """The tensors as a safetensors file; copies, since one tensor may stand in two places of a delta, and not of a file."""
-        content: bytes = safetensors.torch.save(
-            {name: tensor.clone() for name, tensor in self._tensors().items()}
-        )
-        return content
 
     def _tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by the names that they have in the file."""
         named = {"v_star": self.v_star}
         for layer, (left, right) in sorted(self.layers.items()):
-            named |= {
-                f"left.{layer}": left,
-                f"right.{layer}": right,
-                f"k_star.{layer}": self.k_star[layer],
-            }
+            named[f"left.{layer}"], named[f"right.{layer}"] = left, right
+            named[f"k_star.{layer}"] = self.k_star[layer]
         return {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
 
 
-def _plain_size(file: Path) -> int:
-    """Bytes of a plain file; raises OSError for a pipe or device, which could be read without an end."""
-    held = file.stat()
-    if not stat.S_ISREG(held.st_mode):
-        raise OSError(errno.EINVAL, "it is no plain file", str(file))
-    return held.st_size
-
-
-def _check_header(file: Path, layers: list[int], n_facts: int) -> None:
-    """Raises ValueError unless the header, read alone, is that of the tensors of a delta of so many facts in these layers."""
-    with safetensors.safe_open(file, framework="pt") as held:
-        shapes = {name: tuple(held.get_slice(name).get_shape()) for name in held.keys()}
-        dtypes = {held.get_slice(name).get_dtype() for name in shapes}
-    parts = ("left", "right", "k_star")
-    if set(shapes) != {
-        "v_star",
-        *(f"{part}.{layer}" for layer in layers for part in parts),
-    } or dtypes != {"F32"}:
-        raise ValueError(f"it holds other tensors than those of layers {sorted(layers)} in float32")
-    fits = (
-        all(len(shape) == 2 and shape[1] > 0 for shape in shapes.values())
-        and shapes["v_star"][0] == n_facts
-    )  # which may be none
-    for layer in layers if fits else ():
-        left, right, key = (shapes[f"{part}.{layer}"] for part in parts)
-        fits = (
-            fits
-            and left == (shapes["v_star"][1], right[0])
-            and right[0] > 0
-            and key == (n_facts, right[1])
-        )
-    if not fits:
-        raise ValueError(f"the shapes of its tensors are not those of one delta of {n_facts} facts")
-
-
 def read_weights(lm: LanguageModel, layers: Iterable[int]) -> dict[int, Tensor]:
-    """Copies of down-projections, {l: (d_model, d_ff)}, in the model's dtype and on its device: what to write back for an exact undo."""
+    """Return copies of down-projections, to write back for an exact undo.
+
+    Returns:
+        {l: (d_model, d_ff)} in the model's dtype and on its device.
+    """
     return {layer: _weight(lm, layer).detach().clone() for layer in sorted(set(layers))}
 
 
 def write_weights(lm: LanguageModel, weights: Mapping[int, Tensor]) -> None:
-    """Overwrite down-projections with {l: (d_model, d_ff)}; the one place in factsmith that changes a model's weights.
+    """Overwrite down-projections. No other code of factsmith changes a model's weights.
 
-    Everything is checked before the first number is written. Raises LayerError, InputError (shape or dtype) or NumericsError
-    (not finite), and then nothing has changed.
+    All weights are checked before the first number is written, so an error leaves the model as it
+    was.
+
+    Args:
+        lm: The model.
+        weights: {l: (d_model, d_ff)} in the model's dtype.
+
+    Raises:
+        LayerError: The model does not have a layer.
+        InputError: A shape or dtype does not fit.
+        NumericsError: A number is not finite.
     """
     for layer, new in weights.items():
         old = _weight(lm, layer)
         if new.shape != old.shape or new.dtype != old.dtype:
             raise InputError(
-                f"layer {layer}: got weights {tuple(new.shape)} {new.dtype}; the model's down-projection is {tuple(old.shape)} {old.dtype}"
+                f"layer {layer}: the weights are {tuple(new.shape)} {new.dtype}; expected "
+                f"{tuple(old.shape)} {old.dtype}, as the model's down-projection"
             )
         if not torch.isfinite(new).all():
             raise NumericsError(
-                f"layer {layer}: the new weights hold NaN or infinity in {new.dtype}; nothing was written"
+                f"layer {layer}: the new weights hold NaN or infinity in {new.dtype}; nothing was "
+                "written"
             )
     _copy(lm, weights)
 
 
 def patched(base: Mapping[int, Tensor], deltas: Iterable[Delta]) -> dict[int, Tensor]:
-    """base + Σ deltas for every layer of `base`, added in order in float32 (or wider) and rounded once to the base's dtype.
+    """Return base + Σ deltas for each layer of the base.
 
-    The same base and the same deltas give the same bits, on every call. Raises LayerError when a delta touches a layer that
-    `base` does not hold, InputError when its shape does not fit.
+    The deltas are added in their order, in float32 or wider. The sum is rounded once to the base's
+    dtype. The same base and deltas always give the same bits.
+
+    Raises:
+        LayerError: A delta touches a layer that the base does not hold.
+        InputError: The shape of a delta does not fit.
     """
     sums = {
         layer: weight.to(torch.promote_types(weight.dtype, torch.float32))
@@ -357,8 +272,9 @@ def patched(base: Mapping[int, Tensor], deltas: Iterable[Delta]) -> dict[int, Te
             update = delta.dense(layer).to(sums[layer])
             if update.shape != sums[layer].shape:
                 raise InputError(
-                    f"layer {layer}: the delta is {tuple(update.shape)}, the model's down-projection {tuple(sums[layer].shape)}; "
-                    "it was made for another model"
+                    f"layer {layer}: the delta is {tuple(update.shape)} and the model's "
+                    f"down-projection is {tuple(sums[layer].shape)}, so it was made for another "
+                    "model"
                 )
             sums[layer] = sums[layer] + update
     return {layer: total.to(base[layer].dtype) for layer, total in sums.items()}
@@ -366,45 +282,47 @@ def patched(base: Mapping[int, Tensor], deltas: Iterable[Delta]) -> dict[int, Te
 
 @contextmanager
 def applied(lm: LanguageModel, delta: Delta | Iterable[Delta]) -> Iterator[None]:
-    """Put one delta, or several on top of one another, into the model for the length of a `with` block.
+    """Put one delta, or the sum of several, into the model for the length of a `with` block.
 
-    On the way out, exception or not, the weights are the same bits as before. Blocks may be nested; the inner one adds to what
-    the outer one left. Shapes are checked, fingerprints are not (a delta may stand on others): that is the workbench's part.
-    Raises LayerError, InputError or NumericsError when a delta does not fit, and then nothing has changed.
+    Afterwards the weights are the same bits as before, also after an exception. Blocks can be
+    nested: the inner one adds to what the outer one left. Fingerprints are not checked, because a
+    delta may have been made on a model that carried others. A Workbench checks them.
+
+    Raises:
+        LayerError, InputError, NumericsError: A delta does not fit. Then nothing has changed.
     """
     deltas = [delta] if isinstance(delta, Delta) else list(delta)
-    base = read_weights(lm, (layer for d in deltas for layer in d.layers))
+    base = read_weights(lm, (layer for delta in deltas for layer in delta.layers))
     new = patched(base, deltas)
     try:
         write_weights(lm, new)
         yield
     finally:
-        _copy(lm, base)  # unchecked: whatever was there before goes back
-
-
-def _weight(lm: LanguageModel, layer: int) -> Tensor:
-    if not 0 <= layer < lm.n_layers:
-        raise LayerError(
-            f"layer {layer} does not exist; the model has layers 0 to {lm.n_layers - 1}"
-        )
-    return lm.ffn[layer].weight()
-
-
-def _copy(lm: LanguageModel, weights: Mapping[int, Tensor]) -> None:
-    with torch.no_grad():
-        for layer, new in weights.items():
-            _weight(lm, layer).copy_(new)
+        _copy(lm, base)  # without checks: the model gets back what it had
 
 
 @contextmanager
 def written(lm: LanguageModel, weights: Mapping[int, Tensor]) -> Iterator[None]:
-    """Put down-projections {layer: (d_model, d_ff)} into the model for the length of a block; then the very bits of before are back.
+    """Put down-projections {l: (d_model, d_ff)} into the model for the length of a `with` block.
 
-    Raises what `write_weights` raises, and then nothing has changed.
+    Afterwards the weights are the same bits as before.
+
+    Raises:
+        LayerError, InputError, NumericsError: As `write_weights`. Then nothing has changed.
     """
     base = read_weights(lm, weights)
     try:
         write_weights(lm, weights)
         yield
     finally:
-        write_weights(lm, base)
+        _copy(lm, base)
+
+
+def _weight(lm: LanguageModel, layer: int) -> Tensor:
+    return lm.ffn[check_layer(layer, lm.n_layers)].weight()
+
+
+def _copy(lm: LanguageModel, weights: Mapping[int, Tensor]) -> None:
+    with torch.no_grad():
+        for layer, new in weights.items():
+            _weight(lm, layer).copy_(new)

@@ -25,8 +25,9 @@ from ..model.address import check_dense_layer
 from ..model.language_model import LanguageModel
 from . import solve
 from .configs import EditConfig
+from .contexts import check_contexts
 from .delta import Delta
-from .keys import Site, check_contexts
+from .keys import Site
 from .target import Targets
 
 Moments: TypeAlias = SecondMoment | Mapping[int, SecondMoment]

@@ -1,11 +1,20 @@
-"""edit.questions."""
+"""What the search for a target asks of the model, as tokens.
+
+    question = tokenize_fact(lm, fact, contexts)      # one sequence for each context, and the guard
+    places = Places.of(questions, without, device)    # where in the batch the answers are read
+
+The guard is the prompt "{} is a". Its next-token distribution at the subject token says what the
+subject is, and must stay (ROME, equation 4, second term).
+
+A fact without a target is one to forget. Then the model should continue each prompt as it does when
+the subject's tokens are left out.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,57 +23,88 @@ from ..core.errors import InputError
 from ..core.fact import Fact
 from ..model.language_model import LanguageModel
 from ..model.tokens import subject_span, target_ids
-from .keys import GUARD, pivot_column
+from .batches import Size
+from .keys import subject_columns
+
+GUARD = "{} is a"
+"""The prompt whose next-token distribution at the subject token must stay."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One fact as token sequences: one for each context (prompt + target without its last token), and the guard when it is none of them."""
+    """One fact as token sequences.
+
+    Attributes:
+        fact: The fact.
+        sequences: For each context, the prompt and the target without its last token. Then the
+            guard, unless a context begins with the subject as the guard does.
+        pivots: For each sequence, the column of the subject's last token.
+        guard: The sequence that is read as the guard.
+        reads: For each context, the columns whose next token is one of the target's, counted from
+            the pivot.
+        targets: For each context, the target's tokens. Empty for a fact to forget.
+        without: For each context of a fact to forget, the prompt without the subject's tokens.
+            Otherwise empty.
+    """
 
     fact: Fact
     sequences: list[list[int]]
     pivots: list[int]
-    guard: int  # the sequence that guards what the subject is; a context's own, when that begins with the subject as the guard does
-    reads: list[
-        list[int]
-    ]  # for each context, the columns right of the pivot whose next token is a target token
-    targets: list[
-        list[int]
-    ]  # for each context, the target's tokens; none for a fact that is to be forgotten
-    without: list[
-        list[int]
-    ]  # for each context of such a fact, the prompt without the subject's tokens; else nothing
+    guard: int
+    reads: list[list[int]]
+    targets: list[list[int]]
+    without: list[list[int]]
 
     @property
-    def size(self) -> _Size:
-        """Of a batch of it alone."""
-        width = max(
-            len(ids) - pivot for ids, pivot in zip(self.sequences, self.pivots, strict=True)
-        )
-        return _Size(
-            len(self.sequences), width, max(self.pivots) + width, 1 + sum(map(len, self.reads))
-        )
+    def size(self) -> Size:
+        """The size of a batch that holds this question alone."""
+        pairs = zip(self.sequences, self.pivots, strict=True)
+        width = max(len(ids) - pivot for ids, pivot in pairs)
+        answers = 1 + sum(map(len, self.reads))
+        return Size(len(self.sequences), width, max(self.pivots) + width, answers)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Where the questions of a batch are answered: flat over facts, contexts and target tokens."""
+class Places:
+    """Where in a batch the answers of n questions are read.
 
-    owners: Tensor  # (R,) which fact each row of the batch belongs to
-    contexts: Tensor  # (n, contexts) the row of each fact in each context
-    guards: Tensor  # (n,) each fact's guard row
-    rows: Tensor  # (N,) row of the batch
-    columns: Tensor  # (N,) live column
-    targets: Tensor  # (N,) token id due there; meaningless where a distribution is due
-    shares: Tensor  # (N,) its weight in its fact's mean
-    blank: Tensor  # (M,) which of the N are due a distribution
-    without: Tensor  # (M, vocab) its log-probabilities
+    The batch has R rows. Each of N places is one target token of one fact in one context. M of them
+    belong to facts to forget, where a whole distribution is wanted.
+
+    Attributes:
+        owners: (R,) the question that each row belongs to.
+        contexts: (n, n_contexts) the row of each question in each context.
+        guards: (n,) each question's guard row.
+        rows: (N,) the row of each place.
+        columns: (N,) its live column.
+        targets: (N,) the token that is wanted next. Without meaning if a distribution is wanted.
+        shares: (N,) the weight of each place in its fact's mean.
+        blank: (M,) the places where a distribution is wanted.
+        without: (M, vocab) the log-probabilities wanted there.
+    """
+
+    owners: Tensor
+    contexts: Tensor
+    guards: Tensor
+    rows: Tensor
+    columns: Tensor
+    targets: Tensor
+    shares: Tensor
+    blank: Tensor
+    without: Tensor
 
     @classmethod
     def of(
         cls, questions: Sequence[Question], without: Sequence[Tensor | None], device: torch.device
-    ) -> Asked:
-        """`without`: for each fact to be forgotten what the model says without the subject, (contexts, vocab) log-probabilities."""
+    ) -> Places:
+        """Return the places of some questions.
+
+        Args:
+            questions: The questions of the batch, in the order of their rows.
+            without: For each fact to forget, the log-probabilities (n_contexts, vocab) that the
+                model gives without the subject. None for other facts.
+            device: Where the tensors are made.
+        """
         firsts = [0, *accumulate(len(q.sequences) for q in questions)]
         flat = [
             (first + c, column, token, 1 / (len(q.reads) * len(columns)), q.without != [])
@@ -73,14 +113,13 @@ class Asked:
             for column, token in zip(columns, q.targets[c] if q.targets else [0], strict=True)
         ]
         rows, columns, targets, shares, blank = (
-            torch.tensor(x, device=device) for x in zip(*flat, strict=True)
+            torch.tensor(values, device=device) for values in zip(*flat, strict=True)
         )
         first = torch.tensor(firsts[:-1], device=device)
-        held = [log_p for log_p in without if log_p is not None]
+        n_rows = torch.tensor([len(q.sequences) for q in questions], device=device)
+        wanted = [log_p for log_p in without if log_p is not None]
         return cls(
-            owners=torch.repeat_interleave(
-                torch.tensor([len(q.sequences) for q in questions], device=device)
-            ),
+            owners=torch.repeat_interleave(n_rows),
             contexts=first[:, None] + torch.arange(len(questions[0].reads), device=device),
             guards=first + torch.tensor([q.guard for q in questions], device=device),
             rows=rows,
@@ -88,12 +127,19 @@ class Asked:
             targets=targets,
             shares=shares,
             blank=blank.nonzero()[:, 0],
-            without=torch.cat(held) if held else torch.empty(0, 0, device=device),
+            without=torch.cat(wanted) if wanted else torch.empty(0, 0, device=device),
         )
 
 
-def tokenize_facts(lm: LanguageModel, fact: Fact, contexts: Sequence[str]) -> Question:
-    subject_span(lm, fact.text, fact.subject)  # refuses a prompt that names its subject twice
+def tokenize_fact(lm: LanguageModel, fact: Fact, contexts: Sequence[str]) -> Question:
+    """Return a fact as token sequences, one for each context, and the guard.
+
+    Raises:
+        SubjectError: The subject is not in the prompt exactly once.
+        InputError: The target has no token, or the prompt of a fact to forget ends with its
+            subject.
+    """
+    subject_span(lm, fact.text, fact.subject)  # raises SubjectError
     bare = None if fact.target is None else target_ids(lm.tokenizer, fact.text, fact.target)
     sequences: list[list[int]] = []
     pivots: list[int] = []
@@ -101,114 +147,48 @@ def tokenize_facts(lm: LanguageModel, fact: Fact, contexts: Sequence[str]) -> Qu
     targets: list[list[int]] = []
     without: list[list[int]] = []
     for context in contexts:
-        ids, first, pivot = pivot_column(lm, context.replace("{}", fact.prompt), fact.subject)
+        ids, first, pivot = subject_columns(lm, context.replace("{}", fact.prompt), fact.subject)
         target = bare
-        if target is not None and not context.endswith(
-            "{}"
-        ):  # a chat template: the answer begins a line of its own
+        if target is not None and not context.endswith("{}"):
+            # A chat template: the answer begins a line of its own, so its tokens may differ.
             target = target_ids(lm.tokenizer, context.replace("{}", fact.text), str(fact.target))
-        sequences.append(ids + (target or [0])[:-1])
+        tokens = [0] if target is None else target
+        sequences.append(ids + tokens[:-1])
         pivots.append(pivot)
-        reads.append([len(ids) - 1 - pivot + i for i in range(len(target or [0]))])
+        reads.append([len(ids) - 1 - pivot + i for i in range(len(tokens))])
         if target is not None:
             targets.append(target)
         else:
-            without.append(ids[:first] + ids[pivot + 1 :])
-            if pivot == len(ids) - 1 or not without[-1]:
-                raise InputError(
-                    f"{fact.text!r} ends with its subject, so nothing can be said without it; to forget a fact, give a prompt that goes on"
-                )
-    ids, _, pivot = pivot_column(lm, GUARD, fact.subject)
-    ids = ids[: pivot + 1]  # read at the subject itself: what follows does not matter
-    guard = next(
-        (i for i, sequence in enumerate(sequences) if sequence[: pivots[i] + 1] == ids),
-        len(sequences),
-    )
+            without.append(_without_subject(fact, ids, first, pivot))
+    ids, _, pivot = subject_columns(lm, GUARD, fact.subject)
+    ids = ids[: pivot + 1]  # it is read at the subject token, which does not see what follows
+    alike = (i for i, tokens in enumerate(sequences) if tokens[: pivots[i] + 1] == ids)
+    guard = next(alike, len(sequences))
     if guard == len(sequences):
         sequences.append(ids)
         pivots.append(pivot)
     return Question(fact, sequences, pivots, guard, reads, targets, without)
 
 
+def _without_subject(fact: Fact, ids: list[int], first: int, pivot: int) -> list[int]:
+    """Return a prompt's tokens without those of the subject, columns `first` to `pivot`."""
+    rest = ids[:first] + ids[pivot + 1 :]
+    if pivot == len(ids) - 1 or not rest:
+        raise InputError(
+            f"{fact.text!r} ends with its subject, so the model cannot continue it without the "
+            "subject. To forget a fact, give a prompt that goes on after the subject."
+        )
+    return rest
+
+
 @torch.no_grad()
-def said_without(lm: LanguageModel, question: Question) -> Tensor | None:
-    """What the model goes on with when the subject's tokens are left out: (contexts, vocab) log-probabilities; None without such a wish."""
+def log_probs_without_subject(lm: LanguageModel, question: Question) -> Tensor | None:
+    """Return what the model says when the subject's tokens are left out.
+
+    Returns:
+        (n_contexts, vocab) log-probabilities of the next token. None if the fact has a target.
+    """
     if not question.without:
         return None
     hidden = [lm.last_hidden(lm.align([ids], [len(ids) - 1]))[0, -1] for ids in question.without]
     return lm.head(torch.stack(hidden)).float().log_softmax(-1)
-
-
-class _Size(NamedTuple):
-    """What a batch would hold."""
-
-    rows: int = 0
-    width: int = 0  # columns from the pivot on
-    length: int = 0  # columns in all
-    answers: int = 0  # places where logits are read
-
-    def __or__(self, other: _Size) -> _Size:
-        """Of both in one batch."""
-        width, length = max(self.width, other.width), max(self.length, other.length)
-        return _Size(self.rows + other.rows, width, length, self.answers + other.answers)
-
-
-def question_batches(
-    sizes: Sequence[_Size], lm: LanguageModel, layer: int, memory: int
-) -> list[list[int]]:
-    """The questions in batches that fit into `memory` bytes (one always does), so that padding and passes together cost least.
-
-    Neighbours in order of width share a batch; which of them is found by dynamic programming over the sorted list.
-    """
-    order = sorted(range(len(sizes)), key=lambda i: sizes[i].width)
-    cost = [0.0]  # of the first questions in batches
-    first = [0]  # where the last of these batches begins
-    for stop in range(1, len(order) + 1):
-        best, size = (float("inf"), 0), _Size()
-        for start in range(stop - 1, -1, -1):
-            size = size | sizes[order[start]]
-            if _bytes(size, lm, layer) > memory and start < stop - 1:
-                break
-            best = min(
-                best, (cost[start] + size.rows * size.width + _PASS[lm.device.type == "cpu"], start)
-            )
-        cost.append(best[0])
-        first.append(best[1])
-    batches: list[list[int]] = []
-    stop = len(order)
-    while stop:
-        batches.append(order[first[stop] : stop])
-        stop = first[stop]
-    return batches[::-1]
-
-
-_PASS = (512, 20)
-"""What another batch costs on a GPU, or a processor's core, in live tokens: weights are read again and kernels started again. (On a core,
-products of 14 rows reach 45 % of the rate of large ones, of 44 rows 70 %.)"""
-
-
-def _bytes(size: _Size, lm: LanguageModel, layer: int) -> int:
-    """What the search for a batch takes at its peak, model apart; an estimate that errs on the large side."""
-    token = _STREAMS * lm.d_model + _COEFFICIENTS * lm.ffn[layer].d_ff
-    # Keys and values of the prefix, joined to the live ones, are kept by autograd in every layer.
-    graph = (lm.n_layers - layer) * (size.width * token + 2 * size.length * lm.d_model)
-    kept = (2 * lm.n_layers * size.length + (layer + 2) * size.width) * lm.d_model
-    vocabulary = next(lm.embedding.parameters()).shape[0]  # often more than the tokenizer's
-    return size.rows * (graph + kept) * lm.dtype.itemsize + size.answers * vocabulary * _LOGITS
-
-
-_STREAMS = 14
-"""Vectors of the stream's size that autograd keeps for a token in a layer: norms, queries, keys, values, sums."""
-
-_COEFFICIENTS = 8
-"""Vectors of the FFN's width: an activation function written out (GPT-2's) keeps every step of its own."""
-
-_LOGITS = 16
-"""Bytes for a token of the vocabulary where an answer is read: the logits, their logarithmic softmax, and the gradients of both."""
-
-
-def search_memory(lm: LanguageModel) -> int:
-    """Half of what is free on a GPU; 1 GiB elsewhere."""
-    if lm.device.type == "cuda":
-        return int(torch.cuda.mem_get_info(lm.device)[0]) // 2
-    return 2**30

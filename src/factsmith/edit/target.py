@@ -1,21 +1,20 @@
-"""v_star: what has to stand at the subject token for the model to assert a fact.
+"""v_star, the output that makes the model assert a fact: the settings of the search, and its
+result.
 
-    targets = find_targets(lm, facts, layer, config, contexts)                     # output of the down-projection (ROME)
-    targets = find_targets(lm, facts, layer, config, contexts, site="stream")      # output of the whole layer (MEMIT, AlphaEdit)
-    targets.v_star, targets.k_star, targets.convergence
-
-All facts × contexts, and one row a fact that guards what the subject is, stand in one batch with the subject's last token in one
-column. Left of it nothing changes, so those columns live in the key/value cache; below the edited layer nothing changes either. A
-gradient step therefore runs the layers above, on the columns from the subject on, and reads logits where a target token is due.
-Facts do not see one another: each has its own loss, clamp and early stop, and leaves the batch when it is done.
+config = TargetConfig(steps=25, lr=0.1)
+targets = find_targets(lm, facts, layer, config, contexts)      # see search.py
+targets.v_star, targets.k_star, targets.convergence
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from ..core.checks import check_count, check_number
 from ..core.errors import InputError
@@ -25,25 +24,37 @@ from .keys import Site
 
 @dataclass(frozen=True)
 class TargetConfig:
-    """How v_star is searched; every editor's configuration builds on it."""
+    """How v_star is searched. The settings of every editing method extend it.
+
+    δ is the change of the output at the subject token, and v₀ is that output before the search. So
+    v_star = v₀ + δ.
+    """
 
     _: KW_ONLY
     steps: int = 20
-    """Evaluations of the loss, so at most steps − 1 updates: as in the authors' code, which made the tables."""
+    """How often the loss is evaluated. δ changes at most steps − 1 times, as in the authors'
+    code."""
     lr: float = 0.5
-    """Adam's learning rate, about the change of each coordinate in an update; with "auto" in units of the stream's root mean square."""
+    """Learning rate of Adam, which is about the change of each coordinate in a step. With
+    scale="auto" the unit is the root mean square of the stream."""
     kl_factor: float = 0.0625
-    """Weight of the KL term that keeps the subject's essence; the authors' value for every model."""
+    """Weight of the KL term, which keeps what the subject is. 0.0625 is the authors' value for
+    every model."""
     weight_decay: float = 0.5
-    """Among targets that work, prefer the near one. "paper": weighs ‖δ‖ / ‖v₀‖², the authors' value for GPT-2 and GPT-J; "auto": ‖δ‖ at
-    the clamp costs a tenth of it, as the paper's term does on GPT-2 XL, too little to keep a target from being reached."""
+    """Weight of the term that prefers near targets. With scale="paper" the term is ‖δ‖ / ‖v₀‖², and
+    0.5 is the authors' value for GPT-2 and GPT-J. With "auto" the term is 0.1 · ‖δ‖ / its largest
+    ‖δ‖, which is the size of the paper's term on GPT-2 XL. That is too small to keep the search
+    from reaching its target."""
     clamp: float = 4.0
-    """Largest ‖δ‖, in units of ‖v₀‖ ("paper"; the authors' value, 3 for GPT-2 medium) or of half the stream's norm ("auto": a layer may
-    write little of its own today, but a target must be able to outweigh the stream)."""
+    """Largest ‖δ‖. With scale="paper" the unit is ‖v₀‖, and 4 is the authors' value (3 for GPT-2
+    medium). With "auto" the unit is half of the stream's norm: a layer may write little today, but
+    its target must be able to outweigh the stream."""
     stop_loss: float = 0.05
-    """Stop before the update once the loss ("auto": its first term) is below: the target then has 95 % or more, and δ is long enough."""
+    """The search for a fact ends when its loss is below this value. With scale="auto" only the
+    first term of the loss counts. At 0.05 nats the target has a probability of 95 %."""
     scale: Literal["paper", "auto"] = "paper"
-    """"paper": the reference formulas to the letter. "auto": step, decay and clamp relative to the model's own norms."""
+    """"paper": the formulas of the papers, unchanged. "auto": steps, decay and clamp are relative
+    to the model's own norms."""
 
     def __post_init__(self) -> None:
         steps = check_count(self.steps, "steps", "the number of loss evaluations")
@@ -53,21 +64,28 @@ class TargetConfig:
             value = check_number(getattr(self, name), name, least=least, above=above)
             object.__setattr__(self, name, value)
         if self.scale not in ("paper", "auto"):
-            raise InputError(f'scale is "paper" or "auto"; got {self.scale!r}')
+            raise InputError(
+                f'scale is {self.scale!r}: it must be "paper" or "auto"', argument="scale"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Targets:
-    """What was found for n facts at one layer; float32, on the model's device.
+    """The targets of n facts at one layer: float32, on the model's device.
 
-    v_star       (n, d_model) wanted output at the subject token: of the down-projection, bias included, or of the layer ("stream")
-    v_initial    (n, d_model) what is put out there today, on the bare prompt
-    k_star       (n, d_ff) the down-projection's input, averaged over the contexts
-    k_prompt     (n, d_ff) its input on the bare prompt
-    ffn_initial  (n, d_model) what the down-projection puts out on the bare prompt: v_initial, unless that is the layer's
-    convergence  for each fact {steps, loss, nll, kl, norm (‖δ‖), limit (the clamp), stopped: "loss" or "steps"}
-    facts        the facts, in their order
-    layer, site  where: at a layer's "ffn", or in the "stream" after it
+    Attributes:
+        v_star: (n, d_model) the wanted output at the subject token. At the site "ffn" it is the
+            output of the down-projection, bias included. At "stream" it is the layer's output.
+        v_initial: (n, d_model) the same output of the model as it is, on the bare prompt.
+        k_star: (n, d_ff) the input of the down-projection, averaged over the contexts.
+        k_prompt: (n, d_ff) that input on the bare prompt.
+        ffn_initial: (n, d_model) the output of the down-projection on the bare prompt. At the site
+            "ffn" it is v_initial.
+        convergence: For each fact: steps, loss, nll, kl, norm (‖δ‖), limit (the clamp) and stopped,
+            which is "loss" or "steps".
+        facts: The facts, in their order.
+        layer: The layer.
+        site: The place in the layer: "ffn" or "stream".
     """
 
     v_star: Tensor
@@ -80,9 +98,28 @@ class Targets:
     layer: int
     site: Site
 
+    @classmethod
+    def gathered(cls, rows: Sequence[tuple[Self, int]]) -> Self:
+        """Return the targets that are given as (targets, row) pairs, in this order.
+
+        Args:
+            rows: At least one pair. All targets are of one layer and site.
+        """
+        first, _ = rows[0]
+        names = ("v_star", "v_initial", "k_star", "k_prompt", "ffn_initial")
+        return cls(
+            **{
+                name: torch.stack([getattr(part, name)[row] for part, row in rows])
+                for name in names
+            },
+            convergence=tuple(part.convergence[row] for part, row in rows),
+            facts=tuple(part.facts[row] for part, row in rows),
+            layer=first.layer,
+            site=first.site,
+        )
+
     def __repr__(self) -> str:
-        steps = [int(found["steps"]) for found in self.convergence]
-        return f"Targets({len(self.facts)} at layer {self.layer} ({self.site}), {min(steps, default=0)} to {max(steps, default=0)} steps)"
-
-
-TENSORS = ("v_star", "v_initial", "k_star", "k_prompt", "ffn_initial")
+        steps = [int(record.get("steps", 0)) for record in self.convergence]
+        least, most = min(steps, default=0), max(steps, default=0)
+        place = f"layer {self.layer} ({self.site})"
+        return f"Targets({len(self.facts)} at {place}, {least} to {most} steps)"
