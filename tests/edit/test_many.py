@@ -23,7 +23,12 @@ from factsmith.edit.configs import (
     RomeConfig,
     SpreadConfig,
 )
-from factsmith.edit.contexts import chat_contexts, generate_contexts, generate_openings, weights
+from factsmith.edit.contexts import (
+    chat_contexts,
+    context_weights,
+    generate_contexts,
+    generate_openings,
+)
 from factsmith.edit.delta import Delta, applied, read_weights
 from factsmith.edit.keys import read_keys, read_stream
 from factsmith.edit.methods import METHODS, edit, memit, r_rome
@@ -107,7 +112,7 @@ def test_a_layer_s_share_is_least_squares_over_every_context() -> None:
     config = MemitConfig((0, 1), keys="each", moment_weight=2.0, **SEARCH)  # type: ignore[arg-type]
     targets = find_targets(lm, FACTS, 1, config, CONTEXTS, site="stream")
     delta = memit(lm, FACTS, config, moments=moments, contexts=CONTEXTS, targets=targets)
-    roots = torch.tensor(weights(CONTEXTS)).sqrt()[:, None]
+    roots = torch.tensor(context_weights(CONTEXTS)).sqrt()[:, None]
     rows = (read_keys(lm, FACTS, 0, CONTEXTS) * roots).flatten(0, 1).double()
     missing = (targets.v_star - read_stream(lm, FACTS, 1))[:, None] / 2
     wanted = (missing * roots).flatten(0, 1).double()
@@ -147,9 +152,9 @@ def test_a_share_for_the_subject_alone() -> None:
 
 
 def test_weights_of_contexts() -> None:
-    assert weights(["{}"]) == [1.0]
-    assert weights(["a {}", "{}", "b {}"]) == [0.25, 0.5, 0.25]
-    assert weights(["{}", "{}", "a {}"]) == [0.25, 0.25, 0.5] and weights(["{}", "{}"]) == [
+    assert context_weights(["{}"]) == [1.0]
+    assert context_weights(["a {}", "{}", "b {}"]) == [0.25, 0.5, 0.25]
+    assert context_weights(["{}", "{}", "a {}"]) == [0.25, 0.25, 0.5] and context_weights(["{}", "{}"]) == [
         0.5,
         0.5,
     ]

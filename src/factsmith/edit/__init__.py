@@ -1,7 +1,8 @@
 """Answer facts with a Delta: the editors, their settings and their closed forms.
 
-The package can be called: `factsmith.edit(lm, facts, "memit", ...)` is `factsmith.edit.methods.edit`. Python sets the attribute
-`factsmith.edit` to this package as soon as any of its modules is imported, so the package stands in for the function of that name.
+The package can be called: `factsmith.edit(lm, facts, "memit", ...)` is
+`factsmith.edit.methods.edit`. Python sets the attribute `factsmith.edit` to this package as soon as
+any of its modules is imported, so the package stands in for the function of that name.
 """
 
 import inspect

@@ -100,7 +100,7 @@ def chat_contexts(lm: LanguageModel) -> list[str]:
     return [text.replace(_SLOT, "{}")]
 
 
-def weights(contexts: Sequence[str]) -> list[float]:
+def context_weights(contexts: Sequence[str]) -> list[float]:
     """Return the weight of each context in a key of the MEMIT family.
 
     The bare prompt has one half, and all other contexts together have the other half. If only one

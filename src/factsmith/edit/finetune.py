@@ -1,12 +1,14 @@
-"""Plain fine-tuning, which editors are compared with: FT-L and LoRA on a model's down-projections.
+"""Plain fine-tuning, which editing methods are compared with: FT-L and LoRA on down-projections.
 
-    weights = fine_tune(lm, facts, FineTuneConfig(layers=(1,)))      # {1: (d_model, d_ff)}; the model is untouched
-    weights = lora(lm, facts, LoraConfig(layers=(0, 1, 2)))          # needs peft: pip install "factsmith[adapter]"
-    with written(lm, weights):                                       # inside the new weights, outside the very same bits as before
+    weights = fine_tune(lm, facts, FineTuneConfig(layers=(1,)))      # {1: (d_model, d_ff)}
+    weights = lora(lm, facts, LoraConfig(layers=(0, 1, 2)))          # needs factsmith[adapter]
+    with written(lm, weights):
         lm.answer([facts[0].text])
 
-Both follow the prompt's own tokens to the target by gradient descent, and nothing asks them to leave the rest alone but a bound on the
-change (FT-L: Zhu et al. 2020, https://arxiv.org/abs/2012.00363) or its rank (LoRA: Hu et al. 2021, https://arxiv.org/abs/2106.09685).
+The model is untouched when they return. Both train the prompts to be followed by their targets,
+with gradient descent. Nothing protects other facts, except a bound on the change (FT-L: Zhu et al.
+2020, https://arxiv.org/abs/2012.00363) or on its rank (LoRA: Hu et al. 2021,
+https://arxiv.org/abs/2106.09685).
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import random
 import statistics
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,19 +37,22 @@ from .delta import read_weights, write_weights
 
 @dataclass(frozen=True, kw_only=True)
 class TuneConfig:
-    """What both ways have in common. Raises InputError or LayerError for what is out of range."""
+    """The settings that FT-L and LoRA have in common."""
 
     layers: tuple[int, ...] | None = None
-    """Whose down-projections are trained. None: those that MEMIT edits, of which FT-L takes the lowest."""
+    """The layers whose down-projections are trained. None: those that MEMIT edits, of which FT-L
+    takes the lowest."""
     lr: float = 5e-4
-    """Step size of Adam."""
+    """Learning rate of Adam."""
     stop_loss: float = 0.05
-    """An epoch's mean loss, in nats a token, at which training ends."""
+    """Training ends when an epoch's mean loss is below this value, in nats for each token."""
     steps: int = 600
-    """At most so many steps, or `epochs` over the facts, whichever is more."""
+    """Training also ends after this number of steps and `epochs` over the facts, whichever is
+    later."""
     epochs: int = 8
+    """See `steps`."""
     batch: int = 32
-    """Facts a step."""
+    """Number of facts in a step."""
 
     def __post_init__(self) -> None:
         for name in ("lr", "stop_loss"):
@@ -58,7 +63,9 @@ class TuneConfig:
             not self.layers or len(set(self.layers)) < len(self.layers)
         ):
             raise LayerError(
-                f"layers are numbers of layers, each once, or None; got {self.layers!r}"
+                f"layers is {self.layers!r}: it must be a list of layer numbers with each layer "
+                "once, or None",
+                argument="layer",
             )
 
 
@@ -68,7 +75,7 @@ class FineTuneConfig(TuneConfig):
 
     lr: float = 2e-3
     clamp: float = 0.03
-    """No entry of a weight changes by more."""
+    """Largest change of any entry of a weight."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,7 +87,7 @@ class LoraConfig(TuneConfig):
     """Settings of LoRA."""
 
     rank: int = 8
-    """Of each layer's change, which is scaled by 2."""
+    """Rank of each layer's change. The change is scaled by 2."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,18 +102,32 @@ def fine_tune(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[int, Tensor]:
-    """FT-L: Adam on some down-projections (by default one), each entry kept within ±clamp of what it was.
+    """Train down-projections with FT-L: Adam, with each entry kept within ±clamp of what it was.
 
-    Returns the new weights {layer: (d_model, d_ff)}, in the model's dtype and on its device; the model is as before. Raises InputError for
-    no facts or one without a target, LayerError, UnsupportedModelError (experts), NumericsError where training did not stay finite.
+    Args:
+        lm: The model. It is the same afterwards.
+        facts: One fact or several, each with a target.
+        config: The settings. By default one layer is trained.
+        seed: Seed of the order of the facts.
+        progress: Called with the step's name, how much is done, and how much there is.
+
+    Returns:
+        The new weights {layer: (d_model, d_ff)}, in the model's dtype and on its device.
+
+    Raises:
+        InputError: There are no facts, or one has no target.
+        LayerError: The model does not have a layer.
+        UnsupportedModelError: A layer is a mixture of experts.
+        NumericsError: The weights did not stay finite.
     """
     config = config or FineTuneConfig()
-    told, layers = _checked(facts), _layers(lm, config)[: None if config.layers else 1]
+    trained = _with_targets(facts)
+    layers = _layers(lm, config)[: None if config.layers else 1]
     base = read_weights(lm, layers)
     weights = [lm.ffn[layer].down.get_parameter("weight") for layer in layers]
     starts = [weight.detach().clone() for weight in weights]
 
-    def bound() -> None:
+    def clamp() -> None:
         with torch.no_grad():
             for weight, start in zip(weights, starts, strict=True):
                 weight.copy_(start + (weight - start).clamp(-config.clamp, config.clamp))
@@ -114,25 +135,15 @@ def fine_tune(
     try:
         for weight in weights:
             weight.requires_grad_(True)
-        _train(
-            lm.module,
-            lm,
-            told,
-            torch.optim.Adam(weights, lr=config.lr),
-            config,
-            seed,
-            bound,
-            progress,
-        )
-        found = {
-            layer: weight.detach().clone() for layer, weight in read_weights(lm, layers).items()
-        }
+        adam = torch.optim.Adam(weights, lr=config.lr)
+        _train(lm.module, lm, trained, adam, config, seed, clamp, progress)
+        tuned = read_weights(lm, layers)
     finally:
         for weight in weights:
             weight.requires_grad_(False)
             weight.grad = None
         write_weights(lm, base)
-    return _finite(found, base)
+    return _finite(tuned)
 
 
 def lora(
@@ -143,113 +154,108 @@ def lora(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[int, Tensor]:
-    """LoRA, by peft, on the down-projections of some layers, and its product added to their weights.
+    """Train down-projections with LoRA, by peft, and add its product to their weights.
 
-    Arguments, result and errors as `fine_tune`; InputError too where peft is not installed.
+    Arguments, result and errors are those of `fine_tune`.
+
+    Raises:
+        InputError: peft is not installed.
     """
     try:
         import peft
     except ImportError:
         raise InputError(
-            'LoRA needs peft, which is not installed; install it with: pip install "factsmith[adapter]"'
+            "LoRA needs peft, which is not installed. Install it with: "
+            'pip install "factsmith[adapter]"'
         ) from None
     config = config or LoraConfig()
-    told, layers = _checked(facts), _layers(lm, config)
+    trained, layers = _with_targets(facts), _layers(lm, config)
     base = read_weights(lm, layers)
     downs = {layer: lm.ffn[layer].down for layer in layers}
     names = {module: name for name, module in lm.module.named_modules()}
+    devices = [lm.device] if lm.device.type == "cuda" else []
     try:
-        with (
-            torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter(
-                "ignore"
-            )  # of what peft asks of transformers that is to be renamed there
+        with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+            # peft uses names of transformers that will change, which warns on each use.
+            warnings.simplefilter("ignore")
             torch.manual_seed(seed)
-            model = peft.get_peft_model(
-                lm.module,
-                peft.LoraConfig(
-                    r=config.rank,
-                    lora_alpha=2 * config.rank,
-                    lora_dropout=0.0,
-                    target_modules=[names[down] for down in downs.values()],
-                    fan_in_fan_out=any(linear_matrix(down).transposed for down in downs.values()),
-                ),
+            settings = peft.LoraConfig(
+                r=config.rank,
+                lora_alpha=2 * config.rank,
+                lora_dropout=0.0,
+                target_modules=[names[down] for down in downs.values()],
+                fan_in_fan_out=any(linear_matrix(down).transposed for down in downs.values()),
             )
+            model = peft.get_peft_model(lm.module, settings)
         adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr)
-        _train(model, lm, told, adam, config, seed, lambda: None, progress)
-        found = {}
+        _train(model, lm, trained, adam, config, seed, lambda: None, progress)
+        tuned = {}
         with torch.no_grad():
             for layer, down in downs.items():
                 change = lm.module.get_submodule(names[down]).get_delta_weight("default")
                 change = change.T if linear_matrix(down).transposed else change
-                found[layer] = (base[layer].float() + change.to(base[layer].device).float()).to(
-                    base[layer].dtype
-                )
+                weight = base[layer]
+                tuned[layer] = (weight.float() + change.to(weight.device).float()).to(weight.dtype)
     finally:
-        for down in downs.values():  # by hand, since it is right wherever the work was left
+        for down in downs.values():  # by hand, because peft may have failed in the middle
             parent, _, child = names[down].rpartition(".")
             setattr(lm.module.get_submodule(parent), child, down)
         lm.module.requires_grad_(False)
         if hasattr(lm.module, "peft_config"):
-            del (
-                lm.module.peft_config
-            )  # or the next time would look like a second adapter on the first
-    return _finite(found, base)
+            del lm.module.peft_config  # otherwise the next call looks like a second adapter
+    return _finite(tuned)
 
 
-def _checked(facts: Fact | Sequence[Fact]) -> list[Fact]:
-    told = listed(facts)
-    if aimless := next((fact for fact in told if fact.target is None), None):
+def _with_targets(facts: Fact | Sequence[Fact]) -> list[Fact]:
+    """Return the facts as a list, each with a target."""
+    given = listed(facts)
+    if aimless := next((fact for fact in given if fact.target is None), None):
         raise InputError(
-            f"{aimless.text!r} has no target to train on; give one, or use rome or memit to forget"
+            f"{aimless.text!r} has no target to train on. Give one, or use rome or memit to forget."
         )
-    return told
+    return given
 
 
 def _layers(lm: LanguageModel, config: TuneConfig) -> list[int]:
+    """Return the layers to train, in ascending order."""
     chosen = config.layers or MemitConfig.recommended(lm).layers
     assert chosen is not None
     return sorted(check_dense_layer(layer, lm.ffn) for layer in chosen)
 
 
-def _finite(found: dict[int, Tensor], base: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    for layer, weight in found.items():
+def _finite(weights: dict[int, Tensor]) -> dict[int, Tensor]:
+    """Return the weights, after a check that they are finite."""
+    for layer, weight in weights.items():
         if not torch.isfinite(weight).all():
             raise NumericsError(
-                f"training left NaN or infinity in layer {layer} ({base[layer].dtype}); use a smaller lr, or float32"
+                f"training left NaN or infinity in layer {layer} ({weight.dtype}). Use a smaller "
+                "lr, or float32.",
+                argument="lr",
             )
-    return found
+    return weights
 
 
 def _batches(
     lm: LanguageModel, facts: Sequence[Fact], size: int, seed: str
 ) -> Iterator[dict[str, Tensor]]:
-    """Shuffled batches of prompt + target, labelled at the target."""
+    """Yield shuffled batches of prompts and targets, with labels at the targets."""
     order = list(facts)
     random.Random(seed).shuffle(order)
-    fill, device = pad_id(lm.tokenizer), lm.device
-    for at in range(0, len(order), size):
+    fill = pad_id(lm.tokenizer)
+    for first in range(0, len(order), size):
         rows = []
-        for fact in order[at : at + size]:
-            head, tail = (
-                lm.prompt_ids(fact.text),
-                target_ids(lm.tokenizer, fact.text, fact.target or ""),
-            )
-            rows.append((head + tail, [-100] * len(head) + tail))
+        for fact in order[first : first + size]:
+            prompt = lm.prompt_ids(fact.text)
+            target = target_ids(lm.tokenizer, fact.text, fact.target or "")
+            rows.append((prompt + target, [-100] * len(prompt) + target))
         width = max(len(ids) for ids, _ in rows)
-        yield {
-            "input_ids": torch.tensor(
-                [ids + [fill] * (width - len(ids)) for ids, _ in rows], device=device
-            ),
-            "labels": torch.tensor(
-                [labels + [-100] * (width - len(labels)) for _, labels in rows], device=device
-            ),
-            "attention_mask": torch.tensor(
-                [[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in rows], device=device
-            ),
+        padding = [width - len(ids) for ids, _ in rows]
+        batch = {
+            "input_ids": [ids + [fill] * n for (ids, _), n in zip(rows, padding, strict=True)],
+            "labels": [labels + [-100] * n for (_, labels), n in zip(rows, padding, strict=True)],
+            "attention_mask": [[1] * (width - n) + [0] * n for n in padding],
         }
+        yield {name: torch.tensor(values, device=lm.device) for name, values in batch.items()}
 
 
 def _train(
@@ -262,27 +268,33 @@ def _train(
     after: Callable[[], object],
     progress: Progress | None,
 ) -> None:
-    """Steps on shuffled batches until an epoch's mean loss is low enough, or there were enough of them."""
+    """Take steps until an epoch's mean loss is low enough, or there were enough steps.
+
+    Args:
+        module: The model to train.
+        lm: Its tokenizer is used.
+        facts: The facts.
+        adam: The optimizer of what is trained.
+        config: The settings.
+        seed: Seed of the order of the facts.
+        after: Called after each step.
+        progress: Called with the step's name, how much is done, and how much there is.
+    """
     steps, epoch = 0, 0
+    total = max(config.steps, config.epochs * -(-len(facts) // config.batch))
     with torch.enable_grad():
         while steps < config.steps or epoch < config.epochs:
             losses = []
             for batch in _batches(lm, facts, config.batch, f"{seed} {epoch}"):
+                labels = batch.pop("labels")[:, 1:]
                 adam.zero_grad()
-                logits = module(
-                    input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-                ).logits[:, :-1]
-                loss = cross_entropy(logits.flatten(0, 1).float(), batch["labels"][:, 1:].flatten())
+                logits = module(**batch).logits[:, :-1]
+                loss = cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
                 torch.autograd.backward(loss)
                 adam.step()
                 after()
                 losses.append(float(loss.detach()))
-                tell(
-                    progress,
-                    "training",
-                    steps + len(losses),
-                    max(config.steps, config.epochs * -(-len(facts) // config.batch)),
-                )
+                tell(progress, "training", steps + len(losses), total)
             steps, epoch = steps + len(losses), epoch + 1
             if statistics.fmean(losses) < config.stop_loss:
                 return

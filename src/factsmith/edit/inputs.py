@@ -1,9 +1,9 @@
-"""What an editor works from: everything the caller gave, checked, with every default filled in.
+"""What an edit works from: the arguments of `edit`, checked, with all defaults filled in.
 
-    inputs = edit_inputs(lm, facts, config, moments=moments)
+    inputs = edit_inputs(lm, distinct_facts(facts), config, moments=moments)
     inputs.layers, inputs.contexts, inputs.moments[3]
 
-An editor's formula then never has to ask what was left out.
+So the formula of a method never has to ask what was left out.
 """
 
 from __future__ import annotations
@@ -34,22 +34,28 @@ Moments: TypeAlias = SecondMoment | Mapping[int, SecondMoment]
 """The second moment of the one edited layer, or second moments by layer."""
 
 KnownTargets: TypeAlias = Callable[[Sequence[Fact], int, Site], Targets]
-"""Gives the kept targets of some facts at a layer and a site, in place of a search."""
+"""Returns the kept targets of some facts at a layer and a site, in place of a search."""
+
+SHARED_KEY = 0.95
+"""Cosine of two keys under C⁻¹ from which on they count as nearly the same. On the atlas models,
+the keys of different subjects stay below it, except those of subjects such as North and South
+Korea. The keys of one subject in different prompts have cosines of 0.4 to 0.999, and 1 where the
+subject begins the prompt."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EditInputs:
-    """What an editor works from.
+    """What an edit works from.
 
     Attributes:
         lm: The model. It carries the deltas in `beneath`.
-        facts: The facts to write, each prompt once.
+        facts: The facts to write.
         config: The method's settings, with the layers filled in.
         moments: The second moment of every edited layer.
         contexts: Templates with `{}` for the prompt.
-        beneath: The deltas that the model carries, in ledger order.
-        targets: Targets that the caller has already searched. None: search.
-        known_targets: Gives kept targets in place of every search. None: search.
+        beneath: The deltas that the model carries, in their order.
+        targets: Targets that the caller has searched already. None: search.
+        known_targets: Returns kept targets in place of every search. None: search.
         progress: Called with the step's name, how much is done, and how much there is.
     """
 
@@ -71,49 +77,100 @@ class EditInputs:
         return layers
 
 
-def edit_inputs(  # house: these are the arguments of `edit`, less the method
+def edit_inputs(
     lm: LanguageModel,
-    facts: Fact | Iterable[Fact],
+    facts: Sequence[Fact],
     config: EditConfig,
     *,
     moments: Moments,
     contexts: Sequence[str] | None = None,
     seed: int = 0,
     beneath: Sequence[Delta] = (),
-    targets: Targets | None = None,
     progress: Progress | None = None,
 ) -> EditInputs:
-    """Check the arguments of an edit and fill in what was left out; the arguments are those of `edit`.
+    """Check the arguments of an edit, which are those of `edit`, and fill in the defaults.
 
     Raises:
-        InputError: No facts, two targets for one prompt, a missing second moment, contexts without "{}", or targets of other facts.
+        InputError: A second moment is missing, or the bare "{}" is not among the contexts.
         LayerError: The model does not have a layer.
         UnsupportedModelError: A layer is a mixture of experts.
         FingerprintError: A second moment belongs to another model.
     """
-    wanted, carried = _distinct(listed(facts)), _checked_deltas(beneath)
+    deltas = _checked_deltas(beneath)
     if config.edited is None:
         config = config.at(type(config).recommended(lm).edited or ())
     layers = [check_dense_layer(layer, lm.ffn) for layer in config.edited or ()]
-    inputs = EditInputs(
+    return EditInputs(
         lm=lm,
-        facts=wanted,
+        facts=list(facts),
         config=config.at(layers),
-        moments=_moments_of(lm, moments, layers, carried),
+        moments=_checked_moments(lm, moments, layers, deltas),
         contexts=config.own_contexts(lm, seed) if contexts is None else check_contexts(contexts),
-        beneath=carried,
-        targets=targets,
+        beneath=deltas,
         progress=progress,
     )
-    if targets is not None:
-        _check_targets(inputs, targets)
-    return inputs
 
 
-def shared_keys(
+def distinct_facts(facts: Fact | Iterable[Fact]) -> list[Fact]:
+    """Return each fact once.
+
+    Raises:
+        InputError: There are no facts, or one prompt has two targets. Their average would be an
+            answer that nobody asked for.
+    """
+    by_prompt: dict[str, Fact] = {}
+    for fact in listed(facts):
+        first = by_prompt.setdefault(fact.text, fact)
+        if (first.target and first.target.strip()) != (fact.target and fact.target.strip()):
+            raise InputError(
+                f"two targets for one prompt: {fact.text!r} has the targets {first.target!r} and "
+                f"{fact.target!r}; leave one out",
+                argument="facts",
+            )
+    return list(by_prompt.values())
+
+
+def with_targets(inputs: EditInputs, targets: Targets) -> EditInputs:
+    """Return the inputs with targets that the caller has searched already.
+
+    Raises:
+        InputError: They are not the targets of these facts, in their order, at the place where the
+            method edits. Or the method writes the facts one after another, and there are several.
+    """
+    if not isinstance(targets, Targets):
+        raise InputError(
+            f"targets is a {type(targets).__name__}; expected the Targets that find_targets "
+            "returns",
+            argument="targets",
+        )
+    site, layer, facts = inputs.config.site, inputs.layers[-1], inputs.facts
+    if site == "ffn" and len(facts) > 1:
+        raise InputError(
+            f"targets were given with {len(facts)} facts. This method searches the target of each "
+            "fact on the model that carries the facts before it, so it takes targets for a single "
+            "fact only.",
+            argument="targets",
+        )
+    if (targets.layer, targets.site) != (layer, site):
+        raise InputError(
+            f'the targets are of site "{targets.site}" at layer {targets.layer}; expected those of '
+            f'site "{site}" at layer {layer}, the last edited layer: '
+            f'find_targets(lm, facts, {layer}, config, contexts, site="{site}")',
+            argument="targets",
+        )
+    if list(map(_question, targets.facts)) != list(map(_question, facts)):
+        raise InputError(
+            f"the targets are those of {len(targets.facts)} other facts, or in another order; "
+            f"expected one for each of the {len(facts)} facts given, each prompt once",
+            argument="targets",
+        )
+    return dataclasses.replace(inputs, targets=targets)
+
+
+def with_shared_keys(
     inputs: EditInputs, keys: Mapping[int, Tensor], convergence: Sequence[Mapping[str, Any]]
 ) -> tuple[Mapping[str, Any], ...]:
-    """Add to each fact's record which other fact, with another target, has nearly the same key in some layer.
+    """Add to a fact's record which fact with another target has nearly the same key in some layer.
 
     Args:
         inputs: The edit.
@@ -134,42 +191,42 @@ def shared_keys(
     )
 
 
-SHARED_KEY = 0.95
-"""Cosine of two keys under C⁻¹ from which they count as nearly one. On the atlas models, keys of different subjects stay below it, except
-for subjects such as North and South Korea. One subject in different prompts has 0.4 to 0.999, and 1 where it begins the prompt."""
+def recipe_of(inputs: EditInputs, **changed: object) -> dict[str, Any]:
+    """Return the settings and contexts as a Delta keeps them, as JSON values."""
+    return {**dataclasses.asdict(inputs.config), "contexts": inputs.contexts, **changed}
+
+
+def _question(fact: Fact) -> tuple[str, str, str | None]:
+    """Return the parts of a fact that its target depends on."""
+    return fact.text, fact.subject, fact.target
 
 
 def _checked_deltas(beneath: Sequence[Delta]) -> list[Delta]:
-    expected = "the deltas that the model carries, in their order"
-    deltas = (
-        [beneath]
-        if isinstance(beneath, Delta)
-        else check_items(beneath, "beneath", "deltas", also="one Delta")
-    )
+    if isinstance(beneath, Delta):
+        return [beneath]
+    deltas = check_items(beneath, "beneath", "Deltas", also="one Delta")
     if wrong := [type(delta).__name__ for delta in deltas if not isinstance(delta, Delta)]:
-        raise InputError(f"beneath holds a {wrong[0]}; expected {expected}")
+        raise InputError(
+            f"beneath holds a {wrong[0]}; expected the Deltas that the model carries, in their "
+            "order",
+            argument="beneath",
+        )
     return deltas
 
 
-def _distinct(facts: Sequence[Fact]) -> list[Fact]:
-    """Each fact once. Two targets of one prompt would be averaged to something nobody asked for."""
-    by_prompt: dict[str, Fact] = {}
-    for fact in facts:
-        first = by_prompt.setdefault(fact.text, fact)
-        if (first.target and first.target.strip()) != (fact.target and fact.target.strip()):
-            raise InputError(
-                f"two targets for one prompt: {fact.text!r} is to be continued by {first.target!r} and by {fact.target!r}; leave one out"
-            )
-    return list(by_prompt.values())
-
-
-def _moments_of(
+def _checked_moments(
     lm: LanguageModel, moments: Moments, layers: Sequence[int], beneath: Sequence[Delta]
 ) -> dict[int, SecondMoment]:
-    """The second moment of every layer, of the model without the deltas that it carries; the first of these was made on it."""
+    """Return the second moment of every layer.
+
+    They are those of the model without the deltas that it carries. The first of these deltas was
+    made on that model.
+    """
     if not isinstance(moments, (SecondMoment, Mapping)):
         raise InputError(
-            f"moments is a {type(moments).__name__}; expected a SecondMoment, or one by layer number. See second_moments"
+            f"moments is a {type(moments).__name__}; expected a SecondMoment, or "
+            "{layer: SecondMoment} as second_moments returns it",
+            argument="moments",
         )
     if isinstance(moments, SecondMoment):
         if len(layers) > 1:
@@ -183,55 +240,32 @@ def _moments_of(
     for layer, moment in chosen.items():
         if not isinstance(moment, SecondMoment):
             raise InputError(
-                f"the second moment of layer {layer} is a {type(moment).__name__}; expected a SecondMoment, as second_moments gives it. "
-                "SecondMoment.from_matrix makes one from a matrix"
+                f"the second moment of layer {layer} is a {type(moment).__name__}; expected a "
+                "SecondMoment, as second_moments returns it. SecondMoment.from_matrix makes one "
+                "from a matrix.",
+                argument="moments",
             )
         moment.check(lm, layer, base=beneath[0].fingerprint if beneath else None)
-    corpora = {layer: moment.corpus[:12] for layer, moment in chosen.items() if moment.corpus}
-    if len(set(corpora.values())) > 1:
-        listed_corpora = ", ".join(
-            f"layer {layer} from {digest}" for layer, digest in corpora.items()
-        )
-        raise InputError(
-            f"the second moments of the layers are from different texts ({listed_corpora}), so the layers would be weighed by different "
-            f"measures; compute them in one call: second_moments(lm, texts, {list(layers)}), or `factsmith moments`"
-        )
+    _check_one_corpus(chosen)
     return chosen
+
+
+def _check_one_corpus(moments: Mapping[int, SecondMoment]) -> None:
+    """Check that all second moments are from the same text, as far as they know it."""
+    corpora = {layer: moment.corpus[:12] for layer, moment in moments.items() if moment.corpus}
+    if len(set(corpora.values())) > 1:
+        origins = ", ".join(f"layer {layer} from {digest}" for layer, digest in corpora.items())
+        raise InputError(
+            f"the second moments of the layers are from different texts ({origins}), so the layers "
+            "would be weighed by different measures. Compute them in one call: "
+            f"second_moments(lm, texts, {list(moments)}).",
+            argument="moments",
+        )
 
 
 def _missing(layers: Sequence[int], given: str) -> InputError:
     return InputError(
         f"no second moment for layer {', '.join(map(str, layers))}; got {given}. Compute it with "
-        f"second_moments(lm, texts, {list(layers)}) or `factsmith moments`, or load a saved one"
+        f"second_moments(lm, texts, {list(layers)}), or load a saved one.",
+        argument="moments",
     )
-
-
-def _check_targets(inputs: EditInputs, targets: Targets) -> None:
-    """Raise InputError unless the targets are those of these facts, in their order, at the place that the method edits."""
-    if not isinstance(targets, Targets):
-        raise InputError(
-            f"targets is a {type(targets).__name__}; expected what find_targets returns"
-        )
-    site, layer, facts = inputs.config.site, inputs.layers[-1], inputs.facts
-    if site == "ffn" and len(facts) > 1:
-        raise InputError(
-            f"targets were given with {len(facts)} facts; this method solves each fact on the model that carries the ones before, "
-            "so it takes the targets of a single fact"
-        )
-    if (targets.layer, targets.site) != (layer, site):
-        raise InputError(
-            f'the targets are of site "{targets.site}" at layer {targets.layer}; expected "{site}" at layer {layer}, the last that is '
-            f'edited: find_targets(lm, facts, {layer}, config, contexts, site="{site}")'
-        )
-    if [(f.text, f.subject, f.target) for f in targets.facts] != [
-        (f.text, f.subject, f.target) for f in facts
-    ]:
-        raise InputError(
-            f"the targets are those of {len(targets.facts)} other facts, or in another order; expected one for each of the {len(facts)} "
-            "facts given, each prompt once"
-        )
-
-
-def recipe_of(inputs: EditInputs, **changed: object) -> dict[str, Any]:
-    """The settings and contexts as a Delta keeps them, plain JSON values."""
-    return {**dataclasses.asdict(inputs.config), "contexts": inputs.contexts, **changed}

@@ -1,11 +1,13 @@
-"""The editors by name: from facts to a Delta.
+"""The editing methods by name: from facts to a Delta.
 
     moments = second_moments(lm, texts, layers=[0, 1, 2])
     delta = edit(lm, facts, "memit", MemitConfig(layers=(0, 1, 2)), moments=moments)
-    delta = rome(lm, fact, RomeConfig(layer=1), moments=moments)          # the same as edit(lm, fact, "rome", ...)
+    delta = memit(lm, facts, MemitConfig(layers=(0, 1, 2)), moments=moments)        # the same
 
-The model is untouched when an editor returns; `applied(lm, delta)` puts the edit in. A method is a row of `METHODS`. A new one needs its
-settings (`configs.py`), its formula (`solve.py`) and a row here.
+The model is untouched when a method returns. `applied(lm, delta)` puts the edit in.
+
+A method is a row of `METHODS`. A new one needs its settings (`configs.py`), its formula
+(`solve.py`) and a row here.
 """
 
 from __future__ import annotations
@@ -15,13 +17,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from typing_extensions import Required, TypedDict, Unpack
+
 from ..core.errors import InputError
 from ..core.fact import Fact
 from ..core.progress import Progress
 from ..model.language_model import LanguageModel
 from .configs import AlphaEditConfig, EditConfig, EmmetConfig, MemitConfig, RomeConfig
 from .delta import Delta
-from .inputs import EditInputs, Moments, edit_inputs
+from .inputs import EditInputs, Moments, distinct_facts, edit_inputs, with_targets
 from .rome import one_by_one
 from .spread import all_at_once
 from .target import Targets
@@ -44,37 +48,24 @@ class Method:
     paper: str
 
 
+_ARXIV = "https://arxiv.org/abs/"
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("rome", RomeConfig, one_by_one, "https://arxiv.org/abs/2202.05262"),
-        Method(
-            "r-rome",
-            RomeConfig,
-            partial(one_by_one, one_key=True),
-            "https://arxiv.org/abs/2403.07175",
-        ),
-        Method(
-            "memit",
-            MemitConfig,
-            partial(all_at_once, method="memit"),
-            "https://arxiv.org/abs/2210.07229",
-        ),
-        Method(
-            "emmet",
-            EmmetConfig,
-            partial(all_at_once, method="emmet"),
-            "https://arxiv.org/abs/2403.14236",
-        ),
+        Method("rome", RomeConfig, one_by_one, _ARXIV + "2202.05262"),
+        Method("r-rome", RomeConfig, partial(one_by_one, one_key=True), _ARXIV + "2403.07175"),
+        Method("memit", MemitConfig, partial(all_at_once, method="memit"), _ARXIV + "2210.07229"),
+        Method("emmet", EmmetConfig, partial(all_at_once, method="emmet"), _ARXIV + "2403.14236"),
         Method(
             "alphaedit",
             AlphaEditConfig,
             partial(all_at_once, method="alphaedit"),
-            "https://arxiv.org/abs/2410.02355",
+            _ARXIV + "2410.02355",
         ),
     )
 }
-"""Every method by its name."""
+"""Every editing method by its name."""
 
 
 def find_method(name: str, config: object = None) -> Method:
@@ -84,14 +75,19 @@ def find_method(name: str, config: object = None) -> Method:
         InputError: There is no such method, or the settings are those of another.
     """
     if name not in METHODS:
-        raise InputError(f"no method {name!r}; expected one of {', '.join(METHODS)}")
+        raise InputError(
+            f"no method {name!r}; expected one of {', '.join(METHODS)}", argument="method"
+        )
     method = METHODS[name]
     if config is not None and not isinstance(config, method.config):
-        raise InputError(f"{name} takes a {method.config.__name__}; got {type(config).__name__}")
+        raise InputError(
+            f"{name} takes a {method.config.__name__}; got a {type(config).__name__}",
+            argument="config",
+        )
     return method
 
 
-def edit(  # house: the public signature; every argument but the first two has a default or a name
+def edit(  # house: the public signature, promised in DESIGN
     lm: LanguageModel,
     facts: Fact | Iterable[Fact],
     method: str = "rome",
@@ -111,23 +107,29 @@ def edit(  # house: the public signature; every argument but the first two has a
         facts: One fact or several.
         method: A name from `METHODS`.
         config: The method's settings. None: those recommended for the model.
-        moments: The second moment of the edited layer, or {layer: SecondMoment}, of the unedited model.
-        contexts: Templates with `{}` for the prompt, the bare "{}" among them. None: the model writes them, from `seed`. In the keys of the
-            MEMIT family the bare prompt weighs one half, the others together the other half.
+        moments: The second moment of the edited layer, or {layer: SecondMoment}. They are those of
+            the unedited model.
+        contexts: Templates with `{}` for the prompt, the bare "{}" among them. None: the model
+            writes them, from `seed`. In the keys of the MEMIT family the bare prompt has one half
+            of the weight, and the others together have the other half.
         seed: Seed of the contexts.
-        beneath: The deltas that the model carries, in their order; the first was made on the unedited model. The MEMIT family keeps their
-            keys (Σ k kᵀ), as in the authors' sequential variant. ROME ignores the keys.
-        targets: Targets that `find_targets` returned for these facts on this model; then there is no search. At the edited layer for ROME
-            (a single fact), at the last layer with site="stream" for the MEMIT family.
+        beneath: The deltas that the model carries, in their order. The first was made on the
+            unedited model. The MEMIT family keeps what they wrote, by their keys (Σ k kᵀ), as in
+            the authors' sequential variant. ROME ignores the keys.
+        targets: Targets that `find_targets` returned for these facts on this model, so that there
+            is no search. For ROME they are those of a single fact at the edited layer. For the
+            MEMIT family they are at the last layer, with site="stream".
         progress: Called with the step's name, how much is done, and how much there is.
 
     Returns:
-        The change, with k_star, v_star and how each search ended. ROME and r-ROME write the facts one after another into one layer, so the
-        result depends on their order. The others write all facts at once into several layers.
+        The change, with k_star, v_star and how each search ended. ROME and r-ROME write the facts
+        one after another into one layer, so the result depends on their order. The other methods
+        write all facts at once into several layers.
 
     Raises:
-        InputError: An unknown method, the settings of another method, no facts, two targets for one prompt, a missing second moment, or
-            contexts without "{}".
+        InputError: The method is unknown, the settings are those of another method, there are no
+            facts, one prompt has two targets, a second moment is missing, or the bare "{}" is not
+            among the contexts.
         LayerError: The model does not have a layer.
         SubjectError: A subject is not in its prompt exactly once.
         UnsupportedModelError: A layer is a mixture of experts.
@@ -136,25 +138,42 @@ def edit(  # house: the public signature; every argument but the first two has a
     chosen = find_method(method, config)
     inputs = edit_inputs(
         lm,
-        facts,
+        distinct_facts(facts),
         chosen.config.recommended(lm) if config is None else config,
         moments=moments,
         contexts=contexts,
         seed=seed,
         beneath=beneath,
-        targets=targets,
         progress=progress,
     )
-    return chosen.solve(inputs)
+    return chosen.solve(inputs if targets is None else with_targets(inputs, targets))
+
+
+class EditOptions(TypedDict, total=False):
+    """The options of `edit`, which the functions below take too.
+
+    `moments` is required. `earlier` is the name that `beneath` had before version 0.2.
+    """
+
+    moments: Required[Moments]
+    contexts: Sequence[str] | None
+    seed: int
+    beneath: Sequence[Delta]
+    earlier: Sequence[Delta]
+    targets: Targets | None
+    progress: Progress | None
 
 
 def rome(
     lm: LanguageModel,
     facts: Fact | Iterable[Fact],
     config: RomeConfig | None = None,
-    **options: Any,
+    **options: Unpack[EditOptions],
 ) -> Delta:
-    """Rank-one model editing (Meng et al. 2022, https://arxiv.org/abs/2202.05262). The options are those of `edit`."""
+    """Rank-one model editing (Meng et al. 2022, https://arxiv.org/abs/2202.05262).
+
+    Arguments, result and errors are those of `edit`.
+    """
     return edit(lm, facts, "rome", config, **_renamed(options))
 
 
@@ -162,11 +181,13 @@ def r_rome(
     lm: LanguageModel,
     facts: Fact | Iterable[Fact],
     config: RomeConfig | None = None,
-    **options: Any,
+    **options: Unpack[EditOptions],
 ) -> Delta:
-    """ROME with one key, the mean over contexts, in both places of equation 2 (Gupta et al. 2024, https://arxiv.org/abs/2403.07175).
+    """ROME with one key (Gupta et al. 2024, https://arxiv.org/abs/2403.07175).
 
-    It avoids the edits that break a model because two keys hardly overlap. The options are those of `edit`.
+    The mean key over the contexts is in both places of ROME's equation 2. This avoids the edits
+    that break a model because two keys hardly overlap. Arguments, result and errors are those of
+    `edit`.
     """
     return edit(lm, facts, "r-rome", config, **_renamed(options))
 
@@ -175,9 +196,12 @@ def memit(
     lm: LanguageModel,
     facts: Fact | Iterable[Fact],
     config: MemitConfig | None = None,
-    **options: Any,
+    **options: Unpack[EditOptions],
 ) -> Delta:
-    """Mass-editing memory (Meng et al. 2022, https://arxiv.org/abs/2210.07229). The options are those of `edit`."""
+    """Mass-editing memory (Meng et al. 2022, https://arxiv.org/abs/2210.07229).
+
+    Arguments, result and errors are those of `edit`.
+    """
     return edit(lm, facts, "memit", config, **_renamed(options))
 
 
@@ -185,9 +209,12 @@ def emmet(
     lm: LanguageModel,
     facts: Fact | Iterable[Fact],
     config: EmmetConfig | None = None,
-    **options: Any,
+    **options: Unpack[EditOptions],
 ) -> Delta:
-    """ROME's equality for a whole batch (Gupta et al. 2024, https://arxiv.org/abs/2403.14236). The options are those of `edit`."""
+    """ROME's exact outputs for many facts at once (Gupta et al. 2024).
+
+    The paper is https://arxiv.org/abs/2403.14236. Arguments, result and errors are those of `edit`.
+    """
     return edit(lm, facts, "emmet", config, **_renamed(options))
 
 
@@ -195,14 +222,18 @@ def alphaedit(
     lm: LanguageModel,
     facts: Fact | Iterable[Fact],
     config: AlphaEditConfig | None = None,
-    **options: Any,
+    **options: Unpack[EditOptions],
 ) -> Delta:
-    """Null-space constrained editing (Fang et al. 2024, https://arxiv.org/abs/2410.02355). The options are those of `edit`."""
+    """Null-space constrained editing (Fang et al. 2024, https://arxiv.org/abs/2410.02355).
+
+    Arguments, result and errors are those of `edit`.
+    """
     return edit(lm, facts, "alphaedit", config, **_renamed(options))
 
 
-def _renamed(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of an alias, where `earlier` is still taken: the name of `beneath` before 0.2."""
-    if "earlier" in options:
-        options["beneath"] = options.pop("earlier")
-    return options
+def _renamed(options: EditOptions) -> dict[str, Any]:
+    """Return the options by their present names."""
+    named: dict[str, Any] = {**options}
+    if "earlier" in named:
+        named["beneath"] = named.pop("earlier")
+    return named

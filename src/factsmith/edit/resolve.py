@@ -1,4 +1,9 @@
-"""Solve a patch again from the targets that it was made with: closed form, no gradient."""
+"""Solve a patch again from the targets that it was made with, in closed form.
+
+    again = resolve(lm, delta, delta.facts[1:], moments=moments, beneath=deltas)
+
+This takes a fact out of a patch, or fits a patch to a model whose other patches have changed.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +20,7 @@ from ..core.tables import counted
 from ..model.language_model import LanguageModel
 from .configs import EditConfig, SpreadConfig
 from .delta import Delta
-from .inputs import Moments, edit_inputs
+from .inputs import Moments, distinct_facts, edit_inputs
 from .keys import Site
 from .methods import find_method
 from .search import known_targets
@@ -33,20 +38,22 @@ def resolve(
 ) -> Delta:
     """Solve a patch, or some of its facts, again on the model as it is now.
 
-    Nothing is searched and no gradient is taken. Keys are read again in forward passes, since what lies below may have changed, and the
-    layers' systems are solved for the old targets. Facts that a pass leaves short are asked for again, as often as the patch's settings
-    repair.
+    Nothing is searched and no gradient is taken. The keys are read again in forward passes, because
+    what lies below may have changed. The layers' systems are solved for the old targets. Facts that
+    a pass leaves short are written again, as often as the patch's settings repair.
 
     Args:
         lm: The model, carrying `beneath`.
         delta: The patch.
         facts: Those of its facts that stay. None: all.
-        moments: Second moments of the edited layers, of the unedited model, as when the patch was made.
+        moments: Second moments of the edited layers, of the unedited model, as when the patch was
+            made.
         beneath: The deltas that the model carries, in their order.
         progress: Called with the step's name, how much is done, and how much there is.
 
     Raises:
-        InputError: The facts are not facts of the delta, or its method or settings are not known. Otherwise as `edit`.
+        InputError: A fact is not one of the delta's, or its method or settings are not known. Other
+            errors are those of `edit`.
     """
     if not isinstance(delta, Delta):
         raise InputError(f"expected a Delta to solve again; got {type(delta).__name__}")
@@ -56,12 +63,20 @@ def resolve(
         fact.text not in place or delta.facts[place[fact.text]] != fact for fact in staying
     ):
         raise InputError(
-            f"expected some of the {counted(len(delta.facts), 'fact')} of the patch; got {[str(fact) for fact in staying][:3]}"
+            f"facts is {[str(fact) for fact in staying][:3]}; expected some of the "
+            f"{counted(len(delta.facts), 'fact')} of the patch",
+            argument="facts",
         )
     method = find_method(delta.method)
     config, contexts = _kept_settings(delta, method.config)
     inputs = edit_inputs(
-        lm, staying, config, moments=moments, contexts=contexts, beneath=beneath, progress=progress
+        lm,
+        distinct_facts(staying),
+        config,
+        moments=moments,
+        contexts=contexts,
+        beneath=beneath,
+        progress=progress,
     )
     known = _KeptTargets(lm, delta, place, contexts)
     solved = method.solve(dataclasses.replace(inputs, known_targets=known))
@@ -69,14 +84,14 @@ def resolve(
 
 
 def _kept_settings(delta: Delta, kind: type[EditConfig]) -> tuple[EditConfig, list[str]]:
-    """The settings and contexts that a patch was made with; raises InputError when they cannot be read."""
+    """Return the settings and contexts that a patch was made with."""
     names = [field.name for field in dataclasses.fields(kind) if field.name in delta.config]
     try:
         config = kind(**{name: delta.config[name] for name in names})
         contexts = [str(context) for context in delta.config["contexts"]]
     except (TypeError, KeyError) as error:
         raise InputError(
-            f"the patch's settings cannot be read ({error}); write its facts again instead"
+            f"the patch's settings cannot be read ({error}). Write its facts again instead."
         ) from None
     if isinstance(config, SpreadConfig):
         config = dataclasses.replace(config, norm_anchor=None)  # v_star was brought to it already
@@ -84,7 +99,7 @@ def _kept_settings(delta: Delta, kind: type[EditConfig]) -> tuple[EditConfig, li
 
 
 class _KeptTargets:
-    """Gives the v_star that a patch was made with, in place of a search."""
+    """Returns the v_star that a patch was made with, in place of a search."""
 
     def __init__(
         self, lm: LanguageModel, delta: Delta, place: dict[str, int], contexts: list[str]
@@ -97,7 +112,7 @@ class _KeptTargets:
         return dataclasses.replace(targets, convergence=tuple(map(self._record, facts)))
 
     def _record(self, fact: Fact) -> dict[str, Any]:
-        """How the target was found at first, less what depends on the other facts."""
+        """Return how the target was first found, without what depends on the other facts."""
         convergence = self.delta.convergence
         kept = (
             convergence[self.place[fact.text]] if len(convergence) == len(self.delta.facts) else {}

@@ -1,6 +1,11 @@
 """ROME and r-ROME: one rank-one update for each fact, one fact after another.
 
-Meng et al. 2022, https://arxiv.org/abs/2202.05262; Gupta et al. 2024, https://arxiv.org/abs/2403.07175.
+    delta = one_by_one(inputs)                    # ROME, rank n_facts
+    delta = one_by_one(inputs, one_key=True)      # r-ROME
+    deltas = rome_each(lm, facts, moments=...)    # a delta for each fact alone
+
+ROME is Meng et al. 2022, https://arxiv.org/abs/2202.05262. r-ROME is Gupta et al. 2024,
+https://arxiv.org/abs/2403.07175.
 """
 
 from __future__ import annotations
@@ -16,17 +21,21 @@ from ..model.language_model import LanguageModel
 from . import solve
 from .configs import RomeConfig
 from .delta import Delta, applied
-from .inputs import EditInputs, Moments, edit_inputs, recipe_of, shared_keys
+from .inputs import EditInputs, Moments, edit_inputs, recipe_of, with_shared_keys
 from .search import find_targets
 from .target import Targets
 
 
 def one_by_one(inputs: EditInputs, *, one_key: bool = False) -> Delta:
-    """Write the facts one after another, each solved on the model that carries the ones before; rank n_facts.
+    """Write the facts one after another, each solved on the model that carries the ones before it.
 
     Args:
         inputs: The edit, at one layer.
-        one_key: Use the key averaged over contexts everywhere (r-ROME), not only in the numerator (ROME's code).
+        one_key: Use the key averaged over contexts in both places of equation 2 (r-ROME). ROME's
+            code has it in one place, and the key of the bare prompt in the other.
+
+    Returns:
+        The sum of the updates, of rank n_facts.
     """
     lm, (layer,) = inputs.lm, inputs.layers
     fingerprint = lm.fingerprint
@@ -45,7 +54,7 @@ def one_by_one(inputs: EditInputs, *, one_key: bool = False) -> Delta:
         k_star={layer: keys},
         v_star=torch.cat([delta.v_star for delta in deltas]),
         facts=tuple(inputs.facts),
-        convergence=shared_keys(inputs, {layer: keys}, convergence),
+        convergence=with_shared_keys(inputs, {layer: keys}, convergence),
     )
 
 
@@ -58,21 +67,20 @@ def rome_each(
     contexts: Sequence[str] | None = None,
     seed: int = 0,
 ) -> list[Delta]:
-    """Return what `rome` gives for each fact alone, all searched in one batch.
+    """Return the delta that `rome` gives for each fact alone. All are searched in one batch.
 
-    This measures many single edits, as the paper's tables do. Arguments and errors are those of `rome`.
+    This measures many single edits, as the paper's tables do. The facts are independent, so they
+    may name one prompt several times. Arguments and errors are otherwise those of `rome`.
     """
-    alone = listed(facts)  # each by itself, so one prompt may be there with several targets
     config = config or RomeConfig.recommended(lm)
-    inputs = edit_inputs(lm, alone[0], config, moments=moments, contexts=contexts, seed=seed)
-    inputs = dataclasses.replace(inputs, facts=alone)
+    inputs = edit_inputs(lm, listed(facts), config, moments=moments, contexts=contexts, seed=seed)
     (layer,) = inputs.layers
     targets = find_targets(lm, inputs.facts, layer, inputs.config, inputs.contexts)
     return _deltas(inputs, inputs.facts, targets, lm.fingerprint, one_key=False)
 
 
 def _targets_of(inputs: EditInputs, fact: Fact) -> Targets:
-    """The target of one fact: as given, as kept, or searched on the model as it is now."""
+    """Return the target of one fact: as given, as kept, or searched on the model as it is now."""
     (layer,) = inputs.layers
     if inputs.targets is not None:
         return inputs.targets
@@ -84,10 +92,10 @@ def _targets_of(inputs: EditInputs, fact: Fact) -> Targets:
 def _deltas(
     inputs: EditInputs, facts: Sequence[Fact], targets: Targets, fingerprint: str, one_key: bool
 ) -> list[Delta]:
-    """One rank-one Delta for each fact, from its target."""
+    """Return one rank-one Delta for each fact, from its target."""
     (layer,) = inputs.layers
     k_prompt, v_initial = targets.k_prompt, targets.v_initial
-    if one_key:  # the layer's output for the mean key, which no prompt has: W k̄ = W k + W (k̄ − k)
+    if one_key:  # the output for the mean key, which no prompt has: W k̄ = W k + W (k̄ − k)
         weight = inputs.lm.ffn[layer].weight().to(v_initial)
         k_prompt, v_initial = targets.k_star, v_initial + (targets.k_star - k_prompt) @ weight.T
     factor = inputs.moments[layer].factor.cpu()

@@ -1,7 +1,10 @@
-"""The editors of the MEMIT family: all facts at once, spread over several layers.
+"""The methods of the MEMIT family: all facts at once, spread over several layers.
 
-First find what should stand in the stream after the last edited layer. Then every layer, from the lowest up, adds its share of what is
-still missing (`_write`). MEMIT, EMMET and AlphaEdit differ in the formula of a layer only: `SpreadConfig.update`.
+    delta = all_at_once(inputs, "memit")
+
+First the targets are searched: the stream after the last edited layer, at each fact's subject
+token. Then each layer, from the lowest up, adds its share of what is still missing (`_write`).
+MEMIT, EMMET and AlphaEdit differ only in the formula of a layer, `SpreadConfig.update`.
 
 MEMIT is Meng et al. 2022, https://arxiv.org/abs/2210.07229, algorithm 1.
 """
@@ -19,27 +22,28 @@ from torch import Tensor
 
 from ..core.fact import Fact
 from ..core.progress import Progress, tell
+from ..corpus.moments import SecondMoment
 from ..model.language_model import LanguageModel
 from . import solve
 from .configs import SpreadConfig
-from .contexts import SUBJECT
-from .contexts import weights as context_weights
+from .contexts import SUBJECT, context_weights
 from .delta import Delta, applied
-from .inputs import EditInputs, recipe_of, shared_keys
+from .inputs import EditInputs, recipe_of, with_shared_keys
 from .keys import read_keys, read_stream, to_down
 from .search import find_targets
 from .target import Targets
 
 _FARTHER = 1.5
-"""How much farther than the clamp a repair may search for a fact that did not take. Near targets cost the model less, and do for most."""
+"""How much farther than the clamp a repair may search. The first pass does not, because near
+targets cost the model less, and most facts take with them."""
 
 _REACHED = 1.0
-"""Nats. A target that even the wider search leaves with less probability than 1/e cannot be reached at this site. Asking for it again
-would only cost what the other facts and the model hold."""
+"""Nats. A target that has less probability than 1/e even after the wider search cannot be reached
+at this site. To write it again would only cost other facts."""
 
 
 def all_at_once(inputs: EditInputs, method: str) -> Delta:
-    """Find the targets, write them layer by layer, and repair as often as the settings say."""
+    """Search the targets, write them layer by layer, and repair as often as the settings say."""
     run = _Run(_filled(inputs), method)
     for attempt in range(run.config.repair + 1):
         with applied(inputs.lm, run.parts):
@@ -51,7 +55,7 @@ def all_at_once(inputs: EditInputs, method: str) -> Delta:
 
 
 def _filled(inputs: EditInputs) -> EditInputs:
-    """The same inputs, with the settings that depend on the number of facts."""
+    """Return the inputs with the settings filled in that depend on the number of facts."""
     config, layers = inputs.config, set(inputs.layers)
     assert isinstance(config, SpreadConfig)
     count = len(inputs.facts) + sum(
@@ -69,10 +73,13 @@ class _Run:
         inputs: What the edit works from.
         method: The method's name.
         parts: The deltas written so far: the first pass, then the repairs.
-        v_star: (n, d_model) what should stand in the stream after the last edited layer. None before the first pass.
+        v_star: (n, d_model) the wanted stream after the last edited layer. None before the first
+            pass.
         keys: {layer: (n, d_ff)} each fact's mean key.
         convergence: For each fact, how its target was found.
         anchor: The norm that targets are rescaled to. None: not known yet, or not wanted.
+        stored: {layer: (d_ff, d_ff)} Σ k kᵀ over the keys of earlier edits. None: there are none.
+        fingerprint: That of the model before the edit.
     """
 
     inputs: EditInputs
@@ -82,6 +89,8 @@ class _Run:
     keys: dict[int, Tensor] = field(default_factory=dict)
     convergence: list[Mapping[str, Any]] = field(default_factory=list)
     anchor: float | None = None
+    stored: dict[int, Tensor | None] = field(init=False)
+    fingerprint: str = field(init=False)
 
     def __post_init__(self) -> None:
         self.convergence = [{}] * len(self.inputs.facts)
@@ -96,7 +105,7 @@ class _Run:
         return self.inputs.config
 
     def short_of_target(self) -> list[int]:
-        """The facts that the model does not assert yet, less those whose target could not be reached."""
+        """Return the facts that the model does not assert yet, if their target can be reached."""
         lost = set()
         if self.inputs.known_targets is None:
             lost = {
@@ -108,7 +117,7 @@ class _Run:
         return [i for i in missed if i not in lost]
 
     def targets_for(self, short: Sequence[int], attempt: int) -> Targets:
-        """The targets of some facts: as given, as kept, or searched on the model as it is now."""
+        """Return the targets of some facts: as given, as kept, or searched on the present model."""
         inputs, config, last = self.inputs, self.config, self.inputs.layers[-1]
         facts = [inputs.facts[i] for i in short]
         if inputs.targets is not None and not attempt:
@@ -123,7 +132,7 @@ class _Run:
         )
 
     def write(self, short: Sequence[int], targets: Targets, attempt: int) -> None:
-        """Write some facts' targets in one pass over the layers; the other facts' outputs stay."""
+        """Write the targets of some facts in one pass over the layers, and keep the other facts."""
         inputs = self.inputs
         v_star = self._anchored(targets)
         for i, record in zip(short, targets.convergence, strict=True):
@@ -132,7 +141,7 @@ class _Run:
         part = self._write([inputs.facts[i] for i in short], v_star, holding)
         self.parts.append(part)
         if self.v_star is None:
-            # Copies: what the caller gave, and what the first part keeps, must not change with later repairs.
+            # Copies: repairs must not change what the caller gave, or what the first part keeps.
             self.v_star = v_star.clone()
             self.keys = {layer: rows.clone() for layer, rows in part.k_star.items()}
         else:
@@ -141,21 +150,25 @@ class _Run:
                 self.keys[layer][short] = part.k_star[layer]
 
     def _anchored(self, targets: Targets) -> Tensor:
-        """v_star with the FFN's part of it rescaled to the anchor's norm, where the settings ask for one."""
+        """Return v_star with the part of the feed-forward network rescaled to the anchor's norm."""
         if self.config.norm_anchor is None:
             return targets.v_star
-        ffn = (
-            targets.ffn_initial + targets.v_star - targets.v_initial
-        )  # what the FFN alone should put out
+        # The wanted output of the feed-forward network alone.
+        ffn = targets.ffn_initial + targets.v_star - targets.v_initial
         if self.anchor is None:
             self.anchor = float(ffn.norm(dim=-1).mean())
         return targets.v_star - ffn + solve.anchored(ffn, self.anchor)
 
     def _write(self, facts: Sequence[Fact], v_star: Tensor, holding: Sequence[Fact]) -> Delta:
-        """One pass over the layers, lowest first: each adds its share of what is still missing from v_star (n, d_model).
+        """Write in one pass over the layers, lowest first: MEMIT, algorithm 1.
 
-        MEMIT, algorithm 1. Keys and stream are read on the model whose lower layers are already edited. `holding` are facts whose
-        outputs stay: their keys count as those of stored edits do.
+        Each layer adds its share of what is still missing. Keys and stream are read on the model
+        whose lower layers are already edited.
+
+        Args:
+            facts: The facts to write.
+            v_star: (n, d_model) the wanted stream after the last edited layer.
+            holding: Facts whose outputs stay. Their keys count as stored keys do.
         """
         inputs, config, layers = self.inputs, self.config, self.inputs.layers
         lm, contexts = inputs.lm, inputs.contexts
@@ -167,12 +180,12 @@ class _Run:
                 keys, stored = read_keys(lm, facts, layer, contexts).cpu(), self.stored[layer]
                 asked = rows.of(keys, facts, layer)
                 if holding:
-                    kept = rows.of(
-                        read_keys(lm, holding, layer, contexts).cpu(), holding, layer
-                    ).double()
+                    kept = read_keys(lm, holding, layer, contexts).cpu()
+                    kept = rows.of(kept, holding, layer).double()
                     stored = kept.T @ kept if stored is None else stored + kept.T @ kept
                 missing = v_star - read_stream(lm, facts, layers[-1]).to(v_star)
-                # The share is one of the stream: after a norm, part of an addition is not that part of its effect.
+                # The share is taken from the stream. If a norm follows the down-projection, a part
+                # of an addition does not have that part of its effect.
                 share = solve.share(missing, len(layers) - done, config.spread)
                 residuals = to_down(lm, facts, layer, share).cpu()
                 left, right = rows.update(asked, residuals, inputs.moments[layer], stored)
@@ -194,7 +207,7 @@ class _Run:
         )
 
     def result(self) -> Delta:
-        """All passes as one Delta."""
+        """Return all passes as one Delta."""
         inputs = self.inputs
         assert self.v_star is not None
         return dataclasses.replace(
@@ -206,12 +219,16 @@ class _Run:
             k_star=self.keys,
             v_star=self.v_star.cpu(),
             config=recipe_of(inputs, layers=list(inputs.layers), norm_anchor=self.anchor),
-            convergence=shared_keys(inputs, self.keys, self.convergence),
+            convergence=with_shared_keys(inputs, self.keys, self.convergence),
         )
 
 
 class _Rows:
-    """How a fact's keys in its contexts become rows of a layer's system: one mean row, or a weighted row for each context."""
+    """Turns the keys of a fact in its contexts into rows of a layer's system.
+
+    With keys="mean" a fact has one row, the mean key. With "each" it has a weighted row for each
+    context, and for the subject alone if the settings give it a share.
+    """
 
     def __init__(self, lm: LanguageModel, config: SpreadConfig, contexts: Sequence[str]) -> None:
         self.lm, self.config = lm, config
@@ -221,18 +238,19 @@ class _Rows:
         self.roots = torch.cat([self.weights * (1 - share), subject]).sqrt()[:, None]
 
     def of(self, keys: Tensor, facts: Sequence[Fact], layer: int) -> Tensor:
-        """Keys (n, contexts, d_ff) as rows of the system."""
+        """Return keys (n, contexts, d_ff) as rows of the system."""
         if self.config.keys == "mean":
             return torch.einsum("ncm,c->nm", keys, self.weights)
         if self.config.subject_share:
             alone = [Fact(fact.subject, "{}", fact.target) for fact in facts]
             keys = torch.cat([keys, read_keys(self.lm, alone, layer, SUBJECT).cpu()], dim=1)
-        return (keys * self.roots).flatten(0, 1)  # a row for every context, counted by its weight
+        return (keys * self.roots).flatten(0, 1)
 
     def update(
-        self, rows: Tensor, residuals: Tensor, moment: Any, stored: Tensor | None
+        self, rows: Tensor, residuals: Tensor, moment: SecondMoment, stored: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The layer's update, (d_model, n) and (n, d_ff), from rows and residuals (n, d_model)."""
+        """Return the layer's update (d_model, n) and (n, d_ff) from rows and residuals (n,
+        d_model)."""
         if self.config.keys == "mean":
             return self.config.update(rows, residuals, moment, stored)
         # The rows of a fact share its residual, so the rank stays that of the facts.
@@ -243,7 +261,7 @@ class _Rows:
 
 
 def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """The sum of several updates of one layer as one pair of factors, float32."""
+    """Return the sum of several updates of one layer as one pair of factors, float32."""
     left, right = solve.compact(
         torch.cat([left for left, _ in parts], dim=1), torch.cat([right for _, right in parts])
     )
@@ -251,25 +269,32 @@ def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def _not_taken(lm: LanguageModel, facts: Sequence[Fact], contexts: Sequence[str]) -> list[int]:
-    """The facts that the model does not assert in some context, or still asserts where they are to be forgotten."""
+    """Return the facts that did not take.
+
+    A fact with a target takes if the model asserts it in all contexts. A fact to forget takes if
+    the model asserts it in none.
+    """
     pairs = [
         (i, context.replace("{}", fact.text), target)
         for i, fact in enumerate(facts)
         if (target := fact.target or fact.target_true) is not None
         for context in contexts
     ]
-    said = (
-        lm.says([prompt for _, prompt, _ in pairs], [target for *_, target in pairs])
-        if pairs
-        else []
+    if not pairs:
+        return []
+    said = lm.says([prompt for _, prompt, _ in pairs], [target for *_, target in pairs])
+    missed = (
+        i for (i, *_), says in zip(pairs, said, strict=True) if says == (facts[i].target is None)
     )
-    return sorted(
-        {i for (i, *_), says in zip(pairs, said, strict=True) if says == (facts[i].target is None)}
-    )
+    return sorted(set(missed))
 
 
 def _stored(beneath: Sequence[Delta], layer: int) -> Tensor | None:
-    """Σ k kᵀ over what earlier edits wrote into a layer, (d_ff, d_ff) float64; None when they wrote nothing."""
+    """Return Σ k kᵀ over the keys that earlier edits wrote into a layer, (d_ff, d_ff) float64.
+
+    Returns:
+        None if they wrote nothing there.
+    """
     keys = [
         delta.k_star[layer].double()
         for delta in beneath
@@ -279,7 +304,11 @@ def _stored(beneath: Sequence[Delta], layer: int) -> Tensor | None:
 
 
 def _anchor(config: SpreadConfig, beneath: Sequence[Delta]) -> float | None:
-    """The norm to rescale to: the setting, or that of the first round; None when it is not known yet."""
+    """Return the norm to rescale to: the setting, or that of the first round.
+
+    Returns:
+        None if no norm is wanted, or if this is the first round.
+    """
     if isinstance(config.norm_anchor, (int, float)):
         return float(config.norm_anchor)
     first = next((d.config["norm_anchor"] for d in beneath if d.config.get("norm_anchor")), None)
