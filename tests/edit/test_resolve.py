@@ -1,4 +1,4 @@
-"""Patches solved again from their targets: where they should come out, without a search, on a model that is another by then."""
+"""Patches solved again from their targets, without a search, on a model that may have changed."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import GPT2, LLAMA, TEXTS, byte_tokenizer, tiny_model
+from conftest import TEXTS
+from editing import new_model, output_at_subject
 from factsmith.core.errors import InputError
 from factsmith.core.fact import Fact
 from factsmith.corpus.moments import SecondMoment
 from factsmith.corpus.moments_store import find_moments
-from factsmith.edit import methods
+from factsmith.edit import rome as editing_one_by_one
+from factsmith.edit import spread as editing_all_at_once
 from factsmith.edit.configs import AlphaEditConfig, EditConfig, EmmetConfig, MemitConfig, RomeConfig
 from factsmith.edit.delta import Delta, applied
 from factsmith.edit.methods import METHODS, edit
 from factsmith.edit.resolve import resolve
-from factsmith.edit.search import find_targets, known_targets
+from factsmith.edit.search import find_targets
+from factsmith.edit.target import Targets
 from factsmith.model.language_model import LanguageModel
-from factsmith.model.load import wrap
-from factsmith.model.tokens import subject_span
 
 FACTS = [
     Fact("Danielle Darrieux", "The mother tongue of {} is", "English"),
@@ -40,10 +41,8 @@ CONFIG: dict[str, EditConfig] = {
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
 def lm(request: pytest.FixtureRequest) -> LanguageModel:
-    return wrap(
-        tiny_model(request.param, **(GPT2 if request.param == "gpt2" else LLAMA)),
-        byte_tokenizer(bos=request.param == "llama"),
-    )
+    """Each of two families in turn."""
+    return new_model(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +57,6 @@ def close(one: Delta, other: Delta) -> bool:
     )
 
 
-def put_out(lm: LanguageModel, fact: Fact, layer: int) -> torch.Tensor:
-    """What a down-projection puts out at the subject's last token, read by a plain hook."""
-    last = subject_span(lm, fact.text, fact.subject)[1] - 1
-    seen = []
-    hook = lm.ffn[layer].down.register_forward_hook(lambda _m, _i, output: seen.append(output))
-    with torch.no_grad():
-        lm.module(input_ids=torch.tensor([lm.prompt_ids(fact.text)]))
-    hook.remove()
-    return seen[0][0, last]
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_on_the_model_it_was_made_on_it_is_the_same(
     lm: LanguageModel, moments: dict[int, SecondMoment], name: str, monkeypatch: pytest.MonkeyPatch
@@ -78,81 +66,51 @@ def test_on_the_model_it_was_made_on_it_is_the_same(
     def no_search(*args: Any, **options: Any) -> Any:
         raise AssertionError("searched")
 
-    monkeypatch.setattr(methods, "find_targets", no_search)
+    for module in (editing_one_by_one, editing_all_at_once):
+        monkeypatch.setattr(module, "find_targets", no_search)
     again = resolve(lm, delta, moments=moments)
-    assert (
-        close(again, delta)
-        and again.config == delta.config
-        and again.facts == delta.facts
-        and again.method == name
-    )
-    assert all(found["solved"] == "again" for found in again.convergence)
+    assert close(again, delta) and again.config == delta.config
+    assert again.facts == delta.facts and again.method == name
+    assert all(record["solved"] == "again" for record in again.convergence)
     with pytest.raises(AssertionError, match="searched"):
         edit(lm, FACTS, name, CONFIG[name], moments=moments, seed=1)
     if name != "rome" and name != "r-rome":
-        assert not close(
-            resolve(lm, dataclasses.replace(delta, v_star=delta.v_star + 1), moments=moments), delta
-        )
+        shifted = dataclasses.replace(delta, v_star=delta.v_star + 1)
+        assert not close(resolve(lm, shifted, moments=moments), delta), "the control"
 
 
-def test_rome_puts_out_its_target_without_what_it_stood_on(
+def test_rome_reaches_its_target_without_the_edit_beneath(
     lm: LanguageModel, moments: dict[int, SecondMoment]
 ) -> None:
-    first = methods.rome(lm, FACTS[0], CONFIG["rome"], moments=moments)  # type: ignore[arg-type]
+    first = edit(lm, FACTS[0], "rome", CONFIG["rome"], moments=moments)
     with applied(lm, first):
-        second = methods.rome(lm, FACTS[1:], CONFIG["rome"], moments=moments, beneath=[first])  # type: ignore[arg-type]
+        second = edit(lm, FACTS[1:], "rome", CONFIG["rome"], moments=moments, beneath=[first])
     again = resolve(lm, second, moments=moments)
     assert not close(again, second)
-    # ROME's update makes the last one written exact; the earlier one is left as the second moment asks
-    for delta, right in ((again, True), (second, False)):
+    # The fact that ROME writes last is exact. The one before it is only as near as C asks.
+    for delta, exact in ((again, True), (second, False)):
         with applied(lm, delta):
-            assert torch.allclose(put_out(lm, FACTS[2], 1), second.v_star[1], atol=1e-4) == right
+            output = output_at_subject(lm, lm.ffn[1].down, FACTS[2])
+            assert torch.allclose(output, second.v_star[1], atol=1e-4) == exact
 
 
 @pytest.mark.parametrize("name", ["memit", "alphaedit"])
 def test_some_facts_are_what_they_would_be_alone(
     lm: LanguageModel, moments: dict[int, SecondMoment], name: str
 ) -> None:
-    """With the targets of the whole patch, some facts of it come out as the method writes just those, given these targets."""
+    """Some facts of a patch become what the method writes for them alone, with their targets."""
     delta = edit(lm, FACTS, name, CONFIG[name], moments=moments, seed=1)
     part = resolve(lm, delta, [FACTS[2], FACTS[0]], moments=moments)
     contexts = delta.config["contexts"]
-    found = find_targets(lm, FACTS, 1, CONFIG[name], contexts, site="stream")
-    assert torch.allclose(found.v_star, delta.v_star, atol=1e-4)
-    order = [2, 0]
-    chosen = dataclasses.replace(
-        found,
-        **{
-            field: getattr(found, field)[order]
-            for field in ("v_star", "v_initial", "k_star", "k_prompt", "ffn_initial")
-        },
-        convergence=tuple(found.convergence[i] for i in order),
-        facts=tuple(FACTS[i] for i in order),
-    )
-    alone = edit(
-        lm,
-        [FACTS[2], FACTS[0]],
-        name,
-        CONFIG[name],
-        moments=moments,
-        contexts=contexts,
-        targets=chosen,
-    )
+    targets = find_targets(lm, FACTS, 1, CONFIG[name], contexts, site="stream")
+    assert torch.allclose(targets.v_star, delta.v_star, atol=1e-4)
+    chosen, facts = Targets.gathered([(targets, 2), (targets, 0)]), [FACTS[2], FACTS[0]]
+    alone = edit(lm, facts, name, CONFIG[name], moments=moments, contexts=contexts, targets=chosen)
     assert close(part, alone) and not close(part, delta) and part.facts == (FACTS[2], FACTS[0])
 
 
-@pytest.mark.parametrize("site", ["ffn", "stream"])
-def test_known_targets_are_those_of_the_search(lm: LanguageModel, site: Any) -> None:
-    contexts = ["{}", "Then, {}"]
-    found = find_targets(lm, FACTS, 1, RomeConfig(layer=1, steps=2), contexts, site=site)
-    known = known_targets(lm, FACTS, 1, contexts, found.v_star, site=site)
-    for name in ("v_star", "v_initial", "k_star", "k_prompt", "ffn_initial"):
-        assert torch.allclose(getattr(known, name), getattr(found, name), atol=1e-5), name
-    assert torch.allclose(known.ffn_initial[0], put_out(lm, FACTS[0], 1), atol=1e-5)
-
-
 def test_refusals(lm: LanguageModel, moments: dict[int, SecondMoment]) -> None:
-    delta = methods.memit(lm, FACTS[:2], CONFIG["memit"], moments=moments)  # type: ignore[arg-type]
+    delta = edit(lm, FACTS[:2], "memit", CONFIG["memit"], moments=moments)
     other = Fact("Edwin", "The official religion of {} is", "Buddhism")
     for facts in ([], [FACTS[2]], [other]):
         with pytest.raises(InputError, match="expected some of the 2 facts"):
@@ -166,5 +124,5 @@ def test_refusals(lm: LanguageModel, moments: dict[int, SecondMoment]) -> None:
             resolve(lm, dataclasses.replace(delta, config=config), moments=moments)
     with pytest.raises(InputError, match="no method"):
         resolve(lm, dataclasses.replace(delta, method="neurons"), moments=moments)
-    with pytest.raises(InputError, match="a target for each fact"):
-        known_targets(lm, FACTS, 1, ["{}"], delta.v_star)
+    with pytest.raises(InputError, match="expected a Delta"):
+        resolve(lm, delta.facts, moments=moments)  # type: ignore[arg-type]

@@ -24,7 +24,9 @@ def vectors(*sizes: int, seed: int = 1) -> list[torch.Tensor]:
 def test_rome_maps_the_prompts_key_to_v_star() -> None:
     k_star, k_prompt, v_star = vectors(12, 12, 5)
     weight = torch.stack(vectors(*[12] * 5, seed=2))
-    left, right = solve.rome(k_star, k_prompt, v_star - weight @ k_prompt, factors.cholesky(moment()))
+    left, right = solve.rome(
+        k_star, k_prompt, v_star - weight @ k_prompt, factors.cholesky(moment())
+    )
     assert left.shape == (5, 1) and right.shape == (1, 12)
     torch.testing.assert_close((weight + left @ right) @ k_prompt, v_star)
     assert not torch.allclose((weight + left @ right) @ k_star, v_star), (
@@ -174,7 +176,9 @@ def test_alphaedit_is_the_authors_system_and_leaves_ordinary_text_alone(earlier:
     torch.testing.assert_close(left @ right, expected, rtol=1e-7, atol=1e-9)
     texts = torch.linalg.eigh(matrix).eigenvectors[:, 6:]
     assert (left @ right @ texts).norm() < 1e-9 * (left @ right).norm()
-    memit = solve.memit(keys, residuals, factors.cholesky(matrix + 0.1 * torch.eye(12).double()), 1.0)
+    memit = solve.memit(
+        keys, residuals, factors.cholesky(matrix + 0.1 * torch.eye(12).double()), 1.0
+    )
     assert (memit[0] @ memit[1] @ texts).norm() > 1e-3, "the control writes there"
 
 
@@ -202,9 +206,9 @@ def test_keys_that_are_not_independent_have_no_exact_solution(n: int) -> None:
         keys[1] = 3 * keys[0]
     with pytest.raises(NumericsError, match=r"independent|not positive"):
         solve.emmet(keys, residuals, factors.cholesky(moment()))
-    assert torch.isfinite(solve.memit(keys, residuals, factors.cholesky(moment()), 1e-3)[1]).all(), (
-        "a ridge averages them"
-    )
+    assert torch.isfinite(
+        solve.memit(keys, residuals, factors.cholesky(moment()), 1e-3)[1]
+    ).all(), "a ridge averages them"
 
 
 def test_a_fact_given_twice_is_averaged_by_a_ridge() -> None:
