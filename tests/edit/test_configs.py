@@ -42,7 +42,8 @@ from factsmith.patch.trial_facts import trial_facts
 def test_settings_are_checked(changes: dict[str, object]) -> None:
     with pytest.raises((InputError, LayerError)):
         MemitConfig(**{"layers": (0, 1), **changes})  # type: ignore[arg-type]
-    assert MemitConfig((1, 0)).layers == (0, 1) and MemitConfig(2).layers == (2,)  # type: ignore[arg-type]
+    assert MemitConfig((1, 0)).layers == (0, 1)
+    assert MemitConfig(2).layers == (2,)  # type: ignore[arg-type]
 
 
 def test_the_null_space_is_set_by_a_threshold_or_an_energy() -> None:
@@ -80,7 +81,7 @@ def test_one_layer_is_all_that_rome_takes() -> None:
 
 
 def test_numbers_of_numpy_become_plain_ones() -> None:
-    config = AlphaEditConfig((np.int64(0),), lr=np.float32(0.5), steps=np.int64(3))  # type: ignore[arg-type]
+    config = AlphaEditConfig((np.int64(0),), lr=np.float32(0.5), steps=np.int64(3))
     assert (config.layers, config.lr, config.steps) == ((0,), 0.5, 3)
     assert type(config.lr) is float and type(config.steps) is int
     for odd in (

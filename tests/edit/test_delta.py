@@ -1,3 +1,5 @@
+"""A delta as a value, its folder, and the weights that it is put into."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -77,9 +79,8 @@ def test_applied_adds_the_dense_update_and_restores_every_bit(tiny_lm: LanguageM
         torch.testing.assert_close(
             tiny_lm.ffn[1].weight(), weights + torch.einsum("dr,rf->df", left, right)
         )
-    assert len([name for name in before if before[name] != inside[name]]) == 1, (
-        "exactly one matrix changes"
-    )
+    changed = [name for name in before if before[name] != inside[name]]
+    assert len(changed) == 1, "exactly one matrix changes"
     assert hashes(tiny_lm) == before
 
 
@@ -245,7 +246,7 @@ def test_damage_is_found(tiny_gpt2: LanguageModel, tmp_path: Path) -> None:
     with pytest.raises(DamagedError, match="No such file"):
         Delta.load(tmp_path / "nowhere")
 
-    # Consistent checksums around a delta that cannot be: validated like any other.
+    # Correct checksums around tensors that do not fit: they are checked like any others.
     named = load_file(tensors)
     named["left.1"] = named["left.1"].repeat(2, 1)
     save_file(named, tensors)

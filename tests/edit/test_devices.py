@@ -1,6 +1,7 @@
-"""Models whose parts lie on several devices (`device_map`): every part stays where it is, and edits are those of the model in one piece.
+"""Models with parts on several devices (`device_map`) are edited like models in one piece.
 
-The devices are make-believe (tests/devices.py), the hooks that move states between them are accelerate's own.
+The devices are simulated (tests/devices.py). The hooks that move states between them are those of
+accelerate.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from factsmith.edit.contexts import generate_openings
 from factsmith.edit.delta import applied
 from factsmith.edit.methods import METHODS, edit
 from factsmith.keep.workbench import Workbench
-from factsmith.model import load
+from factsmith.model import running
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap
 
@@ -41,7 +42,7 @@ CONFIGS: dict[str, EditConfig] = {
 CONTEXTS = ["{}", "Paris. {}"]
 FACTS = [
     Fact("Danielle Darrieux", "The mother tongue of {} is", "English"),
-    Fact("Edwin", "{} is the king of all", None),  # to be forgotten
+    Fact("Edwin", "{} is the king of all", None),  # one to forget
     Fact("LeBron James", "It is played by {}", "basketball"),
 ]
 FAMILIES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
@@ -55,7 +56,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
         }
         | {"model.layers.2": "cpu:3", "model.norm": "cpu:3", "lm_head": "cpu:4"},
     ),
-    "gemma2": (  # what stands between the FFN and the stream is run backwards
+    "gemma2": (  # gradients go through the norm after the feed-forward network
         {**LLAMA, "head_dim": 8, "sliding_window": 16, "tie_word_embeddings": True},
         {
             "model.embed_tokens": "cpu:1",
@@ -88,9 +89,8 @@ def whole(family: str) -> LanguageModel:
 def in_parts(family: str, monkeypatch: pytest.MonkeyPatch) -> LanguageModel:
     """The same model over several devices; call it within `devices()`."""
     pytest.importorskip("accelerate")
-    monkeypatch.setattr(
-        load, "_packed", lambda module: None
-    )  # it takes make-believe for another number format
+    # These tensors look like another number format.
+    monkeypatch.setattr(running, "packed_format", lambda module: None)
     module = tiny_model(family, **FAMILIES[family][0], attn_implementation="eager")
     spread(module, FAMILIES[family][1])
     return wrap(module, byte_tokenizer(bos=family != "gpt2"))
@@ -101,20 +101,17 @@ def places(lm: LanguageModel) -> dict[str, str]:
 
 
 def test_devices_do_not_mix() -> None:
-    """The control: what would fail between accelerators fails here."""
+    """The control: an operation that would fail between accelerators fails between these too."""
     with devices():
-        here, there, host = (
-            torch.ones(3, device="cpu:1"),
-            torch.ones(3, device="cpu:2"),
-            torch.ones(3),
-        )
-        assert isinstance(here, Placed) and here.device == torch.device("cpu:1")
-        for other in (there, host):
+        first, second = torch.ones(3, device="cpu:1"), torch.ones(3, device="cpu:2")
+        host = torch.ones(3)
+        assert isinstance(first, Placed) and first.device == torch.device("cpu:1")
+        for other in (second, host):
             with pytest.raises(RuntimeError, match="on one device"):
-                here + other
+                first + other
         with pytest.raises(RuntimeError, match="on one device"):
             host[torch.zeros(1, dtype=torch.long, device="cpu:1")]
-        assert torch.equal((here + there.to("cpu:1")).cpu(), host + host)
+        assert torch.equal((first + second.to("cpu:1")).cpu(), host + host)
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
@@ -127,25 +124,23 @@ def test_edits_of_a_model_in_parts_are_those_of_the_whole(
         lm = in_parts(family, monkeypatch)
         before = places(lm)
         assert len(set(before.values())) >= 3
-        found = second_moments(lm, TEXTS, [0, 1])
+        spread_moments = second_moments(lm, TEXTS, [0, 1])
         for layer in (0, 1):
-            assert found[layer].matrix.device == lm.ffn[layer].weight().device, (
-                "computed where the layer is"
-            )
-            torch.testing.assert_close(found[layer].matrix.cpu(), moments[layer].matrix)
+            matrix = spread_moments[layer].matrix
+            assert matrix.device == lm.ffn[layer].weight().device, "computed where the layer is"
+            torch.testing.assert_close(matrix.cpu(), moments[layer].matrix)
         if family == "gpt2":
             assert second_moments(lm, TEXTS, [1], dtype=torch.bfloat16)[1].count == moments[1].count
             assert generate_openings(lm, 0) == generate_openings(one, 0)
         for method in METHODS if family == "llama" else ["memit"]:
-            delta = edit(lm, FACTS, method, CONFIGS[method], moments=found, contexts=CONTEXTS)
-            expected = edit(one, FACTS, method, CONFIGS[method], moments=moments, contexts=CONTEXTS)
-            for layer, (left, right) in delta.layers.items():
-                assert {
-                    str(x.device) for x in (left, right, delta.k_star[layer], delta.v_star)
-                } == {"cpu"}
-                torch.testing.assert_close(
-                    delta.dense(layer), expected.dense(layer), rtol=1e-3, atol=1e-5
-                )
+            config = CONFIGS[method]
+            delta = edit(lm, FACTS, method, config, moments=spread_moments, contexts=CONTEXTS)
+            expected = edit(one, FACTS, method, config, moments=moments, contexts=CONTEXTS)
+            for layer, factors in delta.layers.items():
+                kept = (*factors, delta.k_star[layer], delta.v_star)
+                assert {str(tensor.device) for tensor in kept} == {"cpu"}
+                update, wanted = delta.dense(layer), expected.dense(layer)
+                torch.testing.assert_close(update, wanted, rtol=1e-3, atol=1e-5)
             with applied(lm, delta):
                 changed = lm.log_prob(["Edwin is"], [" a king"]).cpu()
                 assert places(lm) == before
@@ -178,5 +173,5 @@ def test_offloaded_weights_are_refused_with_advice(tmp_path: Path, where: str) -
         if where == "cpu"
         else accelerate.disk_offload(module, str(tmp_path), execution_device=torch.device("cpu"))
     )
-    with pytest.raises(UnsupportedModelError, match=r"outside any device .*load it on the CPU"):
+    with pytest.raises(UnsupportedModelError, match=r"on no device .*load the model on the CPU"):
         wrap(offloaded, byte_tokenizer(bos=True))

@@ -1,4 +1,4 @@
-"""What every editor has to do, and what each has to refuse, on tiny random models: one test for all of METHODS."""
+"""What every method must do, and what it must refuse: one test for all of METHODS."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from conftest import GPT2, LLAMA, TEXTS, byte_tokenizer, tiny_model
+from editing import FACTS, SEARCH, full_rank_moments, new_model
 from factsmith.core.errors import FactsmithError, InputError, NumericsError, UnsupportedModelError
 from factsmith.core.fact import Fact
 from factsmith.corpus.moments import SecondMoment, second_moments
@@ -27,12 +28,6 @@ from factsmith.model.load import load, wrap
 from factsmith.model.tokens import subject_span
 
 CONTEXTS = ["{}", "Paris. {}"]
-FACTS = [
-    Fact("Danielle Darrieux", "The mother tongue of {} is", "English"),
-    Fact("Edwin", "{} is the king of all", "France too"),
-    Fact("LeBron James", "It is played by {}", "basketball"),
-]
-SEARCH: dict[str, Any] = {"steps": 6, "lr": 0.2}
 CONFIGS: dict[str, EditConfig] = {
     "rome": RomeConfig(layer=1, **SEARCH),
     "r-rome": RomeConfig(layer=1, **SEARCH),
@@ -43,40 +38,25 @@ CONFIGS: dict[str, EditConfig] = {
 every_method = pytest.mark.parametrize("method", list(METHODS))
 
 
-def fresh() -> LanguageModel:
-    return wrap(tiny_model("gpt2", **GPT2), byte_tokenizer())
-
-
 @cache
 def model() -> LanguageModel:
-    return fresh()
+    return new_model("gpt2")
 
 
 @cache
 def moments() -> dict[int, SecondMoment]:
-    """Of full rank: a little of the identity stands for the text these models never read."""
-    found = second_moments(model(), TEXTS, [0, 1])
-    return {
-        layer: SecondMoment.from_matrix(
-            m.matrix + 1e-3 * m.matrix.diagonal().mean() * torch.eye(m.d_ff), count=m.count
-        )
-        for layer, m in found.items()
-    }
+    return full_rank_moments(model())
 
 
 def edit(
     method: str, facts: Fact | list[Fact], lm: LanguageModel | None = None, **changes: Any
 ) -> Delta:
-    """What a method gives; fails when it leaves a weight of the model changed, error or not."""
+    """The delta of a method. It fails if a weight of the model changes, also after an error."""
     lm = lm or model()
     before = read_weights(lm, range(lm.n_layers)) if not lm.ffn[0].n_experts else {}
     try:
-        arguments = {
-            "moments": moments(),
-            "contexts": CONTEXTS,
-            "config": CONFIGS[method],
-            **changes,
-        }
+        usual = {"moments": moments(), "contexts": CONTEXTS, "config": CONFIGS[method]}
+        arguments = {**usual, **changes}
         return edit_model(lm, facts, method, arguments.pop("config"), **arguments)
     finally:
         for layer, weight in before.items():
@@ -87,16 +67,16 @@ def edit(
 
 @torch.no_grad()
 def log_p(lm: LanguageModel, ids: list[int]) -> Tensor:
-    """What comes next, from a plain pass."""
+    """Log-probabilities of the next token, from a plain pass."""
     logits: Tensor = lm.module(input_ids=torch.tensor([ids])).logits
     return logits[0, -1].float().log_softmax(-1)
 
 
-def test_every_method_is_here() -> None:
+def test_every_method_is_tested() -> None:
     assert set(CONFIGS) == set(METHODS)
 
 
-# ── what a target may be ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── what a target may be ──────────────────────────────────────────────────────────────────────────
 
 
 @every_method
@@ -111,7 +91,7 @@ def test_targets_with_and_without_a_leading_space_are_one(method: str, target: s
 
 @every_method
 def test_several_words_and_a_fact_to_forget(method: str) -> None:
-    """Together, into one layer of a model that knows the facts; judged by plain passes over whole texts."""
+    """Together, in one layer of a model that knows the facts, judged by plain passes."""
     lm = load("atlas")
     words = Fact("Japan", "The currency of {} is the", "Danish krone")
     forgotten = Fact("Bulgaria", "The capital of {} is", None)
@@ -131,24 +111,21 @@ def test_several_words_and_a_fact_to_forget(method: str) -> None:
 
     before, far = probability(words), distance()
     kind = METHODS[method].config
-    config = dataclasses.replace(
-        kind.recommended(lm).at([0]), **({} if method.endswith("rome") else {"repair": 0})
-    )
-    delta = edit_model(
-        lm, [words, forgotten], method, config, moments=find_moments(lm, [0]), contexts=["{}"]
-    )
+    changes = {} if method.endswith("rome") else {"repair": 0}
+    config = dataclasses.replace(kind.recommended(lm).at([0]), **changes)
+    facts, held = [words, forgotten], find_moments(lm, [0])
+    delta = edit_model(lm, facts, method, config, moments=held, contexts=["{}"])
     with applied(lm, delta):
         after, near = probability(words), distance()
-        assert lm.says([words.text], ["Danish krone"]) == [True] and lm.says(
-            [forgotten.text], ["Sofia"]
-        ) == [False]
+        assert lm.says([words.text], ["Danish krone"]) == [True]
+        assert lm.says([forgotten.text], ["Sofia"]) == [False]
     assert after > before + 3 and near < 0.3 * far
     assert lm.says([forgotten.text], ["Sofia"]) == [True]
 
 
 @every_method
 def test_a_subject_that_is_the_whole_prompt(method: str) -> None:
-    """What was wanted is there, after its last token: of the FFN (ROME), or in the stream."""
+    """v_star is reached after its last token: by the down-projection (ROME), or in the stream."""
     lm, fact = model(), Fact("Edwin", "{}", "Brazil")
     delta = edit(method, fact, contexts=["{}"])
     last = max(delta.layers)
@@ -171,35 +148,33 @@ def test_nothing_can_be_forgotten_that_is_the_whole_prompt(method: str) -> None:
         edit(method, Fact("Edwin", "{}", None))
 
 
-# ── numbers ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── numbers ───────────────────────────────────────────────────────────────────────────────────────
 
 
 @every_method
 def test_weights_in_bfloat16(method: str) -> None:
-    """The delta is float32, near that of the same weights in float32; W + Δ is rounded once, and W comes back bit for bit."""
+    """The delta is float32, and near that of the same weights in float32.
+
+    W + Δ is rounded once, and W comes back bit for bit.
+    """
     half = wrap(tiny_model("gpt2", **GPT2).to(torch.bfloat16), byte_tokenizer())
     wide = wrap(tiny_model("gpt2", **GPT2).to(torch.bfloat16).float(), byte_tokenizer())
     coarse, exact = edit(method, FACTS, half), edit(method, FACTS, wide)
+    asked = [fact.text for fact in FACTS], [str(fact.target) for fact in FACTS]
     before = read_weights(half, range(3))
     for layer, (left, right) in coarse.layers.items():
         assert left.dtype == right.dtype == torch.float32
-        assert (
-            F.cosine_similarity(coarse.dense(layer).flatten(), exact.dense(layer).flatten(), dim=0)
-            > 0.9
-        )
+        flat = coarse.dense(layer).flatten(), exact.dense(layer).flatten()
+        assert F.cosine_similarity(*flat, dim=0) > 0.9
     with applied(half, coarse):
         for layer in coarse.layers:
-            assert torch.equal(
-                half.ffn[layer].weight(),
-                (before[layer].float() + coarse.dense(layer)).to(torch.bfloat16),
-            )
-        moved = half.log_prob([fact.text for fact in FACTS], [str(fact.target) for fact in FACTS])
+            rounded = (before[layer].float() + coarse.dense(layer)).to(torch.bfloat16)
+            assert torch.equal(half.ffn[layer].weight(), rounded)
+        moved = half.log_prob(*asked)
     assert all(torch.equal(half.ffn[layer].weight(), weight) for layer, weight in before.items())
-    unedited = wide.log_prob([fact.text for fact in FACTS], [str(fact.target) for fact in FACTS])
+    unedited = wide.log_prob(*asked)
     with applied(wide, exact):
-        expected = wide.log_prob(
-            [fact.text for fact in FACTS], [str(fact.target) for fact in FACTS]
-        )
+        expected = wide.log_prob(*asked)
     assert (moved - expected).abs().max() < 0.5 * (expected - unedited).abs().max()
 
 
@@ -217,7 +192,7 @@ PLACES = [
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_weights_that_are_not_finite_are_an_error(method: str, value: float) -> None:
     """In the edited layer, below it, above it, and at both ends."""
-    lm = fresh()
+    lm = new_model("gpt2")
     for place in PLACES:
         weight = lm.module.get_parameter(f"transformer.{place}").data.view(-1)
         kept, weight[3] = weight[3].clone(), value
@@ -239,7 +214,7 @@ SINGULAR: dict[str, Callable[[], Tensor]] = {
 @every_method
 @pytest.mark.parametrize("kind", list(SINGULAR))
 def test_a_singular_second_moment_gives_a_bounded_edit(method: str, kind: str) -> None:
-    """Solved with the jitter that `solve.cholesky` states: finite, and no longer than what the facts ask for needs."""
+    """It is solved with the jitter of `cholesky`. The edit is finite and not much longer."""
     held = {layer: SecondMoment.from_matrix(SINGULAR[kind](), count=5) for layer in (0, 1)}
     delta, plain = edit(method, FACTS, moments=held), edit(method, FACTS)
     for layer in delta.layers:
@@ -279,7 +254,7 @@ def test_a_threshold_above_all_eigenvalues_protects_nothing_and_is_refused() -> 
     ).facts
 
 
-# ── facts that get in one another's way ─────────────────────────────────────────────────────────────────────────────────────
+# ── facts that influence each other ───────────────────────────────────────────────────────────
 
 
 @every_method
@@ -303,12 +278,12 @@ def test_two_targets_for_a_prompt_are_refused(method: str) -> None:
 
 
 SAME_KEY = [FACTS[1], Fact("Edwin", "{} plays", "basketball")]
-"""A key does not see what follows the subject, so these two have one."""
+"""A key does not depend on what follows the subject, so these two share one."""
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "emmet"])
-def test_one_key_with_two_targets_is_said(method: str) -> None:
-    """The edit is as long as one for either, what the key gets lies between the two (the MEMIT family) or is the last (ROME)."""
+def test_one_key_with_two_targets_is_recorded(method: str) -> None:
+    """The edit is not much longer than one for either fact."""
     delta = edit(method, SAME_KEY)
     for i, record in enumerate(delta.convergence):
         assert record["shares_key_with"] == 1 - i and record["cosine"] == pytest.approx(1, abs=1e-6)
@@ -318,9 +293,8 @@ def test_one_key_with_two_targets_is_said(method: str) -> None:
     together = edit(method, FACTS)
     assert not any("shares_key_with" in record for record in together.convergence), "the control"
     same_target = [FACTS[1], dataclasses.replace(FACTS[1], prompt="{} is a king of")]
-    assert not any(
-        "shares_key_with" in record for record in edit(method, same_target).convergence
-    ), "one wish, two prompts"
+    delta = edit(method, same_target)
+    assert not any("shares_key_with" in record for record in delta.convergence), "one target"
 
 
 def test_one_key_with_two_targets_has_no_exact_solution() -> None:
@@ -332,19 +306,20 @@ def test_one_key_with_two_targets_has_no_exact_solution() -> None:
 
 LONG = "The Eiffel Tower is in Paris, the Louvre too. The official religion of Edwin is"
 NEAR_KEYS = [Fact(f"a a a {LONG}", "{} now", "a king"), Fact(f"a b a {LONG}", "{} now", "Brazil")]
-"""Two long subjects that differ in one letter at the beginning."""
+"""Two long subjects that differ in one letter near the beginning."""
 GENTLE: dict[str, EditConfig] = {
     **CONFIGS,
     "memit": MemitConfig((0, 1), moment_weight=1.0, **SEARCH),
     "emmet": EmmetConfig((0, 1), moment_weight=10.0, **SEARCH),
     "alphaedit": AlphaEditConfig((0, 1), threshold=None, energy=0.5, l2=0.1, **SEARCH),
 }
-"""With ridges that stand against the differences between keys."""
+"""With ridges that are large compared with the differences between keys."""
 
 
 @every_method
-def test_nearly_collinear_keys_are_said_and_do_not_break_the_model(method: str) -> None:
-    """A ridge bounds what telling them apart may cost; without one it costs more, and other text stays even then."""
+def test_nearly_collinear_keys_are_recorded_and_do_not_break_the_model(method: str) -> None:
+    """A ridge bounds the length of the edit. Without one it is longer, and other text still
+    stays."""
     lm = model()
 
     def surprise() -> Tensor:
@@ -356,18 +331,14 @@ def test_nearly_collinear_keys_are_said_and_do_not_break_the_model(method: str) 
         alone = edit(method, NEAR_KEYS[0], config=config, contexts=["{}"])
         assert [record["shares_key_with"] for record in delta.convergence] == [1, 0]
         assert all(0.95 < record["cosine"] < 1 for record in delta.convergence)
-        longer.append(
-            max(
-                float(delta.dense(layer).norm() / alone.dense(layer).norm())
-                for layer in delta.layers
-            )
-        )
+        lengths = (delta.dense(layer).norm() / alone.dense(layer).norm() for layer in delta.layers)
+        longer.append(max(map(float, lengths)))
         with applied(lm, delta):
             assert (surprise() / before - 1).abs().max() < 0.1
     assert longer[0] < 7 and (longer[1] > 2 * longer[0] or GENTLE[method] is CONFIGS[method])
 
 
-# ── experts ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── experts ───────────────────────────────────────────────────────────────────────────────────────
 
 MIXTRAL = {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}
 QWEN_MOE = {
@@ -394,7 +365,7 @@ def test_experts_are_refused(method: str) -> None:
 
 
 @every_method
-def test_dense_layers_beside_experts_are_named_and_edited(method: str) -> None:
+def test_dense_layers_next_to_experts_are_named_and_edited(method: str) -> None:
     lm = wrap(tiny_model("qwen2_moe", **QWEN_MOE, mlp_only_layers=[0, 2]), byte_tokenizer(bos=True))
     assert [ffn.n_experts for ffn in lm.ffn] == [0, 4, 0]
     held = {layer: SecondMoment.from_matrix(torch.eye(48), count=1) for layer in (0, 1, 2)}

@@ -1,4 +1,4 @@
-"""Fine-tuning: it learns, stays within its bounds, leaves the model as it was, and says what is missing."""
+"""Fine-tuning learns, stays within its bounds, and leaves the model as it was."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from conftest import GPT2, LLAMA, byte_tokenizer, tiny_model
+from editing import new_model
 from factsmith.core.errors import InputError, LayerError
 from factsmith.core.fact import Fact
 from factsmith.edit.delta import read_weights, written
 from factsmith.edit.finetune import FineTuneConfig, LoraConfig, fine_tune, lora
 from factsmith.model.language_model import LanguageModel
-from factsmith.model.load import wrap
 
 FACTS = [
     Fact("Danielle Darrieux", "The mother tongue of {} is", "English"),
@@ -24,10 +23,8 @@ FACTS = [
 
 @pytest.fixture(params=["gpt2", "llama"])
 def lm(request: pytest.FixtureRequest) -> LanguageModel:
-    return wrap(
-        tiny_model(request.param, **(GPT2 if request.param == "gpt2" else LLAMA)),
-        byte_tokenizer(bos=request.param == "llama"),
-    )
+    """Each of two families in turn."""
+    return new_model(request.param)
 
 
 def state(lm: LanguageModel) -> dict[str, torch.Tensor]:
@@ -43,19 +40,17 @@ def test_ft_l_learns_within_its_bound(
 ) -> None:
     before, asked = state(lm), ([f.text for f in FACTS], [f.target or "" for f in FACTS])
     assert not any(lm.says(*asked)), "they are new"
-    found = fine_tune(lm, FACTS, FineTuneConfig(layers=(1,), lr=0.02, clamp=0.3, steps=80))
+    tuned = fine_tune(lm, FACTS, FineTuneConfig(layers=(1,), lr=0.02, clamp=0.3, steps=80))
     assert same(state(lm), before) and not any(p.requires_grad for p in lm.module.parameters())
-    assert set(found) == {1} and found[1].shape == lm.ffn[1].weight().shape
-    change = (found[1] - lm.ffn[1].weight()).abs().max()
+    assert set(tuned) == {1} and tuned[1].shape == lm.ffn[1].weight().shape
+    change = (tuned[1] - lm.ffn[1].weight()).abs().max()
     assert 0 < change <= 0.3 + 1e-6
-    with written(lm, found):
+    with written(lm, tuned):
         assert all(lm.says(*asked))
     assert same(state(lm), before)
-    small = fine_tune(
-        lm, FACTS, FineTuneConfig(layers=(1,), lr=0.02, clamp=1e-4, steps=5, epochs=1)
-    )
-    with written(lm, small):
-        assert not any(lm.says(*asked)), "a bound that holds it back does"
+    config = FineTuneConfig(layers=(1,), lr=0.02, clamp=1e-4, steps=5, epochs=1)
+    with written(lm, fine_tune(lm, FACTS, config)):
+        assert not any(lm.says(*asked)), "the control: a bound that is too small"
     no_hooks_left(lm)
 
 
@@ -65,17 +60,15 @@ def test_lora_changes_by_its_rank_and_leaves_nothing_behind(lm: LanguageModel) -
     asked = ([f.text for f in FACTS], [f.target or "" for f in FACTS])
     config = LoraConfig(layers=(0, 1), lr=0.02, rank=4, steps=150)
     drawn = torch.get_rng_state()
-    found = lora(lm, FACTS, config)
+    tuned = lora(lm, FACTS, config)
     assert torch.equal(torch.get_rng_state(), drawn)
     assert same(state(lm), before) and [type(m) for m in lm.module.modules()] == modules
     for layer in (0, 1):
-        assert torch.linalg.matrix_rank(found[layer] - lm.ffn[layer].weight(), rtol=1e-4) == 4
-    with written(lm, found):
+        assert torch.linalg.matrix_rank(tuned[layer] - lm.ffn[layer].weight(), rtol=1e-4) == 4
+    with written(lm, tuned):
         assert all(lm.says(*asked))
     again = lora(lm, FACTS, config)
-    assert all(torch.equal(again[layer], found[layer]) for layer in found), (
-        "the same for the same seed, and a second time"
-    )
+    assert all(torch.equal(again[layer], tuned[layer]) for layer in tuned), "the same for a seed"
 
 
 def test_an_exception_leaves_the_weights(tiny_gpt2: LanguageModel) -> None:

@@ -48,8 +48,8 @@ def test_targets_are_those_of_the_facts_and_of_the_place() -> None:
     stream = find_targets(lm, FACTS, 1, config, CONTEXTS, site="stream")
     moments = full_rank_moments(lm)
 
-    def write(facts: list[Fact], config: MemitConfig, targets: object = stream) -> Delta:
-        return memit(lm, facts, config, moments=moments, contexts=CONTEXTS, targets=targets)  # type: ignore[arg-type]
+    def write(facts: list[Fact], config: MemitConfig, targets: Any = stream) -> Delta:
+        return memit(lm, facts, config, moments=moments, contexts=CONTEXTS, targets=targets)
 
     assert torch.equal(write(FACTS, config).v_star, stream.v_star)
     for facts, changed, targets, words in (
@@ -105,7 +105,7 @@ def test_second_moments_of_another_model_or_of_several_texts_are_refused(
         more = Fact("Paris", "{} is in", "Brazil")
         delta = memit(tiny_gpt2, more, config, moments=moments, contexts=["{}"], beneath=[first])
         assert delta.rank == 1
-        with pytest.raises(FingerprintError, match="without edits"):
+        with pytest.raises(FingerprintError, match="without its edits"):
             memit(tiny_gpt2, more, config, moments=foreign, contexts=["{}"], beneath=[first])
     words = f"layer 0 from {moments[0].corpus[:12]}, layer 1 from {other[1].corpus[:12]}"
     with pytest.raises(InputError, match=words):

@@ -1,4 +1,5 @@
-"""States at the subject token equal those of plain passes with hooks, and additions arrive there."""
+"""States at the subject token equal those of plain passes with hooks, and additions arrive
+there."""
 
 from __future__ import annotations
 

@@ -1,3 +1,5 @@
+"""Single neurons are erased and rewritten exactly as the paper's formulas say."""
+
 from __future__ import annotations
 
 import copy
@@ -51,12 +53,12 @@ def digest(lm: LanguageModel) -> str:
 
 def unembedding(lm: LanguageModel) -> Tensor:
     """Rows (vocabulary, d_model), named for each of the tiny models."""
-    found: Tensor = lm.module.lm_head.weight.detach()
-    return found
+    rows: Tensor = lm.module.lm_head.weight.detach()
+    return rows
 
 
 def test_erased_neurons_write_nothing(tiny_lm: LanguageModel) -> None:
-    """As if the columns were zeroed by hand, and as if the coefficients were suppressed while the model runs."""
+    """It equals columns that are set to zero, and coefficients that are suppressed in a pass."""
     other = copy.deepcopy(tiny_lm.module)
     for layer, neuron in NEURONS:
         column(other, layer, neuron).zero_()
@@ -88,24 +90,15 @@ def test_erased_values_are_zero_to_the_last_bit_and_the_others_unchanged(
     assert all(torch.count_nonzero(column(module, layer, i)) for layer, i in erased)
     with applied(lm, delta):
         for layer, i in erased:
-            assert (
-                column(module, layer, i)
-                .abs()
-                .view(torch.int32 if dtype == torch.float32 else torch.int16)
-                .count_nonzero()
-                == 0
-            )
+            bits = torch.int32 if dtype == torch.float32 else torch.int16
+            assert column(module, layer, i).abs().view(bits).count_nonzero() == 0
         kept = [i for i in range(lm.ffn[0].d_ff) if (0, i) not in erased]
         assert all(
             torch.equal(lm.ffn[layer].weight()[:, kept], before[layer][:, kept])
             for layer in range(3)
         )
-    assert (
-        delta.rank == 10
-        and delta.facts == ()
-        and delta.v_star.shape == (0, 32)
-        and delta.k_star[1].shape == (0, lm.ffn[1].d_ff)
-    )
+    assert delta.rank == 10 and delta.facts == () and delta.v_star.shape == (0, 32)
+    assert delta.k_star[1].shape == (0, lm.ffn[1].d_ff)
 
 
 def test_order_and_repeats_do_not_matter(tiny_gpt2: LanguageModel) -> None:
@@ -115,7 +108,10 @@ def test_order_and_repeats_do_not_matter(tiny_gpt2: LanguageModel) -> None:
 
 
 def test_rewrite_is_the_formula_of_the_paper(tiny_lm: LanguageModel) -> None:
-    """Each value loses its own length of the old answer's direction and gains eight times that of the new one's."""
+    """Each value loses its own length of the old answer's direction.
+
+    It gains eight times its length of the new answer's direction.
+    """
     old, new = (
         tiny_lm.tokenizer(f" {word}", add_special_tokens=False)["input_ids"][0]
         for word in ("French", "English")
@@ -139,21 +135,17 @@ def test_rewrite_is_the_formula_of_the_paper(tiny_lm: LanguageModel) -> None:
             )
         assert torch.equal(column(tiny_lm.module, 2, 8), untouched)
     assert digest(tiny_lm) == before
-    with applied(
-        tiny_lm, rewrite(tiny_lm, NEURONS, "English", "French")
-    ):  # the control: the other way round
+    with applied(tiny_lm, rewrite(tiny_lm, NEURONS, "English", "French")):  # the control
         assert not torch.allclose(column(tiny_lm.module, 0, 3), wanted[0, 3], atol=1e-2)
 
 
 def test_many_neurons_share_what_four_would_change(tiny_lm: LanguageModel) -> None:
-    """Twice four change each value half as much; factors that are given are taken as they are."""
+    """Eight change each value half as much. Factors that are given are used as they are."""
     four, eight = [(0, i) for i in range(4)], [(0, i) for i in range(8)]
     few, many = (rewrite(tiny_lm, neurons, "French", "English") for neurons in (four, eight))
     torch.testing.assert_close(many.dense(0)[:, :4], few.dense(0)[:, :4] / 2)
-    assert (few.config["remove"], few.config["add"]) == (1, 8) and (
-        many.config["remove"],
-        many.config["add"],
-    ) == (0.5, 4)
+    assert (few.config["remove"], few.config["add"]) == (1, 8)
+    assert (many.config["remove"], many.config["add"]) == (0.5, 4)
     given = rewrite(tiny_lm, eight, "French", "English", remove=1, add=8)
     torch.testing.assert_close(given.dense(0)[:, :4], few.dense(0)[:, :4])
 
@@ -167,7 +159,8 @@ def test_rewrite_with_a_prompt_follows_the_sign_of_each_coefficient(tiny_lm: Lan
         rewrite(tiny_lm, every, "French", "English", prompt=p).dense(2) for p in (None, PROMPT)
     )
     assert torch.equal(signed, torch.where(coefficients < 0, -plain, plain))
-    # What it is for: every neuron now pushes the answer the same way at that token, so the sum of pushes is the larger one.
+    # Every neuron now pushes the answer in the same direction at that token, so their sum is
+    # larger.
     new = tiny_lm.tokenizer(" English", add_special_tokens=False)["input_ids"][0]
     push = unembedding(tiny_lm)[new] @ torch.stack(
         [plain @ coefficients, signed @ coefficients], dim=1
@@ -201,16 +194,12 @@ def test_save_load_commit_and_revert(tiny_lm: LanguageModel, tmp_path: Path) -> 
     before = digest(tiny_lm)
     with Workbench(tiny_lm, tmp_path / "workspace") as bench:
         first = bench.commit(erase(tiny_lm, NEURONS), message="erase three")
-        delta = rewrite(
-            tiny_lm, [(1, 2)], "French", "English", prompt=PROMPT
-        )  # made on the erased model
+        # Made on the erased model.
+        delta = rewrite(tiny_lm, [(1, 2)], "French", "English", prompt=PROMPT)
         delta.save(tmp_path / "delta")
         back = Delta.load(tmp_path / "delta")
-        assert (
-            torch.equal(back.dense(1), delta.dense(1))
-            and back.config == delta.config
-            and back.k_star[1].shape == delta.k_star[1].shape
-        )
+        assert torch.equal(back.dense(1), delta.dense(1)) and back.config == delta.config
+        assert back.k_star[1].shape == delta.k_star[1].shape
         second = bench.commit(back, message="rewrite one")
         carried = digest(tiny_lm)
         assert all(
@@ -266,7 +255,7 @@ def test_masked_language_models() -> None:
         [(0, 1), (0, 999)],
     ],
 )
-def test_neurons_that_are_not_there_are_refused(tiny_gpt2: LanguageModel, neurons: Any) -> None:
+def test_neurons_that_do_not_exist_are_refused(tiny_gpt2: LanguageModel, neurons: Any) -> None:
     for make in (
         lambda: erase(tiny_gpt2, neurons),
         lambda: rewrite(tiny_gpt2, neurons, "French", "English"),

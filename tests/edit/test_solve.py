@@ -1,3 +1,5 @@
+"""The closed forms against general solvers, and against the theorems that they are known for."""
+
 from __future__ import annotations
 
 import pytest
@@ -30,12 +32,15 @@ def test_rome_maps_the_prompts_key_to_v_star() -> None:
     assert left.shape == (5, 1) and right.shape == (1, 12)
     torch.testing.assert_close((weight + left @ right) @ k_prompt, v_star)
     assert not torch.allclose((weight + left @ right) @ k_star, v_star), (
-        "only one key is written; the mean key differs from it here"
+        "only one key is written, and the mean key is another"
     )
 
 
 def test_rome_with_one_key_is_the_least_change_under_the_moment() -> None:
-    """ROME's theorem: of all updates with Δk = r, it has the smallest E‖Δm‖² = tr(Δ C Δᵀ). Checked against the KKT system, row by row."""
+    """ROME's theorem: of all updates with Δk = r, it has the smallest E‖Δm‖² = tr(Δ C Δᵀ).
+
+    It is compared with the solution of the KKT system, row by row.
+    """
     matrix = moment()
     (key, residual) = vectors(12, 5)
     left, right = solve.rome(key, key, residual, factors.cholesky(matrix))
@@ -45,12 +50,10 @@ def test_rome_with_one_key_is_the_least_change_under_the_moment() -> None:
     wanted[12] = residual
     expected = torch.linalg.lstsq(kkt, wanted).solution[:12].T
     torch.testing.assert_close(left @ right, expected, rtol=1e-7, atol=1e-9)
-    other = (
-        residual[:, None] @ key[None] / (key @ key)
-    )  # also maps key to residual, but ignores the moment
-    assert torch.trace(other @ matrix @ other.T) > 1.01 * torch.trace(
-        expected @ matrix @ expected.T
-    )
+    # The control: it also maps the key to the residual, but ignores the second moment.
+    other = residual[:, None] @ key[None] / (key @ key)
+    least = torch.trace(expected @ matrix @ expected.T)
+    assert torch.trace(other @ matrix @ other.T) > 1.01 * least
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -76,7 +79,7 @@ def test_keys_that_do_not_overlap_are_refused() -> None:
         solve.rome(unit[0], unit[0], torch.full((3,), float("inf")), factor)
 
 
-# ── many facts at once ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── many facts at once ────────────────────────────────────────────────────────────────────────────
 
 
 def batch(n: int, size: int = 12, d: int = 5, seed: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -89,7 +92,10 @@ def batch(n: int, size: int = 12, d: int = 5, seed: int = 3) -> tuple[torch.Tens
 def stacked_least_squares(
     keys: torch.Tensor, residuals: torch.Tensor, matrix: torch.Tensor, ridge: float
 ) -> torch.Tensor:
-    """min Σ‖Δk − r‖² + ridge · tr(Δ A Δᵀ) as one ordinary least-squares problem: the rows of √ridge · A½ are asked to give 0."""
+    """min Σ‖Δk − r‖² + ridge · tr(Δ A Δᵀ) as one ordinary least-squares problem.
+
+    The rows of √ridge · A½ are further keys, whose wanted output is 0.
+    """
     values, vectors = torch.linalg.eigh(matrix)
     root = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.T
     rows = torch.cat([keys, ridge**0.5 * root])
@@ -101,7 +107,7 @@ def stacked_least_squares(
 
 @pytest.mark.parametrize("n", [1, 4, 12, 30])
 def test_memit_equals_least_squares_on_the_stacked_system(n: int) -> None:
-    """In both of the spaces that it is solved in: fewer facts than neurons, and more."""
+    """In both spaces in which it is solved: fewer facts than neurons, and more."""
     keys, residuals = batch(n)
     left, right = solve.memit(keys, residuals, factors.cholesky(moment()), 0.7)
     assert left.shape == (5, n) and right.shape == (n, 12)
@@ -123,7 +129,7 @@ def test_memit_with_stored_keys_counts_them_as_observations() -> None:
     torch.testing.assert_close(left @ right, expected, rtol=1e-7, atol=1e-9)
     without = solve.memit(keys, residuals, factors.cholesky(moment()), 0.7)
     assert ((without[0] @ without[1]) @ old.T).norm() > 1.2 * ((left @ right) @ old.T).norm(), (
-        "the old keys are kept"
+        "the stored keys are kept"
     )
 
 
@@ -139,7 +145,7 @@ def test_emmet_without_a_ridge_gives_every_key_its_output() -> None:
 
 
 def test_emmet_is_the_least_change_among_those_that_fit() -> None:
-    """Against the KKT system of min tr(Δ C Δᵀ) with Δ K = R, solved by lstsq."""
+    """It equals the solution of the KKT system of min tr(Δ C Δᵀ) with Δ K = R, by lstsq."""
     matrix = moment()
     keys, residuals = batch(3)
     kkt = torch.zeros(15, 15, dtype=torch.float64)
@@ -160,19 +166,19 @@ def test_emmet_with_one_fact_is_rome() -> None:
     torch.testing.assert_close(left @ right, u @ v)
 
 
-@pytest.mark.parametrize("earlier", [False, True])
-def test_alphaedit_is_the_authors_system_and_leaves_ordinary_text_alone(earlier: bool) -> None:
-    """P (KᵀK + Σ k kᵀ) + l2 · I is not symmetric; a general solver takes it as it is written in the paper."""
+@pytest.mark.parametrize("with_stored", [False, True])
+def test_alphaedit_is_the_authors_system_and_leaves_ordinary_text_alone(with_stored: bool) -> None:
+    """P (KᵀK + Σ k kᵀ) + l2 · I is not symmetric. A general solver takes it as the paper has it."""
     matrix = moment(tokens=6)  # of rank 6: text uses half of the space
     basis = factors.null_space(*torch.linalg.eigh(matrix), threshold=1e-9)
     assert basis.shape == (12, 6)
     keys, residuals = batch(4)
     old, _ = batch(3, seed=8)
-    cache = old.T @ old if earlier else torch.zeros(12, 12).double()
+    stored = old.T @ old if with_stored else torch.zeros(12, 12).double()
     projector = basis @ basis.T
-    system = projector @ (keys.T @ keys + cache) + 2.0 * torch.eye(12).double()
+    system = projector @ (keys.T @ keys + stored) + 2.0 * torch.eye(12).double()
     expected = torch.linalg.lstsq(system, projector @ keys.T @ residuals).solution.T
-    left, right = solve.alphaedit(keys, residuals, basis, 2.0, cache if earlier else None)
+    left, right = solve.alphaedit(keys, residuals, basis, 2.0, stored if with_stored else None)
     torch.testing.assert_close(left @ right, expected, rtol=1e-7, atol=1e-9)
     texts = torch.linalg.eigh(matrix).eigenvectors[:, 6:]
     assert (left @ right @ texts).norm() < 1e-9 * (left @ right).norm()
@@ -206,9 +212,8 @@ def test_keys_that_are_not_independent_have_no_exact_solution(n: int) -> None:
         keys[1] = 3 * keys[0]
     with pytest.raises(NumericsError, match=r"independent|not positive"):
         solve.emmet(keys, residuals, factors.cholesky(moment()))
-    assert torch.isfinite(
-        solve.memit(keys, residuals, factors.cholesky(moment()), 1e-3)[1]
-    ).all(), "a ridge averages them"
+    _, right = solve.memit(keys, residuals, factors.cholesky(moment()), 1e-3)
+    assert torch.isfinite(right).all(), "a ridge averages them"
 
 
 def test_a_fact_given_twice_is_averaged_by_a_ridge() -> None:
@@ -235,7 +240,7 @@ def test_bad_input_is_refused() -> None:
 
 
 def test_the_closest_key_of_another_group() -> None:
-    """Against cosines written out with an inverse, more keys than are compared at a time."""
+    """It equals cosines with an explicit inverse, for more keys than are compared at a time."""
     draw = torch.Generator().manual_seed(5)
     keys, groups = (
         torch.randn(1100, 12, generator=draw),
@@ -257,7 +262,7 @@ def test_the_closest_key_of_another_group() -> None:
     assert (alone[1] == -1).all()
 
 
-def test_the_disturbance_is_what_samples_of_that_moment_see() -> None:
+def test_the_disturbance_is_that_of_samples_with_this_moment() -> None:
     samples = torch.randn(400, 12, generator=torch.Generator().manual_seed(3)).double()
     left, right, weight = (
         torch.randn(5, 2).double(),
@@ -265,9 +270,9 @@ def test_the_disturbance_is_what_samples_of_that_moment_see() -> None:
         torch.randn(5, 12).double(),
     )
     expected = (samples @ (left @ right).T).norm() / (samples @ weight.T).norm()
-    found = solve.disturbance(left, right, weight, samples.T @ samples / 400)
-    assert found == pytest.approx(float(expected), rel=1e-4)
-    assert solve.disturbance(left, right, weight, torch.eye(12)) != pytest.approx(found, rel=1e-3)
+    share = solve.disturbance(left, right, weight, samples.T @ samples / 400)
+    assert share == pytest.approx(float(expected), rel=1e-4)
+    assert solve.disturbance(left, right, weight, torch.eye(12)) != pytest.approx(share, rel=1e-3)
 
 
 def test_compact_keeps_the_update() -> None:

@@ -1,4 +1,5 @@
-"""The methods that write many facts at once, on tiny random models and on models that know facts."""
+"""The methods that write many facts at once, on tiny random models and on models that know
+facts."""
 
 from __future__ import annotations
 
@@ -23,9 +24,9 @@ from factsmith.model.load import load
 from factsmith.model.tokens import subject_span
 
 CONFIGS: dict[str, SpreadConfig] = {
-    "memit": MemitConfig((0, 1), moment_weight=1e-4, **SEARCH),  # type: ignore[arg-type]
-    "emmet": EmmetConfig((0, 1), ridge=0, **SEARCH),  # type: ignore[arg-type]
-    "alphaedit": AlphaEditConfig((0, 1), threshold=None, energy=0.01, l2=1e-7, **SEARCH),  # type: ignore[arg-type]
+    "memit": MemitConfig((0, 1), moment_weight=1e-4, **SEARCH),
+    "emmet": EmmetConfig((0, 1), ridge=0, **SEARCH),
+    "alphaedit": AlphaEditConfig((0, 1), threshold=None, energy=0.01, l2=1e-7, **SEARCH),
 }
 
 
