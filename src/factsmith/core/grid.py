@@ -66,7 +66,8 @@ class Grid:
         widths, least = [], []
         for at, (name, kind) in enumerate(self.columns.items()):
             texts = [name.strip(), *(row[at] for row in self.rows)]
-            widths.append(max(1, *map(cell_len, texts)))
+            natural = max(1, *map(cell_len, texts))
+            widths.append(min(natural, max(width, 1)) if kind == TEXT else natural)
             longest_word = max(
                 (cell_len(word) for text in texts for word in text.split()), default=1
             )
