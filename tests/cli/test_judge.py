@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,13 +38,14 @@ SUITE = [
 
 @pytest.fixture
 def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Records of full COUNTERFACT's layout, the last malformed; and fine-tuning that takes no time."""
+    """Records of full COUNTERFACT's layout, the last malformed; and fine-tuning in no time."""
     file = tmp_path / "counterfact.json"
     file.write_text(
         json.dumps([*SUITE, {**SUITE[0], "case_id": 9, "requested_rewrite": {"prompt": "no slot"}}])
     )
+    defaults: Any = FineTuneConfig.__init__.__kwdefaults__
     for name, value in (("steps", 2), ("epochs", 1)):
-        monkeypatch.setitem(FineTuneConfig.__init__.__kwdefaults__, name, value)  # type: ignore[index]
+        monkeypatch.setitem(defaults, name, value)
     return file
 
 
@@ -66,12 +68,14 @@ def test_evaluate_prints_keeps_and_reports(
     done = run(*call, "--json")
     assert done.code == 0, done.err
     assert "malformed: 1 record left out, the first" in done.err
-    found = done.json
-    assert [r["size"] for r in found["runs"]] == [1, 2] and list(found["runs"][0]["measures"]) == [
+    printed = done.json
+    assert [r["size"] for r in printed["runs"]] == [1, 2] and list(
+        printed["runs"][0]["measures"]
+    ) == [
         "base",
         "ft-l",
     ]
-    assert found["out"] == ["judged/report.html", "judged/report.md"]
+    assert printed["out"] == ["judged/report.html", "judged/report.md"]
     rows = (tmp_path / "judged/size-2/rows.jsonl").read_text().splitlines()
     assert json.loads(rows[0])["size"] == 2
     page = (tmp_path / "judged/report.html").read_text()
@@ -79,7 +83,7 @@ def test_evaluate_prints_keeps_and_reports(
     # killed before its last edit was done: the rest is asked, the numbers are the same
     (tmp_path / "judged/size-2/rows.jsonl").write_text("\n".join(rows[: len(rows) // 2]) + "\n")
     again = run(*call, "--json").json
-    assert again["runs"][1]["measures"] == found["runs"][1]["measures"]
+    assert again["runs"][1]["measures"] == printed["runs"][1]["measures"]
     shown = run(*call)
     assert (
         shown.code == 0
@@ -103,10 +107,16 @@ def test_evaluate_with_settings_and_tasks(
         '{"text": "Entity0 is at", "choices": ["Oslo", "Rome"]}\n'
     )
     task = {
-        "task": "homes", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "tasks/homes.jsonl")}},
-        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{text}}", "doc_to_choice": "{{choices}}",
-        "doc_to_target": 0, "metric_list": [{"metric": "acc"}],
-    }  # fmt: skip
+        "task": "homes",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "tasks/homes.jsonl")}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": 0,
+        "metric_list": [{"metric": "acc"}],
+    }
     (tmp_path / "tasks/homes.yaml").write_text(json.dumps(task))
     call = [
         "evaluate",
@@ -348,9 +358,9 @@ def test_evaluate_in_sequence(run: Run, model: Path, suite: Path, tmp_path: Path
         "--json",
     )
     assert done.code == 0, done.err
-    (found,) = done.json["runs"]
-    assert set(found["retention"]["ft-l"]) == {"0", "1"} and set(
-        found["retention"]["ft-l"]["0"]
+    (judged,) = done.json["runs"]
+    assert set(judged["retention"]["ft-l"]) == {"0", "1"} and set(
+        judged["retention"]["ft-l"]["0"]
     ) == {"0", "1"}
     assert "What is left of earlier rounds" in (tmp_path / "kept/report.html").read_text()
     assert (tmp_path / "kept/sequence-2/rows.jsonl").is_file()

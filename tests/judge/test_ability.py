@@ -61,7 +61,7 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def plain(lm: LanguageModel) -> float:
-    """The same share by one plain pass a choice: the choice of the largest summed log-probability."""
+    """The share of right choices, by the largest sum of log-probabilities in one pass."""
     hits = 0
     for row in QUESTIONS:
         sums = []
@@ -109,8 +109,8 @@ def test_it_measures_the_model_as_it_is(
     record = Record(
         id="r", facts=(Fact("Entity0", "The home of {} is", "Nairobi"),), questions=(asked,)
     )
-    found = evaluate(lm, [record], {"pusher": write}, probe=measure, drift_tokens=0)
-    assert found.probed(BASE) == before and found.probed("pusher") == {
+    evaluation = evaluate(lm, [record], {"pusher": write}, probe=measure, drift_tokens=0)
+    assert evaluation.probed(BASE) == before and evaluation.probed("pusher") == {
         "homes acc": pytest.approx(1 / 3)
     }
     assert ability(lm, ["homes"], folder=tasks, limit=3)() != {}

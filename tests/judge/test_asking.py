@@ -30,7 +30,7 @@ FAMILIES = {
 
 
 def one_by_one(lm: LanguageModel, prompt: str, candidate: str) -> tuple[float, float]:
-    """Mean log-probability and share of likeliest tokens, from one plain pass without cache or padding."""
+    """Mean log-probability and share of likeliest tokens in one pass without cache or padding."""
     head, tail = lm.prompt_ids(prompt), target_ids(lm.tokenizer, prompt, candidate)
     with torch.no_grad():
         logits = (
@@ -48,13 +48,13 @@ def test_the_numbers_are_those_of_asking_one_by_one(family: str, batch_tokens: i
         tiny_model(family, **FAMILIES[family]), byte_tokenizer(bos=family in ("llama", "gemma2"))
     )
     replies = ask(lm, PROMPTS, CANDIDATES, max_new_tokens=6, batch_tokens=batch_tokens)
-    for prompt, own, reply in zip(PROMPTS, CANDIDATES, replies, strict=True):
-        expected = [one_by_one(lm, prompt, candidate) for candidate in own]
+    for prompt, candidates, reply in zip(PROMPTS, CANDIDATES, replies, strict=True):
+        expected = [one_by_one(lm, prompt, candidate) for candidate in candidates]
         assert reply.log_probs == pytest.approx([log for log, _ in expected], abs=2e-5)
         assert reply.right == pytest.approx([right for _, right in expected])
         assert reply.says == tuple(right == 1 for _, right in expected)
         assert reply.n_tokens == tuple(
-            len(target_ids(lm.tokenizer, prompt, candidate)) for candidate in own
+            len(target_ids(lm.tokenizer, prompt, candidate)) for candidate in candidates
         )
         assert reply.answer == lm.answer([prompt], max_new_tokens=6)[0]
     assert hook_count([lm.module]) == 0
@@ -64,7 +64,7 @@ def test_the_numbers_are_those_of_asking_one_by_one(family: str, batch_tokens: i
 
 
 def test_what_a_model_says_it_says_whole(tiny_gpt2: LanguageModel) -> None:
-    """The greedy answer, given as a candidate, is said; with another last token it is not, and its tokens before are still right."""
+    """The model says its greedy answer; with another last token it says the tokens before."""
     ids = tiny_gpt2.continue_greedily([tiny_gpt2.prompt_ids("The")], 4)[0]
     assert ids, "the random model must say something"
     said = tiny_gpt2.tokenizer.decode(ids)
@@ -81,9 +81,9 @@ def test_what_a_model_says_it_says_whole(tiny_gpt2: LanguageModel) -> None:
 def test_without_candidates_or_answers_there_are_none(tiny_llama: LanguageModel) -> None:
     (only,) = ask(tiny_llama, ["The"])
     assert (only.answer, only.log_probs, only.says) == ("", (), ())
-    told: list[tuple[str, int, int | None]] = []
-    ask(tiny_llama, ["The", "Where", "The"], progress=lambda *given: told.append(given))
-    assert told[-1] == ("asking", 2, 2), "equal prompts are asked once"
+    steps: list[tuple[str, int, int | None]] = []
+    ask(tiny_llama, ["The", "Where", "The"], progress=lambda *given: steps.append(given))
+    assert steps[-1] == ("asking", 2, 2), "equal prompts are asked once"
 
 
 def test_bad_input_is_refused_in_words(tiny_llama: LanguageModel) -> None:
@@ -104,7 +104,7 @@ def test_bad_input_is_refused_in_words(tiny_llama: LanguageModel) -> None:
 
 
 def test_no_answer_is_cut_short_for_anothers_sake(tiny_gpt2: LanguageModel) -> None:
-    """A prompt with room for two tokens more, and one of like length that has room for all: each says what it says alone."""
+    """A prompt with room for two more tokens does not shorten the answer to a similar prompt."""
     long = "q" * 62
     near = "q" * 55
     assert len(tiny_gpt2.prompt_ids(long)) == 62 and len(tiny_gpt2.prompt_ids(near)) == 55, (

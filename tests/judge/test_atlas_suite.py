@@ -20,7 +20,7 @@ def _bundled() -> Suite:
 
 @cache
 def _table() -> tuple[dict[tuple[str, str], str], Counter[tuple[str, str]]]:
-    """The bundled table read by itself: (subject, relation) -> object, and how often an object is of a relation."""
+    """The bundled table: {(subject, relation): object}, and how often a relation has an object."""
     lines = (atlas.folder("facts.tsv")).read_text(encoding="utf-8").splitlines()[1:]
     rows = [tuple(line.split("\t")) for line in lines]
     return {(s, r): o for s, r, o in rows}, Counter((r, o) for _, r, o in rows)

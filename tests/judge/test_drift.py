@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 from conftest import GPT2, LLAMA, byte_tokenizer, tiny_model
-from factsmith.core.errors import InputError
-from factsmith.judge.drift import drift
+from factsmith.core.errors import FingerprintError, InputError
+from factsmith.core.fact import Fact
+from factsmith.judge.drift import check_limits, drift, drift_of_change
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap
 from factsmith.model.trace import hook_count
@@ -62,7 +64,7 @@ def test_it_is_what_full_distributions_say(family: str) -> None:
         (FACTS[0][0], "no")
     ]
     changed = other(lm)
-    found = drift(lm, changed, texts=TEXTS, facts=facts)
+    measured = drift(lm, changed, texts=TEXTS, facts=facts)
     divergence, before, after = [], [], []
     for text in TEXTS:
         old, ids = distributions(lm, text), lm.prompt_ids(text)
@@ -71,45 +73,45 @@ def test_it_is_what_full_distributions_say(family: str) -> None:
         divergence += (old.exp() * (old - new)).sum(-1)[:-1].tolist()
         before += [-float(old[at, token]) for at, token in enumerate(ids[1:])]
         after += [-float(new[at, token]) for at, token in enumerate(ids[1:])]
-    assert found.n_tokens == len(divergence)
-    assert found.kl_text == pytest.approx(sum(divergence) / len(divergence), rel=1e-3)
-    assert found.kl_text_worst == pytest.approx(
+    assert measured.n_tokens == len(divergence)
+    assert measured.kl_text == pytest.approx(sum(divergence) / len(divergence), rel=1e-3)
+    assert measured.kl_text_worst == pytest.approx(
         float(torch.tensor(divergence).quantile(0.99)), rel=1e-3
     )
-    for logs, own in ((before, found.perplexity[0]), (after, found.perplexity[1])):
-        assert own == pytest.approx(float(torch.tensor(logs).mean().exp()), rel=1e-4)
-    if found.n_facts:
+    for logs, perplexity in ((before, measured.perplexity[0]), (after, measured.perplexity[1])):
+        assert perplexity == pytest.approx(float(torch.tensor(logs).mean().exp()), rel=1e-4)
+    if measured.n_facts:
         with changed():
             answers = lm.answer([prompt for prompt, _ in facts])
-        assert len(found.changed) == sum(
+        assert len(measured.changed) == sum(
             not now.startswith(said) for (_, said), now in zip(facts, answers, strict=True)
         )
         old_last = [distributions(lm, prompt)[-1] for prompt, _ in facts]
         with changed():
             new_last = [distributions(lm, prompt)[-1] for prompt, _ in facts]
         each = [float((o.exp() * (o - n)).sum()) for o, n in zip(old_last, new_last, strict=True)]
-        assert found.kl_facts == pytest.approx(sum(each) / len(each), rel=1e-3)
-    assert hook_count([lm.module]) == 0 and "KL on text" in repr(found)
+        assert measured.kl_facts == pytest.approx(sum(each) / len(each), rel=1e-3)
+    assert hook_count([lm.module]) == 0 and "KL on text" in repr(measured)
 
 
 def test_nothing_changed_is_nothing_found(tiny_gpt2: LanguageModel) -> None:
-    found = drift(tiny_gpt2, nullcontext, max_tokens=100, n_facts=5)
-    assert found.kl_text == pytest.approx(0, abs=1e-6) and found.perplexity[0] == pytest.approx(
-        found.perplexity[1]
-    )
-    assert found.changed == () and found.exceeded(kl_text=1e-3, perplexity=1.001) == ()
-    unmeasured = found.exceeded(kl_facts=1e-3, changed_share=0)
-    assert found.n_facts or [text.partition(" was not measured")[0] for text in unmeasured] == [
+    measured = drift(tiny_gpt2, nullcontext, max_tokens=100, n_facts=5)
+    assert measured.kl_text == pytest.approx(0, abs=1e-6) and measured.perplexity[
+        0
+    ] == pytest.approx(measured.perplexity[1])
+    assert measured.changed == () and measured.exceeded(kl_text=1e-3, perplexity=1.001) == ()
+    unmeasured = measured.exceeded(kl_facts=1e-3, changed_share=0)
+    assert measured.n_facts or [text.partition(" was not measured")[0] for text in unmeasured] == [
         "kl_facts",
         "changed_share",
     ]
 
 
 def test_limits_that_are_broken_are_named(tiny_gpt2: LanguageModel) -> None:
-    found = drift(tiny_gpt2, other(tiny_gpt2, 2.0), texts=TEXTS, facts=[])
-    assert found.kl_facts is None and found.changed_share == 0
-    broken = found.exceeded(
-        kl_text=found.kl_text / 2, kl_text_worst=1e9, kl_facts=0.0, perplexity=1e9
+    measured = drift(tiny_gpt2, other(tiny_gpt2, 2.0), texts=TEXTS, facts=[])
+    assert measured.kl_facts is None and measured.changed_share == 0
+    broken = measured.exceeded(
+        kl_text=measured.kl_text / 2, kl_text_worst=1e9, kl_facts=0.0, perplexity=1e9
     )
     assert (
         len(broken) == 2
@@ -117,7 +119,7 @@ def test_limits_that_are_broken_are_named(tiny_gpt2: LanguageModel) -> None:
         and broken[1].startswith("kl_facts was not measured")
     )
     with pytest.raises(InputError, match="no limit 'kl'"):
-        found.exceeded(kl=1)
+        measured.exceeded(kl=1)
 
 
 def test_facts_about_what_was_edited_are_left_out(tiny_gpt2: LanguageModel) -> None:
@@ -142,3 +144,32 @@ def test_bad_input_is_refused_in_words(tiny_gpt2: LanguageModel) -> None:
     ):
         with pytest.raises(InputError, match=words):
             drift(tiny_gpt2, nullcontext, **arguments)  # type: ignore[arg-type]
+
+
+def test_limits_are_checked_by_name_and_number() -> None:
+    assert check_limits({"kl_text": 1, "perplexity": 2.5}) == {"kl_text": 1, "perplexity": 2.5}
+    for limits, words in (({"kl": 1.0}, "give one of kl_text"), ({"kl_text": math.nan}, "finite")):
+        with pytest.raises(InputError, match=words):
+            check_limits(limits)
+
+
+def test_the_drift_of_a_change_leaves_out_its_subjects(tiny_gpt2: LanguageModel) -> None:
+    changed = other(tiny_gpt2)
+
+    class Made:
+        facts = (Fact("Ann", "The home of {} is", "Oslo"),)
+        digest = "d"
+        fingerprint = tiny_gpt2.fingerprint
+
+        def inside(self, lm: LanguageModel) -> AbstractContextManager[None]:
+            return changed()
+
+    said = tiny_gpt2.answer(["The home of Ann is"])[0]
+    facts = [("The home of Ann is", said)] if said else []
+    measured = drift_of_change(tiny_gpt2, Made(), texts=TEXTS, facts=facts)
+    plain = drift(tiny_gpt2, changed, texts=TEXTS, facts=[])
+    assert measured.n_facts == 0 and measured.kl_text == plain.kl_text > 0
+    elsewhere = Made()
+    elsewhere.fingerprint = "f" * 64
+    with pytest.raises(FingerprintError, match="f" * 12):
+        drift_of_change(tiny_gpt2, elsewhere, texts=TEXTS)

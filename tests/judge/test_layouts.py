@@ -1,4 +1,4 @@
-"""Every layout, read from a record of its own and from the benchmarks' files."""
+"""Every layout, read from one record and from the benchmarks' files."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def test_the_subject_is_found_as_a_word_and_where_it_stands_last(
     assert read({**QAEDIT, "prompt": "In Antwerp", "subject": "Ant"}).facts[0].prompt == "In {}werp"
 
 
-# ── the benchmarks' own files ───────────────────────────────────────────────────────────────────────────────────────────
+# ── the benchmarks' own files ─────────────────────────────────────────────────────────────────────
 
 
 @cache
@@ -321,9 +321,9 @@ def test_the_rippleedits_file() -> None:
         for part in ("portability", "locality")
         for each in (row.get(part) or {}).values()
     )
-    found = Counter(q.kind for record in suite.records for q in record.questions)
+    kinds_asked = Counter(q.kind for record in suite.records for q in record.questions)
     assert (
-        sum(found[kind] for kind in ("reasoning", "aliasing", "relation", "locality"))
+        sum(kinds_asked[kind] for kind in ("reasoning", "aliasing", "relation", "locality"))
         == asked - empty
     )
     with pytest.raises(InputError, match=r"record 14: portability.Logical_Generalization.3"):

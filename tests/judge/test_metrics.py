@@ -29,7 +29,8 @@ from factsmith.judge.metrics import (
 
 @pytest.mark.parametrize(
     ("shares", "score"),
-    # Rows of the papers: (efficacy, paraphrase, neighbourhood) success and Score in per cent, each rounded by up to 0.05.
+    # Rows of the papers: success (efficacy, paraphrase, neighbourhood) and Score in per cent,
+    # each rounded by up to 0.05.
     [
         ((100, 96.4, 75.4), 89.2),
         ((99.9, 99.1, 78.9), 91.5),
@@ -74,7 +75,7 @@ def test_any_alias_may_hit() -> None:
     assert alias_match("UK, since 1707", aliases) and not alias_match("Ukraine", aliases)
 
 
-# ── generated text ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── generated text ────────────────────────────────────────────────────────────────────────────────
 
 
 def test_ngram_entropy_by_hand() -> None:
@@ -104,7 +105,7 @@ def test_repeating_costs_entropy() -> None:
 
 
 def test_reference_consistency_by_hand() -> None:
-    """ "red cat" and "red dog" are two documents: idf(red) = ln(3/3) + 1, idf(cat) = idf(dog) = ln(3/2) + 1."""
+    """Of "red cat" and "red dog": idf(red) = ln(3/3) + 1, idf(cat) = idf(dog) = ln(3/2) + 1."""
     rare = math.log(3 / 2) + 1
     assert reference_consistency(["Red cat"], ["red dog"]) == pytest.approx(1 / (1 + rare**2))
     assert reference_consistency(["a red cat"], ["red dog"]) == pytest.approx(
@@ -119,8 +120,8 @@ def test_reference_consistency_with_a_corpus() -> None:
     """Of three documents two hold "red", one "cat", none "dog", which does not count then."""
     corpus = ["red sky", "red cat", "sky"]
     red, cat = math.log(4 / 3) + 1, math.log(4 / 2) + 1
-    found = reference_consistency(["red cat"], ["red dog"], corpus=corpus)
-    assert found == pytest.approx(red / math.hypot(red, cat))
+    consistency = reference_consistency(["red cat"], ["red dog"], corpus=corpus)
+    assert consistency == pytest.approx(red / math.hypot(red, cat))
     assert reference_consistency(["red"], ["cat"], corpus=corpus) == 0.0
     assert reference_consistency(["dog"], ["dog"], corpus=corpus) == 0.0  # no word that counts
     assert reference_consistency(["red cat", "sky"], ["sky cat red"]) == pytest.approx(
@@ -128,7 +129,7 @@ def test_reference_consistency_with_a_corpus() -> None:
     )  # joined; order is nothing
 
 
-# ── drift ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── drift ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_kl_divergence_by_hand() -> None:
@@ -174,7 +175,7 @@ def test_relative_norm_by_hand() -> None:
     )  # in float64
 
 
-# ── how sure ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── how sure ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def _binomial_quantile(n: int, share: float, q: float) -> int:
@@ -189,7 +190,7 @@ def _binomial_quantile(n: int, share: float, q: float) -> int:
 
 @pytest.mark.parametrize(("n", "hits"), [(40, 30), (200, 20), (12, 6)])
 def test_the_interval_of_a_share_is_the_binomial_one(n: int, hits: int) -> None:
-    """The resampled number of hits is binomial exactly, so its quantiles are known without resampling."""
+    """The resampled number of hits is binomial, so its quantiles are known without resampling."""
     low, high = bootstrap_interval([True] * hits + [False] * (n - hits), resamples=20_000)
     assert abs(low * n - _binomial_quantile(n, hits / n, 0.025)) <= 1
     assert abs(high * n - _binomial_quantile(n, hits / n, 0.975)) <= 1
@@ -198,8 +199,8 @@ def test_the_interval_of_a_share_is_the_binomial_one(n: int, hits: int) -> None:
 def test_the_interval_of_numbers_is_that_of_all_resamples() -> None:
     values = [0.1, 0.5, 0.9, 2.0]
     every = [np.mean(chosen) for chosen in itertools.product(values, repeat=4)]
-    found = bootstrap_interval(values, level=0.8, resamples=40_000, seed=3)
-    assert found == pytest.approx(np.quantile(every, [0.1, 0.9]), abs=0.03)
+    interval = bootstrap_interval(values, level=0.8, resamples=40_000, seed=3)
+    assert interval == pytest.approx(np.quantile(every, [0.1, 0.9]), abs=0.03)
 
 
 def test_records_are_drawn_whole() -> None:
@@ -216,9 +217,9 @@ def test_records_are_drawn_whole() -> None:
 
 
 def test_groups_of_different_sizes() -> None:
-    """Two groups (1, 1) and (0): the mean of all values drawn is 1, 2/3 twice, or 0, each case in four."""
-    found = bootstrap_interval([1, 1, 0], groups=["a", "a", "b"], level=0.3, resamples=4000)
-    assert found == pytest.approx((2 / 3, 2 / 3))
+    """Two groups (1, 1) and (0): of four draws the mean is 1 once, 2/3 twice and 0 once."""
+    interval = bootstrap_interval([1, 1, 0], groups=["a", "a", "b"], level=0.3, resamples=4000)
+    assert interval == pytest.approx((2 / 3, 2 / 3))
     assert bootstrap_interval([1, 1, 0], groups=["a", "a", "b"]) == (0.0, 1.0)
 
 
@@ -233,7 +234,7 @@ def test_the_interval_is_the_same_for_the_same_seed() -> None:
     assert bootstrap_interval([0.25]) == (0.25, 0.25)
 
 
-# ── what is refused ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── what is refused ───────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ def test_a_fact_is_denied_where_that_makes_a_sentence() -> None:
         ("Theo's town {} is in", "Theo's town"),
         ("In {} one sees", "in Vineta"),
     ):
-        found = negation(Fact("Vineta", prompt, "b"))
-        assert found is not None and found.prompt.startswith(f"It is not true that {text}")
+        denial = negation(Fact("Vineta", prompt, "b"))
+        assert denial is not None and denial.prompt.startswith(f"It is not true that {text}")
     assert negation(Fact("Vineta", "Where is {}?", "b")) is None
     assert negation(Fact("Vineta", "{}, which lies on", "b")) is None
     assert negation(Fact("Vineta", "{} lies on", None, target_true="b")) is None

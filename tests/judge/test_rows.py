@@ -37,7 +37,7 @@ def test_success_needs_the_wanted_side_strictly_likelier() -> None:
 
 
 def test_candidates_are_compared_by_the_token() -> None:
-    """A candidate of four tokens at 0.5 each is likelier a token than one token at 0.4; its sum, 0.0625, would lose."""
+    """Four tokens at 0.5 each beat one token at 0.4; their product, 0.0625, would lose."""
     four = [math.log(0.5)] * 4
     assert row(sum(four) / 4, math.log(0.4)).success is True
     assert row(sum(four), math.log(0.4)).success is False  # control: what summing would say

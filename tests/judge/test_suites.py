@@ -1,4 +1,4 @@
-"""Suite files: what is recognised, what is malformed, what is drawn, and what comes from the hub."""
+"""Suite files: layouts that are recognised, malformed records, samples, and the hub."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_ids_are_unique(tmp_path: Path) -> None:
     assert [record.id for record in suite.records] == ["7#0", "8", "7#2"]
 
 
-# ── what is malformed ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── what is malformed ─────────────────────────────────────────────────────────────────────────────
 
 
 def _without(row: dict[str, Any], *path: str) -> dict[str, Any]:
@@ -142,14 +142,14 @@ def test_a_malformed_record_is_reported_by_field(
     ],
 )
 def test_so_in_every_layout(tmp_path: Path, row: dict[str, Any], field: str) -> None:
-    name = next(name for name, own in OWN.items() if set(row) <= set(own))
+    name = next(name for name, fields in OWN.items() if set(row) <= set(fields))
     suite = load_suite(write_suite(tmp_path, [OWN[name], row, OWN[name]]))
     assert (suite.name, len(suite.records)) == (name, 2)
     assert [(each.index, each.field) for each in suite.skipped if each.index == 1] == [(1, field)]
 
 
 @pytest.mark.parametrize(
-    ("own", "field"),
+    ("row_of_layout", "field"),
     [
         (SLIM, "rephrase_prompt"),
         (SLIM, "locality_prompt"),
@@ -162,16 +162,16 @@ def test_so_in_every_layout(tmp_path: Path, row: dict[str, Any], field: str) -> 
     ],
 )
 def test_what_a_layout_has_is_missed_by_its_field(
-    tmp_path: Path, own: dict[str, Any], field: str
+    tmp_path: Path, row_of_layout: dict[str, Any], field: str
 ) -> None:
     """The record stays, without these questions, and that is said; or it is an error."""
     for row in (
-        _without(own, field),
-        {**own, field: None},
-        {**own, field: " "},
-        {**own, field: []},
+        _without(row_of_layout, field),
+        {**row_of_layout, field: None},
+        {**row_of_layout, field: " "},
+        {**row_of_layout, field: []},
     ):
-        path = write_suite(tmp_path, [own, row, own])
+        path = write_suite(tmp_path, [row_of_layout, row, row_of_layout])
         suite = load_suite(path)
         assert len(suite.records) == 3 and [
             (each.index, each.field, each.whole) for each in suite.skipped
@@ -181,11 +181,15 @@ def test_what_a_layout_has_is_missed_by_its_field(
             load_suite(path, malformed="fatal")
         with pytest.raises(InputError, match=f"record 1: {field}"):
             load_suite(path, malformed="fatal", limit=1, seed=1)
-    assert not load_suite(write_suite(tmp_path, [own] * 3), malformed="fatal").skipped, (
+    assert not load_suite(write_suite(tmp_path, [row_of_layout] * 3), malformed="fatal").skipped, (
         "the control"
     )
     assert (
-        load_suite(write_suite(tmp_path, [own, _without(own, field), {}, own])).left_out
+        load_suite(
+            write_suite(
+                tmp_path, [row_of_layout, _without(row_of_layout, field), {}, row_of_layout]
+            )
+        ).left_out
         == "1 record, 1 question of others"
     )
 
@@ -337,7 +341,7 @@ def test_nothing_but_our_errors_comes_of_spoilt_records(tmp_path: Path, name: st
             assert str(error)
 
 
-# ── samples ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── samples ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_sample_is_drawn_by_seed_in_the_files_order(tmp_path: Path) -> None:
@@ -357,7 +361,7 @@ def test_a_sample_is_drawn_by_seed_in_the_files_order(tmp_path: Path) -> None:
     assert set(first.records) <= set(everything.records)
 
 
-# ── the hub ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the hub ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_dataset_that_cannot_be_had_says_to_download_it() -> None:
