@@ -402,7 +402,7 @@ def test_a_checkpoint_of_something_else_is_refused(
         with pytest.raises(DamagedError):
             second_moments(tiny_gpt2, texts, **usual)
     second_moments(tiny_gpt2, texts, [0])[0].save(file)
-    with pytest.raises(DamagedError, match="no unfinished"):
+    with pytest.raises(DamagedError, match="expected 'unfinished second moments 1'"):
         second_moments(tiny_gpt2, texts, **usual)
     with pytest.raises(WorkspaceError, match="cannot write"):
         second_moments(tiny_gpt2, texts, **{**usual, "checkpoint": file / "below-a-file"})

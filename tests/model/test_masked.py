@@ -121,7 +121,7 @@ def test_the_target_is_written_as_the_tokenizer_writes_it_in_place() -> None:
     ("prompt", "target", "message"),
     [
         ("The mother tongue is", "French", "no mask"),
-        ("[MASK] is the tongue of [MASK]", "French", "stand apart"),
+        ("[MASK] is the tongue of [MASK]", "French", "are apart"),
         (PROMPT, " ", "empty"),
         (PROMPT, "Ω", "does not know"),
         ("", "French", "no token"),

@@ -1,4 +1,10 @@
-"""model.answers."""
+"""What counts as an answer: whether an answer begins with a target, and with what probability.
+
+begins_with("French.", "French")            # True; "Frenchman" does not begin with "French"
+first_phrase("French, of course")           # "French"
+answer_tokens(lm, prompts, targets)         # how many tokens to decode
+probabilities(lm, prompts, targets)         # p(target | prompt) of each pair
+"""
 
 from __future__ import annotations
 
@@ -12,13 +18,16 @@ from .language_model import LanguageModel
 from .tokens import target_ids
 
 _ANSWER_TOKENS = 8
+"""Tokens that are decoded at least."""
 
 
 def begins_with(answer: str, target: str) -> bool:
-    """Whether a greedy answer begins with a target, as whole words: "French." begins with "French", "Frenchman" does not.
+    """Return whether a greedy answer begins with a target, as whole words.
 
-    However letters are composed and white space is written; "1,000" does not begin with "1". Scripts that write no spaces have no such
-    boundary, so there the beginning is enough, but for marks that belong to the last letter.
+    "French." begins with "French", and "Frenchman" does not. "1,000" does not begin with "1". It
+    does not matter how letters are composed, and how white space is written. In scripts without
+    spaces there is no boundary between words. There the beginning is enough, unless a mark follows
+    that belongs to the last letter.
     """
     answer, target = (
         " ".join(unicodedata.normalize("NFC", text).split()) for text in (answer, target)
@@ -33,21 +42,24 @@ def begins_with(answer: str, target: str) -> bool:
 
 
 def first_phrase(answer: str) -> str:
-    """What an answer says before it goes on: up to the first punctuation."""
+    """Return what an answer says up to its first punctuation."""
     return (
         re.split(r"[.,;:!?()\[\]\n。、,]", answer.strip(), maxsplit=1)[0].strip() or answer.strip()
     )
 
 
 def as_said(answer: str, expected: str | None) -> str:
-    """What was expected, where the answer begins with it; else what the answer says."""
+    """Return `expected` if the answer begins with it, and otherwise what the answer says."""
     return (
         expected if expected is not None and begins_with(answer, expected) else first_phrase(answer)
     )
 
 
 def answer_tokens(lm: LanguageModel, prompts: Sequence[str], wanted: Sequence[str]) -> int:
-    """How many tokens to decode so that the longest target fits, and one more to see where it ends."""
+    """Return how many tokens to decode.
+
+    The longest target must fit, and one more token shows where it ends.
+    """
     lengths = (
         len(target_ids(lm.tokenizer, prompt, target))
         for prompt, target in zip(prompts, wanted, strict=True)
@@ -59,20 +71,28 @@ def answer_tokens(lm: LanguageModel, prompts: Sequence[str], wanted: Sequence[st
 def probabilities(
     lm: LanguageModel, prompts: Sequence[str], targets: Sequence[str]
 ) -> list[float | None]:
-    """p(target | prompt) of each pair; None where the target is empty. Raises NumericsError when one is not a number."""
+    """Return p(target | prompt) of each pair; None where the target is empty.
+
+    Raises:
+        NumericsError: A probability is not a number.
+    """
     asked = [i for i, target in enumerate(targets) if target.strip()]
-    found: list[float | None] = [None] * len(prompts)
+    result: list[float | None] = [None] * len(prompts)
     if asked:
         logs = lm.log_prob([prompts[i] for i in asked], [targets[i] for i in asked]).tolist()
         for i, log in zip(asked, logs, strict=True):
             if math.isnan(log):
                 raise NumericsError(
-                    f"the model gives NaN as probability of {targets[i]!r} after {prompts[i]!r}; it does not compute finite states"
+                    f"the probability of {targets[i]!r} after {prompts[i]!r} is NaN: the model's "
+                    "states are not finite. Load it in a wider dtype, or undo the last change"
                 )
-            found[i] = math.exp(log)
-    return found
+            result[i] = math.exp(log)
+    return result
 
 
 def _spaced(character: str) -> bool:
-    """A digit or a letter with case, or a mark on one: the scripts with spaces between words."""
+    """Return whether a character is of a script with spaces between words.
+
+    That is a digit, a letter with case, or a mark on one.
+    """
     return unicodedata.category(character) in ("Lu", "Ll", "Lt", "Lm", "Mn", "Nd")

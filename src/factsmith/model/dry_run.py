@@ -1,4 +1,11 @@
-"""model.dry_run."""
+"""What a dry run of one layer shows: its parts, which of them mix positions, and its neurons.
+
+    dry = Dry(layer, index, call, d_model, calls)                  # one recorded run of the layer
+    parts = list(weighted_parts(layer, "", calls, hidden))         # its parts, and which mix
+    bank = bank_of_linears(dry, linears)                           # keys and values, or None
+
+Nothing is decided by a name. Inputs and outputs are changed, and the effect is compared.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +23,7 @@ from .trace import Call, Slot, first_tensor, recording, replacing, tensors, with
 
 
 def tensor_slots(call: Call) -> Iterator[tuple[Slot, Tensor]]:
+    """Yield every tensor among a call's arguments, and where it is."""
     for index, value in enumerate(call.args):
         if isinstance(value, Tensor):
             yield index, value
@@ -24,11 +32,17 @@ def tensor_slots(call: Call) -> Iterator[tuple[Slot, Tensor]]:
             yield name, value
 
 
-# ── finding the memory inside a layer ───────────────────────────────────────────────────────────────────────────────────────
-
-
 @dataclass(frozen=True, eq=False)
 class Part:
+    """A part of a layer that holds weights.
+
+    Attributes:
+        name: Its path in the layer.
+        module: The part.
+        call: Its call in the dry run.
+        mixes: Whether positions meet in it.
+    """
+
     name: str
     module: nn.Module
     call: Call
@@ -37,7 +51,15 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Dry:
-    """A layer, its call in a dry run, and the calls of everything in it."""
+    """A layer, its call in a dry run, and the calls of everything in it.
+
+    Attributes:
+        layer: The layer.
+        index: Its index.
+        call: Its call.
+        d_model: Width of the hidden state.
+        calls: The calls of its parts, by path.
+    """
 
     layer: nn.Module
     index: int
@@ -46,14 +68,19 @@ class Dry:
     calls: Mapping[str, list[Call]]
 
     def run(self) -> Any:
+        """Run the layer again with the same arguments."""
         return self.layer(*self.call.args, **self.call.kwargs)
 
     def refuse(self, why: str) -> UnsupportedModelError:
+        """Return the error for a layer that is not understood."""
         return UnsupportedModelError(f"layer {self.index} ({type(self.layer).__name__}): {why}")
 
 
 def bank_of_linears(dry: Dry, ordered: list[nn.Module]) -> Neurons | None:
-    """The neurons of linears in the order in which they run; None when they are not one bank."""
+    """Return the neurons of linears in the order in which they run.
+
+    None: they do not make up one bank.
+    """
     if len(ordered) < 2:
         return None
     *readers, down = (linear_matrix(m) for m in ordered)
@@ -85,14 +112,21 @@ def gate_and_up(
     d_ff: int,
     coefficients: Callable[[Mapping[int, Callable[[Tensor], Tensor]]], Tensor],
 ) -> tuple[Matrix, Matrix]:
-    """Which of two linears (or which half of a fused one) is the gate: the activation bends along the gate, not along the up-projection.
+    """Return which of two linears, or which half of a fused one, is the gate, then the other.
 
-    coefficients: computes them with the outputs of some of the readers passed through functions.
+    The activation bends along the gate, and not along the up-projection.
+
+    Args:
+        readers: One or two matrices that read the hidden state.
+        d_ff: Number of neurons.
+        coefficients: Computes the coefficients while the outputs of some readers pass through
+            functions.
     """
     if len(readers) == 2:
         sources, halves = [0, 1], [slice(None), slice(None)]
     else:
-        # Entry 1 of a fused projection belongs to neuron 1 when it is two halves, to neuron 0 when gate and up alternate.
+        # Entry 1 of a fused projection belongs to neuron 1 if there are two halves, and to neuron 0
+        # if gate and up alternate.
         moved = (
             (coefficients({0: lambda out: _bump(out, 1)}) - coefficients({}))
             .abs()
@@ -138,7 +172,10 @@ def _scaler(rows: slice, factor: float) -> Callable[[Tensor], Tensor]:
 
 
 def contributor(part: Part, calls: Mapping[str, list[Call]]) -> nn.Module:
-    """The module that puts out what a part contributes: the part itself, or its linear when the part also adds an input to it."""
+    """Return the module whose output is what a part contributes.
+
+    It is the part itself, or its linear if the part also adds one of its inputs.
+    """
     output = part.call.output
     inner: dict[str, nn.Module] = dict(part.module.named_modules(prefix=part.name))
     for name, module in inner.items():
@@ -156,7 +193,7 @@ def contributor(part: Part, calls: Mapping[str, list[Call]]) -> nn.Module:
 def weighted_parts(
     module: nn.Module, path: str, calls: Mapping[str, list[Call]], hidden: Tensor
 ) -> Iterator[Part]:
-    """The outermost weighted parts of a layer, each with whether positions meet in it."""
+    """Yield the outermost parts of a layer that hold weights."""
     for name, child in module.named_children():
         name = f"{path}.{name}" if path else name
         if not any(p.dim() >= 2 for p in child.parameters()):
@@ -168,7 +205,7 @@ def weighted_parts(
 
 
 def _mixes(module: nn.Module, call: Call, hidden: Tensor) -> bool:
-    """Whether changing the input at all other positions changes the output at some position."""
+    """Return whether a change of the input at all other positions changes the output at one."""
     batch, length = hidden.shape[:2]
     slots = [
         (s, t)
@@ -181,15 +218,14 @@ def _mixes(module: nn.Module, call: Call, hidden: Tensor) -> bool:
 
     def output(x: Tensor) -> Tensor | None:
         args, kwargs = with_slot(call, slot, x)
-        found = next(
-            (t for t in tensors(module(*args, **kwargs)) if t.numel() % (batch * length) == 0), None
-        )
-        return None if found is None else found.reshape(batch, length, -1).clone()
+        results = tensors(module(*args, **kwargs))
+        result = next((t for t in results if t.numel() % (batch * length) == 0), None)
+        return None if result is None else result.reshape(batch, length, -1).clone()
 
     before = output(given)
     if before is None:
         return True
-    # An attention head that is sure of itself looks at one position only, so ask at several.
+    # A sure attention head looks at one position only, so several positions are tried.
     for kept in range(length - 1, 0, -2):
         changed = torch.roll(given.reshape(batch, length, -1), 1, dims=1) * -1.5 + 0.5 * given.std()
         changed[:, kept] = given.reshape(batch, length, -1)[:, kept]
@@ -200,8 +236,8 @@ def _mixes(module: nn.Module, call: Call, hidden: Tensor) -> bool:
 
 
 def linears_in_order(dry: Dry, roots: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
-    """The linears that run once inside the given modules, in the order in which they run."""
-    found = {
+    """Return the linears that run once inside the given modules, in the order they run."""
+    names = {
         m: name
         for root, module in roots
         for name, m in module.named_modules(prefix=root)
@@ -216,19 +252,19 @@ def linears_in_order(dry: Dry, roots: list[tuple[str, nn.Module]]) -> list[tuple
 
         return keep
 
-    with replacing({m: note(m) for m in found}):
+    with replacing({m: note(m) for m in names}):
         dry.run()
-    return [(found[m], m) for m in order]
+    return [(names[m], m) for m in order]
 
 
 def adds_unchanged(dry: Dry, module: nn.Module) -> bool:
-    """Whether what is added to the module's output arrives unchanged in the layer's output."""
+    """Return whether what is added to the module's output arrives in the layer's output."""
     plain = first_tensor(dry.run()).double()
     extra = (
         torch.linspace(-1, 1, plain.shape[-1], dtype=plain.dtype, device=plain.device) * plain.std()
     )
     with replacing({module: lambda out: out + extra.to(out.dtype).to(out.device)}):
         moved = first_tensor(dry.run()).double() - plain
-    # The middle of the errors: in 16 bits the few huge entries that trained models carry lose what was added to them.
+    # The median: in 16 bits the few huge entries of trained models lose what was added to them.
     error = (moved - extra).abs().median() / extra.abs().median()
     return float(error) < max(1e-3, min(0.03, tolerance(dry.call.output.dtype)))

@@ -1,4 +1,11 @@
-"""model.experts."""
+"""Find the memory of a layer with experts, from what its parts do in a dry run.
+
+    ffn = find_experts(dry, writers)        # one bank for each expert, and perhaps a shared one
+
+The experts are kept in three-dimensional weights of one module. It is called with hidden states,
+the chosen experts and their weights. Expert 0 runs alone, and its matrix products show its keys
+and values.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +31,19 @@ from .trace import Product
 
 
 def find_experts(dry: Dry, writers: list[Part]) -> FeedForward:
-    """A memory of routed experts kept in three-dimensional weights, perhaps with a shared bank beside them."""
+    """Return a memory of routed experts, perhaps with a shared bank.
+
+    Args:
+        dry: The layer's dry run.
+        writers: The parts of the layer in which positions do not meet.
+
+    Raises:
+        UnsupportedModelError: The layer is not understood, or its banks do not sum to its output.
+    """
     if len(writers) != 1:
         raise dry.refuse(
-            f"it has {len(writers)} position-wise parts, one with experts: {', '.join(p.name for p in writers)}; expected that one alone"
+            f"it has {len(writers)} position-wise parts, one with experts: "
+            f"{', '.join(p.name for p in writers)}; expected that one alone"
         )
     block = writers[0]
     holders = [
@@ -37,7 +53,8 @@ def find_experts(dry: Dry, writers: list[Part]) -> FeedForward:
     ]
     if len(holders) != 1 or len(dry.calls[holders[0][0]]) != 1:
         raise dry.refuse(
-            f"its experts lie in {len(holders)} modules ({', '.join(n for n, _ in holders)}); expected one that is run once a pass"
+            f"its experts are in {len(holders)} modules ({', '.join(n for n, _ in holders)}); "
+            "expected one module that runs once in a pass"
         )
     name, module = holders[0]
     call = dry.calls[name][0]
@@ -51,14 +68,16 @@ def find_experts(dry: Dry, writers: list[Part]) -> FeedForward:
         or floats[1][1].shape != chosen[0][1].shape
     ):
         raise dry.refuse(
-            f"the experts in {name} are not asked with hidden states, chosen experts and their weights alone"
+            f"the experts in {name} are called with other things than hidden states, chosen "
+            "experts and their weights"
         )
     hidden = floats[0][1]
     routed = Routed(module, "", floats[0][0], chosen[0][0], floats[1][0], call)
     seen, _ = routed.one(0, hidden)
     if len(seen) not in (2, 3) or seen[-1].right.shape[1] != dry.d_model:
         raise dry.refuse(
-            f"an expert in {name} makes {len(seen)} matrix products; expected two or three, the last writing the hidden state"
+            f"an expert in {name} makes {len(seen)} matrix products; expected two or three, of "
+            "which the last writes the hidden state"
         )
     routed = Routed(module, seen[-1].name, floats[0][0], chosen[0][0], floats[1][0], call)
     count = getattr(module, routed.down).shape[0]
@@ -78,7 +97,7 @@ def find_experts(dry: Dry, writers: list[Part]) -> FeedForward:
         and not is_linear(m)
     ]
     if len(shared) > 1:
-        raise dry.refuse(f"{len(shared)} shared memories beside the experts; expected one at most")
+        raise dry.refuse(f"it has {len(shared)} shared memories and experts; expected at most one")
     ffn = FeedForward(
         layer=dry.index,
         _weight=None,
@@ -93,13 +112,14 @@ def find_experts(dry: Dry, writers: list[Part]) -> FeedForward:
     )
     if not same(ffn.routing(dry.run).total(ffn), block.call.output.reshape(-1, dry.d_model)):
         raise dry.refuse(
-            f"the sum over its experts is not what {block.name} puts out, so they are not understood"
+            f"the sum over its experts is not the output of {block.name}, so they are not "
+            "understood"
         )
     return ffn
 
 
 def _of_expert(first: Neurons, expert: int) -> Neurons:
-    """The bank of another expert: all lie alike in the same parameters."""
+    """Return the bank of another expert. All are in the same parameters, one after another."""
     weight, bias, gate, up = (
         None if m is None else dataclasses.replace(m, expert=expert)
         for m in (first._weight, first._bias, first._gate, first._up)
@@ -108,7 +128,7 @@ def _of_expert(first: Neurons, expert: int) -> Neurons:
 
 
 def _expert(dry: Dry, routed: Routed, seen: Sequence[Product], hidden: Tensor) -> Neurons:
-    """The first expert's bank, its orientation taken from the products that were seen."""
+    """Return the first expert's bank. Its orientation comes from the observed products."""
     expert = 0
 
     def matrix(product: Product) -> Matrix:
@@ -123,7 +143,8 @@ def _expert(dry: Dry, routed: Routed, seen: Sequence[Product], hidden: Tensor) -
     shapes = [tuple(m.read().shape) for m in readers]
     if shapes not in ([(d_ff, dry.d_model)], [(d_ff, dry.d_model)] * 2, [(2 * d_ff, dry.d_model)]):
         raise dry.refuse(
-            f"its experts read the hidden state with matrices of shapes {shapes}; expected {d_ff} rows, twice that, or two of them"
+            f"its experts read the hidden state with matrices of shapes {shapes}; expected {d_ff} "
+            "rows, twice as many, or two matrices"
         )
 
     def coefficients(changes: Mapping[int, Callable[[Tensor], Tensor]]) -> Tensor:
@@ -146,6 +167,6 @@ def _expert(dry: Dry, routed: Routed, seen: Sequence[Product], hidden: Tensor) -
             if p.dim() == 2 and p.shape[-1] == dry.d_model and same(p[expert], rest)
         ]
         if len(names) != 1:
-            raise dry.refuse("its experts put out more than their values and one bias")
+            raise dry.refuse("its experts add more than their values and one bias")
         bias = Matrix(routed.module, names[0], expert=expert)
     return Neurons(layer=dry.index, _weight=down, _bias=bias, _gate=gate, _up=up)

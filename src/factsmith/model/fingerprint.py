@@ -1,4 +1,8 @@
-"""model.fingerprint."""
+"""The fingerprint of a model: a digest of its weights, its config and its tokenizer.
+
+model_digest(module, config, tokenizer)     # sha256 (hex), a pass over all weights
+weight_state(module)                        # cheap; differs after any weight has changed
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from torch import nn
 
 
 def weight_state(module: nn.Module) -> object:
-    """Something small that differs after any weight has changed."""
+    """Return something small that differs after any weight has changed."""
     state = []
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
@@ -21,6 +25,11 @@ def weight_state(module: nn.Module) -> object:
 
 
 def model_digest(module: nn.Module, config: Any, tokenizer: Any) -> str:
+    """Return the sha256 (hex) over every weight, the config and the tokenizer.
+
+    A weight counts with its name, dtype, shape and bytes. Config entries that do not change the
+    model are left out.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -31,7 +40,7 @@ def model_digest(module: nn.Module, config: Any, tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
-_NOT_THE_MODEL = {
+_NOT_THE_MODEL = {  # entries of a config
     "factsmith",
     "_name_or_path",
     "name_or_path",

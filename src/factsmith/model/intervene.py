@@ -1,4 +1,8 @@
-"""model.intervene."""
+"""Suppress or amplify neurons while a block runs.
+
+with intervene(lm, [(3, 1201), (4, 77)], 0):      # 0 suppresses, 2 amplifies
+    lm.answer(prompts)
+"""
 
 from __future__ import annotations
 
@@ -17,13 +21,20 @@ from .language_model import LanguageModel, check_model
 def intervene(
     lm: LanguageModel, neurons: Iterable[Neuron], scale: float
 ) -> Generator[None, None, None]:
-    """Multiply the coefficients of these neurons by `scale` at every token while the block runs; the model is as before when it ends.
+    """Multiply the coefficients of some neurons by `scale` at every token while the block runs.
 
-    neurons  (layer, i), or (layer, expert, i) in a layer with experts; rows of an array or a tensor will do. One given twice is scaled
-             once. An expert's neuron counts only for the tokens that are routed to it
-    scale    any finite number; blocks inside one another multiply
+    The model is as before when the block ends. Nested blocks multiply.
 
-    Raises LayerError for a neuron the model does not have, InputError for a scale that is not finite.
+    Args:
+        lm: The model.
+        neurons: (layer, i), or (layer, expert, i) in a layer with experts. Rows of an array or a
+            tensor work too. A neuron that is given twice is scaled once. An expert's neuron counts
+            only for the tokens that are routed to the expert.
+        scale: Any finite number.
+
+    Raises:
+        LayerError: The model has no such neuron.
+        InputError: The scale is not finite.
     """
     check_model(lm)
     scale = check_number(scale, "scale", "the factor on each coefficient")

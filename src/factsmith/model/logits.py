@@ -1,4 +1,8 @@
-"""model.logits."""
+"""Logits of a large vocabulary, computed a piece of the vocabulary at a time on a CPU.
+
+with wide_unembedding(module, hidden):
+    logits = module(...).logits
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,10 @@ from .trace import hook_count, standing_in
 
 @contextmanager
 def wide_unembedding(module: Any, hidden: Tensor) -> Generator[None, None, None]:
-    """While the block runs, a large vocabulary's logits are computed some words at a time where that is faster: on a CPU, in 32 bits.
+    """Compute a large vocabulary's logits in pieces while the block runs, where that is faster.
 
-    Written in one product they leave the caches again and again, which takes half as long again; the numbers are the same.
+    That is on a CPU in 32 bits. In one product the logits leave the caches again and again, which
+    takes half as long again. The numbers are the same.
     """
     unembedding = module.get_output_embeddings()
     plain = (
@@ -24,9 +29,8 @@ def wide_unembedding(module: Any, hidden: Tensor) -> Generator[None, None, None]
         and unembedding.bias is None
         and not hook_count([unembedding])
     )
-    plain = (
-        plain and unembedding.weight.device == hidden.device
-    )  # parts on several devices: what moves states between them must run
+    # With parts on several devices, the hooks that move states between them must run.
+    plain = plain and unembedding.weight.device == hidden.device
     if not (
         plain
         and unembedding.out_features >= 2**14
@@ -46,7 +50,10 @@ def wide_unembedding(module: Any, hidden: Tensor) -> Generator[None, None, None]
 
 
 class _Logits(torch.autograd.Function):
-    """states @ weight.T, (n, d) and (vocab, d) to (n, vocab), a piece of the vocabulary at a time; differentiable in the states."""
+    """states @ weight.T, (n, d) and (vocab, d) to (n, vocab), a piece of the vocabulary at a time.
+
+    Gradients reach the states.
+    """
 
     @staticmethod
     def forward(ctx: Any, states: Tensor, weight: Tensor) -> Tensor:

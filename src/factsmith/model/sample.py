@@ -1,7 +1,7 @@
 """Text that the model writes itself: contexts for keys, and a corpus where there is none.
 
 sample(lm, count=20, length=10, top_k=5, seed=0)       # 20 strings of 10 tokens
-own_text(lm, n_tokens=8000, seed=0)                    # strings with about that many tokens in all
+own_text(lm, n_tokens=8000, seed=0)                    # strings with about that many tokens
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..core.errors import InputError
 from .language_model import LanguageModel
 
 _ROWS, _LENGTH = 64, 64
-"""Strings sampled together by `own_text`, and their length in tokens: sentences, not words, and enough of them in one pass."""
+"""Strings that `own_text` samples together, and their tokens: sentences, not words."""
 
 
 @torch.no_grad()
@@ -32,13 +32,22 @@ def sample(
     openings: Sequence[str] | None = None,
     apart: bool = False,
 ) -> list[list[int]]:
-    """`count` lists of `length` token ids, sampled from the model from its start token (not included), in one batch; no special tokens.
+    """Sample `count` lists of `length` token ids in one batch, without special tokens.
 
-    top_k     sample among the likeliest only (None: all)
-    openings  `count` texts to begin with instead; what of them goes beyond `length` tokens is left out
-    apart     draw for each opening by itself, whatever else is in the batch
+    The same model, arguments and seed give the same ids.
 
-    The same model, arguments and seed give the same ids. Raises InputError for a tokenizer with neither BOS nor EOS to start from.
+    Args:
+        lm: The model.
+        count: Number of lists.
+        length: Tokens in each.
+        top_k: Sample among this many likeliest tokens. None: among all.
+        seed: The seed.
+        openings: `count` texts to begin with, cut at `length` tokens. None: begin with the start
+            token, which is not returned.
+        apart: Draw for each opening by itself, whatever else is in the batch.
+
+    Raises:
+        InputError: The tokenizer has neither BOS nor EOS to start from.
     """
     tokenizer = lm.tokenizer
     start = next(
@@ -46,18 +55,15 @@ def sample(
     )
     if start is None:
         raise InputError(
-            f"{lm.name} has neither a BOS nor an EOS token to sample text from; pass contexts or texts of your own"
+            f"{lm.name} has neither a BOS nor an EOS token to start a text with; give contexts or "
+            "texts"
         )
     seed = check_count(seed, "seed", least=-(2**63), below=2**63)
     sampler = torch.Generator().manual_seed(seed)
-    own = (
-        [
-            torch.Generator().manual_seed(zlib.crc32(f"{seed} {text}".encode()))
-            for text in openings or ()
-        ]
-        if apart
-        else []
-    )
+    samplers = [
+        torch.Generator().manual_seed(zlib.crc32(f"{seed} {text}".encode()))
+        for text in (openings or () if apart else ())
+    ]
     special = [i for i in tokenizer.all_special_ids if i is not None]
     cache = DynamicCache() if lm.caches_prefix else None
     given = [
@@ -75,9 +81,10 @@ def sample(
         )
         logits[:, special] = -torch.inf
         top = logits.topk(top_k or logits.shape[-1])
-        if own:  # the largest of logits with Gumbel's noise is drawn as softmax has it
+        if samplers:
+            # The largest of logits with Gumbel noise follows their softmax.
             noise = torch.stack(
-                [torch.rand(top.values.shape[-1], generator=generator) for generator in own]
+                [torch.rand(top.values.shape[-1], generator=generator) for generator in samplers]
             )
             picked = (top.values - (-noise.clamp(1e-20, 1 - 1e-7).log()).log()).argmax(
                 -1, keepdim=True
@@ -98,10 +105,19 @@ def own_text(
     seed: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> list[str]:
-    """Strings that the model writes itself, with about `n_tokens` tokens in all: stands in for a corpus in `second_moments`.
+    """Return strings that the model writes itself, with about `n_tokens` tokens in all.
 
-    What the model writes is what its neurons are used for, so it weighs a change much as its training text would.
-    progress: called with the number of tokens done, after every batch. Raises InputError as `sample`.
+    They stand in for a corpus in `second_moments`. What the model writes is what its neurons are
+    used for, so it weighs a change much as the model's training text would.
+
+    Args:
+        lm: The model.
+        n_tokens: About how many tokens.
+        seed: The seed.
+        progress: Called with the number of tokens done, after every batch.
+
+    Raises:
+        InputError: The tokenizer has neither BOS nor EOS to start from.
     """
     length = min(_LENGTH, (lm.max_tokens or _LENGTH) - 1)
     rows = min(_ROWS, math.ceil(n_tokens / length))
