@@ -118,23 +118,6 @@ def test_gated_and_plain_keys_are_not_mixed_up(
         tiny_gpt2.coefficients("Paris", layers=[3])
 
 
-def test_a_second_memory_in_a_layer_is_refused_by_name() -> None:
-    module = tiny_model("llama", **LLAMA)
-    for layer in module.model.layers:
-        layer.extra = nn.Linear(32, 32)
-        layer.register_forward_hook(lambda m, args, out: out + m.extra(out))
-    with pytest.raises(UnsupportedModelError, match=r"extra"):
-        wrap(module, byte_tokenizer())
-
-
-def test_a_down_projection_with_an_adapter_is_refused() -> None:
-    module = tiny_model("llama", **LLAMA)
-    down = module.model.layers[2].mlp.down_proj
-    down.register_forward_hook(lambda m, args, out: out * 1.5)
-    with pytest.raises(UnsupportedModelError, match=r"layer 2.*adapters"):
-        wrap(module, byte_tokenizer())
-
-
 def test_quantised_weights_are_refused() -> None:
     module = tiny_model("llama", **LLAMA)
     down = module.model.layers[0].mlp.down_proj

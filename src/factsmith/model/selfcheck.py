@@ -1,9 +1,10 @@
-"""Find out how a model is built, and prove it: a dry run of a few tokens against the model's own full pass.
+"""Find out how a model is built, and prove it in a dry run of a few tokens.
 
-    discover(lm)        # fills in lm.layers, lm.ffn, lm.attention ..., or refuses the model in words
+    discover(lm)        # fills in lm.layers, lm.ffn, lm.attention ..., or refuses the model
 
-Nothing is believed because of a name. What is found is used at once, as the rest of factsmith uses it, and compared with the
-plain forward pass: the values weighed by the coefficients, the head, layers run again from a changed state, padding, the cache.
+A name proves nothing. What was found is used at once, as the rest of factsmith uses it, and the
+result is compared with the model's plain forward pass. The comparisons cover the values weighed by
+the coefficients, the head, layers run again from a changed state, padding, and the cache.
 """
 
 from __future__ import annotations
@@ -33,14 +34,17 @@ from .tolerance import same
 from .trace import recording, replaced_by, replacing
 
 _DRY_TOKENS = 9
-"""Plain tokens that the dry run needs: two rows of different length, and one token that is in neither."""
+"""Plain tokens that the dry run needs: two rows of different length, and one token more."""
 
 
 def discover(lm: LanguageModel) -> None:
-    """Find the model's structure in a dry run, give it to the model, and check it against the model's own pass.
+    """Find the model's structure in a dry run, give it to the model, and check it.
 
-    Raises TokenizerError when the tokenizer is empty or another model's, ModelError when a weight is not finite, NumericsError when
-    the layers' outputs are not, UnsupportedModelError when the structure is not understood.
+    Raises:
+        TokenizerError: The tokenizer is empty, or another model's.
+        ModelError: A weight is not finite.
+        NumericsError: The layers' outputs are not finite.
+        UnsupportedModelError: The structure is not understood.
     """
     _check_tokenizer(lm)
     try:
@@ -52,44 +56,56 @@ def discover(lm: LanguageModel) -> None:
     except FactsmithError:
         _check_finite(lm)
         raise
-    except (
-        Exception
-    ) as error:  # models raise whatever they like when they are run in a way they do not foresee
+    except Exception as error:  # a model that runs in an unforeseen way raises anything
         raise UnsupportedModelError(
-            f"{lm.name}: its dry run ended in {type(error).__name__}: {first_line(error)}; it cannot be replayed as a text model"
+            f"{lm.name}: its dry run ended in {type(error).__name__}: {first_line(error)}; it "
+            "cannot be replayed as a text model"
         ) from error
 
 
 def _check_tokenizer(lm: LanguageModel) -> None:
-    """Raises TokenizerError when the tokenizer is empty (its files were missing) or belongs to a larger vocabulary."""
+    """Check that the tokenizer is this model's.
+
+    Raises:
+        TokenizerError: It is empty (its files were missing), has a larger vocabulary, or has no
+            mask token for a masked model.
+    """
     text = "The name of the place is"
     ids, _ = encode(lm.tokenizer, text)
     words = [i for i in ids if i not in lm.tokenizer.all_special_ids]
     if len(words) < 2:
         raise TokenizerError(
-            f"the tokenizer of {lm.name} makes {len(words)} tokens of {text!r}; is its tokenizer.json missing?"
+            f"the tokenizer of {lm.name} makes {len(words)} tokens of {text!r}; check that its "
+            "tokenizer.json is there and complete"
         )
     if max(ids) >= _vocabulary(lm):
         raise TokenizerError(
-            f"the tokenizer of {lm.name} has id {max(ids)}, the model only {_vocabulary(lm)}; is it another's?"
+            f"the tokenizer of {lm.name} has id {max(ids)}, and the model has only "
+            f"{_vocabulary(lm)} tokens, so it is another model's; give this model's tokenizer"
         )
     if not lm.is_causal and lm.tokenizer.mask_token_id is None:
         raise TokenizerError(
-            f"the tokenizer of {lm.name} has no mask token; expected one, to ask a masked language model with"
+            f"the tokenizer of {lm.name} has no mask token; give one that has, because a masked "
+            "language model answers at masks"
         )
 
 
 def _check_finite(lm: LanguageModel) -> None:
-    """Raises ModelError when a weight is not finite: then nothing computed with it can be, and no other reason need be looked for."""
+    """Check that every weight is finite. If one is not, no other reason matters.
+
+    Raises:
+        ModelError: A weight is not finite.
+    """
     for name, weight in lm.module.named_parameters():
         if wrong := int((~weight.isfinite()).sum()):
             raise ModelError(
-                f"{lm.name}: {wrong} of the {weight.numel()} entries of {name} are not finite (NaN or infinite); copy or download "
-                "the weights again, or undo what was done to them"
+                f"{lm.name}: {wrong} of the {weight.numel()} entries of {name} are not finite (NaN "
+                "or infinite); copy or download the weights again, or undo the last change"
             ) from None
 
 
 def _find_structure(lm: LanguageModel) -> Structure:
+    """Return the layers and their parts. Layers that are built alike are examined once."""
     single = _dry_batch(lm, [0])
     expected = getattr(lm.config.get_text_config(decoder=True), "num_hidden_layers", None)
     layers, slot, calls = find_layers(lm.module, expected, lambda: lm.forward(single))
@@ -98,13 +114,12 @@ def _find_structure(lm: LanguageModel) -> Structure:
     ]:
         _check_finite(lm)
         raise NumericsError(
-            f"{lm.name}: from layer {broken[0]} on its outputs are not finite, though its weights are: numbers too large for "
-            f"{lm.dtype}; load it in a wider dtype"
+            f"{lm.name}: from layer {broken[0]} on its outputs are not finite, though its weights "
+            f"are: some numbers are too large for {lm.dtype}. Load it in a wider dtype"
         )
     parts: list[tuple[FeedForward, nn.Module | None]] = []
     first_of: dict[object, int] = {}
     for index, (layer, call) in enumerate(zip(layers, calls, strict=True)):
-        # Layers built alike are looked into once.
         first = first_of.setdefault(build(layer), index)
         if first == index:
             parts.append(find_feed_forward(layer, index, call, slot))
@@ -125,7 +140,11 @@ def _find_structure(lm: LanguageModel) -> Structure:
 
 
 def _check_sums(lm: LanguageModel) -> None:
-    """Raises UnsupportedModelError unless each dense memory writes its values weighed by its coefficients."""
+    """Check that each dense memory writes its values weighed by its coefficients.
+
+    Raises:
+        UnsupportedModelError: One does not.
+    """
     with recording({ffn.layer: ffn.down for ffn in lm.ffn if not ffn.n_experts}) as written:
         lm.forward(_dry_batch(lm, [0]))
     for layer, (call, *_) in written.items():
@@ -133,12 +152,16 @@ def _check_sums(lm: LanguageModel) -> None:
 
 
 def _check_causal(lm: LanguageModel) -> None:
-    """Prove that the model is causal and that replay gives what it gives; find out whether it caches and hides padding."""
+    """Prove that the model is causal and that replay equals its own pass.
+
+    Find out whether it caches a prefix and hides padding.
+    """
     single = _dry_batch(lm, [0])
     full = _check_inputs(lm, single)
     if not same(lm.forward(_other_ending(lm, single)).logits[:, :-1], full[:, :-1]):
         raise UnsupportedModelError(
-            f"{lm.name}: a change of the last token reaches earlier positions, so it is not a causal model"
+            f"{lm.name}: a change of the last token reaches earlier positions, so it is not a "
+            "causal model"
         )
     _check_head(lm, single, full)
     try:
@@ -148,7 +171,9 @@ def _check_causal(lm: LanguageModel) -> None:
             k.shape[-2] == single.width for k, _ in cache.kept
         )
         lm.caches_prefix = lm.caches_prefix and _replays(lm, single)
-    except Exception:  # states that are no keys and values (recurrent layers, indexers): replay goes without a cache
+    except Exception:
+        # Some layers keep other states than keys and values (recurrent layers, indexers). Replay
+        # then goes without a cache.
         lm.caches_prefix = False
     if not lm.caches_prefix:
         _check_replays(lm, single)
@@ -159,13 +184,16 @@ def _check_causal(lm: LanguageModel) -> None:
 
 
 def _check_masked(lm: LanguageModel) -> None:
-    """Prove that the model reads from both sides and that replay gives what it gives; find out whether it hides padding."""
+    """Prove that the model reads from both sides and that replay equals its own pass.
+
+    Find out whether it hides padding.
+    """
     single = _dry_batch(lm, [0])
     full = _check_inputs(lm, single)
     if same(lm.forward(_other_ending(lm, single)).logits[:, :-1], full[:, :-1]):
         raise UnsupportedModelError(
-            f"{lm.name}: a change of the last token does not reach earlier positions, so it is no masked language model; "
-            "load it as a causal one"
+            f"{lm.name}: a change of the last token does not reach earlier positions, so it is not "
+            "a masked language model; load it as a causal one"
         )
     _check_head(lm, single, full)
     _check_replays(lm, single)
@@ -176,37 +204,45 @@ def _check_masked(lm: LanguageModel) -> None:
 
 
 def _check_inputs(lm: LanguageModel, single: Batch) -> Tensor:
-    """The model's logits for one row without any of the inputs that `forward` adds; raises when these change them."""
+    """Return the model's logits for one row, given only its ids.
+
+    Raises:
+        UnsupportedModelError: The other inputs that `forward` gives change them.
+    """
     full: Tensor = lm.module(input_ids=single.input_ids).logits
     if not same(lm.forward(single).logits, full):
-        # Some models count positions from elsewhere than 0, and know it only themselves.
+        # Some models do not count positions from 0, and only they know.
         lm.accepts.discard("position_ids")
         if not same(lm.forward(single).logits, full):
             raise UnsupportedModelError(
-                f"{lm.name}: a mask without any padding changes its output, so it is not understood"
+                f"{lm.name}: a mask without padding changes its output, so it is not understood"
             )
     return full
 
 
 def _check_head(lm: LanguageModel, single: Batch, full: Tensor) -> None:
+    """Check that the head of the last layer's output gives the logits."""
     if not same(lm.head(lm.last_hidden(single)), full):
         raise UnsupportedModelError(
-            f"{lm.name}: its head does more than turn the last layer's output into logits"
+            f"{lm.name}: its head does more than turn the last layer's output into logits, so it "
+            "is not understood"
         )
 
 
 def _check_replays(lm: LanguageModel, batch: Batch) -> None:
+    """Check that the layers, run again by themselves, give what they give in the model."""
     if not _replays(lm, batch):
         raise UnsupportedModelError(
-            f"{lm.name}: its layers, run again by themselves, do not give what they give in the model"
+            f"{lm.name}: its layers, run again by themselves, do not give what they give in the "
+            "model, so they cannot be replayed"
         )
 
 
 def _replays(lm: LanguageModel, batch: Batch) -> bool:
-    """Whether replay from some changed layer equals the model's own pass with the same change.
+    """Return whether replay from some changed layers equals the model's own pass.
 
-    A causal model is replayed from the middle column on. One that reads from both sides is replayed whole; what it gives at padding
-    is nobody's business.
+    A causal model is replayed from the middle column on. One that reads from both sides is replayed
+    whole, and its states at padding do not count.
     """
     start = batch.width // 2 if lm.is_causal else 0
     seen: Any = slice(None) if lm.is_causal else batch.attention_mask.bool()
@@ -223,25 +259,28 @@ def _replays(lm: LanguageModel, batch: Batch) -> bool:
 
 
 def _other_ending(lm: LanguageModel, batch: Batch) -> Batch:
-    """The batch with another last token."""
+    """Return the batch with another last token."""
     ids = batch.input_ids.clone()
     ids[:, -1] = lm.plain_ids[0]
     return Batch(ids, batch.attention_mask, batch.position_ids, batch.pivot)
 
 
 def _dry_batch(lm: LanguageModel, rows: Sequence[int]) -> Batch:
-    """Some of the dry rows, aligned at their last token."""
+    """Return some of the dry rows, aligned at their last token."""
     every = _dry_rows(lm)
     return lm.align([every[row] for row in rows], [len(every[row]) - 1 for row in rows])
 
 
 def _dry_rows(lm: LanguageModel) -> list[list[int]]:
-    """Two short rows of plain tokens, different in length."""
+    """Return two short rows of plain tokens, different in length."""
     return [lm.plain_ids[1:7], lm.plain_ids[3:7]]
 
 
 def _plain_ids(lm: LanguageModel) -> list[int]:
-    """Ids of ordinary tokens, from a third of the vocabulary on: neither special nor padding."""
+    """Return ids of ordinary tokens, from a third of the vocabulary on.
+
+    They are neither special nor padding.
+    """
     size = _vocabulary(lm)
     text_config = lm.config.get_text_config(decoder=True)
     reserved = {
@@ -252,11 +291,11 @@ def _plain_ids(lm: LanguageModel) -> list[int]:
     plain = [i for i in range(size // 3, min(size, size // 3 + 64)) if i not in reserved]
     if len(plain) < _DRY_TOKENS:
         raise UnsupportedModelError(
-            f"{lm.name}: a vocabulary of {size} tokens is too small to check anything"
+            f"{lm.name}: a vocabulary of {size} tokens is too small for a dry run"
         )
     return plain
 
 
 def _vocabulary(lm: LanguageModel) -> int:
-    """How many tokens the model has embeddings for."""
+    """Return how many tokens the model has embeddings for."""
     return next(p for p in lm.embedding.parameters() if p.dim() == 2).shape[0]
