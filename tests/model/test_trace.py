@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from factsmith.core.errors import UnsupportedModelError
 from factsmith.model import trace
 from factsmith.model.language_model import LanguageModel
+from factsmith.model.products import replacing_factors
 from factsmith.model.trace import (
     first_tensor,
     hook_count,
-    products,
     recording,
     replacing,
-    replacing_factors,
     standing_in,
     with_first_tensor,
 )
@@ -133,16 +132,6 @@ def test_a_change_of_the_last_layer_counts_once(tiny_lm: LanguageModel) -> None:
         expected = tiny_lm.forward(tiny_lm.align([IDS], [3])).logits[:, -1]
         torch.testing.assert_close(tiny_lm.last_logits(tiny_lm.align([IDS], [3])), expected)
     assert (tiny_lm.last_logits(tiny_lm.align([IDS], [3])) - expected).abs().max() > 1e-2
-
-
-def test_products_watch_a_bare_parameter() -> None:
-    weight, x = nn.Parameter(torch.randn(3, 4, 5)), torch.randn(2, 4)
-    with torch.no_grad(), products({"w": weight}) as seen:
-        y = x @ weight[1]
-    assert len(seen) == 1 and seen[0].name == "w"
-    torch.testing.assert_close(seen[0].left @ seen[0].right, y)
-    with torch.no_grad(), products({"w": weight}, {"w": lambda out: out * 2}):
-        torch.testing.assert_close(x @ weight[1], 2 * y)
 
 
 def test_first_tensor_and_its_inverse() -> None:

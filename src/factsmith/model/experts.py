@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .dry_run import (
     Dry,
@@ -25,9 +25,10 @@ from .dry_run import (
 )
 from .ffn import FeedForward
 from .neurons import Matrix, Neurons, is_linear
+from .products import Product
 from .routed import Routed
 from .tolerance import same
-from .trace import Product
+from .trace import get_slot
 
 
 def find_experts(dry: Dry, writers: list[Part]) -> FeedForward:
@@ -46,6 +47,31 @@ def find_experts(dry: Dry, writers: list[Part]) -> FeedForward:
             f"{', '.join(p.name for p in writers)}; expected that one alone"
         )
     block = writers[0]
+    routed, seen = _routed(dry, block)
+    first = _expert(dry, routed, seen)
+    count = getattr(routed.module, routed.down).shape[0]
+    ffn = FeedForward(
+        layer=dry.index,
+        _weight=None,
+        _bias=None,
+        _gate=None,
+        _up=None,
+        module=block.module,
+        adds_directly=adds_unchanged(dry, block.module),
+        experts=tuple(_of_expert(first, e) for e in range(count)),
+        shared=_shared_bank(dry, block, routed.module),
+        _routed=routed,
+    )
+    if not same(ffn.routing(dry.run).total(ffn), block.call.output.reshape(-1, dry.d_model)):
+        raise dry.refuse(
+            f"the sum over its experts is not the output of {block.name}, so they are not "
+            "understood"
+        )
+    return ffn
+
+
+def _routed(dry: Dry, block: Part) -> tuple[Routed, list[Product]]:
+    """Return the module of a part that holds the experts, and the products of its first expert."""
     holders = [
         (name, m)
         for name, m in block.module.named_modules(prefix=block.name)
@@ -71,51 +97,30 @@ def find_experts(dry: Dry, writers: list[Part]) -> FeedForward:
             f"the experts in {name} are called with other things than hidden states, chosen "
             "experts and their weights"
         )
-    hidden = floats[0][1]
-    routed = Routed(module, "", floats[0][0], chosen[0][0], floats[1][0], call)
-    seen, _ = routed.one(0, hidden)
+    (hidden, states), (weights, _) = floats
+    routed = Routed(module, "", hidden, chosen[0][0], weights, call)
+    seen, _ = routed.one(0, states)
     if len(seen) not in (2, 3) or seen[-1].right.shape[1] != dry.d_model:
         raise dry.refuse(
             f"an expert in {name} makes {len(seen)} matrix products; expected two or three, of "
             "which the last writes the hidden state"
         )
-    routed = Routed(module, seen[-1].name, floats[0][0], chosen[0][0], floats[1][0], call)
-    count = getattr(module, routed.down).shape[0]
-    first = _expert(dry, routed, seen, hidden)
-    experts = tuple(_of_expert(first, e) for e in range(count))
-    inside = set(module.modules())
-    roots = [
-        (n, m)
-        for n, m in block.module.named_modules(prefix=block.name)
-        if n != block.name and m not in inside and dry.calls[n]
-    ]
-    shared = [
-        bank
-        for n, m in roots
-        if (bank := bank_of_linears(dry, [x for _, x in linears_in_order(dry, [(n, m)])]))
-        is not None
-        and not is_linear(m)
-    ]
-    if len(shared) > 1:
-        raise dry.refuse(f"it has {len(shared)} shared memories and experts; expected at most one")
-    ffn = FeedForward(
-        layer=dry.index,
-        _weight=None,
-        _bias=None,
-        _gate=None,
-        _up=None,
-        module=block.module,
-        adds_directly=adds_unchanged(dry, block.module),
-        experts=experts,
-        shared=shared[0] if shared else None,
-        _routed=routed,
-    )
-    if not same(ffn.routing(dry.run).total(ffn), block.call.output.reshape(-1, dry.d_model)):
-        raise dry.refuse(
-            f"the sum over its experts is not the output of {block.name}, so they are not "
-            "understood"
-        )
-    return ffn
+    return dataclasses.replace(routed, down=seen[-1].name), seen
+
+
+def _shared_bank(dry: Dry, block: Part, holder: nn.Module) -> Neurons | None:
+    """Return the bank that is outside the module with the experts; None if there is none."""
+    inside = set(holder.modules())
+    banks = []
+    for name, module in block.module.named_modules(prefix=block.name):
+        if name == block.name or module in inside or not dry.calls[name]:
+            continue
+        bank = bank_of_linears(dry, [m for _, m in linears_in_order(dry, [(name, module)])])
+        if bank is not None and not is_linear(module):
+            banks.append(bank)
+    if len(banks) > 1:
+        raise dry.refuse(f"it has {len(banks)} shared memories and experts; expected at most one")
+    return banks[0] if banks else None
 
 
 def _of_expert(first: Neurons, expert: int) -> Neurons:
@@ -127,9 +132,9 @@ def _of_expert(first: Neurons, expert: int) -> Neurons:
     return Neurons(layer=first.layer, _weight=weight, _bias=bias, _gate=gate, _up=up)
 
 
-def _expert(dry: Dry, routed: Routed, seen: Sequence[Product], hidden: Tensor) -> Neurons:
+def _expert(dry: Dry, routed: Routed, seen: Sequence[Product]) -> Neurons:
     """Return the first expert's bank. Its orientation comes from the observed products."""
-    expert = 0
+    expert, hidden = 0, get_slot(routed.example, routed.hidden)
 
     def matrix(product: Product) -> Matrix:
         stored = getattr(routed.module, product.name)[expert]

@@ -19,17 +19,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .trace import (
-    Call,
-    Product,
-    Slot,
-    first_tensor,
-    get_slot,
-    products,
-    replacing_factors,
-    with_first_tensor,
-    with_slot,
-)
+from .products import Product, products, replacing_factors
+from .trace import Call, Slot, first_tensor, get_slot, with_first_tensor, with_slot
 
 Changes: TypeAlias = Mapping[str, Callable[[Tensor], Tensor]]
 """For the name of a parameter, a function that the products with it pass through."""

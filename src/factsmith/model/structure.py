@@ -84,8 +84,8 @@ def find_layers(
             f"pass a hidden state from member to member ({', '.join(fitting) or 'none'}); expected "
             f"exactly one. Its lists: {seen or 'none'}"
         )
-    name, (slot, ran) = next(iter(fitting.items()))
-    return tuple(lists[name]), slot, ran
+    name, (slot, of_layers) = next(iter(fitting.items()))
+    return tuple(lists[name]), slot, of_layers
 
 
 def _chain(calls: Sequence[Call]) -> Slot | None:
