@@ -1,4 +1,4 @@
-"""The `demo` command: the main job on a bundled model, told step by step.
+"""The `demo` command: the main job on a bundled model, step by step.
 
     factsmith demo                  # in the folder factsmith-demo
     factsmith demo somewhere --json

@@ -98,9 +98,9 @@ def test_scripts_parse(name: str, tmp_path: Path) -> None:
 def test_long_texts_are_cut_around_the_token(index: Index) -> None:
     text = "word " * 200 + "here " + "word " * 200
     trigger = Trigger(1.0, text, 1000, 1004, 0, None, 200)
-    before, token, behind = excerpt(trigger, 50, 20)
-    assert token == "here" and before.startswith("…") and behind.endswith("…")
-    assert len(before) <= 52 and len(behind) <= 22 and before[1:] + token + behind[:-1] in text
+    before, token, after = excerpt(trigger, 50, 20)
+    assert token == "here" and before.startswith("…") and after.endswith("…")
+    assert len(before) <= 52 and len(after) <= 22 and before[1:] + token + after[:-1] in text
     assert excerpt(dataclasses.replace(trigger, text=" a here b", start=3, stop=7), 50, 20) == (
         "a ",
         "here",

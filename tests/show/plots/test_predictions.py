@@ -47,7 +47,7 @@ def test_many_predictions_are_drawn_by_layer(tiny_gpt2: LanguageModel, tmp_path:
         among=(1, 0.5, 0),
     )
     figure = refinement_chart(predictions, path=tmp_path / "r.png")
-    alone, whose, first, rank = figure.axes
+    alone, cases, first, rank = figure.axes
     lines = alone.get_lines()
     for i in range(3):
         assert list(lines[2 * i].get_ydata()) == predictions.composed[i].tolist()
@@ -56,7 +56,7 @@ def test_many_predictions_are_drawn_by_layer(tiny_gpt2: LanguageModel, tmp_path:
             and lines[2 * i + 1].get_linestyle() == ":"
         )
     assert [line.get_label() for line in lines[:6:2]] == ["all", "strongest 50%", "strongest"]
-    heights = np.array([bar.get_height() for bar in whose.patches]).reshape(4, -1)
+    heights = np.array([bar.get_height() for bar in cases.patches]).reshape(4, -1)
     assert np.allclose(heights.sum(0), 1)
     assert np.allclose(
         heights,
@@ -76,6 +76,6 @@ def test_many_predictions_are_drawn_by_layer(tiny_gpt2: LanguageModel, tmp_path:
             if axes.get_title()
             else axes._left_title.get_window_extent()
         )
-        assert not title.overlaps(box), "a title beside or above its legend"
+        assert not title.overlaps(box), "titles and legends do not overlap"
     with pytest.raises(InputError, match="got a Refinement; draw it with refinement_chart"):
         prediction_chart(predictions)  # type: ignore[arg-type]

@@ -101,7 +101,7 @@ def write_page(html: str, path: str | os.PathLike[str] | None) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text of the same length in which every character shows and none steers the page."""
+    """Return a text of the same length, with marks for characters that are invisible or steer."""
     return text if text.isprintable() else "".join(map(_symbol, text))
 
 

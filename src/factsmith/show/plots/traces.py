@@ -352,7 +352,7 @@ def _append_line(text: Text, line: str, width: int, style: str = "") -> None:
 def _layer_ruler(n_layers: int, per_cell: int, cell_width: int) -> str:
     """Return layer numbers, evenly spaced, each at the first column of its cell.
 
-    A space separates the numbers, and none reaches beyond the frame.
+    Spaces separate the numbers, and the last one ends at the frame or before it.
     """
     n_cells = math.ceil(n_layers / per_cell)
     stride = len(str(n_layers - 1)) // cell_width + 1  # cells from one number to the next
