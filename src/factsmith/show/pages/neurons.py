@@ -18,6 +18,7 @@ from typing import Any
 from ...core.checks import check_items, whole_number
 from ...core.errors import FingerprintError, InputError, LayerError, WorkspaceError
 from ...core.progress import Progress, tell
+from ...core.tables import counted
 from ...read.cards import Card
 from ...read.fact_adds import FactAdds
 from ...read.index import Index
@@ -87,7 +88,7 @@ def _histogram(edges: Sequence[float], counts: Sequence[int]) -> dict[str, Any]:
                 "width": round(0.94 * (across(b) - across(a)), 3),
                 "height": height,
                 "kind": "down" if a + b < 0 else "up",
-                "label": f"{signed(a)} to {signed(b)}: {n:,} tokens",
+                "label": f"{signed(a)} to {signed(b)}: {counted(n, 'token')}",
             }
         )
     return {"bars": bars, "zero": across(0) if 8 < across(0) < 92 else None, "total": sum(counts)}

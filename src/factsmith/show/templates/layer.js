@@ -176,7 +176,7 @@ function places(title, flat) {
     make("tr", null, number(coefficient, 2), make("td", null, triggerText(text, start, stop, false))),
   );
   return make("section", { class: "panel wide" }, make("h3", null, title), table(
-    "The token where the neuron fires is marked. The model has not yet read the grey text after it.", [["coefficient", "n"], ["text"]], body,
+    "The token is marked. The model has not yet read the grey text after it.", [["coefficient", "n"], ["text"]], body,
   ));
 }
 
