@@ -8,7 +8,6 @@ from factsmith.core.errors import FactError, first_line
 from factsmith.core.explain import NAMED, short
 from factsmith.core.fact import Fact
 
-
 LONG = {
     "a text": "x" * 10**6,
     "a nested list": [[[["deep"] * 99] * 99] * 99],
