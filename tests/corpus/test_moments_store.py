@@ -37,7 +37,7 @@ def test_a_number_of_tokens_that_cannot_be_is_refused(
     tiny_gpt2: LanguageModel, wrong: object
 ) -> None:
     with pytest.raises(InputError, match="max_tokens"):
-        find_moments(tiny_gpt2, [1], texts=["The name of the place is Paris."], max_tokens=wrong)  # type: ignore[arg-type]
+        find_moments(tiny_gpt2, [1], texts=TEXTS, max_tokens=wrong)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="max_tokens"):
         find_moments(tiny_gpt2, [1], max_tokens=wrong)  # type: ignore[arg-type]
 

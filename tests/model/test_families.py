@@ -1,6 +1,6 @@
-"""The core on tiny random models of many families: the same comparisons that benchmarks/families.py makes for all types.
+"""The core on tiny random models of many families, compared as benchmarks/families.py does.
 
-Every difference is against the plain model run one unpadded row at a time, with hooks of the comparison's own.
+The reference is always the plain model, run one unpadded row at a time, with its own hooks.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def test_experts_are_banks_with_keys_and_values(family: str) -> None:
     stored = dict(holder.named_parameters(recurse=False))
     down = next(p for n, p in stored.items() if n.startswith("down") and p.dim() == 3)
     assert bank.values.untyped_storage().data_ptr() == down.untyped_storage().data_ptr()
-    # The published formula, written out: mixtral and qwen2 keep (out, in) and two halves, gpt_oss (in, out) and alternating columns.
+    # The published formula, written out. mixtral and qwen2 keep (out, in) and two halves, gpt_oss
+    # keeps (in, out) and alternating columns.
     x = torch.randn(3, lm.d_model)
     gate, up = x @ bank.gate_keys.T, x @ bank.up_keys.T
     fused = next(p for n, p in stored.items() if n.startswith("gate_up") and p.dim() == 3)[2]
@@ -115,7 +116,7 @@ def test_experts_are_banks_with_keys_and_values(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", *EXPERTS])
 @pytest.mark.filterwarnings("ignore")
 def test_a_scan_of_a_batch_takes_what_each_bank_does(family: str) -> None:
-    """Against the routing of each row alone, computed again expert by expert from the inputs of the module that holds them."""
+    """The reference is the routing of each row alone, computed again expert by expert."""
     lm = families.wrap(families.tiny_model(family), families.letters())
     rows = [[5, 6, 7, 8, 9, 10, 11], [3, 12], [7, 7, 4, 7]]
     layers = [0, 1]
@@ -126,30 +127,29 @@ def test_a_scan_of_a_batch_takes_what_each_bank_does(family: str) -> None:
         ffn = lm.ffn[layer]
         for r, ids in enumerate(rows):
             batch = lm.align([ids], [0])
-            own: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+            alone: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
             if not ffn.n_experts:
                 with recording({"down": ffn.down}) as calls:
                     lm.forward(batch)
-                own[0] = (calls["down"][0].input.reshape(len(ids), -1), torch.arange(len(ids)))
+                alone[0] = (calls["down"][0].input.reshape(len(ids), -1), torch.arange(len(ids)))
             else:
                 routing = ffn.routing(lambda batch=batch: lm.forward(batch))
                 for expert in range(ffn.n_experts):
                     token, slot = (routing.experts == expert).nonzero(as_tuple=True)
-                    own[expert] = (routing.coefficients[token, slot], token)
+                    alone[expert] = (routing.coefficients[token, slot], token)
                 if routing.shared is not None:
-                    own[ffn.n_experts] = (routing.shared, torch.arange(len(ids)))
-            for place, (m, column) in own.items():
-                found = scanned.get((layer, place) if ffn.n_experts else (layer,))
+                    alone[ffn.n_experts] = (routing.shared, torch.arange(len(ids)))
+            for place, (m, column) in alone.items():
+                read = scanned.get((layer, place) if ffn.n_experts else (layer,))
                 seen += len(column)
-                if found is None:
+                if read is None:
                     assert not len(column)
                     continue
-                here = found.row == r
-                assert torch.equal(found.column[here], column)
-                torch.testing.assert_close(found.m[here], m, rtol=1e-4, atol=1e-5)
+                in_row = read.row == r
+                assert torch.equal(read.column[in_row], column)
+                torch.testing.assert_close(read.m[in_row], m, rtol=1e-4, atol=1e-5)
     assert (
-        seen >= 2 * sum(map(len, rows))
-        and sum(len(found.row) for found in scanned.values()) == seen
+        seen >= 2 * sum(map(len, rows)) and sum(len(read.row) for read in scanned.values()) == seen
     )
     assert not hook_count(lm.module.modules())
     first = min(half)

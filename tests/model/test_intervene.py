@@ -1,4 +1,4 @@
-"""Scaled neurons against models whose weights were edited by hand, first-order predictions, and everything put back."""
+"""Scaled neurons, compared with weights edited by hand and with first-order predictions."""
 
 from __future__ import annotations
 
@@ -74,21 +74,23 @@ def neurons(family: str) -> Any:
 def value(module: Any, family: str, neuron: tuple[int, ...]) -> Tensor:
     """Where a neuron's value lies, by the names in transformers: (d_model,), a view."""
     layer, *expert, i = neuron
+    weight: Tensor  # (d_model, d_ff)
     if family == "gpt2":
-        return module.transformer.h[layer].mlp.c_proj.weight[i]  # type: ignore[no-any-return]
-    if family == "bert":
-        return module.bert.encoder.layer[layer].output.dense.weight[:, i]  # type: ignore[no-any-return]
-    mlp = module.model.layers[layer].mlp
-    if not expert:
-        return mlp.down_proj.weight[:, i]  # type: ignore[no-any-return]
-    if expert == [4]:
-        return mlp.shared_expert.down_proj.weight[:, i]  # type: ignore[no-any-return]
-    held = mlp.experts.down_proj[expert[0]]
-    return held[i] if family == "gpt_oss" else held[:, i]  # type: ignore[no-any-return]
+        weight = module.transformer.h[layer].mlp.c_proj.weight.T
+    elif family == "bert":
+        weight = module.bert.encoder.layer[layer].output.dense.weight
+    elif not expert:
+        weight = module.model.layers[layer].mlp.down_proj.weight
+    elif expert == [4]:
+        weight = module.model.layers[layer].mlp.shared_expert.down_proj.weight
+    else:
+        weight = module.model.layers[layer].mlp.experts.down_proj[expert[0]]
+        weight = weight.T if family == "gpt_oss" else weight
+    return weight[:, i]
 
 
 def edited(family: str, scale: float) -> Any:
-    """A copy of the model in which the neurons' values are scaled: the same as scaling their coefficients."""
+    """A copy of the model with the neurons' values scaled, which equals scaled coefficients."""
     module = copy.deepcopy(model(family).module)
     for neuron in neurons(family):
         value(module, family, neuron).mul_(scale)
@@ -97,7 +99,8 @@ def edited(family: str, scale: float) -> Any:
 
 def logits(lm: LanguageModel, module: Any, prompt: str) -> Tensor:
     with torch.no_grad():
-        return module(input_ids=torch.tensor([lm.prompt_ids(prompt)])).logits  # type: ignore[no-any-return]
+        out: Tensor = module(input_ids=torch.tensor([lm.prompt_ids(prompt)])).logits
+    return out
 
 
 @pytest.mark.parametrize("scale", [0, 2, -1.5])
@@ -165,11 +168,12 @@ def test_changes_are_what_gradients_and_scores_predict() -> None:
     lm = wrap(tiny_model("llama", **LLAMA).double(), byte_tokenizer())
     prompt, layer, e = lm.tokenizer.decode([90]), 2, 1e-3
     (token,) = lm.prompt_ids(prompt)  # one token, so that every token is the one that predicts
-    found = knowledge_neurons(lm, prompt, "is", steps=4000)
-    answer = found.target_ids[0][0]
+    scored = knowledge_neurons(lm, prompt, "is", steps=4000)
+    answer = scored.target_ids[0][0]
 
     def p() -> Tensor:
-        return lm.module(input_ids=torch.tensor([[token]])).logits[0, -1].softmax(-1)[answer]  # type: ignore[no-any-return]
+        out: Tensor = lm.module(input_ids=torch.tensor([[token]])).logits[0, -1]
+        return out.softmax(-1)[answer]
 
     # First order: scaling neuron i by 1 + e changes p by e times dp/d factor_i.
     with torch.enable_grad():
@@ -177,7 +181,7 @@ def test_changes_are_what_gradients_and_scores_predict() -> None:
         handle = lm.ffn[layer].down.register_forward_pre_hook(lambda m, a: (a[0] * factors,))
         slope = torch.autograd.grad(p(), factors)[0]
         handle.remove()
-    for i in found.scores[0, layer].abs().topk(3).indices.tolist():
+    for i in scored.scores[0, layer].abs().topk(3).indices.tolist():
         with intervene(lm, [(layer, i)], 1 + e):
             up = float(p())
         with intervene(lm, [(layer, i)], 1 - e):
@@ -187,9 +191,9 @@ def test_changes_are_what_gradients_and_scores_predict() -> None:
     before = float(p())
     with intervene(lm, [(layer, i) for i in range(lm.ffn[layer].d_ff)], 0):
         assert before - float(p()) == pytest.approx(
-            float(found.scores[0, layer].sum()), rel=2e-2, abs=1e-7
+            float(scored.scores[0, layer].sum()), rel=2e-2, abs=1e-7
         )
-        assert float(p()) == pytest.approx(float(found.silent[0, layer]), rel=1e-5)
+        assert float(p()) == pytest.approx(float(scored.silent[0, layer]), rel=1e-5)
 
 
 def test_gradients_pass_through_scaled_experts() -> None:

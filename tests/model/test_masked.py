@@ -1,4 +1,4 @@
-"""Masked language models: found out, asked at their masks, and refused where a text would have to be continued."""
+"""Masked language models, asked at their masks. What needs a text to be continued is refused."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def plain_logits(
     change: Tensor | None = None,
     column: int = 0,
 ) -> Tensor:
-    """One sequence through the untouched model (T, vocab); `change` is added to the layer's input at a column."""
+    """One sequence through the plain model, (T, vocab), with `change` added to a layer's input."""
 
     def hook(
         module: torch.nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
@@ -134,7 +134,9 @@ def test_corrupted_embeddings_reach_prefix_and_suffix(tiny_lm: LanguageModel) ->
     assert (logits[0] - logits[1]).abs().max() > 1e-2
 
 
-SHARING = [  # two openings, each behind some rows; a row that is another's beginning; twice the same; nothing before the pivot
+# Two openings with several rows each, a row that begins another, two equal ones, and a row with
+# nothing before its pivot.
+SHARING = [
     [*range(10, 20), 40, 41, 42, 90, 91],
     [*range(10, 20), 40, 41, 43, 44, 45, 92],
     [*range(10, 20), 50, 93],

@@ -1,4 +1,4 @@
-"""Subject spans, targets and alignment, with tokenizers that add a BOS, merge across word boundaries, or split names."""
+"""Subject spans, targets and alignment, with tokenizers that add a BOS, merge, or split names."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def test_the_span_covers_the_subject_and_no_other_word(
     ids, offsets = encode(tokenizer, text)
     subject = subject.strip()
     at = text.index(subject)
-    # Counted by character, independently: every character of the subject lies in a token of the span, and no token outside
-    # the span has one; each end token holds at least one character of it.
+    # Counted by character: each character of the subject is in a token of the span, and in no other
+    # token. Each end token has at least one.
     owner = {c: [i for i, (a, b) in enumerate(offsets) if a <= c < b] for c in range(len(text))}
     for character in range(at, at + len(subject)):
         if not text[character].isspace():

@@ -119,15 +119,15 @@ def test_nothing_stays_behind_after_an_exception(tiny_lm: LanguageModel) -> None
 
 def test_a_stand_in_gives_back_a_forward_of_the_modules_own() -> None:
     layer = nn.Linear(2, 2)
-    own = layer.forward
-    layer.forward = own  # as models spread over devices carry it
+    forward = layer.forward
+    layer.forward = forward  # as models spread over devices carry it
     with standing_in([layer], lambda index, args, kwargs: "played"):
         assert layer(torch.ones(2)) == "played"
-    assert vars(layer)["forward"] is own
+    assert vars(layer)["forward"] is forward
 
 
 def test_a_change_of_the_last_layer_counts_once(tiny_lm: LanguageModel) -> None:
-    """Asking for logits runs the model's tail with its layers stood in for; hooks on the layers must rest then."""
+    """The head runs with something standing in for the layers. Their hooks must rest then."""
     with replacing({tiny_lm.layers[-1]: lambda hidden: hidden + torch.arange(hidden.shape[-1])}):
         expected = tiny_lm.forward(tiny_lm.align([IDS], [3])).logits[:, -1]
         torch.testing.assert_close(tiny_lm.last_logits(tiny_lm.align([IDS], [3])), expected)
@@ -144,7 +144,7 @@ def test_first_tensor_and_its_inverse() -> None:
 
 
 def test_a_hook_that_was_left_behind_has_no_effect(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Ctrl-C while hooks are taken off may leave one on; it must not end somebody else's pass, and goes when it is met."""
+    """A Ctrl-C may leave a hook on. It must not end a later pass, and goes when it runs."""
     layers = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
 
     def interrupted(module: nn.Module, hook: object) -> None:
@@ -175,7 +175,7 @@ class _Interrupted(ExitStack):
 
 
 def test_what_was_left_standing_in_takes_no_hook_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hooks of a module rest while something stands in for it; what is put on afterwards must not lie where the rest is cleared away."""
+    """A hook that is registered later must not go with the stand-in that was left behind."""
     for use in ("recording", "replacing", "stand-in"):
         layers = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
         expected = layers(torch.ones(1, 2))
@@ -202,13 +202,13 @@ def test_what_was_left_standing_in_takes_no_hook_with_it(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("way", ["output", "input", "stand-in", "factors"])
-@pytest.mark.parametrize("own", [False, True], ids=["plain", "with its own forward"])
+@pytest.mark.parametrize("carries", [False, True], ids=["plain", "with its own forward"])
 def test_what_was_not_put_back_puts_itself_back(
-    monkeypatch: pytest.MonkeyPatch, way: str, own: bool
+    monkeypatch: pytest.MonkeyPatch, way: str, carries: bool
 ) -> None:
     layer, x, calls = nn.Linear(2, 2), torch.ones(1, 2), []
     layer.register_forward_hook(lambda module, args, result: calls.append(result))
-    if own:
+    if carries:
         layer.forward = layer.forward
     forward, expected = vars(layer).get("forward"), layer(x)
 
@@ -228,12 +228,14 @@ def test_what_was_not_put_back_puts_itself_back(
         with blocks[way]():
             assert not torch.allclose(layer(x), expected)
     left = hook_count([layer]) + (len(layer._forward_hooks) != 1)
-    assert left > 1 + own or vars(layer).get("forward") is not forward, (
+    assert left > 1 + carries or vars(layer).get("forward") is not forward, (
         "the control: something was left behind"
     )
     calls.clear()
     for _ in range(2):
         assert torch.equal(layer(x), expected)
     assert (
-        hook_count([layer]) == 1 + own and vars(layer).get("forward") is forward and len(calls) == 2
+        hook_count([layer]) == 1 + carries
+        and vars(layer).get("forward") is forward
+        and len(calls) == 2
     )
