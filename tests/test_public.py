@@ -37,11 +37,6 @@ NEVER = {("cli", "edit"), ("studio", "edit"), ("show", "edit"), ("show", "keep")
 RECORDS_FOR_SHOW = {"read", "locate", "judge", "patch"}
 """Packages from which `show` imports classes of records, and nothing that computes."""
 
-REMAINING = {
-    "cli.judge -> edit.delta",
-}
-"""Imports that still break a rule. Take each out as soon as it is gone; add none."""
-
 
 class Import(NamedTuple):
     """One import of a module of factsmith by another."""
@@ -148,7 +143,7 @@ def test_the_guide_draws_the_order_and_names_files_that_exist() -> None:
 
 
 def test_imports_go_one_way(edges: list[Import]) -> None:
-    assert wrong_ways(edges) <= REMAINING
+    assert wrong_ways(edges) == set()
     pairs = {(package_of(edge.importer), package_of(edge.imported)) for edge in edges}
     assert ("keep", "edit") in pairs and ("cli", "core") in pairs, "the imports are seen"
 

@@ -50,7 +50,16 @@ def test_facts_from_a_file(run: Run, model: Path, tmp_path: Path) -> None:
     )
     run("init", model, ".")
     done = run(
-        "patch", "facts.yaml", "--method", "rome", "--texts", "corpus.txt", "--layer", 0, "--force", "--json"
+        "patch",
+        "facts.yaml",
+        "--method",
+        "rome",
+        "--texts",
+        "corpus.txt",
+        "--layer",
+        0,
+        "--force",
+        "--json",
     ).json  # little text
     assert [fact["target"] for fact in done["revision"]["facts"]] == ["king", "Brazil"]
     assert done["delta"]["rank"] == 2 and done["delta"]["layers"] == [0]
@@ -384,7 +393,9 @@ def test_a_file_decides_method_settings_and_gates(run: Run, atlas: str, tmp_path
     done = run("patch", "-w", "space", facts, "--json").json
     assert (done["delta"]["method"], done["delta"]["layers"]) == ("emmet", [0, 1])
     assert done["revision"]["config"]["steps"] == 33 and done["gates"] == []
-    overruled = run("patch", "-w", "space", facts, "--method", "memit", "--dry-run", "--force", "--json")
+    overruled = run(
+        "patch", "-w", "space", facts, "--method", "memit", "--dry-run", "--force", "--json"
+    )
     assert overruled.json["delta"]["method"] == "memit" and overruled.json["revision"] is None
 
     facts.write_text("gates: {neighbours: 1.0, kl_text: 0.0}\n" + FILE.replace("Paris", "Oslo"))

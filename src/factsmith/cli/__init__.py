@@ -22,7 +22,7 @@ import typer
 
 from ..core.errors import FactsmithError, InputError
 from . import capacity, demo, export, judge, keep, locate, patch, plan, read
-from .printing import complain, flag_of, with_flag
+from .printing import complain, running, with_flag
 
 app = typer.Typer(
     name="factsmith",
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
         _check_encoding(words)
         app(arguments, prog_name="factsmith")
     except FactsmithError as error:
-        complain("error", with_flag(str(error), _flag(error, words)))
+        complain("error", with_flag(str(error), error.argument))
         sys.exit(error.exit_code)
     except SystemExit as end:
         if end.code == 130:
@@ -102,13 +102,6 @@ def _check_encoding(words: Iterable[str]) -> None:
             )
 
 
-def _flag(error: FactsmithError, words: Iterable[str]) -> str | None:
-    """The option that sets the argument that an error is about."""
-    commands = typer.main.get_group(app).commands
-    command = next((commands[word] for word in words if word in commands), None)
-    return None if command is None else flag_of(command, error.argument)
-
-
 def _version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"factsmith {importlib.metadata.version('factsmith')}")
@@ -117,6 +110,7 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool,
         typer.Option(
@@ -124,4 +118,5 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    pass
+    commands = typer.main.get_group(app).commands
+    running.set(commands.get(context.invoked_subcommand or ""))

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.text import Text
 
 from ..core.tables import visible
-from .common import Json, plain_console, print_json, progress
+from .options import Json
+from .printing import plain_console, print_json, progress
 
 if TYPE_CHECKING:
     from .story import Step

@@ -8,29 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.text import Text
 
 from ..core.checks import check_number
 from ..core.errors import InputError, NumericsError
 from ..core.files import check_writable
 from ..core.progress import Progress
+from ..core.tables import visible
 from ..corpus.paragraphs import Paragraphs
-from .common import (
-    LARGEST_SEED,
-    Device,
-    Json,
-    Model,
-    Where,
-    complain,
-    line,
-    load_model,
-    need_model,
-    opened,
-    print_result,
-    progress,
-    read_value,
-    show_tables,
-)
+from .models import load_model, need_model, opened
+from .options import LARGEST_SEED, Device, Json, Model, Where, read_value
+from .printing import complain, print_result, progress
 
 if TYPE_CHECKING:
     from ..model.language_model import LanguageModel
@@ -253,7 +241,7 @@ def evaluate(  # house: Typer reads one parameter for each option
         )
         saved = None if folder is None else _write_report(report, folder, tell)
         result = report.to_dict()
-    print_result(result, show_tables(report.tables()), as_json, saved)
+    print_result(result, report.tables(), as_json, saved=saved)
 
 
 def drift(  # house: Typer reads one parameter for each option
@@ -279,8 +267,7 @@ def drift(  # house: Typer reads one parameter for each option
     need_model(model, workspace)
     corpus = Paragraphs(texts) if texts else None
     with progress() as tell, opened(model, workspace, device, tell) as (lm, bench):
-        from ..edit.delta import Delta
-        from ..judge.drift import drift_of_change
+        from ..patch.drift import drift_of_saved
 
         options: dict[str, Any] = {
             "texts": corpus,
@@ -290,7 +277,7 @@ def drift(  # house: Typer reads one parameter for each option
             "progress": tell,
         }
         if delta is not None:
-            measured = drift_of_change(lm, Delta.load(delta), **options)
+            measured = drift_of_saved(lm, delta, **options)
         elif bench is not None:
             measured = bench.drift(**options)
         else:
@@ -299,15 +286,15 @@ def drift(  # house: Typer reads one parameter for each option
                 "or a workspace with --workspace"
             )
     broken = measured.exceeded(**limits)
-
-    def show(console: Console) -> None:
-        show_tables(measured.tables())(console)
-        for words in broken:
-            line(console, "limit:", words, style="bold red")
-
-    print_result({**measured.to_dict(), "model": lm.name, "exceeded": list(broken)}, show, as_json)
+    result = {**measured.to_dict(), "model": lm.name, "exceeded": list(broken)}
+    print_result(result, [*measured.tables(), *(_broken(words) for words in broken)], as_json)
     if broken:
         raise typer.Exit(NumericsError.exit_code)
+
+
+def _broken(limit: str) -> Text:
+    """Return a line about a limit that is broken."""
+    return Text.assemble("limit: ", (visible(limit), "bold red"))
 
 
 # ---- progress ------------------------------------------------------------------------------------

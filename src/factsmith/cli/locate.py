@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ..core.errors import InputError
 from ..core.factfile import FactFile
 from ..locate.kinds import CorruptionKind, Part, TraceKind, uses_window
-from .common import (
+from .models import need_model, opened
+from .options import (
     LARGEST_SEED,
     Device,
     Json,
@@ -21,18 +21,12 @@ from .common import (
     ModelAndPrompt,
     Out,
     Where,
-    complain,
     is_facts,
     model_and_facts,
     model_and_prompt,
-    need_model,
-    opened,
-    output,
-    print_result,
-    progress,
-    save,
-    show_tables,
 )
+from .pictures import output, save
+from .printing import complain, plain_console, print_result, progress
 
 _MOST_BARS = 60
 """Neurons in one chart. More do not fit on a page."""
@@ -81,6 +75,9 @@ NoiseSeed = Annotated[
     int,
     typer.Option(min=0, max=LARGEST_SEED, help="Of the noise, or of the choice of other subjects."),
 ]
+
+_LEAST_WIDTH, _MOST_WIDTH = 20, 120
+"""Columns of a terminal between which a heat map is as wide as the terminal."""
 
 _TEXT_KIND: TraceKind = "state"
 _OWN_TARGET = "the model's own, up to the first punctuation"
@@ -206,13 +203,9 @@ def _trace_text(
         )
     _warn(result.warnings)
     saved = save(files, "trace", result, lambda path: heat_map(result, path=path))
-
-    def show(console: Console) -> None:
-        console.print(text_heat_map(result, max(20, min(console.width, 120))))
-        for note in result.notes:
-            console.print(note, soft_wrap=True)
-
-    print_result(result.to_dict(), show, place.as_json, saved)
+    drawing = text_heat_map(result, max(_LEAST_WIDTH, min(plain_console().width, _MOST_WIDTH)))
+    notes = [("note:", note) for note in result.notes]
+    print_result(result.to_dict(), [drawing], place.as_json, notes, saved=saved)
 
 
 def _trace_facts(words: list[str], settings: dict[str, Any], place: _Place) -> None:
@@ -240,7 +233,7 @@ def _trace_facts(words: list[str], settings: dict[str, Any], place: _Place) -> N
         lambda path: class_map(average, path=path),
         lambda path: class_lines(average, path=path),
     )
-    print_result(average.to_dict(), show_tables(average.tables()), place.as_json, saved)
+    print_result(average.to_dict(), average.tables(), place.as_json, saved=saved)
 
 
 def neurons(  # house: Typer reads one parameter for each option
@@ -311,7 +304,7 @@ def neurons(  # house: Typer reads one parameter for each option
         )
         check = check_neurons(lm, located, seed=seed)
     saved = save(files, "neurons", located, lambda path: neuron_chart(located, n=top, path=path))
-    print_result(check.to_dict(), show_tables(check.tables(top)), as_json, saved)
+    print_result(check.to_dict(), check.tables(top), as_json, saved=saved)
 
 
 def layers(  # house: Typer reads one parameter for each option
@@ -384,7 +377,7 @@ def layers(  # house: Typer reads one parameter for each option
             choice = bench.recommend_layers(
                 wanted, trials=trials, seed=seed, refresh=refresh, progress=tell
             )
-    print_result(choice.to_dict(), show_tables(choice.tables()), as_json)
+    print_result(choice.to_dict(), choice.tables(), as_json)
 
 
 def _warn(warnings: Iterable[str]) -> None:

@@ -6,10 +6,10 @@ import contextlib
 import json
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-import click
 import typer
 from rich.console import Console
 from rich.progress import (
@@ -26,10 +26,13 @@ from rich.text import Text
 from ..core.progress import Progress
 from ..core.tables import Table, visible
 
+running: ContextVar[Any] = ContextVar("running", default=None)
+"""The command that runs, as Typer holds it, with the options that it takes."""
+
 
 def print_result(
     result: dict[str, Any],
-    tables: Iterable[Table],
+    tables: Iterable[Table | Text],
     as_json: bool,
     lines: Iterable[tuple[str, str]] = (),
     *,
@@ -39,7 +42,7 @@ def print_result(
 
     Args:
         result: The JSON document.
-        tables: The same for people.
+        tables: The same for people, as tables or as texts that are drawn.
         as_json: Which of the two.
         lines: Lines below the tables, each as a word to emphasise and the rest.
         saved: The files that a command with --out wrote. They are named in either form.
@@ -49,7 +52,7 @@ def print_result(
         return
     console = plain_console()
     for table in tables:
-        console.print(table.as_rich())
+        console.print(table.as_rich() if isinstance(table, Table) else table)
     for first, rest in (*lines, *(("saved", str(path)) for path in saved or ())):
         line(console, first, rest)
 
@@ -127,30 +130,30 @@ class _Reporter:
 
     def note(self, text: str, *, argument: str | None = None) -> None:
         """Print a note, with the option that changes it."""
-        context = click.get_current_context(silent=True)
-        option = None if context is None else flag_of(context.command, argument)
-        message = with_flag(text, option)
-        self.bars.console.print(Text.assemble(("note: ", "bold"), message), soft_wrap=True)
+        message = Text.assemble(("note: ", "bold"), with_flag(text, argument))
+        self.bars.console.print(message, soft_wrap=True)
 
 
 # ── flags ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def flag_of(command: click.Command, argument: str | None) -> str | None:
-    """Return the option of a command that sets a Python argument, such as "--layer"; None for none.
+def with_flag(text: str, argument: str | None) -> str:
+    """Return a message with the option that sets the argument that it is about."""
+    flag = _flag_of(argument)
+    return text if flag is None or flag in text else f"{text} (option: {flag})"
+
+
+def _flag_of(argument: str | None) -> str | None:
+    """Return the option that sets a Python argument, such as "--layer"; None where none does.
 
     Errors and notes of the library name arguments. An option may repeat, so "layers" is also
     "--layer".
     """
-    if argument is None:
+    command = running.get()
+    if argument is None or command is None:
         return None
     for parameter in command.params:
         if parameter.name in (argument, argument.removesuffix("s")):
             names = (*parameter.opts, *parameter.secondary_opts)
             return "/".join(name for name in names if name.startswith("--")) or None
     return None
-
-
-def with_flag(text: str, flag: str | None) -> str:
-    """Return a message with the option that changes what it is about."""
-    return text if flag is None or flag in text else f"{text} (option: {flag})"

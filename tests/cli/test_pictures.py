@@ -23,17 +23,20 @@ def test_no_file_of_others_is_replaced(run: Run, model: Path, tmp_path: Path) ->
     for arguments, words in (
         (
             ("trace", "nosuchmodel", "input.json", "--out", "input"),
-            "input.json, which is the file of facts itself",
+            "input.json, the file of facts",
         ),
         (
             ("trace", "nosuchmodel", "input.json", "--out", "./input.svg"),
-            "input.json, which is the file of facts itself",
+            "input.json, the file of facts",
         ),
-        ((*text, "config.png"), "config.json, which is no record"),
-        ((*text, "data"), "data.csv, which is no record"),
-        ((*text, "broken.pdf"), "broken.json, which is no record"),
+        ((*text, "config.png"), "config.json, which an earlier run did not write"),
+        ((*text, "data"), "data.csv, which an earlier run did not write"),
+        ((*text, "broken.pdf"), "broken.json, which an earlier run did not write"),
         ((*text, "folder"), "folder.png, which is a folder"),
-        (("neurons", model, PROMPT, "--out", "config"), "config.json, which is no record"),
+        (
+            ("neurons", model, PROMPT, "--out", "config"),
+            "config.json, which an earlier run did not write",
+        ),
     ):
         done = run(*arguments)
         assert (done.code, done.out) == (2, "") and words in done.err, (arguments, done)
@@ -67,7 +70,7 @@ def test_out_needs_a_file_name(run: Run, model: Path, tmp_path: Path, out: str) 
     (tmp_path / "space").mkdir()
     for command in (["trace", model, PROMPT, "--subject", "Danielle"], ["neurons", model, PROMPT]):
         done = run(*command, "--out", out)
-        assert done.code == 2 and "names no file" in done.err and "trace.png" in done.err
+        assert done.code == 2 and "does not name a file" in done.err and "trace.png" in done.err
 
 
 def test_digits_after_a_point_are_no_suffix(run: Run, model: Path, tmp_path: Path) -> None:
