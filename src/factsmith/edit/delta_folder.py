@@ -32,7 +32,7 @@ _MOST_JSON = 64 * 2**20
 
 _JSON, _TENSORS = "edit.json", "delta.safetensors"
 
-_ADVICE = "Restore it from a copy, or make the edit again."
+_ADVICE = "restore it from a copy, or make the edit again"
 
 
 def tensors_as_bytes(tensors: Mapping[str, Tensor]) -> bytes:
@@ -66,12 +66,11 @@ def write_delta_folder(folder: Path, record: Mapping[str, Any], tensors: bytes) 
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise WorkspaceError(
-                f"the disk is full: no delta was written to {folder}. Free some space and try "
-                "again."
+                f"the disk is full: no delta was written to {folder}; free some space and try again"
             ) from None
         raise WorkspaceError(
-            f"cannot write the delta to {folder}: {error.strerror}. Choose a folder that can be "
-            "written."
+            f"cannot write the delta to {folder}: {error.strerror}; choose a folder that can be "
+            "written"
         ) from None
 
 
@@ -108,7 +107,7 @@ def refusing_what_is_not_a_delta(folder: Path) -> Iterator[None]:
         safetensors.SafetensorError,
     ) as error:
         raise DamagedError(
-            f"{folder} matches its checksums but is not a delta: {str(error)[:300]}. {_ADVICE}"
+            f"{folder} matches its checksums but is not a delta: {str(error)[:300]}; {_ADVICE}"
         ) from None
 
 
@@ -119,18 +118,18 @@ def _content(folder: Path) -> tuple[bytes, str]:
         if sizes[_JSON] > _MOST_JSON:
             raise DamagedError(
                 f"{folder / _JSON} has {sizes[_JSON]:,} bytes; at most {_MOST_JSON:,} are "
-                f"accepted. {_ADVICE}"
+                f"accepted; {_ADVICE}"
             )
         return (folder / _JSON).read_bytes(), file_digest(folder / _TENSORS)
     except OSError as error:
         name = Path(error.filename or folder).name
         raise DamagedError(
-            f"cannot read {name} in {folder}: {error.strerror}. A saved delta is a folder with "
-            f"{_JSON} and {_TENSORS}."
+            f"cannot read {name} in {folder}: {error.strerror}; a saved delta is a folder with "
+            f"{_JSON} and {_TENSORS}"
         ) from None
     except ValueError:  # a null character
         raise DamagedError(
-            f"cannot read {str(folder)!r}: it is not a path. A saved delta is a folder."
+            f"cannot read {str(folder)!r}: it is not a path; a saved delta is a folder"
         ) from None
 
 
@@ -142,15 +141,15 @@ def _checked_record(folder: Path, text: bytes, tensors_digest: str) -> dict[str,
         stated, stated_of_tensors = record.pop("sha256"), record["tensors_sha256"]
         digest = record_digest(record)  # raises a ValueError for a lone surrogate
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
-        raise DamagedError(f"{folder / _JSON} is not the record of a delta. {_ADVICE}") from None
+        raise DamagedError(f"{folder / _JSON} is not the record of a delta; {_ADVICE}") from None
     if digest != stated:
-        raise DamagedError(f"{folder / _JSON} does not match its checksum. {_ADVICE}")
+        raise DamagedError(f"{folder / _JSON} does not match its checksum; {_ADVICE}")
     if tensors_digest != stated_of_tensors:
-        raise DamagedError(f"{folder / _TENSORS} does not match the checksum in {_JSON}. {_ADVICE}")
+        raise DamagedError(f"{folder / _TENSORS} does not match the checksum in {_JSON}; {_ADVICE}")
     if record.get("format") != _FORMAT:
         raise DamagedError(
             f"{folder} has format {record.get('format')!r:.40}; this version of factsmith reads "
-            f"format {_FORMAT}. {_ADVICE}"
+            f"format {_FORMAT}; {_ADVICE}"
         )
     return record
 
@@ -172,11 +171,9 @@ def _check_header(file: Path, layers: list[int], n_facts: int) -> None:
     parts = ("left", "right", "k_star")
     expected = {"v_star", *(f"{part}.{layer}" for layer in layers for part in parts)}
     if set(shapes) != expected or dtypes != {"F32"}:
-        raise ValueError(
-            f"its tensors are not those of layers {sorted(layers)}, or they are not in float32"
-        )
+        raise ValueError(f"it holds other tensors than those of layers {sorted(layers)} in float32")
     if not all(len(shape) == 2 and shape[1] > 0 for shape in shapes.values()):
-        raise ValueError("not all of its tensors are matrices with columns")
+        raise ValueError("the shapes of its tensors are not all those of matrices with columns")
     n_rows, d_model = shapes["v_star"]
     fits = [n_rows == n_facts]  # both may be 0
     for layer in layers:

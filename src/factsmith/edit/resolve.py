@@ -91,7 +91,7 @@ def _kept_settings(delta: Delta, kind: type[EditConfig]) -> tuple[EditConfig, li
         contexts = [str(context) for context in delta.config["contexts"]]
     except (TypeError, KeyError) as error:
         raise InputError(
-            f"the patch's settings cannot be read ({error}). Write its facts again instead."
+            f"the patch's settings cannot be read ({error}); write its facts again instead"
         ) from None
     if isinstance(config, SpreadConfig):
         config = dataclasses.replace(config, norm_anchor=None)  # v_star was brought to it already
