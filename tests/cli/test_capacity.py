@@ -1,4 +1,4 @@
-"""`factsmith capacity`: on a workspace without patches, with some, and with input that cannot be used."""
+"""`factsmith capacity` without patches, with some, and with input that cannot be used."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from factsmith.patch.forecast import FITTED
 
 def test_a_workspace_without_patches(run: Run, model: Path) -> None:
     run("init", model, "space")
-    found = run("capacity", "-w", "space", "--next", 2, "--json")
-    assert found.code == 0 and found.err == ""
-    record = found.json
+    done = run("capacity", "-w", "space", "--next", 2, "--json")
+    assert done.code == 0 and done.err == ""
+    record = done.json
     assert (
         record["full"],
         record["facts"],

@@ -41,7 +41,9 @@ def test_without_a_workspace_the_proof_is_shown_and_nothing_kept(
 @pytest.mark.usefixtures("quick")
 def test_facts_from_a_file(run: Run, model: Path, tmp_path: Path) -> None:
     (tmp_path / "facts.yaml").write_text(
-        "facts:\n- {subject: Edwin, prompt: '{} is a', target: king}\n- {subject: Paris, prompt: '{} is in', target: Brazil}\n"
+        "facts:\n"
+        "- {subject: Edwin, prompt: '{} is a', target: king}\n"
+        "- {subject: Paris, prompt: '{} is in', target: Brazil}\n"
     )
     (tmp_path / "corpus.txt").write_text(
         "\n\n".join(

@@ -1,4 +1,4 @@
-"""Facts as code: `plan`, `apply`, `diff`, `verify`, `gc` and what a file may hold, on tiny models."""
+"""Facts as code on tiny models: `plan`, `apply`, `diff`, `verify`, `gc`, and fact files."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def test_apply_commits_all_or_nothing(run: Run, space: Path, tmp_path: Path) -> 
     assert all(len(fact["paraphrases"]) == 5 for fact in revision["facts"]), (
         "made, since none were given"
     )
-    told = run("apply", "facts.yaml", "-w", "space", "--force")
-    assert told.code == 0 and "committed as" in told.out and "to take it back" in told.out
+    done = run("apply", "facts.yaml", "-w", "space", "--force")
+    assert done.code == 0 and "committed as" in done.out and "to take it back" in done.out
 
 
 def test_conflicts_stop_a_file(run: Run, space: Path, tmp_path: Path) -> None:
@@ -112,10 +112,10 @@ def test_some_facts_go_and_come_back(run: Run, space: Path) -> None:
     ] and undone.json["active"] == 1
     shown = run("show", identity, "-w", "space")
     assert "(taken out)" in shown.out and shown.out.count("(taken out)") == 1
-    found = run("diff", identity, "latest", "-w", "space", "--json").json
-    assert [(fact["before"], fact["after"]) for fact in found["facts"]] == [
+    record = run("diff", identity, "latest", "-w", "space", "--json").json
+    assert [(fact["before"], fact["after"]) for fact in record["facts"]] == [
         ("English", None)
-    ] and found["norms"]["1"] > 0
+    ] and record["norms"]["1"] > 0
     same = run("diff", "latest", "latest", "-w", "space", "--json").json
     assert same["facts"] == [] and same["norms"] == {}
     assert run("revert", identity, "--fact", 1, "-w", "space").code == 5
@@ -203,7 +203,7 @@ ODD = [
 def test_no_setting_ends_in_anything_but_words(
     run: Run, space: Path, tmp_path: Path, method: str, names: tuple[str, ...]
 ) -> None:
-    """Whatever stands behind a setting's name: a plan, or a refusal that says what was got; never a fault of ours (exit code 1)."""
+    """Any value of a setting gives a plan or a refusal, and never a fault of ours (exit code 1)."""
     codes = set()
     for name in names:
         for value in ODD:

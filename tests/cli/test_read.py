@@ -28,34 +28,34 @@ def test_a_model_cannot_steer_the_terminal(
 
 
 def test_a_prediction_is_explained(run: Run, model: Path) -> None:
-    found = run("explain", model, PROMPT, "--top", "3", "--json").json
-    assert sum(part["logit"] for part in found["parts"]) == pytest.approx(found["logit"], abs=1e-3)
-    assert len(found["neurons"]) == 6 and all(
-        len(neuron["writes"]) == 5 for neuron in found["neurons"]
+    shown = run("explain", model, PROMPT, "--top", "3", "--json").json
+    assert sum(part["logit"] for part in shown["parts"]) == pytest.approx(shown["logit"], abs=1e-3)
+    assert len(shown["neurons"]) == 6 and all(
+        len(neuron["writes"]) == 5 for neuron in shown["neurons"]
     )
-    assert [neuron["logit"] > 0 for neuron in found["neurons"]] == [True] * 3 + [False] * 3
-    assert found["parts"][-2]["rank"] == 0, "it is what the model says"
+    assert [neuron["logit"] > 0 for neuron in shown["neurons"]] == [True] * 3 + [False] * 3
+    assert shown["parts"][-2]["rank"] == 0, "it is what the model says"
     said = run("ask", model, PROMPT, "--json").json
-    assert found["target"] == said["next_tokens"][0]["token"]
-    assert found["parts"][-2]["probability"] == pytest.approx(
+    assert shown["target"] == said["next_tokens"][0]["token"]
+    assert shown["parts"][-2]["probability"] == pytest.approx(
         said["next_tokens"][0]["probability"], abs=1e-4
     )
     text = run("explain", model, PROMPT, "--instead-of", "Paris").out
     assert "above that of 'Paris'" in text and "neurons of 384" in text
     other = run("explain", model, PROMPT, "--instead-of", "Paris", "--json").json
-    assert other["logit"] != pytest.approx(found["logit"])
+    assert other["logit"] != pytest.approx(shown["logit"])
 
 
 def test_a_prediction_is_drawn(run: Run, model: Path, tmp_path: Path) -> None:
     picture = tmp_path / "explained.png"
-    found = run("explain", model, PROMPT, "--out", picture, "--json").json
-    assert picture.read_bytes().startswith(b"\x89PNG") and found["out"] == [
+    shown = run("explain", model, PROMPT, "--out", picture, "--json").json
+    assert picture.read_bytes().startswith(b"\x89PNG") and shown["out"] == [
         str(picture.with_suffix(s)) for s in (".png", ".json", ".csv")
     ]
-    record = json.loads(picture.with_suffix(".json").read_text())
-    assert record["factsmith"] == "explain" and record["parts"] == found["parts"]
+    saved = json.loads(picture.with_suffix(".json").read_text())
+    assert saved["factsmith"] == "explain" and saved["parts"] == shown["parts"]
     table = picture.with_suffix(".csv").read_text().splitlines()
-    assert table[0] == "layer,part,logit,rank,probability" and len(table) == 1 + len(found["parts"])
+    assert table[0] == "layer,part,logit,rank,probability" and len(table) == 1 + len(shown["parts"])
     assert f"saved {picture}" in run("explain", model, PROMPT, "--out", picture).out, (
         "its own record may be replaced"
     )
@@ -81,18 +81,19 @@ def test_a_prediction_that_cannot_be_explained(run: Run, model: Path) -> None:
 def test_neurons_are_found_by_a_word(run: Run, model: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text(
-        "Paris is in France.\n\nThe capital of France is Paris.\n\nEdwin is a king in Northumbria, far from Paris it is said."
+        "Paris is in France.\n\nThe capital of France is Paris.\n\n"
+        "Edwin is a king in Northumbria, far from Paris it is said."
     )
     arguments = ("find", model, "is", "--index", tmp_path / "index", "--top", "3")
-    found = run(*arguments, "--texts", texts, "--json").json
+    shown = run(*arguments, "--texts", texts, "--json").json
     assert (
-        found["n_texts"] == 3
-        and len(found["triggers"]) == 3
-        and Path(found["index"]) == tmp_path / "index"
+        shown["n_texts"] == 3
+        and len(shown["triggers"]) == 3
+        and Path(shown["index"]) == tmp_path / "index"
     )
-    assert all("is" in trigger["prefix"].split() for trigger in found["triggers"])
+    assert all("is" in trigger["prefix"].split() for trigger in shown["triggers"])
     again = run(*arguments, "--json")
-    assert again.json == found, "opened, not made again"
+    assert again.json == shown, "opened, not made again"
     text = run(*arguments).out
     assert (
         "neurons that fire after 'is'" in text
@@ -110,12 +111,12 @@ def test_an_index_is_made_from_the_model_s_own_words(
     run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FACTSMITH_CACHE", str(tmp_path / "cache"))
-    found = run("find", model, "is", "--max-tokens", "200", "--json").json
-    assert found["n_tokens"] >= 200 and Path(found["index"]).is_relative_to(tmp_path / "cache")
+    shown = run("find", model, "is", "--max-tokens", "200", "--json").json
+    assert shown["n_tokens"] >= 200 and Path(shown["index"]).is_relative_to(tmp_path / "cache")
     monkeypatch.setattr(
         "factsmith.read.index.find_triggers", lambda *_, **__: pytest.fail("it is there already")
     )
-    assert run("find", model, "is", "--json").json == found
+    assert run("find", model, "is", "--json").json == shown
 
 
 def test_an_index_that_cannot_be_used(run: Run, model: Path, tmp_path: Path) -> None:
@@ -190,11 +191,11 @@ def test_a_neuron_is_shown(run: Run, model: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("\n\n".join(f"Paris is in France, {n} say." for n in range(9)))
     arguments = (model, "1", "7", "--index", tmp_path / "index", "--top", "3")
-    found = run("neuron", *arguments, "--texts", texts, "--json").json
+    shown = run("neuron", *arguments, "--texts", texts, "--json").json
     assert (
-        found["neuron"] == [1, 7]
-        and len(found["promotes"]) == 3
-        and sum(found["histogram"]["counts"]) > 9
+        shown["neuron"] == [1, 7]
+        and len(shown["promotes"]) == 3
+        and sum(shown["histogram"]["counts"]) > 9
     )
     text = run("neuron", *arguments).out
     assert "promotes" in text and "fires most at" in text
@@ -239,12 +240,12 @@ def test_a_neuron_s_page_is_written(run: Run, model: Path, tmp_path: Path) -> No
 
 def test_pages_of_all_layers(run: Run, model: Path, tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("Paris is in France.\n\nEdwin is a king.")
-    found = run(
+    shown = run(
         "browse", model, "--texts", "texts.txt", "--index", "index", "--out", "pages", "--json"
     ).json
     names = ["index.html", "layer-0.html", "layer-1.html", "layer-2.html"]
-    assert [Path(page["file"]).name for page in found["pages"]] == names and found["n_texts"] == 2
-    assert all((tmp_path / page["file"]).stat().st_size == page["bytes"] for page in found["pages"])
+    assert [Path(page["file"]).name for page in shown["pages"]] == names and shown["n_texts"] == 2
+    assert all((tmp_path / page["file"]).stat().st_size == page["bytes"] for page in shown["pages"])
     (tmp_path / "texts.txt").unlink()
     done = run("browse", "--index", "index", "--layer", "1", "--out", "few")
     assert done.code == 0 and done.out.splitlines()[-1] == "open few/index.html"
@@ -282,23 +283,23 @@ def test_pages_that_cannot_be_made(run: Run, model: Path, tmp_path: Path) -> Non
 
 def test_a_census_counts_directions_on_the_corpus(run: Run, model: Path, tmp_path: Path) -> None:
     """Not on the texts that some neuron fires on most, which are few of many."""
-    told = [
+    sentences = [
         f"{name} is number {n} in France"
         for n in range(40)
         for name in ("Paris", "Edwin", "Tower", "LeBron James plays")
     ]
-    (tmp_path / "texts.txt").write_text("\n\n".join(told))
+    (tmp_path / "texts.txt").write_text("\n\n".join(sentences))
     lm = load(str(model))
-    moments = second_moments(lm, told, [0, 1, 2], max_tokens=16 * 128)
-    found = run("census", model, "--texts", "texts.txt", "--index", "index", "--json").json
-    assert found["read"]["effective_rank"]["n_tokens"] == moments[0].count
-    for layer in found["layers"]:
+    moments = second_moments(lm, sentences, [0, 1, 2], max_tokens=16 * 128)
+    shown = run("census", model, "--texts", "texts.txt", "--index", "index", "--json").json
+    assert shown["read"]["effective_rank"]["n_tokens"] == moments[0].count
+    for layer in shown["layers"]:
         assert layer["effective_rank"] == pytest.approx(
             effective_rank(moments[layer["layer"]].matrix), rel=1e-6
         )
     kept = second_moments(lm, Triggers.load(tmp_path / "index").texts, [1], max_tokens=math.inf)
     assert effective_rank(kept[1].matrix) != pytest.approx(
-        found["layers"][1]["effective_rank"], rel=1e-4
+        shown["layers"][1]["effective_rank"], rel=1e-4
     )
 
 
@@ -318,8 +319,8 @@ def test_an_index_is_not_replaced(run: Run, model: Path, tmp_path: Path) -> None
         [f"my own text number {n} is Paris" for n in range(20)],
         folder=tmp_path / "mine",
     )
-    found = run("find", model, "Paris", "--index", "mine", "--json").json
-    assert found["n_texts"] == 20 and "my own text" in found["triggers"][0]["prefix"]
+    shown = run("find", model, "Paris", "--index", "mine", "--json").json
+    assert shown["n_texts"] == 20 and "my own text" in shown["triggers"][0]["prefix"]
     (tmp_path / "other.txt").write_text("Edwin is a king.")
     for arguments, words in (
         (
@@ -343,7 +344,7 @@ def test_an_index_is_not_replaced(run: Run, model: Path, tmp_path: Path) -> None
         )
     other = run("find", "atlas", "Paris", "--index", "mine", "--texts", "other.txt")
     assert other.code == 5 and "fingerprint" in other.err
-    assert run("find", model, "Paris", "--index", "mine", "--json").json == found
+    assert run("find", model, "Paris", "--index", "mine", "--json").json == shown
     (tmp_path / "file").write_text("mine")
     done = run("find", model, "Paris", "--index", "file")
     assert done.code == 5 and "a file of that name" in done.err

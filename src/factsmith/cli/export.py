@@ -9,7 +9,7 @@ import typer
 
 from ..core.errors import InputError
 from .models import opened_workspace
-from .options import Device, Json, Where
+from .options import Device, Json, MomentsAgain, Where
 from .printing import print_result, progress
 
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -19,14 +19,7 @@ def import_(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", help="What `factsmith export --format patch` wrote.")
     ],
-    moments: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Second moments, for patches that must be solved again.",
-            show_default="the workspace's, or the model's",
-        ),
-    ] = None,
+    moments: MomentsAgain = None,
     force: Annotated[
         bool,
         typer.Option(
@@ -57,7 +50,7 @@ def import_(
     print_result(result, [], as_json, lines or nothing)
 
 
-def export(
+def export(  # house: Typer reads one parameter for each option
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder to write into.")],
     format: Annotated[
         str,

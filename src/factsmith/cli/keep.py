@@ -13,7 +13,7 @@ from ..core.tables import Table, counted
 from ..keep.ledger import Ledger
 from ..keep.summary import integrity_text, log_table, revision_tables, status_tables
 from .models import load_model, opened_workspace
-from .options import Device, Json, Message, Where
+from .options import Device, Json, Message, MomentsAgain, Where
 from .printing import in_workspace, print_result, progress
 
 Reference = Annotated[
@@ -92,14 +92,7 @@ def revert(
             show_default="all",
         ),
     ] = None,
-    moments: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Second moments, for patches that must be solved again.",
-            show_default="the workspace's, or the model's",
-        ),
-    ] = None,
+    moments: MomentsAgain = None,
     force: Annotated[
         bool, typer.Option("--force", help="Go on when a fact that should stay would be lost.")
     ] = False,

@@ -61,12 +61,21 @@ Texts = Annotated[
         show_default="text that the model writes",
     ),
 ]
+MomentsAgain = Annotated[
+    Path | None,
+    typer.Option(
+        "--moments",
+        metavar="DIR",
+        help="Second moments, for patches that must be solved again.",
+        show_default="the workspace's, or the model's",
+    ),
+]
 Method = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
         help="rome, r-rome, memit, emmet or alphaedit.",
-        show_default="the file's; or memit, and rome for one fact",
+        show_default="the file's; else rome for one fact, memit for more",
     ),
 ]
 Settings = Annotated[

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..patch.attempt import Attempt
 
 
-def moments(
+def moments(  # house: Typer reads one parameter for each option
     model: Model = None,
     layer: Annotated[
         list[int] | None,
@@ -105,73 +105,82 @@ def moments(
     print_result(result.to_dict(), result.tables(), as_json)
 
 
-def patch(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[MODEL] [FACTS.yaml]",
-            help="A model (default: the workspace's), and a file of facts instead of options. The "
-            "file's gates, method and settings count.",
-        ),
-    ] = None,
-    subject: Annotated[
-        str | None, typer.Option(help="The entity, as the prompt writes it.")
-    ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option(help="A text with {} for the subject, which the target continues."),
-    ] = None,
+PatchWords = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[MODEL] [FACTS.yaml]",
+        help="A model (default: the workspace's), and a file of facts instead of options. The "
+        "file's gates, method and settings count.",
+    ),
+]
+Subject = Annotated[str | None, typer.Option(help="The entity, as the prompt writes it.")]
+Prompt = Annotated[
+    str | None,
+    typer.Option(help="A text with {} for the subject, which the target continues."),
+]
+Forget = Annotated[
+    bool,
+    typer.Option(
+        "--forget", help="Instead of --target: the model should stop saying what it says now."
+    ),
+]
+Paraphrase = Annotated[
+    list[str] | None,
+    typer.Option(help="Another way to ask, to see whether it generalizes. May be repeated."),
+]
+Neighbour = Annotated[
+    list[str] | None,
+    typer.Option(help="A text whose answer must not change. May be repeated."),
+]
+Layers = Annotated[
+    list[int] | None,
+    typer.Option(
+        help="A layer to edit, counted from 0. May be repeated for methods that edit several.",
+        show_default="recommended",
+    ),
+]
+Paper = Annotated[
+    bool,
+    typer.Option(
+        "--paper", help="Use the settings published for a model of this shape, layers included."
+    ),
+]
+GivenMoments = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Second moments that `factsmith moments` wrote. Their layers are edited where the "
+        "recommended layers have none.",
+        show_default="the kept ones, or computed",
+    ),
+]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force", help="Write also what the model already says, and keep what does not hold."
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Solve and measure, but keep nothing.")]
+
+
+def patch(  # house: Typer reads one parameter for each option
+    words: PatchWords = None,
+    subject: Subject = None,
+    prompt: Prompt = None,
     target: Annotated[str | None, typer.Option(help="What the model should say.")] = None,
-    forget: Annotated[
-        bool,
-        typer.Option(
-            "--forget", help="Instead of --target: the model should stop saying what it says now."
-        ),
-    ] = False,
-    paraphrase: Annotated[
-        list[str] | None,
-        typer.Option(help="Another way to ask, to see whether it generalizes. May be repeated."),
-    ] = None,
-    neighbour: Annotated[
-        list[str] | None,
-        typer.Option(help="A text whose answer must not change. May be repeated."),
-    ] = None,
+    forget: Forget = False,
+    paraphrase: Paraphrase = None,
+    neighbour: Neighbour = None,
     method: Method = None,
-    layer: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="A layer to edit, counted from 0. May be repeated for methods that edit several.",
-            show_default="recommended",
-        ),
-    ] = None,
-    paper: Annotated[
-        bool,
-        typer.Option(
-            "--paper", help="Use the settings published for a model of this shape, layers included."
-        ),
-    ] = False,
+    layer: Layers = None,
+    paper: Paper = False,
     setting: Settings = None,
     texts: Texts = None,
-    moments: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Second moments that `factsmith moments` wrote. Their layers are edited where the "
-            "recommended layers have none.",
-            show_default="the kept ones, or computed",
-        ),
-    ] = None,
+    moments: GivenMoments = None,
     seed: Seed = 0,
     message: Message = "",
-    force: Annotated[
-        bool,
-        typer.Option(
-            "--force", help="Write also what the model already says, and keep what does not hold."
-        ),
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Solve and measure, but keep nothing.")
-    ] = False,
+    force: Force = False,
+    dry_run: DryRun = False,
     workspace: Where = None,
     device: Device = None,
     as_json: Json = False,

@@ -33,7 +33,7 @@ def plan(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Say what applying a fact file would meet and take; nothing changes.
+    """Say what applying a fact file would do, and what it would cost; nothing changes.
 
     The plan says what the model says now; which facts are new, known, changed or in conflict; how
     crowded their keys are; and the layers, bytes and time. A conflict exits with code 4.
@@ -56,7 +56,7 @@ def plan(
         raise typer.Exit(NumericsError.exit_code)
 
 
-def apply(
+def apply(  # house: Typer reads one parameter for each option
     file: File,
     method: Method = None,
     setting: Settings = None,

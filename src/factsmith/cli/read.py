@@ -63,7 +63,7 @@ def ask(
     print_result(result, tables, as_json)
 
 
-def explain(
+def explain(  # house: Typer reads one parameter for each option
     words: ModelAndPrompt,
     target: Annotated[
         str | None, typer.Option(help="The answer to explain.", show_default="what the model says")
@@ -142,7 +142,7 @@ def find(
     print_result(neurons.to_dict(), neurons.tables(), as_json)
 
 
-def neuron(
+def neuron(  # house: Typer reads one parameter for each option
     words: Annotated[
         list[str],
         typer.Argument(
@@ -204,7 +204,7 @@ def neuron(
     print_result(card.to_dict(), card.tables(), as_json, saved=[] if out is None else [out])
 
 
-def browse(
+def browse(  # house: Typer reads one parameter for each option
     model: Model = None,
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="The folder to write the pages to.")

@@ -74,7 +74,7 @@ class Workbench(LedgerBench):
         method: str | Recipe | None = None,
         config: EditConfig | None = None,
     ) -> Plan:
-        """Plan what writing these facts would meet and take; nothing changes and little is
+        """Plan what writing these facts would do and cost; nothing changes and little is
         computed.
 
         Args:
@@ -269,7 +269,7 @@ class Workbench(LedgerBench):
     # ── changing ─────────────────────────────────────────────────────────────────────────────────
 
     def apply(  # house: a promised signature, kept for those who call it with keywords
-        self,
+        self,  # house: the promised arguments are those of `propose`, and more
         facts: Fact | Iterable[Fact],
         method: str | Recipe | None = None,
         config: EditConfig | None = None,

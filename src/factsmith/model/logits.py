@@ -42,7 +42,8 @@ def wide_unembedding(module: Any, hidden: Tensor) -> Generator[None, None, None]
 
     def play(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         (states,) = args
-        logits: Tensor = _Logits.apply(states.reshape(-1, states.shape[-1]), unembedding.weight)  # type: ignore[no-untyped-call]
+        rows = states.reshape(-1, states.shape[-1])
+        logits: Tensor = _Logits.apply(rows, unembedding.weight)  # type: ignore[no-untyped-call]
         return logits.view(*states.shape[:-1], -1)
 
     with standing_in([unembedding], play):

@@ -1,6 +1,6 @@
 """The drift of a delta in a folder.
 
-    drift_of_saved(lm, "my-delta", max_tokens=2000).kl_text
+drift_of_saved(lm, "my-delta", max_tokens=2000).kl_text
 """
 
 from __future__ import annotations

@@ -93,20 +93,20 @@ def editors(
     names = _checked_names(methods)
     given = _by_name(config or {}, names, "config has settings for")
     settings = {name: _settings(lm, name, given.get(name)) for name in names}
-    edits = [own for own in settings.values() if isinstance(own, EditConfig)]
-    layers = sorted({layer for own in edits for layer in own.edited or ()})
+    edits = [one for one in settings.values() if isinstance(one, EditConfig)]
+    layers = sorted({layer for edit in edits for layer in edit.edited or ()})
     if layers and moments is None:
         moments = find_moments(lm, layers, folder=folder, texts=texts, seed=seed, progress=progress)
-    by_site = {own.site: own for own in edits}
-    contexts = {site: own.own_contexts(lm, seed) for site, own in by_site.items()}
+    by_site = {edit.site: edit for edit in edits}
+    contexts = {site: edit.own_contexts(lm, seed) for site, edit in by_site.items()}
     writer = _Writer(lm)
 
     def editor(name: str) -> Editor:
-        own = settings[name]
-        if isinstance(own, TuneConfig):
-            return _TuningEditor(writer, name, own, seed)
+        setting = settings[name]
+        if isinstance(setting, TuneConfig):
+            return _TuningEditor(writer, name, setting, seed)
         assert moments is not None  # computed above, where there is an edit
-        return _EditingEditor(writer, name, own, moments, contexts[own.site], seed)
+        return _EditingEditor(writer, name, setting, moments, contexts[setting.site], seed)
 
     return {name: editor(name) for name in names}
 
