@@ -1,4 +1,4 @@
-"""A workspace for the tests of its parts."""
+"""Fixtures for the tests of workspaces: a ledger, models and workbenches."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from factsmith.keep.ledger import Ledger
 from ledgers import FINGERPRINT
+from workbenches import atlas_bench, bench, eager, lm  # noqa: F401
 
 
 @pytest.fixture

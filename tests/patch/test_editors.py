@@ -1,4 +1,4 @@
-"""Editors as the runner takes them: in, out bit for bit, and in a sequence each upon the others."""
+"""Editors write facts for an evaluation, and restore the weights bit for bit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,11 @@ FACTS = [
     Fact("Edwin", "The official religion of {} is", "Islam"),
     Fact("LeBron James", "{} plays", "chess"),
 ]
+
+
 SPREAD = {"layers": (0, 1), "steps": 2, "scale": "auto", "lr": 0.1, "moment_weight": 10.0}
+
+
 CONFIG: dict[str, Any] = {
     "rome": RomeConfig(layer=1, steps=2),
     "r-rome": RomeConfig(layer=1, steps=2),
@@ -44,6 +48,8 @@ CONFIG: dict[str, Any] = {
     "ft-l": FineTuneConfig(layers=(1,), steps=2, epochs=1),
     "lora": LoraConfig(layers=(0, 1), steps=2, epochs=1, lr=0.05),
 }
+
+
 SHARING = ("rome", "r-rome", "memit", "emmet")
 
 
@@ -52,82 +58,20 @@ def lm() -> LanguageModel:
     return wrap(tiny_model("gpt2", **GPT2), byte_tokenizer())
 
 
-@pytest.fixture(scope="module")
-def found(lm: LanguageModel) -> dict[str, Any]:
-    """Every editor, sharing what it can."""
-    moments = find_moments(lm, [0, 1], texts=TEXTS * 20, max_tokens=3000)
-    return dict(editors(lm, NAMES, config=CONFIG, moments=moments))
-
-
 def weights(lm: LanguageModel) -> dict[str, torch.Tensor]:
+    """Return a copy of all weights."""
     return {name: value.clone() for name, value in lm.module.state_dict().items()}
 
 
 def changed(lm: LanguageModel, before: dict[str, torch.Tensor]) -> set[str]:
+    """Return the names of the tensors that differ from `before`."""
     now = lm.module.state_dict()
     assert now.keys() == before.keys()
     return {name for name, value in now.items() if not torch.equal(value, before[name])}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_editor_puts_in_and_takes_out(
-    lm: LanguageModel, found: dict[str, Any], name: str
-) -> None:
-    before, fingerprint = weights(lm), lm.fingerprint
-    places = {
-        f"transformer.h.{layer}.mlp.c_proj.weight"
-        for layer in ((1,) if name in ("rome", "r-rome", "ft-l") else (0, 1))
-    }
-    with found[name](FACTS[:1]) as notes:
-        assert changed(lm, before) == places
-        ratio = max(
-            float((lm.module.state_dict()[p] - before[p]).norm() / before[p].norm()) for p in places
-        )
-        assert notes["norm"] == pytest.approx(ratio, rel=1e-4) and notes["seconds"] > 0
-    assert not changed(lm, before) and lm.fingerprint == fingerprint
-    with pytest.raises(KeyboardInterrupt), found[name](FACTS[:1]):
-        raise KeyboardInterrupt
-    assert not changed(lm, before)
-
-
-@pytest.mark.parametrize("name", ["rome", "memit"])
-def test_rounds_know_the_rounds_before(
-    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    method = METHODS[name]
-    told: list[tuple[tuple[str, ...], ...]] = []
-    models: list[str] = []
-
-    def spy(inputs: EditInputs) -> Delta:
-        told.append(tuple(tuple(f.subject for f in delta.facts) for delta in inputs.beneath))
-        models.append(inputs.lm.fingerprint)
-        return method.solve(inputs)
-
-    monkeypatch.setitem(METHODS, name, dataclasses.replace(method, solve=spy))
-    moments = find_moments(lm, [0, 1], texts=TEXTS * 20, max_tokens=3000)
-    writers = editors(lm, [name], config={name: CONFIG[name]}, moments=moments)
-    before = weights(lm)
-    with (
-        writers[name](FACTS[:1]) as first,
-        writers[name](FACTS[1:2]) as second,
-        writers[name](FACTS[2:]) as third,
-    ):
-        assert len({id(n) for n in (first, second, third)}) == 3
-        total = max(
-            float((lm.module.state_dict()[p] - before[p]).norm() / before[p].norm())
-            for p in changed(lm, before)
-        )
-        assert third["norm"] == pytest.approx(total, rel=1e-4), "with what stood around it"
-    with writers[name](FACTS[:1]):
-        pass
-    subjects = [(f.subject,) for f in FACTS]
-    assert told == [(), (subjects[0],), (subjects[0], subjects[1]), ()]
-    assert len(set(models)) == 3 and models[0] == models[3], "solved on the model as it was then"
-    assert not changed(lm, before)
-
-
 def test_methods_share_targets(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Found once for facts written into the model as it is, and what comes out is what each method finds alone."""
+    """Editors of the unpatched model share a search. The results equal those of separate ones."""
     moments = find_moments(lm, [0, 1], texts=TEXTS * 20, max_tokens=3000)
     searched: list[tuple[str, ...]] = []
 
@@ -151,25 +95,21 @@ def test_methods_share_targets(lm: LanguageModel, monkeypatch: pytest.MonkeyPatc
             with alone(facts):
                 expected = weights(lm)
             with shared[name](facts) as noted:
-                found = weights(lm)
-            assert noted["seconds"] > 0 and all(
-                torch.equal(found[key], expected[key]) for key in found
-            )
-    own = [subjects for subjects in searched if subjects == ("Edwin",)]
-    assert len(own) == len(SHARING) + 2, (
-        "one of the solo editors each, one of ROME's and one of MEMIT's for the sharing ones"
-    )
+                shared_weights = weights(lm)
+            assert noted["seconds"] > 0
+            assert all(torch.equal(shared_weights[key], expected[key]) for key in shared_weights)
+    searches = [subjects for subjects in searched if subjects == ("Edwin",)]
+    # One search of each separate editor. The sharing ones need one of ROME's and one of MEMIT's.
+    assert len(searches) == len(SHARING) + 2
     assert not changed(lm, before)
     searched.clear()
     with shared["memit"](FACTS[:1]), shared["emmet"](FACTS[1:2]), shared["rome"](FACTS[:1]):
-        assert searched == [("Edwin",), ("Danielle Darrieux",)], (
-            "what stands on other edits is searched anew"
-        )
+        assert searched == [("Edwin",), ("Danielle Darrieux",)], "edits on other edits search again"
 
 
 def test_settings_by_name(lm: LanguageModel) -> None:
     assert configured(lm, ["rome", "memit", "ft"]) == {}
-    found = configured(
+    configs = configured(
         lm,
         ["rome", "memit", "ft"],
         {
@@ -178,13 +118,9 @@ def test_settings_by_name(lm: LanguageModel) -> None:
             "rome": {"layer": 2},
         },
     )
-    assert (
-        found["memit"].steps,
-        found["memit"].layers,
-        found["ft-l"].steps,
-        found["ft-l"].layers,
-    ) == (7, (0, 1), 3, (1,))
-    assert found["rome"].layer == 2
+    assert (configs["memit"].steps, configs["memit"].layers) == (7, (0, 1))
+    assert (configs["ft-l"].steps, configs["ft-l"].layers) == (3, (1,))
+    assert configs["rome"].layer == 2
     for changes, word in (
         ({"memit": {"stepz": 1}}, "stepz"),
         ({"ft": {"rank": 1}}, "rank"),
@@ -196,13 +132,13 @@ def test_settings_by_name(lm: LanguageModel) -> None:
         configured(lm, ["memit"], paper=True)
 
 
-def test_a_failing_solver_leaves_no_trace(lm: LanguageModel, found: dict[str, Any]) -> None:
+def test_a_failing_solver_leaves_no_trace(lm: LanguageModel, writers: dict[str, Any]) -> None:
     before = weights(lm)
-    with found["memit"](FACTS[:1]):
+    with writers["memit"](FACTS[:1]):
         inside = weights(lm)
         with (
             pytest.raises(InputError, match="two targets"),
-            found["memit"]([FACTS[1], Fact("Edwin", FACTS[1].prompt, "Judaism")]),
+            writers["memit"]([FACTS[1], Fact("Edwin", FACTS[1].prompt, "Judaism")]),
         ):
             pass
         assert not changed(lm, inside)
@@ -210,6 +146,7 @@ def test_a_failing_solver_leaves_no_trace(lm: LanguageModel, found: dict[str, An
 
 
 def record(n: int, fact: Fact) -> Record:
+    """Return a record that asks for one fact by its prompt."""
     return Record(
         id=f"r{n}",
         facts=(fact,),
@@ -217,19 +154,73 @@ def record(n: int, fact: Fact) -> Record:
     )
 
 
-def test_they_run_in_the_runner(lm: LanguageModel, found: dict[str, Any]) -> None:
-    records = [record(n, fact) for n, fact in enumerate(FACTS)]
-    run = evaluate(
-        lm, records, {name: found[name] for name in ("rome", "ft-l")}, size=1, sequence=True
-    )
-    assert run.settings["rome"].startswith("steps=2; lr=0.5; ") and run.settings["rome"].endswith(
-        "; layer=1; seed=0"
-    )
-    assert "layers=1; " in run.settings["ft-l"]
-    assert run.editors == ("base", "rome", "ft-l") and run.notes["rome", 2]["norm"] > 0
+@pytest.fixture(scope="module")
+def writers(lm: LanguageModel) -> dict[str, Any]:
+    """Every editor. They share targets where they can."""
+    moments = find_moments(lm, [0, 1], texts=TEXTS * 20, max_tokens=3000)
+    return dict(editors(lm, NAMES, config=CONFIG, moments=moments))
 
 
-def test_what_is_not_said_is_recommended(
+@pytest.mark.parametrize("name", NAMES)
+def test_every_editor_writes_and_restores(
+    lm: LanguageModel, writers: dict[str, Any], name: str
+) -> None:
+    before, fingerprint = weights(lm), lm.fingerprint
+    places = {
+        f"transformer.h.{layer}.mlp.c_proj.weight"
+        for layer in ((1,) if name in ("rome", "r-rome", "ft-l") else (0, 1))
+    }
+    with writers[name](FACTS[:1]) as notes:
+        assert changed(lm, before) == places
+        ratio = max(
+            float((lm.module.state_dict()[p] - before[p]).norm() / before[p].norm()) for p in places
+        )
+        assert notes["norm"] == pytest.approx(ratio, rel=1e-4) and notes["seconds"] > 0
+    assert not changed(lm, before) and lm.fingerprint == fingerprint
+    with pytest.raises(KeyboardInterrupt), writers[name](FACTS[:1]):
+        raise KeyboardInterrupt
+    assert not changed(lm, before)
+
+
+@pytest.mark.parametrize("name", ["rome", "memit"])
+def test_edits_in_a_sequence_are_solved_on_the_earlier_ones(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    method = METHODS[name]
+    beneath: list[tuple[tuple[str, ...], ...]] = []
+    models: list[str] = []
+
+    def spy(inputs: EditInputs) -> Delta:
+        beneath.append(tuple(tuple(f.subject for f in delta.facts) for delta in inputs.beneath))
+        models.append(inputs.lm.fingerprint)
+        return method.solve(inputs)
+
+    monkeypatch.setitem(METHODS, name, dataclasses.replace(method, solve=spy))
+    moments = find_moments(lm, [0, 1], texts=TEXTS * 20, max_tokens=3000)
+    writers = editors(lm, [name], config={name: CONFIG[name]}, moments=moments)
+    before = weights(lm)
+    with (
+        writers[name](FACTS[:1]) as first,
+        writers[name](FACTS[1:2]) as second,
+        writers[name](FACTS[2:]) as third,
+    ):
+        assert len({id(n) for n in (first, second, third)}) == 3
+        total = max(
+            float((lm.module.state_dict()[p] - before[p]).norm() / before[p].norm())
+            for p in changed(lm, before)
+        )
+        assert third["norm"] == pytest.approx(total, rel=1e-4), "together with the edits around it"
+    with writers[name](FACTS[:1]):
+        pass
+    subjects = [(f.subject,) for f in FACTS]
+    assert beneath == [(), (subjects[0],), (subjects[0], subjects[1]), ()]
+    assert len(set(models)) == 3 and models[0] == models[3], (
+        "each edit is solved on the model with the edits around it"
+    )
+    assert not changed(lm, before)
+
+
+def test_layers_and_moments_have_recommended_defaults(
     lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked: dict[str, Any] = {}
@@ -255,7 +246,19 @@ def test_what_is_not_said_is_recommended(
     assert trained == [layers[:1], layers]
 
 
-def test_refusals(lm: LanguageModel) -> None:
+def test_editors_run_in_an_evaluation(lm: LanguageModel, writers: dict[str, Any]) -> None:
+    records = [record(n, fact) for n, fact in enumerate(FACTS)]
+    run = evaluate(
+        lm, records, {name: writers[name] for name in ("rome", "ft-l")}, size=1, sequence=True
+    )
+    assert run.settings["rome"].startswith("steps=2; lr=0.5; ") and run.settings["rome"].endswith(
+        "; layer=1; seed=0"
+    )
+    assert "layers=1; " in run.settings["ft-l"]
+    assert run.editors == ("base", "rome", "ft-l") and run.notes["rome", 2]["norm"] > 0
+
+
+def test_wrong_names_and_settings_are_refused(lm: LanguageModel) -> None:
     with pytest.raises(InputError, match="'frob'"):
         editors(lm, ["frob"])
     with pytest.raises(InputError, match="each once"):

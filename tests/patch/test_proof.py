@@ -1,34 +1,29 @@
+"""The proof of a patch agrees with plain questions to the patched model."""
+
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
+from pathlib import Path
 
 import pytest
+import torch
 
-from factsmith.core.fact import Fact
-from factsmith.model.answers import begins_with
+from conftest import GPT2, LLAMA, byte_tokenizer, tiny_model
+from factsmith.core.fact import Fact, Probe
+from factsmith.corpus.moments import SecondMoment
+from factsmith.edit.delta import applied
+from factsmith.edit.methods import METHODS
+from factsmith.keep.workbench import Workbench
 from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import wrap
 from factsmith.patch.proof import prove
+from patching import proposed
+from workbenches import FACT, QUICK, TEXTS, moments_of, some_delta
 
 
-@pytest.mark.parametrize(
-    ("answer", "target", "expected"),
-    [
-        ("French.", "French", True),
-        (" French and", "French", True),
-        ("Frenchman", "French", False),
-        ("Fr", "French", False),
-        ("New York City", " New York", True),
-        ("1984", "198", False),
-        ("東京です", "東京", True),
-        ("C++", "C", True),
-        ("anything", "", False),
-    ],
-)
-def test_begins_with(answer: str, target: str, expected: bool) -> None:
-    assert begins_with(answer, target) is expected
-
-
-def test_prompts_are_asked_in_the_chat_template_too(tiny_gpt2: LanguageModel) -> None:
+def test_prompts_are_asked_in_the_chat_template(tiny_gpt2: LanguageModel) -> None:
     fact = Fact("Edwin", "{} is a", "king")
     proof = prove(tiny_gpt2, [fact], contextlib.nullcontext, templates=["Q: {}\nA:"])
     assert [(check.role, check.prompt, check.wanted) for check in proof.checks] == [
@@ -41,3 +36,141 @@ def test_prompts_are_asked_in_the_chat_template_too(tiny_gpt2: LanguageModel) ->
         and "chat 0.0%" in proof.tables()[0].title
     )
     assert prove(tiny_gpt2, [fact], contextlib.nullcontext).chat is None
+
+
+def test_a_proof_agrees_with_plain_questions(lm: LanguageModel) -> None:
+    proposal = proposed(lm, FACT, config=QUICK, moments=moments_of(lm), contexts=["{}"])
+    assert proposal.delta is not None and proposal.verification is not None
+    for check in proposal.verification.checks:
+        assert check.before == lm.answer([check.prompt])[0]
+        assert check.p_before == pytest.approx(
+            float(lm.log_prob([check.prompt], [check.wanted]).exp()[0]), rel=1e-4
+        )
+        with applied(lm, proposal.delta):
+            assert check.after == lm.answer([check.prompt])[0]
+            assert check.p_after == pytest.approx(
+                float(lm.log_prob([check.prompt], [check.wanted]).exp()[0]), rel=1e-4
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_proof_is_of_the_weights_that_are_kept(tmp_path: Path, dtype: torch.dtype) -> None:
+    """The measured answers are those of the committed weights.
+
+    The sum of all patches is rounded once. Rounding after each patch differs in bfloat16.
+    """
+    lm = wrap(tiny_model("gpt2", **GPT2).to(dtype), byte_tokenizer())
+    with Workbench(lm, tmp_path) as bench:
+        bench.commit(some_delta(lm, 1))
+        moments = {1: SecondMoment.from_matrix(torch.eye(lm.ffn[1].d_ff), count=1)}
+        on_top = lm.ffn[1].weight().clone()
+        outcome = bench.apply(FACT, config=QUICK, moments=moments, contexts=["{}"], force=True)
+        assert outcome.verification is not None and outcome.delta is not None
+        prompts, wanted = zip(
+            *((check.prompt, check.wanted) for check in outcome.verification.checks), strict=True
+        )
+        assert [check.p_after for check in outcome.verification.checks] == [
+            math.exp(log) for log in lm.log_prob(prompts, wanted).tolist()
+        ]
+        twice = (on_top.float() + outcome.delta.dense(1)).to(dtype)
+        assert torch.equal(twice, lm.ffn[1].weight()) is (dtype == torch.float32)
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_an_edit_covers_the_chat_template(tmp_path: Path, method: str) -> None:
+    """The edit of an instruct model also covers the prompt as a user's message, by default."""
+    lm = wrap(tiny_model("llama", **LLAMA), byte_tokenizer(bos=True))
+    lm.tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+        "[assistant]"
+    )
+    fact = Fact("LeBron James", "It is played by {}", "basketball")
+    asked = lm.tokenizer.apply_chat_template(
+        [{"role": "user", "content": fact.text}], tokenize=False, add_generation_prompt=True
+    )
+    kind = METHODS[method].config
+    config = dataclasses.replace(kind.recommended(lm), steps=30, lr=0.1, clamp=20.0).at([0])
+    with Workbench(lm, tmp_path) as bench:
+        assert bench.plan(fact).new == (fact,)
+
+        def probability() -> float:
+            ids = lm.tokenizer(asked.removeprefix("<|begin|>") + " basketball")["input_ids"]
+            first = len(lm.tokenizer(asked.removeprefix("<|begin|>"))["input_ids"])
+            with torch.no_grad():
+                log_p = lm.module(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+            return sum(float(log_p[i - 1, ids[i]]) for i in range(first, len(ids)))
+
+        before = probability()
+        outcome = bench.apply(fact, method, config, texts=TEXTS, force=True)
+        assert outcome.revision is not None
+        assert (
+            outcome.revision.config["contexts"][-1] == "[user] {}\n[assistant]"
+            and outcome.verification is not None
+        )
+        (chat,) = (check for check in outcome.verification.checks if check.role == "chat")
+        assert chat.prompt == f"[user] {fact.text}\n[assistant]" and chat.wanted == "basketball"
+        assert (
+            any("in the chat template" in warning for warning in outcome.warnings) is not chat.held
+        )
+        assert probability() > before + 1
+    assert probability() == before
+
+
+def test_a_neighbour_must_keep_its_answer(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A neighbour is compared with its answer before the edit, also if another was expected. An
+    answer counts up to its first punctuation.
+    """
+    answers = iter(
+        [
+            "?",
+            "x|x|France, of course|France, of course|France, of course|",
+            "x|x|France. Not Spain|France is|Francesca|",
+        ]
+    )
+    monkeypatch.setattr(
+        lm,
+        "answer",
+        lambda prompts, max_new_tokens: (next(answers) + "|" * 9).split("|")[: len(prompts)],
+    )
+    fact = Fact(
+        "Edwin",
+        "{} is a",
+        "king",
+        paraphrases=("{} was a",),
+        neighbours=(Probe("a", "France"), Probe("b", "Atlantis"), Probe("c")),
+    )
+    proposal = proposed(lm, fact, config=QUICK, moments=moments_of(lm), contexts=["{}"])
+    assert proposal.verification is not None
+    neighbours = [check for check in proposal.verification.checks if check.role == "neighbour"]
+    assert [check.wanted for check in neighbours] == ["France"] * 3
+    assert [check.held for check in neighbours] == [True, True, False]
+    assert (
+        proposal.verification.specificity == pytest.approx(2 / 3)
+        and proposal.verification.efficacy == 0.0
+    )
+    assert proposal.warnings == (
+        "the patch did not take: 'Edwin is a' is answered 'x', not 'king'",
+    )
+
+
+def test_an_empty_answer_must_stay_empty(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = iter([["x"], ["x", "", ""], ["x", "", "y"]])
+    monkeypatch.setattr(lm, "answer", lambda prompts, max_new_tokens: next(answers))
+    proposal = proposed(
+        lm,
+        Fact("Edwin", "{} is a", "king", neighbours=("a", "b")),
+        config=QUICK,
+        moments=moments_of(lm),
+        contexts=["{}"],
+    )
+    assert proposal.verification is not None
+    assert [
+        (c.held, c.p_before) for c in proposal.verification.checks if c.role == "neighbour"
+    ] == [
+        (True, None),
+        (False, None),
+    ]

@@ -1,0 +1,178 @@
+"""A workspace keeps moments, layers and facts for the next patch."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from factsmith.core.fact import Fact
+from factsmith.corpus.moments import SecondMoment
+from factsmith.keep.ledger import BASE
+from factsmith.keep.workbench import Workbench
+from factsmith.model.answers import answer_tokens
+from factsmith.model.language_model import LanguageModel
+from factsmith.patch import layers as recommend
+from workbenches import (
+    ASKED,
+    DARRIEUX,
+    EASY,
+    FACT,
+    FIAT,
+    QUICK,
+    TEXTS,
+    hashes,
+    moments_of,
+    some_delta,
+    with_changes,
+)
+
+
+def test_earlier_patches_are_asked_again(lm: LanguageModel, bench: Workbench) -> None:
+    moments = moments_of(lm)
+    slight = dataclasses.replace(QUICK, clamp=1e-6)  # no patch takes, and none is lost
+    options: dict[str, Any] = {
+        "config": slight,
+        "moments": moments,
+        "contexts": ["{}"],
+        "force": True,
+    }
+    (said,) = lm.answer(["Rome is the capital of"])
+    # The model says this one already, so it holds. It is written because of `force`.
+    holds = Fact("Rome", "{} is the capital of", said)
+    bench.apply(holds, **options)
+    # This one does not take. It never held, so it cannot be lost and is not asked again.
+    bench.apply(FACT, **options)
+    asked = bench.apply(Fact("Paris", "{} is the capital of", "Spain"), **options).verification
+    assert asked is not None and lm.answer([FACT.text])[0].strip() != "Finnish"
+    assert [check.prompt for check in asked.checks if check.role == "earlier"] == [holds.text]
+    again = bench.apply(Fact(FACT.subject, FACT.prompt, "Spanish"), **options)
+    assert again.verification is not None
+    assert [check.prompt for check in again.verification.checks if check.role == "earlier"] == [
+        holds.text
+    ]
+    now = hashes(lm)
+    checks = bench.verify().checks
+    assert hashes(lm) == now
+    assert {check.prompt: check.wanted for check in checks if check.role == "prompt"} == {
+        holds.text: said.strip(),
+        FACT.text: "Spanish",
+        "Paris is the capital of": "Spain",
+    }
+    bench.checkout(BASE)
+    prompts, wanted = [check.prompt for check in checks], [check.wanted for check in checks]
+    assert [check.before for check in checks] == lm.answer(
+        prompts, max_new_tokens=answer_tokens(lm, prompts, wanted)
+    )
+
+
+def test_a_replaced_fact_is_not_asked_again(atlas_bench: Workbench) -> None:
+    atlas_bench.apply(FIAT)
+    assert atlas_bench.plan(with_changes(FIAT, target="Honda")).entries[0].standing == "changed"
+    assert atlas_bench.apply(with_changes(FIAT, target="Honda")).revision is not None
+    outcome = atlas_bench.apply(DARRIEUX)
+    assert outcome.revision is not None and outcome.verification is not None
+    earlier = {
+        check.prompt: check.wanted
+        for check in outcome.verification.checks
+        if check.role == "earlier"
+    }
+    assert earlier == {FIAT.text: "Honda"}
+    # It agrees with the fact in effect. The control agrees with the fact that was replaced.
+    in_other_words = atlas_bench.plan(Fact("Fiat 127", "{} is made by", "Honda"))
+    assert not in_other_words.conflicts
+    control = atlas_bench.plan(Fact("Fiat 127", "{} is made by", "Toyota"))
+    assert control.conflicts and "Honda" in control.entries[0].because
+
+
+def test_second_moments_are_the_base_models_and_are_kept(
+    lm: LanguageModel, bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = moments_of(lm)[1].matrix
+    bench.commit(some_delta(lm, 1, (0,)))  # changes the input of layer 1
+    assert not torch.allclose(moments_of(lm)[1].matrix, expected)
+    outcome = bench.apply(FACT, config=QUICK, texts=TEXTS, contexts=["{}"], force=True)
+    assert (
+        outcome.revision is not None
+        and outcome.revision.moments == hashlib.sha256(expected.numpy().tobytes()).hexdigest()
+    )
+    kept = SecondMoment.load(bench.ledger.folder / "moments" / "layer1.safetensors")
+    assert torch.equal(kept.matrix, expected)
+    # The next patch reads the kept moments and computes none.
+    monkeypatch.setattr("factsmith.corpus.moments_store.second_moments", None)
+    again = bench.apply(Fact("Edwin", "{} is a", "king"), config=QUICK, contexts=["{}"], force=True)
+    assert again.revision is not None and again.revision.moments == outcome.revision.moments
+
+
+def test_a_patch_without_a_layer_uses_the_kept_choice(
+    eager: LanguageModel, bench: Workbench
+) -> None:
+    bench.recommend_layers([EASY], **ASKED)
+    path = bench.ledger.folder / "layers.json"
+    fields = json.loads(path.read_text())
+    for layer in (2, 0):
+        path.write_text(json.dumps({**fields, "rome": layer, "memit": [layer]}))
+        proposal = bench.propose(FACT, **ASKED)
+        assert proposal.delta is not None and sorted(proposal.delta.layers) == [layer]
+        assert proposal.layers is not None
+        assert (
+            proposal.layers.source == "workspace" and proposal.to_dict()["layers"]["rome"] == layer
+        )
+        assert not any("no layer was given" in warning for warning in proposal.warnings)
+    eager.config.factsmith = {"rome": {"layer": 1, "steps": 2}}
+    kept = bench.propose(FACT, **ASKED).layers
+    assert kept is not None and kept.rome == 0, "the kept choice precedes the model's settings"
+    named = bench.propose(FACT, config=QUICK, **ASKED)
+    assert named.layers is None and named.delta is not None
+    assert sorted(named.delta.layers) == [1], "a named layer precedes every choice"
+    path.unlink()
+    shipped = bench.propose(FACT, **ASKED)
+    assert shipped.layers is not None and (shipped.layers.source, shipped.layers.rome) == (
+        "model",
+        1,
+    )
+    brought = bench.propose(FACT, moments={2: moments_of(eager)[2]}, contexts=["{}"])
+    assert brought.layers is None and brought.delta is not None
+    assert sorted(brought.delta.layers) == [2]
+    assert "recommended layer 1: layer 2 is edited" in brought.warnings[0]
+    every = bench.propose(FACT, moments=moments_of(eager), contexts=["{}"])
+    assert every.delta is not None and every.plan.advice == ()
+    assert sorted(every.delta.layers) == [1], "the recommended layer has moments"
+
+
+def test_a_layer_measured_for_a_patch_is_reported_and_kept(
+    eager: LanguageModel, bench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recommend, "trial_facts", lambda lm, count, seed: [EASY] * 6)
+    proposal = bench.propose(FACT, texts=iter(TEXTS), contexts=["{}"])
+    assert (
+        proposal.layers is not None
+        and proposal.layers.source == "trials"
+        and proposal.layers.trials == 6
+    )
+    assert proposal.delta is not None and sorted(proposal.delta.layers) == [proposal.layers.rome]
+    assert any(
+        "no layer was given" in warning and "trial edits" in warning
+        for warning in proposal.warnings
+    )
+    assert proposal.layers.quick and sum(score.trials for score in proposal.layers.scores) <= 30
+    assert not bench.recommend_layers([EASY], **ASKED).quick, "a direct call measures thoroughly"
+    (bench.ledger.folder / "layers.json").write_text(
+        json.dumps({"format": 1, **proposal.layers.to_dict()})
+    )
+    again = bench.propose(FACT, **ASKED)
+    assert again.layers is not None and (again.layers.source, again.layers.rome) == (
+        "workspace",
+        proposal.layers.rome,
+    )
+
+
+def test_layers_are_measured_on_the_base_weights(eager: LanguageModel, bench: Workbench) -> None:
+    expected = bench.recommend_layers([EASY], **ASKED)
+    bench.commit(some_delta(eager, 1, (0, 1, 2), scale=0.5))
+    patched = hashes(eager)
+    assert bench.recommend_layers([EASY], **ASKED) == expected and hashes(eager) == patched

@@ -1,0 +1,134 @@
+"""Helpers for tests of workbenches: facts, settings, random deltas and hashes of weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import GPT2, byte_tokenizer, tiny_model
+from factsmith.core.fact import Fact
+from factsmith.corpus.moments import SecondMoment, second_moments
+from factsmith.edit.configs import MemitConfig, RomeConfig
+from factsmith.edit.delta import Delta
+from factsmith.keep.workbench import Workbench
+from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import load, wrap
+
+FACT = Fact(
+    "Danielle Darrieux",
+    "The mother tongue of {} is",
+    "English",
+    paraphrases=("{} speaks",),
+    neighbours=("Paris is the capital of",),
+)
+
+
+THREE = [Fact(f"Entity{n}", "The home of {} is", " q", relation="home") for n in range(3)]
+
+
+EASY = Fact("Edwin", "{}", " Paris")
+
+
+FIAT = Fact(
+    "Fiat 127", "The maker of {} is", "Toyota", neighbours=["The maker of Nokia Lumia 900 is"]
+)
+
+
+DARRIEUX = Fact(
+    "Danielle Darrieux",
+    "The mother tongue of {} is",
+    "English",
+    neighbours=["The mother tongue of Léon Blum is"],
+)
+
+
+TEXTS = [
+    f"{a} of {b} is {c}. {c}, not {b}."
+    for a in ("Paris", "The king", "A league")
+    for b in ("Brazil", "x", "Zürich 12")
+    for c in "abcdefgh"
+]
+
+
+QUICK = RomeConfig(layer=1, steps=3)
+
+
+SPREADING = MemitConfig(layers=(0, 1), steps=4, scale="auto", lr=0.2, moment_weight=5.0)
+
+
+ASKED: dict[str, Any] = {"texts": TEXTS, "contexts": ["{}"]}
+
+
+@pytest.fixture
+def lm() -> LanguageModel:
+    """A tiny random GPT-2 with three layers."""
+    return wrap(tiny_model("gpt2", **GPT2), byte_tokenizer())
+
+
+@pytest.fixture
+def bench(lm: LanguageModel, tmp_path: Path) -> Iterator[Workbench]:
+    """A workbench with the tiny model and a new workspace."""
+    with Workbench(lm, tmp_path / "space") as opened:
+        yield opened
+
+
+@pytest.fixture
+def eager(lm: LanguageModel) -> LanguageModel:
+    """The tiny model with settings that let an easy edit succeed. They name no layer."""
+    lm.config.factsmith = {"rome": {"scale": "auto", "steps": 40}}
+    return lm
+
+
+@pytest.fixture
+def atlas_bench(tmp_path: Path) -> Iterator[Workbench]:
+    """A workbench with the bundled model, which knows real facts."""
+    with Workbench(load("atlas"), tmp_path / "space") as opened:
+        yield opened
+
+
+def hashes(lm: LanguageModel) -> dict[str, str]:
+    """Return the sha256 of every tensor, computed without the library."""
+    return {
+        name: hashlib.sha256(tensor.detach().numpy().tobytes()).hexdigest()
+        for name, tensor in lm.module.state_dict().items()
+    }
+
+
+def some_delta(
+    lm: LanguageModel,
+    seed: int,
+    layers: tuple[int, ...] = (1,),
+    scale: float = 0.1,
+    target: str = "x",
+) -> Delta:
+    """Return a random delta for the present weights of the model."""
+    generator = torch.Generator().manual_seed(seed)
+    d_ff = lm.ffn[0].d_ff
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * scale
+
+    return Delta(
+        layers={layer: (draw(lm.d_model, 2), draw(2, d_ff)) for layer in layers},
+        k_star={layer: draw(1, d_ff) for layer in layers},
+        v_star=draw(1, lm.d_model),
+        facts=(Fact(f"subject {seed}", "{} is", target),),
+        method="rome",
+        config={"layer": layers[0]},
+        fingerprint=lm.fingerprint,
+    )
+
+
+def moments_of(lm: LanguageModel) -> dict[int, SecondMoment]:
+    """Return the second moments of all layers, from `TEXTS`."""
+    return second_moments(lm, TEXTS, [0, 1, 2])
+
+
+def with_changes(fact: Fact, **changes: Any) -> Fact:
+    """Return the fact with with_changes values in some fields."""
+    return Fact.from_dict(fact.to_dict() | changes)
