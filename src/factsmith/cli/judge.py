@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -223,15 +224,8 @@ def evaluate(  # house: Typer reads one parameter for each option
             if task_names
             else None,
         )
-        try:
+        with _saying_where_it_stopped(folder):
             judged = campaign.run(progress=_Warnings(tell))
-        except KeyboardInterrupt:
-            if folder is not None:
-                complain(
-                    "stopped",
-                    f"what was judged is in {folder}; the same command goes on from there",
-                )
-            raise
         report = Report(
             runs=judged.evaluations,
             suite=judged.suite,
@@ -298,6 +292,19 @@ def _broken(limit: str) -> Text:
 
 
 # ---- progress ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _saying_where_it_stopped(folder: Path | None) -> Iterator[None]:
+    """On Ctrl-C, say where the rows are that were judged so far."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if folder is not None:
+            complain(
+                "stopped", f"what was judged is in {folder}; the same command goes on from there"
+            )
+        raise
 
 
 class _Warnings:

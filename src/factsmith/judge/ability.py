@@ -39,7 +39,7 @@ def ability(
     batch_size: int = 8,
     seed: int = 0,
 ) -> Callable[[], dict[str, float]]:
-    """Return a function that runs tasks on the model as it is when the function is called.
+    """Return a function that runs tasks on the model at the time of each call.
 
     Args:
         lm: The model.
@@ -75,8 +75,7 @@ def ability(
         ) from None
     if folder is not None and not Path(folder).is_dir():
         raise InputError(
-            f"{os.fspath(folder)!r} is no folder; give a folder with a YAML file for each task",
-            argument="folder",
+            f"{os.fspath(folder)!r} is no folder; give a folder with a YAML file for each task"
         )
     if not names:
         raise InputError("tasks is empty; name at least one task", argument="tasks")
@@ -149,7 +148,7 @@ class _Ability:
         return f"{', '.join(self.tasks)}, limit {self.limit}, seed {self.seed}{folder}"
 
     def __call__(self) -> dict[str, float]:
-        """Run the tasks on the model as it is now."""
+        """Run the tasks on the model in its present state."""
         import lm_eval
 
         try:

@@ -170,7 +170,7 @@ def _answer_group(
     """
     batch = lm.align(rows, [len(ids) - 1 for ids in rows])
     logits, cache = lm.begin(batch)
-    # The cache grows by new tensors in place of its own, so these tensors stay as they are.
+    # The cache grows by new tensors in place of its own, so these tensors do not change.
     prefix = None if cache is None else [(layer.keys, layer.values) for layer in cache.layers]
     pairs = [(row, name, ids) for row, named in enumerate(tails) for name, ids in named.items()]
     log_sums, n_right = torch.zeros(len(pairs)), torch.zeros(len(pairs))

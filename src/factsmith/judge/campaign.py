@@ -7,9 +7,10 @@
 A campaign loads the suite, keeps the records that the model can be judged by, makes the editors,
 and runs every size. Each size is a part of its own, so an executor may run the parts anywhere. A
 campaign that was killed goes on from its folder: size-1, size-100 and sequence-100 hold the rows of
-their runs, judged.json says what is judged, and moments holds what the editors had to compute.
+their runs, judged.json names the model, the suite and the settings, and moments holds the second
+moments that the editors computed.
 
-No method is known here. `editors` is a function such as factsmith's `editors`.
+A campaign knows no method. `editors` is a function such as factsmith's `editors`.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class MakeEditors(Protocol):
         Args:
             lm: The model, unedited.
             methods: Names of methods.
-            texts: Text for everything that has to be computed of the model. None: other text.
+            texts: Text for second moments. None: text of the editors' own choice.
             folder: Keeps what was computed. None: it is not kept.
             seed: Seed of everything that is drawn.
             progress: Gets the progress of the computation.
@@ -85,7 +86,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Campaign:
-    """Several methods to be judged at several sizes.
+    """Several methods, judged at several sizes.
 
     Attributes:
         lm: The model, unedited.
@@ -134,7 +135,7 @@ class Campaign:
         object.__setattr__(self, "folder", None if self.folder is None else Path(self.folder))
 
     def run(self, executor: Executor | None = None, progress: Progress | None = None) -> Judged:
-        """Judge every size, or what the folder does not hold of it.
+        """Judge every size. Edits that the folder holds already are not made again.
 
         Args:
             executor: Runs the parts, one a size. None: in this process, one after the other.
@@ -142,7 +143,7 @@ class Campaign:
                 run.
 
         Raises:
-            InputError: when no record can be judged, or the folder holds what was judged otherwise.
+            InputError: when no record can be judged, or the folder belongs to another campaign.
                 `load_suite`, `editors` and `evaluate` raise it too.
         """
         suite = self._load_suite(progress)

@@ -1,9 +1,10 @@
-"""The claim of a campaign on its folder: the file judged.json says what is judged there.
+"""The claim of a campaign on its folder: the file judged.json.
 
     claim_folder(Path("judged"), made_from, {"memit": "steps=40; seed=0"})
 
-One folder belongs to one model, suite, sample and text, and to one setting of each method. A
-campaign checks this before it computes anything, and adds its own methods to those that are there.
+The file names the model, the suite, the sample, the text and the settings of each method. A folder
+belongs to one of each. A campaign checks this before it computes anything, and adds its methods to
+those of earlier campaigns.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _FILE = "judged.json"
 
 
 def claim_folder(folder: Path, made_from: Mapping[str, Any], settings: Mapping[str, str]) -> None:
-    """Write what is judged in a folder, or check it against what was judged there before.
+    """Write the claim on a folder, or check it against the claim of an earlier campaign.
 
     Args:
         folder: The folder, made if it is missing.
@@ -28,7 +29,7 @@ def claim_folder(folder: Path, made_from: Mapping[str, Any], settings: Mapping[s
         settings: {method: its settings in words}. They are added to those of other methods.
 
     Raises:
-        InputError: when the folder holds what was judged with something else.
+        InputError: when the folder belongs to another campaign.
         DamagedError: when the file cannot be read.
     """
     path = folder / _FILE

@@ -1,4 +1,4 @@
-"""What can be judged: an editor, which writes facts into a model, or a change that is made already.
+"""Editors, which write facts into a model, and changes that are made already: both can be judged.
 
     @contextmanager
     def write(facts):
@@ -9,7 +9,7 @@
     evaluate(lm, suite, {"mine": write})
     evaluate(lm, suite, delta=Delta.load("my-delta"))
 
-Nothing here knows a method.
+This module knows no method.
 """
 
 from __future__ import annotations

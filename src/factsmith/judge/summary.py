@@ -56,34 +56,36 @@ def summarise(
     for kind in dict.fromkeys(row.kind for row in rows):
         of_kind = [row for row in rows if row.kind == kind]
         for name, measure in MEASURES.items():
-            if cases := _cases(of_kind, measure):
-                shares[f"{kind} {name}"] = _share(cases, seed)
+            values, records = _cases(of_kind, measure)
+            if values:
+                shares[f"{kind} {name}"] = _share(values, records, seed)
     for name, measure_text in _TEXT_MEASURES.items():
-        texts = [
-            (one.record, value) for one in continuations if (value := measure_text(one)) is not None
-        ]
+        measured = [(measure_text(one), one.record) for one in continuations]
+        texts = [(value, record) for value, record in measured if value is not None]
         if texts:
-            shares[f"text {name}"] = _share(texts, seed)
+            values, records = [value for value, _ in texts], [record for _, record in texts]
+            shares[f"text {name}"] = _share(values, records, seed)
     for name, measure_name in _SCORES.items():
         if (score := score_of(rows, MEASURES[measure_name], seed)) is not None:
             shares[name] = score
     return shares
 
 
-def _cases(rows: Sequence[Row], measure: Callable[[Row], float | None]) -> list[tuple[str, float]]:
-    """Return (record, value) of each case: of a question by itself, or of a group of questions."""
+def _cases(
+    rows: Sequence[Row], measure: Callable[[Row], float | None]
+) -> tuple[list[float], list[str]]:
+    """Return the value and the record of each case: a question by itself, or a group of them."""
     cases: dict[tuple[str, int], list[float]] = {}
     for at, row in enumerate(rows):
         if (value := measure(row)) is not None:
             case = at if row.group is None else -1 - row.group
             cases.setdefault((row.record, case), []).append(float(value))
-    return [(record, max(values)) for (record, _), values in cases.items()]
+    return [max(values) for values in cases.values()], [record for record, _ in cases]
 
 
-def _share(cases: Sequence[tuple[str, float]], seed: int) -> Share:
-    """Return the mean of the values of (record, value) pairs, with its interval over records."""
-    values = [value for _, value in cases]
-    low, high = bootstrap_interval(values, groups=[record for record, _ in cases], seed=seed)
+def _share(values: Sequence[float], records: Sequence[str], seed: int) -> Share:
+    """Return the mean of values, with its interval over records."""
+    low, high = bootstrap_interval(values, groups=records, seed=seed)
     return Share(sum(values) / len(values), low, high, len(values))
 
 
