@@ -1,22 +1,31 @@
-"""The search for v_star beside a plain loop that runs the whole model at every step: speed, floor, batch sizes, memory.
+"""The search for v_star next to a plain loop that runs the whole model at every step.
 
-    python benchmarks/patch.py --json benchmarks/results/patch.json        # GPT-2 small's shape, one thread, float32: about 5 minutes
-    python benchmarks/patch.py --gpu --json patch-gpu.json                 # Llama-3 8B's shape, bf16: 100 facts in one batch
-    python benchmarks/patch.py --gpu --tiny                                # the same on a tiny shape, wherever it is run
+    python benchmarks/patch.py --json benchmarks/results/patch.json
+    python benchmarks/patch.py --gpu --json patch-gpu.json
+    python benchmarks/patch.py --gpu --tiny
 
-`plain_search` is the oracle: one fact after another, its contexts and the guard as one right-padded batch, every layer, every position,
-all logits, and torch's own Adam. It knows nothing of factsmith; ids and modules are handed to it. Both sides make all 20 evaluations.
+The first line measures GPT-2 small's shape, on one thread in float32, in about 5 minutes. The
+second measures Llama-3 8B's shape in bf16, with 100 facts in one batch. The third runs the same on
+a tiny shape, on any machine.
 
-The floor is what no exact search can do without, in multiply-adds: every distinct prefix token once through all layers, the live columns
-(from the subject on, padding not counted) once through the layers up to the edited one, then 20 times forward and 19 times backward (with
-respect to activations) through the layers above, and through the unembedding where an answer or the guard is read; attention's products
-are left out (below 1 %). Divided by what one thread reaches in a product of two 2048 × 2048 float32 matrices in the same run, it gives
-seconds. Times are processor seconds of one thread, so that other work on the machine counts little.
+`plain_search` is the oracle. It takes one fact after another. The contexts and the guard of a fact
+are one right-padded batch. It runs every layer at every position, computes all logits, and uses
+torch's own Adam. It knows nothing of factsmith, and is given ids and modules. Both sides make all
+20 evaluations.
+
+The floor is the work that every exact search must do, in multiply-adds. Each distinct prefix token
+goes once through all layers. The live columns (from the subject on, without padding) go once
+through the layers up to the edited one. Then they go 20 times forward and 19 times backward (for
+activations) through the layers above, and through the unembedding where an answer or the guard is
+read. The products of attention are left out (below 1 %). Divided by the rate of one thread in a
+product of two 2048 × 2048 float32 matrices in the same run, the floor is in seconds. Times are
+processor seconds of one thread, so that other work on the machine counts little.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -25,7 +34,7 @@ from contextlib import contextmanager
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +42,12 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from factsmith.core.fact import Fact
-from factsmith.edit import target as search
+from factsmith.edit import batches
+from factsmith.edit.batches import batch_bytes
+from factsmith.edit.keys import Site
+from factsmith.edit.questions import tokenize_fact
 from factsmith.edit.search import find_targets
-from factsmith.edit.target import TargetConfig
+from factsmith.edit.target import TargetConfig, Targets
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap
 from factsmith.model.tokens import encode, subject_span, target_ids
@@ -43,7 +55,7 @@ from factsmith.model.tokens import encode, subject_span, target_ids
 GOLDEN = Path(__file__).resolve().parents[1] / "../shared/golden/facts-gpt2"
 COUNTERFACT = Path(__file__).resolve().parents[1] / "../shared/data/counterfact/slim-10000.json"
 REFERENCE = {"memit": 14.6, "rome": 32.8}
-"""Seconds a fact of the authors' code on the same shape, one thread, float32."""
+"""Seconds that the authors' code takes for a fact on the same shape, one thread, float32."""
 WORDS = [
     "The old town lies",
     "In the year after the war it",
@@ -73,10 +85,16 @@ def plain_search(
     target: Sequence[int],
     config: TargetConfig,
 ) -> tuple[Tensor, float]:
-    """v_star of one fact and the last loss, by whole forward passes. ROME, equation 4, with δ added to the output of `site`.
+    """Return v_star of one fact and the last loss, by whole passes: ROME, equation 4.
 
-    rows: token ids of every context with the target's tokens but the last behind it, the bare prompt first, then of the guard; places: the
-    subject's last token in each.
+    Args:
+        module: The model.
+        site: The part with the output that δ is added to.
+        rows: Token ids of each context, followed by the target's tokens without the last. The bare
+            prompt is first. The guard's ids are the last row.
+        places: The column of the subject's last token in each row.
+        target: The target's tokens.
+        config: How the search runs.
     """
     device = next(module.parameters()).device
     width = max(map(len, rows))
@@ -135,9 +153,9 @@ def plain(
     layer: int,
     config: TargetConfig,
     contexts: Sequence[str],
-    site: search.Site,
+    site: Site,
 ) -> Tensor:
-    """`plain_search` with the ids and modules of a model."""
+    """Run `plain_search` with the ids and modules of a model."""
     target = target_ids(lm.tokenizer, fact.text, str(fact.target))
     texts = [*(c.replace("{}", fact.text) for c in contexts), f"{fact.subject} is a"]
     ids = [encode(lm.tokenizer, text)[0] for text in texts]
@@ -154,7 +172,7 @@ def multiply_adds(
     config: TargetConfig,
     contexts: Sequence[str],
 ) -> dict[str, float]:
-    """What the search cannot do without: {"prefix", "below", "above", "logits"}; counted from the model's own modules and the token ids."""
+    """Return the multiply-adds of the floor, by part: "prefix", "below", "above" and "logits"."""
     weights = [sum(p.numel() for p in module.parameters() if p.dim() == 2) for module in lm.layers]
     head = lm.module.get_output_embeddings().weight.numel()
     prefixes: set[tuple[int, ...]] = set()
@@ -167,9 +185,8 @@ def multiply_adds(
             place = subject_span(lm, text, fact.subject)[1] - 1
             prefixes |= {tuple(ids[: i + 1]) for i in range(place)}
             is_guard = text == fact.subject
-            if not (
-                is_guard and tuple(ids) in seen
-            ):  # the bare prompt begins with the subject: its row serves as the guard
+            # A prompt that begins with the subject serves as the guard too.
+            if not (is_guard and tuple(ids) in seen):
                 live += len(ids) - place + (0 if is_guard else len(target) - 1)
             seen.add(tuple(ids[: place + 1]))
             read += 1 if is_guard else len(target)
@@ -184,16 +201,16 @@ def multiply_adds(
 
 @contextmanager
 def in_one_batch() -> Generator[None, None, None]:
-    """Whatever it costs in padding."""
-    kept, search._PASS = search._PASS, (10**9, 10**9)
+    """Search all facts in one batch, however much padding that needs."""
+    kept, batches._pass_cost = batches._pass_cost, lambda lm: 10**9
     try:
         yield
     finally:
-        search._PASS = kept
+        batches._pass_cost = kept
 
 
 def gemm_rate() -> float:
-    """Multiply-adds a second of one thread in large float32 products: the best of three."""
+    """Return the multiply-adds in a second of one thread in large products, the best of three."""
     matrix = torch.randn(2048, 2048)
     times = []
     for _ in range(3):
@@ -205,18 +222,20 @@ def gemm_rate() -> float:
 
 
 def measured(run: Callable[[], Any]) -> tuple[float, Any]:
-    """Processor seconds, and what was returned."""
+    """Return the processor seconds of a call, and its result."""
     start = time.process_time()
     result = run()
     return time.process_time() - start, result
 
 
 def peak(run: Callable[[], Any]) -> int:
-    """The most bytes held at a time beyond what was held before, by the profiler's account of allocations on the CPU."""
+    """Return the most bytes held at a time, in addition to those held before, by the profiler."""
+    gc.collect()  # otherwise garbage of earlier work is freed in between
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         run()
     held, most = 0, 0
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    assert seen.profiler is not None
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
         most = max(most, held)
@@ -224,7 +243,8 @@ def peak(run: Callable[[], Any]) -> int:
 
 
 def facts_for(lm: LanguageModel, n: int) -> list[Fact]:
-    """Counterfactual facts, evenly spread over the file; made up ones when it is not there."""
+    """Return facts of CounterFact, evenly spread over the file, or made-up ones without the
+    file."""
     if not COUNTERFACT.is_file():
         names = [
             "Danielle Darrieux",
@@ -239,44 +259,72 @@ def facts_for(lm: LanguageModel, n: int) -> list[Fact]:
             for i in range(n)
         ]
     records = json.loads(COUNTERFACT.read_text(encoding="utf-8"))
-    found: list[Fact] = []
+    facts: list[Fact] = []
     for record in records[:: max(1, len(records) // (2 * n))]:
         subject, prompt = record["subject"], record["prompt"]
-        if prompt.count(subject) == 1 and len(found) < n:
-            found.append(Fact(subject, prompt.replace(subject, "{}"), record["target_new"]))
-    return found
+        if prompt.count(subject) == 1 and len(facts) < n:
+            facts.append(Fact(subject, prompt.replace(subject, "{}"), record["target_new"]))
+    return facts
 
 
-def compare(
-    lm: LanguageModel,
-    facts: Sequence[Fact],
-    layer: int,
-    site: search.Site,
-    contexts: Sequence[str],
-    batch: int,
-    repeats: int,
-    plains: int,
-) -> dict[str, Any]:
-    """One row of the table: `batch` facts at a time, beside the plain loop on the first `plains` of them, in turn."""
+class Job(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        name: "memit" or "rome".
+        layer: The layer where targets are searched.
+        site: The place in the layer.
+        contexts: The contexts.
+        facts: Facts in one batch.
+        repeats: How often the search is timed.
+        plains: Facts of the plain loop.
+    """
+
+    name: str
+    layer: int
+    site: Site
+    contexts: list[str]
+    facts: int
+    repeats: int
+    plains: int
+
+
+JOBS = (
+    Job("memit", 5, "stream", MEMIT_CONTEXTS, 10, 2, 3),
+    Job("memit", 5, "stream", MEMIT_CONTEXTS, 1, 2, 1),
+    Job("memit", 5, "stream", MEMIT_CONTEXTS, 50, 1, 0),
+    Job("rome", 4, "ffn", ROME_CONTEXTS, 1, 2, 1),
+)
+
+
+def difference(targets: Targets, i: int, v_star: Tensor) -> float:
+    """Return the distance of a target from another v_star, in units of the way from v₀."""
+    return float((targets.v_star[i] - v_star).norm() / (v_star - targets.v_initial[i]).norm())
+
+
+def compare(lm: LanguageModel, facts: Sequence[Fact], job: Job) -> dict[str, Any]:
+    """Return one row of the table: a batch of facts, and the plain loop on the first of them."""
+    site, contexts, layer = job.site, job.contexts, min(job.layer, lm.n_layers - 2)
     config = TargetConfig(stop_loss=0, clamp=4.0 if site == "ffn" else 0.75)
-    facts = list(facts[:batch])
+    facts = list(facts[: job.facts])
     times, rates, slow, apart = [], [], [], []
-    for _ in range(repeats):
+    for _ in range(job.repeats):
         rates.append(gemm_rate())
         seconds, targets = measured(
             lambda: find_targets(lm, facts, layer, config, contexts, site=site, memory=2**40)
         )
         times.append(seconds / len(facts))
-    for i, fact in enumerate(facts[:plains]):
+    for i, fact in enumerate(facts[: job.plains]):
         seconds, v_star = measured(lambda fact=fact: plain(lm, fact, layer, config, contexts, site))
         slow.append(seconds)
-        apart.append(
-            float((targets.v_star[i] - v_star).norm() / (v_star - targets.v_initial[i]).norm())
-        )
+        apart.append(difference(targets, i, v_star))
         rates.append(gemm_rate())
     work = multiply_adds(lm, facts, layer, config, contexts)
     ours, rate = statistics.median(times), statistics.median(rates)
-    row = {
+    row: dict[str, Any] = {
+        "job": job.name,
+        "layer": layer,
+        "contexts": len(contexts),
         "facts": len(facts),
         "seconds_a_fact": ours,
         "gemm_multiply_adds_a_second": rate,
@@ -291,156 +339,150 @@ def compare(
             "largest_relative_difference": max(apart),
         }
         row["times_faster_than_plain"] = row["plain_seconds_a_fact"] / ours
+    row["times_faster_than_reference"] = REFERENCE[job.name] / ours
     return row
 
 
+def memory_row(lm: LanguageModel, facts: Sequence[Fact], job: Job) -> dict[str, Any]:
+    """Return the estimated and the measured memory of one batch."""
+    layer, facts = min(job.layer, lm.n_layers - 2), facts[: job.facts]
+    size = reduce(or_, (tokenize_fact(lm, fact, job.contexts).size for fact in facts))
+    config = TargetConfig(stop_loss=0, steps=3)
+    with in_one_batch():
+        taken = peak(
+            lambda: find_targets(
+                lm, facts, layer, config, job.contexts, site=job.site, memory=2**40
+            )
+        )
+    return {
+        "job": job.name,
+        "facts": job.facts,
+        "estimate_bytes": batch_bytes(size, lm, layer),
+        "peak_bytes": taken,
+    }
+
+
+TABLE = {
+    "s/fact": ("seconds_a_fact", "7.2f"),
+    "plain": ("plain_seconds_a_fact", "7.2f"),
+    "faster": ("times_faster_than_plain", "6.1f"),
+    "vs ref": ("times_faster_than_reference", "6.1f"),
+    "floor": ("floor_seconds_a_fact", "7.2f"),
+    "reached": ("floor_reached", "8.0%"),
+    "apart": ("largest_relative_difference", "8.1e"),
+}
+"""{column: (number of a row, format)}."""
+
+
 def on_cpu(args: argparse.Namespace) -> dict[str, Any]:
-    """The table on GPT-2 small's shape, and what the memory estimate is worth."""
+    """Measure GPT-2 small's shape, and how good the memory estimate is."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     shape = {"n_layer": 2, "n_embd": 64, "n_head": 2} if args.tiny else {}
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    lm = wrap(
-        GPT2LMHeadModel(GPT2Config(**shape, vocab_size=50257, bos_token_id=0, eos_token_id=0)),
-        tokenizer,
-    )
+    config = GPT2Config(**shape, vocab_size=50257, bos_token_id=0, eos_token_id=0)
+    lm = wrap(GPT2LMHeadModel(config), tokenizer)
     facts = facts_for(lm, 50)
     find_targets(lm, facts[:1], 0, TargetConfig(steps=2), ["{}"])  # warm up
     results: dict[str, Any] = {
         "shape": "GPT-2 small, random weights, float32, one thread",
         "torch": torch.__version__,
         "rows": [],
+        "memory": [],
     }
-    print(
-        f"{'job':14} {'facts':>5} {'s/fact':>7} {'plain':>7} {'faster':>7} {'vs ref':>7} {'floor':>7} {'reached':>8} {'apart':>8}",
-        flush=True,
-    )
-    jobs: list[tuple[str, int, search.Site, list[str], int, int, int]] = [
-        ("memit", 5, "stream", MEMIT_CONTEXTS, 10, 2, 3),
-        ("memit", 5, "stream", MEMIT_CONTEXTS, 1, 2, 1),
-        ("memit", 5, "stream", MEMIT_CONTEXTS, 50, 1, 0),
-        ("rome", 4, "ffn", ROME_CONTEXTS, 1, 2, 1),
-    ]
-    for name, layer, site, contexts, batch, repeats, plains in jobs:
-        layer = min(layer, lm.n_layers - 2)
-        row = compare(lm, facts, layer, site, contexts, batch, repeats, plains)
-        row = {
-            "job": name,
-            "layer": layer,
-            "contexts": len(contexts),
-            **row,
-            "times_faster_than_reference": REFERENCE[name] / row["seconds_a_fact"],
-        }
+    print(f"{'job':14} {'facts':>5} " + " ".join(f"{name:>8}" for name in TABLE), flush=True)
+    for job in JOBS:
+        row = compare(lm, facts, job)
         results["rows"].append(row)
+        cells = (f"{row.get(key, float('nan')):{form}}" for key, form in TABLE.values())
         print(
-            f"{name:14} {batch:5} {row['seconds_a_fact']:7.2f} {row.get('plain_seconds_a_fact', float('nan')):7.2f} "
-            f"{row.get('times_faster_than_plain', float('nan')):6.1f}x {row['times_faster_than_reference']:6.1f}x "
-            f"{row['floor_seconds_a_fact']:7.2f} {row['floor_reached']:8.0%} {row.get('largest_relative_difference', float('nan')):8.1e}",
-            flush=True,
+            f"{job.name:14} {job.facts:5} " + " ".join(f"{cell:>8}" for cell in cells), flush=True
         )
-    results["memory"] = []
-    for name, layer, site, contexts, batch, *_ in [jobs[0], jobs[1], jobs[3]]:
-        layer = min(layer, lm.n_layers - 2)
-        size = reduce(or_, (search._tokenize(lm, fact, contexts).size for fact in facts[:batch]))
-        config = TargetConfig(stop_loss=0, steps=3)
-        with in_one_batch():
-            taken = peak(
-                lambda layer=layer, contexts=contexts, site=site, batch=batch, config=config: (
-                    find_targets(
-                        lm, facts[:batch], layer, config, contexts, site=site, memory=2**40
-                    )
-                )
-            )
-        row = {
-            "job": name,
-            "facts": batch,
-            "estimate_bytes": search._bytes(size, lm, layer),
-            "peak_bytes": taken,
-        }
+    for job in (JOBS[0], JOBS[1], JOBS[3]):
+        row = memory_row(lm, facts, job)
         results["memory"].append(row)
+        estimate, taken = (row[name] / 2**20 for name in ("estimate_bytes", "peak_bytes"))
         print(
-            f"{name:14} {batch:5} estimated {row['estimate_bytes'] / 2**20:7.0f} MiB, peak {taken / 2**20:7.0f} MiB",
+            f"{job.name:14} {job.facts:5} estimated {estimate:7.0f} MiB, peak {taken:7.0f} MiB",
             flush=True,
         )
     return results
 
 
-def on_gpu(args: argparse.Namespace) -> dict[str, Any]:
-    """100 facts in one batch, and the loop one by one on a few of them; wall seconds, everything waited for."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    shape = (
-        {
-            "num_hidden_layers": 4,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-        }
-        if args.tiny
-        else {
-            "num_hidden_layers": 32,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-        }
-    )
+LARGE = {
+    "num_hidden_layers": 32,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+SMALL = {
+    "num_hidden_layers": 4,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def random_llama(
+    shape: dict[str, int], vocabulary: int, device: str, tokenizer: Any
+) -> LanguageModel:
+    """Return a Llama with random weights in bfloat16."""
     config = LlamaConfig(
-        **shape,
-        vocab_size=6144 if args.tiny else 128256,
-        rope_theta=500000.0,
-        max_position_embeddings=8192,
+        **shape, vocab_size=vocabulary, rope_theta=500000.0, max_position_embeddings=8192
     )
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
         module = LlamaForCausalLM(config)
     torch.set_default_dtype(torch.float32)
-    lm = wrap(module, tokenizer)
+    return wrap(module, tokenizer)
+
+
+def timed(run: Callable[[], Any]) -> tuple[float, Any]:
+    """Return the wall seconds of a call, with all of the GPU's work, and its result."""
+    on_device = torch.cuda.is_available()
+    if on_device:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = run()
+    if on_device:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, result
+
+
+def on_gpu(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure 100 facts in one batch, and a few facts one by one, in wall seconds."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    shape, vocabulary = (SMALL, 6144) if args.tiny else (LARGE, 128256)
+    lm = random_llama(shape, vocabulary, device, tokenizer)
     layer = min(8, lm.n_layers - 2)
     facts = facts_for(lm, args.facts)
+    few = facts[: args.plain_facts]
     settings = TargetConfig(stop_loss=0, lr=0.1, clamp=0.75)
 
-    def timed(run: Callable[[], Any]) -> tuple[float, Any]:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        result = run()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start, result
+    def search(some: Sequence[Fact], **options: Any) -> Targets:
+        return find_targets(lm, some, layer, settings, MEMIT_CONTEXTS, site="stream", **options)
 
-    few = facts[: args.plain_facts]
-    find_targets(lm, few[:1], layer, settings, MEMIT_CONTEXTS, site="stream")
+    search(few[:1])  # warm up
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated() if device == "cuda" else 0
     with in_one_batch():
-        batch, targets = timed(
-            lambda: find_targets(
-                lm, facts, layer, settings, MEMIT_CONTEXTS, site="stream", memory=2**40
-            )
-        )
+        batch, targets = timed(lambda: search(facts, memory=2**40))
     top = torch.cuda.max_memory_allocated() - held if device == "cuda" else 0
-    cut, _ = timed(lambda: find_targets(lm, facts, layer, settings, MEMIT_CONTEXTS, site="stream"))
-    alone, ones = timed(
-        lambda: [
-            find_targets(lm, [fact], layer, settings, MEMIT_CONTEXTS, site="stream") for fact in few
-        ]
-    )
-    plain(lm, few[0], layer, settings, MEMIT_CONTEXTS, "stream")
+    cut, _ = timed(lambda: search(facts))
+    alone, ones = timed(lambda: [search([fact]) for fact in few])
+    plain(lm, few[0], layer, settings, MEMIT_CONTEXTS, "stream")  # warm up
     loop, plains = timed(
         lambda: [plain(lm, fact, layer, settings, MEMIT_CONTEXTS, "stream") for fact in few]
     )
-    size = reduce(or_, (search._tokenize(lm, fact, MEMIT_CONTEXTS).size for fact in facts))
+    size = reduce(or_, (tokenize_fact(lm, fact, MEMIT_CONTEXTS).size for fact in facts))
 
     def apart(others: Sequence[Tensor]) -> float:
-        moved = [
-            float((targets.v_star[i] - v).norm() / (v - targets.v_initial[i]).norm())
-            for i, v in enumerate(others)
-        ]
-        return statistics.median(moved)
+        return statistics.median(difference(targets, i, v) for i, v in enumerate(others))
 
     result = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
@@ -454,25 +496,26 @@ def on_gpu(args: argparse.Namespace) -> dict[str, Any]:
         "median_relative_difference_from_one_by_one": apart([one.v_star[0] for one in ones]),
         "median_relative_difference_from_plain": apart(plains),
         "peak_bytes": top,
-        "estimate_bytes": search._bytes(size, lm, layer),
+        "estimate_bytes": batch_bytes(size, lm, layer),
     }
     print(json.dumps(result, indent=1))
     return result
 
 
 def main() -> None:
+    """Measure on the CPU or the GPU, and write the numbers."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokenizer", type=Path, default=GOLDEN)
     parser.add_argument(
-        "--gpu", action="store_true", help="the large shape; on a GPU when there is one"
+        "--gpu", action="store_true", help="the large shape, on a GPU if there is one"
     )
     parser.add_argument(
         "--tiny", action="store_true", help="a tiny shape, to see that the benchmark runs"
     )
     parser.add_argument("--facts", type=int, default=100, help="facts in the batch of --gpu")
-    parser.add_argument("--plain-facts", type=int, default=5, help="facts of the loops beside it")
+    parser.add_argument("--plain-facts", type=int, default=5, help="facts of the loops")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     result = on_gpu(args) if args.gpu else on_cpu(args)

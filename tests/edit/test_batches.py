@@ -95,7 +95,7 @@ def test_batches_cost_as_little_as_any_cut(tiny_gpt2: LanguageModel) -> None:
     groups = fitting_batches(sizes, tiny_gpt2, 0, 2**40)
     assert sorted(i for group in groups for i in group) == list(range(len(sizes)))
     assert cost(groups) == min(map(cost, cuts)) < min(cost([order]), cost([[i] for i in order]))
-    alone = batches._bytes(sizes[0], tiny_gpt2, 0)
+    alone = batches.batch_bytes(sizes[0], tiny_gpt2, 0)
     small = fitting_batches(sizes, tiny_gpt2, 0, alone)
     assert max(map(len, small)) < max(map(len, groups))
     assert fitting_batches(sizes, tiny_gpt2, 0, 1) == [[i] for i in order], "one is always tried"

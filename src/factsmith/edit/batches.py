@@ -75,7 +75,7 @@ def fitting_batches(
         best, size = (float("inf"), 0), Size()
         for start in range(stop - 1, -1, -1):
             size = size | sizes[order[start]]
-            if _bytes(size, lm, layer) > memory and start < stop - 1:
+            if batch_bytes(size, lm, layer) > memory and start < stop - 1:
                 break
             best = min(best, (cost[start] + size.rows * size.width + pass_cost, start))
         cost.append(best[0])
@@ -99,7 +99,7 @@ def _pass_cost(lm: LanguageModel) -> int:
     return _CPU_PASS if lm.device.type == "cpu" else _GPU_PASS
 
 
-def _bytes(size: Size, lm: LanguageModel, layer: int) -> int:
+def batch_bytes(size: Size, lm: LanguageModel, layer: int) -> int:
     """Estimate the most memory that a search takes besides the model. It errs on the large side."""
     token = _STREAM_VECTORS * lm.d_model + _COEFFICIENT_VECTORS * lm.ffn[layer].d_ff
     # In each layer autograd keeps the keys and values of the prefix, joined to the live ones.
