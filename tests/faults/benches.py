@@ -1,4 +1,4 @@
-"""Kills of processes that patch a tiny model, and what each of them leaves."""
+"""Kill processes that patch a tiny model, and check what each of them leaves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from faults.ledger_kills import Books
 
 
 class Tiny:
-    """A tiny random model with all that an edit needs, for a process that loads torch."""
+    """A tiny random model with the moments and settings for an edit."""
 
     def __init__(self) -> None:
         from conftest import GPT2, TEXTS, byte_tokenizer, tiny_model
@@ -34,7 +34,7 @@ class Tiny:
 
 
 def _bench_work(tiny: Tiny, folder: Path, kind: str, seed: int, report: Reports) -> None:
-    """Patch, revert, collect and check out for ever, mostly one kind of operation."""
+    """Repeat random operations without end, mostly of one kind."""
     from factsmith.keep.workbench import Workbench
 
     rng = random.Random(seed)
@@ -130,7 +130,7 @@ def kill_workbenches(tiny: Tiny, folder: Path, seed: int, kills: int) -> dict[st
             ]
             return {"ids": [one.revision.id for one in done if one.revision]}
 
-    # In a forked process, so that this one never computes a gradient.
+    # Edit in a forked process, so that this one never computes a gradient.
     books.ids = at_once([begin])[0]["ids"]
     for n in range(kills):
         kind, child_seed = (

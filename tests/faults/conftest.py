@@ -15,14 +15,14 @@ from faults.spaces import FINGERPRINT, commit
 
 @pytest.fixture(scope="session")
 def with_models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Kill workbenches and let several work at once: in one process, since torch loads slowly."""
+    """Kill workbenches, then let several work at once, in one process since torch loads slowly."""
     folder = tmp_path_factory.mktemp("benches")
     return folder, run_apart("workbenches", str(folder), "1", str(KILLS["workbench"]), "8", "3")
 
 
 @pytest.fixture
 def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    """Three patches; the second was solved on the first, the third alone."""
+    """A ledger with three patches. The second was solved on the first, the third independently."""
     with Ledger.create(tmp_path / "space", model="gpt2", fingerprint=FINGERPRINT) as made:
         for text, layers in (("one", (1,)), ("two", (1, 2)), ("three", (0,))):
             commit(made, text, layers)

@@ -1,4 +1,4 @@
-"""Several processes that write to one workspace at the same time."""
+"""Let several processes write to one workspace at the same time."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from faults.spaces import FINGERPRINT, commit
 def _until_done(
     write: Callable[[], str], recover: Callable[[], object], refused: Counter[str]
 ) -> str:
-    """Try again while another process is at work; any other refusal is a failure."""
+    """Write, and try again while another process writes. Any other refusal fails the test."""
     words = {"another process is writing": "locked", "somebody committed": "moved on"}
     until, action = time.monotonic() + 60, write
     while True:
-        assert time.monotonic() < until, "it never got through"
+        assert time.monotonic() < until, "no attempt succeeded within 60 s"
         try:
             if action is write:
                 return write()
@@ -45,7 +45,7 @@ def _revert(ledger: Ledger, identity: str) -> str:
 
 
 def crowd_of_ledgers(folder: Path, n: int, steps: int) -> dict[str, Any]:
-    """Let n processes commit, and revert every third patch; half of them wait for the others."""
+    """Let n processes commit and revert every third patch. Half of them wait for the others."""
     Ledger.create(folder, model="gpt2", fingerprint=FINGERPRINT).close()
 
     def work(me: int) -> dict[str, Any]:

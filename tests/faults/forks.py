@@ -1,4 +1,4 @@
-"""Forked processes: some are killed while they work, some start at the same moment."""
+"""Fork processes: kill some while they work, and start some at the same moment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 
 class Reports:
-    """What a process reports over a pipe until it dies: the begin and the end of each operation."""
+    """Reports of a process over a pipe: the begin and the end of each operation."""
 
     def __init__(self, pipe: int) -> None:
         self.pipe = pipe
@@ -25,7 +25,7 @@ class Reports:
 
     @contextmanager
     def doing(self, kind: str, target: str = "") -> Iterator[list[str]]:
-        """Report one operation; the block appends its result to the list."""
+        """Report one operation. The block appends its result to the list."""
         given: list[str] = []
         self("begin", kind, target)
         yield given
@@ -33,7 +33,7 @@ class Reports:
 
 
 def die_at_line(n: int, report: Reports) -> None:
-    """Let this process kill itself at the n-th line that it runs of factsmith from now on."""
+    """Kill this process at the n-th line of factsmith that it runs after this call."""
     left = n
 
     def trace(frame: Any, event: str, _: Any) -> Any:
@@ -57,7 +57,7 @@ def run_until_killed(
     Args:
         work: What the process does.
         ready: How many lines it reports before the delay begins.
-        delay: Seconds until it is killed. None: it kills itself.
+        delay: Seconds until the kill. With None the process kills itself.
     """
     read, write = os.pipe()
     child = os.fork()
@@ -87,12 +87,14 @@ def run_until_killed(
     lines = [json.loads(line) for line in reported.decode().splitlines()]
     failed = [line[1] for line in lines if line[0] == "failed"]
     assert not failed, failed[0]
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, "it was not killed"
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (
+        "the process was not killed"
+    )
     return lines
 
 
 def at_once(works: list[Callable[[], dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Run each in a forked process, all from the same moment on, and return their results."""
+    """Run each function in a forked process, start all at once, and return their results."""
     gate_read, gate_write = os.pipe()
     children = []
     for work in works:

@@ -1,4 +1,4 @@
-"""Random damage to files, and the one accepted answer to it: a short error of factsmith."""
+"""Damage files at random. The only accepted answer is a short error of factsmith."""
 
 from __future__ import annotations
 
@@ -11,11 +11,7 @@ from typing import Any
 from factsmith.core.errors import FactsmithError
 
 FUZZ = {"JSON": 4000, "YAML": 2200, "deltas": 4000, "ledgers": 200}
-
-
 TIMES = int(os.environ.get("FACTSMITH_FUZZ", "1"))
-
-
 SEED = 20240 if TIMES == 1 else TIMES
 
 
@@ -65,7 +61,7 @@ def mutated(value: Any, rng: random.Random) -> Any:
 
 
 def corrupted(content: bytes, rng: random.Random, pieces: list[bytes]) -> bytes:
-    """Return bytes with parts cut out and others put in, random or meaningful in the format."""
+    """Return bytes with parts removed and inserted, random or meaningful in the format."""
     for _ in range(rng.choice([1, 1, 2, 5])):
         at = rng.randrange(len(content) + 1)
         cut = rng.choice([0, 0, 1, 1, 3, 40, len(content)])
@@ -84,7 +80,7 @@ def corrupted(content: bytes, rng: random.Random, pieces: list[bytes]) -> bytes:
 
 
 def write_new(path: Path, content: bytes) -> None:
-    """Write a new file: some file systems flush one that is overwritten, which is slow."""
+    """Write a new file. Some file systems flush an overwritten file, which is slow."""
     path.unlink(missing_ok=True)
     path.write_bytes(content)
 
@@ -98,7 +94,7 @@ def is_refused(use: Callable[[], Any], seed: object) -> bool:
         use()
     except FactsmithError as error:
         assert 0 < len(str(error)) < 1500, f"case {seed}: a message of {len(str(error))} characters"
-        str(error).encode()  # could be printed
+        str(error).encode()  # the message can be printed
         return True
     except BaseException as error:
         raise AssertionError(f"case {seed}: {type(error).__name__}: {str(error)[:300]}") from error

@@ -1,4 +1,4 @@
-"""Kills of processes that work on a ledger, and what each of them leaves."""
+"""Kill processes that work on a ledger, and check what each of them leaves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KINDS = ("commit", "revert", "middle", "gc", "checkout")
 
 
 def _one_operation(ledger: Ledger, kind: str, rng: random.Random, report: Reports) -> None:
-    """Do one operation of a kind, or one that has to come first."""
+    """Do one operation of a kind, or one that must precede it."""
     if ledger.current != ledger.head:
         with report.doing("checkout", ledger.head):
             ledger.checkout(LATEST)
@@ -59,7 +59,7 @@ def _one_operation(ledger: Ledger, kind: str, rng: random.Random, report: Report
 
 
 def _ledger_work(folder: Path, kind: str, seed: int, report: Reports) -> None:
-    """Do random operations for ever, mostly of one kind."""
+    """Repeat random operations without end, mostly of one kind."""
     rng = random.Random(seed)
     with Ledger(folder) as ledger:
         while True:
@@ -67,7 +67,7 @@ def _ledger_work(folder: Path, kind: str, seed: int, report: Reports) -> None:
 
 
 class Books:
-    """What a workspace must hold after all that was reported, compared with what it holds."""
+    """The expected contents of a workspace, by the reports of the killed processes."""
 
     def __init__(self) -> None:
         self.ids: list[str] = []
@@ -75,9 +75,9 @@ class Books:
         self.unreported = 0
 
     def settle(self, lines: list[list[str]], log: list[Revision], current: str) -> str:
-        """Compare after a kill, and return the kind of the operation that was cut short.
+        """Compare the workspace after a kill, and return the kind of the interrupted operation.
 
-        That one operation may have come through although it was not reported.
+        The interrupted operation may have succeeded without a report.
         """
         flying: tuple[str, str] | None = None
         for what, kind, target, *made in lines:
@@ -88,12 +88,10 @@ class Books:
             self.ids += made
             self.current = made[0] if made else target if kind == "checkout" else self.current
         ids = [revision.id for revision in log]
-        assert ids[: len(self.ids)] == self.ids, "a revision that was reported as done is not there"
+        assert ids[: len(self.ids)] == self.ids, "a reported revision is missing"
         more = log[len(self.ids) :]
         if more:
-            assert flying is not None and len(more) == 1, (
-                f"{len(more)} revisions more than could be"
-            )
+            assert flying is not None and len(more) == 1, f"{len(more)} revisions without a report"
             assert (more[0].kind == "patch") == (flying[0] == "commit") and flying[0] in (
                 "commit",
                 "revert",
@@ -121,7 +119,7 @@ def _look(folder: Path) -> tuple[list[Revision], str]:
                 place = folder / "deltas" / delta
                 name = json.loads((place / "edit.json").read_text())["name"]
                 assert (place / "delta.safetensors").read_bytes() == name.encode() * 500, (
-                    "a delta that is half there"
+                    "a delta is incomplete"
                 )
                 assert revision.delta is None or name == revision.message
         return log, ledger.current
@@ -131,18 +129,18 @@ def kill_ledgers(folder: Path, seed: int, kills: int, lines: int) -> dict[str, A
     """Kill processes that work on ledgers, and check each ledger afterwards.
 
     Args:
-        folder: Where the ledgers are made.
-        seed: Seed of all that is random.
-        kills: How many processes are killed from outside, after a random time.
-        lines: How many kill themselves at a random line of code.
+        folder: Folder of the ledgers.
+        seed: Seed of all random choices.
+        kills: Number of processes killed from outside, after a random time.
+        lines: Number of processes that kill themselves at a random line of code.
     Returns:
-        How many were killed, in which operations, how many had finished without a report, and how
-        many files were left over.
+        The counts of kills, of interrupted operations by kind, of revisions without a report, and
+        of deltas that were left over.
     """
     rng, hit, unreported, leftovers = random.Random(seed), Counter[str](), 0, 0
     space, books = folder, Books()
     for n in range(kills + lines):
-        if n % 20 == 0:  # begin a new history: to check a long one takes longer
+        if n % 20 == 0:  # begin a new history, which is checked faster than a long one
             unreported += books.unreported
             space, books = folder / str(n), Books()
             with Ledger.create(space, model="gpt2", fingerprint=FINGERPRINT) as made:
@@ -172,7 +170,7 @@ def kill_ledgers(folder: Path, seed: int, kills: int, lines: int) -> dict[str, A
         )
         hit[books.settle(reported, *_look(space))] += 1
         if n % 3:
-            continue  # the next process finds what this one left behind
+            continue  # the next process starts from the remains of this one
         with Ledger(space) as ledger:
             ledger.checkout(LATEST)
             books.ids.append(commit(ledger, f"after {n}").id)

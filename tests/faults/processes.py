@@ -1,6 +1,6 @@
-"""The entry of the processes that are killed: `python -m faults.processes ledger FOLDER SEED ...`.
+"""Entry point of the killed processes: `python -m faults.processes ledger FOLDER SEED ...`.
 
-They fork from a small process, never from pytest's, which has loaded torch.
+They fork from a small process, because pytest's process has loaded torch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KILLS = {"ledger": 200, "lines": 40, "workbench": 200}
 
 
 def run_apart(*arguments: str) -> dict[str, Any]:
-    """Run the entry in a new process, and return what it counted."""
+    """Run the entry point in a new process, and return its counts."""
     paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
         **os.environ,

@@ -19,12 +19,12 @@ FINGERPRINT = "ab" * 32
 
 linux_only = pytest.mark.skipif(
     not sys.platform.startswith("linux"),
-    reason="needs fork, SIGKILL and RLIMIT_FSIZE as Linux has them",
+    reason="needs fork, SIGKILL and RLIMIT_FSIZE of Linux",
 )
 
 
 def delta_of(text: str) -> Callable[[Path], None]:
-    """Return a stand-in for `delta.save`: the ledger sees files, not tensors."""
+    """Return a function in place of `delta.save` that writes plain files."""
 
     def write(folder: Path) -> None:
         folder.mkdir()
@@ -50,9 +50,9 @@ def commit(
 
 
 def whole_state(folder: Path) -> dict[str, str]:
-    """Return all that a workspace holds, read without the ledger: each file, and the database.
+    """Return the state of a workspace, read without the ledger: each file, and the database.
 
-    SQLite's other files come and go with its connections; what they hold is in the database.
+    SQLite's other files come and go with its connections. Their contents are in the database.
     """
     state = {}
     for path in sorted(folder.rglob("*")):

@@ -8,7 +8,7 @@ from pathlib import Path
 from faults.fuzz import FUZZ
 
 
-def test_there_were_enough_cases() -> None:
+def test_there_are_enough_cases() -> None:
     assert sum(FUZZ.values()) >= 10_000
 
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def dangerous_lines(folder: str) -> list[tuple[str, str, bool]]:
-    """Return (file, what it calls, whether it asks for weights only) for each line of a folder."""
+    """Return (file, dangerous call, whether `weights_only` is set) for each such line."""
     lines = []
     for path in sorted((ROOT / folder).rglob("*.py")):
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -30,9 +30,9 @@ def dangerous_lines(folder: str) -> list[tuple[str, str, bool]]:
     return lines
 
 
-def test_nothing_that_can_run_code_is_read() -> None:
-    """No pickle, no YAML tags and no eval; only the training loads a checkpoint that it wrote."""
+def test_no_file_is_read_in_a_way_that_runs_code() -> None:
+    """No module uses pickle, YAML tags or eval. Only the training loads a checkpoint."""
     assert dangerous_lines("src/factsmith") == []
     assert dangerous_lines("tools") == [("tools/atlas/train.py", "torch.load", True)]
-    assert DANGEROUS.search("x = torch.load(y)")  # the control
+    assert DANGEROUS.search("x = torch.load(y)")  # control
     assert not DANGEROUS.search("safetensors.torch.load(y)")

@@ -27,23 +27,23 @@ def test_workbenches_at_once_lose_nothing(with_models: tuple[Path, dict[str, Any
 
 
 def _check_crowd(crowd: list[dict[str, Any]], space: Path, n_revisions: int) -> None:
-    """Check that each waited or was refused, and that all that was reported is kept in one line."""
+    """Check that processes met, and that all reported revisions form one line of history."""
     reported = [identity for one in crowd for identity in one["ids"]]
     refused = sum((Counter(one["refused"]) for one in crowd), Counter[str]())
     assert len(set(reported)) == len(reported) == n_revisions
-    assert refused, "nobody met anybody: the test did not test"
+    assert refused, "no two processes wrote at the same time"
     with Ledger(space) as ledger:
         log = ledger.log()[::-1]
         assert sorted(revision.id for revision in log) == sorted(reported), (
-            "as many revisions as were reported, and those"
+            "the ledger has the reported revisions"
         )
         assert [revision.parent for revision in log] == [
             BASE,
             *(revision.id for revision in log[:-1]),
-        ], "one line"
+        ], "each revision follows the one before"
         for one in crowd:
             places = [next(r.number for r in log if r.id == identity) for identity in one["ids"]]
-            assert places == sorted(places), "each in the order in which it was told"
+            assert places == sorted(places), "the order of the revisions of one process"
         assert ledger.verify().revisions == len(reported)
         ledger.gc()
         assert ledger.verify().orphans == () and not list((space / "deltas").glob(".*"))

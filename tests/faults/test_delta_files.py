@@ -1,4 +1,4 @@
-"""Damaged and hostile delta files are refused in words, in little memory."""
+"""Damaged and hostile delta files are refused with a short message, in little memory."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dic
 
 
 def _put(folder: Path, record: Any, tensors: bytes, *, signed: bool = True) -> None:
-    """Write a delta's files with right checksums, as an attacker would."""
+    """Write a delta's files, with correct checksums if `signed`, as an attacker would."""
     if signed and isinstance(record, dict):
         record = (
             {**record, "tensors_sha256": hashlib.sha256(tensors).hexdigest()}
@@ -68,6 +68,7 @@ def _put(folder: Path, record: Any, tensors: bytes, *, signed: bool = True) -> N
 
 
 def _tensors(header: Any, body: bytes, length: int | None = None) -> bytes:
+    """Return a safetensors file with this header. `length` replaces its stated length."""
     content = json.dumps(header).encode()
     return (len(content) if length is None else length).to_bytes(8, "little") + content + body
 
@@ -81,14 +82,14 @@ def _is_a_delta(folder: Path) -> None:
     assert all(delta.dense(layer).isfinite().all() for layer in delta.layers)
 
 
-def test_no_delta_ends_in_anything_but_words(
+def test_every_damaged_delta_is_refused_with_a_message(
     tmp_path: Path, saved: tuple[dict[str, Any], dict[str, Any], bytes]
 ) -> None:
     record, header, body = saved
     whole = _tensors(header, body)
     _put(tmp_path, record, whole)
     assert not is_refused(lambda: _is_a_delta(tmp_path), "none"), (
-        "the control: right checksums are accepted"
+        "control: correct checksums are accepted"
     )
     refused, memory = 0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for seed in range(SEED, SEED + FUZZ["deltas"] * TIMES):
@@ -180,7 +181,7 @@ CLAIMS: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("claim", CLAIMS)
-def test_what_a_header_claims_is_not_believed(
+def test_false_claims_of_a_header_are_refused(
     tmp_path: Path, saved: tuple[dict[str, Any], dict[str, Any], bytes], claim: str
 ) -> None:
     record, header, body = saved
@@ -191,7 +192,7 @@ def test_what_a_header_claims_is_not_believed(
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 100_000, "kilobytes"
 
 
-def test_files_that_have_no_end_or_are_no_files_are_refused(
+def test_endless_files_and_pipes_are_refused(
     tmp_path: Path, saved: tuple[dict[str, Any], dict[str, Any], bytes]
 ) -> None:
     record, header, body = saved
@@ -203,8 +204,8 @@ def test_files_that_have_no_end_or_are_no_files_are_refused(
             assert is_refused(lambda: _is_a_delta(tmp_path), (name, target))
             (tmp_path / name).unlink()
     _put(tmp_path, record, _tensors(header, body))
-    os.truncate(tmp_path / "edit.json", 10 * 2**30)  # takes no room on the disk
+    os.truncate(tmp_path / "edit.json", 10 * 2**30)  # a sparse file needs no room on the disk
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert is_refused(lambda: _is_a_delta(tmp_path), "10 GB of nothing")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 100_000, "kilobytes"
-    assert is_refused(lambda: _is_a_delta(Path("a\0b")), "no path")
+    assert is_refused(lambda: _is_a_delta(Path("a\0b")), "an invalid path")

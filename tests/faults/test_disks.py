@@ -22,6 +22,7 @@ pytestmark = linux_only
 
 
 def _revert_in_the_middle(ledger: Ledger) -> Revision:
+    """Revert the first patch, with another solution for the second."""
     first = ledger.log()[-1]
     again = [step.patch.id for step in ledger.undoing(first.id) if step.solve]
     assert len(again) == 1
@@ -37,7 +38,7 @@ WRITES: dict[str, Callable[[Ledger], object]] = {
 
 
 def _unchanged(folder: Path, before: dict[str, str]) -> bool:
-    """Return whether all is as before; deltas that no revision names may be left for gc."""
+    """Return True if nothing changed, and False if only deltas without a revision were left."""
     now = whole_state(folder)
     assert (
         now["ledger.db"] == before["ledger.db"]
@@ -55,7 +56,7 @@ def _unchanged(folder: Path, before: dict[str, str]) -> bool:
 def _fails(
     monkeypatch: pytest.MonkeyPatch, name: str, at: int, error: OSError
 ) -> Iterator[list[int]]:
-    """Let a function of `os` fail from its at-th call on, as it does on a full disk."""
+    """Let a function of `os` fail after `at` calls, as on a full disk."""
     real, calls = getattr(os, name), [0]
 
     def wrapped(*arguments: Any, **options: Any) -> Any:
@@ -86,13 +87,13 @@ def test_a_disk_that_fills_up_at_any_point_leaves_nothing(
                 assert calls[0] > at
         _unchanged(ledger.folder, before)
         at += 1
-    assert at >= 3, "files, their folder, and the folder above"
+    assert at >= 3, "the files, their folder and its parent are flushed"
     assert ledger.verify().revisions == 4
 
 
 @contextmanager
 def _files_of_at_most(n: int) -> Iterator[None]:
-    """Let no file grow beyond n bytes: the system refuses to write more, in SQLite too."""
+    """Limit files to n bytes. The system refuses longer writes, also those of SQLite."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n, hard))
     try:
@@ -103,7 +104,7 @@ def _files_of_at_most(n: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("write", WRITES)
 def test_files_that_cannot_grow_leave_nothing(ledger: Ledger, write: str) -> None:
-    """The system refuses in the delta's files or in the database, wherever the limit falls."""
+    """Depending on the limit, a write to the delta's files or to the database is refused."""
     folder = ledger.folder
     ledger.close()
     before, refused = whole_state(folder), set()
@@ -150,12 +151,12 @@ def test_a_full_disk_leaves_model_and_workspace_as_they_were(
 
 
 @pytest.mark.parametrize("write", [*WRITES, "gc"])
-def test_what_cannot_be_written_is_refused_before_anything_changes(
+def test_a_read_only_workspace_is_refused_before_any_change(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch, write: str
 ) -> None:
-    """`os.access` says that the folder is read-only: root can write to one that is.
+    """`os.access` reports a read-only folder, because root can write to a real one.
 
-    tests/keep/test_database.py has a folder of another user.
+    tests/keep/test_database.py tests a folder of another user.
     """
     delta_of("loose")(ledger.folder / "deltas" / ("0" * 64))
     before = whole_state(ledger.folder)
@@ -168,5 +169,5 @@ def test_what_cannot_be_written_is_refused_before_anything_changes(
                 WRITES.get(write, Ledger.gc)(opened)
             assert len(opened.log()) == 3 and opened.verify().orphans == ("0" * 64,)
     assert whole_state(ledger.folder) == before
-    WRITES.get(write, Ledger.gc)(ledger)  # the control
+    WRITES.get(write, Ledger.gc)(ledger)  # control
     assert whole_state(ledger.folder) != before

@@ -1,4 +1,4 @@
-"""Damaged and hostile fact files are refused in words; good ones come back unchanged."""
+"""Damaged and hostile fact files are refused with a message. Good ones come back unchanged."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ YAML_PIECES = [
 
 
 def _is_a_sheet(path: Path) -> None:
-    """Read a fact file, and use it as a reader would."""
+    """Read a fact file and use its facts."""
     sheet = FactFile.sheet(path)
     assert isinstance(sheet, FactSheet) and sheet.facts
     json.dumps(
@@ -66,7 +66,7 @@ def _is_a_sheet(path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["JSON", "YAML"])
-def test_no_fact_file_ends_in_anything_but_words(tmp_path: Path, kind: str) -> None:
+def test_every_damaged_fact_file_is_refused_with_a_message(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"facts.{kind.lower()}"
     text = (
         json.dumps(SHEET).encode()
@@ -74,7 +74,7 @@ def test_no_fact_file_ends_in_anything_but_words(tmp_path: Path, kind: str) -> N
         else yaml.safe_dump(SHEET, allow_unicode=True, sort_keys=False).encode()
     )
     path.write_bytes(text)
-    assert not is_refused(lambda: _is_a_sheet(path), "none"), "the control: nothing was done to it"
+    assert not is_refused(lambda: _is_a_sheet(path), "none"), "control: the file is intact"
     refused, began = 0, time.process_time()
     for seed in range(SEED, SEED + FUZZ[kind] * TIMES):
         rng = random.Random(seed)
@@ -93,7 +93,7 @@ def test_no_fact_file_ends_in_anything_but_words(tmp_path: Path, kind: str) -> N
 
 
 def _laughs(levels: int, last: str, *, merged: bool = False) -> str:
-    """Return aliases of aliases, ten at a time: 10^levels texts from a few hundred bytes."""
+    """Return nested aliases, ten on each level: 10^levels texts from a few hundred bytes."""
     lines = ["a0: &a0 lol" if not merged else "a0: &a0 {k: lol}"]
     for level in range(1, levels):
         few = ", ".join([f"*a{level - 1}"] * 10)
@@ -141,7 +141,7 @@ def test_an_endless_fact_file_is_refused(tmp_path: Path) -> None:
     entries += ["{subject: B, prompt: '{} is', target: y, neighbours: *n}"]
     (tmp_path / "shared.yaml").write_text("- " + "\n- ".join(entries))
     assert [len(fact.neighbours) for fact in FactFile.read(tmp_path / "shared.yaml")] == [2, 2], (
-        "the control: aliases have their use"
+        "control: aliases are accepted"
     )
 
 

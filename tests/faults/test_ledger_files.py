@@ -1,4 +1,4 @@
-"""A damaged ledger is refused in words, or read as it was."""
+"""A damaged ledger is refused with a message, or read unchanged."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from faults.spaces import FINGERPRINT, commit, linux_only
 pytestmark = linux_only
 
 
-def test_no_ledger_ends_in_anything_but_words(
+def test_a_damaged_ledger_is_refused_with_a_message_or_read_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Bytes of the database are changed, cut and put in."""
-    monkeypatch.setattr(
-        "factsmith.keep.ledger._now", lambda: "2026-01-02T03:04:05+00:00"
-    )  # so that a case can be repeated by its seed
+    """Bytes of the database are changed, removed and inserted."""
+    # A fixed time, so that a seed repeats its case.
+    monkeypatch.setattr("factsmith.keep.ledger._now", lambda: "2026-01-02T03:04:05+00:00")
     with Ledger.create(tmp_path / "space", model="gpt2", fingerprint=FINGERPRINT) as ledger:
         for text, layers in (("one", (1,)), ("two", (1, 2)), ("three", (0,))):
             commit(ledger, text, layers)

@@ -1,4 +1,4 @@
-"""Deltas, ledgers and models that were exchanged or damaged are refused, and nothing changes."""
+"""Exchanged or damaged deltas, ledgers and models are refused, and nothing changes."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ pytestmark = linux_only
 
 
 def _harm(harm: str, folder: Path, other: Path) -> None:
+    """Damage the delta in `folder`, or exchange it for `other`."""
     file = folder / "delta.safetensors"
     if harm == "truncated":
         file.write_bytes(file.read_bytes()[:-1])
@@ -54,8 +55,8 @@ HARMS = (
 
 
 @pytest.mark.parametrize("harm", HARMS)
-def test_a_delta_that_is_another_is_refused(lm: Any, tmp_path: Path, harm: str) -> None:
-    """Ledger and workbench refuse, and say what to do; to make the delta again repairs it."""
+def test_an_exchanged_or_damaged_delta_is_refused(lm: Any, tmp_path: Path, harm: str) -> None:
+    """Ledger and workbench refuse and say what to do. A new commit of the delta repairs it."""
     from exports import some_delta
     from factsmith.keep.workbench import Workbench
 

@@ -30,7 +30,7 @@ def test_middle_revert(lm: LanguageModel, bench: Workbench) -> None:
     last = bench.commit(some_delta(lm, 3, (1,)))
     state = hashes(lm)
     # The patches after it have no recipe, so nothing can solve them again.
-    with pytest.raises(InputError, match="Write its facts again"):
+    with pytest.raises(InputError, match="write its facts again"):
         bench.revert(one.id)
     assert hashes(lm) == state and bench.log()[0].id == last.id
     bench.revert(apart.id)

@@ -1,4 +1,4 @@
-"""Delta folders are whole or refused, and what no revision names can be collected."""
+"""Delta folders are whole or refused, and deltas without a revision can be collected."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_damaged_delta_is_named(ledger: Ledger, harm: str) -> None:
         ledger.verify()
     assert ledger.delta_folder(second).is_dir()
     if harm != "extra":
-        commit(ledger, "one")  # writing the same delta again heals it
+        commit(ledger, "one")  # a new write of the same delta repairs it
         assert ledger.verify().deltas == 2
 
 
@@ -129,7 +129,7 @@ def test_a_write_that_fails_leaves_nothing(ledger: Ledger, exception: BaseExcept
     commit(ledger, "two")
 
 
-def test_gc_takes_what_no_revision_names(ledger: Ledger) -> None:
+def test_gc_removes_deltas_without_a_revision(ledger: Ledger) -> None:
     first = commit(ledger, "one", n_facts=2)
     ledger.revert(first.id, facts=[0], solved={first.id: delta_of("one'")})
     deltas, kept = ledger.folder / "deltas", state_of(ledger.folder)

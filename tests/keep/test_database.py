@@ -1,4 +1,4 @@
-"""The database of a workspace: its format, its transactions, and its errors in words."""
+"""The database of a workspace: its format, its transactions and its error messages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ledgers import FACT, FINGERPRINT, commit, delta_of
 
 
 def test_create_interrupted_can_be_repeated(tmp_path: Path) -> None:
-    (tmp_path / "ledger.db").touch()  # what a crash leaves before the one transaction
+    (tmp_path / "ledger.db").touch()  # the remains of a crash before the one transaction
     with pytest.raises(WorkspaceError):
         Ledger(tmp_path)
     with Ledger.create(tmp_path, model="gpt2", fingerprint=FINGERPRINT) as made:
@@ -59,7 +59,7 @@ def test_a_ledger_of_format_1_is_brought_up_to_date(ledger: Ledger) -> None:
     undo = ledger.revert(second.id)
     ledger.close()
     file = ledger.folder / "ledger.db"
-    # As format 1 wrote it: a table with two more columns, and reverts without changes.
+    # Format 1 wrote a table with two more columns, and reverts without changes.
     with sqlite3.connect(file) as db:
         rows = db.execute("SELECT seq, id, parent, record FROM revisions ORDER BY seq").fetchall()
         db.executescript("DROP TABLE revisions; PRAGMA user_version = 1;")
@@ -86,7 +86,7 @@ def test_a_ledger_of_format_1_is_brought_up_to_date(ledger: Ledger) -> None:
     shutil.copytree(ledger.folder, copy)
     for entry in (copy, copy / "deltas"):
         entry.chmod(0o555)
-    for folder in (copy, ledger.folder):  # one that cannot be written is read as it is
+    for folder in (copy, ledger.folder):  # a read-only one is read without an upgrade
         with Ledger(folder) as opened:
             assert [r.id for r in opened.active()] == [ids[first.id]] and opened.show(
                 ids[second.id]
@@ -122,7 +122,7 @@ def test_a_ctrl_c_after_any_statement_leaves_no_transaction_open(
     first, db = commit(ledger, "one"), ledger._database.connection
 
     class Interrupted:
-        """The connection, with a Ctrl-C as soon as the statement is done."""
+        """The connection, with a Ctrl-C after each statement."""
 
         def __getattr__(self, name: str) -> object:
             return getattr(db, name)
@@ -147,7 +147,7 @@ def test_a_ctrl_c_after_any_statement_leaves_no_transaction_open(
     commit(ledger, "three")  # the lock is free
 
 
-def test_a_locked_ledger_says_so(ledger: Ledger) -> None:
+def test_a_locked_ledger_is_reported(ledger: Ledger) -> None:
     holder = sqlite3.connect(ledger.folder / "ledger.db", isolation_level=None)
     holder.execute("BEGIN IMMEDIATE")
     with Ledger(ledger.folder, wait=0.05) as other:
@@ -193,7 +193,7 @@ def test_a_file_that_is_not_a_database(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_full_database_leaves_nothing(ledger: Ledger) -> None:
-    """SQLite's own limit acts as the full disk: the transaction fails once the delta is there."""
+    """SQLite's limit acts as a full disk. The transaction fails after the delta is written."""
     commit(ledger, "one")
     (pages,) = ledger._database.connection.execute("PRAGMA page_count").fetchone()
     ledger._database.connection.execute(f"PRAGMA max_page_count = {pages}")
@@ -245,7 +245,7 @@ def test_a_read_only_folder_can_be_read(ledger: Ledger) -> None:
     paths = [ledger.folder, *ledger.folder.rglob("*")]
     for path in paths:
         path.chmod(0o555 if path.is_dir() else 0o444)
-    # pytest's folders are private; the other user must get through them.
+    # pytest's folders are private, and the other user must pass through them.
     for parent in list(ledger.folder.parents)[:3]:
         if parent.stat().st_uid == os.getuid():
             parent.chmod(0o755)

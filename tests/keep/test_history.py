@@ -1,4 +1,4 @@
-"""The history is replayed from its records alone: no file, no database, no model."""
+"""A history is replayed from its records alone, without files, database or model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def digest(text: str) -> str:
 
 
 class Line:
-    """A history that grows by stand-in entries."""
+    """A history that a test extends with stand-in entries."""
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
@@ -68,7 +68,7 @@ class Line:
         ).id
 
     def undo(self, identity: str, facts: Sequence[int] | None = None) -> tuple[str, list[Step]]:
-        """Add a revert and return its id and its steps; what is solved again gets a new delta."""
+        """Add a revert and return its id and its steps. Patches solved again get new deltas."""
         steps = undoing(self.entries, self.newest, identity, facts)
         changes = {}
         for step in steps:
@@ -84,7 +84,7 @@ class Line:
         return entry.id, steps
 
     def active(self, number: int | None = None) -> dict[str, Revision]:
-        """The patches in effect at a place (None: the newest)."""
+        """The patches in effect at a place. With None, at the newest."""
         seen = seen_from(self.entries, self.newest if number is None else number)
         return {each.id: each for each in seen if each.carried is not None}
 
@@ -109,7 +109,7 @@ def test_an_entry_is_seen_from_every_place() -> None:
     assert [each.reverted_by for each in seen_from(line.entries, 0)] == [gone, None, None]
 
 
-def test_what_rests_on_a_change_is_solved_again() -> None:
+def test_patches_on_a_change_are_solved_again() -> None:
     line = Line()
     first = line.patch("first", (1,))
     apart, above, higher = (
@@ -122,14 +122,14 @@ def test_what_rests_on_a_change_is_solved_again() -> None:
         (first, None, False),
         (apart, (0,), False),
         (above, (0,), True),
-        (higher, (0,), True),  # not on top of the first, but on top of the one that changes
+        (higher, (0,), True),  # not on top of the first, but on top of the changed one
     ]
     after = line.active()
     assert list(after) == [apart, above, higher] and after[apart].carried == digest("apart")
     assert all(after[each].carried != after[each].delta for each in (above, higher))
 
 
-def test_undoing_the_newest_restores_the_deltas_of_before() -> None:
+def test_undoing_the_newest_restores_the_earlier_deltas() -> None:
     line = Line()
     first, above = line.patch("first"), line.patch("above")
     line.undo(first, facts=None)
@@ -142,7 +142,7 @@ def test_undoing_the_newest_restores_the_deltas_of_before() -> None:
     assert seen_from(line.entries, line.newest)[line.newest - 2].reverted_by == back
 
 
-def test_some_facts_go_and_come_back() -> None:
+def test_some_facts_are_reverted_and_restored() -> None:
     line = Line()
     patch, above = line.patch("patch", n_facts=3), line.patch("above")
     part, steps = line.undo(patch, [0, 2])
@@ -154,7 +154,7 @@ def test_some_facts_go_and_come_back() -> None:
     assert line.active()[patch].indices_in_effect == (0, 1, 2) and solved(steps) == [patch, above]
 
 
-def test_edits_of_neurons_rest_on_nothing() -> None:
+def test_edits_of_neurons_depend_on_no_patch() -> None:
     line = Line()
     first, bare, last = line.patch("first"), line.patch("bare", n_facts=0), line.patch("last")
     _, steps = line.undo(first)
@@ -175,7 +175,7 @@ def test_two_equal_facts_of_a_patch_are_two() -> None:
     assert line.active()[patch].indices_in_effect == (1,)
 
 
-def test_what_cannot_be_undone_is_refused_in_words() -> None:
+def test_an_impossible_revert_is_refused() -> None:
     line = Line()
     patch = line.patch("patch", n_facts=2)
     gone, _ = line.undo(patch)
@@ -195,7 +195,7 @@ def test_what_cannot_be_undone_is_refused_in_words() -> None:
         undoing(line.entries, line.newest, gone)
 
 
-def test_exactly_what_must_be_solved_again_is_given() -> None:
+def test_a_revert_needs_exactly_the_deltas_to_solve_again() -> None:
     line = Line()
     first, above, apart = line.patch("first"), line.patch("above"), line.patch("apart", (5,))
     steps = undoing(line.entries, 3, first)
@@ -208,7 +208,7 @@ def test_exactly_what_must_be_solved_again_is_given() -> None:
     assert caught.value.argument == "solved"
 
 
-def test_every_delta_that_is_named_counts() -> None:
+def test_every_named_delta_counts() -> None:
     line = Line()
     first, above = line.patch("first"), line.patch("above")
     line.undo(first)
@@ -247,7 +247,7 @@ def test_a_record_that_makes_no_sense_is_damaged(changes: Mapping[str, Any], wor
     ("patch", "facts", "words"),
     [("ab" * 32, [], "not an earlier patch"), (None, [0, 3], r"facts \[0, 3\] of .* has 2")],
 )
-def test_a_revert_speaks_of_patches_and_facts_that_exist(
+def test_a_revert_names_existing_patches_and_facts(
     patch: str | None, facts: list[int], words: str
 ) -> None:
     line = Line()
@@ -288,7 +288,7 @@ def test_the_chain_of_parents_is_checked() -> None:
 def test_what_the_steps_say_is_what_is_seen_afterwards(
     moves: list[tuple[bool, frozenset[int], int, int]],
 ) -> None:
-    """Random patches and reverts; and undoing the newest of them brings back the state before."""
+    """Random patches and reverts. A revert of the newest entry restores the state before it."""
     line = Line()
     for is_patch, layers, n_facts, choice in moves:
         if is_patch or not line.entries:

@@ -1,4 +1,4 @@
-"""Ledgers survive processes that are killed, and several processes that write at once."""
+"""Ledgers survive killed processes, and several processes that write at once."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ for round_ in range(int(sys.argv[3])):
     if not child:
         work("killed", 10**9, write)
     os.close(write)
-    lines = os.read(read, 65)  # one commit is reported; then it may die anywhere in the next few
+    lines = os.read(read, 65)  # one commit is reported, and the kill lands in one of the next few
     time.sleep(random.random() * 0.02)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
@@ -64,7 +64,7 @@ for round_ in range(int(sys.argv[3])):
 
 @pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKILL")
 def test_kill_in_the_middle_of_commits(ledger: Ledger) -> None:
-    """What was reported is there, and all that is there is whole, wherever the kill falls."""
+    """After a kill at any moment, every reported revision exists and every delta is whole."""
     kills = 40
     done = subprocess.run(
         [sys.executable, "-c", _KILLS, str(ledger.folder), "0", str(kills)],
@@ -78,9 +78,7 @@ def test_kill_in_the_middle_of_commits(ledger: Ledger) -> None:
         ids = [r.id for r in opened.log()]
         assert len(set(reported)) == len(reported) >= kills
         assert set(reported) <= set(ids)
-        assert (
-            len(ids) - len(reported) <= kills
-        )  # at most the one entry in flight at each kill went unreported
+        assert len(ids) - len(reported) <= kills  # at most one entry per kill went unreported
         assert integrity.revisions == len(ids) == opened.log()[0].number
         commit(opened, "after")
     assert not any((ledger.folder / "deltas").glob(".staging-*"))

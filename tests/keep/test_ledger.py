@@ -1,4 +1,4 @@
-"""The ledger keeps what it was given, and refuses what would lose something."""
+"""The ledger keeps its revisions, and refuses an operation that would lose one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_create_then_open(ledger: Ledger) -> None:
         assert again.verify().revisions == 0
 
 
-def test_create_refuses_what_is_there(ledger: Ledger, tmp_path: Path) -> None:
+def test_create_refuses_an_existing_workspace(ledger: Ledger, tmp_path: Path) -> None:
     commit(ledger, "one")
     before = state_of(ledger.folder)
     with pytest.raises(WorkspaceError, match="already holds a ledger"):
@@ -103,14 +103,14 @@ def test_revert_is_recorded_and_takes_effect(ledger: Ledger) -> None:
     assert [r.kind for r in ledger.log()] == ["revert", "patch", "patch"]
     with pytest.raises(RevisionError, match="not in effect"):
         ledger.revert(second.id)
-    again = commit(ledger, "two")  # the same delta once more: a new revision on the same files
+    again = commit(ledger, "two")  # the same delta again is a new revision on the same files
     assert again.id != second.id and again.delta == second.delta
     assert [r.id for r in ledger.active()] == [first.id, again.id]
     assert ledger.verify().deltas == 2
 
 
 def test_a_revert_is_reverted(ledger: Ledger) -> None:
-    """Undoing the newest restores the very deltas; undoing an older one solves again on top."""
+    """A revert of the newest restores the same deltas. A revert of an older one solves again."""
     first, second = commit(ledger, "one", n_facts=3), commit(ledger, "two")
     gone = ledger.revert(LATEST)
     back = ledger.revert(gone.id)
@@ -123,7 +123,7 @@ def test_a_revert_is_reverted(ledger: Ledger) -> None:
     )
     with pytest.raises(RevisionError, match="was undone already"):
         ledger.revert(gone.id)
-    out = ledger.revert(back.id)  # what brought it back is reverted in turn, and so on
+    out = ledger.revert(back.id)  # the revert is reverted in turn, and so on
     assert [r.id for r in ledger.active()] == [first.id] and ledger.show(
         second.id
     ).reverted_by == out.id
@@ -193,7 +193,7 @@ def test_some_facts_of_a_patch_are_taken_out(ledger: Ledger) -> None:
     ]["facts"] == [1]
     (earlier,) = (r for r in ledger.active(later.id) if r.id == first.id)
     assert earlier.carried == first.delta and earlier.in_effect == first.facts, (
-        "seen from before, it is what it was"
+        "an earlier place shows the earlier state"
     )
     with pytest.raises(RevisionError, match="in effect"):
         ledger.undoing(first.id, [0])
@@ -203,7 +203,7 @@ def test_some_facts_of_a_patch_are_taken_out(ledger: Ledger) -> None:
 
 
 def test_patches_without_facts_go_and_come_back(ledger: Ledger) -> None:
-    """Edits of neurons write no fact: they go and come back unchanged, whatever is beneath them."""
+    """Edits of neurons write no fact. Reverts of other patches leave them unchanged."""
     first = commit(ledger, "one")
     bare = ledger.commit(
         delta_of("neurons"),
@@ -305,17 +305,17 @@ def test_a_damaged_delta_can_be_taken_out(ledger: Ledger) -> None:
     file = ledger.delta_folder(second) / "delta.safetensors"
     file.write_bytes(b"")
     with pytest.raises(DamagedError):
-        ledger.revert(first.id)  # would leave the model with the damaged one
+        ledger.revert(first.id)  # the model would keep the damaged one
     ledger.checkout(first.id)
     with pytest.raises(DamagedError):
         ledger.checkout(LATEST)
     assert ledger.current == first.id
     ledger._database.connection.execute("UPDATE workspace SET current = ?", (second.id,))
-    ledger.revert(second.id)  # what is damaged goes
+    ledger.revert(second.id)  # the damaged one is reverted
     assert [r.id for r in ledger.active()] == [first.id]
 
 
-def test_expect_raises_what_commit_would(ledger: Ledger) -> None:
+def test_expect_raises_the_error_of_commit(ledger: Ledger) -> None:
     ledger.expect(BASE)
     first = commit(ledger, "one")
     with pytest.raises(WorkspaceError, match="somebody committed"):
@@ -333,7 +333,7 @@ def test_two_processes_cannot_both_commit(ledger: Ledger) -> None:
         with pytest.raises(WorkspaceError, match="somebody committed"):
             other.revert(mine.id, onto=onto)
         assert [r.id for r in other.log()] == [mine.id]
-        commit(other, "theirs")  # control: once they look, they may
+        commit(other, "theirs")  # control: a commit after a checkout succeeds
 
 
 def test_reports_must_be_json(ledger: Ledger) -> None:
@@ -346,9 +346,9 @@ def test_reports_must_be_json(ledger: Ledger) -> None:
 
 
 class Histories(RuleBasedStateMachine):
-    """Random histories, compared with a plain model of them.
+    """Random histories agree with a simple model of them.
 
-    The model, after each entry: {patch: (its facts in effect, the name of its delta)}.
+    The model after each entry is {patch: (its facts in effect, the name of its delta)}.
     """
 
     def __init__(self) -> None:
@@ -361,7 +361,7 @@ class Histories(RuleBasedStateMachine):
         self.size: dict[str, int] = {}
         self.undid: dict[
             str, dict[str, tuple[frozenset[int], frozenset[int]]]
-        ] = {}  # revert: what it took out, and what it brought back
+        ] = {}  # the patches that a revert removed and restored
         self.at = 0
 
     def teardown(self) -> None:

@@ -1,4 +1,4 @@
-"""Records are found by reference, and a record that is damaged or forged is refused in words."""
+"""Records are found by reference. A damaged or forged record is refused with a message."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_references(ledger: Ledger) -> None:
 
 
 def test_a_forged_record_is_data(ledger: Ledger) -> None:
-    """A record may match its id and still be nonsense: an error in words, and no path outside."""
+    """A nonsensical record that matches its id is refused, and names no path outside."""
     commit(ledger, "one")
     ledger.close()
     for change in (

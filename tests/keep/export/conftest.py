@@ -1,4 +1,4 @@
-"""Tiny random models as folders, loaded."""
+"""Fixtures for the tests of exports: saved and loaded tiny models."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from factsmith.model.load import load
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A saved model of each family."""
+    """The folders of a saved model of each family."""
     place = tmp_path_factory.mktemp("models")
     return {family: saved_model(family, place / family) for family in ("gpt2", "llama")}
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama"])
 def lm(request: pytest.FixtureRequest, folders: dict[str, Path]) -> LanguageModel:
-    """A loaded model; each family in turn."""
+    """A loaded model, of each family in turn."""
     return load(folders[request.param])

@@ -1,4 +1,4 @@
-"""Adapters hold the sum of the deltas, compared with sums and singular values computed densely."""
+"""Adapters hold the sum of the deltas. Dense sums and singular values are the reference."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import load, wrap
 
 
-def test_an_adapter_is_the_sum_of_the_deltas_at_its_own_rank(
+def test_an_adapter_is_the_sum_of_the_deltas_at_its_exact_rank(
     lm: LanguageModel, tmp_path: Path
 ) -> None:
     deltas = two_deltas(lm)
@@ -69,7 +69,7 @@ def test_an_adapter_is_the_sum_of_the_deltas_at_its_own_rank(
     for (
         name,
         tensor,
-    ) in tensors.items():  # one rank for all layers; what a layer does not need is zero
+    ) in tensors.items():  # one rank for all layers; unused directions are zero
         assert (
             tensor.shape == ((5, lm.ffn[0].d_ff) if "lora_A" in name else (lm.d_model, 5))
             and tensor.dtype == torch.float32
@@ -79,7 +79,7 @@ def test_an_adapter_is_the_sum_of_the_deltas_at_its_own_rank(
         assert not rest.any() and tensor[:rank].any()
 
 
-def test_a_smaller_rank_is_the_best_there_is_and_its_error_is_said(
+def test_a_smaller_rank_is_the_best_approximation_and_reports_its_error(
     lm: LanguageModel, tmp_path: Path
 ) -> None:
     deltas = two_deltas(lm)
@@ -120,7 +120,7 @@ def test_deltas_that_repeat_or_cancel_one_another_take_no_rank(
 
 
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
-def test_factors_in_16_bits_and_what_that_loses(
+def test_factors_in_16_bits_report_their_error(
     lm: LanguageModel, tmp_path: Path, dtype: torch.dtype, within: float
 ) -> None:
     deltas = two_deltas(lm)
@@ -133,7 +133,7 @@ def test_factors_in_16_bits_and_what_that_loses(
         ) == pytest.approx(layer.error, rel=0.01)
 
 
-def test_where_the_base_model_is(
+def test_an_adapter_names_its_base_model(
     lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def noted(source: LanguageModel, name: str, **options: Any) -> str:
@@ -157,7 +157,7 @@ def test_where_the_base_model_is(
 def test_a_truncated_adapter_is_compared_with_what_its_files_give(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its logits differ from the patched model by design; what must agree is base + BA."""
+    """The logits differ from the patched model by design. The weights must equal base + BA."""
     lm = load(folders["gpt2"])
     seen: list[Job] = []
 

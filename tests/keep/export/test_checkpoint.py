@@ -1,4 +1,4 @@
-"""Checkpoints hold the patched weights, and the model in memory stays as it was."""
+"""Checkpoints hold the patched weights, and the model in memory does not change."""
 
 from __future__ import annotations
 
@@ -31,14 +31,12 @@ def test_a_checkpoint_is_the_patched_model(
     made = export_checkpoint(lm, deltas, tmp_path / "out", dtype=dtype, verify=False)
     assert lm.fingerprint == fingerprint and lm.config.to_dict() == config
     assert all(torch.equal(x, base[name]) for name, x in lm.module.state_dict().items()), (
-        "the model is as before"
+        "the model is unchanged"
     )
     stored = load_file(tmp_path / "out/model.safetensors")
     wanted = dtype or torch.float32
     conv = "gpt2" in lm.name
-    assert ("lm_head.weight" in stored) != conv, (
-        "tied weights are written once, others are all there"
-    )
+    assert ("lm_head.weight" in stored) != conv, "tied weights are written once, all others too"
     changed = 0
     for name, tensor in stored.items():
         expected = base[name].clone()

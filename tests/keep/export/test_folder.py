@@ -1,4 +1,4 @@
-"""Patches from others are data: whatever is wrong with a folder is refused in words."""
+"""Patches from others are data. A wrong folder is refused with a message."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def original(lm: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture
 def folder(original: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """A copy of the folder that a test may damage."""
     return Path(shutil.copytree(original, tmp_path / "patch"))
 
 
 def signed(record: dict[str, Any]) -> dict[str, Any]:
-    """Return a record with a new checksum, as someone would who alters it on purpose."""
+    """Return a record with a new checksum, as an attacker would write it."""
     rest = {key: value for key, value in record.items() if key != "sha256"}
     return {
         **rest,
@@ -64,7 +64,7 @@ def signed(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def resign(folder: Path, change: Callable[[dict[str, Any]], None] | None = None) -> None:
-    """Make every checksum fit the files; `change` alters the manifest before its own is made."""
+    """Write checksums that fit the files. `change` alters the manifest before its checksum."""
     for place in sorted(folder.glob("[0-9]*")):
         file = place / "edit.json"
         if file.is_file():
@@ -86,9 +86,7 @@ def resign(folder: Path, change: Callable[[dict[str, Any]], None] | None = None)
     (folder / "factsmith.json").write_text(json.dumps(signed(manifest)))
 
 
-def test_patches_come_back_in_order_with_where_they_come_from(
-    lm: LanguageModel, folder: Path
-) -> None:
+def test_patches_come_back_in_order_with_their_origins(lm: LanguageModel, folder: Path) -> None:
     read = read_patch(folder, fingerprint=lm.fingerprint)
     assert (read.model, read.dtype, read.fingerprint) == (lm.name, "float32", lm.fingerprint)
     assert [saved.origin for saved in read.patches] == ORIGINS
@@ -109,7 +107,7 @@ def test_patches_come_back_in_order_with_where_they_come_from(
         and described["patches"][0]["facts"][0]["subject"] == "Paris"
     )
     resign(folder)
-    read_patch(folder)  # the control of all that follows: new checksums alone are not refused
+    read_patch(folder)  # control: new checksums alone are accepted
 
 
 def test_another_models_patches_and_other_folders_are_refused(
@@ -179,7 +177,7 @@ def _named(old: str, new: str) -> Callable[[dict[str, Any]], None]:
 
 
 def _header(shape: list[int]) -> Callable[[Path], None]:
-    """Write a file of a few bytes whose header claims many."""
+    """Write a file of a few bytes with a header that claims many."""
 
     def change(folder: Path) -> None:
         size = 4 * int(torch.tensor(shape).prod())
@@ -263,7 +261,7 @@ SPOILED: dict[
 
 
 @pytest.mark.parametrize("case", SPOILED)
-def test_what_is_wrong_is_refused_also_with_new_checksums(folder: Path, case: str) -> None:
+def test_wrong_folders_are_refused_also_with_new_checksums(folder: Path, case: str) -> None:
     spoil, change, words = SPOILED[case]
     if spoil is not None:
         spoil(folder)
@@ -272,7 +270,7 @@ def test_what_is_wrong_is_refused_also_with_new_checksums(folder: Path, case: st
     with pytest.raises(DamagedError, match=words) as caught:
         read_patch(folder)
     assert "Have it exported or sent again" in str(caught.value)
-    assert not (folder / "harm").exists(), "something was run"
+    assert not (folder / "harm").exists(), "code from the folder ran"
 
 
 def test_without_new_checksums_each_changed_byte_is_seen(folder: Path) -> None:
@@ -333,7 +331,7 @@ def _mutated(value: Any, rng: random.Random) -> Any:
 
 
 def test_random_corruption_never_ends_in_anything_but_words(folder: Path) -> None:
-    """Bytes are changed, cut and put in, and values of JSON and tensor headers are replaced."""
+    """Bytes are changed, removed and inserted; values of JSON and tensor headers are replaced."""
     whole = {
         name: (folder / name).read_bytes() for name in names(folder) if (folder / name).is_file()
     }

@@ -1,4 +1,4 @@
-"""What all formats share: what an export says of itself, and what is refused."""
+"""All formats write a manifest and refuse the same wrong inputs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import load, wrap
 
 
-def test_an_export_says_what_it_is(lm: LanguageModel, tmp_path: Path) -> None:
+def test_an_export_describes_itself(lm: LanguageModel, tmp_path: Path) -> None:
     deltas = two_deltas(lm)
     size = sum(p.numel() * 4 for p in lm.module.parameters())
     for format in ("checkpoint", "adapter", "patch"):
@@ -75,7 +75,7 @@ def test_an_export_says_what_it_is(lm: LanguageModel, tmp_path: Path) -> None:
         ) == (format == "patch")
 
 
-def test_what_is_refused_leaves_nothing(
+def test_a_refused_export_leaves_nothing(
     lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     delta, out = some_delta(lm, 1), tmp_path / "out"
@@ -137,7 +137,7 @@ def test_what_is_refused_leaves_nothing(
         InputError, match=r"read back by peft, which is not installed.*factsmith\[adapter\]"
     ):
         export_adapter(lm, delta, out)
-    export_adapter(lm, delta, out, verify=False)  # writing one needs no peft
+    export_adapter(lm, delta, out, verify=False)  # writing an adapter needs no peft
 
 
 def test_models_without_one_plain_matrix_a_layer_are_refused(
@@ -181,7 +181,7 @@ def test_models_without_one_plain_matrix_a_layer_are_refused(
 
 
 @pytest.mark.parametrize("fault", ["logits", "answers", "load"])
-def test_an_export_that_reads_back_otherwise_is_not_kept(
+def test_an_export_that_reads_back_differently_is_not_kept(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     lm = load(folders["gpt2"])
@@ -190,7 +190,7 @@ def test_an_export_that_reads_back_otherwise_is_not_kept(
     def wrong(jobs: Sequence[Job]) -> list[Answers]:
         (job,) = jobs
         assert Path(job.adapter or job.model).is_dir() and not (tmp_path / "out").exists(), (
-            "read before it is in its place"
+            "the export is read before it moves to its place"
         )
         if fault == "load":
             raise ModelError("it could not be loaded")
@@ -214,9 +214,7 @@ def test_an_export_that_reads_back_otherwise_is_not_kept(
                 export_checkpoint(lm, two_deltas(lm), tmp_path / "out", dtype=torch.bfloat16)
     assert torch.equal(lm.ffn[1].weight(), base)
     replace_read_back(monkeypatch, lambda jobs: [answers_of(jobs[0].questions)])
-    made = export_adapter(
-        lm, two_deltas(lm), tmp_path / "out"
-    )  # control: what reads back as it should is kept
+    made = export_adapter(lm, two_deltas(lm), tmp_path / "out")  # control: a correct export is kept
     assert (
         made.read_back is not None
         and made.read_back.prompts == 4
@@ -226,7 +224,7 @@ def test_an_export_that_reads_back_otherwise_is_not_kept(
     assert manifest["read_back"]["prompts"] == 4 and manifest["read_back"]["limit"] > 0
 
 
-def test_a_workbench_exports_what_it_carries(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_workbench_exports_its_patches(folders: dict[str, Path], tmp_path: Path) -> None:
     lm = load(folders["gpt2"])
     base = lm.fingerprint
     with Workbench(lm, tmp_path / "space") as bench:
@@ -236,7 +234,7 @@ def test_a_workbench_exports_what_it_carries(folders: dict[str, Path], tmp_path:
         bench.commit(some_delta(lm, 2), message="two")
         carried = lm.fingerprint
         made = bench.export(tmp_path / "out", "patch")
-        assert lm.fingerprint == carried != base, "the model carries what it carried"
+        assert lm.fingerprint == carried != base, "the model carries the same patches"
         exported = read_patch(tmp_path / "out", fingerprint=base)
         assert [s.origin.message for s in exported.patches] == ["one", "two"] and made.patches == 2
         assert (
@@ -246,13 +244,13 @@ def test_a_workbench_exports_what_it_carries(folders: dict[str, Path], tmp_path:
         bench.export(tmp_path / "model", verify=False)
         stored = load_file(tmp_path / "model/model.safetensors")
         assert torch.equal(stored["transformer.h.1.mlp.c_proj.weight"].T, lm.ffn[1].weight()), (
-            "the very bits that the workspace carries"
+            "the same bits as in the workspace"
         )
         bench.checkout(first.id)
         bench.export(tmp_path / "adapter", "adapter", verify=False)
         assert (
             off(product(tmp_path / "adapter", 1), dense_sum([exported.patches[0].delta], 1)) < 2e-7
-        ), "at the revision that is checked out"
+        ), "the export is of the current revision"
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ Factors = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def factors(*ranks: int, d: int = 12, d_ff: int = 20) -> Factors:
-    """Return random updates of some ranks."""
+    """Return random updates of the given ranks."""
     generator = torch.Generator().manual_seed(0)
     return [
         (torch.randn(d, r, generator=generator), torch.randn(r, d_ff, generator=generator))

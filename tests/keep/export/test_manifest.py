@@ -1,4 +1,4 @@
-"""The manifest of an export refuses what it could not read again."""
+"""The manifest of an export refuses values that it could not read again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def lm() -> LanguageModel:
     return wrap(tiny_model("gpt2", **GPT2), byte_tokenizer())
 
 
-def test_origins_that_cannot_be_noted_are_refused(lm: LanguageModel, tmp_path: Path) -> None:
+def test_origins_that_json_cannot_hold_are_refused(lm: LanguageModel, tmp_path: Path) -> None:
     number: Any = 3
     for origin in (Origin(revision="../x"), Origin(moments="abc"), Origin(message=number)):
         with pytest.raises(InputError, match="origin"):

@@ -1,4 +1,4 @@
-"""Exports are read back in a process without factsmith: right ones agree, wrong ones do not."""
+"""Exports are read back in a process without factsmith. Only correct ones agree."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ HALF = [torch.bfloat16, torch.float16]
 
 
 def rewritten(adapter: Path, to: Path, change: str) -> Path:
-    """A copy of an adapter with something wrong in it."""
+    """A copy of an adapter with one error."""
     shutil.copytree(adapter, to)
     file, config = (
         to / "adapter_model.safetensors",
@@ -61,7 +61,7 @@ def rewritten(adapter: Path, to: Path, change: str) -> Path:
 
 
 def test_what_is_right_agrees_and_what_is_wrong_does_not(tmp_path: Path) -> None:
-    """One process reads all: two families, the bundled model, both formats, three dtypes."""
+    """One process reads two families and the bundled model, in both formats and three dtypes."""
     jobs: list[tuple[str, Job, float, bool]] = []
     for family in ("gpt2", "llama"):
         base = saved_model(family, tmp_path / family)
@@ -163,11 +163,11 @@ def test_what_is_right_agrees_and_what_is_wrong_does_not(tmp_path: Path) -> None
         comparison = compare(job.questions, answers, limit)
         assert comparison.prompts == comparison.facts == len(job.questions.prompts), name
         assert comparison.moved > 3 * comparison.difference, (
-            f"{name}: the comparison could not have told"
+            f"{name}: the comparison could not detect an error"
         )
         if (
             "checkpoint" in name and name.count("float32") != 1
-        ):  # the same dtype on both sides: the same arithmetic
+        ):  # the same dtype on both sides gives the same arithmetic
             assert comparison.difference == 0.0, name
         if name.endswith("float32 adapter"):
             assert comparison.difference < 1e-4, name
@@ -179,7 +179,7 @@ def asked() -> tuple[LanguageModel, Questions]:
     return lm, ask(lm, two_deltas(lm))
 
 
-def test_the_answers_in_memory_are_those_of_plain_decoding(
+def test_answers_in_memory_equal_plain_decoding(
     asked: tuple[LanguageModel, Questions],
 ) -> None:
     lm, questions = asked
@@ -280,7 +280,7 @@ def test_the_target_is_strict_where_the_patch_took(asked: tuple[LanguageModel, Q
     assert ask(lm, [took]).strict == [1] and ask(lm, [delta]).strict == [0]
 
 
-def test_what_cannot_be_loaded_is_said_in_words(
+def test_an_export_that_cannot_be_loaded_is_reported(
     monkeypatch: pytest.MonkeyPatch, asked: tuple[LanguageModel, Questions]
 ) -> None:
     _, questions = asked

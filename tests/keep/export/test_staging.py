@@ -1,4 +1,4 @@
-"""An export is there whole or not at all, and what is there already is not lost."""
+"""An export is written whole or not at all, and an earlier export is not lost."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def lm() -> LanguageModel:
     return wrap(tiny_model("gpt2", **GPT2), byte_tokenizer())
 
 
-def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), staged(tmp_path / "a/b/out", False) as folder:
         (folder / "part").write_text("x")
         raise ZeroDivisionError
-    assert names(tmp_path) == [], "nothing, not even the folders above it"
+    assert names(tmp_path) == [], "nothing is written, not even the parent folders"
     with pytest.raises(KeyboardInterrupt), staged(tmp_path / "out", False):
         raise KeyboardInterrupt
     assert names(tmp_path) == []
@@ -41,12 +41,12 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a", "a/b", "a/b/out", "a/b/out/whole"]
 
 
-def test_what_is_there_is_not_written_over(
+def test_existing_files_are_not_overwritten(
     lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     delta, out = some_delta(lm, 1), tmp_path / "out"
     out.mkdir()
-    export_patch(lm, delta, out)  # an empty folder will do
+    export_patch(lm, delta, out)  # an empty folder is accepted
     with pytest.raises(InputError, match=r"is an earlier export\. Allow to overwrite it") as caught:
         export_patch(lm, delta, out)
     assert caught.value.argument == "overwrite"
@@ -74,7 +74,7 @@ def test_what_is_there_is_not_written_over(
     assert names(current) == []
 
 
-def test_an_earlier_export_survives_what_goes_wrong(
+def test_an_earlier_export_survives_a_failure(
     lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -98,14 +98,14 @@ def test_an_earlier_export_survives_what_goes_wrong(
     with monkeypatch.context() as patch, pytest.raises(WorkspaceError, match="Input/output error"):
         patch.setattr(Path, "rename", second_fails)
         export_patch(lm, some_delta(lm, 2), out, overwrite=True)
-    assert len(calls) == 3, "out of the way, failed, and back again"
+    assert len(calls) == 3, "the earlier export is moved aside and back"
     assert (out / "factsmith.json").read_bytes() == before and read_patch(out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
 @contextmanager
 def files_of_at_most(n: int) -> Iterator[None]:
-    """Let no file grow beyond n bytes: writing ends in an error, as on a full disk."""
+    """Limit files to n bytes. A longer write fails, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n, hard))
     try:
@@ -114,7 +114,7 @@ def files_of_at_most(n: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_what_cannot_be_written_is_said_in_words_and_nothing_is_left(
+def test_a_failed_write_is_reported_and_leaves_nothing(
     lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     delta = some_delta(lm, 1)
