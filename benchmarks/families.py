@@ -1,16 +1,18 @@
-"""Does the model core work on every causal language model that transformers can build? Prints one line a type, and writes JSON.
+"""Does the model core work on every causal language model that transformers can build?
 
     python benchmarks/families.py [--json FILE] [TYPE ...]
 
-Each type's default config is shrunk (3 layers, 32 dimensions), the model gets random weights, and then everything the library
-promises is compared with the plain model, one unpadded row at a time: what a layer's memory writes, replay from every layer with a
-changed hidden state, suffix replay on an aligned batch, gradients, batched answers. Five outcomes:
+It prints one line for each type. The type's default config is shrunk (3 layers, 32 dimensions) and
+the model gets random weights. Then everything the library promises is compared with the plain
+model, one unpadded row at a time: what a layer's memory writes, replay from every layer with a
+changed hidden state, suffix replay on an aligned batch, gradients, batched answers. There are five
+outcomes:
 
-    pass      everything agrees
-    refused   factsmith declines in words (UnsupportedModelError) on load
-    silent    accepted, but some number differs or something breaks: must not happen
-    not built transformers itself makes no tiny text model of this type from the shrunken config
-    timed out no answer in time
+    pass       everything agrees
+    refused    factsmith refuses the model on load (UnsupportedModelError)
+    silent     accepted, but a number differs or something breaks: this must not happen
+    not built  transformers makes no tiny text model of this type from the shrunken config
+    timed out  there was no result in time
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -47,129 +50,76 @@ VOCAB = 320
 LAYERS = 3
 ROWS = [[55, 90, 133, 61, 217, 200, 144], [70, 121, 150, 99], [88, 120, 77, 131, 66]]
 PIVOTS = [4, 1, 3]
-# What makes a default config large, by the words configs use for it; the first pattern that matches the whole name decides.
-SIZES: list[tuple[str, int]] = [
+# The names under which configs keep what makes them large, as regular expressions, and the small
+# values. The first that matches the whole name decides.
+SIZES: list[tuple[int, str]] = [
     (
-        r"(num_hidden_layers|n_layers?|num_layers|num_decoder_layers|decoder_layers|encoder_layers|num_encoder_layers)",
         LAYERS,
+        "num_hidden_layers n_layers? num_layers num_decoder_layers decoder_layers encoder_layers "
+        "num_encoder_layers",
     ),
     (
-        r"(hidden_size|n_embd|d_model|model_dim|embedding_size|embed_dim|dim|emb_dim|word_embed_proj_dim|width)",
         32,
+        "hidden_size n_embd d_model model_dim embedding_size embed_dim dim emb_dim "
+        "word_embed_proj_dim width",
     ),
-    (r"(moe_intermediate_size|expert_ffn_hidden_size|expert_dim|moe_ffn_dim)", 24),
-    (r".*(shared_expert|shared_intermediate).*size", 40),
+    (24, "moe_intermediate_size expert_ffn_hidden_size expert_dim moe_ffn_dim"),
+    (40, ".*shared_expert.*size .*shared_intermediate.*size"),
     (
-        r".*(intermediate_size|ffn_dim|ffn_hidden_size|d_ff|inner_dim|n_inner|dff|ffn_size|mlp_dim)(_mlp)?",
         48,
+        ".*intermediate_size(_mlp)? .*ffn_dim(_mlp)? .*ffn_hidden_size(_mlp)? .*d_ff(_mlp)? "
+        ".*inner_dim(_mlp)? .*n_inner(_mlp)? .*dff(_mlp)? .*ffn_size(_mlp)? .*mlp_dim(_mlp)?",
     ),
     (
-        r"(num_attention_heads|n_heads?|num_heads|decoder_attention_heads|encoder_attention_heads|num_q_heads)",
         4,
+        "num_attention_heads n_heads? num_heads decoder_attention_heads encoder_attention_heads "
+        "num_q_heads",
     ),
     (
-        r"(num_key_value_heads|num_kv_heads|n_kv_heads|num_kv_groups|kv_n_heads|attention_num_kv_heads)",
         2,
+        "num_key_value_heads num_kv_heads n_kv_heads num_kv_groups kv_n_heads "
+        "attention_num_kv_heads",
     ),
     (
-        r"(head_dim|d_kv|attention_head_dim|v_head_dim|qk_nope_head_dim|kv_channels|global_head_dim|attention_head_size)",
         8,
+        "head_dim d_kv attention_head_dim v_head_dim qk_nope_head_dim kv_channels global_head_dim "
+        "attention_head_size",
     ),
-    (r"(qk_rope_head_dim|rotary_dim|qk_head_dim)", 4),
-    (r"(q_lora_rank|kv_lora_rank|o_lora_rank)", 16),
-    (r"(vocab_size|vocab_size_per_layer_input|padded_vocab_size)", VOCAB),
+    (4, "qk_rope_head_dim rotary_dim qk_head_dim"),
+    (16, "q_lora_rank kv_lora_rank o_lora_rank"),
+    (VOCAB, "vocab_size vocab_size_per_layer_input padded_vocab_size"),
     (
-        r"(max_position_embeddings|n_positions|max_seq_len|n_ctx|max_sequence_length|context_length|block_size|max_target_positions|seq_length)",
         64,
+        "max_position_embeddings n_positions max_seq_len n_ctx max_sequence_length context_length "
+        "block_size max_target_positions seq_length",
     ),
-    (r"(num_local_experts|num_experts|n_routed_experts|moe_num_experts|n_experts)", 4),
+    (4, "num_local_experts num_experts n_routed_experts moe_num_experts n_experts"),
     (
-        r"(num_experts_per_tok|num_experts_per_token|top_k_experts|moe_top_k|moe_topk|top_k|n_experts_per_tok|moe_k)",
         2,
+        "num_experts_per_tok num_experts_per_token top_k_experts moe_top_k moe_topk top_k "
+        "n_experts_per_tok moe_k",
     ),
-    (r"(n_group|topk_group|num_nextn_predict_layers|first_k_dense_replace)", 1),
-    (r"(sliding_window|attention_window|window_size|local_attention_window_size)", 4),
-    (r"(hidden_size_per_layer_input|laurel_rank|altup_rank)", 8),
-    (r"(mamba_n_heads|mamba_num_heads|ssm_heads|n_mamba_heads)", 8),
-    (r"(mamba_d_head|mamba_head_dim|ssm_head_dim)", 8),
-    (r"(mamba_d_state|ssm_state_size|state_size|mamba_d_ssm)", 8),
-    (r"(linear_num_key_heads|linear_num_value_heads)", 4),
-    (r"(linear_key_head_dim|linear_value_head_dim)", 8),
-    (r"(index_n_heads)", 2),
-    (r"(index_head_dim)", 8),
-    (r"(index_topk)", 64),
+    (1, "n_group topk_group num_nextn_predict_layers first_k_dense_replace"),
+    (4, "sliding_window attention_window window_size local_attention_window_size"),
+    (8, "hidden_size_per_layer_input laurel_rank altup_rank"),
+    (8, "mamba_n_heads mamba_num_heads ssm_heads n_mamba_heads"),
+    (8, "mamba_d_head mamba_head_dim ssm_head_dim"),
+    (8, "mamba_d_state ssm_state_size state_size mamba_d_ssm"),
+    (4, "linear_num_key_heads linear_num_value_heads"),
+    (8, "linear_key_head_dim linear_value_head_dim"),
+    (2, "index_n_heads"),
+    (8, "index_head_dim"),
+    (64, "index_topk"),
 ]
-
-
-def shrink(values: dict[str, Any]) -> dict[str, Any]:
-    """A config's own values with everything large made small."""
-    small = {name: shrunk(name, value) for name, value in values.items()}
-    if (
-        "qk_rope_head_dim" in values
-    ):  # latent attention: the rotated part of a head is its "head_dim"
-        small.update(
-            {
-                k: v
-                for k, v in {"head_dim": 4, "qk_head_dim": 12, "num_key_value_heads": 4}.items()
-                if k in values
-            }
-        )
-    return small
-
-
-def shrunk(name: str, value: Any) -> Any:
-    if isinstance(value, dict):
-        if name.endswith("_config"):
-            return shrink(value)
-        return (
-            {"rope_type": "default", "rope_theta": 10000.0}
-            if name == "rope_parameters" and value.get("rope_theta", 0) is None
-            else value
-        )
-    size = next((size for pattern, size in SIZES if re.fullmatch(pattern, name)), None)
-    if (
-        name in ("layer_types", "mlp_layer_types", "layers_block_type", "attention_layers")
-        and isinstance(value, list)
-        and value
-    ):
-        kinds = list(dict.fromkeys(map(str, value)))
-        return [kinds[-1 - i % len(kinds)] for i in range(LAYERS)][::-1]
-    if (
-        isinstance(value, list)
-        and len(value) > LAYERS
-        and all(isinstance(v, (int, float)) for v in value)
-    ):
-        return [size if size is not None else v for v in value[:LAYERS]]
-    if name.endswith("token_id"):
-        return {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}.get(name, VOCAB - 1)
-    if name == "is_decoder":
-        return True
-    if isinstance(value, float):
-        return 0.0 if "dropout" in name or name.endswith("pdrop") or "layerdrop" in name else value
-    if value is None:
-        return {
-            "num_key_value_heads": 2,
-            "n_routed_experts": 4,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 2,
-            "head_dim": 8,
-        }.get(name)
-    return (
-        size
-        if size is not None and isinstance(value, int) and not isinstance(value, bool)
-        else value
-    )
-
-
-def tiny_config(family: str) -> PretrainedConfig:
-    """The default config of a family, shrunk; raises whatever transformers raises when it cannot be."""
-    default = AutoConfig.for_model(family)
-    leave = {"model_type", "transformers_version", "architectures", "dtype", "per_layer_config"}
-    values = {k: v for k, v in default.to_dict().items() if k not in leave}
-    return type(default)(**{**shrink(values), **SPECIAL.get(family, {})})
-
-
-# Sizes that hang together in ways their names do not tell.
+# Values for entries that are None by default.
+ABSENT = {
+    "num_key_value_heads": 2,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "head_dim": 8,
+}
+# Sizes that depend on one another in ways that their names do not show.
 SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "codegen": {"rotary_dim": 4},
@@ -187,10 +137,55 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
 }
+KINDS_OF_LAYERS = ("layer_types", "mlp_layer_types", "layers_block_type", "attention_layers")
+
+
+def shrink(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a config's values with everything large made small."""
+    small = {name: shrunk(name, value) for name, value in values.items()}
+    if "qk_rope_head_dim" in values:
+        # Latent attention: "head_dim" is the rotated part of a head.
+        latent = {"head_dim": 4, "qk_head_dim": 12, "num_key_value_heads": 4}
+        small.update({name: size for name, size in latent.items() if name in values})
+    return small
+
+
+def shrunk(name: str, value: Any) -> Any:
+    """Return one value of a config made small."""
+    if isinstance(value, dict):
+        if name.endswith("_config"):
+            return shrink(value)
+        unset = name == "rope_parameters" and value.get("rope_theta", 0) is None
+        return {"rope_type": "default", "rope_theta": 10000.0} if unset else value
+    size = next((n for n, names in SIZES if re.fullmatch("|".join(names.split()), name)), None)
+    if isinstance(value, list) and value and name in KINDS_OF_LAYERS:
+        kinds = list(dict.fromkeys(map(str, value)))
+        return [kinds[-1 - i % len(kinds)] for i in range(LAYERS)][::-1]
+    is_numbers = isinstance(value, list) and all(isinstance(v, (int, float)) for v in value)
+    if is_numbers and len(value) > LAYERS:
+        return [v if size is None else size for v in value[:LAYERS]]
+    if name.endswith("token_id"):
+        return {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}.get(name, VOCAB - 1)
+    if name == "is_decoder":
+        return True
+    if isinstance(value, float):
+        return 0.0 if "dropout" in name or name.endswith("pdrop") or "layerdrop" in name else value
+    if value is None:
+        return ABSENT.get(name)
+    is_count = isinstance(value, int) and not isinstance(value, bool)
+    return size if size is not None and is_count else value
+
+
+def tiny_config(family: str) -> PretrainedConfig:
+    """Return the default config of a family, shrunk. Transformers may raise anything."""
+    default = AutoConfig.for_model(family)
+    leave = {"model_type", "transformers_version", "architectures", "dtype", "per_layer_config"}
+    values = {k: v for k, v in default.to_dict().items() if k not in leave}
+    return type(default)(**{**shrink(values), **SPECIAL.get(family, {})})
 
 
 def tiny_model(family: str, seed: int = 0) -> nn.Module:
-    """A random model of a family whose weights are large enough for every layer to matter."""
+    """Return a random model of a family, with weights so large that every layer matters."""
     torch.manual_seed(seed)
     module = AutoModelForCausalLM.from_config(tiny_config(family))
     with torch.no_grad():
@@ -203,7 +198,7 @@ def tiny_model(family: str, seed: int = 0) -> nn.Module:
 
 
 def letters() -> PreTrainedTokenizerFast:
-    """A byte tokenizer: enough to have ids and text."""
+    """Return a byte tokenizer: enough to have ids and text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {
         token: i for i, token in enumerate(["<|end|>", "<|begin|>", "<|stop|>", *alphabet])
@@ -221,7 +216,7 @@ def letters() -> PreTrainedTokenizerFast:
     )
 
 
-# ── the plain model, with its own hooks: the other side of every comparison ────────────────────────────────────────────────
+# ── the plain model with its own hooks: the reference of every comparison ─────────────────────
 
 
 def plain_logits(
@@ -231,7 +226,10 @@ def plain_logits(
     change: Tensor | None = None,
     column: int = 0,
 ) -> Tensor:
-    """One unpadded sequence through the model, (T, vocab); `change` (n, d) is added to a layer's input from a column on."""
+    """Return the logits (T, vocab) of one unpadded sequence.
+
+    `change` (n, d_model) is added to a layer's input from a column on.
+    """
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(lm.slot, int):
@@ -255,12 +253,12 @@ def plain_logits(
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """Greatest difference, relative to the greatest entry where that is above one."""
+    """Return the greatest difference, relative to the greatest entry if that is above one."""
     return float((a - b).abs().max() / b.abs().max().clamp_min(1.0))
 
 
 def memory_error(lm: LanguageModel) -> float:
-    """How far the sums of coefficient times value are from what the memories put out."""
+    """Return how far the sums of coefficient times value are from the memories' outputs."""
     seen: dict[int, tuple[Tensor, Tensor]] = {}
     handles = [
         ffn.down.register_forward_hook(
@@ -283,7 +281,7 @@ def memory_error(lm: LanguageModel) -> float:
 
 
 def expert_error(lm: LanguageModel, ffn: FeedForward) -> float:
-    """How far the routed (and shared) experts' sums are from what the block puts out, token by token."""
+    """Return how far the sums of the routed and shared experts are from the block's output."""
     seen: list[Tensor] = []
     handle = ffn.module.register_forward_hook(
         lambda m, args, out: seen.append((out[0] if isinstance(out, tuple) else out).clone())
@@ -315,7 +313,7 @@ def expert_error(lm: LanguageModel, ffn: FeedForward) -> float:
 
 
 def replay_error(lm: LanguageModel, start: int, rows: list[list[int]], pivots: list[int]) -> float:
-    """Replay from every layer with a changed hidden state, against each row alone in the plain model."""
+    """Return how far replay from changed states is from each row alone in the plain model."""
     batch = lm.align(rows, pivots)
     replay = record(lm, batch, start=start)
     worst = 0.0
@@ -333,7 +331,7 @@ def replay_error(lm: LanguageModel, start: int, rows: list[list[int]], pivots: l
 
 
 def gradient_error(lm: LanguageModel) -> float:
-    """The gradient at a layer's input by replay, against the plain model's."""
+    """Return how far the gradient at a layer's input by replay is from the plain model's."""
     ids, layer, column = ROWS[0], 1, 4
     replay = record(lm, lm.align([ids], [column]), start=column)
     with torch.enable_grad():
@@ -350,7 +348,7 @@ def gradient_error(lm: LanguageModel) -> float:
 
 
 def answer_error(lm: LanguageModel) -> float:
-    """How many of a batch's greedy tokens differ from the plain loop over single prompts (ends ignored)."""
+    """Return how many of a batch's greedy answers differ from the plain loop over prompts."""
     expected = []
     for ids in ROWS:
         new: list[int] = []
@@ -371,48 +369,40 @@ def answer_error(lm: LanguageModel) -> float:
 
 
 def hooks(module: nn.Module) -> int:
-    """How many hooks and instance-level forwards the modules carry."""
+    """Return how many hooks and forwards on the instance the modules carry."""
     return sum(
         len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in vars(m))
         for m in module.modules()
     )
 
 
+def outcome(family: str, kind: str, why: object) -> dict[str, Any]:
+    """Return the row of a family that was not compared."""
+    text = f"{type(why).__name__}: {why}" if isinstance(why, Exception) else why
+    return {"family": family, "outcome": kind, "why": text}
+
+
 def check(family: str) -> dict[str, Any]:
-    """One family's outcome: {"family", "outcome", "why", and the measured differences}."""
+    """Return one family's row: {"family", "outcome", "why", and the measured differences}."""
     try:
         module = tiny_model(family)
         before = hooks(module)
         with torch.no_grad():
             logits = module(input_ids=torch.tensor(ROWS[:1])).logits
-        if not bool(logits.isfinite().all()):
-            return {
-                "family": family,
-                "outcome": "not built",
-                "why": "its own output is not finite with random weights",
-            }
     except Exception as error:
-        return {
-            "family": family,
-            "outcome": "not built",
-            "why": f"{type(error).__name__}: {error}".split("\n")[0][:160],
-        }
+        row = outcome(family, "not built", error)
+        return {**row, "why": row["why"].split("\n")[0][:160]}
+    if not bool(logits.isfinite().all()):
+        return outcome(family, "not built", "its own output is not finite with random weights")
     started = time.perf_counter()
     try:
         lm = wrap(module, letters())
     except UnsupportedModelError as error:
-        clean = hooks(module) == before
-        return {
-            "family": family,
-            "outcome": "refused" if clean else "silent",
-            "why": str(error) if clean else "left hooks behind",
-        }
+        if hooks(module) == before:
+            return outcome(family, "refused", str(error))
+        return outcome(family, "silent", "left hooks behind")
     except Exception as error:
-        return {
-            "family": family,
-            "outcome": "silent",
-            "why": f"load: {type(error).__name__}: {error}",
-        }
+        return outcome(family, "silent", f"load: {type(error).__name__}: {error}")
     result: dict[str, Any] = {
         "family": family,
         "seconds": round(time.perf_counter() - started, 2),
@@ -420,64 +410,58 @@ def check(family: str) -> dict[str, Any]:
     }
     try:
         with torch.no_grad():
-            result["memory"] = memory_error(lm)
-            result["full"] = replay_error(lm, 0, ROWS[:1], PIVOTS[:1])
-            result["suffix"] = replay_error(lm, 4, ROWS[:1], PIVOTS[:1])
-            if lm.hides_padding:
-                result["aligned"] = max(
-                    replay_error(lm, 0, ROWS, PIVOTS), replay_error(lm, 4, ROWS, PIVOTS)
-                )
-            result["answers"] = answer_error(lm)
-        result["gradient"] = gradient_error(lm)
+            for name, compare in comparisons(lm).items():
+                result[name] = compare()
         result["hooks"] = float(hooks(module) != before)
     except FactsmithError as error:
-        return {
-            **result,
-            "outcome": "silent",
-            "why": f"accepted, then {type(error).__name__}: {error}",
-        }
+        row = outcome(family, "silent", f"accepted, then {type(error).__name__}: {error}")
+        return {**result, **row}
     except Exception as error:
-        return {**result, "outcome": "silent", "why": f"{type(error).__name__}: {error}"}
-    wrong = [
-        name
-        for name, value in result.items()
-        if isinstance(value, float) and name != "seconds" and not value <= 1e-5
-    ]
+        return {**result, **outcome(family, "silent", error)}
+    numbers = {k: v for k, v in result.items() if isinstance(v, float) and k != "seconds"}
+    wrong = ", ".join(name for name, value in numbers.items() if not value <= 1e-5)
+    row = outcome(family, "silent", f"differs: {wrong}") if wrong else outcome(family, "pass", "")
+    return {**result, **row}
+
+
+def comparisons(lm: LanguageModel) -> dict[str, Callable[[], float]]:
+    """Return the comparisons that apply to a model, by name."""
+    aligned = {"aligned": lambda: max(replay_error(lm, at, ROWS, PIVOTS) for at in (0, 4))}
     return {
-        **result,
-        "outcome": "silent" if wrong else "pass",
-        "why": f"differs: {', '.join(wrong)}" if wrong else "",
+        "memory": lambda: memory_error(lm),
+        "full": lambda: replay_error(lm, 0, ROWS[:1], PIVOTS[:1]),
+        "suffix": lambda: replay_error(lm, 4, ROWS[:1], PIVOTS[:1]),
+        **(aligned if lm.hides_padding else {}),
+        "answers": lambda: answer_error(lm),
+        "gradient": lambda: gradient_error(lm),
     }
 
 
 def guarded(family: str, seconds: float) -> dict[str, Any]:
-    """`check` in a process of its own, so that a crash or a hang is one line of the table."""
+    """Run `check` in its own process, so that a crash or a hang is one line of the table."""
 
     def work(pipe: Connection) -> None:
         torch.set_num_threads(1)
         pipe.send(check(family))
 
     context = multiprocessing.get_context("fork")
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=work, args=(there,))
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=work, args=(sender,))
     process.start()
-    there.close()
+    sender.close()
     try:
-        if here.poll(seconds):
-            return dict(here.recv())
-        return {
-            "family": family,
-            "outcome": "timed out",
-            "why": f"no result within {seconds:.0f} s",
-        }
+        if receiver.poll(seconds):
+            return dict(receiver.recv())
+        return outcome(family, "timed out", f"no result within {seconds:.0f} s")
     except EOFError:
-        return {"family": family, "outcome": "silent", "why": "the process died"}
+        return outcome(family, "silent", "the process died")
     finally:
         process.kill()
         process.join()
 
 
 def main() -> None:
+    """Check the families and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -511,8 +495,9 @@ def main() -> None:
     )
     passed = [r for r in results if r["outcome"] == "pass"]
     print(
-        f"of the passing: {sum(r['cached'] for r in passed)} reuse the prefix's keys and values (the others run it again), "
-        f"{sum('aligned' in r for r in passed)} take prompts of different lengths in one batch (the others refuse that in words)"
+        f"of those that pass, {sum(r['cached'] for r in passed)} reuse the prefix's keys and "
+        f"values (the others run it again), and {sum('aligned' in r for r in passed)} take prompts "
+        "of different lengths in one batch (the others refuse them)"
     )
     if options.json:
         Path(options.json).write_text(
