@@ -288,21 +288,23 @@ def _reverted(
 def _next(folder: Path) -> Step:
     where = shlex.quote(str(folder))
     subject = "Fiat 127"
-    prompt = f'--subject "{subject}" --prompt "The maker of {{}} is" --target Toyota'
     commands = {
-        f"factsmith log -w {where}": "the history of this workspace",
-        'factsmith ask atlas "The capital town of Bulgaria is called"': "ask something else",
-        f'factsmith trace atlas "The maker of {subject} is" --subject "{subject}"': (
-            "where another fact is stored"
+        "the history of this workspace": f"factsmith log -w {where}",
+        "another question": 'factsmith ask atlas "The capital town of Bulgaria is called"',
+        "where another fact is stored": (
+            f'factsmith trace atlas "The maker of {subject} is" --subject "{subject}"'
         ),
-        f"factsmith patch -w {where} {prompt}": "patch that fact",
-        f"factsmith revert latest -w {where}": "take the patch back",
-        "factsmith init ./my-model my-workspace": "start with your own Hugging Face model",
+        "a patch of that fact": (
+            f'factsmith patch -w {where} --subject "{subject}" \\\n'
+            '    --prompt "The maker of {} is" --target Toyota'
+        ),
+        "the patch taken back": f"factsmith revert latest -w {where}",
+        "your own Hugging Face model": "factsmith init ./my-model my-workspace",
     }
-    width = max(map(len, commands))
+    text = "\n".join(f"# {why}\n{command}" for why, command in commands.items())
     return Step(
         name="next",
         title="What to type next",
-        before=tuple(f"{command:<{width}}  # {why}" for command, why in commands.items()),
-        data={"commands": list(commands)},
+        before=tuple(text.split("\n")),
+        data={"commands": [command.replace("\\\n    ", "") for command in commands.values()]},
     )
