@@ -1,7 +1,9 @@
 """Gates: the thresholds that a patch must pass before it is committed.
 
-Gates(efficacy=1.0, neighbours=None)
-Gates.from_dict({"paraphrases": 0.8})
+    Gates(efficacy=1.0, neighbours=None)
+    Gates.from_dict({"paraphrases": 0.8})
+
+A new gate is a field here, and a check in `patch/gates.py`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     LAYOUTS["counterfact"].read(Entry(row, dropped=[]), 0)      # a Record; raises FieldError
 
-`suites.py` says what each layout is and which paper it comes from.
+`suites.py` says what each layout is and which paper it comes from. A new layout is a function that
+reads one record, and a row of `LAYOUTS`.
 """
 
 from __future__ import annotations

@@ -7,6 +7,9 @@
 Shares are in [0, 1]; papers print them times 100. What is measured of one question, success,
 magnitude and tokens, is documented in `rows.Row`. References to code are to kmeng01/memit at
 80426fd (experiments/) and zjunlp/EasyEdit at 14cea82.
+
+A new measure of one question is a function here and a field of `rows.Row`. `summary.py` averages
+the fields.
 """
 
 from __future__ import annotations

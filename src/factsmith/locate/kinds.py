@@ -3,6 +3,8 @@
     Restoration("mlp", window=2).spans(6)      # the layers that are restored together
     Restoration("state", sever="mlp").name     # "state, mlp severed"
 
+A new part needs its name here, and in `batching.py` the module whose output is replaced.
+
 This module does not import torch. The command line reads the names from it before it loads a model.
 """
 

@@ -1,8 +1,8 @@
 """Gates: what a patch has to pass before it is kept, and which fact fails where.
 
-results = check_gates(Gates(paraphrases=0.8), verification, drift)
-all(result.passed for result in results)
-results[1].failures          # ("paraphrase 'Where does Ann live?' is answered 'Rome', not 'Oslo'",)
+    results = check_gates(Gates(paraphrases=0.8), verification, drift)
+    all(result.passed for result in results)
+    results[1].failures          # ("paraphrase 'Where does Ann live?' is answered 'Rome', not 'Oslo'",)
 """
 
 from __future__ import annotations

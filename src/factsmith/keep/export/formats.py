@@ -9,6 +9,8 @@ and only then renamed, so it is there whole and checked, or not at all (`staging
 adapters are read back by plain transformers and peft in a separate process that never imports
 factsmith, and compared with the patched model in memory (`readback`). Patches are compared bit for
 bit.
+
+A new format needs its name in `manifest.Format`, a module that writes its folder, and a row here.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@
 Tokens and texts come from models and corpora, so no page trusts them. Templates escape them. Data
 is in a JSON block without a `<`, and scripts put it into text nodes only. A content security policy
 lets one script run, named by its hash, and lets the browser fetch nothing.
+
+A new page is a module next to this one and a template in `show/templates/`.
 """
 
 from __future__ import annotations
