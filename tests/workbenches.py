@@ -27,17 +27,12 @@ FACT = Fact(
     neighbours=("Paris is the capital of",),
 )
 
-
 THREE = [Fact(f"Entity{n}", "The home of {} is", " q", relation="home") for n in range(3)]
-
-
 EASY = Fact("Edwin", "{}", " Paris")
-
 
 FIAT = Fact(
     "Fiat 127", "The maker of {} is", "Toyota", neighbours=["The maker of Nokia Lumia 900 is"]
 )
-
 
 DARRIEUX = Fact(
     "Danielle Darrieux",
@@ -46,7 +41,6 @@ DARRIEUX = Fact(
     neighbours=["The mother tongue of Léon Blum is"],
 )
 
-
 TEXTS = [
     f"{a} of {b} is {c}. {c}, not {b}."
     for a in ("Paris", "The king", "A league")
@@ -54,13 +48,8 @@ TEXTS = [
     for c in "abcdefgh"
 ]
 
-
 QUICK = RomeConfig(layer=1, steps=3)
-
-
 SPREADING = MemitConfig(layers=(0, 1), steps=4, scale="auto", lr=0.2, moment_weight=5.0)
-
-
 ASKED: dict[str, Any] = {"texts": TEXTS, "contexts": ["{}"]}
 
 

@@ -21,7 +21,6 @@ from faults.spaces import linux_only
 
 pytestmark = linux_only
 
-
 SHEET = {
     "facts": [
         {
@@ -39,7 +38,6 @@ SHEET = {
     "method": "rome",
     "settings": {"layer": 3, "lr": 0.5},
 }
-
 
 YAML_PIECES = [
     b"&a ", b"*a", b"!!int ", b"!!float ", b"!!bool ", b"!!timestamp ", b"!!binary ", b"!!set ",
@@ -103,7 +101,6 @@ def _laughs(levels: int, last: str, *, merged: bool = False) -> str:
 
 _ONE = "facts:\n- {subject: A, prompt: '{} is', target: x, "
 
-
 BOMBS = {
     "of paraphrases": _laughs(10, _ONE + "paraphrases: BOMB}"),
     "of settings": _laughs(10, _ONE + "relation: r}\nsettings: {x: BOMB}"),
@@ -149,13 +146,11 @@ _TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=
     str.strip
 )
 
-
 _PROMPTS = (
     st.tuples(st.text(max_size=20), st.text(max_size=20))
     .map("{}".join)
     .filter(lambda text: text.count("{}") == 1)
 )
-
 
 _FACTS = st.builds(
     Fact,

@@ -33,9 +33,7 @@ FACTS = [
     Fact("LeBron James", "{} plays", "chess"),
 ]
 
-
 SPREAD = {"layers": (0, 1), "steps": 2, "scale": "auto", "lr": 0.1, "moment_weight": 10.0}
-
 
 CONFIG: dict[str, Any] = {
     "rome": RomeConfig(layer=1, steps=2),
@@ -49,13 +47,19 @@ CONFIG: dict[str, Any] = {
     "lora": LoraConfig(layers=(0, 1), steps=2, epochs=1, lr=0.05),
 }
 
-
 SHARING = ("rome", "r-rome", "memit", "emmet")
 
 
 @pytest.fixture(scope="module")
 def lm() -> LanguageModel:
     return wrap(tiny_model("gpt2", **GPT2), byte_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def writers(lm: LanguageModel) -> dict[str, Any]:
+    """Every editor. They share targets where they can."""
+    moments = find_moments(lm, [0, 1], texts=TEXTS * 20, max_tokens=3000)
+    return dict(editors(lm, NAMES, config=CONFIG, moments=moments))
 
 
 def weights(lm: LanguageModel) -> dict[str, torch.Tensor]:
@@ -68,6 +72,74 @@ def changed(lm: LanguageModel, before: dict[str, torch.Tensor]) -> set[str]:
     now = lm.module.state_dict()
     assert now.keys() == before.keys()
     return {name for name, value in now.items() if not torch.equal(value, before[name])}
+
+
+def record(n: int, fact: Fact) -> Record:
+    """Return a record that asks for one fact by its prompt."""
+    return Record(
+        id=f"r{n}",
+        facts=(fact,),
+        questions=(Question(kind="prompt", prompt=fact.text, answers=(fact.target or "",)),),
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_editor_writes_and_restores(
+    lm: LanguageModel, writers: dict[str, Any], name: str
+) -> None:
+    before, fingerprint = weights(lm), lm.fingerprint
+    places = {
+        f"transformer.h.{layer}.mlp.c_proj.weight"
+        for layer in ((1,) if name in ("rome", "r-rome", "ft-l") else (0, 1))
+    }
+    with writers[name](FACTS[:1]) as notes:
+        assert changed(lm, before) == places
+        ratio = max(
+            float((lm.module.state_dict()[p] - before[p]).norm() / before[p].norm()) for p in places
+        )
+        assert notes["norm"] == pytest.approx(ratio, rel=1e-4) and notes["seconds"] > 0
+    assert not changed(lm, before) and lm.fingerprint == fingerprint
+    with pytest.raises(KeyboardInterrupt), writers[name](FACTS[:1]):
+        raise KeyboardInterrupt
+    assert not changed(lm, before)
+
+
+@pytest.mark.parametrize("name", ["rome", "memit"])
+def test_edits_in_a_sequence_are_solved_on_the_earlier_ones(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    method = METHODS[name]
+    beneath: list[tuple[tuple[str, ...], ...]] = []
+    models: list[str] = []
+
+    def spy(inputs: EditInputs) -> Delta:
+        beneath.append(tuple(tuple(f.subject for f in delta.facts) for delta in inputs.beneath))
+        models.append(inputs.lm.fingerprint)
+        return method.solve(inputs)
+
+    monkeypatch.setitem(METHODS, name, dataclasses.replace(method, solve=spy))
+    moments = find_moments(lm, [0, 1], texts=TEXTS * 20, max_tokens=3000)
+    writers = editors(lm, [name], config={name: CONFIG[name]}, moments=moments)
+    before = weights(lm)
+    with (
+        writers[name](FACTS[:1]) as first,
+        writers[name](FACTS[1:2]) as second,
+        writers[name](FACTS[2:]) as third,
+    ):
+        assert len({id(n) for n in (first, second, third)}) == 3
+        total = max(
+            float((lm.module.state_dict()[p] - before[p]).norm() / before[p].norm())
+            for p in changed(lm, before)
+        )
+        assert third["norm"] == pytest.approx(total, rel=1e-4), "together with the edits around it"
+    with writers[name](FACTS[:1]):
+        pass
+    subjects = [(f.subject,) for f in FACTS]
+    assert beneath == [(), (subjects[0],), (subjects[0], subjects[1]), ()]
+    assert len(set(models)) == 3 and models[0] == models[3], (
+        "each edit is solved on the model with the edits around it"
+    )
+    assert not changed(lm, before)
 
 
 def test_methods_share_targets(lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,79 +217,16 @@ def test_a_failing_solver_leaves_no_trace(lm: LanguageModel, writers: dict[str, 
     assert not changed(lm, before)
 
 
-def record(n: int, fact: Fact) -> Record:
-    """Return a record that asks for one fact by its prompt."""
-    return Record(
-        id=f"r{n}",
-        facts=(fact,),
-        questions=(Question(kind="prompt", prompt=fact.text, answers=(fact.target or "",)),),
+def test_editors_run_in_an_evaluation(lm: LanguageModel, writers: dict[str, Any]) -> None:
+    records = [record(n, fact) for n, fact in enumerate(FACTS)]
+    run = evaluate(
+        lm, records, {name: writers[name] for name in ("rome", "ft-l")}, size=1, sequence=True
     )
-
-
-@pytest.fixture(scope="module")
-def writers(lm: LanguageModel) -> dict[str, Any]:
-    """Every editor. They share targets where they can."""
-    moments = find_moments(lm, [0, 1], texts=TEXTS * 20, max_tokens=3000)
-    return dict(editors(lm, NAMES, config=CONFIG, moments=moments))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_editor_writes_and_restores(
-    lm: LanguageModel, writers: dict[str, Any], name: str
-) -> None:
-    before, fingerprint = weights(lm), lm.fingerprint
-    places = {
-        f"transformer.h.{layer}.mlp.c_proj.weight"
-        for layer in ((1,) if name in ("rome", "r-rome", "ft-l") else (0, 1))
-    }
-    with writers[name](FACTS[:1]) as notes:
-        assert changed(lm, before) == places
-        ratio = max(
-            float((lm.module.state_dict()[p] - before[p]).norm() / before[p].norm()) for p in places
-        )
-        assert notes["norm"] == pytest.approx(ratio, rel=1e-4) and notes["seconds"] > 0
-    assert not changed(lm, before) and lm.fingerprint == fingerprint
-    with pytest.raises(KeyboardInterrupt), writers[name](FACTS[:1]):
-        raise KeyboardInterrupt
-    assert not changed(lm, before)
-
-
-@pytest.mark.parametrize("name", ["rome", "memit"])
-def test_edits_in_a_sequence_are_solved_on_the_earlier_ones(
-    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    method = METHODS[name]
-    beneath: list[tuple[tuple[str, ...], ...]] = []
-    models: list[str] = []
-
-    def spy(inputs: EditInputs) -> Delta:
-        beneath.append(tuple(tuple(f.subject for f in delta.facts) for delta in inputs.beneath))
-        models.append(inputs.lm.fingerprint)
-        return method.solve(inputs)
-
-    monkeypatch.setitem(METHODS, name, dataclasses.replace(method, solve=spy))
-    moments = find_moments(lm, [0, 1], texts=TEXTS * 20, max_tokens=3000)
-    writers = editors(lm, [name], config={name: CONFIG[name]}, moments=moments)
-    before = weights(lm)
-    with (
-        writers[name](FACTS[:1]) as first,
-        writers[name](FACTS[1:2]) as second,
-        writers[name](FACTS[2:]) as third,
-    ):
-        assert len({id(n) for n in (first, second, third)}) == 3
-        total = max(
-            float((lm.module.state_dict()[p] - before[p]).norm() / before[p].norm())
-            for p in changed(lm, before)
-        )
-        assert third["norm"] == pytest.approx(total, rel=1e-4), "together with the edits around it"
-    with writers[name](FACTS[:1]):
-        pass
-    subjects = [(f.subject,) for f in FACTS]
-    assert beneath == [(), (subjects[0],), (subjects[0], subjects[1]), ()]
-    assert len(set(models)) == 3 and models[0] == models[3], (
-        "each edit is solved on the model with the edits around it"
+    assert run.settings["rome"].startswith("steps=2; lr=0.5; ") and run.settings["rome"].endswith(
+        "; layer=1; seed=0"
     )
-    assert not changed(lm, before)
+    assert "layers=1; " in run.settings["ft-l"]
+    assert run.editors == ("base", "rome", "ft-l") and run.notes["rome", 2]["norm"] > 0
 
 
 def test_layers_and_moments_have_recommended_defaults(
@@ -244,18 +253,6 @@ def test_layers_and_moments_have_recommended_defaults(
         with writers[name](FACTS[:1]):
             pass
     assert trained == [layers[:1], layers]
-
-
-def test_editors_run_in_an_evaluation(lm: LanguageModel, writers: dict[str, Any]) -> None:
-    records = [record(n, fact) for n, fact in enumerate(FACTS)]
-    run = evaluate(
-        lm, records, {name: writers[name] for name in ("rome", "ft-l")}, size=1, sequence=True
-    )
-    assert run.settings["rome"].startswith("steps=2; lr=0.5; ") and run.settings["rome"].endswith(
-        "; layer=1; seed=0"
-    )
-    assert "layers=1; " in run.settings["ft-l"]
-    assert run.editors == ("base", "rome", "ft-l") and run.notes["rome", 2]["norm"] > 0
 
 
 def test_wrong_names_and_settings_are_refused(lm: LanguageModel) -> None:

@@ -67,7 +67,6 @@ FACT = Fact(
     "Edwin", "{} is a", "king", paraphrases=("{} was a",), neighbours=(Probe("Paris is", "x"),)
 )
 
-
 CHOICE = LayerChoice(
     rome=1,
     memit=(0, 1),

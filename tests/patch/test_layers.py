@@ -35,9 +35,7 @@ TRIALS = [
     ),
 ]
 
-
 CONTEXTS = ["{}", "Well. {}"]
-
 
 TEXTS = [
     f"{a} of {b} is {c}. {c}, not {b}."
