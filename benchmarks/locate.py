@@ -27,37 +27,73 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+Change = Callable[[Tensor], Tensor]
+"""Changes a module's output."""
 KINDS = ("state", "mlp", "attention")
 KNOWN = Path(__file__).resolve().parents[1] / "../shared/data/counterfact/known_1000.json"
+
+
+class PlainRuns(NamedTuple):
+    """The runs of a trace: row 0 is clean, and the others are corrupted."""
+
+    rows: Sequence[Sequence[int]]
+    """Token ids of the clean prompt, then of each corrupted run."""
+    answer_ids: Sequence[int]
+    """The answer's tokens."""
+    span: tuple[int, int]
+    """Token columns of the subject."""
+    corruption: Tensor | None
+    """(samples, n_subject_tokens, d_model) noise for the corrupted runs' embeddings."""
+
+    def ids(self) -> Tensor:
+        """Return the token ids of the batch, (1 + samples, n_columns)."""
+        return torch.tensor([[*row, *self.answer_ids[:-1]] for row in self.rows])
+
+    def corrupt(self, output: Tensor) -> Tensor:
+        """Add the noise to the embeddings of the corrupted runs."""
+        output = output.clone()
+        output[1:, self.span[0] : self.span[1]] += 0 if self.corruption is None else self.corruption
+        return output
+
+    @torch.no_grad()
+    def probabilities(
+        self, module: nn.Module, changes: Sequence[tuple[nn.Module, Change]] = ()
+    ) -> Tensor:
+        """Return p(answer) of each run, with the outputs of some modules changed."""
+        ids, answer = self.ids(), torch.tensor(self.answer_ids)
+        with ExitStack() as stack:
+            embedding: Any = module.get_input_embeddings()  # type: ignore[operator]
+            for site, change in [(embedding, self.corrupt), *changes]:
+                handle = site.register_forward_hook(
+                    lambda _m, _a, out, change=change: _changed(out, change)
+                )
+                stack.callback(handle.remove)
+            logits = module(input_ids=ids, use_cache=False).logits
+        log_p = logits[:, len(self.rows[0]) - 1 :].float().log_softmax(-1)
+        return log_p.gather(-1, answer.expand(len(ids), -1)[..., None])[..., 0].sum(-1).exp()
 
 
 def plain_trace(
     module: nn.Module,
     sites: Sequence[nn.Module],
-    rows: Sequence[Sequence[int]],
-    answer_ids: Sequence[int],
-    span: tuple[int, int],
-    corruption: Tensor | None,
+    runs: PlainRuns,
     *,
     window: int | None = None,
     severed: Sequence[nn.Module] = (),
     shift: int = 0,
     cells: Sequence[tuple[int, int]] | None = None,
 ) -> tuple[Tensor, float, float]:
-    """Return a map by one full pass a cell, in which row 0 is clean and the others are corrupted.
+    """Return a map by one full pass a cell.
 
     Args:
         module: The model.
         sites: For each layer, the module whose output is restored.
-        rows: Token ids of the clean prompt, then of each corrupted run.
-        answer_ids: The answer's tokens.
-        span: Token columns of the subject.
-        corruption: (samples, n_subject_tokens, d_model) noise for the corrupted runs' embeddings.
+        runs: The clean run and the corrupted ones.
         window: Number of layers restored together. None: one.
         severed: Modules that keep, at the traced token, their outputs of the corrupted run.
         shift: Restore what is so many columns further. That map is wrong, and shows that the
@@ -67,69 +103,43 @@ def plain_trace(
     Returns:
         The scores (n_tokens, n_layers), p(answer) of the clean run, and of the corrupted runs.
     """
-    ids = torch.tensor([[*row, *answer_ids[:-1]] for row in rows])
-    n_tokens, n_layers = len(rows[0]), len(sites)
+    shape = runs.ids().shape
+    n_tokens, n_layers = len(runs.rows[0]), len(sites)
+    kept: dict[nn.Module, Tensor] = {}
 
-    def corrupt(output: Tensor) -> Tensor:
-        output = output.clone()
-        output[1:, span[0] : span[1]] += 0 if corruption is None else corruption
-        return output
-
-    def restore(token: int) -> Callable[[Tensor], Tensor]:
+    def restore(token: int) -> Change:
         def change(output: Tensor) -> Tensor:
-            shaped = output.reshape(*ids.shape, -1).clone()
+            shaped = output.reshape(*shape, -1).clone()
             shaped[1:, token] = shaped[0, (token + shift) % n_tokens]
             return shaped.view(output.shape)
 
         return change
 
-    def hold(token: int, held: Tensor) -> Callable[[Tensor], Tensor]:
+    def keep(site: nn.Module) -> Change:
         def change(output: Tensor) -> Tensor:
-            shaped = output.reshape(*ids.shape, -1).clone()
-            shaped[1:, token] = held.reshape(shaped.shape)[1:, token]
-            return shaped.view(output.shape)
-
-        return change
-
-    @torch.no_grad()
-    def run(changes: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor]]] = ()) -> Tensor:
-        with ExitStack() as stack:
-            embedding: Any = module.get_input_embeddings()  # type: ignore[operator]
-            for site, change in [(embedding, corrupt), *changes]:
-                handle = site.register_forward_hook(
-                    lambda _m, _a, out, change=change: _changed(out, change)
-                )
-                stack.callback(handle.remove)
-            logits = module(input_ids=ids, use_cache=False).logits[:, n_tokens - 1 :].float()
-        log_p = logits.log_softmax(-1)
-        return (
-            log_p.gather(-1, torch.tensor(answer_ids).expand(len(ids), -1)[..., None])[..., 0]
-            .sum(-1)
-            .exp()
-        )
-
-    held: dict[nn.Module, Tensor] = {}
-
-    def keep(site: nn.Module) -> Callable[[Tensor], Tensor]:
-        def change(output: Tensor) -> Tensor:
-            held[site] = output.clone()
+            kept[site] = output.clone()
             return output
 
         return change
 
-    base = run([(site, keep(site)) for site in severed])
+    def hold(token: int, site: nn.Module) -> Change:
+        def change(output: Tensor) -> Tensor:
+            shaped = output.reshape(*shape, -1).clone()
+            shaped[1:, token] = kept[site].reshape(shaped.shape)[1:, token]
+            return shaped.view(output.shape)
+
+        return change
+
+    base = runs.probabilities(module, [(site, keep(site)) for site in severed])
     scores = torch.full((n_tokens, n_layers), float("nan"))
-    for token, layer in (
-        cells if cells is not None else [(t, k) for t in range(n_tokens) for k in range(n_layers)]
-    ):
-        low, high = (
-            (layer, layer + 1)
-            if window is None
-            else (layer - window // 2, layer + (window + 1) // 2)
-        )
-        changes = [(site, hold(token, held[site])) for site in severed]
+    every = [(token, layer) for token in range(n_tokens) for layer in range(n_layers)]
+    for token, layer in every if cells is None else cells:
+        low, high = layer, layer + 1
+        if window is not None:
+            low, high = layer - window // 2, layer + (window + 1) // 2
+        changes = [(site, hold(token, site)) for site in severed]
         changes += [(sites[k], restore(token)) for k in range(max(0, low), min(n_layers, high))]
-        scores[token, layer] = run(changes)[1:].mean()
+        scores[token, layer] = runs.probabilities(module, changes)[1:].mean()
     return scores, float(base[0]), float(base[1:].mean())
 
 
@@ -274,10 +284,7 @@ def compare(
         lambda: plain_trace(
             lm.module,
             sites,
-            ids,
-            trace.answer_ids,
-            (start, stop),
-            noise,
+            PlainRuns(ids, trace.answer_ids, (start, stop), noise),
             window=None if kind == "state" else trace.window,
             cells=some,
         )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.locate import plain_trace
+from benchmarks.locate import PlainRuns, plain_trace
 from torch import Tensor, nn
 
 from conftest import (
@@ -139,10 +139,7 @@ def oracle(family: str, trace: CausalTrace, **options: Any) -> tuple[Tensor, flo
     return plain_trace(
         lm.module,
         sites(lm, family, trace.kind),
-        rows,
-        trace.answer_ids,
-        trace.subject_span,
-        noise,
+        PlainRuns(rows, trace.answer_ids, trace.subject_span, noise),
         window=window,
         severed=severed,
         **options,
