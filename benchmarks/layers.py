@@ -1,14 +1,23 @@
-"""Does the recommendation find the layer that an exhaustive sweep finds? Every layer, many facts, against a few trial edits.
+"""Compare the layer that a few trial edits recommend with the best one of an exhaustive sweep.
 
-    python benchmarks/layers.py --models atlas atlas-llama --facts 100 --seeds 0 1 2 3 4 --json benchmarks/results/layers.json
+    python benchmarks/layers.py --models atlas atlas-llama --facts 100 --seeds 0 1 2 3 4 \
+        --json benchmarks/results/layers.json
 
-The sweep edits each fact alone at every layer of the model, and scores the layer by the harmonic mean of efficacy, generalization and
-specificity (greedy exact match). The recommendation is `recommend_layers` as a user runs it, once for each seed, on trial facts whose
-subjects are not among the sweep's. Its regret is what the sweep's best layer scores more than the recommended one, in points of 100.
-A few seeds say little, so the race is also replayed on the sweep's trials: 2,000 times on that many of its facts drawn at random, with the
-regret counted on the facts not drawn. Seconds are processor seconds of one thread.
+The sweep edits each fact alone at every layer of the model. A layer's score is the harmonic mean of
+efficacy, generalization and specificity, by greedy exact match.
 
-The file is written as it grows. A sweep that is in it already, of the same weights and number of facts, is not run again.
+The recommendation is `recommend_layers`, as a user calls it, once for each seed. Its trial facts
+have other subjects than the sweep's facts. Its regret is the score of the sweep's best layer minus
+the score of the recommended layer, in points of 100.
+
+A few seeds say little. So the race is also replayed on the sweep's trials, 2,000 times. Each replay
+draws as many facts as a recommendation tries, and counts the regret on the facts not drawn.
+
+Columns: efficacy, generalization, specificity and their harmonic mean, in per cent. Seconds are
+processor seconds of one thread.
+
+The JSON file grows as the script runs. It reuses a sweep that the file already has, if the weights
+and the number of facts are the same.
 """
 
 from __future__ import annotations
@@ -36,17 +45,22 @@ from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import load
 from factsmith.patch.layer_choice import LayerScore, Trial
 from factsmith.patch.layer_trials import choose, race
-from factsmith.patch.trial_facts import judge, trial_facts
 from factsmith.patch.layers import recommend_layers
+from factsmith.patch.trial_facts import judge, trial_facts
 
 SWEEP_SEED = 1_000_003
+"""Seed of the sweep's facts. The recommendations use small seeds."""
+HEADER = "           efficacy general. specific. harmonic"
+
+Trials = dict[int, list[Trial]]
+"""The trials of each layer, in the order of the facts."""
 
 
-def sweep(lm: LanguageModel, facts: list[Fact]) -> dict[int, list[Trial]]:
-    """Every fact as a single edit at every layer: {layer: its trials}."""
+def sweep(lm: LanguageModel, facts: list[Fact]) -> Trials:
+    """Edit every fact alone at every layer, and return the trials."""
     moments = find_moments(lm, range(lm.n_layers), seed=SWEEP_SEED)
     contexts = generate_contexts(lm, SWEEP_SEED)
-    trials: dict[int, list[Trial]] = {}
+    trials: Trials = {}
     for layer in range(lm.n_layers):
         config = dataclasses.replace(RomeConfig.recommended(lm), layer=layer)
         trials[layer] = []
@@ -60,29 +74,41 @@ def sweep(lm: LanguageModel, facts: list[Fact]) -> dict[int, list[Trial]]:
 
 
 def describe(score: LayerScore) -> str:
+    """Return the columns of a layer."""
     shares = (score.efficacy, score.generalization or 0, score.specificity or 0)
     return "  ".join(f"{100 * x:6.2f}" for x in (*shares, score.score))
 
 
-def resampled(trials: dict[int, list[Trial]], draws: int = 500) -> dict[int, float]:
-    """How often each layer is the sweep's best when its facts are drawn anew from themselves: how sure the sweep itself is."""
+def resampled(trials: Trials, draws: int = 500) -> dict[int, float]:
+    """Return how often each layer is the best one of a bootstrap over the facts.
+
+    It says how sure the sweep itself is.
+    """
     draw, count = random.Random(0), len(next(iter(trials.values())))
     won = dict.fromkeys(trials, 0)
     for _ in range(draws):
         picked = [draw.randrange(count) for _ in range(count)]
-        won[
-            max(
-                trials,
-                key=lambda layer: LayerScore.of(layer, [trials[layer][i] for i in picked]).score,
-            )
-        ] += 1
+        scores = {
+            k: LayerScore.of(k, [some[i] for i in picked]).score for k, some in trials.items()
+        }
+        won[max(scores, key=scores.__getitem__)] += 1
     return {layer: n / draws for layer, n in won.items()}
 
 
 def replayed(
-    trials: dict[int, list[Trial]], effects: Sequence[float], count: int, draws: int = 2000
+    trials: Trials, effects: Sequence[float], count: int, draws: int = 2000
 ) -> dict[str, Any]:
-    """The race and the choice on trials that are there already: regret in points on the facts not drawn, layers chosen, edits spent."""
+    """Replay the race and the choice on the trials of a sweep.
+
+    Args:
+        trials: The trials of the sweep.
+        effects: Each layer's indirect effect, which the choice also uses.
+        count: How many facts one replay draws.
+        draws: How many replays.
+    Returns:
+        The regret in points on the facts not drawn, how often each layer is chosen, and the edits
+        that a race takes.
+    """
     draw, n_facts = random.Random(0), len(next(iter(trials.values())))
     regrets, chosen, edits = [], dict.fromkeys(trials, 0), []
     for _ in range(draws):
@@ -112,7 +138,10 @@ def replayed(
 
 
 def kept(file: Path | None) -> dict[str, dict[str, Any]]:
-    """The records of an earlier run by the model's fingerprint, their trials by layer as `sweep` gives them."""
+    """Return the records of an earlier run, by the model's fingerprint.
+
+    Their trials have the form that `sweep` returns.
+    """
     records = (
         json.loads(file.read_text(encoding="utf-8")) if file is not None and file.is_file() else []
     )
@@ -124,91 +153,106 @@ def kept(file: Path | None) -> dict[str, dict[str, Any]]:
     return {record["fingerprint"]: record for record in records}
 
 
+def sweep_record(
+    name: str, lm: LanguageModel, facts: list[Fact], earlier: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the record of a model's sweep, and print its layers.
+
+    An earlier record is kept if it is of as many facts.
+    """
+    record = earlier
+    if record.get("facts") != len(facts):
+        start = time.process_time()
+        trials = sweep(lm, facts)
+        record = {
+            "model": name,
+            "fingerprint": lm.fingerprint,
+            "facts": len(facts),
+            "seconds": time.process_time() - start,
+            "trials_by_layer": trials,
+        }
+    trials = record["trials_by_layer"]
+    scores = [LayerScore.of(layer, some) for layer, some in trials.items()]
+    for score in scores:
+        print(f"  layer {score.layer}: {describe(score)}")
+    best = max(scores, key=lambda score: score.score).layer
+    print(f"  best: layer {best}; {record['seconds']:.0f} s", flush=True)
+    return record | {
+        "best": best,
+        "layers": [score.to_dict() for score in scores],
+        "best_if_resampled": resampled(trials),
+        "recommendations": [],
+    }
+
+
+def recommendation(
+    lm: LanguageModel, record: dict[str, Any], facts: list[Fact], seed: int
+) -> dict[str, Any]:
+    """Recommend a layer from some facts, print its regret, and return it as a record."""
+    scores = {k: LayerScore.of(k, some).score for k, some in record["trials_by_layer"].items()}
+    start = time.process_time()
+    choice = recommend_layers(lm, facts, seed=seed)
+    seconds = time.process_time() - start
+    regret = 100 * (scores[record["best"]] - scores[choice.rome])
+    edits = sum(score.trials for score in choice.scores)
+    print(
+        f"  seed {seed}: ROME {choice.rome}, MEMIT {list(choice.memit)}; "
+        f"regret {regret:.2f}; {edits} edits, {seconds:.0f} s",
+        flush=True,
+    )
+    return {
+        "seed": seed,
+        "rome": choice.rome,
+        "memit": choice.memit,
+        "regret_points": regret,
+        "seconds": seconds,
+        "edits": edits,
+        "scores": [score.to_dict() for score in choice.scores],
+        "effects": choice.effects,
+    }
+
+
 def main() -> None:
+    """Sweep each model, recommend layers, and compare the two."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="*", default=["atlas", "atlas-llama"])
-    parser.add_argument("--facts", type=int, default=100, help="of the sweep")
+    parser.add_argument("--facts", type=int, default=100, help="facts of the sweep")
     parser.add_argument("--trials", type=int, default=24, help="trial edits of a recommendation")
     parser.add_argument(
         "--seeds", type=int, nargs="*", default=[0, 1, 2, 3, 4], help="one recommendation each"
     )
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="the file of all records, reused if it exists")
     args = parser.parse_args()
+    if args.facts <= args.trials:
+        parser.error(
+            "--facts must be larger than --trials, so that some facts are left to judge by"
+        )
     torch.set_num_threads(1)
     records = kept(args.json)
 
     def save() -> None:
         if args.json:
-            args.json.write_text(
-                json.dumps(list(records.values()), indent=1) + "\n", encoding="utf-8"
-            )
+            text = json.dumps(list(records.values()), indent=1) + "\n"
+            args.json.write_text(text, encoding="utf-8")
 
     for name in args.models:
         lm = load(name)
         facts = trial_facts(lm, args.facts, seed=SWEEP_SEED)
-        print(
-            f"{name}: {len(facts)} facts at each of {lm.n_layers} layers\n           efficacy general. specific. harmonic",
-            flush=True,
-        )
-        record = records.get(lm.fingerprint, {})
-        if record.get("facts") != len(facts):
-            start = time.process_time()
-            trials = sweep(lm, facts)
-            record = {
-                "model": name,
-                "fingerprint": lm.fingerprint,
-                "facts": len(facts),
-                "seconds": time.process_time() - start,
-            }
-            record["trials_by_layer"] = trials
-        trials = record["trials_by_layer"]
-        found = {layer: LayerScore.of(layer, some) for layer, some in trials.items()}
-        for layer, score in found.items():
-            print(f"  layer {layer}: {describe(score)}")
-        scores = {layer: score.score for layer, score in found.items()}
-        best = max(scores, key=lambda layer: scores[layer])
-        print(f"  best: layer {best}; {record['seconds']:.0f} s", flush=True)
-        record |= {
-            "best": best,
-            "layers": [score.to_dict() for score in found.values()],
-            "best_if_resampled": resampled(trials),
-        }
-        record["recommendations"] = []
+        print(f"{name}: {len(facts)} facts at each of {lm.n_layers} layers\n{HEADER}", flush=True)
+        record = sweep_record(name, lm, facts, records.get(lm.fingerprint, {}))
         records[lm.fingerprint] = record
         save()
         subjects = {fact.subject for fact in facts}
         for seed in args.seeds:
             drawn = trial_facts(lm, args.trials + 8, seed=seed)
             others = [fact for fact in drawn if fact.subject not in subjects][: args.trials]
-            start = time.process_time()
-            choice = recommend_layers(lm, others, seed=seed)
-            seconds = time.process_time() - start
-            regret = 100 * (scores[best] - scores[choice.rome])
-            edits = sum(score.trials for score in choice.scores)
-            print(
-                f"  seed {seed}: ROME {choice.rome}, MEMIT {list(choice.memit)}; regret {regret:.2f}; {edits} edits, {seconds:.0f} s",
-                flush=True,
-            )
-            recommended = {
-                "seed": seed,
-                "rome": choice.rome,
-                "memit": choice.memit,
-                "regret_points": regret,
-                "seconds": seconds,
-            }
-            recommended |= {
-                "edits": edits,
-                "scores": [s.to_dict() for s in choice.scores],
-                "effects": choice.effects,
-            }
-            record["recommendations"].append(recommended)
+            record["recommendations"].append(recommendation(lm, record, others, seed))
             save()
         if record["recommendations"]:
-            record["replayed"] = replayed(
-                trials, record["recommendations"][0]["effects"], args.trials
-            )
+            effects = record["recommendations"][0]["effects"]
+            record["replayed"] = replayed(record["trials_by_layer"], effects, args.trials)
             print(f"  replayed: {record['replayed']}", flush=True)
             save()
 
