@@ -72,12 +72,14 @@ def figures(average: fs.Refinement) -> dict[str, Any]:
 
 
 def show(name: str, average: fs.Refinement) -> None:
+    """Print the averages of a model, and a line for each layer."""
     print(name, average)
     for row in average.rows():
         print("  " + "  ".join(f"{key} {value:.3g}" for key, value in row.items()), flush=True)
 
 
 def main() -> None:
+    """Measure the bundled models, and write the numbers and pictures that are asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -137,12 +137,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "families",
-        nargs="*",
-        help="model types (default: all of transformers' causal language models)",
-    )
-    parser.add_argument("--json", help="write the results here")
+    parser.add_argument("--json", help="write the results to this file")
+    types = "model types (default: all of transformers' causal language models)"
+    parser.add_argument("families", nargs="*", help=types)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.set_verbosity(logging.CRITICAL)

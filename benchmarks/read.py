@@ -188,6 +188,7 @@ def triggers(name: str, n_facts: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Measure the parts that are asked for, and add them to the JSON file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

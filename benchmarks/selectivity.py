@@ -121,7 +121,20 @@ def shuffled(
     }
 
 
+LINES = (
+    "token",
+    "position",
+    "relation",
+    ("relation", "token"),
+    "subject",
+    ("subject", "token"),
+    "object",
+)
+"""The features that the picture of the profiles shows."""
+
+
 def main() -> None:
+    """Scan the bundled models, and write the numbers and pictures that are asked for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -189,16 +202,7 @@ def main() -> None:
             json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )
     if given.pictures:
-        lines = (
-            "token",
-            "position",
-            "relation",
-            ("relation", "token"),
-            "subject",
-            ("subject", "token"),
-            "object",
-        )
-        fs.profile_lines(seen, lines, path=given.pictures / "profile-lines.png")
+        fs.profile_lines(seen, LINES, path=given.pictures / "profile-lines.png")
         fs.profile_bars(seen, "part", values=PARTS, path=given.pictures / "profile-parts.png")
         fs.agreement_chart(agreements, path=given.pictures / "agreement.png")
         fs.census_chart(censuses, path=given.pictures / "census.png")
