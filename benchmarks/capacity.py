@@ -9,7 +9,7 @@ The first two commands write facts and ask questions. Each takes 15 minutes of o
 run continues where it stopped, since --folder keeps each delta and its answers. The third command
 fits the formula of `factsmith capacity` in seconds, and compares predicted with measured losses.
 
-Real facts that the model knows are given another object (`methods.chosen`). They are written in
+Real facts that the model knows are given another object (see chosen_facts.py). They are written in
 batches of growing load, and in rounds on top of one another. After each, 800 facts outside of them
 are asked again. The loss is the share of these facts that the model answered before and no longer
 answers.
@@ -36,6 +36,7 @@ from matplotlib.figure import Figure
 
 import factsmith as fs
 from capacity_fit import TOOK, Points, analysed, column, held_out, series
+from chosen_facts import chosen
 from factsmith import atlas
 from factsmith.core.fact import Fact
 from factsmith.corpus.moments_store import find_moments
@@ -46,7 +47,6 @@ from factsmith.edit.search import find_targets
 from factsmith.edit.target import Targets
 from factsmith.patch.capacity import LIMIT, capacity
 from factsmith.patch.forecast import Fit
-from methods import chosen
 
 OTHERS = 800
 """Facts outside the edits that are asked again."""

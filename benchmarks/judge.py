@@ -118,7 +118,7 @@ def measure(name: str, limit: int) -> dict[str, Any]:
         row_of = {(row.record, row.kind, row.prompt): row for row in rows}
         for way, ask, some in (
             ("batched", batched_scores, records),
-            ("plain", plain_scores, records[start::5]),
+            ("plain", plain_scores, records[start % len(records) :: 5]),
         ):
             seconds, expected = clock(lambda ask=ask, some=some: ask(lm, some))
             oracles[way].append(seconds / len(some))
