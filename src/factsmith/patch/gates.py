@@ -2,7 +2,9 @@
 
     results = check_gates(Gates(paraphrases=0.8), verification, drift)
     all(result.passed for result in results)
-    results[1].failures          # ("paraphrase 'Where does Ann live?' is answered 'Rome', not 'Oslo'",)
+    results[1].failures      # ("paraphrase 'Where is Ann?' is answered 'Rome', not 'Oslo'",)
+
+The thresholds are in `core/gates.py`.
 """
 
 from __future__ import annotations
