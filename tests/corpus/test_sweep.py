@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -42,8 +43,11 @@ class Totals:
         self.layer, self.name = layer, name
         self.total: Tensor = torch.zeros(1, dtype=torch.float64)
         self.n_batches = 0
+        self.before: list[weakref.ref[Coefficients]] = []
 
     def add(self, batch: TextBatch, coefficients: Mapping[Bank, Coefficients]) -> None:
+        assert all(read() is None for read in self.before), "two batches are held at once"
+        self.before = [weakref.ref(read) for read in coefficients.values()]
         self.total = self.total + coefficients[self.layer,].m.double().sum(0)
         self.n_batches += 1
 

@@ -212,6 +212,7 @@ def sweep(
             coefficients = scan(lm, [piece.ids for piece in batch.pieces], layers, corpus.dtype)
             for accumulator in accumulators:
                 accumulator.add(batch, coefficients)
+            del coefficients  # the next batch needs the memory
             if checkpoint is not None and complete:
                 position = {unit: str(at), "digest": batch.digest}
                 checkpoint.save(partial(_state, accumulators, position))
