@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import sys
@@ -29,6 +30,20 @@ def test_every_command_has_help_with_an_example_and_is_documented(run: Run, name
     assert "--json" in done.out
     pages = "\n".join(page.read_text(encoding="utf-8") for page in DOCS.glob("*.md"))
     assert re.search(rf"^factsmith {name}\b", pages, re.MULTILINE), "not shown in docs/"
+
+
+def test_examples_fit_a_terminal_of_80_columns() -> None:
+    def examples(text: str) -> list[str]:
+        return text.partition("Example")[2].splitlines()
+
+    wide = [
+        line
+        for command in cli.app.registered_commands
+        for line in examples(inspect.getdoc(command.callback) or "")
+        if len(line) > 77
+    ]
+    assert wide == []
+    assert len(examples("Run it.\n\nExamples:\n  factsmith ask")) == 2, "examples are seen"
 
 
 def test_the_commands_are_those_promised(run: Run) -> None:

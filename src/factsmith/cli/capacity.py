@@ -20,7 +20,7 @@ def capacity(
         float,
         typer.Option(
             metavar="PERCENT",
-            help="Share of unrelated facts answered otherwise from which a model counts as broken.",
+            help="A model counts as broken when it answers so many unrelated facts otherwise.",
         ),
     ] = 10.0,
     verify: Annotated[

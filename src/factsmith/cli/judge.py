@@ -53,7 +53,8 @@ Sequenced = Annotated[
 ]
 
 Limit = Annotated[
-    int | None, typer.Option(min=1, help="A sample of so many records.", show_default="all")
+    int | None,
+    typer.Option(min=1, help="Judge only so many, drawn at random.", show_default="all"),
 ]
 
 KnownOnly = Annotated[
@@ -121,7 +122,8 @@ JudgeFolder = Annotated[
     typer.Option(
         "--out",
         metavar="DIR",
-        help="Keep all rows there, to go on after a kill, and write report.html and report.md.",
+        help="Keep all rows there, so that a killed run can go on, and write the report as "
+        "report.html and report.md.",
     ),
 ]
 
@@ -139,8 +141,8 @@ DriftLimits = Annotated[
     list[str] | None,
     typer.Option(
         metavar="NAME=VALUE",
-        help="Exit code 4 above it: kl_text, kl_text_worst, kl_facts, changed_share or perplexity; "
-        "may be repeated.",
+        help="Exit with code 4 if this measure is larger: kl_text, kl_text_worst, kl_facts, "
+        "changed_share or perplexity. May be repeated.",
     ),
 ]
 
@@ -184,8 +186,10 @@ def evaluate(  # house: Typer reads one parameter for each option
     \b
     Examples:
       factsmith evaluate atlas --limit 20
-      factsmith evaluate atlas --methods rome,memit,ft-l --sizes 1,100 --limit 300 --out judged
-      factsmith evaluate MODEL --suite FILE --methods memit --sizes 100 --sequence --out judged
+      factsmith evaluate atlas --methods rome,memit,ft-l \\
+          --sizes 1,100 --limit 300 --out judged
+      factsmith evaluate MODEL --suite FILE --methods memit \\
+          --sizes 100 --sequence --out judged
     """
     names, numbers, changes = _names(methods), _numbers(sizes), _by_method(setting or [])
     task_names = _task_names(tasks, tasks_folder, tasks_limit)
@@ -254,7 +258,8 @@ def drift(  # house: Typer reads one parameter for each option
 
     \b
     Examples:
-      factsmith drift -w my-workspace --limit kl_text=0.05 --limit changed_share=0.02
+      factsmith drift -w my-workspace \\
+          --limit kl_text=0.05 --limit changed_share=0.02
       factsmith drift atlas --delta my-delta
     """
     limits = _limits(limit or [])

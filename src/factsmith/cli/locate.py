@@ -124,8 +124,10 @@ def trace(  # house: Typer reads one parameter for each option
 
     \b
     Examples:
-      factsmith trace atlas "The currency of Bulgaria is the" --subject Bulgaria --out trace.png
-      factsmith trace atlas "The currency of Bulgaria is the" --subject Bulgaria --kind mlp
+      factsmith trace atlas "The currency of Bulgaria is the" \\
+          --subject Bulgaria --out trace.png
+      factsmith trace atlas "The currency of Bulgaria is the" \\
+          --subject Bulgaria --kind mlp
       factsmith trace atlas facts.yaml --window 2 --out average
     """
     place = _Place(out, workspace, device, as_json)
@@ -162,7 +164,8 @@ def trace(  # house: Typer reads one parameter for each option
     _refuse_window(window, kind or _TEXT_KIND)
     if fast and sever is not None:
         raise InputError(
-            "--fast estimates restored states, and not severed ones. Leave out --fast or --sever."
+            "got --fast and --sever; an estimate cannot hold a part at its corrupted values. "
+            "Leave one out."
         )
     settings |= {"kind": kind or _TEXT_KIND, "replacements": replacement or None}
     settings |= {} if sever is None else {"sever": sever}
@@ -247,10 +250,10 @@ def neurons(  # house: Typer reads one parameter for each option
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Points of the integral.")] = 20,
     threshold: Annotated[
-        float, typer.Option(help="Part of the largest attribution from which a neuron counts.")
+        float, typer.Option(help="The smallest attribution that counts, as a share of the largest.")
     ] = 0.2,
     share: Annotated[
-        float, typer.Option(help="Part of the prompts in which it has to count.")
+        float, typer.Option(help="The share of the prompts in which a neuron must count.")
     ] = 0.7,
     top: Annotated[
         int,
@@ -276,7 +279,8 @@ def neurons(  # house: Typer reads one parameter for each option
 
     \b
     Examples:
-      factsmith neurons atlas "The currency of {} is the" --subject Bulgaria --out neurons.png
+      factsmith neurons atlas "The currency of {} is the" \\
+          --subject Bulgaria --out neurons.png
       factsmith neurons atlas "The currency of Bulgaria is the" \\
           --paraphrase "In Bulgaria people pay with the"
     """
@@ -321,7 +325,7 @@ def layers(  # house: Typer reads one parameter for each option
         int | None,
         typer.Option(
             min=1,
-            help="Trial edits at the layers that stay longest in the race.",
+            help="Trial edits for each layer that is not dropped early.",
             show_default="24, or what is kept",
         ),
     ] = None,

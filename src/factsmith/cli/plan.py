@@ -113,6 +113,8 @@ def apply(  # house: Typer reads one parameter for each option
         lines.append(("to take it back:", undo))
     elif outcome.delta is None and not planned.conflicts:
         lines.append(("nothing", "to write: the model already says all of it"))
+    for remark in () if outcome.delta is None else outcome.made:
+        complain("warning", remark)
     tables = planned.tables() if outcome.delta is None else outcome.tables()
     print_result(result, tables, as_json, lines)
     if outcome.revision is None:

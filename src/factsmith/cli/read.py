@@ -90,8 +90,10 @@ def explain(  # house: Typer reads one parameter for each option
     \b
     Examples:
       factsmith explain atlas "The currency of Bulgaria is the"
-      factsmith explain atlas "The currency of Bulgaria is the" --instead-of euro
-      factsmith explain atlas "The currency of Bulgaria is the" --out explained.png
+      factsmith explain atlas "The currency of Bulgaria is the" \\
+          --instead-of euro
+      factsmith explain atlas "The currency of Bulgaria is the" \\
+          --out explained.png
     """
     files = output(out)  # before the work, not after it
     model, prompt = model_and_prompt(words)
@@ -129,7 +131,8 @@ def find(
     \b
     Examples:
       factsmith find atlas Paris
-      factsmith find path/to/model "capital of" --texts wiki.txt --index model-index
+      factsmith find path/to/model "capital of" \\
+          --texts wiki.txt --index model-index
     """
     model, word = model_and_prompt(words)
     corpus = Paragraphs(texts) if texts else None
@@ -153,7 +156,7 @@ def neuron(  # house: Typer reads one parameter for each option
     index: IndexFolder = None,
     texts: Texts = None,
     top: Annotated[int, typer.Option(min=1, help="How many triggers and tokens to list.")] = 10,
-    facts: Annotated[int, typer.Option(min=0, help="On how many facts to silence it.")] = 5,
+    facts: Annotated[int, typer.Option(min=0, help="How many facts to ask without it.")] = 5,
     max_tokens: MaxTokens = None,
     out: Annotated[
         Path | None,

@@ -142,7 +142,7 @@ class Drift(Shown):
         if self.kl_facts is not None:
             facts = f"{self.n_facts:,} unrelated facts, where the answer begins"
             rows.append(("KL on facts", f"{self.kl_facts:.4f}", facts))
-            changed = f"{len(self.changed):,} of them are answered differently"
+            changed = f"{len(self.changed):,} of them answered differently"
             rows.append(("facts changed", f"{self.changed_share:.1%}", changed))
         tables = [Table("drift", {"": "<", "value": ">", " ": "<"}, rows)]
         if self.changed:

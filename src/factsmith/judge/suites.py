@@ -219,7 +219,7 @@ def _parse_rows(what: str, suffix: str, content: bytes) -> list[Any]:
     except (ValueError, RecursionError, csv.Error) as error:
         raise InputError(
             f"{what} cannot be read as {suffix.lstrip('.') or 'JSON'}: {error}; "
-            "give a list of records"
+            "give a JSON list of records, lines of JSON (.jsonl), or a table (.csv)"
         ) from None
     if not isinstance(rows, list) or not rows:
         shape = "empty" if isinstance(rows, list) else f"a {type(rows).__name__}"

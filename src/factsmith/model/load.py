@@ -158,9 +158,9 @@ def _locate(name: str) -> tuple[str, bool]:
         return str(path), True
     if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ModelNotFoundError(
-            f"there is no model {name!r}: it is not a folder, nor a bundled model ({_bundled()}); "
-            "give one of these, a folder with config.json, weights and tokenizer, or a hub id such "
-            "as owner/name"
+            f"there is no model {name!r}: it is neither a folder nor a bundled model "
+            f"({_bundled()}); give one of these, a folder with config.json, weights and tokenizer, "
+            "or a hub id such as owner/name"
         )
     return name, False
 

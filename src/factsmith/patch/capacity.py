@@ -29,7 +29,7 @@ from .forecast import FITTED, Forecast
 from .interference import check_keys, directions
 
 LIMIT = 10.0
-"""Per cent of unrelated facts answered otherwise from which a model counts as broken, unless the
+"""Per cent of unrelated facts. A model that answers so many otherwise counts as broken, unless the
 caller says otherwise.
 """
 
