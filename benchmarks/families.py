@@ -216,7 +216,7 @@ def letters() -> PreTrainedTokenizerFast:
     )
 
 
-# ── the plain model with its own hooks: the reference of every comparison ─────────────────────
+# ── the plain model with its own hooks: the reference of every comparison ─────────────────────────
 
 
 def plain_logits(

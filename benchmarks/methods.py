@@ -338,7 +338,7 @@ def main() -> None:
             keep("batch", method, load, row)
 
 
-# ── tables and pictures ─────────────────────────────────────────────────────────────────────────
+# ── tables and pictures ───────────────────────────────────────────────────────────────────────────
 
 
 def draw(measured: dict[str, Any], path: Path) -> None:

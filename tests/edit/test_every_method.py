@@ -254,7 +254,7 @@ def test_a_threshold_above_all_eigenvalues_protects_nothing_and_is_refused() -> 
     ).facts
 
 
-# ── facts that influence each other ───────────────────────────────────────────────────────────
+# ── facts that influence each other ───────────────────────────────────────────────────────────────
 
 
 @every_method

@@ -24,7 +24,7 @@ from .printing import complain, print_result, progress
 if TYPE_CHECKING:
     from ..model.language_model import LanguageModel
 
-# ---- options ------------------------------------------------------------------------------------
+# ── options ───────────────────────────────────────────────────────────────────────────────────────
 
 ModelName = Annotated[
     str, typer.Argument(metavar="MODEL", help="A bundled model, a folder, or a hub id.")
@@ -156,7 +156,7 @@ DriftTexts = Annotated[
 ]
 
 
-# ---- commands -----------------------------------------------------------------------------------
+# ── commands ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def evaluate(  # house: Typer reads one parameter for each option
@@ -296,7 +296,7 @@ def _broken(limit: str) -> Text:
     return Text.assemble("limit: ", (visible(limit), "bold red"))
 
 
-# ---- progress ------------------------------------------------------------------------------------
+# ── progress ──────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextlib.contextmanager
@@ -328,7 +328,7 @@ class _Warnings:
         complain("warning", f"{text}{option}")
 
 
-# ---- files --------------------------------------------------------------------------------------
+# ── files ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _check_folder(folder: Path) -> None:
@@ -358,7 +358,7 @@ def _write_report(report: Any, folder: Path, tell: Progress) -> list[Path]:
     return [page, text]
 
 
-# ---- parsing ------------------------------------------------------------------------------------
+# ── parsing ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def _names(words: str) -> list[str]:

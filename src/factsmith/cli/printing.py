@@ -90,7 +90,7 @@ def in_workspace(workspace: Path | None) -> str:
     return "" if workspace is None or workspace == Path() else f" -w {shlex.quote(str(workspace))}"
 
 
-# ── progress ─────────────────────────────────────────────────────────────────────────────────────
+# ── progress ──────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextlib.contextmanager
@@ -134,7 +134,7 @@ class _Reporter:
         self.bars.console.print(message, soft_wrap=True)
 
 
-# ── flags ────────────────────────────────────────────────────────────────────────────────────────
+# ── flags ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def with_flag(text: str, argument: str | None) -> str:

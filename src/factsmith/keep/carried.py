@@ -49,7 +49,7 @@ class Carried:
         self._digests: dict[str, str | None] = {}  # sha256 of each delta in `deltas`
         self._fingerprint = lm.fingerprint
 
-    # ── reading ──────────────────────────────────────────────────────────────────────────────────
+    # ── reading ───────────────────────────────────────────────────────────────────────────────────
 
     def on_base(self, deltas: Iterable[Delta]) -> tuple[Delta, ...]:
         """The deltas as a solver takes what lies beneath an edit: the first as made on the base.
@@ -99,7 +99,7 @@ class Carried:
                 "the workspace again"
             )
 
-    # ── changing ─────────────────────────────────────────────────────────────────────────────────
+    # ── changing ──────────────────────────────────────────────────────────────────────────────────
 
     @contextmanager
     def exactly(self, deltas: Collection[Delta]) -> Iterator[None]:

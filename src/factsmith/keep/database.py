@@ -186,7 +186,7 @@ class Database:
         """The advice for a damaged file."""
         return f"Restore {self.file} from a backup."
 
-    # ---- transactions ----
+    # ── transactions ──────────────────────────────────────────────────────────────────────────────
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -207,7 +207,7 @@ class Database:
             with transaction(self.connection):
                 yield
 
-    # ---- reading ----
+    # ── reading ───────────────────────────────────────────────────────────────────────────────────
 
     def workspace(self) -> Workspace:
         """Return the model of the workspace."""
@@ -265,7 +265,7 @@ class Database:
         if result != "ok":
             raise DamagedError(f"{self.file} is damaged: {result}. {self.restore}")
 
-    # ---- writing, inside of `writing` ----
+    # ── writing, inside of `writing` ──────────────────────────────────────────────────────────────
 
     def append(self, identity: str, parent: str, record: str) -> None:
         """Add a revision to the history, and check it out."""
@@ -279,7 +279,7 @@ class Database:
         """Note which revision is checked out."""
         self.connection.execute("UPDATE workspace SET current = ?", (identity,))
 
-    # ---- the format ----
+    # ── the format ────────────────────────────────────────────────────────────────────────────────
 
     def _check_format(self) -> None:
         """Refuse files of other programs and newer formats; bring an older format up to date."""
@@ -310,7 +310,7 @@ class Database:
             self.connection.execute(f"PRAGMA user_version = {version}")
 
 
-# ---- connections and transactions --------------------------------------------------------------
+# ── connections and transactions ──────────────────────────────────────────────────────────────────
 
 
 def _connect(file: Path, wait: float) -> tuple[sqlite3.Connection, bool]:
@@ -383,7 +383,7 @@ def _statements(script: str) -> Iterator[str]:
             statement = ""
 
 
-# ---- errors ------------------------------------------------------------------------------------
+# ── errors ────────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ class Carried:
     facts: tuple[int, ...]
 
 
-# ---- reading -----------------------------------------------------------------------------------
+# ── reading ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def read_entry(number: int, identity: str, parent: str, text: str) -> Entry:
@@ -207,7 +207,7 @@ def named_deltas(revisions: Iterable[Revision]) -> set[str]:
     return {delta for revision in revisions for delta in revision.deltas}
 
 
-# ---- undoing -----------------------------------------------------------------------------------
+# ── undoing ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def undoing(

@@ -112,7 +112,7 @@ class Ledger:
         """Close the database. The ledger cannot be used afterwards."""
         self._database.close()
 
-    # ---- reading -------------------------------------------------------------------------------
+    # ── reading ───────────────────────────────────────────────────────────────────────────────────
 
     @property
     def head(self) -> str:
@@ -253,7 +253,7 @@ class Ledger:
         with self._records.restorable():
             return undoing(entries, current, identity, facts)
 
-    # ---- writing -------------------------------------------------------------------------------
+    # ── writing ───────────────────────────────────────────────────────────────────────────────────
 
     def expect(self, onto: str) -> None:
         """Raise now what `commit` would raise after the work.
@@ -431,7 +431,7 @@ class Ledger:
                 self._blobs.remove(loose)
         return tuple(entry.name for entry in loose)
 
-    # ---- inside --------------------------------------------------------------------------------
+    # ── inside ────────────────────────────────────────────────────────────────────────────────────
 
     def _check_delta(self, delta: str, revision: Revision) -> Blob:
         """Check that a delta of a revision is whole."""

@@ -35,7 +35,7 @@ RevisionState = Literal["active", "reverted", "later"]
 _Sha256 = Annotated[str, pydantic.Field(pattern="^[0-9a-f]{64}$")]
 
 
-# ---- stored ------------------------------------------------------------------------------------
+# ── stored ────────────────────────────────────────────────────────────────────────────────────────
 
 
 class StoredChange(pydantic.BaseModel):
@@ -103,7 +103,7 @@ def one_line(message: str) -> str:
     return line if len(line) <= 200 else line[:199] + "…"
 
 
-# ---- shown -------------------------------------------------------------------------------------
+# ── shown ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True, kw_only=True)

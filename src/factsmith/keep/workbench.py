@@ -66,7 +66,7 @@ class Workbench(LedgerBench):
         DamagedError: A delta is not whole.
     """
 
-    # ── reading ──────────────────────────────────────────────────────────────────────────────────
+    # ── reading ───────────────────────────────────────────────────────────────────────────────────
 
     def plan(
         self,
@@ -210,7 +210,7 @@ class Workbench(LedgerBench):
         with self.on_base():
             return export(self.lm, deltas, folder, format, origins=origins, **options)
 
-    # ── proposing ────────────────────────────────────────────────────────────────────────────────
+    # ── proposing ─────────────────────────────────────────────────────────────────────────────────
 
     def propose(  # house: a promised signature, kept for those who call it with keywords
         self,
@@ -266,7 +266,7 @@ class Workbench(LedgerBench):
         with self.carrying(*([] if proposal.delta is None else [proposal.delta])):
             yield self.lm
 
-    # ── changing ─────────────────────────────────────────────────────────────────────────────────
+    # ── changing ──────────────────────────────────────────────────────────────────────────────────
 
     def apply(  # house: a promised signature, kept for those who call it with keywords
         self,  # house: the promised arguments are those of `propose`, and more

@@ -103,7 +103,7 @@ class RunnableModel:
             f"{self.dtype}, {self.device})"
         )
 
-    # ── what it is ──────────────────────────────────────────────────────────────────────────────
+    # ── what it is ────────────────────────────────────────────────────────────────────────────────
 
     @property
     def n_layers(self) -> int:
@@ -153,7 +153,7 @@ class RunnableModel:
         self.ffn, self.attention = structure.ffn, structure.attention
         self._layer_result, self._d_model = structure.layer_result, structure.d_model
 
-    # ── text to batches ─────────────────────────────────────────────────────────────────────────
+    # ── text to batches ───────────────────────────────────────────────────────────────────────────
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """Return the token ids of a prompt, with the BOS that the tokenizer adds, if any.
@@ -228,7 +228,7 @@ class RunnableModel:
                 "would change one another; give them one by one"
             )
 
-    # ── passes ──────────────────────────────────────────────────────────────────────────────────
+    # ── passes ────────────────────────────────────────────────────────────────────────────────────
 
     def forward(self, batch: Batch, *, start: int = 0, cache: Any = None) -> Any:
         """Run the model's own pass over columns `start`..T, and return its own output.

@@ -230,7 +230,7 @@ def _idle(triggers: Triggers, layer: int) -> int | None:
     )
 
 
-# ── with text that is read first ─────────────────────────────────────────────────────────────────
+# ── with text that is read first ──────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)

@@ -281,7 +281,7 @@ def _numbered(triggers: Triggers, groups: Mapping[str, Hashable]) -> Tensor:
     return torch.tensor([numbers[groups[text]] for text in triggers.texts])
 
 
-# ── the control ──────────────────────────────────────────────────────────────────────────────────
+# ── the control ───────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True, eq=False)
@@ -339,7 +339,7 @@ def _regrouped(by_text: Tensor, groups: Tensor, name: str, generator: torch.Gene
     return by_group[groups]
 
 
-# ── purity ───────────────────────────────────────────────────────────────────────────────────────
+# ── purity ────────────────────────────────────────────────────────────────────────────────────────
 
 
 _CELL = ("share", "chance", "purity", "control", "needed")

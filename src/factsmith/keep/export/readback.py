@@ -105,7 +105,7 @@ class Answers:
     logits: Tensor
 
 
-# ---- in a separate process ---------------------------------------------------------------------
+# ── in a separate process ─────────────────────────────────────────────────────────────────────────
 
 
 _SCRIPT = """
@@ -199,7 +199,7 @@ def _read_answers(place: Path, number: int) -> Answers:
     return Answers(prompt_ids=record["prompt_ids"], picks=record["picks"], logits=tensors["logits"])
 
 
-# ---- the comparison ----------------------------------------------------------------------------
+# ── the comparison ────────────────────────────────────────────────────────────────────────────────
 
 
 def check_job(job: Job, limit: float, advice: str = "") -> ReadBack:

@@ -74,7 +74,7 @@ def banks_of(index: Index, layer: int) -> list[Bank]:
     return sorted(bank for bank in index.triggers.banks if bank[0] == layer)
 
 
-# ---- a layer ----
+# ── a layer ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def layer_html(
@@ -219,7 +219,7 @@ def brief(number: float) -> float:
     return int(rounded) if rounded.is_integer() else rounded
 
 
-# ---- the index of the layers ----
+# ── the index of the layers ───────────────────────────────────────────────────────────────────────
 
 
 def index_html(index: Index, files: Mapping[int, Path]) -> str:

@@ -25,7 +25,7 @@ from ...read.index import Index
 from .layers import AROUND, index_html, layer_html
 from .page import check_folder, check_page, excerpt, printable, render, signed, write_page
 
-# ---- a card ----
+# ── a card ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def card_page(
@@ -94,7 +94,7 @@ def _histogram(edges: Sequence[float], counts: Sequence[int]) -> dict[str, Any]:
     return {"bars": bars, "zero": across(0) if 8 < across(0) < 92 else None, "total": sum(counts)}
 
 
-# ---- layers ----
+# ── layers ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def layer_page(

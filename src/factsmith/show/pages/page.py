@@ -35,7 +35,7 @@ _SUFFIXES = (".html", ".htm")
 _MARK = b'<meta name="generator" content="factsmith">'
 """A line near the top of every page, by which factsmith knows its pages."""
 
-# ---- files ----
+# ── files ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def check_page(path: str | os.PathLike[str]) -> None:
@@ -99,7 +99,7 @@ def write_page(html: str, path: str | os.PathLike[str] | None) -> str:
     return html
 
 
-# ---- text ----
+# ── text ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def printable(text: str) -> str:
@@ -165,7 +165,7 @@ def excerpt(trigger: Trigger, before: int, after: int) -> tuple[str, str, str]:
     return printable(head), printable(text[start:stop]), printable(tail)
 
 
-# ---- templates ----
+# ── templates ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def script_json(content: Any) -> Markup:

@@ -93,7 +93,7 @@ class Picture(Figure):
         return _render(self, "png", dpi=150), {"width": round(110 * self.get_figwidth())}
 
 
-# ---- what is drawn ----
+# ── what is drawn ─────────────────────────────────────────────────────────────────────────────────
 
 
 def check_record(record: object, kind: type, drawn_by: str) -> None:
@@ -139,7 +139,7 @@ def cut(text: str, width: int) -> str:
     return fit(text, width).rstrip()
 
 
-# ---- figures and axes ----
+# ── figures and axes ──────────────────────────────────────────────────────────────────────────────
 
 
 def side_by_side(n: int, height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
@@ -237,7 +237,7 @@ def filling(solid: bool) -> dict[str, Any]:
     return {"facecolor": "white", "edgecolor": BLUE, "linewidth": 0.5, "hatch": "////"}
 
 
-# ---- files ----
+# ── files ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def finish(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:

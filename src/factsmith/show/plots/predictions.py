@@ -36,7 +36,7 @@ from .drawing import (
     token_label,
 )
 
-# ---- one prediction ----
+# ── one prediction ────────────────────────────────────────────────────────────────────────────────
 
 
 def prediction_chart(
@@ -127,7 +127,7 @@ def _draw_parts(axes: Axes, prediction: Composition, places: Sequence[float]) ->
     return rightmost
 
 
-# ---- many predictions ----
+# ── many predictions ──────────────────────────────────────────────────────────────────────────────
 
 
 def refinement_chart(
@@ -250,7 +250,7 @@ def _draw_answers(first: Axes, rank: Axes, predictions: Refinement) -> None:
     rank.set_ylabel("")
 
 
-# ---- the axis of layers ----
+# ── the axis of layers ────────────────────────────────────────────────────────────────────────────
 
 
 def _places(n_layers: int) -> list[float]:

@@ -44,7 +44,7 @@ from .drawing import (
     thin_frame,
 )
 
-# ---- profiles ----
+# ── profiles ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def profile_lines(
@@ -215,7 +215,7 @@ def _stack(
         bottom += shares
 
 
-# ---- keys and values ----
+# ── keys and values ───────────────────────────────────────────────────────────────────────────────
 
 
 def agreement_chart(
@@ -250,7 +250,7 @@ def agreement_chart(
     return finish(figure, path)
 
 
-# ---- sizes ----
+# ── sizes ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def census_chart(

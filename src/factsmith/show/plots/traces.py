@@ -243,7 +243,7 @@ def class_lines(average: AverageTrace, *, path: str | os.PathLike[str] | None = 
     return finish(figure, path)
 
 
-# ---- averages ----
+# ── averages ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def _panels(average: AverageTrace, margin: float, height: float) -> tuple[Figure, list[Axes]]:
@@ -280,7 +280,7 @@ def _map_title(name: str, average: AverageTrace) -> str:
     return f"{restored}, {part} severed" if part else restored
 
 
-# ---- traces ----
+# ── traces ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _range(trace: CausalTrace) -> tuple[float, float]:
@@ -340,7 +340,7 @@ def _row_labels(trace: CausalTrace) -> list[str]:
     ]
 
 
-# ---- text ----
+# ── text ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _append_line(text: Text, line: str, width: int, style: str = "") -> None:
