@@ -154,7 +154,7 @@ def test_masked_targets_of_several_tokens() -> None:
     lm = model("bert")
     target = "French Paris is"
     assert close(knowledge_neurons(lm, prompt, target).scores[0], plain("bert", prompt, target))
-    with pytest.raises(InputError, match="as many"):
+    with pytest.raises(InputError, match="needs 3 masks"):
         knowledge_neurons(lm, BLANK, target)
 
 

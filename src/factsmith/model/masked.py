@@ -105,8 +105,9 @@ class MaskedLanguageModel(LanguageModel):
         if len(wanted) != len(columns):
             raise InputError(
                 f"target {target!r} has {len(wanted)} tokens "
-                f"({', '.join(self.tokenizer.convert_ids_to_tokens(wanted))}) and {prompt!r} has "
-                f"{len(columns)} masks; write {' '.join([_BLANK] * len(wanted))}"
+                f"({', '.join(self.tokenizer.convert_ids_to_tokens(wanted))}), so the prompt needs "
+                f"{len(wanted)} masks; {prompt!r} has {len(columns)}. Write "
+                f"{' '.join([_BLANK] * len(wanted))}"
             )
         return ids, columns, wanted
 
