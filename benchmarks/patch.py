@@ -109,8 +109,7 @@ def peak(run: Callable[[], Any]) -> int:
 
 
 def facts_for(lm: LanguageModel, n: int) -> list[Fact]:
-    """Return facts of CounterFact, evenly spread over the file, or made-up ones without the
-    file."""
+    """Return facts of CounterFact, evenly spread, or made-up ones without the file."""
     if not COUNTERFACT.is_file():
         names = [
             "Danielle Darrieux",

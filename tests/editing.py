@@ -45,8 +45,7 @@ def new_model(family: str) -> LanguageModel:
 
 
 def full_rank_moments(lm: LanguageModel, layers: Iterable[int] = (0, 1)) -> dict[int, SecondMoment]:
-    """Second moments of a few texts. A little of the identity replaces the texts that are
-    missing."""
+    """Second moments of a few texts, with a little of the identity for the missing texts."""
     return {
         layer: SecondMoment.from_matrix(
             moment.matrix + 1e-3 * moment.matrix.diagonal().mean() * torch.eye(moment.d_ff),
@@ -63,8 +62,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 @torch.no_grad()
 def output_at_subject(lm: LanguageModel, module: torch.nn.Module, fact: Fact) -> Tensor:
-    """What a module puts out at the subject's last token: a plain pass over the prompt, with a
-    hook."""
+    """The output of a module at the subject's last token, by a plain pass with a hook."""
     seen: list[Tensor] = []
     handle = module.register_forward_hook(
         lambda m, args, out: seen.append(out[0] if isinstance(out, tuple) else out)

@@ -318,8 +318,7 @@ GENTLE: dict[str, EditConfig] = {
 
 @every_method
 def test_nearly_collinear_keys_are_recorded_and_do_not_break_the_model(method: str) -> None:
-    """A ridge bounds the length of the edit. Without one it is longer, and other text still
-    stays."""
+    """A ridge bounds the length of the edit. Other text stays even without one."""
     lm = model()
 
     def surprise() -> Tensor:

@@ -1,5 +1,4 @@
-"""States at the subject token equal those of plain passes with hooks, and additions arrive
-there."""
+"""States at the subject token equal those of plain passes, and additions arrive at it."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from factsmith.corpus.moments import SecondMoment
 from factsmith.edit.configs import AlphaEditConfig, MemitConfig, RomeConfig
 from factsmith.edit.delta import applied
 from factsmith.edit.keys import read_keys
-from factsmith.edit.methods import alphaedit, memit, rome
+from factsmith.edit.methods import alphaedit, edit, emmet, memit, r_rome, rome
 from factsmith.edit.target import Targets
 from factsmith.model.load import load
 
@@ -184,3 +185,16 @@ def test_alphaedit_agrees_with_the_reference_implementation(
         again = read_keys(g["lm"], g["facts"], 2, g["contexts"])
     weights = torch.tensor([0.5, *[0.1] * 5])[None, :, None]
     assert relative((again * weights).sum(1), delta.k_star[2]) < 1e-4
+
+
+def test_aliases_show_the_options_of_edit() -> None:
+    options = {
+        name: (parameter.default, parameter.kind)
+        for name, parameter in inspect.signature(edit).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    assert options["moments"][0] is inspect.Parameter.empty and options["seed"][0] == 0
+    for alias in (rome, r_rome, memit, emmet, alphaedit):
+        shown = inspect.signature(alias).parameters
+        assert list(shown) == ["lm", "facts", "config", *options]
+        assert {name: (shown[name].default, shown[name].kind) for name in options} == options

@@ -1,5 +1,4 @@
-"""The methods that write many facts at once, on tiny random models and on models that know
-facts."""
+"""The methods that write many facts at once, on tiny models and on models that know facts."""
 
 from __future__ import annotations
 

@@ -121,8 +121,7 @@ def off_target(lm: LanguageModel, delta: Delta) -> Tensor:
 def test_every_layer_takes_its_share_and_the_stream_becomes_v_star(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If a norm fixes the length of the addition, each layer comes as near to its share as
-    possible."""
+    """Each layer reaches its share, or comes as near as its norm allows."""
     lm = model(family)
     assert lm.ffn[1].adds_directly == (family in DIRECT)
     targets = find_targets(lm, FACTS, LAYERS[-1], CONFIG, ["{}"], site="stream")

@@ -100,7 +100,10 @@ def _pass_cost(lm: LanguageModel) -> int:
 
 
 def batch_bytes(size: Size, lm: LanguageModel, layer: int) -> int:
-    """Estimate the most memory that a search takes besides the model. It errs on the large side."""
+    """Return an estimate of the memory that a search takes in addition to the model.
+
+    It errs on the large side.
+    """
     token = _STREAM_VECTORS * lm.d_model + _COEFFICIENT_VECTORS * lm.ffn[layer].d_ff
     # In each layer autograd keeps the keys and values of the prefix, joined to the live ones.
     graph = (lm.n_layers - layer) * (size.width * token + 2 * size.length * lm.d_model)

@@ -299,8 +299,7 @@ class SpreadConfig(EditConfig):
             keys: (n, d_ff).
             residuals: (n, d_model) the wanted changes of the output at these keys.
             moment: The layer's second moment.
-            stored: (d_ff, d_ff) Σ k kᵀ over the keys of earlier edits. None: there are no such
-                keys.
+            stored: (d_ff, d_ff) Σ k kᵀ over the keys of earlier edits. None: no such keys.
         """
 
 
@@ -315,7 +314,7 @@ class MemitConfig(SpreadConfig):
     def update(
         self, keys: Tensor, residuals: Tensor, moment: SecondMoment, stored: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """MEMIT, equation 14."""
+        """Return MEMIT's update, equation 14."""
         assert self.moment_weight is not None
         factor = _factor(moment, stored, self.moment_weight)
         return solve.memit(keys, residuals, factor, self.moment_weight)
@@ -357,7 +356,7 @@ class EmmetConfig(SpreadConfig):
     def update(
         self, keys: Tensor, residuals: Tensor, moment: SecondMoment, stored: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """EMMET, equation 15."""
+        """Return EMMET's update, equation 15."""
         assert self.moment_weight is not None
         # Stored keys count by λ also for a single fact, which is written without the ridge.
         factor = _factor(moment, stored, self.moment_weight * (self.ridge or 1.0))
@@ -421,7 +420,7 @@ class AlphaEditConfig(SpreadConfig):
     def update(
         self, keys: Tensor, residuals: Tensor, moment: SecondMoment, stored: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """AlphaEdit, equation 14."""
+        """Return AlphaEdit's update, equation 14."""
         basis = moment.null_space(threshold=self.threshold, energy=self.energy)
         l2 = self._l2_of(moment, basis.shape[1]) if self.l2 is None else self.l2
         return solve.alphaedit(keys, residuals, basis, l2, stored)

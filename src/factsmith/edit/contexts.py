@@ -59,8 +59,7 @@ def generate_contexts(lm: LanguageModel, seed: int = 0) -> list[str]:
 
 
 def generate_openings(lm: LanguageModel, seed: int = 0) -> list[str]:
-    """Return MEMIT's contexts: the bare "{}" and 5 templates that begin with the words in
-    `OPENINGS`.
+    """Return MEMIT's contexts: the bare "{}" and 5 templates that begin with `OPENINGS`.
 
     The model continues each opening. Otherwise as `generate_contexts`.
     """

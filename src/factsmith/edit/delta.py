@@ -53,9 +53,9 @@ class Delta:
         config: The settings and contexts, as JSON values. Together with the facts they are the
             recipe.
         fingerprint: The fingerprint of the model that the delta was made on.
-        convergence: For each fact, how its target was found: steps, loss, nll, kl, norm, and
-            stopped, which is "loss" or "steps". A fact may also have shares_key_with, the index of
-            a fact with another target and nearly the same key in some layer, and cosine, that of
+        convergence: For each fact, how the search for its target ended: steps, loss, nll, kl, norm,
+            and stopped, which is "loss" or "steps". A fact may also have shares_key_with, the index
+            of a fact with another target and nearly the same key in some layer, and cosine, that of
             the two keys under C⁻¹ (0.95 or more). What is written for one of the two then arrives
             at the other too, unless a large update keeps them apart.
 

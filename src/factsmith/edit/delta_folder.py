@@ -134,8 +134,7 @@ def _content(folder: Path) -> tuple[bytes, str]:
 
 
 def _checked_record(folder: Path, text: bytes, tensors_digest: str) -> dict[str, Any]:
-    """Return the record, after its own checksum, that of the tensors, and its format were
-    checked."""
+    """Return the record, after checks of both checksums and of its format."""
     try:
         record: dict[str, Any] = json.loads(text)
         stated, stated_of_tensors = record.pop("sha256"), record["tensors_sha256"]

@@ -175,7 +175,7 @@ def with_shared_keys(
     Args:
         inputs: The edit.
         keys: {layer: (n, d_ff)} the facts' keys.
-        convergence: For each fact, how its target was found.
+        convergence: For each fact, how the search for its target ended.
     """
     wanted = [fact.text if fact.target is None else fact.target.strip() for fact in inputs.facts]
     numbers = {target: number for number, target in enumerate(wanted)}

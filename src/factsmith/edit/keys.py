@@ -60,8 +60,7 @@ def read_stream(lm: LanguageModel, facts: Sequence[Fact], layer: int) -> Tensor:
 
 
 def to_down(lm: LanguageModel, facts: Sequence[Fact], layer: int, change: Tensor) -> Tensor:
-    """Return the addition to a down-projection's output that changes the layer's output by
-    `change`.
+    """Return the addition to a down-projection's output that changes the layer's output.
 
     In most families it is `change` itself. In some a norm or a multiplier follows the
     down-projection (Gemma 2, Granite). There the addition is searched by least squares through the

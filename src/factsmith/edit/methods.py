@@ -7,15 +7,16 @@
 The model is untouched when a method returns. `applied(lm, delta)` puts the edit in.
 
 A method is a row of `METHODS`. A new one needs its settings (`configs.py`), its formula
-(`solve.py`) and a row here.
+(`solve.py`) and its row.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from typing_extensions import Required, TypedDict, Unpack
 
@@ -164,69 +165,86 @@ class EditOptions(TypedDict, total=False):
     progress: Progress | None
 
 
+_Alias = TypeVar("_Alias", bound=Callable[..., Delta])
+
+
+def _with_options_of_edit(function: _Alias) -> _Alias:
+    """Show the options of `edit` in a function's signature, for help and completion."""
+    signature = inspect.signature(function)
+    first = [p for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    options = [p for p in inspect.signature(edit).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    vars(function)["__signature__"] = signature.replace(parameters=[*first, *options])
+    return function
+
+
+@_with_options_of_edit
 def rome(
     lm: LanguageModel,
     facts: Fact | Iterable[Fact],
     config: RomeConfig | None = None,
     **options: Unpack[EditOptions],
 ) -> Delta:
-    """Rank-one model editing (Meng et al. 2022, https://arxiv.org/abs/2202.05262).
+    """Write facts with ROME, rank-one model editing (Meng et al. 2022).
 
-    Arguments, result and errors are those of `edit`.
+    The paper is https://arxiv.org/abs/2202.05262. Arguments, result and errors are those of `edit`.
     """
     return edit(lm, facts, "rome", config, **_renamed(options))
 
 
+@_with_options_of_edit
 def r_rome(
     lm: LanguageModel,
     facts: Fact | Iterable[Fact],
     config: RomeConfig | None = None,
     **options: Unpack[EditOptions],
 ) -> Delta:
-    """ROME with one key (Gupta et al. 2024, https://arxiv.org/abs/2403.07175).
+    """Write facts with r-ROME, which is ROME with one key (Gupta et al. 2024).
 
-    The mean key over the contexts is in both places of ROME's equation 2. This avoids the edits
-    that break a model because two keys hardly overlap. Arguments, result and errors are those of
-    `edit`.
+    The paper is https://arxiv.org/abs/2403.07175. The mean key over the contexts is in both places
+    of ROME's equation 2. This avoids the edits that break a model because two keys hardly overlap.
+    Arguments, result and errors are those of `edit`.
     """
     return edit(lm, facts, "r-rome", config, **_renamed(options))
 
 
+@_with_options_of_edit
 def memit(
     lm: LanguageModel,
     facts: Fact | Iterable[Fact],
     config: MemitConfig | None = None,
     **options: Unpack[EditOptions],
 ) -> Delta:
-    """Mass-editing memory (Meng et al. 2022, https://arxiv.org/abs/2210.07229).
+    """Write facts with MEMIT, mass-editing memory (Meng et al. 2022).
 
-    Arguments, result and errors are those of `edit`.
+    The paper is https://arxiv.org/abs/2210.07229. Arguments, result and errors are those of `edit`.
     """
     return edit(lm, facts, "memit", config, **_renamed(options))
 
 
+@_with_options_of_edit
 def emmet(
     lm: LanguageModel,
     facts: Fact | Iterable[Fact],
     config: EmmetConfig | None = None,
     **options: Unpack[EditOptions],
 ) -> Delta:
-    """ROME's exact outputs for many facts at once (Gupta et al. 2024).
+    """Write facts with EMMET: exact outputs, as in ROME, for many facts (Gupta et al. 2024).
 
     The paper is https://arxiv.org/abs/2403.14236. Arguments, result and errors are those of `edit`.
     """
     return edit(lm, facts, "emmet", config, **_renamed(options))
 
 
+@_with_options_of_edit
 def alphaedit(
     lm: LanguageModel,
     facts: Fact | Iterable[Fact],
     config: AlphaEditConfig | None = None,
     **options: Unpack[EditOptions],
 ) -> Delta:
-    """Null-space constrained editing (Fang et al. 2024, https://arxiv.org/abs/2410.02355).
+    """Write facts with AlphaEdit, null-space constrained editing (Fang et al. 2024).
 
-    Arguments, result and errors are those of `edit`.
+    The paper is https://arxiv.org/abs/2410.02355. Arguments, result and errors are those of `edit`.
     """
     return edit(lm, facts, "alphaedit", config, **_renamed(options))
 

@@ -1,5 +1,4 @@
-"""Edits of single neurons as deltas: erase their values, or rewrite them from one answer to
-another.
+"""Edits of single neurons as deltas: erase their values, or rewrite them to another answer.
 
     neurons = knowledge_neurons(lm, prompts, "French").refined         # or any (layer, i) pairs
     with applied(lm, erase(lm, neurons)): ...                          # these values are zero
@@ -77,7 +76,7 @@ def rewrite(
     The authors' factors are for the about four neurons that they found for a fact, and far too
     large for more. Over ten facts of the atlas, each with its 64 strongest neurons, they left 1 %
     of other facts' answers unchanged, and wrote the target in 50 %. With 4/n and 32/n it was 84 and
-    90 % (with 8 neurons 32 and 70 %, against 17 and 60 %). Sometimes less is better there: four
+    90 % (with 8 neurons 32 and 70 %, against 17 and 60 %). Sometimes less is better: four
     neurons with add=2 left 97 % unchanged instead of 30 %, and wrote 50 % instead of 60 %.
 
     Args:

@@ -36,7 +36,7 @@ def resolve(
     beneath: Sequence[Delta] = (),
     progress: Progress | None = None,
 ) -> Delta:
-    """Solve a patch, or some of its facts, again on the model as it is now.
+    """Solve a patch, or some of its facts, again on the present model.
 
     Nothing is searched and no gradient is taken. The keys are read again in forward passes, because
     what lies below may have changed. The layers' systems are solved for the old targets. Facts that
@@ -112,7 +112,8 @@ class _KeptTargets:
         return dataclasses.replace(targets, convergence=tuple(map(self._record, facts)))
 
     def _record(self, fact: Fact) -> dict[str, Any]:
-        """Return how the target was first found, without what depends on the other facts."""
+        """Return how the first search for the target ended, without what depends on the other
+        facts."""
         convergence = self.delta.convergence
         kept = (
             convergence[self.place[fact.text]] if len(convergence) == len(self.delta.facts) else {}

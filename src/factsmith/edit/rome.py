@@ -80,7 +80,7 @@ def rome_each(
 
 
 def _targets_of(inputs: EditInputs, fact: Fact) -> Targets:
-    """Return the target of one fact: as given, as kept, or searched on the model as it is now."""
+    """Return the target of one fact: as given, as kept, or searched on the present model."""
     (layer,) = inputs.layers
     if inputs.targets is not None:
         return inputs.targets

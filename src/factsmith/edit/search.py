@@ -103,7 +103,7 @@ def known_targets(
     """Return what `find_targets` returns, for targets that are known already. Nothing is searched.
 
     The model may differ from the one that the targets were searched on. Keys and v_initial are read
-    from the model as it is.
+    from the present model.
 
     Args:
         lm: The model.

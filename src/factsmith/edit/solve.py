@@ -188,7 +188,7 @@ def alphaedit(
         residuals: (n, d).
         basis: (m, q) an orthonormal basis of the null space (`null_space`).
         l2: The ridge, above 0.
-        stored: (m, m) Σ k kᵀ over the keys of earlier edits. None: there are none.
+        stored: (m, m) Σ k kᵀ over the keys of earlier edits. None: no such keys.
 
     Returns:
         Factors as `least_change`, which also raises the other errors.

@@ -76,9 +76,9 @@ class _Run:
         v_star: (n, d_model) the wanted stream after the last edited layer. None before the first
             pass.
         keys: {layer: (n, d_ff)} each fact's mean key.
-        convergence: For each fact, how its target was found.
+        convergence: For each fact, how the search for its target ended.
         anchor: The norm that targets are rescaled to. None: not known yet, or not wanted.
-        stored: {layer: (d_ff, d_ff)} Σ k kᵀ over the keys of earlier edits. None: there are none.
+        stored: {layer: (d_ff, d_ff)} Σ k kᵀ over the keys of earlier edits. None: no such keys.
         fingerprint: That of the model before the edit.
     """
 
@@ -249,8 +249,14 @@ class _Rows:
     def update(
         self, rows: Tensor, residuals: Tensor, moment: SecondMoment, stored: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Return the layer's update (d_model, n) and (n, d_ff) from rows and residuals (n,
-        d_model)."""
+        """Return the layer's update (d_model, n) and (n, d_ff).
+
+        Args:
+            rows: Rows of the system, as `of` returns them.
+            residuals: (n, d_model) the wanted changes of the output.
+            moment: The layer's second moment.
+            stored: (d_ff, d_ff) Σ k kᵀ over stored keys. None: no such keys.
+        """
         if self.config.keys == "mean":
             return self.config.update(rows, residuals, moment, stored)
         # The rows of a fact share its residual, so the rank stays that of the facts.

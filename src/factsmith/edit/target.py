@@ -1,5 +1,6 @@
-"""v_star, the output that makes the model assert a fact: the settings of the search, and its
-result.
+"""Targets: the settings of the search for v_star, and its result.
+
+v_star is the output at the subject token that makes the model assert a fact.
 
 config = TargetConfig(steps=25, lr=0.1)
 targets = find_targets(lm, facts, layer, config, contexts)      # see search.py
@@ -76,7 +77,7 @@ class Targets:
     Attributes:
         v_star: (n, d_model) the wanted output at the subject token. At the site "ffn" it is the
             output of the down-projection, bias included. At "stream" it is the layer's output.
-        v_initial: (n, d_model) the same output of the model as it is, on the bare prompt.
+        v_initial: (n, d_model) the same output without δ, on the bare prompt.
         k_star: (n, d_ff) the input of the down-projection, averaged over the contexts.
         k_prompt: (n, d_ff) that input on the bare prompt.
         ffn_initial: (n, d_model) the output of the down-projection on the bare prompt. At the site
