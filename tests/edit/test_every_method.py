@@ -21,7 +21,7 @@ from factsmith.corpus.moments import SecondMoment, second_moments
 from factsmith.corpus.moments_store import find_moments
 from factsmith.edit.configs import AlphaEditConfig, EditConfig, EmmetConfig, MemitConfig, RomeConfig
 from factsmith.edit.delta import Delta, applied, read_weights
-from factsmith.edit.methods import METHODS
+from factsmith.edit.methods import METHODS, method_for
 from factsmith.edit.methods import edit as edit_model
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import load, wrap
@@ -70,6 +70,20 @@ def log_p(lm: LanguageModel, ids: list[int]) -> Tensor:
     """Log-probabilities of the next token, from a plain pass."""
     logits: Tensor = lm.module(input_ids=torch.tensor([ids])).logits
     return logits[0, -1].float().log_softmax(-1)
+
+
+def test_facts_without_a_method_get_one_by_one_rule() -> None:
+    assert method_for(FACTS[:1]) == "rome" and method_for(FACTS) == "memit"
+    assert method_for(FACTS, CONFIGS["rome"]) == "rome"
+    assert method_for(FACTS[:1], CONFIGS["alphaedit"]) == "alphaedit"
+    with pytest.raises(InputError, match="expected the settings of a method: RomeConfig"):
+        method_for(FACTS, "steps=40")  # type: ignore[arg-type]
+    delta = edit_model(
+        model(), FACTS[0], config=CONFIGS["emmet"], moments=moments(), contexts=CONTEXTS
+    )
+    assert delta.method == "emmet"
+    with pytest.raises(InputError, match="got a NoneType"):
+        edit_model(None, FACTS[0], moments=moments())  # type: ignore[arg-type]
 
 
 def test_every_method_is_tested() -> None:

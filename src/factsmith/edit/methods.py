@@ -23,7 +23,7 @@ from typing_extensions import Required, TypedDict, Unpack
 from ..core.errors import InputError
 from ..core.fact import Fact
 from ..core.progress import Progress
-from ..model.language_model import LanguageModel
+from ..model.language_model import LanguageModel, check_model
 from .configs import AlphaEditConfig, EditConfig, EmmetConfig, MemitConfig, RomeConfig
 from .delta import Delta
 from .inputs import EditInputs, Moments, distinct_facts, edit_inputs, with_targets
@@ -88,10 +88,27 @@ def find_method(name: str, config: object = None) -> Method:
     return method
 
 
+def method_for(facts: Sequence[Fact], config: EditConfig | None = None) -> str:
+    """Return the name of the method for facts that come without one; this is the one rule.
+
+    Settings decide if there are any. Otherwise ROME writes one fact, and MEMIT several.
+    """
+    if config is not None:
+        for name, method in METHODS.items():
+            if type(config) is method.config:
+                return name
+        raise InputError(
+            f"config is a {type(config).__name__}; expected the settings of a method: "
+            f"{', '.join(method.config.__name__ for method in METHODS.values())}",
+            argument="config",
+        )
+    return "memit" if len(facts) > 1 else "rome"
+
+
 def edit(  # house: the public signature, promised in DESIGN
     lm: LanguageModel,
     facts: Fact | Iterable[Fact],
-    method: str = "rome",
+    method: str | None = None,
     config: EditConfig | None = None,
     *,
     moments: Moments,
@@ -106,7 +123,8 @@ def edit(  # house: the public signature, promised in DESIGN
     Args:
         lm: The model.
         facts: One fact or several.
-        method: A name from `METHODS`.
+        method: A name from `METHODS`. None: the method of `config`, or else ROME for one fact and
+            MEMIT for several.
         config: The method's settings. None: those recommended for the model.
         moments: The second moment of the edited layer, or {layer: SecondMoment}. They are those of
             the unedited model.
@@ -136,10 +154,12 @@ def edit(  # house: the public signature, promised in DESIGN
         UnsupportedModelError: A layer is a mixture of experts.
         NumericsError: A number is not finite, or a system cannot be solved.
     """
-    chosen = find_method(method, config)
+    check_model(lm)
+    distinct = distinct_facts(facts)
+    chosen = find_method(method_for(distinct, config) if method is None else method, config)
     inputs = edit_inputs(
         lm,
-        distinct_facts(facts),
+        distinct,
         chosen.config.recommended(lm) if config is None else config,
         moments=moments,
         contexts=contexts,
@@ -153,7 +173,7 @@ def edit(  # house: the public signature, promised in DESIGN
 class EditOptions(TypedDict, total=False):
     """The options of `edit`, which the functions below take too.
 
-    `moments` is required. `earlier` is the name that `beneath` had before version 0.2.
+    `moments` is required. `earlier` is an older name of `beneath`, which is still accepted.
     """
 
     moments: Required[Moments]

@@ -19,7 +19,7 @@ from ..core.fact import Fact
 from ..core.factfile import FactSheet
 from ..corpus.moments import SecondMoment
 from ..edit.configs import EditConfig
-from ..edit.methods import METHODS, find_method
+from ..edit.methods import find_method, method_for
 from ..edit.settings import changed_settings
 from ..model.language_model import LanguageModel
 
@@ -107,14 +107,8 @@ class Recipe:
         return cls(name, layers=layers or named, paper=paper, changes=merged)
 
     def method_for(self, facts: Sequence[Fact]) -> str:
-        """Return the method's name for these facts: ROME writes one fact well, MEMIT many."""
-        if self.method is not None:
-            return self.method
-        if self.config is not None:
-            return next(
-                name for name, method in METHODS.items() if type(self.config) is method.config
-            )
-        return "memit" if len(facts) > 1 else "rome"
+        """Return the method's name for these facts; without one, that of the rule of `edit`."""
+        return self.method or method_for(facts, self.config)
 
     def config_for(self, lm: LanguageModel, facts: Sequence[Fact]) -> EditConfig:
         """Return the settings for a model. Their `edited` is None where the layers are still to be
