@@ -104,11 +104,16 @@ class Proposal(Shown):
         return self.verification is not None and bool(self.verification.failed("prompt", "earlier"))
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What the caller should know about the layers, in words; `plan.advice`."""
+        return self.plan.advice
+
+    @property
     def warnings(self) -> tuple[str, ...]:
         """What the caller should know, in words."""
         return (
             *self._already_known,
-            *self.plan.advice,
+            *self.notes,
             *self._measured_layers,
             *self.thin.values(),
             *self._shared_keys,
