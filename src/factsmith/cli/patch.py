@@ -11,6 +11,7 @@ import typer
 from ..core.errors import InputError, NumericsError
 from ..core.fact import Fact
 from ..core.factfile import FactFile, FactSheet
+from ..core.progress import Progress
 from ..corpus.paragraphs import Paragraphs
 from .models import need_model, opened
 from .options import (
@@ -30,6 +31,7 @@ from .printing import complain, in_workspace, print_result, progress
 
 if TYPE_CHECKING:
     from ..patch.attempt import Attempt
+    from ..patch.recipe import Recipe
 
 
 def moments(  # house: Typer reads one parameter for each option
@@ -204,24 +206,29 @@ def patch(  # house: Typer reads one parameter for each option
     sheet = described.sheet() if file is None else described.of_file(file)
     changes = read_settings(setting)
     corpus = Paragraphs(texts) if texts else None
-    with progress() as tell, opened(model, workspace, device, tell) as (lm, bench):
-        from ..corpus.moments_store import load_moments
-        from ..patch.attempt import attempt_patch
-        from ..patch.bench import Scratch
-        from ..patch.recipe import Recipe, Sources
+    with progress() as tell:
+        recipe = read_recipe(tell, sheet, method, changes, layers=layer, paper=paper)
+        with opened(model, workspace, device, tell) as (lm, bench):
+            from ..corpus.moments_store import load_moments
+            from ..patch.attempt import attempt_patch
+            from ..patch.bench import Scratch
+            from ..patch.recipe import Sources
 
-        recipe = Recipe.for_sheet(sheet, method, changes, layers=layer, paper=paper)
-        given = None if moments is None else load_moments(moments)
-        options: dict[str, Any] = {"gates": sheet.named_gates, "force": force, "progress": tell}
-        attempt: Attempt
-        if bench is None:
-            sources = Sources(moments=given, texts=corpus, seed=seed)
-            attempt = attempt_patch(Scratch(lm), sheet.facts, recipe, sources, **options)
-        else:
-            options |= {"message": message, "dry_run": dry_run}
-            attempt = bench.apply(
-                sheet.facts, recipe, moments=given, texts=corpus, seed=seed, **options
-            )
+            given = None if moments is None else load_moments(moments)
+            options: dict[str, Any] = {
+                "gates": sheet.named_gates,
+                "force": force,
+                "progress": tell,
+            }
+            attempt: Attempt
+            if bench is None:
+                sources = Sources(moments=given, texts=corpus, seed=seed)
+                attempt = attempt_patch(Scratch(lm), sheet.facts, recipe, sources, **options)
+            else:
+                options |= {"message": message, "dry_run": dry_run}
+                attempt = bench.apply(
+                    sheet.facts, recipe, moments=given, texts=corpus, seed=seed, **options
+                )
     revision = getattr(attempt, "revision", None)
     stops = _stops(attempt, force=force)
     failures = attempt.failures if stops else ()
@@ -243,6 +250,16 @@ def patch(  # house: Typer reads one parameter for each option
     print_result(result, attempt.proof_tables(), as_json, lines)
     if revision is None:
         stop_if_failed(attempt, force=force)
+
+
+def read_recipe(
+    tell: Progress, sheet: FactSheet, method: str | None, changes: dict[str, Any], **options: Any
+) -> Recipe:
+    """Return the recipe of a fact file and options; raises InputError before a model is loaded."""
+    tell("reading the settings", 0, None)
+    from ..patch.recipe import Recipe
+
+    return Recipe.for_sheet(sheet, method, changes, **options)
 
 
 def stop_if_failed(attempt: Attempt, *, force: bool) -> None:

@@ -14,7 +14,7 @@ from ..core.tables import counted
 from ..corpus.paragraphs import Paragraphs
 from .models import opened_workspace
 from .options import Device, Json, Message, Method, Seed, Settings, Texts, Where, read_settings
-from .patch import stop_if_failed
+from .patch import read_recipe, stop_if_failed
 from .printing import complain, in_workspace, print_json, print_result, progress
 
 File = Annotated[
@@ -44,11 +44,11 @@ def plan(
     """
     sheet = FactFile.sheet(file)
     changes = read_settings(setting)
-    with progress() as tell, opened_workspace(workspace, device, tell) as bench:
-        from ..patch.recipe import Recipe
-
-        tell("asking", 0, None)
-        planned = bench.plan(sheet.facts, Recipe.for_sheet(sheet, method, changes))
+    with progress() as tell:
+        recipe = read_recipe(tell, sheet, method, changes)
+        with opened_workspace(workspace, device, tell) as bench:
+            tell("asking", 0, None)
+            planned = bench.plan(sheet.facts, recipe)
     print_result(planned.to_dict(), planned.tables(), as_json)
     if planned.conflicts:
         count = f"{counted(len(planned.conflicts), 'fact')} of {len(planned.entries):,}"
@@ -88,19 +88,19 @@ def apply(  # house: Typer reads one parameter for each option
     sheet = FactFile.sheet(file)
     changes = read_settings(setting)
     corpus = Paragraphs(texts) if texts else None
-    with progress() as tell, opened_workspace(workspace, device, tell) as bench:
-        from ..patch.recipe import Recipe
-
-        outcome = bench.apply(
-            sheet.facts,
-            Recipe.for_sheet(sheet, method, changes),
-            texts=corpus,
-            seed=seed,
-            gates=sheet.gates,
-            force=force,
-            message=message,
-            progress=tell,
-        )
+    with progress() as tell:
+        recipe = read_recipe(tell, sheet, method, changes)
+        with opened_workspace(workspace, device, tell) as bench:
+            outcome = bench.apply(
+                sheet.facts,
+                recipe,
+                texts=corpus,
+                seed=seed,
+                gates=sheet.gates,
+                force=force,
+                message=message,
+                progress=tell,
+            )
     planned = outcome.proposal.plan
     result = {
         "plan": planned.to_dict(),
