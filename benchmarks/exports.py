@@ -35,7 +35,7 @@ from factsmith.keep.export.questions import ask
 from factsmith.keep.export.readback import LIMITS, Job, compare, read_back
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import load
-from families import letters, tiny_model
+from tiny_types import letters, tiny_model
 
 TOGETHER = 24
 """How many exports one process reads back: importing peft takes seconds."""

@@ -6,6 +6,7 @@ The reference is always the plain model, run one unpadded row at a time, with it
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -52,6 +53,7 @@ EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "olmoe"]
 
 def _load() -> ModuleType:
     path = Path(__file__).resolve().parents[2] / "benchmarks" / "families.py"
+    sys.path.append(str(path.parent))  # where it finds the modules that it imports
     spec = importlib.util.spec_from_file_location("families", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
