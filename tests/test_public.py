@@ -246,9 +246,9 @@ import factsmith
 
 def call():
     try:
-        factsmith.edit(None, [], "no such method", moments={})
-    except factsmith.InputError as error:
-        assert "no such method" in str(error), error
+        factsmith.edit(None, [], moments={})
+    except factsmith.FactsmithError as error:
+        assert "expected a model" in str(error), error
     else:
         raise AssertionError("it did not run")
     assert "method" in inspect.signature(factsmith.edit).parameters
