@@ -115,7 +115,13 @@ def explain(  # house: Typer reads one parameter for each option
 
 
 def find(
-    words: ModelAndPrompt,
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[MODEL] WORD",
+            help="A model (default: the workspace's), and a word or a few words.",
+        ),
+    ],
     index: IndexFolder = None,
     texts: Texts = None,
     top: Annotated[int, typer.Option(min=1, help="How many neurons to list of either kind.")] = 10,
