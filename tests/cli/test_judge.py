@@ -49,22 +49,15 @@ def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
+def evaluating(model: Path, suite: Path, *more: str) -> list[str | Path]:
+    """Return the words of `evaluate` on all records of the suite, and more options."""
+    return ["evaluate", model, "--suite", suite, "--all", *more]
+
+
 def test_evaluate_prints_keeps_and_reports(
     run: Run, model: Path, suite: Path, tmp_path: Path
 ) -> None:
-    call = [
-        "evaluate",
-        model,
-        "--suite",
-        suite,
-        "--methods",
-        "ft",
-        "--sizes",
-        "1,2",
-        "--all",
-        "--out",
-        "judged",
-    ]
+    call = evaluating(model, suite, "--methods", "ft", "--sizes", "1,2", "--out", "judged")
     done = run(*call, "--json")
     assert done.code == 0, done.err
     assert "malformed: 1 record left out, the first" in done.err
@@ -118,21 +111,9 @@ def test_evaluate_with_settings_and_tasks(
         "metric_list": [{"metric": "acc"}],
     }
     (tmp_path / "tasks/homes.yaml").write_text(json.dumps(task))
-    call = [
-        "evaluate",
-        model,
-        "--suite",
-        suite,
-        "--methods",
-        "ft",
-        "--sizes",
-        "2",
-        "--all",
-        "--out",
-        "judged",
-        "--drift-tokens",
-        "50",
-    ]
+    call = evaluating(
+        model, suite, "--methods", "ft", "--sizes", "2", "--out", "judged", "--drift-tokens", "50"
+    )
     call += ["--tasks", "homes", "--tasks-folder", tmp_path / "tasks", "--json"]
     done = run(*call, "--set", "ft.steps=1")
     assert done.code == 0, done.err
@@ -161,20 +142,9 @@ def test_evaluate_with_settings_and_tasks(
 def test_a_folder_holds_one_model_and_suite(
     run: Run, model: Path, suite: Path, tmp_path: Path
 ) -> None:
-    call = [
-        "evaluate",
-        model,
-        "--suite",
-        suite,
-        "--methods",
-        "ft",
-        "--all",
-        "--drift-tokens",
-        "0",
-        "--out",
-        "judged",
-        "--json",
-    ]
+    call = evaluating(
+        model, suite, "--methods", "ft", "--drift-tokens", "0", "--out", "judged", "--json"
+    )
     assert [r["size"] for r in run(*call, "--sizes", "1").json["runs"]] == [1]
     assert [r["size"] for r in run(*call, "--sizes", "2").json["runs"]] == [1, 2], (
         "the page keeps what was judged before"
@@ -201,20 +171,9 @@ def test_a_folder_holds_one_layout_text_and_setting_of_a_method(
         ("b.txt", "Edwin is at home in Rome. " * 20),
     ):
         (tmp_path / name).write_text(text)
-    call = [
-        "evaluate",
-        model,
-        "--suite",
-        suite,
-        "--methods",
-        "ft",
-        "--all",
-        "--drift-tokens",
-        "20",
-        "--out",
-        "judged",
-        "--json",
-    ]
+    call = evaluating(
+        model, suite, "--methods", "ft", "--drift-tokens", "20", "--out", "judged", "--json"
+    )
     done = run(*call, "--sizes", "1", "--texts", "a.txt")
     assert done.code == 0, done.err
     (judged,) = done.json["runs"]
@@ -259,20 +218,9 @@ def test_a_folder_holds_one_layout_text_and_setting_of_a_method(
 def test_what_is_not_finished_is_not_on_the_page(
     run: Run, model: Path, suite: Path, tmp_path: Path
 ) -> None:
-    call = [
-        "evaluate",
-        model,
-        "--suite",
-        suite,
-        "--all",
-        "--drift-tokens",
-        "0",
-        "--continued",
-        "0",
-        "--out",
-        "judged",
-        "--json",
-    ]
+    call = evaluating(
+        model, suite, "--drift-tokens", "0", "--continued", "0", "--out", "judged", "--json"
+    )
     assert run(*call, "--sizes", "2", "--sequence", "--methods", "ft").code == 0
     rows = tmp_path / "judged/sequence-2/rows.jsonl"
     lines = rows.read_text().splitlines()
@@ -291,20 +239,9 @@ def test_what_is_not_finished_is_not_on_the_page(
 def test_sizes_are_at_most_the_number_of_records(
     run: Run, model: Path, suite: Path, tmp_path: Path
 ) -> None:
-    call = [
-        "evaluate",
-        model,
-        "--suite",
-        suite,
-        "--methods",
-        "ft",
-        "--all",
-        "--drift-tokens",
-        "0",
-        "--out",
-        "judged",
-        "--json",
-    ]
+    call = evaluating(
+        model, suite, "--methods", "ft", "--drift-tokens", "0", "--out", "judged", "--json"
+    )
     done = run(*call, "--sizes", "1,100,4,1000")
     assert [r["size"] for r in done.json["runs"]] == [1, 4], done.err
     assert done.err.count("there are 4 records to write, so 4 are written at a time") == 2
@@ -315,19 +252,7 @@ def test_sizes_are_at_most_the_number_of_records(
 
 
 def test_strict_looks_at_the_whole_file(run: Run, model: Path, suite: Path) -> None:
-    call = [
-        "evaluate",
-        model,
-        "--suite",
-        suite,
-        "--methods",
-        "ft",
-        "--all",
-        "--limit",
-        "1",
-        "--drift-tokens",
-        "0",
-    ]
+    call = evaluating(model, suite, "--methods", "ft", "--limit", "1", "--drift-tokens", "0")
     for seed in range(4):
         done = run(*call, "--strict", "--seed", str(seed))
         assert done.code == 2 and "record 4" in done.err

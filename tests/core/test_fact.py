@@ -8,20 +8,7 @@ import pytest
 
 from factsmith.core.errors import FactError
 from factsmith.core.fact import Fact, Probe
-
-FULL = Fact(
-    "N'Djamena",
-    "The river of {} is",
-    "Łódź",
-    target_true="Chari",
-    paraphrases=["{} lies on", "Q: Which river? A: N'Djamena's is"],
-    neighbours=[
-        "Cairo lies on",
-        Probe("Paris lies on", "Seine"),
-        {"prompt": "Rome lies on", "expected": "Tiber"},
-    ],
-    relation="P206",
-)
+from full_fact import FULL
 
 
 def test_prompts_are_filled_in() -> None:

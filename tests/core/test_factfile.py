@@ -10,24 +10,12 @@ import jsonschema
 import pytest
 
 from factsmith.core.errors import FactError, WorkspaceError
-from factsmith.core.fact import Fact, Probe
+from factsmith.core.fact import Fact
 from factsmith.core.factfile import FactFile
 from factsmith.core.gates import Gates
+from full_fact import FULL
 
 FACT = {"subject": "Ann", "prompt": "{} lives in", "target": "Oslo"}
-FULL = Fact(
-    "N'Djamena",
-    "The river of {} is",
-    "Łódź",
-    target_true="Chari",
-    paraphrases=["{} lies on", "Q: Which river? A: N'Djamena's is"],
-    neighbours=[
-        "Cairo lies on",
-        Probe("Paris lies on", "Seine"),
-        {"prompt": "Rome lies on", "expected": "Tiber"},
-    ],
-    relation="P206",
-)
 
 
 @pytest.mark.parametrize("name", ["facts.yaml", "facts.json"])

@@ -16,7 +16,7 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Callable, Iterable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -118,5 +118,5 @@ def _options(
         ),
     ] = False,
 ) -> None:
-    commands = typer.main.get_group(app).commands
-    running.set(commands.get(context.invoked_subcommand or ""))
+    group: Any = context.command
+    running.set(group.commands.get(context.invoked_subcommand))

@@ -18,7 +18,7 @@ from ..core.progress import Progress
 from ..core.tables import visible
 from ..corpus.paragraphs import Paragraphs
 from .models import load_model, need_model, opened
-from .options import LARGEST_SEED, Device, Json, Model, Where, read_value
+from .options import Device, Json, Model, Seed, Where, read_value
 from .printing import complain, print_result, progress
 
 if TYPE_CHECKING:
@@ -125,11 +125,6 @@ JudgeFolder = Annotated[
         help="Keep all rows there, so that a killed run can go on, and write the report as "
         "report.html and report.md.",
     ),
-]
-
-Seed = Annotated[
-    int,
-    typer.Option(min=0, max=LARGEST_SEED, help="Of samples, contexts and whatever else is drawn."),
 ]
 
 SavedDelta = Annotated[

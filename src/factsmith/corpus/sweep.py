@@ -6,7 +6,7 @@
     estimates = sums.result(swept)
 
 One pass of the model serves every layer and every accumulator. The order of batches depends on the
-corpus alone. A run that was killed goes on at its last checkpoint and ends with the same numbers.
+corpus alone. A killed run resumes from its last checkpoint and ends with the same numbers.
 """
 
 from __future__ import annotations

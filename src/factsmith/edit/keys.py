@@ -34,7 +34,7 @@ stops by itself when it is solved."""
 def read_keys(
     lm: LanguageModel, facts: Sequence[Fact], layer: int, contexts: Sequence[str]
 ) -> Tensor:
-    """Return the input of the down-projection at each fact's subject token in each context.
+    """Return the keys: what enters the down-projection at the subject token, in each context.
 
     Returns:
         (n, n_contexts, d_ff) float32.
@@ -137,7 +137,7 @@ def with_added(
 
 @torch.no_grad()
 def read_down(replay: Replay, layer: int) -> tuple[Tensor, Tensor]:
-    """Return what enters and leaves a down-projection at the first live column, float32.
+    """Return the input and the output of a down-projection at the first live column, float32.
 
     Returns:
         Its input (R, d_ff) and its output (R, d_model).

@@ -3,8 +3,8 @@
     question = tokenize_fact(lm, fact, contexts)      # one sequence for each context, and the guard
     places = Places.of(questions, without, device)    # where in the batch the answers are read
 
-The guard is the prompt "{} is a". Its next-token distribution at the subject token says what the
-subject is, and must stay (ROME, equation 4, second term).
+The guard is the prompt "{} is a". What the model predicts after the subject there says what the
+subject is. It must stay (ROME, equation 4, second term).
 
 A fact without a target is one to forget. Then the model should continue each prompt as it does when
 the subject's tokens are left out.
@@ -27,7 +27,7 @@ from .batches import Size
 from .keys import subject_columns
 
 GUARD = "{} is a"
-"""The prompt whose next-token distribution at the subject token must stay."""
+"""The prompt of the guard: what the model predicts after the subject must stay."""
 
 
 @dataclass(frozen=True)

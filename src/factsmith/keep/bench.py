@@ -31,6 +31,7 @@ from ..patch.layer_choice import LayerChoice
 from ..patch.layers import measure_layers, published_choice, quick_layers
 from ..patch.recipe import Sources
 from .carried import Carried, newest_facts
+from .export.dtypes import dtype_name
 from .layers_file import read_layers, write_layers
 from .ledger import Ledger
 
@@ -47,7 +48,7 @@ def create(lm: LanguageModel, folder: str | os.PathLike[str]) -> Ledger:
     # A path is kept whole, so that the workspace finds its model from anywhere.
     is_folder = lm.name not in atlas.names() and Path(lm.name).is_dir()
     name = str(Path(lm.name).resolve()) if is_folder else lm.name
-    dtype = str(lm.dtype).removeprefix("torch.")
+    dtype = dtype_name(lm.dtype)
     return Ledger.create(folder, model=name, fingerprint=lm.fingerprint, dtype=dtype)
 
 
@@ -73,7 +74,7 @@ class LedgerBench:
                 raise FingerprintError(
                     f"{folder} was made for {self.ledger.model!r} in {self.ledger.dtype}, "
                     f"fingerprint {self.ledger.fingerprint[:10]}; "
-                    f"got {lm.name!r} in {str(lm.dtype).removeprefix('torch.')} with "
+                    f"got {lm.name!r} in {dtype_name(lm.dtype)} with "
                     f"{lm.fingerprint[:10]}. Load that model without "
                     "patches (close another workbench that holds it), or make a workspace for this "
                     "one"
@@ -181,9 +182,12 @@ class LedgerBench:
         as layers.json.
 
         A kept choice is returned when nothing else is asked for: no `facts`, no other number of
-            `trials`, no `refresh`. Arguments as of the
-        function `recommend_layers`. Raises what it raises, DamagedError when the kept choice cannot
-        be read, WorkspaceError when the new one cannot be written.
+        `trials`, no `refresh`. The arguments are those of the function `recommend_layers`.
+
+        Raises:
+            DamagedError: The kept choice cannot be read.
+            WorkspaceError: The new one cannot be written.
+            FactsmithError: What the function raises.
         """
         self._carried.check_weights()
         kept = None if refresh or facts is not None else self._kept_layers()

@@ -452,7 +452,7 @@ def _coarse(
 
 
 def _neuron_at(layer: int, flat: int, n_experts: Sequence[int], d_ff: Sequence[int]) -> Neuron:
-    """The neuron at an index of the last dimension of the scores.
+    """Return the neuron that a column of the scores belongs to.
 
     A shared bank comes after the experts, and may be wider than they are.
     """

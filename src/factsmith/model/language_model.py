@@ -140,7 +140,7 @@ class LanguageModel(DecodingModel):
 
     @torch.no_grad()
     def coefficients(self, prompt: str, layers: Iterable[int] | None = None) -> Tensor:
-        """Return the coefficient of every neuron at every token of a prompt.
+        """Return how strongly every neuron fires at every token of a prompt: its coefficient.
 
         Args:
             prompt: The prompt.
