@@ -31,6 +31,9 @@ ORDER = [
 ]
 """A package imports only from packages above it; packages of one line never import each other."""
 
+FORMER = ("ledger", "verify")
+"""Modules that only import from the place to which their names have moved."""
+
 NEVER = {("cli", "edit"), ("studio", "edit"), ("show", "edit"), ("show", "keep")}
 """The first of a pair imports no file of the second, although the order may allow it."""
 
@@ -125,7 +128,8 @@ def circle(edges: list[Import]) -> list[str]:
 @pytest.fixture(scope="module")
 def edges() -> list[Import]:
     files = modules(SOURCE)
-    return list(imports({name: path for name, path in files.items() if "__" not in name and name}))
+    skipped = ("", "__main__", *FORMER)
+    return list(imports({name: path for name, path in files.items() if name not in skipped}))
 
 
 def test_the_order_names_every_package() -> None:
@@ -215,6 +219,15 @@ def test_the_list_of_names_is_sorted_and_complete() -> None:
     assert factsmith.__all__ == sorted([*names, "__version__"]) == dir(factsmith)
     text = (SOURCE / "__init__.pyi").read_text(encoding="utf-8")
     assert all(f"import {name} as {name}\n" in text for name in names), "exported to type checkers"
+
+
+@pytest.mark.parametrize("module", FORMER)
+def test_a_former_place_says_where_its_names_are(module: str) -> None:
+    with pytest.warns(DeprecationWarning, match="has moved"):
+        former = importlib.import_module(f"factsmith.{module}")
+    assert {"ledger": "Ledger", "verify": "verify"}[module] in former.__all__
+    defined = [node for node in ast.parse(inspect.getsource(former)).body if hasattr(node, "args")]
+    assert defined == [], "it defines nothing itself"
 
 
 @pytest.mark.parametrize(("module", "name"), listed())

@@ -16,11 +16,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, Self, TypeAlias
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from ..core.artefact import Checkpoint
 from ..core.checks import check_count, check_limit

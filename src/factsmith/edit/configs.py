@@ -15,10 +15,9 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from torch import Tensor
-from typing_extensions import Self
 
 from ..core.checks import check_count, check_number, whole_number
 from ..core.errors import InputError, LayerError, NumericsError
