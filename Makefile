@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check fast atlas clean
+.PHONY: demo test fast docs bounds atlas clean
 
 demo: $(VENV)/.installed
 	$(BIN)/factsmith demo
@@ -20,6 +20,14 @@ test: $(VENV)/.installed-dev
 fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "not slow"
 
+# the documentation as a site in the folder site/
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# the lowest versions that pyproject.toml allows: downloads several gigabytes
+bounds: $(VENV)/.installed-dev
+	$(BIN)/python tools/bounds.py .venv-lowest
+
 # trains both bundled models again from a seed; PROSE is a folder of public-domain .txt files, one sentence a line
 PROSE ?= ../shared/data/text
 COUNTERFACT ?= ../shared/data/counterfact/full-1017.json
@@ -31,7 +39,7 @@ atlas: $(VENV)/.installed-dev
 	done
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info
+	rm -rf $(VENV) .venv-lowest build dist site src/*.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -42,4 +50,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	touch $@ $(VENV)/.installed

@@ -20,6 +20,7 @@ from typing import Any, Literal, Self
 from torch import Tensor
 
 from ..core.checks import check_count, check_number, whole_number
+from ..core.documented import documented
 from ..core.errors import InputError, LayerError, NumericsError
 from ..corpus.factors import JITTERS, cholesky
 from ..corpus.moments import SecondMoment
@@ -78,6 +79,7 @@ class EditConfig(TargetConfig, ABC):
         """Return the settings that came with the model, or settings that suit any model."""
 
 
+@documented
 @dataclass(frozen=True)
 class RomeConfig(EditConfig):
     """Settings of ROME: the layer, and how the target is searched (the fields of TargetConfig)."""
@@ -302,13 +304,16 @@ class SpreadConfig(EditConfig):
         """
 
 
+@documented
 @dataclass(frozen=True)
 class MemitConfig(SpreadConfig):
     """Settings of MEMIT."""
 
     _: KW_ONLY
     moment_weight: float | None = 15_000.0
-    """λ. 15,000 is the authors' value for GPT-J (20,000 for GPT-2 XL). None: as in SpreadConfig."""
+    """λ, the number of tokens of ordinary text that weigh as much as one fact. 15,000 is the
+    authors' value for GPT-J (20,000 for GPT-2 XL). None: ten for each fact in a layer, but not more
+    than the layer has neurons."""
 
     def update(
         self, keys: Tensor, residuals: Tensor, moment: SecondMoment, stored: Tensor | None
@@ -319,6 +324,7 @@ class MemitConfig(SpreadConfig):
         return solve.memit(keys, residuals, factor, self.moment_weight)
 
 
+@documented
 @dataclass(frozen=True)
 class EmmetConfig(SpreadConfig):
     """Settings of EMMET: it asks for exact outputs as ROME does, and for all facts at once."""
@@ -363,6 +369,7 @@ class EmmetConfig(SpreadConfig):
         return solve.emmet(keys, residuals, factor, self.moment_weight, ridge)
 
 
+@documented
 @dataclass(frozen=True)
 class AlphaEditConfig(SpreadConfig):
     """Settings of AlphaEdit: it writes only into directions that ordinary text hardly uses."""

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..core.checks import check_count, check_number
+from ..core.documented import documented
 from ..core.errors import InputError, LayerError, NumericsError
 from ..core.fact import Fact, listed
 from ..core.progress import Progress, tell
@@ -69,6 +70,7 @@ class TuneConfig:
             )
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class FineTuneConfig(TuneConfig):
     """Settings of FT-L."""
@@ -82,6 +84,7 @@ class FineTuneConfig(TuneConfig):
         check_number(self.clamp, "clamp", above=0, most=1_000_000)
 
 
+@documented
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig(TuneConfig):
     """Settings of LoRA."""
