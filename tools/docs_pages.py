@@ -9,6 +9,7 @@ from the command line itself. So a new name or command is on its page without a 
 from __future__ import annotations
 
 import ast
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,10 @@ def _package(package: str, names: list[str]) -> str:
 def _commands() -> str:
     from factsmith.cli import app
 
-    command = typer.main.get_command(app)
+    command: Any = typer.main.get_command(app)
     context = typer.Context(command, info_name="factsmith")
     text = get_docs_for_click(obj=command, ctx=context, name="factsmith")
+    for name, each in command.commands.items():  # the list would cut each summary at 45 characters
+        summary = each.get_short_help_str(limit=200)
+        text = re.sub(rf"^\* `{name}`: .*$", f"* `{name}`: {summary}", text, flags=re.MULTILINE)
     return text.replace("# `factsmith`", "# Commands", 1)
