@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 import re
 
 import pytest
@@ -160,10 +161,25 @@ def test_a_result_is_as_wide_as_the_terminal(
             return [CHECKS, Table("words " * 60, {})]
 
     monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     lines = repr(Result()).splitlines()
     assert max(map(cell_len, lines)) <= width
     assert max(len(line) for line in lines if line.startswith("words")) > width - len("words ") - 1
     assert "0.997" in repr(Result()) and "no" in repr(Result())
+
+
+@pytest.mark.parametrize("columns", [200, 60, 20])
+def test_without_a_terminal_no_line_of_a_result_wraps(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Result(Shown):
+        def tables(self) -> list[Table]:
+            return [CHECKS, Table("words " * 60, {})]
+
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = repr(Result()).splitlines()
+    assert lines[-1] == ("words " * 60).strip()
+    assert len(lines) == len(CHECKS.rows) + 4, "a title, the names, a row each, a note, the words"
 
 
 def test_a_table_without_rows_is_its_title_and_names() -> None:

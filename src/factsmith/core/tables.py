@@ -16,6 +16,7 @@ import html
 import io
 import re
 import shutil
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from .grid import NUMBER, Grid
 
 _ROWS = 20
 """Rows that a long table shows; the result itself has all of them."""
+
+_UNLIMITED = 100_000
+"""Columns of a text that no terminal shows."""
 
 _LEAST_WIDTH, _MOST_WIDTH = 40, 140
 """Columns of a terminal between which the text of a result is as wide as the terminal."""
@@ -124,8 +128,15 @@ class Shown(ABC):
         """Return the tables, the most important first."""
 
     def __repr__(self) -> str:
-        terminal = shutil.get_terminal_size((120, 24)).columns
-        width = max(_LEAST_WIDTH, min(_MOST_WIDTH, terminal))
+        """Return the tables as text.
+
+        On a terminal they are as wide as the terminal. In a pipe, a log or a test no line wraps, so
+        that the text is the same everywhere.
+        """
+        width = _UNLIMITED
+        if sys.stdout is not None and sys.stdout.isatty():
+            terminal = shutil.get_terminal_size((120, 24)).columns
+            width = max(_LEAST_WIDTH, min(_MOST_WIDTH, terminal))
         written = io.StringIO()
         # In a notebook rich would print by itself.
         console = Console(
