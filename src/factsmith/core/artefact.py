@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .errors import DamagedError, FingerprintError, InputError, WorkspaceError
-from .files import write_file
+from .files import make_folder, write_file
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -31,7 +31,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     tensors = dict(tensors)
     described = {**metadata, "sha256": _checksum(tensors, metadata)}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write_file(
             path, lambda temporary: safetensors.torch.save_file(tensors, temporary, described)
         )

@@ -23,7 +23,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ..core.errors import DamagedError, FactError, NumericsError, WorkspaceError
-from ..core.files import file_digest, record_digest, write_file
+from ..core.files import file_digest, make_folder, record_digest, write_file
 
 _FORMAT = 1
 
@@ -60,7 +60,7 @@ def write_delta_folder(folder: Path, record: Mapping[str, Any], tensors: bytes) 
     signed["sha256"] = record_digest(signed)
     text = json.dumps(signed, ensure_ascii=False, indent=2) + "\n"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_file(folder / _TENSORS, tensors)
         write_file(folder / _JSON, text.encode())
     except OSError as error:

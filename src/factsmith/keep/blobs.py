@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import os
 import re
 import secrets
 import shutil
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..core.errors import DamagedError
-from ..core.files import file_digest, flush_folder
+from ..core.files import file_digest, flush_folder, make_folder, settle_folder
 
 _STAGING = ".staging-"
 
@@ -68,16 +67,14 @@ class Blobs:
         Raises:
             OSError: when something cannot be written. Nothing is left then.
         """
-        self.folder.mkdir(exist_ok=True)
+        make_folder(self.folder)
         for leftover in self.folder.glob(f"{_STAGING}*"):  # of a process that died
             shutil.rmtree(leftover, ignore_errors=True)
         staging = self.folder / f"{_STAGING}{secrets.token_hex(8)}"
         try:
             write(staging)
+            settle_folder(staging)
             blob = folder_blob(staging)
-            for file in staging.iterdir():
-                flush_file(file)
-            flush_folder(staging)
             target = self.path(blob.digest)
             if not self._is_whole(blob.digest):
                 remove(target)
@@ -152,12 +149,6 @@ def folder_blob(folder: Path) -> Blob:
         n_bytes += status.st_size
         total.update(f"{file.name}\0{file_digest(file)}\n".encode())
     return Blob(total.hexdigest(), n_bytes)
-
-
-def flush_file(file: Path) -> None:
-    """Make the content of a file durable."""
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
 
 
 def remove(entry: Path) -> None:

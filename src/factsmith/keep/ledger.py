@@ -33,6 +33,7 @@ from ..core.errors import DamagedError, RevisionError, WorkspaceError
 from ..core.fact import Fact
 from .blobs import Blob, Blobs
 from .database import Database, Workspace
+from .export.leftovers import leftovers, remove_leftovers
 from .history import check_chain, check_solved, moved_facts, named_deltas, undoing
 from .records import Records
 from .revision import BASE as BASE
@@ -427,9 +428,11 @@ class Ledger:
         """
         with contextlib.nullcontext() if dry_run else self._database.writing():
             loose = self._blobs.loose(named_deltas(self._records.history()))
+            unfinished = leftovers(self.folder)
             if not dry_run:
                 self._blobs.remove(loose)
-        return tuple(entry.name for entry in loose)
+                remove_leftovers(self.folder)
+        return tuple(entry.name for entry in (*loose, *unfinished))
 
     # ── inside ────────────────────────────────────────────────────────────────────────────────────
 

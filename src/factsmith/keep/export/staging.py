@@ -6,7 +6,8 @@
 
 The block writes into a hidden folder next to the target. At the end of the block that folder is
 flushed to disk and renamed to the target. After an exception it is deleted, and an earlier export
-at the target is as it was.
+at the target is as it was. Hidden folders that a killed process left next to the target are removed
+first (`leftovers`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +22,8 @@ from pathlib import Path
 import safetensors
 
 from ...core.errors import DamagedError, InputError, WorkspaceError
-from ...core.files import check_writable, flush_folder, folder_path
+from ...core.files import check_writable, flush_folder, folder_path, settle_folder
+from .leftovers import OLDER, WRITING, held, remove_leftovers
 from .manifest import FILE, read_manifest
 
 
@@ -44,46 +45,43 @@ def staged(folder: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
     target = given.resolve()
     _check_target(target, overwrite)
     check_writable(target.parent)
+    remove_leftovers(target.parent)
     parents = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
-    staging = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
-        with _explained(folder):
-            staging.mkdir(parents=True)
-        with _explained(folder):
-            yield staging
-        with _explained(folder):
-            _flush(staging)
-            _check_target(target, overwrite)  # it may have changed in the meantime
-            _put(staging, target)
+        with contextlib.ExitStack() as stack:
+            with _explained(folder):
+                staging = stack.enter_context(held(target.parent, target.name, WRITING))
+            stack.callback(shutil.rmtree, staging, ignore_errors=True)
+            with _explained(folder):
+                yield staging
+            with _explained(folder):
+                settle_folder(staging)
+                _check_target(target, overwrite)  # it may have changed in the meantime
+                _put(staging, target)
+                for parent in parents:
+                    flush_folder(parent.parent)
         parents = []
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
         for parent in parents:
             with contextlib.suppress(OSError):
                 parent.rmdir()
 
 
-def _flush(folder: Path) -> None:
-    """Make the content of every file in a folder durable."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-
-
 def _put(staging: Path, target: Path) -> None:
     """Rename a folder to the target. If that fails, what was at the target is there again."""
-    older = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
-    if target.is_dir():
-        target.rename(older)
-    try:
-        staging.rename(target)
-    except BaseException:
-        if older.is_dir():
-            older.rename(target)
-        raise
-    flush_folder(target.parent)
-    shutil.rmtree(older, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        older = None
+        if target.is_dir():
+            older = stack.enter_context(held(target.parent, target.name, OLDER, source=target))
+        try:
+            staging.rename(target)
+        except BaseException:
+            if older is not None:
+                older.rename(target)
+            raise
+        flush_folder(target.parent)
+        if older is not None:
+            shutil.rmtree(older, ignore_errors=True)
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
