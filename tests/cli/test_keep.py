@@ -72,6 +72,7 @@ def test_a_patch_there_and_back(run: Run, model: Path, tmp_path: Path) -> None:
     assert run("checkout", identity[:8], "-w", "space", "--json").json["active"] == 1
     assert run("ask", "-w", "space", PROMPT, "--json").json["next_tokens"] == changed["next_tokens"]
     assert run("checkout", "base", "-w", "space", "--json").json == {
+        "format_version": 1,
         "current": "base",
         "head": undone["id"],
         "active": 0,

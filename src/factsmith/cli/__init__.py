@@ -6,13 +6,15 @@
     factsmith log -w my-workspace
 
 Answers go to standard output, as one JSON document with --json. Progress, warnings and errors go
-to standard error. Exit codes: 0 done, 2 the input cannot be used, 3 the model cannot be used,
-4 numbers went wrong, 5 the workspace or its records, 1 anything else, 130 Ctrl-C.
+to standard error; with --json each is a JSON document on a line. Exit codes: 0 done, 2 the input
+cannot be used, 3 the model cannot be used, 4 numbers went wrong, 5 the workspace or its records,
+1 anything else, 130 Ctrl-C.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -22,65 +24,88 @@ import typer
 
 from ..core.errors import FactsmithError, InputError
 from . import capacity, demo, export, judge, keep, locate, patch, plan, read
-from .printing import complain, running, with_flag
+from .common import Command, Group, Quiet, Verbose, spoken_warnings, with_common_options
+from .printing import Manner, complain, complain_of, manner, program, running
+
+_Parsing: Any = typer.BadParameter.__mro__[2]
+"""ClickException, of the click that Typer uses: some versions of Typer bring their own."""
 
 app = typer.Typer(
+    cls=Group,
     name="factsmith",
     help="Read, locate, patch and keep the facts in a transformer's feed-forward memory.",
+    epilog=(
+        "`factsmith COMMAND --help` shows the options of a command, and examples. The cache folder "
+        "is $FACTSMITH_CACHE, or the user's."
+    ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 
-COMMANDS: tuple[Callable[..., None], ...] = (
-    keep.init,
-    read.ask,
-    read.explain,
-    read.find,
-    read.neuron,
-    read.browse,
-    read.census,
-    locate.trace,
-    locate.neurons,
-    locate.layers,
-    patch.moments,
-    patch.patch,
-    judge.evaluate,
-    judge.drift,
-    plan.plan,
-    plan.apply,
-    plan.schema,
-    keep.log,
-    keep.show,
-    keep.diff,
-    keep.revert,
-    keep.checkout,
-    keep.status,
-    capacity.capacity,
-    keep.verify,
-    keep.gc,
-    export.export,
-    export.import_,
-    demo.demo,
-)
-"""In the order of `factsmith --help`."""
+COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
+    "Start": (keep.init, demo.demo),
+    "Read: what the memory holds": (
+        read.ask,
+        read.explain,
+        read.find,
+        read.neuron,
+        read.browse,
+        read.census,
+    ),
+    "Locate: where a fact is": (locate.trace, locate.neurons, locate.layers),
+    "Patch: write facts": (patch.patch, patch.moments),
+    "Judge: what edits do": (judge.evaluate, judge.drift),
+    "Keep: the history of a workspace": (
+        keep.log,
+        keep.show,
+        keep.diff,
+        keep.revert,
+        keep.checkout,
+        keep.status,
+        keep.verify,
+        keep.gc,
+        capacity.capacity,
+    ),
+    "Keep: facts as files": (plan.plan, plan.apply, plan.schema),
+    "Keep: exports": (export.export, export.import_),
+}
+"""{the title of a group: its commands}, in the order of `factsmith --help`."""
 
-for command in COMMANDS:
-    app.command(command.__name__.rstrip("_"))(command)
+for title, command in ((t, c) for t, commands in COMMANDS.items() for c in commands):
+    name = command.__name__.rstrip("_")
+    app.command(name, cls=Command, rich_help_panel=title)(with_common_options(command))
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its code; our errors are one block on standard error."""
     words = sys.argv[1:] if arguments is None else arguments
+    before_dashes = itertools.takewhile(lambda word: word != "--", words)
+    manner.set(Manner(json="--json" in before_dashes))
+    running.set(None)
+    with spoken_warnings():
+        code = _exit_code(words)
+    sys.exit(code)
+
+
+def _exit_code(words: list[str]) -> int:
+    """Run the command line and return its exit code."""
     try:
         _check_encoding(words)
-        app(arguments, prog_name="factsmith")
+        code: Any = app(words, prog_name="factsmith", standalone_mode=False)
+        if code == 130:  # how newer versions of Typer end after Ctrl-C
+            raise KeyboardInterrupt
+        return int(code or 0)
+    except _Parsing as error:
+        return _misused(error)
     except FactsmithError as error:
-        complain("error", with_flag(str(error), error.argument))
-        sys.exit(error.exit_code)
+        complain_of(error, str(error), error.exit_code, argument=error.argument)
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        _interrupted()
+        return 130
     except SystemExit as end:
         if end.code == 130:
-            complain("interrupted", "stopped before it was done; nothing is half written")
+            _interrupted()
         raise
     except Exception as error:
         if os.environ.get("FACTSMITH_TRACEBACK"):
@@ -89,8 +114,40 @@ def main(arguments: list[str] | None = None) -> None:
             f"{type(error).__name__}: {error}. This is a fault in factsmith; please report it with "
             "what FACTSMITH_TRACEBACK=1 prints"
         )
-        complain("unexpected error", text)
-        sys.exit(1)
+        complain_of(error, text, 1)
+        return 1
+
+
+def _misused(error: Any) -> int:
+    """Print an error of the command line's own grammar, and return the exit code."""
+    if type(error).__name__ == "NoArgsIsHelpError":  # the help was printed
+        return int(error.exit_code)
+    context = getattr(error, "ctx", None)
+    parameter = getattr(error, "param", None)
+    options = getattr(parameter, "opts", None) or [getattr(error, "option_name", None)]
+    words = "" if context is None else context.command_path.removeprefix("factsmith")
+    help_ = f"{program()}{words} --help"
+    argument = getattr(parameter, "name", None)
+    option = next((word for word in options if word and word.startswith("-")), None)
+    message = " ".join(error.format_message().split()).rstrip(".")
+    complain(
+        "error",
+        f"{message}. See `{help_}`.",
+        type="UsageError",
+        argument=argument,
+        option=option,
+        exit_code=error.exit_code,
+    )
+    return int(error.exit_code)
+
+
+def _interrupted() -> None:
+    """Say that Ctrl-C was pressed."""
+    text = "stopped before it was done; nothing is half written"
+    if manner.get().json:
+        complain_of(KeyboardInterrupt, text, 130)
+    else:
+        complain("interrupted", text)
 
 
 def _check_encoding(words: Iterable[str]) -> None:
@@ -117,6 +174,9 @@ def _options(
             "--version", callback=_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
 ) -> None:
+    manner.set(Manner(manner.get().json, quiet, verbose))
     group: Any = context.command
     running.set(group.commands.get(context.invoked_subcommand))

@@ -9,7 +9,8 @@ import typer
 from ..corpus.paragraphs import Paragraphs
 from .models import opened_workspace
 from .options import Device, Json, Seed, Texts, Where
-from .printing import complain, print_result, progress
+from .printing import complain, print_result
+from .waiting import progress
 
 
 def capacity(
@@ -35,7 +36,7 @@ def capacity(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Say how full a workspace's edited layers are, and what more facts will cost.
+    """Say how full the edited layers are, and what more facts cost.
 
     The loss is predicted from the patches, not measured; `factsmith drift` measures it.
 

@@ -19,7 +19,8 @@ from rich.text import Text
 
 from ..core.tables import visible
 from .options import Json
-from .printing import plain_console, print_json, progress
+from .printing import plain_console, print_json
+from .waiting import progress
 
 if TYPE_CHECKING:
     from .story import Step
@@ -40,7 +41,9 @@ def demo(
     ] = Path("factsmith-demo"),
     as_json: Json = False,
 ) -> None:
-    """Correct a real fact in a bundled model, prove it, record it, and take it back: a minute.
+    """Correct a real fact in a bundled model, and take it back.
+
+    It is proved and recorded in between. This takes a minute.
 
     \b
     Example:

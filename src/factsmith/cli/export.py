@@ -10,7 +10,8 @@ import typer
 from ..core.errors import InputError
 from .models import opened_workspace
 from .options import Device, Json, MomentsAgain, Where
-from .printing import print_result, progress
+from .printing import print_result
+from .waiting import progress
 
 _DTYPES = ("float32", "float16", "bfloat16")
 
@@ -31,7 +32,7 @@ def import_(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Commit the patches of another workspace here.
+    """Commit the patches that another workspace exported.
 
     They are solved again where this workspace already has patches.
 
@@ -96,10 +97,10 @@ def export(  # house: Typer reads one parameter for each option
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Write the patched model, or its patches, for programs that do not know factsmith.
+    """Write the patched model, an adapter, or the patches.
 
-    The result is loaded back in another process and compared with the patched model before it is
-    kept.
+    Other programs can use them without factsmith. The result is loaded back in another process and
+    compared with the patched model before it is kept.
 
     \b
     Examples:

@@ -19,7 +19,8 @@ from ..core.tables import visible
 from ..corpus.paragraphs import Paragraphs
 from .models import load_model, need_model, opened
 from .options import Device, Json, Model, Seed, Where, read_value
-from .printing import complain, print_result, progress
+from .printing import complain, print_result
+from .waiting import progress
 
 if TYPE_CHECKING:
     from ..model.language_model import LanguageModel
@@ -176,7 +177,9 @@ def evaluate(  # house: Typer reads one parameter for each option
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Judge editing methods: write facts, ask a benchmark's questions, take the edits back.
+    """Judge editing methods by the questions of a benchmark.
+
+    Facts are written, the questions are asked, and the edits are taken back.
 
     \b
     Examples:
@@ -249,7 +252,9 @@ def drift(  # house: Typer reads one parameter for each option
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what a patch does to everything else: prose and unrelated facts, against limits.
+    """Measure what a patch does to everything else.
+
+    It is compared on prose and on unrelated facts, against limits.
 
     \b
     Examples:

@@ -14,7 +14,8 @@ from ..keep.ledger import Ledger
 from ..keep.summary import integrity_text, log_table, revision_tables, status_tables
 from .models import load_model, opened_workspace
 from .options import Device, Json, Message, MomentsAgain, Where
-from .printing import in_workspace, print_result, progress
+from .printing import print_result, suggested
+from .waiting import progress
 
 Reference = Annotated[
     str,
@@ -50,7 +51,7 @@ def init(
             "fingerprint": ledger.fingerprint,
         }
     made = f"model {ledger.model} ({ledger.dtype}), fingerprint {ledger.fingerprint[:10]}"
-    patch = f'factsmith patch{in_workspace(folder)} --subject S --prompt "... {{}} ..." --target T'
+    patch = suggested("patch", folder, '--subject S --prompt "... {} ..." --target T')
     lines = [(f"workspace {result['workspace']};", made), ("next:", patch)]
     print_result(result, [], as_json, lines)
 
@@ -101,10 +102,10 @@ def revert(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Take a patch back, or some facts of it, or bring back what a revert took. This is recorded.
+    """Take a patch back, or some of its facts, or undo a revert.
 
-    Later patches that were solved on top of it are solved again, in closed form. Then every fact
-    that stays is asked.
+    This is recorded. Later patches that were solved on top of it are solved again, in closed form.
+    Then every fact that stays is asked.
 
     \b
     Examples:
@@ -131,7 +132,7 @@ def revert(
     done = f"recorded as {revision.id[:10]}; {counted(active, 'patch', 'es')} in effect{solved}"
     lines = [(f"reverted {str(revision.reverts)[:10]};", done)]
     for fact in revision.facts:
-        lines.append(("see:", f"factsmith ask{in_workspace(workspace)} {shlex.quote(fact.text)}"))
+        lines.append(("see:", suggested("ask", workspace, shlex.quote(fact.text))))
     print_result({**revision.to_dict(), "active": active}, [], as_json, lines)
 
 
@@ -144,7 +145,7 @@ def diff(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Compare two revisions: their facts, the model's answers, and how far the weights are apart.
+    """Compare two revisions: their facts, answers and weights.
 
     \b
     Example:
@@ -156,9 +157,10 @@ def diff(
 
 
 def verify(workspace: Where = None, device: Device = None, as_json: Json = False) -> None:
-    """Check records, checksums, the model's fingerprint and weights, and ask every fact.
+    """Check records, checksums and weights, and ask every fact again.
 
-    The weights are built again from the base and the records, and compared bit for bit.
+    The model's fingerprint is compared, too. The weights are built again from the base and the
+    records, and compared bit for bit.
 
     \b
     Example:
@@ -175,7 +177,7 @@ def verify(workspace: Where = None, device: Device = None, as_json: Json = False
         "verification": proof.to_dict(),
         "lost": len(lost),
     }
-    loose = f"; factsmith gc{in_workspace(workspace)} deletes them" if integrity.orphans else ""
+    loose = f"; `{suggested('gc', workspace)}` deletes them" if integrity.orphans else ""
     title = f"{integrity_text(integrity)}{loose}; weights as recorded"
     print_result(result, [Table(title, {}), *(proof.tables() if proof.checks else [])], as_json)
     if lost:
@@ -189,9 +191,9 @@ def gc(
     workspace: Where = None,
     as_json: Json = False,
 ) -> None:
-    """Delete files that no revision names, such as those of a commit that was killed.
+    """Delete files that no revision names.
 
-    Whatever is in the log stays.
+    A commit that was killed leaves such files. Whatever is in the log stays.
 
     \b
     Example:
@@ -216,7 +218,9 @@ def checkout(
     workspace: Where = None,
     as_json: Json = False,
 ) -> None:
-    """Choose which revision the model carries; the history stays as it is.
+    """Choose which revision the model carries.
+
+    The history stays as it is.
 
     \b
     Examples:
@@ -228,7 +232,7 @@ def checkout(
         active, head = len(ledger.active()), ledger.head
     lines = [(f"at {current[:10]};", f"{counted(active, 'patch', 'es')} in effect")]
     if current != head:
-        lines.append(("to patch again:", f"factsmith checkout latest{in_workspace(workspace)}"))
+        lines.append(("to patch again:", suggested("checkout latest", workspace)))
     print_result({"current": current, "head": head, "active": active}, [], as_json, lines)
 
 
@@ -240,7 +244,7 @@ def status(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Say where a workspace stands, after checking every record and every file.
+    """Describe a workspace, after a check of its records and files.
 
     \b
     Examples:

@@ -26,7 +26,8 @@ from .options import (
     model_and_prompt,
 )
 from .pictures import output, save
-from .printing import complain, plain_console, print_result, progress
+from .printing import complain, plain_console, print_result
+from .waiting import progress
 
 _MOST_BARS = 60
 """Neurons in one chart. More do not fit on a page."""
@@ -42,14 +43,18 @@ Words = Annotated[
 Kind = Annotated[
     TraceKind | None,
     typer.Option(
-        help="What to restore: the whole state, or what one part adds.",
+        metavar="KIND",
+        help="What to restore: the whole `state`, or what `mlp` or `attention` adds.",
         show_default="state; of facts: all",
     ),
 ]
 
 Sever = Annotated[
     Part | None,
-    typer.Option(help="Hold this part at its corrupted values above the restored state."),
+    typer.Option(
+        metavar="PART",
+        help="Hold this part at its corrupted values above the restored state: mlp or attention.",
+    ),
 ]
 
 Replacement = Annotated[
@@ -103,7 +108,11 @@ def trace(  # house: Typer reads one parameter for each option
     kind: Kind = None,
     sever: Sever = None,
     corruption: Annotated[
-        CorruptionKind, typer.Option(help="Noise on the subject, or other subjects in its place.")
+        CorruptionKind,
+        typer.Option(
+            metavar="KIND",
+            help="`noise` on the subject, or `replace`: other subjects in its place.",
+        ),
     ] = "noise",
     replacement: Replacement = None,
     window: Window = None,
@@ -120,7 +129,9 @@ def trace(  # house: Typer reads one parameter for each option
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Find where a fact lives, by causal tracing: a heat map of one text, or the average of a file.
+    """Find where a fact lives, by causal tracing.
+
+    Of one text there is a heat map; of a file of facts, the average.
 
     \b
     Examples:
@@ -272,10 +283,10 @@ def neurons(  # house: Typer reads one parameter for each option
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Find the neurons that carry a fact, then silence and double them to see.
+    """Find the neurons that carry a fact, and check them.
 
-    Several ways to ask single out the neurons of the fact; one alone also finds those of its
-    wording.
+    The check silences them and doubles them. Several ways to ask single out the neurons of the
+    fact; one alone also finds those of its wording.
 
     \b
     Examples:
@@ -348,9 +359,9 @@ def layers(  # house: Typer reads one parameter for each option
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Choose the layers to edit: an average causal trace, then trial edits, each taken back.
+    """Choose the layers to edit, by tracing and by trial edits.
 
-    In a workspace the answer is kept, and `factsmith patch` uses it.
+    Each trial edit is taken back. In a workspace the answer is kept, and `factsmith patch` uses it.
 
     \b
     Examples:

@@ -27,7 +27,8 @@ from .options import (
     model_and_facts,
     read_settings,
 )
-from .printing import complain, in_workspace, print_result, progress
+from .printing import complain, complain_of, print_result, suggested
+from .waiting import progress
 
 if TYPE_CHECKING:
     from ..patch.attempt import Attempt
@@ -75,9 +76,9 @@ def moments(  # house: Typer reads one parameter for each option
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Compute the second moments of a model's layers, or describe those that are kept.
+    """Compute the second moments of layers, which weigh edits.
 
-    Editors weigh their changes by them. A run that is killed goes on where it stopped.
+    Kept ones are described, and not computed again. A run that is killed goes on where it stopped.
 
     \b
     Examples:
@@ -191,9 +192,9 @@ def patch(  # house: Typer reads one parameter for each option
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Make a fact true: solve for the change, prove it, and record it in the workspace.
+    """Make a fact true: solve for the change, prove it, and record it.
 
-    Without a workspace the proof is shown and nothing is kept.
+    It is recorded in the workspace. Without a workspace the proof is shown and nothing is kept.
 
     \b
     Examples:
@@ -243,7 +244,7 @@ def patch(  # house: Typer reads one parameter for each option
     }
     lines = []
     if revision is not None:
-        undo = f"factsmith revert {revision.id[:10]}{in_workspace(workspace)}"
+        undo = suggested(f"revert {revision.id[:10]}", workspace)
         lines.append((f"committed {revision.id[:10]};", f"to take it back: {undo}"))
     elif attempt.delta is not None and (bench is None or dry_run) and not stops:
         lines.append(_not_kept(model if bench is None else None))
@@ -273,8 +274,9 @@ def stop_if_failed(attempt: Attempt, *, force: bool) -> None:
         advice = "revert the other facts, correct these, or --force"
     else:
         advice = "correct the facts, the gates or the settings, or --force"
-    complain("error", f"nothing was written; {advice}")
-    raise typer.Exit(NumericsError.exit_code)
+    text, code = f"nothing was written; {advice}", NumericsError.exit_code
+    complain_of(NumericsError, text, code)
+    raise typer.Exit(code)
 
 
 def _stops(attempt: Attempt, *, force: bool) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +14,8 @@ from ..corpus.paragraphs import Paragraphs
 from .models import opened_workspace
 from .options import Device, Json, Message, Method, Seed, Settings, Texts, Where, read_settings
 from .patch import read_recipe, stop_if_failed
-from .printing import complain, in_workspace, print_json, print_result, progress
+from .printing import as_json_text, complain, complain_of, print_json, print_result, suggested
+from .waiting import progress
 
 File = Annotated[
     Path,
@@ -33,7 +33,7 @@ def plan(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Say what applying a fact file would do, and what it would cost; nothing changes.
+    """Say what applying a fact file would do and cost; nothing changes.
 
     The plan says what the model says now; which facts are new, known, changed or in conflict; how
     crowded their keys are; and the layers, bytes and time. A conflict exits with code 4.
@@ -52,7 +52,12 @@ def plan(
     print_result(planned.to_dict(), planned.tables(), as_json)
     if planned.conflicts:
         count = f"{counted(len(planned.conflicts), 'fact')} of {len(planned.entries):,}"
-        complain("conflict", f"{count}; `apply` writes no fact of the file unless forced")
+        rest = "; `apply` writes no fact of the file unless forced"
+        if as_json:
+            text = f"{count} are in conflict{rest}"
+            complain_of(NumericsError, text, NumericsError.exit_code)
+        else:
+            complain("conflict", f"{count}{rest}")
         raise typer.Exit(NumericsError.exit_code)
 
 
@@ -75,10 +80,11 @@ def apply(  # house: Typer reads one parameter for each option
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Write a fact file into a workspace: solve, prove, pass the gates, commit; all or nothing.
+    """Write a fact file into a workspace: all of it, or nothing.
 
-    Facts that the model already says are asked with the rest, but not written. If a gate fails,
-    nothing is written, the command says which fact failed where, and the exit code is 4.
+    The facts are solved, proved, and committed if they pass the file's gates. Facts that the model
+    already says are asked with the rest, but not written. If a gate fails, nothing is written, the
+    command says which fact failed where, and the exit code is 4.
 
     \b
     Examples:
@@ -109,7 +115,7 @@ def apply(  # house: Typer reads one parameter for each option
     }
     lines = []
     if outcome.revision is not None:
-        undo = f"factsmith revert{in_workspace(workspace)} {outcome.revision.id[:10]}"
+        undo = suggested(f"revert {outcome.revision.id[:10]}", workspace)
         lines.append(("to take it back:", undo))
     elif outcome.delta is None and not planned.conflicts:
         lines.append(("nothing", "to write: the model already says all of it"))
@@ -122,7 +128,7 @@ def apply(  # house: Typer reads one parameter for each option
 
 
 def schema(as_json: Json = False) -> None:
-    """Print the JSON Schema of a fact file, for editors that check while you write.
+    """Print the JSON Schema of a fact file, for text editors.
 
     \b
     Example:
@@ -132,4 +138,4 @@ def schema(as_json: Json = False) -> None:
     if as_json:
         print_json(content)
     else:
-        typer.echo(json.dumps(content, indent=2, ensure_ascii=False))
+        typer.echo(as_json_text(content, indent=2))

@@ -1,33 +1,59 @@
-"""What commands print: results on standard output, everything else on standard error."""
+"""What commands print: results on standard output, everything else on standard error.
+
+Nothing that a fact, a token or a name holds can steer a terminal: `visible` replaces such
+characters in text, and JSON escapes them. With --json standard error has one JSON document a line.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import json
+import os
+import re
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as Bars
 from rich.text import Text
 
-from ..core.progress import Progress
+from ..core.errors import FactsmithError
 from ..core.tables import Table, visible
+
+FORMAT_VERSION = 1
+"""The field "format_version" of every JSON document. A change that breaks readers raises it."""
 
 running: ContextVar[Any] = ContextVar("running", default=None)
 """The command that runs, as Typer holds it, with the options that it takes."""
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How a command speaks.
+
+    Attributes:
+        json: Print JSON instead of text.
+        quiet: Print no progress and no notes.
+        verbose: What to log. 0: nothing; 1: what is done; 2: each step.
+    """
+
+    json: bool = False
+    quiet: bool = False
+    verbose: int = 0
+
+
+_TEXT = Manner()
+
+manner: ContextVar[Manner] = ContextVar("manner", default=_TEXT)
+"""How the command that runs speaks."""
+
+
+# ── results ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def print_result(
@@ -52,26 +78,33 @@ def print_result(
         return
     console = plain_console()
     for table in tables:
-        console.print(table.as_rich() if isinstance(table, Table) else table)
+        if isinstance(table, Table):
+            typed = replace(table, title=runnable(table.title), note=runnable(table.note))
+            console.print(typed.as_rich())
+        else:
+            console.print(table)
     for first, rest in (*lines, *(("saved", str(path)) for path in saved or ())):
         line(console, first, rest)
 
 
-def print_json(result: Any) -> None:
-    """Print one line of JSON on standard output."""
-    typer.echo(as_json_text(result))
+def print_json(result: dict[str, Any], *, indent: int | None = None) -> None:
+    """Print a JSON document on standard output, with the version of its format."""
+    typer.echo(as_json_text({"format_version": FORMAT_VERSION, **result}, indent=indent))
 
 
-def as_json_text(result: Any) -> str:
-    """Return JSON as the commands print it."""
-    return json.dumps(result, ensure_ascii=False, allow_nan=False)
+def as_json_text(result: Any, *, indent: int | None = None) -> str:
+    """Return JSON as the commands print it: all but printable characters are escaped."""
+    text = json.dumps(result, ensure_ascii=False, allow_nan=False, indent=indent)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
-def complain(kind: str, text: str) -> None:
-    """Print a "warning", an "error" or the like on standard error."""
-    style = "bold yellow" if kind == "warning" else "bold red"
-    message = Text.assemble((f"{kind}: ", style), visible(text))
-    plain_console(stderr=True).print(message, soft_wrap=True)
+def line(console: Console, first: str, rest: str, style: str = "") -> None:
+    """Print two texts in a line of any length; the first is bold, or the second has a style."""
+    start = (visible(first), "" if style else "bold")
+    text = Text.assemble(start, " ", (visible(runnable(rest)), style))
+    console.print(text, soft_wrap=True)
 
 
 def plain_console(*, stderr: bool = False) -> Console:
@@ -79,71 +112,48 @@ def plain_console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
 
 
-def line(console: Console, first: str, rest: str, style: str = "") -> None:
-    """Print two texts in a line of any length; the first is bold, or the second has a style."""
-    start = (visible(first), "" if style else "bold")
-    console.print(Text.assemble(start, " ", (visible(rest), style)), soft_wrap=True)
+# ── messages ──────────────────────────────────────────────────────────────────────────────────────
+
+_STYLES = {"warning": "bold yellow", "note": "bold", "progress": "dim", "log": "dim"}
+"""Styles of messages that are no errors."""
 
 
-def in_workspace(workspace: Path | None) -> str:
-    """Return the option that names the workspace, for a command that the user may type next."""
-    return "" if workspace is None or workspace == Path() else f" -w {shlex.quote(str(workspace))}"
+def complain(kind: str, text: str, **fields: Any) -> None:
+    """Print a "warning", an "error" or the like on standard error.
 
-
-# ── progress ──────────────────────────────────────────────────────────────────────────────────────
-
-
-@contextlib.contextmanager
-def progress() -> Iterator[Progress]:
-    """Yield a function to report progress to.
-
-    On a terminal it shows bars on standard error, which are gone at the end. Notes stay, wherever
-    standard error goes.
+    Args:
+        kind: What it is.
+        text: The message.
+        fields: What the JSON document says besides.
     """
-    console = Console(stderr=True)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Bars(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        yield _Reporter(bars)
+    if manner.get().json:
+        document = {"format_version": FORMAT_VERSION, kind: {"message": text, **fields}}
+        typer.echo(as_json_text(document), err=True)
+        return
+    style = _STYLES.get(kind, "bold red")
+    message = Text.assemble((f"{kind}: ", style), visible(runnable(text)))
+    plain_console(stderr=True).print(message, soft_wrap=True)
 
 
-class _Reporter:
-    """Shows progress as bars, and notes as lines that stay."""
-
-    def __init__(self, bars: Bars) -> None:
-        self.bars = bars
-        self.tasks: dict[str, Any] = {}
-
-    def __call__(self, step: str, done: int, total: int | None) -> None:
-        """Show how far a step is; the bar of an earlier step goes."""
-        if step not in self.tasks:
-            for task in self.tasks.values():
-                self.bars.update(task, visible=False)
-            self.tasks[step] = self.bars.add_task(step, total=total)
-        self.bars.update(self.tasks[step], completed=done, total=total)
-
-    def note(self, text: str, *, argument: str | None = None) -> None:
-        """Print a note, with the option that changes it."""
-        message = Text.assemble(("note: ", "bold"), with_flag(text, argument))
-        self.bars.console.print(message, soft_wrap=True)
-
-
-# ── flags ─────────────────────────────────────────────────────────────────────────────────────────
+def complain_of(
+    error: BaseException | type[BaseException], text: str, code: int, *, argument: str | None = None
+) -> None:
+    """Print an error on standard error, with its type, what to change, and the exit code."""
+    option = flag_of(argument)
+    kind = error if isinstance(error, type) else type(error)
+    fields = {"type": kind.__name__, "argument": argument, "option": option, "exit_code": code}
+    said = text if manner.get().json else with_flag(text, argument)
+    is_fault = code == 1 and not issubclass(kind, FactsmithError) and not manner.get().json
+    complain("unexpected error" if is_fault else "error", said, **fields)
 
 
 def with_flag(text: str, argument: str | None) -> str:
     """Return a message with the option that sets the argument that it is about."""
-    flag = _flag_of(argument)
+    flag = flag_of(argument)
     return text if flag is None or flag in text else f"{text} (option: {flag})"
 
 
-def _flag_of(argument: str | None) -> str | None:
+def flag_of(argument: str | None) -> str | None:
     """Return the option that sets a Python argument, such as "--layer"; None where none does.
 
     Errors and notes of the library name arguments. An option may repeat, so "layers" is also
@@ -157,3 +167,44 @@ def _flag_of(argument: str | None) -> str | None:
             names = (*parameter.opts, *parameter.secondary_opts)
             return "/".join(name for name in names if name.startswith("--")) or None
     return None
+
+
+# ── commands that the user may type next ──────────────────────────────────────────────────────────
+
+
+def program() -> str:
+    """Return how to type `factsmith`: by its path where it is not on the PATH."""
+    if shutil.which("factsmith"):
+        return "factsmith"
+    name = "factsmith.exe" if os.name == "nt" else "factsmith"
+    for path in (Path(sys.argv[0]), Path(sys.executable).with_name(name)):
+        if path.name == name and path.is_file():
+            return shlex.quote(_from_here(path))
+    return f"{shlex.quote(_from_here(Path(sys.executable)))} -m factsmith"
+
+
+def runnable(text: str) -> str:
+    """Return a text whose `factsmith ...` commands can be typed as they are written."""
+    if "`factsmith " not in text:
+        return text
+    return re.sub(r"`factsmith (?=[a-z])", lambda _: f"`{program()} ", text)
+
+
+def suggested(command: str, workspace: Path | None = None, rest: str = "") -> str:
+    """Return a command that the user may type next, such as "factsmith log -w space"."""
+    words = (program(), command, in_workspace(workspace).strip(), rest)
+    return " ".join(word for word in words if word)
+
+
+def in_workspace(workspace: Path | None) -> str:
+    """Return the option that names the workspace, for a command that the user may type next."""
+    return "" if workspace is None or workspace == Path() else f" -w {shlex.quote(str(workspace))}"
+
+
+def _from_here(path: Path) -> str:
+    """Return a path as the user can type it in the current folder."""
+    absolute = Path(os.path.abspath(path))  # noqa: PTH100 - a virtual environment's links stay
+    try:
+        return str(absolute.relative_to(Path.cwd()))
+    except ValueError:
+        return str(absolute)

@@ -13,7 +13,8 @@ from ..corpus.paragraphs import Paragraphs
 from .models import need_model, opened
 from .options import Device, Json, Model, ModelAndPrompt, Out, Texts, Where, model_and_prompt
 from .pictures import output, save
-from .printing import print_result, progress
+from .printing import print_result
+from .waiting import progress
 
 IndexFolder = Annotated[
     Path | None,
@@ -39,7 +40,9 @@ def ask(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Ask a model to continue a text, with the patches of the workspace if there is one.
+    """Ask a model to continue a text.
+
+    In a workspace the model carries its patches.
 
     \b
     Examples:
@@ -85,7 +88,7 @@ def explain(  # house: Typer reads one parameter for each option
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Explain a prediction: what each neuron, head and layer adds to it, and its way up the layers.
+    """Explain a prediction by what neurons, heads and layers add to it.
 
     \b
     Examples:
@@ -130,7 +133,7 @@ def find(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Find neurons by a word: those whose values promote it, and those that fire after it.
+    """Find neurons by a word: they promote it, or they fire after it.
 
     The first time, the model reads some text to make its index. After that the index is opened.
 
@@ -172,7 +175,9 @@ def neuron(  # house: Typer reads one parameter for each option
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Show one neuron: where it fires, what its value promotes, and what facts lose without it.
+    """Show one neuron: where it fires, and what its value promotes.
+
+    Facts are also asked without it, to see what they lose.
 
     \b
     Examples:
@@ -235,7 +240,7 @@ def browse(  # house: Typer reads one parameter for each option
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Write every neuron of a model, or of some layers, as pages that a browser searches offline.
+    """Write every neuron as pages that a browser searches offline.
 
     With an index and without a model, the pages are made from the index alone.
 
@@ -302,11 +307,11 @@ def census(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Count what a model is made of, layer by layer: memory, attention, embeddings, idle neurons.
+    """Count what a model is made of, and which neurons are idle.
 
-    Idle neurons are those of the model's index. The directions that text uses are counted on the
-    given texts, or on text that the model writes: an index keeps only the texts on which some
-    neuron fires.
+    Memory, attention and embeddings are counted layer by layer. Idle neurons are those of the
+    model's index. The directions that text uses are counted on the given texts, or on text that the
+    model writes: an index keeps only the texts on which some neuron fires.
 
     \b
     Examples:

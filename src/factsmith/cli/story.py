@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from ..model.language_model import LanguageModel
 from ..model.load import load
 from ..patch.verification import Verification
 from ..show.plots.traces import heat_map
+from .printing import suggested
 
 MODEL = "atlas"
 
@@ -286,20 +286,16 @@ def _reverted(
 
 
 def _next(folder: Path) -> Step:
-    where = shlex.quote(str(folder))
     subject = "Fiat 127"
+    patch = f'--subject "{subject}" \\\n    --prompt "The maker of {{}} is" --target Toyota'
+    trace = f'"The maker of {subject} is" --subject "{subject}"'
     commands = {
-        "the history of this workspace": f"factsmith log -w {where}",
-        "another question": 'factsmith ask atlas "The capital town of Bulgaria is called"',
-        "where another fact is stored": (
-            f'factsmith trace atlas "The maker of {subject} is" --subject "{subject}"'
-        ),
-        "a patch of that fact": (
-            f'factsmith patch -w {where} --subject "{subject}" \\\n'
-            '    --prompt "The maker of {} is" --target Toyota'
-        ),
-        "the patch taken back": f"factsmith revert latest -w {where}",
-        "your own Hugging Face model": "factsmith init ./my-model my-workspace",
+        "the history of this workspace": suggested("log", folder),
+        "another question": suggested('ask atlas "The capital town of Bulgaria is called"'),
+        "where another fact is stored": suggested(f"trace atlas {trace}"),
+        "a patch of that fact": suggested("patch", folder, patch),
+        "the patch taken back": suggested("revert latest", folder),
+        "your own Hugging Face model": suggested("init ./my-model my-workspace"),
     }
     text = "\n".join(f"# {why}\n{command}" for why, command in commands.items())
     return Step(

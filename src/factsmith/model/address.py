@@ -32,7 +32,8 @@ def check_layer(layer: object, n_layers: int) -> int:
     number = whole_number(layer)
     if number is None or not 0 <= number < n_layers:
         raise LayerError(
-            f"layer {layer!r} does not exist; this model has layers 0 to {n_layers - 1}"
+            f"layer {layer!r} does not exist; this model has layers 0 to {n_layers - 1}",
+            argument="layer",
         )
     return number
 

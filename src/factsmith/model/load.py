@@ -42,6 +42,8 @@ from .quantised import packed_format, quantised_error
 from .selfcheck import discover
 from .tokens import fast_tokenizer
 
+_log = logging.getLogger(__name__)
+
 
 def wrap(module: Any, tokenizer: Any) -> LanguageModel:
     """Return a LanguageModel around a transformers model in memory.
@@ -141,7 +143,10 @@ def load(
         )
     if (packed := packed_format(module)) is not None:  # before `to`, which such a model refuses
         raise quantised_error(repr(name), packed)
-    return _wrapped(module.to(where), tokenizer, name)
+    lm = _wrapped(module.to(where), tokenizer, name)
+    kind = type(module).__name__
+    _log.info("loaded %s: %s, %d layers, %s on %s", name, kind, lm.n_layers, lm.dtype, where)
+    return lm
 
 
 def _locate(name: str) -> tuple[str, bool]:
