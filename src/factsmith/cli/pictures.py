@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -13,7 +11,8 @@ from typing import Any
 
 from ..core.errors import InputError
 from ..core.files import write_file
-from .printing import as_json_text
+from ..core.sheets import csv_text
+from .printing import FORMAT_VERSION, as_json_text
 
 _RECORDS = ("trace", "average", "neurons", "explain")
 """What the key "factsmith" holds in the JSON next to a picture. It marks the file as ours."""
@@ -99,14 +98,11 @@ def save(
         return []
     for picture in files.pictures:
         draw(picture)
-    content = as_json_text({"factsmith": command, **record.to_dict()}) + "\n"
+    document = {"factsmith": command, "format_version": FORMAT_VERSION, **record.to_dict()}
+    content = as_json_text(document) + "\n"
     write_file(files.record, content.encode())
-    rows = record.rows()
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_file(files.table, text.getvalue().encode())
+    # A token that is half of a character cannot be written; it becomes a question mark.
+    write_file(files.table, csv_text(record.rows()).encode("utf-8", "replace"))
     if draw_curves is not None:
         for picture in files.curves:
             draw_curves(picture)

@@ -99,7 +99,7 @@ class SecondMoment:
         names = ("layer", "d_ff", "count", "split_half", "excess")
         values = {name: getattr(self, name) for name in names}
         shown = {
-            name: f"{value:.3g}" if isinstance(value, float) else str(value)
+            name: f"{value:z.3g}" if isinstance(value, float) else str(value)
             for name, value in values.items()
             if value is not None
         }
@@ -199,12 +199,12 @@ class SecondMoment:
 
     def describe(self) -> str:
         """Say how much text the second moment saw, and how well it generalizes."""
-        text = f"{self.count:,} tokens, {self.count / self.d_ff:.1f} a neuron"
+        text = f"{self.count:,} tokens, {self.count / self.d_ff:z.1f} a neuron"
         if self.split_half is None or self.excess is None:
             return f"{text}; halves not compared"
-        more = f"{'at least ' if self.excess > 0.5 else ''}{100 * self.excess:.1f} %"
+        more = f"{'at least ' if self.excess > 0.5 else ''}{100 * self.excess:z.1f} %"
         return (
-            f"{text}; halves differ by {100 * self.split_half:.1f} %, edits disturb unseen text "
+            f"{text}; halves differ by {100 * self.split_half:z.1f} %, edits disturb unseen text "
             f"{more} more than necessary"
         )
 
@@ -238,7 +238,7 @@ class SecondMoment:
         layer = "" if self.layer is None else f" of layer {self.layer}"
         return (
             f"the second moment{layer} is from too little text ({counted(self.count, 'token')}, "
-            f"{self.count / self.d_ff:.2g} a neuron) to tell what ordinary text needs; give more "
+            f"{self.count / self.d_ff:z.2g} a neuron) to tell what ordinary text needs; give more "
             f"text, at least {least:,} tokens"
         )
 

@@ -76,7 +76,7 @@ def rome(
     if not overlap.abs() > MIN_OVERLAP * k_prompt.norm():  # so also for zeros, where u is NaN
         raise NumericsError(
             "the prompt's key and its average over contexts hardly overlap (⟨k, u⟩ is "
-            f"{overlap:.3g} for a key of norm {k_prompt.norm():.3g}), so the update would be very "
+            f"{overlap:.3g} for a key of norm {k_prompt.norm():z.3g}), so the update would be very "
             "large. Use other contexts or another layer."
         )
     return (residual / overlap)[:, None], u[None]
@@ -335,6 +335,6 @@ def _check_independent(gram: Tensor) -> None:
     a, b = divmod(int((cosine.abs() - 2 * eye).argmax()), len(gram))
     raise NumericsError(
         f"{len(gram)} keys are not independent (facts {min(a, b)} and {max(a, b)} are the closest, "
-        f"with a cosine of {float(cosine[a, b]):.6f} under C⁻¹), so no update gives each key its "
+        f"with a cosine of {float(cosine[a, b]):z.6f} under C⁻¹), so no update gives each key its "
         "own output. Either give a ridge above 0, or leave out one of these facts."
     )

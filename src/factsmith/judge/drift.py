@@ -124,26 +124,26 @@ class Drift(Shown):
                     f"{name} was not measured: no unrelated fact that the model knows was asked"
                 )
             elif not value <= limit:
-                broken.append(f"{name} is {value:.3g}, above {limit:g}")
+                broken.append(f"{name} is {value:z.3g}, above {limit:zg}")
         return tuple(broken)
 
     def tables(self) -> list[Table]:
         """Return a table of the measures, and one of the facts that are answered differently."""
         before, after = self.perplexity
-        quantile = f"99 % quantile {self.kl_text_worst:.3f}"
+        quantile = f"99 % quantile {self.kl_text_worst:z.3f}"
         rows = [
             (
                 "KL on text",
-                f"{self.kl_text:.4f}",
+                f"{self.kl_text:z.4f}",
                 f"mean of {self.n_tokens:,} tokens, nats; {quantile}",
             ),
-            ("perplexity", f"{after:.2f}", f"before {before:.2f}"),
+            ("perplexity", f"{after:z.2f}", f"before {before:z.2f}"),
         ]
         if self.kl_facts is not None:
             facts = f"{self.n_facts:,} unrelated facts, where the answer begins"
-            rows.append(("KL on facts", f"{self.kl_facts:.4f}", facts))
+            rows.append(("KL on facts", f"{self.kl_facts:z.4f}", facts))
             changed = f"{len(self.changed):,} of them answered differently"
-            rows.append(("facts changed", f"{self.changed_share:.1%}", changed))
+            rows.append(("facts changed", f"{self.changed_share:z.1%}", changed))
         tables = [Table("drift", {"": "<", "value": ">", " ": "<"}, rows)]
         if self.changed:
             columns = {"prompt": "<", "before": "<", "after": "<"}

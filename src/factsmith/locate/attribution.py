@@ -51,12 +51,17 @@ class AttributionTrace(CausalTrace):
     rank_correlation: float | None
 
     @property
+    def is_estimate(self) -> bool:
+        """Whether the scores are estimated by gradients: always."""
+        return True
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """How well the estimate ranks the checked states, as a sentence."""
         if self.rank_correlation is None:
             return ()
         return (
-            f"estimate: its ranks correlate {self.rank_correlation:.2f} with the exact map's, "
+            f"estimate: its ranks correlate {self.rank_correlation:z.2f} with the exact map's, "
             f"on {self.checked} states",
         )
 

@@ -116,9 +116,9 @@ class AverageTrace(Shown):
         )
         summary = (
             f"{counted(self.n_facts, 'fact')}{skipped}: "
-            f"p(answer) {self.clean:.3f}, corrupted {self.corrupted:.3f}"
+            f"p(answer) {self.clean:z.3f}, corrupted {self.corrupted:z.3f}"
         )
-        total = f"{self.total_effect:.3f}{margin(self.total_low, self.total_high)}"
+        total = f"{self.total_effect:z.3f}{margin(self.total_low, self.total_high)}"
         rows = [
             (name, str(count), *(self._best(kind, row) if count else "" for kind in self.effects))
             for row, (name, count) in enumerate(zip(self.classes, self.counts, strict=True))
@@ -137,7 +137,7 @@ class AverageTrace(Shown):
         """The largest effect of a class in a map, half of its interval, and its layer."""
         layer = int(self.effects[kind][row].nan_to_num(-torch.inf).argmax())
         low, high = float(self.low[kind][row, layer]), float(self.high[kind][row, layer])
-        return f"{float(self.effects[kind][row, layer]):.3f}{margin(low, high)} @{layer}"
+        return f"{float(self.effects[kind][row, layer]):z.3f}{margin(low, high)} @{layer}"
 
     def peak(self, kind: str) -> tuple[str, int]:
         """Return (class, layer) with the largest average effect of a map."""

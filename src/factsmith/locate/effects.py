@@ -80,7 +80,7 @@ class NeuronCheck(Shown):
                 name,
                 str(effect.n_neurons),
                 *(
-                    (f"{effect.suppressed:+.1%}", f"{effect.amplified:+.1%}")
+                    (f"{effect.suppressed:+z.1%}", f"{effect.amplified:+z.1%}")
                     if effect.n_neurons
                     else ("", "")
                 ),

@@ -120,7 +120,7 @@ class KnowledgeNeurons(Shown):
             (
                 str(neuron[0]),
                 ":".join(map(str, neuron[1:])),
-                f"{score:.4f}",
+                f"{score:z.4f}",
                 str(self.count_strong(neuron)),
                 "refined" if neuron in refined else "",
             )
@@ -130,7 +130,7 @@ class KnowledgeNeurons(Shown):
         return [
             Table(
                 f"p({self.target.strip()}) after {self.prompts[0]!r}: "
-                f"{float(self.probability[0]):.3f}; "
+                f"{float(self.probability[0]):z.3f}; "
                 f"{counted(len(refined), 'refined neuron')} from {counted(n_prompts, 'prompt')}",
                 {**dict.fromkeys(columns, ">"), "": "<"},
                 rows,

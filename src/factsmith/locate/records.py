@@ -83,6 +83,11 @@ class CausalTrace(Shown):
         return token, layer
 
     @property
+    def is_estimate(self) -> bool:
+        """Whether the scores are estimated by gradients."""
+        return False
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """Sentences about the quality of the scores; empty for exact scores."""
         return ()
@@ -97,19 +102,22 @@ class CausalTrace(Shown):
         best, layers = self.scores.max(1)
         start, stop = self.subject_span
         rows = [
-            (f"{token}{'*' if start <= t < stop else ''}", str(layer), f"{p:.3f}")
+            (f"{token}{'*' if start <= t < stop else ''}", str(layer), f"{p:z.3f}")
             for t, (token, layer, p) in enumerate(
                 zip(self.tokens, layers.tolist(), best.tolist(), strict=True)
             )
         ]
         restored = "state" if self.kind == "state" else f"{self.window} layers of {self.kind}"
+        severed = "" if self.sever is None else f" and {self.sever} severed"
+        estimated = "estimated, " if self.is_estimate else ""
+        p = f"p: {estimated}with one {restored} restored{severed}"
         return [
             Table(
-                f"p({self.answer.strip()}) after {self.prompt!r}: {self.clean:.3f}, "
-                f"with the subject corrupted {self.corrupted:.3f}",
+                f"p({self.answer.strip()}) after {self.prompt!r}: {self.clean:z.3f}, "
+                f"with the subject corrupted {self.corrupted:z.3f}",
                 {"token": "<", "best layer": ">", "p": ">"},
                 rows,
-                "; ".join((f"* subject; p: with one {restored} restored", *self.notes)),
+                "; ".join(("* subject", p, *self.notes)),
             )
         ]
 
@@ -145,7 +153,7 @@ def corruption_warnings(answer: str, clean: float, corrupted: float) -> tuple[st
     if clean - corrupted >= max(0.01, 0.05 * clean):
         return ()
     return (
-        f"p({answer}) is {clean:.3f}, and {corrupted:.3f} with the subject corrupted. The "
+        f"p({answer}) is {clean:z.3f}, and {corrupted:z.3f} with the subject corrupted. The "
         "corruption does not take the answer away, so the map shows nothing. Try another "
         "corruption, or more noise.",
     )

@@ -127,8 +127,8 @@ class Capacity(Shown):
     def tables(self) -> list[Table]:
         """What is predicted, and what it rests on, layer by layer."""
         note = (
-            f"predictions: off by {FITTED.error:.1f} points (root mean square) where they were "
-            f"checked, on two small models up to a load of {FITTED.load:.2f}; beyond that nothing "
+            f"predictions: off by {FITTED.error:z.1f} points (root mean square) where they were "
+            f"checked, on two small models up to a load of {FITTED.load:z.2f}; beyond that nothing "
             "is predicted"
         )
         summary = Table("capacity", {"": "<", "value": ">", " ": "<"}, self._summary(), note)
@@ -140,19 +140,19 @@ class Capacity(Shown):
     def _summary(self) -> list[tuple[str, str, str]]:
         n_layers, n_facts = counted(len(self.layers), "layer"), counted(self.facts, "fact")
         rows = [
-            ("full", f"{self.full:.1%}", f"of the directions of {n_layers}; {n_facts} stored"),
-            ("load", f"{self.load:.4f}", "facts / (layers x neurons)"),
+            ("full", f"{self.full:z.1%}", f"of the directions of {n_layers}; {n_facts} stored"),
+            ("load", f"{self.load:z.4f}", "facts / (layers x neurons)"),
         ]
         if self.retention is not None:
             still = f"{self.kept:,} of {self.asked:,} stored facts are still said"
-            rows.append(("retention", f"{self.retention:.1%}", still))
+            rows.append(("retention", f"{self.retention:z.1%}", still))
         what = "of unrelated facts answered otherwise, predicted"
         rows.append(("loss now", _percent(self.loss), what))
         if self.next_facts:
             then = f"the same with {self.facts + self.next_facts:,} facts"
             rows.append((f"with {self.next_facts:,} more", _percent(self.loss_next), then))
         breaking = _OUTSIDE if self.breaking is None else f"{self.breaking:,} facts"
-        rows.append(("breaking point", breaking, f"in all, where {self.limit:g} % is reached"))
+        rows.append(("breaking point", breaking, f"in all, where {self.limit:zg} % is reached"))
         return rows
 
     def to_dict(self) -> dict[str, Any]:
@@ -313,10 +313,10 @@ def _row(use: LayerUse) -> tuple[str, ...]:
     return (
         str(use.layer),
         f"{use.facts:,}",
-        f"{use.directions:,.1f} of {use.d_ff:,}",
-        f"{use.full:.1%}",
-        f"{use.norm:.3f}",
-        f"{use.disturbance:.1%}",
+        f"{use.directions:z,.1f} of {use.d_ff:,}",
+        f"{use.full:z.1%}",
+        f"{use.norm:z.3f}",
+        f"{use.disturbance:z.1%}",
     )
 
 
@@ -331,20 +331,20 @@ def _warning(
         whose = counted(facts + more, "fact")
     if loss is None:
         return (
-            f"{whose}: more than was ever measured (a load of {FITTED.load:.2f}, a disturbance of "
-            f"{FITTED.disturbance:.0%}), where a quarter of the model's other knowledge was lost. "
+            f"{whose}: more than was ever measured (a load of {FITTED.load:z.2f}, a disturbance of "
+            f"{FITTED.disturbance:z.0%}), where a quarter of the model's other knowledge was lost. "
             "Measure it with `factsmith drift`, or spread the facts over more layers"
         )
     reach = "" if breaking is None else f", which about {breaking:,} reach"
     return (
-        f"{whose}: about {loss:.0f} % of unrelated facts are predicted to be answered otherwise; "
-        f"the limit is {limit:g} %{reach}. Measure it with `factsmith drift`, write fewer facts, "
+        f"{whose}: about {loss:z.0f} % of unrelated facts are predicted to be answered otherwise; "
+        f"the limit is {limit:zg} %{reach}. Measure it with `factsmith drift`, write fewer facts, "
         "or spread them over more layers"
     )
 
 
 def _percent(loss: float | None) -> str:
-    return _OUTSIDE if loss is None else f"{loss:.1f} %"
+    return _OUTSIDE if loss is None else f"{loss:z.1f} %"
 
 
 def _checked_limit(limit: object) -> float:

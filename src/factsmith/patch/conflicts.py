@@ -134,7 +134,7 @@ def _by_key(
     if place.standing != "new" or shared is None:
         return Place(standing=place.standing, because=place.because, crowding=crowding)
     cosine, j = shared
-    because = f"{owners[j]} {every[j]}, with nearly the same key (cosine {cosine:.3f})"
+    because = f"{owners[j]} {every[j]}, with nearly the same key (cosine {cosine:z.3f})"
     return Place(standing="conflict", because=because, crowding=crowding)
 
 

@@ -146,8 +146,8 @@ class LayerChoice(Shown):
 
     def _row(self, row: LayerScore) -> tuple[str, ...]:
         shares = (row.efficacy, row.generalization, row.specificity, row.score)
-        effect = f"{self.effects[row.layer]:.4f}" if self.effects else ""
-        cells = ("" if share is None else f"{share:.3f}" for share in shares)
+        effect = f"{self.effects[row.layer]:z.4f}" if self.effects else ""
+        cells = ("" if share is None else f"{share:z.3f}" for share in shares)
         return (str(row.layer), str(row.trials), *cells, effect)
 
     @property

@@ -192,7 +192,7 @@ class Proposal(Shown):
             f"{len(pairs)} facts have nearly the key of another fact with another target, so what "
             "is written for one also reaches the other: "
             f"{self.delta.facts[one].text!r} and {self.delta.facts[other].text!r}, cosine "
-            f"{cosine:.3f}. Check that both took, or begin the "
+            f"{cosine:z.3f}. Check that both took, or begin the "
             "prompts with different words"
         ]
 

@@ -117,12 +117,12 @@ class Card(Shown):
             ("demotes", quoted([token for token, _ in self.demotes])),
             (
                 "coefficients",
-                f"{_bars(self.counts.tolist())} from {low:.2f} to {high:.2f} at {n_counted}",
+                f"{_bars(self.counts.tolist())} from {low:z.2f} to {high:z.2f} at {n_counted}",
             ),
         ]
         return [
             Table(
-                f"neuron {name} of {self.model}; on at {self.fired:.1%} of the tokens",
+                f"neuron {name} of {self.model}; on at {self.fired:z.1%} of the tokens",
                 {"": "<", " ": "<"},
                 value,
             ),
@@ -138,7 +138,7 @@ class Card(Shown):
             f"the facts it adds most to, of {self.n_asked:,} known ones",
             {"p": ">", "p without it": ">", "fact": "<"},
             [
-                (f"{use.p:.1%}", f"{use.p_silenced:.1%}", f"{use.prompt} {use.answer}")
+                (f"{use.p:z.1%}", f"{use.p_silenced:z.1%}", f"{use.prompt} {use.answer}")
                 for use in self.facts
             ],
         )
@@ -148,7 +148,7 @@ def _trigger_table(name: str, triggers: Sequence[Trigger]) -> Table:
     """Return triggers as a table, or a line if there are none."""
     if not triggers:
         return Table(f"{name} nothing", {})
-    rows = [(f"{t.coefficient:+.2f}", ending(t.prefix)) for t in triggers]
+    rows = [(f"{t.coefficient:+z.2f}", ending(t.prefix)) for t in triggers]
     return Table(name, {"coefficient": ">", "text up to the token": "<"}, rows)
 
 

@@ -106,7 +106,7 @@ class Census(Shown):
             "effective rank": [
                 ""
                 if layer.effective_rank is None
-                else f"{layer.effective_rank:,.0f} of {layer.neurons:,}"
+                else f"{layer.effective_rank:z,.0f} of {layer.neurons:,}"
                 for layer in self.layers
             ],
         }
@@ -115,7 +115,7 @@ class Census(Shown):
             Table(
                 f"{self.model}: {self.parameters:,} parameters, {counted(self.neurons, 'neuron')}",
                 {"part": "<", "parameters": ">", "share": ">"},
-                [(name, f"{n:,}", f"{n / self.parameters:.1%}") for name, n in parts.items()],
+                [(name, f"{n:,}", f"{n / self.parameters:z.1%}") for name, n in parts.items()],
             ),
             Table("by layer", dict.fromkeys(columns, ">"), [*zip(*columns.values(), strict=True)]),
         ]

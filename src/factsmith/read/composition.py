@@ -119,7 +119,7 @@ class Composition(Shown):
         n_neurons = sum(len(m) for m, _ in self.neurons.values())
         against = "" if self.contrast is None else f" above that of {self.contrast.strip()!r}"
         half = f"{counted(self.half, 'neuron')} of {n_neurons:,} carry half of what speaks for it"
-        title = f"{self.prompt} {self.target.strip()}: logit {self.logit:.2f}{against}; {half}"
+        title = f"{self.prompt} {self.target.strip()}: logit {self.logit:z.2f}{against}; {half}"
         parts = []
         for row in self.rows():
             alone = "shift and bias" if row["part"] == "shift" else row["part"]
@@ -127,15 +127,15 @@ class Composition(Shown):
             after = (
                 ("", "")
                 if row["rank"] is None
-                else (f"{row['rank'] + 1:,}", f"{row['probability']:.1%}")
+                else (f"{row['rank'] + 1:,}", f"{row['probability']:z.1%}")
             )
-            parts.append((name, f"{row['logit']:+.2f}", *after))
+            parts.append((name, f"{row['logit']:+z.2f}", *after))
         columns = {"neuron": "<", "coefficient": ">", "adds": ">", "what it writes": "<"}
         neurons = [
             (
                 " ".join(map(str, c.neuron)),
-                f"{c.coefficient:+.2f}",
-                f"{c.logit:+.3f}",
+                f"{c.coefficient:+z.2f}",
+                f"{c.logit:+z.3f}",
                 quoted(c.writes),
             )
             for c in self._both_ends(k)

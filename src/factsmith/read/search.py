@@ -87,7 +87,7 @@ class WordNeurons(Shown):
             title,
             {"neuron": "<", "token": "<", "rank": ">", "score": ">"},
             [
-                (" ".join(map(str, p.neuron)), repr(p.token), f"{p.rank + 1:,}", f"{p.score:.2f}")
+                (" ".join(map(str, p.neuron)), repr(p.token), f"{p.rank + 1:,}", f"{p.score:z.2f}")
                 for p in self.promoting
             ],
         )
@@ -100,7 +100,7 @@ class WordNeurons(Shown):
             title,
             {"neuron": "<", "share": ">", "strongest such trigger": "<"},
             [
-                (" ".join(map(str, f.neuron)), f"{f.share:.0%}", ending(f.trigger.prefix))
+                (" ".join(map(str, f.neuron)), f"{f.share:z.0%}", ending(f.trigger.prefix))
                 for f in self.firing
             ],
         )

@@ -80,7 +80,7 @@ class Trigger:
         return self.text[: self.stop]
 
     def __repr__(self) -> str:
-        return f"Trigger({self.coefficient:+.2f}, {ending(self.prefix)!r})"
+        return f"Trigger({self.coefficient:+z.2f}, {ending(self.prefix)!r})"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)

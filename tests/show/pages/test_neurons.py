@@ -83,6 +83,31 @@ def test_a_folder_of_pages_is_linked(index: Index, tmp_path: Path) -> None:
     )
 
 
+def test_the_index_lists_the_pages_that_were_there(index: Index, tmp_path: Path) -> None:
+    def linked() -> list[str | None]:
+        page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
+        return [link["href"] for link in page.tags("a")]
+
+    write_pages(index, tmp_path, [0, 1])
+    write_pages(index, tmp_path, [2])
+    assert linked() == ["layer-0.html", "layer-1.html", "layer-2.html"]
+    last = Page((tmp_path / "layer-2.html").read_text(encoding="utf-8"))
+    assert "layer-1.html" in [link["href"] for link in last.tags("a")]
+    # A page of another model is not listed, and neither is a page of another kind.
+    other = (tmp_path / "layer-1.html").read_text(encoding="utf-8")
+    fingerprint = index.triggers.fingerprint
+    (tmp_path / "layer-1.html").write_text(other.replace(fingerprint, "0" * len(fingerprint)))
+    (tmp_path / "layer-x.html").write_text(other)
+    write_pages(index, tmp_path, [0])
+    assert linked() == ["layer-0.html", "layer-2.html"]
+    # A page of a layer that this index does not hold is linked, and not searched.
+    (tmp_path / "layer-77.html").write_text(other)
+    write_pages(index, tmp_path, [0])
+    assert linked() == ["layer-0.html", "layer-2.html", "layer-77.html"]
+    data = Page((tmp_path / "index.html").read_text(encoding="utf-8")).data
+    assert [layer["layer"] for layer in data["layers"]] == [0, 2]
+
+
 def test_what_cannot_be_written_is_refused(
     lm: LanguageModel, index: Index, nasty_card: Card, adds: FactAdds, tmp_path: Path
 ) -> None:

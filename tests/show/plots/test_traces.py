@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from rich.cells import cell_len
 
 from factsmith.core.errors import InputError
+from factsmith.locate.attribution import AttributionTrace
 from factsmith.locate.average import AverageTrace
 from factsmith.locate.records import CausalTrace
 from factsmith.show.plots.traces import class_lines, class_map, heat_map, text_heat_map
@@ -82,6 +83,34 @@ def test_averages_are_drawn_as_they_are_by_class() -> None:
         .get_supxlabel()
         .endswith("\nwhite: no effect or a negative one; the lowest is −0.12")
     )
+
+
+def estimate(**changes: Any) -> AttributionTrace:
+    """Return the made-up trace as an estimate."""
+    return AttributionTrace(**vars(trace(**changes)), passes=5, checked=9, rank_correlation=0.7)
+
+
+def test_a_severed_and_an_estimated_trace_have_titles_and_legends_of_their_own() -> None:
+    made = [trace(), trace(sever="mlp"), trace(sever="attention"), estimate()]
+    figures = [heat_map(each) for each in made]
+    titles = [figure.get_suptitle().replace("\n", " ") for figure in figures]
+    assert titles == [
+        "Restoring the hidden state after corrupting the subject",
+        "Restoring the hidden state, FFN severed after corrupting the subject",
+        "Restoring the hidden state, attention severed after corrupting the subject",
+        "Estimated by gradients: restoring the hidden state after corrupting the subject",
+    ]
+    axes = [figure.axes[0].get_xlabel() for figure in figures]
+    assert ["stay as corrupted" in text for text in axes] == [False, True, True, False]
+    bars = [figure.axes[1].get_ylabel() for figure in figures]
+    assert bars == ["p(Italy)"] * 3 + ["estimated p(Italy)"]
+    for width in (80, 40):
+        texts = [" ".join(str(text_heat_map(each, width)).split()) for each in made]
+        assert all(title in text for title, text in zip(titles, texts, strict=True))
+        assert ["stay as corrupted" in text for text in texts] == [False, True, True, False]
+    assert "estimated p" in texts[-1] or "estimated p" in str(text_heat_map(made[-1], 80))
+    notes = [each.tables()[0].note for each in made]
+    assert "mlp severed" in notes[1] and "estimated" in notes[3] and "severed" not in notes[0]
 
 
 def test_curves_of_averages_leave_out_what_no_fact_has() -> None:

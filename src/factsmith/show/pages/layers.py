@@ -222,14 +222,25 @@ def brief(number: float) -> float:
 # ── the index of the layers ───────────────────────────────────────────────────────────────────────
 
 
-def index_html(index: Index, files: Mapping[int, Path]) -> str:
+def pages_of(fingerprint: str, folder: Path) -> dict[int, Path]:
+    """Return {layer: its page} for the pages of a model in a folder."""
+    pages = {}
+    for path in folder.glob("layer-*.html"):
+        number = path.stem.removeprefix("layer-")
+        if number.isdecimal() and f"<dd>{fingerprint}</dd>".encode() in path.read_bytes():
+            pages[int(number)] = path
+    return pages
+
+
+def index_html(index: Index, pages: Mapping[int, Path]) -> str:
     """Return the page that links and searches the pages of layers.
 
     Args:
-        index: The index of all layers.
-        files: {layer: its page}, which must exist.
+        index: The index. Pages of layers that it does not hold are linked, but not searched.
+        pages: {layer: its page}, which must exist.
     """
-    banks = {layer: banks_of(index, layer) for layer in files}
+    files = dict(sorted(pages.items()))
+    banks = {layer: each for layer in files if (each := banks_of(index, layer))}
     shares = {
         layer: sorted(share for bank in each for share in index.triggers.banks[bank].fired.tolist())
         for layer, each in banks.items()
@@ -254,23 +265,22 @@ def index_html(index: Index, files: Mapping[int, Path]) -> str:
         }
         for layer, each in banks.items()
     ]
-    pages = [
-        {
-            "layer": layer,
-            "file": files[layer].name,
-            "neurons": len(fired),
-            "never": fired.count(0),
-            "fired": fired[len(fired) // 2],
-            "size": files[layer].stat().st_size,
-        }
-        for layer, fired in shares.items()
-    ]
+    rows = []
+    for layer, path in files.items():
+        fired = shares.get(layer, [])
+        row = {"layer": layer, "file": path.name, "size": path.stat().st_size}
+        numbers = (
+            (f"{len(fired):,}", str(fired.count(0)), f"{fired[len(fired) // 2]:.1%}")
+            if fired
+            else ("–",) * 3
+        )
+        rows.append(row | dict(zip(("neurons", "never", "fired"), numbers, strict=True)))
     return render(
         "index.html",
         index.triggers,
         title=f"Neurons of {printable(index.triggers.model)}",
         n=n_neurons,
-        pages=pages,
+        pages=rows,
         data=script_json({"layers": layers, "words": list(words), "width": width}),
         script=script_block("index.js"),
     )

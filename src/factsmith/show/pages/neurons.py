@@ -22,7 +22,7 @@ from ...core.tables import counted
 from ...read.cards import Card
 from ...read.fact_adds import FactAdds
 from ...read.index import Index
-from .layers import AROUND, index_html, layer_html
+from .layers import AROUND, index_html, layer_html, pages_of
 from .page import check_folder, check_page, excerpt, printable, render, signed, write_page
 
 # ── a card ────────────────────────────────────────────────────────────────────────────────────────
@@ -139,6 +139,8 @@ def write_pages(
 ) -> list[Path]:
     """Write a page for each layer, and index.html, which links and searches them.
 
+    index.html also lists the pages of this model that were in the folder before.
+
     Args:
         index: The index; no model is needed.
         folder: The folder to write into; it is made if it does not exist.
@@ -166,13 +168,16 @@ def write_pages(
     first = folder / "index.html"
     for path in (first, *files.values()):
         check_page(path)
+    present = pages_of(index.triggers.fingerprint, folder) | files
     for at, (layer, path) in enumerate(files.items()):
+        lower = [near for near in present if near < layer]
+        higher = [near for near in present if near > layer]
         nav = [("all layers", first.name)]
-        nav += [(f"← layer {near}", files[near].name) for near in numbers[max(at - 1, 0) : at]]
-        nav += [(f"layer {near} →", files[near].name) for near in numbers[at + 1 : at + 2]]
+        nav += [(f"← layer {near}", present[near].name) for near in sorted(lower)[-1:]]
+        nav += [(f"layer {near} →", present[near].name) for near in sorted(higher)[:1]]
         write_page(layer_html(index, layer, adds, nav), path)
         tell(progress, "pages", at + 1, len(files))
-    write_page(index_html(index, files), first)
+    write_page(index_html(index, present), first)
     return [first, *files.values()]
 
 

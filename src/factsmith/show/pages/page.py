@@ -125,7 +125,7 @@ def _symbol(character: str) -> str:
 
 def signed(number: float, digits: int = 2) -> str:
     """Return a number with its sign."""
-    return f"{number:+.{digits}f}".replace("-", "−")
+    return f"{number:+z.{digits}f}".replace("-", "−")
 
 
 def _chip(token: str) -> Markup:

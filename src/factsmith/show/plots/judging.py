@@ -208,7 +208,7 @@ def _size_axis(axes: Axes, sizes: Iterable[int]) -> None:
     """Make the x axis logarithmic, with plain numbers."""
     axes.set_xscale("log")
     axes.set_xlabel("records per edit", fontsize=SMALL)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:z,.0f}"))
     sizes = sorted(set(sizes))
     if sizes[-1] < 10 * sizes[0]:  # less than a decade has at most one power of ten to label
         axes.xaxis.set_major_locator(FixedLocator(sizes))
@@ -219,5 +219,5 @@ def _percent(axes: Axes, title: str) -> None:
     """Give a panel its title and an axis from 0 to 100 %."""
     panel_title(axes, title)
     axes.set_ylim(-3, 103)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0f} %"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:z.0f} %"))
     thin_frame(axes)

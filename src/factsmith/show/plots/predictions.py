@@ -187,7 +187,7 @@ def _draw_composed(axes: Axes, predictions: Refinement) -> None:
     for share, composed, chance, (colour, _, marker) in zip(
         predictions.among, predictions.composed, predictions.chance, LINES, strict=False
     ):
-        label = "all" if share == 1 else f"strongest {share:.0%}" if share else "strongest"
+        label = "all" if share == 1 else f"strongest {share:z.0%}" if share else "strongest"
         axes.plot(
             layers,
             composed.tolist(),
@@ -301,7 +301,7 @@ def _draw_way_up(
 def _rank_axis(axes: Axes) -> None:
     """Draw ranks on a logarithmic axis with 1, the likeliest token, on top."""
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:z,.0f}"))
     axes.yaxis.set_minor_locator(NullLocator())
     low, high = axes.get_ylim()
     axes.set_ylim(max(high, 2), min(low, 0.8))

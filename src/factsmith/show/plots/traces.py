@@ -63,7 +63,8 @@ def heat_map(trace: CausalTrace, *, path: str | os.PathLike[str] | None = None) 
 
     A row is a token; a * marks those of the subject. A column is a layer. White is the probability
     of the corrupted run or less, and the darkest colour is the largest score. If some restorations
-    lower the probability, a line below the figure gives the lowest one. See arXiv 2202.05262.
+    lower the probability, a line below the figure gives the lowest one. The title says which part
+    was severed, and whether the scores are an estimate. See arXiv 2202.05262.
 
     Args:
         trace: The trace to draw.
@@ -91,13 +92,15 @@ def heat_map(trace: CausalTrace, *, path: str | os.PathLike[str] | None = None) 
     axes.set_yticks(range(n_tokens), labels=labels, parse_math=False)
     layer_numbers(axes)
     axes.set_xlim(-0.5, n_layers - 0.5)
-    note = f"\nwhite: {low:.2g} or less; the lowest is {lowest:.2g}" if lowest < low else ""
-    axes.set_xlabel(_layer_axis(trace) + note, fontsize=SMALL)
+    note = f"\nwhite: {low:z.2g} or less; the lowest is {lowest:z.2g}" if lowest < low else ""
+    severed = f"\n{_severed(trace)}" if trace.sever else ""
+    axes.set_xlabel(_layer_axis(trace) + severed + note, fontsize=SMALL)
     headline(figure, _title(trace))
     bar = figure.colorbar(
         image, ax=axes, aspect=18, pad=0.02, extend="min" if lowest < low else "neither"
     )
-    bar.set_label(_answer(trace), fontsize=SMALL, parse_math=False)
+    estimated = "estimated " if trace.is_estimate else ""
+    bar.set_label(f"{estimated}{_answer(trace)}", fontsize=SMALL, parse_math=False)
     for each in (axes, bar.ax):
         thin_frame(each)
     bar.outline.set_linewidth(0.5)
@@ -135,7 +138,7 @@ def text_heat_map(trace: CausalTrace, width: int = 80) -> Text:
     text = Text(no_wrap=True, overflow="crop")
     _append_line(text, _title(trace).replace("\n", " "), width, style="bold")
     _append_line(
-        text, f"{_answer(trace)}: clean {trace.clean:.3f}, corrupted {trace.corrupted:.3f}", width
+        text, f"{_answer(trace)}: clean {trace.clean:z.3f}, corrupted {trace.corrupted:z.3f}", width
     )
     for token, row in enumerate(trace.scores.tolist()):
         text.append(
@@ -153,14 +156,17 @@ def text_heat_map(trace: CausalTrace, width: int = 80) -> Text:
         # Compare the printed numbers: a gain that does not show in print is not worth pointing at.
         if number_width and round(top, 3) > round(trace.corrupted, 3):
             text.append(
-                f" {top:.3f} @{row.index(top)}", style="bold" if token == trace.peak[0] else "dim"
+                f" {top:z.3f} @{row.index(top)}", style="bold" if token == trace.peak[0] else "dim"
             )
         text.append("\n")
     text.append(" " * (label_width + 2) + _layer_ruler(n_layers, per_cell, cell_width) + "\n")
     pooled = f"; per cell the largest of {per_cell}" if per_cell > 1 else ""
-    largest = "  right: row's largest p @ layer" if number_width else ""
-    _append_line(text, f"{_layer_axis(trace)}{pooled}", width)
-    _append_line(text, f"{low:.2f} {_BLOCKS[1:]} {high:.2f}  *: subject{largest}", width)
+    estimated = "estimated " if trace.is_estimate else ""
+    largest = f"  right: row's largest {estimated}p @ layer" if number_width else ""
+    _append_line(
+        text, "; ".join(filter(None, (_layer_axis(trace), _severed(trace)))) + pooled, width
+    )
+    _append_line(text, f"{low:z.2f} {_BLOCKS[1:]} {high:z.2f}  *: subject{largest}", width)
     text.right_crop()
     return text
 
@@ -306,11 +312,20 @@ def _even(name: str) -> ListedColormap:
 
 
 def _title(trace: CausalTrace) -> str:
-    """Return what is restored, in two lines."""
+    """Return what is restored, what is severed, and whether it is estimated; in two lines."""
     n_layers = trace.scores.shape[1]
     together = str(trace.window) if trace.window <= n_layers else f"up to {n_layers}"
     restored = _restored(trace.kind, "the hidden state", together)
-    return f"Restoring {restored}\nafter corrupting the subject"
+    severed = "" if trace.sever is None else f", {_PARTS[trace.sever]} severed"
+    if trace.is_estimate:
+        return f"Estimated by gradients: restoring {restored}\nafter corrupting the subject"
+    return f"Restoring {restored}{severed}\nafter corrupting the subject"
+
+
+def _severed(trace: CausalTrace) -> str:
+    """Return what `severed` in the title means, or nothing."""
+    part = None if trace.sever is None else _PARTS[trace.sever]
+    return f"severed: {part} outputs above stay as corrupted" if part else ""
 
 
 def _layer_axis(trace: CausalTrace) -> str:
@@ -329,6 +344,7 @@ def _restored(kind: str, state: str, together: str) -> str:
 
 
 def _answer(trace: CausalTrace) -> str:
+    """Return the name of the probability, as a colour bar and a legend have it."""
     return f"p({cut(token_label(trace.answer), LONGEST_LABEL)})"
 
 

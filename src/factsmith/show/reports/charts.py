@@ -86,7 +86,7 @@ def _round_charts(run: Evaluation) -> list[dict[str, Any]]:
     charts = []
     for at, which in enumerate(("the first round", "all rounds so far")):
         dots = {
-            editor: [(k + 1, share[at], f"{100 * share[at]:.0f} %") for k, share in shares.items()]
+            editor: [(k + 1, share[at], f"{100 * share[at]:z.0f} %") for k, share in shares.items()]
             for editor, shares in left.items()
         }
         title = f"prompts of {which} answered right, {run.pace}"
@@ -106,7 +106,7 @@ def _drift_chart(
 ) -> dict[str, Any]:
     """Return the chart of one number of the drift."""
     dots = {
-        editor: [(x, drift[name], f"{drift[name]:.3g}") for x, drift in each if name in drift]
+        editor: [(x, drift[name], f"{drift[name]:z.3g}") for x, drift in each if name in drift]
         for editor, each in drifts.items()
     }
     top = 1.0 if name == "changed_share" else None
@@ -157,7 +157,7 @@ def line_chart(title: str, lines: Dots, axes: Axes) -> dict[str, Any]:
 
 def _value(y: float, axes: Axes) -> str:
     """Return a value of y as the grid writes it."""
-    return f"{100 * y:.0f} %" if axes.top else f"{y:.3g}"
+    return f"{100 * y:z.0f} %" if axes.top else f"{y:z.3g}"
 
 
 def _round_values(top: float) -> list[float]:

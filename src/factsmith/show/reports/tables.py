@@ -105,7 +105,7 @@ def cell(share: Share | None) -> str:
     if share is None:
         return ""
     spread = 50 * (share.high - share.low)
-    return f"{100 * share.value:.1f}" + (f" ± {spread:.1f}" if math.isfinite(spread) else "")
+    return f"{100 * share.value:z.1f}" + (f" ± {spread:z.1f}" if math.isfinite(spread) else "")
 
 
 def retention_heat(
@@ -128,7 +128,7 @@ def _retention_table(run: Evaluation) -> Table:
     rounds = _spread({at for shares in left.values() for at in shares}, _ROUNDS_OF_TABLE)
 
     def pair(shares: Mapping[int, tuple[float, float]], at: int) -> str:
-        return " · ".join(f"{100 * share:.0f}" for share in shares[at]) if at in shares else ""
+        return " · ".join(f"{100 * share:z.0f}" for share in shares[at]) if at in shares else ""
 
     rows = [(editor, *(pair(shares, at) for at in rounds)) for editor, shares in left.items()]
     columns = {"after round": "<", **{str(at + 1): ">" for at in rounds}}
@@ -149,7 +149,7 @@ def _ability_table(run: Evaluation) -> Table:
     probed = {editor: run.probed(editor) for editor in run.editors}
     names = dict.fromkeys(name for numbers in probed.values() for name in numbers)
     rows = [
-        (name, *(f"{numbers[name]:.4g}" if name in numbers else "" for numbers in probed.values()))
+        (name, *(f"{numbers[name]:z.4g}" if name in numbers else "" for numbers in probed.values()))
         for name in names
     ]
     columns = {"": "<", **dict.fromkeys(probed, ">")}
@@ -174,4 +174,4 @@ def _number_table(
 def _number(name: str, value: float | None) -> str:
     if value is None:
         return ""
-    return f"{100 * value:.1f} %" if name == "changed_share" else f"{value:.3g}"
+    return f"{100 * value:z.1f} %" if name == "changed_share" else f"{value:z.3g}"

@@ -169,7 +169,10 @@ function scores(title, flat, most, kind) {
   return make("section", { class: "panel" }, make("h3", null, title), table("What one unit of the coefficient adds to the logit.", [["token"], ["", ""], ["score", "n"]], body));
 }
 
-const number = (value, digits) => make("td", { class: "n" }, (value < 0 ? "−" : "+") + Math.abs(value).toFixed(digits));
+const number = (value, digits) => {
+  const text = Math.abs(value).toFixed(digits);
+  return make("td", { class: "n" }, (value < 0 && Number(text) ? "−" : "+") + text); // 0 has no minus
+};
 
 function places(title, flat) {
   const body = rows(flat, 4).map(([coefficient, text, start, stop]) =>
