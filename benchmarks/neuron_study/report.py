@@ -13,7 +13,7 @@ from .effects import HALVING, KS
 
 def percent(x: Sequence[float]) -> str:
     """Return a share and its interval in percent."""
-    return f"{100 * x[0]:+.1f} [{100 * x[1]:+.1f}, {100 * x[2]:+.1f}]"
+    return f"{100 * x[0]:+z.1f} [{100 * x[1]:+z.1f}, {100 * x[2]:+z.1f}]"
 
 
 def markdown(model: str, population: str, study: Mapping[str, Any]) -> str:
@@ -101,7 +101,7 @@ def _odds(effects: Mapping[str, Any]) -> list[str]:
     rows = []
     for name in ("share 0.7", "relation share"):
         whats = effects[name]["last"]
-        odds = [f"{whats[what]['own']['log_odds'][0]:+.2f}" for what in ("suppress", "amplify")]
+        odds = [f"{whats[what]['own']['log_odds'][0]:+z.2f}" for what in ("suppress", "amplify")]
         rows.append((name, *odds, percent(whats["amplify"]["own"]["share_of_room"])))
     return _table(("neurons", "suppress", "amplify", "room"), rows)
 
@@ -110,7 +110,7 @@ def _curves(curves: Mapping[str, Any]) -> list[str]:
     rows = [
         (
             f"{order}, {scope}",
-            *(f"{100 * value[0]:+.0f}" for value in whats["suppress"]["held_out"]),
+            *(f"{100 * value[0]:+z.0f}" for value in whats["suppress"]["held_out"]),
         )
         for order in ("attribution", "activation", "random")
         for scope, whats in curves[order].items()
@@ -132,7 +132,7 @@ def _halves(halves: Mapping[str, Any]) -> list[str]:
 
 def _elsewhere(numbers: Mapping[str, Any]) -> list[str]:
     """The change of p of other facts: of the relation, and elsewhere."""
-    return [f"{100 * numbers[part]['p_change']:+.1f}" for part in ("relation", "elsewhere")]
+    return [f"{100 * numbers[part]['p_change']:+z.1f}" for part in ("relation", "elsewhere")]
 
 
 def _erased(erase: Mapping[str, Any]) -> list[str]:
@@ -151,8 +151,8 @@ def _erased(erase: Mapping[str, Any]) -> list[str]:
 
 def _erased_relations(growth: Mapping[str, float]) -> str:
     return (
-        f"The relation's 20 commonest erased: perplexity {growth['relation']:+.0%} there, "
-        f"{growth['elsewhere']:+.0%} elsewhere (medians)."
+        f"The relation's 20 commonest erased: perplexity {growth['relation']:+z.0%} there, "
+        f"{growth['elsewhere']:+z.0%} elsewhere (medians)."
     )
 
 

@@ -15,8 +15,12 @@ SIGNED = re.compile(r"\{[^{}\"]*:\+[^{}]*(?:\{\w+\})?[^{}]*\}")
 
 
 def test_every_format_with_a_sign_leaves_out_the_sign_of_zero() -> None:
+    roots = (SOURCES, SOURCES.parents[1] / "benchmarks", SOURCES.parents[1] / "tools")
     fields = [
-        field for path in SOURCES.rglob("*.py") for field in SIGNED.findall(path.read_text("utf-8"))
+        field
+        for root in roots
+        for path in root.rglob("*.py")
+        for field in SIGNED.findall(path.read_text("utf-8"))
     ]
     assert len(fields) > 5 and [field for field in fields if ":+z" not in field] == []
     assert SIGNED.findall('f"{x:+.1%}"') == ["{x:+.1%}"], "a wrong one is seen"
