@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import sys
 import re
+import sys
 
 import pytest
 from rich import table as rich_table
