@@ -92,7 +92,7 @@ def test_a_target_that_the_model_does_not_say_is_traced_only_when_forced(
 
 def test_the_average_over_a_file_of_facts(run: Run, model: Path, tmp_path: Path) -> None:
     lm = load(model)
-    prompts = ["The mother tongue of {} is ", "{} is the capital of "]
+    prompts = ["The mother tongue of {} is\n", "{} is the capital of\n"]
     known = [
         Fact(subject, prompt, lm.next_tokens(prompt.replace("{}", subject), 1)[0][0])
         for subject, prompt in itertools.product(("Danielle Darrieux", "Edwin", "Paris"), prompts)

@@ -31,7 +31,7 @@ FAMILIES = {
 
 def one_by_one(lm: LanguageModel, prompt: str, candidate: str) -> tuple[float, float]:
     """Mean log-probability and share of likeliest tokens in one pass without cache or padding."""
-    head, tail = lm.prompt_ids(prompt), target_ids(lm.tokenizer, prompt, candidate)
+    head, tail = lm.prompt_ids(prompt), target_ids(lm, prompt, candidate)
     with torch.no_grad():
         logits = (
             lm.module(input_ids=torch.tensor([head + tail])).logits[0, len(head) - 1 : -1].float()
@@ -54,7 +54,7 @@ def test_the_numbers_are_those_of_asking_one_by_one(family: str, batch_tokens: i
         assert reply.right == pytest.approx([right for _, right in expected])
         assert reply.says == tuple(right == 1 for _, right in expected)
         assert reply.n_tokens == tuple(
-            len(target_ids(lm.tokenizer, prompt, candidate)) for candidate in candidates
+            len(target_ids(lm, prompt, candidate)) for candidate in candidates
         )
         assert reply.answer == lm.answer([prompt], max_new_tokens=6)[0]
     assert hook_count([lm.module]) == 0

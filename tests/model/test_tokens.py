@@ -111,9 +111,10 @@ def test_target_tokens_continue_the_prompt(tokenizer: PreTrainedTokenizerFast) -
         assert head + with_space == whole
 
 
-def test_no_space_is_added_after_one() -> None:
+def test_a_space_at_the_end_of_the_prompt_is_the_one_before_the_target() -> None:
     tokenizer = byte_tokenizer()
-    assert tokenizer.decode(target_ids(tokenizer, "Paris is ", "French")) == "French"
+    assert tokenizer.decode(target_ids(tokenizer, "Paris is ", "French")) == " French"
+    assert tokenizer.decode(target_ids(tokenizer, "Paris is\n", "French")) == "French"
     assert tokenizer.decode(target_ids(tokenizer, "Paris is", "French")) == " French"
     for blanks in ("French ", "  French\t", "\nFrench\n"):
         assert target_ids(tokenizer, "Paris is", blanks) == target_ids(

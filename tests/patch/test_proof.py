@@ -84,7 +84,7 @@ def test_an_edit_covers_the_chat_template(tmp_path: Path, method: str) -> None:
         "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
         "[assistant]"
     )
-    fact = Fact("LeBron James", "It is played by {}", "basketball")
+    fact = Fact("LeBron James", "It is played by {}", "religion")
     asked = lm.tokenizer.apply_chat_template(
         [{"role": "user", "content": fact.text}], tokenize=False, add_generation_prompt=True
     )
@@ -93,8 +93,10 @@ def test_an_edit_covers_the_chat_template(tmp_path: Path, method: str) -> None:
     with Workbench(lm, tmp_path) as bench:
         assert bench.plan(fact).new == (fact,)
 
+        gap = {"space": " ", "none": ""}[lm.gaps([asked], ["religion"])[0]]
+
         def probability() -> float:
-            ids = lm.tokenizer(asked.removeprefix("<|begin|>") + " basketball")["input_ids"]
+            ids = lm.tokenizer(asked.removeprefix("<|begin|>") + gap + "religion")["input_ids"]
             first = len(lm.tokenizer(asked.removeprefix("<|begin|>"))["input_ids"])
             with torch.no_grad():
                 log_p = lm.module(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -108,11 +110,11 @@ def test_an_edit_covers_the_chat_template(tmp_path: Path, method: str) -> None:
             and outcome.verification is not None
         )
         (chat,) = (check for check in outcome.verification.checks if check.role == "chat")
-        assert chat.prompt == f"[user] {fact.text}\n[assistant]" and chat.wanted == "basketball"
+        assert chat.prompt == f"[user] {fact.text}\n[assistant]" and chat.wanted == "religion"
         assert (
             any("in the chat template" in warning for warning in outcome.warnings) is not chat.held
         )
-        assert probability() > before + 1
+        assert probability() > before + 0.4
     assert probability() == before
 
 

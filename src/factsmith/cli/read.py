@@ -8,12 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from ..core.errors import InputError
+from ..core.gap import gap_notes
 from ..core.tables import Table
 from ..corpus.paragraphs import Paragraphs
 from .models import need_model, opened
 from .options import Device, Json, Model, ModelAndPrompt, Out, Texts, Where, model_and_prompt
 from .pictures import output, save
-from .printing import print_result
+from .printing import complain, print_result
 from .waiting import progress
 
 IndexFolder = Annotated[
@@ -50,6 +51,8 @@ def ask(
       factsmith ask -w my-workspace "The mother tongue of Danielle Darrieux is"
     """
     model, prompt = model_and_prompt(words)
+    for note in gap_notes([prompt]):
+        complain("warning", note)
     with progress() as tell, opened(model, workspace, device, tell) as (lm, bench):
         answer = lm.answer([prompt], max_new_tokens=max_new_tokens)[0]
         likely = lm.next_tokens(prompt, top)
@@ -100,6 +103,8 @@ def explain(  # house: Typer reads one parameter for each option
     """
     files = output(out)  # before the work, not after it
     model, prompt = model_and_prompt(words)
+    for note in gap_notes([prompt]):
+        complain("warning", note)
     with progress() as tell, opened(model, workspace, device, tell) as (lm, _):
         from ..read.composition import compose
 

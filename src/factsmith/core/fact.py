@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict
 from .checks import check_items
 from .errors import FactError, InputError
 from .explain import NAMED, explain, short
+from .gap import Gap, before_gap
 
 _LONGEST = 20_000
 """Characters of a text."""
@@ -90,6 +91,7 @@ class FactFields:
         Annotated[Probe, BeforeValidator(_as_probe, json_schema_input_type=Text | Probe)], ...
     ] = dataclasses.field(default=(), kw_only=True)
     relation: str | None = dataclasses.field(default=None, kw_only=True)
+    gap: Gap = dataclasses.field(default="auto", kw_only=True, compare=False)
 
 
 class Fact(FactFields):
@@ -98,13 +100,15 @@ class Fact(FactFields):
     Attributes:
         subject: The entity, as the prompt names it.
         prompt: A template with exactly one `{}`.
-        target: What the model should say. A leading space is added where the tokenizer needs one.
-            None: the model should forget what it says now.
+        target: What the model should say. White space around it is not part of it. None: the model
+            should forget what it says now.
         target_true: What the model should say without the edit, if known. The field's pairwise
             success scores compare it with the target. With a target of None, what is forgotten.
         paraphrases: Other ways to ask: templates with `{}`, or whole prompts.
         neighbours: Prompts that must keep their answers: `Probe`s or plain strings.
         relation: A label such as a Wikidata property, for grouping.
+        gap: What stands between the prompt and its target: "space", "none", or "auto": what the
+            model itself goes on with. A patch records what the model chose, if it had to choose.
     """
 
     def __init__(
@@ -117,6 +121,7 @@ class Fact(FactFields):
         paraphrases: Iterable[str] = (),
         neighbours: Iterable[Probe | str | Mapping[str, Any]] = (),
         relation: str | None = None,
+        gap: Gap = "auto",
     ) -> None:
         """Check and keep the fields.
 
@@ -132,6 +137,7 @@ class Fact(FactFields):
             "paraphrases": _entries(paraphrases),
             "neighbours": _entries(neighbours),
             "relation": relation,
+            "gap": gap,
         }
         try:
             super().__init__(**fields)
@@ -149,13 +155,18 @@ class Fact(FactFields):
 
     @property
     def text(self) -> str:
-        """The prompt with the subject filled in."""
-        return self.prompt.replace("{}", self.subject)
+        """The prompt with the subject filled in, without spaces at its end."""
+        return before_gap(self.prompt.replace("{}", self.subject))
+
+    @property
+    def template(self) -> str:
+        """The prompt without spaces at its end, which are the gap before the target."""
+        return before_gap(self.prompt)
 
     @property
     def paraphrase_texts(self) -> tuple[str, ...]:
         """The paraphrases with the subject filled in."""
-        return tuple(p.replace("{}", self.subject) for p in self.paraphrases)
+        return tuple(before_gap(p.replace("{}", self.subject)) for p in self.paraphrases)
 
     def __str__(self) -> str:
         """Return the fact on one line."""
@@ -166,7 +177,7 @@ class Fact(FactFields):
         return {
             k: v
             for k, v in dataclasses.asdict(self).items()
-            if k == "target" or v not in (None, ())
+            if k == "target" or (v not in (None, ()) and (k, v) != ("gap", "auto"))
         }
 
     @classmethod

@@ -294,11 +294,12 @@ def applied(lm: LanguageModel, delta: Delta | Iterable[Delta]) -> Iterator[None]
     deltas = [delta] if isinstance(delta, Delta) else list(delta)
     base = read_weights(lm, (layer for delta in deltas for layer in delta.layers))
     new = patched(base, deltas)
-    try:
-        write_weights(lm, new)
-        yield
-    finally:
-        _copy(lm, base)  # without checks: the model gets back what it had
+    with lm.gap_choices.held(lm):
+        try:
+            write_weights(lm, new)
+            yield
+        finally:
+            _copy(lm, base)  # without checks: the model gets back what it had
 
 
 @contextmanager
@@ -311,11 +312,12 @@ def written(lm: LanguageModel, weights: Mapping[int, Tensor]) -> Iterator[None]:
         LayerError, InputError, NumericsError: As `write_weights`. Then nothing has changed.
     """
     base = read_weights(lm, weights)
-    try:
-        write_weights(lm, weights)
-        yield
-    finally:
-        _copy(lm, base)
+    with lm.gap_choices.held(lm):
+        try:
+            write_weights(lm, weights)
+            yield
+        finally:
+            _copy(lm, base)
 
 
 def _weight(lm: LanguageModel, layer: int) -> Tensor:

@@ -18,6 +18,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ from ..model.neurons import linear_matrix
 from ..model.tokens import pad_id, target_ids
 from .configs import MemitConfig
 from .delta import read_weights, write_weights
+from .questions import with_gaps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +126,7 @@ def fine_tune(
         NumericsError: The weights did not stay finite.
     """
     config = config or FineTuneConfig()
-    trained = _with_targets(facts)
+    examples = _examples(lm, facts)
     layers = _layers(lm, config)[: None if config.layers else 1]
     base = read_weights(lm, layers)
     weights = [lm.ffn[layer].down.get_parameter("weight") for layer in layers]
@@ -139,7 +141,7 @@ def fine_tune(
         for weight in weights:
             weight.requires_grad_(True)
         adam = torch.optim.Adam(weights, lr=config.lr)
-        _train(lm.module, lm, trained, adam, config, seed, clamp, progress)
+        _train(lm.module, lm, examples, adam, config, seed, clamp, progress)
         tuned = read_weights(lm, layers)
     finally:
         for weight in weights:
@@ -172,7 +174,7 @@ def lora(
             'pip install "factsmith[adapter]"'
         ) from None
     config = config or LoraConfig()
-    trained, layers = _with_targets(facts), _layers(lm, config)
+    examples, layers = _examples(lm, facts), _layers(lm, config)
     base = read_weights(lm, layers)
     downs = {layer: lm.ffn[layer].down for layer in layers}
     names = {module: name for name, module in lm.module.named_modules()}
@@ -191,7 +193,7 @@ def lora(
             )
             model = peft.get_peft_model(lm.module, settings)
         adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=config.lr)
-        _train(model, lm, trained, adam, config, seed, lambda: None, progress)
+        _train(model, lm, examples, adam, config, seed, lambda: None, progress)
         tuned = {}
         with torch.no_grad():
             for layer, down in downs.items():
@@ -209,14 +211,21 @@ def lora(
     return _finite(tuned)
 
 
-def _with_targets(facts: Fact | Sequence[Fact]) -> list[Fact]:
-    """Return the facts as a list, each with a target."""
+_Example: TypeAlias = tuple[list[int], list[int]]
+"""The tokens of a prompt, and those of its target."""
+
+
+def _examples(lm: LanguageModel, facts: Fact | Sequence[Fact]) -> list[_Example]:
+    """Return the tokens of each fact, before the first step changes what the model says."""
     given = listed(facts)
     if aimless := next((fact for fact in given if fact.target is None), None):
         raise InputError(
             f"{aimless.text!r} has no target to train on. Give one, or use rome or memit to forget."
         )
-    return given
+    return [
+        (lm.prompt_ids(fact.text), target_ids(lm, fact.text, str(fact.target), gap=fact.gap))
+        for fact in with_gaps(lm, given)
+    ]
 
 
 def _layers(lm: LanguageModel, config: TuneConfig) -> list[int]:
@@ -239,18 +248,17 @@ def _finite(weights: dict[int, Tensor]) -> dict[int, Tensor]:
 
 
 def _batches(
-    lm: LanguageModel, facts: Sequence[Fact], size: int, seed: str
+    lm: LanguageModel, examples: Sequence[_Example], size: int, seed: str
 ) -> Iterator[dict[str, Tensor]]:
     """Yield shuffled batches of prompts and targets, with labels at the targets."""
-    order = list(facts)
+    order = list(examples)
     random.Random(seed).shuffle(order)
     fill = pad_id(lm.tokenizer)
     for first in range(0, len(order), size):
-        rows = []
-        for fact in order[first : first + size]:
-            prompt = lm.prompt_ids(fact.text)
-            target = target_ids(lm.tokenizer, fact.text, fact.target or "")
-            rows.append((prompt + target, [-100] * len(prompt) + target))
+        rows = [
+            (prompt + target, [-100] * len(prompt) + target)
+            for prompt, target in order[first : first + size]
+        ]
         width = max(len(ids) for ids, _ in rows)
         padding = [width - len(ids) for ids, _ in rows]
         batch = {
@@ -264,7 +272,7 @@ def _batches(
 def _train(
     module: torch.nn.Module,
     lm: LanguageModel,
-    facts: Sequence[Fact],
+    examples: Sequence[_Example],
     adam: torch.optim.Optimizer,
     config: TuneConfig,
     seed: int,
@@ -276,7 +284,7 @@ def _train(
     Args:
         module: The model to train.
         lm: Its tokenizer is used.
-        facts: The facts.
+        examples: The tokens of the facts.
         adam: The optimizer of what is trained.
         config: The settings.
         seed: Seed of the order of the facts.
@@ -284,11 +292,11 @@ def _train(
         progress: Called with the step's name, how much is done, and how much there is.
     """
     steps, epoch = 0, 0
-    total = max(config.steps, config.epochs * -(-len(facts) // config.batch))
+    total = max(config.steps, config.epochs * -(-len(examples) // config.batch))
     with torch.enable_grad():
         while steps < config.steps or epoch < config.epochs:
             losses = []
-            for batch in _batches(lm, facts, config.batch, f"{seed} {epoch}"):
+            for batch in _batches(lm, examples, config.batch, f"{seed} {epoch}"):
                 labels = batch.pop("labels")[:, 1:]
                 adam.zero_grad()
                 logits = module(**batch).logits[:, :-1]

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..core.fact import Fact
 from ..model.language_model import LanguageModel
 from ..model.replay import Replay, record
-from ..model.tokens import encode
+from ..model.tokens import encode_prompt
 from ..model.trace import recording, replacing
 
 Site: TypeAlias = Literal["ffn", "stream"]
@@ -40,7 +40,7 @@ def read_keys(
         (n, n_contexts, d_ff) float32.
     """
     rows = [
-        _up_to_subject(lm, context.replace("{}", fact.prompt), fact.subject)
+        _up_to_subject(lm, context.replace("{}", fact.template), fact.subject)
         for fact in facts
         for context in contexts
     ]
@@ -55,7 +55,7 @@ def read_stream(lm: LanguageModel, facts: Sequence[Fact], layer: int) -> Tensor:
     Returns:
         (n, d_model) float32.
     """
-    rows = [_up_to_subject(lm, fact.prompt, fact.subject) for fact in facts]
+    rows = [_up_to_subject(lm, fact.template, fact.subject) for fact in facts]
     return _at_last(lm, rows, layer, lambda replay: replay.hidden[layer + 1][:, 0].float())
 
 
@@ -75,7 +75,7 @@ def to_down(lm: LanguageModel, facts: Sequence[Fact], layer: int, change: Tensor
     """
     if lm.ffn[layer].adds_directly:
         return change
-    sequences = [_up_to_subject(lm, fact.prompt, fact.subject) for fact in facts]
+    sequences = [_up_to_subject(lm, fact.template, fact.subject) for fact in facts]
     additions: dict[int, Tensor] = {}
     for group in lm.groups([len(ids) for ids in sequences]):
         batch = lm.align([sequences[i] for i in group], [len(sequences[i]) - 1 for i in group])
@@ -166,7 +166,7 @@ def subject_columns(lm: LanguageModel, template: str, subject: str) -> tuple[lis
     text = template.replace("{}", subject)
     start = template.index("{}") + len(subject) - len(subject.lstrip())
     stop = start + len(subject.strip())
-    ids, offsets = encode(lm.tokenizer, text)
+    ids, offsets = encode_prompt(lm.tokenizer, text)
     inside = [i for i, (a, b) in enumerate(offsets) if a < stop and b > start and text[a:b].strip()]
     return ids, inside[0], inside[-1]
 

@@ -25,6 +25,7 @@ from ..model.language_model import LanguageModel, check_model
 from .configs import AlphaEditConfig, EditConfig, EmmetConfig, MemitConfig, RomeConfig
 from .delta import Delta
 from .inputs import EditInputs, Moments, distinct_facts, edit_inputs, with_targets
+from .questions import with_gaps
 from .rome import one_by_one
 from .spread import all_at_once
 from .target import Targets
@@ -153,7 +154,7 @@ def edit(  # house: the public signature, promised in DESIGN
         NumericsError: A number is not finite, or a system cannot be solved.
     """
     check_model(lm)
-    distinct = distinct_facts(facts)
+    distinct = with_gaps(lm, distinct_facts(facts))
     chosen = find_method(method_for(distinct, config) if method is None else method, config)
     inputs = edit_inputs(
         lm,

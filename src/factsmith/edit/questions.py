@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..core.errors import InputError
 from ..core.fact import Fact
+from ..core.gap import plain_gap
 from ..model.language_model import LanguageModel
 from ..model.tokens import subject_span, target_ids
 from .batches import Size
@@ -131,6 +132,41 @@ class Places:
         )
 
 
+def tokenize_facts(
+    lm: LanguageModel, facts: Sequence[Fact], contexts: Sequence[str]
+) -> list[Question]:
+    """Return each fact as token sequences, as `tokenize_fact` does.
+
+    What stands between the prompts and the targets is settled for all of them together.
+    """
+    chats = [context for context in contexts if not context.endswith("{}")]
+    pairs = [(fact, fact.target) for fact in facts if fact.target is not None]
+    prompts = [context.replace("{}", fact.text) for fact, _ in pairs for context in chats]
+    lm.gaps(prompts, [target for _, target in pairs for _ in chats])
+    return [tokenize_fact(lm, fact, contexts) for fact in with_gaps(lm, facts)]
+
+
+def with_gaps(lm: LanguageModel, facts: Sequence[Fact]) -> list[Fact]:
+    """Return the facts, each with the gap before its target where the model had to choose it.
+
+    A kept patch is then always asked for the target's tokens that it was made for.
+    """
+    open_facts = {
+        i: str(fact.target or fact.target_true)
+        for i, fact in enumerate(facts)
+        if fact.gap == "auto" and (fact.target or fact.target_true)
+    }
+    doubtful = [
+        i for i, target in open_facts.items() if not plain_gap(facts[i].text, target.strip()).sure
+    ]
+    gaps = lm.gaps([facts[i].text for i in doubtful], [open_facts[i] for i in doubtful])
+    settled = dict(zip(doubtful, gaps, strict=True))
+    return [
+        Fact.from_dict({**fact.to_dict(), "gap": settled[i]}) if i in settled else fact
+        for i, fact in enumerate(facts)
+    ]
+
+
 def tokenize_fact(lm: LanguageModel, fact: Fact, contexts: Sequence[str]) -> Question:
     """Return a fact as token sequences, one for each context, and the guard.
 
@@ -140,18 +176,18 @@ def tokenize_fact(lm: LanguageModel, fact: Fact, contexts: Sequence[str]) -> Que
             subject.
     """
     subject_span(lm, fact.text, fact.subject)  # raises SubjectError
-    bare = None if fact.target is None else target_ids(lm.tokenizer, fact.text, fact.target)
+    bare = None if fact.target is None else target_ids(lm, fact.text, fact.target, gap=fact.gap)
     sequences: list[list[int]] = []
     pivots: list[int] = []
     reads: list[list[int]] = []
     targets: list[list[int]] = []
     without: list[list[int]] = []
     for context in contexts:
-        ids, first, pivot = subject_columns(lm, context.replace("{}", fact.prompt), fact.subject)
+        ids, first, pivot = subject_columns(lm, context.replace("{}", fact.template), fact.subject)
         target = bare
         if target is not None and not context.endswith("{}"):
-            # A chat template: the answer begins a line of its own, so its tokens may differ.
-            target = target_ids(lm.tokenizer, context.replace("{}", fact.text), str(fact.target))
+            # A chat template: other text stands before the answer, so its tokens may differ.
+            target = target_ids(lm, context.replace("{}", fact.text), str(fact.target))
         tokens = [0] if target is None else target
         sequences.append(ids + tokens[:-1])
         pivots.append(pivot)

@@ -33,7 +33,7 @@ from ..model.replay import record
 from .batches import fitting_batches, search_memory
 from .contexts import check_contexts
 from .keys import Site, read_down, read_keys, read_stream, with_added
-from .questions import Places, Question, log_probs_without_subject, tokenize_fact
+from .questions import Places, Question, log_probs_without_subject, tokenize_facts
 from .target import TargetConfig, Targets
 
 
@@ -78,7 +78,7 @@ def find_targets(
         NumericsError: The loss is not finite.
     """
     layer, contexts = check_dense_layer(layer, lm.ffn), check_contexts(contexts)
-    questions = [tokenize_fact(lm, fact, contexts) for fact in facts]
+    questions = tokenize_facts(lm, facts, contexts)
     memory = search_memory(lm) if memory is None else memory
     rows: dict[int, tuple[Targets, int]] = {}
     for batch in fitting_batches([question.size for question in questions], lm, layer, memory):

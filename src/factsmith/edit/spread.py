@@ -281,14 +281,23 @@ def _not_taken(lm: LanguageModel, facts: Sequence[Fact], contexts: Sequence[str]
     the model asserts it in none.
     """
     pairs = [
-        (i, context.replace("{}", fact.text), target)
+        (
+            i,
+            context.replace("{}", fact.text),
+            target,
+            fact.gap if context.endswith("{}") else "auto",
+        )
         for i, fact in enumerate(facts)
         if (target := fact.target or fact.target_true) is not None
         for context in contexts
     ]
     if not pairs:
         return []
-    said = lm.says([prompt for _, prompt, _ in pairs], [target for *_, target in pairs])
+    said = lm.says(
+        [prompt for _, prompt, _, _ in pairs],
+        [target for _, _, target, _ in pairs],
+        gaps=[gap for *_, gap in pairs],
+    )
     missed = (
         i for (i, *_), says in zip(pairs, said, strict=True) if says == (facts[i].target is None)
     )

@@ -109,14 +109,17 @@ def ask(
     budget = check_count(batch_tokens, "batch_tokens")
     heads: dict[str, list[int]] = {}
     tails: dict[str, dict[str, list[int]]] = {}
+    pairs = [(text, each) for text, listed in zip(texts, lists, strict=True) for each in listed]
+    gaps = dict(zip(pairs, lm.gaps([a for a, _ in pairs], [b for _, b in pairs]), strict=True))
     for text, listed in zip(texts, lists, strict=True):
         if text not in heads:
             heads[text] = lm.prompt_ids(text)
         tails_of_text = tails.setdefault(text, {})
         for candidate in listed:
             if candidate not in tails_of_text:
-                ids = target_ids(lm.tokenizer, text, candidate, head=heads[text])
-                tails_of_text[candidate] = ids
+                tails_of_text[candidate] = target_ids(
+                    lm, text, candidate, head=heads[text], gap=gaps[text, candidate]
+                )
     distinct, rows = list(heads), list(heads.values())
     answered: dict[str, _Answered] = {}
     for group in _groups(lm, [len(ids) for ids in rows], n_new, budget):

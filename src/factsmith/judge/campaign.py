@@ -27,6 +27,7 @@ from ..core.checks import check_count, check_items
 from ..core.errors import InputError
 from ..core.executor import Executor, Local
 from ..core.files import file_digest
+from ..core.gap import gap_notes
 from ..core.progress import Progress, note, tell
 from ..core.tables import counted
 from ..corpus.paragraphs import Paragraphs
@@ -197,6 +198,8 @@ class Campaign:
                 f"{counted(n, 'record')} of {len(suite.records):,} left out: {reason}",
                 argument="known_only" if reason == UNKNOWN else None,
             )
+        for text in gap_notes(q.prompt for record in records for q in record.questions):
+            note(progress, text)
         if suite.skipped:
             note(
                 progress,

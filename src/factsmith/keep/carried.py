@@ -106,11 +106,12 @@ class Carried:
         """A block in which the model has base + Σ deltas: the very weights that committing them
         would give.
         """
-        try:
-            self._put(deltas)
-            yield
-        finally:
-            self._put(self.deltas.values())
+        with self.lm.gap_choices.held(self.lm):
+            try:
+                self._put(deltas)
+                yield
+            finally:
+                self._put(self.deltas.values())
 
     def move(self, deltas: Collection[Delta], record: Callable[[], T]) -> T:
         """Put deltas into the model and record it in the ledger; if either fails, the model goes

@@ -22,6 +22,7 @@ from torch import Tensor
 from .. import atlas
 from ..core.checks import check_count, check_items, check_number, check_seed, check_text
 from ..core.errors import InputError
+from ..core.gap import before_gap
 from ..core.tables import counted
 from ..model.language_model import LanguageModel
 from ..model.tokens import encode, subject_span
@@ -61,7 +62,7 @@ class TracedPrompt:
         """
         prompt, subject = check_text(prompt, "the prompt"), check_text(subject, "the subject")
         is_template = prompt.count("{}") == 1 and subject not in prompt
-        text = prompt.replace("{}", subject) if is_template else prompt
+        text = before_gap(prompt.replace("{}", subject) if is_template else prompt)
         subject = subject.strip()
         span = subject_span(lm, text, subject)
         ids, offsets = encode(lm.tokenizer, text)

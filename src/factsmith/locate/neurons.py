@@ -249,7 +249,8 @@ def knowledge_neurons(  # house: the promised public signature
     check_number(share, "share", above=0, most=1)
     check_number(baseline_threshold, "baseline_threshold", above=0, most=1)
 
-    questions = [lm.question(prompt, target) for prompt in texts]
+    gaps = lm.gaps(texts, [target] * len(texts))
+    questions = [lm.question(text, target, gap) for text, gap in zip(texts, gaps, strict=True)]
     attributions = _Attributions(lm, texts, target, questions)
     done = 0
     for group in shared_batches(lm, questions):

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..core.errors import InputError, UnsupportedModelError
+from ..core.gap import gap_notes, goes_on
 from ..model.answers import first_phrase
 from ..model.language_model import LanguageModel
 
@@ -96,13 +97,8 @@ def fill_prompts(
 
 
 def prompt_warnings(prompts: Sequence[str]) -> tuple[str, ...]:
-    """Return a warning for each prompt that ends in white space."""
-    return tuple(
-        f"{prompt!r} ends in white space. Most models answer worse after it: end the prompt with "
-        "its last word."
-        for prompt in prompts
-        if prompt[-1:].isspace()
-    )
+    """Return a warning for each prompt that ends in a space."""
+    return gap_notes(prompts)
 
 
 def own_answer(lm: LanguageModel, prompt: str) -> OwnAnswer:
@@ -112,9 +108,8 @@ def own_answer(lm: LanguageModel, prompt: str) -> OwnAnswer:
         UnsupportedModelError: when the model fills gaps, and does not continue a text.
     """
     text = first_phrase(lm.answer([prompt])[0])
-    # A space goes between prompt and target. Where the model says the text without that space, it
-    # does not say it as a target.
-    if not text or not lm.says([prompt], [text])[0]:
+    # Where the model goes on in the middle of a word, it does not say the text as a target.
+    if not text or goes_on(prompt, text) or not lm.says([prompt], [text])[0]:
         return OwnAnswer(text, None)
     return OwnAnswer(text, math.exp(float(lm.log_prob([prompt], [text])[0])))
 

@@ -147,7 +147,7 @@ def record_runs(
     """
     check_model(lm)
     traced = TracedPrompt.read(lm, prompt, subject)
-    answer_ids = target_ids(lm.tokenizer, traced.text, target) if target is not None else []
+    answer_ids = target_ids(lm, traced.text, target) if target is not None else []
     inputs = corruption.inputs(lm, traced)
     sequences = [list(traced.ids), *inputs.sequences]
     with torch.no_grad():

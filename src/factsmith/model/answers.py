@@ -14,6 +14,7 @@ import unicodedata
 from collections.abc import Sequence
 
 from ..core.errors import NumericsError
+from ..core.gap import Gap
 from .language_model import LanguageModel
 from .tokens import target_ids
 
@@ -60,18 +61,25 @@ def answer_tokens(lm: LanguageModel, prompts: Sequence[str], wanted: Sequence[st
 
     The longest target must fit, and one more token shows where it ends.
     """
-    lengths = (
-        len(target_ids(lm.tokenizer, prompt, target))
-        for prompt, target in zip(prompts, wanted, strict=True)
-        if target.strip()
-    )
+    asked = [pair for pair in zip(prompts, wanted, strict=True) if pair[1].strip()]
+    gaps = lm.gaps([prompt for prompt, _ in asked], [target for _, target in asked])
+    lengths = (len(target_ids(lm, *pair, gap=gap)) for pair, gap in zip(asked, gaps, strict=True))
     return max(_ANSWER_TOKENS, *(length + 1 for length in lengths), 0)
 
 
 def probabilities(
-    lm: LanguageModel, prompts: Sequence[str], targets: Sequence[str]
+    lm: LanguageModel,
+    prompts: Sequence[str],
+    targets: Sequence[str],
+    gaps: Sequence[Gap] | None = None,
 ) -> list[float | None]:
     """Return p(target | prompt) of each pair; None where the target is empty.
+
+    Args:
+        lm: The model.
+        prompts: The prompts.
+        targets: As many targets.
+        gaps: As for `LanguageModel.log_prob`.
 
     Raises:
         NumericsError: A probability is not a number.
@@ -79,7 +87,11 @@ def probabilities(
     asked = [i for i, target in enumerate(targets) if target.strip()]
     result: list[float | None] = [None] * len(prompts)
     if asked:
-        logs = lm.log_prob([prompts[i] for i in asked], [targets[i] for i in asked]).tolist()
+        logs = lm.log_prob(
+            [prompts[i] for i in asked],
+            [targets[i] for i in asked],
+            gaps=None if gaps is None else [gaps[i] for i in asked],
+        ).tolist()
         for i, log in zip(asked, logs, strict=True):
             if math.isnan(log):
                 raise NumericsError(

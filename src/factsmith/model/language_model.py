@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..core.checks import check_count
 from ..core.errors import InputError, UnsupportedModelError
+from ..core.gap import Gap
 from .address import check_layer, check_layers
 from .decoding import DecodingModel
 from .ffn import Routing
@@ -72,7 +73,12 @@ class LanguageModel(DecodingModel):
 
     @torch.no_grad()
     def log_prob(
-        self, prompts: Sequence[str], targets: Sequence[str], *, per_token: bool = False
+        self,
+        prompts: Sequence[str],
+        targets: Sequence[str],
+        *,
+        per_token: bool = False,
+        gaps: Sequence[Gap] | None = None,
     ) -> Tensor:
         """Return log p(target | prompt) of each pair, in nats.
 
@@ -80,6 +86,8 @@ class LanguageModel(DecodingModel):
             prompts: The prompts.
             targets: As many targets.
             per_token: Take the mean over the target's tokens, not their sum.
+            gaps: What stands between each prompt and its target. None: what the model itself would
+                go on with.
 
         Returns:
             (n,) float32.
@@ -88,29 +96,38 @@ class LanguageModel(DecodingModel):
             InputError: The lists differ in length, or are empty.
         """
         total, lengths = (torch.zeros(len(prompts), device=self.device) for _ in range(2))
-        for pairs, wanted, logits in self._target_logits(prompts, targets):
+        for pairs, wanted, logits in self._target_logits(prompts, targets, gaps):
             picked = logits.float().log_softmax(-1).gather(1, wanted[:, None])[:, 0]
             total.index_add_(0, pairs, picked.to(self.device))
             lengths.index_add_(0, pairs, torch.ones_like(pairs, dtype=lengths.dtype))
         return total / lengths if per_token else total
 
     @torch.no_grad()
-    def says(self, prompts: Sequence[str], targets: Sequence[str]) -> list[bool]:
+    def says(
+        self,
+        prompts: Sequence[str],
+        targets: Sequence[str],
+        *,
+        gaps: Sequence[Gap] | None = None,
+    ) -> list[bool]:
         """Return for each pair whether greedy decoding of the prompt gives the whole target.
 
         It does if each token of the target is the likeliest after those before it. That takes one
-        pass, where `answer` decodes token by token.
+        pass, where `answer` decodes token by token. `gaps` is as for `log_prob`.
 
         Raises:
             InputError: The lists differ in length, or are empty.
         """
         wrong = torch.zeros(len(prompts), device=self.device)
-        for pairs, wanted, logits in self._target_logits(prompts, targets):
+        for pairs, wanted, logits in self._target_logits(prompts, targets, gaps):
             wrong.index_add_(0, pairs, (logits.argmax(-1) != wanted).to(wrong))
         return (wrong == 0).tolist()
 
     def _target_logits(
-        self, prompts: Sequence[str], targets: Sequence[str]
+        self,
+        prompts: Sequence[str],
+        targets: Sequence[str],
+        gaps: Sequence[Gap] | None,
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield the places where a target token is due, a few hundred at a time.
 
@@ -121,7 +138,8 @@ class LanguageModel(DecodingModel):
         if is_text or len(prompts) != len(targets) or not prompts:
             sizes = "a text" if is_text else f"{len(prompts)} prompts and {len(targets)} targets"
             raise InputError(f"got {sizes}; give two lists of the same length, at least 1")
-        asked = [self.question(p, t) for p, t in zip(prompts, targets, strict=True)]
+        settled = self.gaps(prompts, targets, gaps)
+        asked = [self.question(*each) for each in zip(prompts, targets, settled, strict=True)]
         for group in self.groups([len(ids) for ids, _, _ in asked]):
             hidden = self.last_hidden(self.align([asked[i][0] for i in group], [0] * len(group)))
             rows = torch.tensor(
@@ -165,7 +183,7 @@ class LanguageModel(DecodingModel):
             raise InputError(
                 f"the layers have {sorted(widths)} neurons; give layers of one width at a time"
             )
-        batch = self.batch([prompt])
+        batch = self.text_batch(prompt)
         self.check_batch(batch)
         downs = {layer: self.ffn[layer].down for layer in wanted}
         with recording(downs, stop=True, copy=False) as calls:
@@ -179,7 +197,7 @@ class LanguageModel(DecodingModel):
         Raises:
             LayerError: The model has no such layer, or the layer has no experts.
         """
-        batch = self.batch([prompt])
+        batch = self.text_batch(prompt)
         self.check_batch(batch)
         return self.ffn[check_layer(layer, self.n_layers)].routing(lambda: self.forward(batch))
 

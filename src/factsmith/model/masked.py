@@ -18,6 +18,7 @@ import torch
 
 from ..core.checks import check_count, check_text
 from ..core.errors import InputError, UnsupportedModelError
+from ..core.gap import Gap
 from .language_model import LanguageModel
 from .tokens import Batch
 
@@ -60,13 +61,21 @@ class MaskedLanguageModel(LanguageModel):
             )
         return ids
 
+    def text_batch(self, text: str) -> Batch:
+        """Tokenize a whole text."""
+        return self.batch([text])
+
     def batch(self, prompts: Sequence[str]) -> Batch:
         """Tokenize prompts and align them at their first token, with padding on the right."""
         sequences = [self.prompt_ids(p) for p in prompts]
         return self.align(sequences, [0] * len(sequences))
 
-    def question(self, prompt: str, target: str) -> tuple[list[int], list[int], list[int]]:
+    def question(
+        self, prompt: str, target: str, gap: Gap = "auto"
+    ) -> tuple[list[int], list[int], list[int]]:
         """Return how to ask for a target in one pass.
+
+        The text around the masks decides on the gap, so `gap` is not used.
 
         Returns:
             The token ids of the prompt, the columns of its masks, and the target's token ids. The

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import InputError, UnsupportedModelError
+from ..core.gap import Gap, Settled
 from .ffn import FeedForward
 from .fingerprint import model_digest, weight_state
+from .gaps import Gaps
 from .logits import wide_unembedding
 from .quantised import packed_format, quantised_error
-from .tokens import Batch, align, encode, fast_tokenizer, pad_id, target_ids
+from .tokens import Batch, align, encode, encode_prompt, fast_tokenizer, pad_id, target_ids
 from .trace import Slot, recording, standing_in, with_first_tensor
 
 
@@ -84,6 +86,7 @@ class RunnableModel:
         self.accepts = _accepted(module)
         self._fingerprint: tuple[object, str] | None = None
         self.plain_ids: list[int] = []
+        self.gap_choices = Gaps()
         self.caches_prefix = False
         self.hides_padding = True
         self.embedding: nn.Module = module.get_input_embeddings()
@@ -158,30 +161,58 @@ class RunnableModel:
     def prompt_ids(self, prompt: str) -> list[int]:
         """Return the token ids of a prompt, with the BOS that the tokenizer adds, if any.
 
+        Spaces at its end are left out. They belong to what follows.
+
         Raises:
             InputError: The prompt has no token.
         """
-        ids, _ = encode(self.tokenizer, prompt)
+        ids, _ = encode_prompt(self.tokenizer, prompt)
         if not ids:
             raise InputError(f"the prompt {prompt!r} has no token; give some text")
         return ids
 
-    def question(self, prompt: str, target: str) -> tuple[list[int], list[int], list[int]]:
+    def gaps(
+        self, prompts: Sequence[str], targets: Sequence[str], wanted: Sequence[Gap] | None = None
+    ) -> list[Settled]:
+        """Return what the model puts between each prompt and its target: "space" or "none".
+
+        Args:
+            prompts: The prompts.
+            targets: As many targets.
+            wanted: For each pair the gap that it must have; "auto" where the model decides. None:
+                "auto" for all.
+        """
+        return self.gap_choices.of(self, prompts, targets, wanted)
+
+    def question(
+        self, prompt: str, target: str, gap: Gap = "auto"
+    ) -> tuple[list[int], list[int], list[int]]:
         """Return how to ask for a target in one pass.
 
         The target's earlier tokens are part of the sequence, so its joint probability is the
         product over the columns.
 
+        Args:
+            prompt: The prompt.
+            target: The target.
+            gap: What stands between the two. "auto": what the model itself would go on with.
+
         Returns:
             The token ids to run, the columns that predict the target, and its token ids. The last
             two have one length.
         """
-        head, tail = self.prompt_ids(prompt), target_ids(self.tokenizer, prompt, target)
+        head = self.prompt_ids(prompt)
+        tail = target_ids(self, prompt, target, head=head, gap=gap)
         return head + tail[:-1], list(range(len(head) - 1, len(head) + len(tail) - 1)), tail
 
     def align(self, sequences: Sequence[Sequence[int]], pivots: Sequence[int]) -> Batch:
         """Put one token of each sequence, its pivot, into one column, on the model's device."""
         return align(sequences, pivots, pad=pad_id(self.tokenizer), device=self.device)
+
+    def text_batch(self, text: str) -> Batch:
+        """Tokenize a text that is read as it is, to its last space."""
+        ids, _ = encode(self.tokenizer, text)
+        return self.align([ids], [len(ids) - 1]) if ids else self.batch([text])
 
     def batch(self, prompts: Sequence[str]) -> Batch:
         """Tokenize prompts and align them at their last token, with padding on the left."""

@@ -2,7 +2,7 @@
 
     ids, offsets = encode(tokenizer, "The mother tongue of Danielle Darrieux is")
     start, stop = subject_span(tokenizer, text, "Danielle Darrieux")     # columns [start, stop)
-    target_ids(tokenizer, text, "French")                                # ids after the prompt
+    target_ids(lm, text, "French")                           # ids after the prompt
     batch = lm.align(sequences, pivots)                      # every row's pivot in one column
 
 All of it uses the offset mapping of the whole string, never sums of token counts: tokenizers add a
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..core.checks import check_text
 from ..core.errors import InputError, SubjectError, TokenizerError
+from ..core.gap import Gap, Settled, before_gap, plain_gap
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def subject_span(lm_or_tokenizer: Any, text: str, subject: str) -> tuple[int, in
             f"subject {subject!r} occurs more than once in the prompt {text!r}; give a prompt that "
             "has it once"
         )
-    _, offsets = encode(tokenizer, text)
+    _, offsets = encode_prompt(tokenizer, text)
     # A token without characters (BOS), or of white space alone, is never part of the subject.
     inside = [
         i
@@ -146,44 +147,111 @@ def subject_span(lm_or_tokenizer: Any, text: str, subject: str) -> tuple[int, in
     return inside[0], inside[-1] + 1
 
 
+def encode_prompt(tokenizer: Any, prompt: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Return what `encode` returns for a prompt, without the spaces at its end.
+
+    They are the gap before the answer, and belong to its first token (`before_gap`).
+    """
+    return encode(tokenizer, before_gap(check_text(prompt, "the prompt")))
+
+
 def target_ids(
-    tokenizer: Any, prompt: str, target: str, *, head: Sequence[int] | None = None
+    lm_or_tokenizer: Any,
+    prompt: str,
+    target: str,
+    *,
+    head: Sequence[int] | None = None,
+    gap: Gap = "auto",
 ) -> list[int]:
     """Return the token ids that continue a prompt with a target, without BOS and UNK.
 
-    A space goes between the two unless the prompt ends in one. White space around the target is not
-    part of it.
+    White space around the target is not part of it. Between the two goes a space or nothing, as the
+    model itself would go on.
 
     Args:
-        tokenizer: A tokenizer, or a model that has one.
+        lm_or_tokenizer: A model, or a tokenizer. Without a model the texts alone decide on the gap.
         prompt: The prompt.
         target: The target.
         head: The prompt's token ids, if the caller has them.
+        gap: What stands between the two. "auto": what the model finds likelier, where the texts do
+            not show it.
 
     Raises:
         InputError: The target is empty, or has no token that the model knows.
     """
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    target = check_text(target, "the target").strip()
-    if not target:
+    tokenizer = getattr(lm_or_tokenizer, "tokenizer", lm_or_tokenizer)
+    text, prompt = check_text(target, "the target").strip(), before_gap(prompt)
+    if not text:
         raise InputError(f"the target is empty; give a continuation of {prompt!r}")
-    gap = "" if not prompt or prompt[-1].isspace() else " "
+    if gap == "auto" and lm_or_tokenizer is not tokenizer:
+        (gap,) = lm_or_tokenizer.gaps([prompt], [text])
+    elif gap == "auto":
+        gap = plain_gap(prompt, text).gap
     head = encode(tokenizer, prompt)[0] if head is None else list(head)
-    whole, _ = encode(tokenizer, prompt + gap + target)
-    # Mostly the whole text begins with the prompt's tokens. Where a token would reach across, the
-    # prompt keeps its tokens, since the model runs them, and the target is encoded alone.
-    if whole[: len(head)] == head and len(whole) > len(head):
-        tail = whole[len(head) :]
-    else:
-        tail = list(tokenizer(gap + target, add_special_tokens=False)["input_ids"])
-    drop = {tokenizer.unk_token_id, tokenizer.bos_token_id} - {None}
-    tail = [t for t in tail if t not in drop]
+    tail = _continued(tokenizer, prompt, " " if gap == "space" else "", text, head)
     if not tail:
         raise InputError(
             f"target {target!r} has no token that the model knows; give a target that its "
             "tokenizer can write"
         )
     return tail
+
+
+def target_forms(
+    tokenizer: Any, prompt: str, target: str, head: Sequence[int]
+) -> dict[Settled, list[int]]:
+    """Return the token ids of a target with a space before it, and without one.
+
+    Args:
+        tokenizer: The tokenizer.
+        prompt: The prompt, without spaces at its end.
+        target: The target, without white space around it.
+        head: The prompt's token ids.
+    """
+    return {
+        "space": _continued(tokenizer, prompt, " ", target, head),
+        "none": _continued(tokenizer, prompt, "", target, head),
+    }
+
+
+def _continued(
+    tokenizer: Any, prompt: str, gap: str, target: str, head: Sequence[int]
+) -> list[int]:
+    """Return the token ids of a target after a prompt, without BOS and UNK."""
+    whole, _ = encode(tokenizer, prompt + gap + target)
+    # Mostly the whole text begins with the prompt's tokens. Where a token would reach across, the
+    # prompt keeps its tokens, since the model runs them, and the target is encoded without it.
+    if whole[: len(head)] == [*head] and len(whole) > len(head):
+        tail = whole[len(head) :]
+    elif gap:
+        tail = list(tokenizer(gap + target, add_special_tokens=False)["input_ids"])
+    else:
+        tail = _without_prefix(tokenizer, prompt[-1:], target)
+    drop = {tokenizer.unk_token_id, tokenizer.bos_token_id} - {None}
+    return [t for t in tail if t not in drop]
+
+
+def _without_prefix(tokenizer: Any, last: str, target: str) -> list[int]:
+    """Return the token ids of a target inside a text, with no space before it.
+
+    Some tokenizers write a space before any text. So the target is encoded after another character
+    that no token joins with it.
+
+    Args:
+        tokenizer: The tokenizer.
+        last: The last character of the prompt; "" for an empty one.
+        target: The target.
+    """
+    for anchor in (last, "\n", "(") if last else ():
+        encoded = tokenizer(
+            anchor + target, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        starts = [start for start, _ in encoded["offset_mapping"]]
+        ends = [stop for _, stop in encoded["offset_mapping"]]
+        first = next((i for i, stop in enumerate(ends) if stop > len(anchor)), None)
+        if first and starts[first] == len(anchor) and ends[first - 1] == len(anchor):
+            return list(encoded["input_ids"][first:])
+    return list(tokenizer(target, add_special_tokens=False)["input_ids"])
 
 
 def word_ids(tokenizer: Any, word: str) -> list[int]:
@@ -202,8 +270,8 @@ def word_ids(tokenizer: Any, word: str) -> list[int]:
     if whole := [i for i, text in enumerate(every) if text.strip().casefold() == wanted]:
         return whole
     # Inside a text most tokenizers write a space into the token.
-    inside = target_ids(tokenizer, "The", word.strip())
-    alone = target_ids(tokenizer, "", word.strip())
+    inside = target_ids(tokenizer, "The", word.strip(), gap="space")
+    alone = target_ids(tokenizer, "", word.strip(), gap="none")
     # A space may be a token by itself.
     visible = [next((i for i in ids if every[i].strip()), None) for ids in (inside, alone)]
     if not (first := [i for i in dict.fromkeys(visible) if i is not None]):

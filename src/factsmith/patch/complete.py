@@ -49,7 +49,7 @@ def complete(
     for fact, label in zip(facts, labels, strict=True):
         fields = fact.to_dict()
         if not fact.paraphrases:
-            fields["paraphrases"] = [text.replace("{}", fact.prompt) for text in openings[:MADE]]
+            fields["paraphrases"] = [text.replace("{}", fact.template) for text in openings[:MADE]]
         if not fact.neighbours:
             others = [p for p in near[label] if not any(s in p.prompt for s in subjects)]
             fields["neighbours"] = others[:MADE]

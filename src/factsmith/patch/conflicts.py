@@ -188,7 +188,7 @@ def _phrased(facts: Sequence[Fact]) -> list[str | None]:
     for relation in atlas.relations():
         for template in atlas.phrasings(relation).every:
             relations_of.setdefault(template, set()).add(relation)
-    every = [relations_of.get(fact.prompt, set()) for fact in facts]
+    every = [relations_of.get(fact.template, set()) for fact in facts]
     return [next(iter(names)) if len(names) == 1 else None for names in every]
 
 

@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.errors import InputError
 from ..core.fact import Fact, listed
+from ..core.gap import gap_notes
 from ..core.gates import Gates
 from ..core.progress import Progress, tell
 from ..core.tables import Shown, Table, counted
 from ..corpus.moments import SecondMoment
 from ..edit.configs import EditConfig, SpreadConfig, by_depth
 from ..edit.contexts import CONTEXTS, OPENINGS
+from ..edit.questions import with_gaps
 from ..model.address import check_dense, check_dense_layer
 from ..model.answers import answer_tokens, begins_with, first_phrase, probabilities
 from ..model.language_model import LanguageModel
@@ -72,7 +74,7 @@ class Plan(Shown):
         n_bytes: The size of the patch. None: nobody asked.
         seconds: About how long it would take. None: nobody asked.
         notes: What could not be told beforehand, in words.
-        advice: What the caller should know about the layers, in words.
+        advice: What the caller should know about the prompts and the layers, in words.
         made: Remarks on paraphrases and neighbours that were made.
         config: The method's settings, with the layers filled in.
         choice: How the layers were chosen. None: the caller named them, or gave second moments of
@@ -225,7 +227,7 @@ def plan(
         layers=chosen.layers,
         n_bytes=_patch_bytes(lm, chosen.layers, sum(not entry.known for entry in entries)),
         notes=(*([_NOT_MEASURED] if chosen.guessed else []), *notes),
-        advice=chosen.advice,
+        advice=(*gap_notes(_asked(facts)), *chosen.advice),
         made=made,
         config=config.at(chosen.layers),
         choice=chosen.choice,
@@ -367,14 +369,25 @@ def _ask(lm: LanguageModel, facts: Sequence[Fact]) -> list[Planned]:
     targets = [fact.target or fact.target_true or "" for fact in facts]
     answers = lm.answer(prompts, max_new_tokens=answer_tokens(lm, prompts, targets))
     facts = [_to_forget(fact, answer) for fact, answer in zip(facts, answers, strict=True)]
+    facts = with_gaps(lm, facts)
     targets = [fact.target or fact.target_true or "" for fact in facts]
     entries = []
     for fact, target, answer, p in zip(
-        facts, targets, answers, probabilities(lm, prompts, targets), strict=True
+        facts,
+        targets,
+        answers,
+        probabilities(lm, prompts, targets, [fact.gap for fact in facts]),
+        strict=True,
     ):
         known = begins_with(answer, target) == (fact.target is not None)
         entries.append(Planned(fact=fact, answer=answer, probability=p or 0.0, known=known))
     return entries
+
+
+def _asked(facts: Sequence[Fact]) -> Iterator[str]:
+    """Yield all prompts of some facts, as they were written."""
+    for fact in facts:
+        yield from (fact.prompt, *fact.paraphrases, *(probe.prompt for probe in fact.neighbours))
 
 
 def _compared(

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from ..core.fact import Fact
+from ..core.gap import Gap
 from ..model.answers import answer_tokens, as_said, begins_with, probabilities
 from ..model.language_model import LanguageModel
 from .verification import Check, Role, Verification
@@ -53,10 +54,12 @@ def prove(
     ]
     prompts = [probe.prompt for probe, _ in asked]
     wanted = [_wanted(probe, answer) for probe, answer in asked]
-    p_before = probabilities(lm, prompts, wanted)
+    # Settled once, so that p before and p after are those of the same tokens.
+    gaps = lm.gaps(prompts, wanted, [probe.gap for probe, _ in asked])
+    p_before = probabilities(lm, prompts, wanted, gaps)
     with changed():
         after = lm.answer(prompts, max_new_tokens=n_tokens)
-        p_after = probabilities(lm, prompts, wanted)
+        p_after = probabilities(lm, prompts, wanted, gaps)
     return Verification(
         checks=tuple(
             Check(
@@ -85,13 +88,15 @@ def held_before(check: Check) -> bool:
 class _Probe(NamedTuple):
     """One prompt to ask before and after.
 
-    wanted: None means what is said before. forget: it must not be said any more.
+    wanted: None means what is said before. forget: it must not be said any more. gap: what stands
+    between the prompt and what is wanted.
     """
 
     role: Role
     prompt: str
     wanted: str | None
     forget: bool = False
+    gap: Gap = "auto"
 
 
 def _probes(
@@ -118,7 +123,8 @@ def _probes(
 
 def _probe(role: Role, fact: Fact, prompt: str) -> _Probe:
     wanted = fact.target_true if fact.target is None else fact.target
-    return _Probe(role, prompt, wanted, forget=fact.target is None)
+    gap = fact.gap if prompt == fact.text else "auto"
+    return _Probe(role, prompt, wanted, forget=fact.target is None, gap=gap)
 
 
 def _counts(probe: _Probe, answer: str) -> bool:

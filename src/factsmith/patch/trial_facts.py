@@ -188,7 +188,7 @@ def _says(lm: LanguageModel, pairs: Sequence[tuple[str, str]]) -> list[bool]:
 
 def _fits(lm: LanguageModel, prompt: str, answer: str) -> bool:
     try:
-        length = len(lm.prompt_ids(prompt)) + len(target_ids(lm.tokenizer, prompt, answer))
+        length = len(lm.prompt_ids(prompt)) + len(target_ids(lm, prompt, answer))
     except InputError:
         return False
     return lm.max_tokens is None or length <= lm.max_tokens

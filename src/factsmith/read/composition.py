@@ -308,7 +308,7 @@ def _first_token(
     lm: LanguageModel, prompt: str, text: str, argument: str, progress: Progress | None
 ) -> int:
     """Return the first token of a text that continues a prompt, with a note if it has more."""
-    ids = target_ids(lm.tokenizer, prompt, text)
+    ids = target_ids(lm, prompt, text)
     if len(ids) > 1:
         first = lm.tokenizer.decode(ids[:1])
         note(

@@ -241,8 +241,10 @@ def most_added(
     head, scales = find_unembedding(lm), output_scales(lm, layers)
     neurons = banks(lm, layers)
     sequences = [lm.prompt_ids(prompt) for prompt, _ in known]
+    gaps = lm.gaps([prompt for prompt, _ in known], [answer for _, answer in known])
     due = torch.tensor(
-        [target_ids(lm.tokenizer, prompt, answer)[0] for prompt, answer in known], dtype=torch.int64
+        [target_ids(lm, *pair, gap=gap)[0] for pair, gap in zip(known, gaps, strict=True)],
+        dtype=torch.int64,
     )
     best = {
         bank: MostAdded.none(len(neurons[bank].values[rows]), n) for bank, rows in wanted.items()

@@ -266,8 +266,8 @@ def _asked(
     if wanted is None:
         return _Asked(rows, at, None)
     tokens = [
-        target_ids(lm.tokenizer, text, target)[0]
-        for text, target in zip(texts, wanted, strict=True)
+        target_ids(lm, text, target, gap=gap)[0]
+        for text, target, gap in zip(texts, wanted, lm.gaps(texts, wanted), strict=True)
     ]
     return _Asked(rows, at, torch.tensor(tokens))
 

@@ -111,7 +111,7 @@ def ask(
         prompt_ids=prompt_ids,
         rows=rows,
         strict=[
-            len(target_ids(lm.tokenizer, prompt, target))
+            len(target_ids(lm, prompt, target, gap=facts[prompt].gap))
             if target and begins_with(lm.as_answer(answer), target)
             else 0
             for prompt, target, answer in zip(prompts, targets, answers, strict=True)
