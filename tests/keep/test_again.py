@@ -96,15 +96,15 @@ def test_a_revert_that_would_lose_a_fact_is_not_recorded(
     assert one is not None and two is not None
     state = hashes(lm)
     proof = again.prove(lm, [EASY], nullcontext)
-    lost = dataclasses.replace(
-        proof.checks[0], before=" Paris", wanted=" Paris", after="x", held=False
-    )
-    losing = dataclasses.replace(proof, checks=(lost,))
-    monkeypatch.setattr(again, "prove", lambda *_, **__: losing)
+    lost = dataclasses.replace(proof.checks[0], wanted=" Paris", after="x", held=False)
+    monkeypatch.setattr(again._Attempt, "_lost", lambda *_: [lost])
     with pytest.raises(NumericsError, match="would lose 1 fact"):
         bench.revert(one.id, moments=moments)
     assert hashes(lm) == state and bench.log()[0].id == two.id
-    assert bench.revert(one.id, moments=moments, force=True).report["checks"][0]["held"] is False
+    report = bench.revert(one.id, moments=moments, force=True).report
+    assert report["lost"] == [lost.in_words] and report["forced"] is True
+    assert report["asked"] == 1 and report["solved_again"] == [two.id]
+    monkeypatch.undo()
     other = {
         layer: dataclasses.replace(moment, matrix=moment.matrix * 1.5)
         for layer, moment in moments.items()

@@ -154,15 +154,27 @@ def test_some_facts_are_reverted_and_restored() -> None:
     assert line.active()[patch].indices_in_effect == (0, 1, 2) and solved(steps) == [patch, above]
 
 
-def test_edits_of_neurons_depend_on_no_patch() -> None:
+def test_edits_of_neurons_on_a_change_are_made_again() -> None:
     line = Line()
-    first, bare, last = line.patch("first"), line.patch("bare", n_facts=0), line.patch("last")
+    first, bare = line.patch("first"), line.patch("bare", n_facts=0)
+    apart, last = line.patch("apart", (5,), n_facts=0), line.patch("last")
     _, steps = line.undo(first)
-    assert solved(steps) == [last] and line.active()[bare].carried == digest("bare")
+    assert solved(steps) == [bare, last] and line.active()[apart].carried == digest("apart")
     gone, _ = line.undo(bare)
     line.patch("another", (9,))
-    line.undo(gone)
-    assert line.active()[bare].carried == digest("bare")
+    _, steps = line.undo(gone)
+    assert solved(steps) == [bare, last] and line.active()[bare].indices_in_effect == ()
+
+
+def test_other_patches_can_be_named_to_solve_again() -> None:
+    line = Line()
+    first, apart = line.patch("first", (1,)), line.patch("apart", (5,))
+    above, free = line.patch("above", (5, 6)), line.patch("free", (7,))
+    assert solved(undoing(line.entries, 4, first)) == []
+    assert solved(undoing(line.entries, 4, first, also=[apart])) == [apart, above]
+    assert solved(undoing(line.entries, 4, free, also=[apart])) == [], (
+        "the state before the newest revision is restored unchanged"
+    )
 
 
 def test_two_equal_facts_of_a_patch_are_two() -> None:

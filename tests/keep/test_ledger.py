@@ -203,7 +203,7 @@ def test_some_facts_of_a_patch_are_taken_out(ledger: Ledger) -> None:
 
 
 def test_patches_without_facts_go_and_come_back(ledger: Ledger) -> None:
-    """Edits of neurons write no fact. Reverts of other patches leave them unchanged."""
+    """Edits of neurons write no fact. They are made again where a patch below them changes."""
     first = commit(ledger, "one")
     bare = ledger.commit(
         delta_of("neurons"),
@@ -219,9 +219,10 @@ def test_patches_without_facts_go_and_come_back(ledger: Ledger) -> None:
         bare.id
     ).state == "reverted"
     ledger.revert(first.id, solved={last.id: delta_of("last''")})
-    back = ledger.revert(gone.id, solved={last.id: delta_of("last again")})
+    again = {bare.id: delta_of("neurons again"), last.id: delta_of("last again")}
+    back = ledger.revert(gone.id, solved=again)
     assert [(r.id, r.carried == r.delta) for r in ledger.active()] == [
-        (bare.id, True),
+        (bare.id, False),
         (last.id, False),
     ] and back.facts == ()
     with pytest.raises(RevisionError, match="was undone already"):

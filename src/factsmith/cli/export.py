@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ..core.errors import InputError
+from ..core.tables import counted
 from .models import opened_workspace
 from .options import Device, Json, MomentsAgain, Where
 from .printing import print_result
@@ -46,7 +47,13 @@ def import_(
         given = None if moments is None else load_moments(moments)
         revisions = bench.import_patches(folder, moments=given, force=force, progress=tell)
     lines = [("committed", f"{revision.id[:10]} {revision.message}") for revision in revisions]
-    nothing = [("nothing", "to commit: every fact is already in effect")]
+    if revisions:
+        report = revisions[-1].report
+        lost = report["lost"]
+        what = "all hold" if not lost else f"{report['asked'] - len(lost):,} hold"
+        lines.append(("asked", f"{counted(report['asked'], 'fact')} in effect: {what}"))
+        lines += [("lost:", words) for words in lost]
+    nothing = [("nothing", "to commit: everything in it is already in effect")]
     result = {"revisions": [revision.to_dict() for revision in revisions]}
     print_result(result, [], as_json, lines or nothing)
 

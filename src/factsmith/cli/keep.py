@@ -8,13 +8,15 @@ from typing import Annotated
 
 import typer
 
-from ..core.errors import NumericsError
+from ..core.errors import DamagedError, FactsmithError, NumericsError
 from ..core.tables import Table, counted
 from ..keep.ledger import Ledger
+from ..keep.revision import Revision
 from ..keep.summary import integrity_text, log_table, revision_tables, status_tables
+from ..patch.verification import Verification
 from .models import load_model, opened_workspace
 from .options import Device, Json, Message, MomentsAgain, Where
-from .printing import print_result, suggested
+from .printing import complain, print_result, suggested
 from .waiting import progress
 
 Reference = Annotated[
@@ -104,8 +106,8 @@ def revert(
 ) -> None:
     """Take a patch back, or some of its facts, or undo a revert.
 
-    This is recorded. Later patches that were solved on top of it are solved again, in closed form.
-    Then every fact that stays is asked.
+    This is recorded. Later patches that were solved on top of it are solved again. Every fact that
+    stays is asked; patches in other layers whose facts would be lost are solved again, too.
 
     \b
     Examples:
@@ -118,22 +120,42 @@ def revert(
     folder = workspace or Path()
     revision = revert_in_ledger(folder, reference, chosen, message=message)
     if revision is None:
-        with progress() as tell, opened_workspace(workspace, device, tell) as bench:
-            from ..corpus.moments_store import load_moments
+        try:
+            with progress() as tell, opened_workspace(workspace, device, tell) as bench:
+                from ..corpus.moments_store import load_moments
 
-            given = None if moments is None else load_moments(moments)
-            revision = bench.revert(
-                reference, chosen, moments=given, force=force, message=message, progress=tell
-            )
+                given = None if moments is None else load_moments(moments)
+                revision = bench.revert(
+                    reference, chosen, moments=given, force=force, message=message, progress=tell
+                )
+        except DamagedError as error:  # perhaps of the very patch that goes
+            revision = revert_in_ledger(folder, reference, chosen, message=message, ask=False)
+            if revision is None:
+                raise
+            complain("warning", f"the facts that stay were not asked: {error}")
     with Ledger(folder) as ledger:
         active = len(ledger.active())
-    again = sum(change.delta is not None for change in revision.changes.values())
-    solved = f"; {counted(again, 'patch', 'es')} solved again" if revision.report else ""
-    done = f"recorded as {revision.id[:10]}; {counted(active, 'patch', 'es')} in effect{solved}"
-    lines = [(f"reverted {str(revision.reverts)[:10]};", done)]
+    done = f"recorded as {revision.id[:10]}; {counted(active, 'patch', 'es')} in effect"
+    if again := revision.report.get("solved_again"):
+        done += f"; {counted(len(again), 'patch', 'es')} solved again"
+    lines = [(f"reverted {str(revision.reverts)[:10]};", done), *_asked_lines(revision)]
     for fact in revision.facts:
         lines.append(("see:", suggested("ask", workspace, shlex.quote(fact.text))))
     print_result({**revision.to_dict(), "active": active}, [], as_json, lines)
+
+
+def _asked_lines(revision: Revision) -> list[tuple[str, str]]:
+    """Return what a revert asked, and what it lost."""
+    report = revision.report
+    if not report.get("asked"):
+        return []
+    failed = Verification.from_dict(report).failed("prompt")
+    n_asked, lost = report["asked"], report["lost"]
+    what = "all hold" if not failed else f"{n_asked - len(failed):,} hold"
+    if unlost := len(failed) - len(lost):
+        what += f", {unlost:,} did not hold before either"
+    lines = [("asked", f"{counted(n_asked, 'fact')} in effect: {what}")]
+    return lines + [("lost:", words) for words in lost]
 
 
 def diff(
@@ -160,7 +182,8 @@ def verify(workspace: Where = None, device: Device = None, as_json: Json = False
     """Check records, checksums and weights, and ask every fact again.
 
     The model's fingerprint is compared, too. The weights are built again from the base and the
-    records, and compared bit for bit.
+    records, and compared bit for bit. A fact that did not hold when it was kept, because a gate let
+    it pass or it was forced, is no failure.
 
     \b
     Example:
@@ -171,15 +194,20 @@ def verify(workspace: Where = None, device: Device = None, as_json: Json = False
         integrity = bench.rebuild()
         tell("asking every fact", 0, None)
         proof = bench.verify()
-    lost = proof.failed("prompt")
+        asked = bench.compared(proof)
+    lost = (*asked.lost, *asked.unknown)
     result = {
         "integrity": integrity.to_dict(),
         "verification": proof.to_dict(),
         "lost": len(lost),
+        "accepted": len(asked.accepted),
     }
     loose = f"; `{suggested('gc', workspace)}` deletes them" if integrity.orphans else ""
     title = f"{integrity_text(integrity)}{loose}; weights as recorded"
-    print_result(result, [Table(title, {}), *(proof.tables() if proof.checks else [])], as_json)
+    tables = [Table(title, {})]
+    if proof.checks:
+        tables += [Table(asked.in_words, {}), *proof.tables()]
+    print_result(result, tables, as_json)
     if lost:
         raise typer.Exit(NumericsError.exit_code)
 
@@ -216,11 +244,13 @@ def checkout(
         ),
     ],
     workspace: Where = None,
+    device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Choose which revision the model carries.
 
-    The history stays as it is.
+    The history stays as it is. Then every fact in effect is asked, and those that do not hold are
+    named.
 
     \b
     Examples:
@@ -229,11 +259,22 @@ def checkout(
     """
     with Ledger(workspace or Path()) as ledger:
         current = ledger.checkout(reference)
-        active, head = len(ledger.active()), ledger.head
-    lines = [(f"at {current[:10]};", f"{counted(active, 'patch', 'es')} in effect")]
+        active, head = ledger.active(), ledger.head
+    lines = [(f"at {current[:10]};", f"{counted(len(active), 'patch', 'es')} in effect")]
+    result = {"current": current, "head": head, "active": len(active)}
+    if any(revision.in_effect for revision in active):
+        try:
+            with progress() as tell, opened_workspace(workspace, device, tell) as bench:
+                tell("asking every fact", 0, None)
+                asked = bench.ask_facts()
+        except FactsmithError as error:  # the revision is checked out all the same
+            complain("warning", f"the facts in effect were not asked: {error}")
+        else:
+            lines.append(("asked:", asked.in_words))
+            result |= {"asked": len(asked.proof.checks), "lost": [x.in_words for x in asked.lost]}
     if current != head:
         lines.append(("to patch again:", suggested("checkout latest", workspace)))
-    print_result({"current": current, "head": head, "active": active}, [], as_json, lines)
+    print_result(result, [], as_json, lines)
 
 
 def status(

@@ -25,6 +25,7 @@ from ..model.language_model import LanguageModel, check_model
 from .configs import AlphaEditConfig, EditConfig, EmmetConfig, MemitConfig, RomeConfig
 from .delta import Delta
 from .inputs import EditInputs, Moments, distinct_facts, edit_inputs, with_targets
+from .neurons import sparing
 from .questions import with_gaps
 from .rome import one_by_one
 from .spread import all_at_once
@@ -133,7 +134,8 @@ def edit(  # house: the public signature, promised in DESIGN
         seed: Seed of the contexts.
         beneath: The deltas that the model carries, in their order. The first was made on the
             unedited model. The MEMIT family keeps what they wrote, by their keys (Σ k kᵀ), as in
-            the authors' sequential variant. ROME ignores the keys.
+            the authors' sequential variant. ROME ignores the keys. Neurons that they erase stay
+            erased.
         targets: Targets that `find_targets` returned for these facts on this model, so that there
             is no search. For ROME they are those of a single fact at the edited layer. For the
             MEMIT family they are at the last layer, with site="stream".
@@ -166,7 +168,8 @@ def edit(  # house: the public signature, promised in DESIGN
         beneath=beneath,
         progress=progress,
     )
-    return chosen.solve(inputs if targets is None else with_targets(inputs, targets))
+    solved = chosen.solve(inputs if targets is None else with_targets(inputs, targets))
+    return sparing(solved, beneath)
 
 
 class EditOptions(TypedDict, total=False):

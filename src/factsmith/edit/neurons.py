@@ -7,11 +7,14 @@
 These are the edits of Dai et al. 2022, "Knowledge Neurons in Pretrained Transformers", sections 5.1
 and 5.2, https://arxiv.org/abs/2104.08696. A neuron's value is one column of a down-projection. So
 the update is left @ right with one-hot rows on the right, and no system is solved.
+
+Such a delta has no facts. Its config is its recipe: `made_again` makes it for other weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +29,8 @@ from .delta import Delta
 
 _REMOVE, _ADD = 1.0, 8.0
 """The authors' factors, for the about four neurons that they found for a fact."""
+
+_ERASE, _REWRITE = "erase", "rewrite"
 
 _FEW = 4
 """The number of neurons up to which the authors' factors are used as they are."""
@@ -50,7 +55,7 @@ def erase(lm: LanguageModel, neurons: Iterable[Neuron]) -> Delta:
     """
     chosen = _by_layer(lm, neurons)
     lefts = {layer: -_values(lm, layer, indices) for layer, indices in chosen.items()}
-    return _delta(lm, chosen, lefts, "erase", {})
+    return _delta(lm, chosen, lefts, _ERASE, {})
 
 
 def rewrite(
@@ -124,7 +129,79 @@ def rewrite(
         "remove": float(remove),
         "add": float(add),
     }
-    return _delta(lm, chosen, lefts, "rewrite", config)
+    return _delta(lm, chosen, lefts, _REWRITE, config)
+
+
+def edits_neurons(delta: Delta) -> bool:
+    """Return whether a delta was made by `erase` or `rewrite`."""
+    return not delta.facts and delta.method in (_ERASE, _REWRITE)
+
+
+def made_again(lm: LanguageModel, delta: Delta) -> Delta:
+    """Return an edit of neurons for the weights that the model has now.
+
+    An erased value is the old value subtracted, so on other weights the old delta would leave
+    something of it.
+
+    Raises:
+        InputError: The delta is not an edit of neurons, or its config cannot be read. Otherwise as
+            `erase` and `rewrite`.
+    """
+    config = delta.config
+    try:
+        if not edits_neurons(delta):
+            raise ValueError(f"its method is {delta.method!r}")
+        neurons = [(int(layer), int(i)) for layer, i in config["neurons"]]
+        if delta.method == _ERASE:
+            return erase(lm, neurons)
+        texts = [config[name] for name in ("old_target", "new_target", "prompt")]
+        remove, add = float(config["remove"]), float(config["add"])
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"the delta cannot be made again as an edit of neurons ({error}); make it again with "
+            "erase or rewrite"
+        ) from None
+    old_target, new_target, prompt = texts
+    return rewrite(lm, neurons, old_target, new_target, prompt=prompt, remove=remove, add=add)
+
+
+def erased_neurons(deltas: Iterable[Delta]) -> dict[int, list[int]]:
+    """Return the neurons that some deltas erase, {layer: indices}."""
+    erased: dict[int, set[int]] = {}
+    for delta in deltas:
+        if edits_neurons(delta) and delta.method == _ERASE:
+            for layer, i in delta.config.get("neurons", ()):
+                erased.setdefault(layer, set()).add(i)
+    return {layer: sorted(indices) for layer, indices in sorted(erased.items())}
+
+
+def sparing(delta: Delta, beneath: Sequence[Delta]) -> Delta:
+    """Return a delta that leaves the neurons erased by others at zero.
+
+    A closed form changes every column of a down-projection, also those of erased neurons. These
+    columns are left out of the update.
+    """
+    erased = erased_neurons(beneath)
+    layers = dict(delta.layers)
+    for layer in erased.keys() & layers.keys():
+        left, right = layers[layer]
+        right = right.clone()
+        right[:, erased[layer]] = 0
+        layers[layer] = (left, right)
+    return dataclasses.replace(delta, layers=layers) if erased else delta
+
+
+def revives(delta: Delta, beneath: Sequence[Delta]) -> list[tuple[int, int]]:
+    """Return the erased neurons (layer, i) whose values a delta would change."""
+    return [
+        (layer, i)
+        for layer, indices in erased_neurons(beneath).items()
+        if layer in delta.layers
+        for i in indices
+        if bool(delta.layers[layer][1][:, i].any())
+    ]
 
 
 def _deciding_tokens(

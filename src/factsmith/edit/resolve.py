@@ -23,6 +23,7 @@ from .delta import Delta
 from .inputs import Moments, distinct_facts, edit_inputs
 from .keys import Site
 from .methods import find_method
+from .neurons import edits_neurons, made_again, sparing
 from .search import known_targets
 from .target import Targets
 
@@ -34,13 +35,17 @@ def resolve(
     *,
     moments: Moments,
     beneath: Sequence[Delta] = (),
+    search: bool = False,
     progress: Progress | None = None,
 ) -> Delta:
     """Solve a patch, or some of its facts, again on the present model.
 
-    Nothing is searched and no gradient is taken. The keys are read again in forward passes, because
-    what lies below may have changed. The layers' systems are solved for the old targets. Facts that
-    a pass leaves short are written again, as often as the patch's settings repair.
+    Unless `search` says so, nothing is searched and no gradient is taken. The keys are read again
+    in forward passes, because what lies below may have changed. The layers' systems are solved for
+    the old targets. Facts that a pass leaves short are written again, as often as the patch's
+    settings repair.
+
+    An edit of neurons is made again from its recipe. Neurons that `beneath` erases stay erased.
 
     Args:
         lm: The model, carrying `beneath`.
@@ -49,6 +54,7 @@ def resolve(
         moments: Second moments of the edited layers, of the unedited model, as when the patch was
             made.
         beneath: The deltas that the model carries, in their order.
+        search: Search for the targets again, too, as when the patch was made.
         progress: Called with the step's name, how much is done, and how much there is.
 
     Raises:
@@ -57,6 +63,8 @@ def resolve(
     """
     if not isinstance(delta, Delta):
         raise InputError(f"expected a Delta to solve again; got {type(delta).__name__}")
+    if edits_neurons(delta):
+        return made_again(lm, delta)
     staying = list(delta.facts if facts is None else facts)
     place = {fact.text: i for i, fact in enumerate(delta.facts)}
     if not staying or any(
@@ -68,7 +76,7 @@ def resolve(
             argument="facts",
         )
     method = find_method(delta.method)
-    config, contexts = _kept_settings(delta, method.config)
+    config, contexts = _kept_settings(delta, method.config, search=search)
     inputs = edit_inputs(
         lm,
         distinct_facts(staying),
@@ -78,12 +86,18 @@ def resolve(
         beneath=beneath,
         progress=progress,
     )
-    known = _KeptTargets(lm, delta, place, contexts)
-    solved = method.solve(dataclasses.replace(inputs, known_targets=known))
+    if not search:
+        known = _KeptTargets(lm, delta, place, contexts)
+        inputs = dataclasses.replace(inputs, known_targets=known)
+    with torch.enable_grad():  # for a search; a Ctrl-C inside a `no_grad` can leave it off
+        solved = method.solve(inputs)
+    solved = sparing(solved, beneath)
     return dataclasses.replace(solved, config=delta.config)  # the recipe is the same
 
 
-def _kept_settings(delta: Delta, kind: type[EditConfig]) -> tuple[EditConfig, list[str]]:
+def _kept_settings(
+    delta: Delta, kind: type[EditConfig], *, search: bool
+) -> tuple[EditConfig, list[str]]:
     """Return the settings and contexts that a patch was made with."""
     names = [field.name for field in dataclasses.fields(kind) if field.name in delta.config]
     try:
@@ -93,7 +107,7 @@ def _kept_settings(delta: Delta, kind: type[EditConfig]) -> tuple[EditConfig, li
         raise InputError(
             f"the patch's settings cannot be read ({error}); write its facts again instead"
         ) from None
-    if isinstance(config, SpreadConfig):
+    if isinstance(config, SpreadConfig) and not search:
         config = dataclasses.replace(config, norm_anchor=None)  # v_star was brought to it already
     return config, contexts
 

@@ -27,7 +27,11 @@ from ..model.address import check_dense
 from ..model.language_model import LanguageModel
 from ..patch.layer_choice import LayerChoice
 from ..patch.layers import measure_layers, published_choice, quick_layers
+from ..patch.plan import Plan, seconds_to_solve
+from ..patch.proof import ask
 from ..patch.recipe import Sources
+from ..patch.verification import Verification
+from .asked import Asked, compare, held_when_kept
 from .carried import Carried, newest_facts
 from .export.dtypes import dtype_name
 from .layers_file import read_layers, write_layers
@@ -56,11 +60,15 @@ class LedgerBench:
     Attributes:
         lm: The model; its weights are base + Σ active deltas.
         ledger: The records.
+        asked: What the facts in effect were answered after the newest checkout. None: there was
+            none yet.
 
     Raises:
         FingerprintError: The workspace was made for another model.
         DamagedError: A delta is not whole.
     """
+
+    asked: Asked | None = None
 
     def __init__(self, lm: LanguageModel, folder: str | os.PathLike[str]) -> None:
         self.lm = lm
@@ -119,6 +127,29 @@ class LedgerBench:
     def asked_again(self) -> list[Fact]:
         """The newest facts in effect, which must still hold after a new patch."""
         return newest_facts(self._carried.deltas.values())[-_ASKED_AGAIN:]
+
+    def seconds_for(self, decided: Plan) -> float:
+        """Return about how long writing takes: by the newest patches of the method, or else by how
+        long a forward pass takes.
+        """
+        revisions = [
+            r for r in self.ledger.log() if r.method == decided.method and "seconds" in r.report
+        ][:5]
+        taken = [r.report["seconds"] for r in revisions]
+        if taken and all(isinstance(seconds, (int, float)) for seconds in taken):
+            n_facts = sum(len(revision.facts) for revision in revisions)
+            return len(decided.new) * sum(map(float, taken)) / n_facts
+        return seconds_to_solve(self.lm, decided)
+
+    def ask_facts(self) -> Asked:
+        """Ask the prompt of every fact in effect, in one batch, and compare the answers with the
+        records.
+        """
+        return self.compared(ask(self.lm, newest_facts(self._carried.deltas.values())))
+
+    def compared(self, proof: Verification) -> Asked:
+        """Return which facts of a proof were lost since they were kept, by the records."""
+        return compare(proof, held_when_kept(self.ledger.log()))
 
     def on_base(self) -> AbstractContextManager[None]:
         """A block in which the model has its base weights."""

@@ -13,16 +13,18 @@ matrices. Nothing is subtracted: W + Δ − Δ is not W in floating point.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ..core.errors import DamagedError, FingerprintError
+from ..core.errors import DamagedError, FingerprintError, InputError
 from ..core.fact import Fact
+from ..core.tables import counted
 from ..edit.delta import Delta, patched, read_weights, write_weights
+from ..edit.neurons import edits_neurons, revives
 from ..model.language_model import LanguageModel
 from .ledger import BASE, Ledger
 from .revision import Revision
@@ -169,6 +171,31 @@ class Carried:
         self.deltas = dict(zip((revision.id for revision in active), deltas, strict=True))
         self._digests = {revision.id: revision.carried for revision in active}
         self.at, self._fingerprint = at, fingerprint
+
+
+def check_erased(delta: Delta, carried: Mapping[str, Delta]) -> None:
+    """Check that a delta leaves the neurons that carried patches erased at zero.
+
+    Raises:
+        InputError: It does not.
+    """
+    for revision, below in carried.items():
+        if revived := revives(delta, [below]):
+            layer, i = revived[0]
+            raise InputError(
+                f"the delta writes into neuron {(layer, i)}, which {revision[:10]} erased; make it "
+                "with beneath=bench.beneath, which leaves erased neurons out, or revert "
+                f"{revision[:10]} first"
+            )
+
+
+def neurons_in_words(delta: Delta) -> str:
+    """Return what an edit of neurons does, as the message of its record; "" for other deltas."""
+    if not edits_neurons(delta):
+        return ""
+    neurons = delta.config.get("neurons", ())
+    layers = ", ".join(map(str, sorted(delta.layers)))
+    return f"{delta.method} {counted(len(neurons), 'neuron')} of layer {layers}"
 
 
 def newest_facts(deltas: Iterable[Delta]) -> list[Fact]:

@@ -14,14 +14,16 @@ from ..core.fact import Fact
 from ..core.progress import Progress, tell
 from ..core.tables import counted
 from ..edit.delta import Delta
+from ..edit.inputs import Moments
 from ..edit.methods import find_method
+from ..edit.neurons import edits_neurons
 from ..edit.resolve import resolve
-from ..model.answers import first_phrase
 from ..patch.bench import Bench
 from ..patch.conflicts import compare_facts
 from ..patch.proof import held_before, prove
 from ..patch.recipe import Sources
 from ..patch.verification import Verification
+from .asked import said
 from .carried import Carried, newest_facts
 from .diff import target_text
 from .export.folder import SavedPatch, read_patch
@@ -52,8 +54,9 @@ def read_arrivals(
     """Read the patches of a folder, and make them fit the model as it is; nothing is recorded.
 
     A patch made on the very weights that it comes to is taken as it is. Any other is solved again
-    for these weights, from its targets and in closed form. A patch whose every fact is already in
-    effect is left out.
+    for these weights, from its targets and in closed form; an edit of neurons is made again. What
+    is already in effect is left out: a patch with all its facts, or an edit of neurons. Then the
+    facts of the folder are asked, and all facts in effect.
 
     Args:
         bench: The workbench.
@@ -78,13 +81,17 @@ def read_arrivals(
     for number, patch in enumerate(patches):
         facts = patch.delta.facts
         tell(progress, "taking in patches", number, len(patches))
-        if all(targets.get(fact.text) == target_text(fact) for fact in facts):
+        below = [*carried.deltas.values(), *(delta for delta, _ in arrivals.deltas)]
+        if facts:
+            known = all(targets.get(fact.text) == target_text(fact) for fact in facts)
+        else:
+            known = any(_same_edit(patch.delta, delta) for delta in carried.deltas.values())
+        if known:
             continue
         if reason := _contradiction(bench, patch):
             if not force:
                 raise RevisionError(f"{folder} has {reason}; revert that first, or force it")
             contradicted = True
-        below = [*carried.deltas.values(), *(delta for delta, _ in arrivals.deltas)]
         delta = _fitted(bench, carried, patch, below, sources, progress)
         arrivals.deltas.append((delta, patch.origin.message))
         targets |= {fact.text: target_text(fact) for fact in facts}
@@ -97,18 +104,33 @@ def read_arrivals(
         ]
         if lost and not force:
             raise NumericsError(
-                f"with the patches of {folder}, {counted(len(lost), 'fact')} would not hold, the "
-                f"first: {lost[0].prompt!r} would be "
-                f"answered {first_phrase(lost[0].after)!r}. Nothing was recorded; force it, or "
+                f"with the patches of {folder}, {counted(len(lost), 'fact')} would not hold: "
+                f"{said(lost)}. Nothing was recorded; force it, or "
                 "write the facts with `factsmith apply`"
             )
-        arrivals.report.update(proof.to_dict() | {"forced": bool(lost or contradicted)})
+        arrivals.report.update(
+            proof.to_dict()
+            | {
+                "asked": sum(check.role in ("prompt", "earlier") for check in proof.checks),
+                "lost": [check.in_words for check in lost],
+                "forced": bool(lost or contradicted),
+            }
+        )
     return arrivals
+
+
+def _same_edit(one: Delta, other: Delta) -> bool:
+    """Return whether two deltas without facts are one edit, on whatever weights it was made."""
+    if other.facts or (one.method, set(one.layers)) != (other.method, set(other.layers)):
+        return False
+    return one.config == other.config if edits_neurons(one) else one.digest == other.digest
 
 
 def _contradiction(bench: Bench, patch: SavedPatch) -> str:
     """The first fact of a patch that contradicts one in effect, in words; "" for none."""
     facts, layers = patch.delta.facts, sorted(patch.delta.layers)
+    if not facts:
+        return ""
     with bench.on_base():
         moments = bench.kept_moments(layers)
         unknown = [False] * len(facts)
@@ -132,12 +154,13 @@ def _fitted(
     """
     with carried.exactly(below):
         fits = bench.lm.fingerprint == patch.delta.fingerprint
-    if fits:
+    has_facts = bool(patch.delta.facts)
+    if fits or not (has_facts or edits_neurons(patch.delta)):
         return patch.delta
     layers = sorted(patch.delta.layers)
-    moments = (
-        bench.moments(layers, sources, progress) if sources.moments is None else sources.moments
-    )
+    moments: Moments = {}
+    if has_facts:
+        moments = sources.moments or bench.moments(layers, sources, progress)
     with carried.exactly(below):
         return resolve(
             bench.lm,
@@ -151,5 +174,6 @@ def _fitted(
 def _proof(bench: Bench, carried: Carried, new: Sequence[Delta]) -> Verification:
     """The proof that the new patches take and that the facts in effect still hold."""
     facts: list[Fact] = newest_facts(new)
+    earlier = newest_facts(carried.deltas.values())
     deltas = [*carried.deltas.values(), *new]
-    return prove(bench.lm, facts, lambda: carried.exactly(deltas), asked_again=bench.asked_again)
+    return prove(bench.lm, facts, lambda: carried.exactly(deltas), asked_again=earlier)

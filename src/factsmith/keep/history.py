@@ -10,7 +10,8 @@ holds fewer facts or was solved again. So the patches in effect after an entry f
 the entries up to it.
 
 A patch is solved on top of the patches before it. When one of these changes, every later patch that
-touches one of its layers must be solved again. `undoing` finds these patches; it solves nothing.
+touches one of its layers must be solved again, edits of neurons included: an erased value is the
+value of then subtracted. `undoing` finds these patches; it solves nothing.
 
 This module knows no database and no files.
 """
@@ -211,20 +212,28 @@ def named_deltas(revisions: Iterable[Revision]) -> set[str]:
 
 
 def undoing(
-    entries: Sequence[Entry], current: int, identity: str, facts: Sequence[int] | None = None
+    entries: Sequence[Entry],
+    current: int,
+    identity: str,
+    facts: Sequence[int] | None = None,
+    also: Collection[str] = (),
 ) -> list[Step]:
     """Return what a revert would do to each patch, in the order of the history.
 
     Undoing a patch takes its facts out of effect. Undoing a revert brings back the facts it took
     out, and takes out those it brought back. Undoing the newest revision restores the deltas that
     were carried before it. Otherwise a patch is solved again if some of its facts go or come, or if
-    it touches a layer in which an earlier patch changes: it was solved on top of that patch.
+    it touches a layer in which an earlier patch changes: it was solved on top of that patch. In
+    another layer it may rest on the change, too. That shows when its facts are asked, and `also`
+    names such patches.
 
     Args:
         entries: The whole history, oldest first.
         current: The number of the entry that is checked out. 0: the base.
         identity: The id of the entry to undo.
         facts: The indices of the patch's facts to take out. None: all of them.
+        also: The ids of patches to solve again in any case. The state before the newest revision is
+            restored without them.
 
     Returns:
         One step for each patch that is in effect before or after the revert.
@@ -249,7 +258,7 @@ def undoing(
         wanted |= _facts_restored(revision, wanted, before)
     if revision.number == current == entries[-1].number:
         return _steps_back(patches, wanted, before)
-    return _steps_ahead(patches, wanted)
+    return _steps_ahead(patches, wanted, also)
 
 
 def _facts_left(patch: Revision, facts: Sequence[int] | None) -> Indices:
@@ -312,7 +321,9 @@ def _steps_back(
     ]
 
 
-def _steps_ahead(patches: Iterable[Revision], wanted: Mapping[str, Indices]) -> list[Step]:
+def _steps_ahead(
+    patches: Iterable[Revision], wanted: Mapping[str, Indices], also: Collection[str]
+) -> list[Step]:
     """Return the steps to a new state; a patch above a layer that changed is solved again."""
     steps: list[Step] = []
     changed_layers: set[int] = set()
@@ -320,15 +331,12 @@ def _steps_ahead(patches: Iterable[Revision], wanted: Mapping[str, Indices]) -> 
         facts = wanted[patch.id]
         if facts is None and patch.carried is None:
             continue
-        # An edit of neurons has no facts, and it is not solved on top of anything.
-        rests_on_change = bool(patch.facts) and bool(changed_layers & set(patch.layers))
+        rests_on_change = patch.id in also or bool(changed_layers & set(patch.layers))
         delta = None
         if facts == patch.indices_in_effect and not rests_on_change:
             delta = patch.carried
         else:
             changed_layers |= set(patch.layers)
-            if facts == ():
-                delta = patch.delta  # an edit of neurons comes back as it was made
         steps.append(Step(patch=patch, facts=facts, delta=delta))
     return steps
 

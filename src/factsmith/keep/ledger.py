@@ -25,7 +25,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -233,26 +233,23 @@ class Ledger:
             integrity=self.verify(),
         )
 
-    def undoing(self, reference: str, facts: Sequence[int] | None = None) -> list[Step]:
-        """Return what reverting a revision would do to each patch; nothing changes.
-
-        The rules are those of `history.undoing`.
+    def undoing(
+        self, reference: str, facts: Sequence[int] | None = None, also: Collection[str] = ()
+    ) -> list[Step]:
+        """Return what reverting a revision would do: one step for each patch, oldest first.
 
         Args:
             reference: A patch, whose facts go; or a revert, which is undone as a whole.
             facts: The indices of the patch's facts that go. None: all of them.
-
-        Returns:
-            One step for each patch in effect before or after the revert, oldest first.
+            also: The ids of patches to solve again in any case.
 
         Raises:
-            RevisionError: when there is no such revision, it is not in effect, or it has no such
-                facts in effect.
+            RevisionError: as `history.undoing` does.
         """
         identity = self.show(reference).id
         entries, current = self._records.read()
         with self._records.restorable():
-            return undoing(entries, current, identity, facts)
+            return undoing(entries, current, identity, facts, also)
 
     # ── writing ───────────────────────────────────────────────────────────────────────────────────
 
@@ -344,6 +341,7 @@ class Ledger:
         *,
         facts: Sequence[int] | None = None,
         solved: Mapping[str, Callable[[Path], object]] | None = None,
+        also: Collection[str] = (),
         onto: str | None = None,
         report: Mapping[str, Any] | None = None,
         message: str = "",
@@ -355,6 +353,7 @@ class Ledger:
             facts: The indices of the patch's facts that go. None: all of them.
             solved: For each step of `undoing` that must be solved again: {patch id: a function
                 that writes the new delta's files}.
+            also: As for `undoing`.
             onto: The newest revision that the caller knows. None: any.
             report: The evaluation to store, as plain JSON values.
             message: One line. "": made from the message of the revision that is undone.
@@ -367,7 +366,7 @@ class Ledger:
         solved = dict(solved or {})
         with self._database.writing():
             self._expect(self.head if onto is None else onto)
-            revision, steps = self.show(reference), self.undoing(reference, facts)
+            revision, steps = self.show(reference), self.undoing(reference, facts, also)
             check_solved(revision, steps, solved)
             changes = self._changes(steps, solved)
             moved = moved_facts(steps)

@@ -102,7 +102,9 @@ def _minute(created: str) -> str:
 def _forced(revision: Revision) -> str:
     if not revision.report.get("forced"):
         return ""
-    return "; ".join(revision.report.get("conflicts") or ["though a gate failed"])
+    report = revision.report
+    lost = [f"though a fact is lost: {words}" for words in report.get("lost") or ()]
+    return "; ".join([*(report.get("conflicts") or ()), *lost] or ["though a gate failed"])
 
 
 def _fact_texts(revision: Revision) -> list[str]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -33,14 +34,14 @@ from ..model.language_model import LanguageModel
 from ..patch.attempt import attempt_patch
 from ..patch.capacity import LIMIT, Capacity, capacity
 from ..patch.complete import complete
-from ..patch.plan import Plan, plan, seconds_to_solve
+from ..patch.plan import Plan, plan
 from ..patch.proof import prove
 from ..patch.proposal import Proposal, propose
 from ..patch.recipe import Recipe, Sources
 from ..patch.verification import Verification
 from .again import undo
 from .bench import LedgerBench
-from .carried import newest_facts
+from .carried import check_erased, neurons_in_words, newest_facts
 from .diff import Diff, diff
 from .exchange import read_arrivals
 from .export.contents import Origin
@@ -87,20 +88,7 @@ class Workbench(LedgerBench):
         """
         self._carried.check_weights()
         decided = plan(self, facts, _recipe(method, config))
-        return dataclasses.replace(decided, seconds=self._seconds_for(decided))
-
-    def _seconds_for(self, decided: Plan) -> float:
-        """About how long writing takes: by the newest patches of the method, or else by how long a
-        forward pass takes.
-        """
-        revisions = [
-            r for r in self.ledger.log() if r.method == decided.method and "seconds" in r.report
-        ][:5]
-        taken = [r.report["seconds"] for r in revisions]
-        if taken and all(isinstance(seconds, (int, float)) for seconds in taken):
-            n_facts = sum(len(revision.facts) for revision in revisions)
-            return len(decided.new) * sum(map(float, taken)) / n_facts
-        return seconds_to_solve(self.lm, decided)
+        return dataclasses.replace(decided, seconds=self.seconds_for(decided))
 
     def log(self) -> list[Revision]:
         """Return every revision, newest first."""
@@ -351,6 +339,7 @@ class Workbench(LedgerBench):
 
         Raises:
             FingerprintError: The delta was made on other weights.
+            InputError: The delta writes into a neuron that a patch in effect erased.
             WorkspaceError: The workspace cannot be written, has moved on, or an older revision is
                 checked out.
         """
@@ -361,6 +350,7 @@ class Workbench(LedgerBench):
                 f"{self.lm.fingerprint[:10]}; make it again on "
                 "this model with the patches it carries now"
             )
+        check_erased(delta, self._carried.deltas)
         plain = report.to_dict() if isinstance(report, Verification) else report
         deltas = [*self._carried.deltas.values(), delta]
         return self._carried.move(deltas, lambda: self._record(delta, plain, moments, message))
@@ -378,7 +368,7 @@ class Workbench(LedgerBench):
             layers=sorted(delta.layers),
             moments=moments,
             report=report,
-            message=message,
+            message=message or neurons_in_words(delta),
         )
 
     def revert(
@@ -395,8 +385,9 @@ class Workbench(LedgerBench):
         revision of its own.
 
         Patches that were solved on top of what goes are solved again, in closed form and in their
-        order, from the targets kept with them. Then every fact that stays is asked, and the proof
-        is the revision's report.
+        order, from the targets kept with them. Then every fact that stays is asked. Patches of
+        other layers whose facts would be lost are solved again, too. The revision's report says
+        what was asked, what was solved again, and what is lost.
 
         Args:
             reference: The revision's id, a unique prefix, or "latest".
@@ -432,6 +423,7 @@ class Workbench(LedgerBench):
                 target.id,
                 facts=chosen,
                 solved=solved,
+                also=undoing.also,
                 onto=self._carried.at,
                 report=undoing.report,
                 message=message,
@@ -474,8 +466,9 @@ class Workbench(LedgerBench):
         """Give the model the weights of a revision ("base", "latest", or an id) and return its full
         id. The same revision, the same bits.
 
-        History does not change; committing goes on from the latest revision only. Raises
-        RevisionError, DamagedError, WorkspaceError.
+        History does not change; committing goes on from the latest revision only. Every fact in
+        effect is asked then: `asked` has the answers, and a warning says which facts that held when
+        they were kept do not hold. Raises RevisionError, DamagedError, WorkspaceError.
         """
         identity = self.ledger.resolve(reference)
         if identity == self.ledger.current:
@@ -483,6 +476,9 @@ class Workbench(LedgerBench):
         else:
             deltas = [self._carried.delta_of(revision) for revision in self.ledger.active(identity)]
             self._carried.move(deltas, lambda: self.ledger.checkout(identity))
+        self.asked = self.ask_facts()
+        if self.asked.lost:
+            warnings.warn(f"{identity[:10]}: {self.asked.in_words}", stacklevel=2)
         return identity
 
 

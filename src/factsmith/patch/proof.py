@@ -80,6 +80,39 @@ def prove(
     )
 
 
+def ask(lm: LanguageModel, facts: Sequence[Fact]) -> Verification:
+    """Ask the prompt of every fact, once and in one batch, of the model as it is.
+
+    The checks have no answer before and no probabilities.
+
+    Args:
+        lm: The model.
+        facts: The facts.
+    """
+    probes = [_probe("prompt", fact, fact.text) for fact in facts]
+    if not probes:
+        return Verification(checks=())
+    prompts = [probe.prompt for probe in probes]
+    n_tokens = answer_tokens(lm, prompts, [probe.wanted or "" for probe in probes])
+    answers = lm.answer(prompts, max_new_tokens=n_tokens)
+    return Verification(
+        checks=tuple(
+            Check(
+                role=probe.role,
+                prompt=probe.prompt,
+                wanted=(probe.wanted or "").strip(),
+                before="",
+                after=answer,
+                p_before=None,
+                p_after=None,
+                held=begins_with(answer, probe.wanted or "") != probe.forget,
+                forget=probe.forget,
+            )
+            for probe, answer in zip(probes, answers, strict=True)
+        )
+    )
+
+
 def held_before(check: Check) -> bool:
     """Return whether the answer before the change was already as wanted."""
     return begins_with(check.before, check.wanted) != check.forget
