@@ -21,8 +21,9 @@ from factsmith.judge.metrics import ngram_entropy, reference_consistency
 from factsmith.judge.records import Question, Record, Suite
 from factsmith.judge.rows import BASE
 from factsmith.judge.run import evaluate
-from factsmith.judge.score import is_same, score
+from factsmith.judge.score import score
 from factsmith.judge.suites import load_suite
+from factsmith.model.answers import stayed
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap
 from judging import PROSE, RECORDS, breaker, pusher, pushing_delta, record
@@ -219,8 +220,8 @@ def test_what_was_not_touched_stayed(lm: LanguageModel) -> None:
         assert len({row.answer for row in evaluation.rows}) == 1, "decoded equally far"
         assert {row.stayed for row in evaluation.asked("nothing")} == {True}
     for said in ("1,000 people", "3.5 million", "", "... and so on"):
-        assert is_same(said, said, "Rome") is True
-    assert is_same("Oslo", "Rome", None) is False and is_same("2,000", "1,000", None) is False
+        assert stayed(said, said, "Rome") is True
+    assert stayed("Rome", "Oslo", None) is False and stayed("1,000", "2,000", None) is False
 
 
 def test_drift_is_that_of_the_edited_model(lm: LanguageModel) -> None:

@@ -39,7 +39,9 @@ def answered(lm: LanguageModel, count: int) -> list[Fact]:
             " ".join(words[i + i % 3 : i + i % 3 + 1 + i % 2]),
         )
         target = lm.next_tokens(text, 1)[0][0]
-        if target.strip() and text.count(subject) == 1 and lm.says([text], [target])[0]:
+        if not target.strip() or text.count(subject) != 1:
+            continue
+        if lm.says([text], [target], by_tokens=True)[0]:
             answered_facts.append(Fact(subject, text.replace(subject, "{}"), target))
         if len(answered_facts) == count:
             return answered_facts
@@ -99,7 +101,7 @@ def test_average_is_that_of_single_traces(lm: LanguageModel, facts: list[Fact]) 
         noise=0.8,
         progress=lambda a, b: calls.append((a, b)),
     )
-    known = [fact for fact in facts if lm.says([fact.text], [fact.target])[0]]
+    known = [fact for fact in facts if lm.says([fact.text], [fact.target], by_tokens=True)[0]]
     assert average.n_facts == len(known) == 4 and average.n_skipped == 1
     assert calls == [(i + 1, len(known)) for i in range(len(known))] and average.noise == 0.8
     for name, options in {

@@ -16,7 +16,7 @@ from factsmith.edit.configs import RomeConfig
 from factsmith.edit.delta import applied
 from factsmith.edit.methods import rome
 from factsmith.locate.causal import causal_trace
-from factsmith.model.answers import begins_with
+from factsmith.model.answers import Said, begins_with
 from factsmith.model.language_model import LanguageModel
 from factsmith.patch import layers
 from factsmith.patch.layers import recommend_layers
@@ -94,11 +94,11 @@ def test_measured_layers_agree_with_single_edits(
 def test_known_facts_are_not_tried(
     tiny_gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        tiny_gpt2,
-        "answer",
-        lambda prompts: ["Paris, of course" if p == "Edwin is" else "nothing" for p in prompts],
-    )
+    def say(lm: LanguageModel, prompts: list[str], targets: list[str]) -> list[Said]:
+        texts = ["Paris, of course" if p == "Edwin is" else "nothing" for p in prompts]
+        return [Said(text, (), lm.as_answer) for text in texts]
+
+    monkeypatch.setattr("factsmith.patch.layers.say", say)
     choice = recommend_layers(tiny_gpt2, TRIALS, texts=TEXTS, contexts=["{}"])
     assert [fact.text for fact in choice.facts] == [TRIALS[1].text]
     with pytest.raises(InputError, match="already"):

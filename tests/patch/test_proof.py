@@ -16,11 +16,41 @@ from factsmith.corpus.moments import SecondMoment
 from factsmith.edit.delta import applied
 from factsmith.edit.methods import METHODS
 from factsmith.keep.workbench import Workbench
+from factsmith.model.answers import Said, first_phrase
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap
 from factsmith.patch.proof import prove
 from patching import proposed
 from workbenches import FACT, QUICK, TEXTS, moments_of, some_delta
+
+
+def answering(monkeypatch: pytest.MonkeyPatch, *rounds: list[str]) -> None:
+    """Let a model answer the plan and the proof with these texts, round by round."""
+    answers = iter(rounds)
+
+    def say(lm: LanguageModel, prompts: list[str], *_: object, **__: object) -> list[Said]:
+        texts = next(answers)[: len(prompts)]
+        ids = [tuple(lm.prompt_ids(text)) if text else () for text in texts]
+        return [Said(text, each, lm.as_answer) for text, each in zip(texts, ids, strict=True)]
+
+    monkeypatch.setattr("factsmith.patch.plan.say", say)
+    monkeypatch.setattr("factsmith.patch.proof.say", say)
+
+
+def tail_of(lm: LanguageModel, prompt: str) -> list[int]:
+    """Return the tokens that a model says, as many as its first phrase takes."""
+    said = lm.continue_greedily([lm.prompt_ids(prompt)], 8)[0]
+    phrase = first_phrase(lm.as_answer(said))
+    whole = (n for n in range(1, 9) if lm.as_answer(said[:n]).startswith(phrase))
+    return said[: next(whole)]
+
+
+def plain_probability(lm: LanguageModel, prompt: str, tail: list[int]) -> float:
+    """Return p(tail | prompt) by one plain pass."""
+    head = lm.prompt_ids(prompt)
+    logs = lm.module(input_ids=torch.tensor([head + tail])).logits[0].log_softmax(-1)
+    places = zip(range(len(head) - 1, len(head) + len(tail) - 1), tail, strict=True)
+    return math.exp(sum(float(logs[place, token]) for place, token in places))
 
 
 def test_prompts_are_asked_in_the_chat_template(tiny_gpt2: LanguageModel) -> None:
@@ -42,14 +72,14 @@ def test_a_proof_agrees_with_plain_questions(lm: LanguageModel) -> None:
     proposal = proposed(lm, FACT, config=QUICK, moments=moments_of(lm), contexts=["{}"])
     assert proposal.delta is not None and proposal.verification is not None
     for check in proposal.verification.checks:
+        near = check.role == "neighbour"
+        tail = tail_of(lm, check.prompt) if near else lm.question(check.prompt, check.wanted)[2]
         assert check.before == lm.answer([check.prompt])[0]
-        assert check.p_before == pytest.approx(
-            float(lm.log_prob([check.prompt], [check.wanted]).exp()[0]), rel=1e-4
-        )
+        assert check.p_before == pytest.approx(plain_probability(lm, check.prompt, tail), rel=1e-4)
         with applied(lm, proposal.delta):
             assert check.after == lm.answer([check.prompt])[0]
             assert check.p_after == pytest.approx(
-                float(lm.log_prob([check.prompt], [check.wanted]).exp()[0]), rel=1e-4
+                plain_probability(lm, check.prompt, tail), rel=1e-4
             )
 
 
@@ -64,14 +94,12 @@ def test_the_proof_is_of_the_weights_that_are_kept(tmp_path: Path, dtype: torch.
         bench.commit(some_delta(lm, 1))
         moments = {1: SecondMoment.from_matrix(torch.eye(lm.ffn[1].d_ff), count=1)}
         on_top = lm.ffn[1].weight().clone()
-        outcome = bench.apply(FACT, config=QUICK, moments=moments, contexts=["{}"], force=True)
+        fact = dataclasses.replace(FACT, neighbours=())
+        outcome = bench.apply(fact, config=QUICK, moments=moments, contexts=["{}"], force=True)
         assert outcome.verification is not None and outcome.delta is not None
-        prompts, wanted = zip(
-            *((check.prompt, check.wanted) for check in outcome.verification.checks), strict=True
-        )
-        assert [check.p_after for check in outcome.verification.checks] == [
-            math.exp(log) for log in lm.log_prob(prompts, wanted).tolist()
-        ]
+        checks = outcome.verification.checks
+        logs = lm.log_prob(*zip(*((check.prompt, check.wanted) for check in checks), strict=True))
+        assert [check.p_after for check in checks] == [math.exp(log) for log in logs.tolist()]
         twice = (on_top.float() + outcome.delta.dense(1)).to(dtype)
         assert torch.equal(twice, lm.ffn[1].weight()) is (dtype == torch.float32)
 
@@ -124,17 +152,11 @@ def test_a_neighbour_must_keep_its_answer(
     """A neighbour is compared with its answer before the edit, also if another was expected. An
     answer counts up to its first punctuation.
     """
-    answers = iter(
-        [
-            "?",
-            "x|x|France, of course|France, of course|France, of course|",
-            "x|x|France. Not Spain|France is|Francesca|",
-        ]
-    )
-    monkeypatch.setattr(
-        lm,
-        "answer",
-        lambda prompts, max_new_tokens: (next(answers) + "|" * 9).split("|")[: len(prompts)],
+    answering(
+        monkeypatch,
+        ["?"],
+        ["x", "x", "France, of course", "France, of course", "France, of course"],
+        ["x", "x", "France. Not Spain", "France is", "Francesca"],
     )
     fact = Fact(
         "Edwin",
@@ -160,8 +182,7 @@ def test_a_neighbour_must_keep_its_answer(
 def test_an_empty_answer_must_stay_empty(
     lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = iter([["x"], ["x", "", ""], ["x", "", "y"]])
-    monkeypatch.setattr(lm, "answer", lambda prompts, max_new_tokens: next(answers))
+    answering(monkeypatch, ["x"], ["x", "", ""], ["x", "", "y"])
     proposal = proposed(
         lm,
         Fact("Edwin", "{} is a", "king", neighbours=("a", "b")),

@@ -27,7 +27,7 @@ from .options import (
     model_and_facts,
     read_settings,
 )
-from .printing import complain, complain_of, print_result, suggested
+from .printing import complain_all, complain_of, print_result, suggested
 from .waiting import progress
 
 if TYPE_CHECKING:
@@ -233,9 +233,14 @@ def patch(  # house: Typer reads one parameter for each option
     revision = getattr(attempt, "revision", None)
     stops = _stops(attempt, force=force)
     failures = attempt.failures if stops else ()
-    for warning in attempt.warnings:
-        if not any(warning in failure for failure in failures):  # it is said below
-            complain("warning", warning)
+    complain_all(
+        [
+            ("warning", warning)
+            for warning in attempt.warnings
+            if not any(warning in failure for failure in failures)  # it is said below
+        ],
+        "warnings",
+    )
     result = {
         **attempt.proposal.to_dict(),
         "gates": [gate.to_dict() for gate in attempt.gates],
@@ -267,9 +272,11 @@ def stop_if_failed(attempt: Attempt, *, force: bool) -> None:
     """Say what failed and exit with 4, if something did that was not forced."""
     if not _stops(attempt, force=force):
         return
+    failures = []
     for failure in attempt.failures:
         kind, _, why = failure.partition(": ")
-        complain(*((kind, why) if kind == "conflict" else ("failed", failure)))
+        failures.append((kind, why) if kind == "conflict" else ("failed", failure))
+    complain_all(failures, "failures")
     if attempt.delta is None:
         advice = "revert the other facts, correct these, or --force"
     else:

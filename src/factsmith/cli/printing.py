@@ -28,6 +28,9 @@ from ..core.tables import Table, visible
 FORMAT_VERSION = 1
 """The field "format_version" of every JSON document. A change that breaks readers raises it."""
 
+_MOST_COMPLAINTS = 20
+"""Warnings or failures that are printed; the others are counted."""
+
 running: ContextVar[Any] = ContextVar("running", default=None)
 """The command that runs, as Typer holds it, with the options that it takes."""
 
@@ -133,6 +136,20 @@ def complain(kind: str, text: str, **fields: Any) -> None:
     style = _STYLES.get(kind, "bold red")
     message = Text.assemble((f"{kind}: ", style), visible(runnable(text)))
     plain_console(stderr=True).print(message, soft_wrap=True)
+
+
+def complain_all(complaints: Sequence[tuple[str, str]], what: str) -> None:
+    """Print the first complaints, and how many there are more; under --json all of them.
+
+    Args:
+        complaints: Each with its kind, as `complain` takes them.
+        what: The complaints, as a plural: "failures".
+    """
+    most = len(complaints) if manner.get().json else _MOST_COMPLAINTS
+    for kind, text in complaints[:most]:
+        complain(kind, text)
+    if (more := len(complaints) - most) > 0:
+        complain("note", f"{more:,} more {what}; --json lists all")
 
 
 def complain_of(

@@ -4,10 +4,10 @@
 
 Where all columns fit, the rows are printed in aligned columns. Cells of text may wrap between
 words; numbers and verdicts never wrap. Where the columns do not fit, each row becomes a block: its
-text first, then its other cells by name.
+text first, then its verdict, then its other cells by name.
 
     Paris is in
-      p: 0.913  ok
+      held: ok  p: 0.913
 
 No column and no character is left out at any width. Widths are counted in terminal cells, of which
 a CJK character takes two.
@@ -102,14 +102,17 @@ class Grid:
         return table
 
     def _block(self, row: tuple[str, ...], console: Console, width: int) -> Iterator[Text]:
-        """Yield the lines of one row: the cells that head it, then the others by name."""
+        """Yield the lines of one row: the cells that head it, then the others by name.
+
+        Verdicts come first.
+        """
         heading = self._heading()
         head = [self._cell(row, at, named=not self._is_text(at)) for at in heading if row[at]]
         yield from _hanging(Text(" " * _GAP).join(head), console, width, indent=0)
         line = Text()
-        for at in range(len(row)):
-            if at in heading or not row[at]:
-                continue
+        kinds = list(self.columns.values())
+        rest = [at for at in range(len(row)) if at not in heading and row[at]]
+        for at in sorted(rest, key=lambda at: kinds[at] != VERDICT):
             cell = self._cell(row, at, named=True)
             if line and _GAP + line.cell_len + _GAP + cell.cell_len > width:
                 yield from _hanging(line, console, width, indent=_GAP)

@@ -67,7 +67,7 @@ class Table:
         )
         if self.columns:
             columns = {visible(name): kind for name, kind in self.columns.items()}
-            rows = [tuple(map(visible, row)) for row in self.rows[:n]]
+            rows = [tuple(map(in_one_line, row)) for row in self.rows[:n]]
             parts.append(Grid(columns, rows, self.bold))
         parts += [
             Text(line, style="dim") for line in (_rest(self.rows, n), visible(self.note)) if line
@@ -77,7 +77,8 @@ class Table:
     def as_html(self, n: int | None = None) -> str:
         """Return the table for a page, with at most n rows and every text escaped."""
         if not self.columns:
-            return f"<p><b>{_escaped(self.title)}</b></p>"
+            note = f"<p>{_escaped(self.note)}</p>" if self.note else ""
+            return f"<p><b>{_escaped(self.title)}</b></p>{note}"
         sides = ["right" if kind == NUMBER else "left" for kind in self.columns.values()]
         head = "".join(
             f'<th scope="col" style="text-align:{side}">{_escaped(name)}</th>'
@@ -87,7 +88,7 @@ class Table:
         body = "".join(
             "<tr>"
             + "".join(
-                f'<td style="text-align:{side}">{_escaped(cell)}</td>'
+                f'<td style="text-align:{side}">{_escaped(in_one_line(cell))}</td>'
                 for cell, side in zip(row, sides, strict=True)
             )
             + "</tr>"
@@ -110,7 +111,7 @@ class Table:
             sides = ("---:" if kind == NUMBER else "---" for kind in self.columns.values())
             head, *body = [
                 "| " + " | ".join(map(as_text, row)) + " |"
-                for row in (tuple(self.columns), *self.rows)
+                for row in (tuple(self.columns), *(map(in_one_line, row) for row in self.rows))
             ]
             lines += [head, "|" + "|".join(sides) + "|", *body, ""]
         return [*lines, *([as_text(self.note), ""] if self.note else [])]
@@ -161,6 +162,11 @@ def as_text(text: str) -> str:
 def visible(text: str) -> str:
     """Replace every character that would steer the terminal."""
     return "".join(c if c.isprintable() else " " if c.isspace() else "�" for c in text)
+
+
+def in_one_line(text: str) -> str:
+    """Return a text of several lines in one, with a mark for each line break."""
+    return visible(" ↵ ".join(line.strip() for line in text.split("\n")))
 
 
 def counted(n: int, noun: str, plural: str = "s") -> str:

@@ -31,8 +31,8 @@ class Reply:
     """The reply of a model to one prompt.
 
     Attributes:
-        answer: Greedy continuation without white space around it, to the end of the text or the
-            line. "" if no answer was asked for.
+        answer: Greedy continuation without white space around it, to the end of the text, the line
+            or the lines asked for. "" if no answer was asked for.
         log_probs: For each candidate, the mean log-probability of its tokens in nats (teacher
             forced: each token after the candidate's tokens before it). NaN from a model whose
             states are not finite.
@@ -70,6 +70,7 @@ def ask(
     candidates: Sequence[Sequence[str]] | None = None,
     *,
     max_new_tokens: int = 0,
+    lines: Sequence[int] | None = None,
     batch_tokens: int = 4096,
     progress: Progress | None = None,
 ) -> list[Reply]:
@@ -81,6 +82,7 @@ def ask(
         candidates: A list of candidates for each prompt. None: no candidates.
         max_new_tokens: Length of the greedy answers in tokens. An answer also ends at the model's
             last position. 0: no answers.
+        lines: For each prompt, how many lines with text its answer has at most. None: one.
         batch_tokens: Padded tokens in one pass.
         progress: Gets the number of prompts that are done.
 
@@ -111,7 +113,9 @@ def ask(
     tails: dict[str, dict[str, list[int]]] = {}
     pairs = [(text, each) for text, listed in zip(texts, lists, strict=True) for each in listed]
     gaps = dict(zip(pairs, lm.gaps([a for a, _ in pairs], [b for _, b in pairs]), strict=True))
-    for text, listed in zip(texts, lists, strict=True):
+    lines_of: dict[str, int] = {}
+    for text, listed, n in zip(texts, lists, lines or [1] * len(texts), strict=True):
+        lines_of[text] = max(n, lines_of.get(text, 1))
         if text not in heads:
             heads[text] = lm.prompt_ids(text)
         tails_of_text = tails.setdefault(text, {})
@@ -125,7 +129,11 @@ def ask(
     for group in _groups(lm, [len(ids) for ids in rows], n_new, budget):
         names = [distinct[i] for i in group]
         replies = _answer_group(
-            lm, [rows[i] for i in group], [tails[name] for name in names], n_new
+            lm,
+            [rows[i] for i in group],
+            [tails[name] for name in names],
+            n_new,
+            [lines_of[name] for name in names],
         )
         answered.update(zip(names, replies, strict=True))
         tell(progress, "asking", len(answered), len(distinct))
@@ -162,6 +170,7 @@ def _answer_group(
     rows: Sequence[Sequence[int]],
     tails: Sequence[Mapping[str, list[int]]],
     n_new: int,
+    lines: Sequence[int],
 ) -> Iterator[_Answered]:
     """Yield the answers to prompts that share a pass.
 
@@ -170,6 +179,7 @@ def _answer_group(
         rows: Token ids of each prompt.
         tails: For each prompt, the token ids of its candidates by name.
         n_new: Length of the greedy answers in tokens.
+        lines: For each prompt, how many lines with text its answer has at most.
     """
     batch = lm.align(rows, [len(ids) - 1 for ids in rows])
     logits, cache = lm.begin(batch)
@@ -194,18 +204,20 @@ def _answer_group(
         ]
         # Logits are the largest tensors of all, so only some places get them at a time.
         for some in (places[start : start + 256] for start in range(0, len(places), 256)):
-            lines, columns, owners, tokens = (
+            tail_rows, columns, owners, tokens = (
                 torch.tensor(column) for column in zip(*some, strict=True)
             )
-            states = hidden[lines.to(hidden.device), columns.to(hidden.device)]
+            states = hidden[tail_rows.to(hidden.device), columns.to(hidden.device)]
             _count(log_sums, n_right, owners, lm.head(states), tokens)
     scores: list[dict[str, _Scores]] = [{} for _ in tails]
     totals = zip(pairs, log_sums.tolist(), n_right.tolist(), strict=True)
     for (row, name, ids), log_sum, right in totals:
         scores[row][name] = _Scores(log_sum / len(ids), right / len(ids), len(ids))
-    answers = lm.continue_from(batch, logits, cache, n_new) if n_new else [[] for _ in rows]
-    for ids, named_scores in zip(answers, scores, strict=True):
-        yield lm.as_answer(ids), named_scores
+    answers: list[list[int]] = [[] for _ in rows]
+    if n_new:
+        answers = lm.continue_from(batch, logits, cache, n_new, lines)
+    for ids, n, named_scores in zip(answers, lines, scores, strict=True):
+        yield lm.as_answer(ids, n), named_scores
 
 
 def _count(

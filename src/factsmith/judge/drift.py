@@ -28,7 +28,7 @@ from ..core.errors import FingerprintError, InputError
 from ..core.progress import Progress, tell
 from ..core.tables import Shown, Table
 from ..corpus.text import pieces
-from ..model.answers import begins_with, first_phrase
+from ..model.answers import answer_tokens, as_said, n_lines, stayed
 from ..model.language_model import LanguageModel, check_model
 from ..model.sample import own_text
 from .editor import Change
@@ -39,8 +39,6 @@ LIMITS = ("kl_text", "kl_text_worst", "kl_facts", "changed_share", "perplexity")
 
 _BATCH_TOKENS = 512
 """Tokens whose distributions are held at a time, before and after."""
-
-_ANSWER_TOKENS = 8
 
 Drifting = Callable[[], AbstractContextManager[Any]]
 """Returns a `with` block inside which the model is edited."""
@@ -402,6 +400,7 @@ class _Facts:
 
     def __init__(self, lm: LanguageModel, facts: Sequence[tuple[str, str]]) -> None:
         self.lm, self.facts = lm, facts
+        self.n_tokens = answer_tokens(lm, *zip(*facts, strict=True)) if facts else 0
         self.before, self.answers = self._ask()
 
     def compare(self) -> _ComparedFacts:
@@ -410,11 +409,11 @@ class _Facts:
             return _ComparedFacts(None, (), 0)
         after, answers = self._ask()
         changed = tuple(
-            Changed(prompt, first_phrase(answer_before), first_phrase(answer_after))
+            Changed(prompt, as_said(answer_before, right), as_said(answer_after, right))
             for (prompt, right), answer_before, answer_after in zip(
                 self.facts, self.answers, answers, strict=True
             )
-            if not begins_with(answer_after, right)
+            if not stayed(answer_before, answer_after, right)
         )
         return _ComparedFacts(kl_divergence(self.before, after), changed, len(self.facts))
 
@@ -434,10 +433,11 @@ class _Facts:
         for group in lm.groups([len(ids) for ids in rows]):
             batch = lm.align([rows[i] for i in group], [len(rows[i]) - 1 for i in group])
             logits, cache = lm.begin(batch)
-            continuations = lm.continue_from(batch, logits, cache, _ANSWER_TOKENS)
+            lines = [n_lines(self.facts[i][1]) for i in group]
+            new = lm.continue_from(batch, logits, cache, self.n_tokens, lines)
             of_group = logits.float().log_softmax(-1).cpu()
-            for i, log, ids in zip(group, of_group, continuations, strict=True):
-                logs[i], answers[i] = log, lm.as_answer(ids)
+            for i, n, log, ids in zip(group, lines, of_group, new, strict=True):
+                logs[i], answers[i] = log, lm.as_answer(ids, n)
         order = range(len(rows))
         return torch.stack([logs[i] for i in order]), [answers[i] for i in order]
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..core.checks import check_count, check_items, check_number, check_seed, check_text
 from ..core.errors import InputError, NumericsError
-from ..model.answers import begins_with
+from ..model.answers import begins_with, n_lines
 
 # ── answers ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -36,14 +36,14 @@ from ..model.answers import begins_with
 def exact_match(answer: str, wanted: str) -> bool:
     """Return whether a greedy answer begins with a text, in whole words and in the same case.
 
-    "French." begins with "French", "Frenchman" does not. Only the first line with something in it
-    counts, and the rest of the line is not judged. Generation ends at EOS or at a line break
-    (`LanguageModel.answer`), as in WILD, Yang et al. 2025, arXiv 2502.11177; EasyEdit
-    evaluate_utils.py:104-175.
+    "French." begins with "French", "Frenchman" does not, and "2,137" does not begin with "2". As
+    many lines count as the text has, from the first line with something in it on; the rest of the
+    answer is not judged. Generation ends at EOS or at a line break (`LanguageModel.answer`), as in
+    WILD, Yang et al. 2025, arXiv 2502.11177; EasyEdit evaluate_utils.py:104-175.
     """
-    lines = check_text(answer, "the answer").splitlines()
-    first = next((line for line in lines if line.strip()), "")
-    return begins_with(first, check_text(wanted, "wanted"))
+    lines = [line for line in check_text(answer, "the answer").splitlines() if line.strip()]
+    wanted = check_text(wanted, "wanted")
+    return begins_with("\n".join(lines[: n_lines(wanted)]), wanted)
 
 
 def alias_match(answer: str, answers: Iterable[str]) -> bool:

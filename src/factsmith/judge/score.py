@@ -14,11 +14,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ..core.checks import check_items
 from ..core.progress import Progress
-from ..model.answers import answer_tokens, as_said, begins_with
+from ..model.answers import answer_tokens, is_answered, n_lines, stayed
 from ..model.language_model import LanguageModel
 from ..model.sample import sample
 from .asking import Reply, ask
-from .metrics import alias_match, ngram_entropy, reference_consistency
+from .metrics import ngram_entropy, reference_consistency
 from .records import Question, Record
 from .rows import BASE, LOWEST, STAYING, Continuation, Row
 
@@ -75,10 +75,11 @@ def score(
         [question.prompt for question in questions],
         [_candidates(question) for question in questions],
         max_new_tokens=max_new_tokens,
+        lines=[max(map(n_lines, [*question.answers, ""])) for question in questions],
         progress=progress,
     )
     return [
-        _row(record, question, reply, before)
+        _row(lm, record, question, reply, before)
         for (record, question), reply in zip(asked, replies, strict=True)
     ]
 
@@ -95,14 +96,20 @@ def _candidates(question: Question) -> list[str]:
     return [*question.answers[:1], *against]
 
 
-def _row(record: Record, question: Question, reply: Reply, before: Mapping[str, str] | None) -> Row:
+def _row(
+    lm: LanguageModel,
+    record: Record,
+    question: Question,
+    reply: Reply,
+    before: Mapping[str, str] | None,
+) -> Row:
     """Return the row of a question that the model answered."""
     is_broken = not all(map(math.isfinite, reply.log_probs))
     logs = [LOWEST if is_broken else log for log in reply.log_probs]
     right = question.answers[0] if question.answers else None
-    stayed: bool | None = None
+    same: bool | None = None
     if before is not None and question.kind in STAYING and question.prompt in before:
-        stayed = is_same(reply.answer, before[question.prompt], right)
+        same = stayed(before[question.prompt], reply.answer, right)
     tokens: float | None = None
     if right is not None and question.kind != "negation":
         tokens = 0.0 if is_broken else reply.right[0]
@@ -115,32 +122,22 @@ def _row(record: Record, question: Question, reply: Reply, before: Mapping[str, 
         prompt=question.prompt,
         written=-1,
         answer=reply.answer,
-        exact=_is_exact(question, reply.answer),
-        stayed=stayed,
+        exact=_is_exact(lm, question, reply.answer),
+        stayed=same,
         log_wanted=None if right is None else logs[0],
         log_against=None if question.against is None else logs[-1],
         tokens=tokens,
     )
 
 
-def _is_exact(question: Question, answer: str) -> bool | None:
+def _is_exact(lm: LanguageModel, question: Question, answer: str) -> bool | None:
     """Return whether an answer is right; None if no answer is known to be right."""
     if question.kind == "negation":
-        return None if question.against is None else not begins_with(answer, question.against)
-    return alias_match(answer, question.answers) if question.answers else None
-
-
-def is_same(answer: str, before: str, right: str | None) -> bool:
-    """Return whether an answer agrees with the answer before the edit in its first phrase.
-
-    Args:
-        answer: Answer of the edited model.
-        before: Answer of the unedited model.
-        right: The right answer, if it is known. If the answer before begins with it, it is the
-            phrase.
-    """
-    # "1,000" does not begin with its own first phrase, "1". Equal answers need no phrase.
-    return answer == before or begins_with(answer, as_said(before, right))
+        against = question.against
+        return None if against is None else not is_answered(lm, question.prompt, answer, against)
+    if not question.answers:
+        return None
+    return any(is_answered(lm, question.prompt, answer, right) for right in question.answers)
 
 
 def continue_texts(

@@ -9,6 +9,7 @@ from typing import Any
 from ..core.fact import Fact
 from ..core.tables import Shown, Table, counted
 from ..edit.delta import Delta, read_weights
+from ..model.answers import say
 from .carried import Carried
 
 
@@ -81,11 +82,13 @@ def diff(carried: Carried, before: str, after: str) -> Diff:
     prompts = dict.fromkeys([*sides[0].facts, *sides[1].facts])
     changed = [p for p in prompts if sides[0].facts.get(p) != sides[1].facts.get(p)]
     layers = sorted({layer for side in sides for delta in side.deltas for layer in delta.layers})
+    targets = [[side.facts[p].target or "" for side in sides if p in side.facts] for p in changed]
+    longest = [max(each, key=len) for each in targets]
     answers, weights = [], []
     for side in sides:
         with carried.exactly(side.deltas):
-            said = carried.lm.answer(changed) if changed else []
-            answers.append(dict(zip(changed, said, strict=True)))
+            said = say(carried.lm, changed, longest) if changed else []
+            answers.append({p: answer.text for p, answer in zip(changed, said, strict=True)})
             weights.append(read_weights(carried.lm, layers))
     with carried.exactly([]):
         base = read_weights(carried.lm, layers)

@@ -100,7 +100,7 @@ def read_arrivals(
         lost = [
             check
             for check in proof.failed("prompt", "earlier")
-            if check.role == "prompt" or held_before(check)
+            if check.role == "prompt" or held_before(bench.lm, check)
         ]
         if lost and not force:
             raise NumericsError(

@@ -243,7 +243,8 @@ def average_trace(  # house: the promised public signature; the settings go into
     settings = Corruption(corruption, samples, noise, seed=seed)
     facts = _check_facts(cases)
     restorations = _check_maps(kinds, severed, window)
-    says = lm.says([fact.text for fact in facts], [_answer(fact) for fact in facts])
+    targets = [_answer(fact) for fact in facts]
+    says = lm.says([fact.text for fact in facts], targets, by_tokens=True)
     said = [fact for fact, is_said in zip(facts, says, strict=True) if is_said]
     if not said:
         raise InputError(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from ..core.errors import InputError, UnsupportedModelError
 from ..core.gap import gap_notes, goes_on
-from ..model.answers import first_phrase
+from ..model.answers import first_phrase, say
 from ..model.language_model import LanguageModel
 
 
@@ -107,9 +107,12 @@ def own_answer(lm: LanguageModel, prompt: str) -> OwnAnswer:
     Raises:
         UnsupportedModelError: when the model fills gaps, and does not continue a text.
     """
-    text = first_phrase(lm.answer([prompt])[0])
-    # Where the model goes on in the middle of a word, it does not say the text as a target.
-    if not text or goes_on(prompt, text) or not lm.says([prompt], [text])[0]:
+    said = say(lm, [prompt], [""])[0]
+    text = first_phrase(said.text)
+    # Where the model goes on in the middle of a word, or says the text with other tokens, it does
+    # not say the text as a target.
+    tail = lm.question(prompt, text)[2] if text and not goes_on(prompt, text) else []
+    if not tail or tuple(tail) != said.ids[: len(tail)]:
         return OwnAnswer(text, None)
     return OwnAnswer(text, math.exp(float(lm.log_prob([prompt], [text])[0])))
 
@@ -163,7 +166,7 @@ def _refused(
 
     Raises an InputError if these are all of the `n_prompts` and the target is not forced.
     """
-    says = lm.says(prompts, [target] * len(prompts)) if prompts else []
+    says = lm.says(prompts, [target] * len(prompts), by_tokens=True) if prompts else []
     wrong = [prompt for prompt, is_said in zip(prompts, says, strict=True) if not is_said]
     if len(wrong) == n_prompts and not force:
         raise InputError(

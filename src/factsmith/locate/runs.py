@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import NumericsError, UnsupportedModelError
+from ..model.answers import n_lines
 from ..model.language_model import LanguageModel, check_model
 from ..model.replay import Replay, record
 from ..model.tokens import Batch, target_ids
@@ -161,7 +162,11 @@ def record_runs(
         predicted = (
             greedy
             if greedy == answer_ids
-            else lm.continue_greedily([list(traced.ids)], len(answer_ids))[0]
+            else lm.continue_greedily(
+                [list(traced.ids)],
+                len(answer_ids),
+                [n_lines(lm.tokenizer.decode(answer_ids))],
+            )[0]
         )
         each = _joint(logits, answer_ids)
     p_clean, p_corrupted = float(each[0]), float(each[1:].mean())

@@ -1,110 +1,142 @@
-"""What counts as an answer: whether an answer begins with a target, and with what probability.
+"""What counts as an answer: what a model says, whether it begins with a target, and with what
+probability.
 
-begins_with("French.", "French")            # True; "Frenchman" does not begin with "French"
-first_phrase("French, of course")           # "French"
-answer_tokens(lm, prompts, targets)         # how many tokens to decode
-probabilities(lm, prompts, targets)         # p(target | prompt) of each pair
+said = say(lm, prompts, targets)                # greedy answers, long enough for the targets
+begins_with(said[0].text, targets[0])           # as whole words; `matching` defines it
+probabilities(lm, prompts, targets)             # p(target | prompt) of each pair
+probabilities(lm, prompts, [said[0].begin("French")])   # the same from the tokens that were said
 """
 
 from __future__ import annotations
 
 import math
-import re
-import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from ..core.errors import NumericsError
 from ..core.gap import Gap
-from .language_model import LanguageModel
+from .language_model import AFTER_NUMBER, ANSWER_TOKENS, LanguageModel
+from .matching import as_said, begins_with, first_phrase, is_answered, n_lines, stayed
 from .tokens import target_ids
 
-_ANSWER_TOKENS = 8
-"""Tokens that are decoded at least."""
+__all__ = [
+    "Said",
+    "answer_tokens",
+    "as_said",
+    "begins_with",
+    "first_phrase",
+    "is_answered",
+    "n_lines",
+    "probabilities",
+    "say",
+    "stayed",
+]
 
 
-def begins_with(answer: str, target: str) -> bool:
-    """Return whether a greedy answer begins with a target, as whole words.
+@dataclass(frozen=True)
+class Said:
+    """A greedy answer.
 
-    "French." begins with "French", and "Frenchman" does not. "1,000" does not begin with "1". It
-    does not matter how letters are composed, and how white space is written. In scripts without
-    spaces there is no boundary between words. There the beginning is enough, unless a mark follows
-    that belongs to the last letter.
+    Attributes:
+        text: The answer, without white space around it.
+        ids: The tokens that were said.
+        decode: Turns tokens into an answer.
     """
-    answer, target = (
-        " ".join(unicodedata.normalize("NFC", text).split()) for text in (answer, target)
-    )
-    if not target or not answer.startswith(target):
-        return False
-    following = answer[len(target) :]
-    if target[-1].isdigit() and re.match(r"[.,]\d", following):
-        return False
-    mark = following[:1] and unicodedata.category(following[0]).startswith("M")
-    return not (following and (mark or (_spaced(target[-1]) and _spaced(following[0]))))
+
+    text: str
+    ids: tuple[int, ...]
+    decode: Callable[[Sequence[int]], str] = field(repr=False, compare=False)
+
+    def begin(self, phrase: str) -> tuple[int, ...]:
+        """Return the first tokens that were said, as many as a phrase takes; at most all."""
+        for n in range(1, len(self.ids)):
+            if begins_with(self.decode(self.ids[:n]), phrase):
+                return self.ids[:n]
+        return self.ids
 
 
-def first_phrase(answer: str) -> str:
-    """Return what an answer says up to its first punctuation."""
-    return (
-        re.split(r"[.,;:!?()\[\]\n。、,]", answer.strip(), maxsplit=1)[0].strip() or answer.strip()
-    )
+def say(
+    lm: LanguageModel,
+    prompts: Sequence[str],
+    targets: Sequence[str],
+    *,
+    n_tokens: int | None = None,
+) -> list[Said]:
+    """Return the greedy answer to each prompt, with as many lines as its target.
 
+    Args:
+        lm: The model.
+        prompts: The prompts.
+        targets: For each prompt, what may be answered; "" if nothing is expected.
+        n_tokens: The most tokens of an answer. None: as many as `answer_tokens` gives.
 
-def as_said(answer: str, expected: str | None) -> str:
-    """Return `expected` if the answer begins with it, and otherwise what the answer says."""
-    return (
-        expected if expected is not None and begins_with(answer, expected) else first_phrase(answer)
-    )
+    Raises:
+        InputError: A prompt is too long.
+    """
+    if n_tokens is None:
+        n_tokens = answer_tokens(lm, prompts, targets)
+    lines = [n_lines(target) for target in targets]
+    new = lm.greedy_ids([lm.prompt_ids(prompt) for prompt in prompts], n_tokens, lines)
+
+    def decoding(n: int) -> Callable[[Sequence[int]], str]:
+        return lambda ids: lm.as_answer(ids, n)
+
+    return [
+        Said(lm.as_answer(ids, n), tuple(ids), decoding(n))
+        for ids, n in zip(new, lines, strict=True)
+    ]
 
 
 def answer_tokens(lm: LanguageModel, prompts: Sequence[str], wanted: Sequence[str]) -> int:
     """Return how many tokens to decode.
 
-    The longest target must fit, and one more token shows where it ends.
+    The longest target must fit. One more token shows where it ends, and a few more where a number
+    ends.
     """
     asked = [pair for pair in zip(prompts, wanted, strict=True) if pair[1].strip()]
     gaps = lm.gaps([prompt for prompt, _ in asked], [target for _, target in asked])
-    lengths = (len(target_ids(lm, *pair, gap=gap)) for pair, gap in zip(asked, gaps, strict=True))
-    return max(_ANSWER_TOKENS, *(length + 1 for length in lengths), 0)
+    lengths = (
+        len(target_ids(lm, *pair, gap=gap)) + (AFTER_NUMBER if pair[1].strip()[-1].isdigit() else 1)
+        for pair, gap in zip(asked, gaps, strict=True)
+    )
+    return max(ANSWER_TOKENS, *lengths, 0)
 
 
 def probabilities(
     lm: LanguageModel,
     prompts: Sequence[str],
-    targets: Sequence[str],
+    tails: Sequence[str | Sequence[int]],
     gaps: Sequence[Gap] | None = None,
 ) -> list[float | None]:
-    """Return p(target | prompt) of each pair; None where the target is empty.
+    """Return p(tail | prompt) of each pair; None where the tail is empty.
 
     Args:
         lm: The model.
         prompts: The prompts.
-        targets: As many targets.
+        tails: For each prompt, a target, or the tokens that were said.
         gaps: As for `LanguageModel.log_prob`.
 
     Raises:
         NumericsError: A probability is not a number.
     """
-    asked = [i for i, target in enumerate(targets) if target.strip()]
+    asked = [i for i, tail in enumerate(tails) if (tail.strip() if isinstance(tail, str) else tail)]
     result: list[float | None] = [None] * len(prompts)
     if asked:
-        logs = lm.log_prob(
+        logs = lm.log_prob_tokens(
             [prompts[i] for i in asked],
-            [targets[i] for i in asked],
+            [tails[i] for i in asked],
             gaps=None if gaps is None else [gaps[i] for i in asked],
         ).tolist()
         for i, log in zip(asked, logs, strict=True):
             if math.isnan(log):
                 raise NumericsError(
-                    f"the probability of {targets[i]!r} after {prompts[i]!r} is NaN: the model's "
-                    "states are not finite. Load it in a wider dtype, or undo the last change"
+                    f"the probability of {_text(lm, tails[i])!r} after {prompts[i]!r} is NaN: the "
+                    "model's states are not finite. Load it in a wider dtype, or undo the last "
+                    "change"
                 )
             result[i] = math.exp(log)
     return result
 
 
-def _spaced(character: str) -> bool:
-    """Return whether a character is of a script with spaces between words.
-
-    That is a digit, a letter with case, or a mark on one.
-    """
-    return unicodedata.category(character) in ("Lu", "Ll", "Lt", "Lm", "Mn", "Nd")
+def _text(lm: LanguageModel, tail: str | Sequence[int]) -> str:
+    return tail if isinstance(tail, str) else lm.as_answer(tail)

@@ -8,7 +8,10 @@
 
 from __future__ import annotations
 
+import codecs
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,23 +36,63 @@ class DecodingModel(RunnableModel):
             )
         return ends
 
-    def as_answer(self, ids: Sequence[int]) -> str:
-        """Return new token ids as an answer: the first line with text, stripped of white space."""
+    def as_answer(self, ids: Sequence[int], lines: int = 1) -> str:
+        """Return new token ids as an answer: the first lines with text, without space around them.
+
+        A character of which the last bytes are missing is left out. Such an answer was cut inside
+        a character of several tokens.
+
+        Args:
+            ids: The new ids.
+            lines: The number of lines with text.
+        """
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
-        return text.strip().split("\n")[0].strip()
+        kept: list[str] = []
+        if half := half_character(self.tokenizer, ids) if text.endswith("\ufffd") else 0:
+            text = text[:-half]
+        for line in text.strip().split("\n"):
+            if lines < 1:
+                break
+            kept.append(line)
+            lines -= bool(line.strip())
+        return "\n".join(kept).strip()
+
+    @torch.no_grad()
+    def greedy_ids(
+        self,
+        sequences: Sequence[Sequence[int]],
+        n_tokens: int,
+        lines: Sequence[int] | None = None,
+    ) -> list[list[int]]:
+        """Return what `continue_greedily` does, for any number of sequences of any length."""
+        new: list[list[int]] = [[] for _ in sequences]
+        for group in self.groups([len(ids) for ids in sequences]):
+            of_group = None if lines is None else [lines[i] for i in group]
+            continued = self.continue_greedily([sequences[i] for i in group], n_tokens, of_group)
+            for i, ids in zip(group, continued, strict=True):
+                new[i] = ids
+        return new
 
     @torch.no_grad()
     def continue_greedily(
-        self, sequences: Sequence[Sequence[int]], n_tokens: int
+        self,
+        sequences: Sequence[Sequence[int]],
+        n_tokens: int,
+        lines: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """Return greedy new ids, up to `n_tokens` for each sequence of a batch.
 
-        A sequence ends before its EOS, or with its first line.
+        A sequence ends before its EOS, or with its last line.
+
+        Args:
+            sequences: Token ids.
+            n_tokens: The most new ids of a sequence.
+            lines: How many lines with text each sequence gets. None: one.
         """
         batch = self.align(sequences, [len(ids) - 1 for ids in sequences])
         if n_tokens < 1:
             return [[] for _ in sequences]
-        return self.continue_from(batch, *self.begin(batch), n_tokens)
+        return self.continue_from(batch, *self.begin(batch), n_tokens, lines)
 
     @torch.no_grad()
     def begin(self, batch: Batch) -> tuple[Tensor, DynamicCache | None]:
@@ -69,13 +112,18 @@ class DecodingModel(RunnableModel):
 
     @torch.no_grad()
     def continue_from(
-        self, batch: Batch, logits: Tensor, cache: DynamicCache | None, n_tokens: int
+        self,
+        batch: Batch,
+        logits: Tensor,
+        cache: DynamicCache | None,
+        n_tokens: int,
+        lines: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """Return what `continue_greedily` does, from what `begin` returned.
 
         The cache grows, and loses the rows that have ended.
         """
-        ends = self.end_ids
+        ends, lines = self.end_ids, lines or [1] * batch.size
         new: list[list[int]] = [[] for _ in range(batch.size)]
         rows = list(range(batch.size))  # the sequence of each row that is still in the batch
         if self.max_tokens is not None:
@@ -86,7 +134,7 @@ class DecodingModel(RunnableModel):
             for at, (row, token) in enumerate(zip(rows, chosen.tolist(), strict=True)):
                 if token not in ends:
                     new[row].append(token)
-                    if "\n" not in self.tokenizer.decode(new[row]).lstrip():
+                    if _n_lines(self.tokenizer.decode(new[row])) < lines[row]:
                         still.append(at)
             if not still or step + 1 == n_tokens:
                 break
@@ -105,3 +153,53 @@ class DecodingModel(RunnableModel):
         with recording({"last": self.layers[-1]}, stop=True) as calls:
             self.forward(batch, start=start, cache=cache)
         return self.head(calls["last"][0].output[:, -1])
+
+
+def half_character(tokenizer: Any, ids: Sequence[int]) -> int:
+    """Return with how many replacement characters a text ends for one that is not complete.
+
+    0: The last character is complete, or its bytes are of no character.
+    """
+    tail = tokenizer.convert_ids_to_tokens(list(ids[-4:]))
+    levels = "ByteLevel" in str(tokenizer.backend_tokenizer.decoder)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in tail:
+        decoder.decode(_bytes_of(token, levels))
+    pending = len(decoder.getstate()[0])
+    # A tokenizer with tokens such as <0xE6> writes a character for each byte.
+    return pending if not levels else min(pending, 1)
+
+
+def _bytes_of(token: str, levels: bool) -> bytes:
+    """Return the bytes that a token stands for.
+
+    Args:
+        token: As the vocabulary has it.
+        levels: Whether each of its characters stands for a byte, as in GPT-2.
+    """
+    if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", token):
+        return bytes.fromhex(byte.group(1))
+    if levels and all(character in _BYTES for character in token):
+        return bytes(_BYTES[character] for character in token)
+    return token.encode(errors="replace")
+
+
+def _byte_letters() -> dict[str, int]:
+    """Return the byte of each letter in the vocabulary of a byte-level tokenizer.
+
+    Bytes that print stand for themselves, the others for the letters from U+0100 on. Radford et al.
+    2019, gpt-2 src/encoder.py:8-28.
+    """
+    prints = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in prints]
+    return {chr(byte): byte for byte in prints} | {
+        chr(0x100 + n): byte for n, byte in enumerate(others)
+    }
+
+
+_BYTES = _byte_letters()
+
+
+def _n_lines(text: str) -> int:
+    """Return how many lines with text are complete."""
+    return sum(bool(line.strip()) for line in text.split("\n")[:-1])

@@ -21,7 +21,16 @@ from ..core.gap import Gap
 from .address import check_layer, check_layers
 from .decoding import DecodingModel
 from .ffn import Routing
+from .matching import is_answered, match, n_lines
+from .running import Question, question_of
 from .trace import recording
+
+ANSWER_TOKENS = 8
+"""Tokens of an answer that are decoded at least."""
+
+AFTER_NUMBER = 4
+"""Tokens after a target that show whether its number goes on: a separator of up to three bytes, and
+a digit."""
 
 _POSITIONS = 256
 """Positions whose logits are computed together. With a large vocabulary, logits are the largest
@@ -42,23 +51,31 @@ class LanguageModel(DecodingModel):
     """
 
     @torch.no_grad()
-    def answer(self, prompts: Sequence[str], max_new_tokens: int = 8) -> list[str]:
+    def answer(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int = 8,
+        *,
+        lines: int | Sequence[int] = 1,
+    ) -> list[str]:
         """Return the greedy continuation of each prompt, without white space around it.
 
-        An answer ends before an EOS or a line break.
+        An answer ends before an EOS or a line break, and never inside a character.
+
+        Args:
+            prompts: The prompts.
+            max_new_tokens: The most tokens of an answer.
+            lines: How many lines with text an answer has at most: one number, or one for each
+                prompt.
 
         Raises:
             InputError: There is no prompt, or a prompt is too long.
         """
         if isinstance(prompts, str) or not prompts:
             raise InputError(f"prompts is {prompts!r:.60}; give a list of at least one prompt")
-        sequences = [self.prompt_ids(p) for p in prompts]
-        answers = [""] * len(sequences)
-        for group in self.groups([len(ids) for ids in sequences]):
-            new = self.continue_greedily([sequences[i] for i in group], max_new_tokens)
-            for index, ids in zip(group, new, strict=True):
-                answers[index] = self.as_answer(ids)
-        return answers
+        each = [lines] * len(prompts) if isinstance(lines, int) else list(lines)
+        new = self.greedy_ids([self.prompt_ids(p) for p in prompts], max_new_tokens, each)
+        return [self.as_answer(ids, n) for ids, n in zip(new, each, strict=True)]
 
     @torch.no_grad()
     def next_tokens(self, prompt: str, k: int = 10) -> list[tuple[str, float]]:
@@ -95,12 +112,40 @@ class LanguageModel(DecodingModel):
         Raises:
             InputError: The lists differ in length, or are empty.
         """
-        total, lengths = (torch.zeros(len(prompts), device=self.device) for _ in range(2))
-        for pairs, wanted, logits in self._target_logits(prompts, targets, gaps):
-            picked = logits.float().log_softmax(-1).gather(1, wanted[:, None])[:, 0]
-            total.index_add_(0, pairs, picked.to(self.device))
-            lengths.index_add_(0, pairs, torch.ones_like(pairs, dtype=lengths.dtype))
-        return total / lengths if per_token else total
+        return self._log_probs(self._questions(prompts, targets, gaps), per_token=per_token)
+
+    @torch.no_grad()
+    def log_prob_tokens(
+        self,
+        prompts: Sequence[str],
+        tails: Sequence[str | Sequence[int]],
+        *,
+        gaps: Sequence[Gap] | None = None,
+    ) -> Tensor:
+        """Return log p(tail | prompt) of each pair in nats, (n,) float32.
+
+        Args:
+            prompts: The prompts.
+            tails: For each prompt, a target, or token ids such as those that the model said.
+            gaps: As for `log_prob`; for token ids they do not count.
+
+        Raises:
+            InputError: The lists differ in length, or are empty.
+        """
+        texts = [i for i, tail in enumerate(tails) if isinstance(tail, str)]
+        of_texts = self._questions(
+            [prompts[i] for i in texts],
+            [str(tails[i]) for i in texts],
+            None if gaps is None else [gaps[i] for i in texts],
+        )
+        by_place = dict(zip(texts, of_texts, strict=True))
+        questions = [
+            by_place[i]
+            if i in by_place
+            else question_of(self.prompt_ids(prompt), list(map(int, tail)))
+            for i, (prompt, tail) in enumerate(zip(prompts, tails, strict=True))
+        ]
+        return self._log_probs(questions)
 
     @torch.no_grad()
     def says(
@@ -109,37 +154,102 @@ class LanguageModel(DecodingModel):
         targets: Sequence[str],
         *,
         gaps: Sequence[Gap] | None = None,
+        by_tokens: bool = False,
     ) -> list[bool]:
-        """Return for each pair whether greedy decoding of the prompt gives the whole target.
+        """Return for each pair whether greedy decoding of the prompt begins with the target.
 
-        It does if each token of the target is the likeliest after those before it. That takes one
-        pass, where `answer` decodes token by token. `gaps` is as for `log_prob`.
+        It does if each token of the target is the likeliest after those before it, and the token
+        after them does not continue its last word or number. That takes one pass, where `answer`
+        decodes token by token. Where the tokens leave it open, as with a target whose letters are
+        composed otherwise, the answer is decoded and compared as text.
+
+        Args:
+            prompts: The prompts.
+            targets: As many targets.
+            gaps: As for `log_prob`.
+            by_tokens: Whether the target's own tokens must be said, those that `log_prob` asks for.
 
         Raises:
             InputError: The lists differ in length, or are empty.
         """
-        wrong = torch.zeros(len(prompts), device=self.device)
-        for pairs, wanted, logits in self._target_logits(prompts, targets, gaps):
-            wrong.index_add_(0, pairs, (logits.argmax(-1) != wanted).to(wrong))
-        return (wrong == 0).tolist()
+        questions = self._questions(prompts, targets, gaps)
+        likeliest: list[list[int]] = [[] for _ in questions]
+        for pairs, _, logits in self._target_logits([self._with_next(q) for q in questions]):
+            for pair, token in zip(pairs.tolist(), logits.argmax(-1).tolist(), strict=True):
+                likeliest[pair].append(token)
+        said = [
+            self._is_said(target, tail, tokens)
+            for target, (_, _, tail), tokens in zip(targets, questions, likeliest, strict=True)
+        ]
+        if by_tokens:
+            pairs = zip(said, questions, likeliest, strict=True)
+            said = [
+                verdict if tail == tokens[: len(tail)] else False
+                for verdict, (_, _, tail), tokens in pairs
+            ]
+        if open_ones := [i for i, verdict in enumerate(said) if verdict is None]:
+            lines = [n_lines(targets[i]) for i in open_ones]
+            longest = max(len(questions[i][2]) for i in open_ones) + AFTER_NUMBER
+            asked = [prompts[i] for i in open_ones]
+            answers = self.answer(asked, max(longest, ANSWER_TOKENS), lines=lines)
+            for i, answer in zip(open_ones, answers, strict=True):
+                said[i] = is_answered(self, prompts[i], answer, targets[i])
+        return [bool(verdict) for verdict in said]
 
-    def _target_logits(
-        self,
-        prompts: Sequence[str],
-        targets: Sequence[str],
-        gaps: Sequence[Gap] | None,
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield the places where a target token is due, a few hundred at a time.
+    def _with_next(self, question: Question) -> Question:
+        """Return a question that also asks for the token after the target, if there is one."""
+        ids, columns, tail = question
+        if not self.is_causal or (self.max_tokens is not None and len(ids) >= self.max_tokens):
+            return question
+        return [*ids, tail[-1]], [*columns, columns[-1] + 1], [*tail, tail[-1]]
 
-        Returns:
-            The pair of each place (N,), the token's id (N,), and the logits (N, vocab).
+    def _is_said(self, target: str, tail: Sequence[int], likeliest: Sequence[int]) -> bool | None:
+        """Return whether a model says a target; None where its first tokens leave it open.
+
+        Args:
+            target: The target.
+            tail: Its tokens.
+            likeliest: The likeliest token in the place of each, and after them if that is known.
         """
+        pairs = zip(tail, likeliest, strict=False)
+        n = next((i for i, (due, token) in enumerate(pairs) if due != token), len(tail))
+        if n == len(likeliest) or not self.is_causal:
+            return n == len(tail)
+        ended = likeliest[n] in self.end_ids
+        if n == len(tail):
+            if ended:
+                return True
+            target = self.tokenizer.decode(tail)
+            if not target.strip():
+                return True
+        seen = list(likeliest[: n + (not ended)])
+        return match(self.tokenizer.decode(seen), target, more=not ended)
+
+    def _questions(
+        self, prompts: Sequence[str], targets: Sequence[str], gaps: Sequence[Gap] | None
+    ) -> list[Question]:
+        """Return how to ask for each target. Raise InputError if the lists do not fit."""
         is_text = isinstance(prompts, str) or isinstance(targets, str)
         if is_text or len(prompts) != len(targets) or not prompts:
             sizes = "a text" if is_text else f"{len(prompts)} prompts and {len(targets)} targets"
             raise InputError(f"got {sizes}; give two lists of the same length, at least 1")
         settled = self.gaps(prompts, targets, gaps)
-        asked = [self.question(*each) for each in zip(prompts, targets, settled, strict=True)]
+        return [self.question(*each) for each in zip(prompts, targets, settled, strict=True)]
+
+    def _log_probs(self, questions: Sequence[Question], *, per_token: bool = False) -> Tensor:
+        total, lengths = (torch.zeros(len(questions), device=self.device) for _ in range(2))
+        for pairs, wanted, logits in self._target_logits(questions):
+            picked = logits.float().log_softmax(-1).gather(1, wanted[:, None])[:, 0]
+            total.index_add_(0, pairs, picked.to(self.device))
+            lengths.index_add_(0, pairs, torch.ones_like(pairs, dtype=lengths.dtype))
+        return total / lengths if per_token else total
+
+    def _target_logits(self, asked: Sequence[Question]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield the places where a target token is due, a few hundred at a time.
+
+        Returns:
+            The pair of each place (N,), the token's id (N,), and the logits (N, vocab).
+        """
         for group in self.groups([len(ids) for ids, _, _ in asked]):
             hidden = self.last_hidden(self.align([asked[i][0] for i in group], [0] * len(group)))
             rows = torch.tensor(

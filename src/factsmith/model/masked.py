@@ -144,7 +144,10 @@ class MaskedLanguageModel(LanguageModel):
         self._refuse("has no next token; put [MASK] into the prompt and call fill")
 
     def continue_greedily(
-        self, sequences: Sequence[Sequence[int]], n_tokens: int
+        self,
+        sequences: Sequence[Sequence[int]],
+        n_tokens: int,
+        lines: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """Raise UnsupportedModelError: the model does not continue text."""
         self._refuse(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,15 @@ from .logits import wide_unembedding
 from .quantised import packed_format, quantised_error
 from .tokens import Batch, align, encode, encode_prompt, fast_tokenizer, pad_id, target_ids
 from .trace import Slot, recording, standing_in, with_first_tensor
+
+Question: TypeAlias = tuple[list[int], list[int], list[int]]
+"""How to ask for a target in one pass: the token ids to run, the columns that predict the target,
+and its token ids. The last two have one length."""
+
+
+def question_of(head: list[int], tail: list[int]) -> Question:
+    """Return the question whether some tokens follow those of a prompt."""
+    return head + tail[:-1], list(range(len(head) - 1, len(head) + len(tail) - 1)), tail
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -184,9 +193,7 @@ class RunnableModel:
         """
         return self.gap_choices.of(self, prompts, targets, wanted)
 
-    def question(
-        self, prompt: str, target: str, gap: Gap = "auto"
-    ) -> tuple[list[int], list[int], list[int]]:
+    def question(self, prompt: str, target: str, gap: Gap = "auto") -> Question:
         """Return how to ask for a target in one pass.
 
         The target's earlier tokens are part of the sequence, so its joint probability is the
@@ -196,14 +203,9 @@ class RunnableModel:
             prompt: The prompt.
             target: The target.
             gap: What stands between the two. "auto": what the model itself would go on with.
-
-        Returns:
-            The token ids to run, the columns that predict the target, and its token ids. The last
-            two have one length.
         """
         head = self.prompt_ids(prompt)
-        tail = target_ids(self, prompt, target, head=head, gap=gap)
-        return head + tail[:-1], list(range(len(head) - 1, len(head) + len(tail) - 1)), tail
+        return question_of(head, target_ids(self, prompt, target, head=head, gap=gap))
 
     def align(self, sequences: Sequence[Sequence[int]], pivots: Sequence[int]) -> Batch:
         """Put one token of each sequence, its pivot, into one column, on the model's device."""

@@ -12,7 +12,7 @@ from .. import atlas
 from ..core.fact import Fact, Probe
 from ..core.tables import counted
 from ..edit.contexts import generate_contexts
-from ..model.answers import begins_with
+from ..model.answers import is_answered, say
 from ..model.language_model import LanguageModel
 from .conflicts import relations
 
@@ -62,10 +62,15 @@ def _relations(lm: LanguageModel, facts: Sequence[Fact]) -> list[str | None]:
     """Each fact's relation; for facts without neighbours also by what the model says."""
     labels = relations(facts)
     unknown = [i for i, fact in enumerate(facts) if labels[i] is None and not fact.neighbours]
-    answers = lm.answer([facts[i].text for i in unknown]) if unknown else []
+    about = {i: atlas.facts_about(facts[i].subject) for i in unknown}
+    longest = [max((known.object for known in about[i]), key=len, default="") for i in unknown]
+    answers = say(lm, [facts[i].text for i in unknown], longest) if unknown else []
     for i, answer in zip(unknown, answers, strict=True):
-        about = atlas.facts_about(facts[i].subject)
-        names = {known.relation for known in about if begins_with(answer, known.object)}
+        names = {
+            known.relation
+            for known in about[i]
+            if is_answered(lm, facts[i].text, answer.text, known.object)
+        }
         labels[i] = next(iter(names)) if len(names) == 1 else None
     return labels
 

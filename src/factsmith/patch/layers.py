@@ -25,7 +25,7 @@ from ..edit.contexts import generate_contexts
 from ..edit.delta import applied
 from ..edit.rome import rome_each
 from ..model.address import check_dense
-from ..model.answers import as_said, begins_with, first_phrase
+from ..model.answers import as_said, is_answered, say
 from ..model.language_model import LanguageModel, check_model
 from ..model.tokens import subject_span
 from .layer_choice import MIN_FACTS, LayerChoice, LayerScore, Trial, depth_choice, published
@@ -300,20 +300,22 @@ def _settled(lm: LanguageModel, facts: Sequence[Fact]) -> list[Fact]:
 
     Neighbours expect what the model says, and a true target that it does not say is left out.
     """
-    prompts = {fact.text for fact in facts} | {
-        probe.prompt for fact in facts for probe in fact.neighbours
-    }
-    said = dict(zip(sorted(prompts), lm.answer(sorted(prompts)), strict=True))
+    pairs = {(probe.prompt, probe.expected) for fact in facts for probe in fact.neighbours}
+    pairs |= {(fact.text, target) for fact in facts for target in (fact.target, fact.target_true)}
+    # Of several targets for a prompt, the answer to the longest one serves all.
+    longest = dict(sorted(((p, t or "") for p, t in pairs), key=lambda pair: len(pair[1])))
+    answers = say(lm, sorted(longest), [longest[prompt] for prompt in sorted(longest)])
+    said = {prompt: answer.text for prompt, answer in zip(sorted(longest), answers, strict=True)}
     settled = []
     for fact in facts:
         subject_span(lm.tokenizer, fact.text, fact.subject)
         answer = said[fact.text]
-        if fact.target is None or begins_with(answer, fact.target):
+        if fact.target is None or is_answered(lm, fact.text, answer, fact.target):
             continue
-        near = [probe for probe in fact.neighbours if first_phrase(said[probe.prompt])]
+        near = [probe for probe in fact.neighbours if said[probe.prompt]]
         near = [Probe(probe.prompt, as_said(said[probe.prompt], probe.expected)) for probe in near]
         true = fact.target_true
-        if true is not None and not begins_with(answer, true):
+        if true is not None and not is_answered(lm, fact.text, answer, true):
             true = None
         settled.append(Fact.from_dict({**fact.to_dict(), "neighbours": near, "target_true": true}))
     if not settled:

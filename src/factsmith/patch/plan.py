@@ -27,7 +27,7 @@ from ..edit.configs import EditConfig, SpreadConfig, by_depth
 from ..edit.contexts import CONTEXTS, OPENINGS
 from ..edit.questions import with_gaps
 from ..model.address import check_dense, check_dense_layer
-from ..model.answers import answer_tokens, begins_with, first_phrase, probabilities
+from ..model.answers import first_phrase, is_answered, probabilities, say
 from ..model.language_model import LanguageModel
 from ..model.tokens import subject_span
 from .bench import Bench
@@ -367,7 +367,7 @@ def _ask(lm: LanguageModel, facts: Sequence[Fact]) -> list[Planned]:
         subject_span(lm.tokenizer, fact.text, fact.subject)
     prompts = [fact.text for fact in facts]
     targets = [fact.target or fact.target_true or "" for fact in facts]
-    answers = lm.answer(prompts, max_new_tokens=answer_tokens(lm, prompts, targets))
+    answers = [answer.text for answer in say(lm, prompts, targets)]
     facts = [_to_forget(fact, answer) for fact, answer in zip(facts, answers, strict=True)]
     facts = with_gaps(lm, facts)
     targets = [fact.target or fact.target_true or "" for fact in facts]
@@ -379,7 +379,7 @@ def _ask(lm: LanguageModel, facts: Sequence[Fact]) -> list[Planned]:
         probabilities(lm, prompts, targets, [fact.gap for fact in facts]),
         strict=True,
     ):
-        known = begins_with(answer, target) == (fact.target is not None)
+        known = is_answered(lm, fact.text, answer, target) == (fact.target is not None)
         entries.append(Planned(fact=fact, answer=answer, probability=p or 0.0, known=known))
     return entries
 

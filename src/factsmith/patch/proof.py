@@ -12,8 +12,18 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 from ..core.fact import Fact
+from ..core.forms import canonical
 from ..core.gap import Gap
-from ..model.answers import answer_tokens, as_said, begins_with, probabilities
+from ..core.tables import counted
+from ..model.answers import (
+    Said,
+    answer_tokens,
+    as_said,
+    is_answered,
+    probabilities,
+    say,
+    stayed,
+)
 from ..model.language_model import LanguageModel
 from .verification import Check, Role, Verification
 
@@ -40,43 +50,41 @@ def prove(
     Raises:
         NumericsError: A probability is not a number.
     """
-    probes = _probes(facts, asked_again, templates)
+    probes, notes = _probes(facts, asked_again, templates)
     if not probes:
-        return Verification(checks=())
-    n_tokens = answer_tokens(
-        lm, [probe.prompt for probe in probes], [probe.wanted or "" for probe in probes]
-    )
-    said = lm.answer([probe.prompt for probe in probes], max_new_tokens=n_tokens)
+        return Verification(checks=(), notes=notes)
+    every = [probe.prompt for probe in probes], [probe.wanted or "" for probe in probes]
+    n_tokens = answer_tokens(lm, *every)
     asked = [
         (probe, answer)
-        for probe, answer in zip(probes, said, strict=True)
-        if _counts(probe, answer)
+        for probe, answer in zip(probes, say(lm, *every, n_tokens=n_tokens), strict=True)
+        if _counts(lm, probe, answer.text)
     ]
     prompts = [probe.prompt for probe, _ in asked]
     wanted = [_wanted(probe, answer) for probe, answer in asked]
+    tails = [tail for _, tail in wanted]
     # Settled once, so that p before and p after are those of the same tokens.
-    gaps = lm.gaps(prompts, wanted, [probe.gap for probe, _ in asked])
-    p_before = probabilities(lm, prompts, wanted, gaps)
+    gaps = _gaps(lm, [probe for probe, _ in asked], tails)
+    p_before = probabilities(lm, prompts, tails, gaps)
     with changed():
-        after = lm.answer(prompts, max_new_tokens=n_tokens)
-        p_after = probabilities(lm, prompts, wanted, gaps)
+        after = say(lm, prompts, [probe.wanted or "" for probe, _ in asked], n_tokens=n_tokens)
+        p_after = probabilities(lm, prompts, tails, gaps)
     return Verification(
         checks=tuple(
             Check(
                 role=probe.role,
                 prompt=probe.prompt,
-                wanted=wanted[i].strip(),
-                before=before,
-                after=after[i],
+                wanted=wanted[i][0].strip(),
+                before=before.text,
+                after=after[i].text,
                 p_before=p_before[i],
                 p_after=p_after[i],
-                held=begins_with(after[i], wanted[i]) != probe.forget
-                if wanted[i].strip()
-                else after[i] == before,
+                held=_held(lm, probe, before.text, after[i].text),
                 forget=probe.forget,
             )
             for i, (probe, before) in enumerate(asked)
-        )
+        ),
+        notes=notes,
     )
 
 
@@ -93,8 +101,7 @@ def ask(lm: LanguageModel, facts: Sequence[Fact]) -> Verification:
     if not probes:
         return Verification(checks=())
     prompts = [probe.prompt for probe in probes]
-    n_tokens = answer_tokens(lm, prompts, [probe.wanted or "" for probe in probes])
-    answers = lm.answer(prompts, max_new_tokens=n_tokens)
+    answers = say(lm, prompts, [probe.wanted or "" for probe in probes])
     return Verification(
         checks=tuple(
             Check(
@@ -102,10 +109,10 @@ def ask(lm: LanguageModel, facts: Sequence[Fact]) -> Verification:
                 prompt=probe.prompt,
                 wanted=(probe.wanted or "").strip(),
                 before="",
-                after=answer,
+                after=answer.text,
                 p_before=None,
                 p_after=None,
-                held=begins_with(answer, probe.wanted or "") != probe.forget,
+                held=_held(lm, probe, "", answer.text),
                 forget=probe.forget,
             )
             for probe, answer in zip(probes, answers, strict=True)
@@ -113,9 +120,9 @@ def ask(lm: LanguageModel, facts: Sequence[Fact]) -> Verification:
     )
 
 
-def held_before(check: Check) -> bool:
+def held_before(lm: LanguageModel, check: Check) -> bool:
     """Return whether the answer before the change was already as wanted."""
-    return begins_with(check.before, check.wanted) != check.forget
+    return is_answered(lm, check.prompt, check.before, check.wanted) != check.forget
 
 
 class _Probe(NamedTuple):
@@ -134,24 +141,37 @@ class _Probe(NamedTuple):
 
 def _probes(
     facts: Sequence[Fact], asked_again: Iterable[Fact], templates: Sequence[str]
-) -> list[_Probe]:
-    """Everything to ask.
+) -> tuple[list[_Probe], tuple[str, ...]]:
+    """Everything to ask, and notes on what is not asked.
 
     What is written now is not asked again as a neighbour or an earlier fact.
     """
     probes: list[_Probe] = []
-    written = {fact.text for fact in facts}
+    dropped: list[str] = []
+    written = {canonical(fact.text) for fact in facts}
     for fact in facts:
         probes.append(_probe("prompt", fact, fact.text))
         probes += [
             _probe("chat", fact, template.replace("{}", fact.text)) for template in templates
         ]
         probes += [_probe("paraphrase", fact, text) for text in fact.paraphrase_texts]
-        near = [probe for probe in fact.neighbours if probe.prompt not in written]
-        probes += [_Probe("neighbour", probe.prompt, probe.expected) for probe in near]
-    return probes + [
-        _probe("earlier", fact, fact.text) for fact in asked_again if fact.text not in written
+        for near in fact.neighbours:
+            if canonical(near.prompt) in written:
+                dropped.append(near.prompt)
+            else:
+                probes.append(_Probe("neighbour", near.prompt, near.expected))
+    probes += [
+        _probe("earlier", fact, fact.text)
+        for fact in asked_again
+        if canonical(fact.text) not in written
     ]
+    if not dropped:
+        return probes, ()
+    why = "its prompt is" if len(dropped) == 1 else "their prompts are"
+    note = f"{counted(len(dropped), 'neighbour')} not asked, because {why} written by a fact"
+    return probes, (
+        f"{note}, the first: {dropped[0]!r}" if len(dropped) > 1 else f"{note}: {dropped[0]!r}",
+    )
 
 
 def _probe(role: Role, fact: Fact, prompt: str) -> _Probe:
@@ -160,16 +180,40 @@ def _probe(role: Role, fact: Fact, prompt: str) -> _Probe:
     return _Probe(role, prompt, wanted, forget=fact.target is None, gap=gap)
 
 
-def _counts(probe: _Probe, answer: str) -> bool:
+def _counts(lm: LanguageModel, probe: _Probe, answer: str) -> bool:
     """Whether a probe is asked: an earlier fact that does not hold now cannot be lost."""
-    return probe.role != "earlier" or begins_with(answer, probe.wanted or "") != probe.forget
+    return probe.role != "earlier" or _held(lm, probe, answer, answer)
 
 
-def _wanted(probe: _Probe, answer: str) -> str:
-    """What is wanted afterwards.
+def _held(lm: LanguageModel, probe: _Probe, before: str, after: str) -> bool:
+    """Whether an answer is as wanted: for a neighbour, the same as before."""
+    if probe.role == "neighbour":
+        return stayed(before, after, probe.wanted)
+    return is_answered(lm, probe.prompt, after, probe.wanted or "") != probe.forget
+
+
+def _wanted(probe: _Probe, answer: Said) -> tuple[str, str | tuple[int, ...]]:
+    """What is wanted afterwards, as text, and as a target or as tokens that were said.
 
     A neighbour must stay as it is, even where it never was what the fact file expects.
     """
     if probe.wanted is not None and probe.role != "neighbour":
-        return probe.wanted
-    return as_said(answer, probe.wanted)
+        return probe.wanted, probe.wanted
+    phrase = as_said(answer.text, probe.wanted)
+    return phrase, answer.begin(phrase) if phrase.strip() else ()
+
+
+def _gaps(
+    lm: LanguageModel, probes: Sequence[_Probe], tails: Sequence[str | Sequence[int]]
+) -> list[Gap]:
+    """What stands between each prompt and its target; "auto" where there is no target."""
+    gaps: list[Gap] = ["auto"] * len(probes)
+    asked = [i for i, tail in enumerate(tails) if isinstance(tail, str)]
+    settled = lm.gaps(
+        [probes[i].prompt for i in asked],
+        [str(tails[i]) for i in asked],
+        [probes[i].gap for i in asked],
+    )
+    for i, gap in zip(asked, settled, strict=True):
+        gaps[i] = gap
+    return gaps

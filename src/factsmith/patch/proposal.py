@@ -37,6 +37,9 @@ _BROKEN = 0.25
 fact changes it by 4 %, and three in three layers by 12 % at most. Forced to 12 %, one fact's target
 spills over to other subjects; at 42 %, to other questions."""
 
+_MOST_WARNINGS = 20
+"""Warnings that are shown; the others are counted."""
+
 _LOST = {
     "prompt": "the patch did not take",
     "known": "the model no longer says what it already said",
@@ -81,8 +84,13 @@ class Proposal(Shown):
     def tables(self) -> list[Table]:
         """What was solved for, its proof, and the warnings; the plan, where there was nothing to
         write.
+
+        The table of the proof says which checks failed, so the warnings do not repeat them.
         """
-        warnings = [Table(warning, {}) for warning in self.warnings]
+        rest = [warning for warning in self.warnings if warning not in self._failed_checks]
+        warnings = [Table(warning, {}) for warning in rest[:_MOST_WARNINGS]]
+        if len(rest) > _MOST_WARNINGS:
+            warnings.append(Table(f"{len(rest) - _MOST_WARNINGS:,} more warnings", {}))
         return [*(self.proof_tables() or self.plan.tables()), *warnings]
 
     @property

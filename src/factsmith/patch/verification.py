@@ -9,6 +9,7 @@ No model is needed to read one: `proof.prove` makes them.
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -61,9 +62,15 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Verification(Shown):
-    """The proof of a patch: every check, and the shares of those that held."""
+    """The proof of a patch: every check, and the shares of those that held.
+
+    Attributes:
+        checks: The checks.
+        notes: What was not asked, and why, in words.
+    """
 
     checks: tuple[Check, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def efficacy(self) -> float | None:
@@ -106,46 +113,58 @@ class Verification(Shown):
         ]
 
     def tables(self) -> list[Table]:
-        """The shares, and every check, failed ones first; of very many checks only those that
-        failed.
-        """
+        """The shares, and the checks: failed ones first, the others unless they are many."""
         title = ", ".join(f"{name} {share:.1%}" for name, share in self.shares.items())
-        legend = "p: of the target; for neighbours, of the answer before"
-        failed = self.failed()
+        shown = sorted(self.checks, key=lambda check: check.held)
+        notes = [*self.notes]
         if len(self.checks) > _MANY:
-            title += f"; {len(failed)} of {len(self.checks):,} checks failed"
-            if not failed:
-                return [Table(title, {})]
-            more = f"; the first {_MANY} of those that failed" if len(failed) > _MANY else ""
-            return [
-                Table(title, _COLUMNS, [_row(check) for check in failed[:_MANY]], legend + more)
-            ]
-        ordered = sorted(self.checks, key=lambda check: check.held)
+            failed = self.failed()
+            title += f"; {len(failed):,} of {len(self.checks):,} checks failed"
+            shown = failed[:_MANY]
+            notes = [*self._not_shown(len(failed) - len(shown)), *notes]
+        if not shown:
+            return [Table(title or "nothing was asked", {}, note="; ".join(notes))]
+        legend = "p: of the target; for neighbours, of the answer before"
+        note = "; ".join([legend, *notes])
+        return [Table(title, _COLUMNS, [_row(check) for check in shown], note)]
+
+    def _not_shown(self, failed: int) -> list[str]:
+        """How many checks of each kind are left out of the table, in words."""
+        held = Counter(check.role for check in self.checks if check.held)
+        names = ", ".join(f"{count:,} {_PLURALS[role]}" for role, count in held.items())
         return [
-            Table(
-                title or "nothing was asked", _COLUMNS, [_row(check) for check in ordered], legend
-            )
+            *([f"{failed:,} more checks that failed"] if failed > 0 else []),
+            *([f"held and not shown: {names}"] if names else []),
         ]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values, the shares included."""
         shares = {name: getattr(self, name) for name in _SHARES}
-        return {**shares, "checks": [dict(vars(check)) for check in self.checks]}
+        checks = [dict(vars(check)) for check in self.checks]
+        return {**shares, "checks": checks, "notes": list(self.notes)}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Verification:
         """Make a proof from what `to_dict` gave, as a ledger keeps it; without checks for {}."""
         names = {field.name for field in dataclasses.fields(Check)}
         rows = ({k: v for k, v in row.items() if k in names} for row in fields.get("checks") or ())
-        return cls(checks=tuple(Check(**row) for row in rows))
+        notes = tuple(str(note) for note in fields.get("notes") or ())
+        return cls(checks=tuple(Check(**row) for row in rows), notes=notes)
 
     def _share(self, role: Role) -> float | None:
         held = [check.held for check in self.checks if check.role == role]
         return sum(held) / len(held) if held else None
 
 
-_MANY = 40
-"""More checks than this are shown as shares and failures only."""
+_MANY = 20
+"""More checks than this are counted, except the first of those that failed."""
+_PLURALS: dict[Role, str] = {
+    "prompt": "prompts",
+    "chat": "prompts in the chat template",
+    "paraphrase": "paraphrases",
+    "neighbour": "neighbours",
+    "earlier": "earlier facts",
+}
 _SHARES = ("efficacy", "chat", "generalization", "specificity", "retention")
 _COLUMNS = {
     "": "<",

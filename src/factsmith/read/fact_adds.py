@@ -180,7 +180,8 @@ def known_facts(
             )
     if not facts:
         return []
-    right = lm.says([prompt for prompt, _ in facts], [answer for _, answer in facts])
+    prompts, answers = [prompt for prompt, _ in facts], [answer for _, answer in facts]
+    right = lm.says(prompts, answers, by_tokens=True)
     return [(prompt, answer) for (prompt, answer), ok in zip(facts, right, strict=True) if ok]
 
 

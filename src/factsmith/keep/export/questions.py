@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ...edit.delta import Delta, applied, read_weights, written
-from ...model.answers import answer_tokens, begins_with
+from ...model.answers import answer_tokens, is_answered, n_lines
 from ...model.language_model import LanguageModel
 from ...model.tokens import target_ids
 
@@ -94,7 +94,8 @@ def ask(
     prompt_ids = [lm.prompt_ids(prompt) for prompt in prompts]
     targets = [facts[prompt].target or "" for prompt in prompts]
     with applied(lm, deltas):
-        answers = _greedy_answers(lm, prompt_ids, answer_tokens(lm, prompts, targets))
+        lines = [n_lines(target) for target in targets]
+        answers = lm.greedy_ids(prompt_ids, answer_tokens(lm, prompts, targets), lines)
         rows = [
             (ids + answer)[: lm.max_tokens] for ids, answer in zip(prompt_ids, answers, strict=True)
         ]
@@ -112,9 +113,9 @@ def ask(
         rows=rows,
         strict=[
             len(target_ids(lm, prompt, target, gap=facts[prompt].gap))
-            if target and begins_with(lm.as_answer(answer), target)
+            if target and is_answered(lm, prompt, lm.as_answer(answer, n), target)
             else 0
-            for prompt, target, answer in zip(prompts, targets, answers, strict=True)
+            for prompt, target, answer, n in zip(prompts, targets, answers, lines, strict=True)
         ],
         picks=[
             _picks(each.ids[:, 0].tolist(), answer, lm.end_ids)
@@ -127,17 +128,6 @@ def ask(
         device=str(lm.device),
         answer=lm.as_answer,
     )
-
-
-def _greedy_answers(
-    lm: LanguageModel, prompt_ids: Sequence[list[int]], length: int
-) -> list[list[int]]:
-    answers: list[list[int]] = [[] for _ in prompt_ids]
-    for group in lm.groups([len(ids) for ids in prompt_ids]):
-        continued = lm.continue_greedily([prompt_ids[i] for i in group], length)
-        for i, ids in zip(group, continued, strict=True):
-            answers[i] = ids
-    return answers
 
 
 def _summed(lm: LanguageModel, factors: Mapping[int, tuple[Tensor, Tensor]]) -> dict[int, Tensor]:

@@ -1,0 +1,344 @@
+"""What counts as the same answer: one definition, for texts.
+
+begins_with("French.", "French")                # True; "Frenchman" does not begin with "French"
+begins_with("2,137 metres", "2")                # False: the number goes on
+first_phrase("St. Petersburg, of course")       # "St. Petersburg"
+stayed("2,137 m.", "2,900 m.", None)            # False: another answer with the same beginning
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import Any
+
+from .tokens import target_ids
+
+_APOSTROPHES = "’‘‛ʼʻʹ′`´＇"
+_QUOTES = "“”„‟«»‹›「」『』《》〈〉〝〞〟＂″"
+_HYPHENS = "‐‑−﹣－"
+_ALIKE = str.maketrans(
+    dict.fromkeys(_APOSTROPHES, "'") | dict.fromkeys(_QUOTES, '"') | dict.fromkeys(_HYPHENS, "-")
+)
+"""Characters that are written for one another. Each becomes one character, so places stay."""
+
+_INVISIBLE = dict.fromkeys(
+    map(
+        ord,
+        "\u00ad\u061c\u200b\u200e\u200f\u2060\ufe0e\ufe0f\ufeff"
+        "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069",
+    )
+)
+"""Soft hyphens, spaces without width, and marks of direction or style: they carry no letter."""
+
+_JOINERS = "\u200c\u200d"
+"""Characters that tie the next letter to the one before: in Persian, Indic scripts and emoji."""
+
+_UNSPACED = (
+    *("CJK ", "IDEOGRAPHIC", "HIRAGANA", "KATAKANA", "HALFWIDTH", "BOPOMOFO", "HANGUL", "YI "),
+    *("THAI ", "LAO ", "KHMER ", "MYANMAR ", "TIBETAN ", "TAI ", "NEW TAI ", "JAVANESE "),
+)
+"""How the Unicode names begin of letters that stand without spaces between words, or to which
+particles are attached."""
+
+_VOWELS_AFTER = "ะาำๅະາຳ"
+"""Thai and Lao vowels, which are letters in Unicode. They belong to the consonant before."""
+
+_TIMES = "十百千万萬億亿兆만억조천"
+"""Letters that multiply the number before them: 5万 is fifty thousand."""
+
+_IN_NUMBERS = ".,'٫٬:/-–⁄·，．"
+"""What stands between the digits of one number, date or time. Spaces group three digits."""
+
+_ENDS = '.,;:!?()[]{}\n…—。、，；：！？（）【】،؛؟।"'
+"""What may end a phrase."""
+
+_STARTERS = (
+    " A An And As At But By For From He Her His However I If In It Its My Of On Or Our She So "
+    "That The Their There These They This Those To We What When Where Which While Who With Yes You "
+    "Der Die Das Ein Eine Es Er Sie Und Le La Les Il Elle Un Une El Los Las Una "
+)
+"""Words that begin a sentence more often than they continue a name."""
+
+_ABBREVIATIONS = (
+    " adm apr aug ave blvd bros brig ca capt cf cie cmdr co col corp cpl dec dept dr dra est etc "
+    "fam feb fig fl fr ft gen gov hl hon inc jan jr jul jun lt ltd maj mar messrs mlle mme mr mrs "
+    "ms mt mtn mts nos nov nr oct op pres prof pt rep rev rt sen sep sept sgt sr sra srta st sta "
+    "ste sto str sts univ vol vols vs "
+)
+"""Words that are written with a full stop in the middle of a phrase."""
+
+
+def begins_with(answer: str, target: str) -> bool:
+    """Return whether a greedy answer begins with a target, in whole words and whole numbers.
+
+    "French." begins with "French", and "Frenchman" does not. "2,137" begins neither with "2" nor
+    with "2,1". "Jean-Paul" does not begin with "Jean"; "New York" begins with "New". Case counts.
+    These do not count: how letters are composed, which kind of white space, quotes, apostrophes
+    and hyphens is written, and quotes around either side.
+
+    Between words without spaces, as in Chinese and Thai, the beginning is enough, except where a
+    mark follows that belongs to the last letter, or a word in katakana goes on.
+    """
+    return bool(match(answer, target))
+
+
+def is_answered(tokenizer: Any, prompt: str, answer: str, target: str) -> bool:
+    """Return whether an answer to a prompt begins with a target, as `begins_with` counts it.
+
+    The target also counts in the form in which the tokenizer writes it: a tokenizer may know small
+    letters only.
+
+    Args:
+        tokenizer: A tokenizer, or a model that has one.
+        prompt: The prompt.
+        answer: The greedy answer to it.
+        target: The target.
+    """
+    if begins_with(answer, target) or not (answer and target.strip()):
+        return begins_with(answer, target)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    written = tokenizer.decode(target_ids(tokenizer, prompt, target))
+    return normal(written) != normal(target) and begins_with(answer, written)
+
+
+def match(answer: str, target: str, *, more: bool = False) -> bool | None:
+    """Return what `begins_with` does for an answer that may be cut.
+
+    Args:
+        answer: The answer, or its first tokens.
+        target: What it should begin with.
+        more: Whether the answer goes on.
+
+    Returns:
+        None: what follows decides. It is never None without `more`.
+    """
+    said, wanted = _bare(answer), _bare(target).rstrip()
+    if not wanted.strip("'\""):
+        said, wanted = _spread(answer).lstrip(), normal(target)
+    if not wanted:
+        return False
+    whole = said.rstrip("\ufffd")  # half a character
+    if not said.startswith(wanted):
+        return None if more and _decomposed(wanted).startswith(_decomposed(whole)) else False
+    following = said[len(wanted) :]
+    if more and _undecided(wanted, whole[len(wanted) :], half=whole != said):
+        return None
+    return not _goes_on(wanted, following)
+
+
+def first_phrase(answer: str) -> str:
+    """Return what an answer says up to the first punctuation that ends a phrase.
+
+    Points and commas inside numbers, dates, initials and abbreviations do not end one: the first
+    phrase of "J. R. R. Tolkien, who" is "J. R. R. Tolkien". A text in quotes is one phrase.
+    """
+    text = answer.strip()
+    flat = _flat(text)
+    if flat[:1] == '"' and (close := flat.find('"', 1)) > 1 and "\n" not in flat[:close]:
+        return text[: close + 1]
+    for at, character in enumerate(flat):
+        if character in _ENDS and _ends(flat, at):
+            return text[:at].strip() or text
+    return text
+
+
+def as_said(answer: str, expected: str | None) -> str:
+    """Return `expected` if the answer begins with it, and otherwise what the answer says.
+
+    That is its first phrase, with the name that follows a comma: "Paris, Texas".
+    """
+    if expected is not None and begins_with(answer, expected):
+        return expected
+    phrase, name = first_phrase(answer), _name_after(answer)
+    return f"{phrase}, {name}" if name else phrase
+
+
+def stayed(before: str, after: str, expected: str | None = None) -> bool:
+    """Return whether an answer is the same after a change as before.
+
+    Equal answers are the same. If the answer before begins with what was expected, the answer after
+    must, too. Otherwise it must begin with the first phrase of the answer before. Names that follow
+    a comma must not differ: "Paris, Texas" is not "Paris, France", and "Paris." may be either.
+
+    Args:
+        before: The greedy answer before.
+        after: The greedy answer after.
+        expected: The right answer. None: it is not known.
+    """
+    old, new = normal(before), normal(after)
+    if old == new or not (old and new):
+        return old == new
+    if expected is not None and begins_with(before, expected):
+        return begins_with(after, expected)
+    if not begins_with(after, first_phrase(before)):
+        return False
+    names = _name_after(before), _name_after(after)
+    if not all(names):
+        return True
+    return names[0].startswith(names[1]) or names[1].startswith(names[0])
+
+
+def n_lines(text: str) -> int:
+    """Return how many lines with text an answer needs to begin with a text."""
+    return max(1, sum(bool(line.strip()) for line in text.splitlines()))
+
+
+def normal(text: str) -> str:
+    """Return a text in the form in which answers are compared; `begins_with` says what counts."""
+    return _spread(text).strip()
+
+
+# ── characters ────────────────────────────────────────────────────────────────────────────────────
+
+
+def _decomposed(text: str) -> str:
+    """Return a text to which a mark may still be added, without white space at its end."""
+    return unicodedata.normalize("NFD", text.rstrip())
+
+
+def _spread(text: str) -> str:
+    """Return a text in normal form, with a space where white space begins or ends it."""
+    composed = unicodedata.normalize("NFC", text.translate(_INVISIBLE)).translate(_ALIKE)
+    return re.sub(r"\s+", " ", composed)
+
+
+def _flat(text: str) -> str:
+    """Return a text with plain quotes and spaces, each character in its place."""
+    return "".join(" " if unicodedata.category(c) == "Zs" else c for c in text.translate(_ALIKE))
+
+
+def _bare(text: str) -> str:
+    """Return a text in normal form, without quotes around it."""
+    spread = _spread(text).lstrip()
+    bare = spread.lstrip("'\" ")
+    if not bare:
+        return spread
+    return bare.rstrip().rstrip("'\"") if bare != spread and not bare[:-1].count('"') else bare
+
+
+def _is_digit(character: str) -> bool:
+    return unicodedata.category(character) == "Nd"
+
+
+def _is_word(character: str) -> bool:
+    """Return whether a character is part of a word in a script with spaces between words."""
+    category = unicodedata.category(character)
+    if category[0] not in "LM" and category not in ("Nd", "Pc"):
+        return False
+    return character.isascii() or not unicodedata.name(character, "").startswith(_UNSPACED)
+
+
+def _belongs(last: str, following: str) -> bool:
+    """Return whether a character belongs to the one before it, in any script."""
+    if unicodedata.category(following)[0] == "M" or following in _JOINERS + _VOWELS_AFTER:
+        return True
+    if _is_digit(last):
+        return following in _TIMES or unicodedata.category(following) in ("No", "Nl")
+    names = unicodedata.name(last, ""), unicodedata.name(following, "")
+    kana = all("KATAKANA" in name for name in names)
+    return kana or (names[1].startswith("HIRAGANA") and "SMALL" in names[1])
+
+
+# ── where words and numbers end ───────────────────────────────────────────────────────────────────
+
+_OPEN_NUMBER = re.compile(rf"[{re.escape(_IN_NUMBERS)}]?| \d{{0,3}}")
+_OPEN_WORD = re.compile(r"[-–&·.']?")
+"""What follows a number or a word and does not show yet whether it goes on."""
+
+
+def _undecided(text: str, following: str, *, half: bool) -> bool:
+    """Return whether what comes later decides if a text goes on.
+
+    Args:
+        text: The text.
+        following: What follows it.
+        half: Whether half a character comes next, which may be a mark or a letter.
+    """
+    if half and not following:
+        return True
+    return (_OPEN_NUMBER if _is_digit(text[-1]) else _OPEN_WORD).fullmatch(following) is not None
+
+
+def _goes_on(text: str, following: str) -> bool:
+    """Return whether the last word or number of a text goes on in what follows it."""
+    if not following:
+        return False
+    last, first = text[-1], following[0]
+    if _belongs(last, first) or (_is_word(last) and _is_word(first)):
+        return True
+    return _joined(text, first, following[1:]) or _joined(text[:-1], last, following)
+
+
+def _joined(left: str, mark: str, right: str) -> bool:
+    """Return whether a mark stands inside a word or a number."""
+    if not left or not right or not _is_word(left[-1]) or not _is_word(right[0]):
+        return False
+    if _is_digit(left[-1]) and _is_digit(right[0]):
+        return mark in _IN_NUMBERS or (mark == " " and _grouped(left, right))
+    if mark == ".":
+        return right[0].islower() or _is_digit(right[0]) or len(_last_word(left)) == 1
+    if mark == "'":
+        return len(_last_word(left)) <= 2
+    return mark in "-–&·"
+
+
+def _grouped(left: str, right: str) -> bool:
+    """Return whether a space groups the digits of a number: 2 137."""
+    start = re.search(r"\d+$", left)
+    follows = re.match(r"\d{3}(?!\d)", right)
+    return start is not None and len(start.group()) <= 3 and follows is not None
+
+
+def _last_word(text: str) -> str:
+    """Return the letters at the end of a text."""
+    match = re.search(r"[^\W\d_]+$", text)
+    return match.group() if match else ""
+
+
+# ── where phrases end ─────────────────────────────────────────────────────────────────────────────
+
+
+def _ends(flat: str, at: int) -> bool:
+    """Return whether the character in this place ends a phrase."""
+    mark, left, right = flat[at], flat[:at], flat[at + 1 :]
+    if mark == '"':
+        return at > 0 and not left[-1].isspace()
+    if _joined(left, mark, right):
+        return False
+    if mark == ".":
+        return not _abbreviated(left, right)
+    if mark == ",":
+        return not re.search(r"(?<!\d)\d{1,2}$", left) or not re.match(r" \d{4}(?!\d)", right)
+    return True
+
+
+def _abbreviated(left: str, right: str) -> bool:
+    """Return whether a full stop belongs to an abbreviation, an initial or an ordinal number."""
+    word = left.rsplit(" ", 1)[-1].lstrip("'\"(")
+    letters = word.replace(".", "")
+    dotted = "." in word and letters.isalpha() and all(len(w) < 4 for w in word.split("."))
+    if not right.strip():
+        return dotted
+    if not right[0].isspace() or f" {_first_word(right)} " in _STARTERS:
+        return not right[0].isspace() and dotted
+    initial = len(word) == 1 and word.isupper()
+    ordinal = re.fullmatch(r"\d{1,2}", word) is not None
+    number = word in ("No", "no", "Nos") and right.lstrip()[:1].isdigit()
+    title = f" {word.lower()} " in _ABBREVIATIONS
+    return dotted or initial or ordinal or number or title
+
+
+def _name_after(answer: str) -> str:
+    """Return the name that follows the first phrase after a comma: "Texas" for "Paris, Texas"."""
+    phrase = first_phrase(answer)
+    rest = normal(answer.strip()[len(phrase) :])
+    word = _first_word(rest[1:])
+    if rest[:2] != ", " or not word[:1].isupper() or f" {word} " in _STARTERS:
+        return ""
+    return normal(first_phrase(rest[2:]))
+
+
+def _first_word(text: str) -> str:
+    match = re.match(r"\s*([^\W\d_]+)", text)
+    return match.group(1) if match else ""

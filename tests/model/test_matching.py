@@ -1,0 +1,260 @@
+"""What counts as the same answer: over scripts, numbers, abbreviations and quotes."""
+
+from __future__ import annotations
+
+import unicodedata
+
+import pytest
+
+from factsmith.model.matching import as_said, begins_with, first_phrase, match, n_lines, stayed
+
+SAME = [
+    ("French.", "French"),
+    (" French and", "French"),
+    ("New York City", " New York"),
+    ("New York", "New"),
+    ("C++", "C"),
+    ("Paris's mayor", "Paris"),
+    ("Ankara'dır.", "Ankara"),
+    ("Paris.The capital", "Paris"),
+    ("Yahoo! is", "Yahoo!"),
+    ("AT&T is", "AT&T"),
+    ("Jean-Paul Sartre", "Jean-Paul"),
+    ("Jean\u2011Paul", "Jean-Paul"),
+    ("Hawaiʻi", "Hawai'i"),
+    ("rock 'n' roll", "rock ‘n’ roll"),
+    ("'s-Hertogenbosch is", "'s-Hertogenbosch"),
+    ("Los Angeles, CA", "Los Angeles"),
+    # numbers
+    ("2,137 metres.", "2,137"),
+    ("2,137 metres.", "2,137 metres"),
+    ("2.7 tons.", "2.7"),
+    ("2.7 tons.", "2.7 tons"),
+    ("3,5 Prozent", "3,5"),
+    ("2\u202f137 m", "2 137"),
+    ("2\u00a0137 m", "2\u2009137"),
+    ("2'137 m", "2’137"),
+    ("5 tons", "5"),
+    ("50% of", "50"),
+    ("50% of", "50%"),
+    ("12 May 2020", "12"),
+    ("12 May 2020.", "12 May 2020"),
+    ("10:30 am", "10:30"),
+    ("1914.", "1914"),
+    ("1914, the", "1914"),
+    ("in 2000, 300 men", "in 2000"),
+    ("−5 °C", "-5"),
+    ("٣٫٥ متر", "٣٫٥"),
+    ("5年です", "5"),
+    # abbreviations
+    ("U.S. dollar", "U.S."),
+    ("U.S. dollar", "U.S"),
+    ("St. Petersburg.", "St. Petersburg"),
+    ("Dr. No is", "Dr. No"),
+    ("J. R. R. Tolkien, who", "J. R. R. Tolkien"),
+    ("Washington, D.C. is", "Washington, D.C."),
+    # quotes
+    ("“Hamlet” by", "Hamlet"),
+    ("Hamlet by", '"Hamlet"'),
+    ("«Hamlet».", "„Hamlet“"),
+    ("'Hamlet'", "Hamlet"),
+    ("「坊っちゃん」です", "坊っちゃん"),
+    ("《红楼梦》", "红楼梦"),
+    ('"2,137" m', "2,137"),
+    ("“Who's Afraid” x", "Who’s Afraid"),
+    ('"quoted', '"'),
+    # lines and Unicode
+    ("Paris\nMain Street 0", "Paris\nMain Street 0"),
+    ("Paris\r\nMain Street", "Paris\nMain Street"),
+    ("Paris\n\nMain Street", "Paris\nMain Street"),
+    ("Andre\u0301 Malraux", "André Malraux"),
+    ("André\u00a0Malraux", "Andre\u0301 Malraux"),
+    ("Zu\u00adrich", "Zurich"),
+    ("❤\ufe0f", "❤"),
+    # scripts
+    ("東京です", "東京"),
+    ("パリです", "パリ"),
+    ("파리입니다", "파리"),
+    ("กรุงเทพเป็น", "กรุงเทพ"),
+    ("باريس.", "باريس"),
+    ("दिल्ली।", "दिल्ली"),
+    ("Москва, столица", "Москва"),
+]
+OTHER = [
+    ("Frenchman", "French"),
+    ("Fr", "French"),
+    ("paris", "Paris"),
+    ("anything", ""),
+    ("anything", " \n"),
+    ("", "x"),
+    ("Parisian", "Paris"),
+    ("leva", "lev"),
+    ("Paris is", "Paris."),
+    ("Jean-Paul", "Jean"),
+    ("Guinea‑Bissau", "Guinea"),
+    ("COVID-19", "COVID"),
+    ("O'Neill", "O"),
+    ("L’Aquila", "L"),
+    ("AT&T", "AT"),
+    ("google.com", "google"),
+    ("foo_bar", "foo"),
+    ("Hamletian", '"Hamlet"'),
+    ("Paris Main Road", "Paris\nMain Street"),
+    # numbers
+    ("1984", "198"),
+    ("2,137", "2"),
+    ("2,137", "2,1"),
+    ("2,137", "2,"),
+    ("2.7", "2"),
+    ("2.7", "2."),
+    ("2 137 m", "2"),
+    ("2\u202f137", "2"),
+    ("2\u00a0137\u00a0500", "2 137"),
+    ("2'137", "2"),
+    ("2’137", "2"),
+    ("2٬137", "2"),
+    ("٣٫٥", "٣"),
+    ("1914–1918", "1914"),
+    ("2024-01-05", "2024"),
+    ("12/05/2020", "12"),
+    ("10:30", "10"),
+    ("5km", "5"),
+    ("5th", "5"),
+    ("5½", "5"),
+    ("5²", "5"),
+    ("5万", "5"),
+    ("1.5e3", "1"),
+    ("2,900", "2,137"),
+    # abbreviations
+    ("U.S.A. is", "U.S."),
+    ("U.S.", "U"),
+    ("J.R.R. Tolkien", "J."),
+    ("St. Louis", "St. Petersburg"),
+    # scripts
+    ("インドネシア", "インド"),
+    ("กา", "ก"),
+    ("กี่", "ก"),
+    ("باريسي", "باريس"),
+    ("बालक", "बाल"),
+    ("दिल्लीवाला", "दिल्ली"),
+    ("می\u200cخواهم", "می"),
+    ("Москвич", "Москв"),
+    ("Ame\u0301lie", "Ame"),
+    ("각", "가"),
+]
+
+
+@pytest.mark.parametrize(("answer", "target"), SAME)
+def test_an_answer_begins_with_its_target(answer: str, target: str) -> None:
+    assert begins_with(answer, target)
+    for form in ("NFC", "NFD"):
+        assert begins_with(unicodedata.normalize(form, answer), target)
+        assert begins_with(answer, unicodedata.normalize(form, target))
+
+
+@pytest.mark.parametrize(("answer", "target"), OTHER)
+def test_another_answer_does_not(answer: str, target: str) -> None:
+    assert not begins_with(answer, target)
+    assert not begins_with(unicodedata.normalize("NFD", answer), target)
+
+
+@pytest.mark.parametrize("target", [target for _, target in SAME + OTHER if target.strip()])
+def test_a_text_begins_with_itself(target: str) -> None:
+    assert begins_with(target, target) and begins_with(f" {target} ", f"{target}\n")
+    assert stayed(target, target, None) and stayed(target, target, "something else")
+    assert begins_with(target, first_phrase(target))
+
+
+@pytest.mark.parametrize(
+    ("answer", "target", "verdict"),
+    [
+        ("Paris", "Paris", None),
+        ("Paris ", "Paris", True),
+        ("Paris,", "Paris", True),
+        ("Paris-", "Paris", None),
+        ("Paris is", "Paris", True),
+        ("Par", "Paris", None),
+        ("Par", "Pas", False),
+        ("2", "2", None),
+        ("2,", "2", None),
+        ("2, t", "2", True),
+        ("2 1", "2", None),
+        ("2 tons", "2", True),
+        ("\ufffd", "東", None),
+        ("東\ufffd", "東", None),
+        ("2,1", "2", False),
+    ],
+)
+def test_an_answer_that_goes_on_may_leave_it_open(
+    answer: str, target: str, verdict: bool | None
+) -> None:
+    assert match(answer, target, more=True) is verdict
+    assert match(answer, target) is not None
+
+
+@pytest.mark.parametrize(
+    ("answer", "phrase"),
+    [
+        ("French, of course", "French"),
+        ("French. The", "French"),
+        ("leu. Romania", "leu"),
+        ("St. Petersburg. It", "St. Petersburg"),
+        ("Dr. No. It", "Dr. No"),
+        ("No. The", "No"),
+        ("2,137 metres.", "2,137 metres"),
+        ("2.7 tons, about", "2.7 tons"),
+        ("10:30 a.m. on", "10:30 a.m. on"),
+        ("U.S. dollar.", "U.S. dollar"),
+        ("U.S.", "U.S."),
+        ("J. R. R. Tolkien, who", "J. R. R. Tolkien"),
+        ("May 5, 1990, in", "May 5, 1990"),
+        ("12. Mai 1990.", "12. Mai 1990"),
+        ('"Hamlet, Prince" by', '"Hamlet, Prince"'),
+        ('Hamlet" by', "Hamlet"),
+        ("東京。大阪", "東京"),
+        ("Paris—the", "Paris"),
+        ("Paris, France", "Paris"),
+        ("Paris\nMain", "Paris"),
+        ("?", "?"),
+        ("。。", "。。"),
+        ("", ""),
+    ],
+)
+def test_the_first_phrase(answer: str, phrase: str) -> None:
+    assert first_phrase(answer) == phrase
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected", "held"),
+    [
+        ("2,137 m", "2,137 m", None, True),
+        ("2,137", "2,900", None, False),
+        ("2,137 m", "2,137 feet", "2,137", True),
+        ("2.7 tons", "2.9 tons", None, False),
+        ("St. Petersburg", "St. Louis", None, False),
+        ("St. Petersburg is", "St. Louis", "St. Petersburg", False),
+        ("J. R. R. Tolkien", "J. K. Rowling", None, False),
+        ("U.S. dollar", "U.S. Virgin Islands", None, False),
+        ("May 5, 1990", "May 5, 1991", None, False),
+        ("Paris, France", "Paris, Texas", None, False),
+        ("Paris, France.", "Paris.", None, True),
+        ("French, of course", "French. The", None, True),
+        ("French, of course", "French. The", "Greek", True),
+        ("Spanish", "Greek", "Greek", False),
+        ("lev", "leva", None, False),
+        ("Andre\u0301 M", "André M", None, True),
+        ("“Hamlet” by", "Hamlet by", None, True),
+        ("", "", None, True),
+        ("", "x", None, False),
+        ("x", "", None, False),
+        ("?", "?", None, True),
+    ],
+)
+def test_an_answer_stayed(before: str, after: str, expected: str | None, held: bool) -> None:
+    assert stayed(before, after, expected) is held
+
+
+def test_what_is_shown_as_wanted() -> None:
+    assert as_said("Paris, Texas. It", None) == "Paris, Texas"
+    assert as_said("Paris, which", None) == as_said("Paris, Texas", "Paris") == "Paris"
+    assert n_lines("Paris\n\nMain Street\n") == 2 and n_lines("") == n_lines("a") == 1
