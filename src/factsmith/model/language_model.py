@@ -182,10 +182,9 @@ class LanguageModel(DecodingModel):
             for target, (_, _, tail), tokens in zip(targets, questions, likeliest, strict=True)
         ]
         if by_tokens:
-            pairs = zip(said, questions, likeliest, strict=True)
             said = [
                 verdict if tail == tokens[: len(tail)] else False
-                for verdict, (_, _, tail), tokens in pairs
+                for verdict, (_, _, tail), tokens in zip(said, questions, likeliest, strict=True)
             ]
         if open_ones := [i for i, verdict in enumerate(said) if verdict is None]:
             lines = [n_lines(targets[i]) for i in open_ones]
