@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ..core.checks import check_number
 from ..corpus.paragraphs import Paragraphs
 from .models import opened_workspace
 from .options import Device, Json, Seed, Texts, Where
@@ -45,6 +46,7 @@ def capacity(
       factsmith capacity -w my-workspace
       factsmith capacity -w my-workspace --next 500 --limit 5 --json
     """
+    check_number(limit, "limit", "the percentage of lost facts", above=0, below=100)
     corpus = Paragraphs(texts) if texts else None
     with progress() as tell, opened_workspace(workspace, device, tell) as bench:
         full = bench.capacity(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,8 @@ import typer
 
 from ..core.errors import InputError
 from ..core.tables import counted
-from .models import opened_workspace
+from ..keep.ledger import Ledger
+from .models import opened_workspace, read_moments
 from .options import Device, Json, MomentsAgain, Where
 from .printing import print_result
 from .waiting import progress
@@ -41,10 +43,15 @@ def import_(
     Example:
       factsmith import their-patch -w my-workspace
     """
-    with progress() as tell, opened_workspace(workspace, device, tell) as bench:
-        from ..corpus.moments_store import load_moments
+    with contextlib.ExitStack() as stack:
+        tell = stack.enter_context(progress())
+        tell("checking the arguments", 0, None)
+        from ..keep.export.folder import check_patch
 
-        given = None if moments is None else load_moments(moments)
+        with Ledger(workspace or Path()) as ledger:
+            check_patch(folder, ledger.fingerprint)
+        given = read_moments(moments, tell)
+        bench = stack.enter_context(opened_workspace(workspace, device, tell))
         revisions = bench.import_patches(folder, moments=given, force=force, progress=tell)
     lines = [("committed", f"{revision.id[:10]} {revision.message}") for revision in revisions]
     if revisions:
@@ -116,7 +123,21 @@ def export(  # house: Typer reads one parameter for each option
     """
     if dtype is not None and dtype not in _DTYPES:
         raise InputError(f"--dtype is {dtype!r}; expected {', '.join(_DTYPES)}")
-    with progress() as tell, opened_workspace(workspace, device, tell) as bench:
+    with contextlib.ExitStack() as stack:
+        tell = stack.enter_context(progress())
+        tell("checking the arguments", 0, None)
+        from ..keep.export.formats import check_export
+
+        check_export(
+            folder,
+            format,
+            verify=not no_verify,
+            overwrite=overwrite,
+            dtype=dtype,
+            rank=rank,
+            base=base,
+        )
+        bench = stack.enter_context(opened_workspace(workspace, device, tell))
         import torch
 
         exported = bench.export(

@@ -17,12 +17,14 @@ from ..core.files import check_writable
 from ..core.progress import Progress
 from ..core.tables import visible
 from ..corpus.paragraphs import Paragraphs
-from .models import load_model, need_model, opened
+from ..keep.ledger import Ledger
+from .models import load_model, need_model, opened, workspace_of
 from .options import Device, Json, Model, Seed, Where, read_value
 from .printing import complain, print_result
 from .waiting import progress
 
 if TYPE_CHECKING:
+    from ..judge.ability import HarnessTasks
     from ..model.language_model import LanguageModel
 
 # ── options ───────────────────────────────────────────────────────────────────────────────────────
@@ -195,11 +197,16 @@ def evaluate(  # house: Typer reads one parameter for each option
     if folder is not None:
         _check_folder(folder)
     with progress() as tell:
+        tell("checking the arguments", 0, None)
+        from ..judge.suites import load_suite
+        from ..patch.editors import check_methods, configured, editors
+
+        check_methods(names, changes)
+        harness = _harness(task_names, tasks_folder, tasks_limit, seed)
+        records = load_suite(suite, limit=limit, seed=seed, malformed="fatal" if strict else "skip")
         lm = load_model(model, device, None, tell)
-        from ..judge.ability import ability
         from ..judge.campaign import Campaign
         from ..judge.schedule import Schedule
-        from ..patch.editors import configured, editors
         from ..show.reports.record import Report
 
         config = configured(lm, names, changes, paper=paper)
@@ -210,7 +217,7 @@ def evaluate(  # house: Typer reads one parameter for each option
 
         campaign = Campaign(
             lm,
-            suite,
+            records,
             names,
             numbers,
             folder,
@@ -218,13 +225,9 @@ def evaluate(  # house: Typer reads one parameter for each option
             schedule=Schedule(
                 sequence=sequence, drift_tokens=drift_tokens, continued=continued, seed=seed
             ),
-            limit=limit,
-            malformed="fatal" if strict else "skip",
             known_only=known_only,
             texts=corpus,
-            probe=ability(lm, task_names, folder=tasks_folder, limit=tasks_limit, seed=seed)
-            if task_names
-            else None,
+            probe=None if harness is None else harness.on(lm),
         )
         with _saying_where_it_stopped(folder):
             judged = campaign.run(progress=_Warnings(tell))
@@ -262,10 +265,14 @@ def drift(  # house: Typer reads one parameter for each option
           --limit kl_text=0.05 --limit changed_share=0.02
       factsmith drift atlas --delta my-delta
     """
-    limits = _limits(limit or [])
     need_model(model, workspace)
     corpus = Paragraphs(texts) if texts else None
-    with progress() as tell, opened(model, workspace, device, tell) as (lm, bench):
+    with contextlib.ExitStack() as stack:
+        tell = stack.enter_context(progress())
+        tell("checking the arguments", 0, None)
+        limits = _limits(limit or [])
+        saved = _saved(delta, workspace_of(model, workspace))
+        lm, bench = stack.enter_context(opened(model, workspace, device, tell))
         from ..patch.drift import drift_of_saved
 
         options: dict[str, Any] = {
@@ -275,20 +282,47 @@ def drift(  # house: Typer reads one parameter for each option
             "seed": seed,
             "progress": tell,
         }
-        if delta is not None:
-            measured = drift_of_saved(lm, delta, **options)
-        elif bench is not None:
+        if saved is None:
+            assert bench is not None  # `_saved` looked
             measured = bench.drift(**options)
         else:
-            raise InputError(
-                "there is nothing to measure; name a saved delta with --delta, "
-                "or a workspace with --workspace"
-            )
+            measured = drift_of_saved(lm, saved, **options)
     broken = measured.exceeded(**limits)
     result = {**measured.to_dict(), "model": lm.name, "exceeded": list(broken)}
     print_result(result, [*measured.tables(), *(_broken(words) for words in broken)], as_json)
     if broken:
         raise typer.Exit(NumericsError.exit_code)
+
+
+def _saved(folder: Path | None, workspace: Path | None) -> Any:
+    """Return the saved delta; None for the patches of the workspace, of which there must be one."""
+    if folder is not None:
+        from ..patch.drift import saved_change
+
+        return saved_change(folder)
+    if workspace is None:
+        raise InputError(
+            "there is nothing to measure; name a saved delta with --delta, "
+            "or a workspace with --workspace"
+        )
+    with Ledger(workspace) as ledger:
+        if not ledger.active():
+            raise InputError(
+                "the workspace carries no patch, so nothing can have drifted; `factsmith log` "
+                "lists the patches"
+            )
+    return None
+
+
+def _harness(
+    names: list[str], folder: Path | None, limit: int | None, seed: int
+) -> HarnessTasks | None:
+    """Return the tasks of lm-evaluation-harness; None without any."""
+    if not names:
+        return None
+    from ..judge.ability import find_tasks
+
+    return find_tasks(names, folder, limit=limit, seed=seed)
 
 
 def _broken(limit: str) -> Text:

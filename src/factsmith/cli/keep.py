@@ -8,13 +8,14 @@ from typing import Annotated
 
 import typer
 
-from ..core.errors import DamagedError, FactsmithError, NumericsError
+from ..core.errors import DamagedError, FactsmithError, NumericsError, WorkspaceError
+from ..core.files import check_writable
 from ..core.tables import Table, counted
 from ..keep.ledger import Ledger
 from ..keep.revision import Revision
 from ..keep.summary import integrity_text, log_table, revision_tables, status_tables
 from ..patch.verification import Verification
-from .models import load_model, opened_workspace
+from .models import load_model, opened_workspace, read_moments
 from .options import Device, Json, Message, MomentsAgain, Where
 from .printing import complain, print_result, suggested
 from .waiting import progress
@@ -41,6 +42,11 @@ def init(
     Example:
       factsmith init atlas my-workspace
     """
+    check_writable(folder)
+    if (folder / "ledger.db").exists():
+        raise WorkspaceError(
+            f"{folder} already holds a ledger. Open it as it is, or choose another folder."
+        )
     with progress() as tell:
         lm = load_model(model, device, None, tell)
     from ..keep.bench import create
@@ -114,17 +120,16 @@ def revert(
       factsmith revert latest -w my-workspace
       factsmith revert 0a8b3c83c6 --fact 2 -w my-workspace
     """
-    from ..keep.again import revert_in_ledger
-
     chosen = None if facts is None else [number - 1 for number in facts]
     folder = workspace or Path()
-    revision = revert_in_ledger(folder, reference, chosen, message=message)
+    with progress() as tell:
+        given = read_moments(moments, tell)
+        from ..keep.again import revert_in_ledger
+
+        revision = revert_in_ledger(folder, reference, chosen, message=message)
     if revision is None:
         try:
             with progress() as tell, opened_workspace(workspace, device, tell) as bench:
-                from ..corpus.moments_store import load_moments
-
-                given = None if moments is None else load_moments(moments)
                 revision = bench.revert(
                     reference, chosen, moments=given, force=force, message=message, progress=tell
                 )
@@ -173,6 +178,9 @@ def diff(
     Example:
       factsmith diff base latest -w my-workspace
     """
+    with Ledger(workspace or Path()) as ledger:
+        for reference in (before, after):
+            ledger.resolve(reference)
     with progress() as tell, opened_workspace(workspace, device, tell) as bench:
         difference = bench.diff(before, after)
     print_result(difference.to_dict(), difference.tables(), as_json)

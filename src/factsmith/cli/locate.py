@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 import typer
 
+from ..core.checks import check_number
 from ..core.errors import InputError
 from ..core.factfile import FactFile
 from ..locate.kinds import CorruptionKind, Part, TraceKind, uses_window
-from .models import need_model, opened
+from .models import need_model, opened, workspace_of
 from .options import (
     LARGEST_SEED,
     Device,
@@ -24,6 +25,7 @@ from .options import (
     is_facts,
     model_and_facts,
     model_and_prompt,
+    need_text,
 )
 from .pictures import output, save
 from .printing import complain, plain_console, print_result
@@ -67,7 +69,9 @@ Replacement = Annotated[
 Window = Annotated[
     int | None,
     typer.Option(
-        help="Neighbouring layers restored together, for mlp and attention.", show_default="10"
+        min=1,
+        help="Neighbouring layers restored together, for mlp and attention.",
+        show_default="10",
     ),
 ]
 
@@ -116,7 +120,7 @@ def trace(  # house: Typer reads one parameter for each option
     ] = "noise",
     replacement: Replacement = None,
     window: Window = None,
-    samples: Annotated[int, typer.Option(help="Corrupted runs to average.")] = 10,
+    samples: Annotated[int, typer.Option(min=1, help="Corrupted runs to average.")] = 10,
     noise: Noise = None,
     seed: NoiseSeed = 1,
     fast: Annotated[
@@ -142,6 +146,8 @@ def trace(  # house: Typer reads one parameter for each option
       factsmith trace atlas facts.yaml --window 2 --out average
     """
     place = _Place(out, workspace, device, as_json)
+    need_text(target, "--target")
+    _check_corruption(corruption, noise, replacement)
     settings: dict[str, Any] = {
         "corruption": corruption,
         "samples": samples,
@@ -300,8 +306,11 @@ def neurons(  # house: Typer reads one parameter for each option
     from ..locate.question import answer_to_follow, fill_prompts, prompt_warnings
     from ..show.plots.neurons import neuron_chart
 
-    files = output(out)
     model, prompt = model_and_prompt(words)
+    need_text(target, "--target")
+    check_number(threshold, "threshold", above=0, most=1)
+    check_number(share, "share", above=0, most=1)
+    files = output(out)
     need_model(model, workspace)
     prompts = fill_prompts([prompt, *(paraphrase or [])], subject)
     _warn(prompt_warnings(prompts))
@@ -371,14 +380,19 @@ def layers(  # house: Typer reads one parameter for each option
     from ..patch.layer_choice import published
     from ..patch.layers import recommend_layers
 
+    if preset and (facts is not None or trials is not None or refresh):
+        raise InputError(
+            "--preset prints the published layers and measures nothing. Leave out --facts, "
+            "--trials and --refresh, or --preset."
+        )
     wanted = None if facts is None else FactFile.read(facts)
     need_model(model, workspace)
+    if refresh and workspace_of(model, workspace) is None:
+        raise InputError(
+            "--refresh measures again what a workspace keeps, and there is no workspace. "
+            "Leave it out, or add --workspace."
+        )
     with progress() as tell, opened(model, workspace, device, tell) as (lm, bench):
-        if refresh and bench is None:
-            raise InputError(
-                "--refresh measures again what a workspace keeps, and there is no workspace. "
-                "Leave it out, or add --workspace."
-            )
         if preset:
             choice = published(lm)
             if choice is None:
@@ -399,6 +413,24 @@ def _warn(warnings: Iterable[str]) -> None:
     """Print warnings to standard error."""
     for text in warnings:
         complain("warning", text)
+
+
+def _check_corruption(
+    kind: CorruptionKind, noise: float | None, replacements: list[str] | None
+) -> None:
+    """Raise an InputError for options of a corruption that do not go together."""
+    if noise is not None:
+        check_number(noise, "noise", above=0)
+        if kind == "replace":
+            raise InputError(
+                "--noise is given, and --corruption is replace. Other subjects replace the noise: "
+                "leave one out."
+            )
+    if replacements and kind == "noise":
+        raise InputError(
+            "--replacement is given, and --corruption is noise. Give --corruption replace with it, "
+            "or leave it out."
+        )
 
 
 def _refuse_options(file: str, options: Iterable[str]) -> None:

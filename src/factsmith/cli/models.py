@@ -16,6 +16,7 @@ from ..core.progress import Progress
 from ..keep.ledger import Ledger
 
 if TYPE_CHECKING:
+    from ..corpus.moments import SecondMoment
     from ..keep.workbench import Workbench
     from ..model.language_model import LanguageModel
 
@@ -37,6 +38,25 @@ def load_model(name: str, device: str | None, dtype: str | None, tell: Progress)
     from ..model.load import load
 
     return load(name, device=device, dtype=None if dtype is None else getattr(torch, dtype))
+
+
+def workspace_of(model: str | None, workspace: Path | None) -> Path | None:
+    """Return the workspace that `opened` would open; None where it would open a model alone."""
+    if workspace is not None:
+        return workspace
+    if model is None or _holds(Path(), model):
+        return Path()
+    return Path(model) if _is_workspace(Path(model)) else None
+
+
+def read_moments(folder: Path | None, tell: Progress) -> dict[int, SecondMoment] | None:
+    """Return the second moments of a folder, before a model is loaded; None without a folder."""
+    if folder is None:
+        return None
+    tell("reading second moments", 0, None)
+    from ..corpus.moments_store import load_moments
+
+    return load_moments(folder)
 
 
 @contextlib.contextmanager

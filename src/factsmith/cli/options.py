@@ -93,12 +93,27 @@ Message = Annotated[
 ]
 
 
+def need_text(text: str | None, option: str) -> None:
+    """Raise InputError for a text that is given and empty.
+
+    Args:
+        text: What the user gave. None: nothing.
+        option: The option, or what the text is.
+    """
+    if text is not None and not text.strip():
+        raise InputError(
+            f"{option} is empty; give a text"
+            + (", or leave it out" if option.startswith("-") else "")
+        )
+
+
 def model_and_prompt(words: list[str]) -> tuple[str | None, str]:
     """Take a model and a text apart; raises InputError for more than two words."""
     if len(words) > 2:
         raise InputError(
             f"got {len(words)} words; expected a model and a text. Put the text in quotes"
         )
+    need_text(words[-1], "the text")
     return (None, words[0]) if len(words) == 1 else (words[0], words[1])
 
 

@@ -11,9 +11,10 @@ import typer
 from ..core.errors import InputError, NumericsError
 from ..core.fact import Fact
 from ..core.factfile import FactFile, FactSheet
+from ..core.files import check_writable
 from ..core.progress import Progress
 from ..corpus.paragraphs import Paragraphs
-from .models import need_model, opened
+from .models import need_model, opened, read_moments
 from .options import (
     Device,
     Json,
@@ -40,7 +41,9 @@ def moments(  # house: Typer reads one parameter for each option
     layer: Annotated[
         list[int] | None,
         typer.Option(
-            help="A layer, counted from 0. May be repeated.", show_default="those that memit edits"
+            min=0,
+            help="A layer, counted from 0. May be repeated.",
+            show_default="those that memit edits",
         ),
     ] = None,
     texts: Texts = None,
@@ -89,6 +92,12 @@ def moments(  # house: Typer reads one parameter for each option
     need_model(model, workspace)
     if max_tokens is not None and not max_tokens >= 1:
         raise InputError(f"--max-tokens is {max_tokens}; expected a number of at least 1, or inf")
+    if layer and len(set(layer)) < len(layer):
+        raise InputError(
+            f"--layer names layers {', '.join(map(str, layer))}; name each once", argument="layer"
+        )
+    if out is not None:
+        check_writable(out)
     corpus = Paragraphs(texts) if texts else None
     with progress() as tell, opened(model, workspace, device, tell) as (lm, bench):
         import torch
@@ -142,6 +151,7 @@ Neighbour = Annotated[
 Layers = Annotated[
     list[int] | None,
     typer.Option(
+        min=0,
         help="A layer to edit, counted from 0. May be repeated for methods that edit several.",
         show_default="recommended",
     ),
@@ -209,13 +219,12 @@ def patch(  # house: Typer reads one parameter for each option
     corpus = Paragraphs(texts) if texts else None
     with progress() as tell:
         recipe = read_recipe(tell, sheet, method, changes, layers=layer, paper=paper)
+        given = read_moments(moments, tell)
         with opened(model, workspace, device, tell) as (lm, bench):
-            from ..corpus.moments_store import load_moments
             from ..patch.attempt import attempt_patch
             from ..patch.bench import Scratch
             from ..patch.recipe import Sources
 
-            given = None if moments is None else load_moments(moments)
             options: dict[str, Any] = {
                 "gates": sheet.named_gates,
                 "force": force,
@@ -265,7 +274,9 @@ def read_recipe(
     tell("reading the settings", 0, None)
     from ..patch.recipe import Recipe
 
-    return Recipe.for_sheet(sheet, method, changes, **options)
+    recipe = Recipe.for_sheet(sheet, method, changes, **options)
+    recipe.check(sheet.facts)
+    return recipe
 
 
 def stop_if_failed(attempt: Attempt, *, force: bool) -> None:

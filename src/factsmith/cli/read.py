@@ -9,10 +9,21 @@ import typer
 
 from ..core.errors import InputError
 from ..core.gap import gap_notes
+from ..core.files import check_writable
 from ..core.tables import Table
 from ..corpus.paragraphs import Paragraphs
 from .models import need_model, opened
-from .options import Device, Json, Model, ModelAndPrompt, Out, Texts, Where, model_and_prompt
+from .options import (
+    Device,
+    Json,
+    Model,
+    ModelAndPrompt,
+    Out,
+    Texts,
+    Where,
+    model_and_prompt,
+    need_text,
+)
 from .pictures import output, save
 from .printing import complain, print_result
 from .waiting import progress
@@ -29,6 +40,13 @@ IndexFolder = Annotated[
 MaxTokens = Annotated[
     int | None, typer.Option("--max-tokens", min=1, help="How many tokens of text to read.")
 ]
+
+
+def _corpus(texts: list[Path] | None, index: Path | None) -> Paragraphs | None:
+    """Return the texts to read, after a check of the files and of the folder of the index."""
+    if index is not None:
+        check_writable(index)
+    return Paragraphs(texts) if texts else None
 
 
 def ask(
@@ -101,8 +119,10 @@ def explain(  # house: Typer reads one parameter for each option
       factsmith explain atlas "The currency of Bulgaria is the" \\
           --out explained.png
     """
-    files = output(out)  # before the work, not after it
     model, prompt = model_and_prompt(words)
+    need_text(target, "--target")
+    need_text(instead_of, "--instead-of")
+    files = output(out)  # before the work, not after it
     for note in gap_notes([prompt]):
         complain("warning", note)
     with progress() as tell, opened(model, workspace, device, tell) as (lm, _):
@@ -149,7 +169,7 @@ def find(
           --texts wiki.txt --index model-index
     """
     model, word = model_and_prompt(words)
-    corpus = Paragraphs(texts) if texts else None
+    corpus = _corpus(texts, index)
     with progress() as tell, opened(model, workspace, device, tell) as (lm, _):
         from ..read.search import search_word
 
@@ -196,7 +216,7 @@ def neuron(  # house: Typer reads one parameter for each option
             f"got {' '.join(words)!r}; expected a model, and the layer and number of a neuron, "
             "such as: atlas 5 992"
         )
-    corpus = Paragraphs(texts) if texts else None
+    corpus = _corpus(texts, index)
     if out is not None:
         from ..show.pages.page import check_page
 
@@ -229,7 +249,8 @@ def browse(  # house: Typer reads one parameter for each option
         Path, typer.Option(metavar="DIR", help="The folder to write the pages to.")
     ] = Path("pages"),
     layer: Annotated[
-        list[int] | None, typer.Option(help="A layer. May be repeated.", show_default="all")
+        list[int] | None,
+        typer.Option(min=0, help="A layer. May be repeated.", show_default="all"),
     ] = None,
     index: IndexFolder = None,
     texts: Texts = None,
@@ -267,7 +288,8 @@ def browse(  # house: Typer reads one parameter for each option
     from ..show.pages.page import check_folder
 
     check_folder(out)  # before the work, not after it
-    corpus = Paragraphs(texts) if texts else None
+    check_writable(out)
+    corpus = _corpus(texts, None if from_index else index)
     with progress() as tell:
         from ..read.fact_adds import find_index_and_facts
         from ..read.index import Index
@@ -324,7 +346,7 @@ def census(
       factsmith census path/to/model --quick
     """
     need_model(model, workspace)
-    corpus = Paragraphs(texts) if texts else None
+    corpus = _corpus(texts, index)
     with progress() as tell, opened(model, workspace, device, tell) as (lm, _):
         from ..read import census as reading
 

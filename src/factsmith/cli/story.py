@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import atlas
-from ..core.errors import ModelNotFoundError
+from ..core.errors import FingerprintError, ModelNotFoundError
 from ..core.fact import Fact, Probe
+from ..core.files import check_writable
+from ..keep.ledger import Ledger
 from ..keep.outcome import Outcome
 from ..keep.workbench import Workbench
 from ..locate.causal import causal_trace
@@ -102,6 +104,13 @@ def run(folder: Path) -> Iterator[Step]:
             f"the bundled model {MODEL!r} is not installed; "
             "install factsmith from a release or a full checkout"
         )
+    check_writable(folder)
+    if (folder / "ledger.db").is_file():
+        with Ledger(folder) as ledger:
+            if ledger.model != MODEL:
+                raise FingerprintError(
+                    f"{folder} is a workspace of another model, {ledger.model}; choose a new folder"
+                )
     lm = load(MODEL)
     fact = correction()
     with Workbench(lm, folder) as bench:

@@ -8,6 +8,7 @@ before it loads one.
 
 from __future__ import annotations
 
+import codecs
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ from ..core.errors import InputError
 
 _LONGEST = 1_000_000
 """Characters of a paragraph that are read at a time."""
+
+_CHECKED = 10_000_000
+"""Bytes at the start of a file that are checked before any is used."""
 
 
 class Paragraphs:
@@ -28,13 +32,16 @@ class Paragraphs:
         """Take the files.
 
         Raises:
-            InputError: A file cannot be opened.
+            InputError: A file cannot be opened, or its first part is not in UTF-8.
         """
         self.files = files
         for file in files:
             try:
-                file.open("rb").close()
-            except OSError as error:
+                with file.open("rb") as stream:
+                    start = stream.read(_CHECKED)
+                # The last character may be cut off, which is no error for this decoder.
+                codecs.getincrementaldecoder("utf-8-sig")().decode(start)
+            except (OSError, UnicodeDecodeError) as error:
                 raise _unreadable(file, error) from None
 
     def __iter__(self) -> Iterator[str]:

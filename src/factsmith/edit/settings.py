@@ -47,10 +47,35 @@ def changed_settings(
         LayerError: A layer is not a whole number, or ROME was given several layers.
     """
     kind = find_method(method).config
-    numbers = _numbers(layers)
-    if not numbers and not changes and not paper:
+    if not _numbers(layers) and not changes and not paper:
         return None
-    names = {field.name for field in dataclasses.fields(kind)}
+    base = published_settings(lm, method)[0] if paper else kind.recommended(lm)
+    return _changed(base, method, layers, changes, paper=paper)
+
+
+def check_settings(
+    method: str, layers: Any = None, changes: Mapping[str, Any] | None = None
+) -> None:
+    """Check the layers and values that a file or a command gives, before there is a model.
+
+    Raises:
+        InputError: as `changed_settings`.
+        LayerError: as `changed_settings`.
+    """
+    _changed(find_method(method).config(), method, layers, changes, paper=False)
+
+
+def _changed(
+    base: EditConfig,
+    method: str,
+    layers: int | Sequence[int] | None,
+    changes: Mapping[str, Any] | None,
+    *,
+    paper: bool,
+) -> EditConfig:
+    """Return settings with some layers and values changed."""
+    numbers = _numbers(layers)
+    names = {field.name for field in dataclasses.fields(base)}
     places = {"layer", "layers"} & names
     if unknown := sorted(set(changes or {}) - (names - places)):
         raise _no_such_setting(method, unknown, names - places)
@@ -58,7 +83,6 @@ def changed_settings(
     for one, other in (_EITHER, _EITHER[::-1]):
         if values.get(one) is not None:
             values.setdefault(other, None)
-    base = published_settings(lm, method)[0] if paper else kind.recommended(lm)
     config = dataclasses.replace(base, **values)
     return config.at(numbers) if numbers else config
 

@@ -58,6 +58,18 @@ def ability(
         InputError: when the harness is not installed, or does not have a task.
     """
     check_model(lm)
+    return find_tasks(tasks, folder, limit=limit, batch_size=batch_size, seed=seed).on(lm)
+
+
+def find_tasks(
+    tasks: Iterable[str],
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> HarnessTasks:
+    """Return the tasks of `ability`, which need no model yet. Arguments and errors are its own."""
     names = list(dict.fromkeys(check_items(tasks, "tasks", "task names")))
     if limit is not None:
         limit = check_count(limit, "limit", "the number of examples of a task", also="None for all")
@@ -75,12 +87,12 @@ def ability(
         ) from None
     if folder is not None and not Path(folder).is_dir():
         raise InputError(
-            f"{os.fspath(folder)!r} is no folder; give a folder with a YAML file for each task"
+            f"{os.fspath(folder)!r} is no folder; give a folder with a YAML file for each task",
+            argument="tasks_folder",
         )
     if not names:
         raise InputError("tasks is empty; name at least one task", argument="tasks")
-    return _Ability(
-        lm=lm,
+    return HarnessTasks(
         tasks=tuple(names),
         limit=limit,
         batch_size=batch_size,
@@ -123,16 +135,19 @@ def _task_manager(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Ability:
-    """The function that `ability` returns.
+class HarnessTasks:
+    """Tasks of the harness, and how they are run.
 
     Attributes:
+        tasks: Their names.
+        limit: Number of examples a task. None: all.
+        batch_size: Number of examples in one pass.
+        seed: Seed of the few-shot examples.
         digest: Digest of the folder of tasks; "" without a folder.
         manager: The harness's list of tasks.
         wrapper: The harness's class of models.
     """
 
-    lm: LanguageModel
     tasks: tuple[str, ...]
     limit: int | None
     batch_size: int
@@ -140,6 +155,17 @@ class _Ability:
     digest: str
     manager: Any
     wrapper: Any
+
+    def on(self, lm: LanguageModel) -> Callable[[], dict[str, float]]:
+        """Return the function that runs the tasks on a model."""
+        return _Ability(lm=lm, **vars(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Ability(HarnessTasks):
+    """The function that `ability` returns."""
+
+    lm: LanguageModel
 
     @property
     def description(self) -> str:

@@ -33,6 +33,7 @@ from ..edit.finetune import FineTuneConfig, LoraConfig, TuneConfig, fine_tune, l
 from ..edit.inputs import Moments
 from ..edit.methods import METHODS, edit
 from ..edit.search import find_targets
+from ..edit.settings import check_settings
 from ..edit.target import TargetConfig, Targets
 from ..judge.editor import Editor
 from ..judge.metrics import relative_norm
@@ -153,14 +154,33 @@ def configured(
     return configs
 
 
+def check_methods(
+    methods: Iterable[str], changes: Mapping[str, Mapping[str, Any]] | None = None
+) -> None:
+    """Check the methods and the settings of `configured`, before there is a model.
+
+    Raises:
+        InputError: There is no such method, setting or value.
+        LayerError: What names the layers is not layer numbers.
+    """
+    names = _checked_names(methods)
+    for name, changed in _by_name(changes or {}, names, "settings for").items():
+        values = dict(changed)
+        if name in _TUNED:
+            _tuned_config(name, values)
+        else:
+            layers = values.pop("layers", values.pop("layer", None))
+            check_settings(name, layers, values)
+
+
 def _checked_names(methods: Iterable[str]) -> list[str]:
     """The methods' names; raises InputError unless there is at least one, each known and once."""
     expected = f"some of {', '.join(NAMES)}"
     names = [_OTHER_NAMES.get(name, name) for name in check_items(methods, "methods", expected)]
     if not names or len(set(names)) < len(names):
-        raise InputError(f"methods are {names}; name at least one, each once")
+        raise InputError(f"methods are {names}; name at least one, each once", argument="methods")
     if unknown := [name for name in names if name not in NAMES]:
-        raise InputError(f"no method {unknown[0]!r}; expected {expected}")
+        raise InputError(f"no method {unknown[0]!r}; expected {expected}", argument="methods")
     return names
 
 

@@ -20,7 +20,7 @@ from ..core.factfile import FactSheet
 from ..corpus.moments import SecondMoment
 from ..edit.configs import EditConfig
 from ..edit.methods import find_method, method_for
-from ..edit.settings import changed_settings
+from ..edit.settings import changed_settings, check_settings
 from ..model.language_model import LanguageModel
 
 
@@ -109,6 +109,16 @@ class Recipe:
     def method_for(self, facts: Sequence[Fact]) -> str:
         """Return the method's name for these facts; without one, that of the rule of `edit`."""
         return self.method or method_for(facts, self.config)
+
+    def check(self, facts: Sequence[Fact]) -> None:
+        """Check the settings before there is a model.
+
+        Raises:
+            InputError: An unknown setting, or a value that is not valid.
+            LayerError: What names the layers is not layer numbers.
+        """
+        if self.config is None:
+            check_settings(self.method_for(facts), self.layers, self.changes)
 
     def config_for(self, lm: LanguageModel, facts: Sequence[Fact]) -> EditConfig:
         """Return the settings for a model. Their `edited` is None where the layers are still to be

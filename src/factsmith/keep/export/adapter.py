@@ -81,11 +81,11 @@ def export_adapter(  # house: public, and promised with these names
     """
     contents = Contents.of(lm, deltas, origins)
     factor_dtype = check_dtype(dtype, torch.float32)
-    max_rank = _check_rank(rank)
+    max_rank = check_rank(rank)
     base_name = _base_name(lm, base)
     names = _module_names(lm, contents.layers)
     if verify:
-        _check_peft()
+        check_peft()
     with staged(folder, overwrite) as staging:
         tell(progress, "compressing", 0, None)
         products = {
@@ -117,7 +117,8 @@ def export_adapter(  # house: public, and promised with these names
     )
 
 
-def _check_rank(rank: int | None) -> int | None:
+def check_rank(rank: int | None) -> int | None:
+    """Return the largest rank to write; raises InputError for one that is no count."""
     if rank is None:
         return None
     return check_count(rank, "rank", "the largest rank to write", also="None for the exact rank")
@@ -230,7 +231,8 @@ def _base_name(lm: LanguageModel, base: str | None) -> str:
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
-def _check_peft() -> None:
+def check_peft() -> None:
+    """Raise InputError unless peft is installed, which reads an adapter back."""
     if importlib.util.find_spec("peft") is None:
         raise InputError(
             "An adapter is read back by peft, which is not installed. Install it with `pip install "

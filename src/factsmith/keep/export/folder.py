@@ -91,6 +91,30 @@ class PatchFolder(Shown):
         return {**vars(self), "folder": str(self.folder.resolve()), "patches": patches}
 
 
+def check_patch(folder: str | os.PathLike[str], fingerprint: str | None = None) -> None:
+    """Check the manifest and the files' names of a folder of patches; no tensor is read.
+
+    Raises:
+        FactsmithError: as `read_patch`.
+    """
+    _checked_folder(folder, fingerprint, _MOST_BYTES)
+
+
+def _checked_folder(
+    folder: str | os.PathLike[str], fingerprint: str | None, max_bytes: int
+) -> tuple[Path, Manifest]:
+    """Return a folder of patches and its manifest, after what can be checked without tensors."""
+    path = folder_path(folder)
+    if not path.is_dir():
+        raise InputError(
+            f"{path} is not a folder. Give a folder that an export in the format patch wrote."
+        )
+    manifest = read_manifest(path)
+    _check_manifest(path, manifest, fingerprint, max_bytes)
+    _check_listing(path, manifest)
+    return path, manifest
+
+
 def numbered(i: int) -> str:
     """Return the name of a patch's folder; patches are counted from 0."""
     return f"{i + 1:04d}"
@@ -112,14 +136,7 @@ def read_patch(
         FingerprintError: when the patches are for another model.
         DamagedError: when something in the folder is not as its manifest says.
     """
-    path = folder_path(folder)
-    if not path.is_dir():
-        raise InputError(
-            f"{path} is not a folder. Give a folder that an export in the format patch wrote."
-        )
-    manifest = read_manifest(path)
-    _check_manifest(path, manifest, fingerprint, max_bytes)
-    _check_listing(path, manifest)
+    path, manifest = _checked_folder(folder, fingerprint, max_bytes)
     return PatchFolder(
         folder=path,
         model=manifest.model,

@@ -22,11 +22,12 @@ from typing import Any
 from ...core.errors import InputError
 from ...edit.delta import Delta
 from ...model.language_model import LanguageModel
-from .adapter import export_adapter
+from .adapter import check_peft, check_rank, export_adapter
 from .checkpoint import export_checkpoint
 from .manifest import FORMATS, Format
 from .patch import export_patch
 from .record import Export
+from .staging import check_target
 
 _WRITERS: Mapping[Format, Callable[..., Export]] = {
     "checkpoint": export_checkpoint,
@@ -66,12 +67,51 @@ def export(
         InputError: when there is no such format, or it has no such option; and what these functions
             raise.
     """
-    if format not in FORMATS:
-        raise InputError(
-            f"format is {format!r}: it must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}.",
-            argument="format",
-        )
+    kind = _checked_format(format)
     given = {name: value for name, value in options.items() if value is not None}
+    _check_options(kind, given)
+    if kind != "patch":
+        given["verify"] = verify
+    return _WRITERS[kind](lm, deltas, folder, **given)
+
+
+def check_export(
+    folder: str | os.PathLike[str],
+    format: str = "checkpoint",
+    *,
+    verify: bool = True,
+    overwrite: bool = False,
+    **options: Any,
+) -> None:
+    """Check the arguments of `export` before there is a model.
+
+    Raises:
+        InputError: when there is no such format, it has no such option, a value is not valid, the
+            folder may not be replaced, or peft is needed and not installed.
+        WorkspaceError: when the folder cannot be written.
+    """
+    kind = _checked_format(format)
+    _check_options(kind, {name: value for name, value in options.items() if value is not None})
+    if kind == "adapter":
+        check_rank(options.get("rank"))
+        if verify:
+            check_peft()
+    check_target(folder, overwrite)
+
+
+def _checked_format(format: str) -> Format:
+    """Return the format; raises InputError where there is no such one."""
+    for known in FORMATS:
+        if format == known:
+            return known
+    raise InputError(
+        f"format is {format!r}: it must be {', '.join(FORMATS[:-1])} or {FORMATS[-1]}.",
+        argument="format",
+    )
+
+
+def _check_options(format: Format, given: Mapping[str, Any]) -> None:
+    """Raise InputError for an option that the format does not have."""
     allowed = {*_OPTIONS[format], "overwrite", "origins", "progress"}
     for name in sorted(given.keys() - allowed):
         takers = [other for other in FORMATS if name in _OPTIONS[other]]
@@ -80,6 +120,3 @@ def export(
             + (f" It is an option of: {', '.join(takers)}." if takers else ""),
             argument=name,
         )
-    if format != "patch":
-        given["verify"] = verify
-    return _WRITERS[format](lm, deltas, folder, **given)

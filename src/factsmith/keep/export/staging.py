@@ -39,12 +39,7 @@ def staged(folder: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
         InputError: when the target may not be replaced.
         WorkspaceError: when something cannot be written.
     """
-    given = folder_path(folder)
-    if given.is_symlink():
-        raise _refusal(f"{given} is a link")
-    target = given.resolve()
-    _check_target(target, overwrite)
-    check_writable(target.parent)
+    target = check_target(folder, overwrite)
     remove_leftovers(target.parent)
     parents = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
     try:
@@ -65,6 +60,22 @@ def staged(folder: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
         for parent in parents:
             with contextlib.suppress(OSError):
                 parent.rmdir()
+
+
+def check_target(folder: str | os.PathLike[str], overwrite: bool) -> Path:
+    """Return the folder of an export as a full path, after a check that it can be written.
+
+    Raises:
+        InputError: when the target may not be replaced.
+        WorkspaceError: when it cannot be written.
+    """
+    given = folder_path(folder)
+    if given.is_symlink():
+        raise _refusal(f"{given} is a link")
+    target = given.resolve()
+    _check_target(target, overwrite)
+    check_writable(target.parent)
+    return target
 
 
 def _put(staging: Path, target: Path) -> None:
