@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from ..core.errors import InputError
-from ..core.gap import gap_notes
 from ..core.files import check_writable
+from ..core.gap import gap_notes
 from ..core.tables import Table
 from ..corpus.paragraphs import Paragraphs
 from .models import need_model, opened
