@@ -18,7 +18,8 @@ from factsmith.core.fact import Fact
 from factsmith.edit.keys import Site
 from factsmith.edit.target import TargetConfig
 from factsmith.model.language_model import LanguageModel
-from factsmith.model.tokens import encode, subject_span, target_ids
+from factsmith.model.subject import subject_span
+from factsmith.model.tokens import encode, target_ids
 
 
 def plain_search(

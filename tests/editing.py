@@ -13,7 +13,7 @@ from factsmith.core.fact import Fact
 from factsmith.corpus.moments import SecondMoment, second_moments
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap
-from factsmith.model.tokens import subject_span
+from factsmith.model.subject import subject_span
 
 CONTEXTS = ["{}", "Paris. {}", "The king is in Brazil. {}"]
 FACTS = [

@@ -25,7 +25,7 @@ from factsmith.edit.methods import METHODS, method_for
 from factsmith.edit.methods import edit as edit_model
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import load, wrap
-from factsmith.model.tokens import subject_span
+from factsmith.model.subject import subject_span
 
 CONTEXTS = ["{}", "Paris. {}"]
 CONFIGS: dict[str, EditConfig] = {

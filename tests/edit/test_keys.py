@@ -11,7 +11,7 @@ from editing import FACTS, relative
 from factsmith.core.fact import Fact
 from factsmith.edit.keys import read_keys, read_stream, to_down
 from factsmith.model.language_model import LanguageModel
-from factsmith.model.tokens import subject_span
+from factsmith.model.subject import subject_span
 
 CONTEXTS = ["{}", "Paris. {}", "The king is in Brazil. {}", "Zürich {}"]
 

@@ -23,7 +23,8 @@ from factsmith.edit.search import find_targets, known_targets
 from factsmith.edit.target import TargetConfig, Targets
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap
-from factsmith.model.tokens import subject_span, target_ids
+from factsmith.model.subject import subject_span
+from factsmith.model.tokens import target_ids
 
 CONTEXTS = ["{}", "Paris. {}", "The king is in Brazil. {}", "Zürich {}"]
 

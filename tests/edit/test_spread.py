@@ -20,7 +20,7 @@ from factsmith.edit.methods import edit, memit
 from factsmith.edit.search import find_targets
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import load
-from factsmith.model.tokens import subject_span
+from factsmith.model.subject import subject_span
 
 CONFIGS: dict[str, SpreadConfig] = {
     "memit": MemitConfig((0, 1), moment_weight=1e-4, **SEARCH),

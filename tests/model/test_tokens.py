@@ -13,7 +13,8 @@ from conftest import byte_tokenizer, merging_tokenizer
 from factsmith import atlas
 from factsmith.core.errors import InputError, SubjectError, TokenizerError
 from factsmith.model.load import load
-from factsmith.model.tokens import align, encode, subject_span, target_ids, word_ids
+from factsmith.model.subject import subject_span
+from factsmith.model.tokens import align, encode, target_ids, word_ids
 
 MAKERS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {
     "plain": byte_tokenizer,

@@ -21,6 +21,8 @@ from typing import Any
 
 import yaml
 
+from ..core.forms import canonical
+
 _HERE = Path(__file__).parent
 
 
@@ -93,13 +95,13 @@ def facts(relation: str | None = None) -> tuple[AtlasFact, ...]:
 def _by_subject() -> dict[str, tuple[AtlasFact, ...]]:
     index: dict[str, list[AtlasFact]] = {}
     for fact in facts():
-        index.setdefault(fact.subject, []).append(fact)
+        index.setdefault(canonical(fact.subject), []).append(fact)
     return {subject: tuple(facts_of) for subject, facts_of in index.items()}
 
 
 def facts_about(subject: str) -> tuple[AtlasFact, ...]:
     """Return the facts of one subject, in the order of the table; () when it has none."""
-    return _by_subject().get(subject, ())
+    return _by_subject().get(canonical(subject.strip()), ())
 
 
 @cache

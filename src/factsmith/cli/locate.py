@@ -12,6 +12,7 @@ import typer
 from ..core.checks import check_number
 from ..core.errors import InputError
 from ..core.factfile import FactFile
+from ..core.slots import escape
 from ..locate.kinds import CorruptionKind, Part, TraceKind, uses_window
 from .models import need_model, opened, workspace_of
 from .options import (
@@ -56,6 +57,16 @@ Sever = Annotated[
     typer.Option(
         metavar="PART",
         help="Hold this part at its corrupted values above the restored state: mlp or attention.",
+    ),
+]
+
+Occurrence = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Which occurrence of the subject, counted from 1.",
+        show_default="the only one",
     ),
 ]
 
@@ -105,7 +116,10 @@ class _Place:
 
 def trace(  # house: Typer reads one parameter for each option
     words: Words,
-    subject: Annotated[str | None, typer.Option(help="The part of the text to corrupt.")] = None,
+    subject: Annotated[
+        str | None, typer.Option(help="The part of the text to corrupt, or what goes into its {}.")
+    ] = None,
+    occurrence: Occurrence = None,
     target: Annotated[
         str | None, typer.Option(help="The answer to follow.", show_default=_OWN_TARGET)
     ] = None,
@@ -143,6 +157,7 @@ def trace(  # house: Typer reads one parameter for each option
           --subject Bulgaria --out trace.png
       factsmith trace atlas "The currency of Bulgaria is the" \\
           --subject Bulgaria --kind mlp
+      factsmith trace atlas "The maker of {} is" --subject "Fiat 127"
       factsmith trace atlas facts.yaml --window 2 --out average
     """
     place = _Place(out, workspace, device, as_json)
@@ -158,6 +173,7 @@ def trace(  # house: Typer reads one parameter for each option
     if is_facts(words[-1]):
         of_a_text = {
             "--subject": subject,
+            "--occurrence": occurrence,
             "--target": target,
             "--replacement": replacement,
             "--fast": fast,
@@ -176,7 +192,8 @@ def trace(  # house: Typer reads one parameter for each option
         )
     if subject is None:
         raise InputError(
-            "no --subject was given. Name the part of the text to corrupt, as it is written there."
+            "no --subject was given. Name the part of the text to corrupt, or what goes into "
+            "the {} of the prompt."
         )
     _refuse_window(window, kind or _TEXT_KIND)
     if fast and sever is not None:
@@ -185,6 +202,7 @@ def trace(  # house: Typer reads one parameter for each option
             "Leave one out."
         )
     settings |= {"kind": kind or _TEXT_KIND, "replacements": replacement or None}
+    settings["occurrence"] = occurrence
     settings |= {} if sever is None else {"sever": sever}
     _trace_text(words, subject, target, settings, place, fast=fast, force=force)
 
@@ -203,19 +221,21 @@ def _trace_text(
     from ..locate.attribution import attribution_trace
     from ..locate.causal import causal_trace
     from ..locate.question import answer_to_follow, fill_prompts, prompt_warnings
+    from ..model.subject import read_prompt
     from ..show.plots.traces import heat_map, text_heat_map
 
     files = output(place.out)  # before the work, not after it
     model, prompt = model_and_prompt(words)
     need_model(model, place.workspace)
     (text,) = fill_prompts([prompt], subject, single_slot=True)
+    read_prompt(prompt, subject, occurrence=settings["occurrence"])  # before the model is loaded
     _warn(prompt_warnings([text]))
     with progress() as tell, opened(model, place.workspace, place.device, tell) as (lm, _):
         answer = answer_to_follow(lm, [text], target, force=force)
         _warn(answer.warnings)
         result = (attribution_trace if fast else causal_trace)(
             lm,
-            text,
+            prompt,
             subject,
             target=answer.target,
             progress=lambda done, total: tell("tracing", done, total),
@@ -319,7 +339,7 @@ def neurons(  # house: Typer reads one parameter for each option
         _warn(answer.warnings)
         located = knowledge_neurons(
             lm,
-            prompts,
+            [escape(text) for text in prompts],
             answer.text,
             steps=steps,
             threshold=threshold,

@@ -186,7 +186,7 @@ def _believes(lm: LanguageModel) -> Step:
 
 
 def _lives(lm: LanguageModel, fact: Fact, picture: Path) -> Step:
-    trace = causal_trace(lm, fact.text, fact.subject, target=fact.target_true)
+    trace = causal_trace(lm, fact.prompt, fact.subject, target=fact.target_true)
     heat_map(trace, path=picture)
     last = trace.subject_span[1]
     early = trace.effects[last - 1]

@@ -17,7 +17,9 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict
 from .checks import check_items
 from .errors import FactError, InputError
 from .explain import NAMED, explain, short
+from .forms import canonical
 from .gap import Gap, before_gap
+from .slots import ONE_SLOT, count_slots, fill, fill_all
 
 _LONGEST = 20_000
 """Characters of a text."""
@@ -30,10 +32,11 @@ def _not_blank(text: str) -> str:
 
 
 def _has_one_slot(text: str) -> str:
-    if text.count("{}") != 1:
+    if (slots := count_slots(text)) != 1:
+        other = "; write `{{}}` for each {} that is no slot" if slots else ""
         raise ValueError(
-            f"has {text.count('{}')} slots `{{}}` in {short(text)}; "
-            "expected exactly one, where the subject goes"
+            f"has {slots} slots `{{}}` in {short(text)}; "
+            f"expected exactly one, where the subject goes{other}"
         )
     return text
 
@@ -55,7 +58,7 @@ _Template = Annotated[
     pydantic.WithJsonSchema(
         {
             "type": "string",
-            "pattern": r"^((?!\{\})[\s\S])*\{\}((?!\{\})[\s\S])*$",
+            "pattern": ONE_SLOT,
             "maxLength": _LONGEST,
         }
     ),
@@ -99,7 +102,8 @@ class Fact(FactFields):
 
     Attributes:
         subject: The entity, as the prompt names it.
-        prompt: A template with exactly one `{}`.
+        prompt: A template with exactly one `{}`, where the subject goes. Other braces mean
+            themselves. For the two characters `{}` themselves, write `{{}}`.
         target: What the model should say. White space around it is not part of it. None: the model
             should forget what it says now.
         target_true: What the model should say without the edit, if known. The field's pairwise
@@ -156,7 +160,7 @@ class Fact(FactFields):
     @property
     def text(self) -> str:
         """The prompt with the subject filled in, without spaces at its end."""
-        return before_gap(self.prompt.replace("{}", self.subject))
+        return before_gap(fill(self.prompt, self.subject).text)
 
     @property
     def template(self) -> str:
@@ -164,9 +168,19 @@ class Fact(FactFields):
         return before_gap(self.prompt)
 
     @property
+    def asked(self) -> str:
+        """The text in the form by which facts are compared: equal for texts that look the same."""
+        return canonical(self.text)
+
+    @property
+    def wanted(self) -> str | None:
+        """The target in the form by which targets are compared; None for a fact to forget."""
+        return None if self.target is None else canonical(self.target.strip())
+
+    @property
     def paraphrase_texts(self) -> tuple[str, ...]:
         """The paraphrases with the subject filled in."""
-        return tuple(before_gap(p.replace("{}", self.subject)) for p in self.paraphrases)
+        return tuple(before_gap(fill_all(p, self.subject)) for p in self.paraphrases)
 
     def __str__(self) -> str:
         """Return the fact on one line."""

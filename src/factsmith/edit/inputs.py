@@ -119,9 +119,11 @@ def distinct_facts(facts: Fact | Iterable[Fact]) -> list[Fact]:
             answer that nobody asked for.
     """
     by_prompt: dict[str, Fact] = {}
+    alike: dict[str, Fact] = {}
     for fact in listed(facts):
-        first = by_prompt.setdefault(fact.text, fact)
-        if (first.target and first.target.strip()) != (fact.target and fact.target.strip()):
+        by_prompt.setdefault(fact.text, fact)
+        first = alike.setdefault(fact.asked, fact)
+        if first.wanted != fact.wanted:
             raise InputError(
                 f"two targets for one prompt: {fact.text!r} has the targets {first.target!r} and "
                 f"{fact.target!r}; leave one out",
@@ -177,7 +179,7 @@ def with_shared_keys(
         keys: {layer: (n, d_ff)} the facts' keys.
         convergence: For each fact, how the search for its target ended.
     """
-    wanted = [fact.text if fact.target is None else fact.target.strip() for fact in inputs.facts]
+    wanted = [fact.wanted or fact.asked for fact in inputs.facts]
     numbers = {target: number for number, target in enumerate(wanted)}
     groups = torch.tensor([numbers[target] for target in wanted])
     by_layer = []

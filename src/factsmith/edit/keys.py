@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from ..core.fact import Fact
+from ..core.slots import fill
 from ..model.language_model import LanguageModel
 from ..model.replay import Replay, record
+from ..model.subject import token_span
 from ..model.tokens import encode_prompt
 from ..model.trace import recording, replacing
 
@@ -162,13 +164,14 @@ def subject_columns(lm: LanguageModel, template: str, subject: str) -> tuple[lis
 
     Returns:
         The token ids, the column of the subject's first token, and that of its last.
+
+    Raises:
+        SubjectError: The subject has no token.
     """
-    text = template.replace("{}", subject)
-    start = template.index("{}") + len(subject) - len(subject.lstrip())
-    stop = start + len(subject.strip())
-    ids, offsets = encode_prompt(lm.tokenizer, text)
-    inside = [i for i, (a, b) in enumerate(offsets) if a < stop and b > start and text[a:b].strip()]
-    return ids, inside[0], inside[-1]
+    prompt = fill(template, subject)
+    ids, offsets = encode_prompt(lm.tokenizer, prompt.text)
+    first, stop = token_span(offsets, prompt)
+    return ids, first, stop - 1
 
 
 def _up_to_subject(lm: LanguageModel, template: str, subject: str) -> list[int]:

@@ -23,7 +23,7 @@ from ..core.errors import InputError
 from ..core.fact import Fact
 from ..core.gap import plain_gap
 from ..model.language_model import LanguageModel
-from ..model.tokens import subject_span, target_ids
+from ..model.tokens import target_ids
 from .batches import Size
 from .keys import subject_columns
 
@@ -171,11 +171,10 @@ def tokenize_fact(lm: LanguageModel, fact: Fact, contexts: Sequence[str]) -> Que
     """Return a fact as token sequences, one for each context, and the guard.
 
     Raises:
-        SubjectError: The subject is not in the prompt exactly once.
+        SubjectError: The subject has no token.
         InputError: The target has no token, or the prompt of a fact to forget ends with its
             subject.
     """
-    subject_span(lm, fact.text, fact.subject)  # raises SubjectError
     bare = None if fact.target is None else target_ids(lm, fact.text, fact.target, gap=fact.gap)
     sequences: list[list[int]] = []
     pivots: list[int] = []

@@ -311,6 +311,14 @@ def _note_faults(evaluation: Evaluation, progress: Progress | None) -> None:
                 f"{editor}, {evaluation.pace}: {counted(n, 'edit')} left a model without finite "
                 "numbers; its answers count as wrong",
             )
+    for (editor, _), reasons in list(evaluation.unusable.items())[:1]:
+        record, reason = next(iter(reasons.items()))
+        n = sum(map(len, evaluation.unusable.values()))
+        note(
+            progress,
+            f"{counted(n, 'record')}, {evaluation.pace}, could not be used; "
+            f"the first is {record} ({editor}): {reason}",
+        )
     for (editor, unit), reason in list(evaluation.failed.items())[:1]:
         note(
             progress,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 from ..core.checks import check_items
-from ..core.errors import InputError, NumericsError
+from ..core.errors import FactsmithError, InputError, LedgerError, NumericsError
 from ..core.fact import Fact
 from ..model.language_model import LanguageModel
 from .rows import BASE
@@ -85,22 +85,34 @@ def enter(stack: ExitStack, editor: Editor, facts: Sequence[Fact]) -> tuple[obje
     """Let an editor write facts until a stack is closed.
 
     Returns:
-        What the block yields, and "". If the edit could not be made because of its numbers: {} and
-        the reason.
+        What the block yields, and "". If the edit could not be made: {} and the reason.
 
     Raises:
         InputError: when the editor returns no `with` block.
+        FactsmithError: when changes that are made already cannot be put into the model.
+        LedgerError: when the editor cannot use its files, or they belong to another model.
     """
     try:
         block = editor(facts)
-        if not isinstance(block, AbstractContextManager):
-            raise InputError(
-                f"an editor returned a {type(block).__name__}; it must return a `with` block "
-                "inside which the model carries the facts"
-            )
+    except FactsmithError as error:
+        return {}, _reason(editor, error)
+    if not isinstance(block, AbstractContextManager):
+        raise InputError(
+            f"an editor returned a {type(block).__name__}; it must return a `with` block "
+            "inside which the model carries the facts"
+        )
+    try:
         return stack.enter_context(block), ""
-    except NumericsError as error:
-        return {}, str(error)
+    except FactsmithError as error:
+        return {}, _reason(editor, error)
+
+
+def _reason(editor: Editor, error: FactsmithError) -> str:
+    """Return why an edit could not be made; raise an error that is not about the edit's facts."""
+    is_numeric = isinstance(error, NumericsError)
+    if isinstance(error, LedgerError) or (isinstance(editor, MadeChanges) and not is_numeric):
+        raise error
+    return str(error) or type(error).__name__
 
 
 def check_changes(delta: Change | Iterable[Change]) -> tuple[Change, ...]:

@@ -12,13 +12,14 @@ that cannot be used is added to `dropped`, and the record is used without it.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..core.checks import check_text
 from ..core.errors import FactError, InputError
 from ..core.fact import Fact
+from ..core.forms import occurrences
+from ..core.slots import count_slots
 from .records import LONGEST_TEXT, Question, QuestionKind
 
 
@@ -152,7 +153,7 @@ class Entry:
         field: str = "prompt",
     ) -> Fact:
         """Return a fact. A message speaks of `field`, the field that holds the prompt."""
-        if (slots := prompt.count("{}")) != 1:
+        if (slots := count_slots(prompt)) != 1:
             raise FieldError(
                 self.path_of(field),
                 f"has {slots} slots in {brief(prompt)}; expected one `{{}}` for the subject",
@@ -165,25 +166,29 @@ class Entry:
     def template(self, name: str, subject: str) -> tuple[str, str]:
         """Return a prompt that names its subject, with a slot in place of the subject.
 
-        If the prompt names the subject more than once, the slot takes the last place.
+        If the prompt names the subject more than once, the slot takes the last place. A prompt that
+        does not name it may have the slot already.
 
         Returns:
             The template, and the subject as the prompt writes it.
         """
         prompt = self.text(name)
-        if "{}" in prompt:
+        places = occurrences(prompt, subject)
+        whole = [place for place in places if place.is_whole]
+        if n_slots := count_slots(prompt):
+            if n_slots == 1 and not whole:
+                return prompt, subject
             raise FieldError(
-                self.path_of(name), f"holds {{}} in {brief(prompt)}; expected the subject itself"
+                self.path_of(name),
+                f"holds {{}} in {brief(prompt)}; expected the subject itself, "
+                "and {{}} for two braces that mean themselves",
             )
-        whole_word = rf"(?<!\w){re.escape(subject)}(?!\w)"
-        for pattern, flags in (
-            (whole_word, 0),
-            (re.escape(subject), 0),
-            (whole_word, re.IGNORECASE),
-        ):
-            if matches := list(re.finditer(pattern, prompt, flags)):
-                start, stop = matches[-1].span()
-                return f"{prompt[:start]}{{}}{prompt[stop:]}", prompt[start:stop]
+        if not places:
+            loose = occurrences(prompt, subject, ignore_case=True)
+            places = [place for place in loose if place.is_whole]
+        if places:
+            start, stop, _ = (whole or places)[-1]
+            return f"{prompt[:start]}{{}}{prompt[stop:]}", prompt[start:stop]
         raise FieldError(
             self.path_of(name),
             f"{brief(prompt)} does not name the subject {brief(subject)}; "

@@ -41,6 +41,9 @@ class Evaluation(Shown):
             its answers count as wrong, and drift that is not finite is left out.
         failed: {(editor, unit): reason} of the edits that could not be made. The questions after
             such an edit were asked of the model without it.
+        unusable: {(editor, unit): {record: reason}}. With the editor "base": the records that the
+            model cannot be asked about, which no editor gets. With another editor: the records that
+            were left out of an edit, so that the others could be written.
         size: Number of records an edit.
         sequence: Whether each edit was put on top of the edits before it.
         skipped: Number of records that were left out because they have nothing to write.
@@ -54,6 +57,7 @@ class Evaluation(Shown):
     written: tuple[Continuation, ...] = ()
     notes: Mapping[tuple[str, int], Mapping[str, float]]
     failed: Mapping[tuple[str, int], str] = field(default_factory=dict)
+    unusable: Mapping[tuple[str, int], Mapping[str, str]] = field(default_factory=dict)
     size: int
     sequence: bool
     skipped: int
@@ -87,6 +91,7 @@ class Evaluation(Shown):
                 written=tuple(store.continuations),
                 notes=store.notes,
                 failed=store.failed,
+                unusable=store.unusable,
                 size=int(header["size"]),
                 sequence=bool(header["sequence"]),
                 skipped=int(header.get("skipped", 0)),
@@ -125,6 +130,7 @@ class Evaluation(Shown):
             written=tuple(one for one in self.written if one.editor not in gone),
             notes={at: note for at, note in self.notes.items() if at[0] not in gone},
             failed={at: why for at, why in self.failed.items() if at[0] not in gone},
+            unusable={at: why for at, why in self.unusable.items() if at[0] not in gone},
         )
 
     @property
@@ -275,7 +281,8 @@ class Evaluation(Shown):
 
         Returns:
             "edits": how many were made. "failed" and "broken", if there are any: edits that could
-            not be made, and edits after which the model gave no finite numbers. "seconds" and
+            not be made, and edits after which the model gave no finite numbers. "unusable", if
+            there are any: records that could not be asked about or written. "seconds" and
             "seconds_a_record": means. "norm": the largest. And the measures of `drift`.
         """
         notes = [note for (name, _), note in self.notes.items() if name == editor]
@@ -287,6 +294,10 @@ class Evaluation(Shown):
             measured["failed"] = n_failed
         if n_broken:
             measured[BROKEN] = n_broken
+        if n_unusable := sum(
+            len(why) for at, why in self.unusable.items() if at[0] in (BASE, editor)
+        ):
+            measured["unusable"] = n_unusable
         if seconds := [note["seconds"] for note in notes if "seconds" in note]:
             measured["seconds"] = sum(seconds) / len(seconds)
             measured["seconds_a_record"] = sum(seconds) / max(1, n_records)
@@ -310,6 +321,11 @@ class Evaluation(Shown):
             "probed": {e: dict(self.probed(e)) for e in self.editors},
             "failed": [
                 {"editor": e, "edit": unit, "why": why} for (e, unit), why in self.failed.items()
+            ],
+            "unusable": [
+                {"editor": e, "edit": unit, "record": record, "why": why}
+                for (e, unit), reasons in self.unusable.items()
+                for record, why in reasons.items()
             ],
             "edits": {e: self.measured(e) for e in edits},
             "retention": {e: self.retention(e) for e in edits if self.sequence},

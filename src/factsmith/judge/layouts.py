@@ -14,6 +14,7 @@ from functools import partial
 from typing import NamedTuple
 
 from ..core.fact import Fact
+from ..core.slots import fill_all
 from .entry import Entry, FieldError
 from .records import Question, QuestionKind, Record, negation
 
@@ -67,7 +68,7 @@ def _counterfact(row: Entry, index: int) -> Record:
     for text in row.expected_texts("neighborhood_prompts"):
         questions += row.ask("neighbour", "neighborhood_prompts", text, (old,), new)
     if alias := row.optional("alternative_subject"):
-        text = prompt.replace("{}", alias)
+        text = fill_all(prompt, alias)
         questions += row.ask("aliasing", "alternative_subject", text, (new,), old)
     questions += _portability(row)
     return Record(

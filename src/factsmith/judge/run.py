@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..core.checks import check_count, check_items, check_seed
-from ..core.errors import InputError, NumericsError
+from ..core.errors import FactsmithError, InputError, NumericsError
 from ..core.files import folder_path
 from ..core.progress import Progress, tell
 from ..core.tables import counted
@@ -45,6 +45,7 @@ from .schedule import Schedule
 from .score import continue_texts, score
 from .store import FORMAT, Store, Unit
 from .suites import load_suite
+from .usable import facts_of, why_unwritable
 
 Probe = Callable[[], Mapping[str, float]]
 """Measures anything of the model as it is now, such as the function that `ability` returns."""
@@ -72,9 +73,12 @@ def evaluate(  # house: the public name and its keywords are promised; they beco
     """Judge editors: write some records at a time, ask everything about them, take the edit back.
 
     Without `editors` and `delta` only the base model is asked. With editors, a record without a
-    fact to write is left out. An edit has failed if its editor raises NumericsError: its questions
-    are asked of the model without it, and `failed` holds the reason. If an edited model gives no
-    finite numbers, its answers count as wrong, `notes` say so, and the run goes on.
+    fact to write is left out. An edit has failed if its editor raises an error of factsmith: its
+    questions are asked of the model without it, and `failed` holds the reason. Records that cannot
+    be asked about, or that keep the others of an edit from being written, are left out, and
+    `unusable` holds the reasons. If an edited model gives no finite numbers, its answers count as
+    wrong, and `notes` say so. In all these cases the run goes on. Other exceptions of an editor
+    end it.
 
     Args:
         lm: The model. It is unchanged afterwards, also after an error.
@@ -229,6 +233,7 @@ class Run:
             self.ask_base(unit)
             done += 1
             tell(progress, "judging", done, total)
+        self._check_any_asked()
         rows_of_base = (row for row in self.store.rows if row.editor == BASE)
         self.answers_before = {row.prompt: row.answer for row in rows_of_base}
         self.reference = self._reference(editors)
@@ -246,12 +251,51 @@ class Run:
         """Ask the base model about the records of one edit."""
         if self.store.has(BASE, unit):
             return
-        members = self.units[unit]
-        rows = score(self.lm, members, max_new_tokens=self.schedule.max_new_tokens)
-        rows = [replace(row, written=self.unit_of[row.record]) for row in rows]
-        continuations = self.go_on(BASE, unit, members)
+        unusable: dict[str, str] = {}
+        try:
+            rows, continuations = self._base_answers(unit, self.units[unit])
+        except FactsmithError:  # find out whose fault it is
+            rows, continuations = [], []
+            for record in self.units[unit]:
+                try:
+                    rows_of_one, texts_of_one = self._base_answers(unit, [record])
+                except FactsmithError as error:
+                    unusable[record.id] = str(error)
+                else:
+                    rows += rows_of_one
+                    continuations += texts_of_one
         notes = self.probe_model() if unit == 0 else {}
-        self.store.add(Unit(BASE, unit, rows, continuations, notes))
+        self.store.add(Unit(BASE, unit, rows, continuations, notes, unusable=unusable))
+
+    def _base_answers(
+        self, unit: int, records: Sequence[Record]
+    ) -> tuple[list[Row], list[Continuation]]:
+        """What the base model answers and writes about some records."""
+        rows = score(self.lm, records, max_new_tokens=self.schedule.max_new_tokens)
+        rows = [replace(row, written=self.unit_of[row.record]) for row in rows]
+        return rows, self.go_on(BASE, unit, records)
+
+    def _check_any_asked(self) -> None:
+        """Raise an InputError if no record could be asked about."""
+        if not (unusable := self._unusable) or len(unusable) < len(self.records):
+            return
+        record, reason = next(iter(unusable.items()))
+        raise InputError(
+            f"the model can be asked about none of {counted(len(self.records), 'record')}; "
+            f"the first is {record}: {reason}",
+            argument="suite",
+        )
+
+    @property
+    def _unusable(self) -> dict[str, str]:
+        """{record: reason} of the records that the model cannot be asked about."""
+        by_unit = [why for (editor, _), why in self.store.unusable.items() if editor == BASE]
+        return {record: reason for why in by_unit for record, reason in why.items()}
+
+    def _usable(self, records: Sequence[Record]) -> list[Record]:
+        """The records that the model can be asked about."""
+        unusable = self._unusable
+        return [record for record in records if record.id not in unusable]
 
     def write(self, name: str, editor: Editor, unit: int, rounds: ExitStack) -> None:
         """Write the records of one edit, ask the model, and take the edit back.
@@ -267,11 +311,35 @@ class Run:
         is_written_again = is_sequence and not self.store.has(name, self.last)
         if self.store.has(name, unit) and not is_written_again:
             return
-        facts = [fact for record in self.units[unit] for fact in record.facts]
         with ExitStack() as alone:
-            notes, failure = enter(rounds if is_sequence else alone, editor, facts)
+            stack = rounds if is_sequence else alone
+            notes, failure, unusable = self._enter(stack, editor, self._usable(self.units[unit]))
             if not self.store.has(name, unit):
-                self.store.add(self.ask_after(name, unit, finite_numbers(notes), failure))
+                asked = self.ask_after(name, unit, finite_numbers(notes), failure)
+                self.store.add(asked._replace(unusable=unusable))
+
+    def _enter(
+        self, stack: ExitStack, editor: Editor, records: Sequence[Record]
+    ) -> tuple[object, str, dict[str, str]]:
+        """Let an editor write records until a stack is closed.
+
+        Where that fails, the records that cannot be written are left out.
+
+        Returns:
+            What the editor notes, the reason if nothing was written, and {record: reason} of the
+            records that were left out.
+        """
+        if not records:
+            return {}, "the model cannot be asked about any of its records", {}
+        notes, failure = enter(stack, editor, facts_of(records))
+        if not failure or len(records) == 1:
+            return notes, failure, {}
+        unusable = {one.id: why for one in records if (why := why_unwritable(self.lm, one))}
+        rest = [record for record in records if record.id not in unusable]
+        if not rest or not unusable:
+            return notes, failure, {}
+        notes, failure = enter(stack, editor, facts_of(rest))
+        return notes, failure, unusable
 
     def ask_after(self, name: str, unit: int, notes: dict[str, float], failure: str) -> Unit:
         """Ask the edited model everything that belongs after an edit, and measure it.
@@ -283,11 +351,11 @@ class Run:
             failure: The reason why the edit could not be made; "" if it was made.
         """
         is_sequence, is_last = self.schedule.sequence, unit == self.last
-        members: Sequence[Record] = self.units[unit]
+        members = self._usable(self.units[unit])
         continued = members
         if is_sequence:
-            members = self.records if is_last else members
-            continued = self.records if is_last else []
+            members = self._usable(self.records) if is_last else members
+            continued = members if is_last else []
         rows = self.ask(name, unit, members)
         if is_sequence and not is_last:
             rows += self.ask(name, unit, self._earlier_prompts(unit))
@@ -343,7 +411,7 @@ class Run:
         return [
             replace(record, questions=tuple(q for q in record.questions if q.kind == "prompt"))
             for earlier in self.units[:unit]
-            for record in earlier[: self.schedule.retained]
+            for record in self._usable(earlier)[: self.schedule.retained]
         ]
 
     def _reference(self, editors: Mapping[str, Editor]) -> Reference | None:

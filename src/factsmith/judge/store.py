@@ -43,6 +43,8 @@ class Unit(NamedTuple):
     notes: Mapping[str, float]
     failure: str = ""
     """The reason why the edit could not be made; "" if it was made."""
+    unusable: Mapping[str, str] = {}
+    """{record: reason} of the records that could not be asked about, or were not written."""
 
 
 class Store:
@@ -55,6 +57,8 @@ class Store:
         continuations: All continuations.
         notes: {(editor, unit): {name: number}} of every finished edit.
         failed: {(editor, unit): reason} of the edits that could not be made.
+        unusable: {(editor, unit): {record: reason}} of the records that could not be asked about
+            (editor base), or were not written with the other records of an edit.
         descriptions: {editor: its settings in words}; "" for an editor without any.
     """
 
@@ -64,6 +68,7 @@ class Store:
         self.continuations: list[Continuation] = []
         self.notes: dict[tuple[str, int], dict[str, float]] = {}
         self.failed: dict[tuple[str, int], str] = {}
+        self.unusable: dict[tuple[str, int], dict[str, str]] = {}
         self.descriptions: dict[str, str] = {}
         self._size = 0
         """Bytes of the file after the last write, by which another writer is noticed."""
@@ -163,6 +168,8 @@ class Store:
         self.descriptions.setdefault(at[0], str(end["by"]))
         if end.get("failed"):
             self.failed[at] = str(end["failed"])
+        if end.get("unusable"):
+            self.unusable[at] = {str(one): str(why) for one, why in end["unusable"].items()}
 
     def check_editor(self, editor: str, description: str) -> None:
         """Note the settings of an editor.
@@ -199,6 +206,8 @@ class Store:
         self.notes[at] = dict(unit.notes)
         if unit.failure:
             self.failed[at] = unit.failure
+        if unit.unusable:
+            self.unusable[at] = dict(unit.unusable)
         if self.path is not None:
             self._append(self.path, self._lines_of(unit))
 
@@ -216,6 +225,8 @@ class Store:
         }
         if unit.failure:
             end["failed"] = unit.failure
+        if unit.unusable:
+            end["unusable"] = dict(unit.unusable)
         return [*lines, json.dumps(end, ensure_ascii=False)]
 
     def _append(self, path: Path, lines: Sequence[str]) -> None:

@@ -13,14 +13,17 @@ from collections import Counter
 from collections.abc import Iterable
 
 from ..core.checks import check_items
-from ..core.errors import SubjectError
+from ..core.errors import FactsmithError
+from ..core.fact import Fact
 from ..model.language_model import LanguageModel
-from ..model.tokens import subject_span
+from ..model.subject import fact_span
 from .records import Record
 
 _CONTEXT = 16
 """Tokens that stay free for a context in front of a fact's prompt. The longest context has nine of
 the model's tokens and a full stop; a BOS may come first."""
+
+_NO_TOKEN = "a subject or a target has no token that the model knows"
 
 UNKNOWN = "no old object is given, so it is not clear what the model knows"
 """The reason for leaving out a record that `known_only=False` judges."""
@@ -35,7 +38,7 @@ def usable(
 
     - A prompt with its answer has more tokens than the model has positions.
     - The record has nothing to write.
-    - The tokens of a prompt do not show its subject exactly once.
+    - A subject or a target has no token that the model knows.
     - An earlier record writes another target for the same prompt.
     - With `known_only`, the record gives no old object, or the model does not say the old object.
 
@@ -49,8 +52,10 @@ def usable(
     """
     listed = check_items(records, "records", "records of a suite")
     left_out: Counter[str] = Counter()
-    able = [record for record in listed if _fits(lm, record)]
-    left_out["too long for the model's positions"] = len(listed) - len(able)
+    writable = [record for record in listed if not why_unwritable(lm, record)]
+    left_out[_NO_TOKEN] = len(listed) - len(writable)
+    able = [record for record in writable if _fits(lm, record)]
+    left_out["too long for the model's positions"] = len(writable) - len(able)
     if known_only:
         with_old = [
             record for record in able if all(fact.target_true is not None for fact in record.facts)
@@ -61,7 +66,7 @@ def usable(
     kept: list[Record] = []
     targets: dict[str, str | None] = {}
     for record in able:
-        reason = _conflict(lm, record, targets)
+        reason = _conflict(record, targets)
         if reason:
             left_out[reason] += 1
         else:
@@ -85,7 +90,25 @@ def known(lm: LanguageModel, records: Iterable[Record]) -> tuple[Record, ...]:
     return tuple(record for at, record in enumerate(listed) if is_known[at])
 
 
-def _conflict(lm: LanguageModel, record: Record, targets: dict[str, str | None]) -> str:
+def facts_of(records: Iterable[Record]) -> list[Fact]:
+    """Return the facts of some records, in their order."""
+    return [fact for record in records for fact in record.facts]
+
+
+def why_unwritable(lm: LanguageModel, record: Record) -> str:
+    """Return why the model has no tokens for the subject or the targets of a record, or ""."""
+    try:
+        for fact in record.facts:
+            fact_span(lm, fact)
+            for target in (fact.target, fact.target_true):
+                if target is not None:
+                    lm.question(fact.text, target)
+    except FactsmithError as error:
+        return str(error)
+    return ""
+
+
+def _conflict(record: Record, targets: dict[str, str | None]) -> str:
     """Return why a record cannot be written after the earlier ones, or "".
 
     Args:
@@ -94,12 +117,7 @@ def _conflict(lm: LanguageModel, record: Record, targets: dict[str, str | None])
     """
     if not record.facts or any(fact.target is None for fact in record.facts):
         return "nothing to write"
-    try:
-        for fact in record.facts:
-            subject_span(lm.tokenizer, fact.text, fact.subject)
-    except SubjectError:
-        return "subject not found once in its prompt"
-    written = [(fact.text, fact.target and fact.target.strip()) for fact in record.facts]
+    written = [(fact.asked, fact.wanted) for fact in record.facts]
     contradicts_itself = len(set(written)) != len({text for text, _ in written})
     if contradicts_itself or any(targets.get(text, target) != target for text, target in written):
         return "another target for the same prompt"

@@ -119,8 +119,8 @@ class LedgerBench:
         newest: dict[str, tuple[str, Fact]] = {}
         for revision in self.ledger.active(self._carried.at):
             for fact in revision.in_effect:
-                newest.pop(fact.text, None)
-                newest[fact.text] = (f"{revision.id[:10]} has", fact)
+                newest.pop(fact.asked, None)
+                newest[fact.asked] = (f"{revision.id[:10]} has", fact)
         return list(newest.values())
 
     @property

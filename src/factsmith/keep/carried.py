@@ -203,6 +203,6 @@ def newest_facts(deltas: Iterable[Delta]) -> list[Fact]:
     facts: dict[str, Fact] = {}
     for delta in deltas:
         for fact in delta.facts:
-            facts.pop(fact.text, None)
-            facts[fact.text] = fact
+            facts.pop(fact.asked, None)
+            facts[fact.asked] = fact
     return list(facts.values())

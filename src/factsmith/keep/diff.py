@@ -79,15 +79,16 @@ def diff(carried: Carried, before: str, after: str) -> Diff:
     """
     ledger = carried.ledger
     sides = [_side(carried, ledger.resolve(reference)) for reference in (before, after)]
-    prompts = dict.fromkeys([*sides[0].facts, *sides[1].facts])
-    changed = [p for p in prompts if sides[0].facts.get(p) != sides[1].facts.get(p)]
+    newest = {**sides[0].facts, **sides[1].facts}
+    differ = [p for p in newest if sides[0].facts.get(p) != sides[1].facts.get(p)]
+    changed = {newest[p].text: p for p in differ}
     layers = sorted({layer for side in sides for delta in side.deltas for layer in delta.layers})
-    targets = [[side.facts[p].target or "" for side in sides if p in side.facts] for p in changed]
+    targets = [[side.facts[p].target or "" for side in sides if p in side.facts] for p in differ]
     longest = [max(each, key=len) for each in targets]
     answers, weights = [], []
     for side in sides:
         with carried.exactly(side.deltas):
-            said = say(carried.lm, changed, longest) if changed else []
+            said = say(carried.lm, list(changed), longest) if changed else []
             answers.append({p: answer.text for p, answer in zip(changed, said, strict=True)})
             weights.append(read_weights(carried.lm, layers))
     with carried.exactly([]):
@@ -102,12 +103,12 @@ def diff(carried: Carried, before: str, after: str) -> Diff:
         facts=tuple(
             FactChange(
                 prompt=prompt,
-                before=target_text(sides[0].facts.get(prompt)),
-                after=target_text(sides[1].facts.get(prompt)),
+                before=target_text(sides[0].facts.get(asked)),
+                after=target_text(sides[1].facts.get(asked)),
                 answer_before=answers[0][prompt],
                 answer_after=answers[1][prompt],
             )
-            for prompt in changed
+            for prompt, asked in changed.items()
         ),
         norms={layer: norm for layer, norm in norms.items() if norm},
     )
@@ -122,7 +123,7 @@ def target_text(fact: Fact | None) -> str | None:
 
 @dataclass(frozen=True)
 class _Side:
-    """A revision: its id, the facts in effect by prompt, and the deltas."""
+    """A revision: its id, the facts in effect by prompt (`Fact.asked`), and the deltas."""
 
     identity: str
     facts: dict[str, Fact]
@@ -131,5 +132,5 @@ class _Side:
 
 def _side(carried: Carried, identity: str) -> _Side:
     active = carried.ledger.active(identity)
-    facts = {fact.text: fact for revision in active for fact in revision.in_effect}
+    facts = {fact.asked: fact for revision in active for fact in revision.in_effect}
     return _Side(identity, facts, [carried.delta_of(revision) for revision in active])

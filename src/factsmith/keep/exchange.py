@@ -25,7 +25,6 @@ from ..patch.recipe import Sources
 from ..patch.verification import Verification
 from .asked import said
 from .carried import Carried, newest_facts
-from .diff import target_text
 from .export.folder import SavedPatch, read_patch
 
 
@@ -75,7 +74,7 @@ def read_arrivals(
     for patch in patches:
         if patch.delta.facts:
             find_method(patch.delta.method)  # one that is not known could never be solved again
-    targets = {fact.text: target_text(fact) for _, fact in bench.facts_in_effect}
+    targets = {fact.asked: fact.wanted for _, fact in bench.facts_in_effect}
     arrivals = Arrivals()
     contradicted = False
     for number, patch in enumerate(patches):
@@ -83,7 +82,7 @@ def read_arrivals(
         tell(progress, "taking in patches", number, len(patches))
         below = [*carried.deltas.values(), *(delta for delta, _ in arrivals.deltas)]
         if facts:
-            known = all(targets.get(fact.text) == target_text(fact) for fact in facts)
+            known = all(targets.get(fact.asked, "") == fact.wanted for fact in facts)
         else:
             known = any(_same_edit(patch.delta, delta) for delta in carried.deltas.values())
         if known:
@@ -94,7 +93,7 @@ def read_arrivals(
             contradicted = True
         delta = _fitted(bench, carried, patch, below, sources, progress)
         arrivals.deltas.append((delta, patch.origin.message))
-        targets |= {fact.text: target_text(fact) for fact in facts}
+        targets |= {fact.asked: fact.wanted for fact in facts}
     if arrivals.deltas:
         proof = _proof(bench, carried, [delta for delta, _ in arrivals.deltas])
         lost = [

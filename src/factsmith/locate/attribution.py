@@ -72,6 +72,7 @@ def attribution_trace(  # house: the promised public signature; the settings go 
     subject: str,
     *,
     target: str | None = None,
+    occurrence: int | None = None,
     kind: TraceKind = "state",
     corruption: CorruptionKind = "noise",
     replacements: Sequence[str] | None = None,
@@ -102,7 +103,7 @@ def attribution_trace(  # house: the promised public signature; the settings go 
     passes = check_count(passes, "passes", "the number of gradients to average")
     check = check_count(check, "check", "the number of tokens to check", least=0)
     settings = Corruption(corruption, samples, noise, noise_tensor, replacements, seed)
-    runs = record_runs(lm, prompt, subject, settings, target=target)
+    runs = record_runs(lm, prompt, subject, settings, target=target, occurrence=occurrence)
     effects = _estimated_effects(runs, restoration, passes, progress)
     columns = _checked_columns(runs, check)
     exact, correlation = effects[:0], None

@@ -32,7 +32,7 @@ from .corruption import Corruption, TracedPrompt, noise_scale
 from .interval import margin, mean_interval
 from .kinds import CorruptionKind, Part, Restoration, TraceKind
 from .records import CausalTrace, corruption_warnings
-from .runs import record_runs
+from .runs import record_prompt
 from .sweep import trace_runs
 
 CLASSES = (
@@ -314,7 +314,7 @@ def _traces(
 ) -> Iterator[dict[str, CausalTrace]]:
     """The maps of each fact, from one recording of its runs."""
     for fact in facts:
-        runs = record_runs(lm, fact.text, fact.subject, corruption, target=_answer(fact))
+        runs = record_prompt(lm, TracedPrompt.of_fact(lm, fact), corruption, target=_answer(fact))
         yield {restoration.name: trace_runs(runs, restoration) for restoration in restorations}
 
 
@@ -340,11 +340,7 @@ def _scaled(corruption: Corruption, lm: LanguageModel, facts: Sequence[Fact]) ->
     """The corruption with one noise scale: over the tokens of every subject, repeats included."""
     if corruption.scale is not None or corruption.kind != "noise":
         return corruption
-    ids = [
-        token
-        for fact in facts
-        for token in TracedPrompt.read(lm, fact.text, fact.subject).subject_ids
-    ]
+    ids = [token for fact in facts for token in TracedPrompt.of_fact(lm, fact).subject_ids]
     return dataclasses.replace(corruption, scale=noise_scale(lm, ids))
 
 

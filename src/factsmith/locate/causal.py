@@ -38,6 +38,7 @@ def causal_trace(  # house: the promised public signature; the settings go into 
     subject: str,
     *,
     target: str | None = None,
+    occurrence: int | None = None,
     kind: TraceKind = "state",
     sever: Part | None = None,
     corruption: CorruptionKind = "noise",
@@ -57,10 +58,13 @@ def causal_trace(  # house: the promised public signature; the settings go into 
 
     Args:
         lm: The model.
-        prompt: A text that holds the subject once, or a template with one `{}` in its place.
+        prompt: A text that has the subject, or a template with one `{}` in its place. For the two
+            characters `{}` themselves, write `{{}}`.
         subject: The part of the text to corrupt.
         target: The answer to follow, of one or more tokens. None: the model's own most likely next
             token.
+        occurrence: Which occurrence of the subject in a text is meant, counted from 1. None: the
+            only one, or the only one that is a whole word.
         kind: "state" restores a layer's output. "mlp" and "attention" restore what that part adds
             in the layers [l - window // 2, l + ceil(window / 2)).
         sever: With kind "state": hold the outputs of the "mlp" or "attention" at the restored
@@ -86,7 +90,8 @@ def causal_trace(  # house: the promised public signature; the settings go into 
         progress: Called with (tokens done, tokens to do) after each token.
 
     Raises:
-        SubjectError: when the subject is empty, or does not occur exactly once.
+        SubjectError: when the subject is empty, is not in the text, or is there several times and
+            `occurrence` does not say which one is meant.
         LayerError: when the window is not accepted.
         InputError: when another argument is not accepted.
         UnsupportedModelError: when a layer has no attention part to restore.
@@ -94,5 +99,5 @@ def causal_trace(  # house: the promised public signature; the settings go into 
     """
     restoration = Restoration(kind, window, sever)
     settings = Corruption(corruption, samples, noise, noise_tensor, replacements, seed)
-    runs = record_runs(lm, prompt, subject, settings, target=target)
+    runs = record_runs(lm, prompt, subject, settings, target=target, occurrence=occurrence)
     return trace_runs(runs, restoration, progress=progress)

@@ -22,10 +22,13 @@ from torch import Tensor
 from .. import atlas
 from ..core.checks import check_count, check_items, check_number, check_seed, check_text
 from ..core.errors import InputError
+from ..core.fact import Fact
 from ..core.gap import before_gap
+from ..core.slots import Filled
 from ..core.tables import counted
 from ..model.language_model import LanguageModel
-from ..model.tokens import encode, subject_span
+from ..model.subject import fact_prompt, read_prompt, token_span
+from ..model.tokens import encode
 from .kinds import CorruptionKind, check_choice
 
 
@@ -35,7 +38,8 @@ class TracedPrompt:
 
     Attributes:
         text: The whole text.
-        subject: The part of the text to corrupt, without white space around it.
+        subject: The part of the text to corrupt, as the text writes it.
+        start: The character of the text where the subject begins.
         ids: Token ids of the text.
         offsets: The characters [start, stop) of each token.
         span: Token columns [start, stop) of the subject.
@@ -43,30 +47,47 @@ class TracedPrompt:
 
     text: str
     subject: str
+    start: int
     ids: tuple[int, ...]
     offsets: tuple[tuple[int, int], ...]
     span: tuple[int, int]
 
     @classmethod
-    def read(cls, lm: LanguageModel, prompt: str, subject: str) -> TracedPrompt:
+    def read(
+        cls, lm: LanguageModel, prompt: str, subject: str, *, occurrence: int | None = None
+    ) -> TracedPrompt:
         """Tokenize a prompt and find its subject.
 
         Args:
             lm: The model.
-            prompt: A text that holds the subject once, or a template with one `{}` in its place.
+            prompt: A text that has the subject, or a template with one `{}` in its place.
             subject: The subject.
+            occurrence: Which occurrence of the subject in a text is meant, counted from 1. None:
+                the only one, or the only one that is a whole word.
 
         Raises:
             InputError: when one of the two is not text.
-            SubjectError: when the subject is empty, or does not occur exactly once.
+            SubjectError: when the subject is empty, is not in the text, or is there several times
+                and `occurrence` does not say which one is meant.
         """
-        prompt, subject = check_text(prompt, "the prompt"), check_text(subject, "the subject")
-        is_template = prompt.count("{}") == 1 and subject not in prompt
-        text = before_gap(prompt.replace("{}", subject) if is_template else prompt)
-        subject = subject.strip()
-        span = subject_span(lm, text, subject)
+        return cls._of(lm, read_prompt(prompt, subject, occurrence=occurrence))
+
+    @classmethod
+    def of_fact(cls, lm: LanguageModel, fact: Fact) -> TracedPrompt:
+        """Tokenize a fact's prompt. Its slot says where the subject is.
+
+        Raises:
+            SubjectError: when the subject has no token.
+        """
+        return cls._of(lm, fact_prompt(fact))
+
+    @classmethod
+    def _of(cls, lm: LanguageModel, prompt: Filled) -> TracedPrompt:
+        text = before_gap(prompt.text)
         ids, offsets = encode(lm.tokenizer, text)
-        return cls(text, subject, tuple(ids), tuple(offsets), span)
+        span = token_span(offsets, prompt)
+        subject = text[prompt.start : prompt.stop]
+        return cls(text, subject, prompt.start, tuple(ids), tuple(offsets), span)
 
     @property
     def subject_ids(self) -> tuple[int, ...]:
@@ -81,7 +102,8 @@ class TracedPrompt:
         """
         start, stop = self.span
         ids = list(self.ids)
-        changed, _ = encode(lm.tokenizer, self.text.replace(self.subject, other))
+        rest = self.text[self.start + len(self.subject) :]
+        changed, _ = encode(lm.tokenizer, f"{self.text[: self.start]}{other}{rest}")
         fits = (
             len(changed) == len(ids)
             and changed[:start] == ids[:start]

@@ -33,9 +33,11 @@ from torch import Tensor
 
 from ..core.checks import check_count, check_items, check_number, check_text
 from ..core.errors import InputError, NumericsError
+from ..core.slots import literal
 from ..core.tables import Shown, Table, counted
 from ..model.address import Neuron
 from ..model.language_model import LanguageModel, check_model
+from ..model.subject import count_prompt_slots
 from .gradients import Question, RecordedPrompts, mean_gradients, record_prompts, shared_batches
 
 LEAST_PROMPTS = 3
@@ -428,12 +430,13 @@ def _check_prompts(prompts: str | Sequence[str]) -> list[str]:
         )
     texts = [check_text(prompt, "a prompt") for prompt in given]
     for text in texts:
-        if "{}" in text:
+        if count_prompt_slots(text, ""):
             raise InputError(
-                f"prompt {text!r} has an open slot {{}}. Fill the subject in first.",
+                f"prompt {text!r} has an open slot {{}}. Fill the subject in first. Write {{{{}}}} "
+                "for the two characters themselves.",
                 argument="prompts",
             )
-    return texts
+    return [literal(text) for text in texts]
 
 
 def _coarse(

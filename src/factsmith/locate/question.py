@@ -16,9 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..core.errors import InputError, UnsupportedModelError
+from ..core.forms import occurrences
 from ..core.gap import gap_notes, goes_on
+from ..core.slots import fill_all, literal
 from ..model.answers import first_phrase, say
 from ..model.language_model import LanguageModel
+from ..model.subject import count_prompt_slots
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,13 @@ def fill_prompts(
     """Put the subject into the slots of some prompts.
 
     Args:
-        prompts: Texts that hold the subject, or templates with `{}` in its place.
+        prompts: Texts that have the subject, or templates with `{}` in its place. For the two
+            characters `{}` themselves, write `{{}}`.
         subject: The subject. None: the prompts have no slots.
         single_slot: Refuse a prompt with several slots.
 
     Raises:
-        InputError: when a prompt is empty, has an open slot or too many slots, or does not hold
+        InputError: when a prompt is empty, has an open slot or too many slots, or does not have
             the subject.
     """
     if subject is not None and not subject.strip():
@@ -75,24 +79,25 @@ def fill_prompts(
     for prompt in prompts:
         if not prompt.strip():
             raise InputError("a prompt is empty. Give a text that the model can continue.")
-        if single_slot and prompt.count("{}") > 1:
+        n_slots = count_prompt_slots(prompt, subject or "")
+        if single_slot and n_slots > 1:
             raise InputError(
-                f"{prompt!r} has {prompt.count('{}')} slots {{}}. Give one, in the subject's "
-                "place, or write the subject into the prompt."
+                f"{prompt!r} has {n_slots} slots {{}}. Give one, in the subject's place, or write "
+                "the subject into the prompt. Write {{}} for each {} that is no slot."
             )
-        if "{}" in prompt and subject is None:
+        if n_slots and subject is None:
             raise InputError(
                 f"{prompt!r} has a slot {{}}, and no subject was given. Give the subject, or write "
-                "it into the prompt.",
+                "it into the prompt. Write {{}} for a {} that is no slot.",
                 argument="subject",
             )
-        if subject is not None and "{}" not in prompt and subject.strip() not in prompt:
+        if subject is not None and not n_slots and not occurrences(prompt, subject.strip()):
             raise InputError(
                 f"subject {subject!r} is not in {prompt!r}, and the prompt has no slot {{}}. Write "
                 "the subject as it is written in the prompt, or leave it out.",
                 argument="subject",
             )
-        texts.append(prompt if subject is None else prompt.replace("{}", subject.strip()))
+        texts.append(fill_all(prompt, (subject or "").strip()) if n_slots else literal(prompt))
     return texts
 
 

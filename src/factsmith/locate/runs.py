@@ -131,23 +131,33 @@ def record_runs(
     corruption: Corruption,
     *,
     target: str | None = None,
+    occurrence: int | None = None,
 ) -> Runs:
     """Record the clean and the corrupted runs of a prompt in one pass.
 
     Args:
         lm: The model.
-        prompt: A text that holds the subject once, or a template with one `{}` in its place.
+        prompt: A text that has the subject, or a template with one `{}` in its place.
         subject: The subject to corrupt.
         corruption: How to corrupt it.
         target: The answer to follow. None: the model's own most likely next token.
+        occurrence: Which occurrence of the subject in a text is meant; see `TracedPrompt.read`.
 
     Raises:
         InputError: when the prompt, the target or the corruption cannot be used.
-        SubjectError: when the subject is empty, or does not occur exactly once.
+        SubjectError: when the subject is empty, is not in the text, or it is not clear which of
+            several occurrences is meant.
         NumericsError: when a probability is not finite, or the answer has the probability 0.
     """
     check_model(lm)
-    traced = TracedPrompt.read(lm, prompt, subject)
+    traced = TracedPrompt.read(lm, prompt, subject, occurrence=occurrence)
+    return record_prompt(lm, traced, corruption, target=target)
+
+
+def record_prompt(
+    lm: LanguageModel, traced: TracedPrompt, corruption: Corruption, *, target: str | None = None
+) -> Runs:
+    """Record the runs of a prompt whose subject is known; the rest is as for `record_runs`."""
     answer_ids = target_ids(lm, traced.text, target) if target is not None else []
     inputs = corruption.inputs(lm, traced)
     sequences = [list(traced.ids), *inputs.sequences]

@@ -1,7 +1,6 @@
-"""Text to token columns: the place of a subject, the tokens of a target, prompts in one batch.
+"""Text to token columns: the tokens of a prompt and of a target, prompts in one batch.
 
     ids, offsets = encode(tokenizer, "The mother tongue of Danielle Darrieux is")
-    start, stop = subject_span(tokenizer, text, "Danielle Darrieux")     # columns [start, stop)
     target_ids(lm, text, "French")                           # ids after the prompt
     batch = lm.align(sequences, pivots)                      # every row's pivot in one column
 
@@ -19,7 +18,8 @@ import torch
 from torch import Tensor
 
 from ..core.checks import check_text
-from ..core.errors import InputError, SubjectError, TokenizerError
+from ..core.errors import InputError, TokenizerError
+from ..core.forms import canonical
 from ..core.gap import Gap, Settled, before_gap, plain_gap
 
 
@@ -108,43 +108,6 @@ def encode(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]
         ids.pop()
         offsets.pop()
     return ids, offsets
-
-
-def subject_span(lm_or_tokenizer: Any, text: str, subject: str) -> tuple[int, int]:
-    """Return the token columns [start, stop) of the subject in the tokenized text.
-
-    A token that reaches over the subject's edge belongs to the subject.
-
-    Raises:
-        SubjectError: The subject is empty, is not in the text, or is in it more than once.
-    """
-    tokenizer = getattr(lm_or_tokenizer, "tokenizer", lm_or_tokenizer)
-    subject = check_text(subject, "the subject").strip()
-    if not subject:
-        raise SubjectError(f"the subject is empty; give a part of the prompt {text!r}")
-    at = text.find(subject)
-    if at < 0:
-        raise SubjectError(
-            f"subject {subject!r} is not in the prompt {text!r}; write it as the prompt does"
-        )
-    if text.find(subject, at + 1) >= 0:
-        raise SubjectError(
-            f"subject {subject!r} occurs more than once in the prompt {text!r}; give a prompt that "
-            "has it once"
-        )
-    _, offsets = encode_prompt(tokenizer, text)
-    # A token without characters (BOS), or of white space alone, is never part of the subject.
-    inside = [
-        i
-        for i, (a, b) in enumerate(offsets)
-        if a < at + len(subject) and b > at and text[a:b].strip()
-    ]
-    if not inside:
-        raise SubjectError(
-            f"subject {subject!r} in the prompt {text!r} has no token: the tokenizer drops its "
-            "characters. Give a subject that the tokenizer can write"
-        )
-    return inside[0], inside[-1] + 1
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -263,11 +226,11 @@ def word_ids(tokenizer: Any, word: str) -> list[int]:
         InputError: The word is empty, or has no token that the model knows.
     """
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    wanted = check_text(word, "the word").strip().casefold()
+    wanted = canonical(check_text(word, "the word")).strip().casefold()
     if not wanted:
         raise InputError("the word is empty; give a word to look for")
     every = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    if whole := [i for i, text in enumerate(every) if text.strip().casefold() == wanted]:
+    if whole := [i for i, text in enumerate(every) if canonical(text).strip().casefold() == wanted]:
         return whole
     # Inside a text most tokenizers write a space into the token.
     inside = target_ids(tokenizer, "The", word.strip(), gap="space")

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from .. import atlas
 from ..core.fact import Fact, Probe
+from ..core.forms import canonical
 from ..core.tables import counted
 from ..edit.contexts import generate_contexts
 from ..model.answers import is_answered, say
@@ -44,14 +45,14 @@ def complete(
     labels = _relations(lm, facts)
     bare = [(fact, label) for fact, label in zip(facts, labels, strict=True) if not fact.neighbours]
     near = _near(lm, {label for _, label in bare}, list(written), seed)
-    subjects = {fact.subject for fact in facts}
+    subjects = {canonical(fact.subject.strip()) for fact in facts}
     completed = []
     for fact, label in zip(facts, labels, strict=True):
         fields = fact.to_dict()
         if not fact.paraphrases:
             fields["paraphrases"] = [text.replace("{}", fact.template) for text in openings[:MADE]]
         if not fact.neighbours:
-            others = [p for p in near[label] if not any(s in p.prompt for s in subjects)]
+            others = [p for p in near[label] if not any(s in canonical(p.prompt) for s in subjects)]
             fields["neighbours"] = others[:MADE]
         completed.append(Fact.from_dict(fields))
     unknown = [fact for fact, label in bare if label is None]

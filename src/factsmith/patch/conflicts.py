@@ -15,6 +15,7 @@ import torch
 
 from .. import atlas
 from ..core.fact import Fact
+from ..core.forms import canonical
 from ..corpus.moments import SecondMoment
 from ..edit.inputs import SHARED_KEY
 from ..edit.keys import read_keys
@@ -99,22 +100,22 @@ def _by_words(
     phrased = _phrased(every)
     related: dict[str, list[int]] = {}
     for i, fact in enumerate(every):
-        for name in {fact.subject, fact.text}:
+        for name in {_subject(fact), fact.asked}:
             related.setdefault(name, []).append(i)
     places = []
     for i, fact in enumerate(facts):
         place = Place(standing="known" if known[i] else "new")
-        for j in dict.fromkeys([*related[fact.subject], *related[fact.text]]):
+        for j in dict.fromkeys([*related[_subject(fact)], *related[fact.asked]]):
             other, because = every[j], f"{owners[j]} {every[j]}"
-            if _target(other) == _target(fact):
+            if other.wanted == fact.wanted:
                 continue
-            if other.text == fact.text and owners[j] != _THIS_FILE:
+            if other.asked == fact.asked and owners[j] != _THIS_FILE:
                 place = (
                     Place(standing="known")
                     if known[i]
                     else Place(standing="changed", because=because)
                 )
-            elif other.text == fact.text or _same_question(fact, other, (phrased[i], phrased[j])):
+            elif other.asked == fact.asked or _same_question(fact, other, (phrased[i], phrased[j])):
                 place = Place(standing="conflict", because=because)
                 break
         places.append(place)
@@ -154,7 +155,7 @@ class _Keys:
         self.lm, self.every, self.n_new, self.unwritten = lm, every, n_new, unwritten
         self.crowding: list[float | None] = [None] * n_new
         self.shared: dict[int, tuple[float, int]] = {}
-        targets = [_target(fact) for fact in every]
+        targets = [fact.wanted for fact in every]
         numbers = {target: i for i, target in enumerate(dict.fromkeys(targets))}
         self.groups = torch.tensor([numbers[target] for target in targets])
 
@@ -178,8 +179,8 @@ class _Keys:
                 self.shared[i] = max(self.shared.get(i, (0.0, 0)), (cosine, self.unwritten[other]))
 
 
-def _target(fact: Fact) -> str:
-    return (fact.target or "").strip()
+def _subject(fact: Fact) -> str:
+    return canonical(fact.subject.strip())
 
 
 def _phrased(facts: Sequence[Fact]) -> list[str | None]:
@@ -187,8 +188,8 @@ def _phrased(facts: Sequence[Fact]) -> list[str | None]:
     relations_of: dict[str, set[str]] = {}
     for relation in atlas.relations():
         for template in atlas.phrasings(relation).every:
-            relations_of.setdefault(template, set()).add(relation)
-    every = [relations_of.get(fact.template, set()) for fact in facts]
+            relations_of.setdefault(canonical(template), set()).add(relation)
+    every = [relations_of.get(canonical(fact.template), set()) for fact in facts]
     return [next(iter(names)) if len(names) == 1 else None for names in every]
 
 
@@ -196,9 +197,13 @@ def _same_question(one: Fact, other: Fact, phrased: tuple[str | None, str | None
     """Whether two facts about a subject answer one question: by relation, by bundled phrasing, or
     by their paraphrases.
     """
-    if one.subject != other.subject:
+    if _subject(one) != _subject(other):
         return False
     same_relation = one.relation is not None and one.relation == other.relation
     same_phrasing = phrased[0] is not None and phrased[0] == phrased[1]
-    paraphrased = one.text in other.paraphrase_texts or other.text in one.paraphrase_texts
-    return same_relation or same_phrasing or paraphrased
+    return same_relation or same_phrasing or _paraphrases(one, other) or _paraphrases(other, one)
+
+
+def _paraphrases(one: Fact, other: Fact) -> bool:
+    """Whether a fact's prompt is among the paraphrases of another one."""
+    return one.asked in map(canonical, other.paraphrase_texts)

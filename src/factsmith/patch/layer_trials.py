@@ -18,7 +18,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from ..core.fact import Fact
-from ..locate.causal import causal_trace
+from ..locate.corruption import Corruption, TracedPrompt
+from ..locate.kinds import Restoration
+from ..locate.runs import record_prompt
+from ..locate.sweep import trace_runs
 from ..model.address import check_dense
 from ..model.language_model import LanguageModel
 from .layer_choice import MIN_FACTS, LayerScore, Trial
@@ -73,16 +76,9 @@ def mlp_effects(
     """
     window, total = trace_window(lm.n_layers), torch.zeros(lm.n_layers)
     for done, fact in enumerate(facts, start=1):
-        trace = causal_trace(
-            lm,
-            fact.text,
-            fact.subject,
-            target=fact.target_true,
-            kind="mlp",
-            window=window,
-            samples=samples,
-            seed=seed,
-        )
+        prompt, corruption = TracedPrompt.of_fact(lm, fact), Corruption(samples=samples, seed=seed)
+        runs = record_prompt(lm, prompt, corruption, target=fact.target_true)
+        trace = trace_runs(runs, Restoration("mlp", window))
         total += trace.effects[trace.subject_span[1] - 1] / len(facts)
         if progress is not None:
             progress(done, len(facts))

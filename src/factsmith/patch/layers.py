@@ -27,7 +27,7 @@ from ..edit.rome import rome_each
 from ..model.address import check_dense
 from ..model.answers import as_said, is_answered, say
 from ..model.language_model import LanguageModel, check_model
-from ..model.tokens import subject_span
+from ..model.subject import fact_span
 from .layer_choice import MIN_FACTS, LayerChoice, LayerScore, Trial, depth_choice, published
 from .layer_trials import (
     CANDIDATES,
@@ -308,7 +308,7 @@ def _settled(lm: LanguageModel, facts: Sequence[Fact]) -> list[Fact]:
     said = {prompt: answer.text for prompt, answer in zip(sorted(longest), answers, strict=True)}
     settled = []
     for fact in facts:
-        subject_span(lm.tokenizer, fact.text, fact.subject)
+        fact_span(lm, fact)
         answer = said[fact.text]
         if fact.target is None or is_answered(lm, fact.text, answer, fact.target):
             continue

@@ -29,7 +29,7 @@ from ..edit.questions import with_gaps
 from ..model.address import check_dense, check_dense_layer
 from ..model.answers import first_phrase, is_answered, probabilities, say
 from ..model.language_model import LanguageModel
-from ..model.tokens import subject_span
+from ..model.subject import fact_span
 from .bench import Bench
 from .complete import complete
 from .conflicts import Standing, compare_facts
@@ -194,7 +194,7 @@ def plan(
     Raises:
         InputError: No facts, an unknown method or setting, or a fact to forget of which the model
             says nothing.
-        SubjectError: A subject is not in its prompt exactly once.
+        SubjectError: A subject has no token.
         LayerError: The model does not have a layer.
         UnsupportedModelError: Every layer, or a named one, is a mixture of experts.
         FingerprintError: The second moments are another model's.
@@ -364,7 +364,7 @@ def _layers_of_moments(
 def _ask(lm: LanguageModel, facts: Sequence[Fact]) -> list[Planned]:
     """What the model says about each fact now."""
     for fact in facts:
-        subject_span(lm.tokenizer, fact.text, fact.subject)
+        fact_span(lm, fact)
     prompts = [fact.text for fact in facts]
     targets = [fact.target or fact.target_true or "" for fact in facts]
     answers = [answer.text for answer in say(lm, prompts, targets)]

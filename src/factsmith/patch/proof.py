@@ -148,7 +148,7 @@ def _probes(
     """
     probes: list[_Probe] = []
     dropped: list[str] = []
-    written = {canonical(fact.text) for fact in facts}
+    written = {fact.asked for fact in facts}
     for fact in facts:
         probes.append(_probe("prompt", fact, fact.text))
         probes += [
@@ -161,9 +161,7 @@ def _probes(
             else:
                 probes.append(_Probe("neighbour", near.prompt, near.expected))
     probes += [
-        _probe("earlier", fact, fact.text)
-        for fact in asked_again
-        if canonical(fact.text) not in written
+        _probe("earlier", fact, fact.text) for fact in asked_again if fact.asked not in written
     ]
     if not dropped:
         return probes, ()

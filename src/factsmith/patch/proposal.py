@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ..core.errors import InputError
+from ..core.forms import canonical
 from ..core.progress import Progress, tell
 from ..core.tables import Shown, Table
 from ..corpus.moments import SecondMoment
@@ -167,12 +168,12 @@ class Proposal(Shown):
     def _failed_checks(self) -> list[str]:
         if self.verification is None or self.delta is None:
             return []
-        texts = {fact.text for fact in self.delta.facts}
+        texts = {fact.asked for fact in self.delta.facts}
 
         def lost(check: Check) -> str:
             if check.role == "earlier":
                 return _LOST["earlier"]
-            return _LOST["prompt" if check.prompt in texts else "known"]
+            return _LOST["prompt" if canonical(check.prompt) in texts else "known"]
 
         chat = [
             f"in the chat template the patch did not take: {check.in_words}"

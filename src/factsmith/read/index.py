@@ -112,7 +112,7 @@ class Index(Shown):
         """
         wanted = _asked(word)
         k = check_count(k, "k", "the number of neurons to find")
-        ids = [i for i, text in self.values.words.items() if text.strip().casefold() == wanted]
+        ids = [i for i, text in self.values.words.items() if folded(text.strip()) == wanted]
         tokens, scores = (
             (self.values.bottom_ids, self.values.bottom_scores)
             if demoted

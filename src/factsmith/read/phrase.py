@@ -11,23 +11,14 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import re
 import unicodedata
 
-_APART = re.compile(
-    "[\u0e00-\u0fff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf"
-    "\u3005-\u3007\u3040-\u318f\u31a0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\ua960-\ua97f"
-    "\ua9e0-\ua9ff\uaa60-\uaadf\uac00-\ud7ff\uf900-\ufaff\uff66-\uffdc\U00020000-\U0003ffff]"
-)
-"""Letters between which a word may begin or end.
-
-Chinese, Japanese, Thai, Lao, Tibetan, Burmese, Khmer and Tai have no spaces between words. In
-Korean, particles are joined to the word."""
+from ..core.forms import APART, canonical, occurrences
 
 
 def folded(text: str) -> str:
-    """Return a text without case, for comparison. It may be longer than the text."""
-    return text.casefold()
+    """Return a text in one Unicode form and without case, for comparison. It may be longer."""
+    return canonical(text).casefold()
 
 
 def phrase_end(text: str, phrase: str) -> int | None:
@@ -40,6 +31,9 @@ def phrase_end(text: str, phrase: str) -> int | None:
     Returns:
         The index of the character. None if the text does not hold the phrase.
     """
+    if canonical(text) != text:
+        places = occurrences(text, phrase, ignore_case=True)
+        return next((place.stop for place in places if place.is_whole), None)
     without_case = folded(text)
     at = without_case.find(phrase)
     while at >= 0 and not (_breaks(without_case, at) and _breaks(without_case, at + len(phrase))):
@@ -59,7 +53,7 @@ def _breaks(text: str, at: int) -> bool:
         return True
     before, after = text[at - 1], text[at]
     return not (_in_word(before) and _in_word(after)) or bool(
-        _APART.match(before) or _APART.match(after)
+        APART.match(before) or APART.match(after)
     )
 
 

@@ -19,6 +19,7 @@ from ..core.tables import Shown, Table, counted, ending
 from ..model.language_model import LanguageModel, check_model
 from .index import Firing
 from .index_store import find_index
+from .phrase import folded
 from .promoters import Promotion, promoters
 
 
@@ -80,8 +81,8 @@ class WordNeurons(Shown):
         title = f"values that promote {self.word!r}"
         if not self.promoting:
             return Table(f"{title}: none", {})
-        word = self.word.strip().casefold()
-        if all(p.token.strip().casefold() != word for p in self.promoting):
+        word = folded(self.word.strip())
+        if all(folded(p.token.strip()) != word for p in self.promoting):
             title += ", by the first of its tokens"
         return Table(
             title,

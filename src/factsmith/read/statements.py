@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from ..core.checks import check_count, check_seed
 from ..core.errors import InputError
 from ..core.fact import Fact, listed
+from ..core.forms import occurrences
+from ..core.slots import count_slots, fill, literal
 from .features import Label
 from .triggers import Trigger
 
@@ -102,9 +104,14 @@ def statements(
 
 def _statement(fact: Fact, template: str, answer: str) -> Statement:
     """Return a fact in one phrasing, where {} stands for the subject."""
-    prompt = template.replace("{}", fact.subject).rstrip()
-    first = template.find("{}") if "{}" in template else prompt.find(fact.subject)
-    subject = (first, first + len(fact.subject)) if first >= 0 else None
+    if count_slots(template):
+        filled = fill(template, fact.subject)
+        prompt, subject = filled.text.rstrip(), (filled.start, filled.stop)
+    else:
+        prompt = literal(template).rstrip()
+        places = occurrences(prompt, fact.subject.strip())
+        whole = [place for place in places if place.is_whole] or places
+        subject = whole[0][:2] if whole else None
     start = len(prompt) + 1
     return Statement(f"{prompt} {answer}.", fact, subject, (start, start + len(answer)))
 

@@ -87,7 +87,8 @@ def ask(
         factors: {layer: (left, right)} as they are written, if they are not exactly the sum of the
             deltas. None: they are.
     """
-    facts = {fact.text: fact for delta in deltas for fact in delta.facts}
+    newest = {fact.asked: fact for delta in deltas for fact in delta.facts}
+    facts = {fact.text: fact for fact in newest.values()}
     texts = list(facts)
     n = min(len(texts), _PROMPTS)
     prompts = [texts[i * len(texts) // n] for i in range(n)]

@@ -45,6 +45,8 @@ MEANINGS = {
     "changed_share": "Share of those facts whose answer changed.",
     "broken": "Edits after which the model no longer computes finite numbers. Its answers then "
     "count as wrong, and its drift cannot be measured.",
+    "unusable": "Records that the model cannot be asked about, or that an edit had to leave out so "
+    "that the others could be written.",
     "seconds": "Time to solve an edit. Work that is done once for a model is not counted.",
 }
 """The meanings, by the words in the names of measures and by the names of costs and drifts."""

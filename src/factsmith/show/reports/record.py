@@ -110,6 +110,7 @@ class Report(Shown):
             "records judged": f"{records:,}",
             **{f"left out: {why}": f"{n:,}" for why, n in self.left_out.items()},
             "edits that could not be made": _first_failure(self.runs),
+            "records that could not be used": _first_unusable(self.runs),
             "malformed, left out": self.suite.left_out or "nothing",
             "records an edit": ", ".join(
                 f"{run.size:,}{' in sequence' if run.sequence else ''}" for run in self.runs
@@ -214,6 +215,18 @@ def _first_failure(runs: Sequence[Evaluation]) -> str:
     """Return how many edits failed, and why the first one did; "" when none failed."""
     failed = [f"{editor}: {why}" for run in runs for (editor, _), why in run.failed.items()]
     return f"{len(failed):,}, the first of {failed[0]}" if failed else ""
+
+
+def _first_unusable(runs: Sequence[Evaluation]) -> str:
+    """Return how many records could not be used, and why the first one could not; "" for none."""
+    reasons = {
+        record: why
+        for run in runs
+        for by_record in run.unusable.values()
+        for record, why in by_record.items()
+    }
+    first = next(iter(reasons.items()), None)
+    return "" if first is None else f"{len(reasons):,}, the first is {first[0]}: {first[1]}"
 
 
 def _heat_lines(run: Evaluation, editor: str) -> list[str]:

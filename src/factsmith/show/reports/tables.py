@@ -20,6 +20,7 @@ PAIRS = (
 COSTS = {
     "edits": "edits",
     "failed": "failed",
+    "unusable": "records left out",
     "broken": "broken",
     "seconds": "seconds per edit",
     "seconds_a_record": "seconds per record",
@@ -35,7 +36,7 @@ DRIFTS = {
 }
 """What an edit changes besides: the names of the numbers, and what tables call them."""
 
-_SELDOM = ("failed", "broken")
+_SELDOM = ("failed", "unusable", "broken")
 """Costs that a table leaves out if no editor has them."""
 
 _ROUNDS_OF_TABLE = 8
