@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import pytest
 import torch
 
+from factsmith.core.errors import InputError
 from factsmith.core.fact import Fact
 from factsmith.edit.delta import Delta
 from factsmith.judge.editor import Editor
@@ -98,3 +101,15 @@ def pushing_delta(lm: LanguageModel, strength: float) -> Delta:
         config={},
         fingerprint=lm.fingerprint,
     )
+
+
+def refuse_target(monkeypatch: pytest.MonkeyPatch, lm: LanguageModel, word: str) -> None:
+    """Let a model have no token for a target."""
+    question = lm.question
+
+    def refusing(prompt: str, target: str) -> Any:
+        if target == word:
+            raise InputError(f"target {word!r} has no token that the model knows")
+        return question(prompt, target)
+
+    monkeypatch.setattr(lm, "question", refusing)

@@ -16,7 +16,6 @@ from factsmith.core.errors import (
     FingerprintError,
     InputError,
     LayerError,
-    SubjectError,
     UnsupportedModelError,
 )
 from factsmith.core.fact import Fact
@@ -136,7 +135,10 @@ def test_bad_input_changes_nothing(tiny_gpt2: LanguageModel) -> None:
     moments = second_moments(tiny_gpt2, TEXTS, [1])
     before = read_weights(tiny_gpt2, range(3))
     foreign = SecondMoment.from_matrix(torch.eye(7), count=1)
-    twice = Fact("Edwin", "Edwin and {} are", "kings")
+    alike = [
+        Fact(subject, "The brother of {} is", target)
+        for subject, target in (("André", "Paul"), ("Andre\u0301", "Luc"))
+    ]
     cases: list[tuple[type[FactsmithError], str, dict[str, Any]]] = [
         (LayerError, "layers 0 to 2", {"config": RomeConfig(layer=9)}),
         (InputError, r"second_moments\(lm, texts, \[2\]\)", {"config": RomeConfig(layer=2)}),
@@ -144,7 +146,7 @@ def test_bad_input_changes_nothing(tiny_gpt2: LanguageModel) -> None:
         (InputError, "at least one", {"facts": []}),
         (InputError, "str", {"facts": ["a fact"]}),
         (InputError, "bare prompt", {"contexts": ["Paris. {}"]}),
-        (SubjectError, "more than once", {"facts": [FACTS[0], twice]}),
+        (InputError, "two targets for one prompt", {"facts": alike}),
     ]
     for error, words, change in cases:
         usual = {"facts": FACTS[0], "config": ROME, "moments": moments, "contexts": CONTEXTS}

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from conftest import LLAMA, VOCAB, byte_tokenizer, merging_tokenizer, tiny_model
 from editing import FACTS, new_model, output_at_subject, relative
-from factsmith.core.errors import InputError, LayerError, NumericsError, SubjectError
+from factsmith.core.errors import InputError, LayerError, NumericsError
 from factsmith.core.fact import Fact
 from factsmith.edit import batches
 from factsmith.edit.keys import Site
@@ -287,8 +287,17 @@ def test_bad_input(tiny_gpt2: LanguageModel) -> None:
         find_targets(tiny_gpt2, FACTS, 0, config, ["Paris. {}"])
     with pytest.raises(InputError, match="exactly one"):
         find_targets(tiny_gpt2, FACTS, 0, config, ["{}", "Paris."])
-    with pytest.raises(SubjectError, match="more than once"):
-        find_targets(tiny_gpt2, [Fact("Edwin", "Edwin and {} are", "kings")], 0, config, CONTEXTS)
+
+
+def test_the_slot_says_which_mention_is_the_subject(tiny_gpt2: LanguageModel) -> None:
+    config = TargetConfig(steps=1)
+    for subject, prompt in (("Edwin", "Edwin and {} are"), ("win", "Edwin and {} are")):
+        targets = find_targets(tiny_gpt2, [Fact(subject, prompt, "kings")], 0, config, ["{}"])
+        text = prompt.replace("{}", subject)
+        column = subject_span(tiny_gpt2, text, subject, occurrence=2)[1] - 1
+        keys = tiny_gpt2.coefficients(text, [0])[0]
+        torch.testing.assert_close(targets.k_star[0], keys[column], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(keys[column], keys[4], rtol=1e-2)
 
 
 def test_nan_weights_are_an_error() -> None:

@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 
 from conftest import GPT2, byte_tokenizer, tiny_model
-from factsmith.core.errors import InputError, NumericsError
+from factsmith.core.errors import (
+    FactsmithError,
+    FingerprintError,
+    InputError,
+    NumericsError,
+    SubjectError,
+    TokenizerError,
+)
 from factsmith.core.fact import Fact
 from factsmith.edit.delta import applied
 from factsmith.judge.drift import drift
@@ -26,7 +33,7 @@ from factsmith.judge.suites import load_suite
 from factsmith.model.answers import stayed
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap
-from judging import PROSE, RECORDS, breaker, pusher, pushing_delta, record
+from judging import PROSE, RECORDS, breaker, pusher, pushing_delta, record, refuse_target
 
 
 @pytest.fixture
@@ -319,6 +326,74 @@ def test_an_edit_that_fails_is_counted_and_said(lm: LanguageModel, tmp_path: Pat
 
     with pytest.raises(ValueError, match="a mistake of the program"):
         evaluate(lm, RECORDS, {"refuses": refuses})
+
+
+@pytest.mark.parametrize("kind", [InputError, SubjectError, TokenizerError, NumericsError])
+@pytest.mark.parametrize("sequence", [False, True])
+def test_an_error_of_one_record_is_its_failure_and_the_run_goes_on(
+    lm: LanguageModel, kind: type[FactsmithError], sequence: bool
+) -> None:
+    def write(facts: Sequence[Fact]) -> Any:
+        if facts[0].subject == "Entity1":
+            raise kind("cannot be written")
+        return pusher(lm, [])(facts)
+
+    evaluation = evaluate(lm, RECORDS, {"own": write}, sequence=sequence, drift_tokens=0)
+    assert evaluation.failed == {("own", 1): "cannot be written"}
+    assert evaluation.measured("own")["failed"] == 1 and evaluation.measured("own")["edits"] == 4
+    assert {row.record for row in evaluation.asked("own")} == {r.id for r in RECORDS}
+    assert evaluation.to_dict()["failed"][0]["why"] == "cannot be written"
+
+
+def test_an_editor_without_a_block_or_with_foreign_files_ends_the_run(lm: LanguageModel) -> None:
+    def foreign(facts: Sequence[Fact]) -> Any:
+        raise FingerprintError("of another model")
+
+    with pytest.raises(FingerprintError, match="another model"):
+        evaluate(lm, RECORDS, {"foreign": foreign}, drift_tokens=0)
+    with pytest.raises(InputError, match="must return a `with` block"):
+        evaluate(lm, RECORDS, {"nothing": lambda facts: None}, drift_tokens=0)
+
+
+def test_a_record_that_cannot_be_asked_is_left_out(lm: LanguageModel, tmp_path: Path) -> None:
+    """The model has 64 positions."""
+    long = Question(kind="locality", prompt="q" * 80, answers=())
+    records = [replace(RECORDS[0], questions=(long,)), *RECORDS[1:3]]
+    for _ in range(2):  # the second time from the folder
+        evaluation = evaluate(
+            lm, records, {"pusher": pusher(lm, [])}, size=3, drift_tokens=0, folder=tmp_path
+        )
+        assert list(evaluation.unusable) == [(BASE, 0)] and not evaluation.failed
+        assert "tokens" in evaluation.unusable[BASE, 0][records[0].id]
+        assert evaluation.notes["pusher", 0]["facts"] == 2
+        assert {row.record for row in evaluation.rows} == {r.id for r in records[1:]}
+        assert evaluation.measured("pusher")["unusable"] == 1
+        (entry,) = Evaluation.load(tmp_path).to_dict()["unusable"]
+        assert entry["record"] == records[0].id and entry["editor"] == BASE
+    with pytest.raises(InputError, match="none of 1 record"):
+        evaluate(lm, records[:1], drift_tokens=0)
+
+
+def test_one_bad_record_does_not_spoil_a_batch(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_target(monkeypatch, lm, "Rome")
+    facts = [Fact(f"Entity{n}", "{} is in", target) for n, target in enumerate(["Oslo", "Rome"])]
+    questions = (Question(kind="prompt", prompt="Entity is in", answers=("Oslo",)),)
+    records = [
+        Record(id=str(n), facts=(fact,), questions=questions) for n, fact in enumerate(facts)
+    ]
+    log: list[tuple[str, ...]] = []
+
+    def write(facts: Sequence[Fact]) -> Any:
+        for fact in facts:
+            lm.question(fact.text, fact.target or "")
+        return pusher(lm, log)(facts)
+
+    evaluation = evaluate(lm, records, {"own": write}, size=2, drift_tokens=0)
+    assert log == [("Entity0",)] and not evaluation.failed
+    assert "no token" in evaluation.unusable["own", 0]["1"]
+    assert {row.record for row in evaluation.asked("own")} == {"0", "1"}
 
 
 def test_a_probe_is_asked_before_and_at_the_end(lm: LanguageModel, tmp_path: Path) -> None:

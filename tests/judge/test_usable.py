@@ -19,6 +19,7 @@ from factsmith.judge.suites import load_suite
 from factsmith.judge.usable import UNKNOWN, known, usable
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import load, wrap
+from judging import refuse_target
 
 FACTS = [
     Fact("Danielle Darrieux", "The mother tongue of {} is", "English"),
@@ -52,16 +53,36 @@ def test_which_records_can_be_used(lm: LanguageModel, monkeypatch: pytest.Monkey
     )
     every = [record(0, truth), record(1, other), record(2, twice), nothing, record(3, FACTS[1])]
     kept, left = usable(lm, every, known_only=False)
-    assert [r.id for r in kept] == ["r0", "r3"]
-    assert left == {
-        "another target for the same prompt": 1,
-        "subject not found once in its prompt": 1,
-        "nothing to write": 1,
-    }
+    assert [r.id for r in kept] == ["r0", "r2", "r3"]
+    assert left == {"another target for the same prompt": 1, "nothing to write": 1}
     assert usable(lm, every[:1]) == ((), {"the model does not say the old object": 1})
     monkeypatch.setattr(lm, "says", lambda prompts, answers: [answer == say for answer in answers])
     kept, left = usable(lm, every[:1] + every[4:])
     assert [r.id for r in kept] == ["r0"] and left == {UNKNOWN: 1}
+
+
+def test_a_record_without_tokens_is_left_out_and_the_others_stay(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_target(monkeypatch, lm, "Rome")
+    facts = [Fact("Edwin", "{} is", target, target_true="king") for target in ("wise", "Rome")]
+    records = [record(n, fact) for n, fact in enumerate(facts)]
+    kept, left = usable(lm, records, known_only=False)
+    assert [r.id for r in kept] == ["r0"]
+    assert left == {"a subject or a target has no token that the model knows": 1}
+    assert usable(lm, records)[1].keys() >= left.keys()
+
+
+def test_unicode_forms_of_one_prompt_contradict_each_other(lm: LanguageModel) -> None:
+    facts = [
+        Fact("André Malraux", "{} speaks", "Dutch"),
+        Fact("Andre\u0301\u00a0Malraux", "{} speaks", "Greek"),
+        Fact("Andre\u0301 Malraux", "{} speaks", "Dutch"),
+    ]
+    records = [record(n, fact) for n, fact in enumerate(facts)]
+    kept, left = usable(lm, records, known_only=False)
+    assert [r.id for r in kept] == ["r0", "r2"]
+    assert left == {"another target for the same prompt": 1}
 
 
 def test_records_too_long_for_the_model_are_left_out(lm: LanguageModel) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from conftest import shared_dir, tiny_model
 from factsmith.core.errors import InputError, LayerError, NumericsError, SubjectError
+from factsmith.locate.attribution import attribution_trace
 from factsmith.locate.causal import causal_trace
 from factsmith.model.load import load, wrap
 from factsmith.model.trace import hook_count
@@ -223,8 +224,33 @@ def test_template_and_text_are_the_same() -> None:
     text = causal_trace(lm, PROMPT, SUBJECT, samples=1)
     template = causal_trace(lm, "The mother tongue of {} is", SUBJECT, samples=1)
     assert template.prompt == PROMPT and torch.equal(template.scores, text.scores)
-    braces = causal_trace(lm, f"The set {{}} of {SUBJECT} is", SUBJECT, samples=1)
-    assert "{}" in braces.prompt  # the subject stands there already, so these are only braces
+    braces = causal_trace(lm, f"The set {{{{}}}} of {SUBJECT} is", SUBJECT, samples=1)
+    assert braces.prompt == f"The set {{}} of {SUBJECT} is"
+
+
+def test_the_subject_traced_is_that_of_the_slot_or_of_the_number() -> None:
+    lm, text = model("gpt2"), "Iran, in Iranian history: Iran is"
+    template = causal_trace(lm, "Iran, in Iranian history: {} is", "Iran", samples=1)
+    third = causal_trace(lm, text, "Iran", occurrence=3, samples=1)
+    assert template.prompt == text and torch.equal(template.scores, third.scores)
+    first = causal_trace(lm, text, "Iran", occurrence=1, samples=1)
+    assert first.subject_span < third.subject_span
+    whole = causal_trace(lm, "In Iranian history, Iran is", "Iran", samples=1)
+    assert whole.subject_span[0] > 10
+    with pytest.raises(SubjectError, match="more than once"):
+        causal_trace(lm, text, "Iran", samples=1)
+    estimate = attribution_trace(lm, text, "Iran", occurrence=3, samples=1, passes=1, check=0)
+    assert estimate.subject_span == third.subject_span
+
+
+def test_an_accent_or_a_space_in_another_form_is_the_same() -> None:
+    lm, text = model("gpt2"), "The tongue of André Malraux is"
+    usual = causal_trace(lm, text, "André Malraux", samples=1)
+    for subject in ("Andre\u0301 Malraux", "André\u00a0Malraux"):
+        trace = causal_trace(lm, text, subject, samples=1)
+        assert trace.subject == "André Malraux" and torch.equal(trace.scores, usual.scores)
+    with pytest.raises(SubjectError, match="is not in the prompt"):
+        causal_trace(lm, text, "Andre Malraux", samples=1)
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,31 @@ def test_a_plan_knows_one_question_in_other_words(lm: LanguageModel, bench: Work
     assert str(in_effect[0]) in entries[0].because and str(in_effect[1]) in entries[2].because
 
 
+def test_a_plan_sees_through_unicode_forms(lm: LanguageModel, bench: Workbench) -> None:
+    moments, config = moments_of(lm), RomeConfig(layer=1, steps=4)
+    composed = Fact("André Malraux", "The tongue of {} is", " q", relation="tongue")
+    decomposed = "Andre\u0301\u00a0Malraux"
+    same_text = Fact(decomposed, "The tongue of {} is", " z")
+    same_relation = Fact(decomposed, "{} speaks", " z", relation="tongue")
+    same_answer = Fact(decomposed, "The tongue of {} is", "q ")
+    other = Fact("Andre Malraux", "The tongue of {} is", " z")
+    for fact, standing in ((same_text, "conflict"), (same_relation, "conflict")):
+        assert bench.plan([composed, fact], "rome", config).entries[1].standing == standing
+    bench.apply([composed], "rome", config, moments=moments, force=True)
+    for fact, standing in (
+        (same_text, "changed"),
+        (same_relation, "conflict"),
+        (same_answer, "new"),
+        (other, "new"),
+    ):
+        assert bench.plan([fact], "rome", config).entries[0].standing == standing, fact
+    bench.apply([same_text], "rome", config, moments=moments, force=True)
+    (change,) = bench.diff("base", "latest").facts
+    assert (change.before, change.after) == (None, "z")
+    checks = bench.verify().checks
+    assert [check.wanted.strip() for check in checks if check.role == "prompt"] == ["z"]
+
+
 def test_a_plan_knows_what_facts_meet(lm: LanguageModel, bench: Workbench) -> None:
     moments, config = moments_of(lm), RomeConfig(layer=1, steps=4)
     first = Fact("Entity0", "The home of {} is", " q", relation="home")
