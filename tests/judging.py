@@ -107,9 +107,9 @@ def refuse_target(monkeypatch: pytest.MonkeyPatch, lm: LanguageModel, word: str)
     """Let a model have no token for a target."""
     question = lm.question
 
-    def refusing(prompt: str, target: str) -> Any:
+    def refusing(prompt: str, target: str, *gap: Any) -> Any:
         if target == word:
             raise InputError(f"target {word!r} has no token that the model knows")
-        return question(prompt, target)
+        return question(prompt, target, *gap)
 
     monkeypatch.setattr(lm, "question", refusing)

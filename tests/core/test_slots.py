@@ -13,7 +13,7 @@ TEMPLATES = [
     ("The maker of {} is", "The maker of X is"),
     ('{"country": "{}", "capital": "', '{"country": "X", "capital": "'),
     ('{"a": {"country": "{}"}, "b": "', '{"a": {"country": "X"}, "b": "'),
-    ("d = {{}}; d['{}'] = ", "d = {}; d['X'] = "),
+    ("d = {{}}; d['{}'] =", "d = {}; d['X'] ="),
     ("{} in {{}} and {{}}", "X in {} and {}"),
     (r"\textbf{{}} is", r"\textbf{X} is"),
     ("f(){{{}}} of {}", "f(){{}} of X"),

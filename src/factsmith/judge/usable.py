@@ -102,7 +102,7 @@ def why_unwritable(lm: LanguageModel, record: Record) -> str:
             fact_span(lm, fact)
             for target in (fact.target, fact.target_true):
                 if target is not None:
-                    lm.question(fact.text, target)
+                    lm.question(fact.text, target, "space")  # a given gap asks no model
     except FactsmithError as error:
         return str(error)
     return ""
