@@ -73,7 +73,7 @@ def names(folder: Path) -> list[str]:
 def answers_of(questions: Questions, **changes: object) -> Answers:
     """Return what a faithful export would answer, with changes."""
     same = Answers(
-        prompt_ids=questions.prompt_ids,
+        tokenized=questions.tokenized,
         picks=[[*picks, 7] for picks in questions.picks],
         logits=questions.patched.clone(),
     )

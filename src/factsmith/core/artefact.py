@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .errors import DamagedError, FingerprintError, InputError, WorkspaceError
 from .files import make_folder, write_file
+from .identity import same_model
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -143,10 +144,13 @@ class Checkpoint:
                 f"{self.made_from['format']!r}: choose another place, or delete it"
             )
         for key, wanted in self.made_from.items():
-            if metadata.get(key) != wanted:
+            stated = metadata.get(key)
+            if key == "fingerprint" and same_model(str(stated), wanted):
+                continue
+            if stated != wanted:
                 error = FingerprintError if key == "fingerprint" else InputError
                 raise error(
-                    f"{self.path} was made with {key} {metadata.get(key)}, not {wanted}; "
+                    f"{self.path} was made with {key} {stated}, not {wanted}; "
                     "choose another place, or delete it"
                 )
         return tensors, metadata

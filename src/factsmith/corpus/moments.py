@@ -43,6 +43,7 @@ from torch import Tensor
 from ..core.artefact import Checkpoint, read_tensors, write_tensors
 from ..core.checks import check_count, check_items, check_limit
 from ..core.errors import DamagedError, FingerprintError, InputError, NumericsError
+from ..core.identity import same_model
 from ..core.tables import counted
 from ..model.address import check_dense_layer, check_layer
 from ..model.language_model import LanguageModel
@@ -178,7 +179,7 @@ class SecondMoment:
             expected, when = (
                 (lm.fingerprint, "now") if base is None else (base, "without its edits")
             )
-            if expected not in ("", self.fingerprint):
+            if expected and not same_model(self.fingerprint, expected):
                 raise FingerprintError(
                     "the second moment was computed from a model with fingerprint "
                     f"{self.fingerprint[:12]}; {lm.name} has {expected[:12]} {when}. Compute it "

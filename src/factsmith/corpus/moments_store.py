@@ -18,6 +18,7 @@ import torch
 
 from ..core.checks import check_limit
 from ..core.errors import DamagedError, InputError
+from ..core.identity import present_fingerprint
 from ..core.progress import Progress, tell
 from ..model.language_model import LanguageModel
 from ..model.sample import own_text
@@ -145,7 +146,7 @@ def _read(
     return {
         layer: moment
         for layer, moment in read.items()
-        if moment.fingerprint == lm.fingerprint and moment.count > least - 1
+        if moment.count > least - 1 and lm.has_fingerprint(moment.fingerprint)
     }
 
 
@@ -161,7 +162,7 @@ def keep_moments(
 
 
 def _source(moment: SecondMoment) -> tuple[str, str, int]:
-    return moment.fingerprint, moment.corpus, moment.count
+    return present_fingerprint(moment.fingerprint), moment.corpus, moment.count
 
 
 def moments_file(folder: str | os.PathLike[str], layer: int) -> Path:

@@ -169,7 +169,7 @@ def subject_columns(lm: LanguageModel, template: str, subject: str) -> tuple[lis
         SubjectError: The subject has no token.
     """
     prompt = fill(template, subject)
-    ids, offsets = encode_prompt(lm.tokenizer, prompt.text)
+    ids, offsets = encode_prompt(lm, prompt.text)
     first, stop = token_span(offsets, prompt)
     return ids, first, stop - 1
 

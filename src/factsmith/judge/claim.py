@@ -16,6 +16,7 @@ from typing import Any
 
 from ..core.errors import DamagedError, InputError
 from ..core.files import write_file
+from ..core.identity import same_model
 
 _FILE = "judged.json"
 
@@ -39,7 +40,9 @@ def claim_folder(folder: Path, made_from: Mapping[str, Any], settings: Mapping[s
         raise InputError(
             f"{folder} holds what another version judged; choose another folder", argument="folder"
         )
-    if different := [name for name, value in made_from.items() if claim.get(name) != value]:
+    if different := [
+        name for name, value in made_from.items() if not _same(claim.get(name), value)
+    ]:
         raise InputError(
             f"{folder} holds what was judged with another {', '.join(different)}; "
             "choose another folder",
@@ -76,3 +79,9 @@ def _difference(kept: str, given: str) -> tuple[str, str]:
         for some, others in (parts, parts[::-1])
     )
     return of_kept, of_given
+
+
+def _same(stated: object, value: object) -> bool:
+    """Return whether two entries are equal, or fingerprints of one model."""
+    both_texts = isinstance(stated, str) and isinstance(value, str)
+    return stated == value or (both_texts and same_model(str(stated), str(value)))

@@ -25,6 +25,7 @@ import torch
 from .. import atlas
 from ..core.checks import check_count, check_items, check_number, check_seed, check_text
 from ..core.errors import FingerprintError, InputError
+from ..core.identity import same_model
 from ..core.progress import Progress, tell
 from ..core.tables import Shown, Table
 from ..corpus.text import pieces
@@ -240,7 +241,7 @@ def drift_of_change(lm: LanguageModel, change: Change, **options: Any) -> Drift:
     Raises:
         FingerprintError: when the change was made on another model.
     """
-    if change.fingerprint != lm.fingerprint:
+    if not same_model(change.fingerprint, lm.fingerprint):
         raise FingerprintError(
             f"the change was made on a model with fingerprint {change.fingerprint[:12]}, and "
             f"{lm.name} has {lm.fingerprint[:12]} now; give the model that it was made on. If the "

@@ -24,6 +24,7 @@ import pydantic
 
 from ..core.errors import DamagedError, FingerprintError, InputError, WorkspaceError
 from ..core.files import write_file
+from ..core.identity import same_model
 from .rows import Continuation, Row, finite_numbers
 
 FORMAT = "evaluation 4"
@@ -299,6 +300,8 @@ def _check_origin(path: Path, header: Mapping[str, Any], made_from: Mapping[str,
     """Raise an error unless the header agrees with what a run is made from."""
     for name, value in made_from.items():
         if header.get(name) == value:
+            continue
+        if name == "fingerprint" and same_model(str(header.get(name)), value):
             continue
         difference = f"{name} is {header.get(name)!r} there, {value!r} here"
         if name in ("records", "texts"):  # digests, which say nothing to a reader

@@ -76,7 +76,7 @@ class LedgerBench:
         self.ledger = Ledger(folder) if is_workspace else create(lm, folder)
         self._carried = Carried(lm, self.ledger)
         try:
-            if lm.fingerprint != self.ledger.fingerprint:
+            if not lm.has_fingerprint(self.ledger.fingerprint):
                 raise FingerprintError(
                     f"{folder} was made for {self.ledger.model!r} in {self.ledger.dtype}, "
                     f"fingerprint {self.ledger.fingerprint[:10]}; "

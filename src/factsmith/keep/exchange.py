@@ -11,6 +11,7 @@ from typing import Any
 
 from ..core.errors import NumericsError, RevisionError
 from ..core.fact import Fact
+from ..core.identity import same_model
 from ..core.progress import Progress, tell
 from ..core.tables import counted
 from ..edit.delta import Delta
@@ -152,7 +153,7 @@ def _fitted(
     weights, or solved again.
     """
     with carried.exactly(below):
-        fits = bench.lm.fingerprint == patch.delta.fingerprint
+        fits = same_model(patch.delta.fingerprint, bench.lm.fingerprint)
     has_facts = bool(patch.delta.facts)
     if fits or not (has_facts or edits_neurons(patch.delta)):
         return patch.delta

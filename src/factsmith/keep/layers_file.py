@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..core.errors import DamagedError, InputError, WorkspaceError
 from ..core.files import write_file
+from ..core.identity import same_model
 from ..model.language_model import LanguageModel
 from ..patch.layer_choice import LayerChoice
 
@@ -32,14 +33,15 @@ def read_layers(file: Path, lm: LanguageModel, fingerprint: str) -> LayerChoice 
         if fields.pop("format", None) != _FORMAT:
             raise InputError(f"it is not of format {_FORMAT}")
         choice = LayerChoice.from_dict(fields)
-        if choice.fingerprint == fingerprint and max(choice.rome, *choice.memit) >= lm.n_layers:
+        is_this = same_model(choice.fingerprint, fingerprint)
+        if is_this and max(choice.rome, *choice.memit) >= lm.n_layers:
             raise InputError(f"it names layers that the model does not have ({lm.n_layers})")
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedError(
             f"{file} cannot be used: {error}; delete it, and the layers are measured again when "
             "they are needed"
         ) from None
-    if choice.fingerprint != fingerprint:
+    if not is_this:
         return None
     return dataclasses.replace(
         choice, source="workspace", reason=f"kept in the workspace: {choice.reason}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..core.identity import same_model
 from ..core.tables import Table, counted
 from ..patch.verification import Verification
 from .ledger import BASE, Ledger
@@ -68,7 +69,7 @@ def status_tables(status: Status, fingerprint: str | None = None) -> list[Table]
         ("in effect", counted(len(status.active), "patch", "es")),
     ]
     if fingerprint is not None:
-        is_base = fingerprint == status.fingerprint
+        is_base = same_model(fingerprint, status.fingerprint)
         state = "the base model, bit for bit" if is_base else "patched"
         rows.append(("weights", f"{fingerprint[:10]}: {state}"))
     tables = [Table("", {" ": "<", "  ": "<"}, rows)]

@@ -25,6 +25,7 @@ from ..core.checks import check_count
 from ..core.errors import FingerprintError, InputError
 from ..core.fact import Fact, listed
 from ..core.gates import Gates
+from ..core.identity import same_model
 from ..core.progress import Progress
 from ..edit.configs import EditConfig, by_depth
 from ..edit.delta import Delta, applied
@@ -344,7 +345,7 @@ class Workbench(LedgerBench):
                 checked out.
         """
         self._carried.check_weights()
-        if delta.fingerprint != self.lm.fingerprint:
+        if not same_model(delta.fingerprint, self.lm.fingerprint):
             raise FingerprintError(
                 f"the delta was made on weights {delta.fingerprint[:10]}, the model has "
                 f"{self.lm.fingerprint[:10]}; make it again on "

@@ -84,7 +84,7 @@ class TracedPrompt:
     @classmethod
     def _of(cls, lm: LanguageModel, prompt: Filled) -> TracedPrompt:
         text = before_gap(prompt.text)
-        ids, offsets = encode(lm.tokenizer, text)
+        ids, offsets = encode(lm, text)
         span = token_span(offsets, prompt)
         subject = text[prompt.start : prompt.stop]
         return cls(text, subject, prompt.start, tuple(ids), tuple(offsets), span)
@@ -103,7 +103,7 @@ class TracedPrompt:
         start, stop = self.span
         ids = list(self.ids)
         rest = self.text[self.start + len(self.subject) :]
-        changed, _ = encode(lm.tokenizer, f"{self.text[: self.start]}{other}{rest}")
+        changed, _ = encode(lm, f"{self.text[: self.start]}{other}{rest}")
         fits = (
             len(changed) == len(ids)
             and changed[:start] == ids[:start]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from .fingerprint import end_ids
 from .running import RunnableModel
 from .tokens import Batch
 from .trace import recording
@@ -28,13 +29,7 @@ class DecodingModel(RunnableModel):
     @property
     def end_ids(self) -> set[int]:
         """Ids that end a text, from the tokenizer and from the model's generation settings."""
-        ends: set[int] = set()
-        generation = getattr(self.module, "generation_config", None)
-        for value in (self.tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)):
-            ends.update(
-                value if isinstance(value, (list, tuple)) else [] if value is None else [value]
-            )
-        return ends
+        return end_ids(self.module, self.tokenizer)
 
     def as_answer(self, ids: Sequence[int], lines: int = 1) -> str:
         """Return new token ids as an answer: the first lines with text, without space around them.

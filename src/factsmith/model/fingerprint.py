@@ -1,46 +1,173 @@
-"""The fingerprint of a model: a digest of its weights, its config and its tokenizer.
+"""The fingerprint of a model: a digest of what decides its answers.
 
-model_digest(module, config, tokenizer)     # sha256 (hex), a pass over all weights
-weight_state(module)                        # cheap; differs after any weight has changed
+    identity = identify(module, tokenizer)     # a pass over all weights
+    identity.fingerprint                       # sha256 (hex)
+    identity.is_also(older)                    # whether an earlier version called it `older`
+    model_state(module, tokenizer)             # cheap; differs after any of it has changed
+
+The weights count, the settings that change a number (`settings`), the tokenizer, and the tokens
+that end an answer. What a config notes, which outputs it returns, and how the tokenizer pads at the
+moment do not count.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import nn
+from transformers import PreTrainedConfig
+
+from ..core.identity import note_earlier
+from .settings import answering_settings
+
+_FORMAT = "factsmith model 2"
 
 
-def weight_state(module: nn.Module) -> object:
-    """Return something small that differs after any weight has changed."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Identity:
+    """What a model is known as, with these weights.
+
+    Attributes:
+        fingerprint: sha256 (hex) of what decides the answers.
+    """
+
+    fingerprint: str
+    _weights: Any  # the sha256 object that has seen the weights
+    _config: Any
+    _tokenizer: str
+    _others: set[str] = field(default_factory=set)
+
+    def is_also(self, fingerprint: str) -> bool:
+        """Return whether a fingerprint names this model, also if an earlier version computed it.
+
+        Earlier versions hashed the whole config, so the version of transformers counted. Entries
+        that a later one has added are left out in turn.
+        """
+        if fingerprint == self.fingerprint:
+            return True
+        if len(fingerprint) != len(self.fingerprint) or fingerprint in self._others:
+            return False
+        for config in _earlier_configs(self._config):
+            for tokenizer in _earlier_tokenizers(self._tokenizer):
+                if _earlier_digest(self._weights, config, tokenizer) == fingerprint:
+                    note_earlier(fingerprint, self.fingerprint)
+                    return True
+        self._others.add(fingerprint)
+        return False
+
+
+def identify(module: Any, tokenizer: Any) -> Identity:
+    """Return what a model is known as. It takes a pass over all weights.
+
+    A weight counts with its name, dtype, shape and bytes.
+    """
+    weights = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    text = tokenizer.backend_tokenizer.to_str()
+    parts = {
+        "weights": weights.hexdigest(),
+        "settings": answering_settings(module.config, module),
+        "tokenizer": _tokenizer_digest(text),
+        "reading": _reading(module, tokenizer),
+    }
+    record = json.dumps([_FORMAT, parts], sort_keys=True, ensure_ascii=True)
+    fingerprint = hashlib.sha256(record.encode()).hexdigest()
+    config = module.config.to_dict()
+    note_earlier(_earlier_digest(weights, config, text), fingerprint)
+    return Identity(
+        fingerprint=fingerprint, _weights=weights, _config=module.config, _tokenizer=text
+    )
+
+
+def model_state(module: Any, tokenizer: Any) -> object:
+    """Return something small that differs after a weight, a setting or the tokenizer has changed.
+
+    A changed weight shows in the tensor's identity or in PyTorch's version counter. A few sampled
+    entries of every tensor show writes that go round the counter.
+    """
+    backend = tokenizer.backend_tokenizer
+    parts = (backend.normalizer, backend.pre_tokenizer, backend.post_processor, backend.decoder)
+    settings = json.dumps(module.config.to_dict(), sort_keys=True, default=str)
+    return (
+        _weight_state(module),
+        settings,
+        len(tokenizer),
+        tuple(map(repr, parts)),
+        repr(_reading(module, tokenizer)),
+    )
+
+
+def _weight_state(module: nn.Module) -> object:
     state = []
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 8)][:9]
-        state.append((name, tensor.data_ptr(), tensor._version, tuple(sample.float().tolist())))
+        # An inference tensor has no version counter.
+        version = 0 if tensor.is_inference() else tensor._version
+        state.append((name, tensor.data_ptr(), version, tuple(sample.float().tolist())))
     return tuple(state)
 
 
-def model_digest(module: nn.Module, config: Any, tokenizer: Any) -> str:
-    """Return the sha256 (hex) over every weight, the config and the tokenizer.
-
-    A weight counts with its name, dtype, shape and bytes. Config entries that do not change the
-    model are left out.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    plain = {k: v for k, v in config.to_dict().items() if k not in _NOT_THE_MODEL}
-    digest.update(json.dumps(plain, sort_keys=True, default=str).encode())
-    digest.update(tokenizer.backend_tokenizer.to_str().encode())
-    return digest.hexdigest()
+def end_ids(module: Any, tokenizer: Any) -> set[int]:
+    """Return ids that end a text, from the tokenizer and from the model's generation settings."""
+    ends: set[int] = set()
+    generation = getattr(module, "generation_config", None)
+    for value in (tokenizer.eos_token_id, getattr(generation, "eos_token_id", None)):
+        ends.update(value if isinstance(value, (list, tuple)) else [] if value is None else [value])
+    return ends
 
 
-_NOT_THE_MODEL = {  # entries of a config
+def _reading(module: Any, tokenizer: Any) -> dict[str, Any]:
+    """Return how text becomes ids and ids become answers, apart from the tokenizer's own file."""
+    words = module.get_input_embeddings()
+    return {
+        "ends": sorted(end_ids(module, tokenizer)),
+        "left out": sorted({tokenizer.bos_token_id, tokenizer.unk_token_id} - {None}),
+        "mask": tokenizer.mask_token_id,
+        "tidies": bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)),
+        # Embeddings of positions that leave out a row count the positions from it.
+        "first positions": sorted(
+            (name, part.padding_idx)
+            for name, part in module.named_modules()
+            if getattr(part, "padding_idx", None) is not None and part is not words
+        ),
+    }
+
+
+@lru_cache(maxsize=4)
+def _tokenizer_digest(text: str) -> str:
+    """Return the sha256 (hex) of a tokenizer's file, without its momentary padding and cutting."""
+    parts = {
+        name: part
+        for name, part in json.loads(text).items()
+        if name not in ("version", "padding", "truncation")
+    }
+    if isinstance(merges := (parts.get("model") or {}).get("merges"), list):
+        pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in merges]
+        parts["model"] = {**parts["model"], "merges": pairs}
+    return hashlib.sha256(json.dumps(_stated(parts), sort_keys=True).encode()).hexdigest()
+
+
+def _stated(value: Any) -> Any:
+    """Return JSON values without entries that are None or False, which versions add."""
+    if isinstance(value, dict):
+        return {name: _stated(x) for name, x in value.items() if x is not None and x is not False}
+    return [_stated(x) for x in value] if isinstance(value, list) else value
+
+
+# ── as earlier versions computed it ───────────────────────────────────────────────────────────────
+
+_EARLIER_LEFT_OUT = {
     "factsmith",
     "_name_or_path",
     "name_or_path",
@@ -50,3 +177,58 @@ _NOT_THE_MODEL = {  # entries of a config
     "architectures",
     "use_cache",
 }
+
+_MOST_ADDED = 10
+"""Entries that a later transformers may have added: all subsets of so many are tried."""
+
+
+def _earlier_digest(weights: Any, config: Mapping[str, Any], tokenizer: str) -> str:
+    digest = weights.copy()
+    plain = {name: x for name, x in config.items() if name not in _EARLIER_LEFT_OUT}
+    digest.update(json.dumps(plain, sort_keys=True, default=str).encode())
+    digest.update(tokenizer.encode())
+    return str(digest.hexdigest())
+
+
+def _earlier_configs(config: Any) -> Iterator[dict[str, Any]]:
+    """Yield the forms in which an earlier transformers may have had a config."""
+    now = config.to_dict()
+    try:
+        default = type(config)().to_dict()
+    except Exception:  # a class that cannot be made without arguments
+        default = {}
+    unset = {name: default.get(name) for name in now if name in default and name in _SET_IN_PASSING}
+    common = PreTrainedConfig().to_dict()
+    extra = [name for name in now if name not in common]
+    added = [name for name in extra if name in default and now[name] == default[name]]
+    added = [name for name in added if now[name] is None or name in _ADDED][:_MOST_ADDED]
+    rope = now.get("rope_parameters")
+    rotary = rope.get("partial_rotary_factor") if isinstance(rope, dict) else None
+    for base in (now, {**now, **unset}):
+        for more in ({}, {"partial_rotary_factor": rotary}) if rotary is not None else ({},):
+            for size in range(len(added) + 1):
+                for names in itertools.combinations(added, size):
+                    yield {k: x for k, x in (base | more).items() if k not in names}
+
+
+_SET_IN_PASSING = {
+    "pad_token_id",
+    "output_hidden_states",
+    "output_attentions",
+    "return_dict",
+    "problem_type",
+}
+"""Entries that scripts change, and that earlier versions counted."""
+
+_ADDED = {"output_router_logits", "num_nextn_predict_layers", "swiglu_alpha", "swiglu_limit"}
+"""Entries with a default other than None that came with a version after 5.0."""
+
+
+def _earlier_tokenizers(text: str) -> Iterator[str]:
+    """Yield the forms in which a tokenizer was: as it is, and without padding and cutting."""
+    yield text
+    plain = Tokenizer.from_str(text)
+    plain.no_padding()
+    plain.no_truncation()
+    if (other := plain.to_str()) != text:
+        yield other

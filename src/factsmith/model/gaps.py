@@ -127,7 +127,7 @@ class Gaps:
                 probabilities = row.float().softmax(-1)
                 for pair in waiting[distinct[i]]:
                     choices[pair] = _likelier(
-                        lm.tokenizer, heads[distinct[i]], pair, probabilities, rules[pair].gap
+                        lm, heads[distinct[i]], pair, probabilities, rules[pair].gap
                     )
         if len(self.chosen) + len(choices) > _REMEMBERED:
             self.chosen = {}
@@ -154,7 +154,7 @@ def _special(tokenizer: Any) -> set[int]:
 
 
 def _likelier(
-    tokenizer: Any, head: list[int], pair: _Pair, probabilities: Tensor, usual: Settled
+    lm: Any, head: list[int], pair: _Pair, probabilities: Tensor, usual: Settled
 ) -> Settled:
     """Return the form of a target that the model finds likelier after a prompt.
 
@@ -162,20 +162,22 @@ def _likelier(
     whether what the model says begins with a space.
 
     Args:
-        tokenizer: The tokenizer.
+        lm: The model.
         head: The prompt's token ids.
         pair: The prompt and the target.
         probabilities: (vocab,) of the next token.
         usual: The form that counts where the two are equally likely.
     """
     prompt, target = pair
-    forms = target_forms(tokenizer, prompt, target, head)
+    forms = target_forms(lm.tokenizer, prompt, target, head)
+    for ids in forms.values():
+        lm.check_known(ids)
     firsts = {gap: next(iter(ids), None) for gap, ids in forms.items()}
     if None in firsts.values() or firsts["space"] == firsts["none"]:
         return usual
     shares = {gap: float(probabilities[first]) for gap, first in firsts.items()}
     if not max(shares.values()) >= _TELLING:
-        shares = _beginnings(tokenizer, head, target[0], probabilities)
+        shares = _beginnings(lm.tokenizer, head, target[0], probabilities)
         shares[usual] *= _CLEARLY
     other: Settled = "none" if usual == "space" else "space"
     return other if shares[other] > shares[usual] else usual

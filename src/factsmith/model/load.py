@@ -13,25 +13,18 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
-from collections.abc import Generator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
-from transformers.utils import logging as notices
 
-from .. import atlas
 from ..core.errors import (
     InputError,
     ModelError,
-    ModelNotFoundError,
     TokenizerError,
     UnsupportedModelError,
     first_line,
@@ -39,7 +32,9 @@ from ..core.errors import (
 from .language_model import LanguageModel
 from .masked import MaskedLanguageModel
 from .quantised import packed_format, quantised_error
+from .quiet import quietly
 from .selfcheck import discover
+from .source import Source, find_source, read_config, unreadable
 from .tokens import fast_tokenizer
 
 _log = logging.getLogger(__name__)
@@ -52,9 +47,11 @@ def wrap(module: Any, tokenizer: Any) -> LanguageModel:
     the BERT family becomes a MaskedLanguageModel.
 
     Raises:
-        UnsupportedModelError: The structure is not understood, or the model is quantised.
+        UnsupportedModelError: The structure is not understood, the model is quantised, or it
+            carries adapters of peft.
         TokenizerError: The tokenizer is not a fast one, or another model's.
     """
+    module = getattr(module, "_orig_mod", module)  # torch.compile puts the model into another
     if not (hasattr(module, "config") and hasattr(module, "get_input_embeddings")):
         raise UnsupportedModelError(
             f"module is a {type(module).__name__}; give a transformers language model"
@@ -80,24 +77,30 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> LanguageModel:
     """Load a bundled model ("atlas", "atlas-llama"), a folder, or a hub id.
 
     Args:
-        name_or_path: The model.
+        name_or_path: The model. A hub id may end in "@revision".
         device: Where to put it. None: the CPU.
         dtype: The dtype of the weights. None: float32 on the CPU, and the checkpoint's own
             elsewhere.
+        revision: The branch, tag or commit on the hub. None: the main one.
+        trust_remote_code: Run code that comes with the model. Without it such code never runs, and
+            a model that needs it is refused.
 
     Raises:
         ModelNotFoundError: There is no such model.
         TokenizerError: There is no tokenizer that can be read.
-        ModelError: The weights are damaged or missing, or the model is of another kind.
+        ModelError: The weights are damaged or missing, the model is of another kind, or it needs
+            code of its own.
         UnsupportedModelError: The structure is not understood, or the model is quantised.
-        InputError: There is no such device.
+        InputError: There is no such device, or an argument has the wrong type.
     """
-    name = os.fspath(name_or_path)
-    source, local = _locate(name)
+    source = find_source(name_or_path, revision, trust_remote_code)
+    name = source.name
     try:
         where = torch.device("cpu" if device is None else device)
         torch.empty(0, device=where)
@@ -109,33 +112,10 @@ def load(
     default = torch.float32 if where.type == "cpu" else "auto"
     wanted: torch.dtype | str = default if dtype is None else dtype
     with quietly():
-        config = _config(name, source, local)
+        config = read_config(source)
         auto = _class_to_load(name, config)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=local)
-        except Exception as error:  # the tokenizer libraries raise all kinds of errors
-            raise TokenizerError(
-                f"{name!r} has no tokenizer that can be read ({first_line(error)}); put a "
-                "tokenizer.json next to the weights"
-            ) from error
-        fast_tokenizer(tokenizer)
-        try:
-            module, report = auto.from_pretrained(
-                source, dtype=wanted, local_files_only=local, output_loading_info=True
-            )
-        except Exception as error:  # damaged files cause errors of many libraries
-            if quantised := getattr(config, "quantization_config", None):
-                # Most often the library that unpacks the weights is not installed.
-                how = (
-                    quantised.get("quant_method")
-                    if isinstance(quantised, dict)
-                    else getattr(quantised, "quant_method", None)
-                )
-                raise quantised_error(repr(name), str(how or "packed weights")) from error
-            raise ModelError(
-                f"the weights of {name!r} cannot be read ({type(error).__name__}: "
-                f"{first_line(error)}); copy or download them again"
-            ) from error
+        tokenizer = _tokenizer(source)
+        module, report = _weights(source, auto, config, wanted)
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
             f"{name!r} lacks {len(missing)} of its weights ({', '.join(missing[:3])} ...); copy or "
@@ -149,46 +129,38 @@ def load(
     return lm
 
 
-def _locate(name: str) -> tuple[str, bool]:
-    """Return where to load a model from, and whether that is a folder."""
-    if name in atlas.names():
-        return str(atlas.folder(name)), True
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelNotFoundError(
-                f"the folder {name!r} has no config.json; give a folder with a transformers model, "
-                "its weights and its tokenizer"
-            )
-        return str(path), True
-    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ModelNotFoundError(
-            f"there is no model {name!r}: it is neither a folder nor a bundled model "
-            f"({_bundled()}); give one of these, a folder with config.json, weights and tokenizer, "
-            "or a hub id such as owner/name"
-        )
-    return name, False
-
-
-def _config(name: str, source: str, local: bool) -> Any:
-    """Return the model's config.
-
-    Raises:
-        ModelNotFoundError: The hub has no such model, or cannot be reached.
-        ModelError: The config cannot be used.
-    """
+def _tokenizer(source: Source) -> Any:
+    """Return the tokenizer of a model; raise TokenizerError for one that cannot be used."""
     try:
-        return AutoConfig.from_pretrained(source, local_files_only=local)
-    except Exception as error:  # hub, network, JSON and validation errors alike
-        if local:
-            raise ModelError(
-                f"the config.json of {name!r} cannot be used: {first_line(error)}"
-            ) from error
-        raise ModelNotFoundError(
-            f"there is no model {name!r} on the hub, or the hub cannot be reached: "
-            f"{first_line(error)}; check the name and the network, or give a folder or a bundled "
-            f"model ({_bundled()})"
+        tokenizer = AutoTokenizer.from_pretrained(source.place, **source.options())
+    except Exception as error:  # the tokenizer libraries raise all kinds of errors
+        raise source.refuses_code(error) or TokenizerError(
+            f"{source.name!r} has no tokenizer that can be read ({first_line(error)}); put a "
+            "tokenizer.json next to the weights"
         ) from error
+    return fast_tokenizer(tokenizer)
+
+
+def _weights(source: Source, auto: Any, config: Any, dtype: torch.dtype | str) -> tuple[Any, Any]:
+    """Return the model, and what transformers says about its weights."""
+    try:
+        return auto.from_pretrained(  # type: ignore[no-any-return]
+            source.place,
+            dtype=dtype,
+            weights_only=True,  # a file of torch.save may hold tensors, and no code
+            output_loading_info=True,
+            **source.options(),
+        )
+    except Exception as error:  # damaged files cause errors of many libraries
+        if quantised := getattr(config, "quantization_config", None):
+            # Most often the library that unpacks the weights is not installed.
+            how = (
+                quantised.get("quant_method")
+                if isinstance(quantised, dict)
+                else getattr(quantised, "quant_method", None)
+            )
+            raise quantised_error(repr(source.name), str(how or "packed weights")) from error
+        raise source.refuses_code(error) or unreadable(source.name, error) from error
 
 
 def _class_to_load(name: str, config: Any) -> Any:
@@ -197,8 +169,10 @@ def _class_to_load(name: str, config: Any) -> Any:
     Raises:
         ModelError: It is another kind of model.
     """
+    brought = getattr(config, "auto_map", None) or {}
     causal, masked = (
-        type(config) in auto._model_mapping for auto in (AutoModelForCausalLM, AutoModelForMaskedLM)
+        type(config) in auto._model_mapping or auto.__name__ in brought
+        for auto in (AutoModelForCausalLM, AutoModelForMaskedLM)
     )
     if not (causal or masked) or (masked and not causal and config.is_encoder_decoder):
         raise ModelError(
@@ -216,23 +190,3 @@ def _class_to_load(name: str, config: Any) -> Any:
         if causal and (not masked or looks_back or config.is_encoder_decoder)
         else AutoModelForMaskedLM
     )
-
-
-def _bundled() -> str:
-    return ", ".join(atlas.names()) or "none are installed"
-
-
-@contextmanager
-def quietly() -> Generator[None, None, None]:
-    """Silence transformers' progress bars and notices while the block runs."""
-    level, bars = notices.get_verbosity(), notices.is_progress_bar_enabled()
-    notices.set_verbosity(logging.CRITICAL)
-    notices.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        notices.set_verbosity(level)
-        if bars:
-            notices.enable_progress_bar()

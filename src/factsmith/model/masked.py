@@ -59,6 +59,7 @@ class MaskedLanguageModel(LanguageModel):
             raise InputError(
                 f"the prompt {prompt!r} has no token that the model knows; give some text"
             )
+        self.check_known(ids)
         return ids
 
     def text_batch(self, text: str) -> Batch:
@@ -106,6 +107,7 @@ class MaskedLanguageModel(LanguageModel):
             wanted = list(
                 self.tokenizer(gap + target.strip(), add_special_tokens=False)["input_ids"]
             )
+        self.check_known(wanted)
         if not wanted or self.tokenizer.unk_token_id in wanted:
             raise InputError(
                 f"target {target!r} has tokens that the model does not know; give a target that "

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from ..core.errors import InputError, UnsupportedModelError
 from ..core.gap import Gap, Settled
+from ..core.identity import same_model
+from .adapters import adapter_error, adapter_kind
 from .ffn import FeedForward
-from .fingerprint import model_digest, weight_state
+from .fingerprint import Identity, identify, model_state
 from .gaps import Gaps
 from .logits import wide_unembedding
 from .quantised import packed_format, quantised_error
@@ -93,12 +95,14 @@ class RunnableModel:
         self.config: Any = module.config
         self._text_config: Any = self.config.get_text_config(decoder=True)
         self.accepts = _accepted(module)
-        self._fingerprint: tuple[object, str] | None = None
+        self._identity: tuple[object, Identity] | None = None
         self.plain_ids: list[int] = []
         self.gap_choices = Gaps()
         self.caches_prefix = False
         self.hides_padding = True
         self.embedding: nn.Module = module.get_input_embeddings()
+        if (adapter := adapter_kind(module)) is not None:
+            raise adapter_error(name, adapter)
         if (packed := packed_format(module)) is not None:
             raise quantised_error(name, packed)
         if absent := next((path for path, p in module.named_parameters() if p.is_meta), None):
@@ -141,6 +145,11 @@ class RunnableModel:
         return dtype
 
     @property
+    def vocabulary(self) -> int:
+        """How many tokens the model has embeddings for; its tokenizer may have more."""
+        return next(p for p in self.embedding.parameters() if p.dim() == 2).shape[0]
+
+    @property
     def max_tokens(self) -> int | None:
         """The longest sequence the model has positions for; None if it states none."""
         limit = getattr(self._text_config, "max_position_embeddings", None)
@@ -148,16 +157,23 @@ class RunnableModel:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 (hex) over the config, the tokenizer, and every weight: name, dtype, shape, bytes.
+        """sha256 (hex) over what decides the answers.
 
-        It is computed once and kept until a weight changes. A change shows in the tensor's identity
-        or in PyTorch's version counter. A few sampled entries of every tensor show writes that go
-        round the counter.
+        That is every weight (name, dtype, shape, bytes), the settings that change a number, the
+        tokenizer, and the tokens that end an answer. It is computed once and kept until a weight, a
+        setting or the tokenizer changes (`fingerprint.model_state`).
         """
-        state = weight_state(self.module)
-        if self._fingerprint is None or self._fingerprint[0] != state:
-            self._fingerprint = (state, model_digest(self.module, self.config, self.tokenizer))
-        return self._fingerprint[1]
+        return self._identified().fingerprint
+
+    def has_fingerprint(self, fingerprint: str) -> bool:
+        """Return whether a fingerprint is this model's, also if an earlier version computed it."""
+        return same_model(fingerprint, self.fingerprint) or self._identified().is_also(fingerprint)
+
+    def _identified(self) -> Identity:
+        state = model_state(self.module, self.tokenizer)
+        if self._identity is None or self._identity[0] != state:
+            self._identity = (state, identify(self.module, self.tokenizer))
+        return self._identity[1]
 
     def adopt(self, structure: Structure) -> None:
         """Take over the structure that `selfcheck.discover` found."""
@@ -178,7 +194,23 @@ class RunnableModel:
         ids, _ = encode_prompt(self.tokenizer, prompt)
         if not ids:
             raise InputError(f"the prompt {prompt!r} has no token; give some text")
+        self.check_known(ids)
         return ids
+
+    def check_known(self, ids: Sequence[int]) -> None:
+        """Check that the model has an embedding for every token.
+
+        Raises:
+            InputError: It has not: tokens were added to the tokenizer alone.
+        """
+        if ids and (highest := max(ids)) >= self.vocabulary:
+            token = self.tokenizer.convert_ids_to_tokens(highest)
+            raise InputError(
+                f"the token {token!r} has id {highest}, and {self.name} has embeddings for "
+                f"{self.vocabulary:,} tokens: it was added to the tokenizer, and not to the model. "
+                "Write the text without it, or call resize_token_embeddings on the model and train "
+                "the new rows"
+            )
 
     def gaps(
         self, prompts: Sequence[str], targets: Sequence[str], wanted: Sequence[Gap] | None = None
@@ -208,7 +240,13 @@ class RunnableModel:
         return question_of(head, target_ids(self, prompt, target, head=head, gap=gap))
 
     def align(self, sequences: Sequence[Sequence[int]], pivots: Sequence[int]) -> Batch:
-        """Put one token of each sequence, its pivot, into one column, on the model's device."""
+        """Put one token of each sequence, its pivot, into one column, on the model's device.
+
+        Raises:
+            InputError: The model has no embedding for a token.
+        """
+        for ids in sequences:
+            self.check_known(ids)
         return align(sequences, pivots, pad=pad_id(self.tokenizer), device=self.device)
 
     def text_batch(self, text: str) -> Batch:

@@ -78,10 +78,10 @@ def _check_tokenizer(lm: LanguageModel) -> None:
             f"the tokenizer of {lm.name} makes {len(words)} tokens of {text!r}; check that its "
             "tokenizer.json is there and complete"
         )
-    if max(ids) >= _vocabulary(lm):
+    if max(ids) >= lm.vocabulary:
         raise TokenizerError(
             f"the tokenizer of {lm.name} has id {max(ids)}, and the model has only "
-            f"{_vocabulary(lm)} tokens, so it is another model's; give this model's tokenizer"
+            f"{lm.vocabulary} tokens, so it is another model's; give this model's tokenizer"
         )
     if not lm.is_causal and lm.tokenizer.mask_token_id is None:
         raise TokenizerError(
@@ -281,7 +281,7 @@ def _plain_ids(lm: LanguageModel) -> list[int]:
 
     They are neither special nor padding.
     """
-    size = _vocabulary(lm)
+    size = lm.vocabulary
     text_config = lm.config.get_text_config(decoder=True)
     reserved = {
         pad_id(lm.tokenizer),
@@ -294,8 +294,3 @@ def _plain_ids(lm: LanguageModel) -> list[int]:
             f"{lm.name}: a vocabulary of {size} tokens is too small for a dry run"
         )
     return plain
-
-
-def _vocabulary(lm: LanguageModel) -> int:
-    """Return how many tokens the model has embeddings for."""
-    return next(p for p in lm.embedding.parameters() if p.dim() == 2).shape[0]

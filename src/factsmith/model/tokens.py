@@ -88,12 +88,16 @@ def fast_tokenizer(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def encode(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+def encode(lm_or_tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
     """Return the token ids of a prompt, and the characters [start, stop) of each.
 
     A BOS that the tokenizer adds stays, with (0, 0). An EOS or separator that it appends is
     removed, so that the prompt can be continued.
+
+    Raises:
+        InputError: A model was given, and has no embedding for a token.
     """
+    tokenizer = getattr(lm_or_tokenizer, "tokenizer", lm_or_tokenizer)
     # Not verbose: check_batch reports texts with more tokens than the model has positions.
     encoded = fast_tokenizer(tokenizer)(
         check_text(text, "the prompt"),
@@ -107,15 +111,17 @@ def encode(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]
     while ids and ids[-1] in special and offsets[-1] == (0, 0) and any(b > a for a, b in offsets):
         ids.pop()
         offsets.pop()
+    if lm_or_tokenizer is not tokenizer:
+        lm_or_tokenizer.check_known(ids)
     return ids, offsets
 
 
-def encode_prompt(tokenizer: Any, prompt: str) -> tuple[list[int], list[tuple[int, int]]]:
+def encode_prompt(lm_or_tokenizer: Any, prompt: str) -> tuple[list[int], list[tuple[int, int]]]:
     """Return what `encode` returns for a prompt, without the spaces at its end.
 
     They are the gap before the answer, and belong to its first token (`before_gap`).
     """
-    return encode(tokenizer, before_gap(check_text(prompt, "the prompt")))
+    return encode(lm_or_tokenizer, before_gap(check_text(prompt, "the prompt")))
 
 
 def target_ids(
@@ -140,7 +146,8 @@ def target_ids(
             not show it.
 
     Raises:
-        InputError: The target is empty, or has no token that the model knows.
+        InputError: The target is empty, has no token that the tokenizer knows, or one that the
+            model, if it is given, has no embedding for.
     """
     tokenizer = getattr(lm_or_tokenizer, "tokenizer", lm_or_tokenizer)
     text, prompt = check_text(target, "the target").strip(), before_gap(prompt)
@@ -157,6 +164,8 @@ def target_ids(
             f"target {target!r} has no token that the model knows; give a target that its "
             "tokenizer can write"
         )
+    if lm_or_tokenizer is not tokenizer:
+        lm_or_tokenizer.check_known(tail)
     return tail
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import FingerprintError, InputError
+from ..core.identity import same_model
 from ..core.tables import Shown, Table
 from .triggers import Sign, Triggers, check_sign
 from .values import ValueTokens
@@ -77,7 +78,7 @@ def agreement(triggers: Triggers, values: ValueTokens, *, sign: Sign = "top") ->
         InputError: when they have no layer in common.
     """
     check_sign(sign)
-    if triggers.fingerprint != values.fingerprint:
+    if not same_model(triggers.fingerprint, values.fingerprint):
         raise FingerprintError(
             f"the triggers are of {triggers.model}, and the values are of another model, "
             f"{values.model}. Read both from one model."

@@ -153,7 +153,7 @@ def census(
         InputError: when a matrix does not fit its layer.
     """
     check_model(lm)
-    if triggers is not None and triggers.fingerprint != lm.fingerprint:
+    if triggers is not None and not lm.has_fingerprint(triggers.fingerprint):
         raise FingerprintError(
             f"the triggers are of {triggers.model}, another model than {lm.name}. "
             "Scan the corpus with this model."

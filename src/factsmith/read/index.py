@@ -23,6 +23,7 @@ from ..core.artefact import read_metadata
 from ..core.checks import check_count, check_text
 from ..core.errors import FingerprintError, InputError
 from ..core.files import check_writable, folder_path
+from ..core.identity import same_model
 from ..core.progress import Progress
 from ..core.tables import Shown, Table
 from ..corpus.scan import Bank
@@ -262,7 +263,7 @@ def check_place(lm: LanguageModel, folder: str | os.PathLike[str]) -> Path:
 
 def _check_values(model: str, fingerprint: str, place: Path, wanted: str) -> None:
     """Check that the values in a folder have the fingerprint wanted."""
-    if fingerprint != wanted:
+    if not same_model(fingerprint, wanted):
         raise FingerprintError(
             f"the values in {place} are of {model}, fingerprint {fingerprint[:12]}; the model has "
             f"fingerprint {wanted[:12]}. Choose another folder, or delete them.",

@@ -19,6 +19,7 @@ from typing import IO
 from ..core.checks import check_count, check_limit, check_text
 from ..core.errors import DamagedError, InputError
 from ..core.files import folder_path
+from ..core.identity import earlier_fingerprints
 from ..core.progress import Progress, tell
 from ..core.tables import counted
 from ..corpus.sweep import corpus_digest
@@ -127,10 +128,10 @@ def _cached(lm: LanguageModel, texts: str | Iterable[str] | None, limit: float) 
         cache = Path(named)
     else:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "factsmith"
-    place = cache / "index" / lm.fingerprint[:16]
-    if texts is None:
-        return place
-    return place.with_name(f"{place.name}-{corpus_digest(lm, texts, limit)[:16]}")
+    of_texts = "" if texts is None else f"-{corpus_digest(lm, texts, limit)[:16]}"
+    fingerprints = [lm.fingerprint, *earlier_fingerprints(lm.fingerprint)]
+    places = [cache / "index" / f"{digest[:16]}{of_texts}" for digest in fingerprints]
+    return next((place for place in places if place.is_dir()), places[0])
 
 
 def _own_words(

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
+from ..core.identity import same_model
 from ..corpus.scan import banks
 from ..model.language_model import LanguageModel
 from .extremes import extreme_tokens
@@ -61,7 +62,7 @@ class OwnPredictions:
         scales: Mapping[int, Tensor],
     ) -> None:
         if values is not None and (
-            values.fingerprint != lm.fingerprint
+            not same_model(values.fingerprint, lm.fingerprint)
             or {bank[0] for bank in values.top_ids} != set(range(lm.n_layers))
         ):
             raise InputError(

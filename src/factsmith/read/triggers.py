@@ -292,7 +292,7 @@ def _check_model(
     metadata: Mapping[str, str], folder: str | os.PathLike[str], lm: LanguageModel
 ) -> None:
     """Check that the triggers in a folder belong to a model."""
-    if metadata.get("fingerprint", lm.fingerprint) != lm.fingerprint:
+    if not lm.has_fingerprint(metadata.get("fingerprint", lm.fingerprint)):
         raise FingerprintError(
             f"the triggers in {folder} belong to {metadata['model']}, fingerprint "
             f"{metadata['fingerprint'][:12]}; {lm.name} has fingerprint {lm.fingerprint[:12]}. "

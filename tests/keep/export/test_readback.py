@@ -239,12 +239,12 @@ def test_every_way_to_differ_is_refused(asked: tuple[LanguageModel, Questions]) 
     ):
         compare(questions, answers_of(questions, picks=picks), 1e-4)
 
-    prompt_ids = [[1, *ids] for ids in questions.prompt_ids]
+    tokenized = [[1, *ids] for ids in questions.tokenized]
     with pytest.raises(
         NumericsError,
         match="The tokenizer that was read back makes other tokens of 'The mother tongue of Paris",
     ):
-        compare(questions, answers_of(questions, prompt_ids=prompt_ids), 1e-4)
+        compare(questions, answers_of(questions, tokenized=tokenized), 1e-4)
 
 
 def test_a_tie_after_the_target_is_rounding_and_one_in_the_target_is_not(

@@ -25,6 +25,7 @@ from ...core.progress import Progress, tell
 from ...edit.delta import Delta
 from ...model.language_model import LanguageModel
 from ...model.neurons import linear_matrix
+from ...model.source import runs_remote_code
 from .contents import Contents, Origin
 from .dtypes import check_dtype, dtype_name
 from .lowrank import LowRank, compress
@@ -151,6 +152,7 @@ def _write_adapter(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
+        "revision": _revision(lm, base_name),
         "r": r,
         "lora_alpha": r,
         "lora_dropout": 0.0,
@@ -186,7 +188,14 @@ def _read_back(
         )
     else:
         advice = ""
-    job = Job(base_name, questions, dtype=dtype_name(lm.dtype), adapter=str(folder))
+    job = Job(
+        base_name,
+        questions,
+        dtype=dtype_name(lm.dtype),
+        adapter=str(folder),
+        revision=_revision(lm, base_name),
+        trust_remote_code=runs_remote_code(lm),
+    )
     return check_job(job, LIMITS[lm.dtype], advice)
 
 
@@ -229,6 +238,12 @@ def _base_name(lm: LanguageModel, base: str | None) -> str:
         )
     name = str(atlas.folder(name)) if name in atlas.names() else name
     return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def _revision(lm: LanguageModel, base_name: str) -> str | None:
+    """Return the revision of the base model; None for a folder, and for the main one."""
+    place, _, revision = lm.name.partition("@")
+    return revision if revision and place == base_name else None
 
 
 def check_peft() -> None:

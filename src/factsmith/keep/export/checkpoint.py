@@ -22,7 +22,8 @@ from ...core.files import write_file
 from ...core.progress import Progress, tell
 from ...edit.delta import Delta, applied
 from ...model.language_model import LanguageModel
-from ...model.load import quietly
+from ...model.quiet import quietly
+from ...model.source import runs_remote_code
 from .contents import Contents, Origin
 from .dtypes import check_dtype, dtype_name
 from .manifest import as_json, write_manifest
@@ -77,7 +78,8 @@ def export_checkpoint(
             tell(progress, "reading it back", 0, None)
             limit = max(LIMITS[lm.dtype], LIMITS[written_dtype])
             advice = "" if written_dtype == lm.dtype else f"Write it in {dtype_name(lm.dtype)}."
-            comparison = check_job(Job(str(staging), questions), limit, advice)
+            job = Job(str(staging), questions, trust_remote_code=runs_remote_code(lm))
+            comparison = check_job(job, limit, advice)
         files = write_manifest(staging, "checkpoint", contents, comparison)
     return Export.of(
         folder,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ...core.errors import InputError, UnsupportedModelError
 from ...edit.delta import Delta, patched, read_weights
+from ...model.adapters import adapter_error, adapter_kind
 from ...model.language_model import LanguageModel, check_model
 
 
@@ -65,6 +66,8 @@ class Contents:
                 f"{lm.name} is a masked language model. Only models that continue text can be "
                 "exported."
             )
+        if (adapter := adapter_kind(lm.module)) is not None:
+            raise adapter_error(lm.name, adapter)  # it was put on after the model was wrapped
         several = (deltas,) if isinstance(deltas, Delta) else tuple(deltas)
         if not several:
             raise InputError(

@@ -23,6 +23,7 @@ from typing import Any
 from ...core.errors import DamagedError, FingerprintError, InputError
 from ...core.fact import Fact
 from ...core.files import file_digest, folder_path
+from ...core.identity import same_model
 from ...core.tables import Shown, Table, counted
 from ...edit.delta import Delta
 from .contents import Origin
@@ -156,7 +157,7 @@ def _check_manifest(
             f"{folder} holds {article} {manifest.factsmith}. Give a folder that an export in the "
             "format patch wrote."
         )
-    if fingerprint is not None and manifest.fingerprint != fingerprint:
+    if fingerprint is not None and not same_model(manifest.fingerprint, fingerprint):
         raise FingerprintError(
             f"{folder} was made for {manifest.model!r} in {manifest.dtype}, fingerprint "
             f"{manifest.fingerprint[:10]}, and this model has {fingerprint[:10]}. Load the model "

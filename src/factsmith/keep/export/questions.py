@@ -48,7 +48,8 @@ class Questions:
     Attributes:
         prompts: The texts.
         facts: How many facts there are; not all are asked if there are many.
-        prompt_ids: The tokens of each prompt.
+        prompt_ids: The tokens of each prompt, without an end token that the tokenizer appends.
+        tokenized: What the tokenizer by itself makes of each prompt.
         rows: The tokens of each prompt, followed by those of the patched model's greedy answer.
         strict: How many tokens of each answer are the target. These must be equal, also at a tie.
         picks: The likeliest token at each place of each answer.
@@ -63,6 +64,7 @@ class Questions:
     prompts: list[str]
     facts: int
     prompt_ids: list[list[int]]
+    tokenized: list[list[int]]
     rows: list[list[int]]
     strict: list[int]
     picks: list[list[int]]
@@ -111,6 +113,7 @@ def ask(
         prompts=prompts,
         facts=len(texts),
         prompt_ids=prompt_ids,
+        tokenized=[list(lm.tokenizer(prompt)["input_ids"]) for prompt in prompts],
         rows=rows,
         strict=[
             len(target_ids(lm, prompt, target, gap=facts[prompt].gap))

@@ -81,6 +81,8 @@ class Job:
         questions: What to ask it.
         dtype: The dtype to load it in. None: its own.
         adapter: The folder of an adapter to load onto the model. None: no adapter.
+        revision: The revision of a hub id. None: the main one.
+        trust_remote_code: Whether code that comes with the model may run.
     """
 
     model: str
@@ -88,6 +90,8 @@ class Job:
     _: KW_ONLY
     dtype: str | None = None
     adapter: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +99,12 @@ class Answers:
     """What an export answers.
 
     Attributes:
-        prompt_ids: The tokens of each prompt, by the tokenizer of the export.
+        tokenized: What the tokenizer of the export makes of each prompt.
         picks: The likeliest token at each place of each answer, and one more.
         logits: (n, vocab) float32, the logits after the prompts.
     """
 
-    prompt_ids: list[list[int]]
+    tokenized: list[list[int]]
     picks: list[list[int]]
     logits: Tensor
 
@@ -119,15 +123,16 @@ with open(sys.argv[1], encoding="utf-8") as file:
 torch.set_num_threads(task["threads"])
 for number, job in enumerate(task["jobs"]):
     options = {} if job["dtype"] is None else {"dtype": getattr(torch, job["dtype"])}
-    model = AutoModelForCausalLM.from_pretrained(job["model"], **options)
+    source = {"revision": job["revision"] or "main", "trust_remote_code": job["trust_remote_code"]}
+    model = AutoModelForCausalLM.from_pretrained(job["model"], **options, **source)
     if job["adapter"] is not None:
         from peft import PeftModel
         model = PeftModel.from_pretrained(model, job["adapter"])
     model = model.to(job["device"]).eval()
-    tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    prompt_ids, picks, last = [], [], []
+    tokenizer = AutoTokenizer.from_pretrained(job["model"], **source)
+    tokenized, picks, last = [], [], []
     for prompt, row, length in zip(job["prompts"], job["rows"], job["lengths"]):
-        prompt_ids.append(tokenizer(prompt)["input_ids"])
+        tokenized.append(tokenizer(prompt)["input_ids"])
         ids = torch.tensor([row], device=job["device"])
         with torch.no_grad():
             logits = model(input_ids=ids).logits[0, length - 1 :]
@@ -135,7 +140,7 @@ for number, job in enumerate(task["jobs"]):
         last.append(logits[0].float().cpu())
     save_file({"logits": torch.stack(last)}, sys.argv[2] + f"/{number}.safetensors")
     with open(sys.argv[2] + f"/{number}.json", "w", encoding="utf-8") as file:
-        json.dump({"prompt_ids": prompt_ids, "picks": picks}, file)
+        json.dump({"tokenized": tokenized, "picks": picks}, file)
 assert "factsmith" not in sys.modules
 """
 
@@ -151,6 +156,8 @@ def read_back(jobs: Sequence[Job]) -> list[Answers]:
             "model": job.model,
             "dtype": job.dtype,
             "adapter": job.adapter,
+            "revision": job.revision,
+            "trust_remote_code": job.trust_remote_code,
             "device": job.questions.device,
             "prompts": job.questions.prompts,
             "rows": job.questions.rows,
@@ -196,7 +203,7 @@ def _run_script(place: Path) -> subprocess.CompletedProcess[str]:
 def _read_answers(place: Path, number: int) -> Answers:
     record = json.loads((place / f"{number}.json").read_bytes())
     tensors = safetensors.torch.load((place / f"{number}.safetensors").read_bytes())
-    return Answers(prompt_ids=record["prompt_ids"], picks=record["picks"], logits=tensors["logits"])
+    return Answers(tokenized=record["tokenized"], picks=record["picks"], logits=tensors["logits"])
 
 
 # ── the comparison ────────────────────────────────────────────────────────────────────────────────
@@ -244,7 +251,7 @@ def compare(questions: Questions, answers: Answers, limit: float, advice: str = 
 
 
 def _check_tokens(questions: Questions, answers: Answers) -> None:
-    pairs = zip(questions.prompts, questions.prompt_ids, answers.prompt_ids, strict=True)
+    pairs = zip(questions.prompts, questions.tokenized, answers.tokenized, strict=True)
     for prompt, expected, ids in pairs:
         if ids != expected:
             raise NumericsError(

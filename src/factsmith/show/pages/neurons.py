@@ -17,6 +17,7 @@ from typing import Any
 
 from ...core.checks import check_items, whole_number
 from ...core.errors import FingerprintError, InputError, LayerError, WorkspaceError
+from ...core.identity import same_model
 from ...core.progress import Progress, tell
 from ...core.tables import counted
 from ...read.cards import Card
@@ -206,7 +207,7 @@ def _check_layers(index: Index, layers: Iterable[int] | None, argument: str) -> 
 
 
 def _check_adds(index: Index, adds: FactAdds | None) -> None:
-    if adds is not None and adds.fingerprint != index.triggers.fingerprint:
+    if adds is not None and not same_model(adds.fingerprint, index.triggers.fingerprint):
         raise FingerprintError(
             "the facts were tried on another model than the index: the fingerprints are "
             f"{adds.fingerprint[:12]} and {index.triggers.fingerprint[:12]}; "

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...core.errors import InputError
+from ...core.identity import present_fingerprint
 from ...core.tables import Shown, Table, as_text
 from ...judge.evaluation import Evaluation
 from ...judge.records import Suite
@@ -63,7 +64,7 @@ class Report(Shown):
         object.__setattr__(
             self, "runs", sorted(self.runs, key=lambda run: (run.sequence, run.size))
         )
-        models = {run.fingerprint for run in self.runs}
+        models = {present_fingerprint(run.fingerprint) for run in self.runs}
         if len(models) != 1:
             raise InputError(
                 f"runs holds {len(self.runs)} runs of {len(models)} models; "

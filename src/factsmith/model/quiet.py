@@ -1,0 +1,30 @@
+"""Silence for the libraries that load a model.
+
+with quietly():
+    module = AutoModelForCausalLM.from_pretrained(folder)
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from transformers.utils import logging as notices
+
+
+@contextmanager
+def quietly() -> Generator[None, None, None]:
+    """Silence transformers' progress bars and notices while the block runs."""
+    level, bars = notices.get_verbosity(), notices.is_progress_bar_enabled()
+    notices.set_verbosity(logging.CRITICAL)
+    notices.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        notices.set_verbosity(level)
+        if bars:
+            notices.enable_progress_bar()
