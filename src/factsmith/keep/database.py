@@ -7,8 +7,8 @@
         head, current = database.pointers()
         rows = database.rows()
 
-The file has two tables. `workspace` holds one row: the model, its fingerprint, and the revision
-that is checked out. `revisions` holds one row for each revision: its place in the history, its id,
+The file has two tables. `workspace` holds one row: the model, its fingerprint, the revision that is
+checked out, and a checksum of all of these. `revisions` holds one row for each revision: its place in the history, its id,
 the id of its parent, and its record as JSON. Triggers refuse to delete or change a revision.
 
 Errors of SQLite and of the file system are turned into errors that say what to do (`explained`).
@@ -17,20 +17,21 @@ Errors of SQLite and of the file system are turned into errors that say what to 
 from __future__ import annotations
 
 import contextlib
-import errno
+import hashlib
+import json
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, NoReturn
-from urllib.parse import quote
+from typing import NamedTuple
 
-from ..core.errors import DamagedError, FactsmithError, WorkspaceError
-from ..core.files import flush_folder
+from ..core.errors import DamagedError, WorkspaceError
+from ..core.files import flush_folder, make_folder
+from .connection import connect, prepare, snapshot, statements, transaction
+from .explained import FILE as FILE
+from .explained import explained
 
-FILE = "ledger.db"
-
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 APPLICATION_ID = 0x46435453
 """In the file's header, "FCTS": it tells the file from another program's ledger.db."""
@@ -56,7 +57,8 @@ CREATE TABLE workspace (
     dtype        TEXT NOT NULL,
     fingerprint  TEXT NOT NULL,
     created      TEXT NOT NULL,
-    current      TEXT NOT NULL
+    current      TEXT NOT NULL,
+    seal         TEXT NOT NULL
 );
 """
     + _HISTORY
@@ -70,12 +72,13 @@ DROP TRIGGER revisions_stay;
 {_HISTORY}
 INSERT INTO revisions SELECT seq, id, parent, record FROM older ORDER BY seq;
 DROP TABLE older;
-"""
+""",
+    2: "ALTER TABLE workspace ADD COLUMN seal TEXT NOT NULL DEFAULT '';",
 }
 """The statements that bring a ledger of each older format to the next one.
 
 In format 1 a column said which patch a revert takes out, and a patch could be reverted only once
-and as a whole. Since format 2 the records say it.
+and as a whole. Since format 2 the records say it. Since format 3 the workspace's row has a checksum.
 """
 
 
@@ -118,7 +121,7 @@ class Database:
         folder: The workspace.
         file: The SQLite file in it.
         connection: The connection to SQLite.
-        writable: Whether file and folder can be written.
+        obstacle: Why nothing can be written. None: it can.
     """
 
     def __init__(self, folder: Path, wait: float) -> None:
@@ -136,7 +139,7 @@ class Database:
                 f"`Workbench(lm, folder)`, or with `factsmith init MODEL {folder}`."
             )
         with explained(folder):
-            self.connection, self.writable = _connect(self.file, wait)
+            self.connection, self.obstacle = connect(self.file, wait)
         try:
             with explained(folder):
                 self._check_format()
@@ -158,20 +161,20 @@ class Database:
             WorkspaceError: when the folder holds a ledger or deltas already, or cannot be written.
         """
         with explained(folder):
-            (folder / "deltas").mkdir(parents=True, exist_ok=True)
-            connection = sqlite3.connect(folder / FILE, timeout=wait, isolation_level=None)
-            with contextlib.closing(connection):
-                # The journal mode cannot change inside a transaction. Everything else happens in
-                # one, so a crash leaves an empty file, and the workspace can be made again.
-                connection.execute("PRAGMA journal_mode = WAL")
-                connection.execute("PRAGMA synchronous = FULL")
+            make_folder(folder)
+            make_folder(folder / "deltas")
+            # Made here, the file has the permissions of every new file, and SQLite gives its other
+            # files the same.
+            (folder / FILE).open("ab").close()
+            # A crash leaves an empty file, and the workspace can be made again.
+            with contextlib.closing(prepare(folder / FILE, wait)) as connection:
                 with transaction(connection):
                     _check_unused(connection, folder)
-                    for statement in _statements(SCHEMA):
+                    for statement in statements(SCHEMA):
                         connection.execute(statement)
                     connection.execute(
-                        "INSERT INTO workspace VALUES (1, ?, ?, ?, ?, ?)",
-                        (*workspace, current),
+                        "INSERT INTO workspace VALUES (1, ?, ?, ?, ?, ?, ?)",
+                        (*workspace, current, _seal(workspace, current)),
                     )
                     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
                     connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
@@ -195,42 +198,66 @@ class Database:
             yield
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
+    def writing(self, undo: Callable[[], object] | None = None) -> Iterator[None]:
         """Hold the write lock during a block. All that it writes is recorded, or nothing.
+
+        A ledger of an older format is brought up to date first.
+
+        Args:
+            undo: Called when nothing is recorded, while the lock is still held.
 
         Raises:
             WorkspaceError: when the workspace cannot be written, or another process holds the lock.
         """
         with explained(self.folder):
-            if not self.writable:
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            with transaction(self.connection):
+            if self.obstacle is not None:
+                raise self.obstacle
+            with transaction(self.connection, undo):
+                self._migrate()
                 yield
 
     # ── reading ───────────────────────────────────────────────────────────────────────────────────
 
     def workspace(self) -> Workspace:
         """Return the model of the workspace."""
-        with explained(self.folder):
-            row = self.connection.execute(
-                "SELECT model, dtype, fingerprint, created FROM workspace"
-            ).fetchone()
-        if row is None:
-            raise DamagedError(f"{self.file} has lost the row of its model. {self.restore}")
-        return Workspace(*map(str, row))
+        return self._workspace()[0]
 
     def pointers(self) -> tuple[str | None, str]:
         """Return the id of the newest revision, if there is one, and what is checked out."""
-        with explained(self.folder):
+        with self.reading():
             row = self.connection.execute(
-                "SELECT (SELECT id FROM revisions ORDER BY seq DESC LIMIT 1), current "
-                "FROM workspace"
+                "SELECT id FROM revisions ORDER BY seq DESC LIMIT 1"
             ).fetchone()
-        if row is None or not isinstance(row[1], str):
+            return row and str(row[0]), self._workspace()[1]
+
+    def _workspace(self) -> tuple[Workspace, str]:
+        """Return the model and what is checked out, after a check of the row's checksum."""
+        with explained(self.folder):
+            (version,) = self.connection.execute("PRAGMA user_version").fetchone()
+            columns = self.connection.execute("PRAGMA table_info(workspace)").fetchall()
+            has_seal = any(name == "seal" for _, name, *_ in columns)
+            seal = "seal" if has_seal else "NULL"
+            row = self.connection.execute(
+                f"SELECT model, dtype, fingerprint, created, current, {seal} FROM workspace"
+            ).fetchone()
+        if row is None:
+            raise DamagedError(f"{self.file} has lost the row of its model. {self.restore}")
+        *texts, stated = row
+        is_whole = all(isinstance(text, str) for text in texts) and has_seal == (version >= 3)
+        if is_whole and has_seal:
+            is_whole = stated == _seal(Workspace(*texts[:4]), texts[4])
+        if not is_whole:
             raise DamagedError(
-                f"{self.file} does not say which revision is checked out. {self.restore}"
+                f"{self.file} is damaged: its row of the model and of what is checked out does not "
+                f"match its checksum. {self.restore}"
             )
-        return row[0] and str(row[0]), row[1]
+        return Workspace(*texts[:4]), texts[4]
+
+    def ids(self) -> list[str]:
+        """Return the id of every revision, oldest first."""
+        with explained(self.folder):
+            rows = self.connection.execute("SELECT id FROM revisions ORDER BY seq").fetchall()
+        return [str(identity) for (identity,) in rows]
 
     def rows(self) -> list[Row]:
         """Return every row of the history, oldest first."""
@@ -241,22 +268,6 @@ class Database:
         if not all(isinstance(number, int) for number, *_ in rows):
             raise DamagedError(f"The revisions in {self.file} have no order. {self.restore}")
         return [Row(number, *map(str, texts)) for number, *texts in rows]
-
-    def number(self, identity: str) -> int | None:
-        """Return the place of a revision in the history; None if there is no such revision."""
-        with explained(self.folder):
-            row = self.connection.execute(
-                "SELECT seq FROM revisions WHERE id = ?", (identity,)
-            ).fetchone()
-        return row[0] if row is not None and isinstance(row[0], int) else None
-
-    def ids_from(self, prefix: str) -> list[str]:
-        """Return the ids that begin with some hex digits."""
-        with explained(self.folder):
-            rows = self.connection.execute(
-                "SELECT id FROM revisions WHERE substr(id, 1, ?) = ?", (len(prefix), prefix)
-            ).fetchall()
-        return [str(identity) for (identity,) in rows]
 
     def check(self) -> None:
         """Let SQLite check the whole file. Raises DamagedError."""
@@ -277,12 +288,13 @@ class Database:
 
     def check_out(self, identity: str) -> None:
         """Note which revision is checked out."""
-        self.connection.execute("UPDATE workspace SET current = ?", (identity,))
+        seal = _seal(self.workspace(), identity)
+        self.connection.execute("UPDATE workspace SET current = ?, seal = ?", (identity, seal))
 
     # ── the format ────────────────────────────────────────────────────────────────────────────────
 
     def _check_format(self) -> None:
-        """Refuse files of other programs and newer formats; bring an older format up to date."""
+        """Refuse files of other programs and newer formats."""
         (application,) = self.connection.execute("PRAGMA application_id").fetchone()
         (version,) = self.connection.execute("PRAGMA user_version").fetchone()
         if application != APPLICATION_ID:
@@ -295,43 +307,24 @@ class Database:
                 f"{self.folder} has ledger format {version}, and this factsmith reads formats 1 to "
                 f"{SCHEMA_VERSION}. Upgrade factsmith with `pip install -U factsmith`."
             )
-        # A ledger that cannot be written stays at its format, and can be read all the same.
-        if version < SCHEMA_VERSION and self.writable:
-            with transaction(self.connection):
-                self._migrate()
 
     def _migrate(self) -> None:
-        # Read again, under the lock: another process may have done it in the meantime.
+        """Bring an older format up to date, under the lock."""
         (version,) = self.connection.execute("PRAGMA user_version").fetchone()
+        if version >= SCHEMA_VERSION:
+            return
+        workspace, current = self._workspace()
         while version < SCHEMA_VERSION:
-            for statement in _statements(MIGRATIONS[version]):
+            for statement in statements(MIGRATIONS[version]):
                 self.connection.execute(statement)
             version += 1
             self.connection.execute(f"PRAGMA user_version = {version}")
+        self.connection.execute("UPDATE workspace SET seal = ?", (_seal(workspace, current),))
 
 
-# ── connections and transactions ──────────────────────────────────────────────────────────────────
-
-
-def _connect(file: Path, wait: float) -> tuple[sqlite3.Connection, bool]:
-    """Open a connection; the second value says whether it can write."""
-    address = f"file:{quote(str(file.resolve()))}"
-    connection = sqlite3.connect(f"{address}?mode=rw", uri=True, timeout=wait, isolation_level=None)
-    can_write_folder = os.access(file.parent, os.W_OK)
-    try:
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
-        return connection, os.access(file, os.W_OK) and can_write_folder
-    except sqlite3.OperationalError as error:
-        connection.close()
-        is_denied = any(word in str(error) for word in ("readonly", "unable to open"))
-        if can_write_folder or not is_denied:
-            raise
-    # SQLite cannot open a write-ahead log in a folder that cannot be written. But then nobody is
-    # writing, so the file can be read without the log.
-    return sqlite3.connect(
-        f"{address}?immutable=1", uri=True, timeout=wait, isolation_level=None
-    ), False
+def _seal(workspace: Workspace, current: str) -> str:
+    """Return the sha256 (hex) of what the workspace's row says."""
+    return hashlib.sha256(json.dumps([*workspace, current]).encode()).hexdigest()
 
 
 def _check_unused(connection: sqlite3.Connection, folder: Path) -> None:
@@ -339,111 +332,9 @@ def _check_unused(connection: sqlite3.Connection, folder: Path) -> None:
         raise WorkspaceError(
             f"{folder} already holds a ledger. Open it as it is, or choose another folder."
         )
-    if any(not entry.name.startswith(".") for entry in (folder / "deltas").iterdir()):
+    places = [place for place in (folder / "deltas", folder / "records") if place.is_dir()]
+    if any(not entry.name.startswith(".") for place in places for entry in place.iterdir()):
         raise WorkspaceError(
             f"{folder} holds patches but no ledger. Put {FILE} back from a copy, or choose another "
             "folder."
         )
-
-
-@contextlib.contextmanager
-def transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """Hold the write lock during a block. All that it writes is recorded, or nothing."""
-    # BEGIN is inside the `try`: a Ctrl-C right after it must not leave the lock held.
-    try:
-        connection.execute("BEGIN IMMEDIATE")
-        yield
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
-
-
-@contextlib.contextmanager
-def snapshot(connection: sqlite3.Connection) -> Iterator[None]:
-    """Let every read of a block see the same moment, also while another process writes."""
-    if connection.in_transaction:
-        yield
-        return
-    try:
-        connection.execute("BEGIN")
-        yield
-    finally:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-
-
-def _statements(script: str) -> Iterator[str]:
-    statement = ""
-    for line in script.splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
-            yield statement
-            statement = ""
-
-
-# ── errors ────────────────────────────────────────────────────────────────────────────────────────
-
-
-@contextlib.contextmanager
-def explained(folder: Path) -> Iterator[None]:
-    """Turn errors of SQLite and of the file system into errors that say what to do.
-
-    Raises:
-        WorkspaceError: when the workspace is locked, cannot be written, or the disk is full.
-        DamagedError: when the database is broken.
-    """
-    try:
-        yield
-    except FactsmithError:
-        raise
-    except sqlite3.Error as error:
-        _explain_database(error, folder)
-    except UnicodeDecodeError:  # in a text of the database, or in SQLite's own message about it
-        raise DamagedError(
-            f"{folder / FILE} is damaged: it holds text that is not UTF-8. Restore it from a "
-            "backup."
-        ) from None
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise _disk_full(folder) from error
-        reason = error.strerror or str(error)
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise _not_writable(folder, reason) from error
-        raise WorkspaceError(
-            f"Cannot write to {folder}: {reason}. Check the folder and its disk, then run this "
-            "again."
-        ) from error
-
-
-def _explain_database(error: sqlite3.Error, folder: Path) -> NoReturn:
-    text = str(error)
-
-    def says(*words: str) -> bool:
-        return any(word in text for word in words)
-
-    if says("locked", "busy"):
-        raise WorkspaceError(
-            f"{folder} is locked: another process is writing to it, and nothing was recorded. Wait "
-            "until it has finished, then run this again."
-        ) from error
-    if says("full"):
-        raise _disk_full(folder) from error
-    if says("readonly", "unable to open", "disk I/O"):
-        raise _not_writable(folder, text) from error
-    if says("malformed", "not a database", "no such table", "no such column"):
-        raise DamagedError(
-            f"{folder / FILE} is damaged: {text}. Restore it from a backup."
-        ) from error
-    raise WorkspaceError(f"The ledger in {folder} cannot be used: {text}.") from error
-
-
-def _disk_full(folder: Path) -> WorkspaceError:
-    return WorkspaceError(
-        f"The disk is full: nothing was recorded in {folder}. Free some space, then run this again."
-    )
-
-
-def _not_writable(folder: Path, reason: str) -> WorkspaceError:
-    return WorkspaceError(f"{folder} cannot be written: {reason}. Make it writable, or use a copy.")

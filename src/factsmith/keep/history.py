@@ -101,30 +101,30 @@ def seen_from(entries: Sequence[Entry], number: int) -> list[Revision]:
     ]
 
 
-def check_chain(revisions: Iterable[Revision], first: str, base: str) -> None:
-    """Check that each revision follows its parent, and was made for the same model.
+def check_chain(entries: Iterable[Entry], first: str, base: str) -> None:
+    """Check that each entry follows its parent, and was made for the same model.
 
     Args:
-        revisions: The whole history, oldest first.
-        first: The parent of the first revision.
+        entries: The whole history, oldest first.
+        first: The parent of the first entry.
         base: The fingerprint of the unpatched model.
 
     Raises:
-        DamagedError: at the first revision of which this is not true.
+        DamagedError: at the first entry of which this is not true.
     """
     parent = first
-    for revision in revisions:
-        if revision.parent != parent:
+    for entry in entries:
+        if entry.record.parent != parent:
             raise DamagedError(
-                f"Revision {revision.id[:10]} follows {parent[:10]}, but names "
-                f"{revision.parent[:10]} as its parent"
+                f"Revision {entry.id[:10]} follows {parent[:10]}, but names "
+                f"{entry.record.parent[:10]} as its parent"
             )
-        if revision.base != base:
+        if entry.record.base != base:
             raise DamagedError(
-                f"Revision {revision.id[:10]} was made for the model {revision.base[:10]}, and the "
-                f"workspace is for {base[:10]}"
+                f"Revision {entry.id[:10]} was made for the model {entry.record.base[:10]}, and "
+                f"the workspace is for {base[:10]}"
             )
-        parent = revision.id
+        parent = entry.id
 
 
 def _check_changes(entries: Iterable[Entry]) -> None:
