@@ -87,7 +87,7 @@ def test_an_exchanged_or_damaged_delta_is_refused(lm: Any, tmp_path: Path, harm:
         bench.checkout(LATEST)
     assert lm.fingerprint == base
     with Ledger(space) as ledger:
-        ledger._database.connection.execute("UPDATE workspace SET current = ?", (two.id,))
+        ledger._database.check_out(two.id)
         ledger.commit(delta.save, onto=two.id, method="rome", facts=delta.facts, layers=[1])
         assert ledger.verify().deltas == 2
 
@@ -108,10 +108,10 @@ def test_newer_ledgers_and_other_models_are_refused(lm: Any, tmp_path: Path) -> 
         Workbench(stranger, space)
     assert stranger.fingerprint == fingerprint and whole_state(space) == before
     db = sqlite3.connect(space / "ledger.db")
-    db.execute("PRAGMA user_version = 3")
+    db.execute("PRAGMA user_version = 4")
     db.close()
     before = whole_state(space)
     for use in (lambda: Ledger(space), lambda: Workbench(lm, space)):
-        with pytest.raises(WorkspaceError, match=r"ledger format 3.*pip install -U factsmith"):
+        with pytest.raises(WorkspaceError, match=r"ledger format 4.*pip install -U factsmith"):
             use()
     assert whole_state(space) == before

@@ -130,5 +130,5 @@ def test_a_log_that_changes_while_it_is_read_is_read_again(
 
     monkeypatch.setattr(Path, "read_bytes", slowly)
     monkeypatch.setattr(module.time, "sleep", lambda _: None)
-    assert _by_image(file).count("INSERT INTO \"t\" VALUES(1);") == 3
+    assert _by_image(file).count('INSERT INTO "t" VALUES(1);') == 3
     connection.close()

@@ -311,7 +311,7 @@ def test_a_damaged_delta_can_be_taken_out(ledger: Ledger) -> None:
     with pytest.raises(DamagedError):
         ledger.checkout(LATEST)
     assert ledger.current == first.id
-    ledger._database.connection.execute("UPDATE workspace SET current = ?", (second.id,))
+    ledger._database.check_out(second.id)
     ledger.revert(second.id)  # the damaged one is reverted
     assert [r.id for r in ledger.active()] == [first.id]
 

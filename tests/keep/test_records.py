@@ -10,6 +10,8 @@ import sqlite3
 import pytest
 
 from factsmith.core.errors import DamagedError, RevisionError
+from factsmith.keep import database
+from factsmith.keep.database import Workspace
 from factsmith.keep.ledger import BASE, LATEST, Ledger
 from ledgers import commit
 
@@ -48,7 +50,12 @@ def test_a_forged_record_is_data(ledger: Ledger) -> None:
             db.execute("DROP TRIGGER revisions_stay")
             identity = hashlib.sha256(text.encode()).hexdigest()
             db.execute("UPDATE revisions SET record = ?, id = ?", (text, identity))
-            db.execute("UPDATE workspace SET current = ?", (identity,))
+            *texts, _, _ = db.execute(
+                "SELECT model, dtype, fingerprint, created, current, seal FROM workspace"
+            ).fetchone()
+            seal = database._seal(Workspace(*texts), identity)
+            db.execute("UPDATE workspace SET current = ?, seal = ?", (identity, seal))
         db.close()
-        with pytest.raises(DamagedError), Ledger(folder) as opened:
+        shutil.rmtree(folder / "records")
+        with pytest.raises(DamagedError, match="is damaged"), Ledger(folder) as opened:
             opened.log()

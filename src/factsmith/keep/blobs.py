@@ -49,10 +49,12 @@ class Blobs:
 
     Attributes:
         folder: The folder that holds the delta folders.
+        new: The folders that were added.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.new: list[Path] = []
 
     def path(self, digest: str) -> Path:
         """Return the folder of a delta, whether it exists or not."""
@@ -77,6 +79,8 @@ class Blobs:
             blob = folder_blob(staging)
             target = self.path(blob.digest)
             if not self._is_whole(blob.digest):
+                if not target.exists():
+                    self.new.append(target)
                 remove(target)
                 staging.rename(target)
                 flush_folder(self.folder)

@@ -17,7 +17,7 @@ import errno
 import os
 import re
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -137,9 +137,10 @@ def is_on_network(file: Path) -> bool:
 
 _MOUNTS = Path("/proc/self/mountinfo")
 
-_NETWORK_DISKS = frozenset(
-    "9p afs beegfs ceph cifs glusterfs gpfs lustre ncpfs nfs nfs4 orangefs panfs pvfs2 smb3 smbfs "
-    "sshfs s3fs rclone gcsfuse weka wekafs quobyte juicefs".split()
+_NETWORK_DISKS = (
+    *("9p", "afs", "beegfs", "ceph", "cifs", "glusterfs", "gpfs", "juicefs", "lustre", "ncpfs"),
+    *("nfs", "nfs4", "orangefs", "panfs", "pvfs2", "quobyte", "rclone", "s3fs", "gcsfuse", "smb3"),
+    *("smbfs", "sshfs", "weka", "wekafs"),
 )
 
 
@@ -173,15 +174,8 @@ def _lacks_shared_memory(error: Exception) -> bool:
 
 
 @contextlib.contextmanager
-def transaction(
-    connection: sqlite3.Connection, undo: Callable[[], object] | None = None
-) -> Iterator[None]:
-    """Hold the write lock during a block. All that it writes is recorded, or nothing.
-
-    Args:
-        connection: The connection.
-        undo: Called when nothing is recorded, while the lock is still held.
-    """
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """Hold the write lock during a block. All that it writes is recorded, or nothing."""
     # BEGIN is inside the `try`: a Ctrl-C right after it must not leave the lock held.
     try:
         connection.execute("BEGIN IMMEDIATE")
@@ -189,11 +183,7 @@ def transaction(
         connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:
-            try:
-                if undo is not None:
-                    undo()
-            finally:
-                connection.execute("ROLLBACK")
+            connection.execute("ROLLBACK")
         raise
 
 
@@ -219,5 +209,3 @@ def statements(script: str) -> Iterator[str]:
         if sqlite3.complete_statement(statement):
             yield statement
             statement = ""
-
-

@@ -8,8 +8,9 @@
         rows = database.rows()
 
 The file has two tables. `workspace` holds one row: the model, its fingerprint, the revision that is
-checked out, and a checksum of all of these. `revisions` holds one row for each revision: its place in the history, its id,
-the id of its parent, and its record as JSON. Triggers refuse to delete or change a revision.
+checked out, and a checksum of all of these. `revisions` holds one row for each revision: its place
+in the history, its id, the id of its parent, and its record as JSON. Triggers refuse to delete or
+change a revision.
 
 Errors of SQLite and of the file system are turned into errors that say what to do (`explained`).
 """
@@ -19,9 +20,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -78,7 +78,8 @@ DROP TABLE older;
 """The statements that bring a ledger of each older format to the next one.
 
 In format 1 a column said which patch a revert takes out, and a patch could be reverted only once
-and as a whole. Since format 2 the records say it. Since format 3 the workspace's row has a checksum.
+and as a whole. Since format 2 the records say it. Since format 3 the workspace's row has a
+checksum.
 """
 
 
@@ -167,17 +168,17 @@ class Database:
             # files the same.
             (folder / FILE).open("ab").close()
             # A crash leaves an empty file, and the workspace can be made again.
-            with contextlib.closing(prepare(folder / FILE, wait)) as connection:
-                with transaction(connection):
-                    _check_unused(connection, folder)
-                    for statement in statements(SCHEMA):
-                        connection.execute(statement)
-                    connection.execute(
-                        "INSERT INTO workspace VALUES (1, ?, ?, ?, ?, ?, ?)",
-                        (*workspace, current, _seal(workspace, current)),
-                    )
-                    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                    connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            connection = prepare(folder / FILE, wait)
+            with contextlib.closing(connection), transaction(connection):
+                _check_unused(connection, folder)
+                for statement in statements(SCHEMA):
+                    connection.execute(statement)
+                connection.execute(
+                    "INSERT INTO workspace VALUES (1, ?, ?, ?, ?, ?, ?)",
+                    (*workspace, current, _seal(workspace, current)),
+                )
+                connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
             flush_folder(folder)
 
     def close(self) -> None:
@@ -198,13 +199,10 @@ class Database:
             yield
 
     @contextlib.contextmanager
-    def writing(self, undo: Callable[[], object] | None = None) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
         """Hold the write lock during a block. All that it writes is recorded, or nothing.
 
         A ledger of an older format is brought up to date first.
-
-        Args:
-            undo: Called when nothing is recorded, while the lock is still held.
 
         Raises:
             WorkspaceError: when the workspace cannot be written, or another process holds the lock.
@@ -212,7 +210,7 @@ class Database:
         with explained(self.folder):
             if self.obstacle is not None:
                 raise self.obstacle
-            with transaction(self.connection, undo):
+            with transaction(self.connection):
                 self._migrate()
                 yield
 

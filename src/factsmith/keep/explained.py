@@ -1,7 +1,7 @@
 """Errors of SQLite and of the file system, as errors that say what to do.
 
-    with explained(folder):
-        connection.execute(...)
+with explained(folder):
+    connection.execute(...)
 """
 
 from __future__ import annotations

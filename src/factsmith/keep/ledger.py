@@ -9,15 +9,17 @@ A workspace folder holds:
 
     ledger.db              SQLite: the model, the revisions, and which of them is checked out
     deltas/<sha256>/       one folder for each delta, named by its content: JSON and safetensors
+    records/<sha256>.json  a copy of each record, named by the revision's id
 
 The history is one line. Revisions are appended and never rewritten; a revert is a revision too. A
 revision's id is the sha256 of its record, and the record names its parent, so one id vouches for
 everything before it.
 
 The order of a commit: the delta's files are written, flushed and renamed into place (`blobs`); then
-one SQLite transaction records them (`database`). So a crash leaves at most a delta that no revision
-names, and never a revision whose delta is missing. The patches in effect follow from the records
-(`history`).
+one SQLite transaction records them (`database`); then a copy of the record is kept (`copies`). So a
+crash leaves at most a delta that no revision names, and never a revision whose delta is missing. A
+revision that has a copy and is not in ledger.db was lost, and the ledger does not open without it
+(`recovery`). The patches in effect follow from the records (`history`).
 """
 
 from __future__ import annotations
@@ -29,19 +31,22 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import DamagedError, RevisionError, WorkspaceError
+from ..core.errors import RevisionError, WorkspaceError
 from ..core.fact import Fact
-from .blobs import Blob, Blobs
+from .blobs import Blobs
+from .copies import Copies
 from .database import Database, Workspace
-from .export.leftovers import leftovers, remove_leftovers
-from .history import check_chain, check_solved, moved_facts, named_deltas, undoing
+from .explained import explained
+from .history import check_solved, moved_facts, undoing
+from .housekeeping import Housekeeping
 from .records import Records
+from .recovery import check_nothing_lost
 from .revision import BASE as BASE
 from .revision import LATEST as LATEST
-from .revision import Integrity, Revision, Status, Step, StoredChange, StoredRecord, one_line
+from .revision import Revision, Step, StoredChange, StoredRecord, one_line
 
 
-class Ledger:
+class Ledger(Housekeeping):
     """The records of one workspace folder; a context manager that closes them on exit.
 
     Attributes:
@@ -63,15 +68,21 @@ class Ledger:
         Raises:
             WorkspaceError: when the folder is not a workspace, was made by a newer version, is
                 locked or cannot be read.
-            DamagedError: when its database is broken.
+            DamagedError: when its database is broken, or a revision in it was changed or taken out,
+                or revisions were lost (`recovery`).
         """
         self.folder = Path(folder)
         self._blobs = Blobs(self.folder / "deltas")
+        self._copies = Copies(self.folder)
         self._together = False
+        with explained(self.folder):
+            # Before the database is read: a copy is written after its commit.
+            copied = self._copies.ids()
         self._database = Database(self.folder, wait)
         self._records = Records(self._database)
         try:
             workspace = self._database.workspace()
+            check_nothing_lost(self.folder, self._records.check(), copied)
         except BaseException:
             self.close()
             raise
@@ -196,43 +207,6 @@ class Ledger:
         blob = self._check_delta(str(delta or revision.carried or revision.delta), revision)
         return self._blobs.path(blob.digest)
 
-    def verify(self) -> Integrity:
-        """Check the database, every record, the chain of parents, and every delta's sha256.
-
-        Raises:
-            DamagedError: at the first fault.
-        """
-        self._database.check()
-        revisions = self._records.history()
-        with self._records.restorable():
-            check_chain(revisions, BASE, self.fingerprint)
-        for revision in revisions:
-            for delta in revision.deltas:
-                self._check_delta(delta, revision)
-        named = named_deltas(revisions)
-        digests = self._blobs.digests()
-        orphans = tuple(digest for digest in digests if digest not in named)
-        return Integrity(
-            revisions=len(revisions), deltas=len(digests) - len(orphans), orphans=orphans
-        )
-
-    def status(self) -> Status:
-        """Return a summary of the workspace, after a full check (`verify`).
-
-        Raises:
-            DamagedError: at the first fault.
-        """
-        return Status(
-            folder=self.folder,
-            model=self.model,
-            dtype=self.dtype,
-            fingerprint=self.fingerprint,
-            head=self.head,
-            current=self.current,
-            active=tuple(self.active()),
-            integrity=self.verify(),
-        )
-
     def undoing(
         self, reference: str, facts: Sequence[int] | None = None, also: Collection[str] = ()
     ) -> list[Step]:
@@ -327,7 +301,7 @@ class Ledger:
         if self._together:
             yield  # the block around this one has checked `onto` already
             return
-        with self._database.writing():
+        with self._writing():
             self._expect(onto)
             self._together = True
             try:
@@ -364,7 +338,7 @@ class Ledger:
             WorkspaceError: as `commit` does.
         """
         solved = dict(solved or {})
-        with self._database.writing():
+        with self._writing():
             self._expect(self.head if onto is None else onto)
             revision, steps = self.show(reference), self.undoing(reference, facts, also)
             check_solved(revision, steps, solved)
@@ -403,48 +377,28 @@ class Ledger:
             RevisionError: when there is no such revision.
             DamagedError: when a delta that the revision needs is not whole. Nothing changes then.
         """
-        with self._database.writing():
+        with self._writing():
             identity = self.resolve(reference)
             for revision in self.active(identity):
                 self.delta_folder(revision)
             self._database.check_out(identity)
         return identity
 
-    def gc(self, *, dry_run: bool = False) -> tuple[str, ...]:
-        """Delete the deltas that no revision names, such as those of a commit that was killed.
-
-        Everything that can be checked out stays.
-
-        Args:
-            dry_run: Only look, and delete nothing.
-
-        Returns:
-            The names of the folders, deleted or not.
-
-        Raises:
-            DamagedError: when a record cannot be read.
-            WorkspaceError: when the folder cannot be written.
-        """
-        with contextlib.nullcontext() if dry_run else self._database.writing():
-            loose = self._blobs.loose(named_deltas(self._records.history()))
-            unfinished = leftovers(self.folder)
-            if not dry_run:
-                self._blobs.remove(loose)
-                remove_leftovers(self.folder)
-        return tuple(entry.name for entry in (*loose, *unfinished))
-
     # ── inside ────────────────────────────────────────────────────────────────────────────────────
 
-    def _check_delta(self, delta: str, revision: Revision) -> Blob:
-        """Check that a delta of a revision is whole."""
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Hold the write lock during a block. All of it is recorded, or nothing is and no new delta
+        is left; then copies of the new records are kept.
+        """
+        self._blobs.new.clear()
         try:
-            return self._blobs.check(delta)
-        except DamagedError as error:
-            raise DamagedError(
-                f"The delta of revision {revision.id[:10]} is damaged: {error}. Restore that "
-                "folder from a backup, or go back with `factsmith checkout "
-                f"{revision.parent[:10]}`."
-            ) from None
+            with self._database.writing():
+                yield
+        except BaseException:
+            self._remove_new()
+            raise
+        self._copies.keep(self._database)
 
     def _expect(self, onto: str) -> None:
         """Refuse to append unless the newest revision is `onto` and is checked out."""

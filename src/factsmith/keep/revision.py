@@ -229,6 +229,36 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Unrecorded:
+    """A delta that no revision names, and that its edit.json describes.
+
+    Attributes:
+        delta: The sha256 of its files.
+        method: The name of the editing method.
+        facts: The facts as texts, such as "Paris is → Rome".
+        layers: The layers that change.
+        fingerprint: The fingerprint of the weights that it was made on.
+    """
+
+    delta: str
+    method: str
+    facts: tuple[str, ...]
+    layers: tuple[int, ...]
+    fingerprint: str
+
+    def __str__(self) -> str:
+        """Return it in a line."""
+        facts = "; ".join(self.facts[:2]) or "no facts"
+        more = f"; {len(self.facts) - 2} more" if len(self.facts) > 2 else ""
+        layers = ", ".join(map(str, self.layers))
+        return f"{self.delta[:10]} {self.method}, layer {layers}: {facts}{more}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain JSON values."""
+        return {**vars(self), "facts": list(self.facts), "layers": list(self.layers)}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Integrity:
     """The counts of a full check of a workspace.
 
@@ -236,15 +266,18 @@ class Integrity:
         revisions: How many records were read and checked.
         deltas: How many delta folders in the workspace are named by a revision.
         orphans: The sha256 of the delta folders that no revision names.
+        unrecorded: Those of them that are patches: their revisions may have been lost.
     """
 
     revisions: int
     deltas: int
     orphans: tuple[str, ...]
+    unrecorded: tuple[Unrecorded, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
-        return {**vars(self), "orphans": list(self.orphans)}
+        patches = [patch.to_dict() for patch in self.unrecorded]
+        return {**vars(self), "orphans": list(self.orphans), "unrecorded": patches}
 
 
 @dataclass(frozen=True, kw_only=True)
