@@ -116,12 +116,17 @@ def check_nothing_lost(folder: Path, ids: Collection[str], copied: Collection[st
     lost = set(copied) - set(ids)
     if not lost:
         return
-    copies, messages = Copies(folder), []
+    copies, records = Copies(folder), {}
     for identity in sorted(lost):
         with contextlib.suppress(DamagedError):
-            record = copies.read(identity)[0]
-            messages.append((record.created, f"{identity[:10]} {record.message!r:.80}"))
-    newest = f", the newest {max(messages)[1]}" if messages else ""
+            records[identity] = copies.read(identity)[0]
+    parents = {record.parent for record in records.values()}
+    ends = [
+        f", the newest {identity[:10]} {record.message!r:.80}"
+        for identity, record in records.items()
+        if identity not in parents
+    ]
+    newest = ends[0] if len(ends) == 1 else ""
     are = "is" if len(lost) == 1 else "are"
     raise DamagedError(
         f"{counted(len(lost), 'revision')} {are} in {folder} and not in its ledger.db{newest}. "
