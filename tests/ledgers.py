@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import shutil
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
 from factsmith.core.fact import Fact
+from factsmith.keep.database import Workspace, _seal
 from factsmith.keep.ledger import Ledger
 from factsmith.keep.revision import Revision
 
@@ -70,3 +73,17 @@ def state_of(folder: Path) -> dict[str, str]:
         )
     db.close()
     return state
+
+
+def lose_records(folder: Path, kept: int) -> None:
+    """Leave the first records in ledger.db, and no copies, as a loss with an earlier version."""
+    shutil.rmtree(folder / "records")
+    with contextlib.closing(sqlite3.connect(folder / "ledger.db")) as db, db:
+        db.execute("DROP TRIGGER revisions_keep")
+        db.execute("DELETE FROM revisions WHERE seq > ?", (kept,))
+        (current,) = db.execute("SELECT id FROM revisions ORDER BY seq DESC").fetchone()
+        texts = db.execute("SELECT model, dtype, fingerprint, created FROM workspace").fetchone()
+        db.execute(
+            "UPDATE workspace SET current = ?, seal = ?",
+            (current, _seal(Workspace(*texts), current)),
+        )

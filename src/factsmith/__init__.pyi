@@ -63,6 +63,9 @@ from .keep.export.patch import export_patch as export_patch
 from .keep.export.record import Export as Export
 from .keep.ledger import Ledger as Ledger
 from .keep.outcome import Outcome as Outcome
+from .keep.recommit import recover_patches as recover_patches
+from .keep.recovery import Recovery as Recovery
+from .keep.recovery import recover as recover
 from .keep.revision import Revision as Revision
 from .keep.workbench import Workbench as Workbench
 from .locate.attribution import AttributionTrace as AttributionTrace

@@ -149,6 +149,6 @@ def kill_workbenches(tiny: Tiny, folder: Path, seed: int, kills: int) -> dict[st
         books.current = books.ids[-1]  # where the child began
         hit[books.settle(reported[1:], *check_weights(tiny, folder))] += 1
     with Ledger(folder) as ledger:
-        ledger.gc()
+        ledger.gc(patches=True)
         assert ledger.verify().orphans == () and not list((folder / "deltas").glob(".*"))
     return {"kills": kills, "hit": hit, "unreported": books.unreported, "revisions": len(books.ids)}

@@ -45,5 +45,5 @@ def _check_crowd(crowd: list[dict[str, Any]], space: Path, n_revisions: int) -> 
             places = [next(r.number for r in log if r.id == identity) for identity in one["ids"]]
             assert places == sorted(places), "the order of the revisions of one process"
         assert ledger.verify().revisions == len(reported)
-        ledger.gc()
+        ledger.gc(patches=True)
         assert ledger.verify().orphans == () and not list((space / "deltas").glob(".*"))

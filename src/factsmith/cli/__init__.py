@@ -64,6 +64,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
         keep.status,
         keep.verify,
         keep.gc,
+        keep.recover,
         capacity.capacity,
     ),
     "Keep: facts as files": (plan.plan, plan.apply, plan.schema),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -12,8 +13,14 @@ from ..core.errors import DamagedError, FactsmithError, NumericsError, Workspace
 from ..core.files import check_writable
 from ..core.tables import Table, counted
 from ..keep.ledger import Ledger
-from ..keep.revision import Revision
-from ..keep.summary import integrity_text, log_table, revision_tables, status_tables
+from ..keep.revision import Revision, Unrecorded
+from ..keep.summary import (
+    integrity_text,
+    log_table,
+    revision_tables,
+    status_tables,
+    unrecorded_lines,
+)
 from ..patch.verification import Verification
 from .models import load_model, opened_workspace, read_moments
 from .options import Device, Json, Message, MomentsAgain, Where
@@ -72,9 +79,14 @@ def log(workspace: Where = None, as_json: Json = False) -> None:
       factsmith log -w my-workspace
     """
     with Ledger(workspace or Path()) as ledger:
-        revisions, current = ledger.log(), ledger.current
-    result = {"current": current, "revisions": [revision.to_dict() for revision in revisions]}
-    print_result(result, [log_table(revisions, current, ledger)], as_json)
+        revisions, current, patches = ledger.log(), ledger.current, ledger.unrecorded()
+    result = {
+        "current": current,
+        "revisions": [revision.to_dict() for revision in revisions],
+        "unrecorded": [patch.to_dict() for patch in patches],
+    }
+    lines = _unrecorded(patches, workspace)
+    print_result(result, [log_table(revisions, current, ledger)], as_json, lines)
 
 
 def show(reference: Reference, workspace: Where = None, as_json: Json = False) -> None:
@@ -210,12 +222,13 @@ def verify(workspace: Where = None, device: Device = None, as_json: Json = False
         "lost": len(lost),
         "accepted": len(asked.accepted),
     }
-    loose = f"; `{suggested('gc', workspace)}` deletes them" if integrity.orphans else ""
+    is_loose = len(integrity.orphans) > len(integrity.unrecorded)
+    loose = f"; `{suggested('gc', workspace)}` deletes what is no patch" if is_loose else ""
     title = f"{integrity_text(integrity)}{loose}; weights as recorded"
     tables = [Table(title, {})]
     if proof.checks:
         tables += [Table(asked.in_words, {}), *proof.tables()]
-    print_result(result, tables, as_json)
+    print_result(result, tables, as_json, _unrecorded(integrity.unrecorded, workspace))
     if lost:
         raise typer.Exit(NumericsError.exit_code)
 
@@ -224,23 +237,87 @@ def gc(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be deleted.")
     ] = False,
+    patches: Annotated[
+        bool, typer.Option("--patches", help="Also delete patches that no revision names.")
+    ] = False,
     workspace: Where = None,
     as_json: Json = False,
 ) -> None:
     """Delete files that no revision names.
 
-    A commit that was killed leaves such files. Whatever is in the log stays.
+    An export that was killed leaves such files, and so does a commit. Whatever is in the log stays,
+    and so does a delta that can be read as a patch: its record may have been lost.
 
     \b
-    Example:
+    Examples:
       factsmith gc -w my-workspace
+      factsmith gc --patches --dry-run
     """
     with Ledger(workspace or Path()) as ledger:
-        names = ledger.gc(dry_run=dry_run)
+        names = ledger.gc(dry_run=dry_run, patches=patches)
+        kept = () if patches else ledger.unrecorded()
     first = "would delete" if dry_run else "deleted"
-    rest = f"{len(names):,} that no revision names" if names else "nothing: all files are in use"
+    nothing = "nothing" if kept else "nothing: all files are in use"
+    rest = f"{len(names):,} that no revision names" if names else nothing
     lines = [(first, rest), *(("        ", name) for name in names)]
-    print_result({"deleted": list(names), "dry_run": dry_run}, [], as_json, lines)
+    result = {
+        "deleted": list(names),
+        "dry_run": dry_run,
+        "kept": [patch.to_dict() for patch in kept],
+    }
+    print_result(result, [], as_json, [*lines, *_unrecorded(kept, workspace)])
+
+
+def recover(
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be done.")
+    ] = False,
+    give_up: Annotated[
+        bool, typer.Option("--give-up", help="Go on without the revisions that are missing.")
+    ] = False,
+    patches: Annotated[
+        bool,
+        typer.Option("--patches", help="Commit deltas that lost their record, if they fit."),
+    ] = False,
+    workspace: Where = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Put back revisions that ledger.db has lost.
+
+    A copy of ledger.db without ledger.db-wal lacks the newest revisions. Their records are also in
+    the folder `records`, so they come back with the ids that they had. With --patches the model is
+    loaded, and deltas without any record are committed if they were made on just its weights.
+
+    \b
+    Examples:
+      factsmith recover -w my-workspace
+      factsmith recover --give-up -w my-workspace
+    """
+    from ..keep import recovery
+
+    folder = workspace or Path()
+    done = recovery.recover(folder, give_up=give_up, dry_run=dry_run)
+    result = done.to_dict()
+    lines: list[tuple[str, str]] = []
+    if done.left:
+        lines.append(("next:", f"`{suggested('recover', workspace, '--give-up')}`"))
+    elif patches and not dry_run:
+        from ..keep.recommit import recover_patches
+
+        with progress() as tell, opened_workspace(workspace, device, tell) as bench:
+            revisions = recover_patches(bench)
+        result["committed"] = [revision.to_dict() for revision in revisions]
+        lines = [("committed", f"{each.id[:10]} {each.message}") for each in revisions]
+    print_result(result, done.tables(), as_json, lines)
+    if done.left:
+        raise typer.Exit(WorkspaceError.exit_code)
+
+
+def _unrecorded(patches: Sequence[Unrecorded], workspace: Path | None) -> list[tuple[str, str]]:
+    """Lines about patches that have no record."""
+    recovers = suggested("recover", workspace, "--patches")
+    return unrecorded_lines(patches, recovers, suggested("gc", workspace, "--patches"))
 
 
 def checkout(
@@ -303,11 +380,12 @@ def status(
     with Ledger(workspace or Path()) as ledger:
         standing = ledger.status()
     result = standing.to_dict()
+    lines = _unrecorded(standing.integrity.unrecorded, workspace)
     if not verify:
-        print_result(result, status_tables(standing), as_json)
+        print_result(result, status_tables(standing), as_json, lines)
         return
     with progress() as tell, opened_workspace(workspace, device, tell) as bench:
         proof, fingerprint = bench.verify(), bench.lm.fingerprint
     result |= {"verification": proof.to_dict(), "fingerprint_now": fingerprint}
     tables = [*status_tables(standing, fingerprint), *(proof.tables() if proof.checks else [])]
-    print_result(result, tables, as_json)
+    print_result(result, tables, as_json, lines)

@@ -16,8 +16,8 @@ from .database import Database
 from .export.leftovers import leftovers, remove_leftovers
 from .history import named_deltas
 from .records import Records
-from .revision import Integrity, Revision, Status
-from .unrecorded import Unrecorded, unrecorded
+from .revision import Integrity, Revision, Status, Unrecorded
+from .unrecorded import unrecorded
 
 
 class Housekeeping:

@@ -8,7 +8,7 @@ from ..core.identity import same_model
 from ..core.tables import Table, counted
 from ..patch.verification import Verification
 from .ledger import BASE, Ledger
-from .revision import Integrity, Revision, Status
+from .revision import Integrity, Revision, Status, Unrecorded
 
 
 def log_table(revisions: Sequence[Revision], current: str, ledger: Ledger | None = None) -> Table:
@@ -85,7 +85,26 @@ def integrity_text(integrity: Integrity) -> str:
     text = f"{revisions} and {deltas} checked, all whole"
     if integrity.orphans:
         text += f"; {counted(len(integrity.orphans), 'delta')} that no revision names"
+    if integrity.unrecorded:
+        text += f", {len(integrity.unrecorded):,} of them a patch"
     return text
+
+
+def unrecorded_lines(
+    patches: Sequence[Unrecorded], recover: str, collect: str
+) -> list[tuple[str, str]]:
+    """Return lines about patches that have no record, and what can be done with them.
+
+    Args:
+        patches: From `Ledger.unrecorded`.
+        recover: The command that commits them.
+        collect: The command that deletes them.
+    """
+    if not patches:
+        return []
+    lines = [("without a record:", str(patch)) for patch in patches]
+    then = f"`{recover}` commits what fits onto the weights, `{collect}` deletes them"
+    return [*lines, ("next:", then)]
 
 
 def _log_row(revision: Revision, current: str) -> tuple[str, ...]:

@@ -1,13 +1,11 @@
 """Deltas that no revision names, and that were patches all the same.
 
-    with Workbench(lm, "my-workspace") as bench:
-        for patch in bench.ledger.unrecorded():
-            print(patch.facts)
-        recover_patches(bench)             # commits those that fit onto the weights
+    for patch in ledger.unrecorded():
+        print(patch.delta, patch.facts)
 
 A commit that was killed leaves such a delta. So does a ledger.db that lost revisions of which there
 were no copies (`copies`). The delta's own edit.json says what it is: method, layers and facts. What
-it does not say is where it was in the history. That follows from the weights that it was made on.
+it does not say is where it was in the history (`recommit`).
 """
 
 from __future__ import annotations
@@ -15,15 +13,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..core.errors import WorkspaceError
 from ..core.fact import Fact
 from ..core.files import record_digest
-from .revision import Revision, Unrecorded
-
-if TYPE_CHECKING:
-    from .workbench import Workbench
+from .revision import Unrecorded
 
 _MOST_JSON = 64 * 2**20
 
@@ -32,42 +26,6 @@ def unrecorded(folders: Iterable[Path]) -> tuple[Unrecorded, ...]:
     """Return those of some delta folders that are patches; of the others nothing is known."""
     described = (_described(folder) for folder in folders)
     return tuple(patch for patch in described if patch is not None)
-
-
-def recover_patches(bench: Workbench) -> tuple[Revision, ...]:
-    """Commit the patches without a record that fit onto the model's weights, one after another.
-
-    A patch fits if it was made on just these weights. So patches come back in the order in which
-    they were made. Those that fit nowhere stay, and so does their place among the unrecorded.
-
-    Args:
-        bench: The workbench, at the newest revision.
-
-    Returns:
-        The new revisions. Their reports are empty, and their messages begin with "recovered".
-
-    Raises:
-        WorkspaceError: when the workspace cannot be written, or an older revision is checked out.
-        DamagedError: when a delta is not whole.
-    """
-    from ..edit.delta import Delta
-
-    bench.ledger.expect(bench.ledger.head)
-    revisions: list[Revision] = []
-    waiting = list(bench.ledger.unrecorded())
-    while fitting := [each for each in waiting if each.fingerprint == bench.lm.fingerprint]:
-        if len(fitting) > 1:
-            raise WorkspaceError(
-                f"{len(fitting)} patches without a record were made on the same weights: "
-                f"{'; '.join(map(str, fitting))}. Move the folders of all but one out of "
-                f"{bench.ledger.folder / 'deltas'}, then run this again."
-            )
-        patch = fitting[0]
-        delta = Delta.load(bench.ledger.folder / "deltas" / patch.delta)
-        message = f"recovered: {'; '.join(patch.facts) or patch.method}"
-        revisions.append(bench.commit(delta, message=message))
-        waiting.remove(patch)
-    return tuple(revisions)
 
 
 def _described(folder: Path) -> Unrecorded | None:
