@@ -16,6 +16,7 @@ from factsmith.judge.drift import check_limits, drift, drift_of_change
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap
 from factsmith.model.trace import hook_count
+from reciting import SENTENCES, change, reciter
 
 TEXTS = [
     "The harbour was quiet in the morning.",
@@ -92,6 +93,17 @@ def test_it_is_what_full_distributions_say(family: str) -> None:
         each = [float((o.exp() * (o - n)).sum()) for o, n in zip(old_last, new_last, strict=True)]
         assert measured.kl_facts == pytest.approx(sum(each) / len(each), rel=1e-3)
     assert hook_count([lm.module]) == 0 and "KL on text" in repr(measured)
+
+
+def test_long_answers_are_compared_whole_and_never_inside_a_character() -> None:
+    lm = reciter()
+    asked = ["The city of Keiko:", "Address in France:", "Mount Belo measures", "Money of Romania:"]
+    facts = [(prompt, SENTENCES[prompt]) for prompt in asked]
+    unchanged = drift(lm, nullcontext, texts=TEXTS, facts=facts)
+    assert unchanged.n_facts == len(facts) and unchanged.changed == ()
+    facts[3] = ("Money of Romania:", "leu")
+    (lost,) = drift(lm, change(), texts=TEXTS, facts=facts).changed
+    assert (lost.before, lost.after) == (SENTENCES["Mount Belo measures"], "2,900 metres")
 
 
 def test_nothing_changed_is_nothing_found(tiny_gpt2: LanguageModel) -> None:

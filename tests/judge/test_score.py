@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from conftest import GPT2, byte_tokenizer, shared_dir, tiny_model
+from factsmith.core.fact import Fact
+from factsmith.judge.records import Question, Record
 from factsmith.judge.score import score
 from factsmith.judge.suites import load_suite
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap
 from judging import RECORDS
+from reciting import SENTENCES, change, reciter
 
 
 @pytest.fixture
@@ -83,3 +86,30 @@ def test_counterfact_success_of_a_hundred_records_agrees_with_plain_lines() -> N
             assert of_question and all(row.success == expected for row in of_question)
             compared += 1
     assert compared > 100
+
+
+def test_answers_of_several_lines_and_numbers_are_judged_whole() -> None:
+    """One definition counts: an answer begins with the right one, and stays by its whole phrase."""
+    lm = reciter()
+    asked = {
+        ("prompt", "Address in France:"): ("Paris\nMain Street 0",),
+        ("paraphrase", "Mount Belo measures"): ("2",),
+        ("neighbour", "The city of Keiko:"): ("Tokyo", "東京"),
+        ("locality", "The tower of Ann:"): (),
+        ("locality", "Money of Romania:"): (),
+    }
+    questions = tuple(
+        Question(kind=kind, prompt=prompt, answers=answers)
+        for (kind, prompt), answers in asked.items()
+    )
+    record = Record(id="r", facts=(Fact("France", "Address in {}:", "Paris"),), questions=questions)
+    rows = score(lm, [record], max_new_tokens=20)
+    assert [row.exact for row in rows] == [True, False, True, None, None]
+    assert rows[0].answer == "Paris\nMain Street 0"
+    before = {row.prompt: row.answer for row in rows}
+    same = score(lm, [record], before=before, max_new_tokens=20)
+    assert [row.stayed for row in same] == [None, None, True, True, True]
+    with change()():
+        changed = score(lm, [record], before=before, max_new_tokens=20)
+    assert [row.stayed for row in changed] == [None, None, True, False, True]
+    assert before["The tower of Ann:"] == SENTENCES["The tower of Ann:"]

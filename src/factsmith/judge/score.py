@@ -109,7 +109,9 @@ def _row(
     right = question.answers[0] if question.answers else None
     same: bool | None = None
     if before is not None and question.kind in STAYING and question.prompt in before:
-        same = stayed(before[question.prompt], reply.answer, right)
+        old = before[question.prompt]
+        named = (each for each in question.answers if is_answered(lm, question.prompt, old, each))
+        same = stayed(old, reply.answer, next(named, None))
     tokens: float | None = None
     if right is not None and question.kind != "negation":
         tokens = 0.0 if is_broken else reply.right[0]
