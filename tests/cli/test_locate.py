@@ -98,7 +98,7 @@ def test_the_average_over_a_file_of_facts(run: Run, model: Path, tmp_path: Path)
         for subject, prompt in itertools.product(("Danielle Darrieux", "Edwin", "Paris"), prompts)
         if lm.next_tokens(prompt.replace("{}", subject), 1)[0][0].strip()
     ]
-    known = [fact for fact in known if lm.says([fact.text], [fact.target])[0]]
+    known = [fact for fact in known if lm.says([fact.text], [fact.target], by_tokens=True)[0]]
     assert known, "the random model says nothing that can be traced"
     FactFile.write("facts.yaml", [*known, Fact("Edwin", "The mother tongue of {} is", "Zürich")])
     record = run(

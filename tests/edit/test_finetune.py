@@ -39,18 +39,18 @@ def test_ft_l_learns_within_its_bound(
     lm: LanguageModel, no_hooks_left: Callable[[LanguageModel], None]
 ) -> None:
     before, asked = state(lm), ([f.text for f in FACTS], [f.target or "" for f in FACTS])
-    assert not any(lm.says(*asked)), "they are new"
+    assert not any(lm.says(*asked, by_tokens=True)), "they are new"
     tuned = fine_tune(lm, FACTS, FineTuneConfig(layers=(1,), lr=0.02, clamp=0.3, steps=80))
     assert same(state(lm), before) and not any(p.requires_grad for p in lm.module.parameters())
     assert set(tuned) == {1} and tuned[1].shape == lm.ffn[1].weight().shape
     change = (tuned[1] - lm.ffn[1].weight()).abs().max()
     assert 0 < change <= 0.3 + 1e-6
     with written(lm, tuned):
-        assert all(lm.says(*asked))
+        assert all(lm.says(*asked, by_tokens=True))
     assert same(state(lm), before)
     config = FineTuneConfig(layers=(1,), lr=0.02, clamp=1e-4, steps=5, epochs=1)
     with written(lm, fine_tune(lm, FACTS, config)):
-        assert not any(lm.says(*asked)), "the control: a bound that is too small"
+        assert not any(lm.says(*asked, by_tokens=True)), "the control: a bound that is too small"
     no_hooks_left(lm)
 
 
@@ -66,7 +66,7 @@ def test_lora_changes_by_its_rank_and_leaves_nothing_behind(lm: LanguageModel) -
     for layer in (0, 1):
         assert torch.linalg.matrix_rank(tuned[layer] - lm.ffn[layer].weight(), rtol=1e-4) == 4
     with written(lm, tuned):
-        assert all(lm.says(*asked))
+        assert all(lm.says(*asked, by_tokens=True))
     again = lora(lm, FACTS, config)
     assert all(torch.equal(again[layer], tuned[layer]) for layer in tuned), "the same for a seed"
 

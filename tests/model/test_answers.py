@@ -45,7 +45,8 @@ def test_tokens_can_be_asked_for_alone() -> None:
     targets = ["Andre\u0301 M.", "André M."]
     assert lm.says([prompt] * 2, targets) == [True, True]
     assert lm.says([prompt] * 2, targets, by_tokens=True) == [True, False]
-    assert lm.says(["Mount Belo measures"], ["2"], by_tokens=True) == [False]
+    assert lm.says(["Mount Belo measures"], ["2"], by_tokens=True) == [True], "what follows"
+    assert lm.says(["Mount Belo measures"], ["2"]) == [False], "the control"
 
 
 @pytest.mark.parametrize("n_tokens", range(1, 10))
@@ -94,3 +95,4 @@ def test_the_probability_of_what_was_said_is_of_its_tokens() -> None:
     p, other = probabilities(lm, ["Money of Romania:"] * 2, [begin, "leu"])
     assert p == other == pytest.approx(math.exp(lm.log_prob(["Money of Romania:"], ["leu"])[0]))
     assert probabilities(lm, ["Money of Romania:"] * 2, ["", ()]) == [None, None]
+    assert probabilities(lm, ["Money of Romania:"], [begin]) == [p], "tokens alone"

@@ -297,6 +297,7 @@ def _not_taken(lm: LanguageModel, facts: Sequence[Fact], contexts: Sequence[str]
         [prompt for _, prompt, _, _ in pairs],
         [target for _, _, target, _ in pairs],
         gaps=[gap for *_, gap in pairs],
+        by_tokens=True,
     )
     missed = (
         i for (i, *_), says in zip(pairs, said, strict=True) if says == (facts[i].target is None)

@@ -132,17 +132,14 @@ class LanguageModel(DecodingModel):
         Raises:
             InputError: The lists differ in length, or are empty.
         """
-        texts = [i for i, tail in enumerate(tails) if isinstance(tail, str)]
-        of_texts = self._questions(
-            [prompts[i] for i in texts],
-            [str(tails[i]) for i in texts],
-            None if gaps is None else [gaps[i] for i in texts],
-        )
-        by_place = dict(zip(texts, of_texts, strict=True))
+        places = [i for i, tail in enumerate(tails) if isinstance(tail, str)]
+        pairs = [prompts[i] for i in places], [str(tails[i]) for i in places]
+        wanted = None if gaps is None else [gaps[i] for i in places]
+        settled = dict(zip(places, self.gaps(*pairs, wanted), strict=True)) if places else {}
         questions = [
-            by_place[i]
-            if i in by_place
-            else question_of(self.prompt_ids(prompt), list(map(int, tail)))
+            self.question(prompt, tail, settled[i])
+            if isinstance(tail, str)
+            else question_of(self.prompt_ids(prompt), list(tail))
             for i, (prompt, tail) in enumerate(zip(prompts, tails, strict=True))
         ]
         return self._log_probs(questions)
@@ -167,30 +164,29 @@ class LanguageModel(DecodingModel):
             prompts: The prompts.
             targets: As many targets.
             gaps: As for `log_prob`.
-            by_tokens: Whether the target's own tokens must be said, those that `log_prob` asks for.
+            by_tokens: Compare tokens alone: those of the target, as `log_prob` asks for them, must
+                be said, and what follows them does not count.
 
         Raises:
             InputError: The lists differ in length, or are empty.
         """
         questions = self._questions(prompts, targets, gaps)
+        asked = questions if by_tokens else [self._with_next(question) for question in questions]
         likeliest: list[list[int]] = [[] for _ in questions]
-        for pairs, _, logits in self._target_logits([self._with_next(q) for q in questions]):
+        for pairs, _, logits in self._target_logits(asked):
             for pair, token in zip(pairs.tolist(), logits.argmax(-1).tolist(), strict=True):
                 likeliest[pair].append(token)
+        if by_tokens:
+            return [tail == each for (_, _, tail), each in zip(questions, likeliest, strict=True)]
         said = [
             self._is_said(target, tail, tokens)
             for target, (_, _, tail), tokens in zip(targets, questions, likeliest, strict=True)
         ]
-        if by_tokens:
-            said = [
-                verdict if tail == tokens[: len(tail)] else False
-                for verdict, (_, _, tail), tokens in zip(said, questions, likeliest, strict=True)
-            ]
         if open_ones := [i for i, verdict in enumerate(said) if verdict is None]:
             lines = [n_lines(targets[i]) for i in open_ones]
             longest = max(len(questions[i][2]) for i in open_ones) + AFTER_NUMBER
-            asked = [prompts[i] for i in open_ones]
-            answers = self.answer(asked, max(longest, ANSWER_TOKENS), lines=lines)
+            open_prompts = [prompts[i] for i in open_ones]
+            answers = self.answer(open_prompts, max(longest, ANSWER_TOKENS), lines=lines)
             for i, answer in zip(open_ones, answers, strict=True):
                 said[i] = is_answered(self, prompts[i], answer, targets[i])
         return [bool(verdict) for verdict in said]
