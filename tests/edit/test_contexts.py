@@ -10,6 +10,7 @@ import torch
 
 from editing import FACTS, full_rank_moments, new_model
 from factsmith.core.errors import InputError
+from factsmith.core.fact import Fact
 from factsmith.edit.configs import MemitConfig
 from factsmith.edit.contexts import (
     chat_contexts,
@@ -19,7 +20,7 @@ from factsmith.edit.contexts import (
     generate_openings,
 )
 from factsmith.edit.delta import applied
-from factsmith.edit.methods import memit
+from factsmith.edit.methods import METHODS, edit, memit
 from factsmith.model.language_model import LanguageModel
 
 
@@ -103,6 +104,44 @@ def test_a_chat_template_is_one_more_context() -> None:
     before = float(lm.log_prob([asked], [str(fact.target)])[0])
     with applied(lm, delta):
         assert float(lm.log_prob([asked], [str(fact.target)])[0]) > before + 0.5
+
+
+def long_fact(lm: LanguageModel, n_tokens: int) -> Fact:
+    """Return a fact whose prompt has so many tokens."""
+    start, prompt = "", " It is played by {}"
+    while len(lm.prompt_ids(f"{start}{prompt}".replace("{}", "LeBron James"))) < n_tokens:
+        start += "q"
+    return Fact("LeBron James", start + prompt, "king")
+
+
+@pytest.mark.parametrize("method", ["rome", "memit"])
+def test_contexts_that_do_not_fit_in_front_of_a_long_prompt_are_left_out(method: str) -> None:
+    lm = new_model("gpt2")
+    assert lm.max_tokens == 64
+    moments, contexts = full_rank_moments(lm, (0,)), ["{}", "Yes. {}", "The king is in Paris. {}"]
+    config = METHODS[method].config.recommended(lm).at([0])
+    n_target = len(lm.question("It is", "king")[2])
+    fact = long_fact(lm, 64 - n_target)
+    delta = edit(lm, fact, method, config, moments=moments, contexts=contexts)
+    assert delta.convergence[0]["contexts_left_out"] == 2
+    alone = edit(lm, fact, method, config, moments=moments, contexts=["{}"])
+    torch.testing.assert_close(delta.v_star, alone.v_star)
+    torch.testing.assert_close(delta.k_star[0], alone.k_star[0])
+    # Controls: a short prompt keeps its contexts, and one that does not fit alone is refused.
+    short = edit(lm, FACTS[2], method, config, moments=moments, contexts=contexts)
+    assert "contexts_left_out" not in short.convergence[0]
+    with pytest.raises(InputError, match="has positions for 64"):
+        edit(lm, long_fact(lm, 66), method, config, moments=moments, contexts=contexts)
+
+
+def test_a_prompt_at_the_limit_is_answered_with_the_tokens_that_fit() -> None:
+    lm = new_model("gpt2")
+    full, near = long_fact(lm, 64).text, long_fact(lm, 60).text
+    assert len(lm.prompt_ids(full)) == 64
+    both = lm.answer([full, near, "Paris is"], max_new_tokens=12)
+    assert both == [lm.answer([text], max_new_tokens=12)[0] for text in (full, near, "Paris is")]
+    with pytest.raises(InputError, match="has positions for 64"):
+        lm.answer([long_fact(lm, 65).text])
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def test_the_model_is_asked_for_the_tokens_that_it_says(
     # The other form is one that the model does not say.
     other = "none" if gap else "space"
     if lm.question(prompt, target, other)[2] != lm.question(prompt, target)[2]:
-        assert lm.says([prompt], [target], gaps=[other]) == [False]
+        assert lm.says([prompt], [target], gaps=[other], by_tokens=True) == [False]
 
 
 @pytest.mark.parametrize("target", ["Lima", "Timbuktu"])

@@ -222,10 +222,17 @@ def _examples(lm: LanguageModel, facts: Fact | Sequence[Fact]) -> list[_Example]
         raise InputError(
             f"{aimless.text!r} has no target to train on. Give one, or use rome or memit to forget."
         )
-    return [
+    examples = [
         (lm.prompt_ids(fact.text), target_ids(lm, fact.text, str(fact.target), gap=fact.gap))
         for fact in with_gaps(lm, given)
     ]
+    longest = max(len(prompt) + len(target) for prompt, target in examples)
+    if lm.max_tokens is not None and longest > lm.max_tokens:
+        raise InputError(
+            f"a prompt and its target have {longest} tokens; {lm.name} has positions for "
+            f"{lm.max_tokens}: shorten the prompt"
+        )
+    return examples
 
 
 def _layers(lm: LanguageModel, config: TuneConfig) -> list[int]:

@@ -20,7 +20,7 @@ from ..core.slots import fill
 from ..model.language_model import LanguageModel
 from ..model.replay import Replay, record
 from ..model.subject import token_span
-from ..model.tokens import encode_prompt
+from ..model.tokens import encode_prompt, target_ids
 from ..model.trace import recording, replacing
 
 Site: TypeAlias = Literal["ffn", "stream"]
@@ -42,7 +42,7 @@ def read_keys(
         (n, n_contexts, d_ff) float32.
     """
     rows = [
-        _up_to_subject(lm, context.replace("{}", fact.template), fact.subject)
+        _up_to_subject(lm, in_context(lm, context, fact), fact.subject)
         for fact in facts
         for context in contexts
     ]
@@ -172,6 +172,24 @@ def subject_columns(lm: LanguageModel, template: str, subject: str) -> tuple[lis
     ids, offsets = encode_prompt(lm, prompt.text)
     first, stop = token_span(offsets, prompt)
     return ids, first, stop - 1
+
+
+def in_context(lm: LanguageModel, context: str, fact: Fact) -> str:
+    """Return a fact's prompt in a context: a template with one `{}` for the subject.
+
+    A prompt near the model's limit of tokens leaves no room for some contexts. There the prompt
+    stands alone.
+    """
+    template = context.replace("{}", fact.template)
+    return template if context == "{}" or _has_room(lm, template, fact) else fact.template
+
+
+def _has_room(lm: LanguageModel, template: str, fact: Fact) -> bool:
+    """Return whether the model has positions for a prompt in a context, and the fact's target."""
+    text, target = fill(template, fact.subject).text, fact.target or ""
+    if lm.has_room(text, len(target.encode())):
+        return True
+    return lm.has_room(text, len(target_ids(lm, text, target)) if target else 1)
 
 
 def _up_to_subject(lm: LanguageModel, template: str, subject: str) -> list[int]:

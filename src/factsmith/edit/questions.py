@@ -22,10 +22,11 @@ from torch import Tensor
 from ..core.errors import InputError
 from ..core.fact import Fact
 from ..core.gap import plain_gap
+from ..core.slots import fill
 from ..model.language_model import LanguageModel
 from ..model.tokens import target_ids
 from .batches import Size
-from .keys import subject_columns
+from .keys import in_context, subject_columns
 
 GUARD = "{} is a"
 """The prompt of the guard: what the model predicts after the subject must stay."""
@@ -46,6 +47,8 @@ class Question:
         targets: For each context, the target's tokens. Empty for a fact to forget.
         without: For each context of a fact to forget, the prompt without the subject's tokens.
             Otherwise empty.
+        left_out: The number of contexts for which the model has no positions. The bare prompt is
+            in their place.
     """
 
     fact: Fact
@@ -55,6 +58,7 @@ class Question:
     reads: list[list[int]]
     targets: list[list[int]]
     without: list[list[int]]
+    left_out: int = 0
 
     @property
     def size(self) -> Size:
@@ -181,12 +185,15 @@ def tokenize_fact(lm: LanguageModel, fact: Fact, contexts: Sequence[str]) -> Que
     reads: list[list[int]] = []
     targets: list[list[int]] = []
     without: list[list[int]] = []
+    left_out = 0
     for context in contexts:
-        ids, first, pivot = subject_columns(lm, context.replace("{}", fact.template), fact.subject)
+        template = in_context(lm, context, fact)
+        left_out += template == fact.template and context != "{}"
+        ids, first, pivot = subject_columns(lm, template, fact.subject)
         target = bare
-        if target is not None and not context.endswith("{}"):
+        if target is not None and not template.endswith(fact.template):
             # A chat template: other text stands before the answer, so its tokens may differ.
-            target = target_ids(lm, context.replace("{}", fact.text), str(fact.target))
+            target = target_ids(lm, fill(template, fact.subject).text, str(fact.target))
         tokens = [0] if target is None else target
         sequences.append(ids + tokens[:-1])
         pivots.append(pivot)
@@ -202,7 +209,7 @@ def tokenize_fact(lm: LanguageModel, fact: Fact, contexts: Sequence[str]) -> Que
     if guard == len(sequences):
         sequences.append(ids)
         pivots.append(pivot)
-    return Question(fact, sequences, pivots, guard, reads, targets, without)
+    return Question(fact, sequences, pivots, guard, reads, targets, without, left_out)
 
 
 def _without_subject(fact: Fact, ids: list[int], first: int, pivot: int) -> list[int]:

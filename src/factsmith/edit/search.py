@@ -286,6 +286,8 @@ class _Search:
             numbers = dict(zip(names, row, strict=True))
             stopped = "loss" if good else "steps"
             self.convergence[i] = {"steps": step, **numbers, "stopped": stopped}
+            if left_out := self.questions[i].left_out:
+                self.convergence[i]["contexts_left_out"] = left_out
 
     def _keep(self, stay: Tensor) -> None:
         """Go on with some of the active questions only."""

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..core.fact import Fact
 from ..core.progress import Progress, tell
+from ..core.slots import fill
 from ..corpus.moments import SecondMoment
 from ..model.language_model import LanguageModel
 from . import solve
@@ -29,7 +30,7 @@ from .configs import SpreadConfig
 from .contexts import SUBJECT, context_weights
 from .delta import Delta, applied
 from .inputs import EditInputs, recipe_of, with_shared_keys
-from .keys import read_keys, read_stream, to_down
+from .keys import in_context, read_keys, read_stream, to_down
 from .search import find_targets
 from .target import Targets
 
@@ -283,7 +284,7 @@ def _not_taken(lm: LanguageModel, facts: Sequence[Fact], contexts: Sequence[str]
     pairs = [
         (
             i,
-            context.replace("{}", fact.text),
+            fill(in_context(lm, context, fact), fact.subject).text,
             target,
             fact.gap if context.endswith("{}") else "auto",
         )

@@ -126,7 +126,7 @@ def ask(
                 )
     distinct, rows = list(heads), list(heads.values())
     answered: dict[str, _Answered] = {}
-    for group in _groups(lm, [len(ids) for ids in rows], n_new, budget):
+    for group in lm.answer_groups([len(ids) for ids in rows], n_new, budget):
         names = [distinct[i] for i in group]
         replies = _answer_group(
             lm,
@@ -148,21 +148,6 @@ def _reply(answer: str, scores: Mapping[str, _Scores], candidates: Sequence[str]
         right=tuple(each.right for each in listed),
         n_tokens=tuple(each.n_tokens for each in listed),
     )
-
-
-def _groups(lm: LanguageModel, lengths: list[int], n_new: int, budget: int) -> Iterator[list[int]]:
-    """Yield the numbers of the prompts that share a pass.
-
-    They are similar in length and have room for equally long answers, so no answer is cut short for
-    the sake of another prompt.
-    """
-    by_room: dict[int, list[int]] = {}
-    for i, length in enumerate(lengths):
-        room = n_new if lm.max_tokens is None else min(n_new, lm.max_tokens - length + 1)
-        by_room.setdefault(room, []).append(i)
-    for members in by_room.values():
-        for group in lm.groups([lengths[i] for i in members], budget):
-            yield [members[i] for i in group]
 
 
 def _answer_group(

@@ -19,9 +19,8 @@ from ..model.language_model import LanguageModel
 from ..model.subject import fact_span
 from .records import Record
 
-_CONTEXT = 16
-"""Tokens that stay free for a context in front of a fact's prompt. The longest context has nine of
-the model's tokens and a full stop; a BOS may come first."""
+_LAST = 1
+"""The last token of a fact's target also needs a position, because fine-tuning runs it."""
 
 _NO_TOKEN = "a subject or a target has no token that the model knows"
 
@@ -128,13 +127,13 @@ def _conflict(record: Record, targets: dict[str, str | None]) -> str:
 def _fits(lm: LanguageModel, record: Record) -> bool:
     """Return whether the model has positions for every prompt with its answer.
 
-    A fact's prompt also needs room for the context that an editor puts in front of it.
+    Contexts in front of a fact's prompt need no room: an editor leaves out those that do not fit.
     """
     if lm.max_tokens is None:
         return True
     asked = [(q.prompt, text, 0) for q in record.questions for text in (*q.answers[:1], q.against)]
     asked += [
-        (fact.text, text, _CONTEXT)
+        (fact.text, text, _LAST)
         for fact in record.facts
         for text in (fact.target, fact.target_true)
     ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -61,12 +61,35 @@ class DecodingModel(RunnableModel):
     ) -> list[list[int]]:
         """Return what `continue_greedily` does, for any number of sequences of any length."""
         new: list[list[int]] = [[] for _ in sequences]
-        for group in self.groups([len(ids) for ids in sequences]):
+        for group in self.answer_groups([len(ids) for ids in sequences], n_tokens):
             of_group = None if lines is None else [lines[i] for i in group]
             continued = self.continue_greedily([sequences[i] for i in group], n_tokens, of_group)
             for i, ids in zip(group, continued, strict=True):
                 new[i] = ids
         return new
+
+    def answer_groups(
+        self, lengths: Sequence[int], n_tokens: int, budget: int = 4096
+    ) -> Iterator[list[int]]:
+        """Yield the numbers of the prompts that are continued together.
+
+        They are similar in length and have room for equally long answers, so no answer is cut short
+        for the sake of another prompt.
+
+        Args:
+            lengths: The number of tokens of each prompt.
+            n_tokens: The length of the answers in tokens.
+            budget: Padded tokens in one pass.
+        """
+        by_room: dict[int, list[int]] = {}
+        for i, length in enumerate(lengths):
+            room = n_tokens
+            if self.max_tokens is not None:
+                room = min(n_tokens, self.max_tokens - length + 1)
+            by_room.setdefault(room, []).append(i)
+        for members in by_room.values():
+            for group in self.groups([lengths[i] for i in members], budget):
+                yield [members[i] for i in group]
 
     @torch.no_grad()
     def continue_greedily(

@@ -280,6 +280,13 @@ class RunnableModel:
                 groups.append([i])
         return groups
 
+    def has_room(self, prompt: str, n_tokens: int = 1) -> bool:
+        """Return whether the model has positions for a prompt that is continued by some tokens."""
+        # A token has a byte or more, nearly always, so a short text needs no tokenizer.
+        if self.max_tokens is None or len(prompt.encode()) + n_tokens + 1 <= self.max_tokens:
+            return True
+        return len(self.prompt_ids(prompt)) + n_tokens - 1 <= self.max_tokens
+
     def check_batch(self, batch: Batch) -> None:
         """Check that the model can run a batch.
 

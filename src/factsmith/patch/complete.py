@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from .. import atlas
 from ..core.fact import Fact, Probe
 from ..core.forms import canonical
+from ..core.slots import fill_all
 from ..core.tables import counted
 from ..edit.contexts import generate_contexts
 from ..model.answers import is_answered, say
@@ -19,6 +20,10 @@ from .conflicts import relations
 
 MADE = 5
 """Paraphrases and neighbours that a fact without any gets."""
+
+
+_ROOM = 8
+"""Tokens that stay free for the answer to a paraphrase that was made."""
 
 
 def complete(
@@ -50,7 +55,10 @@ def complete(
     for fact, label in zip(facts, labels, strict=True):
         fields = fact.to_dict()
         if not fact.paraphrases:
-            fields["paraphrases"] = [text.replace("{}", fact.template) for text in openings[:MADE]]
+            texts = [text.replace("{}", fact.template) for text in openings[:MADE]]
+            fields["paraphrases"] = [
+                text for text in texts if lm.has_room(fill_all(text, fact.subject), _ROOM)
+            ]
         if not fact.neighbours:
             others = [p for p in near[label] if not any(s in canonical(p.prompt) for s in subjects)]
             fields["neighbours"] = others[:MADE]

@@ -51,6 +51,8 @@ def prove(
         NumericsError: A probability is not a number.
     """
     probes, notes = _probes(facts, asked_again, templates)
+    # A template needs a few tokens more than the prompt, for which there may be no positions.
+    probes = [probe for probe in probes if probe.role != "chat" or lm.has_room(probe.prompt)]
     if not probes:
         return Verification(checks=(), notes=notes)
     every = [probe.prompt for probe in probes], [probe.wanted or "" for probe in probes]

@@ -18,7 +18,7 @@ import torch
 from ..core.errors import InputError
 from ..core.forms import canonical
 from ..core.progress import Progress, tell
-from ..core.tables import Shown, Table
+from ..core.tables import Shown, Table, counted
 from ..corpus.moments import SecondMoment
 from ..corpus.moments_store import moments_digest
 from ..edit.contexts import chat_contexts
@@ -126,6 +126,7 @@ class Proposal(Shown):
             *self._measured_layers,
             *self.thin.values(),
             *self._shared_keys,
+            *self._contexts_left_out,
             *self._disturbed,
             *self._failed_checks,
         )
@@ -182,6 +183,26 @@ class Proposal(Shown):
         ]
         failed = self.verification.failed("prompt", "earlier")
         return [*chat, *(f"{lost(check)}: {check.in_words}" for check in failed)]
+
+    @property
+    def _contexts_left_out(self) -> list[str]:
+        """That some prompts leave no room for what is written in front of them."""
+        if self.delta is None:
+            return []
+        short = [
+            (fact, record["contexts_left_out"])
+            for fact, record in zip(self.delta.facts, self.delta.convergence, strict=False)
+            if record.get("contexts_left_out")
+        ]
+        if not short:
+            return []
+        fact, n = short[0]
+        return [
+            f"the prompt about {fact.subject!r} is nearly as long as the model's positions allow: "
+            f"{counted(n, 'context')} did not fit in front of it, so the patch depends more on "
+            "this one wording. A shorter prompt leaves room for them"
+            + (f" ({counted(len(short), 'prompt')} of this kind)" if len(short) > 1 else "")
+        ]
 
     @property
     def _shared_keys(self) -> list[str]:
