@@ -86,8 +86,11 @@ def test_measured_layers_agree_with_single_edits(
     traces = [causal_trace(tiny_lm, f.text, f.subject, kind="mlp", window=1) for f in TRIALS]
     expected = torch.stack([t.effects[t.subject_span[1] - 1] for t in traces]).mean(0)
     assert torch.allclose(torch.tensor(choice.effects), expected, atol=1e-5)
-    assert list(dict.fromkeys(seen))[:2] == ["tracing", "second moments"]
-    assert "trial edits at layer 2" in seen
+    steps = list(dict.fromkeys(seen))
+    assert steps[:2] == ["choosing layers: tracing facts", "second moments"]
+    for verb in ("solving", "asking"):  # every layer is named, and which one of how many it is
+        places = [step.removeprefix(f"choosing layers: {verb} edits at ") for step in steps]
+        assert {f"layer {layer}, {layer + 1} of 3" for layer in range(3)} <= set(places)
     json.dumps(choice.to_dict())
 
 

@@ -67,6 +67,6 @@ def test_the_layer_of_a_model_that_knows_nothing_depends_on_the_depth(
         "reason": proposal.layers.reason,
     }
     assert not (bench.ledger.folder / "layers.json").exists()
-    assert "looking for facts that the model knows" in asked
+    assert "choosing layers: asking bundled facts" in asked
     alone = proposed(lm, FACT, **ASKED)
     assert alone.layers == proposal.layers and alone.warnings == proposal.warnings

@@ -11,6 +11,7 @@ import typer
 from ..core.errors import InputError
 from ..core.tables import counted
 from ..keep.ledger import Ledger
+from . import completing
 from .models import opened_workspace, read_moments
 from .options import Device, Json, MomentsAgain, Where
 from .printing import print_result
@@ -72,6 +73,8 @@ def export(  # house: Typer reads one parameter for each option
         typer.Option(
             "--format",
             "-f",
+            metavar="FORMAT",
+            autocompletion=completing.formats,
             help="checkpoint: the patched model. adapter: a PEFT LoRA for the base model. "
             "patch: for another workspace.",
         ),

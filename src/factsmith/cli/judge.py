@@ -18,10 +18,11 @@ from ..core.progress import Progress
 from ..core.tables import visible
 from ..corpus.paragraphs import Paragraphs
 from ..keep.ledger import Ledger
+from . import completing
 from .models import load_model, need_model, opened, workspace_of
 from .options import Device, Json, Model, Seed, Where, read_value
 from .printing import complain, print_result
-from .waiting import progress
+from .waiting import during, progress
 
 if TYPE_CHECKING:
     from ..judge.ability import HarnessTasks
@@ -30,19 +31,30 @@ if TYPE_CHECKING:
 # ── options ───────────────────────────────────────────────────────────────────────────────────────
 
 ModelName = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A bundled model, a folder, or a hub id.")
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        autocompletion=completing.models,
+        help="A bundled model, a folder, or a hub id.",
+    ),
 ]
 
 SuiteName = Annotated[
     str,
     typer.Option(
-        metavar="SUITE", help="atlas; a file of records; or KIND:FILE, such as zsre-rome:FILE."
+        metavar="SUITE",
+        autocompletion=completing.suites,
+        help="atlas; a file of records; or KIND:FILE, such as zsre-rome:FILE.",
     ),
 ]
 
 Methods = Annotated[
     str,
-    typer.Option(metavar="A,B", help="Some of rome, r-rome, memit, emmet, alphaedit, ft-l, lora."),
+    typer.Option(
+        metavar="A,B",
+        autocompletion=completing.judged,
+        help="Some of rome, r-rome, memit, emmet, alphaedit, ft-l, lora.",
+    ),
 ]
 
 Sizes = Annotated[str, typer.Option(metavar="N,M", help="How many records are written at a time.")]
@@ -367,7 +379,8 @@ class _Warnings:
 
 def _check_folder(folder: Path) -> None:
     """Check, before the work, that the report can be written into a folder."""
-    from ..show.pages.page import check_page
+    with during("starting"):
+        from ..show.pages.page import check_page
 
     check_writable(folder)
     if folder.exists() and not folder.is_dir():

@@ -22,6 +22,7 @@ from ..keep.summary import (
     unrecorded_lines,
 )
 from ..patch.verification import Verification
+from . import completing
 from .models import load_model, opened_workspace, read_moments
 from .options import Device, Json, Message, MomentsAgain, Where
 from .printing import complain, print_result, suggested
@@ -29,13 +30,22 @@ from .waiting import progress
 
 Reference = Annotated[
     str,
-    typer.Argument(metavar="ID", help="A revision: its id, the first digits of it, or `latest`."),
+    typer.Argument(
+        metavar="ID",
+        autocompletion=completing.revisions,
+        help="A revision: its id, the first digits of it, or `latest`.",
+    ),
 ]
 
 
 def init(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A bundled model, a folder, or a hub id.")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            autocompletion=completing.models,
+            help="A bundled model, a folder, or a hub id.",
+        ),
     ],
     folder: Annotated[
         Path, typer.Argument(metavar="[FOLDER]", help="The folder of the new workspace.")
@@ -177,9 +187,19 @@ def _asked_lines(revision: Revision) -> list[tuple[str, str]]:
 
 def diff(
     before: Annotated[
-        str, typer.Argument(metavar="A", help="A revision: an id, `base` or `latest`.")
+        str,
+        typer.Argument(
+            metavar="A",
+            autocompletion=completing.any_revisions,
+            help="A revision: an id, `base` or `latest`.",
+        ),
     ],
-    after: Annotated[str, typer.Argument(metavar="[B]", help="Another revision.")] = "latest",
+    after: Annotated[
+        str,
+        typer.Argument(
+            metavar="[B]", autocompletion=completing.any_revisions, help="Another revision."
+        ),
+    ] = "latest",
     workspace: Where = None,
     device: Device = None,
     as_json: Json = False,
@@ -325,6 +345,7 @@ def checkout(
         str,
         typer.Argument(
             metavar="ID",
+            autocompletion=completing.any_revisions,
             help="A revision: its id, the first digits of it, `latest`, or `base` for no patch.",
         ),
     ],

@@ -14,6 +14,7 @@ from ..core.errors import InputError
 from ..core.factfile import FactFile
 from ..core.slots import escape
 from ..locate.kinds import CorruptionKind, Part, TraceKind, uses_window
+from . import completing
 from .models import need_model, opened, workspace_of
 from .options import (
     LARGEST_SEED,
@@ -30,7 +31,7 @@ from .options import (
 )
 from .pictures import output, save
 from .printing import complain, plain_console, print_result
-from .waiting import progress
+from .waiting import during, progress
 
 _MOST_BARS = 60
 """Neurons in one chart. More do not fit on a page."""
@@ -39,6 +40,7 @@ Words = Annotated[
     list[str],
     typer.Argument(
         metavar="[MODEL] PROMPT|FACTS.yaml",
+        autocompletion=completing.models,
         help="A model (left out: the workspace's), and a text or facts.",
     ),
 ]
@@ -218,11 +220,12 @@ def _trace_text(
     force: bool,
 ) -> None:
     """Trace one text."""
-    from ..locate.attribution import attribution_trace
-    from ..locate.causal import causal_trace
-    from ..locate.question import answer_to_follow, fill_prompts, prompt_warnings
-    from ..model.subject import read_prompt
-    from ..show.plots.traces import heat_map, text_heat_map
+    with during("starting"):
+        from ..locate.attribution import attribution_trace
+        from ..locate.causal import causal_trace
+        from ..locate.question import answer_to_follow, fill_prompts, prompt_warnings
+        from ..model.subject import read_prompt
+        from ..show.plots.traces import heat_map, text_heat_map
 
     files = output(place.out)  # before the work, not after it
     model, prompt = model_and_prompt(words)
@@ -250,8 +253,9 @@ def _trace_text(
 
 def _trace_facts(words: list[str], settings: dict[str, Any], place: _Place) -> None:
     """Average the traces of a file of facts."""
-    from ..locate.average import average_trace
-    from ..show.plots.traces import class_lines, class_map
+    with during("starting"):
+        from ..locate.average import average_trace
+        from ..show.plots.traces import class_lines, class_map
 
     model, file = model_and_facts(words)
     assert file is not None
@@ -321,10 +325,11 @@ def neurons(  # house: Typer reads one parameter for each option
       factsmith neurons atlas "The currency of Bulgaria is the" \\
           --paraphrase "In Bulgaria people pay with the"
     """
-    from ..locate.effects import check_neurons
-    from ..locate.neurons import knowledge_neurons
-    from ..locate.question import answer_to_follow, fill_prompts, prompt_warnings
-    from ..show.plots.neurons import neuron_chart
+    with during("starting"):
+        from ..locate.effects import check_neurons
+        from ..locate.neurons import knowledge_neurons
+        from ..locate.question import answer_to_follow, fill_prompts, prompt_warnings
+        from ..show.plots.neurons import neuron_chart
 
     model, prompt = model_and_prompt(words)
     need_text(target, "--target")
@@ -397,8 +402,9 @@ def layers(  # house: Typer reads one parameter for each option
       factsmith layers atlas
       factsmith layers -w my-workspace --facts facts.yaml
     """
-    from ..patch.layer_choice import published
-    from ..patch.layers import recommend_layers
+    with during("starting"):
+        from ..patch.layer_choice import published
+        from ..patch.layers import recommend_layers
 
     if preset and (facts is not None or trials is not None or refresh):
         raise InputError(

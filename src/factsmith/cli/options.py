@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..core.errors import InputError
+from . import completing
 
 LARGEST_SEED = 2**32 - 1
 
@@ -38,6 +39,7 @@ Model = Annotated[
     str | None,
     typer.Argument(
         metavar="[MODEL]",
+        autocompletion=completing.models,
         help="A bundled model, a folder or a hub id.",
         show_default="the workspace's",
     ),
@@ -46,6 +48,7 @@ ModelAndPrompt = Annotated[
     list[str],
     typer.Argument(
         metavar="[MODEL] PROMPT",
+        autocompletion=completing.models,
         help="A bundled model, a folder or a hub id (default: the workspace's), and the text.",
     ),
 ]
@@ -74,6 +77,7 @@ Method = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
+        autocompletion=completing.methods,
         help="rome, r-rome, memit, emmet or alphaedit.",
         show_default="the file's; else rome for one fact, memit for more",
     ),

@@ -14,6 +14,7 @@ from ..core.factfile import FactFile, FactSheet
 from ..core.files import check_writable
 from ..core.progress import Progress
 from ..corpus.paragraphs import Paragraphs
+from . import completing
 from .models import need_model, opened, read_moments
 from .options import (
     Device,
@@ -125,6 +126,7 @@ PatchWords = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[MODEL] [FACTS.yaml]",
+        autocompletion=completing.models,
         help="A model (default: the workspace's), and a file of facts instead of options. The "
         "file's gates, method and settings count.",
     ),

@@ -13,6 +13,7 @@ from ..core.errors import InputError
 from ..core.files import write_file
 from ..core.sheets import csv_text
 from .printing import FORMAT_VERSION, as_json_text
+from .waiting import during
 
 _RECORDS = ("trace", "average", "neurons", "explain")
 """What the key "factsmith" holds in the JSON next to a picture. It marks the file as ours."""
@@ -96,16 +97,17 @@ def save(
     """
     if files is None:
         return []
-    for picture in files.pictures:
-        draw(picture)
-    document = {"factsmith": command, "format_version": FORMAT_VERSION, **record.to_dict()}
-    content = as_json_text(document) + "\n"
-    write_file(files.record, content.encode())
-    # A token that is half of a character cannot be written; it becomes a question mark.
-    write_file(files.table, csv_text(record.rows()).encode("utf-8", "replace"))
-    if draw_curves is not None:
-        for picture in files.curves:
-            draw_curves(picture)
+    with during("drawing"):
+        for picture in files.pictures:
+            draw(picture)
+        document = {"factsmith": command, "format_version": FORMAT_VERSION, **record.to_dict()}
+        content = as_json_text(document) + "\n"
+        write_file(files.record, content.encode())
+        # A token that is half of a character cannot be written; it becomes a question mark.
+        write_file(files.table, csv_text(record.rows()).encode("utf-8", "replace"))
+        if draw_curves is not None:
+            for picture in files.curves:
+                draw_curves(picture)
     return files.all
 
 

@@ -12,6 +12,7 @@ from ..core.files import check_writable
 from ..core.gap import gap_notes
 from ..core.tables import Table
 from ..corpus.paragraphs import Paragraphs
+from . import completing
 from .models import need_model, opened
 from .options import (
     Device,
@@ -26,7 +27,7 @@ from .options import (
 )
 from .pictures import output, save
 from .printing import complain, print_result
-from .waiting import progress
+from .waiting import during, progress
 
 IndexFolder = Annotated[
     Path | None,
@@ -147,6 +148,7 @@ def find(
         list[str],
         typer.Argument(
             metavar="[MODEL] WORD",
+            autocompletion=completing.models,
             help="A model (default: the workspace's), and a word or a few words.",
         ),
     ],
@@ -184,6 +186,7 @@ def neuron(  # house: Typer reads one parameter for each option
         list[str],
         typer.Argument(
             metavar="[MODEL] LAYER [EXPERT] I",
+            autocompletion=completing.models,
             help="A model (default: the workspace's), and the neuron's numbers.",
         ),
     ],
@@ -218,7 +221,8 @@ def neuron(  # house: Typer reads one parameter for each option
         )
     corpus = _corpus(texts, index)
     if out is not None:
-        from ..show.pages.page import check_page
+        with during("starting"):
+            from ..show.pages.page import check_page
 
         check_page(out)  # before the work, not after it
     model = names[0] if names else None
@@ -284,8 +288,9 @@ def browse(  # house: Typer reads one parameter for each option
         )
     if not from_index:
         need_model(model, workspace)
-    from ..show.pages.neurons import write_pages
-    from ..show.pages.page import check_folder
+    with during("starting"):
+        from ..show.pages.neurons import write_pages
+        from ..show.pages.page import check_folder
 
     check_folder(out)  # before the work, not after it
     check_writable(out)

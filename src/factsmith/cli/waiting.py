@@ -2,6 +2,8 @@
 
 with progress() as tell:
     tell("tracing", 3, 40)
+with during("drawing"):
+    ...
 """
 
 from __future__ import annotations
@@ -50,12 +52,20 @@ def progress() -> Iterator[Progress]:
             yield lines
 
 
+@contextlib.contextmanager
+def during(step: str) -> Iterator[None]:
+    """Show one step while the block runs, such as the import of what a command needs."""
+    with progress() as tell:
+        tell(step, 0, None)
+        yield
+
+
 def _bars(console: Console) -> Bars:
     columns = (
         SpinnerColumn(),
         # A step is named after models and facts, so its name is never markup.
         TextColumn("{task.description}", markup=False, table_column=Column(ratio=1)),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),

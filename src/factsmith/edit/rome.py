@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from ..core.fact import Fact, listed
-from ..core.progress import tell
+from ..core.progress import Progress, tell
 from ..model.language_model import LanguageModel
 from . import solve
 from .configs import RomeConfig
@@ -66,6 +66,7 @@ def rome_each(
     moments: Moments,
     contexts: Sequence[str] | None = None,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> list[Delta]:
     """Return the delta that `rome` gives for each fact alone. All are searched in one batch.
 
@@ -75,7 +76,15 @@ def rome_each(
     config = config or RomeConfig.recommended(lm)
     inputs = edit_inputs(lm, listed(facts), config, moments=moments, contexts=contexts, seed=seed)
     (layer,) = inputs.layers
-    targets = find_targets(lm, inputs.facts, layer, inputs.config, inputs.contexts)
+    count = len(inputs.facts)
+    targets = find_targets(
+        lm,
+        inputs.facts,
+        layer,
+        inputs.config,
+        inputs.contexts,
+        progress=lambda done: tell(progress, "searching targets", done, count),
+    )
     return _deltas(inputs, inputs.facts, targets, lm.fingerprint, one_key=False)
 
 

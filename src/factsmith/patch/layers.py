@@ -157,7 +157,9 @@ def measure_layers(
     if guess is not None:
         return guess
     effects = mlp_effects(
-        lm, tried, progress=lambda done, total: tell(progress, "tracing", done, total)
+        lm,
+        tried,
+        progress=lambda done, total: tell(progress, "choosing layers: tracing facts", done, total),
     )
     layers = candidates(lm, effects, QUICK if quick else CANDIDATES)
     trial = _Trials(lm, tried, config, layers, sources, folder, progress)
@@ -201,7 +203,7 @@ def _facts_to_try(
     """The facts to try edits on; and a choice by depth, where the model knows too few."""
     if facts is not None:
         return _settled(lm, listed(facts)), None
-    tell(progress, "looking for facts that the model knows", 0, None)
+    tell(progress, "choosing layers: asking bundled facts", 0, None)
     tried = trial_facts(lm, count, seed=sources.seed)
     if len(tried) >= min(MIN_FACTS, count):
         return tried, None
@@ -253,8 +255,7 @@ class _Trials:
             group = layers[start : start + self.at_once]
             self._hold(group)
             for layer in group:
-                tell(self.progress, f"trial edits at layer {layer}", which.start, which.stop)
-                results[layer] = self._try(facts, layer)
+                results[layer] = self._try(facts, layer, which)
         return results
 
     def keep(self, layer: int) -> None:
@@ -262,7 +263,12 @@ class _Trials:
         if self.folder is not None and layer in self.computed:
             self.computed[layer].save(moments_file(self.folder, layer))
 
-    def _try(self, facts: Sequence[Fact], layer: int) -> list[Trial]:
+    def _try(self, facts: Sequence[Fact], layer: int, which: range) -> list[Trial]:
+        place = f"layer {layer}, {self.layers.index(layer) + 1} of {len(self.layers)}"
+        solving, asking = (
+            f"choosing layers: {verb} edits at {place}" for verb in ("solving", "asking")
+        )
+        tell(self.progress, solving, which.start, which.stop)
         config = dataclasses.replace(self.config, layer=layer)
         deltas = rome_each(
             self.lm,
@@ -271,9 +277,13 @@ class _Trials:
             moments=self.moments,
             contexts=self.contexts,
             seed=self.sources.seed,
+            progress=lambda _, done, __: tell(
+                self.progress, solving, which.start + done, which.stop
+            ),
         )
         trials = []
-        for fact, delta in zip(facts, deltas, strict=True):
+        for done, (fact, delta) in enumerate(zip(facts, deltas, strict=True), which.start):
+            tell(self.progress, asking, done, which.stop)
             with applied(self.lm, delta):
                 trials.append(judge(self.lm, fact))
         return trials
