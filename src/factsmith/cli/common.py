@@ -94,9 +94,8 @@ class _Tidy:
                     parameter.name == "dtype" and ctx.info_name in _EXPORTED
                 ):
                     parameter.rich_help_panel = title
-        order = list(self.panels)
-        last = {name: order.index(title) + 1 for title in order for name in self.panels[title]}
-        return sorted(parameters, key=lambda parameter: last.get(parameter.name, 0))
+        order = [None, *self.panels]
+        return sorted(parameters, key=lambda each: order.index(each.rich_help_panel))
 
 
 class Command(_Tidy, TyperCommand):
