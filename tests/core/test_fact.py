@@ -52,3 +52,22 @@ def test_unusable_facts_are_refused_by_field(fields: dict[str, Any], words: str)
 def test_only_known_fields_make_a_fact(fields: Any) -> None:
     with pytest.raises(FactError):
         Fact.from_dict(fields)
+
+
+def test_forgetting_has_a_word_of_its_own() -> None:
+    facts = [
+        Fact("Ann", "{} lives in", forget=True),
+        Fact("Ann", "{} lives in", None),
+        Fact.from_dict({"subject": "Ann", "prompt": "{} lives in", "target": None}),
+        Fact.from_dict({"subject": "Ann", "prompt": "{} lives in", "forget": True}),
+    ]
+    assert len(set(facts)) == 1 and facts[0].forget and facts[0].target is None
+    assert Fact.from_dict(facts[0].to_dict()) == facts[0]
+    options: list[dict[str, Any]] = [{}, {"forget": False}, {"target": "", "forget": False}]
+    for fields in options:
+        with pytest.raises(FactError, match="target is empty"):
+            Fact("Ann", "{} lives in", **fields)
+    with pytest.raises(FactError, match="give one of them"):
+        Fact("Ann", "{} lives in", "Oslo", forget=True)
+    with pytest.raises(FactError, match="forget is 'yes'"):
+        Fact("Ann", "{} lives in", forget="yes")  # type: ignore[arg-type]

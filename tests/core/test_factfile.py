@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
 from pathlib import Path
 
@@ -63,6 +65,116 @@ def test_an_unusable_file_is_refused_by_name(tmp_path: Path, text: str, words: s
     with pytest.raises(FactError, match=words) as error:
         FactFile.read(path)
     assert "facts.yaml" in str(error.value)
+
+
+def test_forgetting_is_a_word_and_not_a_gap(tmp_path: Path) -> None:
+    path = tmp_path / "facts.yaml"
+    forgotten = Fact("Ann", "{} lives in", forget=True, target_true="Oslo")
+    FactFile.write(path, [forgotten, FULL])
+    text = path.read_text()
+    assert "forget: true" in text and "target: null" not in text
+    assert FactFile.read(path) == [forgotten, FULL] and forgotten.forget and not FULL.forget
+    for line in ("target:", "target: null", "target: ''", "target: ~\n  forget: false"):
+        path.write_text(f"- subject: Ann\n  prompt: '{{}} lives in'\n  {line}\n")
+        with pytest.raises(FactError, match="forget: true"):
+            FactFile.read(path)
+
+
+FILES = {
+    "facts.json": '{"facts": [%s, %s]}',
+    "lines.json": "%s\n%s\n",
+    "facts.jsonl": "%s\n\n%s",
+    "facts.ndjson": "%s\r\n%s\r\n",
+    "facts.yaml": "facts:\r\n- %s\r\n- %s\r\n",
+    "lines.yaml": "%s\n%s\n",
+}
+CELLS = [
+    ["Fiat 127", "The maker of {} is", "Toyota", "Fiat", "{} comes from|Who made {}?", "", ""],
+    ["Zoé, the", 'The "home" of {} is', "", "", '["a | b {}"]', "x is", "true"],
+]
+TWO = [
+    Fact(
+        "Fiat 127",
+        "The maker of {} is",
+        "Toyota",
+        target_true="Fiat",
+        paraphrases=["{} comes from", "Who made {}?"],
+    ),
+    Fact("Zoé, the", 'The "home" of {} is', None, paraphrases=["a | b {}"], neighbours=["x is"]),
+]
+COLUMNS = ["subject", "prompt", "target", "target_true", "paraphrases", "neighbours", "forget"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_other_programs_are_read(tmp_path: Path, name: str, encoding: str) -> None:
+    entries = [{"subject": s, "prompt": "{} is", "target": "é"} for s in ("Zoé", "Bo")]
+    text = FILES[name] % tuple(json.dumps(entry, ensure_ascii=False) for entry in entries)
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    assert FactFile.read(tmp_path / name) == [Fact(**entry) for entry in entries]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_tables_are_read(tmp_path: Path, encoding: str, delimiter: str, end: str) -> None:
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream, delimiter=delimiter, lineterminator=end)
+    writer.writerows([COLUMNS, CELLS[0], [], CELLS[1], [""] * 7])
+    for name, start in (("facts.csv", ""), ("facts.tsv", ""), ("sep.csv", f"sep={delimiter}{end}")):
+        path = tmp_path / name
+        path.write_bytes(f"{start}{stream.getvalue()}".encode(encoding))
+        assert FactFile.read(path) == TWO
+
+
+def test_lists_of_a_table_may_have_a_column_each(tmp_path: Path) -> None:
+    path = tmp_path / "facts.csv"
+    path.write_text(
+        "Subject,Prompt,Target,Paraphrase 1,paraphrase_2,neighbour\na,{} is,b,{} x,,n\n"
+    )
+    (fact,) = FactFile.read(path)
+    assert fact.paraphrases == ("{} x",) and [p.prompt for p in fact.neighbours] == ["n"]
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "words"),
+    [
+        ("a.yaml", "facts: [é]".encode("latin-1"), "save the file as UTF-8"),
+        ("a.yaml", "facts: []".encode("utf-16-le"), "save the file as UTF-8"),
+        ("a.csv", b"name,prompt,target\na,{} is,b\n", "unknown column 'name', no column subject"),
+        ("a.csv", b"subject,prompt\na,{} is\n", "no column target"),
+        ("a.csv", b"subject,prompt,target\na,{} is,\n", "line 2: .*forget: true"),
+        ("a.csv", b"subject,prompt,target\na,{} is,b,c\n", "line 2: it has 4 cells and 3 col"),
+        ("a.csv", b"subject,prompt,target,forget\na,{} is,,maybe\n", "forget is 'maybe'"),
+        ("a.csv", b"subject,prompt,target\n", "holds no facts"),
+        ("a.csv", b"", "no column subject"),
+        ("a.csv", b'subject,prompt,target\n"a', "line 2"),
+        ("a.jsonl", b'{"subject": "a", "prompt": "{} is", "target": "b"}\n{"x', "line 2: no JSON"),
+        ("a.json", b'{"facts": [}', "not valid JSON"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_with_a_remedy(
+    tmp_path: Path, name: str, raw: bytes, words: str
+) -> None:
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(FactError, match=words):
+        FactFile.read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["facts.json", "facts.jsonl", "facts.csv"])
+def test_all_wrong_entries_are_named(tmp_path: Path, name: str) -> None:
+    entries = [{"subject": f"s{i}", "prompt": "no slot", "target": "x"} for i in range(8)]
+    entries.insert(1, {"subject": "good", "prompt": "{} is", "target": "x"})
+    texts = [json.dumps(entry) for entry in entries]
+    rows = ["subject,prompt,target", *(",".join(entry.values()) for entry in entries)]
+    text = {"facts.json": f"[{','.join(texts)}]", "facts.jsonl": "\n".join(texts)}
+    (tmp_path / name).write_text(text.get(name, "\n".join(rows)))
+    with pytest.raises(FactError, match="8 of 9 facts cannot be used") as error:
+        FactFile.read(tmp_path / name)
+    lines = str(error.value).splitlines()
+    first = {"facts.json": "entry 1", "facts.jsonl": "line 1", "facts.csv": "line 2"}[name]
+    assert lines[1].strip().startswith(first) and lines[-1].strip() == "and 3 more"
+    assert len(lines) == 7
 
 
 def test_a_missing_file_and_a_missing_folder(tmp_path: Path) -> None:
@@ -134,13 +246,22 @@ def test_the_schema_that_is_published_is_that_of_the_code() -> None:
         ),
         (
             {
-                "facts": [FACT | {"target": None}],
+                "facts": [{"subject": "Ann", "prompt": "{} lives in", "forget": True}],
                 "gates": {"efficacy": 1, "kl_text": None},
                 "method": "memit",
                 "settings": {"steps": 4},
             },
             True,
         ),
+        ({"facts": [FACT | {"forget": False}]}, True),
+        ({"facts": [FACT | {"forget": True}]}, False),
+        ({"facts": [FACT | {"forget": 1}]}, False),
+        ({"facts": [FACT | {"target": None}]}, False),
+        ({"facts": [FACT | {"target": " "}]}, False),
+        ({"facts": [{"subject": "Ann", "prompt": "{} lives in"}]}, False),
+        ({"facts": [{"subject": "Ann", "prompt": "{} lives in", "forget": False}]}, False),
+        ({"facts": [FACT | {"prompt": "{} and {{}}"}]}, True),
+        ({"facts": [FACT | {"prompt": "{{}} and {{}}"}]}, False),
         ({"facts": []}, False),
         ([], False),
         ({"facts": [FACT], "more": 1}, False),

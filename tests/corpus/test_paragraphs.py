@@ -38,3 +38,10 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("Zürich lies in Switzerland".encode("latin-1"))
     with pytest.raises(InputError, match="expected plain text in UTF-8"):
         list(Paragraphs([tmp_path / "latin.txt"]))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_other_encodings_of_unicode_are_read(tmp_path: Path, encoding: str) -> None:
+    file = tmp_path / "text.txt"
+    file.write_bytes("Één\r\n\r\nzwei".encode(encoding))
+    assert list(Paragraphs([file])) == ["Één", "zwei"]

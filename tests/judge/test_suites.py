@@ -399,3 +399,34 @@ def test_a_dataset_of_one_file_needs_no_more_than_its_id(
         InputError, match=r"2 .*data/test.json, data/train.jsonl; name one as owner/name/FILE"
     ):
         load_suite("owner/name")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_files_of_other_programs_are_read(tmp_path: Path, encoding: str) -> None:
+    """A byte order mark, UTF-16, and a table with semicolons."""
+    path = tmp_path / "suite.json"
+    path.write_bytes(json.dumps([ZSRE], ensure_ascii=False).encode(encoding))
+    assert len(load_suite(path).records) == 1
+    lines = tmp_path / "suite.jsonl"
+    lines.write_bytes(f"{json.dumps(ZSRE)}\r\n{json.dumps(ZSRE)}\r\n".encode(encoding))
+    assert len(load_suite(lines).records) == 2
+    for delimiter in ",;\t":
+        rows = [
+            delimiter.join(texts)
+            for texts in (("subject", "update", "ans"), ("Ada", "Ada lives in", "Oslo"))
+        ]
+        table = tmp_path / "suite.csv"
+        table.write_bytes("\r\n".join(rows).encode(encoding))
+        (record,) = load_suite(table).records
+        assert record.facts[0].text == "Ada lives in"
+
+
+def test_a_prompt_and_a_subject_may_differ_in_their_unicode_form(tmp_path: Path) -> None:
+    row = {
+        **ZSRE,
+        "subject": "Andre\u0301 Malraux",
+        "src": "What does André\u00a0Malraux speak?",
+    }
+    (record,) = load_suite(write_suite(tmp_path, [row])).records
+    assert record.facts[0].subject == "André\u00a0Malraux"
+    assert record.facts[0].prompt == "What does {} speak?"

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ..core.errors import InputError
+from ..core.factfile import SUFFIXES
 from . import completing
 
 LARGEST_SEED = 2**32 - 1
@@ -127,15 +128,15 @@ def model_and_facts(words: list[str]) -> tuple[str | None, Path | None]:
     models = [word for word in words if word not in files]
     if len(files) > 1 or len(models) > 1:
         raise InputError(
-            f"got {' '.join(words)!r}; expected at most one model and one file of facts (.yaml or "
-            ".json)"
+            f"got {' '.join(words)!r}; expected at most one model and one file of facts "
+            f"({', '.join(SUFFIXES)})"
         )
     return (models[0] if models else None), (Path(files[0]) if files else None)
 
 
 def is_facts(word: str) -> bool:
     """Return whether an argument is a file of facts, and not a text that ends in such a name."""
-    if Path(word).suffix.lower() not in (".yaml", ".yml", ".json"):
+    if Path(word).suffix.lower() not in SUFFIXES:
         return False
     # Path.is_file raises for a text that is too long to be a name.
     return not any(map(str.isspace, word)) or os.path.isfile(word)  # noqa: PTH113

@@ -105,7 +105,7 @@ class Fact(FactFields):
         prompt: A template with exactly one `{}`, where the subject goes. Other braces mean
             themselves. For the two characters `{}` themselves, write `{{}}`.
         target: What the model should say. White space around it is not part of it. None: the model
-            should forget what it says now.
+            should forget what it says now, as with `forget=True`.
         target_true: What the model should say without the edit, if known. The field's pairwise
             success scores compare it with the target. With a target of None, what is forgotten.
         paraphrases: Other ways to ask: templates with `{}`, or whole prompts.
@@ -115,12 +115,13 @@ class Fact(FactFields):
             model itself goes on with. A patch records what the model chose, if it had to choose.
     """
 
-    def __init__(
+    def __init__(  # house: a promised public signature
         self,
         subject: str,
         prompt: str,
-        target: str | None,
+        target: str | None = "",
         *,
+        forget: bool = False,
         target_true: str | None = None,
         paraphrases: Iterable[str] = (),
         neighbours: Iterable[Probe | str | Mapping[str, Any]] = (),
@@ -131,12 +132,20 @@ class Fact(FactFields):
 
         Raises:
             FactError: when a field is empty, when the prompt does not have exactly one slot, or
-                when target equals target_true.
+                when target equals target_true. Also when there is neither a target nor `forget`, or
+                both.
         """
+        if not isinstance(forget, bool):
+            raise FactError(f"fact: forget is {short(forget)}; expected True or False")
+        if forget and target not in (None, ""):
+            raise FactError(
+                f"fact about {short(subject)}: it has the target {short(target)} and forget; "
+                "give one of them"
+            )
         fields: dict[str, Any] = {
             "subject": subject,
             "prompt": prompt,
-            "target": target,
+            "target": None if forget else target,
             "target_true": target_true,
             "paraphrases": _entries(paraphrases),
             "neighbours": _entries(neighbours),
@@ -156,6 +165,11 @@ class Fact(FactFields):
                 f"fact about {short(self.subject)}: target and target_true are both "
                 f"{short(self.target)}; they must differ"
             )
+
+    @property
+    def forget(self) -> bool:
+        """Whether the model should forget what it says now: there is no target."""
+        return self.target is None
 
     @property
     def text(self) -> str:
@@ -203,18 +217,19 @@ class Fact(FactFields):
         """
         if not isinstance(fields, Mapping):
             raise FactError(f"a fact is a mapping of fields; got {type(fields).__name__}")
-        try:
-            return cls(**{str(k): v for k, v in fields.items()})
-        except TypeError:
-            required = ("subject", "prompt", "target")
-            known = [field.name for field in dataclasses.fields(cls)]
-            strange = [f"unknown {short(key)}" for key in fields if str(key) not in known][:NAMED]
-            missing = [f"no {name}" for name in required if name not in fields]
+        required = ("subject", "prompt", "target")
+        known = [field.name for field in dataclasses.fields(cls)] + ["forget"]
+        strange = [f"unknown {short(key)}" for key in fields if str(key) not in known][:NAMED]
+        missing = [f"no {name}" for name in required if name not in fields]
+        if "forget" in fields:
+            missing = [name for name in missing if name != "no target"]
+        if strange or missing:
             raise FactError(
                 f"fact: {', '.join(strange + missing)}; expected subject, prompt and target "
-                "(null: the model should forget the fact), and some of "
+                "(or `forget: true`), and some of "
                 + ", ".join(name for name in known if name not in required)
-            ) from None
+            )
+        return cls(**{str(k): v for k, v in fields.items()})
 
 
 def listed(facts: Fact | Iterable[Fact]) -> list[Fact]:

@@ -1,11 +1,16 @@
-"""Fact files: facts as YAML or JSON, with the gates, method and settings of their patch.
+"""Fact files: facts as YAML, JSON, JSON lines or CSV, with the gates, method and settings of their
+patch.
 
     FactFile.write("facts.yaml", [Fact("Bulgaria", "The currency of {} is the", "euro")])
     FactFile.read("facts.yaml")                   the facts
     FactFile.sheet("facts.yaml").settings         all that the file says
 
-A file is a mapping of `facts` and, if wanted, `gates`, `method` and `settings`; or a bare list of
-facts.
+A file in YAML or JSON is a mapping of `facts` and, if wanted, `gates`, `method` and `settings`, or
+a bare list of facts. JSON lines (.jsonl) hold one fact a line. A table (.csv, .tsv) holds one fact
+a row; `facttable.py` says how.
+
+A fact that the model should forget has `forget: true` in place of its target. A target that is
+blank or null is refused: it may have been left out by mistake.
 """
 
 from __future__ import annotations
@@ -23,9 +28,16 @@ from pydantic import ConfigDict, TypeAdapter
 from .errors import FactError, WorkspaceError
 from .explain import NAMED, short
 from .fact import Fact, FactFields, Text
+from .facttable import facts_of_table
 from .files import write_file
+from .filetext import Line, json_lines
 from .gates import Gates
-from .plain import as_yaml, plain_values
+from .plain import as_yaml, file_text, json_value, parsed
+
+SUFFIXES = (".yaml", ".yml", ".json", ".jsonl", ".ndjson", ".csv", ".tsv")
+"""How the name of a fact file may end."""
+
+_TABLES, _LINES = (".csv", ".tsv"), (".jsonl", ".ndjson")
 
 
 @pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))
@@ -63,13 +75,14 @@ class FactSheet:
 
 
 class FactFile:
-    """Facts in a YAML or JSON file."""
+    """Facts in a file: YAML, JSON, JSON lines, or a table."""
 
     @staticmethod
     def schema() -> dict[str, Any]:
         """Return the JSON Schema of a fact file, for editors and checks."""
         whole = TypeAdapter(_Content).json_schema()
         definitions = whole.pop("$defs")
+        _ask_for_target_or_forget(definitions["FactFields"])
         facts = whole["properties"]["facts"]["items"]
         return {
             "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -95,9 +108,8 @@ class FactFile:
             FactError: when the file or one of its entries is invalid; it names both.
         """
         path = Path(path)
-        content = plain_values(path)
-        fields = content if isinstance(content, Mapping) else {"facts": content}
-        facts = _facts(path, fields.get("facts"))
+        fields, entries = _content(path)
+        facts = _facts(path, entries)
         others = {name: value for name, value in fields.items() if name != "facts"}
         try:
             return FactSheet(facts=facts, **_instructions(others))
@@ -113,7 +125,7 @@ class FactFile:
         """
         path = Path(path)
         plain = TypeAdapter(dict[str, Any])
-        content = {"facts": [plain.dump_python(fact.to_dict(), mode="json") for fact in facts]}
+        content = {"facts": [plain.dump_python(_entry(fact), mode="json") for fact in facts]}
         text = (
             json.dumps(content, ensure_ascii=False, indent=2) + "\n"
             if path.suffix.lower() == ".json"
@@ -127,17 +139,109 @@ class FactFile:
             ) from None
 
 
-def _facts(path: Path, entries: object) -> tuple[Fact, ...]:
-    """Return the facts of a file's entries."""
-    if not isinstance(entries, list) or not entries:
-        raise FactError(f"{path} holds no facts; expected `facts:` followed by a list of entries")
-    facts = []
-    for number, entry in enumerate(entries, 1):
+def _content(path: Path) -> tuple[Mapping[Any, Any], list[tuple[str, Any]]]:
+    """Return the fields of a file, and its entries, each after words that say where it is."""
+    text, suffix = file_text(path), path.suffix.lower()
+    if suffix in _TABLES:
         try:
-            facts.append(Fact.from_dict(entry))
+            return {}, _located(facts_of_table(text))
+        except ValueError as error:  # a FactError is one, too
+            raise FactError(f"{path}, {error}") from None
+    if suffix in _LINES:
+        lines = json_lines(text, json_value)
+        if len(lines) == 1 and (isinstance(lines[0].value, list) or _holds_facts(lines[0].value)):
+            content = lines[0].value  # a whole file in one line
+        else:
+            return {}, _located(lines)
+    else:
+        try:
+            content = parsed(path, text)
+        except FactError:
+            lines = json_lines(text, json_value)
+            if len(lines) < 2 or not isinstance(lines[0].value, Mapping):
+                raise
+            return {}, _located(lines)
+    fields = content if isinstance(content, Mapping) else {"facts": content}
+    entries = fields.get("facts")
+    if not isinstance(entries, list):
+        entries = []
+    return fields, [(f"entry {number}", entry) for number, entry in enumerate(entries, 1)]
+
+
+def _holds_facts(value: object) -> bool:
+    return isinstance(value, Mapping) and "facts" in value
+
+
+def _located(lines: list[Line]) -> list[tuple[str, Any]]:
+    return [(f"line {line.number}", line.value) for line in lines]
+
+
+def _facts(path: Path, entries: list[tuple[str, Any]]) -> tuple[Fact, ...]:
+    """Return the facts of a file's entries; raise one FactError for all that are wrong."""
+    if not entries:
+        raise FactError(
+            f"{path} holds no facts; expected `facts:` followed by a list of entries, or one fact "
+            "a line"
+        )
+    facts, problems = [], []
+    for place, entry in entries:
+        try:
+            facts.append(_fact(entry))
         except FactError as error:
-            raise FactError(f"{path}, entry {number}: {error}") from None
+            problems.append(f"{place}: {error}")
+    if len(problems) == 1:
+        raise FactError(f"{path}, {problems[0]}")
+    if problems:
+        more = f"\n  and {len(problems) - NAMED:,} more" if len(problems) > NAMED else ""
+        raise FactError(
+            f"{path}: {len(problems):,} of {len(entries):,} facts cannot be used\n  "
+            + "\n  ".join(problems[:NAMED])
+            + more
+        )
     return tuple(facts)
+
+
+def _fact(entry: Any) -> Fact:
+    """Return the fact of an entry. Its target is a text, or it has `forget: true`."""
+    if isinstance(entry, Exception):
+        raise entry if isinstance(entry, FactError) else FactError(f"no JSON: {entry}")
+    if isinstance(entry, Mapping) and "target" in entry:
+        target = entry["target"]
+        if entry.get("forget") is True:
+            raise FactError("fact: it has a target and `forget: true`; leave one of them out")
+        if target is None or (isinstance(target, str) and not target.strip()):
+            raise FactError(
+                "fact: target is empty; give what the model should say. If it should forget what "
+                "it says now, leave the target out and write `forget: true`"
+            )
+    return Fact.from_dict(entry)
+
+
+def _entry(fact: Fact) -> dict[str, Any]:
+    """Return the entry of a fact in a file."""
+    fields = fact.to_dict()
+    if fact.target is not None:
+        return fields
+    return {
+        "forget" if name == "target" else name: True if name == "target" else value
+        for name, value in fields.items()
+    }
+
+
+def _ask_for_target_or_forget(schema: dict[str, Any]) -> None:
+    """Let the schema of a fact ask for a target or for `forget: true`."""
+    properties = schema["properties"]
+    (properties["target"],) = (
+        {**kind, "title": "Target"}
+        for kind in properties["target"]["anyOf"]
+        if "type" in kind and kind["type"] != "null"
+    )
+    properties["forget"] = {"type": "boolean", "default": False, "title": "Forget"}
+    schema["required"] = [name for name in schema["required"] if name != "target"]
+    schema["oneOf"] = [
+        {"required": ["target"], "properties": {"forget": {"const": False}}},
+        {"required": ["forget"], "properties": {"forget": {"const": True}, "target": False}},
+    ]
 
 
 def _instructions(fields: Mapping[Any, Any]) -> dict[str, Any]:

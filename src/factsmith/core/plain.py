@@ -1,6 +1,7 @@
 """Files from others as plain values: YAML or JSON, without tags, doubled names or bombs.
 
     plain_values(Path("facts.yaml"))      dictionaries, lists, texts, numbers, None
+    file_text(Path("facts.csv"))          the text alone
     as_yaml({"facts": [...]})             YAML that reads back as the same values
 
 Foreign files are data. A file that is too large, too deep, or that stands for too much through
@@ -17,6 +18,7 @@ import yaml
 
 from .errors import FactError
 from .explain import short
+from .filetext import decoded
 
 _MOST_BYTES = 64 * 2**20
 """Bytes of a file."""
@@ -148,7 +150,15 @@ def plain_values(path: Path) -> Any:
     Raises:
         FactError: when the file cannot be read, is too large, or is not valid.
     """
-    kind = "JSON" if path.suffix.lower() == ".json" else "YAML"
+    return parsed(path, file_text(path))
+
+
+def file_text(path: Path) -> str:
+    """Return the text of a file, without a byte order mark.
+
+    Raises:
+        FactError: when the file cannot be read, is too large, or is not text in Unicode.
+    """
     try:
         with path.open("rb") as file:
             raw = file.read(_MOST_BYTES + 1)
@@ -156,26 +166,48 @@ def plain_values(path: Path) -> Any:
             raise FactError(
                 f"{path} has more than {_MOST_BYTES:,} bytes; split it into several files"
             )
-        text = raw.decode()
+        return decoded(raw)
+    except OSError as error:
+        raise FactError(
+            f"cannot read {path}: {error.strerror}; expected a file of facts in YAML, JSON, "
+            "JSON lines or CSV"
+        ) from None
+    except ValueError as error:  # invalid UTF-8, or a name with NUL
+        if isinstance(error, FactError):
+            raise
+        raise FactError(f"{path} is not valid text: {error}") from None
+
+
+def parsed(path: Path, text: str) -> Any:
+    """Return what a text in YAML holds, or in JSON if the file's name ends so.
+
+    Raises:
+        FactError: when the text is not valid.
+    """
+    kind = "JSON" if path.suffix.lower() == ".json" else "YAML"
+    try:
         if kind == "JSON":
-            return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+            return json_value(text)
         loader = _Loader(text)
         try:
             return loader.get_single_data()
         finally:
             loader.dispose()
-    except FactError:
-        raise
-    except OSError as error:
-        raise FactError(
-            f"cannot read {path}: {error.strerror}; expected a YAML or JSON file of facts"
-        ) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        # ValueError: invalid UTF-8 or JSON, a number of too many digits, or a name with NUL.
+        # ValueError: invalid JSON, or a number of too many digits.
         problem = str(error)
         if len(problem) >= _LONGEST_PROBLEM:
             problem = problem[: _LONGEST_PROBLEM - 1] + "…"
         raise FactError(f"{path} is not valid {kind}: {problem}") from None
+
+
+def json_value(text: str) -> Any:
+    """Return a JSON value of finite numbers, in which no name is given twice.
+
+    Raises:
+        ValueError: when the text is not one. RecursionError: when it is too deep.
+    """
+    return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
 
 
 def as_yaml(content: dict[str, Any]) -> str:

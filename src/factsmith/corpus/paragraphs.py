@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ..core.errors import InputError
+from ..core.filetext import encoding_of
 
 _LONGEST = 1_000_000
 """Characters of a paragraph that are read at a time."""
@@ -32,7 +33,8 @@ class Paragraphs:
         """Take the files.
 
         Raises:
-            InputError: A file cannot be opened, or its first part is not in UTF-8.
+            InputError: A file cannot be opened, or its first part is not in UTF-8, or in UTF-16
+                with its byte order mark.
         """
         self.files = files
         for file in files:
@@ -40,7 +42,7 @@ class Paragraphs:
                 with file.open("rb") as stream:
                     start = stream.read(_CHECKED)
                 # The last character may be cut off, which is no error for this decoder.
-                codecs.getincrementaldecoder("utf-8-sig")().decode(start)
+                codecs.getincrementaldecoder(encoding_of(start))().decode(start)
             except (OSError, UnicodeDecodeError) as error:
                 raise _unreadable(file, error) from None
 
@@ -52,7 +54,9 @@ class Paragraphs:
         """
         for file in self.files:
             try:
-                with file.open(encoding="utf-8-sig") as stream:
+                with file.open("rb") as stream:
+                    encoding = encoding_of(stream.read(4))
+                with file.open(encoding=encoding) as stream:
                     lines = iter(functools.partial(stream.readline, _LONGEST), "")
                     for text in _paragraphs(lines):
                         if text := text.strip():

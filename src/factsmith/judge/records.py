@@ -18,6 +18,7 @@ from typing import Literal, get_args
 from ..core.checks import check_text
 from ..core.errors import InputError
 from ..core.fact import Fact
+from ..core.slots import fill_all
 from ..core.tables import counted
 
 QuestionKind = Literal[
@@ -190,7 +191,7 @@ def negation(fact: Fact) -> Question | None:
     )
     return Question(
         kind="negation",
-        prompt=f"It is not true that {prompt.replace('{}', fact.subject)}",
+        prompt=f"It is not true that {fill_all(prompt, fact.subject)}",
         answers=() if fact.target_true is None else (fact.target_true,),
         against=fact.target,
     )

@@ -32,9 +32,7 @@ qaedit            Yang et al. 2025 (arXiv 2502.11177).
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import random
 import re
@@ -46,12 +44,13 @@ from typing import Any, Literal
 
 from ..core.checks import check_count, check_seed, check_text
 from ..core.errors import InputError
+from ..core.filetext import decoded, json_lines, table
 from .atlas_suite import atlas_suite
 from .entry import Entry, FieldError
 from .layouts import LAYOUTS, Layout
 from .records import Malformed, Record, Suite
 
-_FORMATS = ".json, .jsonl or .csv"
+_FORMATS = ".json, .jsonl, .csv or .tsv"
 
 
 def load_suite(
@@ -65,7 +64,7 @@ def load_suite(
     """Return the records of a benchmark.
 
     Args:
-        what: "atlas"; a .json, .jsonl or .csv file; or a hub dataset, owner/name or
+        what: "atlas"; a .json, .jsonl, .csv or .tsv file; or a hub dataset, owner/name or
             owner/name/file. A file or dataset may have the name of its layout in front
             ("zsre-rome:FILE").
         kind: Name of the layout. None: recognised by the fields of the records.
@@ -204,10 +203,11 @@ def _download(what: str) -> Path:
 def _parse_rows(what: str, suffix: str, content: bytes) -> list[Any]:
     """Return the records of a file, unchecked. A line that is not JSON is returned as its error."""
     try:
-        text = content.decode("utf-8-sig")
-        if suffix == ".csv":
-            rows: Any = list(csv.DictReader(io.StringIO(text), strict=True))
-        elif suffix == ".jsonl":
+        text = decoded(content)
+        if suffix in (".csv", ".tsv"):
+            header, cells = table(text)
+            rows: Any = [dict(zip(header, row.value, strict=False)) for row in cells]
+        elif suffix in (".jsonl", ".ndjson"):
             rows = _parse_lines(text)
         else:
             try:
@@ -216,7 +216,7 @@ def _parse_rows(what: str, suffix: str, content: bytes) -> list[Any]:
                 rows = _parse_lines(text)
                 if not rows or isinstance(rows[0], Exception):
                     raise
-    except (ValueError, RecursionError, csv.Error) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(
             f"{what} cannot be read as {suffix.lstrip('.') or 'JSON'}: {error}; "
             "give a JSON list of records, lines of JSON (.jsonl), or a table (.csv)"
@@ -229,14 +229,7 @@ def _parse_rows(what: str, suffix: str, content: bytes) -> list[Any]:
 
 def _parse_lines(text: str) -> list[Any]:
     """Return the values of lines of JSON, and the error of each line that is not JSON."""
-    rows: list[Any] = []
-    for line in text.split("\n"):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                rows.append(error)
-    return rows
+    return [line.value for line in json_lines(text)]
 
 
 # ── the layout ────────────────────────────────────────────────────────────────────────────────────

@@ -124,7 +124,7 @@ class Plan(Shown):
                 entry.standing,
                 entry.fact.text,
                 entry.answer,
-                entry.fact.target or "(forget)",
+                entry.fact.target or "(to be forgotten)",
                 f"{entry.probability:.3f}",
                 "" if entry.crowding is None else f"{entry.crowding:.0%}",
             )
@@ -146,6 +146,11 @@ class Plan(Shown):
     @property
     def _title(self) -> str:
         title = f"{counted(len(self.new), 'fact')} to write, {len(self.known)} known"
+        if n_forgotten := sum(fact.forget for fact in self.new):
+            title = (
+                f"{counted(len(self.new) - n_forgotten, 'fact')} to write, "
+                f"{n_forgotten} to be forgotten, {len(self.known)} known"
+            )
         if self.method and self.layers:
             size = f", about {self.n_bytes:,} bytes" if self.n_bytes is not None else ""
             duration = f" and {self.seconds:.0f} s" if self.seconds is not None else ""
