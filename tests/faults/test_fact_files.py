@@ -32,7 +32,7 @@ SHEET = {
             "neighbours": ["Cairo lies on", {"prompt": "Rome lies on", "expected": "Tiber"}],
             "relation": "P206",
         },
-        {"subject": "B", "prompt": "{} is", "target": None},
+        {"subject": "B", "prompt": "{} is", "forget": True},
     ],
     "gates": {"efficacy": 1.0, "kl_text": 0.1},
     "method": "rome",

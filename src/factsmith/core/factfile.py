@@ -192,11 +192,10 @@ def _facts(path: Path, entries: list[tuple[str, Any]]) -> tuple[Fact, ...]:
     if len(problems) == 1:
         raise FactError(f"{path}, {problems[0]}")
     if problems:
-        more = f"\n  and {len(problems) - NAMED:,} more" if len(problems) > NAMED else ""
+        rest = f", and {len(problems) - NAMED:,} more" if len(problems) > NAMED else ""
         raise FactError(
-            f"{path}: {len(problems):,} of {len(entries):,} facts cannot be used\n  "
-            + "\n  ".join(problems[:NAMED])
-            + more
+            f"{path}, {'. '.join(problems[:NAMED])}{rest}. "
+            f"{len(problems):,} of {len(entries):,} facts cannot be used"
         )
     return tuple(facts)
 
