@@ -26,6 +26,7 @@ from ..core.errors import FactsmithError, InputError
 from . import capacity, demo, export, judge, keep, locate, patch, plan, read
 from .common import Command, Group, Quiet, Verbose, spoken_warnings, with_common_options
 from .printing import Manner, complain, complain_of, manner, program, running
+from .streams import UnwrittenError, forgiving_streams, go_silent, printing_output
 
 _Parsing: Any = typer.BadParameter.__mro__[2]
 """ClickException, of the click that Typer uses: some versions of Typer bring their own."""
@@ -83,8 +84,13 @@ def main(arguments: list[str] | None = None) -> None:
     before_dashes = itertools.takewhile(lambda word: word != "--", words)
     manner.set(Manner(json="--json" in before_dashes))
     running.set(None)
-    with spoken_warnings():
-        code = _exit_code(words)
+    with forgiving_streams(), spoken_warnings():
+        try:
+            code = _exit_code(words)
+            with printing_output():
+                pass  # what is still in the buffer
+        except UnwrittenError as error:
+            code = _not_printed(error)
     sys.exit(code)
 
 
@@ -108,6 +114,8 @@ def _exit_code(words: list[str]) -> int:
         if end.code == 130:
             _interrupted()
         raise
+    except UnwrittenError as error:
+        return _not_printed(error)
     except Exception as error:
         if os.environ.get("FACTSMITH_TRACEBACK"):
             raise
@@ -117,6 +125,17 @@ def _exit_code(words: list[str]) -> int:
         )
         complain_of(error, text, 1)
         return 1
+
+
+def _not_printed(error: UnwrittenError) -> int:
+    """Name the reason why output cannot be written, and return the exit code.
+
+    A reader that went away is no fault, and nobody is left to tell.
+    """
+    if not isinstance(error.__cause__, BrokenPipeError):
+        complain("error", f"the output cannot be written: {error}", exit_code=1)
+    go_silent()
+    return 1
 
 
 def _misused(error: Any) -> int:

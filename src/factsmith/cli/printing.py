@@ -24,6 +24,7 @@ from rich.text import Text
 
 from ..core.errors import FactsmithError
 from ..core.tables import Table, visible
+from .streams import can_write, printing_output
 
 FORMAT_VERSION = 1
 """The field "format_version" of every JSON document. A change that breaks readers raises it."""
@@ -80,24 +81,28 @@ def print_result(
         print_json(result if saved is None else {**result, "out": [str(path) for path in saved]})
         return
     console = plain_console()
-    for table in tables:
-        if isinstance(table, Table):
-            typed = replace(table, title=runnable(table.title), note=runnable(table.note))
-            console.print(typed.as_rich())
-        else:
-            console.print(table)
-    for first, rest in (*lines, *(("saved", str(path)) for path in saved or ())):
-        line(console, first, rest)
+    with printing_output():
+        for table in tables:
+            if isinstance(table, Table):
+                typed = replace(table, title=runnable(table.title), note=runnable(table.note))
+                console.print(typed.as_rich())
+            else:
+                console.print(table)
+        for first, rest in (*lines, *(("saved", str(path)) for path in saved or ())):
+            line(console, first, rest)
 
 
 def print_json(result: dict[str, Any], *, indent: int | None = None) -> None:
     """Print a JSON document on standard output, with the version of its format."""
-    typer.echo(as_json_text({"format_version": FORMAT_VERSION, **result}, indent=indent))
+    with printing_output():
+        typer.echo(as_json_text({"format_version": FORMAT_VERSION, **result}, indent=indent))
 
 
 def as_json_text(result: Any, *, indent: int | None = None) -> str:
     """Return JSON as the commands print it: all but printable characters are escaped."""
     text = json.dumps(result, ensure_ascii=False, allow_nan=False, indent=indent)
+    if not (can_write(text) and can_write(text, err=True)):
+        return json.dumps(result, ensure_ascii=True, allow_nan=False, indent=indent)
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
