@@ -10,6 +10,7 @@ import torch
 
 from factsmith.core.fact import Fact
 from factsmith.edit.delta import written
+from factsmith.model.gaps import _likelier
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.tokens import target_ids
 from learned import byte_level, characters, learned, metaspace
@@ -128,3 +129,33 @@ def test_a_fact_may_say_what_the_gap_is() -> None:
     assert "gap" not in Fact("France", "The capital of {} is", "Paris").to_dict()
     lm = learned(byte_level)
     assert lm.tokenizer.decode(target_ids(lm, fact.text, "Paris", gap=fact.gap)) == "Paris"
+
+
+def test_letters_of_several_bytes_begin_without_a_space() -> None:
+    """The model goes on in Chinese, so a Latin target has no space before it either."""
+    lm = learned(byte_level)
+    assert lm.gaps(["法国的首都是", "The capital of Italy is"], ["Paris", "罗马"]) == [
+        "none",
+        "space",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("none", "space", "expected"),
+    [
+        (0.30, 0.25, ("none", False)),
+        (0.25, 0.30, ("space", True)),
+        (0.60, 0.01, ("none", True)),
+        (0.01, 0.60, ("space", True)),
+    ],
+)
+def test_a_form_that_the_model_does_not_prefer_is_unclear(
+    none: float, space: float, expected: tuple[str, bool]
+) -> None:
+    lm = learned(byte_level)
+    prompt, target = 'A quote: "', "Paris"
+    head = lm.prompt_ids(prompt)
+    probabilities = torch.zeros(len(lm.tokenizer))
+    for gap, p in (("none", none), ("space", space)):
+        probabilities[lm.question(prompt, target, gap)[2][0]] = p  # type: ignore[arg-type]
+    assert _likelier(lm, head, (prompt, target), probabilities, "none") == expected

@@ -213,8 +213,8 @@ def _deciding_tokens(
     """
     column = 0
     if prompt is None:  # any words: a tokenizer may write a space before a word inside a text
-        old = target_ids(lm, "It is", old_target, gap="space")
-        new = target_ids(lm, "It is", new_target, gap="space")
+        old = target_ids(lm.tokenizer, "It is", old_target)
+        new = target_ids(lm.tokenizer, "It is", new_target)
     else:
         _, (column, *_), old = lm.question(prompt, old_target)
         _, _, new = lm.question(prompt, new_target)

@@ -10,7 +10,7 @@ ask for the same tokens before and after.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,9 @@ _LIKELIEST = 64
 _CLEARLY = 2
 """How much likelier than the usual form a beginning must be to decide."""
 
+_HALF = "\ufffd"
+"""How a token decodes that holds the first bytes of a letter."""
+
 _REMEMBERED = 100_000
 """Choices that are kept at most."""
 
@@ -40,11 +43,13 @@ class Gaps:
     """The choices of one model.
 
     Attributes:
-        chosen: {(prompt, target): gap}.
+        chosen: {(prompt, target): gap}, for pairs that the texts alone leave open.
+        unclear: Those of these pairs for which the model does not clearly prefer a form.
     """
 
     def __init__(self) -> None:
         self.chosen: dict[_Pair, Settled] = {}
+        self.unclear: set[_Pair] = set()
         self._state: object = None
         self._holds = 0
 
@@ -67,7 +72,7 @@ class Gaps:
             (before_gap(check_text(p, "the prompt")), check_text(t, "the target").strip())
             for p, t in zip(prompts, targets, strict=True)
         ]
-        rules = {pair: self._rule(lm, *pair) for pair in dict.fromkeys(pairs)}
+        rules = _rules(lm.tokenizer, dict.fromkeys(pairs))
         doubtful = [pair for pair, rule in rules.items() if not rule.sure]
         if wanted is not None:
             open_pairs = {pair for pair, gap in zip(pairs, wanted, strict=True) if gap == "auto"}
@@ -95,15 +100,6 @@ class Gaps:
             if not self._holds:
                 self.chosen, self._state = before, _state(lm)
 
-    def _rule(self, lm: Any, prompt: str, target: str) -> Rule:
-        if not target:
-            return Rule("none", True)
-        rule = plain_gap(prompt, target)
-        if rule.sure or rule.gap == "none":
-            return rule
-        ids, _ = encode_prompt(lm.tokenizer, prompt)
-        return Rule("none", False) if ids and ids[-1] in _special(lm.tokenizer) else rule
-
     def _choices(
         self, lm: Any, pairs: Sequence[_Pair], rules: Mapping[_Pair, Rule]
     ) -> dict[_Pair, Settled]:
@@ -126,18 +122,20 @@ class Gaps:
             for i, row in zip(group, logits, strict=True):
                 probabilities = row.float().softmax(-1)
                 for pair in waiting[distinct[i]]:
-                    choices[pair] = _likelier(
+                    choices[pair], is_clear = _likelier(
                         lm, heads[distinct[i]], pair, probabilities, rules[pair].gap
                     )
+                    if not is_clear:
+                        self.unclear.add(pair)
         if len(self.chosen) + len(choices) > _REMEMBERED:
-            self.chosen = {}
+            self.chosen, self.unclear = {}, set()
         self.chosen |= choices
         return choices
 
     def _forget_if_changed(self, lm: Any) -> None:
         state = _state(lm)
         if state != self._state:
-            self.chosen, self._state = {}, state
+            self.chosen, self.unclear, self._state = {}, set(), state
 
 
 def _state(lm: Any) -> object:
@@ -145,6 +143,20 @@ def _state(lm: Any) -> object:
     return tuple(
         (p.data_ptr(), 0 if p.is_inference() else p._version) for p in lm.module.parameters()
     )
+
+
+def _rules(tokenizer: Any, pairs: Iterable[_Pair]) -> dict[_Pair, Rule]:
+    """Return what the texts alone say, and that no space is usual after a special token."""
+    rules = {pair: plain_gap(*pair) if pair[1] else Rule("none", True) for pair in pairs}
+    if all(rule.sure for rule in rules.values()):
+        return rules
+    special = _special(tokenizer)
+    for (prompt, target), rule in rules.items():
+        if not rule.sure and rule.gap == "space":
+            ids, _ = encode_prompt(tokenizer, prompt)
+            if ids and ids[-1] in special:
+                rules[prompt, target] = Rule("none", False)
+    return rules
 
 
 def _special(tokenizer: Any) -> set[int]:
@@ -155,8 +167,8 @@ def _special(tokenizer: Any) -> set[int]:
 
 def _likelier(
     lm: Any, head: list[int], pair: _Pair, probabilities: Tensor, usual: Settled
-) -> Settled:
-    """Return the form of a target that the model finds likelier after a prompt.
+) -> tuple[Settled, bool]:
+    """Return the form of a target that the model finds likelier, and whether that is clear.
 
     The first tokens of the two forms decide if the model may say one of them. Otherwise it decides
     whether what the model says begins with a space.
@@ -174,29 +186,31 @@ def _likelier(
         lm.check_known(ids)
     firsts = {gap: next(iter(ids), None) for gap, ids in forms.items()}
     if None in firsts.values() or firsts["space"] == firsts["none"]:
-        return usual
+        return usual, True
     shares = {gap: float(probabilities[first]) for gap, first in firsts.items()}
     if not max(shares.values()) >= _TELLING:
         shares = _beginnings(lm.tokenizer, head, target[0], probabilities)
         shares[usual] *= _CLEARLY
     other: Settled = "none" if usual == "space" else "space"
-    return other if shares[other] > shares[usual] else usual
+    if shares[other] > shares[usual]:
+        return other, True
+    return usual, shares[usual] > _CLEARLY**2 * shares[other]
 
 
 def _beginnings(
     tokenizer: Any, head: list[int], first: str, probabilities: Tensor
-) -> dict[str, float]:
+) -> dict[Settled, float]:
     """Return the probability that the model goes on with a space, and with a character of the
     target's kind."""
     top = probabilities.topk(min(_LIKELIEST, len(probabilities)))
     stem = head[-8:]
     rows = [stem, *([*stem, i] for i in top.indices.tolist())]
     before, *texts = tokenizer.batch_decode(rows, clean_up_tokenization_spaces=False)
-    shares = {"space": 0.0, "none": 0.0}
+    shares: dict[Settled, float] = {"space": 0.0, "none": 0.0}
     for text, p in zip(texts, top.values.tolist(), strict=True):
         new = text[len(before) :] if text.startswith(before) else ""
         if new[:1] == " " and (first.isalnum() or new[1:2] in ("", first)):
             shares["space"] += p
-        elif new and (new[0].isalnum() if first.isalnum() else new[0] == first):
+        elif new and (new[0].isalnum() or new[0] == _HALF if first.isalnum() else new[0] == first):
             shares["none"] += p
     return shares

@@ -103,9 +103,9 @@ class MaskedLanguageModel(LanguageModel):
         before, after = ids[: columns[0]], ids[columns[-1] + 1 :]
         wanted = whole[len(before) : len(whole) - len(after)]
         if not wanted or [*before, *wanted, *after] != whole:
-            gap = " " if text[:first][-1:].isspace() else ""
+            space = " " if text[:first][-1:].isspace() else ""
             wanted = list(
-                self.tokenizer(gap + target.strip(), add_special_tokens=False)["input_ids"]
+                self.tokenizer(space + target.strip(), add_special_tokens=False)["input_ids"]
             )
         self.check_known(wanted)
         if not wanted or self.tokenizer.unk_token_id in wanted:

@@ -232,7 +232,7 @@ def plan(
         layers=chosen.layers,
         n_bytes=_patch_bytes(lm, chosen.layers, sum(not entry.known for entry in entries)),
         notes=(*([_NOT_MEASURED] if chosen.guessed else []), *notes),
-        advice=(*gap_notes(_asked(facts)), *chosen.advice),
+        advice=(*gap_notes(_asked(facts)), *_unclear_gaps(lm, entries), *chosen.advice),
         made=made,
         config=config.at(chosen.layers),
         choice=chosen.choice,
@@ -393,6 +393,25 @@ def _asked(facts: Sequence[Fact]) -> Iterator[str]:
     """Yield all prompts of some facts, as they were written."""
     for fact in facts:
         yield from (fact.prompt, *fact.paraphrases, *(probe.prompt for probe in fact.neighbours))
+
+
+def _unclear_gaps(lm: LanguageModel, entries: Sequence[Planned]) -> list[str]:
+    """Return a warning if the model does not show how a target follows its prompt."""
+    unclear = [
+        entry.fact
+        for entry in entries
+        if (entry.fact.text, (entry.fact.target or "").strip()) in lm.gap_choices.unclear
+    ]
+    if not unclear:
+        return []
+    first = unclear[0]
+    how = "with a space" if first.gap == "space" else "without a space"
+    more = f" So it is for {counted(len(unclear), 'fact')}." if len(unclear) > 1 else ""
+    return [
+        f"the model does not show whether an answer follows {first.text!r} with a space or without "
+        f"one. {str(first.target).strip()!r} is written {how}; the fact's field gap changes "
+        f"that.{more}"
+    ]
 
 
 def _compared(
