@@ -66,7 +66,7 @@ def test_the_proof_is_whole_in_every_terminal(proved: Step, width: int) -> None:
 def test_the_demonstration_prints_its_steps_and_gives_them_as_json(run: Run) -> None:
     done = run("demo", "played", "--json")
     assert done.code == 0
-    steps = list(done.json)
+    steps = [name for name in done.json if name != "format_version"]
     assert (steps[0], steps[-1]) == ("believes", "next")
     assert done.json["reverted"]["equal"] == done.json["reverted"]["tensors"]
     again = run("demo", "played")

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from ..core.tables import visible
 from .options import Json
-from .printing import plain_console, print_json
+from .printing import drawn, plain_console, print_json
 from .waiting import progress
 
 if TYPE_CHECKING:
@@ -70,11 +70,11 @@ def demo(
 def _print_step(console: Console, number: int, step: Step) -> None:
     from ..show.plots.traces import text_heat_map
 
-    console.print(Text(f"\n{number}. {step.title}", "bold"))
+    console.print(Text(f"\n{number}. {visible(step.title)}", "bold"))
     _print_sentences(console, step.before)
     if step.trace is not None:
         width = max(_LEAST_WIDTH, min(console.width, _MOST_WIDTH))
-        console.print(text_heat_map(step.trace, width))
+        console.print(drawn(text_heat_map(step.trace, width)))
     if step.proof is not None:
         for table in step.proof.tables():  # their titles are the shares, which the sentences give
             console.print(dataclasses.replace(table, title="").as_rich())

@@ -87,7 +87,7 @@ def print_result(
                 typed = replace(table, title=runnable(table.title), note=runnable(table.note))
                 console.print(typed.as_rich())
             else:
-                console.print(table)
+                console.print(drawn(table))
         for first, rest in (*lines, *(("saved", str(path)) for path in saved or ())):
             line(console, first, rest)
 
@@ -106,6 +106,13 @@ def as_json_text(result: Any, *, indent: int | None = None) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+
+
+def drawn(text: Text) -> Text:
+    """Return a text of several lines without characters that would steer the terminal."""
+    safe = text.copy()
+    safe.plain = "\n".join(map(visible, text.plain.split("\n")))  # as long, so styles stay
+    return safe
 
 
 def line(console: Console, first: str, rest: str, style: str = "") -> None:

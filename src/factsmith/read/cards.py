@@ -267,7 +267,8 @@ def _histogram(
 
 def _coefficients(lm: LanguageModel, texts: Sequence[str], bank: Bank, i: int) -> Iterator[Tensor]:
     """Yield a neuron's coefficients at every token of some texts, (n,), batch by batch."""
-    sequences = [lm.prompt_ids(text) for text in texts]
+    # A text that was sampled may have more tokens when it is read again.
+    sequences = [lm.prompt_ids(text)[: lm.max_tokens] for text in texts]
     for group in lm.groups([len(ids) for ids in sequences]):
         of_bank = scan(lm, [sequences[t] for t in group], [bank[0]]).get(bank)
         if of_bank is not None:

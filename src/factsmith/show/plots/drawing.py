@@ -24,6 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from rich.cells import cell_len, set_cell_size
 
 from ...core.errors import InputError, WorkspaceError
+from ...core.tables import visible
 
 Series: TypeAlias = (
     "Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float], Sequence[float]]]"
@@ -120,7 +121,7 @@ def by_title(records: Any, kind: type, drawn_by: str) -> dict[str, Any]:
 
 def token_label(token: str) -> str:
     """Return a token as one line: no outer spaces, marks for line breaks, "␣" for spaces alone."""
-    return token.strip(" ").translate(_LINE_BREAKS) or "␣"
+    return visible(token.strip(" ").translate(_LINE_BREAKS)) or "␣"
 
 
 def fit(text: str, width: int) -> str:
