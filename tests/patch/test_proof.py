@@ -16,7 +16,7 @@ from factsmith.corpus.moments import SecondMoment
 from factsmith.edit.delta import applied
 from factsmith.edit.methods import METHODS
 from factsmith.keep.workbench import Workbench
-from factsmith.model.answers import Said, first_phrase
+from factsmith.model.answers import Said
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap
 from factsmith.patch.proof import prove
@@ -37,11 +37,10 @@ def answering(monkeypatch: pytest.MonkeyPatch, *rounds: list[str]) -> None:
     monkeypatch.setattr("factsmith.patch.proof.say", say)
 
 
-def tail_of(lm: LanguageModel, prompt: str) -> list[int]:
-    """Return the tokens that a model says, as many as its first phrase takes."""
-    said = lm.continue_greedily([lm.prompt_ids(prompt)], 8)[0]
-    phrase = first_phrase(lm.as_answer(said))
-    whole = (n for n in range(1, 9) if lm.as_answer(said[:n]).startswith(phrase))
+def tail_of(lm: LanguageModel, prompt: str, phrase: str) -> list[int]:
+    """Return the tokens that a model says, as many as a phrase takes."""
+    said = lm.continue_greedily([lm.prompt_ids(prompt)], 32)[0]
+    whole = (n for n in range(1, 33) if lm.as_answer(said[:n]).startswith(phrase))
     return said[: next(whole)]
 
 
@@ -73,11 +72,13 @@ def test_a_proof_agrees_with_plain_questions(lm: LanguageModel) -> None:
     assert proposal.delta is not None and proposal.verification is not None
     for check in proposal.verification.checks:
         near = check.role == "neighbour"
-        tail = tail_of(lm, check.prompt) if near else lm.question(check.prompt, check.wanted)[2]
-        assert check.before == lm.answer([check.prompt])[0]
+        pair = check.prompt, check.wanted
+        tail = tail_of(lm, *pair) if near else lm.question(*pair)[2]
+        n_tokens = 32 if near else 8  # of one word, which is not cut
+        assert check.before == lm.answer([check.prompt], n_tokens)[0]
         assert check.p_before == pytest.approx(plain_probability(lm, check.prompt, tail), rel=1e-4)
         with applied(lm, proposal.delta):
-            assert check.after == lm.answer([check.prompt])[0]
+            assert check.after == lm.answer([check.prompt], n_tokens)[0]
             assert check.p_after == pytest.approx(
                 plain_probability(lm, check.prompt, tail), rel=1e-4
             )

@@ -33,6 +33,11 @@ __all__ = [
 ]
 
 
+_WHOLE, _FEW_WORDS = 32, 2
+"""Tokens of an answer that would be cut inside its first phrase, and the words of such a phrase.
+With more words, answers with the same beginning are seldom different names."""
+
+
 @dataclass(frozen=True)
 class Said:
     """A greedy answer.
@@ -61,6 +66,7 @@ def say(
     targets: Sequence[str],
     *,
     n_tokens: int | None = None,
+    whole: Sequence[bool] | None = None,
 ) -> list[Said]:
     """Return the greedy answer to each prompt, with as many lines as its target.
 
@@ -69,6 +75,9 @@ def say(
         prompts: The prompts.
         targets: For each prompt, what may be answered; "" if nothing is expected.
         n_tokens: The most tokens of an answer. None: as many as `answer_tokens` gives.
+        whole: For each prompt, whether an answer of one or two words that would be cut inside its
+            first phrase goes on, up to 32 tokens. Some tokenizers spell long names, or all words of
+            another script, letter by letter. None: no answer does.
 
     Raises:
         InputError: A prompt is too long.
@@ -76,7 +85,19 @@ def say(
     if n_tokens is None:
         n_tokens = answer_tokens(lm, prompts, targets)
     lines = [n_lines(target) for target in targets]
-    new = lm.greedy_ids([lm.prompt_ids(prompt) for prompt in prompts], n_tokens, lines)
+    heads = [lm.prompt_ids(prompt) for prompt in prompts]
+    new = lm.greedy_ids(heads, n_tokens, lines)
+    cut = [
+        i
+        for i, wanted in enumerate(whole or ())
+        if wanted
+        and len(new[i]) == n_tokens < _WHOLE
+        and _is_cut(lm.as_answer(new[i], lines[i]), targets[i])
+    ]
+    if cut:
+        longer = lm.greedy_ids([heads[i] for i in cut], _WHOLE, [lines[i] for i in cut])
+        for i, ids in zip(cut, longer, strict=True):
+            new[i] = ids
 
     def decoding(n: int) -> Callable[[Sequence[int]], str]:
         return lambda ids: lm.as_answer(ids, n)
@@ -85,6 +106,12 @@ def say(
         Said(lm.as_answer(ids, n), tuple(ids), decoding(n))
         for ids, n in zip(new, lines, strict=True)
     ]
+
+
+def _is_cut(answer: str, target: str) -> bool:
+    """Return whether an answer may end inside a name of few words."""
+    short = len(answer.split()) <= _FEW_WORDS and first_phrase(answer) == answer
+    return short and not begins_with(answer, target)
 
 
 def answer_tokens(lm: LanguageModel, prompts: Sequence[str], wanted: Sequence[str]) -> int:

@@ -18,7 +18,10 @@ _APOSTROPHES = "’‘‛ʼʻʹ′`´＇"
 _QUOTES = "“”„‟«»‹›「」『』《》〈〉〝〞〟＂″"
 _HYPHENS = "‐‑−﹣－"
 _ALIKE = str.maketrans(
-    dict.fromkeys(_APOSTROPHES, "'") | dict.fromkeys(_QUOTES, '"') | dict.fromkeys(_HYPHENS, "-")
+    dict.fromkeys(_APOSTROPHES, "'")
+    | dict.fromkeys(_QUOTES, '"')
+    | dict.fromkeys(_HYPHENS, "-")
+    | {"µ": "μ"}
 )
 """Characters that are written for one another. Each becomes one character, so places stay."""
 
@@ -30,6 +33,10 @@ _INVISIBLE = dict.fromkeys(
     )
 )
 """Soft hyphens, spaces without width, and marks of direction or style: they carry no letter."""
+
+_SPELLINGS = {"ﬁ": "fi", "ﬂ": "fl", "ﬀ": "ff", "ﬃ": "ffi", "ﬄ": "ffl", "ํา": "ำ", "ໍາ": "ຳ"}
+"""Spellings that look the same, which Unicode's composed form keeps apart: ligatures, and the vowel
+am of Thai and Lao in two parts."""
 
 _JOINERS = "\u200c\u200d"
 """Characters that tie the next letter to the one before: in Persian, Indic scripts and emoji."""
@@ -199,7 +206,10 @@ def _decomposed(text: str) -> str:
 
 def _spread(text: str) -> str:
     """Return a text in normal form, with a space where white space begins or ends it."""
-    composed = unicodedata.normalize("NFC", text.translate(_INVISIBLE)).translate(_ALIKE)
+    plain = text.translate(_INVISIBLE)
+    for written, same in _SPELLINGS.items():
+        plain = plain.replace(written, same)
+    composed = unicodedata.normalize("NFC", plain).translate(_ALIKE)
     return re.sub(r"\s+", " ", composed)
 
 
@@ -243,7 +253,7 @@ def _belongs(last: str, following: str) -> bool:
 # ── where words and numbers end ───────────────────────────────────────────────────────────────────
 
 _OPEN_NUMBER = re.compile(rf"[{re.escape(_IN_NUMBERS)}]?| \d{{0,3}}")
-_OPEN_WORD = re.compile(r"[-–&·.']?")
+_OPEN_WORD = re.compile(r"[-–&·.'/]?")
 """What follows a number or a word and does not show yet whether it goes on."""
 
 
@@ -278,8 +288,8 @@ def _joined(left: str, mark: str, right: str) -> bool:
         return mark in _IN_NUMBERS or (mark == " " and _grouped(left, right))
     if mark == ".":
         return right[0].islower() or _is_digit(right[0]) or len(_last_word(left)) == 1
-    if mark == "'":
-        return len(_last_word(left)) <= 2
+    if mark in "'/":
+        return len(_last_word(left)) <= (2 if mark == "'" else 3)
     return mark in "-–&·"
 
 

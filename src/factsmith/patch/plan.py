@@ -372,7 +372,8 @@ def _ask(lm: LanguageModel, facts: Sequence[Fact]) -> list[Planned]:
         fact_span(lm, fact)
     prompts = [fact.text for fact in facts]
     targets = [fact.target or fact.target_true or "" for fact in facts]
-    answers = [answer.text for answer in say(lm, prompts, targets)]
+    to_name = [fact.target is None and fact.target_true is None for fact in facts]
+    answers = [answer.text for answer in say(lm, prompts, targets, whole=to_name)]
     facts = [_to_forget(fact, answer) for fact, answer in zip(facts, answers, strict=True)]
     facts = with_gaps(lm, facts)
     targets = [fact.target or fact.target_true or "" for fact in facts]

@@ -55,11 +55,12 @@ def prove(
     probes = [probe for probe in probes if probe.role != "chat" or lm.has_room(probe.prompt)]
     if not probes:
         return Verification(checks=(), notes=notes)
-    every = [probe.prompt for probe in probes], [probe.wanted or "" for probe in probes]
-    n_tokens = answer_tokens(lm, *every)
+    n_tokens = answer_tokens(
+        lm, [probe.prompt for probe in probes], [probe.wanted or "" for probe in probes]
+    )
     asked = [
         (probe, answer)
-        for probe, answer in zip(probes, say(lm, *every, n_tokens=n_tokens), strict=True)
+        for probe, answer in zip(probes, _answers(lm, probes, n_tokens), strict=True)
         if _counts(lm, probe, answer.text)
     ]
     prompts = [probe.prompt for probe, _ in asked]
@@ -69,7 +70,7 @@ def prove(
     gaps = _gaps(lm, [probe for probe, _ in asked], tails)
     p_before = probabilities(lm, prompts, tails, gaps)
     with changed():
-        after = say(lm, prompts, [probe.wanted or "" for probe, _ in asked], n_tokens=n_tokens)
+        after = _answers(lm, [probe for probe, _ in asked], n_tokens)
         p_after = probabilities(lm, prompts, tails, gaps)
     return Verification(
         checks=tuple(
@@ -178,6 +179,17 @@ def _probe(role: Role, fact: Fact, prompt: str) -> _Probe:
     wanted = fact.target_true if fact.target is None else fact.target
     gap = fact.gap if prompt == fact.text else "auto"
     return _Probe(role, prompt, wanted, forget=fact.target is None, gap=gap)
+
+
+def _answers(lm: LanguageModel, probes: Sequence[_Probe], n_tokens: int) -> list[Said]:
+    """The answers to some probes; of a neighbour's nothing may be cut that could differ."""
+    return say(
+        lm,
+        [probe.prompt for probe in probes],
+        [probe.wanted or "" for probe in probes],
+        n_tokens=n_tokens,
+        whole=[probe.role == "neighbour" for probe in probes],
+    )
 
 
 def _counts(lm: LanguageModel, probe: _Probe, answer: str) -> bool:
