@@ -133,6 +133,9 @@ def test_of_many_checks_the_failed_ones_are_shown_and_the_others_counted() -> No
     assert len(table.rows) == 20 and {row[-1] for row in table.rows} == {"no"}
     assert table.title.endswith("22 of 220 checks failed")
     assert "2 more checks that failed" in table.note
+    mixed = tuple(check(n, held=False) for n in range(30))
+    roles = [row[0] for row in Verification(checks=mixed).tables()[0].rows]
+    assert roles == ["prompt"] * 15 + ["paraphrase"] * 5, "what was written comes first"
     assert "held and not shown: 110 paraphrases, 88 prompts" in table.note
     (table,) = Verification(checks=checks[1:10] * 5).tables()
     assert not table.rows and "0 of 45 checks failed" in table.title

@@ -253,8 +253,11 @@ def _belongs(last: str, following: str) -> bool:
 # ── where words and numbers end ───────────────────────────────────────────────────────────────────
 
 _OPEN_NUMBER = re.compile(rf"[{re.escape(_IN_NUMBERS)}]?| \d{{0,3}}")
-_OPEN_WORD = re.compile(r"[-–&·.'/]?")
-"""What follows a number or a word and does not show yet whether it goes on."""
+"""What follows a number and does not show yet whether it goes on."""
+
+_OPEN_WORDS = {1: "-–&·/'.", 2: "-–&·/'", 3: "-–&·/"}
+"""The same for words, by their number of letters. A full stop after a longer word nearly always
+ends the sentence."""
 
 
 def _undecided(text: str, following: str, *, half: bool) -> bool:
@@ -267,7 +270,9 @@ def _undecided(text: str, following: str, *, half: bool) -> bool:
     """
     if half and not following:
         return True
-    return (_OPEN_NUMBER if _is_digit(text[-1]) else _OPEN_WORD).fullmatch(following) is not None
+    if _is_digit(text[-1]):
+        return _OPEN_NUMBER.fullmatch(following) is not None
+    return not following or following in _OPEN_WORDS.get(len(_last_word(text)), "-–&·")
 
 
 def _goes_on(text: str, following: str) -> bool:

@@ -120,7 +120,8 @@ class Verification(Shown):
         if len(self.checks) > _MANY:
             failed = self.failed()
             title += f"; {len(failed):,} of {len(self.checks):,} checks failed"
-            shown = failed[:_MANY]
+            # What was written comes before what follows from it.
+            shown = sorted(failed, key=lambda check: list(_PLURALS).index(check.role))[:_MANY]
             notes = [*self._not_shown(len(failed) - len(shown)), *notes]
         if not shown:
             return [Table(title or "nothing was asked", {}, note="; ".join(notes))]
@@ -160,10 +161,10 @@ _MANY = 20
 """More checks than this are counted, except the first of those that failed."""
 _PLURALS: dict[Role, str] = {
     "prompt": "prompts",
+    "earlier": "earlier facts",
     "chat": "prompts in the chat template",
     "paraphrase": "paraphrases",
     "neighbour": "neighbours",
-    "earlier": "earlier facts",
 }
 _SHARES = ("efficacy", "chat", "generalization", "specificity", "retention")
 _COLUMNS = {
