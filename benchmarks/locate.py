@@ -419,7 +419,7 @@ def main() -> None:
         print_row(rows[-1])
     summary = {}
     if args.prompts:
-        lm = wrap(module, AutoTokenizer.from_pretrained(folder("atlas")))
+        lm = wrap(module, AutoTokenizer.from_pretrained(folder("atlas"), trust_remote_code=False))
         for kind in args.kinds:
             of_kind = []
             for number, (prompt, subject) in enumerate(known_prompts(args.prompts)):

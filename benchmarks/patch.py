@@ -244,7 +244,7 @@ def on_cpu(args: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     shape = {"n_layer": 2, "n_embd": 64, "n_head": 2} if args.tiny else {}
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False)
     config = GPT2Config(**shape, vocab_size=50257, bos_token_id=0, eos_token_id=0)
     lm = wrap(GPT2LMHeadModel(config), tokenizer)
     facts = facts_for(lm, 50)
@@ -320,7 +320,7 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
 def on_gpu(args: argparse.Namespace) -> dict[str, Any]:
     """Measure 100 facts in one batch, and a few facts one by one, in wall seconds."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False)
     shape, vocabulary = (SMALL, 6144) if args.tiny else (LARGE, 128256)
     lm = random_llama(shape, vocabulary, device, tokenizer)
     layer = min(8, lm.n_layers - 2)

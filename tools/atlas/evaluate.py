@@ -165,8 +165,10 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="ask about the first N facts only")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     given = parser.parse_args()
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
-    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(given.model, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        given.model, dtype=torch.float32, trust_remote_code=False
+    ).eval()
     result = recall(
         model, tokenizer, facts()[: given.limit], read_prose(given.prose) if given.prose else ()
     )

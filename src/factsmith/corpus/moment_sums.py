@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.artefact import stated_count, stored
 from ..core.errors import NumericsError
 from .factors import cholesky
 from .scan import Bank, Coefficients
@@ -82,8 +83,11 @@ class MomentSums:
         """Take up what `state` returned."""
         for layer, total in self._sums.items():
             for half, strips in enumerate(total.strips):
-                strips[:] = [tensors[f"{layer}.{half}.{i}"] for i in range(len(strips))]
-        self.counts = [int(fields[f"count{half}"]) for half in range(2)]
+                strips[:] = [
+                    stored(tensors, f"{layer}.{half}.{i}", strip.shape, (torch.float64,))
+                    for i, strip in enumerate(strips)
+                ]
+        self.counts = [stated_count(fields, f"count{half}") for half in range(2)]
 
     def result(self, swept: Swept) -> dict[int, Estimate]:
         """Return each layer's estimate. A layer's sums are let go as soon as it is done."""

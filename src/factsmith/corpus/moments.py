@@ -40,7 +40,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.artefact import Checkpoint, read_tensors, write_tensors
+from ..core.artefact import (
+    FLOATS,
+    Checkpoint,
+    believing,
+    read_tensors,
+    stated_count,
+    stated_digest,
+    stated_number,
+    stored,
+    write_tensors,
+)
 from ..core.checks import check_count, check_items, check_limit
 from ..core.errors import DamagedError, FingerprintError, InputError, NumericsError
 from ..core.identity import same_model
@@ -326,30 +336,32 @@ class SecondMoment:
             raise DamagedError(
                 f"there is no second moment at {path}; give a file that SecondMoment.save wrote"
             )
-        tensors, metadata = read_tensors(path, "compute the second moment again")
+        advice = "compute the second moment again"
+        tensors, metadata = read_tensors(path, advice)
         layouts = ({"matrix"}, {"packed", "scale"})
         if metadata.get("format") != _FORMAT or set(tensors) not in layouts:
             raise DamagedError(
-                f"{path} is not a second moment of format {_FORMAT}: it holds {sorted(tensors)}. "
-                "Compute the second moment again"
+                f"{path} is not a second moment of format {_FORMAT}: it holds "
+                f"{', '.join(sorted(tensors))[:200]}. Compute the second moment again"
             )
-        if "matrix" in tensors:
-            matrix = tensors["matrix"]
-        else:
-            matrix = _unpack(tensors["packed"], tensors["scale"])
-        moment = cls(
-            matrix=matrix,
-            count=int(metadata["count"]),
-            fingerprint=metadata["fingerprint"],
-            corpus=metadata["corpus"],
-            **{key: kind(metadata[key]) for key, kind in _OPTIONAL.items() if key in metadata},
-        )
+        with believing(path, "a second moment", advice):
+            moment = cls(
+                matrix=_matrix(tensors),
+                count=stated_count(metadata, "count", least=1),
+                fingerprint=stated_digest(metadata, "fingerprint"),
+                corpus=stated_digest(metadata, "corpus"),
+                **{key: read(metadata, key) for key, read in _OPTIONAL.items() if key in metadata},
+            )
         if lm is not None:
             moment.check(lm, layer)
         return moment
 
 
-_OPTIONAL: Mapping[str, Callable[[str], Any]] = {"layer": int, "split_half": float, "excess": float}
+_OPTIONAL: Mapping[str, Callable[[Mapping[str, str], str], Any]] = {
+    "layer": stated_count,
+    "split_half": stated_number,
+    "excess": stated_number,
+}
 """Fields that a file may lack: files of the first version have none of them."""
 
 
@@ -451,17 +463,42 @@ def enough_tokens(
     return TOKENS_PER_NEURON * max(lm.ffn[check_layer(x, lm.n_layers)].d_ff for x in layers)
 
 
-def _unpack(packed: Tensor, scale: Tensor) -> Tensor:
-    """Return the matrix (d_ff, d_ff) float64 that `SecondMoment.save` packed."""
+_DTYPES = (*FLOATS, torch.float16, torch.bfloat16)
+
+_ASYMMETRY = 1e-3
+"""The largest accepted difference from the transpose, relative to the largest entry."""
+
+
+def _matrix(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the matrix of a file, packed or not.
+
+    Raises:
+        KeyError, ValueError: It cannot be a second moment.
+    """
+    if "packed" in tensors:
+        return _unpack(tensors)
+    n = tensors["matrix"].shape[0] if tensors["matrix"].ndim else 0
+    matrix = stored(tensors, "matrix", (n or None, n or None), _DTYPES)
+    if bool((matrix.diagonal() < 0).any()) or not bool((matrix.diagonal() > 0).any()):
+        raise ValueError("its diagonal holds a negative number, or zeros alone")
+    if bool((matrix - matrix.T).abs().max() > _ASYMMETRY * matrix.abs().max()):
+        raise ValueError("its matrix is not symmetric")
+    return matrix
+
+
+def _unpack(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the matrix (d_ff, d_ff) float64 that `SecondMoment.save` packed.
+
+    Raises:
+        KeyError, ValueError: The two tensors do not fit.
+    """
+    scale = stored(tensors, "scale", (None,), (torch.float32,), least=0)
     n = len(scale)
-    size = n * (n + 1) // 2
-    if packed.shape != (size,):
-        raise DamagedError(
-            f"the packed second moment has {packed.numel()} numbers for {n} neurons, where {size} "
-            "belong; compute it again"
-        )
+    packed = stored(tensors, "packed", (n * (n + 1) // 2,), (torch.float16,))
     factor = torch.zeros(n, n, dtype=torch.float64)
     rows, columns = torch.tril_indices(n, n)
     factor[rows, columns] = packed.double()
+    if bool((factor.diagonal() < 0).any()) or not bool((scale > 0).any()):
+        raise ValueError("the diagonal of its factor holds a negative number, or zeros alone")
     factor *= scale.double()[:, None]
     return factor @ factor.T

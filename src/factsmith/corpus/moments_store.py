@@ -112,7 +112,7 @@ def load_moments(folder: str | os.PathLike[str]) -> dict[int, SecondMoment]:
             f"there are no second moments in {folder}; expected files named "
             "layer<number>.safetensors, as `factsmith moments` writes them"
         )
-    return {layer: SecondMoment.load(file) for layer, file in sorted(files.items())}
+    return {layer: _read_layer(file, layer) for layer, file in sorted(files.items())}
 
 
 def kept_moments(
@@ -142,12 +142,23 @@ def _read(
 ) -> dict[int, SecondMoment]:
     """Return the second moments of this model in one folder, by layer."""
     files = {} if folder is None else {layer: moments_file(folder, layer) for layer in layers}
-    read = {layer: SecondMoment.load(file) for layer, file in files.items() if file.is_file()}
+    read = {layer: _read_layer(file, layer) for layer, file in files.items() if file.is_file()}
     return {
         layer: moment
         for layer, moment in read.items()
         if moment.count > least - 1 and lm.has_fingerprint(moment.fingerprint)
     }
+
+
+def _read_layer(file: Path, layer: int) -> SecondMoment:
+    """Return the second moment of a file whose name says which layer it is of."""
+    moment = SecondMoment.load(file)
+    if moment.layer not in (None, layer):
+        raise DamagedError(
+            f"{file} holds the second moment of layer {moment.layer}, and its name says layer "
+            f"{layer}; give it its own name, or compute the second moment of layer {layer} again"
+        )
+    return moment
 
 
 def keep_moments(
@@ -156,7 +167,7 @@ def keep_moments(
     """Write into a folder those second moments that it does not hold yet."""
     for layer, moment in moments.items():
         file = moments_file(folder, layer)
-        present = SecondMoment.load(file) if file.is_file() else None
+        present = _read_layer(file, layer) if file.is_file() else None
         if present is None or _source(present) != _source(moment):
             moment.save(file, packed=packed)
 

@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol, Self, TypeAlias
 import torch
 from torch import Tensor
 
-from ..core.artefact import Checkpoint
+from ..core.artefact import Checkpoint, believing, stated_count
 from ..core.checks import check_count, check_limit
 from ..core.errors import InputError
 from ..model.language_model import LanguageModel
@@ -238,9 +238,11 @@ def _restore(
     if kept is None:
         return 0, ""
     tensors, fields = kept
-    for accumulator in accumulators:
-        accumulator.restore(tensors, fields)
-    return int(fields[unit]), fields["digest"]
+    assert checkpoint is not None
+    with believing(checkpoint.path, "an unfinished run", "delete it and begin again"):
+        for accumulator in accumulators:
+            accumulator.restore(tensors, fields)
+        return stated_count(fields, unit), fields["digest"]
 
 
 def _state(accumulators: Sequence[Accumulator], position: Mapping[str, str]) -> State:

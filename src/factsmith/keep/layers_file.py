@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from ..core.artefact import problem_in
 from ..core.errors import DamagedError, InputError, WorkspaceError
 from ..core.files import write_file
 from ..core.identity import same_model
@@ -36,10 +37,17 @@ def read_layers(file: Path, lm: LanguageModel, fingerprint: str) -> LayerChoice 
         is_this = same_model(choice.fingerprint, fingerprint)
         if is_this and max(choice.rome, *choice.memit) >= lm.n_layers:
             raise InputError(f"it names layers that the model does not have ({lm.n_layers})")
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        OSError,
+        ArithmeticError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise DamagedError(
-            f"{file} cannot be used: {error}; delete it, and the layers are measured again when "
-            "they are needed"
+            f"{file} cannot be used: {problem_in(error)}; delete it, and the layers are measured "
+            "again when they are needed"
         ) from None
     if not is_this:
         return None

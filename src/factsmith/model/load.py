@@ -181,7 +181,8 @@ def _class_to_load(name: str, config: Any) -> Any:
         )
     # Some types are built either way. The class that was saved decides, and whether the config
     # says that it looks back only.
-    saved_as = set(getattr(config, "architectures", None) or ())
+    names = getattr(config, "architectures", None)
+    saved_as = {str(name) for name in names} if isinstance(names, list) else set()
     looks_back = bool(saved_as & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())) or getattr(
         config, "is_decoder", False
     )

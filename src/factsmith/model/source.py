@@ -138,7 +138,7 @@ def find_source(
 def _folder(name: str) -> Path | None:
     try:
         path = Path(name).expanduser()
-        return path if path.is_dir() else None
+        return path if name.strip() and path.is_dir() else None
     except (OSError, RuntimeError, ValueError):  # too long, an unknown user, a null character
         return None
 
@@ -231,7 +231,8 @@ def check_sizes(source: Source, config: Any) -> None:
         return  # such weights are packed, and the model is refused later in words of its own
     shapes = None if source.folder is None else _shapes(source, source.folder)
     for part in _parts(config):
-        for name, value in part.items():
+        for key, value in part.items():
+            name = str(key)
             if _LAYERS.fullmatch(name) and _is_count(value):
                 _check_layers(source, name, value, shapes)
             elif _is_count(value) and value > _MOST and not _NO_SIZE.search(name):
@@ -301,7 +302,7 @@ def _check_matrices(source: Source, part: Mapping[str, Any], shapes: list[tuple[
     n_numbers = sum(_product(shape) for shape in shapes)
     widths = {name: part[name] for name in _WIDTHS if _is_count(part.get(name))}
     width = max(widths.values(), default=1)
-    sizes = {name: x for name, x in part.items() if _OTHERS.fullmatch(name) and _is_count(x)}
+    sizes = {name: x for name, x in part.items() if _OTHERS.fullmatch(str(name)) and _is_count(x)}
     for name, value in (sizes | widths).items():
         if value * (value if name in widths else width) > _SLACK * max(n_numbers, 10**6):
             raise _absurd(source, name, value, f"the weights are {n_numbers:,} numbers")

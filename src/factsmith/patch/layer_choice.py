@@ -8,11 +8,13 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
+from ..core.checks import whole_number
 from ..core.errors import InputError, LayerError
 from ..core.fact import Fact
 from ..core.tables import Shown, Table
@@ -53,9 +55,14 @@ class LayerScore:
     specificity: float | None
 
     def __post_init__(self) -> None:
-        for share in (self.efficacy, self.generalization or 0, self.specificity or 0):
+        for share in (self.efficacy, self.generalization, self.specificity):
+            if share is None and share is not self.efficacy:
+                continue
             if not isinstance(share, (int, float)) or not 0 <= share <= 1:
-                raise InputError(f"a share is {share!r}; expected a number from 0 to 1")
+                raise InputError(f"a share is {share!r:.40}; expected a number from 0 to 1")
+        for number in (self.layer, self.trials):
+            if whole_number(number) is None or number < 0:
+                raise InputError(f"a layer or its trials is {number!r:.40}; expected a count")
 
     @classmethod
     def of(cls, layer: int, trials: Sequence[Trial]) -> LayerScore:
@@ -132,8 +139,19 @@ class LayerChoice(Shown):
             )
         if self.source not in get_args(Source):
             raise InputError(
-                f"source is {self.source!r}; expected one of {', '.join(get_args(Source))}"
+                f"source is {self.source!r:.40}; expected one of {', '.join(get_args(Source))}"
             )
+        if not isinstance(self.reason, str) or not isinstance(self.fingerprint, str):
+            raise InputError("reason and fingerprint must be texts")
+        for number in (self.window, self.seed):
+            if number is not None and whole_number(number) is None:
+                raise InputError(f"window or seed is {number!r:.40}; expected a number or None")
+        if not isinstance(self.quick, bool):
+            raise InputError(f"quick is {self.quick!r:.40}; expected True or False")
+        if not all(math.isfinite(effect) for effect in self.effects):
+            raise InputError("effects holds NaN or infinity; expected finite numbers")
+        if self.effects and any(score.layer >= len(self.effects) for score in self.scores):
+            raise InputError("scores names a layer that effects does not have")
 
     def tables(self) -> list[Table]:
         """The choice with its reason, and what the trial edits measured at each layer."""
@@ -179,7 +197,7 @@ class LayerChoice(Shown):
                     "facts": tuple(Fact.from_dict(fact) for fact in fields["facts"]),
                 }
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise InputError(f"these are not the fields of a LayerChoice: {error}") from None
 
 

@@ -21,6 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..core.artefact import stored
 from ..core.errors import NumericsError
 from ..corpus.scan import Coefficients
 from ..corpus.text import ADDED, Piece
@@ -128,7 +129,8 @@ class Strongest:
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Continue from tensors that `state` returned."""
-        for name, tensor in tensors.items():
+        for name, now in self.state().items():
+            tensor = stored(tensors, name, now.shape, (now.dtype,), least=0)
             sign, _, part = name.rpartition(".")
             if sign:
                 getattr(self, part)[sign] = tensor

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core.artefact import Checkpoint
+from ..core.artefact import Checkpoint, stated_count
 from ..core.checks import check_count
 from ..core.files import check_writable
 from ..core.progress import Progress, tell
@@ -195,8 +195,11 @@ class TriggerRun:
                     if name.startswith(begin)
                 }
             )
-        self.n_texts, self.n_tokens = int(fields["n_texts"]), int(fields["n_tokens"])
-        self.texts = {number: Piece(number, *rest) for number, *rest in json.loads(fields["texts"])}
+        self.n_texts = stated_count(fields, "n_texts")
+        self.n_tokens = stated_count(fields, "n_tokens")
+        self.texts = {each[0]: _piece(*each) for each in json.loads(fields["texts"])}
+        if missing := set(self.numbers().tolist()) - self.texts.keys():
+            raise ValueError(f"it refers to text {min(missing)}, which it does not hold")
         self._size = self._least = sum(len(piece.ids) for piece in self.texts.values())
 
     def result(self, swept: Swept) -> Triggers:
@@ -223,3 +226,11 @@ def _packed(held: Sequence[Piece]) -> tuple[Tensor, Tensor, Tensor]:
     ids = torch.tensor([i for piece in held for i in piece.ids])
     spans = torch.tensor([span for piece in held for span in piece.spans])
     return ids, spans, torch.tensor([0, *itertools.accumulate(len(piece.ids) for piece in held)])
+
+
+def _piece(number: int, text: str, ids: list[int], spans: list[list[int]]) -> Piece:
+    """Return a text of a checkpoint; raises TypeError and ValueError."""
+    numbers = [number, *ids, *itertools.chain.from_iterable(spans)]
+    if not isinstance(text, str) or not all(type(n) is int and -1 <= n < 2**31 for n in numbers):
+        raise TypeError("a text that it holds is not a text with its tokens")
+    return Piece(number, text, ids, [(start, stop) for start, stop in spans])

@@ -16,16 +16,26 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..core.artefact import read_artefact, read_metadata, write_tensors
+from ..core.artefact import (
+    FLOATS,
+    INTEGERS,
+    believing,
+    read_artefact,
+    read_metadata,
+    stated_count,
+    stated_digest,
+    stored,
+    write_tensors,
+)
 from ..core.checks import check_count
-from ..core.errors import FingerprintError, InputError, LayerError
+from ..core.errors import DamagedError, FingerprintError, InputError, LayerError
 from ..core.tables import Shown, Table, counted, ending
-from ..corpus.scan import Bank, bank_name, bank_of, named_bank
+from ..corpus.scan import Bank, bank_name, bank_of, banks, named_bank
 from ..model.address import Neuron
 from ..model.language_model import LanguageModel
 
@@ -256,23 +266,43 @@ class Triggers(Shown):
         tensors, metadata = read_artefact(
             Path(folder) / _FILE, "triggers", FORMAT, "find_triggers", "scan the corpus again"
         )
+        with believing(Path(folder) / _FILE, "an index of triggers", "scan the corpus again"):
+            triggers = cls._read(tensors, metadata)
         if lm is not None:
             _check_model(metadata, folder, lm)
-        characters = tensors["characters"].numpy().tobytes()
-        ends = tensors["lengths"].cumsum(0).tolist()
-        texts = [characters[a:b].decode() for a, b in zip([0, *ends], ends, strict=False)]
+            sizes = {bank: each.d_ff for bank, each in banks(lm).items()}
+            if wrong := [b for b, x in triggers.banks.items() if sizes.get(b) != len(x.fired)]:
+                raise DamagedError(
+                    f"{Path(folder) / _FILE} holds triggers of bank {wrong[0]}, which {lm.name} "
+                    "does not have in that size; scan the corpus again"
+                )
+        return triggers
+
+    @classmethod
+    def _read(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Triggers:
+        """Return the triggers of a file; raises KeyError, TypeError and ValueError."""
+        ids = stored(tensors, "ids", (None,), INTEGERS, least=0, below=2**31)
+        starts = stored(tensors, "starts", (None,), INTEGERS, least=0, below=len(ids) + 1)
+        if bool((starts.diff() < 0).any()) or starts[0] != 0 or starts[-1] != len(ids):
+            raise ValueError("its texts do not begin where its tokens do")
+        n_texts = len(starts) - 1
+        texts = _texts(tensors, n_texts)
         parts: dict[Bank, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if "/" in name:
                 bank, _, part = name.partition("/")
                 parts.setdefault(named_bank(bank), {})[part] = tensor
         return cls(
-            banks={bank: _bank_triggers(each) for bank, each in sorted(parts.items())},
+            banks={bank: _bank_triggers(each, starts) for bank, each in sorted(parts.items())},
             texts=texts,
-            **{name: kind(metadata[name]) for name, kind in _DESCRIBED.items()},
-            _ids=tensors["ids"],
-            _spans=tensors["spans"],
-            _starts=tensors["starts"],
+            model=metadata["model"],
+            fingerprint=stated_digest(metadata, "fingerprint"),
+            corpus=stated_digest(metadata, "corpus"),
+            n_texts=stated_count(metadata, "n_texts"),
+            n_tokens=stated_count(metadata, "n_tokens"),
+            _ids=ids,
+            _spans=stored(tensors, "spans", (len(ids), 2), INTEGERS, least=-1, below=2**31),
+            _starts=starts,
         )
 
 
@@ -294,21 +324,15 @@ def _check_model(
     """Check that the triggers in a folder belong to a model."""
     if not lm.has_fingerprint(metadata.get("fingerprint", lm.fingerprint)):
         raise FingerprintError(
-            f"the triggers in {folder} belong to {metadata['model']}, fingerprint "
-            f"{metadata['fingerprint'][:12]}; {lm.name} has fingerprint {lm.fingerprint[:12]}. "
-            "Load that model, or scan the corpus into another folder."
+            f"the triggers in {folder} belong to {metadata.get('model', 'another model')}, "
+            f"fingerprint {metadata['fingerprint'][:12]}; {lm.name} has fingerprint "
+            f"{lm.fingerprint[:12]}. Load that model, or scan the corpus into another folder."
         )
 
 
 _FILE = "triggers.safetensors"
 
-_DESCRIBED: Mapping[str, Any] = {
-    "model": str,
-    "fingerprint": str,
-    "corpus": str,
-    "n_texts": int,
-    "n_tokens": int,
-}
+_DESCRIBED = ("model", "fingerprint", "corpus", "n_texts", "n_tokens")
 
 _BY_SIGN = ("coefficients", "texts", "positions")
 
@@ -323,7 +347,40 @@ def _named_tensors(triggers: BankTriggers) -> dict[str, Tensor]:
     return {**signed, "fired": triggers.fired, "mean_square": triggers.mean_square}
 
 
-def _bank_triggers(tensors: Mapping[str, Tensor]) -> BankTriggers:
-    """Return one bank from its tensors by name: the inverse of `_named_tensors`."""
-    signed = {name: {sign: tensors[f"{sign}.{name}"] for sign in SIGNS} for name in _BY_SIGN}
-    return BankTriggers(**signed, fired=tensors["fired"], mean_square=tensors["mean_square"])
+def _texts(tensors: Mapping[str, Tensor], n_texts: int) -> list[str]:
+    """Return the texts of a file; raises KeyError and ValueError."""
+    characters = stored(tensors, "characters", (None,), (torch.uint8,)).numpy().tobytes()
+    lengths = stored(tensors, "lengths", (n_texts,), INTEGERS, least=0, below=len(characters) + 1)
+    ends = lengths.cumsum(0).tolist()
+    if ends and ends[-1] > len(characters):
+        raise ValueError("its texts are longer than its characters")
+    return [characters[a:b].decode() for a, b in zip([0, *ends], ends, strict=False)]
+
+
+def _bank_triggers(tensors: Mapping[str, Tensor], starts: Tensor) -> BankTriggers:
+    """Return one bank from its tensors by name: the inverse of `_named_tensors`.
+
+    Args:
+        tensors: The tensors of the bank.
+        starts: (texts + 1,), where the tokens of each text begin.
+
+    Raises:
+        KeyError, ValueError: They are not those of a bank.
+    """
+    fired = stored(tensors, "fired", (None,), FLOATS, least=0)
+    signed: dict[str, dict[Sign, Tensor]] = {name: {} for name in _BY_SIGN}
+    shape: tuple[int | None, ...] = (len(fired), None)
+    for sign in SIGNS:
+        strengths = stored(tensors, f"{sign}.coefficients", shape, (torch.float32,))
+        shape = tuple(strengths.shape)
+        texts = stored(
+            tensors, f"{sign}.texts", shape, INTEGERS, least=0, below=max(len(starts) - 1, 1)
+        )
+        places = stored(tensors, f"{sign}.positions", shape, INTEGERS, least=0)
+        filled = strengths != 0
+        if bool((filled & (starts[texts] + places >= starts[texts + 1])).any()):
+            raise ValueError(f"a place of its {sign} triggers is outside of their texts")
+        signed["coefficients"][sign] = strengths
+        signed["texts"][sign], signed["positions"][sign] = texts, places
+    square = stored(tensors, "mean_square", (len(fired),), FLOATS, least=0)
+    return BankTriggers(**signed, fired=fired, mean_square=square)

@@ -21,7 +21,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core.artefact import read_artefact, write_tensors
+from ..core.artefact import (
+    INTEGERS,
+    believing,
+    read_artefact,
+    stated_digest,
+    stored,
+    write_tensors,
+)
 from ..core.checks import check_count
 from ..core.errors import LayerError
 from ..core.progress import Progress, tell
@@ -122,16 +129,35 @@ class ValueTokens(Shown):
         tensors, metadata = read_artefact(
             Path(folder) / FILE, "values", _FORMAT, "ValueTokens.save", "read the values again"
         )
+        with believing(Path(folder) / FILE, "a file of values", "read the values again"):
+            return cls._read(tensors, metadata)
+
+    @classmethod
+    def _read(cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> ValueTokens:
+        """Return the values of a file; raises KeyError, TypeError and ValueError."""
+        words = {int(i): word for i, word in json.loads(metadata["words"]).items()}
+        if not all(isinstance(word, str) for word in words.values()):
+            raise TypeError("its words are not all texts")
         parts: dict[str, dict[Bank, Tensor]] = {part: {} for part in _PARTS}
-        for name, tensor in tensors.items():
-            bank, _, part = name.partition("/")
-            parts[part][named_bank(bank)] = tensor
+        for name in sorted({name.partition("/")[0] for name in tensors}):
+            shape: tuple[int | None, ...] = (None, None)
+            for part in _PARTS:
+                is_id = part.endswith("ids")
+                tensor = stored(
+                    tensors, f"{name}/{part}", shape, INTEGERS if is_id else (torch.float32,)
+                )
+                shape = tuple(tensor.shape)
+                if is_id and not words.keys() >= set(tensor.unique().tolist()):
+                    raise ValueError(f"its words lack some tokens of {name}/{part}")
+                parts[part][named_bank(name)] = tensor
+        if metadata["norm"] not in ("True", "False"):
+            raise ValueError(f"its norm is {metadata['norm']!r:.40}")
         return cls(
             **{part: dict(sorted(each.items())) for part, each in parts.items()},
-            words={int(i): word for i, word in json.loads(metadata["words"]).items()},
+            words=words,
             norm=metadata["norm"] == "True",
             model=metadata["model"],
-            fingerprint=metadata["fingerprint"],
+            fingerprint=stated_digest(metadata, "fingerprint"),
         )
 
 
