@@ -271,7 +271,7 @@ def save_edited(path: Path, change: Callable[[dict[str, Tensor], dict[str, str]]
         (lambda t, f: f.update(count="many"), "its count is 'many'"),
         (lambda t, f: f.update(count="0"), "whole number of at least 1"),
         (lambda t, f: f.update(excess="nan"), "its excess is 'nan'"),
-        (lambda t, f: f.update(fingerprint="mine"), "not a sha256"),
+        (lambda t, f: f.update(fingerprint="\u202e" * 9), "not a digest"),
         (lambda t, f: t["matrix"][3].fill_(float("nan")), "holds NaN or infinity"),
         (lambda t, f: t.update(matrix=torch.zeros(0, 0)), "expected"),
         (lambda t, f: t.update(matrix=torch.zeros(8, 8)), "zeros alone"),

@@ -41,14 +41,12 @@ import torch
 from torch import Tensor
 
 from ..core.artefact import (
-    FLOATS,
     Checkpoint,
     believing,
     read_tensors,
     stated_count,
     stated_digest,
     stated_number,
-    stored,
     write_tensors,
 )
 from ..core.checks import check_count, check_items, check_limit
@@ -59,6 +57,7 @@ from ..model.address import check_dense_layer, check_layer
 from ..model.language_model import LanguageModel
 from .factors import jittered, null_space, solve_moment, spectrum
 from .moment_sums import MomentSums
+from .moments_file import stored_matrix
 from .scan import check_dtype
 from .sweep import Corpus, sweep
 
@@ -346,7 +345,7 @@ class SecondMoment:
             )
         with believing(path, "a second moment", advice):
             moment = cls(
-                matrix=_matrix(tensors),
+                matrix=stored_matrix(tensors),
                 count=stated_count(metadata, "count", least=1),
                 fingerprint=stated_digest(metadata, "fingerprint"),
                 corpus=stated_digest(metadata, "corpus"),
@@ -461,44 +460,3 @@ def enough_tokens(
     if max_tokens is not None:
         return check_limit(max_tokens, "max_tokens")
     return TOKENS_PER_NEURON * max(lm.ffn[check_layer(x, lm.n_layers)].d_ff for x in layers)
-
-
-_DTYPES = (*FLOATS, torch.float16, torch.bfloat16)
-
-_ASYMMETRY = 1e-3
-"""The largest accepted difference from the transpose, relative to the largest entry."""
-
-
-def _matrix(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return the matrix of a file, packed or not.
-
-    Raises:
-        KeyError, ValueError: It cannot be a second moment.
-    """
-    if "packed" in tensors:
-        return _unpack(tensors)
-    n = tensors["matrix"].shape[0] if tensors["matrix"].ndim else 0
-    matrix = stored(tensors, "matrix", (n or None, n or None), _DTYPES)
-    if bool((matrix.diagonal() < 0).any()) or not bool((matrix.diagonal() > 0).any()):
-        raise ValueError("its diagonal holds a negative number, or zeros alone")
-    if bool((matrix - matrix.T).abs().max() > _ASYMMETRY * matrix.abs().max()):
-        raise ValueError("its matrix is not symmetric")
-    return matrix
-
-
-def _unpack(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return the matrix (d_ff, d_ff) float64 that `SecondMoment.save` packed.
-
-    Raises:
-        KeyError, ValueError: The two tensors do not fit.
-    """
-    scale = stored(tensors, "scale", (None,), (torch.float32,), least=0)
-    n = len(scale)
-    packed = stored(tensors, "packed", (n * (n + 1) // 2,), (torch.float16,))
-    factor = torch.zeros(n, n, dtype=torch.float64)
-    rows, columns = torch.tril_indices(n, n)
-    factor[rows, columns] = packed.double()
-    if bool((factor.diagonal() < 0).any()) or not bool((scale > 0).any()):
-        raise ValueError("the diagonal of its factor holds a negative number, or zeros alone")
-    factor *= scale.double()[:, None]
-    return factor @ factor.T

@@ -1,0 +1,53 @@
+"""The matrix of a second moment as a file holds it: whole, or packed.
+
+matrix = stored_matrix(tensors)        # (d_ff, d_ff), or an error that says what is wrong
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..core.artefact import FLOATS, stored
+
+_DTYPES = (*FLOATS, torch.float16, torch.bfloat16)
+
+_ASYMMETRY = 1e-3
+"""The largest accepted difference from the transpose, relative to the largest entry."""
+
+
+def stored_matrix(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the matrix of a file, packed or not.
+
+    Raises:
+        KeyError, ValueError: It cannot be a second moment.
+    """
+    if "packed" in tensors:
+        return _unpack(tensors)
+    n = tensors["matrix"].shape[0] if tensors["matrix"].ndim else 0
+    matrix = stored(tensors, "matrix", (n or None, n or None), _DTYPES)
+    if bool((matrix.diagonal() < 0).any()) or not bool((matrix.diagonal() > 0).any()):
+        raise ValueError("its diagonal holds a negative number, or zeros alone")
+    if bool((matrix - matrix.T).abs().max() > _ASYMMETRY * matrix.abs().max()):
+        raise ValueError("its matrix is not symmetric")
+    return matrix
+
+
+def _unpack(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the matrix (d_ff, d_ff) float64 that `SecondMoment.save` packed.
+
+    Raises:
+        KeyError, ValueError: The two tensors do not fit.
+    """
+    scale = stored(tensors, "scale", (None,), (torch.float32,), least=0)
+    n = len(scale)
+    packed = stored(tensors, "packed", (n * (n + 1) // 2,), (torch.float16,))
+    factor = torch.zeros(n, n, dtype=torch.float64)
+    rows, columns = torch.tril_indices(n, n)
+    factor[rows, columns] = packed.double()
+    if bool((factor.diagonal() < 0).any()) or not bool((scale > 0).any()):
+        raise ValueError("the diagonal of its factor holds a negative number, or zeros alone")
+    factor *= scale.double()[:, None]
+    return factor @ factor.T
