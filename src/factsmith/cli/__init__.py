@@ -36,8 +36,8 @@ app = typer.Typer(
     name="factsmith",
     help="Read, locate, patch and keep the facts in a transformer's feed-forward memory.",
     epilog=(
-        "`factsmith COMMAND --help` shows the options of a command, and examples. The cache folder "
-        "is $FACTSMITH_CACHE, or the user's."
+        "`factsmith COMMAND --help` shows the options of a command, and examples. The index of a "
+        "model is kept in the folder $FACTSMITH_CACHE, or in the user's cache folder."
     ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -101,11 +101,11 @@ def print_json(result: dict[str, Any], *, indent: int | None = None) -> None:
 def as_json_text(result: Any, *, indent: int | None = None) -> str:
     """Return JSON as the commands print it: all but printable characters are escaped."""
     text = json.dumps(result, ensure_ascii=False, allow_nan=False, indent=indent)
-    if not (can_write(text) and can_write(text, err=True)):
-        return json.dumps(result, ensure_ascii=True, allow_nan=False, indent=indent)
-    if text.isprintable():
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+    if can_write(text) and can_write(text, err=True):
         return text
-    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+    return json.dumps(result, ensure_ascii=True, allow_nan=False, indent=indent)
 
 
 def drawn(text: Text) -> Text:

@@ -35,7 +35,7 @@ IndexFolder = Annotated[
         "--index",
         metavar="DIR",
         help="Where the model's index is kept.",
-        show_default="in the user's cache",
+        show_default="in $FACTSMITH_CACHE, or the user's cache",
     ),
 ]
 MaxTokens = Annotated[

@@ -16,10 +16,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
+from ..core.cache import cached
 from ..core.checks import check_count, check_limit, check_text
 from ..core.errors import DamagedError, InputError
 from ..core.files import folder_path
-from ..core.identity import earlier_fingerprints
 from ..core.progress import Progress, tell
 from ..core.tables import counted
 from ..corpus.sweep import corpus_digest
@@ -120,18 +120,11 @@ def _check_corpus(
 
 
 def _cached(lm: LanguageModel, texts: str | Iterable[str] | None, limit: float) -> Path:
-    """Return where the user's cache keeps the index of some texts.
-
-    The cache is $FACTSMITH_CACHE, $XDG_CACHE_HOME/factsmith, or ~/.cache/factsmith.
-    """
-    if named := os.environ.get("FACTSMITH_CACHE"):
-        cache = Path(named)
-    else:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "factsmith"
-    of_texts = "" if texts is None else f"-{corpus_digest(lm, texts, limit)[:16]}"
-    fingerprints = [lm.fingerprint, *earlier_fingerprints(lm.fingerprint)]
-    places = [cache / "index" / f"{digest[:16]}{of_texts}" for digest in fingerprints]
-    return next((place for place in places if place.is_dir()), places[0])
+    """Return where the user's cache keeps the index of some texts."""
+    name = lm.fingerprint[:16]
+    if texts is not None:
+        name += f"-{corpus_digest(lm, texts, limit)[:16]}"
+    return cached(Path("index", name))
 
 
 def _own_words(
