@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from conftest import GPT2, LLAMA, byte_tokenizer, tiny_model
-from factsmith.core.errors import DamagedError, FingerprintError, NumericsError, WorkspaceError
+from factsmith.core.errors import (
+    DamagedError,
+    FingerprintError,
+    InputError,
+    NumericsError,
+    WorkspaceError,
+)
+from factsmith.edit.delta import applied, homes, write_weights
 from factsmith.keep.ledger import BASE, LATEST, Ledger
 from factsmith.keep.workbench import Workbench
 from factsmith.model.language_model import LanguageModel
@@ -155,3 +162,112 @@ def test_a_damaged_delta_is_refused_and_an_older_revision_opens(
         with pytest.raises(DamagedError):
             bench.checkout(LATEST)
         assert hashes(lm) == after_one
+
+
+def change_in_memory(lm: LanguageModel, layer: int) -> None:
+    """Change weights so that neither PyTorch's counter nor a few samples show it."""
+    flat = lm.ffn[layer].down.get_parameter("weight").data.numpy().reshape(-1)
+    flat[flat.size // 2 + 5] += 1
+
+
+@pytest.mark.parametrize(
+    "verb", ["commit", "apply", "revert", "checkout", "import", "export", "rebuild", "diff"]
+)
+def test_weights_changed_in_memory_are_noticed(
+    lm: LanguageModel, tmp_path: Path, verb: str
+) -> None:
+    with Workbench(lm, tmp_path / "space") as bench:
+        one = bench.commit(some_delta(lm, 1))
+        bench.export(tmp_path / "patch", format="patch")
+        delta, state, log = some_delta(lm, 2), hashes(lm), bench.log()
+        change_in_memory(lm, 1)
+        assert hashes(lm) != state and lm.fingerprint == delta.fingerprint, "the counter is blind"
+        calls = {
+            "commit": lambda: bench.commit(delta),
+            "apply": lambda: bench.apply(FACT, config=QUICK),
+            "revert": lambda: bench.revert(one.id),
+            "checkout": lambda: bench.checkout(BASE),
+            "import": lambda: bench.import_patches(tmp_path / "patch", force=True),
+            "export": lambda: bench.export(tmp_path / "out", format="patch"),
+            "rebuild": bench.rebuild,
+            "diff": lambda: bench.diff(BASE),
+        }
+        with pytest.raises(FingerprintError, match=r"layer 1 were (changed outside|not base)"):
+            calls[verb]()
+        assert bench.log() == log
+        if verb != "rebuild":
+            with pytest.raises(FingerprintError, match="were built again"):
+                bench.rebuild()
+        assert hashes(lm) == state
+        assert bench.rebuild().revisions == 1
+        assert bench.commit(some_delta(lm, 2)).state == "active"
+
+
+def test_a_base_changed_in_memory_is_noticed(lm: LanguageModel, tmp_path: Path) -> None:
+    before = lm.fingerprint
+    change_in_memory(lm, 2)
+    assert lm.fingerprint == before, "the counter is blind"
+    with pytest.raises(FingerprintError, match=r"was made for|Load that model"):
+        Workbench(lm, tmp_path / "made").close()
+        change_in_memory(lm, 2)
+        Workbench(lm, tmp_path / "made")
+    other = wrap(tiny_model("gpt2", **GPT2), byte_tokenizer())
+    with Workbench(other, tmp_path / "space") as bench:
+        bench.commit(some_delta(other, 1))
+        delta = some_delta(other, 2, (2,))
+        change_in_memory(other, 2)
+        with pytest.raises(FingerprintError, match=r"layer 2 .* not the base's; load the model"):
+            bench.commit(delta)
+        assert len(bench.log()) == 1
+        with pytest.raises(FingerprintError, match="not the base model any more"):
+            bench.rebuild()
+
+
+def tied(family: str, part: str) -> LanguageModel:
+    """A tiny model whose layers share their feed-forward part, or its down-projection."""
+    module = tiny_model(family, **(GPT2 if family == "gpt2" else LLAMA))
+    layers = module.transformer.h if family == "gpt2" else module.model.layers
+    down = "c_proj" if family == "gpt2" else "down_proj"
+    for layer in layers[1:]:
+        if part == "module":
+            layer.mlp = layers[0].mlp
+        else:
+            getattr(layer.mlp, down).weight = getattr(layers[0].mlp, down).weight
+    return wrap(module, byte_tokenizer(bos=family == "llama"))
+
+
+@pytest.mark.parametrize("part", ["module", "parameter"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_layers_that_share_a_matrix(tmp_path: Path, family: str, part: str) -> None:
+    lm = tied(family, part)
+    assert homes(lm) == {0: 0, 1: 0, 2: 0}
+    base, matrix = hashes(lm), lm.ffn[0].weight().clone()
+    with Workbench(lm, tmp_path) as bench:
+        first = some_delta(lm, 1, (0,))
+        one = bench.commit(first)
+        second = some_delta(lm, 2, (1, 2))
+        two = bench.commit(second)
+        total = matrix + first.dense(0) + second.dense(1) + second.dense(2)
+        assert torch.equal(lm.ffn[2].weight(), total), "every update is in the one matrix"
+        state = hashes(lm)
+        bench.checkout(BASE)
+        assert hashes(lm) == base
+        with applied(lm, [first, second]):
+            assert torch.equal(lm.ffn[0].weight(), total)
+        assert hashes(lm) == base
+        bench.checkout(LATEST)
+        assert hashes(lm) == state and bench.rebuild().revisions == 2
+        bench.revert(two.id)
+        assert torch.equal(lm.ffn[1].weight(), matrix + first.dense(0))
+        bench.revert(one.id)
+        assert hashes(lm) == base
+        bench.commit(some_delta(lm, 3, (2,)))
+    assert hashes(lm) == base, "closing restores the base weights"
+    twice = {0: matrix, 1: matrix + 1}
+    with pytest.raises(InputError, match="share a matrix"):
+        write_weights(lm, twice)
+    assert hashes(lm) == base
+
+
+def test_layers_with_matrices_of_their_own(lm: LanguageModel) -> None:
+    assert homes(lm) == {0: 0, 1: 1, 2: 2}

@@ -8,6 +8,9 @@
 
 In floating point W + Δ − Δ is not W. So an undo never subtracts: the base matrix is kept, and
 copied back.
+
+Layers may share one matrix, as in a model that runs one decoder layer several times. Their updates
+are then added to that matrix, which is kept and restored once (`homes`).
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -236,8 +240,15 @@ def write_weights(lm: LanguageModel, weights: Mapping[int, Tensor]) -> None:
         InputError: A shape or dtype does not fit.
         NumericsError: A number is not finite.
     """
+    places, by_home = homes(lm), dict[int, Tensor]()
     for layer, new in weights.items():
         old = _weight(lm, layer)
+        twin = by_home.setdefault(places.get(layer, layer), new)
+        if twin is not new and not torch.equal(twin, new):
+            raise InputError(
+                f"layers {places[layer]} and {layer} share a matrix, and the new weights of "
+                "the two differ; give the matrix once"
+            )
         if new.shape != old.shape or new.dtype != old.dtype:
             raise InputError(
                 f"layer {layer}: the weights are {tuple(new.shape)} {new.dtype}; expected "
@@ -251,11 +262,30 @@ def write_weights(lm: LanguageModel, weights: Mapping[int, Tensor]) -> None:
     _copy(lm, weights)
 
 
-def patched(base: Mapping[int, Tensor], deltas: Iterable[Delta]) -> dict[int, Tensor]:
+def homes(lm: LanguageModel) -> dict[int, int]:
+    """Return {layer: the first layer with the same down-projection in memory}, without experts."""
+    first: dict[tuple[Any, ...], int] = {}
+    places: dict[int, int] = {}
+    for layer, ffn in enumerate(lm.ffn):
+        if not ffn.n_experts:
+            weight = ffn.weight()
+            place = (weight.device, weight.data_ptr(), weight.shape, weight.stride())
+            places[layer] = first.setdefault(place, layer)
+    return places
+
+
+def patched(
+    base: Mapping[int, Tensor], deltas: Iterable[Delta], places: Mapping[int, int] | None = None
+) -> dict[int, Tensor]:
     """Return base + Σ deltas for each layer of the base.
 
     The deltas are added in their order, in float32 or wider. The sum is rounded once to the base's
     dtype. The same base and deltas always give the same bits.
+
+    Args:
+        base: {layer: (d_model, d_ff)}.
+        deltas: The deltas.
+        places: From `homes`: the layer of the base that has a layer's matrix. None: its own.
 
     Raises:
         LayerError: A delta touches a layer that the base does not hold.
@@ -267,16 +297,17 @@ def patched(base: Mapping[int, Tensor], deltas: Iterable[Delta]) -> dict[int, Te
     }
     for delta in deltas:
         for layer in delta.layers:
-            if layer not in sums:
+            home = (places or {}).get(layer, layer)
+            if home not in sums:
                 raise LayerError(f"the delta edits layer {layer}; the base holds {sorted(sums)}")
-            update = delta.dense(layer).to(sums[layer])
-            if update.shape != sums[layer].shape:
+            update = delta.dense(layer).to(sums[home])
+            if update.shape != sums[home].shape:
                 raise InputError(
                     f"layer {layer}: the delta is {tuple(update.shape)} and the model's "
-                    f"down-projection is {tuple(sums[layer].shape)}, so it was made for another "
+                    f"down-projection is {tuple(sums[home].shape)}, so it was made for another "
                     "model"
                 )
-            sums[layer] = sums[layer] + update
+            sums[home] = sums[home] + update
     return {layer: total.to(base[layer].dtype) for layer, total in sums.items()}
 
 
@@ -292,14 +323,11 @@ def applied(lm: LanguageModel, delta: Delta | Iterable[Delta]) -> Iterator[None]
         LayerError, InputError, NumericsError: A delta does not fit. Then nothing has changed.
     """
     deltas = [delta] if isinstance(delta, Delta) else list(delta)
-    base = read_weights(lm, (layer for delta in deltas for layer in delta.layers))
-    new = patched(base, deltas)
-    with lm.gap_choices.held(lm):
-        try:
-            write_weights(lm, new)
-            yield
-        finally:
-            _copy(lm, base)  # without checks: the model gets back what it had
+    places = homes(lm)
+    layers = {places.get(layer, layer) for delta in deltas for layer in delta.layers}
+    with lm.gap_choices.held(lm), _lent(lm, layers) as base:
+        write_weights(lm, patched(base, deltas, places))
+        yield
 
 
 @contextmanager
@@ -311,13 +339,46 @@ def written(lm: LanguageModel, weights: Mapping[int, Tensor]) -> Iterator[None]:
     Raises:
         LayerError, InputError, NumericsError: As `write_weights`. Then nothing has changed.
     """
-    base = read_weights(lm, weights)
-    with lm.gap_choices.held(lm):
-        try:
-            write_weights(lm, weights)
-            yield
-        finally:
-            _copy(lm, base)
+    with lm.gap_choices.held(lm), _lent(lm, weights):
+        write_weights(lm, weights)
+        yield
+
+
+_LENT: WeakKeyDictionary[LanguageModel, list[dict[int, Tensor]]] = WeakKeyDictionary()
+"""The weights to put back at the end of every block that is open, the innermost last."""
+
+
+@contextmanager
+def _lent(lm: LanguageModel, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+    """Give a block the weights of some layers, which it may change, and put them back after it.
+
+    A Ctrl-C may come while they are put back. Then `take_back` does it.
+    """
+    base = read_weights(lm, layers)
+    blocks = _LENT.setdefault(lm, [])
+    try:
+        blocks.append(base)
+        yield base
+    finally:
+        if any(block is base for block in blocks):
+            _copy(lm, base)  # without checks: the model gets back what it had
+            del blocks[[block is base for block in blocks].index(True)]
+
+
+def n_lent(lm: LanguageModel) -> int:
+    """Return how many blocks of `applied` and `written` are open on a model."""
+    return len(_LENT.get(lm, ()))
+
+
+def take_back(lm: LanguageModel, n: int) -> None:
+    """Put weights back as after the blocks of `applied` and `written` beyond the first n.
+
+    It is for blocks that an interruption ended before they could do so.
+    """
+    blocks = _LENT.get(lm, [])
+    while len(blocks) > n:
+        _copy(lm, blocks[-1])
+        blocks.pop()
 
 
 def _weight(lm: LanguageModel, layer: int) -> Tensor:

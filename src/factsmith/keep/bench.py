@@ -32,10 +32,12 @@ from ..patch.proof import ask
 from ..patch.recipe import Sources
 from ..patch.verification import Verification
 from .asked import Asked, compare, held_when_kept
-from .carried import Carried, newest_facts
+from .carried import Carried, give_back, newest_facts
 from .export.dtypes import dtype_name
 from .layers_file import read_layers, write_layers
 from .ledger import Ledger
+from .revision import Revision, Status
+from .settled import settled
 
 _ASKED_AGAIN = 100
 """Earlier facts asked again with every new patch: the newest ones. `Workbench.verify` asks all."""
@@ -72,10 +74,12 @@ class LedgerBench:
 
     def __init__(self, lm: LanguageModel, folder: str | os.PathLike[str]) -> None:
         self.lm = lm
+        give_back(lm)
         is_workspace = (Path(folder) / "ledger.db").is_file()
         self.ledger = Ledger(folder) if is_workspace else create(lm, folder)
-        self._carried = Carried(lm, self.ledger)
         try:
+            lm.fresh_fingerprint()
+            self._carried = Carried(lm, self.ledger)
             if not lm.has_fingerprint(self.ledger.fingerprint):
                 raise FingerprintError(
                     f"{folder} was made for {self.ledger.model!r} in {self.ledger.dtype}, "
@@ -87,6 +91,8 @@ class LedgerBench:
                 )
             self._carried.go_to(self.ledger.current)  # opening writes nothing
         except BaseException:
+            if hasattr(self, "_carried"):
+                self._carried.release()
             self.ledger.close()
             raise
 
@@ -100,6 +106,20 @@ class LedgerBench:
         """Put the base weights back, bit for bit, and close the ledger; the records stay."""
         self._carried.release()
         self.ledger.close()
+
+    def log(self) -> list[Revision]:
+        """Return every revision, newest first."""
+        return self.ledger.log()
+
+    def show(self, reference: str) -> Revision:
+        """Return the revision with this id, unique prefix, or "latest"; raises RevisionError."""
+        return self.ledger.show(reference)
+
+    def status(self) -> Status:
+        """Return where the workspace stands, after checking every record and every delta's sha256;
+        raises DamagedError.
+        """
+        return self.ledger.status()
 
     @property
     def base_fingerprint(self) -> str:
@@ -196,6 +216,7 @@ class LedgerBench:
         with self.on_base():
             return find_moments(self.lm, layers, folder=folder or self._moments_folder, **options)
 
+    @settled
     def recommend_layers(
         self,
         facts: Iterable[Fact] | None = None,

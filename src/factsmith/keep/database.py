@@ -185,6 +185,12 @@ class Database:
         """Close the connection."""
         self.connection.close()
 
+    def settle(self) -> None:
+        """Roll back a transaction that an interruption left open."""
+        with explained(self.folder):
+            if self.connection.in_transaction:
+                self.connection.execute("ROLLBACK")
+
     @property
     def restore(self) -> str:
         """The advice for a damaged file."""

@@ -101,6 +101,11 @@ class Housekeeping:
                 remove_leftovers(self.folder)
         return tuple(entry.name for entry in (*loose, *unfinished))
 
+    def settle(self) -> None:
+        """Take back what an interrupted call of this ledger left unfinished."""
+        self._together = False
+        self._database.settle()
+
     def _remove_new(self) -> None:
         """Remove the deltas that were written for a revision that was not recorded."""
         if not self._blobs.new:

@@ -228,10 +228,7 @@ class Ledger(Housekeeping):
     # ── writing ───────────────────────────────────────────────────────────────────────────────────
 
     def expect(self, onto: str) -> None:
-        """Raise now what `commit` would raise after the work.
-
-        Args:
-            onto: The newest revision that the caller knows.
+        """Raise now what `commit` with this `onto` would raise after the work.
 
         Raises:
             WorkspaceError: when the workspace cannot be written, is locked, or has moved on.
@@ -292,11 +289,8 @@ class Ledger(Housekeeping):
     def together(self, onto: str) -> Iterator[None]:
         """Make the commits inside a block one: all of them are recorded, or nothing is.
 
-        Args:
-            onto: The newest revision that the caller knows.
-
         Raises:
-            WorkspaceError: as `commit` does.
+            WorkspaceError: as `commit` with this `onto` does.
         """
         if self._together:
             yield  # the block around this one has checked `onto` already

@@ -50,7 +50,8 @@ from .export.formats import export
 from .export.record import Export
 from .ledger import LATEST
 from .outcome import Outcome
-from .revision import Integrity, Revision, Status
+from .revision import Integrity, Revision
+from .settled import settled
 
 
 class Workbench(LedgerBench):
@@ -70,6 +71,7 @@ class Workbench(LedgerBench):
 
     # ── reading ───────────────────────────────────────────────────────────────────────────────────
 
+    @settled
     def plan(
         self,
         facts: Fact | Iterable[Fact],
@@ -91,29 +93,20 @@ class Workbench(LedgerBench):
         decided = plan(self, facts, _recipe(method, config))
         return dataclasses.replace(decided, seconds=self.seconds_for(decided))
 
-    def log(self) -> list[Revision]:
-        """Return every revision, newest first."""
-        return self.ledger.log()
-
-    def show(self, reference: str) -> Revision:
-        """Return the revision with this id, unique prefix, or "latest"; raises RevisionError."""
-        return self.ledger.show(reference)
-
-    def status(self) -> Status:
-        """Return where the workspace stands, after checking every record and every delta's sha256;
-        raises DamagedError.
-        """
-        return self.ledger.status()
-
+    @settled
     def verify(self) -> Verification:
         """Ask every active patch's prompt, paraphrases and neighbours of the base weights and of
         the weights now.
 
         Where two patches have the same prompt, only the newer one's is asked.
         """
+        return self._verify()
+
+    def _verify(self) -> Verification:
         with self.on_base():
             return prove(self.lm, newest_facts(self._carried.deltas.values()), self.carrying)
 
+    @settled
     def diff(self, before: str, after: str = LATEST) -> Diff:
         """Compare two revisions ("base", "latest", or ids): facts, the model's answers to their
         prompts, norms by layer.
@@ -123,19 +116,23 @@ class Workbench(LedgerBench):
         self._carried.check_weights()
         return diff(self._carried, before, after)
 
+    @settled
     def rebuild(self) -> Integrity:
-        """Check every record and file, then build the weights again from the base and the files,
-        and compare them with the model's.
+        """Check every record and file, then build the weights again from the base and the files.
+
+        They are compared with the model's, and the model without patches with the base. Afterwards
+        the patched layers have the weights that the ledger says, also when something had changed
+        them in memory.
 
         Raises:
-            DamagedError: The first fault, or other weights than those the model carries; then these
-                stay.
+            DamagedError: A record or a file has a fault.
+            FingerprintError: The model had other weights.
         """
         integrity = self.ledger.verify()
-        self._carried.check_weights()
         self._carried.check_bits()
         return integrity
 
+    @settled
     def drift(self, **options: Any) -> Drift:
         """Measure what the patches that the model carries did to everything else; options as of the
         function `drift`.
@@ -153,6 +150,7 @@ class Workbench(LedgerBench):
         with self.on_base():
             return drift(self.lm, lambda: applied(self.lm, deltas), without=subjects, **options)
 
+    @settled
     def capacity(
         self, next_facts: int = 0, *, limit: float = LIMIT, ask: bool = True, **options: Any
     ) -> Capacity:
@@ -171,7 +169,7 @@ class Workbench(LedgerBench):
         layers = sorted({layer for delta in deltas for layer in delta.layers})
         choice = None if layers else self.known_layers()
         free = (choice.memit if choice is not None else ()) or by_depth(self.lm.n_layers)
-        checks = self.verify().checks if ask and deltas else ()
+        checks = self._verify().checks if ask and deltas else ()
         asked = [check for check in checks if check.role == "prompt"]
         return capacity(
             deltas,
@@ -184,6 +182,7 @@ class Workbench(LedgerBench):
             kept=sum(check.held for check in asked) if ask else None,
         )
 
+    @settled
     def export(
         self, folder: str | os.PathLike[str], format: str = "checkpoint", **options: Any
     ) -> Export:
@@ -201,6 +200,7 @@ class Workbench(LedgerBench):
 
     # ── proposing ─────────────────────────────────────────────────────────────────────────────────
 
+    @settled
     def propose(  # house: a promised signature, kept for those who call it with keywords
         self,
         facts: Fact | Iterable[Fact],
@@ -257,6 +257,7 @@ class Workbench(LedgerBench):
 
     # ── changing ──────────────────────────────────────────────────────────────────────────────────
 
+    @settled
     def apply(  # house: a promised signature, kept for those who call it with keywords
         self,  # house: the promised arguments are those of `propose`, and more
         facts: Fact | Iterable[Fact],
@@ -317,11 +318,10 @@ class Workbench(LedgerBench):
             return Outcome.of(attempt)
         forced = not attempt.holds or bool(attempt.proposal.plan.conflicts)
         report = attempt.report | {"forced": forced}
-        revision = self.commit(
-            attempt.delta, report, moments=attempt.proposal.moments, message=message
-        )
+        revision = self._commit(attempt.delta, report, attempt.proposal.moments, message)
         return Outcome.of(attempt, revision, forced=forced)
 
+    @settled
     def commit(
         self,
         delta: Delta,
@@ -344,6 +344,12 @@ class Workbench(LedgerBench):
             WorkspaceError: The workspace cannot be written, has moved on, or an older revision is
                 checked out.
         """
+        plain = report.to_dict() if isinstance(report, Verification) else report
+        return self._commit(delta, plain, moments, message)
+
+    def _commit(
+        self, delta: Delta, report: Mapping[str, Any] | None, moments: str | None, message: str
+    ) -> Revision:
         self._carried.check_weights()
         if not same_model(delta.fingerprint, self.lm.fingerprint):
             raise FingerprintError(
@@ -352,9 +358,8 @@ class Workbench(LedgerBench):
                 "this model with the patches it carries now"
             )
         check_erased(delta, self._carried.deltas)
-        plain = report.to_dict() if isinstance(report, Verification) else report
         deltas = [*self._carried.deltas.values(), delta]
-        return self._carried.move(deltas, lambda: self._record(delta, plain, moments, message))
+        return self._carried.move(deltas, lambda: self._record(delta, report, moments, message))
 
     def _record(
         self, delta: Delta, report: Mapping[str, Any] | None, moments: str | None, message: str
@@ -372,6 +377,7 @@ class Workbench(LedgerBench):
             message=message or neurons_in_words(delta),
         )
 
+    @settled
     def revert(
         self,
         reference: str,
@@ -431,6 +437,7 @@ class Workbench(LedgerBench):
             ),
         )
 
+    @settled
     def import_patches(
         self,
         folder: str | os.PathLike[str],
@@ -463,6 +470,7 @@ class Workbench(LedgerBench):
         self._carried.move([*self._carried.deltas.values(), *new], record)
         return tuple(revisions)
 
+    @settled
     def checkout(self, reference: str) -> str:
         """Give the model the weights of a revision ("base", "latest", or an id) and return its full
         id. The same revision, the same bits.
@@ -475,6 +483,7 @@ class Workbench(LedgerBench):
         if identity == self.ledger.current:
             self._carried.go_to(identity)  # opening a workspace writes nothing to it
         else:
+            self._carried.check_weights()
             deltas = [self._carried.delta_of(revision) for revision in self.ledger.active(identity)]
             self._carried.move(deltas, lambda: self.ledger.checkout(identity))
         self.asked = self.ask_facts()

@@ -175,6 +175,11 @@ class RunnableModel:
             self._identity = (state, identify(self.module, self.tokenizer))
         return self._identity[1]
 
+    def fresh_fingerprint(self) -> str:
+        """Return the fingerprint after reading every weight again, whatever the counters say."""
+        self._identity = None
+        return self.fingerprint
+
     def adopt(self, structure: Structure) -> None:
         """Take over the structure that `selfcheck.discover` found."""
         self.layers, self.slot = structure.layers, structure.slot
