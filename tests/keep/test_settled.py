@@ -143,9 +143,10 @@ def test_interrupted_at_any_line(tmp_path: Path, verb: str) -> None:
         assert bench.verify() is not None
         space.check(bench)
         bench.checkout(LATEST)
-        bench.commit(some_delta(space.lm, 5))
+        bench.commit(some_delta(space.lm, 5, (2,)))
         space.check(bench)
         bench.close()
+        assert torch.is_grad_enabled()
         assert hashes(space.lm) == space.base
     assert done > tries // 2
 
@@ -180,7 +181,7 @@ def test_interrupted_while_it_opens_or_closes(tmp_path: Path, verb: str) -> None
         with Workbench(space.lm, tmp_path / "space") as again:
             assert again.ledger.head == head
             space.check(again)
-        assert hashes(space.lm) == space.base
+        assert hashes(space.lm) == space.base and torch.is_grad_enabled()
     assert interrupted > 10
 
 

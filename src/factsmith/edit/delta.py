@@ -386,6 +386,6 @@ def _weight(lm: LanguageModel, layer: int) -> Tensor:
 
 
 def _copy(lm: LanguageModel, weights: Mapping[int, Tensor]) -> None:
-    with torch.no_grad():
-        for layer, new in weights.items():
-            _weight(lm, layer).copy_(new)
+    for layer, new in weights.items():
+        # Not inside a `no_grad`: a Ctrl-C could leave it off. A detached view needs none.
+        _weight(lm, layer).detach().copy_(new.detach())

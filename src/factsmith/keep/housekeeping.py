@@ -30,6 +30,7 @@ class Housekeeping:
     _blobs: Blobs
     _database: Database
     _records: Records
+    _together: bool
 
     def verify(self) -> Integrity:
         """Check the database, every record, the chain of parents, and every delta's sha256.

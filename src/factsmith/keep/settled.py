@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
-P = ParamSpec("P")
-R = TypeVar("R")
+Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 
-def settled(verb: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
+def settled(verb: Verb) -> Verb:
     """Return the method of a workbench, so that an interruption leaves model and ledger in step."""
 
     @functools.wraps(verb)
-    def run(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
+    def run(self: Any, /, *args: Any, **kwargs: Any) -> Any:
         self._carried.begin()
         grad = torch.is_grad_enabled()
         try:
@@ -35,4 +34,4 @@ def settled(verb: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any,
         finally:
             self._carried.end()
 
-    return run
+    return cast(Verb, run)

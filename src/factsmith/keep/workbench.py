@@ -391,10 +391,9 @@ class Workbench(LedgerBench):
         """Take a patch out, or some of its facts, or bring back what a revert took; the revert is a
         revision of its own.
 
-        Patches that were solved on top of what goes are solved again, in closed form and in their
-        order, from the targets kept with them. Then every fact that stays is asked. Patches of
-        other layers whose facts would be lost are solved again, too. The revision's report says
-        what was asked, what was solved again, and what is lost.
+        Patches that were solved on top of what goes are solved again, in their order. Then every
+        fact that stays is asked. Patches of other layers whose facts would be lost are solved
+        again, too. The report says what was asked, what was solved again, and what is lost.
 
         Args:
             reference: The revision's id, a unique prefix, or "latest".
