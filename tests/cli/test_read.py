@@ -21,10 +21,10 @@ def test_a_model_cannot_steer_the_terminal(
 ) -> None:
     monkeypatch.setattr(
         "factsmith.model.language_model.LanguageModel.answer",
-        lambda self, prompts, max_new_tokens: ["\x1b[2J[bold]x[/bold]"],
+        lambda self, prompts, max_new_tokens, lines: ["\x1b[2J[bold]x[/bold]\ny"][:lines],
     )
-    done = run("ask", model, PROMPT)
-    assert "\x1b" not in done.out and "[bold]x[/bold]" in done.out
+    done = run("ask", model, PROMPT, "--lines", "2")
+    assert "\x1b" not in done.out and "[bold]x[/bold] ↵ y" in done.out
 
 
 def test_a_prediction_is_explained(run: Run, model: Path) -> None:

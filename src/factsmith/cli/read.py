@@ -10,7 +10,7 @@ import typer
 from ..core.errors import InputError
 from ..core.files import check_writable
 from ..core.gap import gap_notes
-from ..core.tables import Table
+from ..core.tables import Table, in_one_line
 from ..corpus.paragraphs import Paragraphs
 from . import completing
 from .models import need_model, opened
@@ -56,6 +56,7 @@ def ask(
         int, typer.Option(min=1, help="How many of the likeliest next tokens to list.")
     ] = 10,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="How far to continue the text.")] = 8,
+    lines: Annotated[int, typer.Option(min=1, help="How many lines an answer has at most.")] = 1,
     workspace: Where = None,
     device: Device = None,
     as_json: Json = False,
@@ -73,7 +74,7 @@ def ask(
     for note in gap_notes([prompt]):
         complain("warning", note)
     with progress() as tell, opened(model, workspace, device, tell) as (lm, bench):
-        answer = lm.answer([prompt], max_new_tokens=max_new_tokens)[0]
+        answer = lm.answer([prompt], max_new_tokens=max_new_tokens, lines=lines)[0]
         likely = lm.next_tokens(prompt, top)
         revision = None if bench is None else bench.ledger.current
     result = {
@@ -84,7 +85,7 @@ def ask(
         "revision": revision,
     }
     rows = [(f"{p:.2%}", repr(token)) for token, p in likely]
-    tables = [Table(f"{prompt} → {answer}", {"p": ">", "next token": "<"}, rows)]
+    tables = [Table(in_one_line(f"{prompt} → {answer}"), {"p": ">", "next token": "<"}, rows)]
     print_result(result, tables, as_json)
 
 
