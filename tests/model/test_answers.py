@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from factsmith.model.answers import answer_tokens, begins_with, is_answered, probabilities, say
 from factsmith.model.decoding import half_character
@@ -96,3 +98,17 @@ def test_the_probability_of_what_was_said_is_of_its_tokens() -> None:
     assert p == other == pytest.approx(math.exp(lm.log_prob(["Money of Romania:"], ["leu"])[0]))
     assert probabilities(lm, ["Money of Romania:"] * 2, ["", ()]) == [None, None]
     assert probabilities(lm, ["Money of Romania:"], [begin]) == [p], "tokens alone"
+
+
+@pytest.mark.parametrize("n_bytes", range(1, 5))
+def test_tokens_of_single_bytes_make_half_characters_too(n_bytes: int) -> None:
+    """As SentencePiece writes them: <0xF0> <0x9F> <0x98> <0x80>."""
+    names = ["<unk>", "a", *(f"<0x{byte:02X}>" for byte in range(256))]
+    model = models.BPE({name: i for i, name in enumerate(names)}, [], byte_fallback=True)
+    backend = Tokenizer(model)
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    ids = tokenizer.convert_tokens_to_ids(["a", *(f"<0x{b:02X}>" for b in "😀".encode()[:n_bytes])])
+    text = tokenizer.decode(ids)
+    assert text == ("a😀" if n_bytes == 4 else "a" + "\ufffd" * n_bytes)
+    assert half_character(tokenizer, ids) == (0 if n_bytes == 4 else n_bytes)

@@ -16,7 +16,7 @@ from .tokens import target_ids
 
 _APOSTROPHES = "’‘‛ʼʻʹ′`´＇"
 _QUOTES = "“”„‟«»‹›「」『』《》〈〉〝〞〟＂″"
-_HYPHENS = "‐‑−﹣－"
+_HYPHENS = "‐‑−﹣－־"
 _ALIKE = str.maketrans(
     dict.fromkeys(_APOSTROPHES, "'")
     | dict.fromkeys(_QUOTES, '"')
@@ -245,6 +245,8 @@ def _belongs(last: str, following: str) -> bool:
         return True
     if _is_digit(last):
         return following in _TIMES or unicodedata.category(following) in ("No", "Nl")
+    if unicodedata.category(following)[0] != "L":
+        return False
     names = unicodedata.name(last, ""), unicodedata.name(following, "")
     kana = all("KATAKANA" in name for name in names)
     return kana or (names[1].startswith("HIRAGANA") and "SMALL" in names[1])
@@ -307,8 +309,8 @@ def _grouped(left: str, right: str) -> bool:
 
 def _last_word(text: str) -> str:
     """Return the letters at the end of a text."""
-    match = re.search(r"[^\W\d_]+$", text)
-    return match.group() if match else ""
+    word = re.search(r"[^\W\d_]+$", text)
+    return word.group() if word else ""
 
 
 # ── where phrases end ─────────────────────────────────────────────────────────────────────────────
@@ -355,5 +357,5 @@ def _name_after(answer: str) -> str:
 
 
 def _first_word(text: str) -> str:
-    match = re.match(r"\s*([^\W\d_]+)", text)
-    return match.group(1) if match else ""
+    word = re.match(r"\s*([^\W\d_]+)", text)
+    return word.group(1) if word else ""
