@@ -55,6 +55,7 @@ from ..core.identity import same_model
 from ..core.tables import counted
 from ..model.address import check_dense_layer, check_layer
 from ..model.language_model import LanguageModel
+from ..model.turns import asking
 from .factors import jittered, null_space, solve_moment, spectrum
 from .moment_sums import MomentSums
 from .moments_file import stored_matrix
@@ -364,6 +365,7 @@ _OPTIONAL: Mapping[str, Callable[[Mapping[str, str], str], Any]] = {
 """Fields that a file may lack: files of the first version have none of them."""
 
 
+@asking()
 def second_moments(
     lm: LanguageModel,
     texts: Iterable[str],

@@ -17,6 +17,7 @@ from ..core.checks import check_items, check_text
 from ..core.errors import InputError
 from ..model.language_model import LanguageModel
 from ..model.sample import sample
+from ..model.turns import asking
 
 CONTEXTS = ((5, 10), (10, 10))
 """(length in tokens, number) of ROME's contexts, as in the authors' code. The paper says 50 of 2 to
@@ -39,6 +40,7 @@ _SLOT = "factsmith-slot"
 way."""
 
 
+@asking()
 def generate_contexts(lm: LanguageModel, seed: int = 0) -> list[str]:
     """Return ROME's contexts: the bare "{}" and 20 templates "Some words. {}".
 
@@ -58,6 +60,7 @@ def generate_contexts(lm: LanguageModel, seed: int = 0) -> list[str]:
     return ["{}", *(f"{_plain(text)}. {{}}" for text in texts), *chat_contexts(lm)]
 
 
+@asking()
 def generate_openings(lm: LanguageModel, seed: int = 0) -> list[str]:
     """Return MEMIT's contexts: the bare "{}" and 5 templates that begin with `OPENINGS`.
 

@@ -29,9 +29,11 @@ from torch import Tensor
 
 from ..core.errors import InputError, LayerError, NumericsError
 from ..core.fact import Fact
+from ..core.settled import settled
 from ..core.tables import counted
 from ..model.address import check_layer
 from ..model.language_model import LanguageModel
+from ..model.turns import asking, turn
 from .delta_folder import (
     read_delta_folder,
     refusing_what_is_not_a_delta,
@@ -124,6 +126,7 @@ class Delta:
         size = f"rank {self.rank}, {self.n_bytes:,} bytes"
         return f"Delta({self.method}, {facts}, layers {layers}, {size})"
 
+    @settled()
     def dense(self, layer: int) -> Tensor:
         """Return the update of one layer's down-projection, (d_model, d_ff) float32.
 
@@ -216,6 +219,7 @@ class Delta:
         return {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
 
 
+@asking()
 def read_weights(lm: LanguageModel, layers: Iterable[int]) -> dict[int, Tensor]:
     """Return copies of down-projections, to write back for an exact undo.
 
@@ -274,6 +278,7 @@ def homes(lm: LanguageModel) -> dict[int, int]:
     return places
 
 
+@settled()
 def patched(
     base: Mapping[int, Tensor], deltas: Iterable[Delta], places: Mapping[int, int] | None = None
 ) -> dict[int, Tensor]:
@@ -316,7 +321,8 @@ def applied(lm: LanguageModel, delta: Delta | Iterable[Delta]) -> Iterator[None]
     """Put one delta, or the sum of several, into the model for the length of a `with` block.
 
     Afterwards the weights are the same bits as before, also after an exception. Blocks can be
-    nested: the inner one adds to what the outer one left. Fingerprints are not checked, because a
+    nested: the inner one adds to what the outer one left. Other threads that use the model wait
+    until the block ends (`model.turns`). Fingerprints are not checked, because a
     delta may have been made on a model that carried others. A Workbench checks them.
 
     Raises:
@@ -325,7 +331,11 @@ def applied(lm: LanguageModel, delta: Delta | Iterable[Delta]) -> Iterator[None]
     deltas = [delta] if isinstance(delta, Delta) else list(delta)
     places = homes(lm)
     layers = {places.get(layer, layer) for delta in deltas for layer in delta.layers}
-    with lm.gap_choices.held(lm), _lent(lm, layers) as base:
+    with (
+        turn(lm, changes=bool(layers), block=True),
+        lm.gap_choices.held(lm),
+        _lent(lm, layers) as base,
+    ):
         write_weights(lm, patched(base, deltas, places))
         yield
 
@@ -339,7 +349,11 @@ def written(lm: LanguageModel, weights: Mapping[int, Tensor]) -> Iterator[None]:
     Raises:
         LayerError, InputError, NumericsError: As `write_weights`. Then nothing has changed.
     """
-    with lm.gap_choices.held(lm), _lent(lm, weights):
+    with (
+        turn(lm, changes=bool(weights), block=True),
+        lm.gap_choices.held(lm),
+        _lent(lm, weights),
+    ):
         write_weights(lm, weights)
         yield
 
@@ -386,6 +400,7 @@ def _weight(lm: LanguageModel, layer: int) -> Tensor:
 
 
 def _copy(lm: LanguageModel, weights: Mapping[int, Tensor]) -> None:
-    for layer, new in weights.items():
-        # Not inside a `no_grad`: a Ctrl-C could leave it off. A detached view needs none.
-        _weight(lm, layer).detach().copy_(new.detach())
+    with turn(lm, changes=bool(weights)):
+        for layer, new in weights.items():
+            # Not inside a `no_grad`: a Ctrl-C could leave it off. A detached view needs none.
+            _weight(lm, layer).detach().copy_(new.detach())

@@ -16,12 +16,13 @@ from __future__ import annotations
 import random
 import statistics
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..core.checks import check_count, check_number
@@ -33,6 +34,7 @@ from ..model.address import check_dense_layer
 from ..model.language_model import LanguageModel
 from ..model.neurons import linear_matrix
 from ..model.tokens import pad_id, target_ids
+from ..model.turns import asking
 from .configs import MemitConfig
 from .delta import read_weights, write_weights
 from .questions import with_gaps
@@ -99,6 +101,7 @@ class LoraConfig(TuneConfig):
         check_count(self.rank, "rank")
 
 
+@asking(grad=True, changes=True)
 def fine_tune(
     lm: LanguageModel,
     facts: Fact | Sequence[Fact],
@@ -137,20 +140,19 @@ def fine_tune(
             for weight, start in zip(weights, starts, strict=True):
                 weight.copy_(start + (weight - start).clamp(-config.clamp, config.clamp))
 
-    try:
-        for weight in weights:
-            weight.requires_grad_(True)
-        adam = torch.optim.Adam(weights, lr=config.lr)
-        _train(lm.module, lm, examples, adam, config, seed, clamp, progress)
-        tuned = read_weights(lm, layers)
-    finally:
-        for weight in weights:
-            weight.requires_grad_(False)
-            weight.grad = None
-        write_weights(lm, base)
+    with _gradients_put_aside(lm.module):
+        try:
+            for weight in weights:
+                weight.requires_grad_(True)
+            adam = torch.optim.Adam(weights, lr=config.lr)
+            _train(lm.module, lm, examples, adam, config, seed, clamp, progress)
+            tuned = read_weights(lm, layers)
+        finally:
+            write_weights(lm, base)
     return _finite(tuned)
 
 
+@asking(grad=True, changes=True)
 def lora(
     lm: LanguageModel,
     facts: Fact | Sequence[Fact],
@@ -179,8 +181,12 @@ def lora(
     downs = {layer: lm.ffn[layer].down for layer in layers}
     names = {module: name for name, module in lm.module.named_modules()}
     devices = [lm.device] if lm.device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+    with _gradients_put_aside(lm.module), _without_adapter(lm.module, names, downs.values()):
+        with (
+            torch.random.fork_rng(devices=devices),
+            _default_dtype(torch.float32),
+            warnings.catch_warnings(),
+        ):
             # peft uses names of transformers that will change, which warns on each use.
             warnings.simplefilter("ignore")
             torch.manual_seed(seed)
@@ -201,14 +207,48 @@ def lora(
                 change = change.T if linear_matrix(down).transposed else change
                 weight = base[layer]
                 tuned[layer] = (weight.float() + change.to(weight.device).float()).to(weight.dtype)
-    finally:
-        for down in downs.values():  # by hand, because peft may have failed in the middle
-            parent, _, child = names[down].rpartition(".")
-            setattr(lm.module.get_submodule(parent), child, down)
-        lm.module.requires_grad_(False)
-        if hasattr(lm.module, "peft_config"):
-            del lm.module.peft_config  # otherwise the next call looks like a second adapter
     return _finite(tuned)
+
+
+@contextmanager
+def _gradients_put_aside(module: nn.Module) -> Iterator[None]:
+    """Let nothing be trained at first. Afterwards each weight has its own gradient and flag."""
+    kept = [(weight, weight.requires_grad, weight.grad) for weight in module.parameters()]
+    try:
+        for weight, _, _ in kept:
+            weight.requires_grad_(False)
+            weight.grad = None
+        yield
+    finally:
+        for weight, is_trained, gradient in kept:
+            weight.requires_grad_(is_trained)
+            weight.grad = gradient
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Set the default dtype, for code that names none."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def _without_adapter(
+    module: Any, names: Mapping[nn.Module, str], adapted: Iterable[nn.Module]
+) -> Iterator[None]:
+    """Put modules back in their places in the end. By hand, because peft may fail in the middle."""
+    try:
+        yield
+    finally:
+        for part in adapted:
+            parent, _, child = names[part].rpartition(".")
+            setattr(module.get_submodule(parent), child, part)
+        if hasattr(module, "peft_config"):
+            del module.peft_config  # otherwise the next call looks like a second adapter
 
 
 _Example: TypeAlias = tuple[list[int], list[int]]
@@ -277,7 +317,7 @@ def _batches(
 
 
 def _train(
-    module: torch.nn.Module,
+    module: nn.Module,
     lm: LanguageModel,
     examples: Sequence[_Example],
     adam: torch.optim.Optimizer,

@@ -94,10 +94,9 @@ def _searched(replay: Replay, layer: int, change: Tensor) -> Tensor:
     search = torch.optim.LBFGS([added], max_iter=_SEARCH_STEPS, line_search_fn="strong_wolfe")
 
     def distance() -> Tensor:
-        search.zero_grad()
         reached = with_added(replay, layer, added, "ffn", until=layer + 1)[:, 0].float()
         error = (reached - wanted).square().sum()
-        error.backward()  # type: ignore[no-untyped-call]
+        (added.grad,) = torch.autograd.grad(error, added)  # weights keep their own gradients
         return error
 
     with torch.enable_grad():

@@ -22,6 +22,7 @@ from ..core.errors import InputError
 from ..core.fact import Fact
 from ..core.progress import Progress
 from ..model.language_model import LanguageModel, check_model
+from ..model.turns import asking
 from .configs import AlphaEditConfig, EditConfig, EmmetConfig, MemitConfig, RomeConfig
 from .delta import Delta
 from .inputs import EditInputs, Moments, distinct_facts, edit_inputs, with_targets
@@ -105,6 +106,7 @@ def method_for(facts: Sequence[Fact], config: EditConfig | None = None) -> str:
     return "memit" if len(facts) > 1 else "rome"
 
 
+@asking(grad=True, changes=True)
 def edit(  # house: the public signature, promised in DESIGN
     lm: LanguageModel,
     facts: Fact | Iterable[Fact],

@@ -25,6 +25,7 @@ from ..core.errors import InputError, UnsupportedModelError
 from ..model.address import Neuron, find_neurons
 from ..model.language_model import LanguageModel, check_model
 from ..model.tokens import target_ids
+from ..model.turns import asking
 from .delta import Delta
 
 _REMOVE, _ADD = 1.0, 8.0
@@ -36,6 +37,7 @@ _FEW = 4
 """The number of neurons up to which the authors' factors are used as they are."""
 
 
+@asking(grad=True)
 def erase(lm: LanguageModel, neurons: Iterable[Neuron]) -> Delta:
     """Return the delta that sets the values of neurons to zero, so that they write nothing.
 
@@ -58,6 +60,7 @@ def erase(lm: LanguageModel, neurons: Iterable[Neuron]) -> Delta:
     return _delta(lm, chosen, lefts, _ERASE, {})
 
 
+@asking(grad=True)
 def rewrite(
     lm: LanguageModel,
     neurons: Iterable[Neuron],
@@ -116,10 +119,10 @@ def rewrite(
     direction = add * added - remove * removed  # (d_model,)
     lefts = {}
     for layer, indices in chosen.items():
-        signs = torch.ones(len(indices))
+        signs = torch.ones(len(indices), dtype=torch.float32)
         if prompt is not None:
             coefficients = lm.coefficients(prompt, [layer])[0, column, indices].float().cpu()
-            signs = torch.where(coefficients < 0, -1.0, 1.0)
+            signs[coefficients < 0] = -1
         norms = _values(lm, layer, indices).norm(dim=0)
         lefts[layer] = direction[:, None] * (norms * signs)
     config = {
@@ -266,7 +269,7 @@ def _unit_row(lm: LanguageModel, token: list[int]) -> Tensor:
             "direction that neurons could write"
         )
     if not token:
-        return torch.zeros(lm.d_model)
+        return torch.zeros(lm.d_model, dtype=torch.float32)
     row = matrix.detach()[token[0]].float().cpu()
     return torch.nn.functional.normalize(row, dim=0)
 
@@ -285,13 +288,16 @@ def _delta(
     layers, k_star = {}, {}
     for layer, indices in chosen.items():
         d_ff = lm.ffn[layer].d_ff
-        one_hot = torch.zeros(len(indices), d_ff)
+        one_hot = torch.zeros(len(indices), d_ff, dtype=torch.float32)
         one_hot[torch.arange(len(indices)), indices] = 1
-        layers[layer], k_star[layer] = (lefts[layer].contiguous(), one_hot), torch.zeros(0, d_ff)
+        layers[layer], k_star[layer] = (
+            (lefts[layer].contiguous(), one_hot),
+            torch.zeros(0, d_ff, dtype=torch.float32),
+        )
     return Delta(
         layers=layers,
         k_star=k_star,
-        v_star=torch.zeros(0, lm.d_model),
+        v_star=torch.zeros(0, lm.d_model, dtype=torch.float32),
         facts=(),
         method=method,
         config={

@@ -112,14 +112,13 @@ class Places:
         """
         firsts = [0, *accumulate(len(q.sequences) for q in questions)]
         flat = [
-            (first + c, column, token, 1 / (len(q.reads) * len(columns)), q.without != [])
+            (first + c, column, token, q.without != [], 1 / (len(q.reads) * len(columns)))
             for first, q in zip(firsts, questions, strict=False)
             for c, columns in enumerate(q.reads)
             for column, token in zip(columns, q.targets[c] if q.targets else [0], strict=True)
         ]
-        rows, columns, targets, shares, blank = (
-            torch.tensor(values, device=device) for values in zip(*flat, strict=True)
-        )
+        *numbers, shares = zip(*flat, strict=True)
+        rows, columns, targets, blank = (torch.tensor(each, device=device) for each in numbers)
         first = torch.tensor(firsts[:-1], device=device)
         n_rows = torch.tensor([len(q.sequences) for q in questions], device=device)
         wanted = [log_p for log_p in without if log_p is not None]
@@ -130,9 +129,11 @@ class Places:
             rows=rows,
             columns=columns,
             targets=targets,
-            shares=shares,
+            shares=torch.tensor(shares, device=device, dtype=torch.float32),
             blank=blank.nonzero()[:, 0],
-            without=torch.cat(wanted) if wanted else torch.empty(0, 0, device=device),
+            without=torch.cat(wanted)
+            if wanted
+            else torch.empty(0, 0, device=device, dtype=torch.float32),
         )
 
 

@@ -18,6 +18,7 @@ from ..core.fact import Fact
 from ..core.progress import Progress
 from ..core.tables import counted
 from ..model.language_model import LanguageModel
+from ..model.turns import asking
 from .configs import EditConfig, SpreadConfig
 from .delta import Delta
 from .inputs import Moments, distinct_facts, edit_inputs
@@ -28,6 +29,7 @@ from .search import known_targets
 from .target import Targets
 
 
+@asking(grad=True, changes=True)
 def resolve(
     lm: LanguageModel,
     delta: Delta,

@@ -18,6 +18,7 @@ import torch
 from ..core.fact import Fact, listed
 from ..core.progress import Progress, tell
 from ..model.language_model import LanguageModel
+from ..model.turns import asking
 from . import solve
 from .configs import RomeConfig
 from .delta import Delta, applied
@@ -58,6 +59,7 @@ def one_by_one(inputs: EditInputs, *, one_key: bool = False) -> Delta:
     )
 
 
+@asking(grad=True, changes=True)
 def rome_each(
     lm: LanguageModel,
     facts: Iterable[Fact],

@@ -30,6 +30,7 @@ from ..core.fact import Fact
 from ..model.address import check_dense_layer
 from ..model.language_model import LanguageModel
 from ..model.replay import record
+from ..model.turns import asking
 from .batches import fitting_batches, search_memory
 from .contexts import check_contexts
 from .keys import Site, read_down, read_keys, read_stream, with_added
@@ -37,6 +38,7 @@ from .questions import Places, Question, log_probs_without_subject, tokenize_fac
 from .target import TargetConfig, Targets
 
 
+@asking(grad=True)
 def find_targets(
     lm: LanguageModel,
     facts: Sequence[Fact],
@@ -90,7 +92,7 @@ def find_targets(
     return Targets.gathered([rows[i] for i in range(len(facts))])
 
 
-@torch.no_grad()
+@asking()
 def known_targets(
     lm: LanguageModel,
     facts: Sequence[Fact],
@@ -261,7 +263,9 @@ class _Search:
             nll = nll.index_copy(0, blank, kl)
         nll = nll * shares
         owners = places.owners[places.rows].to(nll.device)
-        sums = torch.zeros(len(places.guards), device=nll.device).index_add(0, owners, nll)
+        sums = torch.zeros(len(places.guards), device=nll.device, dtype=torch.float32).index_add(
+            0, owners, nll
+        )
         return sums, log_p[len(rows) :]
 
     def _check_finite(self, loss: Tensor, step: int) -> None:

@@ -233,9 +233,11 @@ class _Rows:
 
     def __init__(self, lm: LanguageModel, config: SpreadConfig, contexts: Sequence[str]) -> None:
         self.lm, self.config = lm, config
-        self.weights = torch.tensor(context_weights(contexts))
+        self.weights = torch.tensor(context_weights(contexts), dtype=torch.float32)
         share = config.subject_share
-        subject = torch.full((len(SUBJECT) if share else 0,), share / len(SUBJECT))
+        subject = torch.full(
+            (len(SUBJECT) if share else 0,), share / len(SUBJECT), dtype=torch.float32
+        )
         self.roots = torch.cat([self.weights * (1 - share), subject]).sqrt()[:, None]
 
     def of(self, keys: Tensor, facts: Sequence[Fact], layer: int) -> Tensor:

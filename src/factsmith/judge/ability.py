@@ -25,11 +25,13 @@ from typing import Any
 from ..core.checks import check_count, check_items, check_seed
 from ..core.errors import FactsmithError, InputError, first_line
 from ..model.language_model import LanguageModel, check_model
+from ..model.turns import asking
 
 _LARGEST_HASHED = 100 * 2**20
 """Bytes. A larger file of task data is told from others by its size."""
 
 
+@asking()
 def ability(
     lm: LanguageModel,
     tasks: Iterable[str],

@@ -171,7 +171,10 @@ def _answer_group(
     # The cache grows by new tensors in place of its own, so these tensors do not change.
     prefix = None if cache is None else [(layer.keys, layer.values) for layer in cache.layers]
     pairs = [(row, name, ids) for row, named in enumerate(tails) for name, ids in named.items()]
-    log_sums, n_right = torch.zeros(len(pairs)), torch.zeros(len(pairs))
+    log_sums, n_right = (
+        torch.zeros(len(pairs), dtype=torch.float32),
+        torch.zeros(len(pairs), dtype=torch.float32),
+    )
     if pairs:
         first_tokens = torch.tensor([ids[0] for *_, ids in pairs])
         logits_of_pairs = logits[torch.tensor([row for row, _, _ in pairs], device=logits.device)]

@@ -32,6 +32,7 @@ from ..corpus.text import pieces
 from ..model.answers import answer_tokens, as_said, n_lines, stayed
 from ..model.language_model import LanguageModel, check_model
 from ..model.sample import own_text
+from ..model.turns import asking
 from .editor import Change
 from .metrics import divergences, kl_divergence, perplexity
 
@@ -176,7 +177,7 @@ def check_limits(limits: Mapping[str, float]) -> dict[str, float]:
 # ── measuring ─────────────────────────────────────────────────────────────────────────────────────
 
 
-@torch.no_grad()
+@asking(changes=True)
 def drift(  # house: the public name and its keywords are promised
     lm: LanguageModel,
     changed: Drifting,
@@ -427,7 +428,7 @@ class _Facts:
         """
         lm = self.lm
         if not self.facts:
-            return torch.empty(0), []
+            return torch.empty(0, dtype=torch.float32), []
         rows = [lm.prompt_ids(prompt) for prompt, _ in self.facts]
         logs: dict[int, torch.Tensor] = {}
         answers: dict[int, str] = {}

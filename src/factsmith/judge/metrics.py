@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..core.checks import check_count, check_items, check_number, check_seed, check_text
 from ..core.errors import InputError, NumericsError
+from ..core.settled import as_numbers
 from ..model.answers import begins_with, n_lines
 
 # ── answers ───────────────────────────────────────────────────────────────────────────────────────
@@ -332,7 +333,7 @@ def _numpy(values: Any) -> NDArray[Any]:
 def _real(values: Any, name: str) -> Tensor:
     """Return an array of real numbers as a tensor."""
     try:
-        tensor = torch.as_tensor(values).detach()
+        tensor = as_numbers(values)
     except (TypeError, ValueError, RuntimeError):
         raise InputError(
             f"{name} is a {type(values).__name__}; give an array of numbers", argument=name

@@ -28,6 +28,7 @@ from ..core.files import folder_path
 from ..core.progress import Progress, tell
 from ..core.tables import counted
 from ..model.language_model import LanguageModel, check_model
+from ..model.turns import asking
 from .drift import Reference
 from .editor import (
     Change,
@@ -51,6 +52,7 @@ Probe = Callable[[], Mapping[str, float]]
 """Measures anything of the model as it is now, such as the function that `ability` returns."""
 
 
+@asking(grad=True, changes=True)
 def evaluate(  # house: the public name and its keywords are promised; they become a Schedule
     lm: LanguageModel,
     suite: Suite | str | os.PathLike[str] | Iterable[Record],

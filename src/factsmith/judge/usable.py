@@ -17,6 +17,7 @@ from ..core.errors import FactsmithError
 from ..core.fact import Fact
 from ..model.language_model import LanguageModel
 from ..model.subject import fact_span
+from ..model.turns import asking
 from .records import Record
 
 _LAST = 1
@@ -28,6 +29,7 @@ UNKNOWN = "no old object is given, so it is not clear what the model knows"
 """The reason for leaving out a record that `known_only=False` judges."""
 
 
+@asking()
 def usable(
     lm: LanguageModel, records: Iterable[Record], *, known_only: bool = True
 ) -> tuple[tuple[Record, ...], dict[str, int]]:

@@ -24,6 +24,7 @@ from ..edit.delta import Delta
 from ..edit.inputs import Moments
 from ..edit.neurons import edits_neurons
 from ..edit.resolve import resolve
+from ..model.turns import asking
 from ..patch.bench import Bench
 from ..patch.proof import ask, prove
 from ..patch.recipe import Sources
@@ -84,6 +85,7 @@ def revert_in_ledger(
         return ledger.revert(reference, facts=facts, message=message)
 
 
+@asking(grad=True, changes=True)
 def undo(
     bench: Bench,
     carried: Carried,

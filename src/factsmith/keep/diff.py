@@ -10,6 +10,7 @@ from ..core.fact import Fact
 from ..core.tables import Shown, Table, counted
 from ..edit.delta import Delta, read_weights
 from ..model.answers import say
+from ..model.turns import asking
 from .carried import Carried
 
 
@@ -72,6 +73,7 @@ class Diff(Shown):
         return {**vars(self), "facts": [dict(vars(fact)) for fact in self.facts], "norms": norms}
 
 
+@asking(grad=True, changes=True)
 def diff(carried: Carried, before: str, after: str) -> Diff:
     """Compare two revisions ("base", "latest", or ids); the model is as before when this returns.
 

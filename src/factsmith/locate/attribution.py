@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ..core.checks import check_count
 from ..model.language_model import LanguageModel
 from ..model.trace import replacing
+from ..model.turns import asking
 from .corruption import Corruption
 from .kinds import CorruptionKind, Part, Restoration, TraceKind
 from .records import CausalTrace
@@ -66,6 +67,7 @@ class AttributionTrace(CausalTrace):
         )
 
 
+@asking(grad=True)
 def attribution_trace(  # house: the promised public signature; the settings go into a Corruption
     lm: LanguageModel,
     prompt: str,

@@ -28,6 +28,7 @@ from ..core.errors import InputError
 from ..core.fact import Fact
 from ..core.tables import Shown, Table, counted
 from ..model.language_model import LanguageModel, check_model
+from ..model.turns import asking
 from .corruption import Corruption, TracedPrompt, noise_scale
 from .interval import margin, mean_interval
 from .kinds import CorruptionKind, Part, Restoration, TraceKind
@@ -214,6 +215,7 @@ def causal_traces(  # house: the promised public signature; the settings go into
     yield from _traces(lm, facts, restorations, _scaled(settings, lm, facts))
 
 
+@asking(grad=True)
 def average_trace(  # house: the promised public signature; the settings go into a Corruption
     lm: LanguageModel,  # house: the public signature repeats that of causal_traces
     cases: Fact | Iterable[Fact],
@@ -267,7 +269,10 @@ def average_trace(  # house: the promised public signature; the settings go into
     stacked = {name: torch.stack(effects) for name, effects in each.items()}
     bounds = {name: mean_interval(values) for name, values in stacked.items()}
     total, total_low, total_high = (
-        float(value) for value in mean_interval(torch.tensor(clean) - torch.tensor(corrupted))
+        float(value)
+        for value in mean_interval(
+            torch.tensor(clean, dtype=torch.float32) - torch.tensor(corrupted, dtype=torch.float32)
+        )
     )
     present = ~next(iter(stacked.values()))[:, :, 0].isnan()
     return AverageTrace(

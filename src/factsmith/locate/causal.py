@@ -25,6 +25,7 @@ import numpy as np
 from torch import Tensor
 
 from ..model.language_model import LanguageModel
+from ..model.turns import asking
 from .corruption import Corruption
 from .kinds import CorruptionKind, Part, Restoration, TraceKind
 from .records import CausalTrace
@@ -32,6 +33,7 @@ from .runs import record_runs
 from .sweep import trace_runs
 
 
+@asking(grad=True)
 def causal_trace(  # house: the promised public signature; the settings go into a Corruption
     lm: LanguageModel,
     prompt: str,

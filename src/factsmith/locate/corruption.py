@@ -24,11 +24,13 @@ from ..core.checks import check_count, check_items, check_number, check_seed, ch
 from ..core.errors import InputError
 from ..core.fact import Fact
 from ..core.gap import before_gap
+from ..core.settled import as_numbers
 from ..core.slots import Filled
 from ..core.tables import counted
 from ..model.language_model import LanguageModel
 from ..model.subject import fact_prompt, read_prompt, token_span
 from ..model.tokens import encode
+from ..model.turns import asking
 from .kinds import CorruptionKind, check_choice
 
 
@@ -228,6 +230,7 @@ class Corruption:
         return given, float(given.std())
 
 
+@asking()
 def noise_scale(lm: LanguageModel, ids: Sequence[int]) -> float:
     """Return three times the standard deviation of the entries of these tokens' embeddings."""
     return 3 * float(_embedded(lm, ids).std())
@@ -247,7 +250,7 @@ def _check_noise(
 ) -> Tensor:
     """The given noise as float32 on the model's device."""
     try:
-        given = torch.as_tensor(tensor).detach()
+        given = as_numbers(tensor)
     except (TypeError, ValueError, RuntimeError):
         raise _noise_error(f"is a {type(tensor).__name__} that holds no numbers") from None
     if given.is_complex() or given.dtype == torch.bool:

@@ -22,6 +22,7 @@ from ..core.tables import Shown, Table
 from ..model.address import Neuron, find_neurons
 from ..model.intervene import intervene
 from ..model.language_model import LanguageModel, check_model
+from ..model.turns import asking
 from .neurons import KnowledgeNeurons
 
 
@@ -126,6 +127,7 @@ def check_neurons(lm: LanguageModel, neurons: KnowledgeNeurons, *, seed: int = 0
     return NeuronCheck(neurons=neurons, effects=effects)
 
 
+@asking(grad=True)
 def effect(
     lm: LanguageModel, neurons: Sequence[Neuron], prompts: Sequence[str], target: str
 ) -> Effect:

@@ -38,6 +38,7 @@ from ..core.tables import Shown, Table, counted
 from ..model.address import Neuron
 from ..model.language_model import LanguageModel, check_model
 from ..model.subject import count_prompt_slots
+from ..model.turns import asking
 from .gradients import Question, RecordedPrompts, mean_gradients, record_prompts, shared_batches
 
 LEAST_PROMPTS = 3
@@ -204,6 +205,7 @@ class KnowledgeNeurons(Shown):
         ]
 
 
+@asking(grad=True)
 def knowledge_neurons(  # house: the promised public signature
     lm: LanguageModel,
     prompts: str | Sequence[str],
@@ -298,6 +300,7 @@ def refine(coarse: Sequence[Sequence[Neuron]], share: float) -> tuple[Neuron, ..
     return tuple(neuron for _, neuron in sorted(kept))
 
 
+@asking(grad=True)
 def refine_relation(
     records: Sequence[KnowledgeNeurons],
     *,
@@ -352,10 +355,10 @@ class _Attributions:
         n_prompts = len(prompts)
         self.lm, self.prompts, self.target, self.questions = lm, prompts, target, questions
         widest = max(sum(bank.d_ff for bank in ffn.banks) for ffn in lm.ffn)
-        self.scores = torch.zeros(n_prompts, lm.n_layers, widest)
+        self.scores = torch.zeros(n_prompts, lm.n_layers, widest, dtype=torch.float32)
         self.activations = torch.zeros_like(self.scores)
-        self.probability = torch.zeros(n_prompts)
-        self.silent = torch.zeros(n_prompts, lm.n_layers)
+        self.probability = torch.zeros(n_prompts, dtype=torch.float32)
+        self.silent = torch.zeros(n_prompts, lm.n_layers, dtype=torch.float32)
         self.predicted = [""] * n_prompts
         self.is_correct = [False] * n_prompts
 

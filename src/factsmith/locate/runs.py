@@ -24,6 +24,7 @@ from ..model.language_model import LanguageModel, check_model
 from ..model.replay import Replay, record
 from ..model.tokens import Batch, target_ids
 from ..model.trace import recording
+from ..model.turns import asking
 from .corruption import CorruptedInputs, Corruption, TracedPrompt
 from .kinds import Part, Restoration
 
@@ -97,7 +98,9 @@ class Runs:
                 subject has no effect in a causal model: its score is the corrupted probability.
         """
         prompt, decode = self.prompt, self.lm.tokenizer.decode
-        untouched = torch.full((prompt.span[0], self.lm.n_layers), self.p_corrupted)
+        untouched = torch.full(
+            (prompt.span[0], self.lm.n_layers), self.p_corrupted, dtype=torch.float32
+        )
         return {
             "prompt": prompt.text,
             "subject": prompt.subject,
@@ -124,6 +127,7 @@ class Runs:
         }
 
 
+@asking()
 def record_runs(
     lm: LanguageModel,
     prompt: str,

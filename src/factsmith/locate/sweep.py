@@ -17,12 +17,14 @@ import torch
 from torch import Tensor
 
 from ..model.replay import Replay
+from ..model.turns import asking
 from .batching import Override, rows_at_once, run_layer
 from .kinds import Part, Restoration
 from .records import CausalTrace
 from .runs import HEAD_ROWS, Runs, answer_probability
 
 
+@asking()
 def trace_runs(
     runs: Runs,
     restoration: Restoration,
@@ -68,7 +70,7 @@ def restored_scores(
         if part is not None:
             runs.part_outputs(part)
     entered = _entered(runs, restoration.part, spans)
-    scores = torch.full((len(columns), n_layers), runs.p_corrupted)
+    scores = torch.full((len(columns), n_layers), runs.p_corrupted, dtype=torch.float32)
     finals: list[tuple[int, range, Tensor]] = []
     for index, column in enumerate(columns):
         sweep = _Sweep(runs, runs.corrupted.at(column), restoration, spans, entered)

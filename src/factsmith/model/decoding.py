@@ -21,6 +21,7 @@ from .fingerprint import end_ids
 from .running import RunnableModel
 from .tokens import Batch
 from .trace import recording
+from .turns import asking
 
 
 class DecodingModel(RunnableModel):
@@ -52,7 +53,7 @@ class DecodingModel(RunnableModel):
             lines -= bool(line.strip())
         return "\n".join(kept).strip()
 
-    @torch.no_grad()
+    @asking()
     def greedy_ids(
         self,
         sequences: Sequence[Sequence[int]],
@@ -91,7 +92,7 @@ class DecodingModel(RunnableModel):
             for group in self.groups([lengths[i] for i in members], budget):
                 yield [members[i] for i in group]
 
-    @torch.no_grad()
+    @asking()
     def continue_greedily(
         self,
         sequences: Sequence[Sequence[int]],
@@ -112,7 +113,7 @@ class DecodingModel(RunnableModel):
             return [[] for _ in sequences]
         return self.continue_from(batch, *self.begin(batch), n_tokens, lines)
 
-    @torch.no_grad()
+    @asking()
     def begin(self, batch: Batch) -> tuple[Tensor, DynamicCache | None]:
         """Run a batch whose rows end together.
 
@@ -128,7 +129,7 @@ class DecodingModel(RunnableModel):
         cache = DynamicCache() if self.caches_prefix else None
         return self._next_logits(batch, 0, cache), cache
 
-    @torch.no_grad()
+    @asking()
     def continue_from(
         self,
         batch: Batch,

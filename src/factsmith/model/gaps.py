@@ -106,7 +106,8 @@ class Gaps:
         """Return the gaps of pairs in doubt: remembered, or asked now."""
         if not self._holds:
             self._forget_if_changed(lm)
-        choices = {pair: self.chosen[pair] for pair in pairs if pair in self.chosen}
+        remembered = self.chosen  # another thread may begin an empty one
+        choices = {pair: remembered[pair] for pair in pairs if pair in remembered}
         heads: dict[str, list[int]] = {}
         waiting: dict[str, list[_Pair]] = {}
         for prompt, target in pairs:

@@ -23,7 +23,8 @@ def intervene(
 ) -> Generator[None, None, None]:
     """Multiply the coefficients of some neurons by `scale` at every token while the block runs.
 
-    The model is as before when the block ends. Nested blocks multiply.
+    The model is as before when the block ends. Nested blocks multiply. The block belongs to the
+    thread that opens it: passes of other threads, a pool's too, run without it.
 
     Args:
         lm: The model.
@@ -41,9 +42,10 @@ def intervene(
     factors: dict[int, dict[int, Tensor]] = {}
     for layer, bank, i in find_neurons(lm.ffn, neurons):
         of_layer = factors.setdefault(layer, {})
-        of_layer.setdefault(bank, torch.ones(lm.ffn[layer].banks[bank].d_ff, dtype=torch.float64))[
-            i
-        ] = scale
+        if bank not in of_layer:
+            width = lm.ffn[layer].banks[bank].d_ff
+            of_layer[bank] = torch.ones(width, dtype=torch.float64, device="cpu")
+        of_layer[bank][i] = scale
     with ExitStack() as stack:
         for layer, of_layer in factors.items():
             stack.enter_context(lm.ffn[layer].scaled(of_layer))

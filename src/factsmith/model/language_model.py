@@ -24,6 +24,7 @@ from .ffn import Routing
 from .matching import is_answered, match, n_lines
 from .running import Question, question_of
 from .trace import recording
+from .turns import asking
 
 ANSWER_TOKENS = 8
 """Tokens of an answer that are decoded at least."""
@@ -50,7 +51,7 @@ class LanguageModel(DecodingModel):
         embedding: The input embedding.
     """
 
-    @torch.no_grad()
+    @asking()
     def answer(
         self,
         prompts: Sequence[str],
@@ -77,7 +78,7 @@ class LanguageModel(DecodingModel):
         new = self.greedy_ids([self.prompt_ids(p) for p in prompts], max_new_tokens, each)
         return [self.as_answer(ids, n) for ids, n in zip(new, each, strict=True)]
 
-    @torch.no_grad()
+    @asking()
     def next_tokens(self, prompt: str, k: int = 10) -> list[tuple[str, float]]:
         """Return the k likeliest next tokens with their probabilities, likeliest first."""
         k = check_count(k, "k", "the number of tokens")
@@ -88,7 +89,7 @@ class LanguageModel(DecodingModel):
             for p, i in zip(top.values, top.indices, strict=True)
         ]
 
-    @torch.no_grad()
+    @asking()
     def log_prob(
         self,
         prompts: Sequence[str],
@@ -114,7 +115,7 @@ class LanguageModel(DecodingModel):
         """
         return self._log_probs(self._questions(prompts, targets, gaps), per_token=per_token)
 
-    @torch.no_grad()
+    @asking()
     def log_prob_tokens(
         self,
         prompts: Sequence[str],
@@ -144,7 +145,7 @@ class LanguageModel(DecodingModel):
         ]
         return self._log_probs(questions)
 
-    @torch.no_grad()
+    @asking()
     def says(
         self,
         prompts: Sequence[str],
@@ -232,7 +233,9 @@ class LanguageModel(DecodingModel):
         return [self.question(*each) for each in zip(prompts, targets, settled, strict=True)]
 
     def _log_probs(self, questions: Sequence[Question], *, per_token: bool = False) -> Tensor:
-        total, lengths = (torch.zeros(len(questions), device=self.device) for _ in range(2))
+        total, lengths = (
+            torch.zeros(len(questions), device=self.device, dtype=torch.float32) for _ in range(2)
+        )
         for pairs, wanted, logits in self._target_logits(questions):
             picked = logits.float().log_softmax(-1).gather(1, wanted[:, None])[:, 0]
             total.index_add_(0, pairs, picked.to(self.device))
@@ -261,7 +264,7 @@ class LanguageModel(DecodingModel):
                 logits = self.head(hidden[rows[part], columns[part]])
                 yield pairs[part.to(pairs.device)], wanted[part].to(logits.device), logits
 
-    @torch.no_grad()
+    @asking()
     def coefficients(self, prompt: str, layers: Iterable[int] | None = None) -> Tensor:
         """Return how strongly every neuron fires at every token of a prompt: its coefficient.
 
@@ -295,7 +298,7 @@ class LanguageModel(DecodingModel):
             self.forward(batch)
         return torch.stack([calls[layer][0].input.reshape(batch.width, -1) for layer in wanted])
 
-    @torch.no_grad()
+    @asking()
     def routing(self, prompt: str, layer: int) -> Routing:
         """Return which experts each token of a prompt goes to, their weights and coefficients.
 

@@ -29,8 +29,10 @@ from ..core.errors import (
     UnsupportedModelError,
     first_line,
 )
+from ..core.settled import settled
 from .language_model import LanguageModel
 from .masked import MaskedLanguageModel
+from .modes import unwrapped
 from .quantised import packed_format, quantised_error
 from .quiet import quietly
 from .selfcheck import discover
@@ -40,10 +42,12 @@ from .tokens import fast_tokenizer
 _log = logging.getLogger(__name__)
 
 
+@settled()
 def wrap(module: Any, tokenizer: Any) -> LanguageModel:
     """Return a LanguageModel around a transformers model in memory.
 
-    It puts the model into evaluation mode and turns its gradients off. A masked language model of
+    It puts the model into evaluation mode and turns its gradients off. A model inside torch.compile
+    or DataParallel is taken out: it shares its weights with the wrapper. A masked language model of
     the BERT family becomes a MaskedLanguageModel.
 
     Raises:
@@ -51,7 +55,7 @@ def wrap(module: Any, tokenizer: Any) -> LanguageModel:
             carries adapters of peft.
         TokenizerError: The tokenizer is not a fast one, or another model's.
     """
-    module = getattr(module, "_orig_mod", module)  # torch.compile puts the model into another
+    module = unwrapped(module)
     if not (hasattr(module, "config") and hasattr(module, "get_input_embeddings")):
         raise UnsupportedModelError(
             f"module is a {type(module).__name__}; give a transformers language model"
@@ -72,6 +76,7 @@ def _wrapped(module: Any, tokenizer: Any, name: str) -> LanguageModel:
     return lm
 
 
+@settled()
 def load(
     name_or_path: str | os.PathLike[str],
     *,

@@ -14,13 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NoReturn
 
-import torch
-
 from ..core.checks import check_count, check_text
 from ..core.errors import InputError, UnsupportedModelError
 from ..core.gap import Gap
 from .language_model import LanguageModel
 from .tokens import Batch
+from .turns import asking
 
 _BLANK = "[MASK]"
 
@@ -122,7 +121,7 @@ class MaskedLanguageModel(LanguageModel):
             )
         return ids, columns, wanted
 
-    @torch.no_grad()
+    @asking()
     def fill(self, prompt: str, k: int = 10) -> list[list[tuple[str, float]]]:
         """Return for each mask of the prompt the k likeliest tokens with their probabilities.
 

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..core.errors import UnsupportedModelError
-from .trace import ending
+from .trace import Player, ending
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,22 +138,8 @@ def replacing_factors(
 
     live = [True]
 
-    def change(
-        module: nn.Module, forward: Callable[..., Any]
-    ) -> tuple[Callable[..., Any], Callable[[], None]]:
-        # Models spread over devices carry a forward on the instance, and so do outer blocks.
-        before = vars(module).get("forward")
-
-        def put_back() -> None:
-            if before is None:
-                vars(module).pop("forward", None)
-            else:
-                module.forward = before
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            if not live:
-                put_back()
-                return module.forward(*args, **kwargs)
+    def plays(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def play(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             seen = factors.seen
             result = forward(module, *args, **kwargs)
             if factors.seen == seen:
@@ -163,12 +149,12 @@ def replacing_factors(
                 )
             return result
 
-        return run, put_back
+        return play
 
     with ending(live) as stack:
         for module, (_, forward, _) in changes.items():
-            run, put_back = change(module, forward)
-            stack.callback(put_back)
-            module.forward = run
+            player = Player(module, "forward", plays(module, forward), live)
+            stack.callback(player.put_back)
+            player.stand_in()
         with factors:
             yield

@@ -36,6 +36,7 @@ from .trace import (
     stoppable,
     with_slot,
 )
+from .turns import asking, turn
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,9 +113,10 @@ class Replay:
                 f"the hidden states are {tuple(hidden.shape)}; give (rows, live columns, d_model) "
                 f"= {expected}"
             )
-        calls = self._calls(picked)
-        for index in range(layer, until):
-            hidden = self._run(index, hidden, calls[index], picked)
+        with turn(self.lm):
+            calls = self._calls(picked)
+            for index in range(layer, until):
+                hidden = self._run(index, hidden, calls[index], picked)
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -201,6 +203,7 @@ class Replay:
         return calls
 
 
+@asking()
 def record(
     lm: LanguageModel,
     batch: Batch,
@@ -253,7 +256,6 @@ def record(
     cache = PrefixCache(for_all_layers(lm, prefix), keep=True) if lm.caches_prefix else None
     changes = {lm.embedding: corrupt} if embed is not None else {}
     with (
-        torch.no_grad(),
         replacing(changes),
         recording(dict(enumerate(lm.layers[:until])), stop=True) as calls,
     ):

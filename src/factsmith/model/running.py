@@ -21,14 +21,17 @@ from torch import Tensor, nn
 from ..core.errors import InputError, UnsupportedModelError
 from ..core.gap import Gap, Settled
 from ..core.identity import same_model
+from ..core.settled import settled
 from .adapters import adapter_error, adapter_kind
 from .ffn import FeedForward
 from .fingerprint import Identity, identify, model_state
 from .gaps import Gaps
 from .logits import wide_unembedding
+from .modes import check_weights, with_plain_weights
 from .quantised import packed_format, quantised_error
 from .tokens import Batch, align, encode, encode_prompt, fast_tokenizer, pad_id, target_ids
 from .trace import Slot, recording, standing_in, with_first_tensor
+from .turns import asking, turn
 
 Question: TypeAlias = tuple[list[int], list[int], list[int]]
 """How to ask for a target in one pass: the token ids to run, the columns that predict the target,
@@ -65,7 +68,7 @@ class RunnableModel:
     """A model, its tokenizer and its structure.
 
     Attributes:
-        module: The transformers model, in evaluation mode, its gradients turned off.
+        module: The transformers model. It runs in evaluation mode, whatever mode it is in.
         tokenizer: A fast tokenizer.
         name: What it was loaded as.
         embedding: The input embedding.
@@ -105,12 +108,8 @@ class RunnableModel:
             raise adapter_error(name, adapter)
         if (packed := packed_format(module)) is not None:
             raise quantised_error(name, packed)
-        if absent := next((path for path, p in module.named_parameters() if p.is_meta), None):
-            raise UnsupportedModelError(
-                f"{name} has weights that are on no device ({absent} is offloaded or was never "
-                "loaded), so they cannot be read or edited; load the model on the CPU, or on "
-                "devices that hold all of it"
-            )
+        check_weights(name, module)
+        with_plain_weights(module)
         module.eval().requires_grad_(False)
 
     def __repr__(self) -> str:
@@ -156,6 +155,7 @@ class RunnableModel:
         return limit if isinstance(limit, int) and limit > 0 else None
 
     @property
+    @asking()
     def fingerprint(self) -> str:
         """sha256 (hex) over what decides the answers.
 
@@ -244,6 +244,7 @@ class RunnableModel:
         head = self.prompt_ids(prompt)
         return question_of(head, target_ids(self, prompt, target, head=head, gap=gap))
 
+    @settled()
     def align(self, sequences: Sequence[Sequence[int]], pivots: Sequence[int]) -> Batch:
         """Put one token of each sequence, its pivot, into one column, on the model's device.
 
@@ -330,7 +331,8 @@ class RunnableModel:
             "past_key_values": cache,
             "use_cache": cache is not None,
         }
-        return self.module(**{k: v for k, v in inputs.items() if k in self.accepts})
+        with turn(self):
+            return self.module(**{k: v for k, v in inputs.items() if k in self.accepts})
 
     def head(self, hidden: Tensor) -> Tensor:
         """Run the model's own tail on last-layer states: (..., d_model) to (..., vocab).
@@ -344,7 +346,7 @@ class RunnableModel:
         def play(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return self.as_layer_output(flat)
 
-        with standing_in(self.layers, play), wide_unembedding(self.module, flat):
+        with turn(self), standing_in(self.layers, play), wide_unembedding(self.module, flat):
             logits = self.forward(batch).logits
         return logits.reshape(*hidden.shape[:-1], logits.shape[-1])  # type: ignore[no-any-return]
 
@@ -352,7 +354,7 @@ class RunnableModel:
         """Return a hidden state in the form in which this model's layers return it."""
         return with_first_tensor(self._layer_result, hidden)
 
-    @torch.no_grad()
+    @asking()
     def last_hidden(self, batch: Batch) -> Tensor:
         """Return the last layer's output, (B, T, d_model). The unembedding does not run.
 
@@ -364,7 +366,7 @@ class RunnableModel:
             self.forward(batch)
         return calls["last"][0].output
 
-    @torch.no_grad()
+    @asking()
     def last_logits(self, batch: Batch) -> Tensor:
         """Return the logits after each row's pivot token: (B, vocab)."""
         return self.head(self.last_hidden(batch)[:, batch.pivot])
@@ -378,9 +380,17 @@ def _accepted(module: nn.Module) -> set[str]:
     names: set[str] = set()
     inner: Any = module
     while inner is not None:
-        parameters = inspect.signature(type(inner).forward).parameters
-        names.update(parameters)
+        passes_on = False
+        # A class may hand everything on to the class above, too.
+        for kind in type(inner).__mro__:
+            if kind is nn.Module:
+                break
+            if "forward" in vars(kind):
+                parameters = inspect.signature(kind.forward).parameters
+                names.update(parameters)
+                passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+                if not passes_on:
+                    break
         below = getattr(inner, "base_model", None)
-        passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         inner = below if passes_on and below is not inner else None
     return names

@@ -16,12 +16,13 @@ from transformers.cache_utils import DynamicCache
 from ..core.checks import check_count
 from ..core.errors import InputError
 from .language_model import LanguageModel
+from .turns import asking
 
 _ROWS, _LENGTH = 64, 64
 """Strings that `own_text` samples together, and their tokens: sentences, not words."""
 
 
-@torch.no_grad()
+@asking()
 def sample(
     lm: LanguageModel,
     count: int,
@@ -84,7 +85,10 @@ def sample(
         if samplers:
             # The largest of logits with Gumbel noise follows their softmax.
             noise = torch.stack(
-                [torch.rand(top.values.shape[-1], generator=generator) for generator in samplers]
+                [
+                    torch.rand(top.values.shape[-1], generator=generator, dtype=torch.float32)
+                    for generator in samplers
+                ]
             )
             picked = (top.values - (-noise.clamp(1e-20, 1 - 1e-7).log()).log()).argmax(
                 -1, keepdim=True

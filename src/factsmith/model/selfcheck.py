@@ -32,11 +32,13 @@ from .structure import build, counterparts, find_feed_forward, find_layers
 from .tokens import Batch, encode, pad_id
 from .tolerance import same
 from .trace import recording, replaced_by, replacing
+from .turns import asking
 
 _DRY_TOKENS = 9
 """Plain tokens that the dry run needs: two rows of different length, and one token more."""
 
 
+@asking()
 def discover(lm: LanguageModel) -> None:
     """Find the model's structure in a dry run, give it to the model, and check it.
 
@@ -48,11 +50,10 @@ def discover(lm: LanguageModel) -> None:
     """
     _check_tokenizer(lm)
     try:
-        with torch.no_grad():
-            lm.plain_ids = _plain_ids(lm)
-            lm.adopt(_find_structure(lm))
-            _check_sums(lm)
-            (_check_causal if lm.is_causal else _check_masked)(lm)
+        lm.plain_ids = _plain_ids(lm)
+        lm.adopt(_find_structure(lm))
+        _check_sums(lm)
+        (_check_causal if lm.is_causal else _check_masked)(lm)
     except FactsmithError:
         _check_finite(lm)
         raise

@@ -10,12 +10,13 @@
     with standing_in(lm.layers, play): ...       # call play(l, args, kwargs) instead of the layers
 
 No other module registers a hook. When a block ends, with an exception or without, the model is as
-before.
+before. A block belongs to the thread that opens it: passes of other threads do not see it.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import os
+import threading
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -107,8 +108,9 @@ def _forget(module: nn.Module, hook: Callable[..., Any]) -> None:
     leave it on for good.
     """
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
-        for identity in [identity for identity, other in hooks.items() if other is hook]:
-            del hooks[identity]
+        # A list first: another thread may register a hook meanwhile.
+        for identity in [identity for identity, other in list(hooks.items()) if other is hook]:
+            hooks.pop(identity, None)
             for marks in (module._forward_hooks_with_kwargs, module._forward_pre_hooks_with_kwargs):
                 marks.pop(identity, None)
 
@@ -126,6 +128,20 @@ def ending(live: list[bool]) -> Generator[ExitStack, None, None]:
             yield stack
         finally:
             live.clear()
+
+
+_registering = threading.RLock()
+"""torch numbers hooks, and two threads at once might get one number."""
+
+
+def _after_fork() -> None:
+    """Another thread of the parent process may have had the lock."""
+    global _registering
+    _registering = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class _Stop(Exception):  # noqa: N818 - it is not an error
@@ -146,14 +162,17 @@ def recording(
             enough if only inputs are of interest.
     """
     calls: dict[Key, list[Call]] = {key: [] for key in modules}
-    live = [True]
+    live, thread = [True], threading.get_ident()
 
     def remember(key: Key) -> Callable[..., None]:
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-        ) -> None:
+        # A thread that calls a hook of another thread may lack its keyword arguments, because the
+        # hook may have been removed a moment ago.
+        def hook(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
             if not live:
                 return _forget(module, hook)
+            if threading.get_ident() != thread:
+                return None
+            kwargs, result = rest
             order = sum(map(len, calls.values()))
             calls[key].append(
                 Call(
@@ -165,15 +184,16 @@ def recording(
             )
             if stop and all(calls.values()):
                 raise _Stop
+            return None
 
         return hook
 
     with ending(live) as stack:
         for key, module in modules.items():
-            _settle(module)
             hook = remember(key)
             stack.callback(_forget, module, hook)
-            module.register_forward_hook(hook, with_kwargs=True)
+            with _registering:
+                module.register_forward_hook(hook, with_kwargs=True)
         try:
             yield calls
         except _Stop:
@@ -194,12 +214,13 @@ def replacing(
         where: Whether the first output or the first input is passed through.
     """
 
-    live = [True]
+    live, thread = [True], threading.get_ident()
 
     def change_output(function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
             if not live:
                 _forget(module, hook)
+            if not live or threading.get_ident() != thread:
                 return None
             return with_first_tensor(result, function(first_tensor(result)))
 
@@ -207,11 +228,13 @@ def replacing(
 
     def change_input(function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
         def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+            module: nn.Module, args: tuple[Any, ...], *rest: Any
         ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
             if not live:
                 _forget(module, hook)
+            if not live or threading.get_ident() != thread:
                 return None
+            (kwargs,) = rest
             for index, value in enumerate(args):
                 if isinstance(value, Tensor):
                     return (*args[:index], function(value), *args[index + 1 :]), kwargs
@@ -227,13 +250,13 @@ def replacing(
 
     with ending(live) as stack:
         for module, function in changes.items():
-            _settle(module)
             hook = change_output(function) if where == "output" else change_input(function)
             stack.callback(_forget, module, hook)
-            if where == "output":
-                module.register_forward_hook(hook)
-            else:
-                module.register_forward_pre_hook(hook, with_kwargs=True)
+            with _registering:
+                if where == "output":
+                    module.register_forward_hook(hook)
+                else:
+                    module.register_forward_pre_hook(hook, with_kwargs=True)
         yield
 
 
@@ -251,58 +274,93 @@ def standing_in(
     live = [True]
     with ending(live) as stack:
         for index, module in enumerate(modules):
-            _settle(module)
-            stand_in = _StandIn(module, partial(play, index), live)
-            stack.callback(stand_in.put_back)
-            module.forward = stand_in
-            for name in stand_in.hooks:
-                setattr(module, name, OrderedDict())
+            # What a module's call goes to before its hooks and its forward.
+            player = Player(module, "_compiled_call_impl", partial(play, index), live)
+            stack.callback(player.put_back)
+            player.stand_in()
         yield
 
 
-class _StandIn:
-    """Answers in place of a module's own forward while `live` is not empty.
+class Player:
+    """Answers the calls of one thread in place of a module.
 
-    Called afterwards, it puts itself back.
+    Attributes:
+        module: The module.
+        attribute: What a call goes to: "_compiled_call_impl", or "forward", which leaves the hooks
+            in effect.
+        play: `play(args, kwargs)` answers.
+        live: It answers while this is not empty.
     """
 
-    def __init__(self, module: nn.Module, play: Callable[..., Any], live: list[bool]) -> None:
-        self.module, self.play, self.live = module, play, live
-        # Models spread over devices carry a forward on the instance. That one is put back.
-        self.own = vars(module).get("forward")
-        self.hooks = {
-            name: getattr(module, name) for name in ("_forward_hooks", "_forward_pre_hooks")
-        }
+    def __init__(
+        self,
+        module: nn.Module,
+        attribute: Literal["_compiled_call_impl", "forward"],
+        play: Callable[[tuple[Any, ...], dict[str, Any]], Any],
+        live: list[bool],
+    ) -> None:
+        self.module, self.attribute, self.play, self.live = module, attribute, play, live
+        self.thread = threading.get_ident()
 
-    def put_back(self) -> bool:
-        """Put back the module's forward and hooks; return whether the hooks were at rest."""
-        rested = any(getattr(self.module, name) is not held for name, held in self.hooks.items())
-        for name, held in self.hooks.items():
-            setattr(self.module, name, held)
-        if self.own is None:
-            vars(self.module).pop("forward", None)
-        else:
-            self.module.forward = self.own
-        return rested
+    def stand_in(self) -> None:
+        """Begin to answer."""
+        with _registering:
+            stage = vars(self.module).get(self.attribute)
+            if isinstance(stage, _Stage):
+                stage.clear()
+            stage = vars(self.module).get(self.attribute)
+            if not isinstance(stage, _Stage):
+                stage = _Stage(self.module, self.attribute)
+                setattr(self.module, self.attribute, stage)
+            stage.players.append(self)
+
+    def put_back(self) -> None:
+        """Answer no more."""
+        stage = vars(self.module).get(self.attribute)
+        if isinstance(stage, _Stage):
+            stage.clear(self)
+
+
+class _Stage:
+    """Gives each call of a module to what stands in for it in the calling thread.
+
+    Other calls go to the module. Without players it puts back what it replaced.
+    """
+
+    def __init__(self, module: nn.Module, attribute: str) -> None:
+        self.module, self.attribute = module, attribute
+        # Models spread over devices carry a forward on the instance. That one is put back.
+        self.before = vars(module).get(attribute)
+        self.players: list[Player] = []
+
+    def clear(self, left: Player | None = None) -> None:
+        """Drop a player, and those whose block has ended."""
+        with _registering:
+            self.players = [p for p in self.players if p.live and p is not left]
+            if self.players or vars(self.module).get(self.attribute) is not self:
+                return
+            if self.before is None:
+                vars(self.module).pop(self.attribute, None)
+            else:
+                setattr(self.module, self.attribute, self.before)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.live:
-            return self.play(args, kwargs)
-        return (
-            self.module(*args, **kwargs)
-            if self.put_back()
-            else self.module.forward(*args, **kwargs)
-        )
+        thread, players = threading.get_ident(), self.players
+        for player in reversed(players):
+            if player.thread == thread and player.live:
+                return player.play(args, kwargs)
+        if not all(player.live for player in players):
+            self.clear()
+        return self.plain(*args, **kwargs)
 
-
-def _settle(module: nn.Module) -> None:
-    """Put back what a Ctrl-C left standing in for a module.
-
-    A hook that is registered meanwhile would disappear with it.
-    """
-    forward = vars(module).get("forward")
-    if isinstance(forward, _StandIn) and not forward.live:
-        forward.put_back()
+    @property
+    def plain(self) -> Callable[..., Any]:
+        """What answers without players."""
+        if self.before is not None:
+            return self.before  # type: ignore[no-any-return]
+        if self.attribute == "forward":
+            return partial(type(self.module).forward, self.module)
+        return self.module._call_impl
 
 
 @contextmanager
@@ -321,7 +379,11 @@ def stoppable() -> Generator[Callable[[], None], None, None]:
 def hook_count(modules: Iterable[nn.Module]) -> int:
     """Return how many forward hooks and stand-ins the modules carry."""
     return sum(
-        len(m._forward_hooks) + len(m._forward_pre_hooks) + ("forward" in vars(m)) for m in modules
+        len(m._forward_hooks)
+        + len(m._forward_pre_hooks)
+        + ("forward" in vars(m))
+        + isinstance(vars(m).get("_compiled_call_impl"), _Stage)
+        for m in modules
     )
 
 

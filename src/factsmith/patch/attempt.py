@@ -19,6 +19,7 @@ from ..core.progress import Progress
 from ..core.tables import Shown, Table
 from ..edit.delta import Delta, read_weights
 from ..judge.drift import Drift, drift
+from ..model.turns import asking
 from .bench import Bench
 from .capacity import warning as capacity_warning
 from .gates import GateResult, check_gates, gates_table, measures_drift
@@ -134,6 +135,7 @@ class Attempt(Shown):
         }
 
 
+@asking(grad=True, changes=True)
 def attempt_patch(
     bench: Bench,
     facts: Fact | Iterable[Fact],

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..core.checks import check_count, check_number
 from ..core.errors import InputError, LayerError
+from ..core.settled import settled
 from ..core.tables import Shown, Table, counted
 from ..corpus.moments import SecondMoment
 from ..edit import solve
@@ -163,6 +164,7 @@ class Capacity(Shown):
         return {**vars(self), **derived, "layers": layers}
 
 
+@settled()
 def capacity(
     deltas: Iterable[Delta],
     weights: Mapping[int, Tensor],

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..core.checks import check_number
 from ..core.errors import InputError
+from ..core.settled import settled
 from ..corpus.factors import whitened
 from ..corpus.moments import SecondMoment
 from ..edit import solve
@@ -76,6 +77,7 @@ def directions(keys: Tensor, moment: SecondMoment, ridge: float = RIDGE) -> floa
     return float((squares / (squares + ridge)).sum())
 
 
+@settled()
 def interference(
     new_keys: Tensor,
     stored_keys: Tensor,
@@ -153,4 +155,4 @@ def _alike(
             f"{n_stored} stored keys; give one target a key"
         )
     pairs = [[one == other for other in stored_targets] for one in targets]
-    return torch.tensor(pairs).view(n_new, n_stored)
+    return torch.tensor(pairs, dtype=torch.float32).view(n_new, n_stored)

@@ -74,7 +74,7 @@ def mlp_effects(
         seed: Seed of the noise.
         progress: Called with (facts done, facts in all).
     """
-    window, total = trace_window(lm.n_layers), torch.zeros(lm.n_layers)
+    window, total = trace_window(lm.n_layers), torch.zeros(lm.n_layers, dtype=torch.float32)
     for done, fact in enumerate(facts, start=1):
         prompt, corruption = TracedPrompt.of_fact(lm, fact), Corruption(samples=samples, seed=seed)
         runs = record_prompt(lm, prompt, corruption, target=fact.target_true)

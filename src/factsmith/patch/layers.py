@@ -28,6 +28,7 @@ from ..model.address import check_dense
 from ..model.answers import as_said, is_answered, say
 from ..model.language_model import LanguageModel, check_model
 from ..model.subject import fact_span
+from ..model.turns import asking
 from .layer_choice import MIN_FACTS, LayerChoice, LayerScore, Trial, depth_choice, published
 from .layer_trials import (
     CANDIDATES,
@@ -55,6 +56,7 @@ Beyond it they are computed again for each round of trials.
 """
 
 
+@asking(grad=True, changes=True)
 def recommend_layers(
     lm: LanguageModel,
     facts: Iterable[Fact] | None = None,

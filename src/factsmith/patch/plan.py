@@ -30,6 +30,7 @@ from ..model.address import check_dense, check_dense_layer
 from ..model.answers import first_phrase, is_answered, probabilities, say
 from ..model.language_model import LanguageModel
 from ..model.subject import fact_span
+from ..model.turns import asking
 from .bench import Bench
 from .complete import complete
 from .conflicts import Standing, compare_facts
@@ -169,6 +170,7 @@ class Plan(Shown):
         }
 
 
+@asking(grad=True, changes=True)
 def plan(
     bench: Bench,
     facts: Fact | Iterable[Fact],

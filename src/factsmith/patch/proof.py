@@ -25,9 +25,11 @@ from ..model.answers import (
     stayed,
 )
 from ..model.language_model import LanguageModel
+from ..model.turns import asking
 from .verification import Check, Role, Verification
 
 
+@asking(grad=True, changes=True)
 def prove(
     lm: LanguageModel,
     facts: Sequence[Fact],

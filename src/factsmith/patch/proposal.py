@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ..core.errors import InputError
 from ..core.forms import canonical
 from ..core.progress import Progress, tell
@@ -26,6 +24,7 @@ from ..edit.delta import Delta
 from ..edit.methods import edit
 from ..edit.solve import disturbance
 from ..model.language_model import LanguageModel
+from ..model.turns import asking
 from .bench import Bench
 from .layer_choice import LayerChoice
 from .plan import Plan
@@ -249,8 +248,7 @@ class Proposal(Shown):
         }
 
 
-# solvers need it, and a Ctrl-C inside a `no_grad` can leave it off: this sets it back
-@torch.enable_grad()
+@asking(grad=True, changes=True)
 def propose(
     bench: Bench,
     plan: Plan,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..core.errors import FingerprintError, InputError
 from ..core.identity import same_model
+from ..core.settled import settled
 from ..core.tables import Shown, Table
 from .triggers import Sign, Triggers, check_sign
 from .values import ValueTokens
@@ -64,6 +65,7 @@ class Agreement(Shown):
         ]
 
 
+@settled()
 def agreement(triggers: Triggers, values: ValueTokens, *, sign: Sign = "top") -> Agreement:
     """Return how often keys and values agree in each layer that was scanned and read.
 

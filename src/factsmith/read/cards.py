@@ -26,6 +26,7 @@ from ..corpus.scan import Bank, scan
 from ..model.address import Neuron, find_neuron
 from ..model.intervene import intervene
 from ..model.language_model import LanguageModel, check_model
+from ..model.turns import asking
 from .fact_adds import FactPair, known_facts, most_added
 from .index import Index
 from .index_store import find_index
@@ -165,7 +166,7 @@ _TEXTS = 256
 """Texts of the index that the histogram is of."""
 
 
-@torch.no_grad()
+@asking()
 def card(
     lm: LanguageModel,
     index: Index,
@@ -259,9 +260,11 @@ def _histogram(
 ) -> tuple[Tensor, Tensor]:
     """Return the edges and counts of a neuron's coefficient over some texts."""
     parts = list(_coefficients(lm, texts, bank, i))
-    seen = torch.cat(parts) if parts else torch.zeros(1)  # no token went to this expert
+    seen = (
+        torch.cat(parts) if parts else torch.zeros(1, dtype=torch.float32)
+    )  # no token went to this expert
     low, high = float(seen.min()), float(seen.max())
-    edges = torch.linspace(low, high if high > low else low + 1, _BINS + 1)
+    edges = torch.linspace(low, high if high > low else low + 1, _BINS + 1, dtype=torch.float32)
     return edges, torch.histc(seen, bins=_BINS, min=float(edges[0]), max=float(edges[-1])).long()
 
 

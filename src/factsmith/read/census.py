@@ -25,6 +25,7 @@ from ..core.tables import Shown, Table, counted
 from ..corpus.moments import enough_tokens, second_moments
 from ..corpus.moments_store import own_corpus
 from ..model.language_model import LanguageModel, check_model
+from ..model.turns import asking
 from .index_store import find_index
 from .triggers import Triggers
 
@@ -134,6 +135,7 @@ class Census(Shown):
 _IDLE = 1e-4
 
 
+@asking()
 def census(
     lm: LanguageModel,
     *,

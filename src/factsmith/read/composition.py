@@ -29,6 +29,7 @@ from ..corpus.scan import Bank
 from ..model.address import Neuron
 from ..model.language_model import LanguageModel, check_model
 from ..model.tokens import target_ids
+from ..model.turns import asking
 from .stream import (
     Stream,
     carrying_half,
@@ -226,7 +227,7 @@ _PLAIN = (
 """Attributes that are JSON-able as they are."""
 
 
-@torch.no_grad()
+@asking()
 def compose(
     lm: LanguageModel,
     prompt: str,

@@ -28,6 +28,7 @@ from ..corpus.scan import Bank, bank_of, banks, scan
 from ..model.address import Neuron, check_layers
 from ..model.language_model import LanguageModel, check_model
 from ..model.tokens import target_ids
+from ..model.turns import asking
 from .index import Index
 from .index_store import find_index
 from .unembedding import find_unembedding, output_scales
@@ -81,7 +82,7 @@ class FactAdds:
         return [(*self.known[t], m, added) for t, m, added in rows if added > 0]
 
 
-@torch.no_grad()
+@asking()
 def fact_adds(
     lm: LanguageModel,
     layers: Iterable[int] | None = None,
@@ -204,8 +205,8 @@ class MostAdded:
         """Return the start, before any fact was read."""
         return cls(
             torch.zeros(neurons, n, dtype=torch.int64),
-            torch.zeros(neurons, n),
-            torch.zeros(neurons, n),
+            torch.zeros(neurons, n, dtype=torch.float32),
+            torch.zeros(neurons, n, dtype=torch.float32),
         )
 
     def with_more(self, facts: Tensor, coefficients: Tensor, adds: Tensor) -> MostAdded:

@@ -30,6 +30,7 @@ from ..corpus.scan import Bank
 from ..corpus.text import check_texts
 from ..model.address import Neuron
 from ..model.language_model import LanguageModel, check_model
+from ..model.turns import asking
 from .phrase import folded, phrase_end
 from .promoters import Promotion
 from .text_search import TEXTS, searches, texts_with, write_texts
@@ -186,6 +187,7 @@ class Index(Shown):
         return begins
 
 
+@asking()
 def build_index(  # house: a promised public signature
     lm: LanguageModel,
     texts: str | Iterable[str],

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ..core.checks import check_count, check_seed
 from ..core.errors import InputError
+from ..core.settled import settled
 from ..core.tables import Shown, Table
 from ..corpus.scan import Bank
 from .features import (
@@ -175,6 +176,7 @@ _QUANTILE = 0.99
 _NGRAMS = {"token": 1, "bigram": 2, "trigram": 3}
 
 
+@settled()
 def profile(
     triggers: Triggers,
     labels: Mapping[str, Label] | None = None,
@@ -211,7 +213,7 @@ def profile(
     names, layers = tuple(features), tuple(sorted({bank[0] for bank in triggers.banks}))
     grouped = None if groups is None else _numbered(triggers, groups)
     control = _Control(triggers, sign, grouped, torch.Generator().manual_seed(seed))
-    cells = torch.full((len(_CELL), len(layers), len(names)), torch.nan)
+    cells = torch.full((len(_CELL), len(layers), len(names)), torch.nan, dtype=torch.float32)
     counted = torch.zeros(len(layers), dtype=torch.int64)
     neurons: dict[Bank, list[Tensor]] = {bank: [] for bank in triggers.banks}
     commonest: dict[Bank, list[Tensor]] = {bank: [] for bank in triggers.banks}
@@ -236,7 +238,10 @@ def profile(
         layers=layers,
         features=names,
         **dict(zip(_CELL, cells, strict=True)),
-        possible=torch.tensor([possible_share(triggers, labels.get(name), sign) for name in names]),
+        possible=torch.tensor(
+            [possible_share(triggers, labels.get(name), sign) for name in names],
+            dtype=torch.float32,
+        ),
         neurons={bank: torch.stack(each, 1) for bank, each in neurons.items()},
         counted=counted,
         _commonest={bank: torch.stack(each, 1) for bank, each in commonest.items()},
@@ -354,8 +359,8 @@ def _cell(pure: Tensor, dealt: Tensor, again: Tensor) -> Tensor:
         dealt: (n,), the purity in the control.
         again: (n,), the purity in a second control.
     """
-    needed = torch.tensor(max(0.5, float(dealt.quantile(_QUANTILE)) + 1e-6))
-    share = chance = torch.tensor(torch.nan)
+    needed = torch.tensor(max(0.5, float(dealt.quantile(_QUANTILE)) + 1e-6), dtype=torch.float32)
+    share = chance = torch.tensor(torch.nan, dtype=torch.float32)
     if needed <= 1:  # otherwise the control is pure, and no neuron differs from it
         share, chance = (pure >= needed).float().mean(), (again >= needed).float().mean()
     return torch.stack([share, chance, pure.mean(), dealt.mean(), needed])
@@ -380,5 +385,5 @@ def _purity(codes: Tensor, least: int) -> tuple[Tensor, Tensor]:
         run[:, i] = torch.where(ordered[:, i] == ordered[:, i - 1], run[:, i - 1] + 1, 1)
     most, where = torch.where(ordered >= 0, run, 0).max(1)
     n = (codes >= 0).sum(1)
-    purity = torch.where(n >= least, most / n.clamp(min=1), torch.nan)
+    purity = torch.where(n >= least, most.float() / n.clamp(min=1), torch.nan, dtype=torch.float32)
     return purity, ordered.gather(1, where[:, None])[:, 0]

@@ -21,6 +21,7 @@ from ..model.address import Neuron
 from ..model.language_model import LanguageModel, check_model
 from ..model.neurons import Neurons
 from ..model.tokens import word_ids
+from ..model.turns import asking
 from .unembedding import Unembedding, find_unembedding, output_scales
 
 NEAR = 16
@@ -46,7 +47,7 @@ class Promotion:
     score: float
 
 
-@torch.no_grad()
+@asking()
 def promoters(
     lm: LanguageModel, word: str, k: int = 20, *, demoted: bool = False, norm: bool = True
 ) -> list[Promotion]:

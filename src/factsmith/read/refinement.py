@@ -26,6 +26,7 @@ from ..core.progress import Progress, tell
 from ..core.tables import Shown, Table
 from ..model.language_model import LanguageModel, check_model
 from ..model.tokens import target_ids
+from ..model.turns import asking
 from .own_predictions import OwnPredictions
 from .stream import (
     Stream,
@@ -156,7 +157,7 @@ class Refinement(Shown):
         return rows
 
 
-@torch.no_grad()
+@asking()
 def refinement(  # house: a promised public signature
     lm: LanguageModel,
     prompts: Iterable[str],
@@ -286,7 +287,7 @@ class _Each:
         self.half = torch.zeros(n, dtype=torch.long)
         self.half_of_layer = torch.zeros(n, n_layers, dtype=torch.long)
         self.ranks = torch.zeros(n, points, dtype=torch.long)
-        self.probabilities = torch.zeros(n, points)
+        self.probabilities = torch.zeros(n, points, dtype=torch.float32)
         self.likeliest = torch.zeros(n, points, dtype=torch.long)
         self.by_layer = torch.zeros(n, n_layers, dtype=torch.long)
         self.neurons = 0

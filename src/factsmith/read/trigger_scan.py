@@ -29,6 +29,7 @@ from ..corpus.sweep import Corpus, State, Swept, TextBatch, sweep
 from ..corpus.text import Piece
 from ..model.address import check_layers
 from ..model.language_model import LanguageModel, check_model
+from ..model.turns import asking
 from .strongest import BatchTokens, Strongest
 from .triggers import FORMAT, Triggers, holds_triggers
 
@@ -36,6 +37,7 @@ _KEPT = 200_000
 """Tokens of texts held beyond those that some neuron refers to, before they are let go."""
 
 
+@asking()
 def find_triggers(  # house: a promised public signature
     lm: LanguageModel,
     texts: str | Iterable[str],

@@ -21,6 +21,7 @@ from ..core.errors import UnsupportedModelError
 from ..model.language_model import LanguageModel
 from ..model.tolerance import same, tolerance
 from ..model.trace import recording, replacing
+from ..model.turns import asking
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -75,7 +76,7 @@ class Unembedding:
         return hidden.square().mean(-1).sqrt()
 
 
-@torch.no_grad()
+@asking()
 def find_unembedding(lm: LanguageModel, *, norm: bool = True) -> Unembedding:
     """Return the model's unembedding and its final norm.
 
@@ -103,8 +104,8 @@ def find_unembedding(lm: LanguageModel, *, norm: bool = True) -> Unembedding:
     plain = Unembedding(
         weight=weight.detach(),
         bias=None if bias is None else bias.detach(),
-        scale=torch.ones(lm.d_model, device=weight.device),
-        shift=torch.zeros(lm.d_model, device=weight.device),
+        scale=torch.ones(lm.d_model, device=weight.device, dtype=torch.float32),
+        shift=torch.zeros(lm.d_model, device=weight.device, dtype=torch.float32),
         centres=False,
         divides=False,
     )
@@ -184,13 +185,21 @@ def output_scales(
     With norm=False each is a single one, ().
     """
     wanted = range(lm.n_layers) if layers is None else layers
-    return {layer: output_scale(lm, layer) if norm else torch.ones(()) for layer in wanted}
+    return {
+        layer: output_scale(lm, layer) if norm else torch.ones((), dtype=torch.float32)
+        for layer in wanted
+    }
 
 
 def _probes(lm: LanguageModel) -> Tensor:
     """Return random states whose mean is not zero, exact in the model's dtype: (4, d_model)."""
     return (
-        (torch.randn(4, lm.d_model, generator=torch.Generator().manual_seed(0)) + 1)
+        (
+            torch.randn(
+                4, lm.d_model, generator=torch.Generator().manual_seed(0), dtype=torch.float32
+            )
+            + 1
+        )
         .to(lm.dtype)
         .float()
     )

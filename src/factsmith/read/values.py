@@ -36,6 +36,7 @@ from ..core.tables import Shown, Table, counted
 from ..corpus.scan import Bank, bank_name, bank_of, banks, named_bank
 from ..model.address import Neuron, check_layers, find_neuron
 from ..model.language_model import LanguageModel, check_model
+from ..model.turns import asking
 from .extremes import Screen, extreme_tokens
 from .unembedding import Unembedding, find_unembedding, output_scales
 
@@ -169,7 +170,7 @@ _FORMAT = "values 1"
 _PARTS = ("top_ids", "top_scores", "bottom_ids", "bottom_scores")
 
 
-@torch.no_grad()
+@asking()
 def value_tokens(
     lm: LanguageModel,
     layers: Iterable[int] | None = None,

@@ -26,6 +26,7 @@ from ...edit.delta import Delta
 from ...model.language_model import LanguageModel
 from ...model.neurons import linear_matrix
 from ...model.source import runs_remote_code
+from ...model.turns import asking
 from .contents import Contents, Origin
 from .dtypes import check_dtype, dtype_name
 from .lowrank import LowRank, compress
@@ -36,6 +37,7 @@ from .record import AdapterLayer, Export
 from .staging import staged
 
 
+@asking(grad=True, changes=True)
 def export_adapter(  # house: public, and promised with these names
     lm: LanguageModel,
     deltas: Delta | Iterable[Delta],

@@ -24,6 +24,7 @@ from ...edit.delta import Delta, applied
 from ...model.language_model import LanguageModel
 from ...model.quiet import quietly
 from ...model.source import runs_remote_code
+from ...model.turns import asking
 from .contents import Contents, Origin
 from .dtypes import check_dtype, dtype_name
 from .manifest import as_json, write_manifest
@@ -33,6 +34,7 @@ from .record import Export
 from .staging import staged
 
 
+@asking(grad=True, changes=True)
 def export_checkpoint(
     lm: LanguageModel,
     deltas: Delta | Iterable[Delta],

@@ -15,6 +15,7 @@ from ...core.errors import NumericsError
 from ...core.progress import Progress, tell
 from ...edit.delta import Delta
 from ...model.language_model import LanguageModel
+from ...model.turns import asking
 from .contents import Contents, Origin
 from .folder import numbered, read_patch
 from .manifest import write_manifest
@@ -22,6 +23,7 @@ from .record import Export
 from .staging import staged
 
 
+@asking(grad=True, changes=True)
 def export_patch(
     lm: LanguageModel,
     deltas: Delta | Iterable[Delta],
