@@ -217,6 +217,7 @@ class RunnableModel:
                 "the new rows"
             )
 
+    @asking()
     def gaps(
         self, prompts: Sequence[str], targets: Sequence[str], wanted: Sequence[Gap] | None = None
     ) -> list[Settled]:

@@ -385,5 +385,5 @@ def _purity(codes: Tensor, least: int) -> tuple[Tensor, Tensor]:
         run[:, i] = torch.where(ordered[:, i] == ordered[:, i - 1], run[:, i - 1] + 1, 1)
     most, where = torch.where(ordered >= 0, run, 0).max(1)
     n = (codes >= 0).sum(1)
-    purity = torch.where(n >= least, most.float() / n.clamp(min=1), torch.nan, dtype=torch.float32)
+    purity = torch.where(n >= least, most.float() / n.clamp(min=1), torch.nan)
     return purity, ordered.gather(1, where[:, None])[:, 0]
