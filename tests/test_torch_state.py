@@ -82,9 +82,9 @@ def reading(lm: LanguageModel) -> dict[str, Any]:
     triggers = find_triggers(lm, TEXTS, top=3)
     refined = refinement(lm, PROMPTS)
     numbers |= {
-        "trace": torch.as_tensor(trace.scores),
-        "fast trace": torch.as_tensor(fast.scores),
-        "traces": torch.as_tensor(several[0]),
+        "trace": trace.scores,
+        "fast trace": fast.scores,
+        "traces": several[0],
         "neurons": located.scores,
         "effect": dataclasses.astuple(effect(lm, [(1, 3)], [prompt], "French")),
         "triggers": [str(t) for t in triggers.of((1, 3))],

@@ -158,6 +158,7 @@ def record_runs(
     return record_prompt(lm, traced, corruption, target=target)
 
 
+@asking()
 def record_prompt(
     lm: LanguageModel, traced: TracedPrompt, corruption: Corruption, *, target: str | None = None
 ) -> Runs:

@@ -84,7 +84,7 @@ class Modes:
 
 def _configs(module: nn.Module) -> list[Any]:
     """Return the configs that a module reads when it runs."""
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     inner = getattr(getattr(module, "base_model", None), "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else None
     distinct: list[Any] = []
@@ -147,7 +147,8 @@ def with_plain_weights(module: nn.Module) -> None:
     """
     places: dict[int, list[tuple[dict[str, Any], str]]] = {}
     for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
+        held: list[dict[str, Any]] = [part._parameters, part._buffers]
+        for tensors in held:
             for name, tensor in tensors.items():
                 if tensor is not None and tensor.is_inference():
                     places.setdefault(id(tensor), []).append((tensors, name))

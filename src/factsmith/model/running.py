@@ -387,7 +387,7 @@ def _accepted(module: nn.Module) -> set[str]:
             if kind is nn.Module:
                 break
             if "forward" in vars(kind):
-                parameters = inspect.signature(kind.forward).parameters
+                parameters = inspect.signature(vars(kind)["forward"]).parameters
                 names.update(parameters)
                 passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
                 if not passes_on:
