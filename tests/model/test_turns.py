@@ -170,8 +170,10 @@ def test_a_block_of_another_thread_is_not_seen(way: str) -> None:
             inside = layer(x)
         return before, inside, layer(x)
 
+    seen: list[Future[Any]] = []
     with ThreadPoolExecutor(2) as pool:
-        seen: list[Future[Any]] = [pool.submit(opens_first), pool.submit(opens_second)]
+        seen.append(pool.submit(opens_first))
+        seen.append(pool.submit(opens_second))
     mine = seen[0].result()
     assert mine is None if way == "recording" else not torch.allclose(mine, expected)
     if way == "recording":  # its second call ends the block
