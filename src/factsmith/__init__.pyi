@@ -49,7 +49,10 @@ from .judge.ability import ability as ability
 from .judge.drift import Drift as Drift
 from .judge.drift import Reference as Reference
 from .judge.drift import drift as drift
+from .judge.editor import Editor as Editor
 from .judge.evaluation import Evaluation as Evaluation
+from .judge.records import Question as Question
+from .judge.records import Record as Record
 from .judge.records import Suite as Suite
 from .judge.run import evaluate as evaluate
 from .judge.suites import load_suite as load_suite

@@ -409,3 +409,33 @@ def test_drift_of_a_workspace(run: Run, model: Path, quick: None) -> None:
         *few,
     )
     assert refused.code == 5 and "--workspace" in refused.err, "made on the model without it"
+
+
+def test_evaluate_reads_fields_by_name_and_runs_a_method_of_ones_own(
+    run: Run, model: Path, tmp_path: Path
+) -> None:
+    rows = [
+        {"who": f"Entity{n}", "q": f"Entity{n} lives in", "new": {"city": "Oslo"}} for n in (1, 2)
+    ]
+    Path("own.json").write_text(json.dumps(rows))
+    Path("own_editor.py").write_text(
+        "from factsmith.edit.delta import read_weights\n"
+        "def write(lm, facts):\n    return {1: 2 * read_weights(lm, [1])[1]}\n"
+    )
+    fields = ["--field", "subject=who", "--field", "prompt=q", "--field", "target=new.city"]
+    call = ["evaluate", model, "--suite", "own.json", "--methods", "own_editor.py:write"]
+    more = ["--all", "--drift-tokens", "0", "--json"]
+    done = run(*call, *fields, *more)
+    assert done.code == 0, done.err
+    assert done.json["facts"]["records judged"] == "2"
+    assert done.json["runs"][0]["edits"]["own_editor.py:write"]["edits"] == 2
+    for wrong, words in (
+        (fields[:4], "--field"),
+        ([*fields, "--field", "subject=x"], "twice"),
+        ([*fields, "--field", "target"], "NAME=FIELD"),
+        ([*fields, "--field", "colour=x"], "'colour'"),
+        ([*fields, "--methods", "own_editor.py:no"], "has no no; it has write"),
+        ([*fields, "--methods", "nosuch:no"], "there is no module nosuch"),
+    ):
+        refused = run(*call, *wrong, "--all")
+        assert refused.code == 2 and words in refused.err, refused.err

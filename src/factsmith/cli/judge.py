@@ -48,12 +48,23 @@ SuiteName = Annotated[
     ),
 ]
 
+Fields = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--field",
+        metavar="NAME=FIELD",
+        help="Where a file of another layout holds a part of its records: subject=entity, "
+        "prompt=question, target=answer.new, paraphrases=others, and so on; may be repeated.",
+    ),
+]
+
 Methods = Annotated[
     str,
     typer.Option(
         metavar="A,B",
         autocompletion=completing.judged,
-        help="Some of rome, r-rome, memit, emmet, alphaedit, ft-l, lora.",
+        help="Some of rome, r-rome, memit, emmet, alphaedit, ft-l, lora; or your own, as "
+        "module:function or file.py:function.",
     ),
 ]
 
@@ -172,6 +183,7 @@ DriftTexts = Annotated[
 def evaluate(  # house: Typer reads one parameter for each option
     model: ModelName,
     suite: SuiteName = "atlas",
+    field: Fields = None,
     methods: Methods = "rome,memit",
     sizes: Sizes = "1",
     sequence: Sequenced = False,
@@ -202,7 +214,10 @@ def evaluate(  # house: Typer reads one parameter for each option
           --sizes 1,100 --limit 300 --out judged
       factsmith evaluate MODEL --suite FILE --methods memit \\
           --sizes 100 --sequence --out judged
+      factsmith evaluate MODEL --suite FILE --field prompt=question \\
+          --field target=answer --methods my_method.py:write
     """
+    fields = _fields(field or [])
     names, numbers, changes = _names(methods), _numbers(sizes), _by_method(setting or [])
     task_names = _task_names(tasks, tasks_folder, tasks_limit)
     corpus = Paragraphs(texts) if texts else None
@@ -215,7 +230,13 @@ def evaluate(  # house: Typer reads one parameter for each option
 
         check_methods(names, changes)
         harness = _harness(task_names, tasks_folder, tasks_limit, seed)
-        records = load_suite(suite, limit=limit, seed=seed, malformed="fatal" if strict else "skip")
+        records = load_suite(
+            suite,
+            fields=fields,
+            limit=limit,
+            seed=seed,
+            malformed="fatal" if strict else "skip",
+        )
         lm = load_model(model, device, None, tell)
         from ..judge.campaign import Campaign
         from ..judge.schedule import Schedule
@@ -410,6 +431,19 @@ def _write_report(report: Any, folder: Path, tell: Progress) -> list[Path]:
 
 def _names(words: str) -> list[str]:
     return [name.strip() for name in words.split(",") if name.strip()]
+
+
+def _fields(pairs: list[str]) -> dict[str, str] | None:
+    """Return {"target": "answer.new"} for target=answer.new; None if nothing was given."""
+    fields: dict[str, str] = {}
+    for pair in pairs:
+        name, _, path = (part.strip() for part in pair.partition("="))
+        if not name or not path:
+            raise InputError(f"--field is {pair!r}; give NAME=FIELD, such as prompt=question")
+        if name in fields:
+            raise InputError(f"--field gives {name} twice; leave one out")
+        fields[name] = path
+    return fields or None
 
 
 def _numbers(sizes: str) -> list[int]:

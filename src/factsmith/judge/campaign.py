@@ -97,6 +97,7 @@ class Campaign:
         folder: Keeps everything. None: nothing is kept.
         editors: Makes the editors.
         schedule: How each size is judged. Its size is replaced, and its text is drawn from `texts`.
+        fields: Which field of the suite's file holds what; see `load_suite`.
         limit: Number of records to draw from the suite. None: all.
         malformed: "skip": leave malformed records out. "fatal": raise an error for one.
         known_only: Whether to leave out records that the model does not know.
@@ -116,6 +117,7 @@ class Campaign:
     _: KW_ONLY
     editors: MakeEditors
     schedule: Schedule = field(default_factory=Schedule)
+    fields: Mapping[str, str] | None = None
     limit: int | None = None
     malformed: Literal["skip", "fatal"] = "skip"
     known_only: bool = True
@@ -184,7 +186,11 @@ class Campaign:
             return self.suite
         tell(progress, f"reading {Path(self.suite).name}", 0, None)
         return load_suite(
-            self.suite, limit=self.limit, seed=self.schedule.seed, malformed=self.malformed
+            self.suite,
+            fields=self.fields,
+            limit=self.limit,
+            seed=self.schedule.seed,
+            malformed=self.malformed,
         )
 
     def _usable_records(

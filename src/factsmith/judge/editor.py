@@ -14,10 +14,10 @@ This module knows no method.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 from ..core.checks import check_items
 from ..core.errors import FactsmithError, InputError, LedgerError, NumericsError
@@ -25,11 +25,26 @@ from ..core.fact import Fact
 from ..model.language_model import LanguageModel
 from .rows import BASE
 
-Editor: TypeAlias = Callable[[Sequence[Fact]], AbstractContextManager[Any]]
-"""Returns a `with` block inside which the model carries the facts, on top of everything it carried
-before. If the block yields {name: number}, such as seconds and norms, the numbers are noted. An
-editor may have a `description`: its settings in words. A run then goes on only with the same
-description."""
+
+class Editor(Protocol):
+    """A function that writes facts into a model for the length of a `with` block.
+
+    If the block yields {name: number}, such as seconds and norms, the numbers are noted. An editor
+    may have a `description`: its settings in words. A run then goes on only with the same
+    description.
+    """
+
+    def __call__(self, facts: Sequence[Fact], /) -> AbstractContextManager[Any]:
+        """Return a `with` block inside which the model carries the facts, on top of all that it
+        carried before.
+
+        An error of factsmith, such as an `InputError`, is noted as the failure of this edit. Other
+        exceptions end the run.
+        """
+
+
+class NotAnEditorError(InputError):
+    """A function that should be an editor does not do what editors do."""
 
 
 class Change(Protocol):
@@ -97,7 +112,7 @@ def enter(stack: ExitStack, editor: Editor, facts: Sequence[Fact]) -> tuple[obje
     except FactsmithError as error:
         return {}, _reason(editor, error)
     if not isinstance(block, AbstractContextManager):
-        raise InputError(
+        raise NotAnEditorError(
             f"an editor returned a {type(block).__name__}; it must return a `with` block "
             "inside which the model carries the facts"
         )
@@ -110,7 +125,8 @@ def enter(stack: ExitStack, editor: Editor, facts: Sequence[Fact]) -> tuple[obje
 def _reason(editor: Editor, error: FactsmithError) -> str:
     """Return why an edit could not be made; raise an error that is not about the edit's facts."""
     is_numeric = isinstance(error, NumericsError)
-    if isinstance(error, LedgerError) or (isinstance(editor, MadeChanges) and not is_numeric):
+    is_of_facts = not isinstance(error, (LedgerError, NotAnEditorError))
+    if not is_of_facts or (isinstance(editor, MadeChanges) and not is_numeric):
         raise error
     return str(error) or type(error).__name__
 

@@ -43,15 +43,25 @@ class Entry:
         fields: {name: value}, as the file holds them.
         path: Whole name of the field that holds these fields; "" for the record itself.
         dropped: The questions that cannot be used. An entry inside a field shares this list.
+        names: {name here: name in the file}, of the fields with another name in the file.
     """
 
-    def __init__(self, fields: Any, path: str = "", *, dropped: list[FieldError]) -> None:
+    def __init__(
+        self,
+        fields: Any,
+        path: str = "",
+        *,
+        dropped: list[FieldError],
+        names: Mapping[str, str] | None = None,
+    ) -> None:
         if not isinstance(fields, Mapping):
             raise FieldError(path, f"is {brief(fields)}; expected fields with names")
         self.fields, self.path, self.dropped = fields, path, dropped
+        self.names = names or {}
 
     def path_of(self, name: str) -> str:
         """Return the whole name of a field."""
+        name = self.names.get(name, name)
         return f"{self.path}.{name}" if self.path else name
 
     def has(self, name: str) -> bool:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from ..core.fact import Fact
 from ..core.slots import fill_all
 from .entry import Entry, FieldError
+from .fields import read_mapped
 from .records import Question, QuestionKind, Record, negation
 
 
@@ -276,6 +277,7 @@ LAYOUTS = {
         ("known", "subject attribute prompt", _known),
         ("wikibigedit", "subject update ans", _wikibigedit),
         ("qaedit", "subject prompt target rephrase", _qaedit),
+        ("facts", "subject prompt target", partial(read_mapped, fields={})),
     )
 }
 """The layouts by name."""

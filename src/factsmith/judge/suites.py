@@ -3,6 +3,7 @@
     suite = load_suite("atlas", limit=100)                       # bundled
     suite = load_suite("counterfact.json")                       # a file, recognised by its fields
     suite = load_suite("zsre-rome:zsre_mend_eval.json")          # a file with a named layout
+    suite = load_suite("my.json", fields={"prompt": "question", "target": "answer"})
     suite.records[0].facts, suite.records[0].questions, suite.skipped
 
 The layouts, by the name that `kind` takes:
@@ -28,6 +29,8 @@ known             ROME's known_1000: facts that a model may know, with nothing t
 wikibigedit       Thede et al. 2025 (arXiv 2503.05683), JSON or CSV. A persona's question counts as
                   a paraphrase.
 qaedit            Yang et al. 2025 (arXiv 2502.11177).
+facts             Records of your own: subject, prompt and target, and whatever else `fields.NAMES`
+                  names. Records with other names for these are read by a mapping, `fields`.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,8 +51,21 @@ from ..core.errors import InputError
 from ..core.filetext import decoded, json_lines, table
 from .atlas_suite import atlas_suite
 from .entry import Entry, FieldError
+from .fields import (
+    REQUIRED,
+    check_fields,
+    check_names,
+    check_present,
+    read_mapped,
+    seen_fields,
+    value_at,
+    with_value,
+)
 from .layouts import LAYOUTS, Layout
 from .records import Malformed, Record, Suite
+
+_FIRST = 200
+"""Records that show the layout."""
 
 _FORMATS = ".json, .jsonl, .csv or .tsv"
 
@@ -57,6 +74,7 @@ def load_suite(
     what: str | Path,
     *,
     kind: str | None = None,
+    fields: Mapping[str, str] | None = None,
     malformed: Literal["skip", "fatal"] = "skip",
     limit: int | None = None,
     seed: int = 0,
@@ -68,6 +86,9 @@ def load_suite(
             owner/name/file. A file or dataset may have the name of its layout in front
             ("zsre-rome:FILE").
         kind: Name of the layout. None: recognised by the fields of the records.
+        fields: {part of a record: name of its field}, for records of another layout. The parts are
+            subject, prompt and target, and those in `fields.NAMES`; a dot in the name of a field
+            goes into the field. With `kind`, the parts are the fields of that layout.
         malformed: "skip": leave malformed records out and list them in `skipped`. "fatal": raise an
             error for a malformed record anywhere in the file.
         limit: Number of usable records to draw. Only drawn records are checked, unless malformed
@@ -105,7 +126,10 @@ def load_suite(
                 argument="kind",
             )
         return atlas_suite(limit, seed)
-    return _load_file(what, kind, _Sample(limit, seed, malformed == "fatal"))
+    mapping = None if fields is None else check_fields(fields)
+    if mapping is not None and kind is None:
+        check_names(mapping)
+    return _load_file(what, kind, mapping, _Sample(limit, seed, malformed == "fatal"))
 
 
 @dataclass(frozen=True)
@@ -123,7 +147,9 @@ class _Sample:
     is_strict: bool
 
 
-def _load_file(what: str, kind: str | None, sample: _Sample) -> Suite:
+def _load_file(
+    what: str, kind: str | None, fields: Mapping[str, str] | None, sample: _Sample
+) -> Suite:
     """Return the suite in a file or a hub dataset."""
     path = _local_file(what)
     try:
@@ -133,7 +159,16 @@ def _load_file(what: str, kind: str | None, sample: _Sample) -> Suite:
             f"{what} cannot be read: {error.strerror}; give a file of records that can be read"
         ) from None
     rows = _parse_rows(what, path.suffix.lower(), content)
-    layout = _recognise_layout(what, rows, kind)
+    if fields is None:
+        layout = _recognise_layout(what, rows, kind)
+    else:
+        check_present(what, rows[:_FIRST], fields)
+        if kind is None:
+            reading = partial(read_mapped, fields=fields)
+            layout = Layout("facts", frozenset(REQUIRED), reading)
+        else:
+            rows = [_renamed(row, fields) for row in rows]
+            layout = _recognise_layout(what, rows, kind)
     records, skipped = _read_records(what, rows, layout, sample)
     return Suite(
         name=layout.name,
@@ -237,7 +272,7 @@ def _parse_lines(text: str) -> list[Any]:
 
 def _recognise_layout(what: str, rows: Sequence[Any], kind: str | None) -> Layout:
     """Return the named layout, or the layout of most of the first records."""
-    names_of = [set(row) for row in rows[:200] if isinstance(row, Mapping)]
+    names_of = [set(row) for row in rows[:_FIRST] if isinstance(row, Mapping)]
     fitting = {
         name: sum(layout.fields <= names for names in names_of)
         for name, layout in LAYOUTS.items()
@@ -255,7 +290,7 @@ def _recognise_layout(what: str, rows: Sequence[Any], kind: str | None) -> Layou
         return LAYOUTS[kind]
     if kind is None and fitting[best]:
         return LAYOUTS[best]
-    got = ", ".join(sorted(map(str, names_of[0]))[:12]) if names_of else "no record of named fields"
+    got = seen_fields(rows)
     if kind is not None:
         hint = f"; it looks like {best}" if fitting[best] else ""
         raise InputError(
@@ -264,9 +299,20 @@ def _recognise_layout(what: str, rows: Sequence[Any], kind: str | None) -> Layou
         )
     accepted = "; ".join(f"{name}: {', '.join(sorted(LAYOUTS[name].fields))}" for name in fitting)
     raise InputError(
-        f"{what} has no known layout: its records have {got}; "
-        f"give records with the fields of one of these layouts. {accepted}"
+        f"{what} has no known layout: its records have {got}; give records with the fields of one "
+        f"of these layouts. {accepted}. Or say which fields hold the subject, the prompt and the "
+        "target, such as subject=entity",
+        argument="fields",
     )
+
+
+def _renamed(row: Any, fields: Mapping[str, str]) -> Any:
+    """Return a record with the names of its layout."""
+    if not isinstance(row, Mapping):
+        return row
+    for name, path in fields.items():
+        row = with_value(row, name, value_at(row, path))
+    return row
 
 
 # ── the records ───────────────────────────────────────────────────────────────────────────────────
@@ -299,9 +345,12 @@ def _read_records(
             argument="malformed",
         )
     if not records:
+        is_mapped = layout.name == "facts"
+        seen = f"; the records have {seen_fields(rows)}" if is_mapped else ""
         raise InputError(
             f"{what} has no usable record of the layout {layout.name}; "
-            f"the first of {len(skipped)} errors: {skipped[0]}"
+            f"the first of {len(skipped)} errors: {skipped[0]}{seen}",
+            argument="fields" if is_mapped else None,
         )
     return _with_unique_ids(dict(sorted(records.items()))), tuple(skipped)
 

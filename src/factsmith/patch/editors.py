@@ -35,10 +35,12 @@ from ..edit.methods import METHODS, edit
 from ..edit.search import find_targets
 from ..edit.settings import check_settings
 from ..edit.target import TargetConfig, Targets
-from ..judge.editor import Editor
+from ..judge.editor import Editor, NotAnEditorError, description_of
 from ..judge.metrics import relative_norm
+from ..judge.rows import finite_numbers
 from ..model.language_model import LanguageModel, check_model
 from .bench import Scratch
+from .own_method import OwnMethod, function_of, is_own
 from .plan import choose_layers
 from .recipe import Recipe, Sources
 
@@ -75,7 +77,9 @@ def editors(
 
     Args:
         lm: The model.
-        methods: Some of rome, r-rome, memit, emmet, alphaedit, ft-l (or ft), lora.
+        methods: Some of rome, r-rome, memit, emmet, alphaedit, ft-l (or ft), lora. A method of your
+            own is named by its function, as "module:function" or "file.py:function"; see
+            `own_method.py`.
         config: {method: its settings}. A method that is left out takes the recommended ones, at the
             layers known for the model, or else at a share of its depth. FT-L takes the lowest of
             MEMIT's layers, LoRA all of them.
@@ -93,7 +97,7 @@ def editors(
     seed = check_seed(seed)
     names = _checked_names(methods)
     given = _by_name(config or {}, names, "config has settings for")
-    settings = {name: _settings(lm, name, given.get(name)) for name in names}
+    settings = {name: _settings(lm, name, given.get(name)) for name in names if not is_own(name)}
     edits = [one for one in settings.values() if isinstance(one, EditConfig)]
     layers = sorted({layer for edit in edits for layer in edit.edited or ()})
     if layers and moments is None:
@@ -103,6 +107,8 @@ def editors(
     writer = _Writer(lm)
 
     def editor(name: str) -> Editor:
+        if is_own(name):
+            return _OwnEditor(writer, name, function_of(name))
         setting = settings[name]
         if isinstance(setting, TuneConfig):
             return _TuningEditor(writer, name, setting, seed)
@@ -136,13 +142,16 @@ def configured(
     """
     names = [_OTHER_NAMES.get(name, name) for name in methods]
     by_name = _by_name(changes or {}, names, "settings for")
-    if paper and all(name in _TUNED for name in names):
+    if paper and all(name in _TUNED or is_own(name) for name in names):
         raise InputError(
             f"no settings were published for {', '.join(names)}; leave paper out", argument="paper"
         )
     configs: dict[str, Any] = {}
     for name in names:
         values = dict(by_name.get(name, {}))
+        if is_own(name):
+            _check_no_settings(name, values)
+            continue
         if name in _TUNED:
             if values:
                 configs[name] = _tuned_config(name, values)
@@ -166,7 +175,9 @@ def check_methods(
     names = _checked_names(methods)
     for name, changed in _by_name(changes or {}, names, "settings for").items():
         values = dict(changed)
-        if name in _TUNED:
+        if is_own(name):
+            _check_no_settings(name, values)
+        elif name in _TUNED:
             _tuned_config(name, values)
         else:
             layers = values.pop("layers", values.pop("layer", None))
@@ -175,13 +186,24 @@ def check_methods(
 
 def _checked_names(methods: Iterable[str]) -> list[str]:
     """The methods' names; raises InputError unless there is at least one, each known and once."""
-    expected = f"some of {', '.join(NAMES)}"
+    expected = f"some of {', '.join(NAMES)}, or your own as module:function"
     names = [_OTHER_NAMES.get(name, name) for name in check_items(methods, "methods", expected)]
     if not names or len(set(names)) < len(names):
         raise InputError(f"methods are {names}; name at least one, each once", argument="methods")
-    if unknown := [name for name in names if name not in NAMES]:
+    if unknown := [name for name in names if name not in NAMES and not is_own(name)]:
         raise InputError(f"no method {unknown[0]!r}; expected {expected}", argument="methods")
+    for name in filter(is_own, names):
+        function_of(name)
     return names
+
+
+def _check_no_settings(name: str, values: Mapping[str, Any]) -> None:
+    """Raise an InputError if there are settings for a method of one's own."""
+    if values:
+        raise InputError(
+            f"{name} is a function of your own, so it has no setting {', '.join(values)}; "
+            "leave them out"
+        )
 
 
 def _by_name(given: Mapping[str, _T], names: Sequence[str], what: str) -> dict[str, _T]:
@@ -283,6 +305,39 @@ class _TuningEditor:
     def __call__(self, facts: Sequence[Fact]) -> AbstractContextManager[dict[str, float]]:
         train, lm = _TUNED[self.name][0], self.writer.lm
         return self.writer.block(lambda: train(lm, facts, self.config, seed=self.seed))
+
+
+@dataclass(frozen=True)
+class _OwnEditor:
+    """A method of one's own."""
+
+    writer: _Writer
+    name: str
+    function: OwnMethod
+
+    @property
+    def description(self) -> str:
+        """Its settings in words, if the function says them."""
+        return description_of(self.function)
+
+    @contextmanager
+    def __call__(self, facts: Sequence[Fact]) -> Iterator[dict[str, float]]:
+        began = time.perf_counter()
+        result = self.function(self.writer.lm, list(facts))
+        if isinstance(result, AbstractContextManager):
+            with result as notes:
+                seconds = {"seconds": time.perf_counter() - began}
+                yield seconds | finite_numbers(notes)
+            return
+        if not isinstance(result, (Delta, Mapping)):
+            raise NotAnEditorError(
+                f"{self.name} returned a {type(result).__name__}; it must return a Delta, "
+                "{layer: new down-projection}, or a `with` block"
+            )
+        change = result if isinstance(result, Delta) else dict(result)
+        seconds = {"seconds": time.perf_counter() - began}
+        with self.writer.block(lambda: change) as notes:
+            yield notes | seconds
 
 
 _KEPT = 1000
