@@ -230,13 +230,8 @@ def evaluate(  # house: Typer reads one parameter for each option
 
         check_methods(names, changes)
         harness = _harness(task_names, tasks_folder, tasks_limit, seed)
-        records = load_suite(
-            suite,
-            fields=fields,
-            limit=limit,
-            seed=seed,
-            malformed="fatal" if strict else "skip",
-        )
+        options: dict[str, Any] = {"malformed": "fatal" if strict else "skip", "fields": fields}
+        records = load_suite(suite, limit=limit, seed=seed, **options)
         lm = load_model(model, device, None, tell)
         from ..judge.campaign import Campaign
         from ..judge.schedule import Schedule
