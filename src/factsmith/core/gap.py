@@ -66,12 +66,15 @@ def before_gap(prompt: str) -> str:
 
     These spaces are the gap before the continuation. Most tokenizers write a space and the word
     after it as one token, so a model hardly ever meets a space alone. Line breaks and tabs stay,
-    and so do spaces that indent a line.
+    and so do spaces that indent a line, and a no-break space after an opening mark, as in French.
     """
     end = len(prompt)
     while end and unicodedata.category(prompt[end - 1]) == "Zs":
         end -= 1
-    return prompt[:end] if end and not prompt[end - 1].isspace() else prompt
+    if not end or prompt[end - 1].isspace():
+        return prompt
+    typographic = prompt[end:].strip(" ") and unicodedata.category(prompt[end - 1]) in ("Ps", "Pi")
+    return prompt if typographic else prompt[:end]
 
 
 def gap_notes(prompts: Iterable[str]) -> tuple[str, ...]:
