@@ -96,4 +96,6 @@ def _commands() -> str:
     for name, each in command.commands.items():  # the list would cut each summary at 45 characters
         summary = each.get_short_help_str(limit=200)
         text = re.sub(rf"^\* `{name}`: .*$", f"* `{name}`: {summary}", text, flags=re.MULTILINE)
+    examples = re.compile(r"^(Examples?:)\n((?: .*\n)+)", re.MULTILINE)
+    text = examples.sub(r"\1\n\n```sh\n\2```\n", text)
     return text.replace("# `factsmith`", "# Commands", 1)

@@ -21,7 +21,7 @@ from ..keep.ledger import Ledger
 from . import completing
 from .models import load_model, need_model, opened, workspace_of
 from .options import Device, Json, Model, Seed, Where, read_value
-from .printing import complain, print_result
+from .printing import complain, complain_of, print_result
 from .waiting import during, progress
 
 if TYPE_CHECKING:
@@ -319,6 +319,7 @@ def drift(  # house: Typer reads one parameter for each option
     result = {**measured.to_dict(), "model": lm.name, "exceeded": list(broken)}
     print_result(result, [*measured.tables(), *(_broken(words) for words in broken)], as_json)
     if broken:
+        complain_of(NumericsError, "; ".join(broken), NumericsError.exit_code, argument="limit")
         raise typer.Exit(NumericsError.exit_code)
 
 

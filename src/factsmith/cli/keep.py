@@ -25,7 +25,7 @@ from ..patch.verification import Verification
 from . import completing
 from .models import load_model, opened_workspace, read_moments
 from .options import Device, Json, Message, MomentsAgain, Where
-from .printing import complain, print_result, suggested
+from .printing import complain, complain_of, print_result, suggested
 from .waiting import progress
 
 Reference = Annotated[
@@ -250,6 +250,8 @@ def verify(workspace: Where = None, device: Device = None, as_json: Json = False
         tables += [Table(asked.in_words, {}), *proof.tables()]
     print_result(result, tables, as_json, _unrecorded(integrity.unrecorded, workspace))
     if lost:
+        text = f"{counted(len(lost), 'fact')} in effect that the model does not say"
+        complain_of(NumericsError, text, NumericsError.exit_code)
         raise typer.Exit(NumericsError.exit_code)
 
 
@@ -331,6 +333,8 @@ def recover(
         lines = [("committed", f"{each.id[:10]} {each.message}") for each in revisions]
     print_result(result, done.tables(), as_json, lines)
     if done.left:
+        text = "some revisions are missing; put the files back from a copy, or go on without them"
+        complain_of(WorkspaceError, text, WorkspaceError.exit_code)
         raise typer.Exit(WorkspaceError.exit_code)
 
 

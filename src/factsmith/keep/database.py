@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,8 @@ from ..core.files import flush_folder, make_folder
 from .connection import connect, prepare, snapshot, statements, transaction
 from .explained import FILE as FILE
 from .explained import explained
+
+_log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 3
 
@@ -294,6 +297,7 @@ class Database:
         """Note which revision is checked out."""
         seal = _seal(self.workspace(), identity)
         self.connection.execute("UPDATE workspace SET current = ?, seal = ?", (identity, seal))
+        _log.info("%s: at revision %s", self.folder, identity)
 
     # ── the format ────────────────────────────────────────────────────────────────────────────────
 
