@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import inspect
 import logging
 import warnings
@@ -44,6 +45,9 @@ _PANELS = {
 
 _EXPORTED = ("export",)
 """Commands whose --dtype is of what they write."""
+
+_KEEPS_LINES = importlib.util.find_spec("typer._click") is not None
+"""Whether Typer keeps the lines of all paragraphs. Older versions keep those after a mark."""
 
 _WORDS = {"Literal": "NAME", "int": "N", "float": "X", "str": "TEXT"}
 """What stands for a value in the help, by its type."""
@@ -94,8 +98,13 @@ class _Tidy:
                     parameter.name == "dtype" and ctx.info_name in _EXPORTED
                 ):
                     parameter.rich_help_panel = title
-        order = [None, *self.panels]
-        return sorted(parameters, key=lambda each: order.index(each.rich_help_panel))
+        order = list(self.panels)
+
+        def place(parameter: Any) -> int:
+            panel = getattr(parameter, "rich_help_panel", None)
+            return order.index(panel) + 1 if panel in order else 0
+
+        return sorted(parameters, key=place)
 
 
 class Command(_Tidy, TyperCommand):
@@ -133,8 +142,9 @@ def _tidy(parameter: Any) -> None:
 def _unwrapped(text: str) -> str:
     """Return a help text with each paragraph on one line, for a terminal of any width."""
     paragraphs = inspect.cleandoc(text).split("\n\n")
+    mark = "\b\n" if _KEEPS_LINES else ""
     return "\n\n".join(
-        words.removeprefix("\b\n") if words.startswith("\b") else words.replace("\n", " ")
+        words.removeprefix(mark) if words.startswith("\b") else words.replace("\n", " ")
         for words in paragraphs
     )
 
