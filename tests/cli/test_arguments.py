@@ -169,6 +169,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("export", "full", *IN), "full"),
     (("export", "full", *IN, "--overwrite"), "full"),
     (("export", "/proc/out", *IN), "/proc"),
+    (("export", "out", *IN, "--dtype", "float16"), "no patch"),
     (("import", "nowhere", *IN), "nowhere"),
     (("import", "full", *IN), "full"),
     (("import", "a-file", *IN), "a-file"),
@@ -199,7 +200,6 @@ RIGHT: list[tuple[str, ...]] = [
     ("diff", "base", "base", *IN),
     ("verify", *IN),
     ("capacity", *IN, "--limit", "5"),
-    ("export", "out", *IN, "--dtype", "float16"),
 ]
 
 

@@ -20,7 +20,7 @@ from rich.text import Text
 from ..core.tables import visible
 from .options import Json
 from .printing import drawn, plain_console, print_json
-from .waiting import progress
+from .waiting import during, progress
 
 if TYPE_CHECKING:
     from .story import Step
@@ -49,7 +49,8 @@ def demo(
     Example:
       factsmith demo
     """
-    from .story import run
+    with during("starting"):
+        from .story import run
 
     console = plain_console()
     results: dict[str, Any] = {}

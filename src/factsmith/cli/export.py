@@ -140,6 +140,11 @@ def export(  # house: Typer reads one parameter for each option
             rank=rank,
             base=base,
         )
+        with Ledger(workspace or Path()) as ledger:
+            if not ledger.active():
+                raise InputError(
+                    "the workspace carries no patch to export; `factsmith log` lists the patches"
+                )
         bench = stack.enter_context(opened_workspace(workspace, device, tell))
         import torch
 
