@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from commands import Run
+from factsmith.keep import bench
 
 FILE = """
 gates: {efficacy: 0, paraphrases: 0, neighbours: 0, kl_text: 1000}
@@ -217,3 +218,33 @@ def test_no_setting_ends_in_anything_but_words(
             assert done.code == 0 or "fault in factsmith" not in done.err, (name, value, done.err)
             codes.add(done.code)
     assert codes == {0, 2}
+
+
+def test_verify_is_judged_by_what_apply_accepted(
+    run: Run, space: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe for CI: apply behind gates, then verify."""
+    assert run("apply", "facts.yaml", "-w", "space").code == 0
+    done = run("verify", "-w", "space", "--json")
+    failed = [c for c in done.json["verification"]["checks"] if c["role"] == "prompt"]
+    assert not any(check["held"] for check in failed), "two steps of search are too few"
+    assert done.code == 0 and (done.json["lost"], done.json["accepted"]) == (0, 2)
+    assert "did not hold when kept either" in run("verify", "-w", "space").out
+    monkeypatch.setattr(bench, "held_when_kept", lambda _: {})
+    done = run("verify", "-w", "space", "--json")
+    assert done.code == 4 and (done.json["lost"], done.json["accepted"]) == (2, 0)
+
+
+def test_a_damaged_patch_can_be_reverted_and_checked_out_again(run: Run, space: Path) -> None:
+    first = run("apply", "facts.yaml", "-w", "space", "--json").json["outcome"]["revision"]
+    (space.parent / "more.yaml").write_text(FILE.replace("Edwin", "Ann").replace("tongue", "word"))
+    second = run("apply", "more.yaml", "-w", "space", "--json").json["outcome"]["revision"]
+    file = space / "deltas" / second["delta"] / "delta.safetensors"
+    file.write_bytes(file.read_bytes()[:-4] + b"\0\0\0\1")
+    undone = run("revert", second["id"], "-w", "space", "--json")
+    assert undone.code == 0 and undone.json["active"] == 1
+    assert "facts that stay were not asked" in undone.err and second["id"][:10] in undone.err
+    moved = run("checkout", second["id"], "-w", "space", "--json")
+    assert moved.code == 5 and "damaged" in moved.err
+    moved = run("checkout", first["id"], "-w", "space", "--json")
+    assert moved.code == 0 and moved.json["asked"] == 2 and moved.json["lost"] == []
