@@ -25,6 +25,7 @@ import typer
 from ..core.errors import FactsmithError, InputError
 from . import capacity, demo, export, judge, keep, locate, patch, plan, read
 from .common import Command, Group, Quiet, Verbose, spoken_warnings, with_common_options
+from .loading import with_loading_options
 from .printing import Manner, complain, complain_of, manner, program, running
 from .streams import UnwrittenError, forgiving_streams, go_silent, printing_output
 
@@ -75,7 +76,9 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
 
 for title, command in ((t, c) for t, commands in COMMANDS.items() for c in commands):
     name = command.__name__.rstrip("_")
-    app.command(name, cls=Command, rich_help_panel=title)(with_common_options(command))
+    app.command(name, cls=Command, rich_help_panel=title)(
+        with_common_options(with_loading_options(command))
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:

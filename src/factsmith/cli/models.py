@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..core.errors import InputError
 from ..core.progress import Progress
 from ..keep.ledger import Ledger
+from .loading import loading
 
 if TYPE_CHECKING:
     from ..corpus.moments import SecondMoment
@@ -31,13 +33,28 @@ def need_model(model: str | None, workspace: Path | None) -> None:
 
 
 def load_model(name: str, device: str | None, dtype: str | None, tell: Progress) -> LanguageModel:
-    """Load a model by its name, in a dtype such as "float32"."""
+    """Load a model by its name, as the options say.
+
+    Args:
+        name: The model.
+        device: Where to put it.
+        dtype: The dtype that a workspace has recorded, such as "float32". None: no workspace.
+        tell: Gets what is being done.
+    """
+    chosen = loading.get()
     tell(f"loading {Path(name).name}", 0, None)
     import torch
 
     from ..model.load import load
 
-    return load(name, device=device, dtype=None if dtype is None else getattr(torch, dtype))
+    wanted = dtype or chosen.dtype
+    return load(
+        name,
+        device=device,
+        dtype=None if wanted is None else getattr(torch, wanted),
+        revision=chosen.revision,
+        trust_remote_code=chosen.trust_remote_code,
+    )
 
 
 def workspace_of(model: str | None, workspace: Path | None) -> Path | None:
@@ -87,11 +104,35 @@ def opened_workspace(
     folder = workspace or Path()
     with Ledger(folder) as ledger:
         name, dtype = ledger.model, ledger.dtype
-    lm = load_model(model or name, device, dtype, tell)
+    chosen = loading.get()
+    if chosen.dtype not in (None, dtype):
+        raise InputError(
+            f"{folder} was made for {name!r} in {dtype}, and dtype is {chosen.dtype}; leave it "
+            "out, or make another workspace",
+            argument="dtype",
+        )
+    if chosen.revision is not None and model is None and name.partition("@")[2] != chosen.revision:
+        raise InputError(
+            f"{folder} was made for {name!r}, and revision is {chosen.revision!r}; leave it out, "
+            "or make another workspace",
+            argument="revision",
+        )
+    with _recorded_revision(model):
+        lm = load_model(model or name, device, dtype, tell)
     from ..keep.workbench import Workbench
 
     with Workbench(lm, folder) as bench:
         yield bench
+
+
+@contextlib.contextmanager
+def _recorded_revision(model: str | None) -> Iterator[None]:
+    """A block in which the revision is the one in the workspace's name of the model."""
+    token = loading.set(replace(loading.get(), revision=None) if model is None else loading.get())
+    try:
+        yield
+    finally:
+        loading.reset(token)
 
 
 def _is_workspace(folder: Path) -> bool:
@@ -103,4 +144,6 @@ def _holds(folder: Path, model: str) -> bool:
     if not _is_workspace(folder):
         return False
     with Ledger(folder) as ledger:
-        return ledger.model in (model, str(Path(model).resolve()))
+        revision = loading.get().revision
+        name = model if revision is None else f"{model}@{revision}"
+        return ledger.model in (name, str(Path(model).resolve()))

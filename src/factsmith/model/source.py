@@ -208,8 +208,8 @@ def _no_config(source: Source, error: Exception) -> ModelError:
     return ModelNotFoundError(
         f"there is no model {source.name!r}: there is no folder of that name, no bundled model "
         f"({bundled()}){_perhaps(source.name)}, and as a hub id it was not found, or the hub "
-        f"cannot be reached: {first_line(error)}; check the name and the network, or give a folder "
-        "or a bundled model"
+        f"cannot be reached: {first_line(error).rstrip('.')}; check the name and the network, or "
+        "give a folder or a bundled model"
     )
 
 

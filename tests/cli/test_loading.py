@@ -1,0 +1,97 @@
+"""The options that say how a model is loaded."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from commands import Run
+from conftest import GPT2, byte_tokenizer, tiny_model
+from factsmith.cli import COMMANDS
+from factsmith.cli.loading import with_loading_options
+
+WORKSPACE_ALONE = {"diff", "revert", "checkout", "status", "verify", "recover", "capacity"}
+WORKSPACE_ALONE |= {"plan", "apply", "export", "import_"}
+NO_MODEL = {"demo", "log", "show", "gc", "schema"}
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A model whose config brings code of its own, which leaves a marker."""
+    folder = tmp_path / "own"
+    tiny_model("gpt2", **GPT2).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    marker = tmp_path / "marker"
+    (folder / "code_of_it.py").write_text(
+        f"from pathlib import Path\nPath({str(marker)!r}).write_text('ran')\n"
+        "from transformers import GPT2Config, GPT2LMHeadModel\n"
+        "class OwnConfig(GPT2Config):\n    model_type = 'own-gpt2'\n"
+        "class OwnModel(GPT2LMHeadModel):\n    config_class = OwnConfig\n"
+    )
+    file = folder / "config.json"
+    brought = {
+        "AutoConfig": "code_of_it.OwnConfig",
+        "AutoModelForCausalLM": "code_of_it.OwnModel",
+    }
+    config = {**json.loads(file.read_text()), "model_type": "own-gpt2", "auto_map": brought}
+    file.write_text(json.dumps(config))
+    return folder
+
+
+def test_every_command_that_loads_a_model_has_the_options() -> None:
+    for command in (each for commands in COMMANDS.values() for each in commands):
+        name = command.__name__
+        options = set(inspect.signature(with_loading_options(command)).parameters)
+        assert ("trust_remote_code" in options) == (name not in NO_MODEL), name
+        if name not in NO_MODEL | WORKSPACE_ALONE:
+            assert {"dtype", "revision"} <= options, name
+
+
+def test_code_of_a_model_runs_when_it_is_trusted_alone(
+    run: Run, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker = tmp_path / "marker"
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
+    refused = run("ask", own, "Paris is")
+    assert refused.code == 3
+    assert "(option: --trust-remote-code)" in refused.err
+    assert "code of its own, which was not run" in refused.err
+    assert not marker.exists()
+    assert run("init", own, "space", "--trust-remote-code").code == 0
+    assert marker.exists()
+    marker.unlink()
+    shutil.rmtree(Path.home() / ".cache/huggingface/modules/transformers_modules/own", True)
+    refused = run("ask", "Paris is", "-w", "space")
+    assert refused.code == 3 and "--trust-remote-code" in refused.err
+    assert not marker.exists(), "a workspace does not trust by itself"
+    assert run("ask", "Paris is", "-w", "space", "--trust-remote-code").code == 0
+
+
+def test_a_dtype_is_recorded_and_kept(run: Run, model: Path) -> None:
+    made = run("init", model, "space", "--dtype", "bfloat16", "--json")
+    assert made.json["dtype"] == "bfloat16"
+    assert run("ask", "Paris is", "-w", "space").code == 0
+    assert run("ask", "Paris is", "-w", "space", "--dtype", "bfloat16").code == 0
+    refused = run("ask", "Paris is", "-w", "space", "--dtype", "float32")
+    assert refused.code == 2
+    assert "was made for" in refused.err and "(option: --dtype)" in refused.err
+    refused = run("ask", model, "Paris is", "--dtype", "int8")
+    assert refused.code == 2 and "float32, float16, bfloat16, float64" in refused.err
+
+
+def test_a_revision_is_of_a_hub_id(run: Run, model: Path) -> None:
+    refused = run("ask", model, "Paris is", "--revision", "v1")
+    assert refused.code == 2 and "no revisions" in refused.err
+    run("init", model, "space")
+    refused = run("ask", "Paris is", "-w", "space", "--revision", "v1")
+    assert refused.code == 2 and "(option: --revision)" in refused.err
+
+
+def test_a_name_without_a_slash_is_a_hub_id(run: Run) -> None:
+    refused = run("ask", "model-of-nobody", "Paris is")
+    assert refused.code == 3
+    assert "as a hub id it was not found, or the hub cannot be reached" in refused.err
