@@ -20,7 +20,7 @@ NO_MODEL = {"demo", "log", "show", "gc", "schema"}
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> Path:
+def brought(tmp_path: Path) -> Path:
     """A model whose config brings code of its own, which leaves a marker."""
     folder = tmp_path / "own"
     tiny_model("gpt2", **GPT2).save_pretrained(folder)
@@ -33,11 +33,11 @@ def own(tmp_path: Path) -> Path:
         "class OwnModel(GPT2LMHeadModel):\n    config_class = OwnConfig\n"
     )
     file = folder / "config.json"
-    brought = {
+    names = {
         "AutoConfig": "code_of_it.OwnConfig",
         "AutoModelForCausalLM": "code_of_it.OwnModel",
     }
-    config = {**json.loads(file.read_text()), "model_type": "own-gpt2", "auto_map": brought}
+    config = {**json.loads(file.read_text()), "model_type": "own-gpt2", "auto_map": names}
     file.write_text(json.dumps(config))
     return folder
 
@@ -52,16 +52,16 @@ def test_every_command_that_loads_a_model_has_the_options() -> None:
 
 
 def test_code_of_a_model_runs_when_it_is_trusted_alone(
-    run: Run, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, brought: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     marker = tmp_path / "marker"
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody was asked"))
-    refused = run("ask", own, "Paris is")
+    refused = run("ask", brought, "Paris is")
     assert refused.code == 3
     assert "(option: --trust-remote-code)" in refused.err
     assert "code of its own, which was not run" in refused.err
     assert not marker.exists()
-    assert run("init", own, "space", "--trust-remote-code").code == 0
+    assert run("init", brought, "space", "--trust-remote-code").code == 0
     assert marker.exists()
     marker.unlink()
     shutil.rmtree(Path.home() / ".cache/huggingface/modules/transformers_modules/own", True)

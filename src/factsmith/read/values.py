@@ -148,7 +148,7 @@ class ValueTokens(Shown):
                     tensors, f"{name}/{part}", shape, INTEGERS if is_id else (torch.float32,)
                 )
                 shape = tuple(tensor.shape)
-                if is_id and not words.keys() >= set(tensor.unique().tolist()):
+                if is_id and not words.keys() >= set(tensor.flatten().tolist()):
                     raise ValueError(f"its words lack some tokens of {name}/{part}")
                 parts[part][named_bank(name)] = tensor
         if metadata["norm"] not in ("True", "False"):
