@@ -11,6 +11,7 @@ from typing import Any
 
 from factsmith.core.errors import WorkspaceError
 from factsmith.core.fact import Fact
+from factsmith.keep import connection
 from factsmith.keep.ledger import LATEST, Ledger
 from faults.benches import Tiny, check_weights
 from faults.forks import at_once
@@ -42,6 +43,15 @@ def _commit(ledger: Ledger, text: str, layer: int) -> str:
 
 def _revert(ledger: Ledger, identity: str) -> str:
     return ledger.revert(identity, onto=ledger.head).id
+
+
+def crowd_on_network_disk(folder: Path, n: int, steps: int) -> dict[str, Any]:
+    """As `crowd_of_ledgers`, without a write-ahead log."""
+    connection.is_on_network = lambda file: True
+    crowd = crowd_of_ledgers(folder, n, steps)
+    with (folder / "ledger.db").open("rb") as file:
+        assert file.read(20)[18] == 1, "the ledger has a rollback journal"
+    return crowd
 
 
 def crowd_of_ledgers(folder: Path, n: int, steps: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from faults.benches import Tiny, kill_workbenches
-from faults.crowds import crowd_of_ledgers, crowd_of_workbenches
+from faults.crowds import crowd_of_ledgers, crowd_of_workbenches, crowd_on_network_disk
 from faults.ledger_kills import kill_ledgers
 
 
@@ -52,5 +52,11 @@ def run_apart(*arguments: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     which, place, *numbers = sys.argv[1:]
-    run = {"ledger": kill_ledgers, "ledgers": crowd_of_ledgers, "workbenches": _workbenches}[which]
+    runs = {
+        "ledger": kill_ledgers,
+        "ledgers": crowd_of_ledgers,
+        "network": crowd_on_network_disk,
+        "workbenches": _workbenches,
+    }
+    run = runs[which]
     print(json.dumps(run(Path(place), *map(int, numbers))))

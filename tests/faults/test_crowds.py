@@ -6,6 +6,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from factsmith.keep.ledger import BASE, Ledger
 from faults.processes import run_apart
 from faults.spaces import linux_only
@@ -13,9 +15,11 @@ from faults.spaces import linux_only
 pytestmark = linux_only
 
 
-def test_eight_ledgers_at_once_lose_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("disk", ["ledgers", "network"])
+def test_eight_ledgers_at_once_lose_nothing(tmp_path: Path, disk: str) -> None:
+    """On a local disk, and on a network disk, where reading waits for a write, too."""
     _check_crowd(
-        run_apart("ledgers", str(tmp_path / "space"), "8", "6")["crowd"],
+        run_apart(disk, str(tmp_path / "space"), "8", "6")["crowd"],
         tmp_path / "space",
         8 * (6 + 2),
     )

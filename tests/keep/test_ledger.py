@@ -489,3 +489,32 @@ Histories.TestCase.settings = settings(
 
 
 test_random_histories_agree_with_a_plain_model = Histories.TestCase
+
+
+def test_nothing_fails_after_a_revision_is_recorded(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading may fail right after it, as where another process locks a network disk."""
+    database, real = ledger._database, ledger._database.connection
+
+    class Locked:
+        """The connection, locked from the first commit on."""
+
+        done = False
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(real, name)
+
+        def execute(self, sql: str, *rest: object) -> object:
+            if self.done:
+                raise sqlite3.OperationalError("database is locked")
+            self.done = sql == "COMMIT"
+            return real.execute(sql, *rest)
+
+    for write in (lambda: commit(ledger, "one"), lambda: ledger.revert("latest")):
+        monkeypatch.setattr(database, "connection", Locked())
+        revision = write()
+        with pytest.raises(WorkspaceError, match="another process is writing"):
+            ledger.log()
+        monkeypatch.setattr(database, "connection", real)
+        assert ledger.log()[0] == revision

@@ -15,6 +15,7 @@ import io
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 _STRICT = ("strict", "surrogateescape")
 """How streams treat characters that they lack, where that is an error."""
@@ -29,7 +30,7 @@ def forgiving_streams() -> Iterator[None]:
             stream = getattr(sys, name)
             if stream is None:
                 stack.callback(setattr, sys, name, None)
-                nothing = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123
+                nothing = stack.enter_context(Path(os.devnull).open("w", encoding="utf-8"))
                 setattr(sys, name, nothing)
             elif isinstance(stream, io.TextIOWrapper) and stream.errors in _STRICT:
                 before.append((stream, stream.errors))

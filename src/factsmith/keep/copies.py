@@ -20,7 +20,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from ..core.errors import DamagedError
+from ..core.errors import DamagedError, FactsmithError
 from ..core.files import flush_folder, make_folder, write_file
 from .database import Database
 from .revision import StoredRecord
@@ -69,8 +69,8 @@ class Copies:
             raise DamagedError(f"{file} is damaged: {problem}") from None
 
     def keep(self, database: Database) -> None:
-        """Write the copies that are missing. What cannot be written is left for the next commit."""
-        with contextlib.suppress(OSError):
+        """Write the copies that are missing; what fails is left for the next commit."""
+        with contextlib.suppress(OSError, FactsmithError):
             missing = set(database.ids()) - self.ids()
             if not missing:
                 return

@@ -283,7 +283,8 @@ class Ledger(Housekeeping):
                 delta_bytes=n_bytes,
                 reverts=None,
             )
-        return self.show(identity)
+            # Inside the block: after it nothing may fail, since the revision is recorded.
+            return self.show(identity)
 
     @contextlib.contextmanager
     def together(self, onto: str) -> Iterator[None]:
@@ -356,7 +357,8 @@ class Ledger(Housekeeping):
                 reverts=revision.id,
                 changes=changes,
             )
-        return self.show(identity)
+            # Inside the block: after it nothing may fail, since the revision is recorded.
+            return self.show(identity)
 
     def checkout(self, reference: str) -> str:
         """Note which revision the model is to carry; the history does not change.
