@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -58,6 +61,26 @@ def test_a_broken_link_is_detected() -> None:
 def test_the_readme_can_be_read_outside_the_repository() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [link for link in links(text) if not link.startswith("https://")] == []
+
+
+@pytest.mark.slow
+def test_the_example_of_a_method_and_a_suite_runs(tmp_path: Path) -> None:
+    text = (ROOT / "docs/extend.md").read_text(encoding="utf-8")
+    method, suite = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    (command,) = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
+    (tmp_path / "my_methods.py").write_text(method)
+    (tmp_path / "my_suite.py").write_text(suite)
+    words = shlex.split(command.replace("--limit 10", "--limit 2"))
+    main = "from factsmith.cli import main; main()"
+    for arguments in (["my_suite.py"], ["-c", main, *words[1:]]):
+        run = [sys.executable, *arguments]
+        done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "plain_rome" in done.stdout and "rome" in done.stdout
+    wrong = [word.replace("plain_rome", "no_rome") for word in words[1:]]
+    run = [sys.executable, "-c", main, *wrong]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "it has plain_rome" in done.stderr
 
 
 def test_the_package_says_where_it_comes_from_and_which_python_it_needs() -> None:
