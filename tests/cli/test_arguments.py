@@ -32,7 +32,7 @@ def space(run: Run, model: Path, tmp_path: Path) -> Path:
         "gates: {efficacy: 7}\nfacts: [{subject: E, prompt: '{} is', target: x}]"
     )
     (tmp_path / "text.txt").write_text("A text.\n")
-    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xfa")
+    (tmp_path / "bytes.txt").write_bytes(b"Caf\xe9 \xfa")
     (tmp_path / "a-file").write_text("x")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "other.txt").write_text("x")
