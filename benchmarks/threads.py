@@ -36,7 +36,7 @@ PROMPTS = [
     "The seat of government of Bulgaria is",
     "The first language of Danielle Darrieux is",
 ]
-ASKS, ROUNDS, THREADS = 20, 7, 4
+ASKS, ROUNDS, THREADS = 5, 5, 4
 
 
 @contextmanager
