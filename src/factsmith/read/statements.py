@@ -104,6 +104,7 @@ def statements(
 
 def _statement(fact: Fact, template: str, answer: str) -> Statement:
     """Return a fact in one phrasing, where {} stands for the subject."""
+    subject: tuple[int, int] | None = None
     if count_slots(template):
         filled = fill(template, fact.subject)
         prompt, subject = filled.text.rstrip(), (filled.start, filled.stop)
