@@ -19,7 +19,6 @@ from factsmith.core.errors import (
     FingerprintError,
     InputError,
     LayerError,
-    SubjectError,
     UnsupportedModelError,
     WorkspaceError,
 )
@@ -119,7 +118,6 @@ def test_bad_input_is_refused_and_nothing_is_written(lm: LanguageModel, bench: W
         (InputError, lambda: bench.apply("a string")),  # type: ignore[arg-type]
         (InputError, lambda: bench.apply(FACT, method="magic")),
         (LayerError, lambda: bench.apply(FACT, config=RomeConfig(layer=99))),
-        (SubjectError, lambda: bench.apply(Fact("Edwin", "Edwin and {} are", "kings"))),
         (InputError, lambda: bench.apply(FACT, config=QUICK, contexts=["no slot"])),
         (InputError, lambda: bench.apply(FACT, config=QUICK, moments={2: moments_of(lm)[2]})),
     ]
