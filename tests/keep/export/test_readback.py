@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import processors
 
-from conftest import GPT2, byte_tokenizer, tiny_model
+from conftest import GPT2, LLAMA, byte_tokenizer, tiny_model
 from exports import answers_of, saved_model, some_delta, two_deltas
 from factsmith import atlas
 from factsmith.core.errors import ModelError, NumericsError
@@ -297,3 +298,19 @@ def test_an_export_that_cannot_be_loaded_is_reported(
     monkeypatch.setattr(readback, "_SCRIPT", "import os; os._exit(9)")
     with pytest.raises(ModelError, match=r"by transformers and peft: it ended with code 9"):
         read_back([Job("nowhere", questions, adapter="x")])
+
+
+def test_a_tokenizer_that_appends_an_end_token_is_compared_as_it_is() -> None:
+    tokenizer = byte_tokenizer(bos=True)
+    begin, end = tokenizer.bos_token, tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A {end}",
+        special_tokens=[(begin, tokenizer.bos_token_id), (end, tokenizer.eos_token_id)],
+    )
+    lm = wrap(tiny_model("llama", **LLAMA), tokenizer)
+    questions = ask(lm, two_deltas(lm))
+    for ids, tokenized in zip(questions.prompt_ids, questions.tokenized, strict=True):
+        assert tokenized == [*ids, tokenizer.eos_token_id]
+    compare(questions, answers_of(questions), 1e-4)
+    with pytest.raises(NumericsError, match="makes other tokens"):
+        compare(questions, answers_of(questions, tokenized=questions.prompt_ids), 1e-4)
