@@ -39,7 +39,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
     },
 }
-PROMPTS = [text[: 9 + 3 * i] for i, text in enumerate(TEXTS * 3)]  # of many lengths
+PROMPTS = [text[: 9 + 3 * i].rstrip() for i, text in enumerate(TEXTS * 3)]  # of many lengths
 
 
 def model(family: str) -> LanguageModel:

@@ -15,8 +15,7 @@ The default dtype is shared by all threads, so it is left alone. Every tensor na
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ContextDecorator
 from typing import Any
 
 import numpy as np
@@ -27,23 +26,50 @@ _CPU = torch.device("cpu")
 _KINDS = ("cpu", "cuda", "mps", "xpu")
 
 
-@contextmanager
-def settled(*, grad: bool = False) -> Generator[None, None, None]:
+class Settled(ContextDecorator):
+    """A block or a function under known switches. See `settled`.
+
+    It is no generator: a Ctrl-C between two lines of contextlib would leave the switches as they
+    are inside the block.
+    """
+
+    def __init__(self, grad: bool) -> None:
+        self.grad = grad
+        self._before = True
+        self._entered: list[AbstractContextManager[Any]] = []
+
+    def _recreate_cm(self) -> Settled:
+        """Return a block of its own for each call of a decorated function."""
+        return Settled(self.grad)
+
+    def __enter__(self) -> None:
+        self._before = torch.is_grad_enabled()
+        if torch.is_inference_mode_enabled():
+            self._enter(torch.inference_mode(False))
+        for kind in _KINDS:
+            if torch.is_autocast_enabled(kind):
+                self._enter(torch.autocast(kind, enabled=False))
+        if torch.get_default_device() != _CPU:
+            self._enter(_CPU)
+        torch.set_grad_enabled(self.grad)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_grad_enabled(self._before)
+        while self._entered:
+            self._entered.pop().__exit__(None, None, None)
+
+    def _enter(self, switch: AbstractContextManager[Any]) -> None:
+        switch.__enter__()
+        self._entered.append(switch)
+
+
+def settled(*, grad: bool = False) -> Settled:
     """Compute with plain tensors, in the dtypes that the code names, on the devices it names.
 
     Args:
         grad: Whether gradients are recorded.
     """
-    with ExitStack() as stack:
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))
-        for kind in _KINDS:
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        if torch.get_default_device() != _CPU:
-            stack.enter_context(_CPU)
-        stack.enter_context(torch.set_grad_enabled(grad))
-        yield
+    return Settled(grad)
 
 
 def as_numbers(values: Any) -> Tensor:

@@ -171,7 +171,7 @@ def edit(  # house: the public signature, promised in DESIGN
         progress=progress,
     )
     solved = chosen.solve(inputs if targets is None else with_targets(inputs, targets))
-    return sparing(solved, beneath)
+    return sparing(solved, inputs.beneath)
 
 
 class EditOptions(TypedDict, total=False):

@@ -23,8 +23,8 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
@@ -198,16 +198,12 @@ def turn(lm: Any, *, changes: bool = False, block: bool = False) -> Turn:
     return Turn(lm.module, _turns_of(lm), changes, block)
 
 
-@contextmanager
-def _at_work(first: Any, grad: bool, changes: bool) -> Generator[None, None, None]:
-    """Take a turn under known switches of torch. Without a model there are only the switches."""
+def _turn_with(first: Any, changes: bool) -> AbstractContextManager[None]:
+    """Return a turn with the model that an argument is or carries; without a model, nothing."""
     lm = getattr(first, "lm", first)
-    with settled(grad=grad):
-        if hasattr(lm, "embedding") and isinstance(getattr(lm, "module", None), nn.Module):
-            with turn(lm, changes=changes):
-                yield
-        else:
-            yield
+    if hasattr(lm, "embedding") and isinstance(getattr(lm, "module", None), nn.Module):
+        return turn(lm, changes=changes)
+    return nullcontext()
 
 
 def asking(
@@ -226,7 +222,7 @@ def asking(
         @wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> R:
             first = args[0] if args else kwargs.get("lm", kwargs.get("bench"))
-            with _at_work(first, grad, changes):
+            with settled(grad=grad), _turn_with(first, changes):
                 return function(*args, **kwargs)
 
         return run

@@ -155,4 +155,4 @@ def _alike(
             f"{n_stored} stored keys; give one target a key"
         )
     pairs = [[one == other for other in stored_targets] for one in targets]
-    return torch.tensor(pairs, dtype=torch.float32).view(n_new, n_stored)
+    return torch.tensor(pairs, dtype=torch.bool).view(n_new, n_stored)
