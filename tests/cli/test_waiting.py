@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import io
 import json
+import logging
+import os
 import re
+import sys
 import time
+import warnings
+from collections.abc import Iterator
 
 import pytest
 from rich.console import Console
 
 from factsmith.cli import waiting
-from factsmith.cli.printing import Manner, manner
+from factsmith.cli.common import logged, spoken_warnings
+from factsmith.cli.printing import Manner, complain, manner
 from factsmith.core.progress import note
 
 
@@ -87,3 +93,69 @@ def test_a_bar_shows_the_present_step_also_when_it_comes_back(
     for screen, layer in zip(screens, ("5", "[6]", "5"), strict=True):
         assert re.findall(r"edits at layer (\S+)", screen) == [layer] and "2/24" in screen
     assert all(len(line) <= 80 for screen in screens for line in screen.splitlines())
+
+
+class Pty:
+    """A terminal of 60 columns that takes standard error."""
+
+    def __init__(self) -> None:
+        self.reader, writer = os.openpty()
+        self.file = os.fdopen(writer, "w", encoding="utf-8", buffering=1)
+
+    def text(self) -> str:
+        """Return all that was written; a pty writes a carriage return at each line's end."""
+        self.file.flush()
+        return os.read(self.reader, 65536).decode().replace("\r\n", "\n")
+
+
+@pytest.fixture
+def pty(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pty]:
+    """Yield a terminal that can be standard error."""
+    for name, value in {"TERM": "xterm", "COLUMNS": "60", "LINES": "24", "NO_COLOR": "1"}.items():
+        monkeypatch.setenv(name, value)
+    terminal = Pty()
+    yield terminal
+    terminal.file.close()
+    os.close(terminal.reader)
+
+
+def shown(text: str) -> list[str]:
+    """Return the lines that a terminal shows where each is cleared before it is written."""
+    plain = re.sub(r"\x1b\[[?0-9;]*[a-zJ-Z]", lambda m: "\r" if "K" in m[0] else "", text)
+    return [line.rpartition("\r")[2].rstrip() for line in plain.split("\n")]
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_messages_stand_on_lines_of_their_own_above_the_bar(
+    pty: Pty, monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    monkeypatch.setattr(sys, "stderr", pty.file)
+    manner.set(Manner(json=as_json))
+    with spoken_warnings(), logged(1), waiting.progress() as tell:
+        tell("loading atlas", 0, None)
+        time.sleep(0.2)
+        note(tell, "it takes long")
+        logging.getLogger("factsmith.test").info("a log")
+        warnings.simplefilter("always")
+        warnings.warn("a warning", stacklevel=1)
+    lines = shown(pty.text())
+    for message in ("it takes long", "a log", "a warning"):
+        those = [line for line in lines if message in line]
+        kinds = '{"format_version"' if as_json else ("note: ", "log: ", "warning: ")
+        assert those and all(line.startswith(kinds) for line in those), those
+
+
+def test_messages_wrap_by_word_on_a_terminal_alone(
+    pty: Pty, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = "/a/folder" * 12
+    text = f"the file {path} cannot be read; choose another one that can be read by everybody"
+    monkeypatch.setattr(sys, "stderr", pty.file)
+    complain("error", text)
+    lines = shown(pty.text())
+    assert path in lines and " ".join(lines).rstrip() == f"error: {text}"
+    assert all(len(line) <= 60 for line in lines if line != path) and len(lines) > 3
+    piped = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", piped)
+    complain("error", text)
+    assert piped.getvalue() == f"error: {text}\n"

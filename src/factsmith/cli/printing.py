@@ -6,19 +6,21 @@ characters in text, and JSON escapes them. With --json standard error has one JS
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
@@ -116,10 +118,29 @@ def drawn(text: Text) -> Text:
 
 
 def line(console: Console, first: str, rest: str, style: str = "") -> None:
-    """Print two texts in a line of any length; the first is bold, or the second has a style."""
+    """Print two texts in a line; the first is bold, or the second has a style."""
     start = (visible(first), "" if style else "bold")
     text = Text.assemble(start, " ", (visible(runnable(rest)), style))
-    console.print(text, soft_wrap=True)
+    _print_words(console, text)
+
+
+def _print_words(console: Console, text: Text) -> None:
+    """Print a text. A terminal gets it wrapped by word, with long words such as paths whole."""
+    console.print(wrapped(text, console.width) if console.is_terminal else text, soft_wrap=True)
+
+
+def wrapped(text: Text, width: int) -> Text:
+    """Return a text in lines of at most a width, except where a single word is longer."""
+    breaks, used = [], 0
+    for word in re.finditer(r"\s*\S+\s*", text.plain):
+        if used and used + cell_len(word[0].rstrip()) > width:
+            breaks.append(word.start())
+            used = 0
+        used += cell_len(word[0])
+    lines = text.divide(breaks)
+    for line in lines:
+        line.rstrip()
+    return Text("\n").join(lines)
 
 
 def plain_console(*, stderr: bool = False) -> Console:
@@ -128,6 +149,20 @@ def plain_console(*, stderr: bool = False) -> Console:
 
 
 # ── messages ──────────────────────────────────────────────────────────────────────────────────────
+
+_live: list[Console] = []
+"""The consoles that show progress bars now. A message printed through one goes above its bars."""
+
+
+@contextlib.contextmanager
+def above_bars(console: Console) -> Iterator[None]:
+    """Print messages through this console, above its progress bars, while the block runs."""
+    _live.append(console)
+    try:
+        yield
+    finally:
+        _live.remove(console)
+
 
 _STYLES = {"warning": "bold yellow", "note": "bold", "progress": "dim", "log": "dim"}
 """Styles of messages that are no errors."""
@@ -143,11 +178,14 @@ def complain(kind: str, text: str, **fields: Any) -> None:
     """
     if manner.get().json:
         document = {"format_version": FORMAT_VERSION, kind: {"message": text, **fields}}
-        typer.echo(as_json_text(document), err=True)
+        if _live:
+            _live[-1].print(Text(as_json_text(document)), soft_wrap=True)
+        else:
+            typer.echo(as_json_text(document), err=True)
         return
     style = _STYLES.get(kind, "bold red")
     message = Text.assemble((f"{kind}: ", style), visible(runnable(text)))
-    plain_console(stderr=True).print(message, soft_wrap=True)
+    _print_words(_live[-1] if _live else plain_console(stderr=True), message)
 
 
 def complain_all(complaints: Sequence[tuple[str, str]], what: str) -> None:

@@ -28,7 +28,7 @@ from rich.table import Column
 
 from ..core.progress import Progress
 from ..core.tables import visible
-from .printing import complain, manner, plain_console, with_flag
+from .printing import above_bars, complain, manner, plain_console, with_flag
 
 _FIRST_LINE, _MOST_SECONDS = 2.0, 10.0
 """Seconds before the first line about progress, and the longest time between two lines."""
@@ -45,7 +45,7 @@ def progress() -> Iterator[Progress]:
     if manner.get().quiet:
         yield _Quiet()
     elif console.is_terminal:
-        with _bars(console) as bars:
+        with _bars(console) as bars, above_bars(console):
             yield _Reporter(bars)
     else:
         with _Lines() as lines:
