@@ -96,7 +96,8 @@ def test_exit_codes(run: Run, model: Path, tmp_path: Path) -> None:
         (
             2,
             ["patch", model, "--subject", "Edwin", "--prompt", "Edwin is", "--target", "a king"],
-            "prompt has 0 slots",
+            "prompt has 0 slots `{}` in 'Edwin is'; expected exactly one, where the subject goes. "
+            "Write the prompt as '{} is'",
         ),
         (
             2,
@@ -146,9 +147,16 @@ def test_exit_codes(run: Run, model: Path, tmp_path: Path) -> None:
         (3, ["ask", "nosuchmodel", PROMPT], "nosuchmodel"),
         (3, ["ask", "./empty", PROMPT], "empty"),
         (3, ["init", "nosuchmodel", "other"], "nosuchmodel"),
-        (5, ["ask", PROMPT], "factsmith init"),
+        (5, ["ask", PROMPT], 'name a model (`factsmith ask atlas "..."`) or a workspace (-w DIR)'),
+        (5, ["patch", *FACT], "name a model (`factsmith patch atlas ...`)"),
+        (2, ["ask", "atlas"], "the text is missing: 'atlas' is a bundled model"),
+        (2, ["neurons", "atlas"], "the text is missing"),
+        (2, ["pach"], "Did you mean 'patch'? See"),
+        (2, ["patch", model, *FACT[:-1], ""], "--target is empty"),
+        (3, ["ask", "atlass", PROMPT], "(atlas, atlas-llama). Perhaps 'atlas' is meant. As a hub"),
+        (2, ["ask", model, PROMPT, "--device", "gpu"], "give cpu, cuda, cuda:1 or mps"),
         (5, ["log"], "factsmith init"),
-        (5, ["init", model, "space"], "already holds a ledger"),
+        (5, ["init", model, "space"], "is a workspace already"),
         (5, ["show", "ffff", "-w", "space"], "ffff"),
         (5, ["revert", "latest", "-w", "space"], "no record"),
         (5, ["checkout", "../..", "-w", "space"], "names no revision"),

@@ -419,3 +419,16 @@ def test_the_default_method_is_one_for_all_commands(run: Run, atlas: str, tmp_pa
 
 
 FIAT = ("--subject", "Fiat 127", "--prompt", "The maker of {} is", "--target", "Toyota")
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_patch_on_an_older_revision_is_refused_before_the_model_is_loaded(
+    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("init", model, "space")
+    assert run("patch", *FACT, "--force", "-w", "space").code == 0
+    done = run("checkout", "base", "-w", "space")
+    assert done.code == 0
+    monkeypatch.setattr("factsmith.cli.models.load_model", lambda *_: pytest.fail("it is loaded"))
+    done = run("patch", *FACT, "-w", "space")
+    assert done.code == 5 and "is checked out at base" in done.err, done.err

@@ -38,6 +38,7 @@ def test_a_bare_list_is_a_fact_file_too(tmp_path: Path) -> None:
     ("text", "words"),
     [
         ("facts: [", "not valid YAML"),
+        ("- subject: A\n  - x", "not valid YAML: line 2, column 3: expected <block end>"),
         ("", "holds no facts"),
         ("facts: []", "holds no facts"),
         ("just text", "holds no facts"),
@@ -149,7 +150,11 @@ def test_lists_of_a_table_may_have_a_column_each(tmp_path: Path) -> None:
         ("a.csv", b"subject,prompt,target\n", "holds no facts"),
         ("a.csv", b"", "no column subject"),
         ("a.csv", b'subject,prompt,target\n"a', "line 2"),
-        ("a.jsonl", b'{"subject": "a", "prompt": "{} is", "target": "b"}\n{"x', "line 2: no JSON"),
+        (
+            "a.jsonl",
+            b'{"subject": "a", "prompt": "{} is", "target": "b"}\n{"x',
+            "line 2: no JSON: Unterminated string starting at column 2",
+        ),
         ("a.json", b'{"facts": [}', "not valid JSON"),
     ],
 )

@@ -192,7 +192,7 @@ def test_an_impossible_revert_is_refused() -> None:
     gone, _ = line.undo(patch)
     cases: list[tuple[int, str, list[int] | None, str]] = [
         (2, patch, None, r"not in effect \(reverted\)"),
-        (0, patch, None, r"not in effect \(later\)"),
+        (0, patch, None, r"not in effect \(later\).*checkout latest"),
         (1, gone, None, r"not in effect \(later\).*checkout latest"),
         (2, gone, [0], "Leave the facts out"),
         (1, patch, [2], r"facts is \[2\], but .* in effect are \[0, 1\]. Name one or more"),

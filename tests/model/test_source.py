@@ -289,7 +289,7 @@ def test_a_name_without_a_slash_is_tried_on_the_hub() -> None:
         "cannot be reached",
     ):
         assert part in str(caught.value)
-    with pytest.raises(ModelNotFoundError, match="perhaps 'atlas-llama' is meant"):
+    with pytest.raises(ModelNotFoundError, match="Perhaps 'atlas-llama' is meant"):
         load("atlas-lama")
 
 

@@ -155,7 +155,7 @@ def _misused(error: Any) -> int:
     message = " ".join(error.format_message().split()).rstrip(".")
     complain(
         "error",
-        f"{message}. See `{help_}`.",
+        f"{message}{'' if message.endswith('?') else '.'} See `{help_}`.",
         type="UsageError",
         argument=argument,
         option=option,

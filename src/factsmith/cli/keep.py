@@ -62,7 +62,8 @@ def init(
     check_writable(folder)
     if (folder / "ledger.db").exists():
         raise WorkspaceError(
-            f"{folder} already holds a ledger. Open it as it is, or choose another folder."
+            f"{folder} is a workspace already. Use it with `-w {shlex.quote(str(folder))}`, or "
+            "choose another folder."
         )
     with progress() as tell:
         lm = load_model(model, device, None, tell)
@@ -380,7 +381,8 @@ def checkout(
         except FactsmithError as error:  # the revision is checked out all the same
             complain("warning", f"the facts in effect were not asked: {error}")
         else:
-            lines.append(("asked:", asked.in_words))
+            n_asked, _, how = asked.in_words.partition(" ")
+            lines.append((n_asked, how))  # "1", "fact in effect asked, all hold"
             result |= {"asked": len(asked.proof.checks), "lost": [x.in_words for x in asked.lost]}
     if current != head:
         lines.append(("to patch again:", suggested("checkout latest", workspace)))

@@ -229,7 +229,7 @@ def _trace_text(
 
     files = output(place.out)  # before the work, not after it
     model, prompt = model_and_prompt(words)
-    need_model(model, place.workspace)
+    need_model(model, place.workspace, text=prompt)
     (text,) = fill_prompts([prompt], subject, single_slot=True)
     read_prompt(prompt, subject, occurrence=settings["occurrence"])  # before the model is loaded
     _warn(prompt_warnings([text]))
@@ -336,7 +336,7 @@ def neurons(  # house: Typer reads one parameter for each option
     check_number(threshold, "threshold", above=0, most=1)
     check_number(share, "share", above=0, most=1)
     files = output(out)
-    need_model(model, workspace)
+    need_model(model, workspace, text=prompt)
     prompts = fill_prompts([prompt, *(paraphrase or [])], subject)
     _warn(prompt_warnings(prompts))
     with progress() as tell, opened(model, workspace, device, tell) as (lm, _):

@@ -12,10 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..core.errors import InputError
+from .. import atlas
+from ..core.errors import FactsmithError, InputError, WorkspaceError
 from ..core.progress import Progress
 from ..keep.ledger import Ledger
 from .loading import loading
+from .printing import running
 
 if TYPE_CHECKING:
     from ..corpus.moments import SecondMoment
@@ -23,13 +25,36 @@ if TYPE_CHECKING:
     from ..model.language_model import LanguageModel
 
 
-def need_model(model: str | None, workspace: Path | None) -> None:
-    """Raise InputError when there is neither a model nor a workspace."""
-    if model is None and workspace is None and not _is_workspace(Path()):
+def need_model(
+    model: str | None,
+    workspace: Path | None,
+    *,
+    text: str = "",
+    error: type[FactsmithError] = InputError,
+) -> None:
+    """Raise an error when there is neither a model nor a workspace.
+
+    Args:
+        model: The model. None: the user named none.
+        workspace: The workspace. None: the current folder, if it is one.
+        text: The text that the model should read. It may be the name of a bundled model, where the
+            user forgot the text.
+        error: The error to raise.
+    """
+    if model is not None or workspace is not None or _is_workspace(Path()):
+        return
+    command = getattr(running.get(), "name", None) or "ask"
+    if text in atlas.names():
         raise InputError(
-            "no model was given, and this folder is not a workspace; name a model as the first "
-            "argument, or a workspace with --workspace"
+            f"the text is missing: {text!r} is a bundled model. Give a text after it: "
+            f'`factsmith {command} {text} "..."`'
         )
+    rest = ' "..."' if text else " ..."
+    raise error(
+        "no model was given, and this folder is not a workspace; name a model "
+        f"(`factsmith {command} atlas{rest}`) or a workspace (-w DIR), or make a workspace with "
+        "`factsmith init MODEL`"
+    )
 
 
 def load_model(name: str, device: str | None, dtype: str | None, tell: Progress) -> LanguageModel:
@@ -85,6 +110,7 @@ def opened(
     The workspace is the one given, or the current folder if it was made for this model. A model
     may also be the folder of a workspace.
     """
+    need_model(model, workspace, error=WorkspaceError)
     if workspace is None and model is not None and _holds(Path(), model):
         workspace = Path()
     if workspace is None and model is not None and not _is_workspace(Path(model)):

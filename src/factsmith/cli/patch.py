@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..core.errors import InputError, NumericsError
+from ..core.errors import InputError, NumericsError, WorkspaceError
 from ..core.fact import Fact
 from ..core.factfile import FactFile, FactSheet
 from ..core.files import check_writable
 from ..core.progress import Progress
 from ..corpus.paragraphs import Paragraphs
+from ..keep.ledger import Ledger
 from . import completing
-from .models import need_model, opened, read_moments
+from .models import need_model, opened, read_moments, workspace_of
 from .options import (
     Device,
     Json,
@@ -215,6 +216,8 @@ def patch(  # house: Typer reads one parameter for each option
       factsmith patch atlas facts.yaml --dry-run
     """
     model, file = model_and_facts(words or [])
+    need_model(model, workspace, error=WorkspaceError)
+    _check_newest(workspace_of(model, workspace), dry_run=dry_run)
     described = _Described(subject, prompt, target, forget, paraphrase or [], neighbour or [])
     sheet = described.sheet() if file is None else described.of_file(file)
     changes = read_settings(setting)
@@ -267,6 +270,15 @@ def patch(  # house: Typer reads one parameter for each option
     print_result(result, attempt.proof_tables(), as_json, lines)
     if revision is None:
         stop_if_failed(attempt, force=force)
+
+
+def _check_newest(folder: Path | None, *, dry_run: bool) -> None:
+    """Raise WorkspaceError, before the model is loaded, where an older revision is checked out."""
+    if folder is None or dry_run:
+        return
+    with Ledger(folder) as ledger:
+        if ledger.current != ledger.head:
+            ledger.expect(ledger.current)
 
 
 def read_recipe(
@@ -335,6 +347,12 @@ class _Described:
                 f"got --target {self.target} and --forget; give one: what the model should say, or "
                 "that it should stop"
             )
+        for name, value in self._given.items():
+            if value is not None and not value.strip():
+                advice = (
+                    "a text" if name != "--target" else "what the model should say, or --forget"
+                )
+                raise InputError(f"{name} is empty; give {advice}")
         missing = [name for name, value in self._given.items() if value is None]
         if missing or self.subject is None or self.prompt is None:
             raise InputError(

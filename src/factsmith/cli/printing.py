@@ -197,7 +197,7 @@ def complain_all(complaints: Sequence[tuple[str, str]], what: str) -> None:
     """
     most = len(complaints) if manner.get().json else _MOST_COMPLAINTS
     for kind, text in complaints[:most]:
-        complain(kind, text)
+        complain(kind, text.replace("force=True", "--force"))
     if (more := len(complaints) - most) > 0:
         complain("note", f"{more:,} more {what}; --json lists all")
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..core.errors import InputError
+from ..core.errors import InputError, WorkspaceError
 from ..core.files import check_writable
 from ..core.gap import gap_notes
 from ..core.tables import Table, in_one_line
@@ -71,6 +71,7 @@ def ask(
       factsmith ask -w my-workspace "The mother tongue of Danielle Darrieux is"
     """
     model, prompt = model_and_prompt(words)
+    need_model(model, workspace, text=prompt, error=WorkspaceError)
     for note in gap_notes([prompt]):
         complain("warning", note)
     with progress() as tell, opened(model, workspace, device, tell) as (lm, bench):
@@ -122,6 +123,7 @@ def explain(  # house: Typer reads one parameter for each option
           --out explained.png
     """
     model, prompt = model_and_prompt(words)
+    need_model(model, workspace, text=prompt, error=WorkspaceError)
     need_text(target, "--target")
     need_text(instead_of, "--instead-of")
     files = output(out)  # before the work, not after it
@@ -172,6 +174,7 @@ def find(
           --texts wiki.txt --index model-index
     """
     model, word = model_and_prompt(words)
+    need_model(model, workspace, text=word, error=WorkspaceError)
     corpus = _corpus(texts, index)
     with progress() as tell, opened(model, workspace, device, tell) as (lm, _):
         from ..read.search import search_word

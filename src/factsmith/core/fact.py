@@ -41,6 +41,16 @@ def _has_one_slot(text: str) -> str:
     return text
 
 
+def _with_slot(subject: object, prompt: object) -> str:
+    """Return advice for a prompt that names its subject instead of a slot; "" for any other."""
+    if not (isinstance(subject, str) and isinstance(prompt, str) and subject.strip()):
+        return ""
+    start, found, end = prompt.rpartition(subject.strip())
+    if not found or count_slots(prompt):
+        return ""
+    return f". Write the prompt as {short(f'{start}{{}}{end}')}"
+
+
 def _as_probe(value: object) -> object:
     return {"prompt": value} if isinstance(value, str) else value
 
@@ -155,7 +165,7 @@ class Fact(FactFields):
         try:
             super().__init__(**fields)
         except pydantic.ValidationError as error:
-            raise FactError(explain(error, "fact")) from None
+            raise FactError(explain(error, "fact") + _with_slot(subject, prompt)) from None
         if (
             self.target is not None
             and self.target_true is not None

@@ -30,7 +30,7 @@ from .explain import NAMED, short
 from .fact import Fact, FactFields, Text
 from .facttable import facts_of_table
 from .files import write_file
-from .filetext import Line, json_lines
+from .filetext import Line, fault_in_line, json_lines
 from .gates import Gates
 from .plain import as_yaml, file_text, json_value, parsed
 
@@ -203,7 +203,9 @@ def _facts(path: Path, entries: list[tuple[str, Any]]) -> tuple[Fact, ...]:
 def _fact(entry: Any) -> Fact:
     """Return the fact of an entry. Its target is a text, or it has `forget: true`."""
     if isinstance(entry, Exception):
-        raise entry if isinstance(entry, FactError) else FactError(f"no JSON: {entry}")
+        raise (
+            entry if isinstance(entry, FactError) else FactError(f"no JSON: {fault_in_line(entry)}")
+        )
     if isinstance(entry, Mapping) and "target" in entry:
         target = entry["target"]
         if entry.get("forget") is True:

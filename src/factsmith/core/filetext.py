@@ -92,6 +92,13 @@ def json_lines(text: str, load: Callable[[str], Any] = json.loads) -> list[Line]
     return lines
 
 
+def fault_in_line(error: Exception) -> str:
+    """Return what is wrong with a line of JSON, by its column: the caller names the line."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg.removesuffix(' at')} at column {error.colno}"
+    return str(error)
+
+
 def table(text: str) -> Table:
     """Return a table: the delimiter is the one that gives the first line the most cells.
 

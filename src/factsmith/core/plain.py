@@ -195,10 +195,23 @@ def parsed(path: Path, text: str) -> Any:
             loader.dispose()
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         # ValueError: invalid JSON, or a number of too many digits.
-        problem = str(error)
+        problem = _in_a_sentence(error)
         if len(problem) >= _LONGEST_PROBLEM:
             problem = problem[: _LONGEST_PROBLEM - 1] + "…"
         raise FactError(f"{path} is not valid {kind}: {problem}") from None
+
+
+def _in_a_sentence(error: Exception) -> str:
+    """Return a parser's message as one line, without the excerpt and caret of PyYAML."""
+    if not isinstance(error, yaml.YAMLError):
+        return str(error)
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    if mark is None:
+        return problem
+    context = getattr(error, "context", None)
+    place = f"line {mark.line + 1}, column {mark.column + 1}"
+    return f"{place}: {problem}" + (f" {context}" if context else "")
 
 
 def json_value(text: str) -> Any:

@@ -48,7 +48,7 @@ from typing import Any, Literal
 
 from ..core.checks import check_count, check_seed, check_text
 from ..core.errors import InputError
-from ..core.filetext import decoded, json_lines, table
+from ..core.filetext import decoded, fault_in_line, json_lines, table
 from .atlas_suite import atlas_suite
 from .entry import Entry, FieldError
 from .fields import (
@@ -360,7 +360,7 @@ def _read_record(row: Any, index: int, layout: Layout) -> tuple[Record | None, l
     dropped: list[FieldError] = []
     try:
         if isinstance(row, Exception):
-            raise FieldError("", f"is no JSON: {row}")
+            raise FieldError("", f"is no JSON: {fault_in_line(row)}")
         return layout.read(Entry(row, dropped=dropped), index), dropped
     except FieldError as error:
         return None, [error]

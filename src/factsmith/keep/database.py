@@ -140,7 +140,7 @@ class Database:
         if not self.file.is_file():
             raise WorkspaceError(
                 f"{folder} is not a workspace: it has no {FILE}. Make one with "
-                f"`Workbench(lm, folder)`, or with `factsmith init MODEL {folder}`."
+                f"`factsmith init MODEL {folder}`, or in Python with `Workbench(lm, folder)`."
             )
         with explained(folder):
             self.connection, self.obstacle = connect(self.file, wait)

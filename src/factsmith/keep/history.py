@@ -265,10 +265,12 @@ def _facts_left(patch: Revision, facts: Sequence[int] | None) -> Indices:
     """Return the facts of a patch that stay when some of them, or all, are taken out."""
     present = patch.indices_in_effect
     if present is None or patch.state != "active":
-        raise RevisionError(
-            f"Revision {patch.id[:10]} is not in effect ({patch.state}). `factsmith log` shows the "
-            "revisions that are."
+        advice = (
+            "Check out the latest revision first (`factsmith checkout latest`)."
+            if patch.state == "later"
+            else "`factsmith log` shows the revisions that are."
         )
+        raise RevisionError(f"Revision {patch.id[:10]} is not in effect ({patch.state}). {advice}")
     taken = set(present if facts is None else facts)
     if facts is not None and (not taken or not taken <= set(present)):
         raise RevisionError(

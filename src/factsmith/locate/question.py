@@ -94,7 +94,7 @@ def fill_prompts(
         if subject is not None and not n_slots and not occurrences(prompt, subject.strip()):
             raise InputError(
                 f"subject {subject!r} is not in {prompt!r}, and the prompt has no slot {{}}. Write "
-                "the subject as it is written in the prompt, or leave it out.",
+                "the subject as the prompt has it, or put {} in its place in the prompt.",
                 argument="subject",
             )
         texts.append(fill_all(prompt, (subject or "").strip()) if n_slots else literal(prompt))

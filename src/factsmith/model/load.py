@@ -110,8 +110,11 @@ def load(
         where = torch.device("cpu" if device is None else device)
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError) as error:
+        reason = first_line(error)
+        if reason.startswith("Expected one of"):  # torch lists twenty kinds of devices
+            reason = "torch has no device of that name"
         raise InputError(
-            f"device {str(device)!r} cannot be used ({first_line(error)}); give 'cpu', 'cuda' ...",
+            f"device {str(device)!r} cannot be used ({reason}); give cpu, cuda, cuda:1 or mps",
             argument="device",
         ) from None
     default = torch.float32 if where.type == "cpu" else "auto"

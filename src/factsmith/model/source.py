@@ -123,7 +123,7 @@ def find_source(
     if (at and not revision) or not _is_hub_id(place):
         raise ModelNotFoundError(
             f"there is no model {name!r}: it is neither a folder nor a bundled model "
-            f"({bundled()}){_perhaps(name)}; give one of these, a folder with config.json, weights "
+            f"({bundled()}).{_perhaps(name)} Give one of these, a folder with config.json, weights "
             "and tokenizer, or a hub id such as owner/name"
         )
     return Source(
@@ -170,7 +170,7 @@ def _is_hub_id(name: str) -> bool:
 
 def _perhaps(name: str) -> str:
     near = get_close_matches(name, atlas.names(), 1, 0.75)
-    return f"; perhaps {near[0]!r} is meant" if near else ""
+    return f" Perhaps {near[0]!r} is meant." if near else ""
 
 
 def bundled() -> str:
@@ -206,10 +206,10 @@ def _no_config(source: Source, error: Exception) -> ModelError:
     if source.folder is not None:
         return ModelError(f"the config.json of {source.name!r} cannot be used: {first_line(error)}")
     return ModelNotFoundError(
-        f"there is no model {source.name!r}: there is no folder of that name, no bundled model "
-        f"({bundled()}){_perhaps(source.name)}, and as a hub id it was not found, or the hub "
-        f"cannot be reached: {first_line(error).rstrip('.')}; check the name and the network, or "
-        "give a folder or a bundled model"
+        f"there is no model {source.name!r}: there is no folder of that name and no bundled model "
+        f"({bundled()}).{_perhaps(source.name)} As a hub id it was not found, or the hub cannot be "
+        f"reached: {first_line(error).rstrip('.')}. Check the name and the network, or give a "
+        "folder or a bundled model"
     )
 
 
