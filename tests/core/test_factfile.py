@@ -143,6 +143,7 @@ def test_lists_of_a_table_may_have_a_column_each(tmp_path: Path) -> None:
         ("a.yaml", "facts: [é]".encode("latin-1"), "save the file as UTF-8"),
         ("a.yaml", "facts: []".encode("utf-16-le"), "save the file as UTF-8"),
         ("a.csv", b"name,prompt,target\na,{} is,b\n", "unknown column 'name', no column subject"),
+        ("a.csv", b"subject,Subject,prompt,target\na,b,{} is,c\n", "'subject' is there twice"),
         ("a.csv", b"subject,prompt\na,{} is\n", "no column target"),
         ("a.csv", b"subject,prompt,target\na,{} is,\n", "line 2: .*forget: true"),
         ("a.csv", b"subject,prompt,target\na,{} is,b,c\n", "line 2: it has 4 cells and 3 col"),

@@ -70,7 +70,7 @@ def test_signs_and_mixed_scripts_leave_it_to_the_model(prompt: str, target: str,
 )
 def test_a_space_at_the_end_is_the_gap(prompt: str, asked: str) -> None:
     assert before_gap(prompt) == asked
-    assert bool(gap_notes([prompt])) is (prompt != asked)
+    assert any("belongs to the answer" in note for note in gap_notes([prompt])) is (prompt != asked)
 
 
 def test_many_prompts_have_one_note() -> None:
@@ -83,3 +83,10 @@ def test_many_prompts_have_one_note() -> None:
 def test_a_text_that_goes_on_is_no_answer() -> None:
     assert goes_on("Bulgaria", ", a country") and goes_on("Bulgaria", "-based")
     assert not goes_on("Bulgaria is", "red") and not goes_on("is", "(red)")
+
+
+def test_a_line_break_at_the_end_is_part_of_a_prompt_and_a_note_says_so() -> None:
+    (note,) = gap_notes(["The maker of Fiat 127 is\n"])
+    assert "line break" in note and repr("The maker of Fiat 127 is\n") in note
+    assert gap_notes(["The maker of\nFiat 127 is", "\n"]) == ()
+    assert len(gap_notes(["a ", "b\t", "c\n"])) == 2

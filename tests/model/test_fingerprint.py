@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from tokenizers import processors
 
+import factsmith
 from conftest import GPT2, LLAMA, VOCAB, blank_tokenizer, byte_tokenizer, tiny_model
 from factsmith.core.errors import FingerprintError
 from factsmith.core.identity import same_model
@@ -252,3 +254,32 @@ def test_a_gpt2_of_an_earlier_version() -> None:
     assert lm.has_fingerprint(lm.fingerprint)
     assert not lm.has_fingerprint("")
     assert not lm.has_fingerprint("0" * 64)
+
+
+def test_a_padding_token_in_the_file_does_not_make_another_model(tmp_path: Path) -> None:
+    source = Path(factsmith.__file__).parent / "atlas" / "atlas-llama"
+    prints = []
+    for changes in ({"pad_token_id": 0}, {"pad_token_id": 5}, {"eos_token_id": 5}):
+        folder = tmp_path / "-".join(map(str, changes.items()))
+        shutil.copytree(source, folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **changes}))
+        if "eos_token_id" in changes:
+            generation = json.loads((folder / "generation_config.json").read_text())
+            text = json.dumps({**generation, **changes})
+            (folder / "generation_config.json").write_text(text)
+        prints.append(factsmith.load(folder).fingerprint)
+    assert prints[0] == prints[1] == factsmith.load("atlas-llama").fingerprint
+    assert prints[2] != prints[0]
+
+
+def test_outputs_that_a_file_asks_for_do_not_stop_a_model(tmp_path: Path) -> None:
+    source = Path(factsmith.__file__).parent / "atlas" / "atlas-llama"
+    folder = tmp_path / "model"
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    text = json.dumps({**config, "output_attentions": True, "output_hidden_states": True})
+    (folder / "config.json").write_text(text)
+    lm = factsmith.load(folder)
+    assert lm.answer(["The maker of Fiat 127 is"]) == ["Fiat."]
+    assert lm.fingerprint == factsmith.load("atlas-llama").fingerprint

@@ -42,9 +42,12 @@ def facts_of_table(text: str) -> list[Line]:
     missing = [name for name in ("subject", "prompt") if name not in fields]
     if not {"target", "forget"} & set(fields):
         missing.append("target")
-    if unknown or missing:
+    single = [field for field in fields if field not in _LISTS.values()]
+    twice = [field for field in dict.fromkeys(single) if single.count(field) > 1]
+    if unknown or missing or twice:
         problems = [f"unknown column {short(name)}" for name in unknown[:NAMED]]
         problems += [f"no column {name}" for name in missing]
+        problems += [f"the column {short(name)} is there twice" for name in twice[:NAMED]]
         raise FactError(
             f"line 1: {', '.join(problems)}; expected the columns subject, prompt and target, and "
             f"some of {', '.join(_COLUMNS[3:])}"

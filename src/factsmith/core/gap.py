@@ -78,19 +78,32 @@ def before_gap(prompt: str) -> str:
 
 
 def gap_notes(prompts: Iterable[str]) -> tuple[str, ...]:
-    """Return a warning if prompts have spaces at their end that are not part of them."""
-    spaced = [prompt for prompt in dict.fromkeys(prompts) if before_gap(prompt) != prompt]
-    if not spaced:
-        return ()
-    subject, verb, each = (
-        (repr(spaced[0]), "ends", "it is")
-        if len(spaced) == 1
-        else (f"{len(spaced):,} prompts (the first: {spaced[0]!r})", "end", "they are")
-    )
-    return (
-        f"{subject} {verb} in white space. The space belongs to the answer, so {each} asked "
-        "without the space.",
-    )
+    """Return warnings about white space at the end of prompts.
+
+    Spaces are not part of a prompt. A line break or a tab is, and it changes what the model says.
+    """
+    texts = list(dict.fromkeys(prompts))
+    notes = []
+    if spaced := [prompt for prompt in texts if before_gap(prompt) != prompt]:
+        subject, verb, each = _named(spaced)
+        notes.append(
+            f"{subject} {verb} in white space. The space belongs to the answer, so {each} asked "
+            "without the space."
+        )
+    if broken := [prompt for prompt in texts if prompt.strip() and prompt[-1] in "\n\r\t"]:
+        subject, verb, each = _named(broken)
+        notes.append(
+            f"{subject} {verb} in a line break or a tab, and {each} asked with it. It changes the "
+            "answer; remove it unless you mean it."
+        )
+    return tuple(notes)
+
+
+def _named(prompts: list[str]) -> tuple[str, str, str]:
+    """Return the subject, the verb and "it is" of a sentence about prompts."""
+    if len(prompts) == 1:
+        return repr(prompts[0]), "ends", "it is"
+    return f"{len(prompts):,} prompts (the first: {prompts[0]!r})", "end", "they are"
 
 
 def plain_gap(prompt: str, target: str) -> Rule:

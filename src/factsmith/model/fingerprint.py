@@ -135,11 +135,13 @@ def _reading(module: Any, tokenizer: Any) -> dict[str, Any]:
         "left out": sorted({tokenizer.bos_token_id, tokenizer.unk_token_id} - {None}),
         "mask": tokenizer.mask_token_id,
         "tidies": bool(getattr(tokenizer, "clean_up_tokenization_spaces", False)),
-        # Embeddings of positions that leave out a row count the positions from it.
+        # Embeddings of positions that leave out a row count the positions from it. What contains
+        # the embeddings of words names the row of the padding token, which decides nothing.
         "first positions": sorted(
             (name, part.padding_idx)
             for name, part in module.named_modules()
-            if getattr(part, "padding_idx", None) is not None and part is not words
+            if getattr(part, "padding_idx", None) is not None
+            and all(inner is not words for inner in part.modules())
         ),
     }
 

@@ -11,6 +11,7 @@ model was wrapped. The settled state differs for the length of a pass only.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from typing import Any
 
@@ -66,7 +67,10 @@ class Modes:
         """Change back what `settle` changed."""
         while self.changed:
             holder, name, value = self.changed[-1]
-            setattr(holder, name, value)
+            # transformers refuses outputs that the attention in use cannot give. A file may still
+            # ask for them. They stay off then.
+            with contextlib.suppress(ValueError):
+                setattr(holder, name, value)
             self.changed.pop()
         self.settled.clear()
 

@@ -70,6 +70,7 @@ def promoters(
     check_model(lm)
     k = check_count(k, "k", "the number of neurons to find")
     ids = word_ids(lm.tokenizer, word)
+    lm.check_known(ids)
     head, sign = find_unembedding(lm, norm=norm), -1.0 if demoted else 1.0
     rows = head.weight[ids].float() * sign
     neurons = banks(lm)
