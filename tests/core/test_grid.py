@@ -184,3 +184,14 @@ def test_without_a_terminal_no_line_of_a_result_wraps(
 
 def test_a_table_without_rows_is_its_title_and_names() -> None:
     assert printed(Table("nothing", {"": "<", "p": ">"}), 80).split() == ["nothing", "p"]
+
+
+@pytest.mark.parametrize("width", [30, 45, 60])
+def test_a_token_in_quotes_does_not_break(width: int) -> None:
+    tokens = [f"' token{n}'" for n in range(12)] + ['" it\'s"', "'Paris'"]
+    written = io.StringIO()
+    console = Console(file=written, width=width, color_system=None)
+    console.print(Table("", {" ": "<", "  ": "<"}, [("promotes", " ".join(tokens))]).as_rich())
+    lines = written.getvalue().splitlines()
+    assert all(any(token in line for line in lines) for token in tokens), lines
+    assert all(cell_len(line) <= width for line in lines) and len(lines) > 2

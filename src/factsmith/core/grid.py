@@ -15,6 +15,7 @@ a CJK character takes two.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,9 @@ _GAP = 2
 
 _NARROWEST, _WIDEST_WORD = 12, 20
 """A column of text may shrink to its longest word, counted as at least 12 and at most 20 wide."""
+
+_UNIT = re.compile(r"""(?<!\S)(?:'[^']{0,30}'|"[^"]{0,30}")(?!\S)|\S+""")
+"""A word, or a token in quotes with the spaces inside the quotes."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,12 @@ class Grid:
             )
         for index, row in enumerate(self.rows):
             cells = (
-                Text(cell, _STYLES.get(cell, "") if kind == VERDICT else "")
-                for cell, kind in zip(row, self.columns.values(), strict=True)
+                Text(cell, _STYLES.get(cell, ""))
+                if kind == VERDICT
+                else _whole_quotes(Text(cell), width)
+                if kind == TEXT
+                else Text(cell)
+                for cell, kind, width in zip(row, self.columns.values(), widths, strict=True)
             )
             table.add_row(*cells, style=self._style(index))
         return table
@@ -140,12 +148,27 @@ class Grid:
         return "bold" if index in self.bold else ""
 
 
+def _whole_quotes(text: Text, width: int) -> Text:
+    """Return a text with line breaks so that no line breaks within a quoted token that fits."""
+    plain = text.plain
+    if not any(" " in unit for unit in _UNIT.findall(plain)):
+        return text
+    characters, start = list(plain), 0
+    for unit in _UNIT.finditer(plain):
+        if unit.start() > start and cell_len(plain[start : unit.end()]) > width:
+            start = unit.start()
+            characters[start - 1] = "\n"
+    broken = text.copy()
+    broken.plain = "".join(characters)  # as long, so styles stay
+    return broken
+
+
 def _hanging(text: Text, console: Console, width: int, *, indent: int) -> Iterator[Text]:
     """Yield a text in lines no wider than a width, the later ones indented further."""
     if text:
         room = max(1, width - indent - _GAP)
         fits = text.cell_len <= width - indent
-        lines = [text] if fits else text.wrap(console, room, overflow="fold")
+        lines = [text] if fits else _whole_quotes(text, room).wrap(console, room, overflow="fold")
         for index, line in enumerate(lines):
             line.rstrip()
             yield Text(" " * (indent + _GAP * bool(index))) + line
