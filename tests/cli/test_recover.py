@@ -60,3 +60,22 @@ def test_the_command_line_puts_lost_revisions_back(run: Run, model: Path, tmp_pa
     assert done.code == 5 and "cannot be put back" in done.out and "--give-up`" in done.out
     assert "given up" in run("recover", "-w", "two", "--give-up").out
     assert run("log", "-w", "two").code == 0
+
+
+def test_a_refused_init_leaves_nothing_and_the_advice_works(
+    run: Run, model: Path, tmp_path: Path
+) -> None:
+    assert run("init", model, "space").code == 0
+    with Workbench(load(model), tmp_path / "space") as bench:
+        identity = bench.commit(some_delta(bench.lm, 1)).id
+    (tmp_path / "space" / "ledger.db").unlink()
+    for words in (["init", model, "space"], ["recover", "-w", "space"], ["log", "-w", "space"]):
+        done = run(*words)
+        assert done.code == 5 and "recover -w NEW`" in done.err, words
+        assert not (tmp_path / "space" / "ledger.db").exists()
+    assert run("init", model, "new").code == 0
+    for name in ("deltas", "records"):
+        shutil.copytree(tmp_path / "space" / name, tmp_path / "new" / name, dirs_exist_ok=True)
+    assert run("recover", "-w", "new").code == 0
+    revisions = run("log", "-w", "new", "--json").json["revisions"]
+    assert [each["id"] for each in revisions] == [identity]

@@ -162,6 +162,114 @@ def test_recover_needs_a_workspace_that_can_be_written(
         recover(copy)
 
 
+def _edit(folder: Path, statement: str) -> None:
+    with contextlib.closing(sqlite3.connect(folder / "ledger.db")) as db:
+        db.executescript(f"DROP TRIGGER revisions_keep; DROP TRIGGER revisions_stay; {statement};")
+
+
+@pytest.mark.parametrize("seqs", ["2", "1", "1, 2, 3", "2, 4", "3, 6", "5, 6"])
+def test_a_revision_deleted_in_the_middle_comes_back_in_its_place(
+    ledger: Ledger, seqs: str
+) -> None:
+    ids = history(ledger)
+    ledger.checkout(ids[-2])
+    expected, folder = [revision.to_dict() for revision in ledger.log()], ledger.folder
+    ledger.close()
+    _edit(folder, f"DELETE FROM revisions WHERE seq IN ({seqs})")
+    with pytest.raises(DamagedError, match=f"`factsmith recover -w {folder}`"):
+        _open_and_use(folder)
+    back = [ids[-int(seq)] for seq in seqs.split(", ")]
+    before = state_of(folder)
+    assert [each.id for each in recover(folder, dry_run=True).recovered] == back
+    assert state_of(folder) == before
+    done = recover(folder)
+    assert [each.id for each in done.recovered] == back and done.head == ids[0]
+    with Ledger(folder) as opened:
+        if "6" in seqs:
+            assert opened.current == ids[0], "what is put back at the end is checked out"
+        else:
+            assert opened.current == ids[-2], "what is checked out stays"
+        opened.checkout(ids[-2])
+        assert [revision.to_dict() for revision in opened.log()] == expected
+
+
+@pytest.mark.parametrize(
+    ("statement", "lost", "words"),
+    [
+        ("DELETE FROM revisions WHERE seq = 2", "records", "has no record of it"),
+        ("DELETE FROM revisions WHERE seq = 2", "deltas", "cannot be put back: .* is missing"),
+        ("UPDATE revisions SET seq = 9 WHERE seq = 2", "", "Revision"),
+        ("UPDATE revisions SET parent = 'ffff' WHERE seq = 2", "", "does not match its row"),
+        (
+            "UPDATE revisions SET record = replace(record, 'two', 'owt') WHERE seq = 2",
+            "",
+            "does not match",
+        ),
+        (
+            "DELETE FROM revisions WHERE seq = 2; UPDATE revisions SET seq = 2 WHERE seq = 3",
+            "",
+            "Revision",
+        ),
+    ],
+)
+@pytest.mark.parametrize("give_up", [True, False])
+def test_what_the_records_cannot_mend_is_said_and_nothing_changes(
+    ledger: Ledger, statement: str, lost: str, words: str, give_up: bool
+) -> None:
+    ids, folder = history(ledger), ledger.folder
+    delta = ledger.show(ids[-2]).delta
+    ledger.close()
+    _edit(folder, statement)
+    if lost == "records":
+        (folder / "records" / f"{ids[-2]}.json").unlink()
+    elif lost == "deltas":
+        shutil.rmtree(folder / "deltas" / str(delta))
+    before = state_of(folder)
+    with pytest.raises(DamagedError, match=rf"{words}.*Restore .* from a backup"):
+        recover(folder, give_up=give_up)
+    assert state_of(folder) == before
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no database" * 900])
+def test_a_ledger_that_is_gone_is_built_again(
+    ledger: Ledger, tmp_path: Path, content: bytes | None
+) -> None:
+    """As the message says: a new workspace, the two folders, recover."""
+    history(ledger)
+    expected, folder = [revision.to_dict() for revision in ledger.log()], ledger.folder
+    ledger.close()
+    (folder / "ledger.db").unlink()
+    if content is not None:
+        (folder / "ledger.db").write_bytes(content)
+    for call in (
+        lambda: Ledger(folder),
+        lambda: recover(folder),
+        lambda: Ledger.create(folder, model="gpt2", fingerprint=FINGERPRINT),
+    ):
+        with pytest.raises((DamagedError, WorkspaceError), match="`deltas` and `records` from"):
+            call()
+        found = (folder / "ledger.db").read_bytes() if (folder / "ledger.db").exists() else None
+        assert found == content, "a refusal leaves the file as it was"
+    new = tmp_path / "new"
+    Ledger.create(new, model="gpt2", fingerprint=FINGERPRINT).close()
+    for name in ("deltas", "records"):
+        shutil.copytree(folder / name, new / name, dirs_exist_ok=True)
+    assert len(recover(new).recovered) == 6
+    with Ledger(new) as opened:
+        assert [revision.to_dict() for revision in opened.log()] == expected
+
+
+def test_records_of_another_model_are_not_taken(ledger: Ledger, tmp_path: Path) -> None:
+    history(ledger)
+    new = tmp_path / "new"
+    Ledger.create(new, model="gpt2", fingerprint="00" * 32).close()
+    for name in ("deltas", "records"):
+        shutil.copytree(ledger.folder / name, new / name, dirs_exist_ok=True)
+    done = recover(new)
+    assert not done.recovered and len(done.left) == 6
+    assert any("made for the model" in each.problem for each in done.left)
+
+
 # ── the database itself ───────────────────────────────────────────────────────────────────────────
 
 

@@ -65,6 +65,9 @@ def init(
             f"{folder} is a workspace already. Use it with `-w {shlex.quote(str(folder))}`, or "
             "choose another folder."
         )
+    from ..keep.database import check_no_patches
+
+    check_no_patches(folder)
     with progress() as tell:
         lm = load_model(model, device, None, tell)
     from ..keep.bench import create
@@ -308,7 +311,8 @@ def recover(
 ) -> None:
     """Put back revisions that ledger.db has lost.
 
-    A copy of ledger.db without ledger.db-wal lacks the newest revisions. Their records are also in
+    A copy of ledger.db without ledger.db-wal lacks the newest revisions, and one that somebody
+    deleted is missing, too. Their records are also in
     the folder `records`, so they come back with the ids that they had. With --patches the model is
     loaded, and deltas without any record are committed if they were made on just its weights.
 

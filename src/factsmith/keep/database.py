@@ -30,7 +30,7 @@ from ..core.errors import DamagedError, WorkspaceError
 from ..core.files import flush_folder, make_folder
 from .connection import connect, prepare, snapshot, statements, transaction
 from .explained import FILE as FILE
-from .explained import explained
+from .explained import explained, holds_patches, restoring
 
 _log = logging.getLogger(__name__)
 
@@ -138,6 +138,8 @@ class Database:
         """
         self.folder, self.file = folder, folder / FILE
         if not self.file.is_file():
+            with explained(folder):
+                check_no_patches(folder)
             raise WorkspaceError(
                 f"{folder} is not a workspace: it has no {FILE}. Make one with "
                 f"`factsmith init MODEL {folder}`, or in Python with `Workbench(lm, folder)`."
@@ -165,6 +167,8 @@ class Database:
             WorkspaceError: when the folder holds a ledger or deltas already, or cannot be written.
         """
         with explained(folder):
+            if not (folder / FILE).is_file() or not (folder / FILE).stat().st_size:
+                check_no_patches(folder)  # before anything is written
             make_folder(folder)
             make_folder(folder / "deltas")
             # Made here, the file has the permissions of every new file, and SQLite gives its other
@@ -197,7 +201,7 @@ class Database:
     @property
     def restore(self) -> str:
         """The advice for a damaged file."""
-        return f"Restore {self.file} from a backup."
+        return restoring(self.folder)
 
     # ── transactions ──────────────────────────────────────────────────────────────────────────────
 
@@ -293,6 +297,12 @@ class Database:
         )
         self.check_out(identity)
 
+    def put_back(self, row: Row) -> None:
+        """Add a revision at its place in the history; what is checked out stays."""
+        self.connection.execute(
+            "INSERT INTO revisions (seq, id, parent, record) VALUES (?, ?, ?, ?)", row
+        )
+
     def check_out(self, identity: str) -> None:
         """Note which revision is checked out."""
         seal = _seal(self.workspace(), identity)
@@ -306,9 +316,10 @@ class Database:
         (application,) = self.connection.execute("PRAGMA application_id").fetchone()
         (version,) = self.connection.execute("PRAGMA user_version").fetchone()
         if application != APPLICATION_ID:
+            other = "Or make a workspace in another folder with `factsmith init MODEL FOLDER`."
             raise WorkspaceError(
-                f"{self.file} is empty or was not made by factsmith. Put it back from a copy, or "
-                "make a workspace in another folder with `factsmith init MODEL FOLDER`."
+                f"{self.file} is empty or was not made by factsmith. {self.restore}"
+                f"{'' if holds_patches(self.folder) else ' ' + other}"
             )
         if not 1 <= version <= SCHEMA_VERSION:
             raise WorkspaceError(
@@ -335,14 +346,15 @@ def _seal(workspace: Workspace, current: str) -> str:
     return hashlib.sha256(json.dumps([*workspace, current]).encode()).hexdigest()
 
 
+def check_no_patches(folder: Path) -> None:
+    """Check that a folder without a ledger has no patches either. Raises WorkspaceError."""
+    if holds_patches(folder):
+        raise WorkspaceError(f"{folder} holds patches but no ledger. {restoring(folder)}")
+
+
 def _check_unused(connection: sqlite3.Connection, folder: Path) -> None:
     if connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
         raise WorkspaceError(
             f"{folder} already holds a ledger. Open it as it is, or choose another folder."
         )
-    places = [place for place in (folder / "deltas", folder / "records") if place.is_dir()]
-    if any(not entry.name.startswith(".") for place in places for entry in place.iterdir()):
-        raise WorkspaceError(
-            f"{folder} holds patches but no ledger. Put {FILE} back from a copy, or choose another "
-            "folder."
-        )
+    check_no_patches(folder)

@@ -19,6 +19,31 @@ from ..core.errors import DamagedError, FactsmithError, WorkspaceError
 FILE = "ledger.db"
 
 
+def holds_patches(folder: Path) -> bool:
+    """Return whether a folder has deltas or copies of records."""
+    return any(_has_entries(folder / name) for name in ("deltas", "records"))
+
+
+def restoring(folder: Path) -> str:
+    """Return the advice for a ledger.db that is lost, empty or damaged."""
+    backup = f"Restore {folder / FILE} from a backup"
+    with contextlib.suppress(OSError):
+        if holds_patches(folder):
+            has_records = _has_entries(folder / "records")
+            what = "`deltas` and `records`" if has_records else "`deltas`"
+            patches = "" if has_records else " --patches"
+            return (
+                f"{backup}. Or build it again: run `factsmith init MODEL NEW` with the same model "
+                f"and a new folder, copy {what} from {folder} into it, then run "
+                f"`factsmith recover{patches} -w NEW`."
+            )
+    return f"{backup}."
+
+
+def _has_entries(folder: Path) -> bool:
+    return folder.is_dir() and any(not each.name.startswith(".") for each in folder.iterdir())
+
+
 @contextlib.contextmanager
 def explained(folder: Path) -> Iterator[None]:
     """Turn errors of SQLite and of the file system into errors that say what to do.
@@ -35,8 +60,7 @@ def explained(folder: Path) -> Iterator[None]:
         _explain_database(error, folder)
     except UnicodeDecodeError:  # in a text of the database, or in SQLite's own message about it
         raise DamagedError(
-            f"{folder / FILE} is damaged: it holds text that is not UTF-8. Restore it from a "
-            "backup."
+            f"{folder / FILE} is damaged: it holds text that is not UTF-8. {restoring(folder)}"
         ) from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -71,9 +95,7 @@ def _explain_database(error: sqlite3.Error, folder: Path) -> NoReturn:
     if says("readonly", "unable to open", "disk I/O"):
         raise _not_writable(folder, text) from error
     if says("malformed", "not a database", "no such table", "no such column", "duplicate column"):
-        raise DamagedError(
-            f"{folder / FILE} is damaged: {text}. Restore it from a backup."
-        ) from error
+        raise DamagedError(f"{folder / FILE} is damaged: {text}. {restoring(folder)}") from error
     raise WorkspaceError(f"The ledger in {folder} cannot be used: {text}.") from error
 
 

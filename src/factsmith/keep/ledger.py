@@ -31,7 +31,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import RevisionError, WorkspaceError
+from ..core.errors import DamagedError, RevisionError, WorkspaceError
 from ..core.fact import Fact
 from .blobs import Blobs
 from .copies import Copies
@@ -82,7 +82,7 @@ class Ledger(Housekeeping):
         self._records = Records(self._database)
         try:
             workspace = self._database.workspace()
-            check_nothing_lost(self.folder, self._records.check(), copied)
+            check_nothing_lost(self.folder, self._checked_ids(copied), copied)
         except BaseException:
             self.close()
             raise
@@ -113,6 +113,19 @@ class Ledger(Housekeeping):
         workspace = Workspace(model, dtype, fingerprint, _now())
         Database.create(Path(folder), workspace, BASE, wait)
         return cls(folder, wait=wait)
+
+    def _checked_ids(self, copied: Collection[str]) -> list[str]:
+        """Return the ids in ledger.db; say in an error if `recover` may put something back."""
+        try:
+            return self._records.check()
+        except DamagedError as error:
+            if not set(copied) - set(self._database.ids()):
+                raise
+            found = str(error).removesuffix(self._database.restore)
+            raise DamagedError(
+                f"{found}The folder `records` has a revision that ledger.db lacks. Run `factsmith "
+                f"recover -w {self.folder}`, which puts it back if the hashes prove its place."
+            ) from None
 
     def __enter__(self) -> Ledger:
         return self

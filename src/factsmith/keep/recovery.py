@@ -4,17 +4,18 @@
     recover("my-workspace")                              # puts it back
     recover("my-workspace", give_up=True)                # goes on without it
 
-They get lost when ledger.db is copied without ledger.db-wal, or is replaced by an older one. Their
-records are still in `records/` (`copies`) and their deltas in `deltas/`. So they can be put back
-exactly as they were, with the same ids. No ledger opens before one or the other was done: it would
-show an old history as the whole one.
+They get lost when ledger.db is copied without ledger.db-wal, is replaced by an older one, or when
+somebody deletes them in it. Their records are still in `records/` (`copies`) and their deltas in
+`deltas/`. So they can be put back exactly as they were, with the same ids. No ledger opens before
+one or the other was done: it would show an old history as the whole one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from ..core.errors import DamagedError
 from ..core.tables import Shown, Table, counted
 from .blobs import Blobs
 from .copies import Copies
-from .database import Database
+from .database import Database, Row
 from .explained import explained
 from .records import check_rows
 from .revision import BASE, RevisionKind, StoredRecord
@@ -147,14 +148,14 @@ def recover(
 
     Args:
         folder: The workspace.
-        give_up: Put nothing back, and go on without the lost revisions. Their records are moved to
-            `records/given-up`; their deltas stay.
+        give_up: Go on without the lost revisions. Their records are moved to `records/given-up`;
+            their deltas stay. A revision that others in ledger.db follow is put back all the same.
         dry_run: Only look, and change nothing.
         wait: How many seconds to wait for another process that is writing.
 
     Raises:
         WorkspaceError: when the folder is not a workspace, is locked, or cannot be written.
-        DamagedError: when ledger.db is damaged.
+        DamagedError: when ledger.db is damaged in a way that the records cannot mend.
     """
     folder = Path(folder)
     copies = Copies(folder)
@@ -164,28 +165,94 @@ def recover(
         if not dry_run:
             stack.enter_context(database.writing())
         rows = database.rows()
-        check_rows(rows)
         lost = copies.ids() - {row.id for row in rows}
+        base = database.workspace().fingerprint
+        try:
+            gaps = _gaps(copies, lost, rows, base)
+        except DamagedError as error:
+            raise DamagedError(f"{error}. {database.restore}") from None
+        lost -= {row.id for row, _ in gaps}
         head = rows[-1].id if rows else BASE
-        chain, left = _chain(copies, lost, head, database.workspace().fingerprint)
+        chain, left = _chain(copies, lost, head, base)
         given_up: list[LostRevision] = []
         if give_up:
             given_up = [*left, *(LostRevision.of(*each[:2]) for each in chain)]
             chain, left = [], []
             if not dry_run:
                 copies.give_up(lost)
+        if not dry_run:
+            for row, _ in gaps:
+                database.put_back(row)
         for identity, record, text in chain:
             head = identity
             if not dry_run:
                 database.append(identity, record.parent, text)
     return Recovery(
         folder=folder,
-        recovered=tuple(LostRevision.of(identity, record) for identity, record, _ in chain),
+        recovered=(
+            *(LostRevision.of(row.id, record) for row, record in gaps),
+            *(LostRevision.of(identity, record) for identity, record, _ in chain),
+        ),
         left=tuple(left),
         given_up=tuple(given_up),
         head=head,
         dry_run=dry_run,
     )
+
+
+def _gaps(
+    copies: Copies, lost: Collection[str], rows: Sequence[Row], base: str
+) -> list[tuple[Row, StoredRecord]]:
+    """Return the revisions that were taken out before others, oldest first, with their places.
+
+    The record of a row names the revision before it, and so on: the hashes prove what belongs
+    there.
+
+    Raises:
+        DamagedError: when the history is not whole with them.
+    """
+    try:
+        check_rows(rows)
+    except DamagedError as error:
+        found = error
+    else:
+        return []
+    gaps: list[tuple[Row, StoredRecord]] = []
+    known = {row.id for row in rows}
+    before = BASE
+    for row in rows:
+        number, parent = row.number, _parent(row)
+        missing: list[tuple[Row, StoredRecord]] = []
+        while parent != before:
+            number -= 1
+            if parent in known or parent == BASE:
+                raise DamagedError(f"{found}; no record in {copies.folder} mends that")
+            if parent not in lost:
+                raise DamagedError(
+                    f"{found}; revision {parent[:10]} cannot be put back, since "
+                    f"{copies.folder} has no record of it"
+                )
+            record, text = copies.read(parent)
+            if problem := _problem(copies.folder.parent, [parent], record, base):
+                raise DamagedError(f"{found}; {parent[:10]} cannot be put back: {problem}")
+            known.add(parent)
+            missing.insert(0, (Row(number, parent, record.parent, text), record))
+            parent = record.parent
+        gaps += missing
+        before = row.id
+    check_rows(sorted([*rows, *(row for row, _ in gaps)]))
+    return gaps
+
+
+def _parent(row: Row) -> str:
+    """Return the id of the revision before a row, as its record says."""
+    try:
+        parent = StoredRecord.model_validate_json(row.record).parent
+    except ValueError:  # errors of pydantic are ValueErrors
+        parent = ""
+    if parent != row.parent or hashlib.sha256(row.record.encode()).hexdigest() != row.id:
+        raise DamagedError(f"Revision {row.id[:10]} is damaged: its record does not match its row")
+    return parent
 
 
 def _chain(
