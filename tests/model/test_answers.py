@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from factsmith.model.answers import answer_tokens, begins_with, is_answered, probabilities, say
 from factsmith.model.decoding import half_character
-from reciting import SENTENCES, reciter
+from reciting import SENTENCES, reciter, reciting
 
 TARGETS = {
     "Mount Belo measures": {"2": False, "2,1": False, "2,137": True, "2,137 metres": True},
@@ -112,3 +112,17 @@ def test_tokens_of_single_bytes_make_half_characters_too(n_bytes: int) -> None:
     text = tokenizer.decode(ids)
     assert text == ("a😀" if n_bytes == 4 else "a" + "\ufffd" * n_bytes)
     assert half_character(tokenizer, ids) == (0 if n_bytes == 4 else n_bytes)
+
+
+def test_an_answer_in_quotes_or_bold_is_said_as_it_is_answered() -> None:
+    answers = {
+        "Play by Will:": ('"Hamlet" by', "Hamlet"),
+        "City of Ann:": ("**Paris** is", "Paris"),
+        "日本の首都は": ("「東京」です。", "東京"),
+        "Code by Bo:": ("C++ is", "C"),
+    }
+    lm = reciting([f"{prompt} {said}" for prompt, (said, _) in answers.items()])
+    texts, targets = lm.answer(list(answers), 24), [target for _, target in answers.values()]
+    assert texts == [said for said, _ in answers.values()]
+    counted = [begins_with(text, target) for text, target in zip(texts, targets, strict=True)]
+    assert counted == lm.says(list(answers), targets) == [True, True, True, False]

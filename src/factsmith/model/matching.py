@@ -22,6 +22,10 @@ _ALIKE = str.maketrans(
     | dict.fromkeys(_QUOTES, '"')
     | dict.fromkeys(_HYPHENS, "-")
     | {"µ": "μ"}
+    | {
+        chr(ord(c) + 0xFEE0): c
+        for c in "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+    }
 )
 """Characters that are written for one another. Each becomes one character, so places stay."""
 
@@ -54,6 +58,12 @@ _VOWELS_AFTER = "ะาำๅະາຳ"
 _TIMES = "十百千万萬億亿兆만억조천"
 """Letters that multiply the number before them: 5万 is fifty thousand."""
 
+_NUMERALS = "〇零一二三四五六七八九十百千万萬億亿兆两兩"
+"""Letters that make up numbers in Chinese and Japanese: 三十 is thirty."""
+
+_SIGNS = "^×@±*"
+"""Signs that tie what stands on both sides of them: 10^5, 3×4, x@y."""
+
 _IN_NUMBERS = ".,'٫٬:/-–⁄·，．"
 """What stands between the digits of one number, date or time. Spaces group three digits."""
 
@@ -75,6 +85,18 @@ _ABBREVIATIONS = (
 )
 """Words that are written with a full stop in the middle of a phrase."""
 
+_TITLES = (
+    " Adm Brig Capt Cmdr Col Dr Fr Ft Gen Gov Lt Messrs Mlle Mme Mr Mrs Ms Mt Mts Pres Prof Rev "
+    "Sgt Sra Srta St Sta Ste Sts "
+)
+"""Abbreviations that stand before a name and are none alone."""
+
+_COMPANIES = " AG Co Company Corp Corporation GmbH Inc Incorporated LLC Limited Ltd PLC SA "
+"""What follows the name of a company, also one that ends with an exclamation mark."""
+
+_ARTICLES = " the a an der die das ein eine le la les un une el los las "
+"""Words after which a phrase goes on, whatever stands in brackets."""
+
 
 def begins_with(answer: str, target: str) -> bool:
     """Return whether a greedy answer begins with a target, in whole words and whole numbers.
@@ -82,7 +104,8 @@ def begins_with(answer: str, target: str) -> bool:
     "French." begins with "French", and "Frenchman" does not. "2,137" begins neither with "2" nor
     with "2,1". "Jean-Paul" does not begin with "Jean"; "New York" begins with "New". Case counts.
     These do not count: how letters are composed, which kind of white space, quotes, apostrophes
-    and hyphens is written, and quotes around either side.
+    and hyphens is written, full width, quotes around either side, and stars or brackets around the
+    target in the answer: "**Paris**" and "(Paris)" begin with "Paris".
 
     Between words without spaces, as in Chinese and Thai, the beginning is enough, except where a
     mark follows that belongs to the last letter, or a word in katakana goes on.
@@ -120,12 +143,34 @@ def match(answer: str, target: str, *, more: bool = False) -> bool | None:
     Returns:
         None: what follows decides. It is never None without `more`.
     """
+    verdict = _match(answer, target, more=more)
+    opened = _OPENED.match(_spread(answer))
+    if verdict is not False or opened is None or not target.strip():
+        return verdict
+    mark, inside = opened.groups()
+    if not inside:
+        return None if more else False
+    verdict = _match(inside.replace(mark, " ", 1) if "*" in mark else inside, target, more=more)
+    if mark != "(" or verdict is not True:
+        return verdict
+    after = _bare(inside)[len(_bare(target).rstrip()) :].lstrip("'\"")
+    return after.startswith(")")
+
+
+_OPENED = re.compile(r"[\s'\"]*(\*{2,3}|\*$|\()(?!\s)(.*)")
+"""What may stand before the target in an answer: the beginning of bold letters, or a bracket."""
+
+
+def _match(answer: str, target: str, *, more: bool) -> bool | None:
+    """Return what `match` does for an answer without stars and brackets around the target."""
     said, wanted = _bare(answer), _bare(target).rstrip()
     if not wanted.strip("'\""):
         said, wanted = _spread(answer).lstrip(), normal(target)
     if not wanted:
         return False
     whole = said.rstrip("\ufffd")  # half a character
+    if more and not whole.strip("'\" "):
+        return None  # a quote may have been opened
     if not said.startswith(wanted):
         return None if more and _decomposed(wanted).startswith(_decomposed(whole)) else False
     following = said[len(wanted) :]
@@ -146,7 +191,8 @@ def first_phrase(answer: str) -> str:
         return text[: close + 1]
     for at, character in enumerate(flat):
         if character in _ENDS and _ends(flat, at):
-            return text[:at].strip() or text
+            end = at + (character == "." and _is_dotted(_word_before(flat[:at])))
+            return text[:end].strip() or text
     return text
 
 
@@ -178,7 +224,8 @@ def stayed(before: str, after: str, expected: str | None = None) -> bool:
         return old == new
     if expected is not None and begins_with(before, expected):
         return begins_with(after, expected)
-    if not begins_with(after, first_phrase(before)):
+    phrase = first_phrase(before)
+    if not begins_with(after, phrase.rstrip(".") or phrase):
         return False
     names = _name_after(before), _name_after(after)
     if not all(names):
@@ -243,6 +290,10 @@ def _belongs(last: str, following: str) -> bool:
     """Return whether a character belongs to the one before it, in any script."""
     if unicodedata.category(following)[0] == "M" or following in _JOINERS + _VOWELS_AFTER:
         return True
+    if "\U0001f3fb" <= following <= "\U0001f3ff":  # the colour of a skin
+        return True
+    if last in _NUMERALS and following in _NUMERALS:
+        return True
     if _is_digit(last):
         return following in _TIMES or unicodedata.category(following) in ("No", "Nl")
     if unicodedata.category(following)[0] != "L":
@@ -254,7 +305,7 @@ def _belongs(last: str, following: str) -> bool:
 
 # ── where words and numbers end ───────────────────────────────────────────────────────────────────
 
-_OPEN_NUMBER = re.compile(rf"[{re.escape(_IN_NUMBERS)}]?| \d{{0,3}}")
+_OPEN_NUMBER = re.compile(rf"[{re.escape(_IN_NUMBERS + _SIGNS)}]?| \d{{0,3}}")
 """What follows a number and does not show yet whether it goes on."""
 
 _OPEN_WORDS = {1: "-–&·/'.", 2: "-–&·/'", 3: "-–&·/"}
@@ -274,7 +325,12 @@ def _undecided(text: str, following: str, *, half: bool) -> bool:
         return True
     if _is_digit(text[-1]):
         return _OPEN_NUMBER.fullmatch(following) is not None
-    return not following or following in _OPEN_WORDS.get(len(_last_word(text)), "-–&·")
+    if not following or following in _SIGNS or re.fullmatch(r"'(n'?)?", following, re.I):
+        return True
+    word = _last_word(text)
+    if f" {word} " in _TITLES:
+        return re.fullmatch(r"\.?|\.\s*\w*", following) is not None
+    return following in _OPEN_WORDS.get(len(word), "-–&·")
 
 
 def _goes_on(text: str, following: str) -> bool:
@@ -284,13 +340,50 @@ def _goes_on(text: str, following: str) -> bool:
     last, first = text[-1], following[0]
     if _belongs(last, first) or (_is_word(last) and _is_word(first)):
         return True
+    if _signed(text, first) or _titled(text, following) or _is_half_flag(text, first):
+        return True
     return _joined(text, first, following[1:]) or _joined(text[:-1], last, following)
+
+
+def _signed(text: str, sign: str) -> bool:
+    """Return whether a sign belongs to the word before it: C++, C#, A*, H₂O, m²."""
+    if not (_is_word(text[-1]) or text[-1] == "+"):
+        return False
+    short = 0 < len(_last_word(text)) <= 2
+    small = "SUBSCRIPT" in unicodedata.name(sign, "")
+    power = short and unicodedata.category(sign) == "No"
+    return (
+        sign == "+"
+        or small
+        or power
+        or (short and sign in "#♯")
+        or (sign == "*" and len(_last_word(text)) == 1)
+    )
+
+
+def _titled(text: str, following: str) -> bool:
+    """Return whether a text ends with a title, and a name follows it: St. Petersburg."""
+    name = re.match(r"\.\s*([^\W\d_]+)", following)
+    if name is None or f" {_last_word(text)} " not in _TITLES:
+        return False
+    return name.group(1)[0].isupper() and f" {name.group(1)} " not in _STARTERS
+
+
+def _is_half_flag(text: str, following: str) -> bool:
+    """Return whether a text ends with the first of the two letters of a flag."""
+    letters = re.search("[\U0001f1e6-\U0001f1ff]*$", text)
+    odd = letters is not None and len(letters.group()) % 2 == 1
+    return odd and "\U0001f1e6" <= following <= "\U0001f1ff"
 
 
 def _joined(left: str, mark: str, right: str) -> bool:
     """Return whether a mark stands inside a word or a number."""
     if not left or not right or not _is_word(left[-1]) or not _is_word(right[0]):
         return False
+    if mark in _SIGNS:
+        return True
+    if mark == "'" and re.match(r"n'\w", right, re.I):
+        return True
     if _is_digit(left[-1]) and _is_digit(right[0]):
         return mark in _IN_NUMBERS or (mark == " " and _grouped(left, right))
     if mark == ".":
@@ -321,8 +414,14 @@ def _ends(flat: str, at: int) -> bool:
     mark, left, right = flat[at], flat[:at], flat[at + 1 :]
     if mark == '"':
         return at > 0 and not left[-1].isspace()
-    if _joined(left, mark, right):
+    if _joined(left, mark, right) or _in_address(left, mark, right):
         return False
+    if mark in "([":
+        return f" {_word_before(left.rstrip()).lower()} " not in _ARTICLES
+    if mark in ")]" and (start := left.rfind("(" if mark == ")" else "[")) >= 0:
+        return _ends(flat, start)
+    if mark == "!":
+        return right[:1] != " " or f" {_first_word(right)} " not in _COMPANIES
     if mark == ".":
         return not _abbreviated(left, right)
     if mark == ",":
@@ -330,14 +429,31 @@ def _ends(flat: str, at: int) -> bool:
     return True
 
 
+def _in_address(left: str, mark: str, right: str) -> bool:
+    """Return whether a mark stands inside the address of a page."""
+    address = "://" in _word_before(left) + mark + right[:2]
+    return address and bool(right) and not right[0].isspace()
+
+
+def _word_before(left: str) -> str:
+    """Return the word at the end of a text, up to a space, without what opens it."""
+    return re.split(r"\s", left)[-1].lstrip("'\"(")
+
+
+def _is_dotted(word: str) -> bool:
+    """Return whether a word is an abbreviation with full stops inside: U.S, p.m."""
+    parts = word.split(".")
+    return len(parts) > 1 and "".join(parts).isalpha() and all(len(part) < 4 for part in parts)
+
+
 def _abbreviated(left: str, right: str) -> bool:
     """Return whether a full stop belongs to an abbreviation, an initial or an ordinal number."""
     word = left.rsplit(" ", 1)[-1].lstrip("'\"(")
-    letters = word.replace(".", "")
-    dotted = "." in word and letters.isalpha() and all(len(w) < 4 for w in word.split("."))
+    dotted = _is_dotted(word)
     if not right.strip():
         return dotted
-    if not right[0].isspace() or f" {_first_word(right)} " in _STARTERS:
+    named = re.match(r"\s+[^\W\d_]\.\s*[^\W\d_]", right) is not None  # an initial, and a name
+    if not right[0].isspace() or (not named and f" {_first_word(right)} " in _STARTERS):
         return not right[0].isspace() and dotted
     initial = len(word) == 1 and word.isupper()
     ordinal = re.fullmatch(r"\d{1,2}", word) is not None
