@@ -22,7 +22,7 @@ from ..core.errors import InputError
 from ..core.progress import Progress, tell
 from ..model.language_model import LanguageModel, check_model
 from ..model.prefix import PrefixCache
-from ..model.tokens import Batch, pad_id, target_ids
+from ..model.tokens import Batch, Joint, pad_id, target_and_joint
 from ..model.trace import recording
 
 
@@ -114,6 +114,7 @@ def ask(
     pairs = [(text, each) for text, listed in zip(texts, lists, strict=True) for each in listed]
     gaps = dict(zip(pairs, lm.gaps([a for a, _ in pairs], [b for _, b in pairs]), strict=True))
     lines_of: dict[str, int] = {}
+    joints: dict[tuple[str, str], Joint] = {}
     for text, listed, n in zip(texts, lists, lines or [1] * len(texts), strict=True):
         lines_of[text] = max(n, lines_of.get(text, 1))
         if text not in heads:
@@ -121,9 +122,11 @@ def ask(
         tails_of_text = tails.setdefault(text, {})
         for candidate in listed:
             if candidate not in tails_of_text:
-                tails_of_text[candidate] = target_ids(
+                tails_of_text[candidate], joint = target_and_joint(
                     lm, text, candidate, head=heads[text], gap=gaps[text, candidate]
                 )
+                if joint is not None and lm.joint_question(joint) is not None:
+                    joints[text, candidate] = joint
     distinct, rows = list(heads), list(heads.values())
     answered: dict[str, _Answered] = {}
     for group in lm.answer_groups([len(ids) for ids in rows], n_new, budget):
@@ -137,7 +140,37 @@ def ask(
         )
         answered.update(zip(names, replies, strict=True))
         tell(progress, "asking", len(answered), len(distinct))
+    if joints:
+        _take_likelier(lm, answered, joints, budget)
     return [_reply(*answered[text], listed) for text, listed in zip(texts, lists, strict=True)]
+
+
+def _take_likelier(
+    lm: LanguageModel,
+    answered: dict[str, _Answered],
+    joints: Mapping[tuple[str, str], Joint],
+    budget: int,
+) -> None:
+    """Score candidates as one text with their prompts, and keep what is likelier.
+
+    Args:
+        lm: The model.
+        answered: The answers and scores by prompt. Changed in place.
+        joints: The one text of those (prompt, candidate) that share a token.
+        budget: Padded tokens in one pass.
+    """
+    listed = list(joints.items())
+    for group in lm.answer_groups([len(joint.head) for _, joint in listed], 0, budget):
+        some = [listed[i] for i in group]
+        heads, tails = [joint.head for _, joint in some], [{"": joint.tail} for _, joint in some]
+        replies = _answer_group(lm, heads, tails, 0, [1] * len(some))
+        for ((text, candidate), _), (_, scores) in zip(some, replies, strict=True):
+            answer, before = answered[text]
+            apart, joined = before[candidate], scores[""]
+            sums = [each.log_prob * each.n_tokens for each in (apart, joined)]
+            if sums[1] > sums[0]:
+                lm.warn_joined(text, candidate, *sums)
+                answered[text] = answer, {**before, candidate: joined}
 
 
 def _reply(answer: str, scores: Mapping[str, _Scores], candidates: Sequence[str]) -> Reply:

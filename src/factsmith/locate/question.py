@@ -20,7 +20,7 @@ from ..core.forms import occurrences
 from ..core.gap import gap_notes, goes_on
 from ..core.slots import fill_all, literal
 from ..model.answers import first_phrase, say
-from ..model.language_model import LanguageModel
+from ..model.language_model import LanguageModel, joined_notes
 from ..model.subject import count_prompt_slots
 
 
@@ -146,6 +146,7 @@ def answer_to_follow(
     """
     if target is not None:
         warnings = _refused(lm, prompts, target, len(prompts), force)
+        warnings = (*warnings, *joined_notes(lm, prompts, [target] * len(prompts)))
         return FollowedAnswer(target, warnings=warnings)
     answer = own_answer(lm, prompts[0])
     if answer.probability is not None:

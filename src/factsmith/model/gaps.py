@@ -50,6 +50,7 @@ class Gaps:
     def __init__(self) -> None:
         self.chosen: dict[_Pair, Settled] = {}
         self.unclear: set[_Pair] = set()
+        self.joined = False  # whether a warning has told that prompt and target share a token
         self._state: object = None
         self._holds = 0
 

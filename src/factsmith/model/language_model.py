@@ -10,6 +10,8 @@ How it is run is in `running`, how text is continued in `decoding`.
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -32,6 +34,9 @@ ANSWER_TOKENS = 8
 AFTER_NUMBER = 4
 """Tokens after a target that show whether its number goes on: a separator of up to three bytes, and
 a digit."""
+
+_MATTERS = math.log(0.01)
+"""Log p from which on a form that is not asked for, or was not, is worth a warning."""
 
 _POSITIONS = 256
 """Positions whose logits are computed together. With a large vocabulary, logits are the largest
@@ -100,6 +105,10 @@ class LanguageModel(DecodingModel):
     ) -> Tensor:
         """Return log p(target | prompt) of each pair, in nats.
 
+        Where the tokenizer writes prompt and target with a token that belongs to both, as it may in
+        scripts without spaces, the likelier of two forms counts: the target after the prompt's
+        tokens, and both as one text. The first such pair brings a warning.
+
         Args:
             prompts: The prompts.
             targets: As many targets.
@@ -113,7 +122,31 @@ class LanguageModel(DecodingModel):
         Raises:
             InputError: The lists differ in length, or are empty.
         """
-        return self._log_probs(self._questions(prompts, targets, gaps), per_token=per_token)
+        forms = self._forms(prompts, targets, gaps)
+        log_p = self._log_probs([asked for asked, _ in forms], per_token=per_token)
+        for i, (apart, joined, question) in self._joined(forms).items():
+            if joined > apart:
+                self.warn_joined(prompts[i], targets[i], apart, joined)
+                log_p[i] = joined / len(question[2]) if per_token else joined
+        return log_p
+
+    @asking()
+    def joined_log_probs(
+        self, prompts: Sequence[str], targets: Sequence[str], gaps: Sequence[Gap] | None = None
+    ) -> dict[int, tuple[float, float]]:
+        """Return log p of the two forms of each pair that has two, by its index.
+
+        The first is that of the target after the prompt's tokens, as edits and traces ask for it.
+        The second is that of prompt and target as one text, from the first token on that the prompt
+        alone does not have. No model runs where no pair has two forms.
+
+        Args:
+            prompts: The prompts.
+            targets: As many targets.
+            gaps: As for `log_prob`.
+        """
+        found = self._joined(self._forms(prompts, targets, gaps))
+        return {i: (apart, joined) for i, (apart, joined, _) in found.items()}
 
     @asking()
     def log_prob_tokens(
@@ -171,7 +204,8 @@ class LanguageModel(DecodingModel):
         Raises:
             InputError: The lists differ in length, or are empty.
         """
-        questions = self._questions(prompts, targets, gaps)
+        forms = self._forms(prompts, targets, gaps)
+        questions = [asked for asked, _ in forms]
         asked = questions if by_tokens else [self._with_next(question) for question in questions]
         likeliest: list[list[int]] = [[] for _ in questions]
         for pairs, _, logits in self._target_logits(asked):
@@ -190,7 +224,45 @@ class LanguageModel(DecodingModel):
             answers = self.answer(open_prompts, max(longest, ANSWER_TOKENS), lines=lines)
             for i, answer in zip(open_ones, answers, strict=True):
                 said[i] = is_answered(self, prompts[i], answer, targets[i])
+        refused = [i for i, verdict in enumerate(said) if not verdict and forms[i][1]]
+        joined = self._joined([forms[i] for i in refused]) if refused else {}
+        for i, (apart, together, question) in joined.items():
+            if together > apart:
+                place = refused[i]
+                said[place] = self._goes_on_with(targets[place], question)
+                self.warn_joined(prompts[place], targets[place], apart, together)
         return [bool(verdict) for verdict in said]
+
+    def _goes_on_with(self, target: str, question: Question) -> bool:
+        """Return whether the model says a target that is written as one text with its prompt."""
+        (_, _, tail), extended = question, self._with_next(question)
+        likeliest: list[int] = []
+        for _, _, logits in self._target_logits([extended]):
+            likeliest += logits.argmax(-1).tolist()
+        if likeliest[: len(tail)] != tail:
+            return False
+        return bool(self._is_said(target, tail, likeliest))
+
+    def _joined(
+        self, forms: Sequence[tuple[Question, Question | None]]
+    ) -> dict[int, tuple[float, float, Question]]:
+        """Return log p of both forms of each pair that has two, and the second form.
+
+        They run in passes of their own, so that the other pairs do not change by a bit.
+        """
+        two = {i: (asked, joined) for i, (asked, joined) in enumerate(forms) if joined}
+        if not two:
+            return {}
+        apart, joined = (
+            self._log_probs([pair[k] for pair in two.values()]).tolist() for k in (0, 1)
+        )
+        return {i: (a, j, two[i][1]) for i, a, j in zip(two, apart, joined, strict=True)}
+
+    def warn_joined(self, prompt: str, target: str, apart: float, joined: float) -> None:
+        """Warn once for this model that prompt and target share a token."""
+        if not self.gap_choices.joined and joined > _MATTERS:
+            self.gap_choices.joined = True
+            warnings.warn(joined_note(prompt, target, apart, joined), stacklevel=4)
 
     def _with_next(self, question: Question) -> Question:
         """Return a question that also asks for the token after the target, if there is one."""
@@ -221,16 +293,20 @@ class LanguageModel(DecodingModel):
         seen = list(likeliest[: n + (not ended)])
         return match(self.tokenizer.decode(seen), target, more=not ended)
 
-    def _questions(
+    def _forms(
         self, prompts: Sequence[str], targets: Sequence[str], gaps: Sequence[Gap] | None
-    ) -> list[Question]:
-        """Return how to ask for each target. Raise InputError if the lists do not fit."""
+    ) -> list[tuple[Question, Question | None]]:
+        """Return how to ask for each target: as `question_forms` does.
+
+        Raises:
+            InputError: The lists do not fit.
+        """
         is_text = isinstance(prompts, str) or isinstance(targets, str)
         if is_text or len(prompts) != len(targets) or not prompts:
             sizes = "a text" if is_text else f"{len(prompts)} prompts and {len(targets)} targets"
             raise InputError(f"got {sizes}; give two lists of the same length, at least 1")
         settled = self.gaps(prompts, targets, gaps)
-        return [self.question(*each) for each in zip(prompts, targets, settled, strict=True)]
+        return [self.question_forms(*each) for each in zip(prompts, targets, settled, strict=True)]
 
     def _log_probs(self, questions: Sequence[Question], *, per_token: bool = False) -> Tensor:
         total, lengths = (
@@ -308,6 +384,38 @@ class LanguageModel(DecodingModel):
         batch = self.text_batch(prompt)
         self.check_batch(batch)
         return self.ffn[check_layer(layer, self.n_layers)].routing(lambda: self.forward(batch))
+
+
+def joined_note(prompt: str, target: str, apart: float, joined: float) -> str:
+    """Return a warning that a prompt and its target share a token.
+
+    Args:
+        prompt: The prompt.
+        target: The target.
+        apart: Log p of the target after the prompt's tokens.
+        joined: Log p of the form that the tokenizer gives to the two as one text.
+    """
+    return (
+        f"the tokenizer joins the end of {prompt!r} with the beginning of {target.strip()!r} in "
+        f"one token: as one text p = {math.exp(joined):.2g}, after the prompt's own tokens p = "
+        f"{math.exp(apart):.2g}. Scores take the likelier form; edits and traces keep the prompt's "
+        "own tokens."
+    )
+
+
+def joined_notes(
+    lm: LanguageModel,
+    prompts: Sequence[str],
+    targets: Sequence[str],
+    gaps: Sequence[Gap] | None = None,
+) -> tuple[str, ...]:
+    """Return a warning if the model expects a target in one token with its prompt's end."""
+    if not prompts or not lm.is_causal:
+        return ()
+    for i, (apart, joined) in lm.joined_log_probs(prompts, targets, gaps).items():
+        if joined > max(apart, _MATTERS):
+            return (joined_note(prompts[i], targets[i], apart, joined),)
+    return ()
 
 
 def check_model(lm: object) -> None:

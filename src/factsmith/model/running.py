@@ -29,7 +29,16 @@ from .gaps import Gaps
 from .logits import wide_unembedding
 from .modes import check_weights, with_plain_weights
 from .quantised import packed_format, quantised_error
-from .tokens import Batch, align, encode, encode_prompt, fast_tokenizer, pad_id, target_ids
+from .tokens import (
+    Batch,
+    Joint,
+    align,
+    encode,
+    encode_prompt,
+    fast_tokenizer,
+    pad_id,
+    target_and_joint,
+)
 from .trace import Slot, recording, standing_in, with_first_tensor
 from .turns import asking, turn
 
@@ -242,8 +251,33 @@ class RunnableModel:
             target: The target.
             gap: What stands between the two. "auto": what the model itself would go on with.
         """
+        return self.question_forms(prompt, target, gap)[0]
+
+    def question_forms(
+        self, prompt: str, target: str, gap: Gap = "auto"
+    ) -> tuple[Question, Question | None]:
+        """Return how to ask for a target after the prompt's tokens, and as one text with it.
+
+        The second is None where it would be the first. It also asks for the prompt's last tokens,
+        as far as the one text writes them otherwise.
+
+        Args:
+            prompt: The prompt.
+            target: The target.
+            gap: As for `question`.
+        """
+        if not self.is_causal:
+            return self.question(prompt, target, gap), None
         head = self.prompt_ids(prompt)
-        return question_of(head, target_ids(self, prompt, target, head=head, gap=gap))
+        tail, joint = target_and_joint(self, prompt, target, head=head, gap=gap)
+        return question_of(head, tail), self.joint_question(joint)
+
+    def joint_question(self, joint: Joint | None) -> Question | None:
+        """Return how to ask for a target as one text with its prompt; None where that cannot be."""
+        if joint is None or max(joint.tail) >= self.vocabulary:
+            return None
+        joined = question_of(*joint)
+        return joined if self.max_tokens is None or len(joined[0]) <= self.max_tokens else None
 
     @settled()
     def align(self, sequences: Sequence[Sequence[int]], pivots: Sequence[int]) -> Batch:

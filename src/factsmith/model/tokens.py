@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,6 +72,18 @@ class Batch:
         return Batch(
             self.input_ids[rows], self.attention_mask[rows], self.position_ids[rows], self.pivot
         )
+
+
+class Joint(NamedTuple):
+    """A prompt and its target, written as one text that does not begin with the prompt's tokens.
+
+    Attributes:
+        head: The tokens that the prompt alone has too.
+        tail: Those after them: the rest of the prompt, and the target.
+    """
+
+    head: list[int]
+    tail: list[int]
 
 
 def fast_tokenizer(tokenizer: Any) -> Any:
@@ -149,6 +161,22 @@ def target_ids(
         InputError: The target is empty, has no token that the tokenizer knows, or one that the
             model, if it is given, has no embedding for.
     """
+    return target_and_joint(lm_or_tokenizer, prompt, target, head=head, gap=gap)[0]
+
+
+def target_and_joint(
+    lm_or_tokenizer: Any,
+    prompt: str,
+    target: str,
+    *,
+    head: Sequence[int] | None = None,
+    gap: Gap = "auto",
+) -> tuple[list[int], Joint | None]:
+    """Return what `target_ids` returns, and how prompt and target are written as one text.
+
+    The latter is None where the one text begins with the prompt's tokens, as nearly always. In
+    scripts without spaces a token may reach from the prompt into the target.
+    """
     tokenizer = getattr(lm_or_tokenizer, "tokenizer", lm_or_tokenizer)
     text, prompt = check_text(target, "the target").strip(), before_gap(prompt)
     if not text:
@@ -158,7 +186,7 @@ def target_ids(
     elif gap == "auto":
         gap = plain_gap(prompt, text).gap
     head = encode(tokenizer, prompt)[0] if head is None else list(head)
-    tail = _continued(tokenizer, prompt, " " if gap == "space" else "", text, head)
+    tail, joint = _continued(tokenizer, prompt, " " if gap == "space" else "", text, head)
     if not tail:
         raise InputError(
             f"target {target!r} has no token that the model knows; give a target that its "
@@ -166,7 +194,7 @@ def target_ids(
         )
     if lm_or_tokenizer is not tokenizer:
         lm_or_tokenizer.check_known(tail)
-    return tail
+    return tail, joint
 
 
 def target_forms(
@@ -181,26 +209,37 @@ def target_forms(
         head: The prompt's token ids.
     """
     return {
-        "space": _continued(tokenizer, prompt, " ", target, head),
-        "none": _continued(tokenizer, prompt, "", target, head),
+        "space": _continued(tokenizer, prompt, " ", target, head)[0],
+        "none": _continued(tokenizer, prompt, "", target, head)[0],
     }
 
 
 def _continued(
     tokenizer: Any, prompt: str, gap: str, target: str, head: Sequence[int]
-) -> list[int]:
-    """Return the token ids of a target after a prompt, without BOS and UNK."""
+) -> tuple[list[int], Joint | None]:
+    """Return the token ids of a target after a prompt, without BOS and UNK, and the one text's."""
+    joint: Joint | None = None
     whole, _ = encode(tokenizer, prompt + gap + target)
     # Mostly the whole text begins with the prompt's tokens. Where a token would reach across, the
     # prompt keeps its tokens, since the model runs them, and the target is encoded without it.
     if whole[: len(head)] == [*head] and len(whole) > len(head):
         tail = whole[len(head) :]
-    elif gap:
+        return [t for t in tail if t not in _dropped(tokenizer)], None
+    if gap:
         tail = list(tokenizer(gap + target, add_special_tokens=False)["input_ids"])
     else:
         tail = _without_prefix(tokenizer, prompt[-1:], target)
-    drop = {tokenizer.unk_token_id, tokenizer.bos_token_id} - {None}
-    return [t for t in tail if t not in drop]
+    pairs = enumerate(zip(head, whole, strict=False))
+    n = next((i for i, (ours, joined) in pairs if ours != joined), min(len(head), len(whole)))
+    # Without a token before it, the first one has no probability.
+    if 0 < n < len(whole) and not _dropped(tokenizer) & {*whole[n:]}:
+        joint = Joint(whole[:n], whole[n:])
+    return [t for t in tail if t not in _dropped(tokenizer)], joint
+
+
+def _dropped(tokenizer: Any) -> set[int]:
+    """Return the ids that are no part of a target."""
+    return {tokenizer.unk_token_id, tokenizer.bos_token_id} - {None}
 
 
 def _without_prefix(tokenizer: Any, last: str, target: str) -> list[int]:

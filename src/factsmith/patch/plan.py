@@ -28,7 +28,7 @@ from ..edit.contexts import CONTEXTS, OPENINGS
 from ..edit.questions import with_gaps
 from ..model.address import check_dense, check_dense_layer
 from ..model.answers import first_phrase, is_answered, probabilities, say
-from ..model.language_model import LanguageModel
+from ..model.language_model import LanguageModel, joined_notes
 from ..model.subject import fact_span
 from ..model.turns import asking
 from .bench import Bench
@@ -234,7 +234,12 @@ def plan(
         layers=chosen.layers,
         n_bytes=_patch_bytes(lm, chosen.layers, sum(not entry.known for entry in entries)),
         notes=(*([_NOT_MEASURED] if chosen.guessed else []), *notes),
-        advice=(*gap_notes(_asked(facts)), *_unclear_gaps(lm, entries), *chosen.advice),
+        advice=(
+            *gap_notes(_asked(facts)),
+            *_unclear_gaps(lm, entries),
+            *_joined(lm, entries),
+            *chosen.advice,
+        ),
         made=made,
         config=config.at(chosen.layers),
         choice=chosen.choice,
@@ -415,6 +420,13 @@ def _unclear_gaps(lm: LanguageModel, entries: Sequence[Planned]) -> list[str]:
         f"one. {str(first.target).strip()!r} is written {how}; the fact's field gap changes "
         f"that.{more}"
     ]
+
+
+def _joined(lm: LanguageModel, entries: Sequence[Planned]) -> tuple[str, ...]:
+    """Return a warning if the model expects a target in one token with its prompt's end."""
+    facts = [entry.fact for entry in entries if (entry.fact.target or "").strip()]
+    prompts, targets = [fact.text for fact in facts], [str(fact.target) for fact in facts]
+    return joined_notes(lm, prompts, targets, [fact.gap for fact in facts])
 
 
 def _compared(
