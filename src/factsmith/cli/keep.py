@@ -55,6 +55,8 @@ def init(
 ) -> None:
     """Make a workspace: a folder that records the patches of one model.
 
+    The files of the model never change.
+
     \b
     Example:
       factsmith init atlas my-workspace
@@ -88,6 +90,8 @@ def init(
 def log(workspace: Where = None, as_json: Json = False) -> None:
     """List the revisions of a workspace, newest first.
 
+    An arrow marks the revision that the model carries.
+
     \b
     Example:
       factsmith log -w my-workspace
@@ -105,6 +109,8 @@ def log(workspace: Where = None, as_json: Json = False) -> None:
 
 def show(reference: Reference, workspace: Where = None, as_json: Json = False) -> None:
     """Show one revision: its facts, settings and proof.
+
+    `factsmith log` lists the revisions.
 
     \b
     Example:
@@ -209,6 +215,8 @@ def diff(
     as_json: Json = False,
 ) -> None:
     """Compare two revisions: their facts, answers and weights.
+
+    If only one is given, it is compared with the latest.
 
     \b
     Example:
@@ -402,6 +410,8 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Describe a workspace, after a check of its records and files.
+
+    With --verify the model is loaded, too, and every patched fact is asked.
 
     \b
     Examples:

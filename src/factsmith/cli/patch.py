@@ -128,8 +128,8 @@ PatchWords = Annotated[
     typer.Argument(
         metavar="[MODEL] [FACTS.yaml]",
         autocompletion=completing.models,
-        help="A model (default: the workspace's), and a file of facts instead of options. The "
-        "file's gates, method and settings count.",
+        help="A model (default: the workspace's), and a file of facts instead of options: YAML, "
+        "JSON, JSON lines or CSV. The file's gates, method and settings count.",
     ),
 ]
 Subject = Annotated[str | None, typer.Option(help="The entity, as the prompt writes it.")]
@@ -261,7 +261,7 @@ def patch(  # house: Typer reads one parameter for each option
         "workspace": None if bench is None else str(bench.ledger.folder.resolve()),
         "revision": revision and revision.to_dict(),
     }
-    lines = []
+    lines = replaced(attempt)
     if revision is not None:
         undo = suggested(f"revert {revision.id[:10]}", workspace)
         lines.append((f"committed {revision.id[:10]};", f"to take it back: {undo}"))
@@ -291,6 +291,14 @@ def read_recipe(
     recipe = Recipe.for_sheet(sheet, method, changes, **options)
     recipe.check(sheet.facts)
     return recipe
+
+
+def replaced(attempt: Attempt) -> list[tuple[str, str]]:
+    """Return a line for each fact of an earlier patch that a new target replaces."""
+    if attempt.delta is None:
+        return []
+    entries = attempt.proposal.plan.entries
+    return [("replaces:", entry.because) for entry in entries if entry.standing == "changed"]
 
 
 def stop_if_failed(attempt: Attempt, *, force: bool) -> None:

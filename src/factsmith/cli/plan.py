@@ -13,14 +13,16 @@ from ..core.tables import counted
 from ..corpus.paragraphs import Paragraphs
 from .models import opened_workspace
 from .options import Device, Json, Message, Method, Seed, Settings, Texts, Where, read_settings
-from .patch import read_recipe, stop_if_failed
+from .patch import read_recipe, replaced, stop_if_failed
 from .printing import as_json_text, complain, complain_of, print_json, print_result, suggested
 from .waiting import progress
 
 File = Annotated[
     Path,
     typer.Argument(
-        metavar="FILE", help="YAML or JSON: facts, and optionally gates, method and settings."
+        metavar="FILE",
+        help="Facts in YAML, JSON, JSON lines or CSV. YAML and JSON may also name gates, method "
+        "and settings.",
     ),
 ]
 
@@ -113,7 +115,7 @@ def apply(  # house: Typer reads one parameter for each option
         "outcome": outcome.to_dict(),
         "conflicts": list(planned.contradictions),
     }
-    lines = []
+    lines = replaced(outcome)
     if outcome.revision is not None:
         undo = suggested(f"revert {outcome.revision.id[:10]}", workspace)
         lines.append(("to take it back:", undo))
@@ -129,6 +131,8 @@ def apply(  # house: Typer reads one parameter for each option
 
 def schema(as_json: Json = False) -> None:
     """Print the JSON Schema of a fact file, for text editors.
+
+    An editor uses it to check the file while you write.
 
     \b
     Example:

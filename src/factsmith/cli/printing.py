@@ -224,13 +224,13 @@ def flag_of(argument: str | None) -> str | None:
     """Return the option that sets a Python argument, such as "--layer"; None where none does.
 
     Errors and notes of the library name arguments. An option may repeat, so "layers" is also
-    "--layer".
+    "--layer"; and a switch may turn an argument off, so "verify" is also "--no-verify".
     """
     command = running.get()
     if argument is None or command is None:
         return None
     for parameter in command.params:
-        if parameter.name in (argument, argument.removesuffix("s")):
+        if parameter.name in (argument, argument.removesuffix("s"), f"no_{argument}"):
             names = (*parameter.opts, *parameter.secondary_opts)
             return "/".join(name for name in names if name.startswith("--")) or None
     return None

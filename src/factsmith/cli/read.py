@@ -114,6 +114,8 @@ def explain(  # house: Typer reads one parameter for each option
 ) -> None:
     """Explain a prediction by what neurons, heads and layers add to it.
 
+    It explains the answer that the model gives, or the one that --target names.
+
     \b
     Examples:
       factsmith explain atlas "The currency of Bulgaria is the"
@@ -165,7 +167,8 @@ def find(
 ) -> None:
     """Find neurons by a word: they promote it, or they fire after it.
 
-    The first time, the model reads some text to make its index. After that the index is opened.
+    The first search builds an index: about two minutes for atlas, longer for a larger model. Later
+    searches open the index.
 
     \b
     Examples:

@@ -18,8 +18,10 @@ from .. import atlas
 from ..core.errors import FingerprintError, ModelNotFoundError
 from ..core.fact import Fact, Probe
 from ..core.files import check_writable
+from ..core.tables import counted
 from ..keep.ledger import Ledger
 from ..keep.outcome import Outcome
+from ..keep.revision import Revision
 from ..keep.workbench import Workbench
 from ..locate.causal import causal_trace
 from ..locate.records import CausalTrace
@@ -249,19 +251,27 @@ def _proved(proof: Verification) -> Step:
 
 def _committed(bench: Workbench) -> Step:
     revisions = bench.log()
+    earlier = "no patch was recorded"
+    if n_earlier := len(revisions) - 1:
+        earlier = f"the workspace had {counted(n_earlier, 'revision')}, of earlier runs"
     return Step(
         name="committed",
         title="Kept, like a record in a database",
         before=tuple(
-            f"{r.id[:10]}  {r.created[:16].replace('T', ' ')}  {r.state:<8}  {r.message}"
+            f"{r.id[:10]}  {r.created[:16].replace('T', ' ')}  {_state(r):<8}  {r.message}"
             for r in revisions[:3]
         ),
         after=(
-            "Before this step no patch was recorded.",
-            "Now it can be shown, reverted and checked out.",
+            f"Before this step {earlier}.",
+            "Now the patch can be shown, reverted and checked out.",
         ),
         data={"log": [r.to_dict() for r in revisions]},
     )
+
+
+def _state(revision: Revision) -> str:
+    """Return the state of a patch; a revert is called one, as in the log."""
+    return revision.state if revision.kind == "patch" else "revert"
 
 
 def _reverted(

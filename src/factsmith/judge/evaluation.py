@@ -353,4 +353,6 @@ def _plain(share: Share) -> dict[str, float | int | None]:
 def _cell(share: Share | None) -> str:
     if share is None:
         return ""
+    if share.n_records == 1:  # one record has no spread
+        return f"{100 * share.value:.1f}"
     return f"{100 * share.value:.1f} ± {50 * (share.high - share.low):.1f}"

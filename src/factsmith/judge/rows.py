@@ -139,12 +139,14 @@ class Share:
         low: Lower end of the 95 % bootstrap interval over records.
         high: Upper end.
         n: Number of questions.
+        n_records: Number of records that have these questions. 0: it was not counted.
     """
 
     value: float
     low: float
     high: float
     n: int
+    n_records: int = 0
 
 
 def finite_numbers(notes: object) -> dict[str, float]:

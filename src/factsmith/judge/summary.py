@@ -86,7 +86,7 @@ def _cases(
 def _share(values: Sequence[float], records: Sequence[str], seed: int) -> Share:
     """Return the mean of values, with its interval over records."""
     low, high = bootstrap_interval(values, groups=records, seed=seed)
-    return Share(sum(values) / len(values), low, high, len(values))
+    return Share(sum(values) / len(values), low, high, len(values), len(set(records)))
 
 
 def score_of(
@@ -124,4 +124,4 @@ def score_of(
         scores = 3 / (1 / means).sum(1)  # 0 where a mean is 0
     low, high = np.nanquantile(scores, [0.025, 0.975])
     value = harmonic_mean((sums.sum(0) / sizes.sum(0)).tolist())
-    return Share(value, float(low), float(high), n)
+    return Share(value, float(low), float(high), n, n)

@@ -22,6 +22,9 @@ from .revision import Revision
 Held: TypeAlias = Mapping[tuple[str, str, bool], bool]
 """{(prompt, wanted, forget): whether it held} of facts, as the records say."""
 
+_OF_A_FACT = ("prompt", "earlier")
+"""The roles of checks that ask a fact by its own prompt."""
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -33,12 +36,18 @@ class Asked:
         accepted: The checks of facts that do not hold, and did not hold either when they were kept:
             a gate let them pass, or they were forced.
         unknown: The checks of facts that do not hold, and of which no record says whether they did.
+        others: The paraphrases and neighbours that do not hold, and held when they were kept, or of
+            which no record says whether they did.
+        others_accepted: The paraphrases and neighbours that do not hold, and did not hold either
+            when they were kept.
     """
 
     proof: Verification
     lost: tuple[Check, ...] = ()
     accepted: tuple[Check, ...] = ()
     unknown: tuple[Check, ...] = ()
+    others: tuple[Check, ...] = ()
+    others_accepted: tuple[Check, ...] = ()
 
     @property
     def in_words(self) -> str:
@@ -47,18 +56,20 @@ class Asked:
         if not checks:
             return "no fact is in effect, so none was asked"
         n_hold = sum(check.held for check in checks)
+        is_facts = all(check.role in _OF_A_FACT for check in checks)
+        asked = f"{counted(len(checks), 'fact')} in effect asked"
+        if not is_facts:  # a fact has several checks
+            asked = f"{counted(len(checks), 'check')} of the facts in effect"
         if n_hold == len(checks):
-            return f"{counted(n_hold, 'fact')} in effect asked, all hold"
+            return f"{asked}, all hold"
         parts = [f"{n_hold:,} hold"]
         if self.lost:
             parts.append(f"{len(self.lost):,} lost: {said(self.lost)}")
-        if self.accepted:
-            parts.append(
-                f"{len(self.accepted):,} did not hold when kept either: {said(self.accepted)}"
-            )
-        if self.unknown:
-            parts.append(f"{len(self.unknown):,} do not hold: {said(self.unknown)}")
-        return f"{counted(len(checks), 'fact')} in effect asked; {'; '.join(parts)}"
+        if accepted := (*self.accepted, *self.others_accepted):
+            parts.append(f"{len(accepted):,} did not hold when kept either: {said(accepted)}")
+        if unknown := (*self.unknown, *self.others):
+            parts.append(f"{len(unknown):,} do not hold: {said(unknown)}")
+        return f"{asked}; {'; '.join(parts)}"
 
 
 def ask_all(lm: LanguageModel, facts: Sequence[Fact], held: Held) -> Asked:
@@ -80,23 +91,28 @@ def compare(proof: Verification, held: Held) -> Asked:
         tuple(check for check, was in zip(failed, then, strict=True) if was is state)
         for state in (True, False, None)
     )
-    return Asked(proof, lost, accepted, unknown)
+    others = [check for check in proof.checks if not check.held and check.role != "prompt"]
+    never = tuple(check for check in others if held.get(_key(check)) is False)
+    now = tuple(check for check in others if held.get(_key(check)) is not False)
+    return Asked(proof, lost, accepted, unknown, now, never)
 
 
 def held_when_kept(revisions: Iterable[Revision]) -> dict[tuple[str, str, bool], bool]:
-    """Return of every fact whether it held when it was last asked for a record.
+    """Return of every fact, paraphrase and neighbour whether it held when it was last asked for a
+    record.
 
     Args:
         revisions: The history, in any order; later revisions than the one that is checked out do
             not count.
     """
-    held: dict[tuple[str, str, bool], bool] = {}
+    facts: dict[tuple[str, str, bool], bool] = {}
+    others: dict[tuple[str, str, bool], bool] = {}
     for revision in sorted(revisions, key=lambda each: each.number):
         if revision.state != "later":
             for check in Verification.from_dict(revision.report).checks:
-                if check.role in ("prompt", "earlier"):
-                    held[_key(check)] = check.held
-    return held
+                held = facts if check.role in _OF_A_FACT else others
+                held[_key(check)] = check.held
+    return others | facts
 
 
 def said(checks: Sequence[Check], most: int = 3) -> str:

@@ -17,7 +17,7 @@ from ..core.errors import InputError
 from ..core.files import check_writable
 from ..core.tables import Shown, Table
 from ..corpus.moments import SecondMoment
-from ..corpus.moments_store import find_moments, keep_moments, kept_moments
+from ..corpus.moments_store import find_moments, keep_moments, kept_moments, moments_file
 from ..edit.configs import MemitConfig
 from ..model.language_model import LanguageModel
 
@@ -29,17 +29,27 @@ class GatheredMoments(Shown):
     Attributes:
         moments: {layer: SecondMoment}.
         folder: Where they are kept. None: with the model.
+        computed: The layers whose files this run computed and wrote.
+        copied: The layers whose files this run copied from kept ones.
     """
 
     moments: Mapping[int, SecondMoment]
     folder: Path | None
+    computed: tuple[int, ...] = ()
+    copied: tuple[int, ...] = ()
 
     def tables(self) -> list[Table]:
-        """A line for each layer."""
-        return [
-            Table(f"layer {layer}: {moment.describe()}", {})
-            for layer, moment in sorted(self.moments.items())
+        """A line for each layer, and one for each file that was written."""
+        lines = [
+            f"layer {layer}: {moment.describe()}" for layer, moment in sorted(self.moments.items())
         ]
+        if self.folder is not None:
+            lines += [f"wrote {moments_file(self.folder, layer)}" for layer in self.computed]
+            lines += [
+                f"wrote {moments_file(self.folder, layer)}, a copy of the kept one"
+                for layer in self.copied
+            ]
+        return [Table(line, {}) for line in lines]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values; the matrices are left out."""
@@ -54,7 +64,12 @@ class GatheredMoments(Shown):
             }
             for layer, moment in sorted(self.moments.items())
         ]
-        return {"moments": rows, "folder": self.folder and str(self.folder)}
+        return {
+            "moments": rows,
+            "folder": self.folder and str(self.folder),
+            "computed": list(self.computed),
+            "copied": list(self.copied),
+        }
 
 
 def gather_moments(  # house: one argument more than `find_moments`, whose arguments these are
@@ -99,6 +114,7 @@ def gather_moments(  # house: one argument more than `find_moments`, whose argum
         return GatheredMoments(kept, None)
     place = Path(folder)
     check_writable(place)
+    before = _times(place)
     moments = (find or partial(find_moments, lm))(
         chosen,
         folder=place,
@@ -108,6 +124,24 @@ def gather_moments(  # house: one argument more than `find_moments`, whose argum
         packed=packed,
         **options,
     )
+    after = _times(place)
     if copy:
         keep_moments(moments, place, packed=packed)
-    return GatheredMoments(moments, place)
+    return GatheredMoments(
+        moments, place, _written(moments, before, after), _written(moments, after, _times(place))
+    )
+
+
+def _times(folder: Path) -> dict[str, int]:
+    """Return when each file of a folder was last written."""
+    return {file.name: file.stat().st_mtime_ns for file in folder.glob("layer*.safetensors")}
+
+
+def _written(
+    layers: Iterable[int], before: Mapping[str, int], after: Mapping[str, int]
+) -> tuple[int, ...]:
+    """Return the layers whose files are new or were written again."""
+    names = {layer: moments_file("", layer).name for layer in sorted(layers)}
+    return tuple(
+        layer for layer, name in names.items() if name in after and after[name] != before.get(name)
+    )

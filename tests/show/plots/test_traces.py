@@ -96,8 +96,8 @@ def test_a_severed_and_an_estimated_trace_have_titles_and_legends_of_their_own()
     titles = [figure.get_suptitle().replace("\n", " ") for figure in figures]
     assert titles == [
         "Restoring the hidden state after corrupting the subject",
-        "Restoring the hidden state, FFN severed after corrupting the subject",
-        "Restoring the hidden state, attention severed after corrupting the subject",
+        "Restoring the hidden state with FFN severed, after corrupting the subject",
+        "Restoring the hidden state with attention severed, after corrupting the subject",
         "Estimated by gradients: restoring the hidden state after corrupting the subject",
     ]
     axes = [figure.axes[0].get_xlabel() for figure in figures]

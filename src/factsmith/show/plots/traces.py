@@ -316,7 +316,7 @@ def _title(trace: CausalTrace) -> str:
     n_layers = trace.scores.shape[1]
     together = str(trace.window) if trace.window <= n_layers else f"up to {n_layers}"
     restored = _restored(trace.kind, "the hidden state", together)
-    severed = "" if trace.sever is None else f", {_PARTS[trace.sever]} severed"
+    severed = "" if trace.sever is None else f" with {_PARTS[trace.sever]} severed,"
     if trace.is_estimate:
         return f"Estimated by gradients: restoring {restored}\nafter corrupting the subject"
     return f"Restoring {restored}{severed}\nafter corrupting the subject"
