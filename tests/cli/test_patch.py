@@ -298,7 +298,9 @@ def test_second_moments_of_a_workspace(run: Run, model: Path, tmp_path: Path) ->
         and (tmp_path / "ws" / "moments" / "layer0.safetensors").is_file()
     )
     written = (tmp_path / "ws" / "moments" / "layer0.safetensors").stat().st_mtime_ns
-    assert run("moments", "-w", "ws", "--layer", 0).out == first.out, "what is kept is described"
+    described, wrote, file = first.out.partition("wrote ")
+    assert wrote and file.strip() == str(Path("ws/moments/layer0.safetensors"))
+    assert run("moments", "-w", "ws", "--layer", 0).out == described, "what is kept is described"
     assert (tmp_path / "ws" / "moments" / "layer0.safetensors").stat().st_mtime_ns == written
 
 
