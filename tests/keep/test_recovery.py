@@ -248,8 +248,8 @@ def test_a_ledger_that_is_gone_is_built_again(
     ):
         with pytest.raises((DamagedError, WorkspaceError), match="`deltas` and `records` from"):
             call()
-        found = (folder / "ledger.db").read_bytes() if (folder / "ledger.db").exists() else None
-        assert found == content, "a refusal leaves the file as it was"
+        after = (folder / "ledger.db").read_bytes() if (folder / "ledger.db").exists() else None
+        assert after == content, "a refusal leaves the file as it was"
     new = tmp_path / "new"
     Ledger.create(new, model="gpt2", fingerprint=FINGERPRINT).close()
     for name in ("deltas", "records"):

@@ -45,8 +45,8 @@ def _with_slot(subject: object, prompt: object) -> str:
     """Return advice for a prompt that names its subject instead of a slot; "" for any other."""
     if not (isinstance(subject, str) and isinstance(prompt, str) and subject.strip()):
         return ""
-    start, found, end = prompt.rpartition(subject.strip())
-    if not found or count_slots(prompt):
+    start, named, end = prompt.rpartition(subject.strip())
+    if not named or count_slots(prompt):
         return ""
     return f". Write the prompt as {short(f'{start}{{}}{end}')}"
 

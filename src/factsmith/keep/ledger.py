@@ -121,10 +121,11 @@ class Ledger(Housekeeping):
         except DamagedError as error:
             if not set(copied) - set(self._database.ids()):
                 raise
-            found = str(error).removesuffix(self._database.restore)
+            problem = str(error).removesuffix(self._database.restore)
             raise DamagedError(
-                f"{found}The folder `records` has a revision that ledger.db lacks. Run `factsmith "
-                f"recover -w {self.folder}`, which puts it back if the hashes prove its place."
+                f"{problem}The folder `records` has a revision that ledger.db lacks. Run "
+                f"`factsmith recover -w {self.folder}`, which puts it back if the hashes prove its "
+                "place."
             ) from None
 
     def __enter__(self) -> Ledger:

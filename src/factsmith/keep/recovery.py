@@ -214,7 +214,7 @@ def _gaps(
     try:
         check_rows(rows)
     except DamagedError as error:
-        found = error
+        broken = error
     else:
         return []
     gaps: list[tuple[Row, StoredRecord]] = []
@@ -226,15 +226,15 @@ def _gaps(
         while parent != before:
             number -= 1
             if parent in known or parent == BASE:
-                raise DamagedError(f"{found}; no record in {copies.folder} mends that")
+                raise DamagedError(f"{broken}; no record in {copies.folder} mends that")
             if parent not in lost:
                 raise DamagedError(
-                    f"{found}; revision {parent[:10]} cannot be put back, since "
+                    f"{broken}; revision {parent[:10]} cannot be put back, since "
                     f"{copies.folder} has no record of it"
                 )
             record, text = copies.read(parent)
             if problem := _problem(copies.folder.parent, [parent], record, base):
-                raise DamagedError(f"{found}; {parent[:10]} cannot be put back: {problem}")
+                raise DamagedError(f"{broken}; {parent[:10]} cannot be put back: {problem}")
             known.add(parent)
             missing.insert(0, (Row(number, parent, record.parent, text), record))
             parent = record.parent

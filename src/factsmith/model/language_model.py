@@ -145,8 +145,8 @@ class LanguageModel(DecodingModel):
             targets: As many targets.
             gaps: As for `log_prob`.
         """
-        found = self._joined(self._forms(prompts, targets, gaps))
-        return {i: (apart, joined) for i, (apart, joined, _) in found.items()}
+        scores = self._joined(self._forms(prompts, targets, gaps))
+        return {i: (apart, joined) for i, (apart, joined, _) in scores.items()}
 
     @asking()
     def log_prob_tokens(
