@@ -94,4 +94,4 @@ def test_a_revision_is_of_a_hub_id(run: Run, model: Path) -> None:
 def test_a_name_without_a_slash_is_a_hub_id(run: Run) -> None:
     refused = run("ask", "model-of-nobody", "Paris is")
     assert refused.code == 3
-    assert "as a hub id it was not found, or the hub cannot be reached" in refused.err
+    assert "As a hub id it was not found, or the hub cannot be reached" in refused.err

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+import select
 import sys
 import time
 import warnings
@@ -105,7 +106,10 @@ class Pty:
     def text(self) -> str:
         """Return all that was written; a pty writes a carriage return at each line's end."""
         self.file.flush()
-        return os.read(self.reader, 65536).decode().replace("\r\n", "\n")
+        parts = []
+        while select.select([self.reader], [], [], 0.2)[0]:  # a read may end before the text does
+            parts.append(os.read(self.reader, 65536))
+        return b"".join(parts).decode().replace("\r\n", "\n")
 
 
 @pytest.fixture
