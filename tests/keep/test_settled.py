@@ -1,5 +1,6 @@
-"""An interruption at any line of any verb leaves model and ledger in step, or the next verb mends
-it.
+"""Ctrl-C may come at any line of any call of a workbench.
+
+Afterwards the model carries what the ledger says. If it does not, the next call repairs it.
 """
 
 from __future__ import annotations

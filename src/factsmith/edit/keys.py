@@ -36,7 +36,7 @@ stops by itself when it is solved."""
 def read_keys(
     lm: LanguageModel, facts: Sequence[Fact], layer: int, contexts: Sequence[str]
 ) -> Tensor:
-    """Return the keys: what enters the down-projection at the subject token, in each context.
+    """Return the facts' keys: the coefficients at the subject token, one key for each context.
 
     Returns:
         (n, n_contexts, d_ff) float32.
@@ -138,10 +138,10 @@ def with_added(
 
 @torch.no_grad()
 def read_down(replay: Replay, layer: int) -> tuple[Tensor, Tensor]:
-    """Return the input and the output of a down-projection at the first live column, float32.
+    """Return what a down-projection reads and writes at the first column that is computed.
 
     Returns:
-        Its input (R, d_ff) and its output (R, d_model).
+        Its input (R, d_ff) and its output (R, d_model), both float32.
     """
     with recording({"down": replay.lm.ffn[layer].down}, stop=True) as calls:
         replay.layer(layer, replay.hidden[layer])
