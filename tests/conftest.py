@@ -45,6 +45,16 @@ TEXTS = [
 ]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Return a cache folder of this run, so that no test uses or fills the user's own."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FACTSMITH_CACHE", str(folder))
+        yield folder
+
+
 def shared_dir() -> Path:
     """Return the folder of golden files next to the checkout; skip the test without it."""
     folder = Path(__file__).resolve().parents[1] / "../shared"

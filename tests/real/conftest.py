@@ -5,7 +5,6 @@ Without the wheel these tests are skipped. `make test` and `make real` install i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -36,15 +35,6 @@ def gguf_file() -> Path:
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Return a cache folder of these tests, which conversions and second moments go to."""
-    folder = tmp_path_factory.getbasetemp() / "cache"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FACTSMITH_CACHE", str(folder))
-        yield folder
-
-
-@pytest.fixture(scope="session")
-def smollm2(gguf_file: Path, cache: Path) -> LanguageModel:
-    """Return the model, converted once a session."""
+def smollm2(gguf_file: Path) -> LanguageModel:
+    """Return the model."""
     return load(gguf_file)
