@@ -16,10 +16,11 @@ from collections.abc import Iterator
 import pytest
 from rich.console import Console
 
+from clocks import Clock
 from factsmith.cli import waiting
 from factsmith.cli.common import logged, spoken_warnings
 from factsmith.cli.printing import Manner, complain, manner
-from factsmith.core.progress import note
+from factsmith.core.progress import Pace, note, stage
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +43,63 @@ def test_a_line_now_and_then_without_a_terminal(capsys: pytest.CaptureFixture[st
     assert 3 <= len(err.splitlines()) <= 8, "now and then, not always"
     time.sleep(0.2)
     assert capsys.readouterr().err == "", "nothing comes after the end"
+
+
+def test_a_line_says_how_far_the_work_is_and_how_long_it_takes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    clock = Clock()
+    lines = waiting._Lines(("loading", "solving", "proof"), clock)
+    stage(lines, "loading")
+    lines("loading hf", 0, None)
+    clock.now = 4
+    lines.print()
+    stage(lines, "solving")
+    lines("searching targets", 0, 20)
+    clock.now = 6
+    lines("searching targets", 0, 20)
+    lines.print()
+    clock.now = 14
+    lines("searching targets", 5, 20)
+    lines.print()
+    stage(lines, "second moments")  # not a part of this command
+    stage(lines, "proof")
+    lines("verifying", 0, None)
+    clock.now = 60
+    lines.print()
+    assert capsys.readouterr().err.splitlines() == [
+        "progress: step 1 of 3, loading hf, 4 s",
+        "progress: step 2 of 3, searching targets: 0 of 20, 6 s",
+        "progress: step 2 of 3, searching targets: 5 of 20, 14 s, about 30 s left in this step",
+        "progress: step 3 of 3, verifying, 60 s",
+    ]
+
+
+def test_without_parts_the_time_left_is_that_of_the_command(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    clock = Clock()
+    lines = waiting._Lines((), clock)
+    stage(lines, "solving")
+    lines("tracing", 0, 4)
+    clock.now = 600
+    lines("tracing", 1, 4)
+    lines.print()
+    manner.set(Manner(json=True))
+    lines.print()
+    text, document = capsys.readouterr().err.splitlines()
+    assert text == "progress: tracing: 1 of 4, 600 s, about 30 min left"
+    shown = json.loads(document)["progress"]
+    assert (shown["seconds"], shown["seconds_left"]) == (600, 1800) and "stage" not in shown
+
+
+TIMES = {0.2: "5 s", 7: "5 s", 8: "10 s", 57: "55 s", 58: "1 min", 89: "1 min", 150: "2 min"}
+TIMES |= {3540: "59 min", 3590: "1 h", 4800: "1 h 20 min", 7200: "2 h"}
+
+
+@pytest.mark.parametrize("seconds", TIMES)
+def test_a_time_in_words_is_as_rough_as_the_estimate(seconds: float) -> None:
+    assert waiting.in_words(seconds) == TIMES[seconds]
 
 
 def test_quick_work_prints_nothing(
@@ -72,6 +130,29 @@ def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
         note(tell, "it takes long")
         time.sleep(0.2)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_bar_shows_the_part_and_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+
+    def terminal(*, stderr: bool = False) -> Console:
+        return Console(force_terminal=True, width=80, color_system=None, file=io.StringIO())
+
+    monkeypatch.setattr(waiting, "plain_console", terminal)
+    monkeypatch.setattr(waiting, "Pace", lambda: Pace(clock))
+    with waiting.progress("loading", "solving") as tell:
+        assert isinstance(tell, waiting._Reporter)
+        stage(tell, "solving")
+        screens = []
+        for done in (0, 6):
+            tell("searching targets", done, 24)
+            console = Console(width=80, color_system=None)
+            with console.capture() as captured:
+                console.print(tell.bars.get_renderable())
+            screens.append(captured.get())
+            clock.now += 10
+    assert all("2/2 searching targets" in screen for screen in screens)
+    assert "30 s left" in screens[1] and "left" not in screens[0]
 
 
 def test_a_bar_shows_the_present_step_also_when_it_comes_back(

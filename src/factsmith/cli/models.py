@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from .. import atlas
 from ..core.errors import FactsmithError, InputError, WorkspaceError
-from ..core.progress import Progress
+from ..core.progress import Progress, stage
 from ..keep.ledger import Ledger
 from .loading import loading
 from .printing import running
@@ -67,6 +67,7 @@ def load_model(name: str, device: str | None, dtype: str | None, tell: Progress)
         tell: Gets what is being done.
     """
     chosen = loading.get()
+    stage(tell, "loading")
     tell(f"loading {Path(name).name}", 0, None)
     import torch
 

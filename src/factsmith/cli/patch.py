@@ -31,7 +31,7 @@ from .options import (
     read_settings,
 )
 from .printing import complain_all, complain_of, print_result, suggested
-from .waiting import progress
+from .waiting import PATCH_STAGES, progress
 
 if TYPE_CHECKING:
     from ..patch.attempt import Attempt
@@ -222,7 +222,7 @@ def patch(  # house: Typer reads one parameter for each option
     sheet = described.sheet() if file is None else described.of_file(file)
     changes = read_settings(setting)
     corpus = Paragraphs(texts) if texts else None
-    with progress() as tell:
+    with progress(*PATCH_STAGES) as tell:
         recipe = read_recipe(tell, sheet, method, changes, layers=layer, paper=paper)
         given = read_moments(moments, tell)
         with opened(model, workspace, device, tell) as (lm, bench):

@@ -15,7 +15,7 @@ from .models import opened_workspace
 from .options import Device, Json, Message, Method, Seed, Settings, Texts, Where, read_settings
 from .patch import read_recipe, replaced, stop_if_failed
 from .printing import as_json_text, complain, complain_of, print_json, print_result, suggested
-from .waiting import progress
+from .waiting import PATCH_STAGES, progress
 
 File = Annotated[
     Path,
@@ -96,7 +96,7 @@ def apply(  # house: Typer reads one parameter for each option
     sheet = FactFile.sheet(file)
     changes = read_settings(setting)
     corpus = Paragraphs(texts) if texts else None
-    with progress() as tell:
+    with progress(*PATCH_STAGES) as tell:
         recipe = read_recipe(tell, sheet, method, changes)
         with opened_workspace(workspace, device, tell) as bench:
             outcome = bench.apply(

@@ -1,25 +1,38 @@
-"""Progress reports and notes, sent to whoever asked for them.
+"""Progress reports, stages and notes, sent to whoever asked for them.
 
     def show(step, done, total): print(step, done, total)
     second_moments(lm, texts, [3], progress=show)
 
 A caller passes any function of (step, done, total). Where that function has a method or attribute
-`note`, it also gets notes: sentences that the caller should see while the work still runs.
+`note`, it also gets notes: sentences that the caller should see while the work still runs. Where it
+has `stage`, it learns which part of the whole work begins.
 
 Steps and notes are also logged, under the name "factsmith": notes at the level INFO, and the
 beginning of each step at DEBUG.
+
+    pace = Pace()
+    pace.report("tracing", 3, 40)
+    pace.left()                      # seconds; None where it would be a guess
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 _log = logging.getLogger(__name__)
 
 Progress: TypeAlias = Callable[[str, int, int | None], object]
 """Called with the name of the step, how much is done, and how much there is (None: unknown)."""
+
+Stage: TypeAlias = Literal["loading", "planning", "second moments", "solving", "proof"]
+"""A part of a command that has several. Each may have many steps."""
+
+_SURE_AFTER = 2.0
+"""Seconds that a step must have run before its pace says how long the rest takes."""
 
 
 def tell(progress: Progress | None, step: str, done: int, total: int | None) -> None:
@@ -42,3 +55,67 @@ def note(progress: Progress | None, text: str, *, argument: str | None = None) -
     send = getattr(progress, "note", None)
     if send is not None:
         send(text, argument=argument)
+
+
+def stage(progress: Progress | None, name: Stage) -> None:
+    """Say that a part of the whole work begins, to a progress that has a `stage`."""
+    send = getattr(progress, "stage", None)
+    if send is not None:
+        send(name)
+
+
+@dataclass(frozen=True)
+class _Reported:
+    """The newest report of a step, and its first one.
+
+    Attributes:
+        step: The name of the step.
+        done: How much is done.
+        total: How much there is.
+        at: When that was reported.
+        first_done: How much was done when the step was first reported.
+        first_at: When that was.
+    """
+
+    step: str
+    done: int
+    total: int | None
+    at: float
+    first_done: int
+    first_at: float
+
+
+class Pace:
+    """How fast the present step goes, from its reports."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Take the clock, which gives seconds."""
+        self._clock = clock
+        self._last: _Reported | None = None
+
+    def report(self, step: str, done: int, total: int | None) -> None:
+        """Keep how far a step is. Another step, or one that begins again, starts the clock."""
+        now, last = self._clock(), self._last
+        if last is None or last.step != step or done < last.done:
+            self._last = _Reported(step, done, total, now, done, now)
+        else:
+            at = now if done > last.done else last.at
+            self._last = _Reported(step, done, total, at, last.first_done, last.first_at)
+
+    def left(self) -> float | None:
+        """Return how many seconds the rest of the step takes at its present pace.
+
+        None: nobody knows how much there is, nothing was finished yet, or the step has only begun.
+        """
+        last = self._last
+        if last is None or last.total is None or last.done <= last.first_done:
+            return None
+        now, rest = self._clock(), last.total - last.done
+        if rest <= 0 or now - last.first_at < _SURE_AFTER:
+            return None
+        finished = last.done - last.first_done
+        pace = (last.at - last.first_at) / finished
+        waited = now - last.at
+        if waited > pace:  # what runs now takes longer than what is done
+            pace, waited = (now - last.first_at) / (finished + 1), 0.0
+        return max(pace * rest - waited, 0.0)

@@ -20,7 +20,7 @@ from ..core.errors import InputError
 from ..core.fact import Fact, listed
 from ..core.gap import gap_notes
 from ..core.gates import Gates
-from ..core.progress import Progress, tell
+from ..core.progress import Progress, stage, tell
 from ..core.tables import Shown, Table, counted
 from ..corpus.moments import SecondMoment
 from ..edit.configs import EditConfig, SpreadConfig, by_depth
@@ -211,6 +211,7 @@ def plan(
     check_dense(lm.ffn)
     _check_moments(bench, sources.moments)
     facts, made = list(dict.fromkeys(listed(facts))), tuple[str, ...]()
+    stage(progress, "planning")
     if gates is not None:
         tell(progress, "looking for paraphrases and neighbours", 0, None)
         written = [fact for delta in bench.beneath for fact in delta.facts]

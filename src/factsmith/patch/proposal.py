@@ -15,7 +15,7 @@ from typing import Any
 
 from ..core.errors import InputError
 from ..core.forms import canonical
-from ..core.progress import Progress, tell
+from ..core.progress import Progress, stage, tell
 from ..core.tables import Shown, Table, counted
 from ..corpus.moments import SecondMoment
 from ..corpus.moments_store import moments_digest
@@ -276,12 +276,14 @@ def propose(
     facts = plan.to_write(force=force)
     if not facts:
         return Proposal(plan=plan)
+    stage(progress, "second moments")
     moments = (
         bench.moments(plan.layers, sources, progress)
         if sources.moments is None
         else sources.moments
     )
     started = time.perf_counter()
+    stage(progress, "solving")
     tell(progress, "solving", 0, None)
     delta = edit(
         bench.lm,
@@ -301,6 +303,7 @@ def propose(
         for layer in sorted(delta.layers)
         if by_layer[layer].is_thin
     }
+    stage(progress, "proof")
     tell(progress, "verifying", 0, None)
     verification = prove(
         bench.lm,
