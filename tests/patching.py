@@ -26,5 +26,5 @@ def proposed(
     """A proposal on a bare model; what is not named goes to Sources."""
     bench, sources = Scratch(lm), Sources(**drawn)
     options: dict[str, Any] = {"force": force, "progress": progress}
-    decided = plan(bench, facts, Recipe(method, config), sources, measure=True, **options)
+    decided = plan(bench, facts, Recipe(method, config), sources, **options)
     return propose(bench, decided, sources, **options)

@@ -144,31 +144,23 @@ def test_a_patch_without_a_layer_uses_the_kept_choice(
     assert sorted(every.delta.layers) == [1], "the recommended layer has moments"
 
 
-def test_a_layer_measured_for_a_patch_is_reported_and_kept(
+def test_a_measurement_replaces_the_first_choice(
     eager: LanguageModel, bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    first = bench.propose(FACT, **ASKED).layers
+    assert first is not None and first.source == "depth" and not first.scores
     monkeypatch.setattr(recommend, "trial_facts", lambda lm, count, seed: [EASY] * 6)
-    proposal = bench.propose(FACT, texts=iter(TEXTS), contexts=["{}"])
-    assert (
-        proposal.layers is not None
-        and proposal.layers.source == "trials"
-        and proposal.layers.trials == 6
-    )
-    assert proposal.delta is not None and sorted(proposal.delta.layers) == [proposal.layers.rome]
-    assert any(
-        "no layer was given" in warning and "trial edits" in warning
-        for warning in proposal.warnings
-    )
-    assert proposal.layers.quick and sum(score.trials for score in proposal.layers.scores) <= 30
-    assert not bench.recommend_layers([EASY], **ASKED).quick, "a direct call measures thoroughly"
-    (bench.ledger.folder / "layers.json").write_text(
-        json.dumps({"format": 1, **proposal.layers.to_dict()})
-    )
+    measured = bench.recommend_layers(**ASKED)
+    assert measured.source == "trials" and measured.trials == 6
+    path = bench.ledger.folder / "layers.json"
+    kept = json.loads(path.read_text())
+    assert kept["rome"] == measured.rome
+    # A choice of few trial edits, which earlier versions kept after a patch.
+    path.write_text(json.dumps({**kept, "rome": 2, "memit": [2], "quick": True}))
     again = bench.propose(FACT, **ASKED)
-    assert again.layers is not None and (again.layers.source, again.layers.rome) == (
-        "workspace",
-        proposal.layers.rome,
-    )
+    assert again.layers is not None and (again.layers.source, again.layers.rome) == ("workspace", 2)
+    assert not bench.recommend_layers(**ASKED).quick, "a direct call measures thoroughly"
+    assert json.loads(path.read_text()) == kept
 
 
 def test_layers_are_measured_on_the_base_weights(eager: LanguageModel, bench: Workbench) -> None:

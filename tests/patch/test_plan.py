@@ -47,9 +47,16 @@ def test_plan_and_propose_need_no_workspace(lm: LanguageModel) -> None:
     ]
 
 
-def test_the_layer_of_a_model_that_knows_nothing_depends_on_the_depth(
-    lm: LanguageModel, bench: Workbench
+def test_a_model_that_nothing_is_known_about_gets_a_first_choice_without_trial_edits(
+    lm: LanguageModel, bench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def forbidden(*args: object, **options: object) -> None:
+        raise AssertionError("a trial edit was made, or a fact was asked for one")
+
+    for name in ("rome_each", "trial_facts", "mlp_effects"):
+        monkeypatch.setattr(f"factsmith.patch.layers.{name}", forbidden)
+    with pytest.raises(AssertionError):
+        bench.recommend_layers(**ASKED)  # control: `factsmith layers` makes them
     asked: list[str] = []
     proposal = bench.propose(FACT, progress=lambda what, done, total: asked.append(what), **ASKED)
     assert proposal.layers is not None and (proposal.layers.source, proposal.layers.rome) == (
@@ -58,7 +65,7 @@ def test_the_layer_of_a_model_that_knows_nothing_depends_on_the_depth(
     )
     assert proposal.delta is not None and sorted(proposal.delta.layers) == [0]
     assert any(
-        "no layer was given" in warning and "knows 0 of the bundled facts" in warning
+        "no layer was given" in warning and "`factsmith layers` measures" in warning
         for warning in proposal.warnings
     )
     assert proposal.to_dict()["layers"] == {
@@ -66,7 +73,11 @@ def test_the_layer_of_a_model_that_knows_nothing_depends_on_the_depth(
         "source": "depth",
         "reason": proposal.layers.reason,
     }
-    assert not (bench.ledger.folder / "layers.json").exists()
-    assert "choosing layers: asking bundled facts" in asked
+    assert not any(step.startswith("choosing layers") for step in asked)
     alone = proposed(lm, FACT, **ASKED)
     assert alone.layers == proposal.layers and alone.warnings == proposal.warnings
+    dry = bench.plan(FACT)
+    assert dry.layers == (0,), "a plan names the layers that the patch will edit"
+    assert any("no layer was given" in note for note in dry.notes)
+    named = bench.plan(FACT, config=QUICK)
+    assert not any("no layer was given" in note for note in named.notes)

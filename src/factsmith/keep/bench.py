@@ -25,8 +25,8 @@ from ..corpus.moments_store import find_moments, kept_moments
 from ..edit.delta import Delta
 from ..model.address import check_dense
 from ..model.language_model import LanguageModel
-from ..patch.layer_choice import LayerChoice
-from ..patch.layers import measure_layers, published_choice, quick_layers
+from ..patch.layer_choice import LayerChoice, first_choice
+from ..patch.layers import measure_layers, published_choice
 from ..patch.plan import Plan, seconds_to_solve
 from ..patch.proof import ask
 from ..patch.recipe import Sources
@@ -195,12 +195,9 @@ class LedgerBench:
         """
         return self._kept_layers() or published_choice(self.lm)
 
-    def measured_layers(self, sources: Sources, progress: Progress | None) -> LayerChoice:
-        """The layers to edit by a few trial edits on the base weights, kept in the workspace."""
-        with self.on_base():
-            choice = quick_layers(self.lm, sources, folder=self._moments_folder, progress=progress)
-        write_layers(self._layers_file, choice)
-        return choice
+    def first_layers(self) -> LayerChoice:
+        """The layers to edit where none are known: a first choice, without trial edits."""
+        return first_choice(self.lm)
 
     def find_moments(
         self,

@@ -227,7 +227,6 @@ class Workbench(LedgerBench):
             facts,
             _recipe(method, config),
             sources,
-            measure=True,
             force=force,
             progress=progress,
         )

@@ -163,9 +163,7 @@ def attempt_patch(
     Raises what `plan` and `propose` raise.
     """
     sources = sources or Sources()
-    decided = plan(
-        bench, facts, recipe, sources, gates=gates, measure=True, force=force, progress=progress
-    )
+    decided = plan(bench, facts, recipe, sources, gates=gates, force=force, progress=progress)
     if decided.conflicts and not force:
         return Attempt(proposal=Proposal(plan=decided))
     proposal = propose(bench, decided, sources, force=force, progress=progress)

@@ -21,8 +21,8 @@ from ..corpus.moments import SecondMoment
 from ..corpus.moments_store import find_moments, kept_moments
 from ..edit.delta import Delta, applied
 from ..model.language_model import LanguageModel
-from .layer_choice import LayerChoice
-from .layers import published_choice, quick_layers
+from .layer_choice import LayerChoice, first_choice
+from .layers import published_choice
 from .recipe import Sources
 
 
@@ -68,8 +68,8 @@ class Bench(Protocol):
     def known_layers(self) -> LayerChoice | None:
         """The layers to edit as far as they are known without work."""
 
-    def measured_layers(self, sources: Sources, progress: Progress | None) -> LayerChoice:
-        """The layers to edit by a few trial edits on the base weights."""
+    def first_layers(self) -> LayerChoice:
+        """The layers to edit where none are known: a first choice, without trial edits."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,6 @@ class Scratch:
         """Those that came with the model, or were published for its shape."""
         return published_choice(self.lm)
 
-    def measured_layers(self, sources: Sources, progress: Progress | None) -> LayerChoice:
-        """The best of a few trial edits."""
-        return quick_layers(self.lm, sources, folder=None, progress=progress)
+    def first_layers(self) -> LayerChoice:
+        """Those of `first_choice`."""
+        return first_choice(self.lm)

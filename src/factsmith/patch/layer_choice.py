@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from ..core.checks import whole_number
 from ..core.errors import InputError, LayerError
 from ..core.fact import Fact
 from ..core.tables import Shown, Table
-from ..edit.configs import by_depth
+from ..edit.configs import RomeConfig, by_depth
 from ..edit.published import published_layers
 from ..model.language_model import LanguageModel
 
@@ -234,6 +235,19 @@ def published(lm: LanguageModel, shipped: int | None = None) -> LayerChoice | No
         source="preset",
         reason=f"published for a model of this shape, {layers.name} ({layers.source})",
         fingerprint=lm.fingerprint,
+    )
+
+
+def first_choice(lm: LanguageModel) -> LayerChoice:
+    """Return layers that are good enough to start with, for a model that nothing is known about.
+
+    It costs no work and depends on no facts. `benchmarks/layers.py` measures how good it is.
+    """
+    rome = RomeConfig.recommended(lm).layer or 0
+    return dataclasses.replace(
+        depth_choice(lm, rome, ""),
+        reason=f"a first choice by depth, at {rome} of {lm.n_layers} layers, about where the "
+        "published ones lie; `factsmith layers` measures it by trial edits",
     )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..core.errors import InputError
 from ..core.fact import Fact, Probe, listed
-from ..core.progress import Progress, note, tell
+from ..core.progress import Progress, tell
 from ..corpus.moments import SecondMoment, enough_tokens
 from ..corpus.moments_store import find_moments, kept_moments, moments_file, own_corpus
 from ..edit.configs import MemitConfig, RomeConfig, shipped
@@ -31,7 +31,6 @@ from ..model.subject import fact_span
 from ..model.turns import asking
 from .layer_choice import MIN_FACTS, LayerChoice, LayerScore, Trial, depth_choice, published
 from .layer_trials import (
-    CANDIDATES,
     candidates,
     choose,
     mlp_effects,
@@ -45,9 +44,6 @@ _TRIALS = 24
 """Trial edits at the layers that stay in the race to the end; `benchmarks/layers.py` measures what
 they are worth.
 """
-
-QUICK = 5
-"""Layers that a patch without a named layer tries itself, with MIN_FACTS edits each: 30 in all."""
 
 _MOMENT_BYTES = 4 * 2**30
 """Memory for second moments of several layers.
@@ -110,25 +106,6 @@ def published_choice(lm: LanguageModel) -> LayerChoice | None:
     )
 
 
-def quick_layers(
-    lm: LanguageModel, sources: Sources, *, folder: Path | None, progress: Progress | None
-) -> LayerChoice:
-    """Measure with a few trial edits at the layers where the trace is strongest: for a patch that
-    names no layer.
-    """
-    note(
-        progress,
-        "No layer was named, and none is known for this model. Up to 30 trial edits choose one "
-        "now, which takes a while. "
-        "`factsmith layers` in a workspace tries more and keeps its choice.",
-        argument="layer",
-    )
-    tell(progress, "choosing layers to edit", 0, None)
-    return measure_layers(
-        lm, None, sources, trials=MIN_FACTS, folder=folder, progress=progress, quick=True
-    )
-
-
 def measure_layers(
     lm: LanguageModel,
     facts: Iterable[Fact] | None,
@@ -137,7 +114,6 @@ def measure_layers(
     trials: int | None = None,
     folder: Path | None = None,
     progress: Progress | None = None,
-    quick: bool = False,
 ) -> LayerChoice:
     """Do what `recommend_layers` does, with the moments of a folder.
 
@@ -149,7 +125,6 @@ def measure_layers(
         folder: Where second moments are looked for; the computed one of the chosen layer is kept
             there.
         progress: Called with the step's name, how much is done, and how much there is.
-        quick: Try QUICK layers only, those neighbours whose effects have the largest sum.
     """
     count = _TRIALS if trials is None else trials
     if count < 1:
@@ -163,7 +138,7 @@ def measure_layers(
         tried,
         progress=lambda done, total: tell(progress, "choosing layers: tracing facts", done, total),
     )
-    layers = candidates(lm, effects, QUICK if quick else CANDIDATES)
+    layers = candidates(lm, effects)
     trial = _Trials(lm, tried, config, layers, sources, folder, progress)
     results = race(layers, len(tried), trial.run)
     scores = tuple(LayerScore.of(layer, some) for layer, some in results.items())
@@ -173,7 +148,6 @@ def measure_layers(
         "window": trace_window(lm.n_layers),
         "facts": tuple(tried),
         "seed": sources.seed,
-        "quick": quick,
     }
     if not any(score.score for score in scores):
         why = f"{lm.name} took none of {len(tried)} trial edits at any of {len(layers)} layers"
@@ -182,8 +156,7 @@ def measure_layers(
     trial.keep(rome_layer)
     total = sum(score.trials for score in scores)
     facts_tried = "one fact" if len(tried) == 1 else f"{len(tried)} facts"
-    more = "; `factsmith layers` tries more" if quick else ""
-    reason = f"the best of {len(layers)} layers in {total} trial edits of {facts_tried}{more}"
+    reason = f"the best of {len(layers)} layers in {total} trial edits of {facts_tried}"
     return LayerChoice(
         rome=rome_layer,
         memit=memit_layers,

@@ -178,7 +178,6 @@ def plan(
     sources: Sources | None = None,
     *,
     gates: Gates | None = None,
-    measure: bool = False,
     force: bool = False,
     progress: Progress | None = None,
 ) -> Plan:
@@ -193,8 +192,6 @@ def plan(
             the recipe does not.
         gates: What the patch will have to pass. Facts without paraphrases or neighbours then get
             some (`complete`), so that the gates have something to ask.
-        measure: Choose the layers by trial edits where none are known, which takes minutes. False:
-            say so, and plan with layers at a fixed share of the depth.
         force: Plan also for facts that the model already says, or that contradict others.
         progress: Called with the step's name, how much is done, and how much there is.
 
@@ -221,10 +218,7 @@ def plan(
     for layer in config.edited or ():
         check_dense_layer(layer, lm.ffn)
     entries = _compared(bench, _ask(lm, facts), (), {})
-    idle = not force and (
-        all(e.known for e in entries) or any(e.standing == "conflict" for e in entries)
-    )
-    chosen = choose_layers(bench, config, sources, measure=measure and not idle, progress=progress)
+    chosen = choose_layers(bench, config, sources)
     with bench.on_base():
         moments = bench.kept_moments(chosen.layers)
         entries = _compared(bench, entries, chosen.layers, moments)
@@ -234,7 +228,7 @@ def plan(
         method=recipe.method_for(facts),
         layers=chosen.layers,
         n_bytes=_patch_bytes(lm, chosen.layers, sum(not entry.known for entry in entries)),
-        notes=(*([_NOT_MEASURED] if chosen.guessed else []), *notes),
+        notes=(*_first_choice(chosen), *notes),
         advice=(
             *gap_notes(_asked(facts)),
             *_unclear_gaps(lm, entries),
@@ -271,11 +265,6 @@ def seconds_to_solve(lm: LanguageModel, decided: Plan) -> float:
     return len(decided.new) * (time.perf_counter() - began) / len(some) * decided.config.steps
 
 
-_NOT_MEASURED = (
-    "the layers are a guess by depth: those of this model are not known yet. The first patch "
-    "measures them, which takes minutes; "
-    "`factsmith layers` measures them now"
-)
 _NO_MOMENTS = (
     "the second moments are not kept yet, so only equal keys were noticed. The first patch "
     "computes them; `factsmith moments` does it now"
@@ -290,34 +279,27 @@ class Chosen:
         layers: The layers.
         choice: Where they come from. None: they were named, or are those of given second moments.
         advice: What the caller should know about them, in words.
-        guessed: Whether they are a share of the depth, since nothing better was known or measured.
     """
 
     layers: tuple[int, ...]
     choice: LayerChoice | None = None
     advice: tuple[str, ...] = ()
-    guessed: bool = False
 
 
 def choose_layers(
     bench: Bench,
     config: EditConfig,
     sources: Sources,
-    *,
-    measure: bool = False,
-    progress: Progress | None = None,
 ) -> Chosen:
     """Choose the layers to edit; this is the one rule.
 
-    Named layers go first. Then come the layers that are known for the model, those of the given
-    second moments, and measured ones. A fixed share of the depth comes last.
+    Named layers go first. Then come the layers that are known for the model, and those of the given
+    second moments. A first choice without trial edits comes last.
 
     Args:
         bench: The model, and what is known of it.
         config: The method's settings.
         sources: What the edit may draw on.
-        measure: Measure where nothing is known, which takes minutes. False: guess by depth.
-        progress: Called with the step's name, how much is done, and how much there is.
     """
     if config.edited is not None:
         return Chosen(layers=config.edited)
@@ -331,10 +313,15 @@ def choose_layers(
             return given
     if choice is not None and layers is not None:
         return Chosen(layers=layers, choice=choice)
-    if measure:
-        choice = bench.measured_layers(sources, progress)
-        return Chosen(layers=layers_for(bench.lm, config, choice), choice=choice)
-    return Chosen(layers=type(config).recommended(bench.lm).edited or (), guessed=True)
+    choice = bench.first_layers()
+    return Chosen(layers=layers_for(bench.lm, config, choice), choice=choice)
+
+
+def _first_choice(chosen: Chosen) -> list[str]:
+    """Return a note if the layers are a first choice."""
+    if chosen.choice is None or chosen.choice.source != "depth":
+        return []
+    return [f"no layer was given, and none is known: the layers are {chosen.choice.reason}"]
 
 
 def layers_for(lm: LanguageModel, config: EditConfig, choice: LayerChoice) -> tuple[int, ...]:
