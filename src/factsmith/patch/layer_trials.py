@@ -21,7 +21,7 @@ from ..core.fact import Fact
 from ..locate.corruption import Corruption, TracedPrompt
 from ..locate.kinds import Restoration
 from ..locate.runs import record_prompt
-from ..locate.sweep import trace_runs
+from ..locate.sweep import restored_scores
 from ..model.address import check_dense
 from ..model.language_model import LanguageModel
 from .layer_choice import MIN_FACTS, LayerScore, Trial
@@ -74,12 +74,13 @@ def mlp_effects(
         seed: Seed of the noise.
         progress: Called with (facts done, facts in all).
     """
-    window, total = trace_window(lm.n_layers), torch.zeros(lm.n_layers, dtype=torch.float32)
+    restoration = Restoration("mlp", trace_window(lm.n_layers))
+    total = torch.zeros(lm.n_layers, dtype=torch.float32)
     for done, fact in enumerate(facts, start=1):
         prompt, corruption = TracedPrompt.of_fact(lm, fact), Corruption(samples=samples, seed=seed)
         runs = record_prompt(lm, prompt, corruption, target=fact.target_true)
-        trace = trace_runs(runs, Restoration("mlp", window))
-        total += trace.effects[trace.subject_span[1] - 1] / len(facts)
+        scores = restored_scores(runs, restoration, [runs.prompt.span[1] - 1])
+        total += (scores[0] - runs.p_corrupted) / len(facts)
         if progress is not None:
             progress(done, len(facts))
     return tuple(total.tolist())
