@@ -46,7 +46,8 @@ def test_every_command_that_loads_a_model_has_the_options() -> None:
     for command in (each for commands in COMMANDS.values() for each in commands):
         name = command.__name__
         options = set(inspect.signature(with_loading_options(command)).parameters)
-        assert ("trust_remote_code" in options) == (name not in NO_MODEL), name
+        for option in ("trust_remote_code", "attn_implementation"):
+            assert (option in options) == (name not in NO_MODEL), name
         if name not in NO_MODEL | WORKSPACE_ALONE:
             assert {"dtype", "revision"} <= options, name
 
@@ -78,7 +79,9 @@ def test_a_dtype_is_recorded_and_kept(run: Run, model: Path) -> None:
     assert run("ask", "Paris is", "-w", "space", "--dtype", "bfloat16").code == 0
     refused = run("ask", "Paris is", "-w", "space", "--dtype", "float32")
     assert refused.code == 2
-    assert "was made for" in refused.err and "(option: --dtype)" in refused.err
+    assert "was made for" in refused.err
+    assert "another workspace with `" in refused.err and "--dtype float32`" in refused.err
+    assert run("ask", "Paris is", "-w", "space", "--dtype", "auto").code == 0, "the recorded one"
     refused = run("ask", model, "Paris is", "--dtype", "int8")
     assert refused.code == 2 and "float32, float16, bfloat16, float64" in refused.err
 
@@ -95,3 +98,19 @@ def test_a_name_without_a_slash_is_a_hub_id(run: Run) -> None:
     refused = run("ask", "model-of-nobody", "Paris is")
     assert refused.code == 3
     assert "As a hub id it was not found, or the hub cannot be reached" in refused.err
+
+
+def test_devices_and_attention_are_options_of_every_load(run: Run, model: Path) -> None:
+    plain = run("ask", model, "Paris is", "--json").json
+    run("init", model, "space", "--device", "auto", "--attn", "eager")
+    for words in (
+        [model, "Paris is", "--device", "auto"],
+        [model, "Paris is", "--attn", "eager", "--dtype", "auto"],
+        ["Paris is", "-w", "space", "--attn-implementation", "sdpa"],
+    ):
+        assert run("ask", *words, "--json").json["answer"] == plain["answer"], words
+    refused = run("ask", model, "Paris is", "--attn", "warp")
+    assert refused.code == 2 and "'warp' (transformers has none of that name)" in refused.err
+    assert "(option: --attn" in refused.err
+    refused = run("verify", "-w", "space", "--device", "cuda:77")
+    assert refused.code == 2 and "or auto to spread the model" in refused.err

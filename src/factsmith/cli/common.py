@@ -37,6 +37,7 @@ _PANELS = {
         "device",
         "dtype",
         "revision",
+        "attn_implementation",
         "trust_remote_code",
     ),
     "Output": ("as_json", "quiet", "verbose", "help"),

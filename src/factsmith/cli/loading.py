@@ -1,12 +1,12 @@
-"""The options on how a model is loaded: its dtype, its revision, and whether its code may run.
+"""The options on how a model is loaded: dtype, revision, attention, and whether its code may run.
 
     @with_loading_options
     def ask(words: ModelAndPrompt, device: Device = None) -> None: ...
 
     loading.get().dtype        # what the user chose, in whatever loads the model
 
-Each command that names a model gets all three. One that only opens a workspace gets the last: the
-workspace has recorded the others.
+Each command that names a model gets all of them. One that only opens a workspace gets those that
+the workspace has not recorded: they decide no answers.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from typing import Annotated, Any
 
 import typer
 
+from ..core.dtypes import DTYPES, SAVED_DTYPE
 from ..core.errors import InputError
 
-_DTYPES = ("float32", "float16", "bfloat16", "float64")
+_ANY_TIME = ("attn_implementation", "trust_remote_code")
+"""The options that a workspace does not record."""
 
 
 @dataclass(frozen=True)
@@ -30,13 +32,16 @@ class Loading:
     """How the user wants a model to be loaded.
 
     Attributes:
-        dtype: The dtype of the weights. None: as the model's place decides.
+        dtype: The dtype of the weights; "auto" for that of the checkpoint. None: as the model's
+            place decides.
         revision: The branch, tag or commit on the hub. None: the main one.
+        attn_implementation: How attention is computed. None: as transformers chooses.
         trust_remote_code: Whether code that comes with the model may run.
     """
 
     dtype: str | None = None
     revision: str | None = None
+    attn_implementation: str | None = None
     trust_remote_code: bool = False
 
 
@@ -49,8 +54,9 @@ _OPTIONS: dict[str, tuple[object, object]] = {
             str | None,
             typer.Option(
                 metavar="NAME",
-                help="The dtype to load the model in: float32, float16, bfloat16 or float64.",
-                show_default="float32 on the cpu, elsewhere the model's",
+                help="The dtype to load the model in: float32, float16, bfloat16, float64, or "
+                "auto for the one in which it was saved.",
+                show_default="the workspace's; else float32 on the cpu, auto elsewhere",
             ),
         ],
     ),
@@ -60,6 +66,19 @@ _OPTIONS: dict[str, tuple[object, object]] = {
             str | None,
             typer.Option(
                 metavar="NAME", help="A branch, tag or commit on the hub.", show_default="main"
+            ),
+        ],
+    ),
+    "attn_implementation": (
+        None,
+        Annotated[
+            str | None,
+            typer.Option(
+                "--attn",
+                "--attn-implementation",
+                metavar="NAME",
+                help="How attention is computed: eager, sdpa, flash_attention_2, ...",
+                show_default="transformers' choice",
             ),
         ],
     ),
@@ -81,15 +100,17 @@ def with_loading_options(command: Callable[..., None]) -> Callable[..., None]:
     if "device" not in present:
         return command
     names_model = bool({"model", "words", "model_and_prompt"} & present.keys())
-    names = list(_OPTIONS) if names_model else ["trust_remote_code"]
+    names = list(_OPTIONS) if names_model else list(_ANY_TIME)
     names = [name for name in names if name not in present]
 
     @functools.wraps(command)
     def run(**given: Any) -> None:
         chosen = Loading(**{name: given.pop(name) for name in names})
-        if chosen.dtype is not None and chosen.dtype not in _DTYPES:
+        if chosen.dtype not in (None, SAVED_DTYPE, *DTYPES):
             raise InputError(
-                f"dtype is {chosen.dtype!r}; give one of {', '.join(_DTYPES)}", argument="dtype"
+                f"dtype is {chosen.dtype!r}; give one of {', '.join(DTYPES)}, or {SAVED_DTYPE} for "
+                "the dtype in which the model was saved",
+                argument="dtype",
             )
         token = loading.set(chosen)
         try:

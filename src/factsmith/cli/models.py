@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import atlas
+from ..core.dtypes import SAVED_DTYPE
 from ..core.errors import FactsmithError, InputError, WorkspaceError
 from ..core.progress import Progress, stage
 from ..keep.ledger import Ledger
@@ -69,16 +70,14 @@ def load_model(name: str, device: str | None, dtype: str | None, tell: Progress)
     chosen = loading.get()
     stage(tell, "loading")
     tell(f"loading {Path(name).name}", 0, None)
-    import torch
-
     from ..model.load import load
 
-    wanted = dtype or chosen.dtype
     return load(
         name,
         device=device,
-        dtype=None if wanted is None else getattr(torch, wanted),
+        dtype=dtype or chosen.dtype,
         revision=chosen.revision,
+        attn_implementation=chosen.attn_implementation,
         trust_remote_code=chosen.trust_remote_code,
     )
 
@@ -132,10 +131,11 @@ def opened_workspace(
     with Ledger(folder) as ledger:
         name, dtype = ledger.model, ledger.dtype
     chosen = loading.get()
-    if chosen.dtype not in (None, dtype):
+    if chosen.dtype not in (None, SAVED_DTYPE, dtype):
         raise InputError(
-            f"{folder} was made for {name!r} in {dtype}, and dtype is {chosen.dtype}; leave it "
-            "out, or make another workspace",
+            f"{folder} was made for {name!r} in {dtype}, and dtype is {chosen.dtype}. The patches "
+            "of a workspace are made for the weights of one dtype: leave the option out, or make "
+            f"another workspace with `factsmith init {name} --dtype {chosen.dtype}`",
             argument="dtype",
         )
     if chosen.revision is not None and model is None and name.partition("@")[2] != chosen.revision:

@@ -26,7 +26,13 @@ Where = Annotated[
     ),
 ]
 Device = Annotated[
-    str | None, typer.Option(help="Where to run the model: cpu, cuda, ...", show_default="cpu")
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="Where to run the model: cpu, cuda, cuda:1, mps, or auto to spread it over all "
+        "devices.",
+        show_default="cpu",
+    ),
 ]
 Out = Annotated[
     str | None,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,7 +24,6 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from ..core.errors import (
-    InputError,
     ModelError,
     TokenizerError,
     UnsupportedModelError,
@@ -33,6 +33,7 @@ from ..core.settled import settled
 from .language_model import LanguageModel
 from .masked import MaskedLanguageModel
 from .modes import unwrapped
+from .placing import LoadingOptions, check_attention, loading_options
 from .quantised import packed_format, quantised_error
 from .quiet import quietly
 from .selfcheck import discover
@@ -81,20 +82,26 @@ def load(
     name_or_path: str | os.PathLike[str],
     *,
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    device_map: str | Mapping[str, Any] | None = None,
+    attn_implementation: str | None = None,
 ) -> LanguageModel:
     """Load a bundled model ("atlas", "atlas-llama"), a folder, or a hub id.
 
     Args:
         name_or_path: The model. A hub id may end in "@revision".
-        device: Where to put it. None: the CPU.
-        dtype: The dtype of the weights. None: float32 on the CPU, and the checkpoint's own
-            elsewhere.
+        device: Where to put it. "auto": as the device map "auto". None: the CPU.
+        dtype: The dtype of the weights, such as torch.bfloat16 or "bfloat16". "auto": the
+            checkpoint's own. None: float32 on the CPU, and the checkpoint's own elsewhere.
         revision: The branch, tag or commit on the hub. None: the main one.
         trust_remote_code: Run code that comes with the model. Without it such code never runs, and
             a model that needs it is refused.
+        device_map: Instead of a device: how to spread the model over several, as transformers takes
+            it: "auto", or {path: device}. It needs the package accelerate.
+        attn_implementation: How attention is computed, such as "eager" or "sdpa". None: as
+            transformers chooses.
 
     Raises:
         ModelNotFoundError: There is no such model.
@@ -102,28 +109,18 @@ def load(
         ModelError: The weights are damaged or missing, the model is of another kind, or it needs
             code of its own.
         UnsupportedModelError: The structure is not understood, or the model is quantised.
-        InputError: There is no such device, or an argument has the wrong type.
+        InputError: There is no such device, dtype or implementation of attention, or an argument
+            has the wrong type.
     """
     source = find_source(name_or_path, revision, trust_remote_code)
     name = source.name
-    try:
-        where = torch.device("cpu" if device is None else device)
-        torch.empty(0, device=where)
-    except (RuntimeError, AssertionError) as error:
-        reason = first_line(error)
-        if reason.startswith("Expected one of"):  # torch lists twenty kinds of devices
-            reason = "torch has no device of that name"
-        raise InputError(
-            f"device {str(device)!r} cannot be used ({reason}); give cpu, cuda, cuda:1 or mps",
-            argument="device",
-        ) from None
-    default = torch.float32 if where.type == "cpu" else "auto"
-    wanted: torch.dtype | str = default if dtype is None else dtype
+    options = loading_options(device, dtype, device_map, attn_implementation)
     with quietly():
         config = read_config(source)
         auto = _class_to_load(name, config)
+        check_attention(name, auto, config, options)
         tokenizer = _tokenizer(source)
-        module, report = _weights(source, auto, config, wanted)
+        module, report = _weights(source, auto, config, options)
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
             f"{name!r} lacks {len(missing)} of its weights ({', '.join(missing[:3])} ...); copy or "
@@ -131,9 +128,11 @@ def load(
         )
     if (packed := packed_format(module)) is not None:  # before `to`, which such a model refuses
         raise quantised_error(repr(name), packed)
-    lm = _wrapped(module.to(where), tokenizer, name)
+    if options.device is not None:
+        module = module.to(options.device)
+    lm = _wrapped(module, tokenizer, name)
     kind = type(module).__name__
-    _log.info("loaded %s: %s, %d layers, %s on %s", name, kind, lm.n_layers, lm.dtype, where)
+    _log.info("loaded %s: %s, %d layers, %s on %s", name, kind, lm.n_layers, lm.dtype, lm.device)
     return lm
 
 
@@ -149,14 +148,14 @@ def _tokenizer(source: Source) -> Any:
     return fast_tokenizer(tokenizer)
 
 
-def _weights(source: Source, auto: Any, config: Any, dtype: torch.dtype | str) -> tuple[Any, Any]:
+def _weights(source: Source, auto: Any, config: Any, options: LoadingOptions) -> tuple[Any, Any]:
     """Return the model, and what transformers says about its weights."""
     try:
         return auto.from_pretrained(  # type: ignore[no-any-return]
             source.place,
-            dtype=dtype,
             weights_only=True,  # a file of torch.save may hold tensors, and no code
             output_loading_info=True,
+            **options.arguments(),
             **source.options(),
         )
     except Exception as error:  # damaged files cause errors of many libraries

@@ -58,6 +58,12 @@ def discover(lm: LanguageModel) -> None:
         _check_finite(lm)
         raise
     except Exception as error:  # a model that runs in an unforeseen way raises anything
+        if "not implemented for" in str(error) and lm.dtype in (torch.float16, torch.bfloat16):
+            raise UnsupportedModelError(
+                f"{lm.name} cannot run in {lm.dtype} on {lm.device}: {first_line(error)}. Load it "
+                "in float32, or on another device",
+                argument="dtype",
+            ) from error
         raise UnsupportedModelError(
             f"{lm.name}: its dry run ended in {type(error).__name__}: {first_line(error)}; it "
             "cannot be replayed as a text model"
@@ -99,9 +105,15 @@ def _check_finite(lm: LanguageModel) -> None:
     """
     for name, weight in lm.module.named_parameters():
         if wrong := int((~weight.isfinite()).sum()):
+            advice = "copy or download the weights again, or undo the last change"
+            if weight.dtype == torch.float16:
+                advice = (
+                    "they may have been too large for torch.float16, so load it in a wider dtype; "
+                    f"otherwise {advice}"
+                )
             raise ModelError(
                 f"{lm.name}: {wrong} of the {weight.numel()} entries of {name} are not finite (NaN "
-                "or infinite); copy or download the weights again, or undo the last change"
+                f"or infinite); {advice}"
             ) from None
 
 
@@ -116,7 +128,8 @@ def _find_structure(lm: LanguageModel) -> Structure:
         _check_finite(lm)
         raise NumericsError(
             f"{lm.name}: from layer {broken[0]} on its outputs are not finite, though its weights "
-            f"are: some numbers are too large for {lm.dtype}. Load it in a wider dtype"
+            f"are: some numbers are too large for {lm.dtype}. Load it in a wider dtype",
+            argument="dtype",
         )
     parts: list[tuple[FeedForward, nn.Module | None]] = []
     first_of: dict[object, int] = {}
