@@ -25,6 +25,8 @@ FORMATS = {
     "checkpoint": "the patched model",
     "adapter": "a PEFT LoRA for the base model",
     "patch": "for another workspace",
+    "gguf": "the base GGUF file, patched",
+    "gguf-adapter": "a LoRA for llama.cpp",
 }
 """The formats of `export`."""
 

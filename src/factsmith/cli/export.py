@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -67,7 +67,12 @@ def import_(
 
 
 def export(  # house: Typer reads one parameter for each option
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder to write into.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="A new folder to write into; for GGUF a new file.gguf."
+        ),
+    ],
     format: Annotated[
         str,
         typer.Option(
@@ -76,7 +81,8 @@ def export(  # house: Typer reads one parameter for each option
             metavar="FORMAT",
             autocompletion=completing.formats,
             help="checkpoint: the patched model. adapter: a PEFT LoRA for the base model. "
-            "patch: for another workspace.",
+            "patch: for another workspace. gguf: the base GGUF file, patched. "
+            "gguf-adapter: a LoRA for llama.cpp.",
         ),
     ] = "checkpoint",
     dtype: Annotated[
@@ -84,6 +90,14 @@ def export(  # house: Typer reads one parameter for each option
         typer.Option(
             help="float32, float16 or bfloat16.",
             show_default="as the model is loaded; float32 for an adapter",
+        ),
+    ] = None,
+    tensor_type: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="Type of the patched tensors in a GGUF file: F16, Q8_0, BF16 or F32.",
+            show_default="F16",
         ),
     ] = None,
     rank: Annotated[
@@ -97,7 +111,8 @@ def export(  # house: Typer reads one parameter for each option
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Base model to name in an adapter: a folder or a hub id.",
+            help="Base model to name in an adapter: a folder or a hub id. For GGUF: the file of "
+            "the base model.",
             show_default="where the model comes from",
         ),
     ] = None,
@@ -116,46 +131,38 @@ def export(  # house: Typer reads one parameter for each option
 ) -> None:
     """Write the patched model, an adapter, or the patches.
 
-    Other programs can use them without factsmith. The result is loaded back in another process and
-    compared with the patched model before it is kept.
+    Other programs can use them without factsmith. The result is read back and compared with the
+    patched model before it is kept. A GGUF file keeps all but the patched tensors, byte for byte.
 
     \b
     Examples:
       factsmith export my-adapter --format adapter
       factsmith export my-model --dtype bfloat16 -w my-workspace
+      factsmith export patched.gguf --format gguf
     """
     if dtype is not None and dtype not in _DTYPES:
         raise InputError(f"--dtype is {dtype!r}; expected {', '.join(_DTYPES)}")
     with contextlib.ExitStack() as stack:
         tell = stack.enter_context(progress())
         tell("checking the arguments", 0, None)
+        import torch
+
         from ..keep.export.formats import check_export
 
-        check_export(
-            folder,
-            format,
-            verify=not no_verify,
-            overwrite=overwrite,
-            dtype=dtype,
-            rank=rank,
-            base=base,
-        )
+        options: dict[str, Any] = {
+            "dtype": None if dtype is None else getattr(torch, dtype),
+            "tensor_type": tensor_type,
+            "rank": rank,
+            "base": base,
+            "verify": not no_verify,
+            "overwrite": overwrite,
+        }
+        check_export(folder, format, **options)
         with Ledger(workspace or Path()) as ledger:
             if not ledger.active():
                 raise InputError(
                     "the workspace carries no patch to export; `factsmith log` lists the patches"
                 )
         bench = stack.enter_context(opened_workspace(workspace, device, tell))
-        import torch
-
-        exported = bench.export(
-            folder,
-            format,
-            dtype=None if dtype is None else getattr(torch, dtype),
-            rank=rank,
-            base=base,
-            verify=not no_verify,
-            overwrite=overwrite,
-            progress=tell,
-        )
+        exported = bench.export(folder, format, **options, progress=tell)
     print_result(exported.to_dict(), exported.tables(), as_json)

@@ -44,7 +44,7 @@ def init(
         typer.Argument(
             metavar="MODEL",
             autocompletion=completing.models,
-            help="A bundled model, a folder, or a hub id.",
+            help="A bundled model, a folder, a GGUF file, or a hub id.",
         ),
     ],
     folder: Annotated[

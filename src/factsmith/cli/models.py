@@ -79,6 +79,7 @@ def load_model(name: str, device: str | None, dtype: str | None, tell: Progress)
         revision=chosen.revision,
         attn_implementation=chosen.attn_implementation,
         trust_remote_code=chosen.trust_remote_code,
+        progress=tell,
     )
 
 

@@ -47,7 +47,7 @@ Model = Annotated[
     typer.Argument(
         metavar="[MODEL]",
         autocompletion=completing.models,
-        help="A bundled model, a folder or a hub id.",
+        help="A bundled model, a folder, a GGUF file or a hub id.",
         show_default="the workspace's",
     ),
 ]
@@ -56,7 +56,8 @@ ModelAndPrompt = Annotated[
     typer.Argument(
         metavar="[MODEL] PROMPT",
         autocompletion=completing.models,
-        help="A bundled model, a folder or a hub id (default: the workspace's), and the text.",
+        help="A bundled model, a folder, a GGUF file or a hub id (default: the workspace's), and "
+        "the text.",
     ),
 ]
 Seed = Annotated[

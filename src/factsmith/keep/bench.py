@@ -32,6 +32,7 @@ from ..patch.proof import ask
 from ..patch.recipe import Sources
 from ..patch.verification import Verification
 from .asked import Asked, compare, held_when_kept
+from .base_file import read_base_file, write_base_file
 from .carried import Carried, give_back, newest_facts
 from .export.dtypes import dtype_name
 from .layers_file import read_layers, write_layers
@@ -50,10 +51,20 @@ def create(lm: LanguageModel, folder: str | os.PathLike[str]) -> Ledger:
         WorkspaceError: The folder is a workspace already, or cannot be written.
     """
     # A path is kept whole, so that the workspace finds its model from anywhere.
-    is_folder = lm.name not in atlas.names() and Path(lm.name).is_dir()
-    name = str(Path(lm.name).resolve()) if is_folder else lm.name
+    is_path = lm.name not in atlas.names() and (lm.gguf is not None or Path(lm.name).is_dir())
+    name = str(Path(lm.name).resolve()) if is_path else lm.name
     dtype = dtype_name(lm.dtype)
-    return Ledger.create(folder, model=name, fingerprint=lm.fingerprint, dtype=dtype)
+    ledger = Ledger.create(folder, model=name, fingerprint=lm.fingerprint, dtype=dtype)
+    write_base_file(Path(folder), lm.gguf)
+    return ledger
+
+
+def _changed_file(lm: LanguageModel, folder: Path) -> str:
+    """Say that a GGUF file is not the one that a workspace was made from."""
+    file = read_base_file(folder)
+    if file is None or lm.gguf is None or lm.gguf.sha256 == file.sha256:
+        return ""
+    return f", from a file of sha256 {lm.gguf.sha256[:10]} instead of {file.sha256[:10]}"
 
 
 class LedgerBench:
@@ -85,9 +96,9 @@ class LedgerBench:
                     f"{folder} was made for {self.ledger.model!r} in {self.ledger.dtype}, "
                     f"fingerprint {self.ledger.fingerprint[:10]}; "
                     f"got {lm.name!r} in {dtype_name(lm.dtype)} with "
-                    f"{lm.fingerprint[:10]}. Load that model without "
-                    "patches (close another workbench that holds it), or make a workspace for this "
-                    "one"
+                    f"{lm.fingerprint[:10]}{_changed_file(lm, Path(folder))}. Load that model "
+                    "without patches (close another workbench that holds it), or make a workspace "
+                    "for this one"
                 )
             self._carried.go_to(self.ledger.current)  # opening writes nothing
         except BaseException:

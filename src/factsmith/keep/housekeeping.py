@@ -11,9 +11,9 @@ import contextlib
 from pathlib import Path
 
 from ..core.errors import DamagedError, FactsmithError
+from ..core.leftovers import leftovers, remove_leftovers
 from .blobs import Blob, Blobs
 from .database import Database
-from .export.leftovers import leftovers, remove_leftovers
 from .history import named_deltas
 from .records import Records
 from .revision import Integrity, Revision, Status, Unrecorded

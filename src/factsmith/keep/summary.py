@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from ..core.identity import same_model
 from ..core.tables import Table, counted
 from ..patch.verification import Verification
+from .base_file import read_base_file
 from .ledger import BASE, Ledger
 from .revision import Integrity, Revision, Status, Unrecorded
 
@@ -60,10 +61,12 @@ def status_tables(status: Status, fingerprint: str | None = None) -> list[Table]
         status: From `Ledger.status`.
         fingerprint: Of the model as it is now, with the patches. None: the model was not loaded.
     """
+    file = read_base_file(status.folder)
     latest = "" if status.current == status.head else f", the latest is {status.head[:10]}"
     rows = [
         ("workspace", str(status.folder.resolve())),
         ("model", f"{status.model} ({status.dtype}), fingerprint {status.fingerprint[:10]}"),
+        *([] if file is None else [("made from", str(file))]),
         ("at", f"{status.current[:10]}{latest}"),
         ("files", integrity_text(status.integrity)),
         ("in effect", counted(len(status.active), "patch", "es")),

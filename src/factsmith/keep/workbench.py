@@ -186,10 +186,10 @@ class Workbench(LedgerBench):
     def export(
         self, folder: str | os.PathLike[str], format: str = "checkpoint", **options: Any
     ) -> Export:
-        """Write the model with its patches as a "checkpoint" or an "adapter", or the patches alone
-        as a "patch".
+        """Write the model with its patches as a "checkpoint", an "adapter", a "gguf" file or a
+        "gguf-adapter", or the patches alone as a "patch".
 
-        Options and errors are those of `export_checkpoint`, `export_adapter` and `export_patch`.
+        Options and errors are those of the `export_...` functions in `keep.export`.
         """
         self._carried.check_weights()
         active = self.ledger.active(self._carried.at)

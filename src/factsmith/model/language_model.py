@@ -23,6 +23,7 @@ from ..core.gap import Gap
 from .address import check_layer, check_layers
 from .decoding import DecodingModel
 from .ffn import Routing
+from .gguf import GgufFile
 from .matching import is_answered, match, n_lines
 from .running import Question, question_of
 from .trace import recording
@@ -54,7 +55,10 @@ class LanguageModel(DecodingModel):
         ffn: Each layer's feed-forward memory.
         attention: Each layer's part in which positions meet; None if there is not exactly one.
         embedding: The input embedding.
+        gguf: The GGUF file that it was loaded from. None: something else.
     """
+
+    gguf: GgufFile | None = None
 
     @asking()
     def answer(

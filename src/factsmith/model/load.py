@@ -29,7 +29,9 @@ from ..core.errors import (
     UnsupportedModelError,
     first_line,
 )
+from ..core.progress import Progress, tell
 from ..core.settled import settled
+from .gguf import converted
 from .language_model import LanguageModel
 from .masked import MaskedLanguageModel
 from .modes import unwrapped
@@ -87,8 +89,12 @@ def load(
     trust_remote_code: bool = False,
     device_map: str | Mapping[str, Any] | None = None,
     attn_implementation: str | None = None,
+    progress: Progress | None = None,
 ) -> LanguageModel:
-    """Load a bundled model ("atlas", "atlas-llama"), a folder, or a hub id.
+    """Load a bundled model ("atlas", "atlas-llama"), a folder, a GGUF file, or a hub id.
+
+    A GGUF file is dequantised, which takes a while. The result is kept in the user's cache, so that
+    the next time is quick.
 
     Args:
         name_or_path: The model. A hub id may end in "@revision".
@@ -102,6 +108,7 @@ def load(
             it: "auto", or {path: device}. It needs the package accelerate.
         attn_implementation: How attention is computed, such as "eager" or "sdpa". None: as
             transformers chooses.
+        progress: Gets what is being done, and a note about a file that was dequantised.
 
     Raises:
         ModelNotFoundError: There is no such model.
@@ -113,8 +120,19 @@ def load(
             has the wrong type.
     """
     source = find_source(name_or_path, revision, trust_remote_code)
-    name = source.name
     options = loading_options(device, dtype, device_map, attn_implementation)
+    if source.gguf is None:
+        return _loaded(source, options)
+    with converted(source, options.dtype, progress) as (folder, file):
+        tell(progress, f"loading {file.path.name}", 0, None)
+        lm = _loaded(folder, options)
+    lm.gguf = file
+    return lm
+
+
+def _loaded(source: Source, options: LoadingOptions) -> LanguageModel:
+    """Load a model that transformers can load."""
+    name = source.name
     with quietly():
         config = read_config(source)
         auto = _class_to_load(name, config)

@@ -24,6 +24,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from .. import atlas
 from ..core.checks import check_text
 from ..core.errors import InputError, ModelError, ModelNotFoundError, first_line
+from .gguf_header import SUFFIX, is_gguf
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?", re.ASCII)
 
@@ -49,6 +50,7 @@ class Source:
         folder: The folder; None for a hub id.
         revision: The branch, tag or commit on the hub. None: the main one.
         trust_remote_code: Whether code that comes with the model may run.
+        gguf: The GGUF file to convert first. None: transformers can load the model.
     """
 
     name: str
@@ -56,6 +58,12 @@ class Source:
     folder: Path | None
     revision: str | None
     trust_remote_code: bool
+    gguf: Path | None = None
+
+    @property
+    def settings(self) -> str:
+        """What holds the model's config, for messages."""
+        return f"the {'config' if self.gguf else 'config.json'} of {self.name!r}"
 
     def options(self) -> dict[str, Any]:
         """Return the arguments that every loader of transformers gets.
@@ -86,11 +94,11 @@ def find_source(
 ) -> Source:
     """Return where a model is.
 
-    A name that is neither a bundled model nor a folder is a hub id: "owner/name" or "name", with
-    "@revision" if one is wanted.
+    A name that is neither a bundled model nor a folder nor a GGUF file is a hub id: "owner/name" or
+    "name", with "@revision" if one is wanted. A folder may also hold one GGUF file and no config.
 
     Raises:
-        InputError: An argument has the wrong type, or a folder was given with a revision.
+        InputError: An argument has the wrong type, or a folder or file was given with a revision.
         ModelNotFoundError: It cannot be the name of a model.
     """
     name = check_text(os.fspath(name_or_path), "the model")
@@ -102,20 +110,24 @@ def find_source(
     if revision is not None and not check_text(revision, "revision").strip():
         raise InputError("revision is empty; give a branch, a tag or a commit", argument="revision")
     folder = atlas.folder(name) if name in atlas.names() else _folder(name)
-    if folder is not None:
+    gguf = _gguf_file(name, folder)
+    if folder is not None or gguf is not None:
         if revision is not None:
+            kind = "file" if folder is None else "folder"
             raise InputError(
-                f"revision is {revision!r}, and {name!r} is a folder, which has no revisions; "
+                f"revision is {revision!r}, and {name!r} is a {kind}, which has no revisions; "
                 "leave it out, or give a hub id",
                 argument="revision",
             )
-        _check_folder(name, folder)
+        if folder is not None and gguf is None:
+            _check_folder(name, folder)
         return Source(
-            name=name,
-            place=str(folder),
+            name=name if folder is None or gguf is None else str(gguf),
+            place=str(folder or gguf),
             folder=folder,
             revision=None,
             trust_remote_code=trust_remote_code,
+            gguf=gguf,
         )
     place, at, stated = name.partition("@")
     if at and revision is None:
@@ -124,7 +136,7 @@ def find_source(
         raise ModelNotFoundError(
             f"there is no model {name!r}: it is neither a folder nor a bundled model "
             f"({bundled()}).{_perhaps(name)} Give one of these, a folder with config.json, weights "
-            "and tokenizer, or a hub id such as owner/name"
+            "and tokenizer, a GGUF file, or a hub id such as owner/name"
         )
     return Source(
         name=place if revision is None else f"{place}@{revision}",
@@ -141,6 +153,37 @@ def _folder(name: str) -> Path | None:
         return path if name.strip() and path.is_dir() else None
     except (OSError, RuntimeError, ValueError):  # too long, an unknown user, a null character
         return None
+
+
+def _gguf_file(name: str, folder: Path | None) -> Path | None:
+    """Return the GGUF file that a name stands for: the file, or the only one in a folder.
+
+    Raises:
+        InputError: The folder holds several, and nothing that transformers loads.
+        ModelNotFoundError: There is no file of this name, which ends as those of GGUF files do.
+    """
+    if folder is not None:
+        files = sorted(each for each in folder.glob("*") if each.suffix.lower() == SUFFIX)
+        if not files or (folder / "config.json").is_file():
+            return None
+        if len(files) > 1:
+            names = ", ".join(each.name for each in files[:5])
+            raise InputError(
+                f"the folder {name!r} holds {len(files)} GGUF files ({names}); give one of them"
+            )
+        return files[0]
+    try:
+        path = Path(name).expanduser()
+        if path.is_file():
+            return path if is_gguf(path) else None
+    except (OSError, RuntimeError, ValueError):
+        return None
+    if path.suffix.lower() == SUFFIX:
+        raise ModelNotFoundError(
+            f"there is no file {name!r}; give the path of a GGUF file, a folder, a bundled model "
+            f"({bundled()}), or a hub id"
+        )
+    return None
 
 
 def _check_folder(name: str, folder: Path) -> None:
@@ -216,20 +259,26 @@ def _no_config(source: Source, error: Exception) -> ModelError:
 # ── the numbers of a config ───────────────────────────────────────────────────────────────────────
 
 
-def check_sizes(source: Source, config: Any) -> None:
+def check_sizes(source: Source, config: Any, shapes: list[tuple[int, ...]] | None = None) -> None:
     """Check that the numbers of a config can be those of a model, and those of these weights.
+
+    Args:
+        source: The model.
+        config: The config, as plain values.
+        shapes: The shapes of all tensors. None: those of the folder's safetensors.
 
     Raises:
         ModelError: They cannot.
     """
     if not isinstance(config, Mapping):
         raise ModelError(
-            f"the config.json of {source.name!r} cannot be used: it holds a "
+            f"{source.settings} cannot be used: it holds a "
             f"{type(config).__name__}; copy or download it again"
         )
-    if config.get("quantization_config"):
+    if config.get("quantization_config") and shapes is None:
         return  # such weights are packed, and the model is refused later in words of its own
-    shapes = None if source.folder is None else _shapes(source, source.folder)
+    if shapes is None and source.folder is not None:
+        shapes = _shapes(source, source.folder)
     for part in _parts(config):
         for key, value in part.items():
             name = str(key)
@@ -317,8 +366,7 @@ def _product(shape: tuple[int, ...]) -> int:
 
 def _absurd(source: Source, name: str, value: int, why: str) -> ModelError:
     return ModelError(
-        f"the config.json of {source.name!r} says {name} = {value:,}, but {why}; copy or download "
-        "the model again"
+        f"{source.settings} says {name} = {value:,}, but {why}; copy or download the model again"
     )
 
 

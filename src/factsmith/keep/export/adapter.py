@@ -19,7 +19,7 @@ import torch
 
 from ... import atlas
 from ...core.checks import check_count, check_text
-from ...core.errors import InputError, UnsupportedModelError
+from ...core.errors import InputError
 from ...core.files import write_file
 from ...core.progress import Progress, tell
 from ...edit.delta import Delta
@@ -31,6 +31,7 @@ from .contents import Contents, Origin
 from .dtypes import check_dtype, dtype_name
 from .lowrank import LowRank, compress
 from .manifest import as_json, write_manifest
+from .places import module_names
 from .questions import ask
 from .readback import LIMITS, Job, ReadBack, check_job
 from .record import AdapterLayer, Export
@@ -86,7 +87,7 @@ def export_adapter(  # house: public, and promised with these names
     factor_dtype = check_dtype(dtype, torch.float32)
     max_rank = check_rank(rank)
     base_name = _base_name(lm, base)
-    names = _module_names(lm, contents.layers)
+    names = module_names(lm, contents.layers)
     if verify:
         check_peft()
     with staged(folder, overwrite) as staging:
@@ -199,26 +200,6 @@ def _read_back(
         trust_remote_code=runs_remote_code(lm),
     )
     return check_job(job, LIMITS[lm.dtype], advice)
-
-
-def _module_names(lm: LanguageModel, layers: Iterable[int]) -> dict[int, str]:
-    """Return the name of each layer's down-projection in the model.
-
-    Raises:
-        UnsupportedModelError: when it is only a part of a module, so that no adapter fits it.
-    """
-    modules = {module: name for name, module in lm.module.named_modules()}
-    names = {}
-    for layer in sorted(layers):
-        down, weight = lm.ffn[layer].down, lm.ffn[layer].weight()
-        whole = linear_matrix(down).read()
-        if (whole.data_ptr(), whole.shape) != (weight.data_ptr(), weight.shape):
-            raise UnsupportedModelError(
-                f"Layer {layer}: the down-projection is a part of {modules[down]}, so it cannot "
-                "have a LoRA adapter. Export a checkpoint."
-            )
-        names[layer] = modules[down]
-    return names
 
 
 def _base_name(lm: LanguageModel, base: str | None) -> str:

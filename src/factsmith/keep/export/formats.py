@@ -3,12 +3,15 @@
     made = export(lm, delta, "my-adapter", "adapter")      # PEFT LoRA: kilobytes (adapter.py)
     made = export(lm, delta, "my-model", "checkpoint")     # the whole model, merged (checkpoint.py)
     made = export(lm, delta, "my-patch", "patch")          # for another workspace (patch.py)
+    made = export(lm, delta, "patched.gguf", "gguf")       # the base GGUF file, patched
+    made = export(lm, delta, "patch.gguf", "gguf-adapter") # a LoRA for llama.cpp
 
-Every export is a folder with a manifest (`manifest`). It is written next to its place, read back,
-and only then renamed, so it is there whole and checked, or not at all (`staging`). Checkpoints and
-adapters are read back by plain transformers and peft in a separate process that never imports
-factsmith, and compared with the patched model in memory (`readback`). Patches are compared bit for
-bit.
+Every export is a folder or a GGUF file, with a manifest (`manifest`). It is written next to its
+place, read back, and only then renamed, so it is there whole and checked, or not at all (`staging`,
+`single`). Checkpoints and adapters are read back by plain transformers and peft in a separate
+process that never imports factsmith, and compared with the patched model in memory (`readback`).
+Patches are compared bit for bit. GGUF files are compared byte for byte with their base, and what
+they change is put into the model in memory and asked (`inmemory`).
 
 A new format needs its name in `manifest.Format`, a module that writes its folder, and a row here.
 """
@@ -21,24 +24,33 @@ from typing import Any
 
 from ...core.errors import InputError
 from ...edit.delta import Delta
+from ...model.gguf_reading import check_libraries
 from ...model.language_model import LanguageModel
 from .adapter import check_peft, check_rank, export_adapter
 from .checkpoint import export_checkpoint
+from .gguf_adapter import check_factors, export_gguf_adapter
+from .gguf_file import export_gguf
+from .gguf_writing import check_type
 from .manifest import FORMATS, Format
 from .patch import export_patch
 from .record import Export
+from .single import check_file
 from .staging import check_target
 
 _WRITERS: Mapping[Format, Callable[..., Export]] = {
     "checkpoint": export_checkpoint,
     "adapter": export_adapter,
     "patch": export_patch,
+    "gguf": export_gguf,
+    "gguf-adapter": export_gguf_adapter,
 }
 
 _OPTIONS: Mapping[Format, tuple[str, ...]] = {
     "checkpoint": ("dtype",),
     "adapter": ("dtype", "rank", "base"),
     "patch": (),
+    "gguf": ("tensor_type", "base"),
+    "gguf-adapter": ("dtype", "rank", "base"),
 }
 """The options that not every format has."""
 
@@ -57,11 +69,11 @@ def export(
     Args:
         lm: The model, without the deltas. It is unchanged afterwards, also after an exception.
         deltas: One delta or several, in the order in which they are added.
-        folder: A new folder to write into.
-        format: "checkpoint", "adapter" or "patch".
+        folder: A new folder to write into, or a new file for the formats of GGUF.
+        format: "checkpoint", "adapter", "patch", "gguf" or "gguf-adapter".
         verify: Whether to read the export back and compare it. A patch is always compared.
-        options: Options of `export_checkpoint`, `export_adapter` or `export_patch`. None: not
-            given.
+        options: Options of `export_checkpoint`, `export_adapter`, `export_patch`, `export_gguf` or
+            `export_gguf_adapter`. None: not given.
 
     Raises:
         InputError: when there is no such format, or it has no such option; and what these functions
@@ -88,6 +100,7 @@ def check_export(
     Raises:
         InputError: when there is no such format, it has no such option, a value is not valid, the
             folder may not be replaced, or peft is needed and not installed.
+        ModelError: when the library gguf is needed and not installed.
         WorkspaceError: when the folder cannot be written.
     """
     kind = _checked_format(format)
@@ -96,7 +109,16 @@ def check_export(
         check_rank(options.get("rank"))
         if verify:
             check_peft()
-    check_target(folder, overwrite)
+    if kind not in ("gguf", "gguf-adapter"):
+        check_target(folder, overwrite)
+        return
+    if kind == "gguf":
+        check_type(options.get("tensor_type"))
+    else:
+        check_rank(options.get("rank"))
+        check_factors(options.get("dtype"))
+    check_libraries()
+    check_file(folder, overwrite)
 
 
 def _checked_format(format: str) -> Format:

@@ -24,7 +24,7 @@ from .contents import Contents
 from .dtypes import dtype_name
 from .readback import ReadBack
 
-Format = Literal["checkpoint", "adapter", "patch"]
+Format = Literal["checkpoint", "adapter", "patch", "gguf", "gguf-adapter"]
 
 FORMATS: tuple[Format, ...] = get_args(Format)
 
@@ -62,8 +62,19 @@ class ManifestPatch(_Strict):
     moments: _Sha256 | None
 
 
+class ManifestBase(_Strict):
+    """A GGUF file that the patches belong to: its name, its size and its sha256 (hex)."""
+
+    name: str
+    bytes: _Count
+    sha256: _Sha256
+
+
 class Manifest(_Strict):
-    """What factsmith.json holds, without its own sha256."""
+    """What factsmith.json holds, without its own sha256.
+
+    A manifest has a base file where the model comes from a GGUF file, or the export belongs to one.
+    """
 
     factsmith: Format
     format: int
@@ -73,10 +84,15 @@ class Manifest(_Strict):
     patches: list[ManifestPatch]
     files: dict[str, ManifestFile]
     read_back: dict[str, Any] | None
+    base_file: ManifestBase | None = None
 
 
 def write_manifest(
-    folder: Path, format: Format, contents: Contents, read_back: ReadBack | None = None
+    folder: Path,
+    format: Format,
+    contents: Contents,
+    read_back: ReadBack | None = None,
+    base_file: ManifestBase | None = None,
 ) -> dict[str, int]:
     """Write the manifest of a folder.
 
@@ -85,6 +101,7 @@ def write_manifest(
         format: What the folder is.
         contents: The model and its patches.
         read_back: How the folder compared with the patched model when it was read back.
+        base_file: The GGUF file that the export belongs to. None: the model's, if there is one.
 
     Returns:
         {name: bytes} of every file in the folder, the manifest included.
@@ -119,6 +136,11 @@ def write_manifest(
         },
         "read_back": None if read_back is None else vars(read_back),
     }
+    if base_file is None and lm.gguf is not None:
+        file = lm.gguf
+        base_file = ManifestBase(name=file.path.name, bytes=file.n_bytes, sha256=file.sha256)
+    if base_file is not None:
+        record["base_file"] = base_file.model_dump()
     try:
         Manifest.model_validate_json(json.dumps(record, ensure_ascii=False))
     except ValueError as error:
@@ -131,13 +153,17 @@ def write_manifest(
     return {name: (folder / name).stat().st_size for name in [*files, FILE]}
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path, name: str = FILE) -> Manifest:
     """Read and check the manifest of an export; the other files are not looked at.
+
+    Args:
+        folder: The folder that holds it.
+        name: Its name; that of a single file's manifest has the file's name before it.
 
     Raises:
         DamagedError: when it is missing, cannot be read, or does not match its checksum.
     """
-    file = folder / FILE
+    file = folder / name
     try:
         entry = file.lstat()
         if not stat.S_ISREG(entry.st_mode):

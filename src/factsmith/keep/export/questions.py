@@ -102,7 +102,7 @@ def ask(
         rows = [
             (ids + answer)[: lm.max_tokens] for ids, answer in zip(prompt_ids, answers, strict=True)
         ]
-        passes = [_pass(lm, row, len(ids)) for row, ids in zip(rows, prompt_ids, strict=True)]
+        passes = [run_row(lm, row, len(ids)) for row, ids in zip(rows, prompt_ids, strict=True)]
     candidates = [each for _, each in passes]
     patched = torch.stack([logits for logits, _ in passes])
     expected = patched
@@ -149,7 +149,7 @@ def _last_logits(
 ) -> Tensor:
     """Return the logits after each prompt, (n, vocab)."""
     return torch.stack(
-        [_pass(lm, row, len(ids))[0] for row, ids in zip(rows, prompt_ids, strict=True)]
+        [run_row(lm, row, len(ids))[0] for row, ids in zip(rows, prompt_ids, strict=True)]
     )
 
 
@@ -163,7 +163,7 @@ def _picks(picks: list[int], answer: Sequence[int], ends: Collection[int]) -> li
 
 
 @torch.no_grad()
-def _pass(lm: LanguageModel, row: Sequence[int], length: int) -> tuple[Tensor, Candidates]:
+def run_row(lm: LanguageModel, row: Sequence[int], length: int) -> tuple[Tensor, Candidates]:
     """Run the model over one row: the logits after its first `length` tokens, and the candidates
     from there on."""
     logits = (

@@ -40,16 +40,17 @@ class Export(Shown):
     """An export that was written.
 
     Attributes:
-        folder: Where it is.
-        format: "checkpoint", "adapter" or "patch".
-        dtype: The dtype of its tensors, such as "bfloat16".
+        folder: Where it is: a folder, or the file of a single one.
+        format: "checkpoint", "adapter", "patch", "gguf" or "gguf-adapter".
+        dtype: The dtype of its tensors, such as "bfloat16". Of a GGUF file: the type of those that
+            were replaced, such as "F16".
         patches: How many deltas it holds.
         facts: How many facts these hold.
         files: {name: bytes} of every file.
         model_bytes: The size of the model's weights in memory, to compare the files with.
-        layers: For an adapter: ranks and errors of each layer.
-        rank: For an adapter: r, the same for all layers; smaller ones are padded with zeros. 0 for
-            other formats.
+        layers: For an adapter of either kind: ranks and errors of each layer.
+        rank: For such an adapter: r, the same for all layers; smaller ones are padded with zeros. 0
+            for other formats.
         read_back: The comparison with the patched model. None: it was not asked for, or the export
             is a patch, which is always compared bit for bit.
     """
@@ -96,7 +97,7 @@ class Export(Shown):
             [counted(self.patches, "patch", "es"), counted(self.facts, "fact"), self.dtype]
         )
         size = size_text(self.n_bytes)
-        if self.format != "checkpoint":
+        if self.format not in ("checkpoint", "gguf"):
             size += f" instead of {size_text(self.model_bytes)}"
         files = [(name, size_text(n_bytes)) for name, n_bytes in self.files.items()]
         title = f"{self.format} in {self.folder}: {holds}; {size}"
@@ -111,6 +112,9 @@ class Export(Shown):
         if self.format == "patch":
             patches = counted(self.patches, "patch", "es")
             return f"verified: {patches} read back, every tensor equal bit for bit"
+        if self.format == "gguf":
+            same = "every other tensor and every field is the base file's, byte for byte"
+            return f"verified: {same}" + ("" if self.read_back is None else f"; {self.read_back}")
         return "not verified" if self.read_back is None else f"verified: {self.read_back}"
 
     def to_dict(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import safetensors
 
 from ...core.errors import DamagedError, InputError, WorkspaceError
 from ...core.files import check_writable, flush_folder, folder_path, settle_folder
-from .leftovers import OLDER, WRITING, held, remove_leftovers
+from ...core.leftovers import OLDER, WRITING, held, remove_leftovers
 from .manifest import FILE, read_manifest
 
 
@@ -44,12 +44,12 @@ def staged(folder: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
     parents = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
     try:
         with contextlib.ExitStack() as stack:
-            with _explained(folder):
+            with explained(folder):
                 staging = stack.enter_context(held(target.parent, target.name, WRITING))
             stack.callback(shutil.rmtree, staging, ignore_errors=True)
-            with _explained(folder):
+            with explained(folder):
                 yield staging
-            with _explained(folder):
+            with explained(folder):
                 settle_folder(staging)
                 _check_target(target, overwrite)  # it may have changed in the meantime
                 _put(staging, target)
@@ -131,7 +131,7 @@ def _refusal(why: str) -> InputError:
 
 
 @contextlib.contextmanager
-def _explained(folder: str | os.PathLike[str]) -> Iterator[None]:
+def explained(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Turn errors of the file system into a WorkspaceError that says what to do."""
     try:
         yield

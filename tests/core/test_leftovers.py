@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from exports import names
+from factsmith.core import leftovers as module
 from factsmith.core.errors import WorkspaceError
-from factsmith.keep.export import leftovers as module
-from factsmith.keep.export.leftovers import OLDER, WRITING, held, leftovers, remove_leftovers
+from factsmith.core.leftovers import OLDER, WRITING, held, leftovers, remove_leftovers
 from factsmith.keep.export.staging import staged
 from factsmith.keep.ledger import Ledger
 
