@@ -157,7 +157,7 @@ def test_another_version_of_transformers_reads_the_file_again(
 ) -> None:
     write_gguf(tmp_path / "a.gguf")
     load(tmp_path / "a.gguf")
-    monkeypatch.setattr("transformers.__version__", "5.99.0")
+    monkeypatch.setattr(module, "_VERSION", "5.99.0")
     load(tmp_path / "a.gguf")
     assert len(counted) == 2 and [each.name.rpartition("-")[2] for each in kept(cache)] == [
         "5.99.0"
@@ -248,7 +248,7 @@ def test_other_files_are_refused_in_words(tmp_path: Path, cache: Path) -> None:
     write_gguf(file, split__count=3)
     assert "--merge" in refused(file, InputError)
     write_gguf(file, general__type="adapter")
-    assert "an 'adapter', not a model" in refused(file)
+    assert "holds an adapter, not a model" in refused(file)
     write_gguf(file, llama__block_count=10**8)
     assert "100000000 layers" in refused(file)
     write_gguf(file, llama__feed_forward_length=10**8)

@@ -35,6 +35,8 @@ from .source import Source
 
 _FORMAT = 1
 
+_VERSION = transformers.__version__
+
 _RECORD = "factsmith-gguf.json"
 """The file that makes a conversion whole: what it was made from, and its files."""
 
@@ -127,7 +129,7 @@ def _kept(digest: str, dtype: torch.dtype) -> Path | None:
 
 def _place(digest: str, dtype: torch.dtype) -> Path:
     """Return where the cache has a conversion. A new transformers may read a file differently."""
-    name = f"{digest[:32]}-{_name(dtype)}-{transformers.__version__}"
+    name = f"{digest[:32]}-{_name(dtype)}-{_VERSION}"
     return cached(Path(FOLDER, name))
 
 
@@ -231,7 +233,7 @@ def _write(conversion: Conversion, folder: Path, digest: str) -> None:
         "format": _FORMAT,
         "sha256": digest,
         "type": conversion.type,
-        "transformers": transformers.__version__,
+        "transformers": _VERSION,
         "remarks": conversion.remarks,
         "files": files,
     }

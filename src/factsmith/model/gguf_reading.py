@@ -102,6 +102,7 @@ def convert(
     try:
         with quietly(), _reported(progress, f"dequantising {header.path.name}"):
             config = AutoConfig.from_pretrained(**place, local_files_only=True)
+            _set_length(header, config)
             check_sizes(source, config.to_dict(), [each.shape for each in header.tensors])
             if type(config) not in AutoModelForCausalLM._model_mapping:
                 raise ModelError(
@@ -262,6 +263,14 @@ def _plain(module: Any) -> None:
 
 
 # ── what transformers leaves out ──────────────────────────────────────────────────────────────────
+
+
+def _set_length(header: Header, config: Any) -> None:
+    """Give a config the length of text that the file says: some types keep their default."""
+    length = header.fields.get(f"{header.architecture}.context_length")
+    present = getattr(config, "max_position_embeddings", None)
+    if isinstance(length, int) and isinstance(present, int) and 0 < length != present:
+        config.max_position_embeddings = length
 
 
 def _set_ends(header: Header, module: Any) -> None:
