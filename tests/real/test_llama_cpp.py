@@ -11,12 +11,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tools.llama_cpp import ask
 
 from factsmith.core.fact import Fact
 from factsmith.edit.configs import RomeConfig
 from factsmith.keep.workbench import Workbench
 from factsmith.model.language_model import LanguageModel
-from tools.llama_cpp import ask
 
 pytestmark = pytest.mark.serving
 
