@@ -15,7 +15,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,8 @@ def converted(
     wanted = own_dtype(header) if isinstance(dtype, str) else dtype
     stored = wanted if wanted in (torch.float16, torch.bfloat16) else torch.float32
     with contextlib.ExitStack() as stack:
-        place = _kept(digest, stored)
+        # "auto" takes the dtype that the conversion has.
+        place = _kept(digest, [stored] if isinstance(dtype, str) else [stored, torch.float32])
         if place is None:
             conversion = convert(source, header, stored, progress)
             place = stack.enter_context(_saved(conversion, digest, stored, header, progress))
@@ -115,12 +116,12 @@ def converted(
 # ── the cache ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def _kept(digest: str, dtype: torch.dtype) -> Path | None:
-    """Return a whole conversion of a file; None without one.
+def _kept(digest: str, dtypes: Sequence[torch.dtype]) -> Path | None:
+    """Return a whole conversion of a file in one of some dtypes; None without one.
 
     One in float32 serves every dtype: rounding on load gives the same bits.
     """
-    for each in dict.fromkeys((dtype, torch.float32)):
+    for each in dict.fromkeys(dtypes):
         place = _place(digest, each)
         if _is_whole(place, digest):
             return place
