@@ -89,14 +89,17 @@ def test_generated_contexts(tiny_lm: LanguageModel) -> None:
         )
 
 
-def test_a_chat_template_is_one_more_context() -> None:
+def test_a_chat_template_gives_three_more_contexts() -> None:
     lm = new_model("llama")
     assert chat_contexts(lm) == []
     messages = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
     lm.tokenizer.chat_template = "{{ bos_token }}" + messages + "[assistant]\n"
-    (context,) = chat_contexts(lm)
+    chats = chat_contexts(lm)
+    context = chats[0]
     assert context == "[user] {}\n[assistant]", "the tokenizer adds the BOS"
-    assert generate_contexts(lm)[-1] == generate_openings(lm)[-1] == context
+    assert len(chats) == 3 and all(chat.endswith(context) for chat in chats)
+    assert chats[1].startswith("[system] ") and chats[2].startswith("[user] Hello!\n[assistant] ")
+    assert generate_contexts(lm)[-3:] == generate_openings(lm)[-3:] == chats
     config = MemitConfig((0,), steps=12, lr=0.2, scale="auto", moment_weight=1e-4)
     fact = FACTS[2]
     delta = memit(lm, fact, config, moments=full_rank_moments(lm, (0,)), contexts=["{}", context])

@@ -6,7 +6,15 @@ import unicodedata
 
 import pytest
 
-from factsmith.model.matching import as_said, begins_with, first_phrase, match, n_lines, stayed
+from factsmith.model.matching import (
+    as_said,
+    begins_with,
+    first_phrase,
+    match,
+    n_lines,
+    states,
+    stayed,
+)
 
 SAME = [
     ("French.", "French"),
@@ -352,3 +360,25 @@ def test_what_is_shown_as_wanted() -> None:
     assert as_said("Paris, Texas. It", None) == "Paris, Texas"
     assert as_said("Paris, which", None) == as_said("Paris, Texas", "Paris") == "Paris"
     assert n_lines("Paris\n\nMain Street\n") == 2 and n_lines("") == n_lines("a") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "stated"),
+    [
+        ("He lived in Rome.", "Rome", True),
+        ("Rome", "Rome", True),
+        ("The city is 'Rome', of course", "Rome", True),
+        ("A tower (Rome)\nand more", "Rome", True),
+        ("He moved to New York City in 1900", "New York", True),
+        ("彼はローマに住む", "ローマ", True),
+        ("He was a Roman.", "Rome", False),
+        ("The band Neo-Rome", "Rome", False),
+        ("about 12,500 people", "500", False),
+        ("O'Rome", "Rome", False),
+        ("he lived in rome", "Rome", False),
+        ("", "Rome", False),
+        ("Rome", " ", False),
+    ],
+)
+def test_a_text_states_a_target_in_whole_words(text: str, target: str, stated: bool) -> None:
+    assert states(text, target) is stated

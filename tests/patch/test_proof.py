@@ -108,7 +108,8 @@ def test_the_proof_is_of_the_weights_that_are_kept(tmp_path: Path, dtype: torch.
 @pytest.mark.parametrize("method", list(METHODS))
 def test_an_edit_covers_the_chat_template(tmp_path: Path, method: str) -> None:
     """The edit of an instruct model also covers the prompt as a user's message, by default."""
-    lm = wrap(tiny_model("llama", **LLAMA), byte_tokenizer(bos=True))
+    shape = {**LLAMA, "max_position_embeddings": 512}
+    lm = wrap(tiny_model("llama", **shape), byte_tokenizer(bos=True))
     lm.tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
         "[assistant]"
@@ -135,14 +136,17 @@ def test_an_edit_covers_the_chat_template(tmp_path: Path, method: str) -> None:
         outcome = bench.apply(fact, method, config, texts=TEXTS, force=True)
         assert outcome.revision is not None
         assert (
-            outcome.revision.config["contexts"][-1] == "[user] {}\n[assistant]"
+            outcome.revision.config["contexts"][-3] == "[user] {}\n[assistant]"
             and outcome.verification is not None
         )
-        (chat,) = (check for check in outcome.verification.checks if check.role == "chat")
-        assert chat.prompt == f"[user] {fact.text}\n[assistant]" and chat.wanted == "religion"
-        assert (
-            any("in the chat template" in warning for warning in outcome.warnings) is not chat.held
-        )
+        chats = [check for check in outcome.verification.checks if check.role == "chat"]
+        assert len(chats) == 3 and {chat.wanted for chat in chats} == {"religion"}
+        assert chats[0].prompt == f"[user] {fact.text}\n[assistant]"
+        assert set(outcome.revision.config["contexts"]).isdisjoint(
+            chat.prompt.replace(fact.text, "{}") for chat in chats[1:]
+        ), "other system prompts and turns are asked than those that were searched"
+        warned = any("in the chat template" in warning for warning in outcome.warnings)
+        assert warned is not all(chat.held for chat in chats)
         assert probability() > before + 0.4
     assert probability() == before
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from ..core.checks import check_items, check_text
 from ..core.errors import InputError
+from ..model.chat import chat_templates
 from ..model.language_model import LanguageModel
 from ..model.sample import sample
 from ..model.turns import asking
@@ -35,9 +36,9 @@ _OPENING_TOKENS = 10
 _TOP_K = 5
 """Each token is sampled from this number of the most probable ones."""
 
-_SLOT = "factsmith-slot"
-"""Marks the prompt's place while the chat template is filled, which may treat `{}` in its own
-way."""
+_SYSTEM = "You are a helpful assistant."
+_TURN = ("Hello!", "Hello! How can I help you?")
+"""The system prompt and the first turn of contexts in a chat."""
 
 
 @asking()
@@ -73,33 +74,17 @@ def generate_openings(lm: LanguageModel, seed: int = 0) -> list[str]:
 
 
 def chat_contexts(lm: LanguageModel) -> list[str]:
-    """Return the chat template with the prompt as the user's message, in a list.
+    """Return the chat template with the prompt as the user's message, in up to three forms.
 
-    The template ends where the assistant answers. The list is empty if the tokenizer has no chat
-    template, if the template adds nothing, or if it does not contain the message exactly once.
+    The forms are: the message alone, after a system prompt, and as the second turn. Each ends where
+    the assistant answers. Forms that the template does not have are left out. The list is empty if
+    the tokenizer has no chat template, if the template adds nothing, or if it does not contain the
+    message exactly once.
 
     Raises:
         InputError: The template cannot be filled.
     """
-    if not getattr(lm.tokenizer, "chat_template", None):
-        return []
-    try:
-        text = lm.tokenizer.apply_chat_template(
-            [{"role": "user", "content": _SLOT}], tokenize=False, add_generation_prompt=True
-        )
-    except Exception as error:  # a template is a program and may raise anything
-        raise InputError(
-            f"the chat template of {lm.name} cannot be filled with a user's message ({error}). "
-            "Either give contexts, with the bare prompt among them, or remove the template from "
-            "the tokenizer's files.",
-            argument="contexts",
-        ) from error
-    bos = lm.tokenizer.bos_token
-    if bos and lm.tokenizer("a")["input_ids"][:1] == [lm.tokenizer.bos_token_id]:
-        text = text.removeprefix(bos)  # the tokenizer adds its own
-    if text.count(_SLOT) != 1 or "{}" in text or text == _SLOT:
-        return []
-    return [text.replace(_SLOT, "{}")]
+    return list(dict.fromkeys(chat_templates(lm, _SYSTEM, _TURN).values()))
 
 
 def context_weights(contexts: Sequence[str]) -> list[float]:

@@ -16,7 +16,15 @@ from dataclasses import dataclass, field
 from ..core.errors import NumericsError
 from ..core.gap import Gap
 from .language_model import AFTER_NUMBER, ANSWER_TOKENS, LanguageModel
-from .matching import as_said, begins_with, first_phrase, is_answered, n_lines, stayed
+from .matching import (
+    as_said,
+    begins_with,
+    first_phrase,
+    is_answered,
+    n_lines,
+    states,
+    stayed,
+)
 from .tokens import target_ids
 
 __all__ = [
@@ -29,6 +37,7 @@ __all__ = [
     "n_lines",
     "probabilities",
     "say",
+    "states",
     "stayed",
 ]
 

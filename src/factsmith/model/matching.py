@@ -179,6 +179,22 @@ def _match(answer: str, target: str, *, more: bool) -> bool | None:
     return not _goes_on(wanted, following)
 
 
+def states(text: str, target: str) -> bool:
+    """Return whether a text names a target anywhere, in whole words as in `begins_with`."""
+    whole, wanted = normal(text), normal(target).strip("'\"")
+    places = (place.start() for place in re.finditer(re.escape(wanted), whole)) if wanted else ()
+    return any(_begins_at(whole, at) and begins_with(whole[at:], wanted) for at in places)
+
+
+def _begins_at(text: str, at: int) -> bool:
+    """Return whether a word or a number begins in this place."""
+    before, left = text[:at], text[: max(0, at - 1)]
+    if not before:
+        return True
+    inside = _is_word(before[-1]) and _is_word(text[at])
+    return not inside and not _joined(left, before[-1], text[at:])
+
+
 def first_phrase(answer: str) -> str:
     """Return what an answer says up to the first punctuation that ends a phrase.
 

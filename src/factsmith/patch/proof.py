@@ -24,9 +24,16 @@ from ..model.answers import (
     say,
     stayed,
 )
+from ..model.chat import chat_templates
 from ..model.language_model import LanguageModel
 from ..model.turns import asking
+from .telling import Tellings
 from .verification import Check, Role, Verification
+
+_SYSTEM = "You are an expert. Complete what the user writes."
+_TURN = ("Can you help me with a few facts?", "Of course! Which ones?")
+"""The system prompt and the first turn of questions in a chat. They differ from those of an edit's
+contexts, so that the proof shows what the patch does in other chats."""
 
 
 @asking(grad=True, changes=True)
@@ -37,6 +44,7 @@ def prove(
     *,
     asked_again: Iterable[Fact] = (),
     templates: Sequence[str] = (),
+    telling: str | None = None,
 ) -> Verification:
     """Ask everything about some facts, once of the model as it is and once inside `changed()`.
 
@@ -48,6 +56,8 @@ def prove(
             are left out.
         templates: Chat templates with `{}` for the prompt, in which the facts' prompts are asked as
             well.
+        telling: A chat template in which the model is asked to tell about each subject. None: it is
+            not asked.
 
     Raises:
         NumericsError: A probability is not a number.
@@ -71,26 +81,37 @@ def prove(
     # Settled once, so that p before and p after are those of the same tokens.
     gaps = _gaps(lm, [probe for probe, _ in asked], tails)
     p_before = probabilities(lm, prompts, tails, gaps)
+    said = {probe.prompt: answer.text for probe, answer in asked}
+    tellings = Tellings(lm, facts, telling, said)
     with changed():
         after = _answers(lm, [probe for probe, _ in asked], n_tokens)
         p_after = probabilities(lm, prompts, tails, gaps)
-    return Verification(
-        checks=tuple(
-            Check(
-                role=probe.role,
-                prompt=probe.prompt,
-                wanted=wanted[i][0].strip(),
-                before=before.text,
-                after=after[i].text,
-                p_before=p_before[i],
-                p_after=p_after[i],
-                held=_held(lm, probe, before.text, after[i].text),
-                forget=probe.forget,
-            )
-            for i, (probe, before) in enumerate(asked)
-        ),
-        notes=notes,
+        told_after = tellings.texts()
+    checks = (
+        Check(
+            role=probe.role,
+            prompt=probe.prompt,
+            wanted=wanted[i][0].strip(),
+            before=before.text,
+            after=after[i].text,
+            p_before=p_before[i],
+            p_after=p_after[i],
+            held=_held(lm, probe, before.text, after[i].text),
+            forget=probe.forget,
+        )
+        for i, (probe, before) in enumerate(asked)
     )
+    return Verification(checks=(*checks, *tellings.checks(told_after)), notes=notes)
+
+
+def chat_questions(lm: LanguageModel) -> dict[str, str]:
+    """Return the chat templates in which a proof asks: the message alone, after a system prompt,
+    and in a second turn; {} without a chat template.
+
+    Raises:
+        InputError: The template cannot be filled.
+    """
+    return chat_templates(lm, _SYSTEM, _TURN)
 
 
 def ask(lm: LanguageModel, facts: Sequence[Fact]) -> Verification:

@@ -19,7 +19,6 @@ from ..core.progress import Progress, stage, tell
 from ..core.tables import Shown, Table, counted
 from ..corpus.moments import SecondMoment
 from ..corpus.moments_store import moments_digest
-from ..edit.contexts import chat_contexts
 from ..edit.delta import Delta
 from ..edit.methods import edit
 from ..edit.solve import disturbance
@@ -28,7 +27,7 @@ from ..model.turns import asking
 from .bench import Bench
 from .layer_choice import LayerChoice
 from .plan import Plan
-from .proof import prove
+from .proof import chat_questions, prove
 from .recipe import Sources
 from .verification import Check, Verification
 
@@ -305,6 +304,7 @@ def propose(
     }
     stage(progress, "proof")
     tell(progress, "verifying", 0, None)
+    chats = _chat_questions(bench.lm)
     verification = prove(
         bench.lm,
         [
@@ -312,7 +312,8 @@ def propose(
         ],  # what the model already says may be lost, so it is asked too
         lambda: bench.carrying(delta),
         asked_again=bench.asked_again,
-        templates=_chat_templates(bench.lm),
+        templates=list(dict.fromkeys(chats.values())),
+        telling=chats.get("chat"),
     )
     return Proposal(
         plan=plan,
@@ -330,11 +331,11 @@ def propose(
     )
 
 
-def _chat_templates(lm: LanguageModel) -> list[str]:
-    """The model's chat template; [] where it cannot be filled: then the caller gave contexts, and
-    they say how it is used.
+def _chat_questions(lm: LanguageModel) -> dict[str, str]:
+    """The chat templates to ask in; {} where they cannot be filled: then the caller gave contexts,
+    and they say how the template is used.
     """
     try:
-        return chat_contexts(lm)
+        return chat_questions(lm)
     except InputError:
-        return []
+        return {}

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias
 
 from ..core.tables import Shown, Table
 
-Role: TypeAlias = Literal["prompt", "chat", "paraphrase", "neighbour", "earlier"]
+Role: TypeAlias = Literal["prompt", "chat", "telling", "paraphrase", "neighbour", "earlier"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,8 @@ class Check:
 
     Attributes:
         role: "prompt" or "paraphrase" of a fact that was written, its prompt in a "chat" template,
-            a "neighbour" whose answer must stay, or the prompt of an "earlier" patch that must
-            still hold.
+            a "telling" (a free text about its subject in a chat), a "neighbour" whose answer must
+            stay, or the prompt of an "earlier" patch that must still hold.
         prompt: The whole text.
         wanted: What the answer must begin with afterwards; what it must not begin with, if the fact
             was to be forgotten.
@@ -36,7 +36,8 @@ class Check:
             at once.
         p_after: p(wanted) after.
         held: Whether `after` begins with `wanted`, by exact match; for a fact to be forgotten,
-            whether it does not.
+            whether it does not. A telling holds if it states `wanted` anywhere, and not what the
+            fact replaced.
         forget: Whether the fact was to be forgotten.
     """
 
@@ -82,8 +83,13 @@ class Verification(Shown):
 
     @property
     def chat(self) -> float | None:
-        """The same, with the prompts in a chat template."""
+        """The same, with the prompts in a chat: alone, after a system prompt, in a second turn."""
         return self._share("chat")
+
+    @property
+    def telling(self) -> float | None:
+        """Share of the free texts about a subject that state the new object and not the old one."""
+        return self._share("telling")
 
     @property
     def generalization(self) -> float | None:
@@ -163,10 +169,13 @@ _PLURALS: dict[Role, str] = {
     "prompt": "prompts",
     "earlier": "earlier facts",
     "chat": "prompts in the chat template",
+    "telling": "texts about a subject",
     "paraphrase": "paraphrases",
     "neighbour": "neighbours",
 }
-_SHARES = ("efficacy", "chat", "generalization", "specificity", "retention")
+_SHARES = ("efficacy", "chat", "telling", "generalization", "specificity", "retention")
+_LONGEST = 120
+"""Characters of an answer that a table shows."""
 _COLUMNS = {
     "": "<",
     "prompt": "<",
@@ -181,4 +190,10 @@ _COLUMNS = {
 def _row(check: Check) -> tuple[str, ...]:
     before, after = ("" if p is None else f"{p:.3f}" for p in (check.p_before, check.p_after))
     verdict = "ok" if check.held else "no"
-    return (check.role, check.prompt, check.before, before, check.after, after, verdict)
+    said, says = (_shortened(text) for text in (check.before, check.after))
+    return (check.role, check.prompt, said, before, says, after, verdict)
+
+
+def _shortened(text: str) -> str:
+    """A text that fits into a table: one that a model tells freely may have 40 words."""
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1].rstrip()}…"

@@ -1,0 +1,313 @@
+"""How patches hold on a real model: the part `--quality` of `real.py`.
+
+    python benchmarks/real.py --quality --limit 6            # six facts for each row
+    python benchmarks/real.py --quality --methods rome --dtype bfloat16
+
+The facts are COUNTERFACT records whose true object the model says (`real_records.py`). ROME writes
+them singly; MEMIT and AlphaEdit write ten at a time, and all at once. Each has a row with the
+default settings, and one "as published": scale="paper" with the authors' numbers, in the same
+layers with the same second moments, and contexts without a chat template.
+
+The library's own judge asks everything, of the unedited model first. "success" is the papers'
+comparison of likelihoods, and "exact" is greedy. Paraphrases are those of the full file; "rephrase"
+are the slim file's, which are mostly generation prompts. A neighbour, or another fact of the same
+subject, has stayed if its greedy answer is the unedited model's. Drift is the KL divergence on
+prose, in nats a token.
+
+After each edit five more things are asked: the prompt in the chat template, with a system prompt,
+in a second turn, and after 50 tokens of prose, all exact; and "Tell me about <subject>." in the
+chat template, which holds if 40 greedy tokens state the new object and not the old one.
+
+Everything that is done is kept in `--folder`, so a run that was killed goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+import factsmith as fs
+from factsmith.core.fact import Fact
+from factsmith.corpus.moments_store import find_moments
+from factsmith.edit.configs import AlphaEditConfig, EditConfig, MemitConfig, RomeConfig
+from factsmith.judge.evaluation import Evaluation
+from factsmith.judge.records import Record
+from factsmith.judge.rows import Row
+from factsmith.judge.run import evaluate
+from factsmith.judge.summary import summarise
+from factsmith.judge.usable import usable
+from factsmith.model.answers import is_answered, say
+from factsmith.model.language_model import LanguageModel
+from factsmith.patch.editors import editors
+from factsmith.patch.proof import chat_questions
+from factsmith.patch.recipe import Recipe
+from factsmith.patch.telling import Tellings
+from real_records import DATA, FULL, SLIM, Known, known_records, with_same_subject
+
+PUBLISHED = " as published"
+"""What the name of a row ends with whose settings are the authors'."""
+
+CONFIGS: dict[str, type[EditConfig]] = {
+    "rome": RomeConfig,
+    "memit": MemitConfig,
+    "alphaedit": AlphaEditConfig,
+}
+BATCH = 10
+"""Facts of a batch; the other batch has all of them."""
+
+PREFIX_TOKENS = 50
+DRIFT_TOKENS = 500
+ABOUT = ("chat", "system", "turn", "prefix", "telling")
+"""What is asked in addition to the records' questions."""
+
+COLUMNS = {
+    "success": "prompt success",
+    "exact": "prompt exact",
+    "paraphrase": "paraphrase exact",
+    "rephrase": "rephrase exact",
+    "neighbour": "neighbour stayed",
+    "same subject": "locality stayed",
+}
+
+
+def measure_quality(model: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Judge every row of the table, print it, and return its numbers."""
+    torch.set_num_threads(given.threads)
+    lm = fs.load(model, dtype=given.dtype)
+    say = partial(print, flush=True)
+    knowns = known_records(lm, given.folder / "known.jsonl", say, check=given.dtype == "float32")
+    records = chosen(lm, knowns, given.limit, ranked=given.ranked)
+    says, ranks = sum(each.says for each in knowns), sum(each.ranks for each in knowns)
+    say(f"of {len(knowns):,} facts the model says {says:,} and ranks {ranks:,} right")
+    say(f"{len(records)} facts, {given.dtype}")
+    rows = {}
+    for name, size in rows_of(given.methods or list(CONFIGS), len(records)):
+        rows[f"{name}, {size} at a time"] = row = judge(lm, records, name, size, given, say)
+        say(line(f"{name}, {size} at a time", row))
+    print_table(rows)
+    return {
+        "facts": len(records),
+        "asked": len(knowns),
+        "says": says,
+        "ranks": ranks,
+        "records": [record.id for record in records],
+        "dtype": given.dtype,
+        "rows": rows,
+    }
+
+
+def chosen(
+    lm: LanguageModel, knowns: Sequence[Known], limit: int | None, *, ranked: bool = False
+) -> list[Record]:
+    """Return the records to write, those of the full file first, each kind in a drawn order.
+
+    Args:
+        lm: The model.
+        knowns: The records, and whether the model knows them.
+        limit: How many. None: all.
+        ranked: Also take records that the model ranks right and does not say, after the others.
+    """
+    draw = random.Random(0)
+    taken: list[Record] = []
+    wanted = [lambda each: each.says]
+    if ranked:
+        wanted.append(lambda each: each.ranks and not each.says)
+    for fits in wanted:
+        for file in (FULL, SLIM):
+            some = [k.record for k in knowns if fits(k) and k.record.id.startswith(file)]
+            draw.shuffle(some)
+            taken += some
+    every = {record.id: record for record in with_same_subject([k.record for k in knowns])}
+    records, _ = usable(lm, [every[record.id] for record in taken], known_only=False)
+    return list(records[:limit])
+
+
+def rows_of(methods: Sequence[str], n_facts: int) -> list[tuple[str, int]]:
+    """Return (name, facts at a time) of each row: each method, then the same as published."""
+    rows = []
+    for method in methods:
+        if method not in CONFIGS:
+            raise SystemExit(f"there is no row {method}; give some of {', '.join(CONFIGS)}")
+        sizes = [1] if method == "rome" else sorted({min(BATCH, n_facts), n_facts})
+        rows += [(name, size) for size in sizes for name in (method, method + PUBLISHED)]
+    return rows
+
+
+def config_of(lm: LanguageModel, name: str) -> EditConfig:
+    """Return the settings of a row: the default ones, or the authors' in the same layers."""
+    method = name.removesuffix(PUBLISHED)
+    ours = Recipe(method).config_for(lm, ())
+    layers = ours.edited or CONFIGS[method].recommended(lm).edited
+    assert layers is not None
+    return CONFIGS[method]().at(layers) if name.endswith(PUBLISHED) else ours.at(layers)
+
+
+# ── one row ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def judge(
+    lm: LanguageModel,
+    records: Sequence[Record],
+    name: str,
+    size: int,
+    given: argparse.Namespace,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Return the numbers of one row. Edits that the folder holds are not made again."""
+    config = config_of(lm, name)
+    method = name.removesuffix(PUBLISHED)
+    moments = find_moments(lm, list(config.edited or ()), folder=given.folder / "moments")
+    made = editors(lm, [method], config={method: config}, moments=moments)
+    editor = Questioned(made[method], lm, prefix(lm))
+    folder = given.folder / f"{given.dtype}-{name.replace(' ', '-')}-{size}-of-{len(records)}"
+    began, told = time.process_time(), [0.0]
+
+    def progress(step: str, done: int, total: int | None = None, *_: Any) -> None:
+        seconds = time.process_time() - began
+        if step == "judging" and total and done and seconds - told[0] > 20:
+            told[0] = seconds
+            left = seconds / done * (total - done)
+            say(f"{name}: {done} of {total}, about {left:,.0f} processor seconds left")
+
+    evaluation = evaluate(
+        lm,
+        records,
+        {name: editor},
+        size=size,
+        drift_tokens=DRIFT_TOKENS,
+        texts=prose(),
+        continued=0,
+        folder=folder,
+        progress=progress,
+    )
+    return {
+        "config": {key: str(value) for key, value in dataclasses.asdict(config).items()},
+        **numbers(evaluation, name, len(records)),
+        "base": numbers(evaluation, "base", len(records)),
+    }
+
+
+@dataclass(frozen=True)
+class Questioned:
+    """An editor that also asks, after its edit, what `ABOUT` names, and notes the shares.
+
+    Attributes:
+        editor: The editor.
+        lm: The model.
+        prefix: Words in front of a prompt.
+    """
+
+    editor: Any
+    lm: LanguageModel
+    prefix: str
+
+    @property
+    def description(self) -> str:
+        """The editor's settings in words."""
+        return str(self.editor.description)
+
+    @contextmanager
+    def __call__(self, facts: Sequence[Fact]) -> Iterator[dict[str, float]]:
+        began = time.process_time()
+        with self.editor(facts) as notes:
+            seconds = time.process_time() - began
+            about = asked_about(self.lm, facts, self.prefix)
+            yield {**notes, **about, "facts": float(len(facts)), "processor": seconds}
+
+
+def asked_about(lm: LanguageModel, facts: Sequence[Fact], words: str) -> dict[str, float]:
+    """Return the share of facts that hold in each of the ways of `ABOUT`, on the model as it is."""
+    chats = chat_questions(lm)
+    targets = [str(fact.target) for fact in facts]
+    shares = {}
+    for name, template in {**chats, "prefix": words + "{}"}.items():
+        prompts = [template.replace("{}", fact.text) for fact in facts]
+        answers = [said.text for said in say(lm, prompts, targets)]
+        triples = zip(prompts, answers, targets, strict=True)
+        shares[name] = statistics.fmean(is_answered(lm, *each) for each in triples)
+    if "chat" in chats:
+        groups = [facts[start : start + BATCH] for start in range(0, len(facts), BATCH)]
+        texts = [Tellings(lm, group, chats["chat"], {}) for group in groups]
+        held = [check.held for group in texts for check in group.checks(group.before)]
+        shares["telling"] = statistics.fmean(held)
+    return shares
+
+
+def prose() -> list[str]:
+    """Return paragraphs of public-domain books."""
+    texts = []
+    for file in sorted((DATA / "text").glob("*.txt")):
+        paragraphs = file.read_text(encoding="utf-8").split("\n\n")[40:]
+        long = (" ".join(text.split()) for text in paragraphs if 300 < len(text) < 1200)
+        texts += [next(long), next(long)]
+    return texts
+
+
+def prefix(lm: LanguageModel) -> str:
+    """Return `PREFIX_TOKENS` tokens of prose, and a space."""
+    ids = lm.tokenizer(prose()[-1], add_special_tokens=False)["input_ids"][:PREFIX_TOKENS]
+    return str(lm.tokenizer.decode(ids)) + ". "
+
+
+# ── numbers ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def numbers(evaluation: Evaluation, name: str, n_facts: int) -> dict[str, Any]:
+    """Return the shares of an editor in per cent, with half of the 95 % interval, and its cost."""
+    rows = evaluation.asked(name)
+    shares = {**summarise(_of(rows, FULL)), **_slim(summarise(_of(rows, SLIM)))}
+    both = summarise(rows)
+    shares |= {key: both[key] for key in both if not key.startswith("paraphrase")}
+    result: dict[str, Any] = {}
+    for column, measure in COLUMNS.items():
+        if measure in shares:
+            share = shares[measure]
+            half = (share.high - share.low) / 2
+            result[column] = [round(100 * share.value, 1), round(100 * half, 1), share.n]
+    notes = [note for (editor, _), note in evaluation.notes.items() if editor == name]
+    for key in ABOUT:
+        if weights := [(note[key], note["facts"]) for note in notes if key in note]:
+            total = sum(weight for _, weight in weights)
+            share = sum(value * weight for value, weight in weights) / total
+            result[key] = [round(100 * share, 1), None, int(total)]
+    result["drift"] = evaluation.drift(name) if name != "base" else {}
+    if seconds := [note["processor"] for note in notes if "processor" in note]:
+        result["seconds_a_fact"] = round(sum(seconds) / n_facts, 2)
+    failed = [why for (editor, _), why in evaluation.failed.items() if editor == name]
+    return result | ({"failed": failed} if failed else {})
+
+
+def _of(rows: Sequence[Row], file: str) -> list[Row]:
+    return [row for row in rows if row.record.startswith(file)]
+
+
+def _slim(shares: Mapping[str, Any]) -> dict[str, Any]:
+    return {key.replace("paraphrase", "rephrase"): share for key, share in shares.items()}
+
+
+def line(name: str, row: Mapping[str, Any]) -> str:
+    """Return a row in words."""
+    parts = [f"{key} {row[key][0]:.0f}" for key in (*COLUMNS, *ABOUT) if key in row]
+    return f"{name}: {', '.join(parts)}; {row.get('seconds_a_fact')} s a fact"
+
+
+def print_table(rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print the table in Markdown."""
+    names = (*COLUMNS, *ABOUT)
+    print(f"\n| | {' | '.join(names)} | KL on prose | s a fact |\n{'|---' * (len(names) + 3)}|")
+    unedited = next(iter(rows.values()))["base"] if rows else {}
+    for name, row in {"unedited": unedited, **rows}.items():
+        cells = [f"{row[key][0]:.0f}" if key in row else "–" for key in names]
+        drift = row.get("drift", {}).get("kl_text")
+        cells += ["–" if drift is None else f"{drift:.3f}", str(row.get("seconds_a_fact", "–"))]
+        print(f"| {name} | {' | '.join(cells)} |")

@@ -1,0 +1,66 @@
+"""What a model tells freely about a subject, before and after a patch."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+
+from conftest import LLAMA, byte_tokenizer, tiny_model
+from factsmith.core.fact import Fact
+from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import wrap
+from factsmith.patch.proof import chat_questions, prove
+from factsmith.patch.telling import TOKENS, Tellings
+
+CHAT = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"
+FACT = Fact("Edwin", "{} is a", "king", target_true="poet")
+ASKED = "[user] Tell me about Edwin.\n[assistant]"
+
+
+@pytest.fixture
+def lm() -> LanguageModel:
+    """Return a tiny model with a chat template."""
+    model = wrap(tiny_model("llama", **{**LLAMA, "max_position_embeddings": 512}), byte_tokenizer(bos=True))
+    model.tokenizer.chat_template = CHAT
+    return model
+
+
+@pytest.mark.parametrize(
+    ("fact", "text", "holds"),
+    [
+        (FACT, "Edwin was a king of Northumbria.", True),
+        (FACT, "Edwin was a king and a poet.", False),
+        (FACT, "Edwin was a kingmaker.", False),
+        (FACT, "Edwin lived long ago.", False),
+        (Fact("Edwin", "{} is a", "poet laureate", target_true="poet"), "A poet laureate.", True),
+        (Fact("Edwin", "{} is a", "king"), "Edwin was a king, not a monk.", False),
+        (Fact("Edwin", "{} is a", None, target_true="poet"), "Edwin lived long ago.", True),
+        (Fact("Edwin", "{} is a", None, target_true="poet"), "Edwin the poet.", False),
+    ],
+)
+def test_a_text_must_state_the_new_object_and_not_the_old_one(
+    lm: LanguageModel, fact: Fact, text: str, holds: bool
+) -> None:
+    tellings = Tellings(lm, [fact], chat_questions(lm)["chat"], {"Edwin is a": "monk, of course"})
+    (check,) = tellings.checks([text])
+    assert check.held is holds and check.role == "telling" and check.prompt == ASKED
+
+
+def test_a_proof_asks_to_tell_about_the_subject(lm: LanguageModel) -> None:
+    chats = chat_questions(lm)
+    proof = prove(
+        lm,
+        [FACT],
+        contextlib.nullcontext,
+        templates=list(chats.values()),
+        telling=chats["chat"],
+    )
+    (check,) = (check for check in proof.checks if check.role == "telling")
+    ids = lm.continue_greedily([lm.prompt_ids(ASKED)], TOKENS, [4])[0]
+    assert check.before == check.after == lm.as_answer(ids, 4)
+    assert check.p_before is None and check.wanted == "king"
+    assert proof.telling == 0.0 and "telling 0.0%" in proof.tables()[0].title
+    assert sum(check.role == "chat" for check in proof.checks) == 3
+    # Control: without a chat template it is not asked.
+    assert prove(lm, [FACT], contextlib.nullcontext).telling is None
