@@ -11,7 +11,9 @@ from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap
 
 MESSAGES = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant]"
-NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+)
 LAST_ONLY = "[user] {{ messages[-1].content }}\n[assistant]"
 TURN = ("Hello!", "Hi.")
 

@@ -21,7 +21,9 @@ ASKED = "[user] Tell me about Edwin.\n[assistant]"
 @pytest.fixture
 def lm() -> LanguageModel:
     """Return a tiny model with a chat template."""
-    model = wrap(tiny_model("llama", **{**LLAMA, "max_position_embeddings": 512}), byte_tokenizer(bos=True))
+    model = wrap(
+        tiny_model("llama", **{**LLAMA, "max_position_embeddings": 512}), byte_tokenizer(bos=True)
+    )
     model.tokenizer.chat_template = CHAT
     return model
 

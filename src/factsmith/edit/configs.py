@@ -103,8 +103,11 @@ class RomeConfig(EditConfig):
         return "ffn"
 
     def own_contexts(self, lm: LanguageModel, seed: int) -> list[str]:
-        """Return the bare prompt and 20 contexts that the model writes."""
-        return generate_contexts(lm, seed)
+        """Return the bare prompt and 20 contexts that the model writes.
+
+        Those in the chat template follow, except with scale="paper": the papers have none.
+        """
+        return generate_contexts(lm, seed, chat=self.scale != "paper")
 
     @property
     def edited(self) -> tuple[int, ...] | None:
@@ -229,8 +232,11 @@ class SpreadConfig(EditConfig):
         return "stream"
 
     def own_contexts(self, lm: LanguageModel, seed: int) -> list[str]:
-        """Return the bare prompt and 5 openings that the model continues."""
-        return generate_openings(lm, seed)
+        """Return the bare prompt and 5 openings that the model continues.
+
+        Those in the chat template follow, except with scale="paper": the papers have none.
+        """
+        return generate_openings(lm, seed, chat=self.scale != "paper")
 
     @property
     def edited(self) -> tuple[int, ...] | None:

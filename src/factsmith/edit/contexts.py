@@ -5,7 +5,7 @@
     ...
 
 A context is a template with one `{}`, where the prompt goes. If the tokenizer has a chat template,
-the prompt as a user's message is one more context.
+the prompt as a user's message gives further contexts.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _TURN = ("Hello!", "Hello! How can I help you?")
 
 
 @asking()
-def generate_contexts(lm: LanguageModel, seed: int = 0) -> list[str]:
+def generate_contexts(lm: LanguageModel, seed: int = 0, *, chat: bool = True) -> list[str]:
     """Return ROME's contexts: the bare "{}" and 20 templates "Some words. {}".
 
     The model samples the words, all in one batch. The same model and seed give the same list. Ten
     templates have 4 sampled tokens and ten have 9. These are the lengths of the authors' code,
-    which counts the start token. A chat template adds one more context.
+    which counts the start token. With `chat`, the contexts of `chat_contexts` follow.
 
     Raises:
         InputError: The tokenizer has neither BOS nor EOS to start from, or its chat template cannot
@@ -58,11 +58,12 @@ def generate_contexts(lm: LanguageModel, seed: int = 0) -> list[str]:
     texts = (
         lm.tokenizer.decode(ids[:length]) for ids, length in zip(sequences, lengths, strict=True)
     )
-    return ["{}", *(f"{_plain(text)}. {{}}" for text in texts), *chat_contexts(lm)]
+    chats = chat_contexts(lm) if chat else []
+    return ["{}", *(f"{_plain(text)}. {{}}" for text in texts), *chats]
 
 
 @asking()
-def generate_openings(lm: LanguageModel, seed: int = 0) -> list[str]:
+def generate_openings(lm: LanguageModel, seed: int = 0, *, chat: bool = True) -> list[str]:
     """Return MEMIT's contexts: the bare "{}" and 5 templates that begin with `OPENINGS`.
 
     The model continues each opening. Otherwise as `generate_contexts`.
@@ -70,7 +71,8 @@ def generate_openings(lm: LanguageModel, seed: int = 0) -> list[str]:
     n_tokens = _OPENING_TOKENS - 1
     sequences = sample(lm, len(OPENINGS), n_tokens, top_k=_TOP_K, seed=seed, openings=OPENINGS)
     texts = (lm.tokenizer.decode(ids) for ids in sequences)
-    return ["{}", *(f"{_plain(text)}. {{}}" for text in texts), *chat_contexts(lm)]
+    chats = chat_contexts(lm) if chat else []
+    return ["{}", *(f"{_plain(text)}. {{}}" for text in texts), *chats]
 
 
 def chat_contexts(lm: LanguageModel) -> list[str]:

@@ -9,6 +9,8 @@ The `{}` is where the user's message goes, and the text ends where the assistant
 
 from __future__ import annotations
 
+from functools import partial
+
 from ..core.errors import InputError
 from .language_model import LanguageModel
 
@@ -81,8 +83,8 @@ def chat_templates(lm: LanguageModel, system: str, turn: tuple[str, str]) -> dic
         return {}
     ways = {"chat": plain}
     for name, words, fill in (
-        ("system", (system,), lambda: chat_template(lm, system=system)),
-        ("turn", turn, lambda: chat_template(lm, turn=turn)),
+        ("system", (system,), partial(chat_template, lm, system=system)),
+        ("turn", turn, partial(chat_template, lm, turn=turn)),
     ):
         try:
             text = fill()

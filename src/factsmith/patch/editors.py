@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -346,6 +346,14 @@ each.
 """
 
 
+class _KeptTarget(NamedTuple):
+    """The target of one fact: its row in the targets of a search, and its part of the seconds."""
+
+    targets: Targets
+    row: int
+    seconds: float
+
+
 class _Writer:
     """What the open blocks have written into a model, and the targets that methods share.
 
@@ -359,15 +367,16 @@ class _Writer:
         self.deltas: list[Delta] = []
         self._base: dict[int, Tensor] = {}  # of each layer that an open block changed
         self._open = 0
-        self._targets: dict[Any, tuple[Targets, float]] = {}  # and the seconds that they took
+        self._targets: dict[Any, _KeptTarget] = {}
         self._reused = 0.0
 
     def targets(
         self, facts: Sequence[Fact], config: EditConfig, contexts: Sequence[str]
     ) -> Targets | None:
-        """Targets of these facts on the model as it is: searched once, and kept.
+        """Targets of these facts on the model as it is: each searched once, and kept.
 
-        None where they cannot be shared: inside a block, and for several facts of ROME.
+        A batch finds those that other batches and methods have searched. None where they cannot be
+        shared: inside a block, and for several facts of ROME.
         """
         single = config.site == "ffn"
         repeated = len({fact.text for fact in facts}) < len(facts)
@@ -375,17 +384,27 @@ class _Writer:
             return None
         layer = config.edited[-1]
         search = tuple(getattr(config, field.name) for field in dataclasses.fields(TargetConfig))
-        texts = tuple((fact.text, fact.subject, fact.target) for fact in facts)
-        key = (texts, layer, config.site, search, tuple(contexts))
-        if key in self._targets:
-            self._reused = self._targets[key][1]
-            return self._targets[key][0]
-        while sum(len(kept.facts) for kept, _ in self._targets.values()) >= _KEPT:
+        place = (layer, config.site, search, tuple(contexts))
+        keys = [(fact.text, fact.subject, fact.target, *place) for fact in facts]
+        kept = {key: self._targets[key] for key in keys if key in self._targets}
+        missing = [i for i, key in enumerate(keys) if key not in kept]
+        self._reused = sum(one.seconds for one in kept.values())
+        if missing:
+            began = time.perf_counter()
+            searched = find_targets(
+                self.lm, [facts[i] for i in missing], layer, config, contexts, site=config.site
+            )
+            seconds = (time.perf_counter() - began) / len(missing)
+            for row, i in enumerate(missing):
+                kept[keys[i]] = _KeptTarget(searched, row, seconds)
+            self._keep(kept)
+        return Targets.gathered([(kept[key].targets, kept[key].row) for key in keys])
+
+    def _keep(self, targets: Mapping[Any, _KeptTarget]) -> None:
+        """Keep targets for later edits; the oldest go where there are too many."""
+        self._targets.update(targets)
+        while len(self._targets) > max(_KEPT, len(targets)):
             del self._targets[next(iter(self._targets))]
-        began = time.perf_counter()
-        targets = find_targets(self.lm, facts, layer, config, contexts, site=config.site)
-        self._targets[key] = (targets, time.perf_counter() - began)
-        return targets
 
     @contextmanager
     def block(self, solve: Callable[[], _Change]) -> Iterator[dict[str, float]]:
