@@ -14,9 +14,11 @@ are the slim file's, which are mostly generation prompts. A neighbour, or anothe
 subject, has stayed if its greedy answer is the unedited model's. Drift is the KL divergence on
 prose, in nats a token.
 
-After each edit five more things are asked: the prompt in the chat template, with a system prompt,
-in a second turn, and after 50 tokens of prose, all exact; and "Tell me about <subject>." in the
-chat template, which holds if 40 greedy tokens state the new object and not the old one.
+After each edit five more things are asked. The prompt is asked in the chat template, with a system
+prompt, and in a second turn: it holds if 24 greedy tokens begin with the new object, or state it
+and not the old one. It is asked after 50 tokens of prose, where the answer must begin with the new
+object. And "Tell me about <subject>." is asked in the chat template: it holds if 40 greedy tokens
+state the new object and not the old one.
 
 Everything that is done is kept in `--folder`, so a run that was killed goes on.
 """
@@ -49,9 +51,9 @@ from factsmith.judge.usable import usable
 from factsmith.model.answers import is_answered, say
 from factsmith.model.language_model import LanguageModel
 from factsmith.patch.editors import editors
-from factsmith.patch.proof import chat_questions
+from factsmith.patch.proof import CHAT_TOKENS, chat_questions
 from factsmith.patch.recipe import Recipe
-from factsmith.patch.telling import Tellings
+from factsmith.patch.telling import Tellings, holds
 from real_records import DATA, FULL, SLIM, Known, known_records, with_same_subject
 
 PUBLISHED = " as published"
@@ -228,13 +230,17 @@ class Questioned:
 def asked_about(lm: LanguageModel, facts: Sequence[Fact], words: str) -> dict[str, float]:
     """Return the share of facts that hold in each of the ways of `ABOUT`, on the model as it is."""
     chats = chat_questions(lm)
-    targets = [str(fact.target) for fact in facts]
     shares = {}
     for name, template in {**chats, "prefix": words + "{}"}.items():
         prompts = [template.replace("{}", fact.text) for fact in facts]
-        answers = [said.text for said in say(lm, prompts, targets)]
-        triples = zip(prompts, answers, targets, strict=True)
-        shares[name] = statistics.fmean(is_answered(lm, *each) for each in triples)
+        targets = [str(fact.target) for fact in facts]
+        answers = [each.text for each in say(lm, prompts, targets, n_tokens=CHAT_TOKENS)]
+        held = [
+            is_answered(lm, prompt, text, str(fact.target))
+            or (name in chats and holds(text, fact.target, fact.target_true))
+            for prompt, text, fact in zip(prompts, answers, facts, strict=True)
+        ]
+        shares[name] = statistics.fmean(held)
     if "chat" in chats:
         groups = [facts[start : start + BATCH] for start in range(0, len(facts), BATCH)]
         texts = [Tellings(lm, group, chats["chat"], {}) for group in groups]

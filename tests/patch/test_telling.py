@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Any
 
 import pytest
 
 from conftest import LLAMA, byte_tokenizer, tiny_model
 from factsmith.core.fact import Fact
+from factsmith.model.answers import Said
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap
 from factsmith.patch.proof import chat_questions, prove
@@ -66,3 +68,28 @@ def test_a_proof_asks_to_tell_about_the_subject(lm: LanguageModel) -> None:
     assert sum(check.role == "chat" for check in proof.checks) == 3
     # Control: without a chat template it is not asked.
     assert prove(lm, [FACT], contextlib.nullcontext).telling is None
+
+
+@pytest.mark.parametrize(
+    ("text", "held"),
+    [
+        ("king, of course", True),
+        ("Edwin is a king.", True),
+        ("Edwin is a poet, or a king.", False),
+        ("Edwin is a kingmaker.", False),
+    ],
+)
+def test_in_a_chat_a_model_may_repeat_the_question(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch, text: str, held: bool
+) -> None:
+    """A fact holds in a chat if the answer begins with the target, or states it in a sentence."""
+
+    def say(lm: LanguageModel, prompts: list[str], *_: object, n_tokens: int, **__: object) -> Any:
+        texts = [text if "[assistant]" in prompt else "Edwin is a king." for prompt in prompts]
+        assert n_tokens >= (24 if "[assistant]" in prompts[0] else 8)
+        return [Said(each, tuple(lm.prompt_ids(each)), lm.as_answer) for each in texts]
+
+    monkeypatch.setattr("factsmith.patch.proof.say", say)
+    chats = chat_questions(lm)
+    proof = prove(lm, [FACT], contextlib.nullcontext, templates=[chats["chat"]])
+    assert [check.held for check in proof.checks] == [False, held], "a prompt must be continued"

@@ -7,7 +7,7 @@ probabilities.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -27,8 +27,11 @@ from ..model.answers import (
 from ..model.chat import chat_templates
 from ..model.language_model import LanguageModel
 from ..model.turns import asking
-from .telling import Tellings
+from .telling import Tellings, holds, replaced
 from .verification import Check, Role, Verification
+
+CHAT_TOKENS = 24
+"""Length of an answer in a chat. Many models repeat the question before they answer."""
 
 _SYSTEM = "You are an expert. Complete what the user writes."
 _TURN = ("Can you help me with a few facts?", "Of course! Which ones?")
@@ -81,7 +84,7 @@ def prove(
     # Settled once, so that p before and p after are those of the same tokens.
     gaps = _gaps(lm, [probe for probe, _ in asked], tails)
     p_before = probabilities(lm, prompts, tails, gaps)
-    said = {probe.prompt: answer.text for probe, answer in asked}
+    said = {probe.prompt: before.text for probe, before in asked}
     tellings = Tellings(lm, facts, telling, said)
     with changed():
         after = _answers(lm, [probe for probe, _ in asked], n_tokens)
@@ -96,7 +99,7 @@ def prove(
             after=after[i].text,
             p_before=p_before[i],
             p_after=p_after[i],
-            held=_held(lm, probe, before.text, after[i].text),
+            held=_held(lm, probe, before.text, after[i].text, said),
             forget=probe.forget,
         )
         for i, (probe, before) in enumerate(asked)
@@ -155,7 +158,7 @@ class _Probe(NamedTuple):
     """One prompt to ask before and after.
 
     wanted: None means what is said before. forget: it must not be said any more. gap: what stands
-    between the prompt and what is wanted.
+    between the prompt and what is wanted. fact: the fact that a question in a chat is about.
     """
 
     role: Role
@@ -163,6 +166,7 @@ class _Probe(NamedTuple):
     wanted: str | None
     forget: bool = False
     gap: Gap = "auto"
+    fact: Fact | None = None
 
 
 def _probes(
@@ -178,7 +182,8 @@ def _probes(
     for fact in facts:
         probes.append(_probe("prompt", fact, fact.text))
         probes += [
-            _probe("chat", fact, template.replace("{}", fact.text)) for template in templates
+            _probe("chat", fact, template.replace("{}", fact.text))._replace(fact=fact)
+            for template in templates
         ]
         probes += [_probe("paraphrase", fact, text) for text in fact.paraphrase_texts]
         for near in fact.neighbours:
@@ -205,14 +210,23 @@ def _probe(role: Role, fact: Fact, prompt: str) -> _Probe:
 
 
 def _answers(lm: LanguageModel, probes: Sequence[_Probe], n_tokens: int) -> list[Said]:
-    """The answers to some probes; of a neighbour's nothing may be cut that could differ."""
-    return say(
-        lm,
-        [probe.prompt for probe in probes],
-        [probe.wanted or "" for probe in probes],
-        n_tokens=n_tokens,
-        whole=[probe.role == "neighbour" for probe in probes],
-    )
+    """The answers to some probes; of a neighbour's nothing may be cut that could differ.
+
+    In a chat there is room to repeat the question.
+    """
+    answers: dict[int, Said] = {}
+    for is_chat, length in ((False, n_tokens), (True, max(n_tokens, CHAT_TOKENS))):
+        some = [i for i, probe in enumerate(probes) if (probe.role == "chat") is is_chat]
+        if some:
+            said = say(
+                lm,
+                [probes[i].prompt for i in some],
+                [probes[i].wanted or "" for i in some],
+                n_tokens=length,
+                whole=[probes[i].role == "neighbour" for i in some],
+            )
+            answers.update(zip(some, said, strict=True))
+    return [answers[i] for i in range(len(probes))]
 
 
 def _counts(lm: LanguageModel, probe: _Probe, answer: str) -> bool:
@@ -220,11 +234,23 @@ def _counts(lm: LanguageModel, probe: _Probe, answer: str) -> bool:
     return probe.role != "earlier" or _held(lm, probe, answer, answer)
 
 
-def _held(lm: LanguageModel, probe: _Probe, before: str, after: str) -> bool:
-    """Whether an answer is as wanted: for a neighbour, the same as before."""
+def _held(
+    lm: LanguageModel,
+    probe: _Probe,
+    before: str,
+    after: str,
+    said: Mapping[str, str] | None = None,
+) -> bool:
+    """Whether an answer is as wanted: for a neighbour, the same as before; in a chat, also if it
+    states what is wanted. `said` has the answers before the change, by prompt.
+    """
     if probe.role == "neighbour":
         return stayed(before, after, probe.wanted)
-    return is_answered(lm, probe.prompt, after, probe.wanted or "") != probe.forget
+    begins = is_answered(lm, probe.prompt, after, probe.wanted or "") != probe.forget
+    if probe.fact is None:
+        return begins
+    stated = holds(after, probe.fact.target, replaced(probe.fact, said or {}))
+    return begins and stated if probe.forget else begins or stated
 
 
 def _wanted(probe: _Probe, answer: Said) -> tuple[str, str | tuple[int, ...]]:

@@ -9,7 +9,6 @@ tellings.checks(texts)[0].held      # the text states the new object and not the
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from ..core.fact import Fact
 from ..model.answers import as_said, states
@@ -29,21 +28,32 @@ _LINES = 4
 """Lines with text that a text has at most. Many begin with a title."""
 
 
-@dataclass(frozen=True)
-class _Telling:
-    """One text to ask for. `new` must be stated, and `old` must not be, if it is known."""
+def holds(text: str, new: str | None, old: str | None) -> bool:
+    """Return whether a free text states the new object and not the old one.
 
-    prompt: str
-    new: str | None
-    old: str | None
+    Args:
+        text: The text.
+        new: The new object. None: the fact was to be forgotten.
+        old: What the fact replaced. None: it is not known.
+    """
+    is_old = old is not None and states(text, old)
+    if new is None:
+        return not is_old
+    inside = old is not None and states(new, old)  # "York" in "New York"
+    return states(text, new) and (inside or not is_old)
 
-    def holds(self, text: str) -> bool:
-        """Return whether a text states the new object and not the old one."""
-        is_old = self.old is not None and states(text, self.old)
-        if self.new is None:
-            return not is_old
-        hides = self.old is not None and states(self.new, self.old)  # "York" in "New York"
-        return states(text, self.new) and (hides or not is_old)
+
+def replaced(fact: Fact, said: Mapping[str, str]) -> str | None:
+    """Return what a fact replaces: its target_true, or else what the model said to its prompt.
+
+    None: it is not known, or it is the target itself.
+
+    Args:
+        fact: The fact.
+        said: {prompt: answer} before the change.
+    """
+    old = (fact.target_true or as_said(said.get(fact.text, ""), None)).strip()
+    return old if old and old != (fact.target or "").strip() else None
 
 
 class Tellings:
@@ -70,16 +80,16 @@ class Tellings:
                 its target_true, or else this answer.
         """
         self.lm = lm
-        self._tellings = [
-            _Telling(prompt, fact.target, _old(fact, said))
-            for fact in (facts[:_MOST] if template else ())
-            if lm.has_room(prompt := _prompt(str(template), fact), TOKENS)
+        self._asked = [
+            (_prompt(template, fact), fact, replaced(fact, said))
+            for fact in facts[:_MOST]
+            if template and lm.has_room(_prompt(template, fact), TOKENS)
         ]
         self.before = self.texts()
 
     def texts(self) -> list[str]:
         """Return what the model tells now."""
-        heads = [self.lm.prompt_ids(telling.prompt) for telling in self._tellings]
+        heads = [self.lm.prompt_ids(prompt) for prompt, *_ in self._asked]
         if not heads:
             return []
         new = self.lm.greedy_ids(heads, TOKENS, [_LINES] * len(heads))
@@ -90,24 +100,20 @@ class Tellings:
         return [
             Check(
                 role="telling",
-                prompt=telling.prompt,
-                wanted=(telling.new or telling.old or "").strip(),
+                prompt=prompt,
+                wanted=(fact.target or old or "").strip(),
                 before=before,
                 after=text,
                 p_before=None,
                 p_after=None,
-                held=telling.holds(text),
-                forget=telling.new is None,
+                held=holds(text, fact.target, old),
+                forget=fact.target is None,
             )
-            for telling, before, text in zip(self._tellings, self.before, after, strict=True)
+            for (prompt, fact, old), before, text in zip(
+                self._asked, self.before, after, strict=True
+            )
         ]
 
 
 def _prompt(template: str, fact: Fact) -> str:
     return template.replace("{}", REQUEST.replace("{}", fact.subject))
-
-
-def _old(fact: Fact, said: Mapping[str, str]) -> str | None:
-    """Return what a fact replaces, or None if it is not known, or is the target itself."""
-    old = fact.target_true or as_said(said.get(fact.text, ""), None)
-    return old.strip() if old.strip() and old.strip() != (fact.target or "").strip() else None

@@ -36,8 +36,8 @@ class Check:
             at once.
         p_after: p(wanted) after.
         held: Whether `after` begins with `wanted`, by exact match; for a fact to be forgotten,
-            whether it does not. A telling holds if it states `wanted` anywhere, and not what the
-            fact replaced.
+            whether it does not. In a chat it also holds, and a telling only holds, if the text
+            states `wanted` anywhere, and not what the fact replaced.
         forget: Whether the fact was to be forgotten.
     """
 
