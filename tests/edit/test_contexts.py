@@ -89,17 +89,15 @@ def test_generated_contexts(tiny_lm: LanguageModel) -> None:
         )
 
 
-def test_a_chat_template_gives_three_more_contexts() -> None:
+def test_a_chat_template_is_one_more_context() -> None:
     lm = new_model("llama")
     assert chat_contexts(lm) == []
     messages = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
     lm.tokenizer.chat_template = "{{ bos_token }}" + messages + "[assistant]\n"
-    chats = chat_contexts(lm)
-    context = chats[0]
+    (context,) = chat_contexts(lm)
     assert context == "[user] {}\n[assistant]", "the tokenizer adds the BOS"
-    assert len(chats) == 3 and all(chat.endswith(context) for chat in chats)
-    assert chats[1].startswith("[system] ") and chats[2].startswith("[user] Hello!\n[assistant] ")
-    assert generate_contexts(lm)[-3:] == generate_openings(lm)[-3:] == chats
+    assert generate_contexts(lm)[-1] == generate_openings(lm)[-1] == context
+    assert len(generate_contexts(lm, chat=False)) == 21 and len(generate_contexts(lm)) == 22
     config = MemitConfig((0,), steps=12, lr=0.2, scale="auto", moment_weight=1e-4)
     fact = FACTS[2]
     delta = memit(lm, fact, config, moments=full_rank_moments(lm, (0,)), contexts=["{}", context])
@@ -168,8 +166,10 @@ def test_a_chat_template_that_gives_no_context_is_left_out(template: str) -> Non
 def test_a_chat_template_that_cannot_be_filled_is_refused(template: object) -> None:
     lm = new_model("llama")
     lm.tokenizer.chat_template = template
-    moments, config = full_rank_moments(lm, (0,)), MemitConfig((0,), steps=2)
+    moments, config = full_rank_moments(lm, (0,)), MemitConfig((0,), steps=2, scale="auto")
     with pytest.raises(InputError, match=r"chat template .* cannot be filled .*give contexts"):
         memit(lm, FACTS[0], config, moments=moments)
+    # The published settings have no contexts in a chat.
+    assert memit(lm, FACTS[0], MemitConfig((0,), steps=2), moments=moments).layers
     delta = memit(lm, FACTS[0], config, moments=moments, contexts=["{}"])
     assert delta.facts == (FACTS[0],)

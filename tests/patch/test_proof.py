@@ -136,7 +136,7 @@ def test_an_edit_covers_the_chat_template(tmp_path: Path, method: str) -> None:
         outcome = bench.apply(fact, method, config, texts=TEXTS, force=True)
         assert outcome.revision is not None
         assert (
-            outcome.revision.config["contexts"][-3] == "[user] {}\n[assistant]"
+            outcome.revision.config["contexts"][-1] == "[user] {}\n[assistant]"
             and outcome.verification is not None
         )
         chats = [check for check in outcome.verification.checks if check.role == "chat"]

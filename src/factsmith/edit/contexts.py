@@ -5,7 +5,7 @@
     ...
 
 A context is a template with one `{}`, where the prompt goes. If the tokenizer has a chat template,
-the prompt as a user's message gives further contexts.
+the prompt as a user's message is one more context.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from ..core.checks import check_items, check_text
 from ..core.errors import InputError
-from ..model.chat import chat_templates
+from ..model.chat import chat_template
 from ..model.language_model import LanguageModel
 from ..model.sample import sample
 from ..model.turns import asking
@@ -35,10 +35,6 @@ _OPENING_TOKENS = 10
 
 _TOP_K = 5
 """Each token is sampled from this number of the most probable ones."""
-
-_SYSTEM = "You are a helpful assistant."
-_TURN = ("Hello!", "Hello! How can I help you?")
-"""The system prompt and the first turn of contexts in a chat."""
 
 
 @asking()
@@ -76,17 +72,16 @@ def generate_openings(lm: LanguageModel, seed: int = 0, *, chat: bool = True) ->
 
 
 def chat_contexts(lm: LanguageModel) -> list[str]:
-    """Return the chat template with the prompt as the user's message, in up to three forms.
+    """Return the chat template with the prompt as the user's message, in a list.
 
-    The forms are: the message alone, after a system prompt, and as the second turn. Each ends where
-    the assistant answers. Forms that the template does not have are left out. The list is empty if
-    the tokenizer has no chat template, if the template adds nothing, or if it does not contain the
-    message exactly once.
+    The template ends where the assistant answers. The list is empty if the tokenizer has no chat
+    template, if the template adds nothing, or if it does not contain the message exactly once.
 
     Raises:
         InputError: The template cannot be filled.
     """
-    return list(dict.fromkeys(chat_templates(lm, _SYSTEM, _TURN).values()))
+    template = chat_template(lm)
+    return [] if template is None else [template]
 
 
 def context_weights(contexts: Sequence[str]) -> list[float]:
