@@ -197,6 +197,24 @@ BERT = {
 }
 
 
+@pytest.fixture(autouse=True)
+def fresh_cache(
+    cache: Path,
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """Return a cache folder of this test, so that it meets nothing that another one left.
+
+    Tests of a real model share the cache of the run.
+    """
+    if "real" in request.path.parts:
+        return cache
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("FACTSMITH_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_gpt2() -> LanguageModel:
     return wrap(tiny_model("gpt2", **GPT2), byte_tokenizer())

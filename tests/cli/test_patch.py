@@ -312,10 +312,12 @@ def test_second_moments_of_a_workspace(run: Run, model: Path, tmp_path: Path) ->
         (["--texts", "empty.txt", "--out", "kept"], "no text"),
         (["--layer", "1", "--out", "empty.txt"], "cannot write into empty.txt"),
         (["--layer", "9", "--out", "kept"], "layers 0 to 2"),
-        (["--layer", "1"], "no folder to keep the second moments in"),
+        (["--layer", "1", "--bf16"], "no folder to keep the second moments in"),
+        (["--texts", "own"], "no folder to keep the second moments in"),
+        (["--texts", "own", "--texts", "empty.txt", "--out", "kept"], "the word own alone"),
         (["--max-tokens", "0", "--out", "kept"], "at least 1"),
         (["--max-tokens", "nan", "--out", "kept"], "at least 1"),
-        (["--max-tokens", "inf", "--out", "kept"], "give texts"),
+        (["--max-tokens", "inf", "--out", "kept", "--texts", "own"], "give texts"),
     ],
 )
 def test_moments_refuses(

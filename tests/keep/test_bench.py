@@ -103,7 +103,7 @@ def test_second_moments_are_the_base_models_and_are_kept(
     kept = SecondMoment.load(bench.ledger.folder / "moments" / "layer1.safetensors")
     assert torch.equal(kept.matrix, expected)
     # The next patch reads the kept moments and computes none.
-    monkeypatch.setattr("factsmith.corpus.moments_store.second_moments", None)
+    monkeypatch.setattr("factsmith.corpus.moments_store.moments_with_total", None)
     again = bench.apply(Fact("Edwin", "{} is a", "king"), config=QUICK, contexts=["{}"], force=True)
     assert again.revision is not None and again.revision.moments == outcome.revision.moments
 

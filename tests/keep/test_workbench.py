@@ -177,7 +177,7 @@ POINTS: dict[str, Callable[[pytest.MonkeyPatch, Callable[..., Any]], None]] = {
     ),
     "inside the solver": lambda m, bomb: m.setattr("factsmith.edit.rome.find_targets", bomb),
     "sampling": lambda m, bomb: m.setattr("factsmith.corpus.moments_store.own_text", bomb),
-    "moments": lambda m, bomb: m.setattr("factsmith.corpus.moments_store.second_moments", bomb),
+    "moments": lambda m, bomb: m.setattr("factsmith.corpus.moments_store.moments_with_total", bomb),
     "verifying": lambda m, bomb: m.setattr("factsmith.patch.proof.as_said", bomb),
     "saving": lambda m, bomb: m.setattr(Delta, "save", bomb),
     "writing weights": lambda m, bomb: fail_after(m, carried, "write_weights", bomb),
@@ -208,6 +208,7 @@ def test_a_failure_anywhere_leaves_both_as_before(
                 config=QUICK,
                 force=True,
                 moments=None if point in ("sampling", "moments") else moments,
+                texts="own" if point == "sampling" else None,
             )
     assert bomb.gone, "apply never reached the point of failure"
     assert hashes(lm) == before and bench.log() == log

@@ -39,7 +39,6 @@ def test_plan_and_propose_need_no_workspace(lm: LanguageModel) -> None:
     assert proposal.delta is not None and hashes(lm) == before
     assert list(dict.fromkeys(seen)) == [
         "planning",
-        "sampling text",
         "second moments",
         "solving",
         "facts",

@@ -3,12 +3,14 @@
     sentences(atlas.facts())[0]      "Rahim Jaffer took a job in Edmonton."
     crossed(atlas.facts())           facts whose subjects, relations and objects recur
     read_prose(Path("books"))        sentences of .txt files, as the models were trained on them
+    bundled_prose()[0]               a sentence of a public-domain book
 
 The same seed gives the same texts.
 """
 
 from __future__ import annotations
 
+import bz2
 import random
 import re
 from collections import Counter
@@ -93,14 +95,31 @@ def read_prose(folder: Path) -> list[str]:
 
     The files hold one sentence a line, with spaces around punctuation; those spaces are closed.
     """
+    return [sentence for path in sorted(folder.glob("*.txt")) for sentence in book_prose(path)]
+
+
+def book_prose(path: Path) -> list[str]:
+    """Return the sentences of one file, as `read_prose` does for a folder."""
     prose = []
-    for path in sorted(folder.glob("*.txt")):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            text = line
-            for mark, quote in _QUOTES:
-                text = text.replace(mark, quote)
-            text = text.replace("' ", "'").replace("( ", "(")
-            text = " ".join(re.sub(r" (?=[.,;:!?)]|'\w|n't\b)", "", text).split())
-            if len(text) > 20 and text[-1] in '.!?"':
-                prose.append(text)
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        text = line
+        for mark, quote in _QUOTES:
+            text = text.replace(mark, quote)
+        text = text.replace("' ", "'").replace("( ", "(")
+        text = " ".join(re.sub(r" (?=[.,;:!?)]|'\w|n't\b)", "", text).split())
+        if len(text) > 20 and text[-1] in '.!?"':
+            prose.append(text)
     return prose
+
+
+BUNDLED_PROSE = Path(__file__).parent / "prose.txt.bz2"
+"""Sentences of public-domain books in random order. `tools/prose.py` makes the file.
+
+Lines at its beginning that start with "#" name the books.
+"""
+
+
+def bundled_prose() -> list[str]:
+    """Return the sentences of the bundled books, in random order."""
+    lines = bz2.decompress(BUNDLED_PROSE.read_bytes()).decode("utf-8").splitlines()
+    return [line for line in lines if not line.startswith("#")]

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from ..core.checks import check_number
-from ..corpus.paragraphs import Paragraphs
+from ..corpus.own import texts_of
 from .models import opened_workspace
 from .options import Device, Json, Seed, Texts, Where
 from .printing import complain, print_result
@@ -47,7 +47,7 @@ def capacity(
       factsmith capacity -w my-workspace --next 500 --limit 5 --json
     """
     check_number(limit, "limit", "the percentage of lost facts", above=0, below=100)
-    corpus = Paragraphs(texts) if texts else None
+    corpus = texts_of(texts)
     with progress() as tell, opened_workspace(workspace, device, tell) as bench:
         full = bench.capacity(
             next_facts, limit=limit, ask=verify, texts=corpus, seed=seed, progress=tell

@@ -16,7 +16,7 @@ from ..core.errors import InputError, NumericsError
 from ..core.files import check_writable
 from ..core.progress import Progress
 from ..core.tables import visible
-from ..corpus.paragraphs import Paragraphs
+from ..corpus.own import texts_of
 from ..keep.ledger import Ledger
 from . import completing
 from .models import load_model, need_model, opened, workspace_of
@@ -114,8 +114,9 @@ JudgeTexts = Annotated[
     list[Path] | None,
     typer.Option(
         metavar="FILE",
-        help="Plain text for second moments, and to measure drift on; may be repeated.",
-        show_default="moments that are kept, or the model's own text",
+        help="Plain text for second moments, and to measure drift on; may be repeated. The word "
+        "own asks for text that the model writes.",
+        show_default="kept moments, or bundled text; for drift the model's own",
     ),
 ]
 
@@ -220,7 +221,7 @@ def evaluate(  # house: Typer reads one parameter for each option
     fields = _fields(field or [])
     names, numbers, changes = _names(methods), _numbers(sizes), _by_method(setting or [])
     task_names = _task_names(tasks, tasks_folder, tasks_limit)
-    corpus = Paragraphs(texts) if texts else None
+    corpus = texts_of(texts)
     if folder is not None:
         _check_folder(folder)
     with progress() as tell:
@@ -294,7 +295,7 @@ def drift(  # house: Typer reads one parameter for each option
       factsmith drift atlas --delta my-delta
     """
     need_model(model, workspace)
-    corpus = Paragraphs(texts) if texts else None
+    corpus = texts_of(texts)
     with contextlib.ExitStack() as stack:
         tell = stack.enter_context(progress())
         tell("checking the arguments", 0, None)

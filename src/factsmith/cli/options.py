@@ -68,8 +68,9 @@ Texts = Annotated[
     typer.Option(
         "--texts",
         metavar="FILE",
-        help="Plain text in UTF-8, a blank line between texts. May be repeated.",
-        show_default="text that the model writes",
+        help="Plain text in UTF-8, a blank line between texts. May be repeated. The word own asks "
+        "for text that the model writes.",
+        show_default="bundled text",
     ),
 ]
 MomentsAgain = Annotated[

@@ -13,7 +13,7 @@ from ..core.fact import Fact
 from ..core.factfile import FactFile, FactSheet
 from ..core.files import check_writable
 from ..core.progress import Progress
-from ..corpus.paragraphs import Paragraphs
+from ..corpus.own import texts_of
 from ..keep.ledger import Ledger
 from . import completing
 from .models import need_model, opened, read_moments, workspace_of
@@ -100,7 +100,7 @@ def moments(  # house: Typer reads one parameter for each option
         )
     if out is not None:
         check_writable(out)
-    corpus = Paragraphs(texts) if texts else None
+    corpus = texts_of(texts)
     with progress() as tell, opened(model, workspace, device, tell) as (lm, bench):
         import torch
 
@@ -221,7 +221,7 @@ def patch(  # house: Typer reads one parameter for each option
     described = _Described(subject, prompt, target, forget, paraphrase or [], neighbour or [])
     sheet = described.sheet() if file is None else described.of_file(file)
     changes = read_settings(setting)
-    corpus = Paragraphs(texts) if texts else None
+    corpus = texts_of(texts)
     with progress(*PATCH_STAGES) as tell:
         recipe = read_recipe(tell, sheet, method, changes, layers=layer, paper=paper)
         given = read_moments(moments, tell)

@@ -10,7 +10,7 @@ import typer
 from ..core.errors import NumericsError
 from ..core.factfile import FactFile
 from ..core.tables import counted
-from ..corpus.paragraphs import Paragraphs
+from ..corpus.own import texts_of
 from .models import opened_workspace
 from .options import Device, Json, Message, Method, Seed, Settings, Texts, Where, read_settings
 from .patch import read_recipe, replaced, stop_if_failed
@@ -95,7 +95,7 @@ def apply(  # house: Typer reads one parameter for each option
     """
     sheet = FactFile.sheet(file)
     changes = read_settings(setting)
-    corpus = Paragraphs(texts) if texts else None
+    corpus = texts_of(texts)
     with progress(*PATCH_STAGES) as tell:
         recipe = read_recipe(tell, sheet, method, changes)
         with opened_workspace(workspace, device, tell) as bench:

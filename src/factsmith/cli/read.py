@@ -11,6 +11,7 @@ from ..core.errors import InputError, WorkspaceError
 from ..core.files import check_writable
 from ..core.gap import gap_notes
 from ..core.tables import Table, in_one_line
+from ..corpus.own import texts_of
 from ..corpus.paragraphs import Paragraphs
 from . import completing
 from .models import need_model, opened
@@ -43,11 +44,11 @@ MaxTokens = Annotated[
 ]
 
 
-def _corpus(texts: list[Path] | None, index: Path | None) -> Paragraphs | None:
+def _corpus(texts: list[Path] | None, index: Path | None) -> Paragraphs | str | None:
     """Return the texts to read, after a check of the files and of the folder of the index."""
     if index is not None:
         check_writable(index)
-    return Paragraphs(texts) if texts else None
+    return texts_of(texts)
 
 
 def ask(
@@ -349,8 +350,8 @@ def census(
     """Count what a model is made of, and which neurons are idle.
 
     Memory, attention and embeddings are counted layer by layer. Idle neurons are those of the
-    model's index. The directions that text uses are counted on the given texts, or on text that the
-    model writes: an index keeps only the texts on which some neuron fires.
+    model's index. The directions that text uses are counted on the given texts, or on the bundled
+    ones: an index keeps only the texts on which some neuron fires.
 
     \b
     Examples:

@@ -4,6 +4,9 @@
     swept = sweep(lm, Corpus(texts, halves=True), [3], [sums])
     sums.result(swept)[3].mean                 # (d_ff, d_ff), with `split_half` and `excess`
 
+    sums = MomentSums({3: 3072}, Until(0.125, 12_288, 36_864, 196_608))
+    sweep(..., [sums], until=sums.is_enough)   # ends when the excess of every layer is 0.125
+
 Products are taken in float32 (float64 for a float64 model) for one batch and summed in float64.
 The halves are compared in two figures; `corpus.moments` explains them.
 """
@@ -28,6 +31,9 @@ _STRIPS = 8
 
 They take 9/16 of the products and of the memory of the whole matrix."""
 
+_STEPS = 1.1, 2.0
+"""How many times as many tokens the next comparison has, at least and at most."""
+
 _PROBES = 64
 """Keys drawn for `excess`. They add less than 1 % to the variation that the halves cause."""
 
@@ -45,17 +51,67 @@ class Estimate(NamedTuple):
     excess: float | None
 
 
+class Until(NamedTuple):
+    """How much text is enough: when the halves agree, which is looked at now and then.
+
+    Attributes:
+        excess: The largest `excess` that a layer may have.
+        first: Tokens after which the halves are compared for the first time.
+        likely: Tokens that are likely to be enough, as long as nothing was compared.
+        most: Tokens that are enough in any case.
+    """
+
+    excess: float
+    first: int
+    likely: int
+    most: int
+
+
 class MomentSums:
     """The accumulator of `second_moments`: a `HalvedSum` for each layer.
 
     Attributes:
         counts: Number of tokens in each half.
+        due: Number of tokens at which the halves are compared next.
+        expected: How many tokens there will be, by the last comparison.
     """
 
-    def __init__(self, sizes: Mapping[int, int]) -> None:
-        """Start at zero for these layers: {layer: d_ff}."""
+    def __init__(self, sizes: Mapping[int, int], until: Until | None = None) -> None:
+        """Start at zero.
+
+        Args:
+            sizes: {layer: d_ff}.
+            until: What `is_enough` goes by. None: it is not asked.
+        """
         self.counts = [0, 0]
+        self.until = until
+        self.due, self.expected = (0, 0) if until is None else (until.first, until.likely)
         self._sums = {layer: HalvedSum(d_ff) for layer, d_ff in sizes.items()}
+        self._order = list(self._sums)  # the layer that failed last is compared first
+
+    def is_enough(self) -> bool:
+        """Return whether every layer's `excess` is small enough, or the text is enough in any case.
+
+        It compares the halves of a layer only where that many tokens may be enough: the share of
+        the excess that is due to few tokens falls as 1 / n.
+        """
+        assert self.until is not None
+        count = sum(self.counts)
+        if count >= self.until.most:
+            return True
+        if count < self.due:
+            return False
+        for layer in list(self._order):
+            excess = self._sums[layer].excess(self.counts)
+            if excess is None or excess > self.until.excess:
+                self._order.remove(layer)
+                self._order.insert(0, layer)
+                needed = count * _per_token(1.0 if excess is None else excess)
+                needed = max(needed / _per_token(self.until.excess), _STEPS[0] * count)
+                self.expected = min(round(needed), self.until.most)
+                self.due = min(self.expected, round(_STEPS[1] * count))
+                return False
+        return True
 
     def add(self, batch: TextBatch, coefficients: Mapping[Bank, Coefficients]) -> None:
         """Add a batch to its half."""
@@ -77,7 +133,10 @@ class MomentSums:
             for half, strips in enumerate(total.strips)
             for i, strip in enumerate(strips)
         }
-        return tensors, {f"count{half}": str(n) for half, n in enumerate(self.counts)}
+        counts = {f"count{half}": str(n) for half, n in enumerate(self.counts)}
+        if self.until is not None:
+            counts |= {"due": str(self.due), "expected": str(self.expected)}
+        return tensors, counts
 
     def restore(self, tensors: Mapping[str, Tensor], fields: Mapping[str, str]) -> None:
         """Take up what `state` returned."""
@@ -88,6 +147,8 @@ class MomentSums:
                     for i, strip in enumerate(strips)
                 ]
         self.counts = [stated_count(fields, f"count{half}") for half in range(2)]
+        if self.until is not None:
+            self.due, self.expected = (stated_count(fields, x) for x in ("due", "expected"))
 
     def result(self, swept: Swept) -> dict[int, Estimate]:
         """Return each layer's estimate. A layer's sums are let go as soon as it is done."""
@@ -113,6 +174,7 @@ class HalvedSum:
             ]
             for _ in range(2)
         ]
+        self._compared: tuple[list[int], float | None] | None = None  # counts, and their excess
 
     def add(self, half: int, m: Tensor) -> None:
         """Add the coefficients (n_tokens, d_ff) of one batch."""
@@ -128,8 +190,23 @@ class HalvedSum:
             for strip, more in zip(strips, others, strict=True):
                 strip.add_(more.to(strip.device))
 
+    def excess(self, counts: Sequence[int]) -> float | None:
+        """Return the `excess` of what was added up to now; None if one half has nothing.
+
+        Args:
+            counts: Number of tokens in each half.
+        """
+        if self._compared is not None and self._compared[0] == list(counts):
+            return self._compared[1]
+        excess = None
+        if all(counts):
+            a, b = (self._matrix(half).div_(n) for half, n in enumerate(counts))
+            excess = _excess(a, b, counts)
+        self._compared = list(counts), excess
+        return excess
+
     def estimate(self, counts: Sequence[int]) -> Estimate:
-        """Return the mean over all tokens, and how far its halves differ. May be called once.
+        """Return the mean over all tokens, and how far its halves differ.
 
         Args:
             counts: Number of tokens in each half.
@@ -143,10 +220,12 @@ class HalvedSum:
         # Halves of different size differ more than equal ones. The balance is 1 for equal ones.
         balance = 2 * math.sqrt(counts[0] * counts[1]) / count
         difference = balance * (a - b).norm() / mean.norm().clamp(min=torch.finfo(mean.dtype).tiny)
-        return Estimate(mean, count, float(difference), _excess(a, b, counts))
+        known = self._compared is not None and self._compared[0] == list(counts)
+        excess = self.excess(counts) if known else _excess(a, b, counts)
+        return Estimate(mean, count, float(difference), excess)
 
     def _matrix(self, half: int) -> Tensor:
-        """Return the whole sum (d_ff, d_ff) of one half. The strips are changed."""
+        """Return the whole sum (d_ff, d_ff) of one half."""
         strips = self.strips[half]
         full = strips[0].new_empty(strips[0].shape[1], strips[0].shape[1])
         for start, strip in zip(self.starts, strips, strict=True):
@@ -177,3 +256,8 @@ def _excess(a: Tensor, b: Tensor, counts: Sequence[int]) -> float | None:
         unused.append(max(1 - 1 / ratio, 0.0) * n / sum(counts))
     share = sum(unused) / 2
     return min(share / (1 - share), 1.0)
+
+
+def _per_token(excess: float) -> float:
+    """Return q of an excess, q / (1 - q). It is proportional to 1 / n."""
+    return excess / (1 + excess)

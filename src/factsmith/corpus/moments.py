@@ -41,7 +41,6 @@ import torch
 from torch import Tensor
 
 from ..core.artefact import (
-    Checkpoint,
     believing,
     read_tensors,
     stated_count,
@@ -49,25 +48,18 @@ from ..core.artefact import (
     stated_number,
     write_tensors,
 )
-from ..core.checks import check_count, check_items, check_limit
+from ..core.checks import check_count, check_items
 from ..core.errors import DamagedError, FingerprintError, InputError, NumericsError
 from ..core.identity import same_model
 from ..core.tables import counted
-from ..model.address import check_dense_layer, check_layer
+from ..model.address import check_dense_layer
 from ..model.language_model import LanguageModel
 from ..model.turns import asking
 from .factors import jittered, null_space, solve_moment, spectrum
-from .moment_sums import MomentSums
-from .moments_file import stored_matrix
+from .measuring import TOKENS_PER_NEURON, how_much, measure
+from .moments_file import lower_triangle, stored_matrix
+from .ordinary import DIGEST, OrdinaryTexts
 from .scan import check_dtype
-from .sweep import Corpus, sweep
-
-TOKENS_PER_NEURON = 16
-"""Tokens read for each neuron if the caller does not say how many.
-
-Published work finds half as many enough (0.3 % of 44 million for 16,384 neurons), and edits of
-trained models got no better with more. The excess is then 9 to 12 %
-(`benchmarks/results/moments.json`)."""
 
 MOST_EXCESS = 0.5
 """Excess above which a second moment is thin.
@@ -85,7 +77,8 @@ class SecondMoment:
         matrix: (d_ff, d_ff) float32 or float64, symmetric, already divided by `count`.
         count: Number of tokens it is averaged over.
         fingerprint: The model's fingerprint; "" if unknown.
-        corpus: sha256 of the token ids it was computed from; "" if unknown.
+        corpus: sha256 of the token ids it was computed from; "" if unknown. For any beginning of
+            the bundled corpus it is the name and the digest of the whole (`ordinary.DIGEST`).
         layer: The layer; None if unknown.
         split_half: Relative difference between two halves of the text. None if unknown, or if all
             text fell into one half.
@@ -283,7 +276,9 @@ class SecondMoment:
         """Return C⁻¹ kᵢ for every row of keys (n, d_ff), as float64."""
         return solve_moment(self.factor, keys)
 
-    def save(self, path: str | os.PathLike[str], *, packed: bool = False) -> None:
+    def save(
+        self, path: str | os.PathLike[str], *, packed: bool = False, triangle: bool = False
+    ) -> None:
         """Write one safetensors file in one step. An older file is replaced.
 
         Args:
@@ -293,6 +288,9 @@ class SecondMoment:
                 u = C⁻¹ k then differs by 0.15 % (measured on three layers with condition numbers
                 of 1e4 to 2e5), and the matrix is positive definite by construction. Rounding C
                 itself to float16 costs 20 to 40 times as much.
+            triangle: Keep the lower triangle in float32, 2·d_ff·(d_ff + 1) bytes: half of the
+                float32 matrix. A symmetric float32 matrix comes back with the same bits. `packed`
+                goes first.
 
         Raises:
             WorkspaceError: The file cannot be written.
@@ -304,6 +302,8 @@ class SecondMoment:
                 "packed": (self.factor / scale[:, None])[rows, columns].half(),
                 "scale": scale.float(),
             }
+        elif triangle:
+            tensors = {"triangle": lower_triangle(self.matrix)}
         else:
             tensors = {"matrix": self.matrix}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -338,7 +338,7 @@ class SecondMoment:
             )
         advice = "compute the second moment again"
         tensors, metadata = read_tensors(path, advice)
-        layouts = ({"matrix"}, {"packed", "scale"})
+        layouts = ({"matrix"}, {"triangle"}, {"packed", "scale"})
         if metadata.get("format") != _FORMAT or set(tensors) not in layouts:
             raise DamagedError(
                 f"{path} is not a second moment of format {_FORMAT}: it holds "
@@ -385,10 +385,11 @@ def second_moments(
 
     Args:
         lm: The model.
-        texts: The texts, read as they are needed.
+        texts: The texts, read as they are needed. `ordinary_texts()` is the bundled corpus.
         layers: Layers without experts.
-        max_tokens: Stop after this many tokens; the last text is cut. None: TOKENS_PER_NEURON for
-            each neuron of the widest layer. math.inf: read all texts.
+        max_tokens: Stop after this many tokens; the last text is cut. math.inf: read all texts.
+            None: TOKENS_PER_NEURON for each neuron of the widest layer; of the bundled corpus as
+            many as it takes until no layer has an excess above ENOUGH_EXCESS.
         batch_tokens: Padded tokens in one forward pass.
         dtype: torch.bfloat16 runs the forward pass in it. That is faster, and its error is much
             smaller than the difference between the halves of the text. The weights stay as they
@@ -411,54 +412,55 @@ def second_moments(
         WorkspaceError: The checkpoint cannot be written.
         NumericsError: A state is not finite.
     """
+    return moments_with_total(
+        lm,
+        texts,
+        layers,
+        max_tokens=max_tokens,
+        batch_tokens=batch_tokens,
+        dtype=dtype,
+        checkpoint=checkpoint,
+        progress=None if progress is None else lambda done, _: progress(done),
+    )
+
+
+@asking()
+def moments_with_total(
+    lm: LanguageModel,
+    texts: Iterable[str],
+    layers: Sequence[int],
+    *,
+    progress: Callable[[int, int | None], object] | None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> dict[int, SecondMoment]:
+    """Do what `second_moments` does, and report how many tokens there will be.
+
+    Args:
+        lm: The model.
+        texts: The texts.
+        layers: Layers without experts.
+        progress: Called with the number of tokens done, and with how many there will be as far as
+            that is known now.
+        checkpoint: File that keeps the sums now and then.
+        options: max_tokens, batch_tokens and dtype.
+    """
     items = check_items(layers, "layers", "layer numbers, such as [3, 4]")
     if not items:
         raise InputError("layers is empty; give at least one layer, such as [3]", argument="layers")
     layers = sorted({check_dense_layer(layer, lm.ffn) for layer in items})
-    check_dtype(lm, dtype)
-    limit = enough_tokens(lm, layers, max_tokens)
-    corpus = Corpus(texts, limit, batch_tokens, dtype, halves=True)
-    fingerprint = lm.fingerprint
-    made_from = {
-        "format": f"unfinished second moments {_FORMAT}",
-        "fingerprint": fingerprint,
-        "layers": str(layers),
-        **corpus.settings(),
-    }
-    partial = None if checkpoint is None else Checkpoint(Path(checkpoint), made_from)
-    sums = MomentSums({layer: lm.ffn[layer].d_ff for layer in layers})
-    swept = sweep(lm, corpus, layers, [sums], checkpoint=partial, progress=progress)
-    moments = {
+    check_dtype(lm, options.get("dtype"))
+    corpus, until = how_much(lm, texts, layers, **options)
+    estimates, swept = measure(lm, corpus, layers, until, checkpoint=checkpoint, progress=progress)
+    return {
         layer: SecondMoment(
             matrix=estimate.mean,
             count=estimate.n_tokens,
-            fingerprint=fingerprint,
-            corpus=swept.digest,
+            fingerprint=lm.fingerprint,
+            corpus=DIGEST if isinstance(texts, OrdinaryTexts) else swept.digest,
             layer=layer,
             split_half=estimate.split_half,
             excess=estimate.excess,
         )
-        for layer, estimate in sums.result(swept).items()
+        for layer, estimate in estimates.items()
     }
-    if partial is not None:
-        partial.remove()
-    return moments
-
-
-def enough_tokens(
-    lm: LanguageModel, layers: Iterable[int], max_tokens: float | None = None
-) -> float:
-    """Return how many tokens second moments are computed from.
-
-    Args:
-        lm: The model.
-        layers: The layers.
-        max_tokens: The number itself. None: TOKENS_PER_NEURON for each neuron of the widest layer.
-
-    Raises:
-        InputError: max_tokens is not a number of at least 1. Infinity is accepted.
-        LayerError: The model has no such layer.
-    """
-    if max_tokens is not None:
-        return check_limit(max_tokens, "max_tokens")
-    return TOKENS_PER_NEURON * max(lm.ffn[check_layer(x, lm.n_layers)].d_ff for x in layers)

@@ -1,10 +1,11 @@
-"""The matrix of a second moment as a file holds it: whole, or packed.
+"""The matrix of a second moment as a file holds it: whole, as a triangle, or packed.
 
 matrix = stored_matrix(tensors)        # (d_ff, d_ff), or an error that says what is wrong
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -19,13 +20,15 @@ _ASYMMETRY = 1e-3
 
 
 def stored_matrix(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return the matrix of a file, packed or not.
+    """Return the matrix of a file in any of the layouts.
 
     Raises:
         KeyError, ValueError: It cannot be a second moment.
     """
     if "packed" in tensors:
         return _unpack(tensors)
+    if "triangle" in tensors:
+        tensors = {"matrix": _whole(tensors)}
     n = tensors["matrix"].shape[0] if tensors["matrix"].ndim else 0
     matrix = stored(tensors, "matrix", (n or None, n or None), _DTYPES)
     if bool((matrix.diagonal() < 0).any()) or not bool((matrix.diagonal() > 0).any()):
@@ -33,6 +36,26 @@ def stored_matrix(tensors: Mapping[str, Tensor]) -> Tensor:
     if bool((matrix - matrix.T).abs().max() > _ASYMMETRY * matrix.abs().max()):
         raise ValueError("its matrix is not symmetric")
     return matrix
+
+
+def lower_triangle(matrix: Tensor) -> Tensor:
+    """Return the lower triangle of a matrix (n, n), row by row, as (n (n + 1) / 2,) float32."""
+    return matrix.cpu()[torch.ones(matrix.shape, dtype=torch.bool).tril()].float()
+
+
+def _whole(tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the symmetric matrix (n, n) float32 of a lower triangle.
+
+    Raises:
+        KeyError, ValueError: It is not a triangle.
+    """
+    triangle = stored(tensors, "triangle", (None,), (torch.float32,))
+    n = (math.isqrt(8 * len(triangle) + 1) - 1) // 2
+    if n * (n + 1) // 2 != len(triangle):
+        raise ValueError(f"its triangle has {len(triangle)} entries, which no triangle has")
+    matrix = torch.zeros(n, n)
+    matrix[torch.ones(n, n, dtype=torch.bool).tril()] = triangle
+    return matrix + matrix.tril(-1).T
 
 
 def _unpack(tensors: Mapping[str, Tensor]) -> Tensor:

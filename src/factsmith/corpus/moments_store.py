@@ -1,4 +1,4 @@
-"""Second moments of a model: kept in a folder, shipped with the model, or computed now.
+"""Second moments of a model: kept in a folder, shipped with the model, cached, or computed now.
 
     moments = find_moments(lm, [3, 4, 5], folder="moments")  # computes the missing, keeps them
     load_moments("moments")                                  # {3: SecondMoment(layer=3, ...), ...}
@@ -9,9 +9,12 @@ A folder keeps them as layer<number>.safetensors.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,10 +22,17 @@ import torch
 from ..core.checks import check_limit
 from ..core.errors import DamagedError, InputError
 from ..core.identity import present_fingerprint
-from ..core.progress import Progress, tell
+from ..core.progress import Progress, note, tell
 from ..model.language_model import LanguageModel
 from ..model.sample import own_text
-from .moments import SecondMoment, enough_tokens, second_moments
+from .measuring import ENOUGH_EXCESS, enough_tokens
+from .moments import SecondMoment, moments_with_total
+from .moments_cache import cache_moments, cached_moments, rounded
+from .ordinary import ordinary_texts
+from .own import is_own
+
+_LOOKED_AT, _MOST_UNKNOWN = 20, 0.1
+"""Passages whose tokens are looked at, and the share of unknown ones that is too large."""
 
 
 def find_moments(  # house: a promised public signature
@@ -40,27 +50,30 @@ def find_moments(  # house: a promised public signature
 ) -> dict[int, SecondMoment]:
     """Return second moments of some layers: kept ones, shipped ones, or new ones.
 
-    A file of another model (by fingerprint), or of fewer tokens than `max_tokens`, is passed over.
-    An edit takes the moments of all its layers from one text. So if some layers lack a shipped
-    one, all missing layers are computed now, and the shipped files stay as they are.
+    They are looked for in the folder, then with the model, then in the user's cache. What is
+    missing is computed from the bundled corpus, and kept in the folder and in the cache. A file of
+    another model (by fingerprint), or of fewer tokens than `max_tokens`, is passed over. An edit
+    takes the moments of all its layers from one text. So if some layers lack a shipped one, all
+    missing layers come from the cache or are computed, and the shipped files stay as they are.
 
     Args:
         lm: The model.
         layers: The layers.
-        folder: Where kept ones are, and where new ones are written. None: nowhere.
-        texts: The texts to compute from; kept and shipped ones are then not used. None: text that
-            the model writes itself, from `seed`.
+        folder: Where kept ones are, and where new ones are written. None: the cache alone.
+        texts: The texts to compute from; kept, shipped and cached ones are then not used. "own":
+            text that the model writes itself. None: the bundled corpus, `ordinary_texts()`.
         max_tokens: As for `second_moments`.
-        dtype: As for `second_moments`.
+        dtype: As for `second_moments`. New ones in another dtype stay out of the cache, and so do
+            those of a given number of tokens.
         checkpoint: As for `second_moments`.
         packed: Whether new ones are written packed, as `SecondMoment.save` does.
         seed: The seed of the model's own text.
-        progress: Gets the progress of sampling and of the pass.
+        progress: Gets the progress of sampling and of the pass, and notes.
 
     Raises:
         LayerError: The model has no such layer.
-        DamagedError: A file cannot be read.
-        InputError: As `second_moments`; or max_tokens is infinite, and there are no texts.
+        DamagedError: A file of the folder, or of the model, cannot be read.
+        InputError: As `second_moments`; or max_tokens is infinite, and the model is to write.
     """
     layers = list(dict.fromkeys(layers))
     least = 0.0 if max_tokens is None else check_limit(max_tokens, "max_tokens")
@@ -76,22 +89,94 @@ def find_moments(  # house: a promised public signature
     missing = [layer for layer in layers if layer not in kept]
     if not missing:
         return kept
-    limit = enough_tokens(lm, missing, max_tokens)
-    computed = second_moments(
-        lm,
-        own_corpus(lm, limit, seed, progress) if texts is None else texts,
-        missing,
-        max_tokens=limit,
-        dtype=dtype,
-        checkpoint=checkpoint,
-        progress=lambda done: tell(
-            progress, "second moments", done, None if math.isinf(limit) else round(limit)
-        ),
-    )
-    for layer, moment in computed.items():
+    computing = _Computing(lm, max_tokens, dtype, checkpoint, progress)
+    if texts is None:
+        new = computing.or_cached(missing)
+    else:
+        new = computing.of(missing, computing.own_texts(missing, seed) if is_own(texts) else texts)
+    for layer, moment in new.items():
         if folder is not None and layer not in shipped:
-            moment.save(moments_file(folder, layer), packed=packed)
-    return kept | computed
+            moment.save(moments_file(folder, layer), packed=packed, triangle=texts is None)
+    return kept | new
+
+
+@dataclass(frozen=True)
+class _Computing:
+    """How second moments are computed where none are kept: the arguments of `find_moments`."""
+
+    lm: LanguageModel
+    max_tokens: float | None
+    dtype: torch.dtype | None
+    checkpoint: str | os.PathLike[str] | None
+    progress: Progress | None
+
+    def of(self, layers: Sequence[int], texts: Iterable[str]) -> dict[int, SecondMoment]:
+        """Compute them from texts."""
+        return moments_with_total(
+            self.lm,
+            texts,
+            layers,
+            max_tokens=self.max_tokens,
+            dtype=self.dtype,
+            checkpoint=self.checkpoint,
+            progress=partial(tell, self.progress, "second moments"),
+        )
+
+    def own_texts(self, layers: Sequence[int], seed: int) -> list[str]:
+        """Return texts that the model writes itself, as many as are read."""
+        limit = enough_tokens(self.lm, layers, self.max_tokens)
+        return own_corpus(self.lm, limit, seed, self.progress)
+
+    def or_cached(self, layers: Sequence[int]) -> dict[int, SecondMoment]:
+        """Return those of the bundled corpus: from the cache, or computed and put there."""
+        usual = self.max_tokens is None and self.dtype is None
+        cached = cached_moments(self.lm, layers, self.max_tokens or 0, self.progress)
+        missing = [layer for layer in layers if layer not in cached]
+        if not missing:
+            return cached
+        _warn_of_language(self.lm, self.progress)
+        computed = self.of(missing, ordinary_texts())
+        computed = {layer: rounded(moment) for layer, moment in computed.items()}
+        if usual:
+            _warn_of_excess(computed, self.progress)
+            computed = cache_moments(self.lm, computed, self.progress)
+        return cached | computed
+
+
+def _warn_of_language(lm: LanguageModel, progress: Progress | None) -> None:
+    """Send a note if the tokenizer does not know much of the bundled corpus."""
+    unknown = lm.tokenizer.unk_token_id
+    if unknown is None:
+        return
+    some = itertools.islice(ordinary_texts(), _LOOKED_AT)
+    ids = [
+        token for text in some for token in lm.tokenizer(text, add_special_tokens=False).input_ids
+    ]
+    share = ids.count(unknown) / max(len(ids), 1)
+    if share > _MOST_UNKNOWN:
+        note(
+            progress,
+            f"The tokenizer of {lm.name} does not know {100 * share:.0f} % of the bundled English "
+            "text, so the second moments say little about the model. Give texts in its language.",
+            argument="texts",
+        )
+
+
+def _warn_of_excess(moments: Mapping[int, SecondMoment], progress: Progress | None) -> None:
+    """Send a note if the bundled corpus was not enough for a layer."""
+    thin = {
+        layer: moment
+        for layer, moment in moments.items()
+        if moment.excess is None or moment.excess > ENOUGH_EXCESS
+    }
+    if thin:
+        layer, moment = max(thin.items(), key=lambda pair: pair[1].excess or 2.0)
+        note(
+            progress,
+            f"The bundled text ended before the second moments were as exact as usual (layer "
+            f"{layer}: {moment.describe()}). Give more text of your own where it matters.",
+            argument="texts",
+        )
 
 
 def load_moments(folder: str | os.PathLike[str]) -> dict[int, SecondMoment]:
@@ -121,20 +206,23 @@ def kept_moments(
     folder: str | os.PathLike[str] | None = None,
     least: float = 0,
 ) -> dict[int, SecondMoment]:
-    """Return the second moments that are in a folder or shipped with the model, by layer.
+    """Return the second moments that are there without work, by layer.
 
-    Files of another model are passed over.
+    They are looked for in a folder, then with the model, then in the user's cache. Files of another
+    model are passed over.
 
     Args:
         lm: The model.
         layers: The layers to look for.
-        folder: The folder. None: only those that were shipped.
+        folder: The folder. None: no folder.
         least: Files of fewer tokens are passed over.
     """
     layers = list(layers)
     kept = _read(lm, layers, folder, least)
     rest = [layer for layer in layers if layer not in kept]
-    return kept | _read(lm, rest, _shipped_folder(lm), least)
+    kept |= _read(lm, rest, _shipped_folder(lm), least)
+    rest = [layer for layer in layers if layer not in kept]
+    return kept | cached_moments(lm, rest, least)
 
 
 def _read(

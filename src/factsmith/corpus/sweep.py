@@ -72,6 +72,8 @@ class Corpus:
         dtype: `torch.bfloat16` runs the pass in it. None: the model's own dtype.
         halves: Whether a batch takes its pieces from one half of the corpus. The digest of a
             piece decides on its half, so copies of a text stay together.
+        window: Pieces that are sorted by length together. A sweep may end after each window. None:
+            `text.WINDOW`.
 
     Raises:
         InputError: The texts are not texts, or a number is below 1.
@@ -82,6 +84,7 @@ class Corpus:
     batch_tokens: int = 2048
     dtype: torch.dtype | None = None
     halves: bool = False
+    window: int | None = None
 
     def __post_init__(self) -> None:
         check_texts(self.texts)
@@ -97,13 +100,16 @@ class Corpus:
             "max_tokens": str(self.max_tokens),
             "batch_tokens": str(self.batch_tokens),
             "dtype": str(self.dtype),
+            **({} if self.window is None else {"window": str(self.window)}),
         }
 
     def batches(self, lm: LanguageModel) -> Iterator[TextBatch]:
         """Yield the batches in order. The same texts and settings give the same batches."""
         digest = hashlib.sha256()
         number = 0
-        for at, window in enumerate(windows(pieces(lm, self.texts, self.max_tokens)), 1):
+        for at, window in enumerate(
+            windows(pieces(lm, self.texts, self.max_tokens), self.window), 1
+        ):
             halves: tuple[list[Piece], list[Piece]] = ([], [])
             for piece in window:
                 text = repr(piece.ids).encode()
@@ -179,6 +185,7 @@ def sweep(
     *,
     checkpoint: Checkpoint | None = None,
     unit: Unit = "batch",
+    until: Callable[[], bool] | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Swept:
     """Read a corpus once and give every batch's coefficients to the accumulators.
@@ -191,6 +198,7 @@ def sweep(
         checkpoint: Where their state is kept now and then. If it holds a state, the sweep goes on
             from there. The caller removes it when the result is safe.
         unit: After what a checkpoint may be written.
+        until: Asked after each window of pieces. The sweep ends there if it returns True.
         progress: Called with the number of tokens read, after every batch and after a restart.
 
     Raises:
@@ -221,6 +229,8 @@ def sweep(
             raise _other_texts(checkpoint)
         if progress is not None:
             progress(n_tokens)
+        if until is not None and batch.ends_window and until():
+            break
     if at < done:
         raise _other_texts(checkpoint)
     if batch is None:

@@ -142,9 +142,9 @@ def _parts(text: str) -> Iterator[tuple[int, int]]:
     yield start, len(text)
 
 
-def windows(stream: Iterator[Piece]) -> Iterator[list[Piece]]:
-    """Yield as many pieces at a time as are sorted by length together."""
-    while window := list(itertools.islice(stream, WINDOW)):
+def windows(stream: Iterator[Piece], size: int | None = None) -> Iterator[list[Piece]]:
+    """Yield as many pieces at a time as are sorted by length together: `size`, or WINDOW."""
+    while window := list(itertools.islice(stream, size or WINDOW)):
         yield window
 
 

@@ -30,6 +30,7 @@ from ..core.files import file_digest
 from ..core.gap import gap_notes
 from ..core.progress import Progress, note, tell
 from ..core.tables import counted
+from ..corpus.own import OWN, is_own
 from ..corpus.paragraphs import Paragraphs
 from ..model.language_model import LanguageModel, check_model
 from .claim import claim_folder
@@ -232,7 +233,7 @@ class Campaign:
 
     def _schedule_with_text(self) -> Schedule:
         """Return the schedule with the beginning of the texts: a text has a token or more."""
-        if self.texts is None:
+        if self.texts is None or is_own(self.texts):
             return self.schedule
         texts = itertools.islice(self.texts, self.schedule.drift_tokens)
         return replace(self.schedule, texts=list(texts))
@@ -242,6 +243,8 @@ class Campaign:
         digests = None
         if isinstance(self.texts, Paragraphs):
             digests = [file_digest(file) for file in self.texts.files]
+        elif is_own(self.texts):
+            digests = [OWN]
         elif self.texts is not None:
             digests = [hashlib.sha256("\0".join(self.texts).encode()).hexdigest()]
         return {

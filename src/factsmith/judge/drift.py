@@ -28,6 +28,7 @@ from ..core.errors import FingerprintError, InputError
 from ..core.identity import same_model
 from ..core.progress import Progress, tell
 from ..core.tables import Shown, Table
+from ..corpus.own import is_own
 from ..corpus.text import pieces
 from ..model.answers import answer_tokens, as_said, n_lines, stayed
 from ..model.language_model import LanguageModel, check_model
@@ -371,7 +372,7 @@ def _text_rows(
     """
     check_model(lm)
     max_tokens = check_count(max_tokens, "max_tokens", "the number of tokens of text")
-    if texts is None:
+    if texts is None or is_own(texts):
         texts = own_text(lm, max_tokens, seed=seed)
     else:
         listed = check_items(texts, "texts", "texts", also="None")

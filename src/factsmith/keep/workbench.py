@@ -287,7 +287,7 @@ class Workbench(LedgerBench):
             config: The method's settings. None: the recommended ones.
             moments: Second moments of the edited layers. None: the kept ones, or computed from
                 `texts`.
-            texts: Ordinary text for second moments and drift. None: the model writes it.
+            texts: Ordinary text for second moments and drift, as in `Sources`.
             contexts: Templates with `{}` for the prompt. None: the model writes them.
             seed: Seed of everything that the model writes or that is drawn.
             gates: What the patch has to pass; facts without paraphrases or neighbours get some

@@ -85,7 +85,7 @@ def editors(
             MEMIT's layers, LoRA all of them.
         moments: {layer: SecondMoment} of the edited layers. None: the kept ones, or computed from
             `texts`.
-        texts: Ordinary text. None: the model writes it.
+        texts: Ordinary text. None: the bundled corpus. "own": the model writes it.
         folder: Where computed second moments are kept, and looked for.
         seed: Seed of the contexts, of text that the model writes, and of what training shuffles.
         progress: Called with the step's name, how much is done, and how much there is.

@@ -18,8 +18,10 @@ from typing import Any
 from ..core.errors import InputError
 from ..core.fact import Fact, Probe, listed
 from ..core.progress import Progress, tell
-from ..corpus.moments import SecondMoment, enough_tokens
+from ..corpus.measuring import enough_tokens
+from ..corpus.moments import SecondMoment
 from ..corpus.moments_store import find_moments, kept_moments, moments_file, own_corpus
+from ..corpus.own import is_own
 from ..edit.configs import MemitConfig, RomeConfig, shipped
 from ..edit.contexts import generate_contexts
 from ..edit.delta import applied
@@ -76,8 +78,8 @@ def recommend_layers(
             that the model knows.
         trials: Edits at the layers that stay in the race to the end, 24 if None. Layers far behind
             get a quarter or a half as many, six at least.
-        texts: Text for second moments. None: those that came with the model, or else text that the
-            model writes.
+        texts: Text for second moments; "own" is text that the model writes. None: those that came
+            with the model, or that the user's cache has, or else the bundled corpus.
         contexts: Templates with `{}` for the prompt. None: the model writes them.
         seed: Seed of the facts, the contexts and the text.
         progress: Called with the step's name, how much is done, and how much there is.
@@ -272,7 +274,7 @@ class _Trials:
             absent = [layer for layer in group if layer not in self.moments]
             self.moments.update(kept_moments(self.lm, absent, self.folder))
         if missing := [layer for layer in group if layer not in self.moments]:
-            if self.texts is None:
+            if is_own(self.texts):
                 n_tokens = enough_tokens(self.lm, missing)
                 self.texts = own_corpus(self.lm, n_tokens, self.sources.seed, self.progress)
             new = find_moments(self.lm, missing, texts=self.texts, progress=self.progress)

@@ -28,7 +28,7 @@ class GatheredMoments(Shown):
 
     Attributes:
         moments: {layer: SecondMoment}.
-        folder: Where they are kept. None: with the model.
+        folder: Where they are kept. None: with the model, or in the user's cache.
         computed: The layers whose files this run computed and wrote.
         copied: The layers whose files this run copied from kept ones.
     """
@@ -91,27 +91,29 @@ def gather_moments(  # house: one argument more than `find_moments`, whose argum
     Args:
         lm: The model.
         layers: The layers. None: those that the MEMIT family edits.
-        folder: Where they are kept. None: nowhere, so only those that came with the model count.
+        folder: Where they are kept. None: in the user's cache.
         find: What finds them: `find_moments` of the model, or of a workbench.
         max_tokens: How many tokens of text to read, at least.
-        texts: The text. None: the kept ones count; otherwise the model writes it.
+        texts: The text. None: the kept ones count; otherwise it is the bundled corpus.
         copy: Keep copies of those that came with the model, too.
         packed: Keep float16 Cholesky factors: a quarter of the bytes.
         options: As `find_moments`.
 
     Raises:
-        InputError: Something would have to be computed, and there is no folder.
+        InputError: Something would have to be computed that the cache does not keep, and there is
+            no folder.
         WorkspaceError: The folder cannot be written. Otherwise as `find_moments`.
     """
     chosen = sorted(set(layers)) if layers else list(MemitConfig.recommended(lm).layers or ())
     if folder is None:
+        usual = texts is None and max_tokens is None and options.get("dtype") is None
         kept = {} if texts else kept_moments(lm, chosen, least=max_tokens or 0)
-        if len(kept) < len(chosen):
+        if len(kept) < len(chosen) and not usual:
             raise InputError(
                 "there is no folder to keep the second moments in; name one, or a workspace",
                 argument="out",
             )
-        return GatheredMoments(kept, None)
+        return GatheredMoments(find_moments(lm, chosen, **options) if usual else kept, None)
     place = Path(folder)
     check_writable(place)
     before = _times(place)

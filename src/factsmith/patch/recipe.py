@@ -31,7 +31,8 @@ class Sources:
     Attributes:
         moments: Second moments of the edited layers: one SecondMoment, or {layer: SecondMoment}.
             None: the kept ones; otherwise they are computed from `texts`.
-        texts: Ordinary text for second moments and drift. None: the model writes it.
+        texts: Ordinary text for second moments and drift. None: the bundled corpus for second
+            moments, and for drift text that the model writes. "own": the model writes both.
         contexts: Templates with `{}` for the prompt. None: the model writes them.
         seed: Seed of the contexts and of the text that the model writes.
     """

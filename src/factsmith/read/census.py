@@ -22,8 +22,11 @@ from torch import Tensor, nn
 from ..core.errors import FingerprintError, InputError
 from ..core.progress import Progress, tell
 from ..core.tables import Shown, Table, counted
-from ..corpus.moments import enough_tokens, second_moments
+from ..corpus.measuring import enough_tokens
+from ..corpus.moments import second_moments
 from ..corpus.moments_store import own_corpus
+from ..corpus.ordinary import ordinary_texts
+from ..corpus.own import is_own
 from ..model.language_model import LanguageModel, check_model
 from ..model.turns import asking
 from .index_store import find_index
@@ -309,13 +312,14 @@ def find_census(
 
     Idle neurons are those of the model's index, which is made if there is none. Effective ranks
     need more: an index keeps only the texts that some neuron fires on. They are measured on the
-    same texts if texts are given, otherwise on text that the model writes itself. They take 16
-    tokens for each neuron of the widest layer.
+    same texts if texts are given, otherwise on the bundled corpus. They take 16 tokens for each
+    neuron of the widest layer.
 
     Args:
         lm: The model.
         folder: As `find_index`.
-        texts: As `find_index`. They are read twice, so they must not be an iterator.
+        texts: As `find_index`. They are read twice, so they must not be an iterator. "own": text
+            that the model writes itself, for the effective ranks too.
         max_tokens: As `find_index`. Also the most tokens for the effective ranks.
         seed: Seed of the model's own text.
         progress: Gets how far each step is.
@@ -338,14 +342,20 @@ def find_census(
     if not dense:
         return ReadCensus(census(lm, triggers=scanned), idle)
     n = min(enough_tokens(lm, dense), max_tokens or float("inf"))
+    corpus: Iterable[str]
+    if texts is None:
+        corpus, whose = ordinary_texts(), "the bundled text"
+    elif is_own(texts):
+        corpus, whose = own_corpus(lm, n, seed, progress), "the model's own words"
+    else:
+        corpus, whose = texts, "the texts"
     moments = second_moments(
         lm,
-        own_corpus(lm, n, seed, progress) if texts is None else texts,
+        corpus,
         dense,
         max_tokens=n,
         progress=lambda done: tell(progress, "second moments", done, round(n)),
     )
-    whose = "the model's own words" if texts is None else "the texts"
     ranks = RankText(moments[dense[0]].count, whose)
     matrices = {layer: moment.matrix for layer, moment in moments.items()}
     return ReadCensus(census(lm, triggers=scanned, moments=matrices), idle, ranks)

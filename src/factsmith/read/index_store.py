@@ -22,6 +22,7 @@ from ..core.errors import DamagedError, InputError
 from ..core.files import folder_path
 from ..core.progress import Progress, tell
 from ..core.tables import counted
+from ..corpus.own import is_own
 from ..corpus.sweep import corpus_digest
 from ..model.language_model import LanguageModel, check_model
 from ..model.sample import own_text
@@ -52,7 +53,7 @@ def find_index(
             user's cache, where each corpus has an index of its own, and the model's own words
             another one. That one is made again for another number of tokens.
         texts: What the index is of. None: what it is of already, otherwise text that the model
-            writes itself.
+            writes itself, as for "own".
         max_tokens: How much of the texts. None: as much as the index has, otherwise all of the
             texts, or 100,000 tokens of the model's own.
         seed: Seed of the model's own text.
@@ -65,6 +66,7 @@ def find_index(
         FactsmithError: as `Index.open` and `build_index`.
     """
     check_model(lm)
+    texts = None if is_own(texts) else texts
     limit = float("inf") if max_tokens is None else check_limit(max_tokens, "max_tokens")
     if texts is None and max_tokens is not None:
         limit = check_count(max_tokens, "max_tokens", "the number of tokens to scan")
