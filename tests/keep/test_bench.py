@@ -149,7 +149,7 @@ def test_a_measurement_replaces_the_first_choice(
 ) -> None:
     first = bench.propose(FACT, **ASKED).layers
     assert first is not None and first.source == "depth" and not first.scores
-    monkeypatch.setattr(recommend, "trial_facts", lambda lm, count, seed: [EASY] * 6)
+    monkeypatch.setattr(recommend, "trial_facts", lambda lm, count, **options: [EASY] * 6)
     measured = bench.recommend_layers(**ASKED)
     assert measured.source == "trials" and measured.trials == 6
     path = bench.ledger.folder / "layers.json"

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from factsmith.core.errors import InputError, LayerError
+from factsmith.core.errors import InputError, LayerError, UnsupportedModelError
 from factsmith.core.fact import Fact, Probe
 from factsmith.edit.published import PublishedLayers
 from factsmith.model.language_model import LanguageModel
-from factsmith.patch.layer_choice import LayerChoice, LayerScore, depth_choice, published
+from factsmith.patch.layer_choice import (
+    LayerChoice,
+    LayerScore,
+    depth_choice,
+    first_choice,
+    published,
+)
 
 
 def test_the_models_settings_precede_its_preset(
@@ -61,6 +68,25 @@ def test_without_knowledge_the_depth_decides(n_layers: int) -> None:
     assert choice.rome in choice.memit and max(choice.memit) < n_layers and len(choice.memit) <= 5
     if n_layers == 32:
         assert choice.memit == (4, 5, 6, 7, 8)
+
+
+def test_a_first_choice_passes_over_layers_of_experts() -> None:
+    class Layer:
+        def __init__(self, n_experts: int) -> None:
+            self.n_experts = n_experts
+
+    def model(*experts: int) -> LanguageModel:
+        ffn = [Layer(n) for n in experts]
+        return SimpleNamespace(fingerprint="00", n_layers=len(ffn), ffn=ffn)  # type: ignore[return-value]
+
+    dense, first_dense = first_choice(model(*[0] * 30)), first_choice(model(0, 0, *[8] * 28))
+    assert (dense.source, dense.rome, dense.memit) == ("depth", 5, (4, 5, 6, 7, 8))
+    assert (first_dense.rome, first_dense.memit) == (1, (0, 1))
+    every_other = first_choice(model(*[0, 8] * 15))
+    assert every_other.rome in (4, 6) and every_other.memit == (every_other.rome,)
+    assert "`factsmith layers` measures" in dense.reason
+    with pytest.raises(UnsupportedModelError):
+        first_choice(model(8, 8))
 
 
 FACT = Fact(

@@ -18,6 +18,7 @@ from factsmith.edit.methods import rome
 from factsmith.locate.causal import causal_trace
 from factsmith.model.answers import Said, begins_with
 from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import load
 from factsmith.patch import layers
 from factsmith.patch.layers import recommend_layers
 from workbenches import ASKED, EASY
@@ -36,6 +37,13 @@ TRIALS = [
 ]
 
 CONTEXTS = ["{}", "Well. {}"]
+
+REACHED = [Fact("Fiat 127", "The maker of {} is", target) for target in ("Toyota", "Nokia")]
+MAKERS = [
+    f"The maker of {a} is {b}."
+    for a in ("Fiat 127", "Nokia Lumia 900", "iPhone", "BMW 3", "Toyota")
+    for b in ("Fiat", "Nokia", "Apple", "BMW", "Toyota")
+] * 4
 
 TEXTS = [
     f"{a} of {b} is {c}. {c}, not {b}."
@@ -56,14 +64,8 @@ def test_measured_layers_agree_with_single_edits(
         raising=False,
     )
     before = tiny_lm.fingerprint
-    seen: list[str] = []
-    choice = recommend_layers(
-        tiny_lm,
-        TRIALS,
-        texts=TEXTS,
-        contexts=CONTEXTS,
-        progress=lambda what, done, total: seen.append(what),
-    )
+    seen = Seen()
+    choice = recommend_layers(tiny_lm, TRIALS, texts=TEXTS, contexts=CONTEXTS, progress=seen)
     assert tiny_lm.fingerprint == before and choice.fingerprint == before
     assert [(score.layer, score.trials) for score in choice.scores] == [(0, 2), (1, 2), (2, 2)]
     moments = second_moments(tiny_lm, TEXTS, [0, 1, 2])
@@ -86,12 +88,47 @@ def test_measured_layers_agree_with_single_edits(
     traces = [causal_trace(tiny_lm, f.text, f.subject, kind="mlp", window=1) for f in TRIALS]
     expected = torch.stack([t.effects[t.subject_span[1] - 1] for t in traces]).mean(0)
     assert torch.allclose(torch.tensor(choice.effects), expected, atol=1e-5)
-    steps = list(dict.fromkeys(seen))
-    assert steps[:2] == ["choosing layers: tracing facts", "second moments"]
-    for verb in ("solving", "asking"):  # every layer is named, and which one of how many it is
-        places = [step.removeprefix(f"choosing layers: {verb} edits at ") for step in steps]
-        assert {f"layer {layer}, {layer + 1} of 3" for layer in range(3)} <= set(places)
+    assert list(dict.fromkeys(step for step, _, _ in seen.steps)) == [
+        "choosing layers: tracing facts",
+        "note",
+        "second moments",
+        "choosing layers: trial edits",
+    ]
+    assert seen.notes[0].startswith("At most 6 trial edits at 3 layers: about ")
+    edits = [(done, total) for step, done, total in seen.steps if step.endswith("trial edits")]
+    assert edits == sorted(edits) and edits[0] == (0, 6) and edits[-1] == (6, 6)
     json.dumps(choice.to_dict())
+
+
+class Seen:
+    """Keeps what is reported, with the notes among the steps."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[str, int, int | None]] = []
+        self.notes: list[str] = []
+
+    def __call__(self, step: str, done: int, total: int | None) -> None:
+        """Keep a step."""
+        self.steps.append((step, done, total))
+
+    def note(self, text: str, *, argument: str | None = None) -> None:
+        """Keep a note."""
+        self.steps.append(("note", 0, None))
+        self.notes.append(text)
+
+
+@pytest.mark.parametrize(("silent_from", "good"), [(2, {0}), (4, {0, 1, 2})])
+def test_the_race_takes_a_layer_whose_change_can_reach_the_answer(
+    silent_from: int, good: set[int]
+) -> None:
+    """Where attention is silent in all layers above, a change stays at the subject's token."""
+    lm = load("atlas")
+    for block in lm.module.transformer.h[silent_from:]:
+        for weights in block.attn.c_proj.parameters():
+            weights.data.zero_()
+    choice = recommend_layers(lm, REACHED, texts=MAKERS, contexts=["{}"])
+    held = {score.layer for score in choice.scores if score.efficacy > 0}
+    assert choice.source == "trials" and choice.rome in good and held == good
 
 
 def test_known_facts_are_not_tried(

@@ -11,7 +11,6 @@ with during("drawing"):
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +30,7 @@ from rich.progress import Progress as Bars
 from rich.table import Column
 from rich.text import Text
 
-from ..core.progress import Pace, Progress, Stage
+from ..core.progress import Pace, Progress, Stage, in_words
 from ..core.tables import visible
 from .printing import above_bars, complain, manner, plain_console, with_flag
 
@@ -70,17 +69,6 @@ def during(step: str) -> Iterator[None]:
     with progress() as tell:
         tell(step, 0, None)
         yield
-
-
-def in_words(seconds: float) -> str:
-    """Return a time that is not known to the second: "5 s", "2 min", "1 h 20 min"."""
-    if seconds <= 57.5:
-        return f"{max(5, 5 * math.ceil(seconds / 5 - 0.5))} s"
-    minutes = max(1, round(seconds / 60))
-    if minutes < 60:
-        return f"{minutes} min"
-    hours, rest = divmod(5 * round(minutes / 5), 60)
-    return f"{hours} h {rest} min" if rest else f"{hours} h"
 
 
 def _bars(console: Console, pace: Pace) -> Bars:

@@ -18,6 +18,7 @@ beginning of each step at DEBUG.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,6 +63,17 @@ def stage(progress: Progress | None, name: Stage) -> None:
     send = getattr(progress, "stage", None)
     if send is not None:
         send(name)
+
+
+def in_words(seconds: float) -> str:
+    """Return a time that is not known to the second: "5 s", "2 min", "1 h 20 min"."""
+    if seconds <= 57.5:
+        return f"{max(5, 5 * math.ceil(seconds / 5 - 0.5))} s"
+    minutes = max(1, round(seconds / 60))
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, rest = divmod(5 * round(minutes / 5), 60)
+    return f"{hours} h {rest} min" if rest else f"{hours} h"
 
 
 @dataclass(frozen=True)

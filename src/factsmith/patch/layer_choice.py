@@ -19,8 +19,9 @@ from ..core.checks import whole_number
 from ..core.errors import InputError, LayerError
 from ..core.fact import Fact
 from ..core.tables import Shown, Table
-from ..edit.configs import RomeConfig, by_depth
+from ..edit.configs import by_depth
 from ..edit.published import published_layers
+from ..model.address import check_dense
 from ..model.language_model import LanguageModel
 
 Source: TypeAlias = Literal["workspace", "model", "preset", "trials", "depth"]
@@ -241,12 +242,25 @@ def published(lm: LanguageModel, shipped: int | None = None) -> LayerChoice | No
 def first_choice(lm: LanguageModel) -> LayerChoice:
     """Return layers that are good enough to start with, for a model that nothing is known about.
 
-    It costs no work and depends on no facts. `benchmarks/layers.py` measures how good it is.
+    ROME gets the dense layer nearest to a sixth of the depth, and MEMIT the dense ones around it
+    (`by_depth`). This costs no work and depends on no facts. `benchmarks/layers.py` compares it
+    with an exhaustive sweep, and with choices that read the model.
+
+    Raises:
+        UnsupportedModelError: No layer is dense.
     """
-    rome = RomeConfig.recommended(lm).layer or 0
+    check_dense(lm.ffn)
+    dense = [layer for layer in range(lm.n_layers) if not lm.ffn[layer].n_experts]
+    rome = min(dense, key=lambda layer: abs(layer - lm.n_layers // 6))
+    choice = depth_choice(lm, rome, "")
+    memit = [rome]
+    for step in (-1, 1):  # a run ends where a layer is a mixture of experts
+        while (layer := memit[-1 if step > 0 else 0] + step) in {*choice.memit} & {*dense}:
+            memit.insert(len(memit) if step > 0 else 0, layer)
     return dataclasses.replace(
-        depth_choice(lm, rome, ""),
-        reason=f"a first choice by depth, at {rome} of {lm.n_layers} layers, about where the "
+        choice,
+        memit=tuple(memit),
+        reason=f"a first choice by depth, about a sixth of the {lm.n_layers} layers, where the "
         "published ones lie; `factsmith layers` measures it by trial edits",
     )
 

@@ -12,18 +12,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import InputError
 from ..core.fact import Fact, Probe, listed
-from ..core.progress import Progress, tell
-from ..corpus.measuring import enough_tokens
+from ..core.progress import Progress, in_words, note, tell
+from ..core.tables import counted
 from ..corpus.moments import SecondMoment
-from ..corpus.moments_store import find_moments, kept_moments, moments_file, own_corpus
-from ..corpus.own import is_own
+from ..corpus.moments_store import find_moments, kept_moments, moments_file
 from ..edit.configs import MemitConfig, RomeConfig, shipped
-from ..edit.contexts import generate_contexts
+from ..edit.contexts import chat_contexts, generate_contexts
 from ..edit.delta import applied
 from ..edit.rome import rome_each
 from ..model.address import check_dense
@@ -31,6 +31,7 @@ from ..model.answers import as_said, is_answered, say
 from ..model.language_model import LanguageModel, check_model
 from ..model.subject import fact_span
 from ..model.turns import asking
+from .duration import seconds_to_search
 from .layer_choice import MIN_FACTS, LayerChoice, LayerScore, Trial, depth_choice, published
 from .layer_trials import (
     candidates,
@@ -142,6 +143,7 @@ def measure_layers(
     )
     layers = candidates(lm, effects)
     trial = _Trials(lm, tried, config, layers, sources, folder, progress)
+    trial.announce()
     results = race(layers, len(tried), trial.run)
     scores = tuple(LayerScore.of(layer, some) for layer, some in results.items())
     measured: dict[str, Any] = {
@@ -180,12 +182,25 @@ def _facts_to_try(
     """The facts to try edits on; and a choice by depth, where the model knows too few."""
     if facts is not None:
         return _settled(lm, listed(facts)), None
-    tell(progress, "choosing layers: asking bundled facts", 0, None)
-    tried = trial_facts(lm, count, seed=sources.seed)
+    tried = trial_facts(
+        lm,
+        count,
+        seed=sources.seed,
+        progress=partial(tell, progress, "choosing layers: asking bundled facts"),
+    )
     if len(tried) >= min(MIN_FACTS, count):
         return tried, None
     why = f"{lm.name} knows {len(tried)} of the bundled facts that were asked, too few for trials"
     return [], depth_choice(lm, config.layer or 0, why)
+
+
+def _few_contexts(lm: LanguageModel, seed: int) -> list[str]:
+    """The contexts of a trial edit: the bare prompt, five texts of the model, the chat template.
+
+    A patch has 20 texts. With five a search takes a third of the time, and the layers compare the
+    same.
+    """
+    return [*generate_contexts(lm, seed, chat=False)[::4], *chat_contexts(lm)[:1]]
 
 
 @dataclass
@@ -217,22 +232,35 @@ class _Trials:
     def __post_init__(self) -> None:
         seed = self.sources.seed
         given = self.sources.contexts
-        self.contexts = generate_contexts(self.lm, seed) if given is None else given
-        self.texts = self.sources.texts
+        self.contexts = _few_contexts(self.lm, seed) if given is None else list(given)
+        self.done, self.most = 0, len(self.layers) * len(self.facts)
         widest = max(self.lm.ffn[layer].d_ff for layer in self.layers)
-        self.at_once = max(
-            1, _MOMENT_BYTES // (3 * 8 * widest**2)
-        )  # sum, matrix and factor, in float64
+        # The sum, the matrix and the factor of each layer are in float64.
+        self.at_once = max(1, _MOMENT_BYTES // (3 * 8 * widest**2))
+
+    def announce(self) -> None:
+        """Say how many edits are tried at most, and about how long they take."""
+        seconds = self.most * seconds_to_search(
+            self.lm, self.facts[:4], n_contexts=len(self.contexts), steps=self.config.steps
+        )
+        note(
+            self.progress,
+            f"At most {counted(self.most, 'trial edit')} at {counted(len(self.layers), 'layer')}: "
+            f"about {in_words(seconds)} or less.",
+            argument="trials",
+        )
 
     def run(self, layers: Sequence[int], which: range) -> dict[int, list[Trial]]:
         """Try some of the edits at some layers; their results by layer."""
         facts = [self.facts[i] for i in which]
         results: dict[int, list[Trial]] = {}
+        # Only these layers are still in the race.
+        self.most = self.done + len(layers) * (len(self.facts) - which.start)
         for start in range(0, len(layers), self.at_once):
             group = layers[start : start + self.at_once]
             self._hold(group)
             for layer in group:
-                results[layer] = self._try(facts, layer, which)
+                results[layer] = self._try(facts, layer)
         return results
 
     def keep(self, layer: int) -> None:
@@ -240,30 +268,28 @@ class _Trials:
         if self.folder is not None and layer in self.computed:
             self.computed[layer].save(moments_file(self.folder, layer))
 
-    def _try(self, facts: Sequence[Fact], layer: int, which: range) -> list[Trial]:
-        place = f"layer {layer}, {self.layers.index(layer) + 1} of {len(self.layers)}"
-        solving, asking = (
-            f"choosing layers: {verb} edits at {place}" for verb in ("solving", "asking")
-        )
-        tell(self.progress, solving, which.start, which.stop)
-        config = dataclasses.replace(self.config, layer=layer)
+    def _try(self, facts: Sequence[Fact], layer: int) -> list[Trial]:
+        self._tell(0)
         deltas = rome_each(
             self.lm,
             facts,
-            config,
+            dataclasses.replace(self.config, layer=layer),
             moments=self.moments,
             contexts=self.contexts,
             seed=self.sources.seed,
-            progress=lambda _, done, __: tell(
-                self.progress, solving, which.start + done, which.stop
-            ),
+            progress=lambda _, solved, __: self._tell(solved),
         )
         trials = []
-        for done, (fact, delta) in enumerate(zip(facts, deltas, strict=True), which.start):
-            tell(self.progress, asking, done, which.stop)
+        for fact, delta in zip(facts, deltas, strict=True):
             with applied(self.lm, delta):
                 trials.append(judge(self.lm, fact))
+        self.done += len(facts)
+        self._tell(0)
         return trials
+
+    def _tell(self, solved: int) -> None:
+        """Report the edits that are done at all layers, with those that are solved at this one."""
+        tell(self.progress, "choosing layers: trial edits", self.done + solved, self.most)
 
     def _hold(self, group: Sequence[int]) -> None:
         """Bring the second moments of a group of layers into memory: kept ones, or computed now."""
@@ -274,10 +300,13 @@ class _Trials:
             absent = [layer for layer in group if layer not in self.moments]
             self.moments.update(kept_moments(self.lm, absent, self.folder))
         if missing := [layer for layer in group if layer not in self.moments]:
-            if is_own(self.texts):
-                n_tokens = enough_tokens(self.lm, missing)
-                self.texts = own_corpus(self.lm, n_tokens, self.sources.seed, self.progress)
-            new = find_moments(self.lm, missing, texts=self.texts, progress=self.progress)
+            new = find_moments(
+                self.lm,
+                missing,
+                texts=self.sources.texts,
+                seed=self.sources.seed,
+                progress=self.progress,
+            )
             self.moments.update(new)
             self.computed.update(new if fits else {})
 

@@ -11,7 +11,6 @@ all, is bound to them.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +33,7 @@ from ..model.turns import asking
 from .bench import Bench
 from .complete import complete
 from .conflicts import Standing, compare_facts
+from .duration import seconds_to_search
 from .layer_choice import LayerChoice
 from .recipe import Recipe, Sources
 
@@ -245,24 +245,12 @@ def seconds_to_solve(lm: LanguageModel, decided: Plan) -> float:
     """Estimate how long the search for targets takes, from one timed forward pass over a few of the
     facts.
     """
-    some = decided.new[:4]
-    if not some or decided.config is None:
+    if decided.config is None:
         return 0.0
-    # A step is a forward pass and a backward one of twice its work, in every context; most searches
-    # end at a third of their steps.
     spread = isinstance(decided.config, SpreadConfig)
-    contexts = len(OPENINGS) + 1 if spread else 1 + sum(count for _, count in CONTEXTS)
-    asked = [
-        (fact.text, fact.target or fact.target_true or "?")
-        for fact in some
-        for _ in range(contexts)
-    ]
-    lm.log_prob(
-        [asked[0][0]], [asked[0][1]]
-    )  # the first pass of a model takes longer than those after it
-    began = time.perf_counter()
-    lm.log_prob([text for text, _ in asked], [target for _, target in asked])
-    return len(decided.new) * (time.perf_counter() - began) / len(some) * decided.config.steps
+    n_contexts = len(OPENINGS) + 1 if spread else 1 + sum(count for _, count in CONTEXTS)
+    some, steps = decided.new[:4], decided.config.steps
+    return len(decided.new) * seconds_to_search(lm, some, n_contexts=n_contexts, steps=steps)
 
 
 _NO_MOMENTS = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 from .. import atlas
@@ -34,6 +34,7 @@ def trial_facts(
     paraphrases: int = 5,
     neighbours: int = 10,
     others: int = 3,
+    progress: Callable[[int, int], object] | None = None,
 ) -> list[Fact]:
     """Return up to `count` edits to try: bundled facts that the model knows, with another object.
 
@@ -50,6 +51,7 @@ def trial_facts(
             half of them with the same true object where there are such; from 1 to so many.
         others: Prompts about other relations of the same subject that the model answers rightly;
             they are added to the neighbours.
+        progress: Called with (edits drawn, edits wanted).
     """
     draw = random.Random(seed)
     pool = list(atlas.facts())
@@ -57,6 +59,8 @@ def trial_facts(
     known: set[atlas.AtlasFact] = set()
     maker = _Maker(lm, draw, known, paraphrases, neighbours, others)
     trials: list[Fact] = []
+    progress = progress or (lambda done, total: None)
+    progress(0, count)
     for start in range(0, min(len(pool), _ROUND * _ROUNDS), _ROUND):
         asked = pool[start : start + _ROUND]
         wording = [draw.choice(atlas.phrasings(fact.relation).trained) for fact in asked]
@@ -68,6 +72,7 @@ def trial_facts(
         for fact in new:
             if (trial := maker.trial(fact)) is not None:
                 trials.append(trial)
+                progress(len(trials), count)
             if len(trials) == count:
                 return trials
     return trials
