@@ -142,6 +142,7 @@ class Bench:
             config.clamp,
             config.stop_loss,
             config.scale,
+            config.searched_by,
         )
         if key not in self._targets:
             started = time.process_time()
@@ -221,6 +222,7 @@ class Bench:
             steps=20 if lr == 0.5 else 80,
             clamp=3.0,
             stop_loss=0.05,
+            optimizer="adam",
             moment_weight=weight * self.d_ff,
         )
         delta, took = self._spread("memit", facts, config)

@@ -1,17 +1,26 @@
 """The search for v_star next to a plain loop that runs the whole model at every step.
 
     python benchmarks/patch.py --json benchmarks/results/patch.json
+    python benchmarks/patch.py --default --json benchmarks/results/patch.json
     python benchmarks/patch.py --gpu --json patch-gpu.json
     python benchmarks/patch.py --gpu --tiny
 
 The first line measures GPT-2 small's shape, on one thread in float32, in about 5 minutes. The
-second measures Llama-3 8B's shape in bf16, with 100 facts in one batch. The third runs the same on
-a tiny shape, on any machine.
+second measures the default search on the same shape, in about 8 minutes. The third measures Llama-3
+8B's shape in bf16, with 100 facts in one batch. The fourth runs the same on a tiny shape, on any
+machine.
 
 `plain_search` is the oracle. It takes one fact after another. The contexts and the guard of a fact
 are one right-padded batch. It runs every layer at every position, computes all logits, and uses
 torch's own Adam. It knows nothing of factsmith, and is given ids and modules. Both sides make all
 20 evaluations.
+
+The default search does other work than the plain loop: it ends when a target is reached. A model
+with random weights says nothing that a target could change, so `--default` first teaches the shape
+some sentences, each with a fact. Then both searches look for other targets of these facts. A row
+says how long a fact takes, how probable its target is in all contexts (the geometric mean of the
+probabilities, then the mean over the facts), how many targets are reached, and how long δ is in
+units of the stream's norm.
 
 The floor is the work that every exact search must do, in multiply-adds. Each distinct prefix token
 goes once through all layers. The live columns (from the subject on, without padding) go once
@@ -27,6 +36,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -44,13 +54,15 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 from factsmith.core.fact import Fact
 from factsmith.edit import batches
 from factsmith.edit.batches import batch_bytes
-from factsmith.edit.keys import Site
+from factsmith.edit.configs import MemitConfig, RomeConfig
+from factsmith.edit.keys import Site, read_stream
 from factsmith.edit.questions import tokenize_fact
 from factsmith.edit.search import find_targets
 from factsmith.edit.target import TargetConfig, Targets
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap
 from plain_search import gemm_rate, multiply_adds, plain
+from taught import taught
 
 GOLDEN = Path(__file__).resolve().parents[1] / "../shared/golden/facts-gpt2"
 COUNTERFACT = Path(__file__).resolve().parents[1] / "../shared/data/counterfact/slim-10000.json"
@@ -120,7 +132,12 @@ def facts_for(lm: LanguageModel, n: int) -> list[Fact]:
             "Alan Turing",
         ]
         return [
-            Fact(f"{names[i % len(names)]} {i}", "The mother tongue of {} is", "English")
+            Fact(
+                f"{names[i % len(names)]} {i}",
+                "The mother tongue of {} is",
+                "English",
+                target_true=("French", "Dutch", "Greek")[i % 3],
+            )
             for i in range(n)
         ]
     records = json.loads(COUNTERFACT.read_text(encoding="utf-8"))
@@ -128,7 +145,8 @@ def facts_for(lm: LanguageModel, n: int) -> list[Fact]:
     for record in records[:: max(1, len(records) // (2 * n))]:
         subject, prompt = record["subject"], record["prompt"]
         if prompt.count(subject) == 1 and len(facts) < n:
-            facts.append(Fact(subject, prompt.replace(subject, "{}"), record["target_new"]))
+            template, truth = prompt.replace(subject, "{}"), record["ground_truth"]
+            facts.append(Fact(subject, template, record["target_new"], target_true=truth))
     return facts
 
 
@@ -227,6 +245,76 @@ def memory_row(lm: LanguageModel, facts: Sequence[Fact], job: Job) -> dict[str, 
     }
 
 
+def searched(lm: LanguageModel, facts: Sequence[Fact], job: Job, *, paper: bool) -> dict[str, Any]:
+    """Return a row of the second table: the published search, or the default one.
+
+    ROME takes one fact after another, and the MEMIT family all at once.
+    """
+    layer, facts = min(job.layer, lm.n_layers - 2), facts[: job.facts]
+    config: TargetConfig
+    if paper:
+        config = TargetConfig(clamp=4.0 if job.site == "ffn" else 0.75)
+    elif job.site == "ffn":
+        config = RomeConfig(layer, scale="auto", steps=80, lr=0.1)
+    else:
+        config = MemitConfig((layer,), **MemitConfig.scale_free())
+    batches = [[fact] for fact in facts] if job.site == "ffn" else [facts]
+    seconds, parts = measured(
+        lambda: [
+            find_targets(lm, batch, layer, config, job.contexts, site=job.site) for batch in batches
+        ]
+    )
+    ends = [record for targets in parts for record in targets.convergence]
+    with torch.no_grad():
+        lengths = [
+            float(
+                (t.v_star - t.v_initial)
+                .norm(dim=-1)
+                .div(read_stream(lm, t.facts, layer).norm(dim=-1))
+                .sum()
+            )
+            for t in parts
+        ]
+    return {
+        "job": job.name,
+        "search": "published" if paper else "default",
+        "facts": len(facts),
+        "contexts": len(job.contexts),
+        "seconds_a_fact": seconds / len(facts),
+        "times_faster_than_reference": REFERENCE[job.name] * len(facts) / seconds,
+        "evaluations": statistics.mean(record["steps"] for record in ends),
+        "probability_of_target": statistics.mean(math.exp(-record["nll"]) for record in ends),
+        "share_reached": statistics.mean(record["nll"] < 0.05 for record in ends),
+        "norm": sum(lengths) / len(facts),
+    }
+
+
+SEARCHES = (
+    Job("memit", 5, "stream", MEMIT_CONTEXTS, 10, 1, 0),
+    Job("memit", 5, "stream", MEMIT_CONTEXTS, 1, 1, 0),
+    Job("rome", 4, "ffn", ROME_CONTEXTS, 4, 1, 0),
+)
+
+
+def on_cpu_default(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure the default search on GPT-2 small's shape, next to the published one."""
+    lm = gpt2_shape(args)
+    facts = facts_for(lm, 50)
+    loss = taught(lm, facts, [*MEMIT_CONTEXTS, *ROME_CONTEXTS[1:]], 20 if args.tiny else 120)
+    print(f"taught {len(facts)} sentences: {loss:.2f} nats a token", flush=True)
+    rows = []
+    for job in SEARCHES:
+        for paper in (True, False):
+            rows.append(searched(lm, facts, job, paper=paper))
+            print(json.dumps(rows[-1]), flush=True)
+    return {
+        "shape": "GPT-2 small, taught 50 sentences, float32, one thread",
+        "torch": torch.__version__,
+        "nats_a_token": loss,
+        "rows": rows,
+    }
+
+
 TABLE = {
     "s/fact": ("seconds_a_fact", "7.2f"),
     "plain": ("plain_seconds_a_fact", "7.2f"),
@@ -239,14 +327,19 @@ TABLE = {
 """{column: (number of a row, format)}."""
 
 
-def on_cpu(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure GPT-2 small's shape, and how good the memory estimate is."""
+def gpt2_shape(args: argparse.Namespace) -> LanguageModel:
+    """Return GPT-2 small's shape with random weights, on one thread."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    shape = {"n_layer": 2, "n_embd": 64, "n_head": 2} if args.tiny else {}
+    shape = {"n_layer": 3, "n_embd": 64, "n_head": 2} if args.tiny else {}
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False)
     config = GPT2Config(**shape, vocab_size=50257, bos_token_id=0, eos_token_id=0)
-    lm = wrap(GPT2LMHeadModel(config), tokenizer)
+    return wrap(GPT2LMHeadModel(config), tokenizer)
+
+
+def on_cpu(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure GPT-2 small's shape, and how good the memory estimate is."""
+    lm = gpt2_shape(args)
     facts = facts_for(lm, 50)
     find_targets(lm, facts[:1], 0, TargetConfig(steps=2), ["{}"])  # warm up
     results: dict[str, Any] = {
@@ -379,14 +472,18 @@ def main() -> None:
     parser.add_argument(
         "--tiny", action="store_true", help="a tiny shape, to see that the benchmark runs"
     )
+    parser.add_argument(
+        "--default", action="store_true", help="the default search, on a shape that was taught"
+    )
     parser.add_argument("--facts", type=int, default=100, help="facts in the batch of --gpu")
     parser.add_argument("--plain-facts", type=int, default=5, help="facts of the loops")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    result = on_gpu(args) if args.gpu else on_cpu(args)
+    kind = "gpu" if args.gpu else "default" if args.default else "cpu"
+    result = {"gpu": on_gpu, "default": on_cpu_default, "cpu": on_cpu}[kind](args)
     if args.json:
         kept = json.loads(args.json.read_text(encoding="utf-8")) if args.json.is_file() else {}
-        kept["gpu" if args.gpu else "cpu"] = result
+        kept[kind] = result
         args.json.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 

@@ -126,3 +126,17 @@ def test_refusals(lm: LanguageModel, moments: dict[int, SecondMoment]) -> None:
         resolve(lm, dataclasses.replace(delta, method="neurons"), moments=moments)
     with pytest.raises(InputError, match="expected a Delta"):
         resolve(lm, delta.facts, moments=moments)  # type: ignore[arg-type]
+
+
+def test_a_patch_from_before_there_was_a_choice_is_searched_as_then(
+    lm: LanguageModel, moments: dict[int, SecondMoment]
+) -> None:
+    config = dataclasses.replace(CONFIG["memit"], optimizer="adam")
+    delta = edit(lm, FACTS, "memit", config, moments=moments, seed=1)
+    assert delta.config["optimizer"] == "adam"
+    kept = {name: value for name, value in delta.config.items() if name != "optimizer"}
+    old = dataclasses.replace(delta, config=kept)
+    assert close(resolve(lm, old, moments=moments, search=True), delta)
+    new = edit(lm, FACTS, "memit", CONFIG["memit"], moments=moments, seed=1)
+    assert new.config["optimizer"] == "margin" and not close(new, delta)
+    assert close(resolve(lm, new, moments=moments, search=True), new)

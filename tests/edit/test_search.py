@@ -178,7 +178,14 @@ def test_batch_equals_one_by_one_while_facts_leave(
 ) -> None:
     monkeypatch.setattr(batches, "_pass_cost", lambda lm: 10**9)  # one batch, whatever the padding
     config = TargetConfig(
-        steps=16, stop_loss=0, lr=0.4, kl_factor=0.01, weight_decay=0.01, clamp=20, scale=scale
+        steps=16,
+        stop_loss=0,
+        lr=0.4,
+        kl_factor=0.01,
+        weight_decay=0.01,
+        clamp=20,
+        scale=scale,
+        optimizer="adam",
     )
     reached = sorted(
         c["loss" if scale == "paper" else "nll"]

@@ -60,10 +60,10 @@ class Delta:
             recipe.
         fingerprint: The fingerprint of the model that the delta was made on.
         convergence: For each fact, how the search for its target ended: steps, loss, nll, kl, norm,
-            and stopped, which is "loss" or "steps". A fact may also have shares_key_with, the index
-            of a fact with another target and nearly the same key in some layer, and cosine, that of
-            the two keys under C⁻¹ (0.95 or more). What is written for one of the two then arrives
-            at the other too, unless a large update keeps them apart.
+            and stopped, which is "loss", "steps" or "stuck". A fact may also have shares_key_with,
+            the index of a fact with another target and nearly the same key in some layer, and
+            cosine, that of the two keys under C⁻¹ (0.95 or more). What is written for one of the
+            two then arrives at the other too, unless a large update keeps them apart.
 
     Raises:
         InputError: Shapes or dtypes do not fit together.

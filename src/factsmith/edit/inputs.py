@@ -195,7 +195,8 @@ def with_shared_keys(
 
 def recipe_of(inputs: EditInputs, **changed: object) -> dict[str, Any]:
     """Return the settings and contexts as a Delta keeps them, as JSON values."""
-    return {**dataclasses.asdict(inputs.config), "contexts": inputs.contexts, **changed}
+    settings = {**dataclasses.asdict(inputs.config), "optimizer": inputs.config.searched_by}
+    return {**settings, "contexts": inputs.contexts, **changed}
 
 
 def _question(fact: Fact) -> tuple[str, str, str | None]:

@@ -103,7 +103,9 @@ def _kept_settings(
     """Return the settings and contexts that a patch was made with."""
     names = [field.name for field in dataclasses.fields(kind) if field.name in delta.config]
     try:
-        config = kind(**{name: delta.config[name] for name in names})
+        # Patches that name no optimizer were made before there was a choice.
+        kept = {"optimizer": "adam", **{name: delta.config[name] for name in names}}
+        config = kind(**kept)
         contexts = [str(context) for context in delta.config["contexts"]]
     except (TypeError, KeyError) as error:
         raise InputError(

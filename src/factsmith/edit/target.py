@@ -22,6 +22,10 @@ from ..core.fact import Fact
 from .keys import Site
 
 
+_MARGIN_PASSES = 8
+"""Forward passes over whole prompts that take as long as a margin search of a dozen evaluations."""
+
+
 @dataclass(frozen=True)
 class TargetConfig:
     """How v_star is searched. The settings of every editing method extend it.
@@ -32,29 +36,50 @@ class TargetConfig:
 
     _: KW_ONLY
     steps: int = 20
-    """How often the loss is evaluated. δ changes at most steps − 1 times, as in the authors'
-    code."""
+    """How often the loss is evaluated at most. Adam changes δ at most steps − 1 times, as in the
+    authors' code. The margin search usually ends after 5 to 15 evaluations, and gives a target up
+    that it cannot reach."""
     lr: float = 0.5
     """Learning rate of Adam, which is about the change of each coordinate in a step. With
-    scale="auto" the unit is the root mean square of the stream."""
+    scale="auto" the unit is the root mean square of the stream. The margin search's first step is
+    at most as long as five steps of Adam."""
     kl_factor: float = 0.0625
     """Weight of the KL term, which keeps what the subject is. 0.0625 is the authors' value for
-    every model."""
+    every model. The margin search measures this term and does not minimise it: the shortest steps
+    keep it as small as Adam does."""
     weight_decay: float = 0.5
     """Weight of the term that prefers near targets. With scale="paper" the term is ‖δ‖ / ‖v₀‖², and
     0.5 is the authors' value for GPT-2 and GPT-J. With "auto" the term is 0.1 · ‖δ‖ / its largest
     ‖δ‖, which is the size of the paper's term on GPT-2 XL. That is too small to keep the search
-    from reaching its target."""
+    from reaching its target. The margin search takes the shortest steps anyway, and only counts
+    this term in the loss that it reports."""
     clamp: float = 4.0
     """Largest ‖δ‖. With scale="paper" the unit is ‖v₀‖, and 4 is the authors' value (3 for GPT-2
     medium). With "auto" the unit is half of the stream's norm: a layer may write little today, but
     its target must be able to outweigh the stream."""
     stop_loss: float = 0.05
-    """The search for a fact ends when its loss is below this value. With scale="auto" only the
-    first term of the loss counts. At 0.05 nats the target has a probability of 95 %."""
+    """The search for a fact ends when its loss is below this value. With scale="auto", and with the
+    margin search, only the first term of the loss counts. At 0.05 nats the target has a probability
+    of 95 %."""
     scale: Literal["paper", "auto"] = "paper"
     """"paper": the formulas of the papers, unchanged. "auto": steps, decay and clamp are relative
     to the model's own norms."""
+    optimizer: Literal["adam", "margin"] | None = None
+    """How δ moves. "adam": gradient descent as in the papers. "margin": each step solves a linear
+    model of the target's margins in all contexts, so that few steps are needed (`edit/margin.py`).
+    A fact to forget has no margin and always takes Adam. None: "adam" with scale="paper", and
+    "margin" with "auto"."""
+
+    @property
+    def searched_by(self) -> Literal["adam", "margin"]:
+        """The optimizer, chosen by the scale if none is set."""
+        return self.optimizer or ("adam" if self.scale == "paper" else "margin")
+
+    @property
+    def passes(self) -> int:
+        """Forward passes over whole prompts that take about as long as the search."""
+        # Most evaluations of the margin search ask the bare prompt alone.
+        return self.steps if self.searched_by == "adam" else min(self.steps, _MARGIN_PASSES)
 
     def __post_init__(self) -> None:
         steps = check_count(self.steps, "steps", "the number of loss evaluations")
@@ -66,6 +91,11 @@ class TargetConfig:
         if self.scale not in ("paper", "auto"):
             raise InputError(
                 f'scale is {self.scale!r}: it must be "paper" or "auto"', argument="scale"
+            )
+        if self.optimizer not in (None, "adam", "margin"):
+            raise InputError(
+                f'optimizer is {self.optimizer!r}: it must be "adam", "margin" or None',
+                argument="optimizer",
             )
 
 
@@ -81,8 +111,9 @@ class Targets:
         k_prompt: (n, d_ff) that input on the bare prompt.
         ffn_initial: (n, d_model) the output of the down-projection on the bare prompt. At the site
             "ffn" it is v_initial.
-        convergence: For each fact: steps, loss, nll, kl, norm (‖δ‖), limit (the clamp) and stopped,
-            which is "loss" or "steps".
+        convergence: For each fact: steps, loss, nll, kl, norm (‖δ‖), limit (the clamp) and stopped:
+            "loss" if the target was reached, "steps" if the steps ran out, or "stuck" if the
+            margin search came no nearer.
         facts: The facts, in their order.
         layer: The layer.
         site: The place in the layer: "ffn" or "stream".

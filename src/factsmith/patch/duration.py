@@ -17,14 +17,14 @@ def seconds_to_search(
 ) -> float:
     """Estimate how long the search for one fact's target takes, in seconds.
 
-    A step is a forward pass and a backward one of twice its work, in every context. Most searches
-    end at a third of their steps.
+    A step of Adam is a forward pass and a backward one of twice its work, in every context. Most
+    searches end at a third of their steps. `TargetConfig.passes` counts this for both searches.
 
     Args:
         lm: The model.
         facts: A few of the facts.
         n_contexts: The contexts that each is searched in.
-        steps: The largest number of steps.
+        steps: Forward passes that take as long as a search: the settings' `passes`.
     """
     if not facts:
         return 0.0

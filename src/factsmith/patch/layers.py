@@ -241,7 +241,7 @@ class _Trials:
     def announce(self) -> None:
         """Say how many edits are tried at most, and about how long they take."""
         seconds = self.most * seconds_to_search(
-            self.lm, self.facts[:4], n_contexts=len(self.contexts), steps=self.config.steps
+            self.lm, self.facts[:4], n_contexts=len(self.contexts), steps=self.config.passes
         )
         note(
             self.progress,

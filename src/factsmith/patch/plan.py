@@ -249,7 +249,7 @@ def seconds_to_solve(lm: LanguageModel, decided: Plan) -> float:
         return 0.0
     spread = isinstance(decided.config, SpreadConfig)
     n_contexts = len(OPENINGS) + 1 if spread else 1 + sum(count for _, count in CONTEXTS)
-    some, steps = decided.new[:4], decided.config.steps
+    some, steps = decided.new[:4], decided.config.passes
     return len(decided.new) * seconds_to_search(lm, some, n_contexts=n_contexts, steps=steps)
 
 

@@ -1,0 +1,309 @@
+"""The margin search next to independent computations.
+
+They are derivatives by finite differences, quadratic problems solved by trying every set of active
+constraints, and the whole model with δ added by a hook.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from editing import CONTEXTS, FACTS, new_model, relative
+from factsmith.core.errors import InputError, NumericsError
+from factsmith.core.fact import Fact
+from factsmith.edit import batches, margin
+from factsmith.edit.configs import MemitConfig
+from factsmith.edit.keys import Site
+from factsmith.edit.margin import MarginSearch, margins_of, nearest
+from factsmith.edit.questions import tokenize_facts
+from factsmith.edit.search import find_targets
+from factsmith.edit.target import TargetConfig, Targets
+from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import load
+from factsmith.model.subject import subject_span
+from factsmith.model.tokens import target_ids
+
+ATLAS_FACTS = [
+    Fact("Bulgaria", "The currency of {} is the", "euro"),
+    Fact("Fiat 127", "The maker of {} is", "Toyota"),
+    Fact("Sofia", "{} is a city in", "Romania"),
+]
+ATLAS_CONTEXTS = ["{}", "It was said. {}", "In the old town. {}"]
+CONFIG = TargetConfig(scale="auto", steps=80, lr=0.05, clamp=2.0, stop_loss=0.02)
+
+
+@pytest.fixture(scope="module")
+def atlas() -> LanguageModel:
+    return load("atlas")
+
+
+def plain_losses(
+    lm: LanguageModel,
+    fact: Fact,
+    layer: int,
+    contexts: list[str],
+    delta: Tensor,
+    site: Site = "stream",
+) -> list[float]:
+    """−log p of the target in each context, by the whole model with δ added in a hook."""
+    changed = lm.ffn[layer].down if site == "ffn" else lm.layers[layer]
+    target = target_ids(lm.tokenizer, fact.text, str(fact.target))
+    losses = []
+    for context in contexts:
+        text = context.replace("{}", fact.text)
+        column = subject_span(lm, text, fact.subject)[1] - 1
+        ids = list(lm.tokenizer(text)["input_ids"])
+
+        def change(module: Any, args: Any, output: Any, column: int = column) -> Any:
+            states = output[0] if isinstance(output, tuple) else output
+            added = states.reshape(1, -1, len(delta)).clone()
+            added[0, column] += delta
+            added = added.view_as(states)
+            return (added, *output[1:]) if isinstance(output, tuple) else added
+
+        handle = changed.register_forward_hook(change)
+        with torch.no_grad():
+            log_p = lm.module(input_ids=torch.tensor([ids + target[:-1]])).logits[0].log_softmax(-1)
+        handle.remove()
+        each = [float(log_p[len(ids) - 1 + i, token]) for i, token in enumerate(target)]
+        losses.append(-sum(each) / len(each))
+    return losses
+
+
+def test_margins_and_their_derivative() -> None:
+    nll = torch.tensor([1e-3, 0.02, 0.7, 5.0, 90.0, 300.0], dtype=torch.float64)
+    values, rates = margins_of(nll)
+    for x, value, rate in zip(nll.tolist(), values.tolist(), rates.tolist(), strict=True):
+        p = math.exp(-x)
+        assert value == pytest.approx(math.log(p) - math.log1p(-p), rel=1e-9)
+        step = 1e-4 * x
+        ends = [
+            margins_of(torch.tensor([at], dtype=torch.float64))[0] for at in (x + step, x - step)
+        ]
+        assert rate == pytest.approx(float(ends[0] - ends[1]) / (2 * step), rel=1e-5)
+    exact, rate = margins_of(torch.zeros(1))
+    assert torch.isfinite(exact).all() and torch.isfinite(rate).all(), "a probability of one"
+
+
+def by_every_set(slopes: Tensor, wanted: Tensor) -> Tensor:
+    """The shortest s with J s ≥ wanted: the best over every set of constraints that are equal."""
+    best = None
+    for size in range(len(wanted) + 1):
+        for chosen in itertools.combinations(range(len(wanted)), size):
+            rows = slopes[list(chosen)]
+            step = torch.linalg.pinv(rows) @ wanted[list(chosen)] if size else 0 * slopes[0]
+            if bool((slopes @ step >= wanted - 1e-9).all()) and (
+                best is None or step.norm() < best.norm()
+            ):
+                best = step
+    assert best is not None
+    return best
+
+
+def test_the_step_is_the_shortest_that_reaches_every_goal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(margin, "_SOFTNESS", 0.0)
+    draw = torch.Generator().manual_seed(0)
+    slopes = torch.randn(20, 4, 9, generator=draw, dtype=torch.float64)
+    slopes[:, 1:] += 0.7 * slopes[:, :1]  # the contexts of a fact ask for similar changes
+    wanted = torch.randn(20, 4, generator=draw, dtype=torch.float64)
+    known = torch.ones(20, 4, dtype=torch.bool)
+    weights = nearest(slopes, wanted, known, sweeps=2000)
+    steps = (weights[..., None] * slopes).sum(1)
+    sizes = set()
+    for i in range(20):
+        expected = by_every_set(slopes[i], wanted[i])
+        torch.testing.assert_close(steps[i], expected, rtol=1e-5, atol=1e-6)
+        sizes.add(int((weights[i] > 1e-9).sum()))
+    assert len(sizes) > 2, "some goals are met already, and some are not"
+    equal = torch.linalg.pinv(slopes) @ wanted[..., None]
+    assert float((equal[..., 0] - steps).norm(dim=-1).max()) > 0.1, "equations are another problem"
+    known[:, 2:] = False
+    fewer = (nearest(slopes, wanted, known, sweeps=2000)[..., None] * slopes).sum(1)
+    torch.testing.assert_close(
+        fewer[0], by_every_set(slopes[0, :2], wanted[0, :2]), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_opposite_contexts_do_not_make_a_step_endless() -> None:
+    slopes = torch.tensor([[[1.0, 0.0], [-1.0, 1e-4]]])
+    weights = nearest(slopes, torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool))
+    assert float((weights[..., None] * slopes).sum(1).norm()) < 10
+    assert float((torch.linalg.pinv(slopes) @ torch.ones(1, 2, 1)).norm()) > 1e4
+
+
+@pytest.mark.parametrize("site", ["ffn", "stream"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
+def test_slopes_equal_finite_differences(name: str, site: Site) -> None:
+    lm = new_model(name)
+    questions = tokenize_facts(lm, FACTS[:2], CONTEXTS)
+    config = TargetConfig(scale="auto", steps=2)
+    search = MarginSearch(lm, questions, 1, config, site, 0)
+    state = margin._State.start(search.limit, len(CONTEXTS), lm.d_model)
+    state.whole[:] = True
+    draw = torch.Generator().manual_seed(1)
+    state.delta = 0.3 * torch.randn(2, lm.d_model, generator=draw)
+    answers = search._evaluate(state)
+    nll = search._by_context(answers, state)
+    search._learn(state, answers, nll, state.active)
+    assert not answers, "the graph is freed"
+    exact = new_model(name)
+    exact.module.double()
+    for i, fact in enumerate(FACTS[:2]):
+        delta = state.delta[i].double()
+        direction = torch.randn(lm.d_model, generator=draw, dtype=torch.float64)
+        losses = [
+            torch.tensor(
+                plain_losses(exact, fact, 1, CONTEXTS, delta + e * direction, site),
+                dtype=torch.float64,
+            )
+            for e in (0, 2e-2, -2e-2)
+        ]
+        torch.testing.assert_close(nll[i].double(), losses[0], rtol=1e-5, atol=1e-5)
+        slope = (margins_of(losses[1])[0] - margins_of(losses[2])[0]) / 4e-2
+        computed = state.slopes[i].double() @ direction
+        torch.testing.assert_close(computed, slope, rtol=3e-3, atol=2e-5)
+        another = state.slopes[1 - i].double() @ direction
+        assert float((another - slope).abs().max()) > 3e-4, "those of another fact differ"
+
+
+@pytest.mark.parametrize("site", ["stream", "ffn"])
+def test_targets_are_reached_in_few_steps(atlas: LanguageModel, site: Site) -> None:
+    targets = find_targets(atlas, ATLAS_FACTS, 1, CONFIG, ATLAS_CONTEXTS, site=site)
+    adam = find_targets(
+        atlas,
+        ATLAS_FACTS,
+        1,
+        TargetConfig(**{**vars(CONFIG), "optimizer": "adam"}),
+        ATLAS_CONTEXTS,
+        site=site,
+    )
+    for i, fact in enumerate(ATLAS_FACTS):
+        record, delta = targets.convergence[i], targets.v_star[i] - targets.v_initial[i]
+        losses = plain_losses(atlas, fact, 1, ATLAS_CONTEXTS, delta, site)
+        assert sum(losses) / len(losses) == pytest.approx(record["nll"], abs=1e-3)
+        assert record["nll"] < 0.02 and record["stopped"] == "loss"
+        before = plain_losses(atlas, fact, 1, ATLAS_CONTEXTS, torch.zeros_like(delta), site)
+        assert min(before) > 1, "the model did not say it before"
+        assert float(delta.norm()) == pytest.approx(record["norm"], rel=1e-4)
+        assert record["norm"] <= record["limit"] * (1 + 1e-5) and record["kl"] > 0
+    steps, usual = (sum(c["steps"] for c in t.convergence) for t in (targets, adam))
+    assert steps < usual / 2
+
+
+def same(a: Targets, b: Targets, row: int) -> None:
+    assert relative(a.v_star[row] - a.v_initial[row], b.v_star[0] - b.v_initial[0]) < 1e-3
+    for name in ("v_initial", "k_star", "k_prompt", "ffn_initial"):
+        assert relative(getattr(a, name)[row], getattr(b, name)[0]) < 1e-4
+    for name in ("steps", "stopped"):
+        assert a.convergence[row][name] == b.convergence[0][name]
+    assert a.convergence[row]["kl"] == pytest.approx(b.convergence[0]["kl"], rel=1e-2, abs=1e-4)
+
+
+@pytest.mark.parametrize("site", ["stream", "ffn"])
+def test_batch_equals_one_by_one(
+    atlas: LanguageModel, site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "_pass_cost", lambda lm: 10**9)  # one batch, whatever the padding
+    together = find_targets(atlas, ATLAS_FACTS, 1, CONFIG, ATLAS_CONTEXTS, site=site)
+    assert len({c["steps"] for c in together.convergence}) > 1, "facts leave at different steps"
+    again = find_targets(atlas, ATLAS_FACTS, 1, CONFIG, ATLAS_CONTEXTS, site=site)
+    assert torch.equal(again.v_star, together.v_star)
+    monkeypatch.undo()  # rows of different widths now run apart
+    for i, fact in enumerate(ATLAS_FACTS):
+        same(together, find_targets(atlas, [fact], 1, CONFIG, ATLAS_CONTEXTS, site=site), i)
+    for other in (1, 2):
+        moved = together.v_star - together.v_initial
+        assert relative(moved[0], moved[other]) > 0.1, "the facts differ"
+
+
+def test_every_family(
+    family: LanguageModel, no_hooks_left: Callable[[LanguageModel], None]
+) -> None:
+    """A few steps lower the loss, and the loss is that of the whole model."""
+    config = TargetConfig(scale="auto", steps=6, clamp=20, stop_loss=0.01)
+    targets = find_targets(family, FACTS, 0, config, CONTEXTS, site="stream")
+    no_hooks_left(family)
+    first = find_targets(family, FACTS, 0, TargetConfig(steps=1), CONTEXTS, site="stream")
+    for i, fact in enumerate(FACTS):
+        record, delta = targets.convergence[i], targets.v_star[i] - targets.v_initial[i]
+        losses = plain_losses(family, fact, 0, CONTEXTS, delta)
+        if record["steps"] and delta.norm() > 0:
+            bare = plain_losses(family, fact, 0, ["{}"], delta)[0]
+            assert min(abs(record["nll"] - x) for x in (bare, sum(losses) / 3)) < 2e-3
+            assert record["nll"] < first.convergence[i]["nll"]
+
+
+def test_a_target_out_of_reach_is_given_up() -> None:
+    lm = new_model("llama")
+    config = TargetConfig(scale="auto", steps=80, clamp=0.1)
+    record = find_targets(lm, FACTS[:1], 1, config, CONTEXTS, site="stream").convergence[0]
+    assert record["stopped"] == "stuck" and record["steps"] < 30
+    assert record["norm"] <= record["limit"] * (1 + 1e-5)
+
+
+def test_facts_to_forget_keep_the_search_of_the_papers() -> None:
+    lm = new_model("gpt2")
+    facts = [Fact("Edwin", "{} is the king of all", None), FACTS[0]]
+    auto = TargetConfig(scale="auto", steps=5)
+    adam = TargetConfig(scale="auto", steps=5, optimizer="adam")
+    mixed = find_targets(lm, facts, 0, auto, CONTEXTS)
+    alone = find_targets(lm, facts[:1], 0, adam, CONTEXTS)
+    assert relative(mixed.v_star[0], alone.v_star[0]) < 1e-5
+    assert mixed.facts == tuple(facts)
+    written = find_targets(lm, facts[1:], 0, auto, CONTEXTS)
+    assert relative(mixed.v_star[1], written.v_star[0]) < 1e-4
+    assert (
+        relative(mixed.v_star[1], find_targets(lm, facts[1:], 0, adam, CONTEXTS).v_star[0]) > 1e-3
+    )
+
+
+def test_settings() -> None:
+    assert TargetConfig().searched_by == "adam" and CONFIG.searched_by == "margin"
+    assert TargetConfig(scale="auto", optimizer="adam").searched_by == "adam"
+    assert TargetConfig(optimizer="margin").searched_by == "margin"
+    with pytest.raises(InputError, match='"adam", "margin" or None'):
+        TargetConfig(optimizer="sgd")  # type: ignore[arg-type]
+
+
+def test_smaller_steps_find_nearer_targets(atlas: LanguageModel) -> None:
+    norms = [
+        find_targets(
+            atlas,
+            ATLAS_FACTS,
+            1,
+            TargetConfig(**{**vars(CONFIG), "lr": lr}),
+            ATLAS_CONTEXTS,
+            site="stream",
+        )
+        for lr in (0.02, 0.5)
+    ]
+    near, far = (sum(c["norm"] for c in targets.convergence) for targets in norms)
+    assert near < 0.95 * far
+
+
+def test_nan_weights_are_an_error() -> None:
+    lm = new_model("gpt2")
+    with torch.no_grad():
+        lm.ffn[2].weight()[0, 0] = float("nan")
+    config = TargetConfig(scale="auto")
+    with pytest.raises(NumericsError, match="Danielle Darrieux"):
+        find_targets(lm, FACTS[:1], 0, config, CONTEXTS)
+
+
+def test_half_precision_keeps_the_target_in_float32(atlas: LanguageModel) -> None:
+    half = load("atlas")
+    half.module.to(torch.bfloat16)
+    config = MemitConfig(**{name: getattr(CONFIG, name) for name in ("scale", "lr", "clamp")})
+    coarse = find_targets(half, ATLAS_FACTS, 1, config, ATLAS_CONTEXTS, site="stream")
+    exact = find_targets(atlas, ATLAS_FACTS, 1, config, ATLAS_CONTEXTS, site="stream")
+    assert coarse.v_star.dtype == torch.float32
+    moved, wanted = coarse.v_star - coarse.v_initial, exact.v_star - exact.v_initial
+    assert torch.nn.functional.cosine_similarity(moved, wanted).min() > 0.8
+    assert not torch.equal(moved, moved.to(torch.bfloat16).float())
