@@ -181,7 +181,7 @@ def _facts_to_try(
 ) -> tuple[list[Fact], LayerChoice | None]:
     """The facts to try edits on; and a choice by depth, where the model knows too few."""
     if facts is not None:
-        return _settled(lm, listed(facts)), None
+        return settled_facts(lm, listed(facts)), None
     tried = trial_facts(
         lm,
         count,
@@ -194,7 +194,7 @@ def _facts_to_try(
     return [], depth_choice(lm, config.layer or 0, why)
 
 
-def _few_contexts(lm: LanguageModel, seed: int) -> list[str]:
+def few_contexts(lm: LanguageModel, seed: int) -> list[str]:
     """The contexts of a trial edit: the bare prompt, five texts of the model, the chat template.
 
     A patch has 20 texts. With five a search takes a third of the time, and the layers compare the
@@ -232,7 +232,7 @@ class _Trials:
     def __post_init__(self) -> None:
         seed = self.sources.seed
         given = self.sources.contexts
-        self.contexts = _few_contexts(self.lm, seed) if given is None else list(given)
+        self.contexts = few_contexts(self.lm, seed) if given is None else list(given)
         self.done, self.most = 0, len(self.layers) * len(self.facts)
         widest = max(self.lm.ffn[layer].d_ff for layer in self.layers)
         # The sum, the matrix and the factor of each layer are in float64.
@@ -311,7 +311,7 @@ class _Trials:
             self.computed.update(new if fits else {})
 
 
-def _settled(lm: LanguageModel, facts: Sequence[Fact]) -> list[Fact]:
+def settled_facts(lm: LanguageModel, facts: Sequence[Fact]) -> list[Fact]:
     """The facts that the model does not say yet, settled by what it says today.
 
     Neighbours expect what the model says, and a true target that it does not say is left out.
