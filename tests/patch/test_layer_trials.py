@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -177,24 +178,39 @@ def test_the_race_ends_with_its_best_layer_measured_in_full(seed: int) -> None:
 
 
 def test_candidates_are_bounded_and_dense(
-    tiny_gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch
+    tiny_gpt2: LanguageModel,
 ) -> None:
-    assert candidates(tiny_gpt2, [0.0, 9.0, 0.0]) == [0, 1, 2]
+    assert candidates(tiny_gpt2) == [0, 1, 2]
 
     class Ffn:
         def __init__(self, n_experts: int) -> None:
             self.n_experts = n_experts
 
     class Deep:
-        name, n_layers = "deep", 40
-        ffn = tuple(Ffn(8 if layer == 20 else 0) for layer in range(40))
+        name = "deep"
 
-    effects = [1 / (1 + abs(layer - 16.6)) for layer in range(40)]
-    dense = candidates(Deep(), effects)  # type: ignore[arg-type]
-    assert dense == [11, 12, 13, 14, 15, 16, 17, 18, 19, 21, 22]
-    Deep.ffn = (Ffn(8),) * 40
+        def __init__(self, n_layers: int, experts: Sequence[int] = ()) -> None:
+            self.n_layers = n_layers
+            self.ffn = [Ffn(8 if layer in experts else 0) for layer in range(n_layers)]
+
+    def tried(*model: Any) -> list[int]:
+        return candidates(Deep(*model))  # type: ignore[arg-type]
+
+    assert tried(12) == list(range(12)), "all layers of a shallow model"
+    assert tried(30) == [2, 5, 8, 11, 14, 17] and tried(16) == [0, 2, 4, 6, 8, 10]
+    for depth in (13, 24, 28, 32, 48, 80, 126):
+        layers = tried(depth)
+        assert len(layers) == 6 and depth // 6 in layers and max(layers) < 0.7 * depth
+    assert tried(40, range(2, 40)) == [0, 1], "layers of experts are not tried"
     with pytest.raises(UnsupportedModelError, match="experts"):
-        candidates(Deep(), effects)  # type: ignore[arg-type]
+        tried(40, range(40))
+
+
+def test_a_run_for_memit_counts_the_layers_between_those_that_were_tried() -> None:
+    spread = {2: 0.9, 5: 1.0, 8: 0.94, 11: 0.3}
+    assert choose(table(spread), FLAT) == (5, (4, 5, 6, 7))
+    steep = {2: 0.4, 5: 1.0, 8: 0.4}
+    assert choose(table(steep), FLAT) == (5, (5,))
 
 
 def test_windows_stay_small_compared_with_the_depth() -> None:

@@ -60,7 +60,7 @@ def test_measured_layers_agree_with_single_edits(
     monkeypatch.setattr(
         tiny_lm.config,
         "factsmith",
-        {"rome": {"scale": "auto", "steps": 40, "clamp": 20.0}},
+        {"rome": {"scale": "auto", "steps": 40, "clamp": 20.0, "optimizer": "adam"}},
         raising=False,
     )
     before = tiny_lm.fingerprint
@@ -71,7 +71,7 @@ def test_measured_layers_agree_with_single_edits(
     moments = second_moments(tiny_lm, TEXTS, [0, 1, 2])
     held: list[bool] = []
     for score in choice.scores:
-        config = RomeConfig(layer=score.layer, scale="auto", steps=40, clamp=20.0)
+        config = RomeConfig(layer=score.layer, scale="auto", steps=40, clamp=20.0, optimizer="adam")
         efficacy, generalization = [], []
         for fact in TRIALS:
             with applied(tiny_lm, rome(tiny_lm, fact, config, moments=moments, contexts=CONTEXTS)):

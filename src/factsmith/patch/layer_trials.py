@@ -1,12 +1,12 @@
 """From a causal trace and trial edits to the layers to edit.
 
     effects = mlp_effects(lm, facts)                        # where the subject's last token is read
-    trials = race(candidates(lm, effects), 24, try_edits)   # try_edits is the caller's
+    trials = race(candidates(lm), 24, try_edits)            # try_edits is the caller's
     rome, memit = choose(trials, effects)
 
-The trace bounds the search, and the trials decide. A trace alone says where a fact is read, which
-is not the best place to write it (Hase et al. 2023, arXiv 2301.04213: the two hardly correlate).
-Trials alone would have to edit every layer of a deep model.
+The trials decide, and the trace between layers that they cannot tell apart. A trace alone says
+where a fact is read, which is not the best place to write it (Hase et al. 2023, arXiv 2301.04213:
+the two hardly correlate). A deep model has some of its layers tried.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 import torch
 
@@ -26,10 +27,17 @@ from ..model.address import check_dense
 from ..model.language_model import LanguageModel
 from .layer_choice import MIN_FACTS, LayerScore, Trial
 
-CANDIDATES = 12
-"""At most so many neighbouring layers are tried, those where the MLPs' effect is largest. However
-deep the model, there are 12 × 24 edits at most.
-"""
+SHALLOW = 12
+"""A model of at most so many dense layers has all of them tried."""
+
+CANDIDATES = 6
+"""So many layers of a deeper model are tried, spread over the early 60 %. However deep the model,
+there are 6 × 12 edits at most. Neighbours score alike, so a best layer between two of them costs
+little."""
+
+_EARLY = 0.6
+"""The share of the depth that is searched. All published layers lie in the first 40 %, and later
+changes come too late for the last token to read them."""
 
 RUN = 5
 """At most so many layers for MEMIT: its published ranges have five, or six (GPT-J)."""
@@ -86,22 +94,22 @@ def mlp_effects(
     return tuple(total.tolist())
 
 
-def candidates(lm: LanguageModel, effects: Sequence[float], most: int = CANDIDATES) -> list[int]:
-    """Return the layers to try: all dense ones of a shallow model, or neighbours of a deep one.
+def candidates(lm: LanguageModel) -> list[int]:
+    """Return the layers to try: all dense ones of a shallow model, or some of a deep one.
 
-    Args:
-        lm: The model.
-        effects: (n_layers,) of `mlp_effects`.
-        most: A deeper model gets so many neighbours, those whose effects have the largest sum.
+    Those of a deep model are spread evenly over the early layers. The one at a sixth of the depth
+    is among them, where patches go without a measurement.
 
     Raises:
         UnsupportedModelError: No layer is dense.
     """
     check_dense(lm.ffn)
-    starts = range(max(1, lm.n_layers - most + 1))
-    first = max(starts, key=lambda start: sum(effects[start : start + most]))
     dense = [layer for layer in range(lm.n_layers) if not lm.ffn[layer].n_experts]
-    return [layer for layer in dense if first <= layer < first + most] or dense[:most]
+    if len(dense) <= SHALLOW:
+        return dense
+    step = max(1, round(_EARLY * len(dense) / CANDIDATES))
+    first = min(range(len(dense)), key=lambda i: abs(dense[i] - lm.n_layers // 6)) % step
+    return dense[first::step][:CANDIDATES]
 
 
 def race(
@@ -152,7 +160,8 @@ def choose(
 
     MEMIT gets the run of neighbours around it whose score is at least 95 % of the best, the better
     side first, five at most. Each layer of a run takes a share of the change, so a layer where
-    edits fail would lose its share. A layer that left the race early is judged by its few edits.
+    edits fail would lose its share. A layer that left the race early is judged by its few edits. A
+    layer between two that were tried counts as much as their scores say, on a straight line.
 
     Args:
         trials: {layer: trials} of the same edits in the same order.
@@ -163,6 +172,7 @@ def choose(
     full = [layer for layer, some in trials.items() if len(some) == most]
     first = max(full, key=lambda layer: scores[layer])
     best = scores[first]
+    between = _between(scores)
 
     def is_level(layer: int) -> bool:
         error = _standard_error(trials[first], trials[layer])
@@ -171,11 +181,23 @@ def choose(
     rome = max(filter(is_level, full), key=lambda layer: (effects[layer], -layer))
     run = [rome]
     while best > 0 and len(run) < RUN:
-        near = [layer for layer in (run[0] - 1, run[-1] + 1) if scores.get(layer, 0) >= NEAR * best]
+        ends = (run[0] - 1, run[-1] + 1)
+        near = [layer for layer in ends if between.get(layer, 0) >= NEAR * best]
         if not near:
             break
-        run = sorted([*run, max(near, key=lambda layer: (scores[layer], -layer))])
+        run = sorted([*run, max(near, key=lambda layer: (between[layer], -layer))])
     return rome, tuple(run)
+
+
+def _between(scores: Mapping[int, float]) -> dict[int, float]:
+    """The scores of the layers that were tried, and of those between two of them."""
+    tried = sorted(scores)
+    every = dict(scores)
+    for low, high in pairwise(tried):
+        for layer in range(low + 1, high):
+            share = (layer - low) / (high - low)
+            every[layer] = (1 - share) * scores[low] + share * scores[high]
+    return every
 
 
 def _in_the_race(trials: Mapping[int, Sequence[Trial]]) -> list[int]:

@@ -1,10 +1,10 @@
-"""Which layers to edit, measured on the model at hand: an average causal trace, then trial edits of
-real facts, each taken back.
+"""Which layers to edit, measured on the model at hand by trial edits of real facts.
 
     choice = recommend_layers(load("gpt2"))
     choice.rome, choice.memit, choice.reason
 
-The trace bounds the search and the trials decide (`layer_trials`).
+The trials decide, and an average causal trace between layers that they cannot tell apart
+(`layer_trials`).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from ..model.turns import asking
 from .duration import seconds_to_search
 from .layer_choice import MIN_FACTS, LayerChoice, LayerScore, Trial, depth_choice, published
 from .layer_trials import (
+    SHALLOW,
     candidates,
     choose,
     mlp_effects,
@@ -43,9 +44,9 @@ from .layer_trials import (
 from .recipe import Sources
 from .trial_facts import judge, trial_facts
 
-_TRIALS = 24
-"""Trial edits at the layers that stay in the race to the end; `benchmarks/layers.py` measures what
-they are worth.
+_TRIALS, _DEEP_TRIALS, _TRACED = 24, 12, 6
+"""Trial edits at the layers that stay in the race to the end, in a shallow model and in a deep one;
+and facts that are traced. `benchmarks/layers.py` measures what they are worth.
 """
 
 _MOMENT_BYTES = 4 * 2**30
@@ -66,8 +67,10 @@ def recommend_layers(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> LayerChoice:
-    """Measure which layers to edit: an average causal trace, then trial edits at the promising
-    layers, each taken back.
+    """Measure which layers to edit by trial edits, each taken back.
+
+    A model of up to 12 layers has all of them tried, a deeper one six of the early layers. Where
+    the trials cannot tell layers apart, an average causal trace decides.
 
     The other settings of the edits are those recommended for the model. A model that knows too few
     bundled facts gets a fixed share of its depth; `source` and `reason` say so. The model is as
@@ -77,8 +80,8 @@ def recommend_layers(
         lm: The model.
         facts: Edits to try, with paraphrases and neighbours to judge them by. None: bundled facts
             that the model knows.
-        trials: Edits at the layers that stay in the race to the end, 24 if None. Layers far behind
-            get a quarter or a half as many, six at least.
+        trials: Edits at the layers that stay in the race to the end. None: 24, or 12 in a model of
+            more than 12 layers. Layers far behind get a quarter or a half as many, six at least.
         texts: Text for second moments; "own" is text that the model writes. None: those that came
             with the model, or that the user's cache has, or else the bundled corpus.
         contexts: Templates with `{}` for the prompt. None: the model writes them.
@@ -129,7 +132,8 @@ def measure_layers(
             there.
         progress: Called with the step's name, how much is done, and how much there is.
     """
-    count = _TRIALS if trials is None else trials
+    usual = _TRIALS if lm.n_layers <= SHALLOW else _DEEP_TRIALS
+    count = usual if trials is None else trials
     if count < 1:
         raise InputError(f"trials is {count}; expected at least one trial edit")
     config = RomeConfig.recommended(lm)
@@ -138,10 +142,10 @@ def measure_layers(
         return guess
     effects = mlp_effects(
         lm,
-        tried,
-        progress=lambda done, total: tell(progress, "choosing layers: tracing facts", done, total),
+        tried[:_TRACED],
+        progress=partial(tell, progress, "choosing layers: tracing facts"),
     )
-    layers = candidates(lm, effects)
+    layers = candidates(lm)
     trial = _Trials(lm, tried, config, layers, sources, folder, progress)
     trial.announce()
     results = race(layers, len(tried), trial.run)
@@ -195,12 +199,12 @@ def _facts_to_try(
 
 
 def few_contexts(lm: LanguageModel, seed: int) -> list[str]:
-    """The contexts of a trial edit: the bare prompt, five texts of the model, the chat template.
+    """The contexts of a trial edit: the bare prompt, three texts of the model, the chat template.
 
-    A patch has 20 texts. With five a search takes a third of the time, and the layers compare the
-    same.
+    A patch has 20 texts. With three a search takes a quarter of the time, and the layers compare
+    the same.
     """
-    return [*generate_contexts(lm, seed, chat=False)[::4], *chat_contexts(lm)[:1]]
+    return [*generate_contexts(lm, seed, chat=False)[::6], *chat_contexts(lm)[:1]]
 
 
 @dataclass
