@@ -16,7 +16,7 @@ from factsmith.cli.loading import with_loading_options
 
 WORKSPACE_ALONE = {"diff", "revert", "checkout", "status", "verify", "recover", "capacity"}
 WORKSPACE_ALONE |= {"plan", "apply", "export", "import_"}
-NO_MODEL = {"demo", "log", "show", "gc", "schema"}
+NO_MODEL = {"demo", "cache", "log", "show", "gc", "schema"}
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from conftest import TEXTS
 from factsmith.core.errors import DamagedError, InputError
 from factsmith.corpus.moments import SecondMoment
+from factsmith.corpus.moments_cache import cache_file
 from factsmith.corpus.moments_store import (
     find_moments,
     keep_moments,
@@ -17,7 +19,9 @@ from factsmith.corpus.moments_store import (
     load_moments,
     moments_digest,
     moments_file,
+    recorded_moments,
 )
+from factsmith.corpus.ordinary import DIGEST
 from factsmith.model.language_model import LanguageModel
 
 
@@ -82,3 +86,42 @@ def test_the_digest_of_moments_is_that_of_their_matrices() -> None:
     both = moments_digest({3: one, 4: two}, [3, 4])
     assert both != moments_digest({3: two, 4: one}, [3, 4]) and len(both) == 64
     assert both == moments_digest({3: one, 4: two, 5: one}, [3, 4])
+
+
+def test_a_workspace_of_an_earlier_version_gets_one_text_for_all_layers(
+    tiny_gpt2: LanguageModel, tmp_path: Path
+) -> None:
+    """It has a layer from text that the model wrote, and an edit needs more layers."""
+    own = find_moments(tiny_gpt2, [1], folder=tmp_path, texts="own", max_tokens=600)
+    before = moments_file(tmp_path, 1).read_bytes()
+    both = find_moments(tiny_gpt2, [0, 1], folder=tmp_path)
+    assert both[0].corpus == both[1].corpus == DIGEST != own[1].corpus
+    assert moments_file(tmp_path, 1).read_bytes() == before
+    cache = cache_file(tiny_gpt2, 1).parent
+    shutil.rmtree(cache)
+    again = find_moments(tiny_gpt2, [0, 1], folder=tmp_path)
+    assert moments_digest(again, [0, 1]) == moments_digest(both, [0, 1]) and not cache.exists()
+    alone = find_moments(tiny_gpt2, [1], folder=tmp_path)
+    assert moments_digest(alone, [1]) == moments_digest(own, [1])
+
+
+def test_what_a_patch_recorded_stays_when_another_text_is_given(
+    tiny_gpt2: LanguageModel, tmp_path: Path
+) -> None:
+    first = find_moments(tiny_gpt2, [0, 1], folder=tmp_path)
+    second = find_moments(tiny_gpt2, [0, 1], folder=tmp_path, texts=TEXTS * 20)
+    assert second[0].corpus != first[0].corpus
+    kept = find_moments(tiny_gpt2, [0, 1], folder=tmp_path)
+    assert moments_digest(kept, [0, 1]) == moments_digest(second, [0, 1])
+    for moments in (first, second):
+        for layers in ([0], [1], [1, 0], [0, 1]):
+            digest = moments_digest(moments, layers)
+            recorded = recorded_moments(tmp_path, layers, digest)
+            assert recorded is not None and moments_digest(recorded, layers) == digest
+    assert recorded_moments(tmp_path, [0, 1], "0" * 64) is None
+    mixed = {0: first[0], 1: second[1]}
+    assert recorded_moments(tmp_path, [0, 1], moments_digest(mixed, [0, 1])) is None
+    assert len(list(tmp_path.iterdir())) == 4
+    find_moments(tiny_gpt2, [0, 1], folder=tmp_path, texts=TEXTS * 20)
+    assert len(list(tmp_path.iterdir())) == 4, "the same numbers are one file"
+    assert load_moments(tmp_path).keys() == {0, 1}

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import typer
 
 from ..core.errors import FactsmithError, InputError
-from . import capacity, demo, export, judge, keep, locate, patch, plan, read
+from . import cache, capacity, demo, export, judge, keep, locate, patch, plan, read
 from .common import Command, Group, Quiet, Verbose, spoken_warnings, with_common_options
 from .loading import with_loading_options
 from .printing import Manner, complain, complain_of, manner, program, running
@@ -37,15 +37,16 @@ app = typer.Typer(
     name="factsmith",
     help="Read, locate, patch and keep the facts in a transformer's feed-forward memory.",
     epilog=(
-        "`factsmith COMMAND --help` shows the options of a command, and examples. The index of a "
-        "model is kept in the folder $FACTSMITH_CACHE, or in the user's cache folder."
+        "`factsmith COMMAND --help` shows the options of a command, and examples. What can be made "
+        "again, such as the index of a model, is kept in the folder $FACTSMITH_CACHE, or in the "
+        "user's cache folder."
     ),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 
 COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Start": (keep.init, demo.demo),
+    "Start": (keep.init, demo.demo, cache.cache),
     "Read: what the memory holds": (
         read.ask,
         read.explain,

@@ -17,16 +17,13 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from ..core.cache import cache_folders
+from ..core.cache import MODEL_FILE, cache_folders
 from ..core.errors import FactsmithError
 from ..core.files import make_folder, write_file
 from ..core.progress import Progress, note
 from ..model.language_model import LanguageModel
 from .moments import SecondMoment
 from .ordinary import DIGEST, NAME
-
-MODEL_FILE = "model.txt"
-"""The name of the model that a folder of the cache belongs to, for people."""
 
 
 def cache_file(lm: LanguageModel, layer: int) -> Path:

@@ -3,11 +3,13 @@
     moments = find_moments(lm, [3, 4, 5], folder="moments")  # computes the missing, keeps them
     load_moments("moments")                                  # {3: SecondMoment(layer=3, ...), ...}
 
-A folder keeps them as layer<number>.safetensors.
+A folder keeps them as layer<number>.safetensors. A second moment of the same layer from another
+text goes to layer<number>-<digest>.safetensors, since patches may have been made with it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import math
@@ -19,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from ..core.artefact import read_metadata
 from ..core.checks import check_limit
 from ..core.errors import DamagedError, InputError
 from ..core.identity import present_fingerprint
@@ -28,7 +31,7 @@ from ..model.sample import own_text
 from .measuring import ENOUGH_EXCESS, enough_tokens
 from .moments import SecondMoment, moments_with_total
 from .moments_cache import cache_moments, cached_moments, rounded
-from .ordinary import ordinary_texts
+from .ordinary import DIGEST, ordinary_texts
 from .own import is_own
 
 _LOOKED_AT, _MOST_UNKNOWN = 20, 0.1
@@ -53,8 +56,9 @@ def find_moments(  # house: a promised public signature
     They are looked for in the folder, then with the model, then in the user's cache. What is
     missing is computed from the bundled corpus, and kept in the folder and in the cache. A file of
     another model (by fingerprint), or of fewer tokens than `max_tokens`, is passed over. An edit
-    takes the moments of all its layers from one text. So if some layers lack a shipped one, all
-    missing layers come from the cache or are computed, and the shipped files stay as they are.
+    takes the moments of all its layers from one text. So if the kept and the shipped ones lack some
+    layers, or are from several texts, those of the bundled corpus are taken for all layers. Files
+    of other texts stay.
 
     Args:
         lm: The model.
@@ -86,18 +90,18 @@ def find_moments(  # house: a promised public signature
     from_one_text = len({moment.corpus for moment in known.values()}) == 1
     if from_one_text and all(layer in known for layer in layers):
         return known
-    missing = [layer for layer in layers if layer not in kept]
-    if not missing:
-        return kept
     computing = _Computing(lm, max_tokens, dtype, checkpoint, progress)
     if texts is None:
-        new = computing.or_cached(missing)
+        known = {} if folder is None else _of_bundled_text(lm, layers, folder, least)
+        new = computing.or_cached([layer for layer in layers if layer not in known])
     else:
-        new = computing.of(missing, computing.own_texts(missing, seed) if is_own(texts) else texts)
+        known = {}
+        new = computing.of(layers, computing.own_texts(layers, seed) if is_own(texts) else texts)
     for layer, moment in new.items():
-        if folder is not None and layer not in shipped:
-            moment.save(moments_file(folder, layer), packed=packed, triangle=texts is None)
-    return kept | new
+        if folder is not None:
+            by_digest = layer in kept or layer in shipped
+            keep_version(moment, layer, folder, by_digest, packed=packed, triangle=texts is None)
+    return known | new
 
 
 @dataclass(frozen=True)
@@ -238,6 +242,88 @@ def _read(
     }
 
 
+def _of_bundled_text(
+    lm: LanguageModel, layers: Iterable[int], folder: str | os.PathLike[str], least: float
+) -> dict[int, SecondMoment]:
+    """Return the second moments of this model and the bundled corpus in one folder, by layer."""
+    moments = {}
+    for layer in layers:
+        for file in _versions(folder, layer):
+            if read_metadata(file).get("corpus") == DIGEST:
+                moment = _read_layer(file, layer)
+                if moment.count > least - 1 and lm.has_fingerprint(moment.fingerprint):
+                    moments[layer] = moment
+                    break
+    return moments
+
+
+def _versions(folder: str | os.PathLike[str], layer: int) -> list[Path]:
+    """Return the files of a layer: the one that counts, and those of other texts."""
+    file = moments_file(folder, layer)
+    others = sorted(Path(folder).glob(f"{file.stem}-*{file.suffix}"))
+    return [file, *others] if file.is_file() else others
+
+
+def recorded_moments(
+    folder: str | os.PathLike[str], layers: Sequence[int], digest: str
+) -> dict[int, SecondMoment] | None:
+    """Return the second moments in a folder that a patch was made with; None if they are gone.
+
+    Args:
+        folder: The folder.
+        layers: The layers of the patch.
+        digest: What `moments_digest` gave for them.
+    """
+    by_text: dict[str, dict[int, list[SecondMoment]]] = {}
+    for layer in layers:
+        for file in _versions(folder, layer):
+            with contextlib.suppress(DamagedError):
+                moment = _read_layer(file, layer)
+                by_text.setdefault(moment.corpus, {}).setdefault(layer, []).append(moment)
+    for versions in by_text.values():
+        for chosen in itertools.product(*(versions.get(layer, ()) for layer in layers)):
+            moments = dict(zip(layers, chosen, strict=True))
+            if moments_digest(moments, list(layers)) == digest:
+                return moments
+    return None
+
+
+def keep_version(
+    moment: SecondMoment,
+    layer: int,
+    folder: str | os.PathLike[str],
+    by_digest: bool = False,
+    **layout: bool,
+) -> Path:
+    """Write a second moment into a folder, and return its file.
+
+    Args:
+        moment: The second moment.
+        layer: Its layer.
+        folder: The folder.
+        by_digest: Name the file by the digest, since another one counts for the layer. Otherwise it
+            counts from now on, and an earlier one of the same model is renamed.
+        layout: As for `SecondMoment.save`.
+    """
+    file = moments_file(folder, layer)
+    if by_digest:
+        file = _by_digest(file, moment)
+    elif file.is_file():
+        with contextlib.suppress(DamagedError):
+            earlier = _read_layer(file, layer)
+            of_model = present_fingerprint(earlier.fingerprint)
+            other = _by_digest(file, earlier)
+            same = other == _by_digest(file, moment)
+            if of_model == present_fingerprint(moment.fingerprint) and not same:
+                file.replace(other)
+    moment.save(file, **layout)
+    return file
+
+
+def _by_digest(file: Path, moment: SecondMoment) -> Path:
+    return file.with_stem(f"{file.stem}-{moments_digest(moment, ())[:12]}")
+
+
 def _read_layer(file: Path, layer: int) -> SecondMoment:
     """Return the second moment of a file whose name says which layer it is of."""
     moment = SecondMoment.load(file)
@@ -257,7 +343,7 @@ def keep_moments(
         file = moments_file(folder, layer)
         present = _read_layer(file, layer) if file.is_file() else None
         if present is None or _source(present) != _source(moment):
-            moment.save(file, packed=packed)
+            keep_version(moment, layer, folder, packed=packed)
 
 
 def _source(moment: SecondMoment) -> tuple[str, str, int]:

@@ -21,6 +21,7 @@ from ..core.errors import InputError
 from ..core.fact import Fact, listed
 from ..core.progress import Progress
 from ..corpus.moments import SecondMoment
+from ..corpus.moments_store import find_moments
 from ..model.address import check_dense_layer
 from ..model.language_model import LanguageModel
 from . import solve
@@ -82,7 +83,7 @@ def edit_inputs(
     facts: Sequence[Fact],
     config: EditConfig,
     *,
-    moments: Moments,
+    moments: Moments | None = None,
     contexts: Sequence[str] | None = None,
     seed: int = 0,
     beneath: Sequence[Delta] = (),
@@ -104,8 +105,13 @@ def edit_inputs(
         lm=lm,
         facts=list(facts),
         config=config.at(layers),
-        moments=_checked_moments(lm, moments, layers, deltas),
         contexts=config.own_contexts(lm, seed) if contexts is None else check_contexts(contexts),
+        moments=_checked_moments(
+            lm,
+            _moments_at_hand(lm, layers, deltas, progress) if moments is None else moments,
+            layers,
+            deltas,
+        ),
         beneath=deltas,
         progress=progress,
     )
@@ -215,6 +221,23 @@ def _checked_deltas(beneath: Sequence[Delta]) -> list[Delta]:
             argument="beneath",
         )
     return deltas
+
+
+def _moments_at_hand(
+    lm: LanguageModel, layers: Sequence[int], beneath: Sequence[Delta], progress: Progress | None
+) -> dict[int, SecondMoment]:
+    """Return the second moments of `find_moments`, which are those of the model's present weights.
+
+    Raises:
+        InputError: The model carries deltas, so they would be those of an edited model.
+    """
+    if beneath:
+        raise InputError(
+            "the model carries deltas, and there are no second moments; give those of the model "
+            f"without the deltas: find_moments(lm, {list(layers)}) before they are applied",
+            argument="moments",
+        )
+    return find_moments(lm, layers, progress=progress)
 
 
 def _checked_moments(

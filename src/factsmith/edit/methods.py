@@ -16,7 +16,7 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Required, TypedDict, TypeVar, Unpack
+from typing import Any, TypedDict, TypeVar, Unpack
 
 from ..core.errors import InputError
 from ..core.fact import Fact
@@ -113,7 +113,7 @@ def edit(  # house: the public signature, promised in DESIGN
     method: str | None = None,
     config: EditConfig | None = None,
     *,
-    moments: Moments,
+    moments: Moments | None = None,
     contexts: Sequence[str] | None = None,
     seed: int = 0,
     beneath: Sequence[Delta] = (),
@@ -129,7 +129,7 @@ def edit(  # house: the public signature, promised in DESIGN
             MEMIT for several.
         config: The method's settings. None: those recommended for the model.
         moments: The second moment of the edited layer, or {layer: SecondMoment}. They are those of
-            the unedited model.
+            the unedited model. None: those of `find_moments`, if the model carries nothing.
         contexts: Templates with `{}` for the prompt, the bare "{}" among them. None: the model
             writes them, from `seed`. In the keys of the MEMIT family the bare prompt has one half
             of the weight, and the others together have the other half.
@@ -177,10 +177,10 @@ def edit(  # house: the public signature, promised in DESIGN
 class EditOptions(TypedDict, total=False):
     """The options of `edit`, which the functions below take too.
 
-    `moments` is required. `earlier` is an older name of `beneath`, which is still accepted.
+    `earlier` is an older name of `beneath`, which is still accepted.
     """
 
-    moments: Required[Moments]
+    moments: Moments | None
     contexts: Sequence[str] | None
     seed: int
     beneath: Sequence[Delta]

@@ -65,7 +65,7 @@ def rome_each(
     facts: Iterable[Fact],
     config: RomeConfig | None = None,
     *,
-    moments: Moments,
+    moments: Moments | None = None,
     contexts: Sequence[str] | None = None,
     seed: int = 0,
     progress: Progress | None = None,

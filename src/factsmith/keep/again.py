@@ -19,7 +19,7 @@ from typing import Any
 from ..core.errors import InputError, NumericsError
 from ..core.progress import Progress, tell
 from ..core.tables import counted
-from ..corpus.moments_store import moments_digest
+from ..corpus.moments_store import moments_digest, recorded_moments
 from ..edit.delta import Delta
 from ..edit.inputs import Moments
 from ..edit.neurons import edits_neurons
@@ -258,6 +258,10 @@ class _Attempt:
         """The second moments that a patch was made with, or those that were given."""
         if self.sources.moments is not None:
             return self.sources.moments
+        if patch.moments is not None:
+            folder = self.carried.ledger.folder / "moments"
+            if (recorded := recorded_moments(folder, patch.layers, patch.moments)) is not None:
+                return recorded
         moments = self.bench.moments(patch.layers, self.sources, self.progress)
         if patch.moments not in (None, moments_digest(moments, patch.layers)):
             raise InputError(
