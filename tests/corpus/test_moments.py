@@ -25,7 +25,10 @@ from factsmith.core.errors import (
     WorkspaceError,
 )
 from factsmith.corpus import text as corpus_text
-from factsmith.corpus.moments import TOKENS_PER_NEURON, SecondMoment, second_moments
+from factsmith.corpus.measuring import ENOUGH_EXCESS, FIRST_COMPARED, TOKENS_PER_NEURON
+from factsmith.corpus.moments import SecondMoment, moments_with_total, second_moments
+from factsmith.corpus.ordinary import DIGEST, WINDOW, ordinary_texts
+from factsmith.corpus.text import pieces
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap
 
@@ -491,3 +494,49 @@ def test_a_count_is_whole_however_it_is_kept(count: Any) -> None:
     for wrong in (44.5, float("nan"), "44", torch.ones(2), None):
         with pytest.raises(InputError, match="count"):
             SecondMoment.from_matrix(torch.eye(3), count=wrong)
+
+
+def sum_by_hand(lm: LanguageModel, rows: list[list[int]], layer: int) -> torch.Tensor:
+    """Σ m mᵀ over rows of token ids, one row at a time through the whole model."""
+    seen: list[torch.Tensor] = []
+    down = lm.ffn[layer].down
+    handle = down.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    total = torch.zeros(lm.ffn[layer].d_ff, lm.ffn[layer].d_ff, dtype=torch.float64)
+    try:
+        for ids in rows:
+            with torch.no_grad():
+                lm.module(input_ids=torch.tensor([ids]))
+            m = seen.pop().double().flatten(0, -2)
+            total += torch.einsum("ti,tj->ij", m, m)
+    finally:
+        handle.remove()
+    return total
+
+
+def test_the_bundled_corpus_is_read_until_its_halves_agree(tiny_lm: LanguageModel) -> None:
+    """The numbers are those of an independent sum over as many passages, one by one."""
+    texts = ordinary_texts()
+    totals: list[tuple[int, int | None]] = []
+    moments = moments_with_total(
+        tiny_lm, texts, [0, 1], progress=lambda done, total: totals.append((done, total))
+    )
+    count = moments[0].count
+    d_ff = tiny_lm.ffn[0].d_ff
+    assert all(m.excess is not None and m.excess <= ENOUGH_EXCESS for m in moments.values())
+    assert {m.corpus for m in moments.values()} == {DIGEST}
+    assert FIRST_COMPARED * d_ff <= count
+    assert totals[-1][0] == count and all(t is not None and n <= t for n, t in totals)
+    rows, n_tokens = [], 0
+    for piece in pieces(tiny_lm, texts):
+        if n_tokens >= count:
+            break
+        rows.append(piece.ids)
+        n_tokens += len(piece.ids)
+    assert n_tokens == count and len(rows) % WINDOW == 0
+    for layer in (0, 1):
+        expected = sum_by_hand(tiny_lm, rows, layer) / count
+        torch.testing.assert_close(moments[layer].matrix, expected, rtol=1e-5, atol=1e-6)
+        wrong = sum_by_hand(tiny_lm, rows[: len(rows) // 2], layer) / (count / 2)
+        assert not torch.allclose(moments[layer].matrix, wrong, rtol=1e-3)
+    given = second_moments(tiny_lm, list(texts), [0])[0]
+    assert given.count == TOKENS_PER_NEURON * d_ff and given.corpus != DIGEST
