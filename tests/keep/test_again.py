@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from conftest import GPT2, byte_tokenizer, tiny_model
+from conftest import GPT2, TEXTS, byte_tokenizer, tiny_model
 from factsmith.core.errors import InputError, NumericsError
 from factsmith.core.fact import Fact
+from factsmith.corpus import moments_store
 from factsmith.edit.configs import RomeConfig
 from factsmith.edit.delta import Delta
 from factsmith.edit.resolve import resolve
@@ -113,3 +116,37 @@ def test_a_revert_that_would_lose_a_fact_is_not_recorded(
     monkeypatch.setattr(bench, "find_moments", lambda *_, **__: other)
     with pytest.raises(InputError, match="not in the workspace any more"):
         bench.revert(one.id)
+
+
+@pytest.mark.parametrize("method", ["rome", "memit"])
+def test_a_patch_is_solved_again_with_the_second_moments_it_recorded(
+    lm: LanguageModel,
+    bench: Workbench,
+    fresh_cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+) -> None:
+    """Another text was given since, the cache is gone, and nothing can be computed."""
+    config = RomeConfig(layer=1, steps=4) if method == "rome" else SPREADING
+
+    def put(fact: Fact, **options: Any) -> Revision:
+        done = bench.apply([fact], method, config, force=True, **options)
+        assert done.revision is not None
+        return done.revision
+
+    one, two = put(THREE[0]), put(THREE[1])
+    three = put(THREE[2], texts=[*TEXTS] * 20)
+    assert one.moments == two.moments != three.moments
+    shutil.rmtree(fresh_cache)
+    monkeypatch.setattr(
+        moments_store, "moments_with_total", lambda *_, **__: pytest.fail("computed again")
+    )
+    bench.revert(one.id, force=True)
+    assert [left.id for left in bench.ledger.active()] == [two.id, three.id]
+    assert all(left.carried != left.delta for left in bench.ledger.active())
+    bench.revert("latest", force=True)
+    # A control: without the file that the patch recorded there is nothing to solve it with.
+    for file in (bench.ledger.folder / "moments").glob("layer*-*.safetensors"):
+        file.unlink()
+    with pytest.raises(InputError, match="not in the workspace any more"):
+        bench.revert(one.id, force=True)
