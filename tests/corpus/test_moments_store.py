@@ -92,17 +92,17 @@ def test_a_workspace_of_an_earlier_version_gets_one_text_for_all_layers(
     tiny_gpt2: LanguageModel, tmp_path: Path
 ) -> None:
     """It has a layer from text that the model wrote, and an edit needs more layers."""
-    own = find_moments(tiny_gpt2, [1], folder=tmp_path, texts="own", max_tokens=600)
+    written = find_moments(tiny_gpt2, [1], folder=tmp_path, texts="own", max_tokens=600)
     before = moments_file(tmp_path, 1).read_bytes()
     both = find_moments(tiny_gpt2, [0, 1], folder=tmp_path)
-    assert both[0].corpus == both[1].corpus == DIGEST != own[1].corpus
+    assert both[0].corpus == both[1].corpus == DIGEST != written[1].corpus
     assert moments_file(tmp_path, 1).read_bytes() == before
     cache = cache_file(tiny_gpt2, 1).parent
     shutil.rmtree(cache)
     again = find_moments(tiny_gpt2, [0, 1], folder=tmp_path)
     assert moments_digest(again, [0, 1]) == moments_digest(both, [0, 1]) and not cache.exists()
     alone = find_moments(tiny_gpt2, [1], folder=tmp_path)
-    assert moments_digest(alone, [1]) == moments_digest(own, [1])
+    assert moments_digest(alone, [1]) == moments_digest(written, [1])
 
 
 def test_what_a_patch_recorded_stays_when_another_text_is_given(
