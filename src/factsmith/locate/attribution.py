@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.checks import check_count
+from ..core.multiply import quick_products
 from ..model.language_model import LanguageModel
 from ..model.trace import replacing
 from ..model.turns import asking
@@ -191,6 +192,7 @@ def _checked_columns(runs: Runs, count: int) -> list[int]:
     return list(dict.fromkeys([*first, *others]))[:count]
 
 
+@quick_products()
 def _gradients(runs: Runs, sites: Sequence[nn.Module], share: float) -> list[Tensor]:
     """The gradient of p(answer) at each site's output: (samples, S, d_model).
 

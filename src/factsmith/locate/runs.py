@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import NumericsError, UnsupportedModelError
+from ..core.multiply import quick_products
 from ..model.answers import n_lines
 from ..model.language_model import LanguageModel, check_model
 from ..model.replay import Replay, record
@@ -159,6 +160,7 @@ def record_runs(
 
 
 @asking()
+@quick_products()
 def record_prompt(
     lm: LanguageModel, traced: TracedPrompt, corruption: Corruption, *, target: str | None = None
 ) -> Runs:
@@ -217,9 +219,18 @@ def answer_probability(lm: LanguageModel, hidden: Tensor, answer_ids: Sequence[i
 
 
 def _joint(logits: Tensor, answer_ids: Sequence[int]) -> Tensor:
-    """(R,) joint probability of the answer's tokens, from logits (R, n_answer, vocab)."""
-    wanted = torch.tensor([*answer_ids], device=logits.device).expand(len(logits), -1)
-    return (logits.gather(-1, wanted[..., None])[..., 0] - logits.logsumexp(-1)).sum(-1).exp()
+    """(R,) joint probability of the answer's tokens, from logits (R, n_answer, vocab).
+
+    Without a gradient the logits are overwritten: they are the largest tensor of all, and a copy
+    costs more than the sum over them.
+    """
+    wanted = torch.tensor([*answer_ids], device=logits.device).expand(len(logits), -1)[..., None]
+    if logits.requires_grad:
+        chosen, total = logits.gather(-1, wanted)[..., 0], logits.logsumexp(-1)
+    else:
+        logits.sub_(logits.amax(-1, keepdim=True))
+        chosen, total = logits.gather(-1, wanted)[..., 0], logits.exp_().sum(-1).log()
+    return (chosen - total).sum(-1).exp()
 
 
 def _record_parts(

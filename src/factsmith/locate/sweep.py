@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.multiply import quick_products
 from ..model.replay import Replay
 from ..model.turns import asking
 from .batching import Override, rows_at_once, run_layer
@@ -46,6 +47,7 @@ def trace_runs(
 
 
 @torch.no_grad()
+@quick_products()
 def restored_scores(
     runs: Runs,
     restoration: Restoration,
