@@ -2,6 +2,7 @@
 
     python benchmarks/locate.py                # 13 tokens, and 20 prompts of known_1000
     python benchmarks/locate.py --cells 0      # every cell of those prompts too: hours
+    python benchmarks/locate.py --only smollm2 # 10 tokens and 30 layers alone
     python benchmarks/locate.py --json benchmarks/results/locate.json
 
 `plain_trace` is the oracle: one full forward pass with hooks for every (token, layer), with nothing
@@ -15,6 +16,10 @@ They are tokenized by the atlas's tokenizer, which has 6,144 tokens: the texts a
 than with GPT-2's own. A plain pass costs the same for every cell of a prompt. So its time on these
 prompts is that of `--cells` random cells, scaled to the cells of the map. Times are processor
 seconds.
+
+The last line is a model of SmolLM2-135M's shape, traced at 10 tokens. Its plain passes are scaled
+in the same way. `faster products` says whether oneDNN multiplied our matrices: see
+`factsmith/core/multiply.py`. The plain loop multiplies as torch does.
 """
 
 from __future__ import annotations
@@ -220,16 +225,35 @@ def random_gpt2_small() -> Any:
     ).eval()
 
 
-def word_tokenizer() -> Any:
+def random_smollm2() -> Any:
+    """Return a random model of SmolLM2-135M's shape: 30 layers, d=576, vocabulary 49,152."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            tie_word_embeddings=True,
+            initializer_range=0.06,
+        )
+    ).eval()
+
+
+def word_tokenizer(count: int = 50257) -> Any:
     """Return a tokenizer with one token a word: "w7" is id 7."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = [f"w{i}" for i in range(50257)]
+    words = [f"w{i}" for i in range(count)]
     words[:6] = ["The", "name", "of", "the", "place", "is"]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w6"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w6", eos_token="w50256")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w6", eos_token=words[-1])
 
 
 def known_prompts(count: int) -> list[tuple[str, str]]:
@@ -358,6 +382,7 @@ def parsed() -> argparse.Namespace:
         default=6,
         help="cells of each of their maps that the plain loop runs; 0: every one",
     )
+    parser.add_argument("--only", choices=["smollm2"], help="run this shape alone")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
@@ -387,11 +412,8 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Compare both ways, print the table, and write it as JSON."""
-    args = parsed()
-    torch.set_num_threads(args.threads)
-
+def gpt2_rows(args: argparse.Namespace) -> dict[str, Any]:
+    """Compare both ways on GPT-2 small's shape, print the table, and return it."""
     from transformers import AutoTokenizer
 
     from factsmith.atlas import folder
@@ -400,10 +422,6 @@ def main() -> None:
     module = random_gpt2_small()
     words = [f"w{1000 + 37 * i}" for i in range(13)]
     rows: list[dict[str, Any]] = []
-    print(
-        f"{'prompt':<14} {'kind':<10} {'tokens':>6} {'subject':>8} {'oracle s':>9} {'ours s':>7} "
-        f"{'ratio':>6} {'max difference':>15}"
-    )
     lm = wrap(module, word_tokenizer())
     neurons = compare_neurons(lm, " ".join(words[:9]), words[9])
     print(
@@ -429,14 +447,37 @@ def main() -> None:
             rows += of_kind
             summary[kind] = summarize(of_kind)
             print(f"known_1000, {kind}: {summary[kind]}", flush=True)
+    return {"neurons": neurons, "trace": rows, "known_1000": summary}
+
+
+def smollm2_row(args: argparse.Namespace) -> dict[str, Any]:
+    """Compare both ways on SmolLM2-135M's shape at 10 tokens, and print the line."""
+    from factsmith.core.multiply import is_quicker
+    from factsmith.model.load import wrap
+
+    lm = wrap(random_smollm2(), word_tokenizer(49152))
+    words = [f"w{1000 + 37 * i}" for i in range(10)]
+    row = compare(lm, " ".join(words), " ".join(words[1:4]), "state", cells=2 * args.cells)
+    row = {"prompt": "30 layers", **row, "faster_products": is_quicker(args.threads)}
+    print_row(row)
+    return row
+
+
+def main() -> None:
+    """Compare both ways, print the table, and write it as JSON."""
+    args = parsed()
+    torch.set_num_threads(args.threads)
+    print(
+        f"{'prompt':<14} {'kind':<10} {'tokens':>6} {'subject':>8} {'oracle s':>9} {'ours s':>7} "
+        f"{'ratio':>6} {'max difference':>15}"
+    )
+    content: dict[str, Any] = {"threads": args.threads, "torch": torch.__version__}
+    if args.only is None:
+        content |= gpt2_rows(args)
+    elif args.json and args.json.exists():
+        content = json.loads(args.json.read_text(encoding="utf-8"))
+    content["smollm2"] = smollm2_row(args)
     if args.json:
-        content = {
-            "threads": args.threads,
-            "torch": torch.__version__,
-            "neurons": neurons,
-            "trace": rows,
-            "known_1000": summary,
-        }
         args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

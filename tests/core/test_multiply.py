@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from factsmith.core import multiply
-from factsmith.core.multiply import quick_products
+from factsmith.core.multiply import are_quick, quick_products
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN"
@@ -99,6 +99,17 @@ def test_other_products_stay_as_they_are(
     assert sent == [(9, 24)]
     frozen_layer(drawn(9, 24))  # and after the block nothing is changed
     assert len(sent) == 1
+
+
+def test_a_block_is_known_until_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiply, "is_quicker", lambda _: True)
+    with pytest.raises(KeyError), quick_products(), quick_products():
+        assert are_quick()
+        raise KeyError
+    assert not are_quick()
+    monkeypatch.setattr(multiply, "is_quicker", lambda _: False)
+    with quick_products():
+        assert not are_quick()
 
 
 def test_a_library_that_is_not_clearly_faster_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

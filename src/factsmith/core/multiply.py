@@ -13,6 +13,7 @@ two orders of summation do. Where oneDNN is not clearly faster, the block change
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ContextDecorator
@@ -47,9 +48,11 @@ class QuickProducts(ContextDecorator):
         if is_quicker(torch.get_num_threads()):
             self._mode = _ByOneDnn()
             self._mode.__enter__()  # type: ignore[no-untyped-call]
+            _thread.blocks = _blocks() + 1
 
     def __exit__(self, *error: object) -> None:
         if self._mode is not None:
+            _thread.blocks = _blocks() - 1
             self._mode.__exit__(*error)  # type: ignore[no-untyped-call]
 
 
@@ -60,6 +63,19 @@ def quick_products() -> QuickProducts:
     Gradients for what is multiplied are passed on.
     """
     return QuickProducts()
+
+
+_thread = threading.local()
+"""`blocks`: how many blocks of the current thread use oneDNN."""
+
+
+def _blocks() -> int:
+    return getattr(_thread, "blocks", 0)
+
+
+def are_quick() -> bool:
+    """Return whether linear layers in the current thread are sent to oneDNN."""
+    return _blocks() > 0
 
 
 @cache

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.multiply import are_quick
 from .trace import hook_count, standing_in
 
 
@@ -21,7 +22,7 @@ def wide_unembedding(module: Any, hidden: Tensor) -> Generator[None, None, None]
     """Compute a large vocabulary's logits in pieces while the block runs, where that is faster.
 
     That is on a CPU in 32 bits. In one product the logits leave the caches again and again, which
-    takes half as long again. The numbers are the same.
+    takes half as long again. The numbers are the same. oneDNN cuts the product by itself.
     """
     unembedding = module.get_output_embeddings()
     plain = (
@@ -36,6 +37,7 @@ def wide_unembedding(module: Any, hidden: Tensor) -> Generator[None, None, None]
         and unembedding.out_features >= 2**14
         and hidden.device.type == "cpu"
         and hidden.dtype == torch.float32
+        and not are_quick()
     ):
         yield
         return
