@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 import subprocess
 import sys
@@ -191,3 +192,26 @@ def test_a_fault_of_ours_is_said_without_a_traceback(
     monkeypatch.setenv("FACTSMITH_TRACEBACK", "1")
     with pytest.raises(ZeroDivisionError):
         cli.main(["log", "-w", "space"])
+
+
+@pytest.mark.parametrize("given", [None, "ACTIVE"])
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(given: str | None) -> None:
+    code = (
+        "import os, factsmith.cli\n"
+        "try: factsmith.cli.main(['--version'])\n"
+        "except SystemExit: print(os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert done.stdout.split()[-1] == (given or "PASSIVE")
+    # Once torch is loaded the variable counts no more, so it is left alone.
+    late = subprocess.run(
+        [sys.executable, "-c", f"import torch\n{code}"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert late.stdout.split()[-1] == str(given)
