@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 import shutil
@@ -13,6 +14,8 @@ from commands import Run
 from conftest import GPT2, byte_tokenizer, tiny_model
 from factsmith.cli import COMMANDS
 from factsmith.cli.loading import with_loading_options
+from factsmith.cli.models import load_model
+from factsmith.core.errors import InputError
 
 WORKSPACE_ALONE = {"diff", "revert", "checkout", "status", "verify", "recover", "capacity"}
 WORKSPACE_ALONE |= {"plan", "apply", "export", "import_"}
@@ -114,3 +117,22 @@ def test_devices_and_attention_are_options_of_every_load(run: Run, model: Path) 
     assert "(option: --attn" in refused.err
     refused = run("verify", "-w", "space", "--device", "cuda:77")
     assert refused.code == 2 and "or auto to spread the model" in refused.err
+
+
+def test_the_collector_rests_while_a_model_is_loaded_alone(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def spy(*args: object, **options: object) -> object:
+        seen.append(gc.isenabled())
+        if len(seen) == 2:
+            raise InputError("no")
+        return None
+
+    monkeypatch.setattr("factsmith.model.load.load", spy)
+    load_model(str(model), None, None, lambda *_: None)
+    assert gc.isenabled()
+    with pytest.raises(InputError, match="no"):
+        load_model(str(model), None, None, lambda *_: None)
+    assert gc.isenabled() and seen == [False, False]

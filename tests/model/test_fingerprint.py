@@ -283,3 +283,21 @@ def test_outputs_that_a_file_asks_for_do_not_stop_a_model(tmp_path: Path) -> Non
     lm = factsmith.load(folder)
     assert lm.answer(["The maker of Fiat 127 is"]) == ["Fiat."]
     assert lm.fingerprint == factsmith.load("atlas-llama").fingerprint
+
+
+@pytest.mark.parametrize("which", ["first", "middle", "last"])
+def test_a_changed_weight_is_hashed_with_what_comes_after_it_alone(which: str) -> None:
+    lm = fresh()
+    names = sorted(lm.module.state_dict())
+    place = {"first": 0, "middle": len(names) // 2, "last": len(names) - 1}[which]
+    before, first = lm.fingerprint, lm._identified()._steps
+    weight = lm.module.state_dict()[names[place]]
+    original = weight.clone()
+    weight.mul_(1.5)
+    changed, second = lm.fingerprint, lm._identified()._steps
+    kept = [a is b for a, b in zip(first, second, strict=True)]
+    assert kept == [True] * place + [False] * (len(names) - place)
+    assert changed != before and changed == lm.fresh_fingerprint()
+    assert not any(a is b for a, b in zip(second, lm._identified()._steps, strict=True))
+    weight.copy_(original)
+    assert lm.fingerprint == before

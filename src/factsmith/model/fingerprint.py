@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..core.identity import note_earlier
@@ -43,6 +43,7 @@ class Identity:
     _weights: Any  # the sha256 object that has seen the weights
     _config: Any
     _tokenizer: str
+    _steps: list[tuple[object, Any]]  # after each weight, its state and the sha256 object
     _others: set[str] = field(default_factory=set)
 
     def is_also(self, fingerprint: str) -> bool:
@@ -64,15 +65,30 @@ class Identity:
         return False
 
 
-def identify(module: Any, tokenizer: Any) -> Identity:
+def identify(module: Any, tokenizer: Any, earlier: Identity | None = None) -> Identity:
     """Return what a model is known as. It takes a pass over all weights.
 
     A weight counts with its name, dtype, shape and bytes.
+
+    Args:
+        module: The model.
+        tokenizer: Its tokenizer.
+        earlier: What it was known as before. The pass begins at the first weight whose state has
+            changed since. None: it reads every weight.
     """
     weights = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    steps: list[tuple[object, Any]] = []
+    before = [] if earlier is None else earlier._steps
+    for i, (name, tensor) in enumerate(sorted(module.state_dict().items())):
+        state = (tensor.dtype, tuple(tensor.shape), _tensor_state(name, tensor))
+        if i < len(before) and before[i][0] == state:
+            steps.append(before[i])
+            weights = before[i][1].copy()
+            continue
+        before = []  # what comes after a change is hashed again
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        steps.append((state, weights.copy()))
     text = tokenizer.backend_tokenizer.to_str()
     parts = {
         "weights": weights.hexdigest(),
@@ -85,7 +101,11 @@ def identify(module: Any, tokenizer: Any) -> Identity:
     config = module.config.to_dict()
     note_earlier(_earlier_digest(weights, config, text), fingerprint)
     return Identity(
-        fingerprint=fingerprint, _weights=weights, _config=module.config, _tokenizer=text
+        fingerprint=fingerprint,
+        _weights=weights,
+        _config=module.config,
+        _tokenizer=text,
+        _steps=steps,
     )
 
 
@@ -108,14 +128,18 @@ def model_state(module: Any, tokenizer: Any) -> object:
 
 
 def _weight_state(module: nn.Module) -> object:
-    state = []
-    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-        flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // 8)][:9]
-        # An inference tensor has no version counter.
-        version = 0 if tensor.is_inference() else tensor._version
-        state.append((name, tensor.data_ptr(), version, tuple(sample.float().tolist())))
-    return tuple(state)
+    return tuple(
+        _tensor_state(name, tensor)
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]
+    )
+
+
+def _tensor_state(name: str, tensor: Tensor) -> tuple[object, ...]:
+    flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
+    sample = flat[:: max(1, flat.numel() // 8)][:9]
+    # An inference tensor has no version counter.
+    version = 0 if tensor.is_inference() else tensor._version
+    return name, tensor.data_ptr(), version, tuple(sample.float().tolist())
 
 
 def end_ids(module: Any, tokenizer: Any) -> set[int]:

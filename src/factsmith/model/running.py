@@ -181,7 +181,8 @@ class RunnableModel:
     def _identified(self) -> Identity:
         state = model_state(self.module, self.tokenizer)
         if self._identity is None or self._identity[0] != state:
-            self._identity = (state, identify(self.module, self.tokenizer))
+            earlier = None if self._identity is None else self._identity[1]
+            self._identity = (state, identify(self.module, self.tokenizer, earlier))
         return self._identity[1]
 
     def fresh_fingerprint(self) -> str:

@@ -9,7 +9,7 @@ the coefficients, the head, layers run again from a changed state, padding, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,12 +26,12 @@ from ..core.errors import (
 from .ffn import FeedForward
 from .language_model import LanguageModel
 from .prefix import PrefixCache
-from .replay import record
+from .replay import Replay, record
 from .running import Structure
 from .structure import build, counterparts, find_feed_forward, find_layers
 from .tokens import Batch, encode, pad_id
 from .tolerance import same
-from .trace import recording, replaced_by, replacing
+from .trace import recording, replacing
 from .turns import asking
 
 _DRY_TOKENS = 9
@@ -52,7 +52,6 @@ def discover(lm: LanguageModel) -> None:
     try:
         lm.plain_ids = _plain_ids(lm)
         lm.adopt(_find_structure(lm))
-        _check_sums(lm)
         (_check_causal if lm.is_causal else _check_masked)(lm)
     except FactsmithError:
         _check_finite(lm)
@@ -153,18 +152,6 @@ def _find_structure(lm: LanguageModel) -> Structure:
     )
 
 
-def _check_sums(lm: LanguageModel) -> None:
-    """Check that each dense memory writes its values weighed by its coefficients.
-
-    Raises:
-        UnsupportedModelError: One does not.
-    """
-    with recording({ffn.layer: ffn.down for ffn in lm.ffn if not ffn.n_experts}) as written:
-        lm.forward(_dry_batch(lm, [0]))
-    for layer, (call, *_) in written.items():
-        lm.ffn[layer].check_sum(call)
-
-
 def _check_causal(lm: LanguageModel) -> None:
     """Prove that the model is causal and that replay equals its own pass.
 
@@ -177,7 +164,6 @@ def _check_causal(lm: LanguageModel) -> None:
             f"{lm.name}: a change of the last token reaches earlier positions, so it is not a "
             "causal model"
         )
-    _check_head(lm, single, full)
     try:
         cache = PrefixCache([None] * lm.n_layers)
         lm.forward(single, cache=cache)
@@ -192,9 +178,9 @@ def _check_causal(lm: LanguageModel) -> None:
     if not lm.caches_prefix:
         _check_replays(lm, single)
     both, alone = _dry_batch(lm, [0, 1]), _dry_batch(lm, [1])
-    lm.hides_padding = same(lm.last_logits(both)[1], lm.last_logits(alone)[0]) and _replays(
-        lm, both
-    )
+    whole = record(lm, both)
+    padded = lm.head(whole.hidden[-1][:, both.pivot])
+    lm.hides_padding = same(padded[1], lm.last_logits(alone)[0]) and _replays(lm, both, whole)
 
 
 def _check_masked(lm: LanguageModel) -> None:
@@ -209,7 +195,6 @@ def _check_masked(lm: LanguageModel) -> None:
             f"{lm.name}: a change of the last token does not reach earlier positions, so it is not "
             "a masked language model; load it as a causal one"
         )
-    _check_head(lm, single, full)
     _check_replays(lm, single)
     rows = _dry_rows(lm)
     both, alone = lm.align(rows, [0, 0]), lm.align(rows[1:], [0])
@@ -218,29 +203,36 @@ def _check_masked(lm: LanguageModel) -> None:
 
 
 def _check_inputs(lm: LanguageModel, single: Batch) -> Tensor:
-    """Return the model's logits for one row, given only its ids.
+    """Return the model's logits for one row, given only its ids, and check a pass like ours.
 
     Raises:
-        UnsupportedModelError: The other inputs that `forward` gives change them.
+        UnsupportedModelError: A dense memory does not write its values weighed by its coefficients,
+            the other inputs that `forward` gives change the logits, or the head of the last layer's
+            output does not give them.
     """
     full: Tensor = lm.module(input_ids=single.input_ids).logits
-    if not same(lm.forward(single).logits, full):
+    downs: dict[Any, nn.Module] = {x.layer: x.down for x in lm.ffn if not x.n_experts}
+    with recording(downs | {"last": lm.layers[-1]}) as calls:
+        logits = lm.forward(single).logits
+    for layer in downs:
+        lm.ffn[layer].check_sum(calls[layer][0])
+    last = calls["last"][0].output
+    if not same(logits, full):
         # Some models do not count positions from 0, and only they know.
         lm.accepts.discard("position_ids")
-        if not same(lm.forward(single).logits, full):
+        with recording({"last": lm.layers[-1]}) as calls:
+            logits = lm.forward(single).logits
+        last = calls["last"][0].output
+        if not same(logits, full):
             raise UnsupportedModelError(
                 f"{lm.name}: a mask without padding changes its output, so it is not understood"
             )
-    return full
-
-
-def _check_head(lm: LanguageModel, single: Batch, full: Tensor) -> None:
-    """Check that the head of the last layer's output gives the logits."""
-    if not same(lm.head(lm.last_hidden(single)), full):
+    if not same(lm.head(last), full):
         raise UnsupportedModelError(
             f"{lm.name}: its head does more than turn the last layer's output into logits, so it "
             "is not understood"
         )
+    return full
 
 
 def _check_replays(lm: LanguageModel, batch: Batch) -> None:
@@ -252,24 +244,57 @@ def _check_replays(lm: LanguageModel, batch: Batch) -> None:
         )
 
 
-def _replays(lm: LanguageModel, batch: Batch) -> bool:
+def _replays(lm: LanguageModel, batch: Batch, whole: Replay | None = None) -> bool:
     """Return whether replay from some changed layers equals the model's own pass.
 
     A causal model is replayed from the middle column on. One that reads from both sides is replayed
-    whole, and its states at padding do not count.
+    whole, and its states at padding do not count. All layers are tried in one pass of each kind:
+    there is a copy of the batch for each.
+
+    Args:
+        lm: The model.
+        batch: The rows.
+        whole: Their recorded pass. None: it is recorded now.
     """
     start = batch.width // 2 if lm.is_causal else 0
-    seen: Any = slice(None) if lm.is_causal else batch.attention_mask.bool()
-    whole = record(lm, batch)
-    replay = whole.at(start)
-    for layer in sorted({min(1, lm.n_layers), lm.n_layers // 2, lm.n_layers - 1} - {0}):
-        hidden = replay.hidden[layer] * 1.25
-        changed = torch.cat([whole.hidden[layer][:, :start], hidden], dim=1)
-        with replacing({lm.layers[layer - 1]: replaced_by(changed)}):
-            expected = lm.forward(batch).logits[:, start:]
-        if not same(replay.logits(replay.resume(layer, hidden))[seen], expected[seen]):
-            return False
-    return same(replay.resume(0, replay.hidden[0])[seen], replay.hidden[-1][seen])
+    whole = record(lm, batch) if whole is None else whole
+    replay, n = whole.at(start), batch.size
+    layers = sorted({min(1, lm.n_layers), lm.n_layers // 2, lm.n_layers - 1} - {0})
+    hidden, rows = replay.hidden[0], torch.arange(n)
+    changes: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+    below = 0
+    for copy, layer in enumerate(layers, start=1):
+        changed = replay.hidden[layer] * 1.25
+        state = torch.cat([whole.hidden[layer][:, :start], changed], dim=1)
+        changes[lm.layers[layer - 1]] = _in_rows(slice(copy * n, (copy + 1) * n), state)
+        hidden = torch.cat([replay.resume(below, hidden, rows, until=layer), changed])
+        rows, below = torch.arange(n).repeat(copy + 1), layer
+    resumed = replay.resume(below, hidden, rows)
+    with replacing(changes):
+        expected = lm.forward(batch.keep(rows)).logits[:, start:]
+    mask = batch.attention_mask.bool().repeat(len(layers) + 1, 1)
+    seen = (torch.ones_like(mask[:, start:]) if lm.is_causal else mask).to(resumed.device)
+    first = seen.clone()
+    first[n:] = False
+    if not same(resumed[first], replay.hidden[-1][first[:n]]):
+        return False
+    logits = replay.logits(resumed)
+    seen = seen.to(logits.device)
+    return all(
+        same(logits[one][seen[one]], expected[one][seen[one]])
+        for one in (slice(copy * n, (copy + 1) * n) for copy in range(1, len(layers) + 1))
+    )
+
+
+def _in_rows(rows: slice, state: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return a change for `replacing` that puts a state in place of what some rows have."""
+
+    def change(output: Tensor) -> Tensor:
+        output = output.clone()
+        output[rows] = state.to(output.device)
+        return output
+
+    return change
 
 
 def _other_ending(lm: LanguageModel, batch: Batch) -> Batch:

@@ -403,8 +403,3 @@ def with_slot(call: Call, slot: Slot, hidden: Tensor) -> tuple[tuple[Any, ...], 
     if isinstance(slot, int):
         return (*call.args[:slot], hidden, *call.args[slot + 1 :]), dict(call.kwargs)
     return call.args, {**call.kwargs, slot: hidden}
-
-
-def replaced_by(tensor: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return a change for `replacing` that puts `tensor` in place of whatever there is."""
-    return lambda _: tensor
