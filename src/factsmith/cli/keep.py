@@ -72,9 +72,11 @@ def init(
     check_no_patches(folder)
     with progress() as tell:
         lm = load_model(model, device, None, tell)
-    from ..keep.bench import create
+        tell("computing the fingerprint", 0, None)
+        from ..keep.bench import create
 
-    with create(lm, folder) as ledger:
+        ledger = create(lm, folder)
+    with ledger:
         result = {
             "workspace": str(folder.resolve()),
             "model": ledger.model,
@@ -226,7 +228,7 @@ def diff(
         for reference in (before, after):
             ledger.resolve(reference)
     with progress() as tell, opened_workspace(workspace, device, tell) as bench:
-        difference = bench.diff(before, after)
+        difference = bench.diff(before, after, progress=tell)
     print_result(difference.to_dict(), difference.tables(), as_json)
 
 
@@ -244,8 +246,7 @@ def verify(workspace: Where = None, device: Device = None, as_json: Json = False
     with progress() as tell, opened_workspace(workspace, device, tell) as bench:
         tell("checking files and weights", 0, None)
         integrity = bench.rebuild()
-        tell("asking every fact", 0, None)
-        proof = bench.verify()
+        proof = bench.verify(progress=tell)
         asked = bench.compared(proof)
     lost = (*asked.lost, *asked.unknown)
     result = {
@@ -388,8 +389,7 @@ def checkout(
     if any(revision.in_effect for revision in active):
         try:
             with progress() as tell, opened_workspace(workspace, device, tell) as bench:
-                tell("asking every fact", 0, None)
-                asked = bench.ask_facts()
+                asked = bench.ask_facts(progress=tell)
         except FactsmithError as error:  # the revision is checked out all the same
             complain("warning", f"the facts in effect were not asked: {error}")
         else:
@@ -426,7 +426,7 @@ def status(
         print_result(result, status_tables(standing), as_json, lines)
         return
     with progress() as tell, opened_workspace(workspace, device, tell) as bench:
-        proof, fingerprint = bench.verify(), bench.lm.fingerprint
+        proof, fingerprint = bench.verify(progress=tell), bench.lm.fingerprint
     result |= {"verification": proof.to_dict(), "fingerprint_now": fingerprint}
     tables = [*status_tables(standing, fingerprint), *(proof.tables() if proof.checks else [])]
     print_result(result, tables, as_json, lines)

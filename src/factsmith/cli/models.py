@@ -173,6 +173,7 @@ def opened_workspace(
         )
     with _recorded_revision(model):
         lm = load_model(model or name, device, dtype, tell)
+    tell("checking the weights", 0, None)
     from ..keep.workbench import Workbench
 
     with Workbench(lm, folder) as bench:

@@ -49,8 +49,7 @@ def plan(
     with progress() as tell:
         recipe = read_recipe(tell, sheet, method, changes)
         with opened_workspace(workspace, device, tell) as bench:
-            tell("asking", 0, None)
-            planned = bench.plan(sheet.facts, recipe)
+            planned = bench.plan(sheet.facts, recipe, progress=tell)
     print_result(planned.to_dict(), planned.tables(), as_json)
     if planned.conflicts:
         count = f"{counted(len(planned.conflicts), 'fact')} of {len(planned.entries):,}"

@@ -76,6 +76,39 @@ def in_words(seconds: float) -> str:
     return f"{hours} h {rest} min" if rest else f"{hours} h"
 
 
+class Tally:
+    """What several calls do of one step, added up.
+
+    tally = Tally(progress, "asking", 30)
+    first(progress=tally.part(10))       # reports 0 to 10
+    second(progress=tally.part(20))      # reports 10 to 30
+    """
+
+    def __init__(self, progress: Progress | None, step: str, total: int) -> None:
+        """Begin a step that has this much to do."""
+        self._progress, self._step, self._total = progress, step, total
+        self._done = self._reported = 0
+        tell(progress, step, 0, total)
+
+    def part(self, size: int, weight: int = 1) -> Callable[[int], object]:
+        """Return what takes reports of the next part of the step, and count it as done after that.
+
+        Args:
+            size: How much the part has to do, by its own count.
+            weight: How much each of it counts.
+        """
+        start = self._done
+        self._done += size * weight
+
+        def report(done: int) -> None:
+            now = start + min(done, size) * weight
+            if now > self._reported:
+                self._reported = now
+                tell(self._progress, self._step, now, self._total)
+
+        return report
+
+
 @dataclass(frozen=True)
 class _Reported:
     """The newest report of a step, and its first one.

@@ -197,9 +197,8 @@ class _Attempt:
         back, the records say whether it held.
         """
         facts = newest_facts(undoing.deltas.values())
-        tell(self.progress, "asking what stays", 0, len(facts))
         with self.carried.exactly(undoing.deltas.values()):
-            failed = ask(self.bench.lm, facts).failed()
+            failed = ask(self.bench.lm, facts, self.progress).failed()
         texts = {check.prompt for check in failed}
         staying = [fact for fact in facts if fact.text in texts and fact in self._now]
         held = {check.prompt: check.held for check in ask(self.bench.lm, staying).checks}
@@ -212,16 +211,15 @@ class _Attempt:
     def with_report(self, undoing: Undoing, lost: Sequence[Check]) -> Undoing:
         """Return the same with its report: the proof of what stays, and what was solved again."""
         facts = newest_facts(undoing.deltas.values())
-        tell(self.progress, "verifying", 0, None)
 
         def after() -> AbstractContextManager[None]:
             return self.carried.exactly(undoing.deltas.values())
 
         if undoing.solved:
-            proof = prove(self.bench.lm, facts, after)
+            proof = prove(self.bench.lm, facts, after, progress=self.progress)
         else:
             with after():
-                proof = ask(self.bench.lm, facts)
+                proof = ask(self.bench.lm, facts, self.progress)
         report = {
             "asked": len(facts),
             "solved_again": list(undoing.solved),

@@ -172,11 +172,11 @@ class LedgerBench:
             return len(decided.new) * sum(map(float, taken)) / n_facts
         return seconds_to_solve(self.lm, decided)
 
-    def ask_facts(self) -> Asked:
+    def ask_facts(self, *, progress: Progress | None = None) -> Asked:
         """Ask the prompt of every fact in effect, in one batch, and compare the answers with the
         records.
         """
-        return self.compared(ask(self.lm, newest_facts(self._carried.deltas.values())))
+        return self.compared(ask(self.lm, newest_facts(self._carried.deltas.values()), progress))
 
     def compared(self, proof: Verification) -> Asked:
         """Return which facts of a proof were lost since they were kept, by the records."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.fact import Fact
+from ..core.progress import Progress, Tally
 from ..core.tables import Shown, Table, counted
 from ..edit.delta import Delta, read_weights
 from ..model.answers import say
@@ -74,7 +75,7 @@ class Diff(Shown):
 
 
 @asking(grad=True, changes=True)
-def diff(carried: Carried, before: str, after: str) -> Diff:
+def diff(carried: Carried, before: str, after: str, progress: Progress | None = None) -> Diff:
     """Compare two revisions ("base", "latest", or ids); the model is as before when this returns.
 
     Raises RevisionError, DamagedError.
@@ -88,9 +89,11 @@ def diff(carried: Carried, before: str, after: str) -> Diff:
     targets = [[side.facts[p].target or "" for side in sides if p in side.facts] for p in differ]
     longest = [max(each, key=len) for each in targets]
     answers, weights = [], []
+    tally = Tally(progress, "asking both revisions", len(sides) * len(changed))
     for side in sides:
         with carried.exactly(side.deltas):
-            said = say(carried.lm, list(changed), longest) if changed else []
+            report = tally.part(len(changed))
+            said = say(carried.lm, list(changed), longest, progress=report) if changed else []
             answers.append({p: answer.text for p, answer in zip(changed, said, strict=True)})
             weights.append(read_weights(carried.lm, layers))
     with carried.exactly([]):

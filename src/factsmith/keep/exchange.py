@@ -96,7 +96,7 @@ def read_arrivals(
         arrivals.deltas.append((delta, patch.origin.message))
         targets |= {fact.asked: fact.wanted for fact in facts}
     if arrivals.deltas:
-        proof = _proof(bench, carried, [delta for delta, _ in arrivals.deltas])
+        proof = _proof(bench, carried, [delta for delta, _ in arrivals.deltas], progress)
         lost = [
             check
             for check in proof.failed("prompt", "earlier")
@@ -171,9 +171,17 @@ def _fitted(
         )
 
 
-def _proof(bench: Bench, carried: Carried, new: Sequence[Delta]) -> Verification:
+def _proof(
+    bench: Bench, carried: Carried, new: Sequence[Delta], progress: Progress | None
+) -> Verification:
     """The proof that the new patches take and that the facts in effect still hold."""
     facts: list[Fact] = newest_facts(new)
     earlier = newest_facts(carried.deltas.values())
     deltas = [*carried.deltas.values(), *new]
-    return prove(bench.lm, facts, lambda: carried.exactly(deltas), asked_again=earlier)
+    return prove(
+        bench.lm,
+        facts,
+        lambda: carried.exactly(deltas),
+        asked_again=earlier,
+        progress=progress,
+    )

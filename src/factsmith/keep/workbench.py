@@ -38,7 +38,7 @@ from ..patch.complete import complete
 from ..patch.plan import Plan, plan
 from ..patch.proof import prove
 from ..patch.proposal import Proposal, propose
-from ..patch.recipe import Recipe, Sources
+from ..patch.recipe import Recipe, Sources, as_recipe
 from ..patch.verification import Verification
 from .again import undo
 from .bench import LedgerBench
@@ -77,44 +77,47 @@ class Workbench(LedgerBench):
         facts: Fact | Iterable[Fact],
         method: str | Recipe | None = None,
         config: EditConfig | None = None,
+        *,
+        progress: Progress | None = None,
     ) -> Plan:
-        """Plan what writing these facts would do and cost; nothing changes and little is
-        computed.
+        """Plan what writing these facts would do and cost; nothing changes.
 
         Args:
             facts: The facts.
             method: A method's name, or a Recipe. None: "memit" for several facts, "rome" for one.
             config: The method's settings. None: the recommended ones.
+            progress: Called with the step's name, how much is done, and how much there is.
 
         Second moments are used only where they are kept; without them the plan says nothing about
         crowding. Raises what `patch.plan` raises.
         """
         self._carried.check_weights()
-        decided = plan(self, facts, _recipe(method, config))
+        decided = plan(self, facts, as_recipe(method, config), progress=progress)
         return dataclasses.replace(decided, seconds=self.seconds_for(decided))
 
     @settled
-    def verify(self) -> Verification:
+    def verify(self, *, progress: Progress | None = None) -> Verification:
         """Ask every active patch's prompt, paraphrases and neighbours of the base weights and of
         the weights now.
 
         Where two patches have the same prompt, only the newer one's is asked.
         """
-        return self._verify()
+        return self._verify(progress)
 
-    def _verify(self) -> Verification:
+    def _verify(self, progress: Progress | None = None) -> Verification:
+        facts = newest_facts(self._carried.deltas.values())
         with self.on_base():
-            return prove(self.lm, newest_facts(self._carried.deltas.values()), self.carrying)
+            return prove(self.lm, facts, self.carrying, progress=progress)
 
     @settled
-    def diff(self, before: str, after: str = LATEST) -> Diff:
+    def diff(self, before: str, after: str = LATEST, *, progress: Progress | None = None) -> Diff:
         """Compare two revisions ("base", "latest", or ids): facts, the model's answers to their
         prompts, norms by layer.
 
         The model is as before when this returns. Raises RevisionError, DamagedError.
         """
         self._carried.check_weights()
-        return diff(self._carried, before, after)
+        return diff(self._carried, before, after, progress)
 
     @settled
     def rebuild(self) -> Integrity:
@@ -169,7 +172,7 @@ class Workbench(LedgerBench):
         layers = sorted({layer for delta in deltas for layer in delta.layers})
         choice = None if layers else self.known_layers()
         free = (choice.memit if choice is not None else ()) or by_depth(self.lm.n_layers)
-        checks = self._verify().checks if ask and deltas else ()
+        checks = self._verify(options.get("progress")).checks if ask and deltas else ()
         asked = [check for check in checks if check.role == "prompt"]
         return capacity(
             deltas,
@@ -225,7 +228,7 @@ class Workbench(LedgerBench):
         decided = plan(
             self,
             facts,
-            _recipe(method, config),
+            as_recipe(method, config),
             sources,
             force=force,
             progress=progress,
@@ -307,7 +310,7 @@ class Workbench(LedgerBench):
         attempt = attempt_patch(
             self,
             facts,
-            _recipe(method, config),
+            as_recipe(method, config),
             sources,
             gates=gates,
             force=force,
@@ -488,12 +491,3 @@ class Workbench(LedgerBench):
         if self.asked.lost:
             warnings.warn(f"{identity[:10]}: {self.asked.in_words}", stacklevel=2)
         return identity
-
-
-def _recipe(method: str | Recipe | None, config: EditConfig | None) -> Recipe:
-    """A recipe, from a recipe or from a method's name and its settings."""
-    if not isinstance(method, Recipe):
-        return Recipe(method, config)
-    if config is not None:
-        raise InputError("got a Recipe and settings; put the settings into the recipe")
-    return method

@@ -76,6 +76,7 @@ def say(
     *,
     n_tokens: int | None = None,
     whole: Sequence[bool] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> list[Said]:
     """Return the greedy answer to each prompt, with as many lines as its target.
 
@@ -87,6 +88,7 @@ def say(
         whole: For each prompt, whether an answer of one or two words that would be cut inside its
             first phrase goes on, up to 32 tokens. Some tokenizers spell long names, or all words of
             another script, letter by letter. None: no answer does.
+        progress: Called with the number of prompts that are answered.
 
     Raises:
         InputError: A prompt is too long.
@@ -95,7 +97,7 @@ def say(
         n_tokens = answer_tokens(lm, prompts, targets)
     lines = [n_lines(target) for target in targets]
     heads = [lm.prompt_ids(prompt) for prompt in prompts]
-    new = lm.greedy_ids(heads, n_tokens, lines)
+    new = lm.greedy_ids(heads, n_tokens, lines, progress=progress)
     cut = [
         i
         for i, wanted in enumerate(whole or ())

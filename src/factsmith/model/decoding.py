@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import codecs
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -59,12 +59,27 @@ class DecodingModel(RunnableModel):
         sequences: Sequence[Sequence[int]],
         n_tokens: int,
         lines: Sequence[int] | None = None,
+        *,
+        progress: Callable[[int], object] | None = None,
     ) -> list[list[int]]:
-        """Return what `continue_greedily` does, for any number of sequences of any length."""
+        """Return what `continue_greedily` does, for any number of sequences of any length.
+
+        Args:
+            sequences: Token ids.
+            n_tokens: The most new ids of a sequence.
+            lines: How many lines with text each sequence gets. None: one.
+            progress: Called after every token with the number of sequences done. A group that runs
+                together counts by its tokens.
+        """
         new: list[list[int]] = [[] for _ in sequences]
+        done = 0
         for group in self.answer_groups([len(ids) for ids in sequences], n_tokens):
             of_group = None if lines is None else [lines[i] for i in group]
-            continued = self.continue_greedily([sequences[i] for i in group], n_tokens, of_group)
+            part = None if progress is None else _in_tokens(progress, done, len(group), n_tokens)
+            continued = self.continue_greedily(
+                [sequences[i] for i in group], n_tokens, of_group, progress=part
+            )
+            done += len(group)
             for i, ids in zip(group, continued, strict=True):
                 new[i] = ids
         return new
@@ -98,6 +113,8 @@ class DecodingModel(RunnableModel):
         sequences: Sequence[Sequence[int]],
         n_tokens: int,
         lines: Sequence[int] | None = None,
+        *,
+        progress: Callable[[int], object] | None = None,
     ) -> list[list[int]]:
         """Return greedy new ids, up to `n_tokens` for each sequence of a batch.
 
@@ -107,11 +124,13 @@ class DecodingModel(RunnableModel):
             sequences: Token ids.
             n_tokens: The most new ids of a sequence.
             lines: How many lines with text each sequence gets. None: one.
+            progress: Called with the number of tokens done, after each, and with `n_tokens` at the
+                end.
         """
         batch = self.align(sequences, [len(ids) - 1 for ids in sequences])
         if n_tokens < 1:
             return [[] for _ in sequences]
-        return self.continue_from(batch, *self.begin(batch), n_tokens, lines)
+        return self.continue_from(batch, *self.begin(batch), n_tokens, lines, progress=progress)
 
     @asking()
     def begin(self, batch: Batch) -> tuple[Tensor, DynamicCache | None]:
@@ -137,6 +156,8 @@ class DecodingModel(RunnableModel):
         cache: DynamicCache | None,
         n_tokens: int,
         lines: Sequence[int] | None = None,
+        *,
+        progress: Callable[[int], object] | None = None,
     ) -> list[list[int]]:
         """Return what `continue_greedily` does, from what `begin` returned.
 
@@ -145,6 +166,7 @@ class DecodingModel(RunnableModel):
         ends, lines = self.end_ids, lines or [1] * batch.size
         new: list[list[int]] = [[] for _ in range(batch.size)]
         rows = list(range(batch.size))  # the sequence of each row that is still in the batch
+        report, most = progress or (lambda _: None), n_tokens
         if self.max_tokens is not None:
             n_tokens = min(n_tokens, self.max_tokens - int(batch.attention_mask.sum(1).max()) + 1)
         for step in range(n_tokens):
@@ -166,12 +188,21 @@ class DecodingModel(RunnableModel):
             start = batch.width if cache is not None else 0
             batch = batch.extended(chosen)
             logits = self._next_logits(batch, start, cache)
+            report(step + 1)
+        report(most)
         return new
 
     def _next_logits(self, batch: Batch, start: int, cache: DynamicCache | None) -> Tensor:
         with recording({"last": self.layers[-1]}, stop=True) as calls:
             self.forward(batch, start=start, cache=cache)
         return self.head(calls["last"][0].output[:, -1])
+
+
+def _in_tokens(
+    report: Callable[[int], object], done: int, size: int, n_tokens: int
+) -> Callable[[int], object]:
+    """Return what takes reports of tokens, and reports sequences: those before, and a share."""
+    return lambda tokens: report(done + size * tokens // max(n_tokens, 1))
 
 
 def half_character(tokenizer: Any, ids: Sequence[int]) -> int:

@@ -11,7 +11,7 @@ tracing, editing by ROME) is refused.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from ..core.checks import check_count, check_text
@@ -149,6 +149,8 @@ class MaskedLanguageModel(LanguageModel):
         sequences: Sequence[Sequence[int]],
         n_tokens: int,
         lines: Sequence[int] | None = None,
+        *,
+        progress: Callable[[int], object] | None = None,
     ) -> list[list[int]]:
         """Raise UnsupportedModelError: the model does not continue text."""
         self._refuse(

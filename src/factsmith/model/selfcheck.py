@@ -158,12 +158,13 @@ def _check_causal(lm: LanguageModel) -> None:
     Find out whether it caches a prefix and hides padding.
     """
     single = _dry_batch(lm, [0])
-    full = _check_inputs(lm, single)
+    full, last = _check_inputs(lm, single)
     if not same(lm.forward(_other_ending(lm, single)).logits[:, :-1], full[:, :-1]):
         raise UnsupportedModelError(
             f"{lm.name}: a change of the last token reaches earlier positions, so it is not a "
             "causal model"
         )
+    _check_head(lm, last, full)
     try:
         cache = PrefixCache([None] * lm.n_layers)
         lm.forward(single, cache=cache)
@@ -189,12 +190,13 @@ def _check_masked(lm: LanguageModel) -> None:
     Find out whether it hides padding.
     """
     single = _dry_batch(lm, [0])
-    full = _check_inputs(lm, single)
+    full, last = _check_inputs(lm, single)
     if same(lm.forward(_other_ending(lm, single)).logits[:, :-1], full[:, :-1]):
         raise UnsupportedModelError(
             f"{lm.name}: a change of the last token does not reach earlier positions, so it is not "
             "a masked language model; load it as a causal one"
         )
+    _check_head(lm, last, full)
     _check_replays(lm, single)
     rows = _dry_rows(lm)
     both, alone = lm.align(rows, [0, 0]), lm.align(rows[1:], [0])
@@ -202,13 +204,15 @@ def _check_masked(lm: LanguageModel) -> None:
     lm.hides_padding = same(padded, lm.forward(alone).logits) and _replays(lm, both)
 
 
-def _check_inputs(lm: LanguageModel, single: Batch) -> Tensor:
-    """Return the model's logits for one row, given only its ids, and check a pass like ours.
+def _check_inputs(lm: LanguageModel, single: Batch) -> tuple[Tensor, Tensor]:
+    """Check a pass as factsmith makes it.
+
+    Returns:
+        The model's logits for one row, given only its ids, and the last layer's output.
 
     Raises:
         UnsupportedModelError: A dense memory does not write its values weighed by its coefficients,
-            the other inputs that `forward` gives change the logits, or the head of the last layer's
-            output does not give them.
+            or the other inputs that `forward` gives change the logits.
     """
     full: Tensor = lm.module(input_ids=single.input_ids).logits
     downs: dict[Any, nn.Module] = {x.layer: x.down for x in lm.ffn if not x.n_experts}
@@ -216,23 +220,25 @@ def _check_inputs(lm: LanguageModel, single: Batch) -> Tensor:
         logits = lm.forward(single).logits
     for layer in downs:
         lm.ffn[layer].check_sum(calls[layer][0])
-    last = calls["last"][0].output
     if not same(logits, full):
         # Some models do not count positions from 0, and only they know.
         lm.accepts.discard("position_ids")
         with recording({"last": lm.layers[-1]}) as calls:
             logits = lm.forward(single).logits
-        last = calls["last"][0].output
         if not same(logits, full):
             raise UnsupportedModelError(
                 f"{lm.name}: a mask without padding changes its output, so it is not understood"
             )
+    return full, calls["last"][0].output
+
+
+def _check_head(lm: LanguageModel, last: Tensor, full: Tensor) -> None:
+    """Check that the head of the last layer's output gives the logits."""
     if not same(lm.head(last), full):
         raise UnsupportedModelError(
             f"{lm.name}: its head does more than turn the last layer's output into logits, so it "
             "is not understood"
         )
-    return full
 
 
 def _check_replays(lm: LanguageModel, batch: Batch) -> None:

@@ -19,7 +19,7 @@ from ..core.errors import InputError
 from ..core.fact import Fact, listed
 from ..core.gap import gap_notes
 from ..core.gates import Gates
-from ..core.progress import Progress, stage, tell
+from ..core.progress import Progress, Tally, stage, tell
 from ..core.tables import Shown, Table, counted
 from ..corpus.moments import SecondMoment
 from ..edit.configs import EditConfig, SpreadConfig, by_depth
@@ -92,6 +92,11 @@ class Plan(Shown):
     made: tuple[str, ...] = ()
     config: EditConfig | None = field(default=None, compare=False)
     choice: LayerChoice | None = field(default=None, compare=False)
+
+    @property
+    def facts(self) -> list[Fact]:
+        """All facts of the plan."""
+        return [entry.fact for entry in self.entries]
 
     @property
     def conflicts(self) -> tuple[Planned, ...]:
@@ -213,11 +218,10 @@ def plan(
         tell(progress, "looking for paraphrases and neighbours", 0, None)
         written = [fact for delta in bench.beneath for fact in delta.facts]
         facts, made = complete(lm, facts, written, sources.seed)
-    tell(progress, "planning", 0, None)
     config = recipe.config_for(lm, facts)
     for layer in config.edited or ():
         check_dense_layer(layer, lm.ffn)
-    entries = _compared(bench, _ask(lm, facts), (), {})
+    entries = _compared(bench, _ask(lm, facts, progress), (), {})
     chosen = choose_layers(bench, config, sources)
     with bench.on_base():
         moments = bench.kept_moments(chosen.layers)
@@ -349,14 +353,16 @@ def _layers_of_moments(
     )
 
 
-def _ask(lm: LanguageModel, facts: Sequence[Fact]) -> list[Planned]:
+def _ask(lm: LanguageModel, facts: Sequence[Fact], progress: Progress | None) -> list[Planned]:
     """What the model says about each fact now."""
     for fact in facts:
         fact_span(lm, fact)
     prompts = [fact.text for fact in facts]
     targets = [fact.target or fact.target_true or "" for fact in facts]
     to_name = [fact.target is None and fact.target_true is None for fact in facts]
-    answers = [answer.text for answer in say(lm, prompts, targets, whole=to_name)]
+    report = Tally(progress, "planning", len(facts)).part(len(facts))
+    said = say(lm, prompts, targets, whole=to_name, progress=report)
+    answers = [answer.text for answer in said]
     facts = [_to_forget(fact, answer) for fact, answer in zip(facts, answers, strict=True)]
     facts = with_gaps(lm, facts)
     targets = [fact.target or fact.target_true or "" for fact in facts]

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from ..core.fact import Fact
 from ..core.forms import canonical
 from ..core.gap import Gap
+from ..core.progress import Progress, Tally
 from ..core.tables import counted
 from ..model.answers import (
     Said,
@@ -27,7 +28,7 @@ from ..model.answers import (
 from ..model.chat import chat_templates
 from ..model.language_model import LanguageModel
 from ..model.turns import asking
-from .telling import Tellings, holds, replaced
+from .telling import Tellings, holds, replaced, telling_answers
 from .verification import Check, Role, Verification
 
 CHAT_TOKENS = 24
@@ -48,6 +49,7 @@ def prove(
     asked_again: Iterable[Fact] = (),
     templates: Sequence[str] = (),
     telling: str | None = None,
+    progress: Progress | None = None,
 ) -> Verification:
     """Ask everything about some facts, once of the model as it is and once inside `changed()`.
 
@@ -61,6 +63,7 @@ def prove(
             well.
         telling: A chat template in which the model is asked to tell about each subject. None: it is
             not asked.
+        progress: Called with the step's name and how many answers there are, before and after.
 
     Raises:
         NumericsError: A probability is not a number.
@@ -73,9 +76,11 @@ def prove(
     n_tokens = answer_tokens(
         lm, [probe.prompt for probe in probes], [probe.wanted or "" for probe in probes]
     )
+    n_told = telling_answers(facts) if telling else 0
+    tally = Tally(progress, "verifying", 2 * (len(probes) + n_told))
     asked = [
         (probe, answer)
-        for probe, answer in zip(probes, _answers(lm, probes, n_tokens), strict=True)
+        for probe, answer in zip(probes, _answers(lm, probes, n_tokens, tally), strict=True)
         if _counts(lm, probe, answer.text)
     ]
     prompts = [probe.prompt for probe, _ in asked]
@@ -85,9 +90,9 @@ def prove(
     gaps = _gaps(lm, [probe for probe, _ in asked], tails)
     p_before = probabilities(lm, prompts, tails, gaps)
     said = {probe.prompt: before.text for probe, before in asked}
-    tellings = Tellings(lm, facts, telling, said)
+    tellings = Tellings(lm, facts, telling, said, tally)
     with changed():
-        after = _answers(lm, [probe for probe, _ in asked], n_tokens)
+        after = _answers(lm, [probe for probe, _ in asked], n_tokens, tally)
         p_after = probabilities(lm, prompts, tails, gaps)
         told_after = tellings.texts()
     checks = (
@@ -117,7 +122,7 @@ def chat_questions(lm: LanguageModel) -> dict[str, str]:
     return chat_templates(lm, _SYSTEM, _TURN)
 
 
-def ask(lm: LanguageModel, facts: Sequence[Fact]) -> Verification:
+def ask(lm: LanguageModel, facts: Sequence[Fact], progress: Progress | None = None) -> Verification:
     """Ask the prompt of every fact, once and in one batch, of the model as it is.
 
     The checks have no answer before and no probabilities.
@@ -125,12 +130,15 @@ def ask(lm: LanguageModel, facts: Sequence[Fact]) -> Verification:
     Args:
         lm: The model.
         facts: The facts.
+        progress: Called with the step's name and how many of the facts are asked.
     """
     probes = [_probe("prompt", fact, fact.text) for fact in facts]
     if not probes:
         return Verification(checks=())
     prompts = [probe.prompt for probe in probes]
-    answers = say(lm, prompts, [probe.wanted or "" for probe in probes])
+    tally = Tally(progress, "asking facts", len(probes))
+    wanted = [probe.wanted or "" for probe in probes]
+    answers = say(lm, prompts, wanted, progress=tally.part(len(probes)))
     return Verification(
         checks=tuple(
             Check(
@@ -209,7 +217,9 @@ def _probe(role: Role, fact: Fact, prompt: str) -> _Probe:
     return _Probe(role, prompt, wanted, forget=fact.target is None, gap=gap)
 
 
-def _answers(lm: LanguageModel, probes: Sequence[_Probe], n_tokens: int) -> list[Said]:
+def _answers(
+    lm: LanguageModel, probes: Sequence[_Probe], n_tokens: int, tally: Tally
+) -> list[Said]:
     """The answers to some probes; of a neighbour's nothing may be cut that could differ.
 
     In a chat there is room to repeat the question.
@@ -224,6 +234,7 @@ def _answers(lm: LanguageModel, probes: Sequence[_Probe], n_tokens: int) -> list
                 [probes[i].wanted or "" for i in some],
                 n_tokens=length,
                 whole=[probes[i].role == "neighbour" for i in some],
+                progress=tally.part(len(some)),
             )
             answers.update(zip(some, said, strict=True))
     return [answers[i] for i in range(len(probes))]

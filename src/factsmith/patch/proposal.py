@@ -303,17 +303,15 @@ def propose(
         if by_layer[layer].is_thin
     }
     stage(progress, "proof")
-    tell(progress, "verifying", 0, None)
     chats = _chat_questions(bench.lm)
     verification = prove(
         bench.lm,
-        [
-            entry.fact for entry in plan.entries
-        ],  # what the model already says may be lost, so it is asked too
+        plan.facts,  # what the model already says may be lost, so it is asked too
         lambda: bench.carrying(delta),
         asked_again=bench.asked_again,
         templates=list(dict.fromkeys(chats.values())),
         telling=chats.get("chat"),
+        progress=progress,
     )
     return Proposal(
         plan=plan,

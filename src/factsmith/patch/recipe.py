@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..core.errors import InputError
 from ..core.fact import Fact
 from ..core.factfile import FactSheet
 from ..corpus.moments import SecondMoment
@@ -141,3 +142,12 @@ class Recipe:
         names = {"layer", "layers"} & {field.name for field in dataclasses.fields(recommended)}
         unset: dict[str, Any] = dict.fromkeys(names)
         return dataclasses.replace(recommended, **unset)
+
+
+def as_recipe(method: str | Recipe | None, config: EditConfig | None) -> Recipe:
+    """Return a recipe, from a recipe or from a method's name and its settings."""
+    if not isinstance(method, Recipe):
+        return Recipe(method, config)
+    if config is not None:
+        raise InputError("got a Recipe and settings; put the settings into the recipe")
+    return method

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ..core.fact import Fact
+from ..core.progress import Tally
 from ..model.answers import as_said, states
 from ..model.language_model import LanguageModel
 from .verification import Check
@@ -23,6 +24,9 @@ TOKENS = 40
 
 _MOST = 20
 """Facts whose subjects are told about: a text takes as long as five answers."""
+
+_AS_ANSWERS = 5
+"""How many answers a text counts as."""
 
 _LINES = 4
 """Lines with text that a text has at most. Many begin with a title."""
@@ -56,6 +60,11 @@ def replaced(fact: Fact, said: Mapping[str, str]) -> str | None:
     return old if old and old != (fact.target or "").strip() else None
 
 
+def telling_answers(facts: Sequence[Fact]) -> int:
+    """Return how many answers the texts about some facts count as."""
+    return _AS_ANSWERS * len(facts[:_MOST])
+
+
 class Tellings:
     """The texts to ask for, and what the model tells before a change.
 
@@ -69,6 +78,7 @@ class Tellings:
         facts: Sequence[Fact],
         template: str | None,
         said: Mapping[str, str],
+        tally: Tally | None = None,
     ) -> None:
         """Ask the model as it is.
 
@@ -78,8 +88,9 @@ class Tellings:
             template: A chat template with `{}` for the message. None: nothing is asked.
             said: {prompt: answer} of the facts' prompts before the change. What a fact replaces is
                 its target_true, or else this answer.
+            tally: Counts the answers of the step that this is a part of.
         """
-        self.lm = lm
+        self.lm, self._tally = lm, tally
         self._asked = [
             (_prompt(template, fact), fact, replaced(fact, said))
             for fact in facts[:_MOST]
@@ -92,7 +103,8 @@ class Tellings:
         heads = [self.lm.prompt_ids(prompt) for prompt, *_ in self._asked]
         if not heads:
             return []
-        new = self.lm.greedy_ids(heads, TOKENS, [_LINES] * len(heads))
+        part = None if self._tally is None else self._tally.part(len(heads), _AS_ANSWERS)
+        new = self.lm.greedy_ids(heads, TOKENS, [_LINES] * len(heads), progress=part)
         return [self.lm.as_answer(ids, _LINES) for ids in new]
 
     def checks(self, after: Sequence[str]) -> list[Check]:
