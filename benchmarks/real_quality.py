@@ -12,7 +12,7 @@ The library's own judge asks everything, of the unedited model first. "success" 
 comparison of likelihoods, and "exact" is greedy. Paraphrases are those of the full file; "rephrase"
 are the slim file's, which are mostly generation prompts. A neighbour, or another fact of the same
 subject, has stayed if its greedy answer is the unedited model's. Drift is the KL divergence on
-prose, in nats a token.
+prose, in nats a token. Five of a record's ten neighbours are asked.
 
 After each edit five more things are asked. The prompt is asked in the chat template, with a system
 prompt, and in a second turn: it holds if 24 greedy tokens begin with the new object, or state it
@@ -66,6 +66,9 @@ CONFIGS: dict[str, type[EditConfig]] = {
 }
 BATCH = 10
 """Facts of a batch; the other batch has all of them."""
+
+NEIGHBOURS = 5
+"""Neighbours of a record that are asked."""
 
 PREFIX_TOKENS = 50
 DRIFT_TOKENS = 500
@@ -131,7 +134,15 @@ def chosen(
             taken += some
     every = {record.id: record for record in with_same_subject([k.record for k in knowns])}
     records, _ = usable(lm, [every[record.id] for record in taken], known_only=False)
-    return list(records[:limit])
+    return [trimmed(record) for record in records[:limit]]
+
+
+def trimmed(record: Record) -> Record:
+    """Return a record with its first `NEIGHBOURS` neighbours, and without its negation."""
+    near = [question for question in record.questions if question.kind == "neighbour"]
+    dropped = near[NEIGHBOURS:]
+    kept = (q for q in record.questions if q.kind != "negation" and q not in dropped)
+    return dataclasses.replace(record, questions=tuple(kept))
 
 
 def rows_of(methods: Sequence[str], n_facts: int) -> list[tuple[str, int]]:

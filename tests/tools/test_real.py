@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -137,3 +138,13 @@ def test_records_that_the_model_says_come_first_and_those_of_the_full_file(
     assert ids(limit=None) == ["full-2", "slim-1"]
     assert ids(limit=1) == ["full-2"]
     assert ids(limit=None, ranked=True) == ["full-2", "slim-1", "full-3"]
+
+
+def test_five_neighbours_are_asked_and_no_negation() -> None:
+    whole = record("full-1", "Edwin", "{} is a", "king")
+    near = [Question(kind="neighbour", prompt=f"{n} is a", answers=("king",)) for n in range(10)]
+    denied = Question(kind="negation", prompt="It is not true that", answers=(), against="king")
+    about = Question(kind="locality", prompt="Edwin lives in", answers=())
+    asked = dataclasses.replace(whole, questions=(*whole.questions, denied, *near, about))
+    kinds = [question.kind for question in real_quality.trimmed(asked).questions]
+    assert kinds == ["prompt", *["neighbour"] * 5, "locality"]
