@@ -39,6 +39,7 @@ from typing import Any
 import torch
 
 import factsmith as fs
+from factsmith.atlas.texts import book_prose
 from factsmith.core.fact import Fact
 from factsmith.corpus.moments_store import find_moments
 from factsmith.edit.configs import AlphaEditConfig, EditConfig, MemitConfig, RomeConfig
@@ -261,13 +262,9 @@ def asked_about(lm: LanguageModel, facts: Sequence[Fact], words: str) -> dict[st
 
 
 def prose() -> list[str]:
-    """Return paragraphs of public-domain books."""
-    texts = []
-    for file in sorted((DATA / "text").glob("*.txt")):
-        paragraphs = file.read_text(encoding="utf-8").split("\n\n")[40:]
-        long = (" ".join(text.split()) for text in paragraphs if 300 < len(text) < 1200)
-        texts += [next(long), next(long)]
-    return texts
+    """Return a passage of four sentences from the middle of each public-domain book."""
+    books = (book_prose(file) for file in sorted((DATA / "text").glob("*.txt")))
+    return [" ".join(book[len(book) // 2 :][:4]) for book in books]
 
 
 def prefix(lm: LanguageModel) -> str:
