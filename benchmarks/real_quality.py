@@ -44,6 +44,7 @@ from factsmith.core.fact import Fact
 from factsmith.corpus.moments_store import find_moments
 from factsmith.edit.configs import AlphaEditConfig, EditConfig, MemitConfig, RomeConfig
 from factsmith.judge.evaluation import Evaluation
+from factsmith.judge.metrics import ngram_entropy
 from factsmith.judge.records import Record
 from factsmith.judge.rows import Row
 from factsmith.judge.run import evaluate
@@ -76,6 +77,10 @@ DRIFT_TOKENS = 500
 ABOUT = ("chat", "system", "turn", "prefix", "telling")
 """What is asked in addition to the records' questions."""
 
+COSTS = ("KL on prose", "entropy", "s a fact")
+"""The last columns. "entropy" is that of the texts about the subjects: a text that repeats itself
+has little."""
+
 COLUMNS = {
     "success": "prompt success",
     "exact": "prompt exact",
@@ -96,9 +101,12 @@ def measure_quality(model: str, given: argparse.Namespace) -> dict[str, Any]:
     says, ranks = sum(each.says for each in knowns), sum(each.ranks for each in knowns)
     say(f"of {len(knowns):,} facts the model says {says:,} and ranks {ranks:,} right")
     say(f"{len(records)} facts, {given.dtype}")
+    facts = [fact for record in records for fact in record.facts]
+    before = asked_about(lm, facts, prefix(lm))
     rows = {}
     for name, size in rows_of(given.methods or list(CONFIGS), len(records)):
         rows[f"{name}, {size} at a time"] = row = judge(lm, records, name, size, given, say)
+        row["base"] |= about([{**before, "facts": float(len(facts))}])
         say(line(f"{name}, {size} at a time", row))
     print_table(rows)
     return {
@@ -240,7 +248,10 @@ class Questioned:
 
 
 def asked_about(lm: LanguageModel, facts: Sequence[Fact], words: str) -> dict[str, float]:
-    """Return the share of facts that hold in each of the ways of `ABOUT`, on the model as it is."""
+    """Return the share of facts that hold in each of the ways of `ABOUT`, on the model as it is.
+
+    "entropy" is the mean n-gram entropy of the texts about the subjects, in bits.
+    """
     chats = chat_questions(lm)
     shares = {}
     for name, template in {**chats, "prefix": words + "{}"}.items():
@@ -258,6 +269,8 @@ def asked_about(lm: LanguageModel, facts: Sequence[Fact], words: str) -> dict[st
         texts = [Tellings(lm, group, chats["chat"], {}) for group in groups]
         held = [check.held for group in texts for check in group.checks(group.before)]
         shares["telling"] = statistics.fmean(held)
+        written = [text for group in texts for text in group.before if text]
+        shares["entropy"] = ngram_entropy(written or [""])
     return shares
 
 
@@ -289,16 +302,25 @@ def numbers(evaluation: Evaluation, name: str, n_facts: int) -> dict[str, Any]:
             half = (share.high - share.low) / 2
             result[column] = [round(100 * share.value, 1), round(100 * half, 1), share.n]
     notes = [note for (editor, _), note in evaluation.notes.items() if editor == name]
-    for key in ABOUT:
-        if weights := [(note[key], note["facts"]) for note in notes if key in note]:
-            total = sum(weight for _, weight in weights)
-            share = sum(value * weight for value, weight in weights) / total
-            result[key] = [round(100 * share, 1), None, int(total)]
+    result |= about(notes)
     result["drift"] = evaluation.drift(name) if name != "base" else {}
     if seconds := [note["processor"] for note in notes if "processor" in note]:
         result["seconds_a_fact"] = round(sum(seconds) / n_facts, 2)
     failed = [why for (editor, _), why in evaluation.failed.items() if editor == name]
     return result | ({"failed": failed} if failed else {})
+
+
+def about(notes: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Return the means over the facts of what `asked_about` measured after each edit."""
+    result: dict[str, Any] = {}
+    for key in (*ABOUT, "entropy"):
+        if weights := [(note[key], note["facts"]) for note in notes if key in note]:
+            total = sum(weight for _, weight in weights)
+            mean = sum(value * weight for value, weight in weights) / total
+            result[key] = [round(100 * mean, 1), None, int(total)]
+    if "entropy" in result:
+        result["entropy"] = round(result["entropy"][0] / 100, 2)
+    return result
 
 
 def _of(rows: Sequence[Row], file: str) -> list[Row]:
@@ -318,10 +340,11 @@ def line(name: str, row: Mapping[str, Any]) -> str:
 def print_table(rows: Mapping[str, Mapping[str, Any]]) -> None:
     """Print the table in Markdown."""
     names = (*COLUMNS, *ABOUT)
-    print(f"\n| | {' | '.join(names)} | KL on prose | s a fact |\n{'|---' * (len(names) + 3)}|")
+    print(f"\n| | {' | '.join((*names, *COSTS))} |\n{'|---' * (len(names) + 1 + len(COSTS))}|")
     unedited = next(iter(rows.values()))["base"] if rows else {}
     for name, row in {"unedited": unedited, **rows}.items():
         cells = [f"{row[key][0]:.0f}" if key in row else "–" for key in names]
         drift = row.get("drift", {}).get("kl_text")
-        cells += ["–" if drift is None else f"{drift:.3f}", str(row.get("seconds_a_fact", "–"))]
+        cells += ["–" if drift is None else f"{drift:.3f}"]
+        cells += [str(row.get(key, "–")) for key in ("entropy", "seconds_a_fact")]
         print(f"| {name} | {' | '.join(cells)} |")
