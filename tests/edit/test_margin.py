@@ -307,3 +307,12 @@ def test_half_precision_keeps_the_target_in_float32(atlas: LanguageModel) -> Non
     moved, wanted = coarse.v_star - coarse.v_initial, exact.v_star - exact.v_initial
     assert torch.nn.functional.cosine_similarity(moved, wanted).min() > 0.8
     assert not torch.equal(moved, moved.to(torch.bfloat16).float())
+
+
+def test_progress_counts_facts_after_each_step(atlas: LanguageModel) -> None:
+    seen: list[int] = []
+    targets = find_targets(
+        atlas, ATLAS_FACTS, 1, CONFIG, ATLAS_CONTEXTS, site="stream", memory=1, progress=seen.append
+    )
+    assert seen == sorted(seen) and seen[0] == 0 and seen[-1] == 3
+    assert len(seen) == sum(record["steps"] for record in targets.convergence)

@@ -6,6 +6,7 @@ when it is done.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -48,8 +49,8 @@ class AdamSearch(RecordedRows):
         self.active = torch.arange(len(self.questions), device=self.delta.device)
         self.guarded: Tensor | None = None
 
-    def run(self) -> Targets:
-        """Take steps until all questions are done."""
+    def run(self, progress: Callable[[int], object] | None = None) -> Targets:
+        """Take steps until all questions are done. After each, report how many are."""
         for step in range(1, self.config.steps + 1):
             is_last = step == self.config.steps
             terms = self._evaluate(with_gradient=not is_last)
@@ -59,6 +60,7 @@ class AdamSearch(RecordedRows):
             done = reached | is_last
             if done.any():
                 self._record(done, reached, terms, step)
+            self.report(progress)
             if done.all():
                 break
             (gradient,) = torch.autograd.grad(terms.loss[~done].sum(), self.delta)

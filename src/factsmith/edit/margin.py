@@ -17,7 +17,7 @@ Facts do not influence each other. Each has its own radius, clamp and early stop
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,8 +157,8 @@ class MarginSearch(RecordedRows):
         sizes = [Size(1, length - pivot, length, 1) for length, pivot in lengths]
         return [sorted(rows) for rows in fitting_batches(sizes, lm, self.layer, memory=2**62)]
 
-    def run(self) -> Targets:
-        """Take steps until all questions are done."""
+    def run(self, progress: Callable[[int], object] | None = None) -> Targets:
+        """Take steps until all questions are done. After each, report how many are."""
         first = _FIRST_RADIUS * self.rate * self.v_initial.shape[-1] ** 0.5
         state = _State.start(first, self.contexts.shape[1], self.v_initial.shape[-1])
         for step in range(1, self.config.steps + 1):
@@ -169,6 +169,7 @@ class MarginSearch(RecordedRows):
             self.check_finite(mean[state.active], numbers, step)
             lower = state.active & ~(mean >= state.nll)
             self._finish(state, mean, lower, step)
+            self.report(progress)
             if not state.active.any():
                 break
             lower &= state.active

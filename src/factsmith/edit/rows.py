@@ -9,7 +9,7 @@ where a target token is due.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -126,6 +126,11 @@ class RecordedRows:
         self.convergence[i] = {"steps": step, **numbers, "stopped": stopped}
         if left_out := self.questions[i].left_out:
             self.convergence[i]["contexts_left_out"] = left_out
+
+    def report(self, progress: Callable[[int], object] | None) -> None:
+        """Report how many questions are done."""
+        if progress is not None:
+            progress(sum(map(bool, self.convergence)))
 
     def targets(self) -> Targets:
         """Return the targets of all questions."""

@@ -64,7 +64,7 @@ def find_targets(
             output, where the edits of this layer and of those below it arrive together.
         memory: Bytes that the activations of one batch may take. Facts that do not fit go into
             further batches. None: half of a GPU's free memory, or 1 GiB on a CPU.
-        progress: Called with the number of facts done, after each batch.
+        progress: Called with the number of facts done, after each step.
 
     Raises:
         SubjectError: A prompt does not contain its subject exactly once.
@@ -81,10 +81,9 @@ def find_targets(
         sizes = [questions[i].size for i in members]
         for batch in fitting_batches(sizes, lm, layer, memory):
             asked = [questions[members[i]] for i in batch]
-            targets = search(lm, asked, layer, config, site, bare).run()
+            report = _after(len(rows), progress)
+            targets = search(lm, asked, layer, config, site, bare).run(report)
             rows.update((members[i], (targets, row)) for row, i in enumerate(batch))
-            if progress is not None:
-                progress(len(rows))
     return Targets.gathered([rows[i] for i in range(len(facts))])
 
 
@@ -136,6 +135,11 @@ def known_targets(
         layer=layer,
         site=site,
     )
+
+
+def _after(count: int, progress: Callable[[int], object] | None) -> Callable[[int], object] | None:
+    """Return a progress that adds the facts of earlier batches."""
+    return None if progress is None else lambda done: progress(count + done)
 
 
 def _searches(

@@ -21,7 +21,6 @@ from ..core.errors import InputError
 from ..core.fact import Fact
 from .keys import Site
 
-
 _MARGIN_PASSES = 8
 """Forward passes over whole prompts that take as long as a margin search of a dozen evaluations."""
 
