@@ -112,7 +112,8 @@ class Targets:
             "ffn" it is v_initial.
         convergence: For each fact: steps, loss, nll, kl, norm (‖δ‖), limit (the clamp) and stopped:
             "loss" if the target was reached, "steps" if the steps ran out, or "stuck" if the
-            margin search came no nearer.
+            margin search came no nearer. If the steps run out early in a margin search, nll is
+            that of the bare prompt alone.
         facts: The facts, in their order.
         layer: The layer.
         site: The place in the layer: "ffn" or "stream".
