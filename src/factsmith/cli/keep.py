@@ -86,6 +86,11 @@ def init(
     made = f"model {ledger.model} ({ledger.dtype}), fingerprint {ledger.fingerprint[:10]}"
     patch = suggested("patch", folder, '--subject S --prompt "... {} ..." --target T')
     lines = [(f"workspace {result['workspace']};", made), ("next:", patch)]
+    if lm.gguf is not None:
+        n_bytes = sum(each.numel() * each.element_size() for each in lm.module.parameters())
+        result |= {"gguf": lm.gguf.to_dict(), "model_bytes": n_bytes}
+        size = f"{n_bytes / 10**6:,.0f} MB in {ledger.dtype}"
+        lines.insert(1, ("dequantised", f"{lm.gguf} to {size}"))
     print_result(result, [], as_json, lines)
 
 

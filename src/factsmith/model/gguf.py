@@ -62,6 +62,10 @@ class GgufFile:
     architecture: str
     type: str
 
+    def __str__(self) -> str:
+        """Return the file in one line."""
+        return f"{self.path.name} ({self.type}, {self.n_bytes / 10**6:,.0f} MB)"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain JSON values."""
         return {**vars(self), "path": str(self.path)}

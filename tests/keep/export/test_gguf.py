@@ -270,6 +270,16 @@ def test_other_files_stay(base: Path, tmp_path: Path, format: str) -> None:
         export(lm, some_delta(lm, 1), new, format, overwrite=True, tensor_type="Q2_K")
 
 
+@pytest.mark.parametrize("format", ["gguf", "gguf-adapter"])
+def test_the_base_is_never_replaced(base: Path, tmp_path: Path, format: str) -> None:
+    """Also if it is an export itself, so that it might be."""
+    export(load(base), some_delta(load(base), 1), tmp_path / "first.gguf", "gguf")
+    lm, content = load(tmp_path / "first.gguf"), (tmp_path / "first.gguf").read_bytes()
+    with pytest.raises(InputError, match="is the base file itself"):
+        export(lm, some_delta(lm, 1), tmp_path / "first.gguf", format, overwrite=True)
+    assert (tmp_path / "first.gguf").read_bytes() == content
+
+
 def test_a_workspace_exports_both(base: Path, tmp_path: Path) -> None:
     """And its records name the file that the model comes from."""
     lm = load(base)

@@ -96,6 +96,13 @@ def check_file(file: str | os.PathLike[str], overwrite: bool) -> Path:
     return target
 
 
+def check_not_base(file: str | os.PathLike[str], *bases: Path | None) -> None:
+    """Raise InputError if an export would replace the file that it is made from."""
+    target = folder_path(file).resolve()
+    if any(base is not None and base.resolve() == target for base in bases):
+        raise _refusal(f"{target} is the base file itself")
+
+
 def _is_export(target: Path) -> bool:
     try:
         manifest = read_manifest(target.parent, manifest_of(target).name)
