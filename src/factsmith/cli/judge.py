@@ -35,7 +35,7 @@ ModelName = Annotated[
     typer.Argument(
         metavar="MODEL",
         autocompletion=completing.models,
-        help="A bundled model, a folder, or a hub id.",
+        help="A bundled model, a folder, a GGUF file, or a hub id.",
     ),
 ]
 
