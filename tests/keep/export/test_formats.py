@@ -106,8 +106,8 @@ def test_a_refused_export_leaves_nothing(
         ),
         (
             InputError,
-            "must be checkpoint, adapter or patch",
-            lambda: export(lm, delta, out, "gguf"),
+            "must be checkpoint, adapter, patch, gguf or gguf-adapter",
+            lambda: export(lm, delta, out, "onnx"),
         ),
         (
             InputError,

@@ -38,7 +38,7 @@ from .lowrank import LowRank, compress
 from .manifest import ManifestBase, write_manifest
 from .readback import LIMITS
 from .record import AdapterLayer, Export
-from .single import check_not_base, staged_file
+from .single import check_file, check_not_base, staged_file
 
 _DTYPES = {torch.float32: "F32", torch.float16: "F16"}
 
@@ -88,6 +88,7 @@ def export_gguf_adapter(  # house: public, and named like the other exports
     contents = Contents.of(lm, deltas, origins)
     factor_dtype, max_rank = check_factors(dtype), check_rank(rank)
     check_libraries()
+    check_file(folder, overwrite)
     check_not_base(folder, lm.gguf and lm.gguf.path, None if base is None else Path(base))
     stated = None
     if base is not None:

@@ -36,7 +36,7 @@ from .inmemory import compare_in_memory
 from .manifest import ManifestBase, write_manifest
 from .readback import LIMITS
 from .record import Export
-from .single import check_not_base, staged_file
+from .single import check_file, check_not_base, staged_file
 
 _LIMITS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """{type: the dtype whose limit holds}. Q8_0 rounds like bfloat16."""
@@ -84,6 +84,7 @@ def export_gguf(  # house: public, and named like the other exports
     contents = Contents.of(lm, deltas, origins)
     kind = check_type(tensor_type)
     check_libraries()
+    check_file(folder, overwrite)
     tell(progress, "reading the base file", 0, None)
     file = find_base(lm, contents.layers, base)
     check_not_base(folder, file.header.path, lm.gguf and lm.gguf.path)
