@@ -106,7 +106,7 @@ def test_what_goes_wrong_has_its_exit_code_and_leaves_nothing(
         lambda jobs: [answers_of(jobs[0].questions, logits=-jobs[0].questions.patched)],
     )
     cases: list[tuple[int, list[str], str]] = [
-        (2, ["out", "-f", "gguf"], "checkpoint, adapter or patch"),
+        (2, ["out", "-f", "onnx"], "checkpoint, adapter, patch, gguf or gguf-adapter"),
         (2, ["out", "--dtype", "int8"], "--dtype"),
         (2, ["out", "--rank", "3"], "It is an option of: adapter"),
         (2, ["mine", "-f", "patch"], "--overwrite"),

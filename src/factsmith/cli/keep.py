@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -77,7 +77,7 @@ def init(
 
         ledger = create(lm, folder)
     with ledger:
-        result = {
+        result: dict[str, Any] = {
             "workspace": str(folder.resolve()),
             "model": ledger.model,
             "dtype": ledger.dtype,

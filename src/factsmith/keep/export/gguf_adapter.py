@@ -30,7 +30,7 @@ from ...model.language_model import LanguageModel
 from ...model.turns import asking
 from .adapter import check_rank
 from .contents import Contents, Origin
-from .gguf_base import find_base
+from .gguf_base import base_file, find_base
 from .gguf_names import architecture, tensor_names
 from .gguf_writing import entry_of, read_tensor
 from .inmemory import compare_in_memory
@@ -89,7 +89,8 @@ def export_gguf_adapter(  # house: public, and named like the other exports
     factor_dtype, max_rank = check_factors(dtype), check_rank(rank)
     check_libraries()
     check_file(folder, overwrite)
-    check_not_base(folder, lm.gguf and lm.gguf.path, None if base is None else Path(base))
+    if lm.gguf is not None or base is not None:
+        check_not_base(folder, base_file(lm, base))
     stated = None
     if base is not None:
         tell(progress, "reading the base file", 0, None)

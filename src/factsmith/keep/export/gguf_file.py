@@ -87,7 +87,7 @@ def export_gguf(  # house: public, and named like the other exports
     check_file(folder, overwrite)
     tell(progress, "reading the base file", 0, None)
     file = find_base(lm, contents.layers, base)
-    check_not_base(folder, file.header.path, lm.gguf and lm.gguf.path)
+    check_not_base(folder, file.header.path, None if lm.gguf is None else lm.gguf.path)
     with staged_file(folder, overwrite) as staging:
         target = staging / Path(folder).name
         tell(progress, "writing the file", 0, None)
