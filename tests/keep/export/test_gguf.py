@@ -85,7 +85,7 @@ def test_all_but_the_patched_tensors_stays(base: Path, tmp_path: Path, kind: str
     assert (made.format, made.dtype, set(made.files)) == (
         "gguf",
         kind,
-        {"patched.gguf", "factsmith.json"},
+        {"patched.gguf", "patched.gguf.factsmith.json"},
     )
     assert made.read_back is not None and made.read_back.moved > 0.1
     again = load(new)

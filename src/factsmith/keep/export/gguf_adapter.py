@@ -38,7 +38,7 @@ from .lowrank import LowRank, compress
 from .manifest import ManifestBase, write_manifest
 from .readback import LIMITS
 from .record import AdapterLayer, Export
-from .single import check_file, check_not_base, staged_file
+from .single import as_placed, check_file, check_not_base, staged_file
 
 _DTYPES = {torch.float32: "F32", torch.float16: "F16"}
 
@@ -130,12 +130,12 @@ def export_gguf_adapter(  # house: public, and named like the other exports
             if common < exact:
                 limit = float("inf")  # the answers must be equal all the same
             comparison = compare_in_memory(lm, contents.deltas, weights, limit, advice)
-        files = write_manifest(staging, "gguf-adapter", contents, comparison, stated)
+        sizes = write_manifest(staging, "gguf-adapter", contents, comparison, stated)
     return Export.of(
         folder,
         "gguf-adapter",
         contents,
-        files,
+        as_placed(sizes, folder),
         dtype=_DTYPES[factor_dtype],
         layers=tuple(
             AdapterLayer(layer=layer, rank=each.rank, kept=each.kept, error=each.error)

@@ -36,7 +36,7 @@ from .inmemory import compare_in_memory
 from .manifest import ManifestBase, write_manifest
 from .readback import LIMITS
 from .record import Export
-from .single import check_file, check_not_base, staged_file
+from .single import as_placed, check_file, check_not_base, staged_file
 
 _LIMITS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """{type: the dtype whose limit holds}. Q8_0 rounds like bfloat16."""
@@ -109,7 +109,8 @@ def export_gguf(  # house: public, and named like the other exports
         stated = ManifestBase(
             name=file.header.path.name, bytes=file.header.n_bytes, sha256=file.sha256
         )
-        files = write_manifest(staging, "gguf", contents, comparison, stated)
+        sizes = write_manifest(staging, "gguf", contents, comparison, stated)
+    files = as_placed(sizes, folder)
     return Export.of(folder, "gguf", contents, files, dtype=kind, read_back=comparison)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ...core.errors import DamagedError, InputError
@@ -28,6 +28,12 @@ SUFFIX = ".gguf"
 def manifest_of(target: Path) -> Path:
     """Return where the manifest of a single file is."""
     return target.with_name(f"{target.name}.{FILE}")
+
+
+def as_placed(files: Mapping[str, int], file: str | os.PathLike[str]) -> dict[str, int]:
+    """Return the sizes that `write_manifest` gave, the manifest under its name next to the file."""
+    manifest = manifest_of(Path(file)).name
+    return {manifest if name == FILE else name: size for name, size in files.items()}
 
 
 @contextlib.contextmanager
