@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from conftest import byte_tokenizer
+from factsmith.core.cache import read_cache
 from factsmith.core.errors import FactsmithError, InputError, ModelError, ModelNotFoundError
 from factsmith.model import gguf as module
 from factsmith.model import gguf_reading
@@ -289,5 +290,7 @@ def test_nothing_of_a_conversion_is_code(tmp_path: Path, cache: Path) -> None:
     load(tmp_path / "a.gguf")
     (place,) = kept(cache)
     suffixes = {each.suffix for each in place.iterdir()}
-    assert suffixes <= {".json", ".safetensors", ".jinja"}
+    assert suffixes <= {".json", ".safetensors", ".jinja", ".txt"}
+    (row,) = read_cache().entries
+    assert (row.kind, row.model) == ("gguf", "a.gguf") and row.n_bytes > 100_000
     assert "auto_map" not in json.loads((place / "config.json").read_text())

@@ -24,7 +24,7 @@ import safetensors
 import torch
 import transformers
 
-from ..core.cache import cached
+from ..core.cache import MODEL_FILE, cached
 from ..core.errors import ModelError, first_line
 from ..core.files import file_digest, settle_folder, write_file
 from ..core.leftovers import OLDER, WRITING, held, remove_leftovers
@@ -225,6 +225,7 @@ def _keep(conversion: Conversion, place: Path, digest: str) -> None:
 def _write(conversion: Conversion, folder: Path, digest: str) -> None:
     """Write a conversion and its record into a folder; raises OSError and SafetensorError."""
     conversion.save(folder)
+    (folder / MODEL_FILE).write_text(f"{conversion.name}\n", encoding="utf-8")
     settle_folder(folder)
     files = {}
     for file in sorted(each for each in folder.iterdir() if each.is_file()):

@@ -50,12 +50,14 @@ class Conversion:
     """A model that was read from a GGUF file.
 
     Attributes:
+        name: The name of the file.
         module: The model, dequantised.
         tokenizer: Its tokenizer, with the chat template.
         type: The type of most of its weights in the file, such as "Q4_1".
         remarks: What of the file transformers does not read, as sentences.
     """
 
+    name: str
     module: Any
     tokenizer: Any
     type: str
@@ -134,7 +136,13 @@ def convert(
     _plain(module)
     remarks = [*_positions(header, module), *_split(header, tokenizer), *_unread(header, module)]
     _set_ends(header, module)
-    return Conversion(module=module, tokenizer=tokenizer, type=main_type(header), remarks=remarks)
+    return Conversion(
+        name=header.path.name,
+        module=module,
+        tokenizer=tokenizer,
+        type=main_type(header),
+        remarks=remarks,
+    )
 
 
 def check_libraries() -> None:
