@@ -33,7 +33,7 @@ from .rows import RecordedRows
 from .target import Targets
 
 _FIRST_RADIUS = 5.0
-"""Longest first step, in steps of Adam with the same lr."""
+"""Longest first step, in steps of Adam with the same lr, and at most half of the clamp."""
 
 _SHORTER, _LONGER = 0.35, 1.5
 """The radius after a step that raised the loss, in lengths of that step, and the factor after one
@@ -160,6 +160,7 @@ class MarginSearch(RecordedRows):
     def run(self, progress: Callable[[int], object] | None = None) -> Targets:
         """Take steps until all questions are done. After each, report how many are."""
         first = _FIRST_RADIUS * self.rate * self.v_initial.shape[-1] ** 0.5
+        first = torch.minimum(first, self.limit / 2)  # the units of "paper" know no model
         state = _State.start(first, self.contexts.shape[1], self.v_initial.shape[-1])
         for step in range(1, self.config.steps + 1):
             answers = self._evaluate(state)

@@ -41,7 +41,7 @@ class TargetConfig:
     lr: float = 0.5
     """Learning rate of Adam, which is about the change of each coordinate in a step. With
     scale="auto" the unit is the root mean square of the stream. The margin search's first step is
-    at most as long as five steps of Adam."""
+    at most as long as five steps of Adam, and as half of the clamp."""
     kl_factor: float = 0.0625
     """Weight of the KL term, which keeps what the subject is. 0.0625 is the authors' value for
     every model. The margin search measures this term and does not minimise it: the shortest steps
