@@ -33,6 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -273,7 +274,7 @@ def main() -> None:
     if given.quality:
         from real_quality import measure_quality
 
-        add_to(given.json, f"quality {given.dtype}", measure_quality(model, given))
+        measure_quality(model, given, partial(add_to, given.json, f"quality {given.dtype}"))
         return
     jobs = selected(given.jobs)
     plains = {} if given.no_plain else plain_ways(model, jobs)

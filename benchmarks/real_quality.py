@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,8 +92,10 @@ COLUMNS = {
 }
 
 
-def measure_quality(model: str, given: argparse.Namespace) -> dict[str, Any]:
-    """Judge every row of the table, print it, and return its numbers."""
+def measure_quality(
+    model: str, given: argparse.Namespace, keep: Callable[[dict[str, Any]], None]
+) -> None:
+    """Judge every row of the table, and print it. `keep` gets the numbers after each row."""
     torch.set_num_threads(given.threads)
     lm = fs.load(model, dtype=given.dtype)
     say = partial(print, flush=True)
@@ -103,21 +106,24 @@ def measure_quality(model: str, given: argparse.Namespace) -> dict[str, Any]:
     say(f"{len(records)} facts, {given.dtype}")
     facts = [fact for record in records for fact in record.facts]
     before = asked_about(lm, facts, prefix(lm))
-    rows = {}
-    for name, size in rows_of(given.methods or list(CONFIGS), len(records)):
-        rows[f"{name}, {size} at a time"] = row = judge(lm, records, name, size, given, say)
-        row["base"] |= about([{**before, "facts": float(len(facts))}])
-        say(line(f"{name}, {size} at a time", row))
-    print_table(rows)
-    return {
+    methods = given.methods or list(CONFIGS)
+    made = made_editors(lm, methods, given.folder / "moments")
+    result: dict[str, Any] = {
         "facts": len(records),
         "asked": len(knowns),
         "says": says,
         "ranks": ranks,
         "records": [record.id for record in records],
         "dtype": given.dtype,
-        "rows": rows,
+        "rows": {},
     }
+    for name, size in rows_of(methods, len(records)):
+        row = judge(lm, records, made[name], name, size, given, say)
+        row["base"] |= about([{**before, "facts": float(len(facts))}])
+        result["rows"][f"{name}, {size} at a time"] = row
+        say(line(f"{name}, {size} at a time", row))
+        keep(result)
+    print_table(result["rows"])
 
 
 def chosen(
@@ -177,21 +183,30 @@ def config_of(lm: LanguageModel, name: str) -> EditConfig:
 # ── one row ───────────────────────────────────────────────────────────────────────────────────────
 
 
+def made_editors(lm: LanguageModel, methods: Sequence[str], folder: Path) -> dict[str, Questioned]:
+    """Return the editor of each row. Rows with the same search share their targets."""
+    words = prefix(lm)
+    made: dict[str, Questioned] = {}
+    for ending in ("", PUBLISHED):
+        configs = {method: config_of(lm, method + ending) for method in methods}
+        layers = sorted({layer for config in configs.values() for layer in config.edited or ()})
+        moments = find_moments(lm, layers, folder=folder)
+        for method, editor in editors(lm, methods, config=configs, moments=moments).items():
+            made[method + ending] = Questioned(editor, lm, words)
+    return made
+
+
 def judge(
     lm: LanguageModel,
     records: Sequence[Record],
+    editor: Questioned,
     name: str,
     size: int,
     given: argparse.Namespace,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Return the numbers of one row. Edits that the folder holds are not made again."""
-    config = config_of(lm, name)
-    method = name.removesuffix(PUBLISHED)
-    moments = find_moments(lm, list(config.edited or ()), folder=given.folder / "moments")
-    made = editors(lm, [method], config={method: config}, moments=moments)
-    editor = Questioned(made[method], lm, prefix(lm))
-    folder = given.folder / f"{given.dtype}-{name.replace(' ', '-')}-{size}-of-{len(records)}"
+    folder = given.folder / f"{given.dtype}-{size}-of-{len(records)}"  # the base is asked once
     began, told = time.process_time(), [0.0]
 
     def progress(step: str, done: int, total: int | None = None, *_: Any) -> None:
@@ -213,7 +228,7 @@ def judge(
         progress=progress,
     )
     return {
-        "config": {key: str(value) for key, value in dataclasses.asdict(config).items()},
+        "settings": editor.description,
         **numbers(evaluation, name, len(records)),
         "base": numbers(evaluation, "base", len(records)),
     }
