@@ -98,6 +98,10 @@ def test_a_chat_template_is_one_more_context() -> None:
     assert context == "[user] {}\n[assistant]", "the tokenizer adds the BOS"
     assert generate_contexts(lm)[-1] == generate_openings(lm)[-1] == context
     assert len(generate_contexts(lm, chat=False)) == 21 and len(generate_contexts(lm)) == 22
+    forms = chat_contexts(lm, forms=True)
+    assert forms[0] == context and len(forms) == 3
+    assert forms[1].startswith("[system] ") and forms[2].startswith("[user] Hello!\n[assistant] ")
+    assert generate_openings(lm, chat="forms")[-3:] == forms
     config = MemitConfig((0,), steps=12, lr=0.2, scale="auto", moment_weight=1e-4)
     fact = FACTS[2]
     delta = memit(lm, fact, config, moments=full_rank_moments(lm, (0,)), contexts=["{}", context])

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
 from ..core.checks import check_items, check_text
 from ..core.errors import InputError
-from ..model.chat import chat_template
+from ..model.chat import chat_template, chat_templates
 from ..model.language_model import LanguageModel
 from ..model.sample import sample
 from ..model.turns import asking
@@ -33,17 +34,24 @@ SUBJECT = ("{}", "In {}", "About {}", "The story of {}", "It was {}", "by {}")
 _OPENING_TOKENS = 10
 """Length of MEMIT's contexts in tokens."""
 
+Chat: TypeAlias = bool | Literal["forms"]
+
+_SYSTEM = "You are a helpful assistant."
+_TURN = ("Hello!", "Hello! How can I help you?")
+"""The system prompt and the first turn of contexts in a chat."""
+
 _TOP_K = 5
 """Each token is sampled from this number of the most probable ones."""
 
 
 @asking()
-def generate_contexts(lm: LanguageModel, seed: int = 0, *, chat: bool = True) -> list[str]:
+def generate_contexts(lm: LanguageModel, seed: int = 0, *, chat: Chat = True) -> list[str]:
     """Return ROME's contexts: the bare "{}" and 20 templates "Some words. {}".
 
     The model samples the words, all in one batch. The same model and seed give the same list. Ten
     templates have 4 sampled tokens and ten have 9. These are the lengths of the authors' code,
-    which counts the start token. With `chat`, the contexts of `chat_contexts` follow.
+    which counts the start token. With `chat`, the prompt in the chat template follows; with
+    chat="forms", also after a system prompt and in a second turn.
 
     Raises:
         InputError: The tokenizer has neither BOS nor EOS to start from, or its chat template cannot
@@ -54,12 +62,12 @@ def generate_contexts(lm: LanguageModel, seed: int = 0, *, chat: bool = True) ->
     texts = (
         lm.tokenizer.decode(ids[:length]) for ids, length in zip(sequences, lengths, strict=True)
     )
-    chats = chat_contexts(lm) if chat else []
+    chats = chat_contexts(lm, forms=chat == "forms") if chat else []
     return ["{}", *(f"{_plain(text)}. {{}}" for text in texts), *chats]
 
 
 @asking()
-def generate_openings(lm: LanguageModel, seed: int = 0, *, chat: bool = True) -> list[str]:
+def generate_openings(lm: LanguageModel, seed: int = 0, *, chat: Chat = True) -> list[str]:
     """Return MEMIT's contexts: the bare "{}" and 5 templates that begin with `OPENINGS`.
 
     The model continues each opening. Otherwise as `generate_contexts`.
@@ -67,19 +75,25 @@ def generate_openings(lm: LanguageModel, seed: int = 0, *, chat: bool = True) ->
     n_tokens = _OPENING_TOKENS - 1
     sequences = sample(lm, len(OPENINGS), n_tokens, top_k=_TOP_K, seed=seed, openings=OPENINGS)
     texts = (lm.tokenizer.decode(ids) for ids in sequences)
-    chats = chat_contexts(lm) if chat else []
+    chats = chat_contexts(lm, forms=chat == "forms") if chat else []
     return ["{}", *(f"{_plain(text)}. {{}}" for text in texts), *chats]
 
 
-def chat_contexts(lm: LanguageModel) -> list[str]:
+def chat_contexts(lm: LanguageModel, *, forms: bool = False) -> list[str]:
     """Return the chat template with the prompt as the user's message, in a list.
 
     The template ends where the assistant answers. The list is empty if the tokenizer has no chat
     template, if the template adds nothing, or if it does not contain the message exactly once.
 
+    Args:
+        lm: The model.
+        forms: Whether to add the prompt after a system prompt, and in a second turn.
+
     Raises:
         InputError: The template cannot be filled.
     """
+    if forms:
+        return list(dict.fromkeys(chat_templates(lm, _SYSTEM, _TURN).values()))
     template = chat_template(lm)
     return [] if template is None else [template]
 
