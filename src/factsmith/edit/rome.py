@@ -42,7 +42,7 @@ def one_by_one(inputs: EditInputs, *, one_key: bool = False) -> Delta:
     fingerprint = lm.fingerprint
     deltas: list[Delta] = []
     for done, fact in enumerate(inputs.facts):
-        tell(inputs.progress, "facts", done, len(inputs.facts))
+        tell(inputs.progress, "writing facts", done, len(inputs.facts))
         with applied(lm, deltas):
             deltas += _deltas(inputs, [fact], _targets_of(inputs, fact), fingerprint, one_key)
     keys = torch.cat([delta.k_star[layer] for delta in deltas])

@@ -126,7 +126,7 @@ class _Run:
         if inputs.known_targets is not None:
             return inputs.known_targets(facts, last, "stream")
         search = dataclasses.replace(config, clamp=_FARTHER * config.clamp) if attempt else config
-        step = f"targets, repair {attempt}" if attempt else "targets"
+        step = f"searching targets, repair {attempt}" if attempt else "searching targets"
         report = _counting(inputs.progress, step, len(facts))
         return find_targets(
             inputs.lm, facts, last, search, inputs.contexts, site="stream", progress=report
@@ -177,7 +177,7 @@ class _Run:
         parts: list[Delta] = []
         with ExitStack() as stack:
             for done, layer in enumerate(layers):
-                tell(inputs.progress, "layers", done, len(layers))
+                tell(inputs.progress, "writing layers", done, len(layers))
                 keys, stored = read_keys(lm, facts, layer, contexts).cpu(), self.stored[layer]
                 asked = rows.of(keys, facts, layer)
                 if holding:
