@@ -73,6 +73,9 @@ BATCH = 10
 NEIGHBOURS = 5
 """Neighbours of a record that are asked."""
 
+_SILENT = 20
+"""Processor seconds between two lines about the progress."""
+
 PREFIX_TOKENS = 50
 DRIFT_TOKENS = 500
 ABOUT = ("chat", "system", "turn", "prefix", "telling")
@@ -207,15 +210,7 @@ def judge(
 ) -> dict[str, Any]:
     """Return the numbers of one row. Edits that the folder holds are not made again."""
     folder = given.folder / f"{given.dtype}-{size}-of-{len(records)}"  # the base is asked once
-    began, told = time.process_time(), [0.0]
-
-    def progress(step: str, done: int, total: int | None = None, *_: Any) -> None:
-        seconds = time.process_time() - began
-        if step == "judging" and total and done and seconds - told[0] > 20:
-            told[0] = seconds
-            left = seconds / done * (total - done)
-            say(f"{name}: {done} of {total}, about {left:,.0f} processor seconds left")
-
+    pace = Pace(name, say)
     evaluation = evaluate(
         lm,
         records,
@@ -225,13 +220,35 @@ def judge(
         texts=prose(),
         continued=0,
         folder=folder,
-        progress=progress,
+        progress=pace,
     )
     return {
         "settings": editor.description,
         **numbers(evaluation, name, len(records)),
         "base": numbers(evaluation, "base", len(records)),
     }
+
+
+class Pace:
+    """Says now and then how far a row is, and how long it still takes.
+
+    Half of the steps ask the unedited model, and take less time. They are not counted.
+    """
+
+    def __init__(self, name: str, say: Callable[[str], None]) -> None:
+        self.name, self.say = name, say
+        self.began = self.spoke = time.process_time()
+
+    def __call__(self, step: str, done: int, total: int | None = None, *_: Any) -> None:
+        """Take note of a step, as the judge reports it."""
+        now = time.process_time()
+        edits, of = done - (total or 0) // 2, (total or 0) // 2
+        if step != "judging" or edits <= 0:
+            self.began = now
+        elif now - self.spoke > _SILENT:
+            self.spoke = now
+            left = (now - self.began) / edits * (of - edits)
+            self.say(f"{self.name}: {edits} of {of} edits, {left:,.0f} processor seconds left")
 
 
 @dataclass(frozen=True)

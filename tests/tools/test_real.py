@@ -148,3 +148,16 @@ def test_five_neighbours_are_asked_and_no_negation() -> None:
     asked = dataclasses.replace(whole, questions=(*whole.questions, denied, *near, about))
     kinds = [question.kind for question in real_quality.trimmed(asked).questions]
     assert kinds == ["prompt", *["neighbour"] * 5, "locality"]
+
+
+def test_the_time_left_is_that_of_the_edits(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 5.0, 10.0, 31.0, 52.0])
+    monkeypatch.setattr(real_quality.time, "process_time", lambda: next(clock))
+    lines: list[str] = []
+    pace = real_quality.Pace("rome", lines.append)
+    for done in (1, 3, 4, 5):  # three steps of the unedited model, then three edits
+        pace("judging", done, 6)
+    assert lines == [
+        "rome: 1 of 3 edits, 42 processor seconds left",
+        "rome: 2 of 3 edits, 21 processor seconds left",
+    ]
