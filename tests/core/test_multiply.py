@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from factsmith.core import multiply
 from factsmith.core.multiply import are_quick, quick_products
+from factsmith.model.products import products
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN"
@@ -76,6 +77,18 @@ def test_a_gradient_of_the_gradient_exists(sent: list[tuple[int, ...]]) -> None:
     assert sent
 
 
+def under_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert frozen(nn.Linear(24, 40))(drawn(9, 24)).dtype == torch.bfloat16
+
+
+def watched() -> None:
+    layer = frozen(nn.Linear(24, 40))
+    with products({"weight": layer.weight}) as seen:
+        layer(drawn(9, 24))
+    assert len(seen) == 1
+
+
 @pytest.mark.parametrize(
     "run",
     [
@@ -84,8 +97,11 @@ def test_a_gradient_of_the_gradient_exists(sent: list[tuple[int, ...]]) -> None:
         lambda: frozen(nn.Linear(24, 40).double())(drawn(9, 24).double()),
         lambda: frozen(nn.Linear(24, 40).bfloat16())(drawn(9, 24).bfloat16()),
         lambda: torch.addmm(drawn(9, 40), drawn(9, 24), drawn(24, 40)),  # no bias, but a matrix
+        lambda: nn.functional.linear(drawn(9, 24), frozen(nn.Linear(24, 40)).weight[:8]),
+        lambda: under_autocast(),
+        lambda: watched(),
     ],
-    ids=["trained", "few", "double", "half", "sum"],
+    ids=["trained", "few", "double", "half", "sum", "slice", "autocast", "watched"],
 )
 def test_other_products_stay_as_they_are(
     run: Callable[[], Tensor], sent: list[tuple[int, ...]]

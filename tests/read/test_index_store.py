@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from factsmith.core.errors import DamagedError, FingerprintError, InputError, WorkspaceError
+from factsmith.corpus.ordinary import ordinary_texts
+from factsmith.corpus.sweep import corpus_digest
 from factsmith.model.language_model import LanguageModel
 from factsmith.read import index as index_module
 from factsmith.read import index_store
@@ -207,3 +209,25 @@ def test_where_it_cannot_write_nothing_is_read(
     monkeypatch.setenv("FACTSMITH_CACHE", str(tmp_path / "file"))
     with pytest.raises(WorkspaceError, match="cannot write"):
         find_index(tiny_gpt2)
+
+
+def test_a_large_model_reads_the_bundled_text_unless_its_own_is_asked_for(
+    tiny_gpt2: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[int] = []
+    own = index_store.own_text
+    monkeypatch.setattr(
+        index_store, "own_text", lambda *a, **k: (written.append(1), own(*a, **k))[1]
+    )
+    small = find_index(tiny_gpt2, tmp_path / "small", max_tokens=200)
+    assert written  # a small model writes its text itself
+    monkeypatch.setattr(index_store, "_SMALL", 0)
+    written.clear()
+    large = find_index(tiny_gpt2, tmp_path / "large", max_tokens=200)
+    assert not written and large.triggers.n_tokens == 200
+    expected = corpus_digest(tiny_gpt2, ordinary_texts(), 200)
+    assert large.triggers.corpus == expected != small.triggers.corpus
+    find_index(tiny_gpt2, tmp_path / "own", texts="own", max_tokens=200)
+    assert written
+    # An index that is there counts, whatever it is of.
+    assert find_index(tiny_gpt2, tmp_path / "small").triggers.corpus == small.triggers.corpus

@@ -153,20 +153,33 @@ class _ByOneDnn(TorchFunctionMode):
                     return _multiplied(given, weight, bias)
             elif func is torch.addmm:  # Conv1D keeps its weight the other way round
                 bias, given, weight = args
-                if bias.dim() == 1 and given.dim() == 2 and _fits(given, weight.t(), bias):
+                if bias.dim() == 1 and given.dim() == 2 and _fits(given, weight, bias, 0):
                     return _multiplied(given, weight.t(), bias)
         return func(*args, **(kwargs or {}))
 
 
-def _fits(given: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Return whether a product is one that can go to oneDNN, and is worth it."""
-    factors = [given, weight] if bias is None else [given, weight, bias]
+def _fits(given: Tensor, weight: Tensor, bias: Tensor | None, inputs: int = 1) -> bool:
+    """Return whether a product is one that can go to oneDNN, and is worth it.
+
+    A weight that is cut from a parameter, and a product under a dispatch mode, are left alone:
+    `model/products.py` watches for them.
+
+    Args:
+        given: What is multiplied.
+        weight: The weight.
+        bias: The bias, or None.
+        inputs: The dimension of the weight that meets the input.
+    """
+    constants = [weight] if bias is None else [weight, bias]
     return (
-        weight.dim() == 2
+        type(weight) is nn.Parameter
+        and weight.dim() == 2
         and given.dim() >= 2
-        and given.numel() >= _ROWS * weight.shape[1]
-        and all(_is_plain(x) for x in factors)
-        and not (torch.is_grad_enabled() and any(x.requires_grad for x in factors[1:]))
+        and given.numel() >= _ROWS * weight.shape[inputs]
+        and all(_is_plain(x) for x in (given, *constants))
+        and not (torch.is_grad_enabled() and any(x.requires_grad for x in constants))
+        and not torch.is_autocast_enabled("cpu")
+        and not torch._C._len_torch_dispatch_stack()
     )
 
 

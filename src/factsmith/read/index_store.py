@@ -1,6 +1,6 @@
 """The index of a model, from where it is kept: opened if it exists, otherwise made first.
 
-    index = find_index(lm)                           # in the user's cache, of the model's own words
+    index = find_index(lm)                           # in the user's cache, of text for any model
     index = find_index(lm, "index", texts=texts)     # in a folder, of these texts
 
 In the cache each corpus has an index of its own. In a folder that the caller names, an index is
@@ -22,6 +22,7 @@ from ..core.errors import DamagedError, InputError
 from ..core.files import folder_path
 from ..core.progress import Progress, tell
 from ..core.tables import counted
+from ..corpus.ordinary import ordinary_texts
 from ..corpus.own import is_own
 from ..corpus.sweep import corpus_digest
 from ..model.language_model import LanguageModel, check_model
@@ -31,7 +32,13 @@ from .text_search import TEXTS
 from .triggers import Triggers, holds_triggers
 
 _TOKENS = 100_000
-"""Tokens of its own words that a model scans: about a minute for the bundled models."""
+"""Tokens that are scanned without a text: about a minute for the bundled models."""
+
+_SMALL = 50_000_000
+"""Parameters of the layers up to which a model writes the text itself.
+
+Own words fire the neurons of a small model that knows little ordinary English. A larger one would
+take longer to write them than to read them, and ordinary text suits it as well."""
 
 
 def find_index(
@@ -52,10 +59,11 @@ def find_index(
         folder: Where the index is kept. An index in a named folder is never replaced. None: the
             user's cache, where each corpus has an index of its own, and the model's own words
             another one. That one is made again for another number of tokens.
-        texts: What the index is of. None: what it is of already, otherwise text that the model
-            writes itself, as for "own".
+        texts: What the index is of. "own": text that the model writes itself. None: what it is of
+            already; otherwise the same as "own" for a small model, and the bundled corpus for one
+            of more than 50 million parameters.
         max_tokens: How much of the texts. None: as much as the index has, otherwise all of the
-            texts, or 100,000 tokens of the model's own.
+            texts that are given, or 100,000 tokens.
         seed: Seed of the model's own text.
         progress: Gets how far each step is.
 
@@ -66,6 +74,9 @@ def find_index(
         FactsmithError: as `Index.open` and `build_index`.
     """
     check_model(lm)
+    if texts is None and not _writes_its_own(lm, folder):
+        texts = ordinary_texts()
+        max_tokens = _TOKENS if max_tokens is None else max_tokens
     texts = None if is_own(texts) else texts
     limit = float("inf") if max_tokens is None else check_limit(max_tokens, "max_tokens")
     if texts is None and max_tokens is not None:
@@ -94,6 +105,14 @@ def find_index(
         limit = _TOKENS if max_tokens is None else limit
         texts = _own_words(lm, int(limit), seed, progress)
     return build_index(lm, texts, place, max_tokens=limit, progress=progress)
+
+
+def _writes_its_own(lm: LanguageModel, folder: str | os.PathLike[str] | None) -> bool:
+    """Return whether an index without texts is of the model's own words, or is there already."""
+    place = _cached(lm, None, 0) if folder is None else folder_path(folder)
+    if holds_triggers(place, lm) or (place / TEXTS).is_file():
+        return True
+    return sum(p.numel() for layer in lm.layers for p in layer.parameters()) <= _SMALL
 
 
 def _check_corpus(
