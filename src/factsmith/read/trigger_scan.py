@@ -23,7 +23,6 @@ from torch import Tensor
 from ..core.artefact import Checkpoint, stated_count
 from ..core.checks import check_count
 from ..core.files import check_writable
-from ..core.multiply import quick_products
 from ..core.progress import Progress, tell
 from ..corpus.scan import Bank, Coefficients, bank_name, banks, check_dtype
 from ..corpus.sweep import Corpus, State, Swept, TextBatch, sweep
@@ -39,7 +38,6 @@ _KEPT = 200_000
 
 
 @asking()
-@quick_products()
 def find_triggers(  # house: a promised public signature
     lm: LanguageModel,
     texts: str | Iterable[str],
