@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-from conftest import TEXTS
-from factsmith.core.cache import cache_folders
-from factsmith.corpus import moments_store
+from conftest import GPT2, TEXTS, merging_tokenizer, tiny_model
+from factsmith.core.cache import MODEL_FILE, cache_folders
+from factsmith.corpus import moments_store, ordinary
 from factsmith.corpus.measuring import ENOUGH_EXCESS
 from factsmith.corpus.moments import SecondMoment, second_moments
-from factsmith.corpus.moments_cache import MODEL_FILE, cache_file, cached_moments
+from factsmith.corpus.moments_cache import cache_file, cache_moments, cached_moments
 from factsmith.corpus.moments_store import (
     find_moments,
     kept_moments,
@@ -22,6 +27,7 @@ from factsmith.corpus.moments_store import (
 )
 from factsmith.corpus.ordinary import DIGEST, ordinary_texts
 from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import wrap
 
 
 class Heard(list[str]):
@@ -163,3 +169,52 @@ def test_own_text_is_sampled_only_where_it_is_asked_for(
     assert find_moments(tiny_gpt2, [1])[1].corpus == DIGEST and not drawn
     moment = find_moments(tiny_gpt2, [1], texts="own", max_tokens=300)[1]
     assert len(drawn) == 1 and moment.corpus != DIGEST and moment.count <= 300
+
+
+def test_a_note_says_where_the_bundled_text_was_not_enough(
+    tiny_gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enough = Heard()
+    find_moments(tiny_gpt2, [0], progress=enough)
+    few = ordinary._passages()[:4]
+    monkeypatch.setattr(ordinary, "_passages", lambda: few)
+    short = Heard()
+    moment = find_moments(tiny_gpt2, [1], progress=short)[1]
+    assert moment.excess is None or moment.excess > ENOUGH_EXCESS
+    assert not enough and len(short) == 1
+    assert "bundled text ended" in short[0] and "layer 1" in short[0] and "of your own" in short[0]
+
+
+def test_a_note_says_where_the_tokenizer_does_not_know_the_text() -> None:
+    words = ["<unk>", "<s>", *"The name of the place is".split(), "α", "β", "γ"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    greek = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="<s>"
+    )
+    heard = Heard()
+    find_moments(wrap(tiny_model("gpt2", **GPT2), greek), [1], max_tokens=500, progress=heard)
+    assert len(heard) == 1 and "its language" in heard[0]
+    assert re.search(r"does not know [7-9]\d %", heard[0])
+    knows = Heard()
+    known = wrap(tiny_model("gpt2", **GPT2), merging_tokenizer())
+    assert known.tokenizer.unk_token_id is not None
+    find_moments(known, [1], max_tokens=500, progress=knows)
+    assert not knows
+
+
+def test_two_processes_at_once_leave_a_whole_file(tiny_gpt2: LanguageModel) -> None:
+    moment = find_moments(tiny_gpt2, [1])[1]
+    file = cache_file(tiny_gpt2, 1)
+    with ThreadPoolExecutor(8) as pool:
+        saved = [pool.submit(moment.save, file, triangle=True) for _ in range(40)]
+        read = [pool.submit(cached_moments, tiny_gpt2, [1]) for _ in range(40)]
+        assert all(one.result() is None for one in saved)
+        assert all(torch.equal(one.result()[1].matrix, moment.matrix) for one in read)
+    assert sorted(path.name for path in file.parent.iterdir()) == [file.name]
+
+
+def test_where_another_process_was_faster_its_numbers_are_used(tiny_gpt2: LanguageModel) -> None:
+    moment = find_moments(tiny_gpt2, [1])[1]
+    slower = dataclasses.replace(moment, matrix=2 * moment.matrix)
+    assert torch.equal(cache_moments(tiny_gpt2, {1: slower})[1].matrix, moment.matrix)
