@@ -17,7 +17,9 @@ from ..core.errors import InputError
 from ..core.files import check_writable
 from ..core.tables import Shown, Table
 from ..corpus.moments import SecondMoment
+from ..corpus.moments_cache import cache_file
 from ..corpus.moments_store import find_moments, keep_moments, kept_moments, moments_file
+from ..corpus.ordinary import DIGEST
 from ..edit.configs import MemitConfig
 from ..model.language_model import LanguageModel
 
@@ -31,12 +33,15 @@ class GatheredMoments(Shown):
         folder: Where they are kept. None: with the model, or in the user's cache.
         computed: The layers whose files this run computed and wrote.
         copied: The layers whose files this run copied from kept ones.
+        cached: The layers that are taken from the user's cache, or were put there, where no folder
+            keeps them.
     """
 
     moments: Mapping[int, SecondMoment]
     folder: Path | None
     computed: tuple[int, ...] = ()
     copied: tuple[int, ...] = ()
+    cached: tuple[int, ...] = ()
 
     def tables(self) -> list[Table]:
         """A line for each layer, and one for each file that was written."""
@@ -49,6 +54,8 @@ class GatheredMoments(Shown):
                 f"wrote {moments_file(self.folder, layer)}, a copy of the kept one"
                 for layer in self.copied
             ]
+        if self.cached:
+            lines.append("kept in the cache; `factsmith cache` shows it")
         return [Table(line, {}) for line in lines]
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,6 +76,7 @@ class GatheredMoments(Shown):
             "folder": self.folder and str(self.folder),
             "computed": list(self.computed),
             "copied": list(self.copied),
+            "cached": list(self.cached),
         }
 
 
@@ -113,7 +121,10 @@ def gather_moments(  # house: one argument more than `find_moments`, whose argum
                 "there is no folder to keep the second moments in; name one, or a workspace",
                 argument="out",
             )
-        return GatheredMoments(find_moments(lm, chosen, **options) if usual else kept, None)
+        moments = find_moments(lm, chosen, **options) if usual else kept
+        cached = [layer for layer in chosen if moments[layer].corpus == DIGEST]
+        in_cache = [layer for layer in cached if cache_file(lm, layer).is_file()]
+        return GatheredMoments(moments, None, cached=tuple(in_cache))
     place = Path(folder)
     check_writable(place)
     before = _times(place)
@@ -142,8 +153,7 @@ def _times(folder: Path) -> dict[str, int]:
 def _written(
     layers: Iterable[int], before: Mapping[str, int], after: Mapping[str, int]
 ) -> tuple[int, ...]:
-    """Return the layers whose files are new or were written again."""
-    names = {layer: moments_file("", layer).name for layer in sorted(layers)}
-    return tuple(
-        layer for layer, name in names.items() if name in after and after[name] != before.get(name)
-    )
+    """Return the layers of which a file is new or was written again."""
+    changed = [name for name in after if after[name] != before.get(name)]
+    stems = [name.removesuffix(".safetensors").partition("-")[0] for name in changed]
+    return tuple(layer for layer in sorted(layers) if moments_file("", layer).stem in stems)
