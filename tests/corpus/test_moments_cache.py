@@ -176,7 +176,7 @@ def test_a_note_says_where_the_bundled_text_was_not_enough(
 ) -> None:
     enough = Heard()
     find_moments(tiny_gpt2, [0], progress=enough)
-    few = ordinary._passages()[:4]
+    few = ordinary._passages()[:2]
     monkeypatch.setattr(ordinary, "_passages", lambda: few)
     short = Heard()
     moment = find_moments(tiny_gpt2, [1], progress=short)[1]
