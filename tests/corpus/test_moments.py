@@ -25,9 +25,9 @@ from factsmith.core.errors import (
     WorkspaceError,
 )
 from factsmith.corpus import text as corpus_text
-from factsmith.corpus.measuring import ENOUGH_EXCESS, FIRST_COMPARED, TOKENS_PER_NEURON
+from factsmith.corpus.measuring import ENOUGH_EXCESS, FIRST_COMPARED, TOKENS_PER_NEURON, how_much
 from factsmith.corpus.moments import SecondMoment, moments_with_total, second_moments
-from factsmith.corpus.ordinary import DIGEST, WINDOW, ordinary_texts
+from factsmith.corpus.ordinary import DIGEST, ordinary_texts
 from factsmith.corpus.text import pieces
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap
@@ -532,7 +532,8 @@ def test_the_bundled_corpus_is_read_until_its_halves_agree(tiny_lm: LanguageMode
             break
         rows.append(piece.ids)
         n_tokens += len(piece.ids)
-    assert n_tokens == count and len(rows) % WINDOW == 0
+    window = how_much(tiny_lm, texts, [0, 1])[0].window
+    assert n_tokens == count and window is not None and len(rows) % window == 0
     for layer in (0, 1):
         expected = sum_by_hand(tiny_lm, rows, layer) / count
         torch.testing.assert_close(moments[layer].matrix, expected, rtol=1e-5, atol=1e-6)

@@ -81,7 +81,7 @@ def test_the_cache_holds_the_matrix_of_the_bundled_text(tiny_gpt2: LanguageModel
     count = moment.count
     plain = second_moments(tiny_gpt2, list(ordinary_texts()), [1], max_tokens=count)[1]
     assert plain.count == count
-    assert torch.allclose(moment.matrix.double(), plain.matrix, rtol=1e-5, atol=1e-9)
+    assert torch.allclose(moment.matrix.double(), plain.matrix, rtol=1e-4, atol=1e-6)
     assert moment.matrix.dtype == torch.float32 and torch.equal(moment.matrix, moment.matrix.T)
     other = second_moments(tiny_gpt2, TEXTS * 20, [1], max_tokens=count)[1]
     assert not torch.allclose(moment.matrix.double(), other.matrix, rtol=1e-2)
@@ -186,7 +186,7 @@ def test_a_note_says_where_the_bundled_text_was_not_enough(
 
 
 def test_a_note_says_where_the_tokenizer_does_not_know_the_text() -> None:
-    words = ["<unk>", "<s>", *"The name of the place is".split(), "α", "β", "γ"]
+    words = ["<unk>", "<s>", "The", "name", "of", "the", "place", "is", "α", "β", "γ"]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     greek = PreTrainedTokenizerFast(

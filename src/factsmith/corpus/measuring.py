@@ -21,7 +21,7 @@ from ..core.checks import check_limit
 from ..model.address import check_layer
 from ..model.language_model import LanguageModel
 from .moment_sums import Estimate, MomentSums, Until
-from .ordinary import WINDOW, OrdinaryTexts
+from .ordinary import OrdinaryTexts
 from .sweep import Corpus, Swept, sweep
 
 TOKENS_PER_NEURON = 16
@@ -41,6 +41,11 @@ each measure; with 0.53 to 0.61 MEMIT's specificity was 9 points lower
 FIRST_COMPARED, LIKELY, MOST = 6, 11, 64
 """Tokens of the bundled corpus for each neuron of the widest layer: after which the halves are
 compared for the first time, that are likely to be enough, and that are read at most."""
+
+_FEWEST_PASSAGES, _PASSAGE_TOKENS = 8, 100
+"""Passages of a window, at least, and about the tokens of one.
+
+Reading may end after a window, which has about one token for each neuron."""
 
 
 def enough_tokens(
@@ -89,11 +94,12 @@ def how_much(
         limit = enough_tokens(lm, layers, max_tokens)
         return Corpus(texts, limit, batch_tokens, dtype, halves=True), None
     until = None
+    widest = _widest(lm, layers)
+    window = max(_FEWEST_PASSAGES, widest // _PASSAGE_TOKENS)
     if max_tokens is None:
-        widest = _widest(lm, layers)
         until = Until(ENOUGH_EXCESS, FIRST_COMPARED * widest, LIKELY * widest, MOST * widest)
     limit = check_limit(math.inf if max_tokens is None else max_tokens, "max_tokens")
-    return Corpus(texts, limit, batch_tokens, dtype, halves=True, window=WINDOW), until
+    return Corpus(texts, limit, batch_tokens, dtype, halves=True, window=window), until
 
 
 def measure(

@@ -35,9 +35,6 @@ PASSAGE = 400
 STATEMENTS = 2
 """Statements for each sentence of prose. They are about half as long."""
 
-WINDOW = 64
-"""Passages that are sorted by length together. Reading stops between two such windows."""
-
 
 class OrdinaryTexts:
     """The passages of the bundled corpus. It can be iterated any number of times."""
