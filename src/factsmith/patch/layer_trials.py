@@ -32,7 +32,7 @@ SHALLOW = 12
 
 CANDIDATES = 6
 """So many layers of a deeper model are tried, spread over the early 60 %. However deep the model,
-there are 6 × 12 edits at most. Neighbours score alike, so a best layer between two of them costs
+there are 6 × 8 edits at most. Neighbours score alike, so a best layer between two of them costs
 little."""
 
 _EARLY = 0.6

@@ -44,10 +44,17 @@ from .layer_trials import (
 from .recipe import Sources
 from .trial_facts import judge, trial_facts
 
-_TRIALS, _DEEP_TRIALS, _TRACED = 24, 12, 6
+_TRIALS, _DEEP_TRIALS, _TRACED = 24, 8, 6
 """Trial edits at the layers that stay in the race to the end, in a shallow model and in a deep one;
 and facts that are traced. `benchmarks/layers.py` measures what they are worth.
 """
+
+_STEPS = 8
+"""Steps of a trial edit's search. The facts of a layer are searched in one batch, and most are done
+by then; a layer where they take longer is no good layer."""
+
+_DEEP_QUESTIONS = {"paraphrases": 3, "neighbours": 6, "others": 2}
+"""What an edit of a deep model is judged by, at most: such a model takes long to ask."""
 
 _MOMENT_BYTES = 4 * 2**30
 """Memory for second moments of several layers.
@@ -80,7 +87,7 @@ def recommend_layers(
         lm: The model.
         facts: Edits to try, with paraphrases and neighbours to judge them by. None: bundled facts
             that the model knows.
-        trials: Edits at the layers that stay in the race to the end. None: 24, or 12 in a model of
+        trials: Edits at the layers that stay in the race to the end. None: 24, or 8 in a model of
             more than 12 layers. Layers far behind get a quarter or a half as many, six at least.
         texts: Text for second moments; "own" is text that the model writes. None: those that came
             with the model, or that the user's cache has, or else the bundled corpus.
@@ -137,6 +144,8 @@ def measure_layers(
     if count < 1:
         raise InputError(f"trials is {count}; expected at least one trial edit")
     config = RomeConfig.recommended(lm)
+    if config.searched_by == "margin":
+        config = dataclasses.replace(config, steps=min(config.steps, _STEPS))
     tried, guess = _facts_to_try(lm, facts, count, config, sources, progress)
     if guess is not None:
         return guess
@@ -191,6 +200,7 @@ def _facts_to_try(
         count,
         seed=sources.seed,
         progress=partial(tell, progress, "choosing layers: asking bundled facts"),
+        **({} if lm.n_layers <= SHALLOW else _DEEP_QUESTIONS),
     )
     if len(tried) >= min(MIN_FACTS, count):
         return tried, None
@@ -199,12 +209,12 @@ def _facts_to_try(
 
 
 def few_contexts(lm: LanguageModel, seed: int) -> list[str]:
-    """The contexts of a trial edit: the bare prompt, three texts of the model, the chat template.
+    """The contexts of a trial edit: the bare prompt, two texts of the model, the chat template.
 
-    A patch has 20 texts. With three a search takes a quarter of the time, and the layers compare
-    the same.
+    A patch has 20 texts. With two a search takes a fraction of the time, and the layers compare the
+    same.
     """
-    return [*generate_contexts(lm, seed, chat=False)[::6], *chat_contexts(lm)[:1]]
+    return [*generate_contexts(lm, seed, chat=False)[::10], *chat_contexts(lm)[:1]]
 
 
 @dataclass
