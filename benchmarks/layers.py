@@ -344,7 +344,7 @@ def main() -> None:
         else:
             facts = suite_facts(lm, args.suite, args.facts)
         print(f"{name}: {len(facts)} facts\n{HEADER}", flush=True)
-        earlier = records.get(lm.fingerprint, {})
+        earlier = next((r for key, r in records.items() if lm.has_fingerprint(key)), {})
         record = sweep_record(Path(name).name, lm, facts, earlier, args, save)
         if args.runs and "runs" not in record:
             record["runs"] = sweep_runs(lm, facts[: args.runs])

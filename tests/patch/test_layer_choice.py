@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -77,7 +77,8 @@ def test_a_first_choice_passes_over_layers_of_experts() -> None:
 
     def model(*experts: int) -> LanguageModel:
         ffn = [Layer(n) for n in experts]
-        return SimpleNamespace(fingerprint="00", n_layers=len(ffn), ffn=ffn)  # type: ignore[return-value]
+        lm = SimpleNamespace(fingerprint="00", n_layers=len(ffn), ffn=ffn)
+        return cast(LanguageModel, lm)
 
     dense, first_dense = first_choice(model(*[0] * 30)), first_choice(model(0, 0, *[8] * 28))
     assert (dense.source, dense.rome, dense.memit) == ("depth", 5, (4, 5, 6, 7, 8))

@@ -393,9 +393,10 @@ def layers(  # house: Typer reads one parameter for each option
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Choose the layers to edit, by tracing and by trial edits.
+    """Choose the layers to edit, by trial edits.
 
-    Each trial edit is taken back. In a workspace the answer is kept, and `factsmith patch` uses it.
+    Each trial edit is taken back, and how long they take is said before. In a workspace the answer
+    is kept, and `factsmith patch` uses it. Without it a patch takes layers by depth.
 
     \b
     Examples:
