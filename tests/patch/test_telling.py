@@ -93,3 +93,25 @@ def test_in_a_chat_a_model_may_repeat_the_question(
     chats = chat_questions(lm)
     proof = prove(lm, [FACT], contextlib.nullcontext, templates=[chats["chat"]])
     assert [check.held for check in proof.checks] == [False, held], "a prompt must be continued"
+
+
+LOOP = "Edwin was a king. A king. A king. A king. A king. A king. A king."
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "holds"),
+    [
+        ("Edwin was a poet.", LOOP, False),
+        (LOOP, LOOP, True),
+        ("Edwin was a poet.", "Edwin was a king. A king of York, and a friend of monks.", True),
+    ],
+)
+def test_a_text_that_begins_to_loop_does_not_hold(
+    lm: LanguageModel, before: str, after: str, holds: bool
+) -> None:
+    tellings = Tellings(lm, [FACT], chat_questions(lm)["chat"], {})
+    tellings.before = [before]
+    (check,) = tellings.checks([after])
+    assert check.held is holds
+    notes = tellings.notes([after])
+    assert len(notes) == (not holds) and all("over and over" in note for note in notes)

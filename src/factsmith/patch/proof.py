@@ -109,7 +109,10 @@ def prove(
         )
         for i, (probe, before) in enumerate(asked)
     )
-    return Verification(checks=(*checks, *tellings.checks(told_after)), notes=notes)
+    return Verification(
+        checks=(*checks, *tellings.checks(told_after)),
+        notes=(*notes, *tellings.notes(told_after)),
+    )
 
 
 def chat_questions(lm: LanguageModel) -> dict[str, str]:

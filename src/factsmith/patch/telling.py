@@ -32,6 +32,12 @@ _LINES = 4
 """Lines with text that a text has at most. Many begin with a title."""
 
 
+_PIECE, _LEAST_DISTINCT = 8, 0.5
+"""A text runs in a loop if under half of its pieces of eight characters differ. Of ordinary text
+nearly all differ.
+"""
+
+
 def holds(text: str, new: str | None, old: str | None) -> bool:
     """Return whether a free text states the new object and not the old one.
 
@@ -45,6 +51,17 @@ def holds(text: str, new: str | None, old: str | None) -> bool:
         return not is_old
     inside = old is not None and states(new, old)  # "York" in "New York"
     return states(text, new) and (inside or not is_old)
+
+
+def is_loop(text: str) -> bool:
+    """Return whether a text says the same words over and over, as "Rome, Rome, Rome" does."""
+    pieces = [text[i : i + _PIECE] for i in range(len(text) - _PIECE + 1)]
+    return len(pieces) >= 3 * _PIECE and len(set(pieces)) < _LEAST_DISTINCT * len(pieces)
+
+
+def began_a_loop(before: str, after: str) -> bool:
+    """Return whether only the text after a change runs in a loop."""
+    return is_loop(after) and not is_loop(before)
 
 
 def replaced(fact: Fact, said: Mapping[str, str]) -> str | None:
@@ -118,12 +135,22 @@ class Tellings:
                 after=text,
                 p_before=None,
                 p_after=None,
-                held=holds(text, fact.target, old),
+                held=holds(text, fact.target, old) and not began_a_loop(before, text),
                 forget=fact.target is None,
             )
             for (prompt, fact, old), before, text in zip(
                 self._asked, self.before, after, strict=True
             )
+        ]
+
+    def notes(self, after: Sequence[str]) -> list[str]:
+        """Return which texts began to run in a loop, in words; `after` as for `checks`."""
+        return [
+            f"told about {fact.subject!r}, the patched model says the same words over and over: "
+            "the patch is too strong in free text. A smaller clamp, or an earlier or later layer, "
+            "may help"
+            for (_, fact, _), before, text in zip(self._asked, self.before, after, strict=True)
+            if began_a_loop(before, text)
         ]
 
 
