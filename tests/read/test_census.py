@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,12 @@ def test_without_dense_layers_there_is_no_effective_rank(tmp_path: Path) -> None
     )
     result = find_census(lm, tmp_path, texts=TEXTS)
     assert result.effective_rank is None and result.census.layers[0].idle is not None
+
+
+def test_layers_of_equal_numbers_are_one_row(tiny_gpt2: LanguageModel) -> None:
+    (row,) = census(tiny_gpt2).tables()[1].rows
+    assert row[0] == "0–2" and row[3] == "128"
+    whole = census(tiny_gpt2)
+    other = dataclasses.replace(whole.layers[1], neurons=7)
+    changed = dataclasses.replace(whole, layers=(whole.layers[0], other, *whole.layers[2:]))
+    assert [row[0] for row in changed.tables()[1].rows] == ["0", "1", "2"]

@@ -11,8 +11,9 @@ alike, and 1 when it uses one. A layer whose text uses few of them has room for 
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,13 +116,14 @@ class Census(Shown):
             ],
         }
         columns = {name: cells for name, cells in columns.items() if any(cells)}
+        rows = _together([*zip(*columns.values(), strict=True)])
         return [
             Table(
                 f"{self.model}: {self.parameters:,} parameters, {counted(self.neurons, 'neuron')}",
                 {"part": "<", "parameters": ">", "share": ">"},
                 [(name, f"{n:,}", f"{n / self.parameters:z.1%}") for name, n in parts.items()],
             ),
-            Table("by layer", dict.fromkeys(columns, ">"), [*zip(*columns.values(), strict=True)]),
+            Table("by layer", dict.fromkeys(columns, ">"), rows),
         ]
 
     @property
@@ -133,6 +135,15 @@ class Census(Shown):
     def neurons(self) -> int:
         """Number of all neurons, those of experts included."""
         return sum(layer.neurons for layer in self.layers)
+
+
+def _together(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Return the rows, with neighbouring layers of equal numbers as one row: ("0–29", ...)."""
+    alike = [[*group] for _, group in itertools.groupby(rows, key=lambda row: row[1:])]
+    return [
+        (group[0][0] if len(group) == 1 else f"{group[0][0]}–{group[-1][0]}", *group[0][1:])
+        for group in alike
+    ]
 
 
 _IDLE = 1e-4
