@@ -85,7 +85,7 @@ def is_quicker(threads: int) -> bool:
     Args:
         threads: The number of threads that torch uses. Each number is timed once.
     """
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     numbers = torch.Generator().manual_seed(0)
     given = torch.randn(128, 512, generator=numbers)
