@@ -58,10 +58,10 @@ REFERENCE = 100
 
 def other_texts() -> Iterator[str]:
     """Yield passages of other sentences and other facts, mixed as in the bundled text."""
-    bundled = " ".join(ordinary_texts())
-    prose = [s for s in read_prose(SHARED / "data" / "text") if s not in set(bundled_prose())]
+    taken = set(bundled_prose())
+    prose = [s for s in read_prose(SHARED / "data" / "text") if s not in taken]
     random.Random(1).shuffle(prose)
-    facts = iter([s for s in sentences(atlas.facts(), seed=1) if s not in bundled])
+    facts = iter(sentences(atlas.facts(), seed=1))  # other phrasings, mostly of other facts
     passage = ""
     for sentence in prose:
         passage = f"{passage} {next(facts)} {sentence} {next(facts)}".lstrip()
