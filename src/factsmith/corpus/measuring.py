@@ -35,8 +35,7 @@ ENOUGH_EXCESS = 0.2
 """Excess at which reading the bundled corpus ends.
 
 On SmolLM2-135M, edits with an excess of 0.25 to 0.32 were within a point of those with 0.02, by
-each measure; with 0.53 to 0.61 MEMIT's specificity was 9 points lower
-(`benchmarks/bundled_text.py`)."""
+each measure; with 0.53 to 0.61 MEMIT's specificity was 9 points lower (twelve facts)."""
 
 FIRST_COMPARED, LIKELY, MOST = 6, 11, 64
 """Tokens of the bundled corpus for each neuron of the widest layer: after which the halves are
