@@ -17,8 +17,8 @@ the same workspace; "memit" writes 20 facts at once into a workspace of its own.
 The plain ways are the loops of this folder on the same model in the same run: loading by
 transformers alone, one whole pass for each cell of a trace (`locate.py`), whole passes with torch's
 Adam for a target (`plain_search.py`). A loop that takes minutes is timed on a part, and scaled. The
-plain way of a patch is its target alone: second moments, proof and drift come on top. Nothing plain
-stands beside `layers`: the papers trace facts and then choose by hand.
+plain way of a patch is its target alone: second moments, proof and drift come on top. `layers` has no plain way:
+the papers trace facts and then choose by hand.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Job(NamedTuple):
         name: Its name.
         limit: The most processor seconds that it may take.
         command: The arguments of factsmith. `{model}`, `{folder}` and names of files are filled in.
-        plain: The plain way beside it, a job of `real_plain.py`; "" for none.
+        plain: The plain way to do it, a job of `real_plain.py`; "" for none.
         fresh: Whether it begins in a workspace of its own, with an empty cache.
     """
 

@@ -1,4 +1,4 @@
-"""The plain ways beside the jobs of `real.py`, each in a process that `real.py` times as a whole.
+"""The plain ways to do the jobs of `real.py`, each in a process that `real.py` times as a whole.
 
     python benchmarks/real_plain.py trace --model path/to/folder-or-file.gguf
 

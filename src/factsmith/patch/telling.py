@@ -23,7 +23,7 @@ TOKENS = 40
 """Length of a text in tokens."""
 
 _MOST = 20
-"""Facts whose subjects are told about: a text takes as long as five answers."""
+"""The facts of a patch that a proof asks about: a text takes as long as five answers."""
 
 _AS_ANSWERS = 5
 """How many answers a text counts as."""
@@ -125,7 +125,7 @@ class Tellings:
         return [self.lm.as_answer(ids, _LINES) for ids in new]
 
     def checks(self, after: Sequence[str]) -> list[Check]:
-        """Return a check of each text; `after` is what the changed model told."""
+        """Return a check of each text; `after` are those of the changed model."""
         return [
             Check(
                 role="telling",
