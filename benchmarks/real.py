@@ -17,8 +17,8 @@ the same workspace; "memit" writes 20 facts at once into a workspace of its own.
 The plain ways are the loops of this folder on the same model in the same run: loading by
 transformers alone, one whole pass for each cell of a trace (`locate.py`), whole passes with torch's
 Adam for a target (`plain_search.py`). A loop that takes minutes is timed on a part, and scaled. The
-plain way of a patch is its target alone: second moments, proof and drift come on top. `layers` has no plain way:
-the papers trace facts and then choose by hand.
+plain way of a patch is its target alone: second moments, proof and drift come on top. `layers` has
+no plain way: the papers trace facts and then choose by hand.
 """
 
 from __future__ import annotations
