@@ -129,6 +129,7 @@ def environment(cache: Path) -> dict[str, str]:
     return {
         **os.environ,
         **threads,
+        "OMP_WAIT_POLICY": "PASSIVE",  # a thread that waits for the other one takes no time
         "FACTSMITH_CACHE": str(cache),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
