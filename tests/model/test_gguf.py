@@ -38,20 +38,13 @@ class Notes:
         self.notes.append(text)
 
 
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a cache folder of one test."""
-    monkeypatch.setenv("FACTSMITH_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
 def kept(cache: Path) -> list[Path]:
     """Return the conversions in a cache, and all hidden leftovers."""
     return sorted((cache / "gguf").iterdir())
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_file_answers_as_its_model(family: str, tmp_path: Path, cache: Path) -> None:
+def test_a_file_answers_as_its_model(family: str, tmp_path: Path, fresh_cache: Path) -> None:
     """Every number is where it belongs: permuted heads, transposed matrices, tied embeddings."""
     made = write_gguf(tmp_path / "tiny.gguf", family)
     lm, notes = load(tmp_path / "tiny.gguf"), Notes()
@@ -70,7 +63,7 @@ def test_a_file_answers_as_its_model(family: str, tmp_path: Path, cache: Path) -
     assert lm.end_ids == {0}
 
 
-def test_the_fingerprint_is_of_what_decides_answers(tmp_path: Path, cache: Path) -> None:
+def test_the_fingerprint_is_of_what_decides_answers(tmp_path: Path, fresh_cache: Path) -> None:
     """A tensor and an end token count; the name of the file and a note in it do not."""
     write_gguf(tmp_path / "a.gguf")
     first = load(tmp_path / "a.gguf")
@@ -86,7 +79,7 @@ def test_the_fingerprint_is_of_what_decides_answers(tmp_path: Path, cache: Path)
     assert load(tmp_path / "ends.gguf").end_ids == {0, 7}
 
 
-def test_a_quantised_file_is_dequantised_once_and_said(tmp_path: Path, cache: Path) -> None:
+def test_a_quantised_file_is_dequantised_once_and_said(tmp_path: Path, fresh_cache: Path) -> None:
     write_gguf(tmp_path / "q8.gguf", kind="Q8_0")
     notes = Notes()
     lm = load(tmp_path / "q8.gguf", progress=notes)
@@ -98,11 +91,11 @@ def test_a_quantised_file_is_dequantised_once_and_said(tmp_path: Path, cache: Pa
     error = (down[0] - down[1]).abs().max()
     assert 0 < error < 0.02 * down[1].abs().max()
     narrow = load(tmp_path / "q8.gguf", dtype=torch.bfloat16)
-    assert narrow.dtype == torch.bfloat16 and len(kept(cache)) == 1, "float32 serves it"
+    assert narrow.dtype == torch.bfloat16 and len(kept(fresh_cache)) == 1, "float32 serves it"
     assert torch.equal(narrow.module.model.layers[1].mlp.down_proj.weight, down[0].bfloat16())
 
 
-def test_digits_are_split_as_the_file_says(tmp_path: Path, cache: Path) -> None:
+def test_digits_are_split_as_the_file_says(tmp_path: Path, fresh_cache: Path) -> None:
     """With control: a way that is not known is remarked on."""
     write_gguf(tmp_path / "digits.gguf", tokenizer__ggml__pre="smollm")
     lm = load(tmp_path / "digits.gguf")
@@ -131,11 +124,11 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_damaged_conversion_is_made_again(
-    tmp_path: Path, cache: Path, counted: list[str]
+    tmp_path: Path, fresh_cache: Path, counted: list[str]
 ) -> None:
     write_gguf(tmp_path / "a.gguf")
     fingerprint = load(tmp_path / "a.gguf").fingerprint
-    (place,) = kept(cache)
+    (place,) = kept(fresh_cache)
     weights = place / "model.safetensors"
     content = bytearray(weights.read_bytes())
     os.utime(weights)
@@ -150,26 +143,27 @@ def test_a_damaged_conversion_is_made_again(
     assert load(tmp_path / "a.gguf").fingerprint == fingerprint and len(counted) == 4
     (place / "factsmith-gguf.json").write_text("[]")
     assert load(tmp_path / "a.gguf").fingerprint == fingerprint and len(counted) == 5
-    assert kept(cache) == [place], "nothing is left over"
+    assert kept(fresh_cache) == [place], "nothing is left over"
 
 
 def test_another_version_of_transformers_reads_the_file_again(
-    tmp_path: Path, cache: Path, counted: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, fresh_cache: Path, counted: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_gguf(tmp_path / "a.gguf")
     load(tmp_path / "a.gguf")
     monkeypatch.setattr(module, "_VERSION", "5.99.0")
     load(tmp_path / "a.gguf")
-    assert len(counted) == 2 and [each.name.rpartition("-")[2] for each in kept(cache)] == [
+    assert len(counted) == 2 and [each.name.rpartition("-")[2] for each in kept(fresh_cache)] == [
         "5.99.0"
     ]
 
 
 def test_a_cache_that_cannot_be_written_is_a_note(
-    tmp_path: Path, cache: Path, counted: list[str]
+    tmp_path: Path, counted: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_gguf(tmp_path / "a.gguf")
-    cache.write_text("a file where a folder is expected")
+    (tmp_path / "file").write_text("a file where a folder is expected")
+    monkeypatch.setenv("FACTSMITH_CACHE", str(tmp_path / "file"))
     notes = Notes()
     lm = load(tmp_path / "a.gguf", progress=notes)
     assert lm.answer(PROMPTS) == load(tmp_path / "a.gguf").answer(PROMPTS) and len(counted) == 2
@@ -177,13 +171,13 @@ def test_a_cache_that_cannot_be_written_is_a_note(
 
 
 def test_a_full_disk_is_a_note(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_gguf(tmp_path / "a.gguf")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10}))
     notes = Notes()
     load(tmp_path / "a.gguf", progress=notes)
-    assert "only 0 MB are free" in notes.notes[0] and kept(cache) == []
+    assert "only 0 MB are free" in notes.notes[0] and kept(fresh_cache) == []
 
 
 _LOAD = """
@@ -194,13 +188,13 @@ print(load(sys.argv[1]).fingerprint)
 
 
 @pytest.mark.slow
-def test_two_processes_make_one_conversion(tmp_path: Path, cache: Path) -> None:
+def test_two_processes_make_one_conversion(tmp_path: Path, fresh_cache: Path) -> None:
     write_gguf(tmp_path / "a.gguf")
     command = [sys.executable, "-c", _LOAD, str(tmp_path / "a.gguf")]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     printed = {process.communicate(timeout=120)[0] for process in running}
     assert [process.returncode for process in running] == [0, 0]
-    assert printed == {load(tmp_path / "a.gguf").fingerprint + "\n"} and len(kept(cache)) == 1
+    assert printed == {load(tmp_path / "a.gguf").fingerprint + "\n"} and len(kept(fresh_cache)) == 1
 
 
 # ── refusals ──────────────────────────────────────────────────────────────────────────────────────
@@ -214,7 +208,7 @@ def refused(path: Path, error: type[FactsmithError] = ModelError) -> str:
 
 
 def test_damaged_files_are_refused_before_any_work(
-    tmp_path: Path, cache: Path, counted: list[str]
+    tmp_path: Path, fresh_cache: Path, counted: list[str]
 ) -> None:
     write_gguf(tmp_path / "a.gguf")
     content, file = (tmp_path / "a.gguf").read_bytes(), tmp_path / "damaged.gguf"
@@ -231,7 +225,7 @@ def test_damaged_files_are_refused_before_any_work(
     assert "of version 1" in refused(file)
     file.write_bytes(content[:4] + (3).to_bytes(4, "big") + content[8:])
     assert "big-endian" in refused(file)
-    assert not (cache / "gguf").exists()
+    assert not (fresh_cache / "gguf").exists()
 
 
 def re_download(words: str) -> bool:
@@ -241,7 +235,7 @@ def re_download(words: str) -> bool:
     )
 
 
-def test_other_files_are_refused_in_words(tmp_path: Path, cache: Path) -> None:
+def test_other_files_are_refused_in_words(tmp_path: Path, fresh_cache: Path) -> None:
     file = tmp_path / "a.gguf"
     write_gguf(file, general__architecture="martian")
     words = refused(file)
@@ -259,7 +253,7 @@ def test_other_files_are_refused_in_words(tmp_path: Path, cache: Path) -> None:
     assert "there is no file" in refused(tmp_path / "none.gguf", ModelNotFoundError)
 
 
-def test_a_folder_may_hold_one_file(tmp_path: Path, cache: Path) -> None:
+def test_a_folder_may_hold_one_file(tmp_path: Path, fresh_cache: Path) -> None:
     (tmp_path / "model").mkdir()
     write_gguf(tmp_path / "model" / "a.gguf")
     lm = load(tmp_path / "model")
@@ -271,7 +265,7 @@ def test_a_folder_may_hold_one_file(tmp_path: Path, cache: Path) -> None:
 
 
 def test_without_the_library_one_sentence_says_how_to_install_it(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, fresh_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_gguf(tmp_path / "a.gguf")
     find = gguf_reading.importlib.util.find_spec
@@ -284,11 +278,11 @@ def test_without_the_library_one_sentence_says_how_to_install_it(
     monkeypatch.undo()
 
 
-def test_nothing_of_a_conversion_is_code(tmp_path: Path, cache: Path) -> None:
+def test_nothing_of_a_conversion_is_code(tmp_path: Path, fresh_cache: Path) -> None:
     """The cache holds JSON, text and safetensors, so nothing in it is ever run."""
     write_gguf(tmp_path / "a.gguf")
     load(tmp_path / "a.gguf")
-    (place,) = kept(cache)
+    (place,) = kept(fresh_cache)
     suffixes = {each.suffix for each in place.iterdir()}
     assert suffixes <= {".json", ".safetensors", ".jinja", ".txt"}
     (row,) = read_cache().entries
