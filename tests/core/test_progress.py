@@ -6,7 +6,7 @@ import pytest
 
 from clocks import Clock
 from factsmith.core.executor import Local
-from factsmith.core.progress import Pace, note, stage, tell
+from factsmith.core.progress import Pace, Tally, note, stage, tell
 
 
 class Listener:
@@ -102,6 +102,18 @@ def test_without_a_total_there_is_no_guess(total: int | None) -> None:
     timed = Timed()
     timed.after(0, "scanning", 0, total)
     assert timed.after(50, "scanning", 500, total) is None
+
+
+def test_a_tally_adds_up_the_parts_of_a_step() -> None:
+    listener = Listener()
+    tally = Tally(listener, "verifying", 20)
+    first, second = tally.part(10), tally.part(2, weight=5)
+    for done in (0, 4, 4, 10, 12):  # no news is no report, and a part has an end
+        first(done)
+    second(1)
+    second(2)
+    assert [done for _, done, _ in listener.steps] == [0, 4, 10, 15, 20]
+    assert {(step, total) for step, _, total in listener.steps} == {("verifying", 20)}
 
 
 def test_parts_run_in_order_when_their_result_is_asked_for() -> None:

@@ -52,6 +52,23 @@ def plain_probability(lm: LanguageModel, prompt: str, tail: list[int]) -> float:
     return math.exp(sum(float(logs[place, token]) for place, token in places))
 
 
+def test_a_proof_says_how_many_of_its_answers_there_are(tiny_gpt2: LanguageModel) -> None:
+    reports: list[tuple[str, int, int | None]] = []
+    fact = Fact("Edwin", "{} is a", "king", paraphrases=["{} was a", "{}, a"])
+    prove(
+        tiny_gpt2,
+        [fact],
+        contextlib.nullcontext,
+        telling="Q: {}\nA:",
+        progress=lambda *report: reports.append(report),
+    )
+    total = 2 * (3 + 5)  # three prompts and a text that counts as five, before and after
+    assert {(step, most) for step, _, most in reports} == {("verifying", total)}
+    done = [count for _, count, _ in reports]
+    assert done == sorted(set(done)) and (done[0], done[-1]) == (0, total)
+    assert len(done) > 4, "not only after each question"
+
+
 def test_prompts_are_asked_in_the_chat_template(tiny_gpt2: LanguageModel) -> None:
     fact = Fact("Edwin", "{} is a", "king")
     proof = prove(tiny_gpt2, [fact], contextlib.nullcontext, templates=["Q: {}\nA:"])
