@@ -7,6 +7,9 @@ of δ. The next step is the shortest s with
 
     m + J s ≥ goal    in every context,    and ‖s‖ ≤ radius.
 
+The length of a step counts what it changes at the guard, the prompt "{} is a", by a quadratic model
+of the KL term (equation 4 of ROME). So δ goes where the guard changes little.
+
 For one context this is Newton's method, as in DeepFool (Moosavi-Dezfooli et al. 2016,
 https://arxiv.org/abs/1511.04599). A step that raises the loss is taken back, and a shorter one is
 tried from the same gradients. A search begins with the bare prompt alone. The other contexts come
@@ -26,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..model.language_model import LanguageModel
-from ..model.replay import Replay
+from ..model.replay import Replay, record
 from .batches import Size, fitting_batches
 from .keys import with_added
 from .rows import RecordedRows
@@ -46,12 +49,18 @@ _AIM = 0.7
 """The loss that a step aims at in every context, in units of stop_loss. The search stops when the
 mean is below stop_loss."""
 
-_KEPT = 0.95
-"""The part of δ from which a step is counted. Below 1 it takes back what is not needed."""
-
 _SOFTNESS = 0.03
 """How much a step may fall short in contexts that ask for opposite changes: the weight of the
 squared shortfall's inverse, in units of the mean ‖J‖²."""
+
+_GUARD = 1.6
+"""Cost of one nat of KL at the guard with kl_factor=1, where a step as long as the stream costs ½.
+So with the authors' kl_factor, a nat costs 0.1. On SmolLM2 and the atlas this keeps the KL term at
+or below what Adam leaves of it. More would cost other phrasings of the fact."""
+
+_SAMPLES = 16
+"""Gradients from which the guard's Fisher information is estimated. Each is one more column in one
+forward and backward pass."""
 
 _PATIENCE, _PROGRESS = 5, 0.95
 """A search is given up if this number of evaluations does not bring the loss below this part of
@@ -148,9 +157,14 @@ class MarginSearch(RecordedRows):
     def __init__(self, *given: Any) -> None:
         """Record the passes. The arguments are those of `RecordedRows`."""
         super().__init__(*given)
+        self.guards = self._record_guards(given[0])
+        with torch.no_grad():
+            still = torch.zeros_like(self.v_initial)
+            self.before = self._guard_logits(self.guards, still).log_softmax(-1)
         self.parts = [_Part(replay, rows) for replay, rows in self.passes]
         self.owners = self.places.owners.to(self.v_initial.device)
         self.contexts = self.places.contexts.to(self.v_initial.device)
+        self.sampled = self._fisher_rows()
 
     def groups(self, lm: LanguageModel, lengths: Sequence[tuple[int, int]]) -> list[list[int]]:
         """Return the rows of each pass. Rows of similar width share one: little is padding."""
@@ -176,7 +190,7 @@ class MarginSearch(RecordedRows):
             lower &= state.active
             self._learn(state, answers, nll, lower)
             self._adapt(state, mean, lower)
-            self._move(state)
+            self._move(state, self._metric(state))
         self._note_guards()
         return self.targets()
 
@@ -276,41 +290,110 @@ class MarginSearch(RecordedRows):
         state.waited = torch.where(switch, 0, state.waited)
         state.whole = state.whole | switch
 
-    def _move(self, state: _State) -> None:
+    def _move(self, state: _State, metric: _Metric) -> None:
         """Choose the next δ: from the best one, the step of the linear model."""
         (goal,), _ = margins_of(torch.tensor([_AIM * self.config.stop_loss]))
-        back = (1 - _KEPT) * state.best
+        # Without any goal the model ends here: nearer to 0 where the guard would change.
+        rest = metric.solve(state.best[:, None])[:, 0]
+        ascent = metric.solve(state.slopes)
+        back = state.best - rest
         lacking = goal.to(state.margins) - state.margins + (state.slopes @ back[..., None])[..., 0]
-        weights = nearest(state.slopes, lacking, state.known)
-        step = (weights[..., None] * state.slopes).sum(1) - back
+        weights = nearest(state.slopes, lacking, state.known, ascent)
+        step = (weights[..., None] * ascent).sum(1) - back
         step = step * (state.radius / step.norm(dim=-1).clamp(min=1e-30)).clamp(max=1)[:, None]
         delta = state.best + step
-        state.delta = (
-            delta * (self.limit / delta.norm(dim=-1).clamp(min=1e-30)).clamp(max=1)[:, None]
-        )
+        norm = delta.norm(dim=-1).clamp(min=1e-30)
+        state.delta = delta * (self.limit / norm).clamp(max=1)[:, None]
+
+    def _record_guards(self, lm: LanguageModel) -> Replay:
+        """Record the guards up to the subject token, which does not see what follows."""
+        rows = [
+            question.sequences[question.guard][: question.pivots[question.guard] + 1]
+            for question in self.questions
+        ]
+        batch = lm.align(rows, [len(ids) - 1 for ids in rows])
+        return record(lm, batch, start=batch.pivot, until=self.layer + 1)
+
+    def _fisher_rows(self) -> Tensor:
+        """Return G, (n, samples, d_model), for which the KL term is about ½ ‖G δ‖² for small δ.
+
+        GᵀG estimates the Fisher information of the guard's prediction with respect to δ, from
+        gradients g of random combinations of logits, for which E[g gᵀ] is that information.
+        """
+        n, width = self.v_initial.shape
+        if not self.config.kl_factor:
+            return torch.zeros(n, 0, width, device=self.v_initial.device)
+        draw = torch.Generator()
+        return torch.stack([self._sampled(i, draw.manual_seed(0)) for i in range(n)])
+
+    def _metric(self, state: _State) -> _Metric:
+        """Return what a step costs: its length, and the change that it makes at the guard.
+
+        The KL term is evaluated at the best δ so far. One more row makes the model's gradient there
+        equal to the measured one, if the KL term grows faster than the model says.
+        """
+        rows = self.sampled
+        if self.config.kl_factor:
+            added = state.best.detach().clone().requires_grad_()
+            with torch.enable_grad():
+                log_p = self._guard_logits(self.guards, added).log_softmax(-1)
+                kl = F.kl_div(self.before, log_p, log_target=True, reduction="sum")
+            (gradient,) = torch.autograd.grad(kl, added)
+            modelled = ((rows @ state.best[..., None]).transpose(1, 2) @ rows)[:, 0]
+            missing = gradient - modelled
+            product = (missing * state.best).sum(-1)
+            # Nearly orthogonal to δ, it says nothing about the way that δ came.
+            least = 1e-2 * missing.norm(dim=-1) * state.best.norm(dim=-1)
+            product = torch.where(product > least, product, float("inf"))
+            row = product.rsqrt()[:, None] * missing
+            rows = torch.cat([rows, row[:, None]], dim=1)
+        weight = (_GUARD * self.config.kl_factor) ** 0.5 * self.length
+        return _Metric(rows * weight[:, None, None])
+
+    def _sampled(self, i: int, draw: torch.Generator) -> Tensor:
+        """Return gradients at question i's guard: (samples, d_model)."""
+        replay = self.guards.keep(torch.full((_SAMPLES,), i))
+        added = torch.zeros(_SAMPLES, self.v_initial.shape[1], device=self.v_initial.device)
+        added.requires_grad_()
+        with torch.enable_grad():
+            logits = self._guard_logits(replay, added)
+            p = logits.detach().softmax(-1)
+            noise = torch.randn(p.shape, generator=draw).to(p) * p.sqrt()
+            noise = noise - p * noise.sum(-1, keepdim=True)
+            total = (logits * noise).sum()
+        (gradient,) = torch.autograd.grad(total, added)
+        return gradient / _SAMPLES**0.5
+
+    def _guard_logits(self, replay: Replay, delta: Tensor) -> Tensor:
+        """Return the logits (R, vocab) at the guards, with δ added."""
+        hidden = with_added(replay, self.layer, delta, self.site)
+        return replay.logits(hidden[:, 0]).float()
 
     @torch.no_grad()
     def _note_guards(self) -> None:
         """Store KL(p_δ ‖ p₀) at the guards."""
         changes = self.v_star - self.v_initial
-        for part in self.parts:
-            rows = part.keep(set(self.places.guards.tolist()))
-            if not rows:
-                continue
-            owners = self.owners[torch.tensor(rows, device=self.owners.device)]
-            before, after = (
-                self.log_probs(part.kept, delta)
-                for delta in (torch.zeros_like(changes[owners]), changes[owners])
-            )
-            kl = F.kl_div(before, after, log_target=True, reduction="none").sum(-1)
-            for i, value in zip(owners.tolist(), kl.tolist(), strict=True):
-                self.convergence[i]["kl"] = value
-                self.convergence[i]["loss"] += self.config.kl_factor * value
+        after = self._guard_logits(self.guards, changes).log_softmax(-1)
+        kl = F.kl_div(self.before, after, log_target=True, reduction="none").sum(-1)
+        for ending, value in zip(self.convergence, kl.tolist(), strict=True):
+            ending["kl"] = value
+            ending["loss"] += self.config.kl_factor * value
 
-    def log_probs(self, replay: Replay, delta: Tensor) -> Tensor:
-        """Return the log-probabilities (R, vocab) after the subject, with δ added."""
-        hidden = with_added(replay, self.layer, delta, self.site)
-        return replay.logits(hidden[:, 0]).float().log_softmax(-1)
+
+class _Metric:
+    """The cost of a step, ½ sᵀ (I + G ᵀG) s, for each question."""
+
+    def __init__(self, rows: Tensor) -> None:
+        """Take G, (n, samples, d_model)."""
+        self.rows = rows.cpu().double()
+        gram = self.rows @ self.rows.transpose(1, 2)
+        self.inner = torch.linalg.inv(torch.eye(gram.shape[1], dtype=gram.dtype).to(gram) + gram)
+
+    def solve(self, vectors: Tensor) -> Tensor:
+        """Return (I + Gᵀ G)⁻¹ v for vectors (n, c, d_model)."""
+        exact = vectors.cpu().double()
+        inner = (exact @ self.rows.transpose(1, 2)) @ self.inner
+        return (exact - inner @ self.rows).to(vectors)
 
 
 def margins_of(nll: Tensor) -> tuple[Tensor, Tensor]:
@@ -320,26 +403,32 @@ def margins_of(nll: Tensor) -> tuple[Tensor, Tensor]:
     return -(nll + torch.log(-torch.expm1(-nll))), 1 / torch.expm1(-nll)
 
 
-def nearest(slopes: Tensor, wanted: Tensor, known: Tensor, sweeps: int = 60) -> Tensor:
-    """Return λ ≥ 0 for which s = Jᵀλ is the shortest step with J s ≥ wanted, softened.
+def nearest(
+    slopes: Tensor, wanted: Tensor, known: Tensor, ascent: Tensor | None = None, sweeps: int = 60
+) -> Tensor:
+    """Return λ ≥ 0 for which s = M⁻¹Jᵀλ is the cheapest step with J s ≥ wanted, softened.
 
-    It solves the dual problem min ½ λᵀ(J Jᵀ + ε I)λ − wantedᵀλ by coordinate descent.
+    The cost of a step is ½ sᵀ M s. The dual problem min ½ λᵀ(J M⁻¹Jᵀ + ε I)λ − wantedᵀλ is solved
+    by coordinate descent.
 
     Args:
         slopes: (n, c, d) J, the gradients of c margins.
         wanted: (n, c) by how much each margin should grow.
         known: (n, c) the margins that count.
+        ascent: (n, c, d) the rows of J M⁻¹. None: M is the identity.
         sweeps: How often all coordinates are visited at most.
 
     Returns:
         (n, c) λ.
     """
-    rows = slopes.double() * known[..., None]
-    gram = (rows @ rows.transpose(1, 2)).cpu()
-    count = known.sum(1).clamp(min=1).cpu()
+    known = known.cpu()
+    rows = slopes.cpu().double() * known[..., None]
+    raised = rows if ascent is None else ascent.cpu().double() * known[..., None]
+    gram = rows @ raised.transpose(1, 2)
+    count = known.sum(1).clamp(min=1)
     ridge = _SOFTNESS * gram.diagonal(dim1=1, dim2=2).sum(1) / count
     gram = gram + torch.diag_embed(ridge[:, None].expand(-1, gram.shape[1]) + 1e-30)
-    goal = torch.where(known, wanted.double(), 0.0).cpu()
+    goal = torch.where(known, wanted.cpu().double(), 0.0)
     weights = torch.zeros_like(goal)
     rest = -goal  # the gradient of the dual problem
     diagonal = gram.diagonal(dim1=1, dim2=2)

@@ -35,6 +35,7 @@ class RecordedRows:
         k_prompt: (n, d_ff) those of the bare prompt.
         ffn_initial: (n, d_model) the output of the down-projection on the bare prompt.
         v_initial: (n, d_model) v₀, the output at the site on the bare prompt.
+        length: (n,) the norm of the stream after the layer.
         rate: (n,) the learning rate of a coordinate.
         decay: (n,) the factor of ‖δ‖ in the loss.
         limit: (n,) the largest ‖δ‖.
@@ -79,6 +80,7 @@ class RecordedRows:
         self.ffn_initial = outputs[prompts.to(outputs.device)]
         stream = streams[prompts.to(streams.device)].float()
         self.v_initial = stream if site == "stream" else self.ffn_initial
+        self.length = stream.norm(dim=-1)
         self.rate, self.decay, self.limit = _scales(config, self.v_initial, stream)
         self.v_star = self.v_initial.clone()
         self.convergence: list[dict[str, Any]] = [{} for _ in questions]

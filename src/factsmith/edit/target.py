@@ -44,8 +44,8 @@ class TargetConfig:
     at most as long as five steps of Adam, and as half of the clamp."""
     kl_factor: float = 0.0625
     """Weight of the KL term, which keeps what the subject is. 0.0625 is the authors' value for
-    every model. The margin search measures this term and does not minimise it: the shortest steps
-    keep it as small as Adam does."""
+    every model. In the margin search it says how much longer a step counts that changes the
+    prediction after "{} is a"."""
     weight_decay: float = 0.5
     """Weight of the term that prefers near targets. With scale="paper" the term is ‖δ‖ / ‖v₀‖², and
     0.5 is the authors' value for GPT-2 and GPT-J. With "auto" the term is 0.1 · ‖δ‖ / its largest
