@@ -20,6 +20,7 @@ Facts do not influence each other. Each has its own radius, clamp and early stop
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -362,7 +363,7 @@ class MarginSearch(RecordedRows):
             noise = noise - p * noise.sum(-1, keepdim=True)
             total = (logits * noise).sum()
         (gradient,) = torch.autograd.grad(total, added)
-        return gradient / _SAMPLES**0.5
+        return gradient / math.sqrt(_SAMPLES)
 
     def _guard_logits(self, replay: Replay, delta: Tensor) -> Tensor:
         """Return the logits (R, vocab) at the guards, with δ added."""
@@ -387,7 +388,9 @@ class _Metric:
         """Take G, (n, samples, d_model)."""
         self.rows = rows.cpu().double()
         gram = self.rows @ self.rows.transpose(1, 2)
-        self.inner = torch.linalg.inv(torch.eye(gram.shape[1], dtype=gram.dtype).to(gram) + gram)
+        self.inner: Tensor = torch.linalg.inv(
+            torch.eye(gram.shape[1], dtype=gram.dtype).to(gram) + gram
+        )
 
     def solve(self, vectors: Tensor) -> Tensor:
         """Return (I + Gᵀ G)⁻¹ v for vectors (n, c, d_model)."""
