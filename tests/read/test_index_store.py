@@ -215,9 +215,9 @@ def test_a_large_model_reads_the_bundled_text_unless_its_own_is_asked_for(
     tiny_gpt2: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     written: list[int] = []
-    own = index_store.own_text
+    sample = index_store.own_text
     monkeypatch.setattr(
-        index_store, "own_text", lambda *a, **k: (written.append(1), own(*a, **k))[1]
+        index_store, "own_text", lambda *a, **k: (written.append(1), sample(*a, **k))[1]
     )
     small = find_index(tiny_gpt2, tmp_path / "small", max_tokens=200)
     assert written  # a small model writes its text itself
