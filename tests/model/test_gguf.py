@@ -143,6 +143,16 @@ def test_a_damaged_conversion_is_made_again(
     assert load(tmp_path / "a.gguf").fingerprint == fingerprint and len(counted) == 4
     (place / "factsmith-gguf.json").write_text("[]")
     assert load(tmp_path / "a.gguf").fingerprint == fingerprint and len(counted) == 5
+    record = json.loads((place / "factsmith-gguf.json").read_bytes())
+    for part in ("type", "remarks"):
+        rest = {key: value for key, value in record.items() if key != part}
+        (place / "factsmith-gguf.json").write_text(json.dumps(rest))
+        assert load(tmp_path / "a.gguf").fingerprint == fingerprint
+    assert len(counted) == 7
+    shutil.rmtree(place)
+    place.write_text("a file in its place")
+    assert load(tmp_path / "a.gguf").fingerprint == fingerprint and len(counted) == 8
+    assert load(tmp_path / "a.gguf").fingerprint == fingerprint and len(counted) == 8
     assert kept(fresh_cache) == [place], "nothing is left over"
 
 

@@ -78,6 +78,8 @@ def test_a_device_map_puts_the_model_where_it_says(saved: Path) -> None:
     [
         ({"device": "rubbish"}, "no device of that name", "device"),
         ({"device": "cpu", "device_map": "auto"}, "give one of them", "device_map"),
+        ({"device_map": {}}, "path of a part", "device_map"),
+        ({"device_map": {1: "cpu"}}, "path of a part", "device_map"),
         ({"device_map": "everywhere"}, "no device of that name", "device_map"),
         ({"device_map": {"": "rubbish"}}, "no device of that name", "device_map"),
         ({"attn_implementation": 2}, "give a name", "attn_implementation"),

@@ -158,6 +158,8 @@ def _is_whole(place: Path, digest: str) -> bool:
             same_time = status.st_mtime_ns == stated["time"]
             if not same_time and file_digest(place / name) != stated["sha256"]:
                 return False
+        if not isinstance(record["type"], str) or not isinstance(record["remarks"], list):
+            return False
         return {"config.json", "tokenizer.json"} <= set(record["files"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
@@ -186,7 +188,7 @@ def _saved(
         note(
             progress,
             f"{what}. It cannot be kept in {place.parent} ({reason}), so this is done each time; "
-            "set FACTSMITH_CACHE to a folder with more room.",
+            "set FACTSMITH_CACHE to a folder that can be written and has room.",
         )
         with tempfile.TemporaryDirectory(prefix="factsmith-", ignore_cleanup_errors=True) as name:
             try:
@@ -252,8 +254,11 @@ def _put(staging: Path, place: Path, digest: str) -> None:
         if place.exists():
             if _is_whole(place, digest):
                 return
-            older = stack.enter_context(held(place.parent, place.name, OLDER, source=place))
-            stack.callback(shutil.rmtree, older, ignore_errors=True)
+            if place.is_dir() and not place.is_symlink():
+                older = stack.enter_context(held(place.parent, place.name, OLDER, source=place))
+                stack.callback(shutil.rmtree, older, ignore_errors=True)
+            else:
+                place.unlink()
         try:
             staging.rename(place)
         except OSError:

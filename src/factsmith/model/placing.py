@@ -76,6 +76,12 @@ def loading_options(
         )
     argument = "device" if device_map is None else "device_map"
     spread = device if device_map is None else device_map
+    if isinstance(spread, Mapping) and not (spread and all(isinstance(k, str) for k in spread)):
+        raise InputError(
+            f"{argument} is {spread!r}; give {{path of a part: its device}}, such as "
+            "{'': 'cpu'} for the whole model",
+            argument=argument,
+        )
     if isinstance(spread, Mapping) or (isinstance(spread, str) and spread in _MAPS):
         if importlib.util.find_spec("accelerate") is None:
             raise InputError(

@@ -214,6 +214,21 @@ def test_a_narrow_adapter_says_what_it_loses(base: Path, tmp_path: Path) -> None
     assert cut.rank == 1 and cut.layers[1].error > 0.1
 
 
+def test_a_cut_adapter_is_compared_with_what_it_holds(base: Path, tmp_path: Path) -> None:
+    """What a smaller rank loses is said, and is no fault; the answers must be equal."""
+    lm, new = load(base), tmp_path / "cut.gguf"
+    small = [some_delta(lm, 0, rank=3, scale=3e-3)]
+    back = export_gguf_adapter(lm, small, new, rank=1).read_back
+    assert back is not None and back.difference > 0
+    assert back.off < back.limit < float("inf") and back.off < back.difference
+    stated = json.loads((tmp_path / "cut.gguf.factsmith.json").read_bytes())["read_back"]
+    assert stated["limit"] == back.limit
+    large = [some_delta(lm, 0, rank=3, scale=2.0)]
+    with pytest.raises(NumericsError, match="A rank of 3 is exact"):
+        export_gguf_adapter(lm, large, tmp_path / "large.gguf", rank=1)
+    assert not (tmp_path / "large.gguf").exists()
+
+
 # ── refusals ──────────────────────────────────────────────────────────────────────────────────────
 
 

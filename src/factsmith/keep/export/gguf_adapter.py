@@ -127,9 +127,11 @@ def export_gguf_adapter(  # house: public, and named like the other exports
             limit = max(LIMITS[lm.dtype], LIMITS[factor_dtype])
             exact = max(product.rank for product in products.values())
             advice = f"A rank of {exact} is exact." if common < exact else "Write it in float32."
-            if common < exact:
-                limit = float("inf")  # the answers must be equal all the same
-            comparison = compare_in_memory(lm, contents.deltas, weights, limit, advice)
+            # What was cut off is no fault of the file; the answers must be equal all the same.
+            factors = {layer: (each.left, each.right) for layer, each in products.items()}
+            comparison = compare_in_memory(
+                lm, contents.deltas, weights, limit, advice, factors if common < exact else None
+            )
         sizes = write_manifest(staging, "gguf-adapter", contents, comparison, stated)
     return Export.of(
         folder,

@@ -54,9 +54,9 @@ def base_file(lm: LanguageModel, base: str | os.PathLike[str] | None) -> Path:
     if base is not None:
         path = Path(base)
         if not path.is_file():
+            why = "that is a folder" if path.is_dir() else "there is no such file"
             raise InputError(
-                f"base is {str(base)!r}: there is no such file. Give the GGUF file of the "
-                "workspace's model.",
+                f"base is {str(base)!r}: {why}. Give the GGUF file of the workspace's model.",
                 argument="base",
             )
         return path

@@ -25,6 +25,7 @@ def compare_in_memory(
     weights: Mapping[int, Tensor],
     limit: float,
     advice: str = "",
+    factors: Mapping[int, tuple[Tensor, Tensor]] | None = None,
 ) -> ReadBack:
     """Compare the model with some matrices with the patched model.
 
@@ -34,11 +35,13 @@ def compare_in_memory(
         weights: {layer: (d_model, d_ff)}, as they were read back.
         limit: The largest accepted difference of logits, relative to their range.
         advice: What to do if they differ, as a sentence.
+        factors: {layer: (left, right)} as they were written, if they were truncated: the logits
+            are compared with what these give. None: with those of the patched model.
 
     Raises:
         NumericsError: when answers or logits differ.
     """
-    questions = ask(lm, deltas)
+    questions = ask(lm, deltas, factors)
     with written(lm, weights):
         answers = _answers(lm, questions)
     return compare(questions, answers, limit, advice)
