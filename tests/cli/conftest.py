@@ -11,8 +11,11 @@ from commands import Done, Run, atlas_model
 from conftest import GPT2, byte_tokenizer, tiny_model
 from factsmith import cli
 from factsmith.edit.configs import RomeConfig
+from factsmith.keep import bench as keep_bench
 from factsmith.model import load as load_module
 from factsmith.model.load import load
+from factsmith.patch import bench
+from factsmith.patch.layer_choice import depth_choice
 from factsmith.patch.proposal import Proposal
 
 
@@ -68,4 +71,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         RomeConfig, "recommended", classmethod(lambda cls, lm: cls(layer=1, steps=2))
     )
+    for module in (bench, keep_bench):
+        monkeypatch.setattr(module, "first_choice", lambda lm: depth_choice(lm, 1, "it is tiny"))
     monkeypatch.setattr(Proposal, "failed", False)  # two steps are not enough to hold

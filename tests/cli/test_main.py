@@ -152,7 +152,7 @@ def test_exit_codes(run: Run, model: Path, tmp_path: Path) -> None:
         (5, ["patch", *FACT], "name a model (`factsmith patch atlas ...`)"),
         (2, ["ask", "atlas"], "the text is missing: 'atlas' is a bundled model"),
         (2, ["neurons", "atlas"], "the text is missing"),
-        (2, ["pach"], "Did you mean 'patch'? See"),
+        (2, ["pach"], "Did you mean 'patch', 'cache'? See"),
         (2, ["patch", model, *FACT[:-1], ""], "--target is empty"),
         (3, ["ask", "atlass", PROMPT], "(atlas, atlas-llama). Perhaps 'atlas' is meant. As a hub"),
         (2, ["ask", model, PROMPT, "--device", "gpu"], "give cpu, cuda, cuda:1 or mps"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,7 +125,8 @@ def test_contexts_that_do_not_fit_in_front_of_a_long_prompt_are_left_out(method:
     lm = new_model("gpt2")
     assert lm.max_tokens == 64
     moments, contexts = full_rank_moments(lm, (0,)), ["{}", "Yes. {}", "The king is in Paris. {}"]
-    config = METHODS[method].config.recommended(lm).at([0])
+    # Adam does not depend on how often a context occurs.
+    config = replace(METHODS[method].config.recommended(lm).at([0]), optimizer="adam")
     n_target = len(lm.question("It is", "king")[2])
     fact = long_fact(lm, 64 - n_target)
     delta = edit(lm, fact, method, config, moments=moments, contexts=contexts)

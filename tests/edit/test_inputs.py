@@ -69,7 +69,7 @@ def test_arguments_of_another_kind_are_refused_in_words() -> None:
         ({"config": RomeConfig(layer=1)}, "memit takes a MemitConfig; got a RomeConfig"),
         ({"beneath": [1]}, "beneath holds a int"),
         ({"beneath": 1}, "must be a list of Deltas"),
-        ({"moments": None}, "moments is a NoneType"),
+        ({"moments": 5}, "moments is a int"),
     ):
         arguments: dict[str, Any] = {"config": CONFIG, "moments": moments, "contexts": CONTEXTS}
         with pytest.raises(InputError, match=words):

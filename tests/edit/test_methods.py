@@ -193,7 +193,7 @@ def test_aliases_show_the_options_of_edit() -> None:
         for name, parameter in inspect.signature(edit).parameters.items()
         if parameter.kind is parameter.KEYWORD_ONLY
     }
-    assert options["moments"][0] is inspect.Parameter.empty and options["seed"][0] == 0
+    assert options["moments"][0] is None and options["seed"][0] == 0
     for alias in (rome, r_rome, memit, emmet, alphaedit):
         shown = inspect.signature(alias).parameters
         assert list(shown) == ["lm", "facts", "config", *options]

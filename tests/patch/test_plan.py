@@ -41,7 +41,7 @@ def test_plan_and_propose_need_no_workspace(lm: LanguageModel) -> None:
         "planning",
         "second moments",
         "solving",
-        "facts",
+        "writing facts",
         "verifying",
     ]
 
