@@ -102,8 +102,8 @@ class _State:
     def start(cls, radius: Tensor, n_contexts: int, width: int) -> _State:
         """Return the state before the first evaluation, at δ = 0."""
         n, device = len(radius), radius.device
-        zeros = torch.zeros(n, width, device=device)
-        endless = torch.full((n,), float("inf"), device=device)
+        zeros = torch.zeros(n, width, device=device, dtype=torch.float32)
+        endless = torch.full((n,), float("inf"), device=device, dtype=torch.float32)
         return cls(
             active=torch.ones(n, dtype=torch.bool, device=device),
             whole=torch.full((n,), n_contexts == 1, device=device),
@@ -111,8 +111,8 @@ class _State:
             best=zeros.clone(),
             nll=endless,
             radius=radius.clone(),
-            margins=torch.zeros(n, n_contexts, device=device),
-            slopes=torch.zeros(n, n_contexts, width, device=device),
+            margins=torch.zeros(n, n_contexts, device=device, dtype=torch.float32),
+            slopes=torch.zeros(n, n_contexts, width, device=device, dtype=torch.float32),
             known=torch.zeros(n, n_contexts, dtype=torch.bool, device=device),
             mark=endless.clone(),
             waited=torch.zeros(n, dtype=torch.long, device=device),
@@ -226,12 +226,16 @@ class MarginSearch(RecordedRows):
             nll = logits.logsumexp(-1) - logits.gather(1, targets[:, None])[:, 0]
             # Shares are parts of a fact's mean. These are parts of a context's.
             nll = nll * places.shares.to(logits.device)[asked] * self.contexts.shape[1]
-            sums = torch.zeros(len(rows), device=logits.device).index_add(0, local, nll)
+            sums = torch.zeros(len(rows), device=logits.device, dtype=torch.float32).index_add(
+                0, local, nll
+            )
         return _Answers(index.to(delta.device), added, sums.to(delta.device))
 
     def _by_context(self, answers: Sequence[_Answers], state: _State) -> Tensor:
         """Return −log p of each question in each context; NaN where nothing was asked."""
-        nll = torch.full((len(self.owners),), float("nan"), device=state.delta.device)
+        nll = torch.full(
+            (len(self.owners),), float("nan"), device=state.delta.device, dtype=torch.float32
+        )
         for answer in answers:
             nll[answer.rows] = answer.nll.detach().nan_to_num(nan=float("inf"))
         return nll[self.contexts]
@@ -259,7 +263,9 @@ class MarginSearch(RecordedRows):
 
     def _learn(self, state: _State, answers: list[_Answers], nll: Tensor, lower: Tensor) -> None:
         """Read margins and gradients where the loss became lower. The graph is freed."""
-        gradients = torch.zeros(len(self.owners), state.delta.shape[1], device=nll.device)
+        gradients = torch.zeros(
+            len(self.owners), state.delta.shape[1], device=nll.device, dtype=torch.float32
+        )
         while answers:
             answer = answers.pop()
             wanted = lower[self.owners[answer.rows]]
@@ -293,7 +299,7 @@ class MarginSearch(RecordedRows):
 
     def _move(self, state: _State, metric: _Metric) -> None:
         """Choose the next δ: from the best one, the step of the linear model."""
-        (goal,), _ = margins_of(torch.tensor([_AIM * self.config.stop_loss]))
+        (goal,), _ = margins_of(torch.tensor([_AIM * self.config.stop_loss], dtype=torch.float32))
         # Without any goal the model ends here: nearer to 0 where the guard would change.
         rest = metric.solve(state.best[:, None])[:, 0]
         ascent = metric.solve(state.slopes)
@@ -323,7 +329,7 @@ class MarginSearch(RecordedRows):
         """
         n, width = self.v_initial.shape
         if not self.config.kl_factor:
-            return torch.zeros(n, 0, width, device=self.v_initial.device)
+            return torch.zeros(n, 0, width, device=self.v_initial.device, dtype=torch.float32)
         draw = torch.Generator()
         return torch.stack([self._sampled(i, draw.manual_seed(0)) for i in range(n)])
 
@@ -354,12 +360,14 @@ class MarginSearch(RecordedRows):
     def _sampled(self, i: int, draw: torch.Generator) -> Tensor:
         """Return gradients at question i's guard: (samples, d_model)."""
         replay = self.guards.keep(torch.full((_SAMPLES,), i))
-        added = torch.zeros(_SAMPLES, self.v_initial.shape[1], device=self.v_initial.device)
+        added = torch.zeros(
+            _SAMPLES, self.v_initial.shape[1], device=self.v_initial.device, dtype=torch.float32
+        )
         added.requires_grad_()
         with torch.enable_grad():
             logits = self._guard_logits(replay, added)
             p = logits.detach().softmax(-1)
-            noise = torch.randn(p.shape, generator=draw).to(p) * p.sqrt()
+            noise = torch.randn(p.shape, generator=draw, dtype=torch.float32).to(p) * p.sqrt()
             noise = noise - p * noise.sum(-1, keepdim=True)
             total = (logits * noise).sum()
         (gradient,) = torch.autograd.grad(total, added)
