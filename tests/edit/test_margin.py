@@ -19,7 +19,7 @@ from editing import CONTEXTS, FACTS, new_model, relative
 from factsmith.core.errors import InputError, NumericsError
 from factsmith.core.fact import Fact
 from factsmith.edit import batches, margin
-from factsmith.edit.configs import MemitConfig
+from factsmith.edit.configs import MemitConfig, RomeConfig
 from factsmith.edit.keys import Site
 from factsmith.edit.margin import MarginSearch, margins_of, nearest
 from factsmith.edit.questions import tokenize_facts
@@ -385,3 +385,17 @@ def test_progress_counts_facts_after_each_step(atlas: LanguageModel) -> None:
     )
     assert seen == sorted(seen) and seen[0] == 0 and seen[-1] == 3
     assert len(seen) == sum(record["steps"] for record in targets.convergence)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_nothing(atlas: LanguageModel, dtype: torch.dtype) -> None:
+    config = RomeConfig(layer=1, steps=40)  # its guard term draws random numbers
+    plain = find_targets(atlas, ATLAS_FACTS[:1], 1, config, ATLAS_CONTEXTS)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        other = find_targets(atlas, ATLAS_FACTS[:1], 1, config, ATLAS_CONTEXTS)
+    finally:
+        torch.set_default_dtype(before)
+    assert other.v_star.dtype == plain.v_star.dtype and torch.equal(other.v_star, plain.v_star)
+    assert not torch.equal(plain.v_star, plain.v_initial), "the search moved"
