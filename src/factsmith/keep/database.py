@@ -298,7 +298,7 @@ class Database:
         self.check_out(identity)
 
     def put_back(self, row: Row) -> None:
-        """Add a revision at its place in the history. The checked-out revision does not change."""
+        """Insert a lost revision where it was in the history; nothing else is checked out."""
         self.connection.execute(
             "INSERT INTO revisions (seq, id, parent, record) VALUES (?, ?, ?, ?)", row
         )

@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ...core.errors import DamagedError, InputError
-from ...core.files import check_writable, flush_folder, folder_path, settle_folder
-from ...core.leftovers import WRITING, held, remove_leftovers
+from ...core.files import check_writable, flush_folder, folder_path
 from .manifest import FILE, read_manifest
-from .staging import explained
+from .staging import hidden_folder
 
 SUFFIX = ".gguf"
 
@@ -49,29 +47,16 @@ def staged_file(file: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]
         WorkspaceError: when something cannot be written.
     """
     target = check_file(file, overwrite)
-    remove_leftovers(target.parent)
-    parents = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
-    try:
-        with contextlib.ExitStack() as stack:
-            with explained(target):
-                staging = stack.enter_context(held(target.parent, target.name, WRITING))
-            stack.callback(shutil.rmtree, staging, ignore_errors=True)
-            with explained(target):
-                yield staging
-            with explained(target):
-                settle_folder(staging)
-                check_file(target, overwrite)  # it may have changed in the meantime
-                # The manifest first: a manifest without its file is no obstacle next time.
-                (staging / FILE).replace(manifest_of(target))
-                (staging / target.name).replace(target)
-                flush_folder(target.parent)
-                for parent in parents:
-                    flush_folder(parent.parent)
-        parents = []
-    finally:
-        for parent in parents:
-            with contextlib.suppress(OSError):
-                parent.rmdir()
+
+    def put(staging: Path) -> None:
+        check_file(target, overwrite)  # it may have changed in the meantime
+        # The manifest first: a manifest without its file is no obstacle next time.
+        (staging / FILE).replace(manifest_of(target))
+        (staging / target.name).replace(target)
+        flush_folder(target.parent)
+
+    with hidden_folder(target, target, put) as staging:
+        yield staging
 
 
 def check_file(file: str | os.PathLike[str], overwrite: bool) -> Path:

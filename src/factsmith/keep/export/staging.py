@@ -16,7 +16,7 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import safetensors
@@ -40,19 +40,41 @@ def staged(folder: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
         WorkspaceError: when something cannot be written.
     """
     target = check_target(folder, overwrite)
+
+    def put(staging: Path) -> None:
+        _check_target(target, overwrite)  # it may have changed in the meantime
+        _put(staging, target)
+
+    with hidden_folder(target, folder, put) as staging:
+        yield staging
+
+
+@contextlib.contextmanager
+def hidden_folder(
+    target: Path, shown: str | os.PathLike[str], put: Callable[[Path], object]
+) -> Iterator[Path]:
+    """Yield a new, hidden folder next to `target`, and put its content there after the block.
+
+    Args:
+        target: Where the content goes.
+        shown: The target as errors name it.
+        put: Called with the hidden folder, once its content is on the disk.
+
+    Raises:
+        WorkspaceError: when something cannot be written.
+    """
     remove_leftovers(target.parent)
     parents = [parent for parent in (target.parent, *target.parent.parents) if not parent.exists()]
     try:
         with contextlib.ExitStack() as stack:
-            with explained(folder):
+            with explained(shown):
                 staging = stack.enter_context(held(target.parent, target.name, WRITING))
             stack.callback(shutil.rmtree, staging, ignore_errors=True)
-            with explained(folder):
+            with explained(shown):
                 yield staging
-            with explained(folder):
+            with explained(shown):
                 settle_folder(staging)
-                _check_target(target, overwrite)  # it may have changed in the meantime
-                _put(staging, target)
+                put(staging)
                 for parent in parents:
                     flush_folder(parent.parent)
         parents = []
