@@ -14,15 +14,13 @@ from __future__ import annotations
 import functools
 import unicodedata
 from collections.abc import Iterable
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import Literal, NamedTuple, TypeAlias
 
 Gap: TypeAlias = Literal["auto", "space", "none"]
 """What stands between a prompt and its target. "auto": what the model itself goes on with."""
 
 Settled: TypeAlias = Literal["space", "none"]
 """A gap that is decided."""
-
-GAPS: tuple[str, ...] = get_args(Gap)
 
 _UNSPACED = (
     "THAI ",

@@ -28,8 +28,3 @@ def present_fingerprint(fingerprint: str) -> str:
 def same_model(first: str, second: str) -> bool:
     """Return whether two fingerprints name one model."""
     return present_fingerprint(first) == present_fingerprint(second)
-
-
-def earlier_fingerprints(present: str) -> list[str]:
-    """Return the fingerprints that earlier versions are known to have given a model."""
-    return [earlier for earlier, name in _PRESENT.items() if name == present]
