@@ -195,10 +195,10 @@ class SecondMoment:
                 f"the second moment is of layer {self.layer}; layer {layer} was asked for. Load "
                 f"the second moment of layer {layer}"
             )
-        if lm.ffn[layer].d_ff != self.d_ff:
+        if lm.ffn[layer].n_original != self.d_ff:
             raise FingerprintError(
                 f"the second moment is of {self.d_ff} neurons; layer {layer} of {lm.name} has "
-                f"{lm.ffn[layer].d_ff}, so it belongs to another model"
+                f"{lm.ffn[layer].n_original}, so it belongs to another model"
             )
 
     def describe(self) -> str:

@@ -7,7 +7,8 @@
     Delta.load("edits/0001")
 
 In floating point W + Δ − Δ is not W. So an undo never subtracts: the base matrix is kept, and
-copied back.
+copied back. A delta may also append neurons. The layer then gets new parameters, and an undo puts
+the old ones back, the same objects (`widening`).
 
 Layers may share one matrix, as in a model that runs one decoder layer several times. Their updates
 are then added to that matrix, which is kept and restored once (`homes`).
@@ -32,24 +33,30 @@ from ..core.fact import Fact
 from ..core.settled import settled
 from ..core.tables import counted
 from ..model.address import check_layer
+from ..model.appended import AppendedRows, by_layer
 from ..model.language_model import LanguageModel
 from ..model.turns import asking, turn
 from .delta_folder import (
+    appended_prefix,
     read_delta_folder,
     refusing_what_is_not_a_delta,
+    stated_rows,
     tensors_as_bytes,
+    tensors_of,
     write_delta_folder,
 )
+from .widening import Held, check_rows, parameters_of, put_back, widen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Delta:
-    """An update of down-projections, kept as factors.
+    """An update of down-projections, kept as factors, and neurons appended to layers.
 
     All tensors are float32 on the CPU, whatever the model's dtype and device.
 
     Attributes:
-        layers: {l: (left (d_model, r), right (r, d_ff))}. The update of layer l is left @ right.
+        layers: {l: (left (d_model, r), right (r, d_ff))}. The update of layer l is left @ right. It
+            is that of the layer's own neurons, whatever was appended to them.
         k_star: {l: (n_facts, d_ff)} the key of each fact, averaged over contexts.
         v_star: (n_facts, d_model) the wanted output at the subject token. For ROME it is the output
             of the down-projection, bias included. For the MEMIT family it is the stream after the
@@ -64,6 +71,7 @@ class Delta:
             the index of a fact with another target and nearly the same key in some layer, and
             cosine, that of the two keys under C⁻¹ (0.95 or more). What is written for one of the
             two then arrives at the other too, unless a large update keeps them apart.
+        appended: {l: neurons appended to layer l}.
 
     Raises:
         InputError: Shapes or dtypes do not fit together.
@@ -78,12 +86,13 @@ class Delta:
     config: Mapping[str, Any]
     fingerprint: str
     convergence: tuple[Mapping[str, Any], ...] = ()
+    appended: Mapping[int, AppendedRows] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.layers or set(self.layers) != set(self.k_star):
+        if not self.touched or set(self.layers) != set(self.k_star):
             raise InputError(
                 f"layers has {sorted(self.layers)} and k_star has {sorted(self.k_star)}: both must "
-                "have the same layers, at least one"
+                "have the same layers, at least one, unless neurons are appended"
             )
         if self.v_star.ndim != 2:
             raise InputError(
@@ -96,6 +105,12 @@ class Delta:
             )
         for layer in self.layers:
             self._check_shapes(layer, n, d)
+        for layer, rows in self.appended.items():
+            if rows.values.shape[1] != d or not set(rows.facts) <= set(range(n)):
+                raise InputError(
+                    f"layer {layer}: the appended rows write {rows.values.shape[1]} numbers for "
+                    f"facts {sorted(set(rows.facts))[:5]}; expected {d}, for facts 0 to {n - 1}"
+                )
         for name, tensor in self._tensors().items():
             if tensor.dtype != torch.float32:
                 raise InputError(
@@ -122,9 +137,26 @@ class Delta:
             )
 
     def __repr__(self) -> str:
-        facts, layers = counted(len(self.facts), "fact"), sorted(self.layers)
-        size = f"rank {self.rank}, {self.n_bytes:,} bytes"
+        facts, layers = counted(len(self.facts), "fact"), list(self.touched)
+        size = f"{self.size}, {self.n_bytes:,} bytes"
         return f"Delta({self.method}, {facts}, layers {layers}, {size})"
+
+    @property
+    def touched(self) -> tuple[int, ...]:
+        """Every layer that the delta changes, in ascending order."""
+        return tuple(sorted({*self.layers, *self.appended}))
+
+    @property
+    def n_appended(self) -> int:
+        """Number of appended neurons."""
+        return sum(map(len, self.appended.values()))
+
+    @property
+    def size(self) -> str:
+        """The rank, or the number of appended neurons, in words."""
+        rank = [f"rank {self.rank}"] if self.layers else []
+        rows = [counted(self.n_appended, "neuron")] if self.appended else []
+        return ", ".join(rank + rows)
 
     @settled()
     def dense(self, layer: int) -> Tensor:
@@ -142,15 +174,16 @@ class Delta:
 
     @property
     def rank(self) -> int:
-        """The largest number of columns of a left factor."""
-        return max(left.shape[1] for left, _ in self.layers.values())
+        """The largest number of columns of a left factor; 0 if there is none."""
+        return max((left.shape[1] for left, _ in self.layers.values()), default=0)
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the factors, as they are saved."""
-        return sum(
+        """Bytes of the factors and of the appended neurons, as they are saved."""
+        factors = sum(
             x.numel() * x.element_size() for factors in self.layers.values() for x in factors
         )
+        return factors + sum(rows.n_bytes for rows in self.appended.values())
 
     @property
     def digest(self) -> str:
@@ -178,6 +211,10 @@ class Delta:
             "config": dict(self.config),
             "convergence": [dict(entry) for entry in self.convergence],
         }
+        if self.appended:
+            record["appended"] = {
+                str(layer): list(rows.facts) for layer, rows in sorted(self.appended.items())
+            }
         write_delta_folder(Path(folder), record, tensors_as_bytes(self._tensors()))
 
     @classmethod
@@ -208,6 +245,10 @@ class Delta:
                 config=record["config"],
                 fingerprint=record["fingerprint"],
                 convergence=tuple(record["convergence"]),
+                appended={
+                    layer: AppendedRows(facts=facts, **tensors_of(tensors, appended_prefix(layer)))
+                    for layer, facts in stated_rows(record).items()
+                },
             )
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -216,6 +257,9 @@ class Delta:
         for layer, (left, right) in sorted(self.layers.items()):
             named[f"left.{layer}"], named[f"right.{layer}"] = left, right
             named[f"k_star.{layer}"] = self.k_star[layer]
+        for layer, rows in sorted(self.appended.items()):
+            prefix = appended_prefix(layer)
+            named |= {f"{prefix}{name}": tensor for name, tensor in rows.tensors().items()}
         return {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
 
 
@@ -224,7 +268,7 @@ def read_weights(lm: LanguageModel, layers: Iterable[int]) -> dict[int, Tensor]:
     """Return copies of down-projections, to write back for an exact undo.
 
     Returns:
-        {l: (d_model, d_ff)} in the model's dtype and on its device.
+        {l: (d_model, d_ff)} in the model's dtype and on its device, without appended neurons.
     """
     return {layer: _weight(lm, layer).detach().clone() for layer in sorted(set(layers))}
 
@@ -331,12 +375,16 @@ def applied(lm: LanguageModel, delta: Delta | Iterable[Delta]) -> Iterator[None]
     deltas = [delta] if isinstance(delta, Delta) else list(delta)
     places = homes(lm)
     layers = {places.get(layer, layer) for delta in deltas for layer in delta.layers}
+    rows = by_layer([delta.appended for delta in deltas])
+    check_rows(lm.ffn, rows, places)
     with (
-        turn(lm, changes=bool(layers), block=True),
+        turn(lm, changes=bool(layers or rows), block=True),
         lm.gap_choices.held(lm),
-        _lent(lm, layers) as base,
+        _lent(lm, layers, rows) as base,
     ):
         write_weights(lm, patched(base, deltas, places))
+        for layer, neurons in rows.items():
+            widen(lm.ffn[layer], neurons)
         yield
 
 
@@ -358,25 +406,51 @@ def written(lm: LanguageModel, weights: Mapping[int, Tensor]) -> Iterator[None]:
         yield
 
 
-_LENT: WeakKeyDictionary[LanguageModel, list[dict[int, Tensor]]] = WeakKeyDictionary()
-"""The weights to put back at the end of every block that is open, the innermost last."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Block:
+    """What a block of `applied` or `written` puts back at its end.
+
+    Attributes:
+        weights: {layer: (d_model, d_ff)} the numbers of down-projections.
+        parameters: The parameters of the layers that the block widens.
+    """
+
+    weights: dict[int, Tensor]
+    parameters: list[Held]
+
+    def put_back(self, lm: LanguageModel) -> None:
+        """Give the model back what it had, without checks."""
+        for held in self.parameters:
+            put_back(held)
+        _copy(lm, self.weights)
+
+
+_LENT: WeakKeyDictionary[LanguageModel, list[_Block]] = WeakKeyDictionary()
+"""What to put back at the end of every block that is open, the innermost last."""
 
 
 @contextmanager
-def _lent(lm: LanguageModel, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
+def _lent(
+    lm: LanguageModel, layers: Iterable[int], widened: Iterable[int] = ()
+) -> Iterator[dict[int, Tensor]]:
     """Give a block the weights of some layers, which it may change, and put them back after it.
 
     A Ctrl-C may come while they are put back. Then `take_back` does it.
+
+    Args:
+        lm: The model.
+        layers: The layers whose down-projections the block changes.
+        widened: The layers to which the block appends neurons.
     """
-    base = read_weights(lm, layers)
+    block = _Block(read_weights(lm, layers), [parameters_of(lm.ffn[layer]) for layer in widened])
     blocks = _LENT.setdefault(lm, [])
     try:
-        blocks.append(base)
-        yield base
+        blocks.append(block)
+        yield block.weights
     finally:
-        if any(block is base for block in blocks):
-            _copy(lm, base)  # without checks: the model gets back what it had
-            del blocks[[block is base for block in blocks].index(True)]
+        if any(other is block for other in blocks):
+            block.put_back(lm)
+            del blocks[[other is block for other in blocks].index(True)]
 
 
 def n_lent(lm: LanguageModel) -> int:
@@ -391,12 +465,12 @@ def take_back(lm: LanguageModel, n: int) -> None:
     """
     blocks = _LENT.get(lm, [])
     while len(blocks) > n:
-        _copy(lm, blocks[-1])
+        blocks[-1].put_back(lm)
         blocks.pop()
 
 
 def _weight(lm: LanguageModel, layer: int) -> Tensor:
-    return lm.ffn[check_layer(layer, lm.n_layers)].weight()
+    return lm.ffn[check_layer(layer, lm.n_layers)].original_weight()
 
 
 def _copy(lm: LanguageModel, weights: Mapping[int, Tensor]) -> None:

@@ -86,7 +86,7 @@ def read_delta_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         layers = record["layers"]
         if not isinstance(layers, list) or not all(type(x) is int and x >= 0 for x in layers):
             raise TypeError("its layers are not a list of whole numbers of at least 0")
-        _check_header(folder / _TENSORS, layers, len(record["facts"]))
+        _check_header(folder / _TENSORS, layers, len(record["facts"]), stated_rows(record))
         return record, safetensors.torch.load((folder / _TENSORS).read_bytes())
 
 
@@ -161,12 +161,53 @@ def _plain_size(file: Path) -> int:
     return status.st_size
 
 
-def _check_header(file: Path, layers: list[int], n_facts: int) -> None:
+def appended_prefix(layer: int) -> str:
+    """Return how the names of a layer's appended tensors begin."""
+    return f"appended.{layer}."
+
+
+def stated_rows(record: Mapping[str, Any]) -> dict[int, tuple[int, ...]]:
+    """Return the fact of each appended row, by layer, as the record states them.
+
+    Raises:
+        TypeError: They are not lists of whole numbers by layer.
+    """
+    stated = record.get("appended", {})
+    if not isinstance(stated, dict) or not all(
+        layer.isdecimal()
+        and isinstance(facts, list)
+        and facts
+        and all(type(x) is int and x >= 0 for x in facts)
+        for layer, facts in stated.items()
+    ):
+        raise TypeError("its appended rows are not lists of whole numbers by layer")
+    return {int(layer): tuple(facts) for layer, facts in stated.items()}
+
+
+def tensors_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with a prefix, without it."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def _check_header(
+    file: Path, layers: list[int], n_facts: int, appended: Mapping[int, tuple[int, ...]]
+) -> None:
     """Check names, dtypes and shapes of the tensors in the header, before any tensor is read."""
     with safetensors.safe_open(file, framework="pt") as tensors:
         names = tensors.keys()
         shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
         dtypes = {tensors.get_slice(name).get_dtype() for name in names}
+    rows = {
+        name: (layer, shape)
+        for name, shape in shapes.items()
+        for layer in appended
+        if name.startswith(appended_prefix(layer))
+    }
+    shapes = {name: shape for name, shape in shapes.items() if name not in rows}
     parts = ("left", "right", "k_star")
     expected = {"v_star", *(f"{part}.{layer}" for layer in layers for part in parts)}
     if set(shapes) != expected or dtypes != {"F32"}:
@@ -178,5 +219,8 @@ def _check_header(file: Path, layers: list[int], n_facts: int) -> None:
     for layer in layers:
         left, right, key = (shapes[f"{part}.{layer}"] for part in parts)
         fits += [left == (d_model, right[0]), right[0] > 0, key == (n_facts, right[1])]
+    for layer, shape in rows.values():
+        n = len(appended[layer])
+        fits.append(shape in ((n,), (n, d_model)))  # AppendedRows checks which
     if not all(fits):
         raise ValueError(f"the shapes of its tensors are not those of one delta of {n_facts} facts")

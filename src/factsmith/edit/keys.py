@@ -51,6 +51,17 @@ def read_keys(
 
 
 @torch.no_grad()
+def read_outputs(lm: LanguageModel, facts: Sequence[Fact], layer: int) -> Tensor:
+    """Return the down-projection's output at each fact's subject token on the bare prompt.
+
+    Returns:
+        (n, d_model) float32.
+    """
+    rows = [_up_to_subject(lm, fact.template, fact.subject) for fact in facts]
+    return _at_last(lm, rows, layer, lambda replay: read_down(replay, layer)[1])
+
+
+@torch.no_grad()
 def read_stream(lm: LanguageModel, facts: Sequence[Fact], layer: int) -> Tensor:
     """Return the layer's output at each fact's subject token on the bare prompt.
 
@@ -141,7 +152,8 @@ def read_down(replay: Replay, layer: int) -> tuple[Tensor, Tensor]:
     """Return what a down-projection reads and writes at the first column that is computed.
 
     Returns:
-        Its input (R, d_ff) and its output (R, d_model), both float32.
+        Its input (R, d_ff), without the coefficients of appended neurons, and its output
+        (R, d_model), with what these write. Both are float32.
     """
     with recording({"down": replay.lm.ffn[layer].down}, stop=True) as calls:
         replay.layer(layer, replay.hidden[layer])
@@ -152,7 +164,7 @@ def read_down(replay: Replay, layer: int) -> tuple[Tensor, Tensor]:
         states.reshape(replay.batch.size, -1, states.shape[-1])[:, -replay.n_live].float()
         for states in (call.input, call.output)
     )
-    return entering, leaving
+    return entering[:, : replay.lm.ffn[layer].n_original], leaving
 
 
 def subject_columns(lm: LanguageModel, template: str, subject: str) -> tuple[list[int], int, int]:

@@ -241,6 +241,11 @@ def _by_layer(lm: LanguageModel, neurons: Iterable[Neuron]) -> dict[int, list[in
                 f"neuron {(layer, bank, i)} belongs to an expert, and weights of experts are not "
                 "edited yet. Choose a layer without experts, or use intervene while the model runs."
             )
+        if i >= lm.ffn[layer].n_original:
+            raise InputError(
+                f"neuron {(layer, i)} was appended by a patch; revert that patch to take it out",
+                argument="neurons",
+            )
         by_layer.setdefault(layer, set()).add(i)
     if not by_layer:
         raise InputError(
@@ -287,7 +292,7 @@ def _delta(
     """
     layers, k_star = {}, {}
     for layer, indices in chosen.items():
-        d_ff = lm.ffn[layer].d_ff
+        d_ff = lm.ffn[layer].n_original
         one_hot = torch.zeros(len(indices), d_ff, dtype=torch.float32)
         one_hot[torch.arange(len(indices)), indices] = 1
         layers[layer], k_star[layer] = (

@@ -107,7 +107,7 @@ def _deltas(
     (layer,) = inputs.layers
     k_prompt, v_initial = targets.k_prompt, targets.v_initial
     if one_key:  # the output for the mean key, which no prompt has: W k̄ = W k + W (k̄ − k)
-        weight = inputs.lm.ffn[layer].weight().to(v_initial)
+        weight = inputs.lm.ffn[layer].original_weight().to(v_initial)
         k_prompt, v_initial = targets.k_star, v_initial + (targets.k_star - k_prompt) @ weight.T
     factor = inputs.moments[layer].factor.cpu()
     deltas = []

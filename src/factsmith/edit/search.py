@@ -25,7 +25,7 @@ from ..model.turns import asking
 from .adam import AdamSearch
 from .batches import fitting_batches, search_memory
 from .contexts import check_contexts
-from .keys import Site, read_keys, read_stream
+from .keys import Site, read_keys, read_outputs, read_stream
 from .margin import MarginSearch
 from .questions import Question, tokenize_facts
 from .target import TargetConfig, Targets
@@ -122,8 +122,10 @@ def known_targets(
         )
     keys = read_keys(lm, facts, layer, contexts)
     k_prompt = keys[:, list(contexts).index("{}")]
-    weight, bias = lm.ffn[layer].weight(), lm.ffn[layer].bias
+    weight, bias = lm.ffn[layer].original_weight(), lm.ffn[layer].bias
     ffn_initial = (k_prompt.to(weight) @ weight.T).float() + (0 if bias is None else bias.float())
+    if lm.ffn[layer].n_appended:  # they write something too
+        ffn_initial = read_outputs(lm, facts, layer).to(ffn_initial)
     return Targets(
         v_star=v_star.to(ffn_initial),
         v_initial=read_stream(lm, facts, layer) if site == "stream" else ffn_initial,

@@ -62,7 +62,7 @@ def _filled(inputs: EditInputs) -> EditInputs:
     count = len(inputs.facts) + sum(
         len(delta.facts) for delta in inputs.beneath if set(delta.layers) & layers
     )
-    d_ff = inputs.lm.ffn[inputs.layers[0]].d_ff
+    d_ff = inputs.lm.ffn[inputs.layers[0]].n_original
     return dataclasses.replace(inputs, config=config.for_facts(count, len(layers), d_ff))
 
 

@@ -42,6 +42,8 @@ from ..edit.delta import (
     write_weights,
 )
 from ..edit.neurons import edits_neurons, revives
+from ..edit.widening import Held, check_rows, parameters_of, put_back, widen
+from ..model.appended import by_layer
 from ..model.language_model import LanguageModel
 from .ledger import BASE, Ledger
 from .revision import Revision
@@ -59,6 +61,7 @@ class _State:
         delta_digests: {revision id: the sha256 of that delta's files}.
         fingerprint: The model's fingerprint.
         weights: {layer: sha256 of its down-projection}; of layers that share one, the first.
+        rows: {layer: sha256 of all parameters of a layer with appended neurons}.
     """
 
     at: str = BASE
@@ -66,6 +69,7 @@ class _State:
     delta_digests: dict[str, str | None] = field(default_factory=dict)
     fingerprint: str = ""
     weights: dict[int, str] = field(default_factory=dict)
+    rows: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,11 +86,13 @@ class _Held:
 
     Attributes:
         base: {layer: (d_model, d_ff)}.
+        plain: {layer: the parameters without appended neurons}.
         owner: The `Carried` of that workbench.
         leaving: Whether it has begun to put the base weights back.
     """
 
     base: dict[int, Tensor]
+    plain: dict[int, Held]
     owner: ReferenceType[Carried]
     leaving: bool = False
 
@@ -98,6 +104,8 @@ def give_back(lm: LanguageModel) -> None:
     """Put a model's base weights back, if an interrupted or forgotten workbench left others."""
     held = _HELD.get(lm)
     if held is not None and (held.leaving or held.owner() is None):
+        for parameters in held.plain.values():
+            put_back(parameters)
         write_weights(lm, held.base)
         _HELD.pop(lm, None)
 
@@ -114,6 +122,7 @@ class Carried:
         self.lm, self.ledger = lm, ledger
         self._homes = homes(lm)
         self._base: dict[int, Tensor] = {}
+        self._plain: dict[int, Held] = {}
         self._state = _State(fingerprint=lm.fingerprint)
         self._under_way: _UnderWay | None = None
         self._mark: int | None = None
@@ -171,7 +180,10 @@ class Carried:
         if self._mark is None:
             self._finish()
         weights = self._state.weights
-        if wrong := [layer for layer, digest in weights.items() if self._digest(layer) != digest]:
+        wrong = [layer for layer, digest in weights.items() if self._digest(layer) != digest]
+        rows = self._state.rows
+        wrong += [layer for layer, digest in rows.items() if self._digest_of_all(layer) != digest]
+        if wrong:
             raise FingerprintError(
                 f"the weights of layer {_listed(wrong)} were changed outside the workbench, so "
                 "what would be recorded is not what was made; "
@@ -200,6 +212,11 @@ class Carried:
         built = patched(self._base, fresh, self._homes)
         now = read_weights(self.lm, built)
         wrong = [layer for layer, weight in built.items() if not torch.equal(weight, now[layer])]
+        if self._plain:
+            before = {layer: self._digest_of_all(layer) for layer in self._plain}
+            with self.exactly(fresh):
+                after = {layer: self._digest_of_all(layer) for layer in self._plain}
+            wrong += [layer for layer, digest in before.items() if after[layer] != digest]
         with self.exactly([]):
             self.lm.fresh_fingerprint()
             is_base = self.lm.has_fingerprint(self.ledger.fingerprint)
@@ -330,6 +347,8 @@ class Carried:
     def _put(self, deltas: Collection[Delta]) -> dict[int, Tensor]:
         """Write base + Σ deltas into the model, and return these weights."""
         layers = {self._homes.get(layer, layer) for delta in deltas for layer in delta.layers}
+        rows = by_layer([delta.appended for delta in deltas])
+        check_rows(self.lm.ffn, rows, self._homes)
         # A layer that was never patched still has its base weights: they are copied before its
         # first change.
         new = layers - self._base.keys()
@@ -343,10 +362,16 @@ class Carried:
                 "they are not the base's; load the model again and open the workspace with it"
             )
         self._base.update(base)
-        if self._base:
-            _HELD.setdefault(self.lm, _Held(self._base, ref(self)))
+        for layer in rows.keys() - self._plain.keys():
+            self._plain[layer] = parameters_of(self.lm.ffn[layer])
+        if self._base or self._plain:
+            _HELD.setdefault(self.lm, _Held(self._base, self._plain, ref(self)))
         weights = patched(self._base, deltas, self._homes)
+        for held in self._plain.values():
+            put_back(held)
         write_weights(self.lm, weights)
+        for layer, neurons in rows.items():
+            widen(self.lm.ffn[layer], neurons)
         return weights
 
     def _take_over(
@@ -363,16 +388,32 @@ class Carried:
             delta_digests={revision.id: revision.carried for revision in active},
             fingerprint=fingerprint,
             weights={layer: self._digest(layer, weight) for layer, weight in weights.items()},
+            rows={layer: self._digest_of_all(layer) for layer in self._plain},
         )
         self._under_way = None
 
     def _digest(self, layer: int, weight: Tensor | None = None) -> str:
         """Return the sha256 of a layer's down-projection, or of a matrix to put there."""
-        stored = self.lm.ffn[layer].weight()
+        stored = self.lm.ffn[layer].original_weight()
         weight = stored if weight is None else weight
-        weight = weight if stored.is_contiguous() else weight.T  # as the model stores it: no copy
-        flat = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        return hashlib.sha256(flat.numpy().data).hexdigest()
+        weight = weight if stored.stride(1) == 1 else weight.T  # as the model stores it: no copy
+        digest = hashlib.sha256()
+        _hash(digest, weight)
+        return digest.hexdigest()
+
+    def _digest_of_all(self, layer: int) -> str:
+        """Return the sha256 of all parameters of a layer's feed-forward linears."""
+        digest = hashlib.sha256()
+        for _, _, parameter in parameters_of(self.lm.ffn[layer]).parameters:
+            if parameter is not None:
+                _hash(digest, parameter)
+        return digest.hexdigest()
+
+
+def _hash(digest: hashlib._Hash, weight: Tensor) -> None:
+    """Let a digest see a tensor's bytes."""
+    flat = weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    digest.update(flat.numpy().data)
 
 
 def _listed(layers: Iterable[int]) -> str:

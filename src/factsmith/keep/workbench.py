@@ -178,7 +178,7 @@ class Workbench(LedgerBench):
             deltas,
             self._carried.base,
             self.find_moments(layers, **options) if layers else {},
-            layers={layer: self.lm.ffn[layer].d_ff for layer in free},
+            layers={layer: self.lm.ffn[layer].n_original for layer in free},
             next_facts=next_facts,
             limit=limit,
             asked=len(asked) if ask else None,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import UnsupportedModelError
-from .neurons import Matrix, Neurons, is_linear, linear_matrix
+from .neurons import Matrix, Neurons, Rows, is_linear, linear_matrix, rows_of
 from .tolerance import same, tolerance
 from .trace import Call, Slot, first_tensor, recording, replacing, tensors, with_slot
 
@@ -122,8 +122,9 @@ def gate_and_up(
         coefficients: Computes the coefficients while the outputs of some readers pass through
             functions.
     """
+    halves: list[Rows]
     if len(readers) == 2:
-        sources, halves = [0, 1], [slice(None), slice(None)]
+        sources, halves = [0, 1], ["all", "all"]
     else:
         # Entry 1 of a fused projection belongs to neuron 1 if there are two halves, and to neuron 0
         # if gate and up alternate.
@@ -134,11 +135,7 @@ def gate_and_up(
             .amax(0)
         )
         sources = [0, 0]
-        halves = (
-            [slice(0, d_ff), slice(d_ff, None)]
-            if int(moved.argmax()) == 1
-            else [slice(0, None, 2), slice(1, None, 2)]
-        )
+        halves = ["first", "second"] if int(moved.argmax()) == 1 else ["even", "odd"]
     bend = []
     for source, half in zip(sources, halves, strict=True):
         mid, plus, minus = (
@@ -162,10 +159,10 @@ def _bump(out: Tensor, entry: int) -> Tensor:
     return out
 
 
-def _scaler(rows: slice, factor: float) -> Callable[[Tensor], Tensor]:
+def _scaler(rows: Rows, factor: float) -> Callable[[Tensor], Tensor]:
     def scale(out: Tensor) -> Tensor:
         out = out.clone()
-        out[..., rows] *= factor
+        out[..., rows_of(rows, out.shape[-1])] *= factor
         return out
 
     return scale

@@ -3,9 +3,11 @@
     bank.values[i]                 # (d_model,) what neuron i writes
     bank.keys[i]                   # (d_model,) what it reads; gate_keys and up_keys if gated
     bank.weight()                  # (d_model, d_ff) the down-projection, in the model's storage
+    bank.n_appended                # how many of the neurons a patch has appended
 
-The matrices are read at each use, so they follow every change of the weights. Their orientation
-comes from the type of the module, never from their shapes.
+Appended neurons are the last ones of a bank. The matrices are read at each use, so they follow
+every change of the weights. Their orientation comes from the type of the module, never from their
+shapes.
 """
 
 from __future__ import annotations
@@ -13,11 +15,31 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..core.errors import UnsupportedModelError
+
+APPENDED = "factsmith_appended"
+"""Attribute of a widened parameter: how many neurons were appended to it."""
+
+Rows: TypeAlias = Literal["all", "first", "second", "even", "odd"]
+"""Which rows of a matrix: all, or one half of a fused gate and up-projection. The halves lie one
+after the other, or alternate."""
+
+
+def rows_of(rows: Rows, n_rows: int) -> slice:
+    """Return which of n rows these are."""
+    half = n_rows // 2
+    return {
+        "all": slice(None),
+        "first": slice(0, half),
+        "second": slice(half, None),
+        "even": slice(0, None, 2),
+        "odd": slice(1, None, 2),
+    }[rows]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -41,14 +63,15 @@ class Matrix:
     name: str = "weight"
     transposed: bool = False
     expert: int | None = None
-    rows: slice = field(default_factory=lambda: slice(None))
+    rows: Rows = "all"
 
     def read(self) -> Tensor:
         """Return the matrix (out, in), or the vector of a bias: a view of the module's storage."""
         stored = getattr(self.module, self.name).detach()
         assert isinstance(stored, Tensor)
         stored = stored if self.expert is None else stored[self.expert]
-        return (stored.T if self.transposed else stored)[self.rows]
+        matrix = stored.T if self.transposed else stored
+        return matrix[rows_of(self.rows, len(matrix))]
 
     def moved(self, places: Mapping[nn.Module, nn.Module]) -> Matrix:
         """Return the same matrix in another layer that is built alike."""
@@ -95,6 +118,22 @@ class Neurons:
     def d_ff(self) -> int:
         """Number of neurons."""
         return self.weight().shape[1]
+
+    @property
+    def n_appended(self) -> int:
+        """Number of neurons that patches have appended. They are the last ones."""
+        if self._weight is None:
+            return 0
+        return int(getattr(getattr(self._weight.module, self._weight.name), APPENDED, 0))
+
+    @property
+    def n_original(self) -> int:
+        """Number of neurons without the appended ones: the width that low-rank edits work in."""
+        return self.d_ff - self.n_appended
+
+    def original_weight(self) -> Tensor:
+        """Return the down-projection without appended neurons, (d_model, n_original), a view."""
+        return self.weight()[:, : self.n_original]
 
     @property
     def is_gated(self) -> bool:

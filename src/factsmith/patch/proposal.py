@@ -297,6 +297,7 @@ def propose(
     )
     solved = time.perf_counter()
     by_layer = {plan.layers[0]: moments} if isinstance(moments, SecondMoment) else moments
+    weights = {layer: bench.lm.ffn[layer].original_weight() for layer in delta.layers}
     thin = {
         layer: by_layer[layer].too_little
         for layer in sorted(delta.layers)
@@ -321,7 +322,7 @@ def propose(
         layers=plan.choice,
         seconds={"solve": solved - started, "verify": time.perf_counter() - solved},
         disturbance={
-            layer: disturbance(*factors, bench.lm.ffn[layer].weight(), by_layer[layer].matrix)
+            layer: disturbance(*factors, weights[layer], by_layer[layer].matrix)
             for layer, factors in sorted(delta.layers.items())
             if layer not in thin
         },

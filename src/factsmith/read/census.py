@@ -180,7 +180,7 @@ def census(
     layers = []
     for ffn, attention in zip(lm.ffn, lm.attention, strict=True):
         moment = (moments or {}).get(ffn.layer)
-        if moment is not None and (ffn.n_experts or tuple(moment.shape) != (ffn.d_ff, ffn.d_ff)):
+        if moment is not None and (ffn.n_experts or tuple(moment.shape) != (ffn.n_original,) * 2):
             raise InputError(
                 f"the second moment of layer {ffn.layer} has shape {tuple(moment.shape)}: it must "
                 "have one row and one column for each neuron of a dense layer",
