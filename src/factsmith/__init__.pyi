@@ -20,11 +20,11 @@ from .core.fact import Probe as Probe
 from .core.factfile import FactFile as FactFile
 from .core.factfile import FactSheet as FactSheet
 from .core.gates import Gates as Gates
-from .corpus.moments import SecondMoment as SecondMoment
 from .corpus.moments import second_moments as second_moments
 from .corpus.moments_store import find_moments as find_moments
 from .corpus.moments_store import load_moments as load_moments
 from .corpus.ordinary import ordinary_texts as ordinary_texts
+from .corpus.second_moment import SecondMoment as SecondMoment
 from .edit.configs import AlphaEditConfig as AlphaEditConfig
 from .edit.configs import EmmetConfig as EmmetConfig
 from .edit.configs import MemitConfig as MemitConfig

@@ -15,7 +15,7 @@ from factsmith.core.artefact import Checkpoint
 from factsmith.core.errors import InputError
 from factsmith.corpus import text as corpus_text
 from factsmith.corpus.moment_sums import MomentSums
-from factsmith.corpus.scan import Bank, Coefficients
+from factsmith.corpus.scan import Bank, Coefficients, Site
 from factsmith.corpus.sweep import (
     Accumulator,
     Corpus,
@@ -38,6 +38,8 @@ class Killed(BaseException):
 
 class Totals:
     """The sum of every neuron's coefficients in one layer."""
+
+    site: Site = "coefficients"
 
     def __init__(self, layer: int, name: str) -> None:
         self.layer, self.name = layer, name

@@ -22,6 +22,7 @@ from ..model.address import check_layer
 from ..model.language_model import LanguageModel
 from .moment_sums import Estimate, MomentSums, Until
 from .ordinary import OrdinaryTexts
+from .scan import Site
 from .sweep import Corpus, Swept, sweep
 
 TOKENS_PER_NEURON = 16
@@ -41,6 +42,10 @@ FIRST_COMPARED, LIKELY, MOST = 6, 11, 64
 """Tokens of the bundled corpus for each neuron of the widest layer: after which the halves are
 compared for the first time, that are likely to be enough, and that are read at most."""
 
+FEWEST_INPUTS = 24_576
+"""Tokens that are read for input statistics at least. They also have to show how often a key that
+is meant for one subject fires on ordinary text, which is rare."""
+
 _FEWEST_PASSAGES, _PASSAGE_TOKENS = 8, 100
 """Passages of a window, at least, and about the tokens of one.
 
@@ -48,14 +53,19 @@ Reading may end after a window, which has about one token for each neuron."""
 
 
 def enough_tokens(
-    lm: LanguageModel, layers: Iterable[int], max_tokens: float | None = None
+    lm: LanguageModel,
+    layers: Iterable[int],
+    max_tokens: float | None = None,
+    site: Site = "coefficients",
 ) -> float:
     """Return how many tokens of given texts second moments are computed from.
 
     Args:
         lm: The model.
         layers: The layers.
-        max_tokens: The number itself. None: TOKENS_PER_NEURON for each neuron of the widest layer.
+        max_tokens: The number itself. None: TOKENS_PER_NEURON for each neuron of the widest layer,
+            or for each dimension of the inputs, but at least FEWEST_INPUTS of these.
+        site: What is read.
 
     Raises:
         InputError: max_tokens is not a number of at least 1. Infinity is accepted.
@@ -63,11 +73,20 @@ def enough_tokens(
     """
     if max_tokens is not None:
         return check_limit(max_tokens, "max_tokens")
-    return TOKENS_PER_NEURON * _widest(lm, layers)
+    return max(TOKENS_PER_NEURON * _widest(lm, layers, site), _fewest(site))
 
 
-def _widest(lm: LanguageModel, layers: Iterable[int]) -> int:
-    return max(lm.ffn[check_layer(layer, lm.n_layers)].d_ff for layer in layers)
+def width_of(lm: LanguageModel, layer: int, site: Site) -> int:
+    """Return the width of a layer's second moment: d_ff, or d_model + 1 for inputs."""
+    return lm.d_model + 1 if site == "inputs" else lm.ffn[layer].d_ff
+
+
+def _widest(lm: LanguageModel, layers: Iterable[int], site: Site) -> int:
+    return max(width_of(lm, check_layer(layer, lm.n_layers), site) for layer in layers)
+
+
+def _fewest(site: Site) -> int:
+    return FEWEST_INPUTS if site == "inputs" else 0
 
 
 def how_much(
@@ -78,6 +97,7 @@ def how_much(
     *,
     batch_tokens: int = 2048,
     dtype: torch.dtype | None = None,
+    site: Site = "coefficients",
 ) -> tuple[Corpus, Until | None]:
     """Return the corpus to sweep, and when its halves say that it is enough (None: at its limit).
 
@@ -88,15 +108,17 @@ def how_much(
         max_tokens: As for `second_moments`.
         batch_tokens: As for `second_moments`.
         dtype: As for `second_moments`.
+        site: What is read.
     """
     if not isinstance(texts, OrdinaryTexts):
-        limit = enough_tokens(lm, layers, max_tokens)
+        limit = enough_tokens(lm, layers, max_tokens, site)
         return Corpus(texts, limit, batch_tokens, dtype, halves=True), None
     until = None
-    widest = _widest(lm, layers)
+    widest, fewest = _widest(lm, layers, site), _fewest(site)
     window = max(_FEWEST_PASSAGES, widest // _PASSAGE_TOKENS)
     if max_tokens is None:
-        until = Until(ENOUGH_EXCESS, FIRST_COMPARED * widest, LIKELY * widest, MOST * widest)
+        counts = (max(n * widest, fewest) for n in (FIRST_COMPARED, LIKELY, MOST))
+        until = Until(ENOUGH_EXCESS, *counts)
     limit = check_limit(math.inf if max_tokens is None else max_tokens, "max_tokens")
     return Corpus(texts, limit, batch_tokens, dtype, halves=True, window=window), until
 
@@ -107,6 +129,7 @@ def measure(
     layers: Sequence[int],
     until: Until | None,
     *,
+    site: Site,
     checkpoint: str | os.PathLike[str] | None,
     progress: Callable[[int, int | None], object] | None,
 ) -> tuple[dict[int, Estimate], Swept]:
@@ -117,6 +140,7 @@ def measure(
         corpus: The corpus.
         layers: Layers without experts, ascending.
         until: When it is enough. None: at the end of the corpus.
+        site: What is read: coefficients, or inputs.
         checkpoint: File that keeps the sums now and then. It is removed at the end.
         progress: Called with the number of tokens done, and with how many there will be as far as
             that is known now.
@@ -130,9 +154,11 @@ def measure(
         "layers": str(list(layers)),
         **corpus.settings(),
         **({} if until is None else {"until": str(tuple(until))}),
+        **({} if site == "coefficients" else {"site": site}),
     }
     partial = None if checkpoint is None else Checkpoint(Path(checkpoint), made_from)
-    sums = MomentSums({layer: lm.ffn[layer].d_ff for layer in layers}, until)
+    sizes = {layer: width_of(lm, layer, site) for layer in layers}
+    sums = MomentSums(sizes, until, site)
 
     def report(done: int) -> None:
         total = sums.expected if until is not None else corpus.max_tokens

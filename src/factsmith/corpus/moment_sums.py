@@ -7,6 +7,9 @@
     sums = MomentSums({3: 3072}, Until(0.2, 18_432, 33_792, 196_608))
     sweep(..., [sums], until=sums.is_enough)   # ends when no excess is above 0.2
 
+    sums = MomentSums({3: 769}, site="inputs")     # of the inputs and a constant, d_model + 1
+    sums.result(swept)[3].sample                   # (m, d_model) some of the inputs
+
 Products are taken in float32 (float64 for a float64 model) for one batch and summed in float64.
 The halves are compared in two figures; `corpus.moments` explains them.
 """
@@ -23,7 +26,7 @@ from torch import Tensor
 from ..core.artefact import stated_count, stored
 from ..core.errors import NumericsError
 from .factors import cholesky
-from .scan import Bank, Coefficients
+from .scan import Bank, Coefficients, Site
 from .sweep import State, Swept, TextBatch
 
 _STRIPS = 8
@@ -40,6 +43,9 @@ _POWER = 1.25
 With Gaussian coefficients q is d_ff / n. Those of real models vary more: q falls about as n^-0.8
 (SmolLM2-135M, 4 to 18 tokens a neuron)."""
 
+SAMPLE, _STRIDE = 8_192, 4
+"""Inputs that are kept of each layer at most, and one of how many tokens is kept."""
+
 _PROBES = 64
 """Keys drawn for `excess`. They add less than 1 % to the variation that the halves cause."""
 
@@ -48,13 +54,15 @@ class Estimate(NamedTuple):
     """The second moment of one layer, and how far the halves of the corpus differ.
 
     `split_half` and `excess` are None if all text fell into one half; `excess` also if a half has
-    no neuron that is ever on.
+    no neuron that is ever on. `sample` has some of the inputs, (m, d_model) float16, if inputs were
+    summed.
     """
 
     mean: Tensor
     n_tokens: int
     split_half: float | None
     excess: float | None
+    sample: Tensor | None = None
 
 
 class Until(NamedTuple):
@@ -80,15 +88,21 @@ class MomentSums:
         counts: Number of tokens in each half.
         due: Number of tokens at which the halves are compared next.
         expected: How many tokens there will be, by the last comparison.
+        site: What is summed up. To inputs a constant 1 is added, so that the sum holds their mean.
     """
 
-    def __init__(self, sizes: Mapping[int, int], until: Until | None = None) -> None:
+    def __init__(
+        self, sizes: Mapping[int, int], until: Until | None = None, site: Site = "coefficients"
+    ) -> None:
         """Start at zero.
 
         Args:
-            sizes: {layer: d_ff}.
+            sizes: {layer: d_ff}; of inputs d_model + 1.
             until: What `is_enough` goes by. None: it is not asked.
+            site: What is summed up.
         """
+        self.site = site
+        self._samples: dict[int, list[Tensor]] = {layer: [] for layer in sizes}
         self.counts = [0, 0]
         self.until = until
         self.due, self.expected = (0, 0) if until is None else (until.first, until.likely)
@@ -121,13 +135,19 @@ class MomentSums:
     def add(self, batch: TextBatch, coefficients: Mapping[Bank, Coefficients]) -> None:
         """Add a batch to its half."""
         for (layer, *_), read in coefficients.items():
-            self._sums[layer].add(batch.half, read.m)
+            m = read.m
+            if self.site == "inputs":
+                self._sample(layer, m)
+                m = torch.cat([m, m.new_ones(len(m), 1)], dim=1)
+            self._sums[layer].add(batch.half, m)
         self.counts[batch.half] += batch.n_tokens
 
     def merge(self, other: MomentSums) -> None:
         """Add the sums of other texts, half by half."""
         for layer, total in self._sums.items():
             total.merge(other._sums[layer])
+            for rows in other._samples[layer]:
+                self._keep(layer, rows)
         self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
 
     def state(self) -> State:
@@ -137,6 +157,9 @@ class MomentSums:
             for layer, total in self._sums.items()
             for half, strips in enumerate(total.strips)
             for i, strip in enumerate(strips)
+        }
+        tensors |= {
+            f"{layer}.sample": torch.cat(rows) for layer, rows in self._samples.items() if rows
         }
         counts = {f"count{half}": str(n) for half, n in enumerate(self.counts)}
         if self.until is not None:
@@ -151,25 +174,45 @@ class MomentSums:
                     stored(tensors, f"{layer}.{half}.{i}", strip.shape, (torch.float64,))
                     for i, strip in enumerate(strips)
                 ]
+            if f"{layer}.sample" in tensors:
+                shape = (None, total.d_ff - 1)
+                self._samples[layer] = [stored(tensors, f"{layer}.sample", shape, (torch.float16,))]
         self.counts = [stated_count(fields, f"count{half}") for half in range(2)]
         if self.until is not None:
             self.due, self.expected = (stated_count(fields, x) for x in ("due", "expected"))
 
     def result(self, swept: Swept) -> dict[int, Estimate]:
         """Return each layer's estimate. A layer's sums are let go as soon as it is done."""
-        return {layer: self._sums.pop(layer).estimate(self.counts) for layer in list(self._sums)}
+        estimates = {}
+        for layer in list(self._sums):
+            estimate = self._sums.pop(layer).estimate(self.counts)
+            rows = self._samples[layer]
+            estimates[layer] = estimate._replace(sample=torch.cat(rows) if rows else None)
+        return estimates
+
+    def _sample(self, layer: int, inputs: Tensor) -> None:
+        """Keep some of a batch's inputs."""
+        limit = torch.finfo(torch.float16).max
+        self._keep(layer, inputs[::_STRIDE].clamp(-limit, limit).half().cpu())
+
+    def _keep(self, layer: int, rows: Tensor) -> None:
+        n_kept = sum(map(len, self._samples[layer]))
+        if n_kept < SAMPLE:
+            self._samples[layer].append(rows[: SAMPLE - n_kept])
 
 
 class HalvedSum:
     """Σ m mᵀ of one layer in float64, apart for two halves of the corpus.
 
     Attributes:
+        d_ff: Number of neurons.
         strips: For each half, strip i holds rows starts[i] to starts[i] + width of the sum, from
             the diagonal to the right edge.
     """
 
     def __init__(self, d_ff: int) -> None:
         """Start at zero for a layer of d_ff neurons."""
+        self.d_ff = d_ff
         self.width = math.ceil(d_ff / _STRIPS)
         self.starts = range(0, d_ff, self.width)
         self.strips = [

@@ -22,14 +22,16 @@ from ..core.errors import FactsmithError
 from ..core.files import make_folder, write_file
 from ..core.progress import Progress, note
 from ..model.language_model import LanguageModel
-from .moments import SecondMoment
+from .moments_file import moments_file
 from .ordinary import DIGEST, NAME
+from .scan import Site
+from .second_moment import SecondMoment
 
 
-def cache_file(lm: LanguageModel, layer: int) -> Path:
+def cache_file(lm: LanguageModel, layer: int, site: Site = "coefficients") -> Path:
     """Return the file of the cache that is for a layer of a model."""
     corpus = DIGEST[: len(NAME) + 9]
-    return _model_folder(lm) / corpus / f"layer{layer}.safetensors"
+    return moments_file(_model_folder(lm) / corpus, layer, site)
 
 
 def _model_folder(lm: LanguageModel) -> Path:
@@ -41,6 +43,7 @@ def cached_moments(
     layers: Iterable[int],
     least: float = 0,
     progress: Progress | None = None,
+    site: Site = "coefficients",
 ) -> dict[int, SecondMoment]:
     """Return the second moments of the bundled corpus that the cache has, by layer.
 
@@ -51,10 +54,11 @@ def cached_moments(
         layers: The layers to look for.
         least: Files of fewer tokens are passed over.
         progress: Gets the notes.
+        site: Of what they are.
     """
     moments = {}
     for layer in layers:
-        file = cache_file(lm, layer)
+        file = cache_file(lm, layer, site)
         moment, problem = _read(lm, file, layer)
         if problem:
             note(progress, f"{problem}. It is passed over, and computed again.")
@@ -92,7 +96,7 @@ def cache_moments(
     """
     used = dict(moments)
     for layer, moment in moments.items():
-        file = cache_file(lm, layer)
+        file = cache_file(lm, layer, moment.site)
         earlier, _ = _read(lm, file, layer)
         if earlier is not None:
             used[layer] = earlier

@@ -1,22 +1,32 @@
 """The matrix of a second moment as a file holds it: whole, as a triangle, or packed.
 
+moments_file("moments", 3)             # moments/layer3.safetensors
 matrix = stored_matrix(tensors)        # (d_ff, d_ff), or an error that says what is wrong
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..core.artefact import FLOATS, stored
+from .scan import Site
 
 _DTYPES = (*FLOATS, torch.float16, torch.bfloat16)
 
 _ASYMMETRY = 1e-3
 """The largest accepted difference from the transpose, relative to the largest entry."""
+
+
+def moments_file(folder: str | os.PathLike[str], layer: int, site: Site = "coefficients") -> Path:
+    """Return the file in which a folder keeps the second moment of a layer."""
+    stem = "inputs" if site == "inputs" else "layer"
+    return Path(folder) / f"{stem}{layer}.safetensors"
 
 
 def stored_matrix(tensors: Mapping[str, Tensor]) -> Tensor:

@@ -3,8 +3,9 @@
     moments = find_moments(lm, [3, 4, 5], folder="moments")  # computes the missing, keeps them
     load_moments("moments")                                  # {3: SecondMoment(layer=3, ...), ...}
 
-A folder keeps them as layer<number>.safetensors. A second moment of the same layer from another
-text goes to layer<number>-<digest>.safetensors, since patches may have been made with it.
+A folder keeps them as layer<number>.safetensors, and those of inputs as inputs<number>.safetensors.
+A second moment of the same layer from another text goes to layer<number>-<digest>.safetensors,
+since patches may have been made with it.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ from ..model.sample import own_text
 from .measuring import ENOUGH_EXCESS, enough_tokens
 from .moments import SecondMoment, moments_with_total
 from .moments_cache import cache_moments, cached_moments, rounded
+from .moments_file import moments_file as moments_file
 from .ordinary import DIGEST, ordinary_texts
 from .own import is_own
+from .scan import Site
 
 _LOOKED_AT, _MOST_UNKNOWN = 20, 0.1
 """Passages whose tokens are looked at, and the share of unknown ones that is too large."""
@@ -49,6 +52,7 @@ def find_moments(  # house: a promised public signature
     checkpoint: str | os.PathLike[str] | None = None,
     packed: bool = False,
     seed: int = 0,
+    site: Site = "coefficients",
     progress: Progress | None = None,
 ) -> dict[int, SecondMoment]:
     """Return second moments of some layers: kept ones, shipped ones, or new ones.
@@ -72,6 +76,7 @@ def find_moments(  # house: a promised public signature
         checkpoint: As for `second_moments`.
         packed: Whether new ones are written packed, as `SecondMoment.save` does.
         seed: The seed of the model's own text.
+        site: Of what: the "coefficients", or the "inputs", on which appended neurons draw.
         progress: Gets the progress of sampling and of the pass, and notes.
 
     Raises:
@@ -84,15 +89,16 @@ def find_moments(  # house: a promised public signature
     kept: dict[int, SecondMoment] = {}
     shipped: dict[int, SecondMoment] = {}
     if texts is None:
-        kept = _read(lm, layers, folder, least)
-        shipped = _read(lm, [x for x in layers if x not in kept], _shipped_folder(lm), least)
+        kept = _read(lm, layers, folder, least, site)
+        missing = [layer for layer in layers if layer not in kept]
+        shipped = _read(lm, missing, _shipped_folder(lm), least, site)
     known = kept | shipped
     from_one_text = len({moment.corpus for moment in known.values()}) == 1
     if from_one_text and all(layer in known for layer in layers):
         return known
-    computing = _Computing(lm, max_tokens, dtype, checkpoint, progress)
+    computing = _Computing(lm, max_tokens, dtype, checkpoint, progress, site)
     if texts is None:
-        known = {} if folder is None else _of_bundled_text(lm, layers, folder, least)
+        known = {} if folder is None else _of_bundled_text(lm, layers, folder, least, site)
         new = computing.or_cached([layer for layer in layers if layer not in known])
     else:
         known = {}
@@ -113,6 +119,7 @@ class _Computing:
     dtype: torch.dtype | None
     checkpoint: str | os.PathLike[str] | None
     progress: Progress | None
+    site: Site
 
     def of(self, layers: Sequence[int], texts: Iterable[str]) -> dict[int, SecondMoment]:
         """Compute them from texts."""
@@ -123,18 +130,20 @@ class _Computing:
             max_tokens=self.max_tokens,
             dtype=self.dtype,
             checkpoint=self.checkpoint,
+            site=self.site,
             progress=partial(tell, self.progress, "second moments"),
         )
 
     def own_texts(self, layers: Sequence[int], seed: int) -> list[str]:
         """Return texts that the model writes itself, as many as are read."""
-        limit = enough_tokens(self.lm, layers, self.max_tokens)
+        limit = enough_tokens(self.lm, layers, self.max_tokens, self.site)
         return own_corpus(self.lm, limit, seed, self.progress)
 
     def or_cached(self, layers: Sequence[int]) -> dict[int, SecondMoment]:
         """Return those of the bundled corpus: from the cache, or computed and put there."""
         usual = self.max_tokens is None and self.dtype is None
-        cached = cached_moments(self.lm, layers, self.max_tokens or 0, self.progress)
+        least = self.max_tokens or 0
+        cached = cached_moments(self.lm, layers, least, self.progress, self.site)
         missing = [layer for layer in layers if layer not in cached]
         if not missing:
             return cached
@@ -209,6 +218,7 @@ def kept_moments(
     layers: Iterable[int],
     folder: str | os.PathLike[str] | None = None,
     least: float = 0,
+    site: Site = "coefficients",
 ) -> dict[int, SecondMoment]:
     """Return the second moments that are there without work, by layer.
 
@@ -220,20 +230,25 @@ def kept_moments(
         layers: The layers to look for.
         folder: The folder. None: no folder.
         least: Files of fewer tokens are passed over.
+        site: Of what they are.
     """
     layers = list(layers)
-    kept = _read(lm, layers, folder, least)
+    kept = _read(lm, layers, folder, least, site)
     rest = [layer for layer in layers if layer not in kept]
-    kept |= _read(lm, rest, _shipped_folder(lm), least)
+    kept |= _read(lm, rest, _shipped_folder(lm), least, site)
     rest = [layer for layer in layers if layer not in kept]
-    return kept | cached_moments(lm, rest, least)
+    return kept | cached_moments(lm, rest, least, site=site)
 
 
 def _read(
-    lm: LanguageModel, layers: Iterable[int], folder: str | os.PathLike[str] | None, least: float
+    lm: LanguageModel,
+    layers: Iterable[int],
+    folder: str | os.PathLike[str] | None,
+    least: float,
+    site: Site,
 ) -> dict[int, SecondMoment]:
     """Return the second moments of this model in one folder, by layer."""
-    files = {} if folder is None else {layer: moments_file(folder, layer) for layer in layers}
+    files = {layer: moments_file(folder, layer, site) for layer in layers} if folder else {}
     read = {layer: _read_layer(file, layer) for layer, file in files.items() if file.is_file()}
     return {
         layer: moment
@@ -243,12 +258,16 @@ def _read(
 
 
 def _of_bundled_text(
-    lm: LanguageModel, layers: Iterable[int], folder: str | os.PathLike[str], least: float
+    lm: LanguageModel,
+    layers: Iterable[int],
+    folder: str | os.PathLike[str],
+    least: float,
+    site: Site,
 ) -> dict[int, SecondMoment]:
     """Return the second moments of this model and the bundled corpus in one folder, by layer."""
     moments = {}
     for layer in layers:
-        for file in _versions(folder, layer):
+        for file in _versions(folder, layer, site):
             if read_metadata(file).get("corpus") == DIGEST:
                 moment = _read_layer(file, layer)
                 if moment.count > least - 1 and lm.has_fingerprint(moment.fingerprint):
@@ -257,9 +276,9 @@ def _of_bundled_text(
     return moments
 
 
-def _versions(folder: str | os.PathLike[str], layer: int) -> list[Path]:
+def _versions(folder: str | os.PathLike[str], layer: int, site: Site) -> list[Path]:
     """Return the files of a layer: the one that counts, and those of other texts."""
-    file = moments_file(folder, layer)
+    file = moments_file(folder, layer, site)
     others = sorted(Path(folder).glob(f"{file.stem}-*{file.suffix}"))
     return [file, *others] if file.is_file() else others
 
@@ -274,12 +293,13 @@ def recorded_moments(
         layers: The layers of the patch.
         digest: What `moments_digest` gave for them.
     """
-    by_text: dict[str, dict[int, list[SecondMoment]]] = {}
-    for layer in layers:
-        for file in _versions(folder, layer):
+    sites: tuple[Site, ...] = ("coefficients", "inputs")
+    by_text: dict[tuple[str, Site], dict[int, list[SecondMoment]]] = {}
+    for layer, site in itertools.product(layers, sites):
+        for file in _versions(folder, layer, site):
             with contextlib.suppress(DamagedError):
                 moment = _read_layer(file, layer)
-                by_text.setdefault(moment.corpus, {}).setdefault(layer, []).append(moment)
+                by_text.setdefault((moment.corpus, site), {}).setdefault(layer, []).append(moment)
     for versions in by_text.values():
         for chosen in itertools.product(*(versions.get(layer, ()) for layer in layers)):
             moments = dict(zip(layers, chosen, strict=True))
@@ -305,7 +325,7 @@ def keep_version(
             counts from now on, and an earlier one of the same model is renamed.
         layout: As for `SecondMoment.save`.
     """
-    file = moments_file(folder, layer)
+    file = moments_file(folder, layer, moment.site)
     if by_digest:
         file = _by_digest(file, moment)
     elif file.is_file():
@@ -340,7 +360,7 @@ def keep_moments(
 ) -> None:
     """Write into a folder those second moments that it does not hold yet."""
     for layer, moment in moments.items():
-        file = moments_file(folder, layer)
+        file = moments_file(folder, layer, moment.site)
         present = _read_layer(file, layer) if file.is_file() else None
         if present is None or _source(present) != _source(moment):
             keep_version(moment, layer, folder, packed=packed)
@@ -348,11 +368,6 @@ def keep_moments(
 
 def _source(moment: SecondMoment) -> tuple[str, str, int]:
     return present_fingerprint(moment.fingerprint), moment.corpus, moment.count
-
-
-def moments_file(folder: str | os.PathLike[str], layer: int) -> Path:
-    """Return the file in which a folder keeps the second moment of a layer."""
-    return Path(folder) / f"layer{layer}.safetensors"
 
 
 def own_corpus(

@@ -2,17 +2,18 @@
 
     for bank, read in scan(lm, rows, layers).items():
         read.m, read.row, read.column      # (n, d_ff) coefficients, and where each token is
+    scan(lm, rows, layers, site="inputs")  # (n, d_model) what enters the feed-forward networks
 
 The pass ends before the highest layer's down-projection. The unembedding never runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias, cast
+from typing import Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +26,10 @@ from ..model.trace import recording, stoppable
 
 Bank: TypeAlias = tuple[int] | tuple[int, int]
 """The address of a bank of neurons: (layer,), or (layer, expert) in a layer with experts."""
+
+
+Site: TypeAlias = Literal["coefficients", "inputs"]
+"""What is read of a feed-forward network: its coefficients, or what enters it."""
 
 
 def banks(lm: LanguageModel, layers: Iterable[int] | None = None) -> dict[Bank, Neurons]:
@@ -67,7 +72,8 @@ class Coefficients:
     """What one bank of neurons did at the tokens of a batch.
 
     Attributes:
-        m: The coefficients, (n, d_ff) float32 (float64 for a float64 model).
+        m: The coefficients (n, d_ff), or the inputs (n, d_model), float32 (float64 for a float64
+            model).
         row: The row of the batch that each token is in, (n,) int64.
         column: The column of each token in its row, (n,) int64.
     """
@@ -97,8 +103,9 @@ def scan(
     rows: Sequence[Sequence[int]],
     layers: Sequence[int],
     dtype: torch.dtype | None = None,
+    site: Site = "coefficients",
 ) -> dict[Bank, Coefficients]:
-    """Return the coefficients of some layers at every token of a few rows.
+    """Return the coefficients of some layers at every token of a few rows, or their inputs.
 
     A bank of a layer with experts has the tokens that were routed to it. It is left out if there is
     no such token. A shared bank has all tokens.
@@ -109,6 +116,7 @@ def scan(
         layers: The layers to read.
         dtype: torch.bfloat16 runs the pass in it. The weights stay as they are. None: the model's
             own.
+        site: What to read. Inputs are those of layers without experts.
     """
     batch = lm.align(rows, [0] * len(rows))
     taken: dict[Bank, tuple[Tensor, Tensor | None]] = {}
@@ -124,7 +132,12 @@ def scan(
             stack.enter_context(torch.autocast(kind, dtype))
         stack.enter_context(recording({"end": lm.layers[max(layers)]}, stop=True, copy=False))
         for layer in layers:
-            stack.enter_context(lm.ffn[layer].taking(partial(take, layer)))
+            ffn = lm.ffn[layer]
+            if site == "inputs":
+                reading = ffn.entering(partial(_take_inputs, take, layer))
+            else:
+                reading = ffn.taking(partial(take, layer))
+            stack.enter_context(reading)
         lm.forward(batch)
     real = batch.attention_mask.bool().flatten()
     row, column = (
@@ -147,3 +160,9 @@ def scan(
             column[at].to(m.device),
         )
     return result
+
+
+def _take_inputs(
+    take: Callable[[int, int, Tensor, Tensor | None], None], layer: int, inputs: Tensor
+) -> None:
+    take(layer, 0, inputs, None)

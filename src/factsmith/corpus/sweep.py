@@ -25,7 +25,7 @@ from ..core.artefact import Checkpoint, believing, stated_count
 from ..core.checks import check_count, check_limit
 from ..core.errors import InputError
 from ..model.language_model import LanguageModel
-from .scan import Bank, Coefficients, scan
+from .scan import Bank, Coefficients, Site, scan
 from .text import Piece, batches, check_texts, pieces, windows
 
 State: TypeAlias = tuple[Mapping[str, Tensor], Mapping[str, str]]
@@ -159,7 +159,12 @@ class Accumulator(Protocol):
     """Something that is summed up over a corpus.
 
     Names in `state` must differ between the accumulators of one sweep.
+
+    Attributes:
+        site: What it takes in: coefficients, or inputs.
     """
+
+    site: Site
 
     def add(self, batch: TextBatch, coefficients: Mapping[Bank, Coefficients]) -> None:
         """Take in one batch: the coefficients of every bank that had a token."""
@@ -216,10 +221,13 @@ def sweep(
         n_texts += len(batch.pieces)
         n_tokens += batch.n_tokens
         if at > done:
-            coefficients = scan(lm, [piece.ids for piece in batch.pieces], layers, corpus.dtype)
-            for accumulator in accumulators:
-                accumulator.add(batch, coefficients)
-            del coefficients  # the next batch needs the memory
+            rows = [piece.ids for piece in batch.pieces]
+            for site in sorted({accumulator.site for accumulator in accumulators}):
+                read = scan(lm, rows, layers, corpus.dtype, site)
+                for accumulator in accumulators:
+                    if accumulator.site == site:
+                        accumulator.add(batch, read)
+                del read  # the next pass needs the memory
             if checkpoint is not None and complete:
                 position = {unit: str(at), "digest": batch.digest}
                 checkpoint.save(partial(_state, accumulators, position))

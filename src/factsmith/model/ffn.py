@@ -146,6 +146,18 @@ class FeedForward(Neurons):
                 )
             yield
 
+    @contextmanager
+    def entering(self, take: Callable[[Tensor], Any]) -> Generator[None, None, None]:
+        """While the block runs, give `take` the network's input at each token, (n_tokens, d_model).
+
+        Raises:
+            UnsupportedModelError: The layer has experts.
+        """
+        self.down  # noqa: B018 - it refuses experts
+        assert self._up is not None
+        with replacing({self._up.module: partial(_seen, take)}, where="input"):
+            yield
+
     def routing(self, run: Callable[[], Any]) -> Routing:
         """Return what the experts of this layer do with every token of one pass.
 
@@ -240,6 +252,11 @@ class Routing:
             )
             total += written * self.shared_weight[:, None]
         return total
+
+
+def _seen(take: Callable[[Tensor], Any], states: Tensor) -> Tensor:
+    take(states.reshape(-1, states.shape[-1]))
+    return states
 
 
 def _taken(take: Take, place: int, coefficients: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from ..core.artefact import Checkpoint, stated_count
 from ..core.checks import check_count
 from ..core.files import check_writable
 from ..core.progress import Progress, tell
-from ..corpus.scan import Bank, Coefficients, bank_name, banks, check_dtype
+from ..corpus.scan import Bank, Coefficients, Site, bank_name, banks, check_dtype
 from ..corpus.sweep import Corpus, State, Swept, TextBatch, sweep
 from ..corpus.text import Piece
 from ..model.address import check_layers
@@ -121,7 +121,10 @@ class TriggerRun:
         texts: {number: piece} of the texts held.
         n_texts: Number of texts read.
         n_tokens: Number of tokens read.
+        site: What it takes in.
     """
+
+    site: Site = "coefficients"
 
     def __init__(self, lm: LanguageModel, layers: Sequence[int], top: int) -> None:
         self.lm = lm
