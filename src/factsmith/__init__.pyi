@@ -25,6 +25,7 @@ from .corpus.moments_store import find_moments as find_moments
 from .corpus.moments_store import load_moments as load_moments
 from .corpus.ordinary import ordinary_texts as ordinary_texts
 from .corpus.second_moment import SecondMoment as SecondMoment
+from .edit.append_config import AppendConfig as AppendConfig
 from .edit.configs import AlphaEditConfig as AlphaEditConfig
 from .edit.configs import EmmetConfig as EmmetConfig
 from .edit.configs import MemitConfig as MemitConfig
@@ -36,6 +37,7 @@ from .edit.delta import applied as applied
 from .edit.finetune import FineTuneConfig as FineTuneConfig
 from .edit.finetune import LoraConfig as LoraConfig
 from .edit.methods import alphaedit as alphaedit
+from .edit.methods import append as append
 from .edit.methods import edit as edit
 from .edit.methods import emmet as emmet
 from .edit.methods import memit as memit

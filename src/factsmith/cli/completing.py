@@ -15,7 +15,7 @@ from .. import atlas
 from ..core.errors import FactsmithError
 from ..core.tables import visible
 
-METHODS = ("rome", "r-rome", "memit", "emmet", "alphaedit")
+METHODS = ("rome", "r-rome", "memit", "emmet", "alphaedit", "append")
 """The methods of `patch`, as the help of --method lists them."""
 
 JUDGED = (*METHODS, "ft-l", "lora")

@@ -63,7 +63,7 @@ Methods = Annotated[
     typer.Option(
         metavar="A,B",
         autocompletion=completing.judged,
-        help="Some of rome, r-rome, memit, emmet, alphaedit, ft-l, lora; or your own, as "
+        help="Some of rome, r-rome, memit, emmet, alphaedit, append, ft-l, lora; or your own, as "
         "module:function or file.py:function.",
     ),
 ]

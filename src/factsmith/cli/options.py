@@ -87,7 +87,7 @@ Method = Annotated[
     typer.Option(
         metavar="NAME",
         autocompletion=completing.methods,
-        help="rome, r-rome, memit, emmet or alphaedit.",
+        help="rome, r-rome, memit, emmet, alphaedit or append.",
         show_default="the file's; else rome for one fact, memit for more",
     ),
 ]

@@ -220,7 +220,7 @@ def _patched(lm: LanguageModel, outcome: Outcome) -> Step:
     size = sum(p.numel() * p.element_size() for p in lm.module.parameters())
     sentences = []
     if delta is not None:
-        layers = ", ".join(map(str, sorted(delta.layers)))
+        layers = ", ".join(map(str, delta.touched))
         sentences = [
             f"{delta.method.upper()} changes one matrix, the down-projection of layer {layers}, "
             f"by a rank-{delta.rank} update.",

@@ -49,7 +49,7 @@ from .second_moment import SecondMoment as SecondMoment
 
 
 @asking()
-def second_moments(
+def second_moments(  # house: a promised public signature
     lm: LanguageModel,
     texts: Iterable[str],
     layers: Sequence[int],

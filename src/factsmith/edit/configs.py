@@ -15,7 +15,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from ..core.documented import documented
 from ..core.errors import InputError, LayerError, NumericsError
 from ..corpus.factors import JITTERS, cholesky
 from ..corpus.moments import SecondMoment
+from ..corpus.scan import Site as Read
 from ..model.language_model import LanguageModel
 from . import solve
 from .contexts import generate_contexts, generate_openings
@@ -65,6 +66,11 @@ class EditConfig(TargetConfig, ABC):
         """Return the contexts that the model writes for this method, with `{}` for the prompt."""
 
     @property
+    def draws_on(self) -> Read:
+        """Of what the method needs second moments."""
+        return "coefficients"
+
+    @property
     @abstractmethod
     def edited(self) -> tuple[int, ...] | None:
         """The layers to edit. None: not chosen yet."""
@@ -79,11 +85,11 @@ class EditConfig(TargetConfig, ABC):
         """Return the settings that came with the model, or settings that suit any model."""
 
 
-@documented
 @dataclass(frozen=True)
-class RomeConfig(EditConfig):
-    """Settings of ROME: the layer, and how the target is searched (the fields of TargetConfig)."""
+class OneLayerConfig(EditConfig):
+    """What the settings of methods that edit one layer have in common."""
 
+    kind: ClassVar[str] = "the method"
     layer: int | None = None
     """The layer to edit. None: the layer of `recommended`. `propose` and a Workbench first look for
     a layer that was kept, published or measured for this model."""
@@ -99,15 +105,8 @@ class RomeConfig(EditConfig):
 
     @property
     def site(self) -> Site:
-        """ROME's targets are outputs of the down-projection."""
+        """The targets are outputs of the down-projection."""
         return "ffn"
-
-    def own_contexts(self, lm: LanguageModel, seed: int) -> list[str]:
-        """Return the bare prompt and 20 contexts that the model writes.
-
-        Those in the chat template follow, except with scale="paper": the papers have none.
-        """
-        return generate_contexts(lm, seed, chat=self.scale != "paper")
 
     @property
     def edited(self) -> tuple[int, ...] | None:
@@ -122,11 +121,26 @@ class RomeConfig(EditConfig):
         """
         if len(layers) != 1:
             raise LayerError(
-                f"ROME edits one layer; got {tuple(layers)}. Give one layer, or use a method that "
-                "edits several, such as memit.",
+                f"{self.kind} edits one layer; got {tuple(layers)}. Give one layer, or a method "
+                "that edits several, such as memit.",
                 argument="layer",
             )
         return dataclasses.replace(self, layer=layers[0])
+
+
+@documented
+@dataclass(frozen=True)
+class RomeConfig(OneLayerConfig):
+    """Settings of ROME: the layer, and how the target is searched (the fields of TargetConfig)."""
+
+    kind: ClassVar[str] = "ROME"
+
+    def own_contexts(self, lm: LanguageModel, seed: int) -> list[str]:
+        """Return the bare prompt and 20 contexts that the model writes.
+
+        Those in the chat template follow, except with scale="paper": the papers have none.
+        """
+        return generate_contexts(lm, seed, chat=self.scale != "paper")
 
     @classmethod
     def recommended(cls, lm: LanguageModel) -> Self:

@@ -22,6 +22,7 @@ from ..core.fact import Fact, listed
 from ..core.progress import Progress
 from ..corpus.moments import SecondMoment
 from ..corpus.moments_store import find_moments
+from ..corpus.scan import Site as Read
 from ..model.address import check_dense_layer
 from ..model.language_model import LanguageModel
 from . import solve
@@ -108,9 +109,12 @@ def edit_inputs(
         contexts=config.own_contexts(lm, seed) if contexts is None else check_contexts(contexts),
         moments=_checked_moments(
             lm,
-            _moments_at_hand(lm, layers, deltas, progress) if moments is None else moments,
+            _moments_at_hand(lm, layers, deltas, config.draws_on, progress)
+            if moments is None
+            else moments,
             layers,
             deltas,
+            config.draws_on,
         ),
         beneath=deltas,
         progress=progress,
@@ -224,7 +228,11 @@ def _checked_deltas(beneath: Sequence[Delta]) -> list[Delta]:
 
 
 def _moments_at_hand(
-    lm: LanguageModel, layers: Sequence[int], beneath: Sequence[Delta], progress: Progress | None
+    lm: LanguageModel,
+    layers: Sequence[int],
+    beneath: Sequence[Delta],
+    draws_on: Read,
+    progress: Progress | None,
 ) -> dict[int, SecondMoment]:
     """Return the second moments of `find_moments`, which are those of the model's present weights.
 
@@ -237,11 +245,15 @@ def _moments_at_hand(
             f"without the deltas: find_moments(lm, {list(layers)}) before they are applied",
             argument="moments",
         )
-    return find_moments(lm, layers, progress=progress)
+    return find_moments(lm, layers, site=draws_on, progress=progress)
 
 
 def _checked_moments(
-    lm: LanguageModel, moments: Moments, layers: Sequence[int], beneath: Sequence[Delta]
+    lm: LanguageModel,
+    moments: Moments,
+    layers: Sequence[int],
+    beneath: Sequence[Delta],
+    draws_on: Read,
 ) -> dict[int, SecondMoment]:
     """Return the second moment of every layer.
 
@@ -271,6 +283,7 @@ def _checked_moments(
                 "from a matrix.",
                 argument="moments",
             )
+        moment.check_site(draws_on)
         moment.check(lm, layer, base=beneath[0].fingerprint if beneath else None)
     _check_one_corpus(chosen)
     return chosen

@@ -10,6 +10,7 @@ not run, nor are the layers above. Beginnings that prompts have in common are ru
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal, TypeAlias
 
 import torch
@@ -59,6 +60,32 @@ def read_outputs(lm: LanguageModel, facts: Sequence[Fact], layer: int) -> Tensor
     """
     rows = [_up_to_subject(lm, fact.template, fact.subject) for fact in facts]
     return _at_last(lm, rows, layer, lambda replay: read_down(replay, layer)[1])
+
+
+@torch.no_grad()
+def read_inputs(
+    lm: LanguageModel, facts: Sequence[Fact], layer: int, contexts: Sequence[str]
+) -> Tensor:
+    """Return what enters the feed-forward network at the subject token, in each context.
+
+    Returns:
+        (n, n_contexts, d_model) float32.
+    """
+    rows = [
+        _up_to_subject(lm, in_context(lm, context, fact), fact.subject)
+        for fact in facts
+        for context in contexts
+    ]
+    return _at_last(lm, rows, layer, partial(_entering, layer)).view(len(facts), len(contexts), -1)
+
+
+def _entering(layer: int, replay: Replay) -> Tensor:
+    """Return what enters a feed-forward network at the first live column, (R, d_model) float32."""
+    taken: list[Tensor] = []
+    with replay.lm.ffn[layer].entering(taken.append):
+        replay.layer(layer, replay.hidden[layer])
+    (states,) = taken
+    return states.reshape(replay.batch.size, -1, states.shape[-1])[:, -replay.n_live].float()
 
 
 @torch.no_grad()

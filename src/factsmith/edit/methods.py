@@ -23,6 +23,8 @@ from ..core.fact import Fact
 from ..core.progress import Progress
 from ..model.language_model import LanguageModel, check_model
 from ..model.turns import asking
+from .append import append_facts
+from .append_config import AppendConfig
 from .configs import AlphaEditConfig, EditConfig, EmmetConfig, MemitConfig, RomeConfig
 from .delta import Delta
 from .inputs import EditInputs, Moments, distinct_facts, edit_inputs, with_targets
@@ -65,6 +67,8 @@ METHODS: dict[str, Method] = {
             partial(all_at_once, method="alphaedit"),
             _ARXIV + "2410.02355",
         ),
+        # The nearest published method trains its neurons.
+        Method("append", AppendConfig, append_facts, _ARXIV + "2301.09785"),
     )
 }
 """Every editing method by its name."""
@@ -271,6 +275,23 @@ def alphaedit(
     The paper is https://arxiv.org/abs/2410.02355. Arguments, result and errors are those of `edit`.
     """
     return edit(lm, facts, "alphaedit", config, **_renamed(options))
+
+
+@_with_options_of_edit
+def append(
+    lm: LanguageModel,
+    facts: Fact | Iterable[Fact],
+    config: AppendConfig | None = None,
+    **options: Unpack[EditOptions],
+) -> Delta:
+    """Write facts as new neurons: one fact, one appended row of a feed-forward layer.
+
+    The key of a row matches what enters the layer at the fact's subject, in closed form. The value
+    is the change that ROME searches for. Huang et al. 2023 append neurons too, trained by gradient
+    in the last layer: https://arxiv.org/abs/2301.09785. `moments` are those of inputs,
+    second_moments(..., site="inputs"). Otherwise arguments, result and errors are those of `edit`.
+    """
+    return edit(lm, facts, "append", config, **_renamed(options))
 
 
 def _renamed(options: EditOptions) -> dict[str, Any]:

@@ -47,7 +47,8 @@ def resolve(
     the old targets. Facts that a pass leaves short are written again, as often as the patch's
     settings repair.
 
-    An edit of neurons is made again from its recipe. Neurons that `beneath` erases stay erased.
+    Appended neurons stay as they are: a fact is taken out by dropping its rows. An edit of neurons
+    is made again from its recipe. Neurons that `beneath` erases stay erased.
 
     Args:
         lm: The model, carrying `beneath`.
@@ -77,6 +78,8 @@ def resolve(
             f"{counted(len(delta.facts), 'fact')} of the patch",
             argument="facts",
         )
+    if delta.appended and not delta.layers:
+        return _with_rows_of(delta, [place[fact.text] for fact in staying])
     method = find_method(delta.method)
     config, contexts = _kept_settings(delta, method.config, search=search)
     inputs = edit_inputs(
@@ -95,6 +98,23 @@ def resolve(
         solved = method.solve(inputs)
     solved = sparing(solved, beneath)
     return dataclasses.replace(solved, config=delta.config)  # the recipe is the same
+
+
+def _with_rows_of(delta: Delta, staying: Sequence[int]) -> Delta:
+    """Return a delta of appended neurons with the rows of some facts. Nothing is solved."""
+    appended = {
+        layer: rows.of(staying)
+        for layer, rows in delta.appended.items()
+        if set(rows.facts) & set(staying)
+    }
+    recorded = len(delta.convergence) == len(delta.facts)
+    return dataclasses.replace(
+        delta,
+        appended=appended,
+        facts=tuple(delta.facts[i] for i in staying),
+        v_star=delta.v_star[list(staying)],
+        convergence=tuple(delta.convergence[i] for i in staying) if recorded else (),
+    )
 
 
 def _kept_settings(

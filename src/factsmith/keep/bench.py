@@ -22,6 +22,7 @@ from ..core.fact import Fact
 from ..core.progress import Progress
 from ..corpus.moments import SecondMoment
 from ..corpus.moments_store import find_moments, kept_moments
+from ..corpus.scan import Site
 from ..edit.delta import Delta
 from ..model.address import check_dense
 from ..model.language_model import LanguageModel
@@ -190,15 +191,23 @@ class LedgerBench:
         """A block in which the model carries these deltas on top of the active ones."""
         return self._carried.exactly([*self._carried.deltas.values(), *deltas])
 
-    def kept_moments(self, layers: Sequence[int]) -> Mapping[int, SecondMoment]:
+    def kept_moments(
+        self, layers: Sequence[int], site: Site = "coefficients"
+    ) -> Mapping[int, SecondMoment]:
         """The second moments of these layers that are kept here, or came with the model."""
-        return kept_moments(self.lm, layers, self._moments_folder)
+        return kept_moments(self.lm, layers, self._moments_folder, site=site)
 
     def moments(
-        self, layers: Sequence[int], sources: Sources, progress: Progress | None
+        self,
+        layers: Sequence[int],
+        sources: Sources,
+        progress: Progress | None,
+        site: Site = "coefficients",
     ) -> Mapping[int, SecondMoment]:
         """The second moments of these layers, of the base weights: kept, or computed now."""
-        return self.find_moments(layers, texts=sources.texts, seed=sources.seed, progress=progress)
+        return self.find_moments(
+            layers, texts=sources.texts, seed=sources.seed, site=site, progress=progress
+        )
 
     def known_layers(self) -> LayerChoice | None:
         """The layers to edit as far as they are known without work: kept here, or else those of

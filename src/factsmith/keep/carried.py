@@ -441,7 +441,7 @@ def neurons_in_words(delta: Delta) -> str:
     if not edits_neurons(delta):
         return ""
     neurons = delta.config.get("neurons", ())
-    layers = ", ".join(map(str, sorted(delta.layers)))
+    layers = ", ".join(map(str, delta.touched))
     return f"{delta.method} {counted(len(neurons), 'neuron')} of layer {layers}"
 
 

@@ -373,7 +373,7 @@ class Workbench(LedgerBench):
             method=delta.method,
             config=delta.config,
             facts=delta.facts,
-            layers=sorted(delta.layers),
+            layers=list(delta.touched),
             moments=moments,
             report=report,
             message=message or neurons_in_words(delta),

@@ -186,6 +186,14 @@ def by_layer(
     return {layer: joined([delta[layer] for delta in deltas if layer in delta]) for layer in layers}
 
 
+def row_numbers(ffn: FeedForward) -> int:
+    """Return how many numbers one appended neuron of a layer has."""
+    n_keys = 2 if ffn.is_gated else 1
+    readers = [matrix for matrix in (ffn._gate, ffn._up) if matrix is not None]
+    n_biases = sum(getattr(matrix.module, "bias", None) is not None for matrix in readers)
+    return (n_keys + 1) * int(ffn.weight().shape[0]) + n_biases
+
+
 def check_widens(ffn: FeedForward) -> None:
     """Check that neurons can be appended to a layer at all.
 

@@ -215,6 +215,8 @@ def _room(bench: Bench, delta: Delta) -> str | None:
     """
     deltas = [*bench.beneath, delta]
     layers = sorted({layer for each in deltas for layer in each.layers})
+    if not layers:  # appended neurons take no room from one another
+        return None
     with bench.on_base():
         moments = bench.kept_moments(layers)
         weights = read_weights(bench.lm, layers)

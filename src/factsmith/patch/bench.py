@@ -19,6 +19,7 @@ from ..core.fact import Fact
 from ..core.progress import Progress
 from ..corpus.moments import SecondMoment
 from ..corpus.moments_store import find_moments, kept_moments
+from ..corpus.scan import Site
 from ..edit.delta import Delta, applied
 from ..model.language_model import LanguageModel
 from .layer_choice import LayerChoice, first_choice
@@ -57,11 +58,17 @@ class Bench(Protocol):
     def carrying(self, *deltas: Delta) -> AbstractContextManager[None]:
         """A block in which the model carries these deltas on top of `beneath`."""
 
-    def kept_moments(self, layers: Sequence[int]) -> Mapping[int, SecondMoment]:
+    def kept_moments(
+        self, layers: Sequence[int], site: Site = "coefficients"
+    ) -> Mapping[int, SecondMoment]:
         """The second moments of these layers that are there without work."""
 
     def moments(
-        self, layers: Sequence[int], sources: Sources, progress: Progress | None
+        self,
+        layers: Sequence[int],
+        sources: Sources,
+        progress: Progress | None,
+        site: Site = "coefficients",
     ) -> Mapping[int, SecondMoment]:
         """The second moments of these layers, of the base weights: kept, or computed now."""
 
@@ -98,16 +105,22 @@ class Scratch:
         """The model with these deltas."""
         return applied(self.lm, deltas)
 
-    def kept_moments(self, layers: Sequence[int]) -> Mapping[int, SecondMoment]:
+    def kept_moments(
+        self, layers: Sequence[int], site: Site = "coefficients"
+    ) -> Mapping[int, SecondMoment]:
         """Those that came with the model."""
-        return kept_moments(self.lm, layers)
+        return kept_moments(self.lm, layers, site=site)
 
     def moments(
-        self, layers: Sequence[int], sources: Sources, progress: Progress | None
+        self,
+        layers: Sequence[int],
+        sources: Sources,
+        progress: Progress | None,
+        site: Site = "coefficients",
     ) -> Mapping[int, SecondMoment]:
         """Those that came with the model, or computed now."""
         return find_moments(
-            self.lm, layers, texts=sources.texts, seed=sources.seed, progress=progress
+            self.lm, layers, texts=sources.texts, seed=sources.seed, site=site, progress=progress
         )
 
     def known_layers(self) -> LayerChoice | None:

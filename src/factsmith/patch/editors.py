@@ -27,6 +27,7 @@ from ..core.fact import Fact
 from ..core.progress import Progress
 from ..corpus.moments import SecondMoment
 from ..corpus.moments_store import find_moments
+from ..corpus.scan import Site
 from ..edit.configs import EditConfig
 from ..edit.delta import Delta, applied, read_weights, written
 from ..edit.finetune import FineTuneConfig, LoraConfig, TuneConfig, fine_tune, lora
@@ -77,8 +78,8 @@ def editors(
 
     Args:
         lm: The model.
-        methods: Some of rome, r-rome, memit, emmet, alphaedit, ft-l (or ft), lora. A method of your
-            own is named by its function, as "module:function" or "file.py:function"; see
+        methods: Some of rome, r-rome, memit, emmet, alphaedit, append, ft-l (or ft), lora. A method
+            of your own is named by its function, as "module:function" or "file.py:function"; see
             `own_method.py`.
         config: {method: its settings}. A method that is left out takes the recommended ones, at the
             layers known for the model, or else at a share of its depth. FT-L takes the lowest of
@@ -99,11 +100,14 @@ def editors(
     given = _by_name(config or {}, names, "config has settings for")
     settings = {name: _settings(lm, name, given.get(name)) for name in names if not is_own(name)}
     edits = [one for one in settings.values() if isinstance(one, EditConfig)]
-    layers = sorted({layer for edit in edits for layer in edit.edited or ()})
-    if layers and moments is None:
-        moments = find_moments(lm, layers, folder=folder, texts=texts, seed=seed, progress=progress)
-    by_site = {edit.site: edit for edit in edits}
-    contexts = {site: edit.own_contexts(lm, seed) for site, edit in by_site.items()}
+    by_site: dict[Site, Mapping[int, SecondMoment]] = {}
+    for site in dict.fromkeys(one.draws_on for one in edits):
+        layers = sorted({x for one in edits if one.draws_on == site for x in one.edited or ()})
+        usable = {x: m for x, m in (moments or {}).items() if m.site == site}
+        by_site[site] = usable or find_moments(
+            lm, layers, folder=folder, texts=texts, seed=seed, site=site, progress=progress
+        )
+    contexts = {kind: each.own_contexts(lm, seed) for kind, each in _kinds(edits).items()}
     writer = _Writer(lm)
 
     def editor(name: str) -> Editor:
@@ -112,10 +116,21 @@ def editors(
         setting = settings[name]
         if isinstance(setting, TuneConfig):
             return _TuningEditor(writer, name, setting, seed)
-        assert moments is not None  # computed above, where there is an edit
-        return _EditingEditor(writer, name, setting, moments, contexts[setting.site], seed)
+        return _EditingEditor(
+            writer, name, setting, by_site[setting.draws_on], contexts[_kind(setting)], seed
+        )
 
     return {name: editor(name) for name in names}
+
+
+def _kind(config: EditConfig) -> object:
+    """Return what decides which contexts the model writes: the function that asks for them."""
+    return type(config).own_contexts
+
+
+def _kinds(edits: Iterable[EditConfig]) -> dict[object, EditConfig]:
+    """Return one of the settings for each kind of contexts."""
+    return {_kind(one): one for one in edits}
 
 
 def configured(
@@ -412,7 +427,7 @@ class _Writer:
         began, self._reused = time.perf_counter(), 0.0
         change = solve()
         seconds = time.perf_counter() - began + self._reused
-        layers = list(change.layers if isinstance(change, Delta) else change)
+        layers = list(change.touched if isinstance(change, Delta) else change)
         with ExitStack() as stack:
             unseen = [layer for layer in layers if layer not in self._base]
             self._base.update(read_weights(self.lm, unseen))
@@ -427,7 +442,7 @@ class _Writer:
             yield {"seconds": seconds, "norm": self._largest_norm()}
 
     def _largest_norm(self) -> float:
-        """The largest ‖ΔW‖/‖W‖ of a layer that the open blocks changed."""
+        """The largest ‖ΔW‖/‖W‖ of a layer that the open blocks changed. Rows are not counted."""
         now = read_weights(self.lm, self._base)
         return max(
             relative_norm(now[layer].float() - base.float(), base)

@@ -22,11 +22,13 @@ from ..core.gates import Gates
 from ..core.progress import Progress, Tally, stage, tell
 from ..core.tables import Shown, Table, counted
 from ..corpus.moments import SecondMoment
+from ..corpus.scan import Site
 from ..edit.configs import EditConfig, SpreadConfig, by_depth
 from ..edit.contexts import CONTEXTS, OPENINGS
 from ..edit.questions import with_gaps
 from ..model.address import check_dense, check_dense_layer
 from ..model.answers import first_phrase, is_answered, probabilities, say
+from ..model.appended import row_numbers
 from ..model.language_model import LanguageModel, joined_notes
 from ..model.subject import fact_span
 from ..model.turns import asking
@@ -92,6 +94,11 @@ class Plan(Shown):
     made: tuple[str, ...] = ()
     config: EditConfig | None = field(default=None, compare=False)
     choice: LayerChoice | None = field(default=None, compare=False)
+
+    @property
+    def draws_on(self) -> Site:
+        """Of what the method needs second moments."""
+        return "coefficients" if self.config is None else self.config.draws_on
 
     @property
     def facts(self) -> list[Fact]:
@@ -224,14 +231,16 @@ def plan(
     entries = _compared(bench, _ask(lm, facts, progress), (), {})
     chosen = choose_layers(bench, config, sources)
     with bench.on_base():
-        moments = bench.kept_moments(chosen.layers)
-        entries = _compared(bench, entries, chosen.layers, moments)
-    notes = [] if set(moments) == set(chosen.layers) else [_NO_MOMENTS]
+        moments = bench.kept_moments(chosen.layers, config.draws_on)
+        # How near keys are to one another is measured in the space of coefficients.
+        crowding = moments if config.draws_on == "coefficients" else {}
+        entries = _compared(bench, entries, chosen.layers, crowding)
+    notes = [] if set(moments) == set(chosen.layers) else [_NO_MOMENTS[config.draws_on]]
     return Plan(
         entries=tuple(entries),
         method=recipe.method_for(facts),
         layers=chosen.layers,
-        n_bytes=_patch_bytes(lm, chosen.layers, sum(not entry.known for entry in entries)),
+        n_bytes=_patch_bytes(lm, config, chosen.layers, sum(not e.known for e in entries)),
         notes=(*_first_choice(chosen), *notes),
         advice=(
             *gap_notes(_asked(facts)),
@@ -257,10 +266,12 @@ def seconds_to_solve(lm: LanguageModel, decided: Plan) -> float:
     return len(decided.new) * seconds_to_search(lm, some, n_contexts=n_contexts, steps=steps)
 
 
-_NO_MOMENTS = (
-    "the second moments are not kept yet, so only equal keys were noticed. The first patch "
-    "computes them; `factsmith moments` does it now"
-)
+_NO_MOMENTS = {
+    "coefficients": "the second moments are not kept yet, so only equal keys were noticed. The "
+    "first patch computes them; `factsmith moments` does it now",
+    "inputs": "the statistics of what enters the layer are not kept yet; the first patch computes "
+    "them",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -451,9 +462,11 @@ def _check_moments(bench: Bench, moments: SecondMoment | Mapping[int, SecondMome
             moment.check(bench.lm, layer, base=bench.base_fingerprint)
 
 
-def _patch_bytes(lm: LanguageModel, layers: Sequence[int], n_facts: int) -> int:
-    """The size of a patch of so many facts: two factors and the keys of each layer, and the
-    targets, in float32.
+def _patch_bytes(lm: LanguageModel, config: EditConfig, layers: Sequence[int], n_facts: int) -> int:
+    """The size of a patch of so many facts in float32: two factors and the keys of each layer, and
+    the targets; or the rows of a layer.
     """
-    widths = [lm.d_model + 2 * lm.ffn[layer].d_ff for layer in layers]
+    if config.draws_on == "inputs":
+        return 4 * n_facts * len(layers) * row_numbers(lm.ffn[layers[0]])
+    widths = [lm.d_model + 2 * lm.ffn[layer].n_original for layer in layers]
     return 4 * n_facts * (sum(widths) + lm.d_model)

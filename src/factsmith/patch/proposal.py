@@ -98,12 +98,12 @@ class Proposal(Shown):
         if self.delta is None:
             return "nothing to write"
         delta = self.delta
-        layers = ", ".join(map(str, sorted(delta.layers)))
+        layers = ", ".join(map(str, delta.touched))
         names = {"solve": "solved", "verify": "verified"}
         times = ", ".join(
             f"{names[step]} in {seconds:.1f} s" for step, seconds in self.seconds.items()
         )
-        return f"{delta.method} layer {layers}, rank {delta.rank}, {delta.n_bytes:,} bytes; {times}"
+        return f"{delta.method} layer {layers}, {delta.size}, {delta.n_bytes:,} bytes; {times}"
 
     @property
     def failed(self) -> bool:
@@ -150,7 +150,7 @@ class Proposal(Shown):
             or self.layers.source not in ("trials", "depth")
         ):
             return []
-        layers = ", ".join(map(str, sorted(self.delta.layers)))
+        layers = ", ".join(map(str, self.delta.touched))
         return [f"no layer was given: layer {layers} is {self.layers.reason}"]
 
     @property
@@ -232,8 +232,9 @@ class Proposal(Shown):
             "delta": delta
             and {
                 "method": delta.method,
-                "layers": sorted(delta.layers),
+                "layers": list(delta.touched),
                 "rank": delta.rank,
+                "appended": delta.n_appended,
                 "bytes": delta.n_bytes,
             },
             "verification": self.verification and self.verification.to_dict(),
@@ -277,7 +278,7 @@ def propose(
         return Proposal(plan=plan)
     stage(progress, "second moments")
     moments = (
-        bench.moments(plan.layers, sources, progress)
+        bench.moments(plan.layers, sources, progress, plan.draws_on)
         if sources.moments is None
         else sources.moments
     )
@@ -298,11 +299,7 @@ def propose(
     solved = time.perf_counter()
     by_layer = {plan.layers[0]: moments} if isinstance(moments, SecondMoment) else moments
     weights = {layer: bench.lm.ffn[layer].original_weight() for layer in delta.layers}
-    thin = {
-        layer: by_layer[layer].too_little
-        for layer in sorted(delta.layers)
-        if by_layer[layer].is_thin
-    }
+    thin = {layer: by_layer[layer].too_little for layer in delta.touched if by_layer[layer].is_thin}
     stage(progress, "proof")
     chats = _chat_questions(bench.lm)
     verification = prove(

@@ -1,0 +1,46 @@
+"""The settings of append: the layer, and how the targets are searched.
+
+AppendConfig(layer=0)
+AppendConfig.recommended(lm)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+from ..core.documented import documented
+from ..corpus.scan import Site as Read
+from ..model.language_model import LanguageModel
+from .configs import OneLayerConfig, RomeConfig, shipped
+from .contexts import generate_openings
+
+
+@documented
+@dataclass(frozen=True)
+class AppendConfig(OneLayerConfig):
+    """Settings of append: the layer, and how targets are searched (the fields of TargetConfig)."""
+
+    kind: ClassVar[str] = "append"
+
+    @property
+    def draws_on(self) -> Read:
+        """Append draws on statistics of what enters the layer."""
+        return "inputs"
+
+    def own_contexts(self, lm: LanguageModel, seed: int) -> list[str]:
+        """Return the bare prompt and 5 openings that the model continues, then those in a chat."""
+        return generate_openings(lm, seed, chat=self.scale != "paper")
+
+    @classmethod
+    def recommended(cls, lm: LanguageModel) -> Self:
+        """Return the settings that came with the model, or settings that suit any model.
+
+        The search is that of ROME.
+
+        Raises:
+            InputError: The settings that came with the model cannot be used.
+        """
+        settings: dict[str, Any] = shipped(cls, lm) or shipped(RomeConfig, lm)
+        settings = settings or {"scale": "auto", "steps": 80, "lr": 0.1}
+        return cls(**{"layer": lm.n_layers // 6, **settings})
