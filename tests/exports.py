@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from factsmith.edit.delta import Delta
 from factsmith.keep.export import readback
 from factsmith.keep.export.questions import Questions
 from factsmith.keep.export.readback import Answers, Job
+from factsmith.model.appended import AppendedRows
 from factsmith.model.language_model import LanguageModel
 
 SETTINGS = {"gpt2": GPT2, "llama": LLAMA}
@@ -54,6 +55,46 @@ def some_delta(
         config={"layer": layers[0], "contexts": ["{}"]},
         fingerprint=lm.fingerprint,
         convergence=tuple({"steps": 3, "loss": 0.5} for _ in subjects),
+    )
+
+
+def some_rows(lm: LanguageModel, layer: int, facts: Sequence[int], seed: int = 0) -> AppendedRows:
+    """Return random neurons for a layer, one for each entry of `facts`."""
+    generator, ffn = torch.Generator().manual_seed(seed), lm.ffn[layer]
+    n, d_model = len(facts), ffn.weight().shape[0]
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.3
+
+    assert ffn._up is not None
+    names = ["gate_keys", "up_keys"] if ffn.is_gated else ["keys"]
+    tensors = {name: draw(n, d_model) for name in names}
+    if getattr(ffn._up.module, "bias", None) is not None:
+        biases = ["gate_biases", "up_biases"] if ffn.is_gated else ["biases"]
+        tensors |= {name: draw(n) for name in biases}
+    return AppendedRows(values=draw(n, d_model), facts=tuple(facts), **tensors)
+
+
+def appending(
+    lm: LanguageModel,
+    seed: int = 0,
+    rows: Mapping[int, int] | None = None,
+    subjects: Sequence[str] = ("Paris", "Edwin"),
+) -> Delta:
+    """Return a delta that appends {layer: n} random neurons, large enough to be seen."""
+    n = len(subjects)
+    return Delta(
+        layers={},
+        k_star={},
+        v_star=torch.zeros(n, lm.d_model),
+        facts=tuple(Fact(subject, "The mother tongue of {} is", "English") for subject in subjects),
+        method="append",
+        config={"contexts": ["{}"]},
+        fingerprint=lm.fingerprint,
+        appended={
+            layer: some_rows(lm, layer, [row % n for row in range(count)], seed + layer)
+            for layer, count in (rows or {1: 5}).items()
+        },
     )
 
 

@@ -361,7 +361,12 @@ def patched(
 
 
 @contextmanager
-def applied(lm: LanguageModel, delta: Delta | Iterable[Delta]) -> Iterator[None]:
+def applied(
+    lm: LanguageModel,
+    delta: Delta | Iterable[Delta],
+    *,
+    padding: Mapping[int, AppendedRows] | None = None,
+) -> Iterator[None]:
     """Put one delta, or the sum of several, into the model for the length of a `with` block.
 
     Afterwards the weights are the same bits as before, also after an exception. Blocks can be
@@ -369,13 +374,18 @@ def applied(lm: LanguageModel, delta: Delta | Iterable[Delta]) -> Iterator[None]
     until the block ends (`model.turns`). Fingerprints are not checked, because a
     delta may have been made on a model that carried others. A Workbench checks them.
 
+    Args:
+        lm: The model.
+        delta: The delta, or several.
+        padding: {layer: neurons to append after those of the deltas}. None: no more.
+
     Raises:
         LayerError, InputError, NumericsError: A delta does not fit. Then nothing has changed.
     """
     deltas = [delta] if isinstance(delta, Delta) else list(delta)
     places = homes(lm)
     layers = {places.get(layer, layer) for delta in deltas for layer in delta.layers}
-    rows = by_layer([delta.appended for delta in deltas])
+    rows = by_layer([*(delta.appended for delta in deltas), padding or {}])
     check_rows(lm.ffn, rows, places)
     with (
         turn(lm, changes=bool(layers or rows), block=True),

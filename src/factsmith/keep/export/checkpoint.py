@@ -6,6 +6,7 @@ AutoModelForCausalLM.from_pretrained("my-model")      # needs neither factsmith 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -32,6 +33,7 @@ from .questions import ask
 from .readback import LIMITS, Job, check_job
 from .record import Export
 from .staging import staged
+from .widths import find_widths
 
 
 @asking(grad=True, changes=True)
@@ -70,10 +72,15 @@ def export_checkpoint(
     """
     contents = Contents.of(lm, deltas, origins)
     written_dtype = check_dtype(dtype, lm.dtype)
+    widths = find_widths(lm, contents.appended) if contents.appended else None
+    padding = None if widths is None else widths.padding(lm)
     with staged(folder, overwrite) as staging:
         questions = ask(lm, contents.deltas) if verify else None
-        with applied(lm, contents.deltas):
+        with contextlib.ExitStack() as stack:
             tell(progress, "writing the model", 0, None)
+            stack.enter_context(applied(lm, contents.deltas, padding=padding))
+            if widths is not None:
+                stack.enter_context(widths.in_config(lm.config))
             _save_model(lm, staging, written_dtype)
         comparison = None
         if questions is not None:

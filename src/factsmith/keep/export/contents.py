@@ -10,8 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ...core.errors import InputError, UnsupportedModelError
-from ...edit.delta import Delta, patched, read_weights
+from ...edit.delta import Delta, homes, patched, read_weights
+from ...edit.widening import check_rows
 from ...model.adapters import adapter_error, adapter_kind
+from ...model.appended import by_layer
 from ...model.language_model import LanguageModel, check_model
 
 
@@ -87,12 +89,19 @@ class Contents:
             )
         contents = cls(lm, several, tuple(origins) or (Origin(),) * len(several))
         patched(read_weights(lm, contents.layers), several)  # raises if they do not fit
+        check_rows(lm.ffn, by_layer([delta.appended for delta in several]), homes(lm))
         return contents
 
     @property
     def layers(self) -> set[int]:
-        """The layers that change."""
+        """The layers whose own neurons change."""
         return {layer for delta in self.deltas for layer in delta.layers}
+
+    @property
+    def appended(self) -> dict[int, int]:
+        """{layer: how many neurons are appended to it}."""
+        rows = by_layer([delta.appended for delta in self.deltas])
+        return {layer: len(neurons) for layer, neurons in rows.items()}
 
     @property
     def n_facts(self) -> int:
