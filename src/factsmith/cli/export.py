@@ -147,7 +147,7 @@ def export(  # house: Typer reads one parameter for each option
         tell("checking the arguments", 0, None)
         import torch
 
-        from ..keep.export.formats import check_export
+        from ..keep.export.formats import check_export, check_saved
 
         options: dict[str, Any] = {
             "dtype": None if dtype is None else getattr(torch, dtype),
@@ -159,10 +159,12 @@ def export(  # house: Typer reads one parameter for each option
         }
         check_export(folder, format, **options)
         with Ledger(workspace or Path()) as ledger:
-            if not ledger.active():
+            active = ledger.active()
+            if not active:
                 raise InputError(
                     "the workspace carries no patch to export; `factsmith log` lists the patches"
                 )
+            check_saved(map(ledger.delta_folder, active), format)
         bench = stack.enter_context(opened_workspace(workspace, device, tell))
         exported = bench.export(folder, format, **options, progress=tell)
     print_result(exported.to_dict(), exported.tables(), as_json)

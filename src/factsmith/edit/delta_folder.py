@@ -184,6 +184,19 @@ def stated_rows(record: Mapping[str, Any]) -> dict[int, tuple[int, ...]]:
     return {int(layer): tuple(facts) for layer, facts in stated.items()}
 
 
+def stated_neurons(folder: Path) -> int:
+    """Return how many neurons a saved delta appends, as its record states it; no tensor is read.
+
+    Raises:
+        DamagedError: The record cannot be read.
+    """
+    with refusing_what_is_not_a_delta(folder):
+        record = json.loads((folder / _JSON).read_bytes())
+        if not isinstance(record, dict):
+            raise TypeError("its record is not a mapping")
+        return sum(map(len, stated_rows(record).values()))
+
+
 def tensors_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """Return the tensors whose names begin with a prefix, without it."""
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,12 +19,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import GPT2, byte_tokenizer, tiny_model
-from exports import names, two_deltas
+from exports import appending, names, some_delta, two_deltas
 from factsmith.core.errors import DamagedError, FingerprintError, InputError
+from factsmith.core.files import record_digest
 from factsmith.edit.delta import Delta
 from factsmith.keep.export.contents import Origin
 from factsmith.keep.export.folder import PatchFolder, read_patch
-from factsmith.keep.export.patch import export_patch
+from factsmith.keep.export.patch import equal_deltas, export_patch
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap
 
@@ -108,6 +110,46 @@ def test_patches_come_back_in_order_with_their_origins(lm: LanguageModel, folder
     )
     resign(folder)
     read_patch(folder)  # control: new checksums alone are accepted
+
+
+def test_appended_neurons_come_back(lm: LanguageModel, tmp_path: Path) -> None:
+    """Bit for bit, and the manifest says how many there are."""
+    deltas = [some_delta(lm, 1), appending(lm, 1, {0: 3, 2: 4})]
+    made = export_patch(lm, deltas, tmp_path / "out")
+    saved = read_patch(tmp_path / "out", fingerprint=lm.fingerprint)
+    for delta, patch in zip(deltas, saved.patches, strict=True):
+        assert delta.digest == patch.delta.digest
+    assert made.neurons == 7 and "7 neurons" in str(saved)
+    stated = json.loads((tmp_path / "out/factsmith.json").read_bytes())["patches"]
+    assert "neurons" not in stated[0] and stated[1]["neurons"] == 7
+    assert stated[1]["layers"] == [0, 2]
+    described = [(each["layers"], each["neurons"]) for each in saved.to_dict()["patches"]]
+    assert described == [([1], 0), ([0, 2], 7)]
+
+
+def test_deltas_differ_by_any_appended_number(lm: LanguageModel) -> None:
+    delta = appending(lm, 1, {0: 3})
+    assert equal_deltas(delta, appending(lm, 1, {0: 3}))
+    rows = delta.appended[0]
+    for name, tensor in rows.tensors().items():
+        other = tensor.clone()
+        other.view(-1)[-1] += 1e-3
+        changed = {0: dataclasses.replace(rows, **{name: other})}
+        assert not equal_deltas(delta, dataclasses.replace(delta, appended=changed)), name
+    changed = {0: dataclasses.replace(rows, facts=(1, 1, 1))}
+    assert not equal_deltas(delta, dataclasses.replace(delta, appended=changed))
+    assert not equal_deltas(delta, appending(lm, 1, {0: 3, 1: 1}))
+
+
+def test_a_manifest_that_counts_other_neurons(lm: LanguageModel, tmp_path: Path) -> None:
+    export_patch(lm, appending(lm), tmp_path / "out")
+    file = tmp_path / "out/factsmith.json"
+    record = json.loads(file.read_bytes())
+    record["patches"][0]["neurons"] = 6
+    del record["sha256"]
+    file.write_text(json.dumps({**record, "sha256": record_digest(record)}))
+    with pytest.raises(DamagedError, match="is not the patch that its manifest describes"):
+        read_patch(tmp_path / "out")
 
 
 def test_another_models_patches_and_other_folders_are_refused(

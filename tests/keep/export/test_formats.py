@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from conftest import BERT, LLAMA, VOCAB, byte_tokenizer, masking_tokenizer, tiny_model
 from exports import (
     answers_of,
+    appending,
     dense_sum,
     names,
     off,
@@ -24,6 +25,7 @@ from exports import (
     two_deltas,
 )
 from factsmith.core.errors import (
+    DamagedError,
     InputError,
     LayerError,
     ModelError,
@@ -33,7 +35,7 @@ from factsmith.core.errors import (
 from factsmith.keep.export.adapter import export_adapter
 from factsmith.keep.export.checkpoint import export_checkpoint
 from factsmith.keep.export.folder import read_patch
-from factsmith.keep.export.formats import export
+from factsmith.keep.export.formats import check_saved, export
 from factsmith.keep.export.patch import export_patch
 from factsmith.keep.export.readback import Answers, Job
 from factsmith.keep.export.record import Export
@@ -271,3 +273,51 @@ def test_bundled_models_in_every_format(name: str, tmp_path: Path) -> None:
         made = export(lm, delta, tmp_path / format, format, **options)  # type: ignore[arg-type]
         assert made.read_back is not None and made.read_back.moved > 10 * made.read_back.difference
     assert made.n_bytes > 100 * export(lm, delta, tmp_path / "patch", "patch").n_bytes
+
+
+# ── appended neurons ──────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("format", ["adapter", "gguf-adapter"])
+def test_an_adapter_cannot_hold_neurons(
+    lm: LanguageModel, tmp_path: Path, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is refused before anything is done, also next to patches that an adapter can hold."""
+    target = tmp_path / ("out.gguf" if format == "gguf-adapter" else "out")
+    monkeypatch.setattr("factsmith.core.leftovers.held", None)
+    for deltas in ([appending(lm)], [some_delta(lm, 1), appending(lm)]):
+        words = r"the patches append 5 neurons: an adapter can change weights.* Export a .*checkp"
+        with pytest.raises(InputError, match=words):
+            export(lm, deltas, target, format)
+    saved = []
+    for number, delta in enumerate((some_delta(lm, 1), appending(lm))):
+        delta.save(tmp_path / str(number))
+        saved.append(tmp_path / str(number))
+    with pytest.raises(InputError, match="the patches append 5 neurons"):
+        check_saved(saved, format)
+    check_saved(saved[:1], format)
+    check_saved(saved, "checkpoint")
+    (saved[1] / "edit.json").write_text("{}")
+    check_saved(saved, format)
+    (saved[1] / "edit.json").write_text("[]")
+    with pytest.raises(DamagedError, match="is not a delta"):
+        check_saved(saved, format)
+    assert names(tmp_path) == ["0", "0/delta.safetensors", "0/edit.json", "1"] + [
+        f"1/{name}" for name in ("delta.safetensors", "edit.json")
+    ]
+
+
+def test_the_record_counts_neurons(lm: LanguageModel, tmp_path: Path) -> None:
+    made = export(lm, [some_delta(lm, 1), appending(lm)], tmp_path / "out", verify=False)
+    text = str(made)
+    before, after = (128, 192) if "gpt2" in lm.name else (48, 64)
+    entry = "n_inner" if before == 128 else "intermediate_size"
+    assert "2 patches, 3 facts, 5 neurons, float32" in text
+    assert f"{entry} is {after} instead of {before}" in text
+    record = made.to_dict()
+    assert (record["neurons"], record["width"]) == (
+        5,
+        {"entry": entry, "before": before, "after": after},
+    )
+    plain = export(lm, some_delta(lm, 1), tmp_path / "plain", verify=False)
+    assert plain.to_dict()["width"] is None and " neurons" not in str(plain)

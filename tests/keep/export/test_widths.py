@@ -123,7 +123,7 @@ def test_each_family_is_loaded_by_plain_transformers(family: str, tmp_path: Path
     lm = wrap(tiny_model(family, **settings), byte_tokenizer())
     delta = appending(lm, 1, {0: 3, 2: 5})
     export_checkpoint(lm, delta, tmp_path / "out", verify=False)
-    assert find_widths(lm, {0: 3, 2: 5}).entry == entry
+    assert find_widths(lm, {0: 3, 2: 5}).width.entry == entry
     module, report = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", output_loading_info=True
     )
@@ -228,7 +228,7 @@ def test_an_entry_that_changes_other_weights_is_not_taken() -> None:
         settings = {**LLAMA, entry: 320, "intermediate_size": 320}
         lm = wrap(tiny_model("llama", **settings), byte_tokenizer())
         assert (entry,) in [path for path, _ in widths._candidates(lm, {1: 1})]
-        assert find_widths(lm, {1: 1}).entry == "intermediate_size"
+        assert find_widths(lm, {1: 1}).width.entry == "intermediate_size"
 
 
 def test_a_wrong_file_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from ...model.language_model import LanguageModel
 from ...model.neurons import linear_matrix
 from ...model.source import runs_remote_code
 from ...model.turns import asking
-from .contents import Contents, Origin
+from .contents import Contents, Origin, check_no_neurons
 from .dtypes import check_dtype, dtype_name
 from .lowrank import LowRank, compress
 from .manifest import as_json, write_manifest
@@ -75,8 +75,8 @@ def export_adapter(  # house: public, and promised with these names
         progress: Gets what is being done.
 
     Raises:
-        InputError: when there is no delta, a delta does not fit, the folder holds other files,
-            nothing says what the base model is, or peft is not installed.
+        InputError: when there is no delta, a delta does not fit or appends neurons, the folder
+            holds other files, nothing says what the base model is, or peft is not installed.
         UnsupportedModelError: when the model is masked, or a layer cannot have an adapter.
         NumericsError: when the adapter that was read back differs from the patched model.
         ModelError: when the adapter cannot be loaded back.
@@ -84,6 +84,7 @@ def export_adapter(  # house: public, and promised with these names
             was before.
     """
     contents = Contents.of(lm, deltas, origins)
+    check_no_neurons("adapter", contents.n_appended)
     factor_dtype = check_dtype(dtype, torch.float32)
     max_rank = check_rank(rank)
     base_name = _base_name(lm, base)

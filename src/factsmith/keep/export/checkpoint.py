@@ -96,6 +96,7 @@ def export_checkpoint(
         contents,
         files,
         dtype=dtype_name(written_dtype),
+        width=None if widths is None else widths.width,
         read_back=comparison,
     )
 

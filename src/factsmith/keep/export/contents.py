@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ...core.errors import InputError, UnsupportedModelError
+from ...core.tables import counted
 from ...edit.delta import Delta, homes, patched, read_weights
 from ...edit.widening import check_rows
 from ...model.adapters import adapter_error, adapter_kind
@@ -30,6 +31,26 @@ class Origin:
     revision: str | None = None
     message: str = ""
     moments: str | None = None
+
+
+def check_no_neurons(format: str, n: int) -> None:
+    """Check that there are no appended neurons, which an adapter cannot hold.
+
+    Args:
+        format: "adapter" or "gguf-adapter".
+        n: How many neurons the patches append.
+
+    Raises:
+        InputError: when there are some.
+    """
+    if n:
+        whole = "a checkpoint" if format == "adapter" else "a gguf file or a checkpoint"
+        raise InputError(
+            f"format is {format!r}, and the patches append {counted(n, 'neuron')}: an adapter can "
+            f"change weights, and cannot add any. Export {whole}, or a patch for another "
+            "workspace.",
+            argument="format",
+        )
 
 
 @dataclass(frozen=True)
@@ -102,6 +123,11 @@ class Contents:
         """{layer: how many neurons are appended to it}."""
         rows = by_layer([delta.appended for delta in self.deltas])
         return {layer: len(neurons) for layer, neurons in rows.items()}
+
+    @property
+    def n_appended(self) -> int:
+        """How many neurons the patches append."""
+        return sum(self.appended.values())
 
     @property
     def n_facts(self) -> int:

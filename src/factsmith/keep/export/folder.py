@@ -68,14 +68,15 @@ class PatchFolder(Shown):
             (
                 str(i),
                 p.delta.method,
-                ", ".join(map(str, sorted(p.delta.layers))),
+                ", ".join(map(str, p.delta.touched)),
+                p.delta.size,
                 str(len(p.delta.facts)),
                 p.origin.message,
             )
             for i, p in enumerate(self.patches, 1)
         ]
         model = f"{self.model} ({self.dtype}, fingerprint {self.fingerprint[:10]})"
-        columns = {"": ">", "method": "<", "layers": "<", "facts": ">", "message": "<"}
+        columns = {"": ">", "method": "<", "layers": "<", "size": "<", "facts": ">", "message": "<"}
         return [Table(f"{counted(len(rows), 'patch', 'es')} for {model}", columns, rows)]
 
     def to_dict(self) -> dict[str, Any]:
@@ -84,7 +85,9 @@ class PatchFolder(Shown):
             {
                 **vars(p.origin),
                 "method": p.delta.method,
-                "layers": sorted(p.delta.layers),
+                "layers": list(p.delta.touched),
+                "rank": p.delta.rank,
+                "neurons": p.delta.n_appended,
                 "facts": [fact.to_dict() for fact in p.delta.facts],
             }
             for p in self.patches
@@ -231,8 +234,8 @@ def _read_saved(folder: Path, manifest: Manifest, i: int) -> SavedPatch:
         delta = Delta.load(folder / place)
     except DamagedError as error:
         raise damaged(folder, str(error)) from None
-    described = (entry.method, sorted(entry.layers), _facts(folder, entry))
-    if described != (delta.method, sorted(delta.layers), delta.facts):
+    described = (entry.method, sorted(entry.layers), _facts(folder, entry), entry.neurons)
+    if described != (delta.method, list(delta.touched), delta.facts, delta.n_appended):
         raise damaged(folder, f"{place} is not the patch that its manifest describes")
     origin = Origin(revision=entry.revision, message=entry.message, moments=entry.moments)
     return SavedPatch(delta=delta, origin=origin)

@@ -20,14 +20,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ...core.errors import InputError
 from ...edit.delta import Delta
+from ...edit.delta_folder import stated_neurons
 from ...model.gguf_reading import check_libraries
 from ...model.language_model import LanguageModel
 from .adapter import check_peft, check_rank, export_adapter
 from .checkpoint import export_checkpoint
+from .contents import check_no_neurons
 from .gguf_adapter import check_factors, export_gguf_adapter
 from .gguf_file import export_gguf
 from .gguf_writing import check_type
@@ -119,6 +122,22 @@ def check_export(
         check_factors(options.get("dtype"))
     check_libraries()
     check_file(folder, overwrite)
+
+
+def check_saved(folders: Iterable[Path], format: str) -> None:
+    """Check that a format can hold saved deltas, before there is a model.
+
+    Args:
+        folders: Their folders, as `Delta.save` writes them.
+        format: The format.
+
+    Raises:
+        InputError: when one appends neurons, and the format is an adapter.
+        DamagedError: when the record of one cannot be read.
+    """
+    kind = _checked_format(format)
+    if kind in ("adapter", "gguf-adapter"):
+        check_no_neurons(kind, sum(map(stated_neurons, folders)))
 
 
 def _checked_format(format: str) -> Format:

@@ -29,7 +29,7 @@ from ...model.gguf_reading import check_libraries
 from ...model.language_model import LanguageModel
 from ...model.turns import asking
 from .adapter import check_rank
-from .contents import Contents, Origin
+from .contents import Contents, Origin, check_no_neurons
 from .gguf_base import base_file, find_base
 from .gguf_names import architecture, tensor_names
 from .gguf_writing import entry_of, read_tensor
@@ -76,7 +76,8 @@ def export_gguf_adapter(  # house: public, and named like the other exports
         progress: Gets what is being done.
 
     Raises:
-        InputError: when there is no delta, a delta does not fit, or the file may not be replaced.
+        InputError: when there is no delta, a delta does not fit or appends neurons, or the file
+            may not be replaced.
         FingerprintError: when the base file is not this model.
         UnsupportedModelError: when the model is masked, or llama.cpp has no name for its
             architecture or for a patched matrix.
@@ -86,6 +87,7 @@ def export_gguf_adapter(  # house: public, and named like the other exports
             before.
     """
     contents = Contents.of(lm, deltas, origins)
+    check_no_neurons("gguf-adapter", contents.n_appended)
     factor_dtype, max_rank = check_factors(dtype), check_rank(rank)
     check_libraries()
     check_file(folder, overwrite)

@@ -52,10 +52,14 @@ class ManifestFile(_Strict):
 
 
 class ManifestPatch(_Strict):
-    """One patch: how it was made, its facts, and where it comes from (`Origin`)."""
+    """One patch: how it was made, its facts, and where it comes from (`Origin`).
+
+    `layers` are all that it changes, and `neurons` is how many it appends to them.
+    """
 
     method: str
     layers: list[_Count]
+    neurons: _Count = 0
     facts: list[dict[str, Any]]
     revision: _Sha256 | None
     message: str
@@ -124,7 +128,8 @@ def write_manifest(
         "patches": [
             {
                 "method": delta.method,
-                "layers": sorted(delta.layers),
+                "layers": list(delta.touched),
+                **({"neurons": delta.n_appended} if delta.appended else {}),
                 "facts": [fact.to_dict() for fact in delta.facts],
                 **vars(origin),
             }

@@ -7,7 +7,7 @@ made.n_bytes, made.rank, made.read_back.difference
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,39 @@ class AdapterLayer:
     error: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class Width:
+    """How wide the layers of an export are.
+
+    Attributes:
+        entry: Where its config or its header has the width, such as "intermediate_size".
+        before: The width of the model without patches; a list if each layer has its own.
+        after: The width in the export.
+    """
+
+    entry: str
+    before: int | list[int]
+    after: int | list[int]
+
+    @classmethod
+    def of(cls, entry: str, before: Sequence[int], after: Sequence[int]) -> Width:
+        """Return the change of each layer's width, as one number if all have the same."""
+        alike = len(set(before)) == len(set(after)) == 1
+        return cls(
+            entry=entry,
+            before=before[0] if alike else list(before),
+            after=after[0] if alike else list(after),
+        )
+
+    def __str__(self) -> str:
+        """Return the change in one line."""
+        return f"{self.entry} is {_sizes(self.after)} instead of {_sizes(self.before)}"
+
+
+def _sizes(width: int | list[int]) -> str:
+    return ", ".join(f"{each:,}" for each in ([width] if isinstance(width, int) else width))
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Export(Shown):
     """An export that was written.
@@ -51,6 +84,8 @@ class Export(Shown):
         layers: For an adapter of either kind: ranks and errors of each layer.
         rank: For such an adapter: r, the same for all layers; smaller ones are padded with zeros. 0
             for other formats.
+        neurons: How many neurons the patches append.
+        width: For a checkpoint or a GGUF file with such neurons: how wide its layers are.
         read_back: The comparison with the patched model. None: it was not asked for, or the export
             is a patch, which is always compared bit for bit.
     """
@@ -64,6 +99,8 @@ class Export(Shown):
     model_bytes: int
     layers: tuple[AdapterLayer, ...] = ()
     rank: int = 0
+    neurons: int = 0
+    width: Width | None = None
     read_back: ReadBack | None = None
 
     @classmethod
@@ -81,6 +118,7 @@ class Export(Shown):
             format=format,
             patches=len(contents.deltas),
             facts=contents.n_facts,
+            neurons=contents.n_appended,
             files=files,
             model_bytes=contents.model_bytes,
             **more,
@@ -93,8 +131,14 @@ class Export(Shown):
 
     def tables(self) -> list[Table]:
         """Return what was written, how large it is next to the model, and how it was checked."""
+        neurons = [counted(self.neurons, "neuron")] if self.neurons else []
         holds = ", ".join(
-            [counted(self.patches, "patch", "es"), counted(self.facts, "fact"), self.dtype]
+            [
+                counted(self.patches, "patch", "es"),
+                counted(self.facts, "fact"),
+                *neurons,
+                self.dtype,
+            ]
         )
         size = size_text(self.n_bytes)
         if self.format not in ("checkpoint", "gguf"):
@@ -106,6 +150,8 @@ class Export(Shown):
             columns = {"layer": ">", "rank": ">", "kept": ">", "‖Δ−BA‖/‖Δ‖": ">"}
             rows = [(str(x.layer), str(x.rank), str(x.kept), f"{x.error:.1e}") for x in self.layers]
             tables.append(Table(f"LoRA of rank {self.rank}, alpha {self.rank}", columns, rows))
+        if self.width is not None:
+            tables.append(Table(str(self.width), {}))
         return [*tables, Table(self._checked(), {})]
 
     def _checked(self) -> str:
@@ -125,6 +171,7 @@ class Export(Shown):
             "files": dict(self.files),
             "bytes": self.n_bytes,
             "layers": [vars(layer) for layer in self.layers],
+            "width": None if self.width is None else vars(self.width),
             "read_back": None if self.read_back is None else vars(self.read_back),
         }
 

@@ -1,7 +1,7 @@
 """The width of each layer in a checkpoint with appended neurons, and its entry in the config.
 
     widths = find_widths(lm, {5: 12})       # 12 neurons were appended to layer 5
-    widths.entry, widths.value              # "intermediate_size", 1600
+    widths.width                            # intermediate_size is 1,600 instead of 1,536
     with applied(lm, deltas, padding=widths.padding(lm)), widths.in_config(lm.config): ...
 
 No entry is known by its name. An entry that holds the present width, or twice that, or nothing, is
@@ -29,6 +29,7 @@ from ...model.ffn import FeedForward
 from ...model.language_model import LanguageModel
 from ...model.neurons import Matrix
 from ...model.quiet import quietly
+from .record import Width
 
 MULTIPLE = 64
 """What a width is a multiple of, so that servers can cut it into tiles and shards."""
@@ -43,17 +44,14 @@ class Widths:
     Attributes:
         path: Where the config has the width: the names from the outside to the inside.
         value: What it holds in the checkpoint.
+        width: How wide the layers are, before and after.
         zeros: {layer: how many neurons of zeros follow the appended ones}.
     """
 
     path: tuple[str, ...]
     value: int | list[int]
+    width: Width
     zeros: Mapping[int, int]
-
-    @property
-    def entry(self) -> str:
-        """The entry of the config as one name."""
-        return ".".join(self.path)
 
     def padding(self, lm: LanguageModel) -> dict[int, AppendedRows]:
         """Return the neurons of zeros, by layer."""
@@ -97,9 +95,15 @@ def find_widths(lm: LanguageModel, appended: Mapping[int, int]) -> Widths:
         zeros = _zeros(lm, appended, built)
         if zeros is None:
             continue
-        if built != _widened(lm, {ffn: n + zeros[ffn.layer] for ffn, n in _all(lm, appended)}):
+        added = {ffn: n + zeros[ffn.layer] for ffn, n in _all(lm, appended)}
+        if built != _widened(lm, added):
             continue
-        widths = Widths(path=path, value=value, zeros=zeros)
+        width = Width.of(
+            ".".join(path),
+            [ffn.d_ff for ffn in added],
+            [ffn.d_ff + n for ffn, n in added.items()],
+        )
+        widths = Widths(path=path, value=value, width=width, zeros=zeros)
         check_rows(lm.ffn, widths.padding(lm), homes(lm))
         return widths
     layers = ", ".join(map(str, sorted(appended)))
