@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor
 from conftest import GPT2, LLAMA, TEXTS, VOCAB, byte_tokenizer, tiny_model
 from factsmith.core.fact import Fact
 from factsmith.corpus.moments import SecondMoment, second_moments
+from factsmith.corpus.scan import Site
+from factsmith.edit.delta import Delta
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap
 from factsmith.model.subject import subject_span
@@ -44,15 +47,41 @@ def new_model(family: str) -> LanguageModel:
     return wrap(tiny_model(family, **changes), byte_tokenizer(bos=family != "gpt2"))
 
 
-def full_rank_moments(lm: LanguageModel, layers: Iterable[int] = (0, 1)) -> dict[int, SecondMoment]:
+def full_rank_moments(
+    lm: LanguageModel, layers: Iterable[int] = (0, 1), site: Site = "coefficients"
+) -> dict[int, SecondMoment]:
     """Second moments of a few texts, with a little of the identity for the missing texts."""
+    moments = second_moments(lm, TEXTS, list(layers), site=site)
     return {
-        layer: SecondMoment.from_matrix(
-            moment.matrix + 1e-3 * moment.matrix.diagonal().mean() * torch.eye(moment.d_ff),
-            count=moment.count,
+        layer: dataclasses.replace(
+            SecondMoment.from_matrix(
+                moment.matrix + 1e-3 * moment.matrix.diagonal().mean() * torch.eye(moment.d_ff),
+                count=moment.count,
+            ),
+            site=site,
+            sample=moment.sample,
         )
-        for layer, moment in second_moments(lm, TEXTS, list(layers)).items()
+        for layer, moment in moments.items()
     }
+
+
+def change_of(delta: Delta) -> dict[str, Tensor]:
+    """What a delta changes, by name: its dense updates, and the tensors of its appended rows."""
+    updates = {f"update {layer}": delta.dense(layer) for layer in delta.layers}
+    rows = {
+        f"{name} {layer}": tensor
+        for layer, appended in delta.appended.items()
+        for name, tensor in appended.tensors().items()
+    }
+    return updates | rows
+
+
+def same_change(one: Delta, other: Delta) -> bool:
+    """Whether two deltas change the very same numbers."""
+    first, second = change_of(one), change_of(other)
+    return first.keys() == second.keys() and all(
+        torch.equal(first[name], second[name]) for name in first
+    )
 
 
 def relative(a: Tensor, b: Tensor) -> float:

@@ -119,8 +119,9 @@ def test_recommended_settings_fit_any_model(method: str) -> None:
     assert config.edited and max(config.edited) < lm.n_layers and config.scale == "auto"
     assert config.at([1]).edited == (1,)
     config = dataclasses.replace(config, steps=3).at([1])
-    delta = edit(lm, FACTS[0], method, config, moments=full_rank_moments(lm))
-    assert sorted(delta.layers) == [1]
+    moments = full_rank_moments(lm, site=config.draws_on)
+    delta = edit(lm, FACTS[0], method, config, moments=moments)
+    assert delta.touched == (1,)
     assert len(lm.tokenizer) == VOCAB
 
 

@@ -14,12 +14,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from conftest import GPT2, LLAMA, TEXTS, byte_tokenizer, tiny_model
-from editing import FACTS, SEARCH, full_rank_moments, new_model
+from editing import FACTS, SEARCH, full_rank_moments, new_model, same_change
 from factsmith.core.errors import FactsmithError, InputError, NumericsError, UnsupportedModelError
 from factsmith.core.fact import Fact
 from factsmith.corpus.moments import SecondMoment, second_moments
 from factsmith.corpus.moments_store import find_moments
-from factsmith.edit.configs import AlphaEditConfig, EditConfig, EmmetConfig, MemitConfig, RomeConfig
+from factsmith.edit.append_config import AppendConfig
+from factsmith.edit.configs import (
+    AlphaEditConfig,
+    EditConfig,
+    EmmetConfig,
+    MemitConfig,
+    RomeConfig,
+    SpreadConfig,
+)
 from factsmith.edit.delta import Delta, applied, read_weights
 from factsmith.edit.methods import METHODS, method_for
 from factsmith.edit.methods import edit as edit_model
@@ -34,8 +42,12 @@ CONFIGS: dict[str, EditConfig] = {
     "memit": MemitConfig((0, 1), moment_weight=1e-4, **SEARCH),
     "emmet": EmmetConfig((0, 1), ridge=0, **SEARCH),
     "alphaedit": AlphaEditConfig((0, 1), threshold=None, energy=0.01, l2=1e-7, **SEARCH),
+    "append": AppendConfig(layer=1, **SEARCH),
 }
 every_method = pytest.mark.parametrize("method", list(METHODS))
+UPDATING = [method for method in METHODS if method != "append"]
+"""The methods that update weights. Appended neurons have tests of their own (test_append.py)."""
+every_update = pytest.mark.parametrize("method", UPDATING)
 
 
 @cache
@@ -44,8 +56,8 @@ def model() -> LanguageModel:
 
 
 @cache
-def moments() -> dict[int, SecondMoment]:
-    return full_rank_moments(model())
+def moments(method: str = "rome") -> dict[int, SecondMoment]:
+    return full_rank_moments(model(), site=CONFIGS[method].draws_on)
 
 
 def edit(
@@ -55,7 +67,7 @@ def edit(
     lm = lm or model()
     before = read_weights(lm, range(lm.n_layers)) if not lm.ffn[0].n_experts else {}
     try:
-        usual = {"moments": moments(), "contexts": CONTEXTS, "config": CONFIGS[method]}
+        usual = {"moments": moments(method), "contexts": CONTEXTS, "config": CONFIGS[method]}
         arguments = {**usual, **changes}
         return edit_model(lm, facts, method, arguments.pop("config"), **arguments)
     finally:
@@ -98,9 +110,8 @@ def test_every_method_is_tested() -> None:
 def test_targets_with_and_without_a_leading_space_are_one(method: str, target: str) -> None:
     fact = dataclasses.replace(FACTS[1], target=target)
     delta, same = edit(method, fact), edit(method, dataclasses.replace(fact, target=f" {target}"))
-    assert all(torch.equal(delta.dense(layer), same.dense(layer)) for layer in delta.layers)
-    other = edit(method, dataclasses.replace(fact, target=f"{target} too"))
-    assert not all(torch.equal(delta.dense(layer), other.dense(layer)) for layer in delta.layers)
+    assert same_change(delta, same)
+    assert not same_change(delta, edit(method, dataclasses.replace(fact, target=f"{target} too")))
 
 
 @every_method
@@ -125,9 +136,9 @@ def test_several_words_and_a_fact_to_forget(method: str) -> None:
 
     before, far = probability(words), distance()
     kind = METHODS[method].config
-    changes = {} if method.endswith("rome") else {"repair": 0}
+    changes = {"repair": 0} if issubclass(kind, SpreadConfig) else {}
     config = dataclasses.replace(kind.recommended(lm).at([0]), **changes)
-    facts, held = [words, forgotten], find_moments(lm, [0])
+    facts, held = [words, forgotten], find_moments(lm, [0], site=config.draws_on)
     delta = edit_model(lm, facts, method, config, moments=held, contexts=["{}"])
     with applied(lm, delta):
         after, near = probability(words), distance()
@@ -137,7 +148,7 @@ def test_several_words_and_a_fact_to_forget(method: str) -> None:
     assert lm.says([forgotten.text], ["Sofia"]) == [True]
 
 
-@every_method
+@every_update
 def test_a_subject_that_is_the_whole_prompt(method: str) -> None:
     """v_star is reached after its last token: by the down-projection (ROME), or in the stream."""
     lm, fact = model(), Fact("Edwin", "{}", "Brazil")
@@ -165,7 +176,7 @@ def test_nothing_can_be_forgotten_that_is_the_whole_prompt(method: str) -> None:
 # ── numbers ───────────────────────────────────────────────────────────────────────────────────────
 
 
-@every_method
+@every_update
 def test_weights_in_bfloat16(method: str) -> None:
     """The delta is float32, and near that of the same weights in float32.
 
@@ -225,7 +236,7 @@ SINGULAR: dict[str, Callable[[], Tensor]] = {
 }
 
 
-@every_method
+@every_update
 @pytest.mark.parametrize("kind", list(SINGULAR))
 def test_a_singular_second_moment_gives_a_bounded_edit(method: str, kind: str) -> None:
     """It is solved with the jitter of `cholesky`. The edit is finite and not much longer."""
@@ -236,7 +247,7 @@ def test_a_singular_second_moment_gives_a_bounded_edit(method: str, kind: str) -
         assert delta.dense(layer).norm() < 3 * plain.dense(layer).norm()
 
 
-@every_method
+@every_update
 @pytest.mark.parametrize(
     ("matrix", "words"),
     [
@@ -275,7 +286,7 @@ def test_a_threshold_above_all_eigenvalues_protects_nothing_and_is_refused() -> 
 def test_a_fact_given_twice_is_written_once(method: str) -> None:
     twice, once = edit(method, [*FACTS, FACTS[1]]), edit(method, FACTS)
     assert twice.facts == tuple(FACTS)
-    assert all(torch.equal(twice.dense(layer), once.dense(layer)) for layer in once.layers)
+    assert same_change(twice, once)
 
 
 @every_method
@@ -295,7 +306,7 @@ SAME_KEY = [FACTS[1], Fact("Edwin", "{} plays", "basketball")]
 """A key does not depend on what follows the subject, so these two share one."""
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "emmet"])
+@pytest.mark.parametrize("method", [m for m in UPDATING if m != "emmet"])
 def test_one_key_with_two_targets_is_recorded(method: str) -> None:
     """The edit is not much longer than one for either fact."""
     delta = edit(method, SAME_KEY)
@@ -330,7 +341,7 @@ GENTLE: dict[str, EditConfig] = {
 """With ridges that are large compared with the differences between keys."""
 
 
-@every_method
+@every_update
 def test_nearly_collinear_keys_are_recorded_and_do_not_break_the_model(method: str) -> None:
     """A ridge bounds the length of the edit. Other text stays even without one."""
     lm = model()
@@ -377,7 +388,7 @@ def test_experts_are_refused(method: str) -> None:
     assert lm.fingerprint == before
 
 
-@every_method
+@every_update
 def test_dense_layers_next_to_experts_are_named_and_edited(method: str) -> None:
     lm = wrap(tiny_model("qwen2_moe", **QWEN_MOE, mlp_only_layers=[0, 2]), byte_tokenizer(bos=True))
     assert [ffn.n_experts for ffn in lm.ffn] == [0, 4, 0]

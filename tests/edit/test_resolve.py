@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from conftest import TEXTS
-from editing import new_model, output_at_subject
+from editing import change_of, full_rank_moments, new_model, output_at_subject, same_change
 from factsmith.core.errors import InputError
 from factsmith.core.fact import Fact
 from factsmith.corpus.moments import SecondMoment
 from factsmith.corpus.moments_store import find_moments
 from factsmith.edit import rome as editing_one_by_one
 from factsmith.edit import spread as editing_all_at_once
+from factsmith.edit.append_config import AppendConfig
 from factsmith.edit.configs import AlphaEditConfig, EditConfig, EmmetConfig, MemitConfig, RomeConfig
 from factsmith.edit.delta import Delta, applied
 from factsmith.edit.methods import METHODS, edit
@@ -57,7 +58,7 @@ def close(one: Delta, other: Delta) -> bool:
     )
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CONFIG)
 def test_on_the_model_it_was_made_on_it_is_the_same(
     lm: LanguageModel, moments: dict[int, SecondMoment], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +108,36 @@ def test_some_facts_are_what_they_would_be_alone(
     chosen, facts = Targets.gathered([(targets, 2), (targets, 0)]), [FACTS[2], FACTS[0]]
     alone = edit(lm, facts, name, CONFIG[name], moments=moments, contexts=contexts, targets=chosen)
     assert close(part, alone) and not close(part, delta) and part.facts == (FACTS[2], FACTS[0])
+
+
+def test_every_method_is_tested() -> None:
+    assert {*CONFIG, "append"} == set(METHODS)
+
+
+def test_of_appended_neurons_some_facts_are_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read, searched or solved: not even moments are needed."""
+    lm = new_model("gpt2")
+    moments = full_rank_moments(lm, site="inputs")
+    config = AppendConfig(layer=1, steps=3)
+    delta = edit(lm, FACTS, "append", config, moments=moments, contexts=["{}"])
+
+    def no_pass(*args: Any, **options: Any) -> Any:
+        raise AssertionError("the model ran")
+
+    monkeypatch.setattr(lm.module, "forward", no_pass)
+    assert same_change(resolve(lm, delta, moments={}), delta)
+    part = resolve(lm, delta, [FACTS[2], FACTS[0]], moments={}, search=True)
+    assert part.facts == (FACTS[2], FACTS[0])
+    rows, whole = part.appended[1], delta.appended[1]
+    kept = [row for row, fact in enumerate(whole.facts) if fact != 1]
+    assert all(torch.equal(t, whole.tensors()[name][kept]) for name, t in rows.tensors().items())
+    assert [part.facts[i] for i in rows.facts] == [FACTS[whole.facts[row]] for row in kept]
+    assert torch.equal(part.v_star, delta.v_star[[2, 0]])
+    assert part.convergence == (delta.convergence[2], delta.convergence[0])
+    assert len(change_of(part)["values 1"]) < len(change_of(delta)["values 1"]), "the control"
+    for facts in ([], [dataclasses.replace(FACTS[0], target="Czech")]):
+        with pytest.raises(InputError, match="expected some of the 3 facts"):
+            resolve(lm, delta, facts, moments={})
 
 
 def test_refusals(lm: LanguageModel, moments: dict[int, SecondMoment]) -> None:

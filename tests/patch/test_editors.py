@@ -14,6 +14,7 @@ from factsmith.core.errors import InputError
 from factsmith.core.fact import Fact
 from factsmith.corpus.moments_store import find_moments
 from factsmith.edit import rome, spread
+from factsmith.edit.append_config import AppendConfig
 from factsmith.edit.configs import AlphaEditConfig, EmmetConfig, MemitConfig, RomeConfig
 from factsmith.edit.delta import Delta
 from factsmith.edit.finetune import FineTuneConfig, LoraConfig
@@ -43,6 +44,7 @@ CONFIG: dict[str, Any] = {
     "alphaedit": AlphaEditConfig(
         **{**SPREAD, "moment_weight": None}, threshold=None, energy=0.7, l2=1.0
     ),
+    "append": AppendConfig(layer=1, steps=2),
     "ft-l": FineTuneConfig(layers=(1,), steps=2, epochs=1),
     "lora": LoraConfig(layers=(0, 1), steps=2, epochs=1, lr=0.05),
 }
@@ -58,8 +60,12 @@ def lm() -> LanguageModel:
 @pytest.fixture(scope="module")
 def writers(lm: LanguageModel) -> dict[str, Any]:
     """Every editor. They share targets where they can."""
-    moments = find_moments(lm, [0, 1], texts=TEXTS * 20, max_tokens=3000)
-    return dict(editors(lm, NAMES, config=CONFIG, moments=moments))
+    held = find_moments(lm, [0, 1], texts=TEXTS * 20, max_tokens=3000)
+    inputs = find_moments(lm, [1], texts=TEXTS * 20, site="inputs")
+    names = [name for name in NAMES if name != "append"]
+    updating = editors(lm, names, config={n: CONFIG[n] for n in names}, moments=held)
+    appending = editors(lm, ["append"], config={"append": CONFIG["append"]}, moments=inputs)
+    return {**updating, **appending}
 
 
 def weights(lm: LanguageModel) -> dict[str, torch.Tensor]:
@@ -83,7 +89,30 @@ def record(n: int, fact: Fact) -> Record:
     )
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_every_editor_is_tested(writers: dict[str, Any]) -> None:
+    assert set(writers) == set(NAMES) == set(CONFIG)
+
+
+def test_append_widens_a_layer_and_gives_it_back(
+    lm: LanguageModel, writers: dict[str, Any]
+) -> None:
+    before, parameters = weights(lm), list(lm.module.parameters())
+    for _ in range(2):
+        with writers["append"](FACTS[:1]) as notes, writers["append"](FACTS[1:2]):
+            now = lm.module.state_dict()
+            wider = {name for name, value in now.items() if value.shape != before[name].shape}
+            assert wider == {
+                f"transformer.h.1.mlp.{name}"
+                for name in ("c_fc.weight", "c_fc.bias", "c_proj.weight")
+            }
+            assert notes["norm"] == 0 and notes["seconds"] > 0
+            assert now["transformer.h.1.mlp.c_proj.weight"].shape[0] == lm.ffn[1].d_ff
+            assert lm.ffn[1].d_ff >= lm.ffn[1].n_original + 2
+        assert not changed(lm, before)
+        assert all(a is b for a, b in zip(lm.module.parameters(), parameters, strict=True))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "append"])
 def test_every_editor_writes_and_restores(
     lm: LanguageModel, writers: dict[str, Any], name: str
 ) -> None:
