@@ -18,6 +18,7 @@ from devices import Placed, devices, spread
 from factsmith.core.errors import UnsupportedModelError
 from factsmith.core.fact import Fact
 from factsmith.corpus.moments import second_moments
+from factsmith.edit.append_config import AppendConfig
 from factsmith.edit.configs import AlphaEditConfig, EditConfig, EmmetConfig, MemitConfig, RomeConfig
 from factsmith.edit.contexts import generate_openings
 from factsmith.edit.delta import applied
@@ -38,6 +39,7 @@ CONFIGS: dict[str, EditConfig] = {
     "alphaedit": AlphaEditConfig(
         (0, 1), threshold=None, energy=0.01, l2=0.01, norm_anchor="mean", **SEARCH
     ),
+    "append": AppendConfig(layer=1, **SEARCH),
 }
 CONTEXTS = ["{}", "Paris. {}"]
 FACTS = [
@@ -132,7 +134,8 @@ def test_edits_of_a_model_in_parts_are_those_of_the_whole(
         if family == "gpt2":
             assert second_moments(lm, TEXTS, [1], dtype=torch.bfloat16)[1].count == moments[1].count
             assert generate_openings(lm, 0) == generate_openings(one, 0)
-        for method in METHODS if family == "llama" else ["memit"]:
+        updating = [method for method in METHODS if method != "append"]
+        for method in updating if family == "llama" else ["memit"]:
             config = CONFIGS[method]
             delta = edit(lm, FACTS, method, config, moments=spread_moments, contexts=CONTEXTS)
             expected = edit(one, FACTS, method, config, moments=moments, contexts=CONTEXTS)
@@ -149,6 +152,33 @@ def test_edits_of_a_model_in_parts_are_those_of_the_whole(
                     changed, one.log_prob(["Edwin is"], [" a king"]), rtol=1e-3, atol=1e-3
                 )
         assert places(lm) == before and lm.fingerprint == one.fingerprint
+
+
+def test_neurons_are_appended_where_their_layer_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = whole("gpt2")
+    moments = second_moments(one, TEXTS, [1], site="inputs")
+    with devices():
+        lm = in_parts("gpt2", monkeypatch)
+        before, parameters = places(lm), list(lm.module.parameters())
+        held = second_moments(lm, TEXTS, [1], site="inputs")
+        torch.testing.assert_close(held[1].matrix.cpu(), moments[1].matrix)
+        config, facts = CONFIGS["append"], [FACTS[0], FACTS[2]]
+        delta = edit(lm, facts, "append", config, moments=moments, contexts=CONTEXTS)
+        expected = edit(one, facts, "append", config, moments=moments, contexts=CONTEXTS)
+        for name, tensor in delta.appended[1].tensors().items():
+            assert str(tensor.device) == "cpu"
+            wanted = expected.appended[1].tensors()[name]
+            torch.testing.assert_close(tensor, wanted, rtol=1e-2, atol=1e-3)
+        with applied(lm, delta):
+            changed = lm.log_prob(["It is played by LeBron James"], [" basketball"]).cpu()
+            assert places(lm) == before
+        with applied(one, delta):
+            same = one.log_prob(["It is played by LeBron James"], [" basketball"])
+        torch.testing.assert_close(changed, same, rtol=1e-4, atol=1e-4)
+        plain = one.log_prob(["It is played by LeBron James"], [" basketball"])
+        assert (same - plain).abs().max() > 1e-3, "the control"
+        assert places(lm) == before and lm.fingerprint == one.fingerprint
+        assert all(a is b for a, b in zip(lm.module.parameters(), parameters, strict=True))
 
 
 def test_a_workbench_on_a_model_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
