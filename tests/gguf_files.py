@@ -114,10 +114,13 @@ def _add_fields(writer: Any, family: str, module: Any, fields: dict[str, Any]) -
     writer.add_add_bos_token(False)
     for name, value in fields.items():
         key = name.replace("__", ".")
+        writer.kv_data[0].pop(key, None)
         if value is None:
-            writer.kv_data[0].pop(key)
-        elif isinstance(value, str):
+            continue
+        if isinstance(value, str):
             writer.add_key_value(key, value, gguf.GGUFValueType.STRING)
+        elif isinstance(value, list):
+            writer.add_key_value(key, value, gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.UINT32)
         elif isinstance(value, float):
             writer.add_key_value(key, value, gguf.GGUFValueType.FLOAT32)
         else:

@@ -399,20 +399,35 @@ def applied(
 
 
 @contextmanager
-def written(lm: LanguageModel, weights: Mapping[int, Tensor]) -> Iterator[None]:
-    """Put down-projections {l: (d_model, d_ff)} into the model for the length of a `with` block.
+def written(
+    lm: LanguageModel,
+    weights: Mapping[int, Tensor],
+    *,
+    appended: Mapping[int, AppendedRows] | None = None,
+) -> Iterator[None]:
+    """Put down-projections into the model for the length of a `with` block.
 
     Afterwards the weights are the same bits as before.
 
+    Args:
+        lm: The model.
+        weights: {layer: (d_model, d_ff)} in the model's dtype.
+        appended: {layer: neurons to append}. None: none.
+
     Raises:
-        LayerError, InputError, NumericsError: As `write_weights`. Then nothing has changed.
+        LayerError, InputError, NumericsError: As `write_weights` and `applied`. Then nothing has
+            changed.
     """
+    rows = appended or {}
+    check_rows(lm.ffn, rows, homes(lm))
     with (
-        turn(lm, changes=bool(weights), block=True),
+        turn(lm, changes=bool(weights or rows), block=True),
         lm.gap_choices.held(lm),
-        _lent(lm, weights),
+        _lent(lm, weights, rows),
     ):
         write_weights(lm, weights)
+        for layer, neurons in rows.items():
+            widen(lm.ffn[layer], neurons)
         yield
 
 

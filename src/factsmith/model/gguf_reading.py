@@ -105,6 +105,7 @@ def convert(
         with quietly(), _reported(progress, f"dequantising {header.path.name}"):
             config = AutoConfig.from_pretrained(**place, local_files_only=True)
             _set_length(header, config)
+            _set_width(header, config)
             check_sizes(source, config.to_dict(), [each.shape for each in header.tensors])
             if type(config) not in AutoModelForCausalLM._model_mapping:
                 raise ModelError(
@@ -279,6 +280,13 @@ def _set_length(header: Header, config: Any) -> None:
     present = getattr(config, "max_position_embeddings", None)
     if isinstance(length, int) and isinstance(present, int) and 0 < length != present:
         config.max_position_embeddings = length
+
+
+def _set_width(header: Header, config: Any) -> None:
+    """Give a config the width of the layers where it computes it from another size by default."""
+    width = header.fields.get(f"{header.architecture}.feed_forward_length")
+    if isinstance(width, int) and getattr(config, "n_inner", 0) is None:
+        config.n_inner = width
 
 
 def _set_ends(header: Header, module: Any) -> None:

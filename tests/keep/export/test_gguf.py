@@ -119,15 +119,15 @@ def test_a_change_that_was_written_wrongly_is_refused(
     lm = load(base)
     write = gguf_file.write_replaced
 
-    def turned(header: Any, target: Path, changes: Any) -> None:
+    def turned(header: Any, target: Path, *_: Any) -> None:
         write(header, target, {})
 
     monkeypatch.setattr(gguf_file, "write_replaced", turned)
     with pytest.raises(NumericsError, match="not the patched model"):
         export_gguf(lm, some_delta(lm, 1, scale=0.5), tmp_path / "patched.gguf")
 
-    def elsewhere(header: Any, target: Path, changes: Any) -> None:
-        write(header, target, changes)
+    def elsewhere(header: Any, target: Path, *changes: Any) -> None:
+        write(header, target, *changes)
         content = bytearray(target.read_bytes())
         content[header.data_start + 5] ^= 1
         target.write_bytes(content)

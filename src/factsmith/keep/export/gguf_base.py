@@ -17,10 +17,11 @@ from torch import Tensor
 from ...core.errors import FingerprintError, InputError, ModelError, UnsupportedModelError
 from ...core.files import file_digest
 from ...edit.delta import read_weights
-from ...model.gguf_header import Header, check_is_model, read_header
+from ...model.gguf_header import Header, TensorEntry, check_is_model, read_header
 from ...model.language_model import LanguageModel
 from .gguf_names import tensor_names
-from .gguf_writing import entry_of, n_bytes_of, read_tensor
+from .gguf_types import n_bytes_of
+from .gguf_writing import entry_of, read_tensor
 
 _LEAST_ERROR = 5e-3
 
@@ -105,36 +106,54 @@ def find_base(
                 f"{path} has no tensor {name}, the down-projection of layer {layer}; llama.cpp "
                 "stores this model in another way. Export a checkpoint."
             )
-        if header.data_start + entry.offset + n_bytes_of(entry) > header.n_bytes:
-            raise ModelError(
-                f"{path} is damaged: it ends before the end of the tensor {name}; copy or download "
-                "it again"
-            )
+        check_whole(header, entry)
         shape = (lm.d_model, lm.ffn[layer].d_ff)
         if entry.shape != shape:
             raise _other_model(lm, path, f"{name} is {entry.shape} instead of {shape}")
         weights[layer] = read_tensor(header, entry)
         if not is_own:
-            _check_near(lm, path, layer, weights[layer], 8 * n_bytes_of(entry) / entry.n_numbers)
+            (expected,) = read_weights(lm, [layer]).values()
+            check_near(lm, header, entry, weights[layer], expected)
     return Base(header=header, sha256=digest, names=names, weights=weights)
 
 
-def _check_near(lm: LanguageModel, path: Path, layer: int, weight: Tensor, bits: float) -> None:
-    """Check that a matrix of a file is the model's, but for what quantising to so many bits loses.
+def check_whole(header: Header, entry: TensorEntry) -> None:
+    """Check that a file holds a whole tensor.
+
+    Raises:
+        ModelError: when it ends before.
+    """
+    if header.data_start + entry.offset + n_bytes_of(entry) > header.n_bytes:
+        raise ModelError(
+            f"{header.path} is damaged: it ends before the end of the tensor {entry.name}; copy or "
+            "download it again"
+        )
+
+
+def check_near(
+    lm: LanguageModel, header: Header, entry: TensorEntry, weight: Tensor, matrix: Tensor
+) -> None:
+    """Check that a matrix of a file is the model's, except for what quantising loses.
+
+    Args:
+        lm: The model.
+        header: The head of the file.
+        entry: The tensor.
+        weight: Its numbers.
+        matrix: The model's matrix.
 
     Raises:
         FingerprintError: when it is not.
     """
-    (expected,) = read_weights(lm, [layer]).values()
-    expected = expected.float().cpu()
+    bits, expected = 8 * n_bytes_of(entry) / entry.n_numbers, matrix.detach().float().cpu()
     off = float((weight - expected).norm() / expected.norm().clamp_min(1e-30))
     # Quantising to b bits loses about 1.5 / 2^b of a matrix.
     allowed = min(max(4 / 2**bits, _LEAST_ERROR), _MOST_ERROR)
     if not off <= allowed:
         raise _other_model(
             lm,
-            path,
-            f"the down-projection of layer {layer} differs by {off:.2g} of its size, and "
+            header.path,
+            f"{entry.name} differs by {off:.2g} of its size, and "
             f"quantising to {bits:.2g} bits explains {allowed:.2g}",
         )
 

@@ -24,7 +24,9 @@ from ...model.language_model import LanguageModel
 from ...model.turns import asking
 from .contents import Contents, Origin
 from .gguf_base import Base, find_base
+from .gguf_width import widening
 from .gguf_writing import (
+    Change,
     check_replaced,
     check_type,
     entry_of,
@@ -86,16 +88,17 @@ def export_gguf(  # house: public, and named like the other exports
     check_libraries()
     check_file(folder, overwrite)
     tell(progress, "reading the base file", 0, None)
-    file = find_base(lm, contents.layers, base)
+    file = find_base(lm, contents.layers | contents.appended.keys(), base)
     check_not_base(folder, file.header.path, None if lm.gguf is None else lm.gguf.path)
+    wide = widening(lm, file, contents.deltas, kind) if contents.appended else None
     with staged_file(folder, overwrite) as staging:
         target = staging / Path(folder).name
         tell(progress, "writing the file", 0, None)
-        new = patched(file.weights, contents.deltas)
-        changes = {file.names[layer]: quantised(weight, kind) for layer, weight in new.items()}
-        write_replaced(file.header, target, changes)
+        changes = _changes(file, contents.deltas, kind) if wide is None else wide.changes
+        fields = None if wide is None else wide.fields
+        write_replaced(file.header, target, changes, fields)
         tell(progress, "reading it back", 0, None)
-        head = check_replaced(file.header, target, changes)
+        head = check_replaced(file.header, target, changes, fields)
         written = _read(head, file)
         comparison = None
         if verify:
@@ -105,17 +108,25 @@ def export_gguf(  # house: public, and named like the other exports
                 _as_in_model(lm, file, written),
                 max(LIMITS[lm.dtype], LIMITS[_LIMITS.get(kind, torch.bfloat16)]),
                 "" if kind == "F32" else "Write the patched tensors in F32.",
+                appended=None if wide is None else wide.rows_in(head),
             )
         stated = ManifestBase(
             name=file.header.path.name, bytes=file.header.n_bytes, sha256=file.sha256
         )
         sizes = write_manifest(staging, "gguf", contents, comparison, stated)
     files = as_placed(sizes, folder)
-    return Export.of(folder, "gguf", contents, files, dtype=kind, read_back=comparison)
+    width = None if wide is None else wide.width
+    return Export.of(folder, "gguf", contents, files, dtype=kind, width=width, read_back=comparison)
+
+
+def _changes(file: Base, deltas: Sequence[Delta], kind: str) -> dict[str, Change]:
+    """Return the matrices that deltas without appended neurons change."""
+    new = patched(file.weights, deltas)
+    return {file.names[layer]: quantised(weight, kind) for layer, weight in new.items()}
 
 
 def _read(head: Header, file: Base) -> dict[int, Tensor]:
-    """Return the patched matrices of a file that was written."""
+    """Return the patched matrices of a file that was written, without appended neurons."""
     written = {}
     for layer, name in file.names.items():
         entry = entry_of(head, name)
@@ -123,7 +134,7 @@ def _read(head: Header, file: Base) -> dict[int, Tensor]:
             raise NumericsError(
                 f"The file that was written lacks {name}. Nothing was kept; please report this."
             )
-        written[layer] = read_tensor(head, entry)
+        written[layer] = read_tensor(head, entry)[:, : file.weights[layer].shape[1]]
     return written
 
 

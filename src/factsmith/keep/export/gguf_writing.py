@@ -1,27 +1,30 @@
 """A GGUF file again, with some of its tensors replaced: everything else is the same bytes.
 
-    numbers = read_tensor(header, "blk.5.ffn_down.weight")             # float32, dequantised
+    numbers = read_tensor(header, entry)                               # float32, dequantised
     write_replaced(header, target, {name: quantised(numbers, "Q8_0")})
-    check_replaced(header, target, {name})                             # byte for byte
+    check_replaced(header, target, {name: ...})                        # byte for byte
 
-The fields are copied as they are. A new tensor may have another size, so the offsets of those after
-it change; their bytes do not.
+The fields are copied, except for bytes that the caller gives. A new tensor may have another size,
+so the offsets of those after it change; their bytes do not. A tensor may also be padded with zeros
+in its own type (`gguf_padding`).
 """
 
 from __future__ import annotations
 
+import math
 import struct
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, TypeAlias
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ...core.errors import InputError, NumericsError
 from ...model.gguf_header import Header, TensorEntry, read_header
+from .gguf_padding import Padding, is_padded, write_padded
+from .gguf_types import dequantised, n_bytes_of, n_bytes_of_row
 
 TYPES = ("F16", "Q8_0", "BF16", "F32")
 """The types in which a replaced tensor can be written."""
@@ -35,11 +38,16 @@ class Replacement:
 
     Attributes:
         type: The number of its ggml type.
+        shape: Its shape in PyTorch's order.
         data: Its bytes.
     """
 
     type: int
+    shape: tuple[int, ...]
     data: bytes
+
+
+Change: TypeAlias = Replacement | Padding
 
 
 def check_type(name: str | None) -> str:
@@ -78,32 +86,12 @@ def quantised(numbers: Tensor, type: str) -> Replacement:
             f"A patched tensor has numbers too large for {type}. Write it in BF16 or F32.",
             argument="tensor_type",
         )
-    return Replacement(int(kind), data.tobytes())
-
-
-def dequantised(type: int, data: Any, shape: tuple[int, ...]) -> Tensor:
-    """Return the numbers of a tensor as float32, from the bytes of its type."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
-
-    kind = GGMLQuantizationType(type)
-    block, n_bytes = GGML_QUANT_SIZES[kind]
-    plain = {"F32": np.float32, "F16": np.float16}.get(kind.name)
-    raw = np.frombuffer(bytes(data), np.uint8)
-    rows = raw.view(plain) if plain is not None else raw.reshape(-1, shape[-1] // block * n_bytes)
-    return torch.from_numpy(np.array(dequantize(rows, kind), np.float32)).reshape(shape)
+    return Replacement(int(kind), tuple(numbers.shape), data.tobytes())
 
 
 def entry_of(header: Header, name: str) -> TensorEntry | None:
     """Return a tensor's entry by its name; None if the file does not have it."""
     return next((each for each in header.tensors if each.name == name), None)
-
-
-def n_bytes_of(entry: TensorEntry) -> int:
-    """Return how many bytes the data of a tensor has."""
-    from gguf import GGML_QUANT_SIZES
-
-    block, n_bytes = GGML_QUANT_SIZES[entry.type]
-    return int(entry.n_numbers // block * n_bytes)
 
 
 def read_tensor(header: Header, entry: TensorEntry) -> Tensor:
@@ -113,35 +101,82 @@ def read_tensor(header: Header, entry: TensorEntry) -> Tensor:
         return dequantised(entry.type, file.read(n_bytes_of(entry)), entry.shape)
 
 
-def write_replaced(header: Header, target: Path, changes: Mapping[str, Replacement]) -> None:
-    """Write a file with some tensors replaced; raises OSError."""
+def write_replaced(
+    header: Header,
+    target: Path,
+    changes: Mapping[str, Change],
+    fields: Mapping[int, bytes] | None = None,
+) -> None:
+    """Write a file with some tensors replaced or padded.
+
+    Args:
+        header: The head of the file to copy.
+        target: The new file.
+        changes: {name: what replaces or pads a tensor}.
+        fields: {place in the file: bytes of the fields to write there}. None: they stay.
+
+    Raises:
+        OSError: when it cannot be read or written.
+    """
     placed, offset = {}, 0
     by_place = sorted(header.tensors, key=lambda each: each.offset)
     for each in by_place:
-        change = changes.get(each.name)
-        size = n_bytes_of(each) if change is None else len(change.data)
-        placed[each.name] = (each.type if change is None else change.type, offset)
-        offset += _padded(size, header.alignment)
+        placed[each.name] = offset
+        offset += _aligned(_size(each, changes.get(each.name)), header.alignment)
     with header.path.open("rb") as source, target.open("wb") as file:
-        _copy(source, file, 0, header.fields_end)
+        file.write(_head(source, header, fields))
         for each in header.tensors:
+            change = changes.get(each.name)
             source.seek(each.start)
-            file.write(source.read(each.end - each.start)[:-12])
-            file.write(struct.pack("<IQ", *placed[each.name]))
+            shape = each.shape if change is None else change.shape
+            file.write(source.read(each.end - each.start)[: -12 - 8 * len(each.shape)])
+            file.write(struct.pack(f"<{len(shape)}Q", *reversed(shape)))
+            kind = each.type if change is None else change.type
+            file.write(struct.pack("<IQ", kind, placed[each.name]))
         file.write(b"\0" * (header.data_start - file.tell()))
         for each in by_place:
             change = changes.get(each.name)
             if change is None:
                 _copy(source, file, header.data_start + each.offset, n_bytes_of(each))
+            elif isinstance(change, Padding):
+                write_padded(source, file, header.data_start + each.offset, each, change)
             else:
                 file.write(change.data)
             file.write(b"\0" * (-(file.tell() - header.data_start) % header.alignment))
 
 
-def check_replaced(header: Header, target: Path, changed: Collection[str]) -> Header:
-    """Check that a file is another one but for some tensors, byte for byte; return its head.
+def _size(entry: TensorEntry, change: Change | None) -> int:
+    if change is None:
+        return n_bytes_of(entry)
+    if isinstance(change, Replacement):
+        return len(change.data)
+    return math.prod(change.shape[:-1]) * n_bytes_of_row(change.type, change.shape[-1])
 
-    The library gguf reads it as well.
+
+def _head(source: BinaryIO, header: Header, fields: Mapping[int, bytes] | None) -> bytes:
+    """Return the beginning of a file up to the list of tensors, with some bytes changed."""
+    source.seek(0)
+    head = bytearray(source.read(header.fields_end))
+    for at, content in (fields or {}).items():
+        head[at : at + len(content)] = content
+    return bytes(head)
+
+
+def check_replaced(
+    header: Header,
+    target: Path,
+    changes: Mapping[str, Change],
+    fields: Mapping[int, bytes] | None = None,
+) -> Header:
+    """Check that a file is another one except for its changes, byte for byte; return its head.
+
+    The library gguf reads it as well. The bytes of replaced tensors are not compared.
+
+    Args:
+        header: The head of the file that was copied.
+        target: The new file.
+        changes: As for `write_replaced`.
+        fields: As for `write_replaced`.
 
     Raises:
         NumericsError: when anything else differs.
@@ -150,15 +185,22 @@ def check_replaced(header: Header, target: Path, changed: Collection[str]) -> He
 
     new = read_header(target)
     with header.path.open("rb") as before, target.open("rb") as after:
-        if new.spans != header.spans or not _same(before, after, 0, 0, header.fields_end):
+        head = _head(before, header, fields)
+        if new.spans != header.spans or head != after.read(header.fields_end):
             raise _differs("a field")
         for old, entry in zip(header.tensors, new.tensors, strict=False):
-            if (old.name, old.shape) != (entry.name, entry.shape):
+            change = changes.get(old.name)
+            shape = old.shape if change is None else change.shape
+            if (old.name, shape) != (entry.name, entry.shape):
                 raise _differs(old.name)
-            if old.name in changed:
+            if isinstance(change, Replacement):
                 continue
             places = (header.data_start + old.offset, new.data_start + entry.offset)
-            if old.type != entry.type or not _same(before, after, *places, n_bytes_of(old)):
+            if change is None:
+                same = _same(before, after, *places, n_bytes_of(old))
+            else:
+                same = is_padded(before, after, places, old, change)
+            if old.type != entry.type or not same:
                 raise _differs(old.name)
     try:
         names = [each.name for each in GGUFReader(target).tensors]
@@ -176,7 +218,7 @@ def _differs(what: str) -> NumericsError:
     )
 
 
-def _padded(size: int, alignment: int) -> int:
+def _aligned(size: int, alignment: int) -> int:
     return -(-size // alignment) * alignment
 
 

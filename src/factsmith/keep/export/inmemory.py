@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...edit.delta import Delta, written
+from ...model.appended import AppendedRows
 from ...model.language_model import LanguageModel
 from .questions import Questions, ask, run_row
 from .readback import Answers, ReadBack, compare
@@ -26,6 +27,7 @@ def compare_in_memory(
     limit: float,
     advice: str = "",
     factors: Mapping[int, tuple[Tensor, Tensor]] | None = None,
+    appended: Mapping[int, AppendedRows] | None = None,
 ) -> ReadBack:
     """Compare the model with some matrices with the patched model.
 
@@ -37,12 +39,13 @@ def compare_in_memory(
         advice: What to do if they differ, as a sentence.
         factors: {layer: (left, right)} as they were written, if they were truncated: the logits
             are compared with what these give. None: with those of the patched model.
+        appended: {layer: neurons}, as they were read back. None: none.
 
     Raises:
         NumericsError: when answers or logits differ.
     """
     questions = ask(lm, deltas, factors)
-    with written(lm, weights):
+    with written(lm, weights, appended=appended):
         answers = _answers(lm, questions)
     return compare(questions, answers, limit, advice)
 
