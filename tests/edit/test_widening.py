@@ -29,7 +29,8 @@ def copies(ffn: FeedForward, factor: float = 1.0) -> AppendedRows:
         stored = getattr(matrix.module, "bias", None)
         if stored is None:
             return None
-        return dataclasses.replace(matrix, name="bias", transposed=False).read()[COPIED].clone()
+        biases: Tensor = dataclasses.replace(matrix, name="bias", transposed=False).read()
+        return biases[COPIED].clone()
 
     values = factor * ffn.values[COPIED].clone()
     facts = tuple(range(len(COPIED)))
