@@ -44,10 +44,31 @@ def test_mean_and_covariance_are_those_of_the_inputs(tiny_lm: LanguageModel, lay
 def test_the_sample_holds_inputs(tiny_lm: LanguageModel) -> None:
     inputs = inputs_of(tiny_lm, 1)
     moment = second_moments(tiny_lm, TEXTS, [1], max_tokens=1e9, site="inputs")[1]
-    assert moment.sample is not None and len(moment.sample) >= len(inputs) // 4
+    assert moment.sample is not None and len(moment.sample) == len(inputs)
     distances = torch.cdist(moment.sample.double(), inputs).amin(1)
     assert bool((distances < 1e-2).all())
     assert bool((torch.cdist(moment.sample.double() + 1, inputs).amin(1) > 1e-2).all())
+
+
+def test_each_sampled_input_has_its_last_tokens(tiny_lm: LanguageModel) -> None:
+    moment = second_moments(tiny_lm, TEXTS, [1], max_tokens=1e9, site="inputs")[1]
+    assert moment.tails is not None and moment.sample is not None
+    texts = [tiny_lm.prompt_ids(text) for text in TEXTS]
+    for row in (0, 7, 200):
+        tail = [token for token in moment.tails[row].tolist() if token >= 0]
+        # The tail is in some text, and the input is the one at its end.
+        at = [
+            (ids, n)
+            for ids in texts
+            for n in range(len(ids))
+            if ids[max(0, n + 1 - len(tail)) : n + 1] == tail and (len(tail) == 16 or n < 15)
+        ]
+        ids, n = at[0]
+        with torch.no_grad(), recording({"ffn": tiny_lm.ffn[1].module}) as calls:
+            tiny_lm.forward(tiny_lm.align([ids], [0]))
+        expected = calls["ffn"][0].input.flatten(0, 1)[n]
+        distance = (moment.sample[row].float() - expected).norm() / expected.norm()
+        assert len(tail) < 16 or len(at) > 1 or distance < 1e-2
 
 
 def test_they_are_kept_apart_from_second_moments(tiny_lm: LanguageModel, tmp_path: Path) -> None:

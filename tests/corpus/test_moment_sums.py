@@ -22,7 +22,7 @@ def test_excess_predicts_what_unseen_text_shows(per: int) -> None:
     counts = [per * d_ff // 2 - 40, per * d_ff // 2 + 40]
     for half, n in enumerate(counts):
         total.add(half, torch.randn(n, d_ff, generator=draw, dtype=torch.float64) @ mixing.T)
-    matrix, _, split_half, excess, _ = total.estimate(counts)
+    matrix, _, split_half, excess, *_ = total.estimate(counts)
     keys = torch.randn(500, d_ff, generator=draw, dtype=torch.float64) @ mixing.T
     u = torch.linalg.solve(matrix, keys.T).T
     least = 1 / (keys * torch.linalg.solve(truth, keys.T).T).sum(1)

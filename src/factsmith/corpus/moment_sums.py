@@ -43,8 +43,11 @@ _POWER = 1.25
 With Gaussian coefficients q is d_ff / n. Those of real models vary more: q falls about as n^-0.8
 (SmolLM2-135M, 4 to 18 tokens a neuron)."""
 
-SAMPLE, _STRIDE = 8_192, 4
-"""Inputs that are kept of each layer at most, and one of how many tokens is kept."""
+SAMPLE = 16_384
+"""Inputs that are kept of each layer at most: those of the first tokens."""
+
+TAIL = 16
+"""Token ids that are kept with each of these inputs: its own token and those before it."""
 
 _PROBES = 64
 """Keys drawn for `excess`. They add less than 1 % to the variation that the halves cause."""
@@ -55,7 +58,8 @@ class Estimate(NamedTuple):
 
     `split_half` and `excess` are None if all text fell into one half; `excess` also if a half has
     no neuron that is ever on. `sample` has some of the inputs, (m, d_model) float16, if inputs were
-    summed.
+    summed. `tails` has the last token ids up to each of them, (m, TAIL) int32, -1 where there are
+    fewer.
     """
 
     mean: Tensor
@@ -63,6 +67,7 @@ class Estimate(NamedTuple):
     split_half: float | None
     excess: float | None
     sample: Tensor | None = None
+    tails: Tensor | None = None
 
 
 class Until(NamedTuple):
@@ -103,6 +108,7 @@ class MomentSums:
         """
         self.site = site
         self._samples: dict[int, list[Tensor]] = {layer: [] for layer in sizes}
+        self._tails: list[Tensor] = []
         self.counts = [0, 0]
         self.until = until
         self.due, self.expected = (0, 0) if until is None else (until.first, until.likely)
@@ -137,9 +143,12 @@ class MomentSums:
         for (layer, *_), read in coefficients.items():
             m = read.m
             if self.site == "inputs":
-                self._sample(layer, m)
+                limit = torch.finfo(torch.float16).max
+                keep(self._samples[layer], m.clamp(-limit, limit).half().cpu())
                 m = torch.cat([m, m.new_ones(len(m), 1)], dim=1)
             self._sums[layer].add(batch.half, m)
+        if self.site == "inputs" and coefficients:
+            keep(self._tails, _tails(batch, next(iter(coefficients.values()))))
         self.counts[batch.half] += batch.n_tokens
 
     def merge(self, other: MomentSums) -> None:
@@ -147,7 +156,9 @@ class MomentSums:
         for layer, total in self._sums.items():
             total.merge(other._sums[layer])
             for rows in other._samples[layer]:
-                self._keep(layer, rows)
+                keep(self._samples[layer], rows)
+        for rows in other._tails:
+            keep(self._tails, rows)
         self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
 
     def state(self) -> State:
@@ -161,6 +172,8 @@ class MomentSums:
         tensors |= {
             f"{layer}.sample": torch.cat(rows) for layer, rows in self._samples.items() if rows
         }
+        if self._tails:
+            tensors["tails"] = torch.cat(self._tails)
         counts = {f"count{half}": str(n) for half, n in enumerate(self.counts)}
         if self.until is not None:
             counts |= {"due": str(self.due), "expected": str(self.expected)}
@@ -177,6 +190,8 @@ class MomentSums:
             if f"{layer}.sample" in tensors:
                 shape = (None, total.d_ff - 1)
                 self._samples[layer] = [stored(tensors, f"{layer}.sample", shape, (torch.float16,))]
+        if "tails" in tensors:
+            self._tails = [stored(tensors, "tails", (None, TAIL), (torch.int32,))]
         self.counts = [stated_count(fields, f"count{half}") for half in range(2)]
         if self.until is not None:
             self.due, self.expected = (stated_count(fields, x) for x in ("due", "expected"))
@@ -184,21 +199,30 @@ class MomentSums:
     def result(self, swept: Swept) -> dict[int, Estimate]:
         """Return each layer's estimate. A layer's sums are let go as soon as it is done."""
         estimates = {}
+        tails = torch.cat(self._tails) if self._tails else None
         for layer in list(self._sums):
             estimate = self._sums.pop(layer).estimate(self.counts)
             rows = self._samples[layer]
-            estimates[layer] = estimate._replace(sample=torch.cat(rows) if rows else None)
+            sample = torch.cat(rows) if rows else None
+            estimates[layer] = estimate._replace(sample=sample, tails=tails)
         return estimates
 
-    def _sample(self, layer: int, inputs: Tensor) -> None:
-        """Keep some of a batch's inputs."""
-        limit = torch.finfo(torch.float16).max
-        self._keep(layer, inputs[::_STRIDE].clamp(-limit, limit).half().cpu())
 
-    def _keep(self, layer: int, rows: Tensor) -> None:
-        n_kept = sum(map(len, self._samples[layer]))
-        if n_kept < SAMPLE:
-            self._samples[layer].append(rows[: SAMPLE - n_kept])
+def keep(kept: list[Tensor], rows: Tensor) -> None:
+    """Add rows to those that are kept, up to SAMPLE in all."""
+    n_kept = sum(map(len, kept))
+    if n_kept < SAMPLE:
+        kept.append(rows[: SAMPLE - n_kept])
+
+
+def _tails(batch: TextBatch, read: Coefficients) -> Tensor:
+    """Return the last token ids up to each token of a batch, (n, TAIL) int32, filled with -1."""
+    tails = torch.full((len(read.row), TAIL), -1, dtype=torch.int32)
+    places = zip(read.row.tolist(), read.column.tolist(), strict=True)
+    for tail, (row, column) in zip(tails, places, strict=True):
+        ids = batch.pieces[row].ids[max(0, column + 1 - TAIL) : column + 1]
+        tail[TAIL - len(ids) :] = torch.tensor(ids, dtype=torch.int32)
+    return tails
 
 
 class HalvedSum:

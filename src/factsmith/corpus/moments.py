@@ -155,6 +155,7 @@ def moments_with_total(
             excess=estimate.excess,
             site=site,
             sample=estimate.sample,
+            tails=estimate.tails,
         )
         for layer, estimate in estimates.items()
     }

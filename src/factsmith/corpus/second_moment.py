@@ -68,6 +68,8 @@ class SecondMoment:
             A lower bound above 0.5. None as for `split_half`.
         site: "coefficients", or "inputs".
         sample: Some of the inputs, (m, d_model) float16. None: none were kept.
+        tails: The last token ids up to each of them, (m, TAIL) int32, filled with -1. None: none
+            were kept.
 
     Raises:
         InputError: The matrix is not a square floating-point matrix, or the count is below 1.
@@ -83,6 +85,7 @@ class SecondMoment:
     excess: float | None = None
     site: Site = "coefficients"
     sample: Tensor | None = None
+    tails: Tensor | None = None
 
     def __repr__(self) -> str:
         names = ("layer", "d_ff", "count", "split_half", "excess")
@@ -332,6 +335,8 @@ class SecondMoment:
             tensors = {"matrix": self.matrix}
         if self.sample is not None:
             tensors["sample"] = self.sample
+        if self.tails is not None:
+            tensors["tails"] = self.tails
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         metadata = {
             "format": _FORMAT,
@@ -371,7 +376,7 @@ class SecondMoment:
         advice = "compute the second moment again"
         tensors, metadata = read_tensors(path, advice)
         layouts = ({"matrix"}, {"triangle"}, {"packed", "scale"})
-        parts = set(tensors) - {"sample"}
+        parts = set(tensors) - {"sample", "tails"}
         if metadata.get("format") != _FORMAT or parts not in layouts:
             raise DamagedError(
                 f"{path} is not a second moment of format {_FORMAT}: it holds "
@@ -383,7 +388,8 @@ class SecondMoment:
                 count=stated_count(metadata, "count", least=1),
                 fingerprint=stated_digest(metadata, "fingerprint"),
                 corpus=stated_digest(metadata, "corpus"),
-                sample=_sample(tensors),
+                sample=_optional(tensors, "sample", torch.float16),
+                tails=_optional(tensors, "tails", torch.int32),
                 **{key: read(metadata, key) for key, read in _OPTIONAL.items() if key in metadata},
             )
         if lm is not None:
@@ -391,11 +397,9 @@ class SecondMoment:
         return moment
 
 
-def _sample(tensors: Mapping[str, Tensor]) -> Tensor | None:
-    """Return the sampled inputs of a file, or None."""
-    if "sample" not in tensors:
-        return None
-    return stored(tensors, "sample", (None, None), (torch.float16,))
+def _optional(tensors: Mapping[str, Tensor], name: str, dtype: torch.dtype) -> Tensor | None:
+    """Return a matrix of a file, or None if it has none of this name."""
+    return stored(tensors, name, (None, None), (dtype,)) if name in tensors else None
 
 
 def _site(metadata: Mapping[str, str], key: str) -> Site:

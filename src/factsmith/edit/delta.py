@@ -260,6 +260,8 @@ class Delta:
         for layer, rows in sorted(self.appended.items()):
             prefix = appended_prefix(layer)
             named |= {f"{prefix}{name}": tensor for name, tensor in rows.tensors().items()}
+            if rows.inputs is not None:
+                named[f"{prefix}inputs"] = rows.inputs
         return {name: tensor.detach().cpu().contiguous() for name, tensor in named.items()}
 
 

@@ -232,8 +232,7 @@ def _check_header(
     for layer in layers:
         left, right, key = (shapes[f"{part}.{layer}"] for part in parts)
         fits += [left == (d_model, right[0]), right[0] > 0, key == (n_facts, right[1])]
-    for layer, shape in rows.values():
-        n = len(appended[layer])
-        fits.append(shape in ((n,), (n, d_model)))  # AppendedRows checks which
+    for layer, shape in rows.values():  # AppendedRows checks them one by one
+        fits.append(shape[0] <= len(appended[layer]) and shape[1:] in ((), (d_model,)))
     if not all(fits):
         raise ValueError(f"the shapes of its tensors are not those of one delta of {n_facts} facts")

@@ -42,6 +42,9 @@ class AppendedRows:
         biases: (n,) added before the activation of plain neurons. None: the layer has none.
         gate_biases: (n,) the same of gated neurons.
         up_biases: (n,) added to up·x.
+        inputs: (n_facts, d_model) what enters the layer at each fact's subject, averaged over its
+            contexts, in the order of the facts' indices. Later facts are told apart from these.
+            None: not known.
 
     Raises:
         InputError: Shapes or dtypes do not fit together.
@@ -56,6 +59,7 @@ class AppendedRows:
     biases: Tensor | None = None
     gate_biases: Tensor | None = None
     up_biases: Tensor | None = None
+    inputs: Tensor | None = None
 
     def __post_init__(self) -> None:
         plain, gated = self.keys is not None, self.gate_keys is not None
@@ -73,8 +77,9 @@ class AppendedRows:
                 f"the appended values have shape {tuple(self.values.shape)} for "
                 f"{counted(n, 'row')}; expected (n, d_model), at least one"
             )
-        for name, tensor in self.tensors().items():
-            expected = (n,) if name.endswith("biases") else tuple(self.values.shape)
+        inputs = {} if self.inputs is None else {"inputs": self.inputs}
+        for name, tensor in {**self.tensors(), **inputs}.items():
+            expected = self._expected(name)
             if tuple(tensor.shape) != expected or tensor.dtype != torch.float32:
                 raise InputError(
                     f"{name} of the appended rows is {tuple(tensor.shape)} {tensor.dtype}; "
@@ -85,6 +90,13 @@ class AppendedRows:
                     f"{name} of the appended rows holds NaN or infinity. These rows would break "
                     "the model."
                 )
+
+    def _expected(self, name: str) -> tuple[int, ...]:
+        """Return the shape that a tensor must have."""
+        n, d_model = self.values.shape
+        if name == "inputs":
+            return len(set(self.facts)), d_model
+        return (n,) if name.endswith("biases") else (n, d_model)
 
     def __repr__(self) -> str:
         kind = "plain" if self.keys is not None else "gated"
@@ -102,7 +114,7 @@ class AppendedRows:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the tensors, as they are saved."""
+        """Bytes of the neurons, as they are saved."""
         return sum(x.numel() * x.element_size() for x in self.tensors().values())
 
     def of(self, facts: Sequence[int]) -> AppendedRows:
@@ -113,8 +125,13 @@ class AppendedRows:
         """
         places = {fact: place for place, fact in enumerate(facts)}
         kept = [row for row, fact in enumerate(self.facts) if fact in places]
+        inputs = self.inputs
+        if inputs is not None:
+            rows = {fact: row for row, fact in enumerate(sorted(set(self.facts)))}
+            inputs = inputs[[rows[fact] for fact in places if fact in rows]]
         return dataclasses.replace(
             self,
+            inputs=inputs,
             facts=tuple(places[self.facts[row]] for row in kept),
             **{name: tensor[kept] for name, tensor in self.tensors().items()},
         )
@@ -166,8 +183,10 @@ def joined(rows: Sequence[AppendedRows]) -> AppendedRows:
     for each in rows:
         start = max(facts, default=-1) + 1
         facts += [start + fact for fact in each.facts]
+    inputs = [each.inputs for each in rows if each.inputs is not None]
     return dataclasses.replace(
         first,
+        inputs=torch.cat(inputs) if len(inputs) == len(rows) else None,
         facts=tuple(facts),
         **{name: torch.cat([_or_zeros(each, name) for each in rows]) for name in names},
     )
