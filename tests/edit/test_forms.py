@@ -17,11 +17,12 @@ from factsmith.edit.forms import (
     Activation,
     NeuronForm,
     NeuronRows,
-    Reads,
     constant_direction,
+    form_of,
     make_rows,
     probe_activation,
 )
+from factsmith.edit.widening import parameters_of, put_back, widen
 from factsmith.model.load import wrap
 
 D, N = 12, 5
@@ -42,8 +43,8 @@ def known(name: str) -> Activation:
     return Activation.measured(points, FUNCTIONS[name](points))
 
 
-def some_reads(theta: float = 0.5, ceiling: float = 0.9) -> tuple[Reads, Tensor, Tensor]:
-    """Reads without offsets, the direction c, and inputs x(i, a): read i is a, and c·x is 1."""
+def some_reads(theta: float = 0.5, ceiling: float = 0.9) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Read without offsets, the direction c, and inputs x(i, a): read i is a, and c·x is 1."""
     draw = torch.Generator().manual_seed(1)
     basis = torch.linalg.qr(torch.randn(D, D, generator=draw, dtype=torch.float64))[0]
     weights, c = 2 * basis[:N], basis[N] / 3
@@ -51,7 +52,7 @@ def some_reads(theta: float = 0.5, ceiling: float = 0.9) -> tuple[Reads, Tensor,
     levels = torch.linspace(-2, 3, 51, dtype=torch.float64)
     x = levels[None, :, None] * basis[:N, None] / 2 + 3 * basis[N]
     x = x + torch.randn(N, 51, D - N - 1, generator=draw, dtype=torch.float64) @ basis[N + 1 :]
-    return Reads(weights, 0 * one, theta * one, ceiling * one), c, x
+    return [weights, 0 * one, theta * one, ceiling * one], c, x
 
 
 def linear(weight: Tensor, bias: Tensor | None, kind: str) -> nn.Module:
@@ -97,7 +98,7 @@ def test_the_change_arrives_at_the_facts_own_read_and_nothing_below_the_threshol
 ) -> None:
     reads, c, x = some_reads()
     rows = make_rows(
-        reads, NeuronForm(known(name), constant=c, **FORMS[kind]), saturating=saturating
+        *reads, NeuronForm(known(name), constant=c, **FORMS[kind]), saturating=saturating
     )
     change = torch.randn(N, D, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     at_one = x[:, 30:31]  # the read is 1
@@ -121,7 +122,7 @@ def test_the_change_arrives_at_the_facts_own_read_and_nothing_below_the_threshol
 def test_a_pair_would_not_saturate_with_a_squared_activation() -> None:
     reads, c, x = some_reads()
     form = NeuronForm(known("relu2"), biased=False, constant=c)
-    rows = make_rows(reads, form, saturating=True)
+    rows = make_rows(*reads, form)
     assert rows.parts.view(-1, N)[:, 0].tolist() == [1, -2, 1]
     strength = rows.own_strengths(x)[:, 30:]
     assert (strength / strength[:, :1] - 1).abs().max() < 1e-3
@@ -132,36 +133,35 @@ def test_a_pair_would_not_saturate_with_a_squared_activation() -> None:
 
 def test_offsets_go_into_the_bias_or_the_constant_direction() -> None:
     reads, c, x = some_reads()
-    moved = Reads(
-        reads.weights, reads.offsets - 0.25, reads.thresholds - 0.25, reads.ceilings - 0.25
-    )
+    weights, offsets, floor, ceiling = reads
     for biased in (True, False):
         form = NeuronForm(known("silu"), biased=biased, constant=c)
-        expected = make_rows(reads, form).strengths(x)
-        torch.testing.assert_close(make_rows(moved, form).strengths(x), expected)
-        unmoved = Reads(reads.weights, moved.offsets, reads.thresholds, reads.ceilings)
-        assert not torch.allclose(make_rows(unmoved, form).strengths(x), expected, atol=0.1)
+        expected = make_rows(*reads, form).strengths(x)
+        moved = make_rows(weights, offsets - 0.25, floor - 0.25, ceiling - 0.25, form)
+        torch.testing.assert_close(moved.strengths(x), expected)
+        control = make_rows(weights, offsets - 0.25, floor, ceiling, form)
+        assert not torch.allclose(control.strengths(x), expected, atol=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounded_keys_read_the_same(dtype: torch.dtype) -> None:
     reads, c, x = some_reads()
     for kind in FORMS.values():
-        exact = make_rows(reads, NeuronForm(known("gelu"), constant=c, **kind))
-        rows = make_rows(reads, NeuronForm(known("gelu"), constant=c, dtype=dtype, **kind))
+        exact = make_rows(*reads, NeuronForm(known("gelu"), constant=c, **kind))
+        rows = make_rows(*reads, NeuronForm(known("gelu"), constant=c, dtype=dtype, **kind))
         assert rows.keys.dtype is dtype
         expected = exact.strengths(x)
-        assert (rows.strengths(x) - expected).abs().max() < 0.02 * expected.abs().max()
-    far = Reads(1e5 * reads.weights, reads.offsets, reads.thresholds, reads.ceilings)
+        assert (rows.strengths(x) - expected).abs().max() < 0.05 * expected.abs().max()
+    far = [1e5 * reads[0], *reads[1:]]
     form = NeuronForm(known("gelu"), constant=c, dtype=torch.float16)
     with pytest.raises(NumericsError, match="too large for torch"):
-        make_rows(far, form)
+        make_rows(*far, form)
 
 
 def test_own_strengths_are_those_of_all_rows() -> None:
     reads, c, x = some_reads()
     for kind in FORMS.values():
-        rows = make_rows(reads, NeuronForm(known("gelu"), constant=c, **kind), saturating=True)
+        rows = make_rows(*reads, NeuronForm(known("gelu"), constant=c, **kind))
         every = rows.strengths(x)  # (N, 51, N)
         expected = torch.stack([every[i, :, i] for i in range(N)])
         torch.testing.assert_close(rows.own_strengths(x), expected)
@@ -182,14 +182,16 @@ def test_the_constant_direction_is_that_of_least_squares() -> None:
 
 def test_reads_and_forms_that_do_not_fit_are_refused() -> None:
     reads, c, x = some_reads()
+    weights, offsets, floor, ceiling = reads
+    fitting = NeuronForm(known("relu"), constant=c)
     with pytest.raises(InputError, match="ceiling"):
-        Reads(reads.weights, reads.offsets, reads.thresholds, reads.thresholds)
+        make_rows(weights, offsets, floor, floor, fitting)
     with pytest.raises(InputError, match="offsets"):
-        Reads(reads.weights, reads.offsets[:2], reads.thresholds, reads.ceilings)
+        make_rows(weights, offsets[:2], floor, ceiling, fitting)
     for kind in ({"biased": False}, {"gated": True}):
         with pytest.raises(InputError, match="constant_direction"):
             NeuronForm(known("gelu"), **kind)
-    rows = make_rows(reads, NeuronForm(known("relu"), constant=c))
+    rows = make_rows(*reads, fitting)
     silent = rows.own_strengths(x[:, :1])[:, 0]
     with pytest.raises(NumericsError, match="5 facts"):
         rows.values(torch.ones(N, D, dtype=torch.float64), silent)
@@ -248,3 +250,48 @@ def test_a_probe_in_bfloat16_and_of_a_layer_that_flattens(tiny_opt: Any) -> None
     torch.testing.assert_close(
         probe_activation(tiny_opt, 2)(z), FUNCTIONS["relu"](z), atol=1e-2, rtol=1e-3
     )
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "phi3", "plain llama"])
+def test_a_widened_layer_writes_the_changes(family: str) -> None:
+    lm = wrap(tiny_model("llama", **LLAMA), byte_tokenizer(bos=True))
+    if family != "plain llama":
+        lm = model_with("gelu" if family == "gpt2" else "silu", family)
+    ffn, draw = lm.ffn[1], torch.Generator().manual_seed(4)
+    seen: dict[str, Tensor] = {}
+    up = ffn._up
+    assert up is not None
+    handles = [
+        up.module.register_forward_pre_hook(lambda m, args: seen.update(x=args[0])),
+        ffn.down.register_forward_hook(lambda m, args, out: seen.update(out=out)),
+    ]
+    ids = torch.tensor([lm.prompt_ids("The mother tongue of Danielle Darrieux is")])
+
+    def run() -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            lm.module(input_ids=ids)
+        return tuple(seen[name].flatten(0, -2).double() for name in ("x", "out"))  # type: ignore
+
+    x, before = run()
+    # Reads of two tokens: 1 at one of them, 0 at all others.
+    weights = torch.linalg.pinv(x).T[[3, 7]]
+    moment = x.T @ x / len(x)
+    form = form_of(lm, 1, x.mean(0), moment)
+    assert form.gated == (family != "gpt2")
+    assert form.biased == (family in ("gpt2", "llama"))
+    one = torch.ones(2, dtype=torch.float64)
+    rows = make_rows(weights, 0 * one, 0.5 * one, 0.9 * one, form)
+    change = torch.randn(2, before.shape[-1], generator=draw, dtype=torch.float64)
+    strengths = rows.own_strengths(x[[3, 7]][:, None])[:, 0]
+    held = parameters_of(ffn)
+    widen(ffn, rows.appended(change, strengths))
+    try:
+        written = run()[1] - before
+    finally:
+        put_back(held)
+    for handle in handles:
+        handle.remove()
+    expected = torch.zeros_like(before)
+    expected[[3, 7]] = change
+    torch.testing.assert_close(written, expected, atol=5e-3, rtol=0)
+    assert not torch.allclose(written, expected.flip(0), atol=0.1), "the control: other tokens"

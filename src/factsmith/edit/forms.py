@@ -1,24 +1,25 @@
 """Neurons for linear reads: a read of a layer's input becomes rows of the layer's own kind.
 
-    activation = probe_activation(lm, layer)                  # measured, not known by name
-    form = NeuronForm(activation, gated=True, biased=False, constant=c)
-    rows = make_rows(reads, form)                             # a ramp for each read
-    rows = make_rows(reads, form, saturating=True)            # constant above the ceiling
-    values = rows.values(change, rows.own_strengths(x))       # (n_rows, d_model)
+    form = form_of(lm, layer, mean, second_moment)     # activation, gate and biases, measured
+    rows = make_rows(weights, offsets, floor, ceiling, form)
+    strengths = rows.own_strengths(x)                  # (n, contexts) at the facts' inputs
+    rows.appended(change, strengths[:, 0])             # with values: AppendedRows
 
 A read is a(x) = w·x + w₀. It is about 1 at its fact's subject token and about 0 elsewhere. A row
 has the pre-activation z = b (a − θ) with the threshold θ, so its coefficient act(z) is about 0
-below the threshold and grows above it. The slope b is `REACH` / (ceiling − θ).
+below the threshold and grows above it. With θ from the floor on, the slope b is `REACH` / (ceiling
+− floor).
 
     with biases     key = b w,               bias = b (w₀ − θ)
     without         key = b (w + (w₀ − θ) c)                       where c·x ≈ 1
     gated           gate as above, up = 0 with the bias 1, or up = c
 
 An activation of degree p grows as zᵖ: 1 for ReLU, GELU and SiLU, 2 for squared ReLU. A saturating
-read has p + 1 rows, with thresholds from θ to the ceiling. Their sum with binomial weights is a
-finite difference of order p. It is 0 below the threshold and constant above the ceiling.
+read has p + 1 rows, with thresholds from the floor to the ceiling. Their sum with binomial weights
+is a finite difference of order p. It is 0 below the floor and constant above the ceiling. A ramp
+has one row, with the floor as its threshold.
 
-Everything except `probe_activation` is plain tensors: no transformer is needed.
+Everything except `form_of` and `probe_activation` is plain tensors: no transformer is needed.
 """
 
 from __future__ import annotations
@@ -27,13 +28,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from ..core.errors import InputError, NumericsError, UnsupportedModelError
 from ..model.address import check_dense_layer
+from ..model.appended import AppendedRows
 from ..model.language_model import LanguageModel
+from ..model.neurons import rows_of
 from ..model.replay import Replay, record
 from ..model.trace import recording, replacing
 
@@ -143,7 +147,8 @@ def probe_activation(lm: LanguageModel, layer: int) -> Activation:
     # The grid in the model's number range: what the neurons really get.
     grid = grid.to(lm.ffn[layer].weight().dtype).double()
     d_ff = lm.ffn[layer].d_ff
-    chunks = grid[torch.randperm(len(grid), generator=torch.Generator().manual_seed(0))].split(d_ff)
+    mixed = grid[torch.randperm(len(grid), generator=torch.Generator().manual_seed(0))]
+    chunks = torch.split(mixed, d_ff)
     values = torch.cat([probe(chunk, 1.0) for chunk in chunks])
     points, (first, *_) = torch.cat(chunks), chunks
     some = first[: len(first) // 2]
@@ -181,7 +186,9 @@ def _probed(replay: Replay, layer: int, points: Tensor, up: float) -> Tensor:
         for matrix, numbers in fills:
             if matrix.module is module:
                 # Gate and up may be rows of one linear.
-                output[..., matrix.rows][..., : len(numbers)] = numbers.to(output)
+                output[..., rows_of(matrix.rows, output.shape[-1])][..., : len(numbers)] = (
+                    numbers.to(output)
+                )
         return output
 
     changes: dict[torch.nn.Module, Callable[[Tensor], Tensor]] = {
@@ -194,38 +201,6 @@ def _probed(replay: Replay, layer: int, points: Tensor, up: float) -> Tensor:
 
 
 # ── forms ─────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True, eq=False)
-class Reads:
-    """Linear reads of a layer's input, one for each fact: a(x) = weights·x + offsets.
-
-    Attributes:
-        weights: (n, d_model).
-        offsets: (n,).
-        thresholds: (n,) θ, the read below which a fact's neurons are silent.
-        ceilings: (n,) the read above which a saturating fact has its full strength. For a ramp it
-            only decides on the slope.
-
-    Raises:
-        InputError: The shapes do not fit, or a ceiling is not above its threshold.
-    """
-
-    weights: Tensor
-    offsets: Tensor
-    thresholds: Tensor
-    ceilings: Tensor
-
-    def __post_init__(self) -> None:
-        n = len(self.weights)
-        shapes = [tuple(t.shape) for t in (self.offsets, self.thresholds, self.ceilings)]
-        if self.weights.dim() != 2 or any(shape != (n,) for shape in shapes):
-            raise InputError(
-                f"reads have weights of shape {tuple(self.weights.shape)} and {shapes} numbers; "
-                "expected (n, d_model), and (n,) offsets, thresholds and ceilings"
-            )
-        if not (self.ceilings > self.thresholds).all():
-            raise InputError("a ceiling is not above its threshold; give one that is")
 
 
 @dataclass(frozen=True, eq=False)
@@ -332,6 +307,26 @@ class NeuronRows:
         each = change / strengths.to(change)[:, None]
         return each[self.facts] * self.parts.to(change)[:, None]
 
+    def appended(self, change: Tensor, strengths: Tensor) -> AppendedRows:
+        """Return the rows with their values, as a delta holds them.
+
+        Args:
+            change: As for `values`.
+            strengths: As for `values`.
+        """
+        gated = self.up_keys is not None
+        keys, biases = _plain(self.keys), _plain(self.biases)
+        return AppendedRows(
+            values=_plain(self.values(change, strengths)),
+            facts=tuple(self.facts.tolist()),
+            keys=None if gated else keys,
+            biases=None if gated else biases,
+            gate_keys=keys if gated else None,
+            gate_biases=biases if gated else None,
+            up_keys=_plain(self.up_keys),
+            up_biases=_plain(self.up_biases),
+        )
+
     def _act(self, z: Tensor, up: Tensor | None) -> Tensor:
         """Return coefficients from products with the keys, (..., r)."""
         z = z if self.biases is None else z + self.biases.to(z)
@@ -341,27 +336,41 @@ class NeuronRows:
         return acted * (up if self.up_biases is None else up + self.up_biases.to(up))
 
 
-def make_rows(reads: Reads, form: NeuronForm, *, saturating: bool = False) -> NeuronRows:
-    """Return the neurons for some reads.
+def make_rows(
+    weights: Tensor,
+    offsets: Tensor,
+    floor: Tensor,
+    ceiling: Tensor,
+    form: NeuronForm,
+    *,
+    saturating: bool = True,
+) -> NeuronRows:
+    """Return the neurons for n reads a(x) = weights·x + offsets.
 
     Args:
-        reads: The reads. In a layer without biases, offsets of 0 are best: then the constant
-            direction carries the threshold alone.
+        weights: (n, d_model).
+        offsets: (n,). In a layer without biases, reads that need no offset are best: then the
+            constant direction carries the threshold alone.
+        floor: (n,) the read below which a fact's neurons are silent.
+        ceiling: (n,) the read above which a saturating read has its full strength. For a ramp it
+            only decides on the slope.
         form: What the layer's neurons are made of.
-        saturating: False: one row for each read, a ramp from the threshold. True: two rows, or
-            three with an activation of degree 2. The strength is then constant above the ceiling.
+        saturating: True: two rows for each read, or three with an activation of degree 2. The
+            strength is then constant above the ceiling. False: one row, a ramp.
 
     Raises:
+        InputError: The shapes do not fit, or a ceiling is not above its floor.
         NumericsError: A key or bias is too large for the layer's number format.
     """
-    degree = form.activation.degree
+    n, degree = len(weights), form.activation.degree
+    _check_reads(weights, offsets, floor, ceiling)
     steps = degree if saturating else 0
-    n, span = len(reads.weights), reads.ceilings - reads.thresholds
-    weights, offsets = reads.weights.double(), reads.offsets.double()
-    slopes = (REACH / span.double())[:, None]
+    weights, offsets, floor = weights.double(), offsets.double(), floor.double()
+    span = ceiling.double() - floor
+    slopes = (REACH / span)[:, None]
     keys, biases, parts = [], [], []
     for step in range(steps + 1):
-        levels = offsets - (reads.thresholds + (step / max(steps, 1)) * span).double()
+        levels = offsets - floor - (step / max(steps, 1)) * span
         keys.append(slopes * _affine(weights, levels, None if form.biased else form.constant))
         biases.append(slopes[:, 0] * levels)
         parts.append(weights.new_full((n,), (-1.0) ** step * math.comb(degree, step)))
@@ -379,6 +388,34 @@ def make_rows(reads: Reads, form: NeuronForm, *, saturating: bool = False) -> Ne
         parts=torch.cat(parts),
         facts=torch.arange(n, device=weights.device).repeat(steps + 1),
         activation=form.activation,
+    )
+
+
+def form_of(lm: LanguageModel, layer: int, mean: Tensor, second_moment: Tensor) -> NeuronForm:
+    """Return what a layer's neurons are made of.
+
+    Args:
+        lm: The model. It is not changed.
+        layer: The layer.
+        mean: As for `constant_direction`.
+        second_moment: As for `constant_direction`.
+
+    Raises:
+        LayerError: The model does not have the layer.
+        UnsupportedModelError: As for `probe_activation`.
+    """
+    activation, ffn = probe_activation(lm, layer), lm.ffn[layer]
+    gate, up = (
+        matrix is not None and getattr(matrix.module, "bias", None) is not None
+        for matrix in (ffn._gate, ffn._up)
+    )
+    return NeuronForm(
+        activation,
+        gated=ffn.is_gated,
+        biased=gate if ffn.is_gated else up,
+        up_biased=ffn.is_gated and up,
+        constant=constant_direction(mean, second_moment)[0],
+        dtype=ffn.weight().dtype,
     )
 
 
@@ -412,9 +449,29 @@ def constant_direction(
     return c, float(square.clamp_min(0).sqrt())
 
 
+def _check_reads(weights: Tensor, offsets: Tensor, floor: Tensor, ceiling: Tensor) -> None:
+    shapes = [tuple(numbers.shape) for numbers in (offsets, floor, ceiling)]
+    if weights.dim() != 2 or any(shape != (len(weights),) for shape in shapes):
+        raise InputError(
+            f"reads have weights of shape {tuple(weights.shape)}, and offsets, floor and ceiling "
+            f"of {shapes}; expected (n, d_model), and (n,) for each of the others"
+        )
+    if not (ceiling > floor).all():
+        raise InputError("a ceiling is not above its floor; give one that is")
+
+
 def _affine(weights: Tensor, levels: Tensor, constant: Tensor | None) -> Tensor:
     """Return keys for weights·x + levels. With a bias for the levels, these are the weights."""
     return weights if constant is None else weights + levels[:, None] * constant.to(weights)
+
+
+@overload
+def _plain(numbers: Tensor) -> Tensor: ...
+@overload
+def _plain(numbers: None) -> None: ...
+def _plain(numbers: Tensor | None) -> Tensor | None:
+    """Return numbers as float32 on the CPU."""
+    return None if numbers is None else numbers.detach().to("cpu", torch.float32)
 
 
 def _stored(numbers: Tensor, dtype: torch.dtype) -> Tensor:
@@ -427,6 +484,6 @@ def _stored(numbers: Tensor, dtype: torch.dtype) -> Tensor:
     if not torch.isfinite(stored).all():
         raise NumericsError(
             f"a key of a new neuron is {float(numbers.abs().max()):.3g}, too large for {dtype}; "
-            "give a ceiling farther above the threshold, or load the model in bfloat16 or float32"
+            "give a ceiling farther above the floor, or load the model in bfloat16 or float32"
         )
     return stored
