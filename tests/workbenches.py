@@ -16,6 +16,7 @@ from factsmith.corpus.moments import SecondMoment, second_moments
 from factsmith.edit.configs import MemitConfig, RomeConfig
 from factsmith.edit.delta import Delta
 from factsmith.keep.workbench import Workbench
+from factsmith.model.appended import AppendedRows
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import load, wrap
 
@@ -121,3 +122,75 @@ def moments_of(lm: LanguageModel) -> dict[int, SecondMoment]:
 def with_changes(fact: Fact, **changes: Any) -> Fact:
     """Return the fact with with_changes values in some fields."""
     return Fact.from_dict(fact.to_dict() | changes)
+
+
+def some_rows(
+    lm: LanguageModel, seed: int, layers: tuple[int, ...] = (1,), n_facts: int = 2, each: int = 2
+) -> Delta:
+    """Return random appended neurons for a model: `each` of every fact in every layer."""
+    generator = torch.Generator().manual_seed(seed)
+    n = n_facts * each
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * lm.d_model**-0.5
+
+    def rows(layer: int) -> AppendedRows:
+        facts = tuple(range(n_facts)) * each  # the rows of a fact are apart
+        if lm.ffn[layer].is_gated:
+            gates, ups = draw(n, lm.d_model), draw(n, lm.d_model)
+            return AppendedRows(
+                gate_keys=gates, up_keys=ups, values=draw(n, lm.d_model), facts=facts
+            )
+        keys, biases = draw(n, lm.d_model), draw(n)
+        return AppendedRows(keys=keys, biases=biases, values=draw(n, lm.d_model), facts=facts)
+
+    return Delta(
+        layers={},
+        k_star={},
+        v_star=draw(n_facts, lm.d_model),
+        facts=tuple(Fact(f"row {seed}", f"{{}} in {i} is", "x") for i in range(n_facts)),
+        method="append",
+        config={"layer": layers[0], "contexts": ["{}"]},
+        fingerprint=lm.fingerprint,
+        appended={layer: rows(layer) for layer in layers},
+    )
+
+
+def by_hand(base: dict[str, torch.Tensor], bench: Workbench) -> dict[str, torch.Tensor]:
+    """Return the state of a model with its patches, made of the base and the files of the deltas.
+
+    Nothing of the library builds it: the updates are added one after another, in float32 and in the
+    order of the history, and the rows are put after one another with `torch.cat`.
+    """
+    deltas = [Delta.load(bench.ledger.delta_folder(r)) for r in bench.ledger.active()]
+    state = dict(base)
+    for layer in {layer for delta in deltas for layer in delta.touched}:
+        plain = f"transformer.h.{layer}.mlp." if "transformer.wte.weight" in base else ""
+        mlp = plain or f"model.layers.{layer}.mlp."
+        down = f"{mlp}c_proj.weight" if plain else f"{mlp}down_proj.weight"
+        total = (base[down].T if plain else base[down]).float()
+        for delta in deltas:
+            if layer in delta.layers:
+                left, right = delta.layers[layer]
+                total = total + left @ right
+        rows = [delta.appended[layer].tensors() for delta in deltas if layer in delta.appended]
+        dtype = base[down].dtype
+        values = [each["values"].T.to(dtype) for each in rows]
+        wide = torch.cat([total.to(dtype), *values], dim=1)
+        state[down] = wide.T if plain else wide
+        readers = {"keys": "c_fc.weight", "biases": "c_fc.bias"}
+        if not plain:
+            readers = {"gate_keys": "gate_proj.weight", "up_keys": "up_proj.weight"}
+        for name, linear in readers.items():
+            new = [each[name].to(dtype) for each in rows]
+            if name == "keys":
+                state[mlp + linear] = torch.cat([base[mlp + linear], *(x.T for x in new)], dim=1)
+            else:
+                state[mlp + linear] = torch.cat([base[mlp + linear], *new])
+    return state
+
+
+def same_state(lm: LanguageModel, state: dict[str, torch.Tensor]) -> bool:
+    """Return whether a model has the very numbers of a state."""
+    now = lm.module.state_dict()
+    return now.keys() == state.keys() and all(torch.equal(now[name], state[name]) for name in now)

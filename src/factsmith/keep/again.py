@@ -5,6 +5,11 @@ Later patches were solved on the model that carried the earlier ones. The ledger
 and their settings, so they are solved again in closed form, without a gradient. Patches of the same
 layers are solved again in any case; those of other layers, if one of their facts would be lost. If
 a fact would be lost all the same, the targets of its patch are searched again.
+
+Appended neurons are rows. Taking out such a patch, or some of its facts, drops their rows and
+solves nothing: the other rows and every low-rank patch stay, bit for bit. And no change of a
+low-rank patch solves appended neurons again. What stays is asked in any case. So a fact that rested
+on what went is named, and the revert needs force.
 """
 
 from __future__ import annotations
@@ -41,6 +46,9 @@ class Undoing:
 
     Attributes:
         deltas: {patch id: its delta}, in ledger order.
+        changed: The ids of the patches that have a new delta: those that were solved again, and
+            those of appended neurons of which some rows are dropped.
+        solves: Whether patches may be solved again. Not where only appended neurons come or go.
         solved: The ids of the patches that were solved again.
         also: Those of them that touch no layer of a patch that changed: their facts would have been
             lost.
@@ -48,6 +56,8 @@ class Undoing:
     """
 
     deltas: dict[str, Delta]
+    changed: tuple[str, ...] = ()
+    solves: bool = True
     solved: tuple[str, ...] = ()
     also: tuple[str, ...] = ()
     report: dict[str, Any] = field(default_factory=dict)
@@ -153,16 +163,20 @@ class _Attempt:
         """Return whether more can be done for facts that would be lost.
 
         Their patches are solved again in closed form; where that was done, their targets are
-        searched again. The state before the newest revision is restored without either.
+        searched again. The state before the newest revision is restored without either. So are
+        appended neurons, and what stays when some are dropped.
         """
         texts = {check.prompt for check in lost}
+        revisions = {revision.id: revision for revision in self.carried.ledger.log()}
         owners = {
-            fact.text: patch
+            fact.text: revisions[patch]
             for patch, delta in undoing.deltas.items()
             for fact in delta.facts
             if fact.text in texts
         }
-        patches = set(owners.values())
+        if not undoing.solves:
+            return False
+        patches = {patch.id for patch in owners.values() if not patch.appended}
         kept = patches - set(undoing.solved)
         if kept - self._also:
             self._also |= kept
@@ -174,20 +188,28 @@ class _Attempt:
     def without(self, target: Revision, facts: Sequence[int] | None) -> tuple[Undoing, list[Check]]:
         """Return what is carried afterwards, and the checks of facts that would be lost."""
         ledger = self.carried.ledger
-        steps = [
-            step for step in ledger.undoing(target.id, facts, self._also) if step.facts is not None
-        ]
-        again = tuple(step.patch.id for step in steps if step.solve)
-        if again:
+        every = ledger.undoing(target.id, facts, self._also)
+        moved = [step for step in every if step.facts != step.patch.indices_in_effect]
+        steps = [step for step in every if step.facts is not None]
+        changed = tuple(step.patch.id for step in steps if step.solve)
+        again = tuple(step.patch.id for step in steps if step.solve and not step.patch.appended)
+        if changed:
             ledger.expect(self.carried.at)  # before the work, not after it
         deltas: dict[str, Delta] = {}
         for step in steps:
             if step.delta is not None:
                 deltas[step.patch.id] = self.carried.delta_of(step.patch, step.delta)
             else:
-                tell(self.progress, "solving again", len(deltas), len(steps))
+                doing = "dropping rows" if step.patch.appended else "solving again"
+                tell(self.progress, doing, len(deltas), len(steps))
                 deltas[step.patch.id] = self._solve_again(step, list(deltas.values()))
-        undoing = Undoing(deltas, again, tuple(sorted(self._also & set(again))))
+        undoing = Undoing(
+            deltas,
+            changed=changed,
+            solves=not all(step.patch.appended for step in moved),
+            solved=again,
+            also=tuple(sorted(self._also & set(again))),
+        )
         return undoing, self._lost(undoing)
 
     def _lost(self, undoing: Undoing) -> list[Check]:
@@ -233,6 +255,10 @@ class _Attempt:
         """The delta of a patch, or of the facts of it that stay, on top of other deltas than
         before.
         """
+        if step.patch.appended:
+            original = Delta.load(self.carried.ledger.delta_folder(step.patch, step.patch.delta))
+            staying = [original.facts[i] for i in step.facts or ()]
+            return resolve(self.bench.lm, original, staying, moments={})
         search = step.patch.id in self._searched
         known = (step.patch.id, search, tuple(delta.digest for delta in below))
         if known not in self._solved:

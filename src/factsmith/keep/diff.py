@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..core.fact import Fact
@@ -11,6 +12,7 @@ from ..core.progress import Progress, Tally
 from ..core.tables import Shown, Table, counted
 from ..edit.delta import Delta, read_weights
 from ..model.answers import say
+from ..model.appended import AppendedRows, by_layer
 from ..model.turns import asking
 from .carried import Carried
 
@@ -42,13 +44,17 @@ class Diff(Shown):
         before: The id of the first, or "base".
         after: The id of the second, or "base".
         facts: Those that come, go, or have another target.
-        norms: {layer: ‖W_after − W_before‖ / ‖W_base‖} of the layers that differ.
+        norms: {layer: ‖W_after − W_before‖ / ‖W_base‖} of the layers that differ. Appended neurons
+            do not count.
+        neurons: {layer: (dropped, appended)} how many appended neurons the first has and the second
+            does not, and the other way round, of the layers where they differ.
     """
 
     before: str
     after: str
     facts: tuple[FactChange, ...]
     norms: Mapping[int, float]
+    neurons: Mapping[int, tuple[int, int]] = field(default_factory=dict)
 
     def tables(self) -> list[Table]:
         """The facts, and the layers."""
@@ -59,19 +65,32 @@ class Diff(Shown):
         columns = dict.fromkeys(
             ("prompt", "target before", "after", "answer before", "answer after"), "<"
         )
-        layers = [(str(layer), f"{norm:.4f}") for layer, norm in self.norms.items()]
+        differ = sorted({*self.norms, *self.neurons})
+        layers = [(str(layer), f"{self.norms.get(layer, 0.0):.4f}") for layer in differ]
+        names = {"layer": ">", "‖ΔW‖/‖W‖": ">"}
+        if self.neurons:
+            moved = [self.neurons.get(layer, (0, 0)) for layer in differ]
+            names |= {"neurons dropped": ">", "appended": ">"}
+            layers = [
+                (*row, *(f"{n:,}" for n in pair)) for row, pair in zip(layers, moved, strict=True)
+            ]
         title = (
             f"{self.before[:10]} → {self.after[:10]}: {counted(len(self.facts), 'fact')} different"
         )
         return [
             Table(title, columns, rows),
-            Table("layers", {"layer": ">", "‖ΔW‖/‖W‖": ">"}, layers),
+            Table("layers", names, layers),
         ]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         norms = {str(layer): norm for layer, norm in self.norms.items()}
-        return {**vars(self), "facts": [dict(vars(fact)) for fact in self.facts], "norms": norms}
+        return {
+            **vars(self),
+            "facts": [dict(vars(fact)) for fact in self.facts],
+            "norms": norms,
+            "neurons": {str(layer): list(pair) for layer, pair in self.neurons.items()},
+        }
 
 
 @asking(grad=True, changes=True)
@@ -116,7 +135,23 @@ def diff(carried: Carried, before: str, after: str, progress: Progress | None = 
             for prompt, asked in changed.items()
         ),
         norms={layer: norm for layer, norm in norms.items() if norm},
+        neurons=_moved_rows(*(by_layer([delta.appended for delta in s.deltas]) for s in sides)),
     )
+
+
+def _moved_rows(
+    before: Mapping[int, AppendedRows], after: Mapping[int, AppendedRows]
+) -> dict[int, tuple[int, int]]:
+    """Return how many rows of each layer go and how many come, where there are any."""
+    moved = {}
+    for layer in sorted({*before, *after}):
+        old, new = (
+            Counter(rows[layer].as_bytes() if layer in rows else ()) for rows in (before, after)
+        )
+        dropped, appended = (old - new).total(), (new - old).total()
+        if dropped or appended:
+            moved[layer] = (dropped, appended)
+    return moved
 
 
 def target_text(fact: Fact | None) -> str | None:

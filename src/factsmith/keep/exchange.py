@@ -53,8 +53,9 @@ def read_arrivals(
 ) -> Arrivals:
     """Read the patches of a folder, and make them fit the model as it is; nothing is recorded.
 
-    A patch made on the very weights that it comes to is taken as it is. Any other is solved again
-    for these weights, from its targets and in closed form; an edit of neurons is made again. What
+    A patch made on the very weights that it comes to is taken as it is. So are appended neurons,
+    which rest on no other patch. Any other patch is solved again for these weights, from its
+    targets and in closed form; an edit of neurons is made again. What
     is already in effect is left out: a patch with all its facts, or an edit of neurons. Then the
     facts of the folder are asked, and all facts in effect.
 
@@ -121,14 +122,14 @@ def read_arrivals(
 
 def _same_edit(one: Delta, other: Delta) -> bool:
     """Return whether two deltas without facts are one edit, on whatever weights it was made."""
-    if other.facts or (one.method, set(one.layers)) != (other.method, set(other.layers)):
+    if other.facts or (one.method, one.touched) != (other.method, other.touched):
         return False
     return one.config == other.config if edits_neurons(one) else one.digest == other.digest
 
 
 def _contradiction(bench: Bench, patch: SavedPatch) -> str:
     """The first fact of a patch that contradicts one in effect, in words; "" for none."""
-    facts, layers = patch.delta.facts, sorted(patch.delta.layers)
+    facts, layers = patch.delta.facts, patch.delta.touched
     if not facts:
         return ""
     with bench.on_base():
@@ -154,8 +155,8 @@ def _fitted(
     """
     with carried.exactly(below):
         fits = same_model(patch.delta.fingerprint, bench.lm.fingerprint)
-    has_facts = bool(patch.delta.facts)
-    if fits or not (has_facts or edits_neurons(patch.delta)):
+    has_facts, only_rows = bool(patch.delta.facts), not patch.delta.layers
+    if fits or only_rows or not (has_facts or edits_neurons(patch.delta)):
         return patch.delta
     layers = sorted(patch.delta.layers)
     moments: Moments = {}

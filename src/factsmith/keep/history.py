@@ -9,9 +9,13 @@ earlier patches: it takes a patch out of effect, brings it back, or replaces its
 holds fewer facts or was solved again. So the patches in effect after an entry follow from replaying
 the entries up to it.
 
-A patch is solved on top of the patches before it. When one of these changes, every later patch that
-touches one of its layers must be solved again, edits of neurons included: an erased value is the
-value of then subtracted. `undoing` finds these patches; it solves nothing.
+A patch that updates weights is solved on top of the patches before it. When one of these changes,
+every later patch that updates one of its layers must be solved again, edits of neurons included: an
+erased value is the value of then subtracted. `undoing` finds these patches; it solves nothing.
+
+Appended neurons are rows of their own. A patch that appends neurons (`Revision.appended`) is never
+solved again: its rows stay, bit for bit, and those of facts that go are dropped. No other patch is
+solved again because such rows go or come. Low-rank patches keep to their rule among themselves.
 
 This module knows no database and no files.
 """
@@ -199,6 +203,7 @@ def _revision(
             "facts": entry.facts,
             "layers": tuple(record.layers),
             "changes": changes,
+            "appended": dict(record.appended),
         },
     )
 
@@ -225,7 +230,8 @@ def undoing(
     were carried before it. Otherwise a patch is solved again if some of its facts go or come, or if
     it touches a layer in which an earlier patch changes: it was solved on top of that patch. In
     another layer it may rest on the change, too. That shows when its facts are asked, and `also`
-    names such patches.
+    names such patches. Appended neurons are not solved again, and nothing is because of them: some
+    of a patch's rows are dropped, or all come back.
 
     Args:
         entries: The whole history, oldest first.
@@ -326,15 +332,25 @@ def _steps_back(
 def _steps_ahead(
     patches: Iterable[Revision], wanted: Mapping[str, Indices], also: Collection[str]
 ) -> list[Step]:
-    """Return the steps to a new state; a patch above a layer that changed is solved again."""
+    """Return the steps to a new state; a patch above a layer that changed is solved again.
+
+    A patch of appended neurons keeps its rows, and gets those of its facts back that were dropped.
+    """
     steps: list[Step] = []
     changed_layers: set[int] = set()
     for patch in patches:
         facts = wanted[patch.id]
         if facts is None and patch.carried is None:
             continue
-        rests_on_change = patch.id in also or bool(changed_layers & set(patch.layers))
         delta = None
+        if patch.appended:
+            if facts == patch.indices_in_effect:
+                delta = patch.carried
+            elif facts == tuple(range(len(patch.facts))):
+                delta = patch.delta
+            steps.append(Step(patch=patch, facts=facts, delta=delta))
+            continue
+        rests_on_change = patch.id in also or bool(changed_layers & set(patch.layers))
         if facts == patch.indices_in_effect and not rests_on_change:
             delta = patch.carried
         else:

@@ -258,6 +258,7 @@ class Ledger(Housekeeping):
         method: str,
         facts: Sequence[Fact],
         layers: Sequence[int],
+        appended: Mapping[int, int] | None = None,
         config: Mapping[str, Any] | None = None,
         moments: str | None = None,
         report: Mapping[str, Any] | None = None,
@@ -271,6 +272,8 @@ class Ledger(Housekeeping):
             method: The name of the editing method.
             facts: The facts that were written.
             layers: The layers that change.
+            appended: {layer: number of neurons} of a patch that only appends neurons. None: it
+                updates weights.
             config: The settings of the method, as plain JSON values.
             moments: The sha256 of the second moments that were used.
             report: The evaluation to store, as plain JSON values.
@@ -291,6 +294,7 @@ class Ledger(Housekeeping):
                 config=dict(config or {}),
                 facts=[fact.to_dict() for fact in facts],
                 layers=sorted(int(layer) for layer in layers),
+                appended=dict(appended or {}),
                 moments=moments,
                 report=dict(report or {}),
                 delta=digest,

@@ -21,6 +21,7 @@ import pydantic
 
 from ..core.errors import InputError
 from ..core.fact import Fact
+from ..core.tables import counted
 
 BASE = "base"
 """The name of the unpatched model, before every revision."""
@@ -68,6 +69,7 @@ class StoredRecord(pydantic.BaseModel):
     delta_bytes: int
     reverts: str | None
     changes: dict[str, StoredChange] = {}
+    appended: dict[int, int] = {}
 
     @property
     def changed(self) -> dict[str, StoredChange]:
@@ -85,10 +87,10 @@ class StoredRecord(pydantic.BaseModel):
         Raises:
             InputError: when a value cannot be written as JSON in UTF-8.
         """
+        # A record without appended neurons is the text that it was before there were any.
+        fields = self.model_dump(exclude=None if self.appended else {"appended"})
         try:
-            text = json.dumps(
-                self.model_dump(), ensure_ascii=False, sort_keys=True, allow_nan=False
-            )
+            text = json.dumps(fields, ensure_ascii=False, sort_keys=True, allow_nan=False)
             return hashlib.sha256(text.encode()).hexdigest(), text
         except (TypeError, ValueError) as error:
             raise InputError(
@@ -147,6 +149,8 @@ class Revision:
         reverts: The id of the entry that a revert undoes. None for a patch.
         changes: For a revert: what it does to each patch that it touches, by the patch's id. Later
             patches that were solved on top of others are among them.
+        appended: {layer: number of neurons} of a patch that only appends neurons. Empty for a patch
+            that updates weights, and for a revert.
         reverted_by: The id of the newest revert that took this entry out completely, or None. That
             revert may be undone or come later.
         carried: The sha256 of the delta that the model carries for this patch at this place: the
@@ -172,9 +176,15 @@ class Revision:
     delta_bytes: int
     reverts: str | None
     changes: Mapping[str, Change]
+    appended: Mapping[int, int]
     reverted_by: str | None
     carried: str | None
     in_effect: tuple[Fact, ...]
+
+    @property
+    def size(self) -> str:
+        """The number of appended neurons, in words; "" for an entry that appends none."""
+        return counted(sum(self.appended.values()), "neuron") if self.appended else ""
 
     @property
     def deltas(self) -> tuple[str, ...]:
@@ -200,7 +210,13 @@ class Revision:
             patch: {**vars(change), "facts": list(change.facts)}
             for patch, change in self.changes.items()
         }
-        return {**vars(self), **facts, "layers": list(self.layers), "changes": changes}
+        return {
+            **vars(self),
+            **facts,
+            "layers": list(self.layers),
+            "changes": changes,
+            "appended": {str(layer): n for layer, n in self.appended.items()},
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +228,7 @@ class Step:
         facts: The indices of its facts that are in effect afterwards. None: the patch goes out of
             effect.
         delta: The sha256 of a delta in the workspace that the model carries for it afterwards.
-            None: the patch goes out of effect, or must be solved again.
+            None: the patch goes out of effect, or gets a new delta.
     """
 
     patch: Revision
@@ -221,9 +237,11 @@ class Step:
 
     @property
     def solve(self) -> bool:
-        """Whether the patch must be solved again.
+        """Whether the patch gets a new delta.
 
-        It must if some of its facts go, or if a delta changes that it was solved on top of.
+        It does if some of its facts go, or if a delta changes that it was solved on top of. Of a
+        patch that appends neurons the new delta is made of rows that there are; any other is solved
+        again.
         """
         return self.facts is not None and self.delta is None
 

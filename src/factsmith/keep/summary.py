@@ -32,6 +32,7 @@ def revision_tables(revision: Revision) -> list[Table]:
     """Return one revision: what it is, its facts, what it did to other patches, and its proof."""
     by = f" by {revision.reverted_by[:10]}" if revision.reverted_by else ""
     simple = {k: v for k, v in revision.config.items() if not isinstance(v, (list, dict))}
+    layers = f"layer {', '.join(map(str, revision.layers))}"
     fields = {
         "revision": revision.id,
         "parent": revision.parent,
@@ -39,7 +40,7 @@ def revision_tables(revision: Revision) -> list[Table]:
         "kind": f"{revision.kind}, {revision.state}{by}",
         "reverts": revision.reverts,
         "message": revision.message,
-        "method": f"{revision.method}, layer {', '.join(map(str, revision.layers))}",
+        "method": ", ".join(filter(None, [revision.method, layers, revision.size])),
         "settings": ", ".join(f"{name}={value}" for name, value in simple.items()),
         "delta": revision.delta and f"{revision.delta[:10]}, {revision.delta_bytes:,} bytes",
         "moments": revision.moments and revision.moments[:10],

@@ -38,11 +38,12 @@ def _described(folder: Path) -> Unrecorded | None:
         if record.pop("sha256") != record_digest(record):
             return None
         facts: Sequence[dict[str, Any]] = record["facts"]
+        appended: dict[str, Any] = record.get("appended", {})
         return Unrecorded(
             delta=folder.name,
             method=str(record["method"]),
             facts=tuple(str(Fact.from_dict(fact)) for fact in facts),
-            layers=tuple(map(int, record["layers"])),
+            layers=tuple(sorted({*map(int, record["layers"]), *map(int, appended)})),
             fingerprint=str(record["fingerprint"]),
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):

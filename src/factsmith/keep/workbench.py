@@ -374,6 +374,7 @@ class Workbench(LedgerBench):
             config=delta.config,
             facts=delta.facts,
             layers=list(delta.touched),
+            appended={} if delta.layers else {x: len(r) for x, r in delta.appended.items()},
             moments=moments,
             report=report,
             message=message or neurons_in_words(delta),
@@ -395,7 +396,8 @@ class Workbench(LedgerBench):
 
         Patches that were solved on top of what goes are solved again, in their order. Then every
         fact that stays is asked. Patches of other layers whose facts would be lost are solved
-        again, too. The report says what was asked, what was solved again, and what is lost.
+        again, too. Of appended neurons only the rows of the facts that go are dropped: nothing is
+        solved again. The report says what was asked, what was solved again, and what is lost.
 
         Args:
             reference: The revision's id, a unique prefix, or "latest".
@@ -424,7 +426,7 @@ class Workbench(LedgerBench):
             force=force,
             progress=progress,
         )
-        solved = {patch: undoing.deltas[patch].save for patch in undoing.solved}
+        solved = {patch: undoing.deltas[patch].save for patch in undoing.changed}
         return self._carried.move(
             list(undoing.deltas.values()),
             lambda: self.ledger.revert(

@@ -117,6 +117,11 @@ class AppendedRows:
         """Bytes of the neurons, as they are saved."""
         return sum(x.numel() * x.element_size() for x in self.tensors().values())
 
+    def as_bytes(self) -> list[bytes]:
+        """Return the numbers of each row, as bytes. Equal rows have equal bytes."""
+        columns = [tensor.reshape(len(self), -1) for tensor in self.tensors().values()]
+        return [row.numpy().tobytes() for row in torch.cat(columns, dim=1).contiguous()]
+
     def of(self, facts: Sequence[int]) -> AppendedRows:
         """Return the rows of some facts. Their new indices are their places in `facts`.
 
