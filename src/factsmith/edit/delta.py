@@ -407,18 +407,13 @@ def written(
     *,
     appended: Mapping[int, AppendedRows] | None = None,
 ) -> Iterator[None]:
-    """Put down-projections into the model for the length of a `with` block.
+    """Put down-projections {l: (d_model, d_ff)} into the model for the length of a `with` block.
 
-    Afterwards the weights are the same bits as before.
-
-    Args:
-        lm: The model.
-        weights: {layer: (d_model, d_ff)} in the model's dtype.
-        appended: {layer: neurons to append}. None: none.
+    Neurons are appended as well, if `appended` has some for a layer. Afterwards the weights are the
+    same bits as before.
 
     Raises:
-        LayerError, InputError, NumericsError: As `write_weights` and `applied`. Then nothing has
-            changed.
+        LayerError, InputError, NumericsError: As `applied`. Then nothing has changed.
     """
     rows = appended or {}
     check_rows(lm.ffn, rows, homes(lm))

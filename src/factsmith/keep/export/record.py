@@ -160,6 +160,8 @@ class Export(Shown):
             return f"verified: {patches} read back, every tensor equal bit for bit"
         if self.format == "gguf":
             same = "every other tensor and every field is the base file's, byte for byte"
+            if self.width is not None:
+                same += ", followed by zeros up to the new width"
             return f"verified: {same}" + ("" if self.read_back is None else f"; {self.read_back}")
         return "not verified" if self.read_back is None else f"verified: {self.read_back}"
 
