@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,16 +10,17 @@ import pytest
 import torch
 
 from conftest import GPT2, byte_tokenizer, tiny_model
+from exports import appending
 from factsmith.core.errors import FingerprintError, RevisionError, WorkspaceError
 from factsmith.core.fact import Fact
-from factsmith.edit.delta import Delta
+from factsmith.edit.delta import Delta, applied
 from factsmith.edit.resolve import resolve
 from factsmith.keep.export.folder import read_patch
 from factsmith.keep.ledger import Ledger
 from factsmith.keep.workbench import Workbench
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap
-from workbenches import DARRIEUX, FIAT, SPREADING, THREE, hashes, moments_of
+from workbenches import DARRIEUX, FIAT, SPREADING, THREE, hashes, moments_of, some_delta
 
 
 def test_patches_of_another_workspace_are_imported(
@@ -68,6 +70,45 @@ def test_patches_of_another_workspace_are_imported(
         pytest.raises(FingerprintError, match="was made for"),
     ):
         wrong.import_patches(tmp_path / "patch")
+
+
+def test_appended_neurons_are_imported_as_they_are(
+    lm: LanguageModel, bench: Workbench, tmp_path: Path
+) -> None:
+    """Bit for bit, also next to patches that the other workspace did not have."""
+    rows = appending(lm, 1, {0: 2, 1: 5})
+    bench.commit(rows)
+    state = wide_hashes(lm)
+    bench.export(tmp_path / "patch", format="patch")
+    bench.close()
+    with Workbench(lm, tmp_path / "same") as same:
+        (made,) = same.import_patches(tmp_path / "patch", force=True)
+        assert wide_hashes(lm) == state
+        assert Delta.load(same.ledger.delta_folder(made)).digest == rows.digest
+        assert same.import_patches(tmp_path / "patch") == ()
+    assert wide_hashes(lm) != state
+    with Workbench(lm, tmp_path / "other") as other:
+        low = some_delta(lm, 4, (0, 1))
+        other.commit(low)
+        (made,) = other.import_patches(tmp_path / "patch", force=True)
+        assert Delta.load(other.ledger.delta_folder(made)).digest == rows.digest
+        now = wide_hashes(lm)
+        with other.on_base(), applied(lm, [low, rows]):
+            assert wide_hashes(lm) == now
+    stranger = wrap(tiny_model("gpt2", seed=9, **GPT2), byte_tokenizer())
+    with (
+        Workbench(stranger, tmp_path / "stranger") as wrong,
+        pytest.raises(FingerprintError, match="was made for"),
+    ):
+        wrong.import_patches(tmp_path / "patch")
+
+
+def wide_hashes(lm: LanguageModel) -> dict[str, str]:
+    """Return the sha256 of every tensor, also of a widened model."""
+    return {
+        name: hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()
+        for name, tensor in lm.module.state_dict().items()
+    }
 
 
 def test_all_patches_are_imported_or_none(

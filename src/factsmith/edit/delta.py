@@ -407,10 +407,8 @@ def written(
     *,
     appended: Mapping[int, AppendedRows] | None = None,
 ) -> Iterator[None]:
-    """Put down-projections {l: (d_model, d_ff)} into the model for the length of a `with` block.
-
-    Neurons are appended as well, if `appended` has some for a layer. Afterwards the weights are the
-    same bits as before.
+    """Put down-projections {l: (d_model, d_ff)} into the model for the length of a `with` block,
+    and append neurons. Afterwards the weights are the same bits as before.
 
     Raises:
         LayerError, InputError, NumericsError: As `applied`. Then nothing has changed.

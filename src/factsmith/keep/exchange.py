@@ -53,11 +53,11 @@ def read_arrivals(
 ) -> Arrivals:
     """Read the patches of a folder, and make them fit the model as it is; nothing is recorded.
 
-    A patch made on the very weights that it comes to is taken as it is. So are appended neurons,
-    which rest on no other patch. Any other patch is solved again for these weights, from its
-    targets and in closed form; an edit of neurons is made again. What
-    is already in effect is left out: a patch with all its facts, or an edit of neurons. Then the
-    facts of the folder are asked, and all facts in effect.
+    A patch made on the very weights that it comes to is taken as it is, and so is one that only
+    appends neurons. Any other is solved again for these weights, from its targets and in closed
+    form; an edit of neurons is made again. What is already in effect is left out: a patch with all
+    its facts, or an edit of neurons. Then the facts of the folder are asked, and all facts in
+    effect.
 
     Args:
         bench: The workbench.
@@ -152,6 +152,9 @@ def _fitted(
 ) -> Delta:
     """A patch's delta for a model that carries `below`: the same one where it was made on these
     weights, or solved again.
+
+    Neurons that it appends stay as they are: they share no weights with what lies below. The proof
+    of all patches says whether their facts hold.
     """
     with carried.exactly(below):
         fits = same_model(patch.delta.fingerprint, bench.lm.fingerprint)
