@@ -98,7 +98,7 @@ def some_delta(
 ) -> Delta:
     """Return a random delta for the present weights of the model."""
     generator = torch.Generator().manual_seed(seed)
-    d_ff = lm.ffn[0].d_ff
+    d_ff = lm.ffn[0].n_original
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator) * scale

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from factsmith.core.errors import (
 from factsmith.core.fact import Fact
 from factsmith.edit.delta import Delta, applied, patched, read_weights, write_weights
 from factsmith.model.language_model import LanguageModel
+from workbenches import some_rows
 
 FACT = Fact(
     "Danielle Darrieux",
@@ -257,6 +259,50 @@ def test_damage_is_found(tiny_gpt2: LanguageModel, tmp_path: Path) -> None:
     ).hexdigest()
     record.write_text(json.dumps(forged | {"sha256": digest}))
     refused("not a delta")
+
+
+Tensors = dict[str, torch.Tensor]
+FORGED: dict[str, Callable[[Tensors, dict[str, Any]], object]] = {
+    "fewer rows": lambda t, r: t.update({"appended.1.keys": t["appended.1.keys"][:-1]}),
+    "fewer values": lambda t, r: t.update({"appended.1.values": t["appended.1.values"][:-1]}),
+    "no keys": lambda t, r: t.pop("appended.1.keys"),
+    "no values": lambda t, r: t.pop("appended.1.values"),
+    "not finite": lambda t, r: t["appended.1.values"].__setitem__((0, 0), float("nan")),
+    "endless biases": lambda t, r: t["appended.1.biases"].__setitem__(0, float("inf")),
+    "a narrow key": lambda t, r: t.update({"appended.1.keys": t["appended.1.keys"][:, 1:].clone()}),
+    "half precision": lambda t, r: t.update({"appended.1.keys": t["appended.1.keys"].half()}),
+    "a stray tensor": lambda t, r: t.update({"appended.1.more": t["appended.1.keys"].clone()}),
+    "rows of a layer that is not stated": lambda t, r: r["appended"].pop("1"),
+    "a fact too many": lambda t, r: r["appended"]["1"].append(0),
+    "a fact that is not there": lambda t, r: r["appended"].update({"1": [0, 0, 0, 7]}),
+    "a fact that is no number": lambda t, r: r["appended"].update({"1": [0, 0, 0, "0"]}),
+}
+
+
+def _forge(folder: Path, change: Callable[[Tensors, dict[str, Any]], object]) -> None:
+    """Change the files of a delta, and give them the checksums of what they hold then."""
+    tensors, record = folder / "delta.safetensors", folder / "edit.json"
+    named, forged = load_file(tensors), json.loads(record.read_text())
+    change(named, forged)
+    save_file(named, tensors)
+    forged["tensors_sha256"] = hashlib.sha256(tensors.read_bytes()).hexdigest()
+    forged.pop("sha256")
+    text = json.dumps(forged, sort_keys=True, ensure_ascii=False)
+    forged["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    record.write_text(json.dumps(forged))
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_appended_rows_that_do_not_fit_are_refused(
+    tiny_gpt2: LanguageModel, tmp_path: Path, kind: str
+) -> None:
+    delta = some_rows(tiny_gpt2, 1)
+    delta.save(tmp_path)
+    _forge(tmp_path, lambda tensors, record: None)
+    assert Delta.load(tmp_path).digest == delta.digest, "the control"
+    _forge(tmp_path, FORGED[kind])
+    with pytest.raises(DamagedError, match="not a delta"):
+        Delta.load(tmp_path)
 
 
 def test_a_folder_that_cannot_be_written(tiny_gpt2: LanguageModel, tmp_path: Path) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from factsmith.keep.ledger import Ledger
+from factsmith.keep.workbench import Workbench
+from factsmith.model.language_model import LanguageModel
 from ledgers import commit
+from workbenches import by_hand, same_state
 
 _WORK = """
 import os, random, signal, sys, time
@@ -82,6 +86,71 @@ def test_kill_in_the_middle_of_commits(ledger: Ledger) -> None:
         assert integrity.revisions == len(ids) == opened.log()[0].number
         commit(opened, "after")
     assert not any((ledger.folder / "deltas").glob(".staging-*"))
+
+
+_ROWS = """
+import os, random, signal, sys, time
+sys.path.insert(0, sys.argv[3])
+import torch
+from conftest import GPT2, byte_tokenizer, tiny_model
+from factsmith.keep.workbench import Workbench
+from factsmith.model.load import wrap
+from workbenches import some_delta, some_rows
+
+lm = wrap(tiny_model("gpt2", **GPT2), byte_tokenizer())
+
+def work(seed, out):
+    rng = random.Random(seed)
+    with Workbench(lm, sys.argv[1]) as bench:
+        while True:
+            active = [each for each in bench.ledger.active() if each.appended]
+            if len(active) > 3:
+                patch = rng.choice(active)
+                some = rng.choice([None, list(patch.indices_in_effect)[:1]])
+                made = bench.revert(patch.id, some, force=True)
+            else:
+                rows = some_rows(lm, rng.randrange(10**6), rng.choice([(1,), (0, 1)]))
+                made = bench.commit(rows)
+            os.write(out, made.id.encode() + b"\\n")
+
+random.seed(int(sys.argv[2]))
+for round_ in range(6):
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        work(round_, write)
+    os.close(write)
+    lines = os.read(read, 65)
+    time.sleep(random.random() * 0.15)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    while more := os.read(read, 65536):
+        lines += more
+    os.close(read)
+    print(lines.decode(), end="")
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs fork and SIGKILL")
+def test_kill_while_rows_are_appended_and_dropped(lm: LanguageModel, tmp_path: Path) -> None:
+    """The next process has the weights that the files say, and can go on."""
+    base = {name: tensor.clone() for name, tensor in lm.module.state_dict().items()}
+    done = subprocess.run(
+        [sys.executable, "-c", _ROWS, str(tmp_path), "0", str(Path(__file__).parents[1])],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    reported = done.stdout.split()
+    with Workbench(lm, tmp_path) as bench:
+        ids = [revision.id for revision in bench.log()]
+        assert set(reported) <= set(ids) and len(ids) - len(reported) <= 6
+        assert len(reported) >= 6 and any(revision.kind == "revert" for revision in bench.log())
+        assert same_state(lm, by_hand(base, bench)) and not same_state(lm, base)
+        bench.rebuild()
+        for patch in bench.ledger.active():
+            bench.revert(patch.id, force=True)
+        assert same_state(lm, base)
 
 
 def test_processes_at_once_lose_nothing(ledger: Ledger) -> None:

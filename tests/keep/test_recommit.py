@@ -14,6 +14,7 @@ from factsmith.keep.recommit import recover_patches
 from factsmith.keep.workbench import Workbench
 from factsmith.model.language_model import LanguageModel
 from ledgers import delta_of, lose_records
+from workbenches import some_rows
 
 
 def _workspace(lm: LanguageModel, folder: Path, n: int = 3) -> list[str]:
@@ -43,6 +44,24 @@ def test_gc_keeps_what_can_be_read_as_a_patch(lm: LanguageModel, tmp_path: Path)
         assert ledger.gc() == (deltas[1],), "what does not match its checksum is no patch"
         assert ledger.gc(patches=True, dry_run=True) == (deltas[2],) == ledger.gc(patches=True)
         assert ledger.verify().orphans == ()
+
+
+def test_rows_without_a_record_are_described_and_come_back(
+    lm: LanguageModel, tmp_path: Path
+) -> None:
+    with Workbench(lm, tmp_path) as bench:
+        bench.commit(some_delta(lm, 1))
+        rows = some_rows(lm, 2, (0, 1))
+        revision = bench.commit(rows)
+        patched = lm.fingerprint
+    lose_records(tmp_path, 1)
+    with Workbench(lm, tmp_path) as bench:
+        (patch,) = bench.ledger.unrecorded()
+        assert patch.layers == (0, 1) and patch.method == "append"
+        assert lm.fingerprint != patched
+        (again,) = recover_patches(bench)
+        assert (again.delta, again.appended) == (revision.delta, {0: 4, 1: 4})
+        assert lm.fingerprint == patched and bench.rebuild().orphans == ()
 
 
 def test_patches_come_back_in_the_order_they_were_made(lm: LanguageModel, tmp_path: Path) -> None:
