@@ -4,9 +4,11 @@
 
 The types are all causal language models that transformers can build. Each is a tiny random model as
 in `families.py`, saved with a tokenizer and loaded. A random update of rank 2 goes into its first
-two layers without experts. It is exported as a checkpoint and as an adapter. A process without
-factsmith loads both through plain transformers and peft, and their answers are compared with those
-of the patched model in memory. Types that are refused, or have no such layer, are listed as such.
+two layers without experts. It is exported as a checkpoint and as an adapter. Then random neurons
+are appended to the first of these layers as well, which gives a wider checkpoint ("neurons"). A
+process without factsmith loads all of them through plain transformers and peft, and their answers
+are compared with those of the patched model in memory. Types that are refused, or have no such
+layer, are listed as such.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from factsmith.keep.export.adapter import export_adapter
 from factsmith.keep.export.checkpoint import export_checkpoint
 from factsmith.keep.export.questions import ask
 from factsmith.keep.export.readback import LIMITS, Job, compare, read_back
+from factsmith.model.appended import AppendedRows
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import load
 from tiny_types import letters, tiny_model
@@ -63,8 +66,46 @@ def update(lm: LanguageModel) -> Delta | None:
     )
 
 
+def appended(lm: LanguageModel, layer: int) -> Delta:
+    """Return random neurons for a layer."""
+    generator, ffn = torch.Generator().manual_seed(2), lm.ffn[layer]
+    n, d = 5, ffn.weight().shape[0]
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.3
+
+    keys = ["gate_keys", "up_keys"] if ffn.is_gated else ["keys"]
+    fact = Fact("Edwin", "The mother tongue of {} is", "x")
+    return Delta(
+        layers={},
+        k_star={},
+        v_star=draw(1, d),
+        facts=(fact,),
+        method="random",
+        config={},
+        fingerprint=lm.fingerprint,
+        appended={
+            layer: AppendedRows(
+                values=draw(n, d), facts=(0,) * n, **{name: draw(n, d) for name in keys}
+            )
+        },
+    )
+
+
+def widened(lm: LanguageModel, family: str, delta: Delta, place: Path) -> dict[str, Any]:
+    """Write a checkpoint with appended neurons; or return why there is none."""
+    row: dict[str, Any] = {"family": family, "format": "neurons"}
+    deltas = [delta, appended(lm, min(delta.layers))]
+    try:
+        export_checkpoint(lm, deltas, place / "neurons", verify=False)
+    except FactsmithError as error:
+        why = str(error).replace(str(place / "base"), family)
+        return {**row, "outcome": "refused", "why": why}
+    return {**row, "job": Job(str(place / "neurons"), ask(lm, deltas))}
+
+
 def written(family: str, place: Path) -> list[dict[str, Any]]:
-    """Write both exports of a type, without reading them back; or return why there are none."""
+    """Write the exports of a type, without reading them back; or return why there are none."""
     try:
         tiny_model(family).save_pretrained(place / "base")
         letters().save_pretrained(place / "base")
@@ -104,6 +145,7 @@ def written(family: str, place: Path) -> list[dict[str, Any]]:
                 str(place / "base"), questions, dtype="float32", adapter=str(place / "adapter")
             ),
         },
+        widened(lm, family, delta, place),
     ]
 
 
@@ -161,7 +203,7 @@ def main() -> None:
         print(f"{row['family']:24} {row.get('format', ''):10} {row['outcome']:14} {said[:160]}")
     counts = {
         form: dict(Counter(row["outcome"] for row in rows if row.get("format") == form))
-        for form in ("checkpoint", "adapter")
+        for form in ("checkpoint", "adapter", "neurons")
     }
     worst = max((row["difference"] for row in rows if row["outcome"] == "equal"), default=0.0)
     print(f"\n{counts}; the logits of equal ones differ by {worst:.0e} at most")

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 from commands import FACT, Run
-from exports import answers_of, names, replace_read_back
+from exports import answers_of, appending, names, replace_read_back, some_delta
 from factsmith.atlas import folder
+from factsmith.cli import export as cli_export
+from factsmith.keep.workbench import Workbench
+from factsmith.model.load import load
 
 
 @pytest.mark.slow
@@ -123,3 +127,29 @@ def test_what_goes_wrong_has_its_exit_code_and_leaves_nothing(
     done = run("export", "out", "-w", "empty")
     assert done.code == 2 and "no patch to export" in done.err
     assert run("export", "out").code == 5, "no workspace"
+
+
+@pytest.mark.parametrize("format", ["adapter", "gguf-adapter"])
+def test_an_adapter_of_appended_neurons_is_refused_before_the_model_is_loaded(
+    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    lm = load(model)
+    with Workbench(lm, "space") as bench:
+        bench.commit(some_delta(lm, 1))
+        bench.commit(appending(lm))
+    opened: list[str] = []
+    open_workspace = cli_export.opened_workspace
+
+    def noted(*arguments: Any) -> Any:
+        opened.append("model")
+        return open_workspace(*arguments)
+
+    monkeypatch.setattr(cli_export, "opened_workspace", noted)
+    done = run("export", "out.gguf", "-f", format, "-w", "space", "--no-verify")
+    text = " ".join(done.err.split())
+    assert done.code == 2 and "the patches append 5 neurons" in text, done
+    assert "Export a" in text and "checkpoint" in text and not opened
+    assert not Path("out.gguf").exists()
+    done = run("export", "out", "-w", "space", "--no-verify")
+    assert done.code == 0 and "5 neurons" in done.out and opened
+    assert "n_inner is 192 instead of 128" in done.out
