@@ -167,6 +167,15 @@ def test_numbers_too_large_for_the_dtype_are_refused_before_anything_changes() -
     assert all(linear._parameters[name] is p for linear, name, p in held.parameters)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_norm_of_the_coefficients_is_refused(tiny_llama: LanguageModel) -> None:
+    """It has a weight for each neuron, and its mean would be over other neurons."""
+    lm = families.wrap(families.tiny_model("bitnet"), families.letters())
+    with pytest.raises(UnsupportedModelError, match=r"has ffn_sub_norm\.weight, with a number for"):
+        parameters_of(lm.ffn[0])
+    parameters_of(tiny_llama.ffn[0])
+
+
 @pytest.mark.parametrize("family", EXPERTS[:1])
 @pytest.mark.filterwarnings("ignore")
 def test_experts_are_refused(family: str, tiny_llama: LanguageModel) -> None:

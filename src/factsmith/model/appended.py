@@ -222,10 +222,21 @@ def check_widens(ffn: FeedForward) -> None:
     """Check that neurons can be appended to a layer at all.
 
     Raises:
-        UnsupportedModelError: The layer has experts.
+        UnsupportedModelError: The layer has experts, or other weights with a number for each
+            neuron, such as those of a norm of the coefficients.
     """
     if ffn.n_experts:
         raise UnsupportedModelError(
             f"layer {ffn.layer} has {ffn.n_experts} experts, and neurons cannot be appended to "
             "them yet; choose a layer without experts"
         )
+    linears = [matrix.module for matrix in (ffn._gate, ffn._up, ffn._weight) if matrix is not None]
+    d_model, d_ff = ffn.weight().shape
+    for name, module in ffn.module.named_modules():
+        for kind, parameter in module.named_parameters(recurse=False):
+            if module not in linears and parameter.shape == (d_ff,) and d_ff != d_model:
+                raise UnsupportedModelError(
+                    f"layer {ffn.layer} has {name}.{kind}, with a number for each neuron, so "
+                    "neurons cannot be appended to it; use a method that updates weights, such as "
+                    "memit"
+                )

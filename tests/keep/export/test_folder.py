@@ -130,8 +130,9 @@ def test_appended_neurons_come_back(lm: LanguageModel, tmp_path: Path) -> None:
 def test_deltas_differ_by_any_appended_number(lm: LanguageModel) -> None:
     delta = appending(lm, 1, {0: 3})
     assert equal_deltas(delta, appending(lm, 1, {0: 3}))
-    rows = delta.appended[0]
-    for name, tensor in rows.tensors().items():
+    rows = dataclasses.replace(delta.appended[0], inputs=torch.ones(2, lm.d_model))
+    delta = dataclasses.replace(delta, appended={0: rows})
+    for name, tensor in [*rows.tensors().items(), ("inputs", torch.ones(2, lm.d_model))]:
         other = tensor.clone()
         other.view(-1)[-1] += 1e-3
         changed = {0: dataclasses.replace(rows, **{name: other})}
