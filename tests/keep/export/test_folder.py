@@ -137,7 +137,7 @@ def test_deltas_differ_by_any_appended_number(lm: LanguageModel) -> None:
         other.view(-1)[-1] += 1e-3
         changed = {0: dataclasses.replace(rows, **{name: other})}
         assert not equal_deltas(delta, dataclasses.replace(delta, appended=changed)), name
-    changed = {0: dataclasses.replace(rows, facts=(1, 1, 1))}
+    changed = {0: dataclasses.replace(rows, facts=(1, 0, 1))}
     assert not equal_deltas(delta, dataclasses.replace(delta, appended=changed))
     assert not equal_deltas(delta, appending(lm, 1, {0: 3, 1: 1}))
 
