@@ -66,7 +66,9 @@ class Diff(Shown):
             ("prompt", "target before", "after", "answer before", "answer after"), "<"
         )
         differ = sorted({*self.norms, *self.neurons})
-        layers = [(str(layer), f"{self.norms.get(layer, 0.0):.4f}") for layer in differ]
+        layers: list[tuple[str, ...]] = [
+            (str(layer), f"{self.norms.get(layer, 0.0):.4f}") for layer in differ
+        ]
         names = {"layer": ">", "‖ΔW‖/‖W‖": ">"}
         if self.neurons:
             moved = [self.neurons.get(layer, (0, 0)) for layer in differ]

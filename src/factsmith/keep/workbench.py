@@ -35,6 +35,7 @@ from ..model.language_model import LanguageModel
 from ..patch.attempt import attempt_patch
 from ..patch.capacity import LIMIT, Capacity, capacity
 from ..patch.complete import complete
+from ..patch.firing import firing_of
 from ..patch.plan import Plan, plan
 from ..patch.proof import prove
 from ..patch.proposal import Proposal, propose
@@ -170,6 +171,8 @@ class Workbench(LedgerBench):
         self._carried.check_weights()
         deltas = list(self._carried.deltas.values())
         layers = sorted({layer for delta in deltas for layer in delta.layers})
+        widened = sorted({layer for delta in deltas for layer in delta.appended})
+        inputs = self.find_moments(widened, site="inputs", **options) if widened else {}
         choice = None if layers else self.known_layers()
         free = (choice.memit if choice is not None else ()) or by_depth(self.lm.n_layers)
         checks = self._verify(options.get("progress")).checks if ask and deltas else ()
@@ -183,6 +186,7 @@ class Workbench(LedgerBench):
             limit=limit,
             asked=len(asked) if ask else None,
             kept=sum(check.held for check in asked) if ask else None,
+            appended=firing_of(self.lm, deltas, inputs),
         )
 
     @settled

@@ -21,7 +21,9 @@ from ..edit.delta import Delta, read_weights
 from ..judge.drift import Drift, drift
 from ..model.turns import asking
 from .bench import Bench
+from .capacity import firing_warning
 from .capacity import warning as capacity_warning
+from .firing import firing_of
 from .gates import GateResult, check_gates, gates_table, measures_drift
 from .plan import Plan, plan
 from .proposal import Proposal, propose
@@ -215,9 +217,14 @@ def _room(bench: Bench, delta: Delta) -> str | None:
     """
     deltas = [*bench.beneath, delta]
     layers = sorted({layer for each in deltas for layer in each.layers})
-    if not layers:  # appended neurons take no room from one another
-        return None
+    widened = sorted({layer for each in deltas for layer in each.appended})
     with bench.on_base():
         moments = bench.kept_moments(layers)
+        inputs = bench.kept_moments(widened, "inputs") if delta.appended else {}
         weights = read_weights(bench.lm, layers)
-    return capacity_warning(deltas, weights, moments) if set(moments) == set(layers) else None
+    parts = []
+    if delta.layers and set(moments) == set(layers):
+        parts.append(capacity_warning(deltas, weights, moments))
+    if delta.appended:
+        parts.append(firing_warning(firing_of(bench.lm, deltas, inputs)))
+    return "; ".join(part for part in parts if part) or None

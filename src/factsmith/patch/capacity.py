@@ -5,9 +5,13 @@
     full.warning       # what to say before those 100 are written; None when there is room
     warning([*deltas, delta], weights, moments)      # the same for a change that is not kept yet
 
-Three things are measured for a layer: the `directions` that its stored keys take up, of d_ff; the
-`norm` ‖Δ‖ / ‖W‖ of all updates together; and the `disturbance`, by what share they change the
-layer's output on ordinary text (`solve.disturbance`). `forecast` predicts what they cost.
+Three things are measured for a layer that facts update: the `directions` that its stored keys take
+up, of d_ff; the `norm` ‖Δ‖ / ‖W‖ of all updates together; and the `disturbance`, by what share they
+change the layer's output on ordinary text (`solve.disturbance`). `forecast` predicts what they
+cost.
+
+Appended neurons share nothing, so none of this applies to them. They have a budget of false firing:
+the share of ordinary tokens on which any of them fires (`firing`).
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from ..core.tables import Shown, Table, counted
 from ..corpus.moments import SecondMoment
 from ..edit import solve
 from ..edit.delta import Delta
+from .firing import BUDGET, AppendedUse
 from .forecast import FITTED, Forecast
 from .interference import check_keys, directions
 
@@ -83,6 +88,8 @@ class Capacity(Shown):
         breaking: How many facts in all take the loss to the limit. None: outside what was measured.
         asked: How many stored facts the model was asked for. None: it was not asked.
         kept: How many of them it still says. None: it was not asked.
+        appended: Each layer with appended neurons.
+        budget: Share of ordinary tokens on which appended neurons may fire.
     """
 
     layers: tuple[LayerUse, ...]
@@ -94,6 +101,21 @@ class Capacity(Shown):
     breaking: int | None
     asked: int | None = None
     kept: int | None = None
+    appended: tuple[AppendedUse, ...] = ()
+    budget: float = BUDGET
+
+    @property
+    def firing(self) -> float | None:
+        """Share of ordinary tokens on which any appended neuron fires, all layers together.
+
+        None: nothing is appended, or it is not known.
+        """
+        return _together(self.appended, 0)
+
+    @property
+    def firing_next(self) -> float | None:
+        """The same with the next facts, if these are appended and fire as often as the others."""
+        return _together(self.appended, self.next_facts)
 
     @property
     def full(self) -> float:
@@ -123,7 +145,13 @@ class Capacity(Shown):
         next facts. None when there is room.
         """
         loss = self.loss_next if self.next_facts else self.loss
-        return _warning(self.facts, self.next_facts, loss, self.limit, self.breaking)
+        parts = (
+            None
+            if self.appended and not self.facts
+            else _warning(self.facts, self.next_facts, loss, self.limit, self.breaking),
+            firing_warning(self.appended, self.next_facts, self.budget),
+        )
+        return "; ".join(part for part in parts if part) or None
 
     def tables(self) -> list[Table]:
         """What is predicted, and what it rests on, layer by layer."""
@@ -136,7 +164,30 @@ class Capacity(Shown):
         names = ("layer", "facts", "directions", "full", "|Δ| / |W|", "disturbance")
         layers = Table("by layer", dict.fromkeys(names, ">"), [_row(use) for use in self.layers])
         warned = [] if self.warning is None else [Table(f"warning: {self.warning}", {})]
-        return [summary, layers, *warned]
+        updated = [summary, layers] if self.facts or not self.appended else []
+        return [*updated, *self._firing_tables(), *warned]
+
+    def _firing_tables(self) -> list[Table]:
+        """The appended neurons, layer by layer, and what fires most."""
+        if not self.appended:
+            return []
+        tokens = max(use.tokens for use in self.appended)
+        note = (
+            f"firing: share of {tokens:,} tokens of ordinary text on which a fact's neurons write "
+            "more than a tenth of what they write at its own subject, where that subject does not "
+            f"stand; the budget is {self.budget:z.1%}"
+        )
+        more = [] if not self.next_facts else [f"with {self.next_facts:,} more"]
+        names = ("layer", "neurons", "facts", "patches", "firing", *more, "other subjects")
+        rows = [_firing_row(use, self.next_facts) for use in self.appended]
+        tables = [Table("appended neurons", dict.fromkeys(names, ">"), rows, note)]
+        worst = [(text, f"{share:z.3%}") for use in self.appended for text, share in use.most]
+        worst += [
+            (text, f"fires at {other!r}") for use in self.appended for text, other in use.crossed
+        ]
+        if worst:
+            tables.append(Table("what fires elsewhere", {"fact": "<", "firing": "<"}, worst))
+        return tables
 
     def _summary(self) -> list[tuple[str, str, str]]:
         n_layers, n_facts = counted(len(self.layers), "layer"), counted(self.facts, "fact")
@@ -158,10 +209,11 @@ class Capacity(Shown):
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values, the derived ones included."""
-        names = ("full", "load", "disturbance", "retention", "warning")
+        names = ("full", "load", "disturbance", "retention", "warning", "firing", "firing_next")
         derived = {name: getattr(self, name) for name in names}
         layers = [{**vars(use), "full": use.full} for use in self.layers]
-        return {**vars(self), **derived, "layers": layers}
+        appended = [_plain(use) for use in self.appended]
+        return {**vars(self), **derived, "layers": layers, "appended": appended}
 
 
 @settled()
@@ -175,6 +227,7 @@ def capacity(
     limit: float = LIMIT,
     asked: int | None = None,
     kept: int | None = None,
+    appended: Sequence[AppendedUse] = (),
 ) -> Capacity:
     """Measure how full the layers are that some deltas edit together, and what more facts cost.
 
@@ -188,12 +241,13 @@ def capacity(
         limit: Per cent of unrelated facts answered otherwise that count as broken.
         asked: How many stored facts the model was asked for, for `retention`.
         kept: How many of them it still says.
+        appended: The appended neurons, from `firing_of`. Their facts take no room.
 
     Raises:
         InputError: A number is out of range, or there are neither deltas nor layers.
         LayerError: Weights or a second moment of an edited layer are missing.
     """
-    deltas = list(deltas)
+    deltas = [delta for delta in deltas if delta.layers]
     next_facts = check_count(next_facts, "next_facts", "the number of facts to come", least=0)
     limit = _checked_limit(limit)
     changes = _changes(deltas, weights, moments)
@@ -219,6 +273,7 @@ def capacity(
         breaking=forecast.breaking(limit),
         asked=asked,
         kept=kept,
+        appended=tuple(appended),
     )
 
 
@@ -236,7 +291,7 @@ def warning(
     at half of the limit (WARNED_FROM). Arguments and errors are those of `capacity`; `directions`,
     which take longer, are not computed here. None: there is room.
     """
-    deltas = list(deltas)
+    deltas = [delta for delta in deltas if delta.layers]
     next_facts = check_count(next_facts, "next_facts", "the number of facts to come", least=0)
     limit = _checked_limit(limit)
     if not deltas:
@@ -246,6 +301,56 @@ def warning(
     forecast = Forecast.of(deltas, _disturbances(changes), widths)
     loss = forecast.loss(forecast.facts + next_facts)
     return _warning(forecast.facts, next_facts, loss, limit, forecast.breaking(limit))
+
+
+def firing_warning(
+    appended: Sequence[AppendedUse], next_facts: int = 0, budget: float = BUDGET
+) -> str | None:
+    """Say when appended neurons, or these with the next facts, fire on too many ordinary tokens.
+
+    None: they keep to the budget, or it is not known how often they fire.
+    """
+    share = _together(appended, next_facts)
+    if share is None or share <= budget:
+        return None
+    n_facts = sum(use.facts for use in appended) + next_facts
+    most = max((use.most[0] for use in appended if use.most), key=lambda pair: pair[1])
+    return (
+        f"the appended neurons of {counted(n_facts, 'fact')} fire on {share:z.1%} of ordinary "
+        f"tokens, and the budget is {budget:z.1%}; {most[0]!r} fires most, on {most[1]:z.2%}. "
+        "Measure it with `factsmith drift`, or revert the facts that fire most"
+    )
+
+
+def _together(appended: Sequence[AppendedUse], more: int) -> float | None:
+    """The share of tokens on which any neuron of any layer fires; None where it is not known."""
+    shares = [use.share_with(more) for use in appended]
+    if not shares or any(share is None for share in shares):
+        return None
+    return min(1.0, sum(share for share in shares if share is not None))
+
+
+def _firing_row(use: AppendedUse, more: int) -> tuple[str, ...]:
+    shares = [use.share, *([use.share_with(more)] if more else [])]
+    cells = ["unknown" if share is None else f"{share:z.3%}" for share in shares]
+    crossed = "" if use.share is None else f"{use.n_crossed:,}"
+    return (
+        str(use.layer),
+        f"{use.neurons:,}",
+        f"{use.facts:,}",
+        f"{len(use.patches) or '':}",
+        *cells,
+        crossed,
+    )
+
+
+def _plain(use: AppendedUse) -> dict[str, Any]:
+    return {
+        **vars(use),
+        "patches": list(use.patches),
+        "most": [list(pair) for pair in use.most],
+        "crossed": [list(pair) for pair in use.crossed],
+    }
 
 
 _OUTSIDE = "outside of what was measured"
