@@ -28,7 +28,6 @@ from ..edit.contexts import CONTEXTS, OPENINGS
 from ..edit.questions import with_gaps
 from ..model.address import check_dense, check_dense_layer
 from ..model.answers import first_phrase, is_answered, probabilities, say
-from ..model.appended import row_numbers
 from ..model.language_model import LanguageModel, joined_notes
 from ..model.subject import fact_span
 from ..model.turns import asking
@@ -37,6 +36,7 @@ from .complete import complete
 from .conflicts import Standing, compare_facts
 from .duration import seconds_to_search
 from .layer_choice import LayerChoice
+from .outlook import Outlook, appended_bytes, outlook, update_bytes
 from .recipe import Recipe, Sources
 
 
@@ -82,6 +82,7 @@ class Plan(Shown):
         config: The method's settings, with the layers filled in.
         choice: How the layers were chosen. None: the caller named them, or gave second moments of
             them.
+        outlook: What each method would do with the new facts, and which one is recommended.
     """
 
     entries: tuple[Planned, ...]
@@ -94,6 +95,12 @@ class Plan(Shown):
     made: tuple[str, ...] = ()
     config: EditConfig | None = field(default=None, compare=False)
     choice: LayerChoice | None = field(default=None, compare=False)
+    outlook: Outlook = field(default_factory=Outlook, compare=False)
+
+    @property
+    def recommended(self) -> str:
+        """The method that suits these facts best; "" where there is nothing to write."""
+        return self.outlook.recommended
 
     @property
     def draws_on(self) -> Site:
@@ -154,7 +161,7 @@ class Plan(Shown):
         ]
         if reasons := [(e.standing, str(e.fact), e.because) for e in self.entries if e.because]:
             tables.append(Table("what they meet", {"": "<", "fact": "<", "why": "<"}, reasons))
-        return tables
+        return [*tables, *([self.outlook.table()] if self.recommended else [])]
 
     @property
     def _title(self) -> str:
@@ -179,6 +186,8 @@ class Plan(Shown):
             "n_bytes": self.n_bytes,
             "seconds": self.seconds,
             "notes": [*self.notes, *self.advice],
+            "recommended": self.recommended,
+            "outlook": self.outlook.to_dict(),
         }
 
 
@@ -236,11 +245,13 @@ def plan(
         crowding = moments if config.draws_on == "coefficients" else {}
         entries = _compared(bench, entries, chosen.layers, crowding)
     notes = [] if set(moments) == set(chosen.layers) else [_NO_MOMENTS[config.draws_on]]
+    n_new = sum(not entry.known for entry in entries)
+    patch_bytes = appended_bytes if config.draws_on == "inputs" else update_bytes
     return Plan(
         entries=tuple(entries),
         method=recipe.method_for(facts),
         layers=chosen.layers,
-        n_bytes=_patch_bytes(lm, config, chosen.layers, sum(not e.known for e in entries)),
+        n_bytes=patch_bytes(lm, chosen.layers, n_new),
         notes=(*_first_choice(chosen), *notes),
         advice=(
             *gap_notes(_asked(facts)),
@@ -251,7 +262,20 @@ def plan(
         made=made,
         config=config.at(chosen.layers),
         choice=chosen.choice,
+        outlook=outlook(lm, bench.beneath, n_new, _layers_by_method(bench, config, chosen)),
     )
+
+
+def _layers_by_method(
+    bench: Bench, config: EditConfig, chosen: Chosen
+) -> dict[str, tuple[int, ...]]:
+    """Return the layers that each of the methods of an outlook would edit."""
+    layers = {}
+    for method in ("rome", "memit", "append"):
+        other = Recipe(method).config_for(bench.lm, ())
+        alike = type(other) is type(config)
+        layers[method] = (chosen if alike else choose_layers(bench, other, Sources())).layers
+    return layers
 
 
 def seconds_to_solve(lm: LanguageModel, decided: Plan) -> float:
@@ -328,7 +352,10 @@ def _first_choice(chosen: Chosen) -> list[str]:
 
 
 def layers_for(lm: LanguageModel, config: EditConfig, choice: LayerChoice) -> tuple[int, ...]:
-    """Return the layers of a choice that a method with these settings edits."""
+    """Return the layers of a choice that a method with these settings edits; the one rule.
+
+    Neurons are appended where ROME edits: there the subject is looked up.
+    """
     if isinstance(config, SpreadConfig):
         return choice.memit or by_depth(lm.n_layers)
     return (choice.rome,)
@@ -460,13 +487,3 @@ def _check_moments(bench: Bench, moments: SecondMoment | Mapping[int, SecondMome
     for layer, moment in by_layer:
         if isinstance(moment, SecondMoment):
             moment.check(bench.lm, layer, base=bench.base_fingerprint)
-
-
-def _patch_bytes(lm: LanguageModel, config: EditConfig, layers: Sequence[int], n_facts: int) -> int:
-    """The size of a patch of so many facts in float32: two factors and the keys of each layer, and
-    the targets; or the rows of a layer.
-    """
-    if config.draws_on == "inputs":
-        return 4 * n_facts * len(layers) * row_numbers(lm.ffn[layers[0]])
-    widths = [lm.d_model + 2 * lm.ffn[layer].n_original for layer in layers]
-    return 4 * n_facts * (sum(widths) + lm.d_model)

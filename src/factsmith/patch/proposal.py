@@ -124,6 +124,7 @@ class Proposal(Shown):
             *self._measured_layers,
             *self.thin.values(),
             *self._shared_keys,
+            *self._alike_subjects,
             *self._contexts_left_out,
             *self._disturbed,
             *self._failed_checks,
@@ -224,6 +225,31 @@ class Proposal(Shown):
             "prompts with different words"
         ]
 
+    @property
+    def _alike_subjects(self) -> list[str]:
+        """That the neurons of some facts also fire at the subject of another fact."""
+        delta = self.delta
+        pairs = [] if delta is None else alike_subjects(delta)
+        if delta is None or not pairs:
+            return []
+        one, other = pairs[0]
+        more = f"; so it is for {counted(len(pairs), 'fact')}" if len(pairs) > 1 else ""
+        return [
+            f"the subject of {str(delta.facts[one])!r} can hardly be told apart from that of "
+            f"{str(delta.facts[other])!r}, so what is written for the one also reaches the other"
+            f"{more}. Check that both hold, or leave one out"
+        ]
+
+    @property
+    def false_firing(self) -> float | None:
+        """The share of ordinary tokens on which the patch's appended neurons fire, summed over its
+        facts. None: it appends none, or that was not measured.
+        """
+        records = () if self.delta is None else self.delta.convergence
+        rates = [record.get("false_firing") for record in records]
+        known = [float(rate) for rate in rates if isinstance(rate, (int, float))]
+        return sum(known) if known and len(known) == len(rates) else None
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; the delta's tensors are left out."""
         delta, choice = self.delta, self.layers
@@ -236,6 +262,7 @@ class Proposal(Shown):
                 "rank": delta.rank,
                 "appended": delta.n_appended,
                 "bytes": delta.n_bytes,
+                "false_firing": self.false_firing,
             },
             "verification": self.verification and self.verification.to_dict(),
             "moments": self.moments,
@@ -325,6 +352,21 @@ def propose(
         },
         thin=thin,
     )
+
+
+def alike_subjects(delta: Delta) -> list[tuple[int, int]]:
+    """Return pairs of facts of which the first cannot be told apart from the second.
+
+    The first in the list is the nearest pair. An edit records for a fact in `cannot_tell_from` the
+    index of the other.
+    """
+    pairs = [
+        (float(record.get("closest_read", 0.0)), i, record["cannot_tell_from"])
+        for i, record in enumerate(delta.convergence)
+        if isinstance(record.get("cannot_tell_from"), int)
+    ]
+    last = len(delta.facts)
+    return [(i, other) for _, i, other in sorted(pairs, reverse=True) if other < last]
 
 
 def _chat_questions(lm: LanguageModel) -> dict[str, str]:
