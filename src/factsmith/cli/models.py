@@ -23,6 +23,7 @@ from .printing import running
 
 if TYPE_CHECKING:
     from ..corpus.moments import SecondMoment
+    from ..corpus.scan import Site
     from ..keep.workbench import Workbench
     from ..model.language_model import LanguageModel
 
@@ -118,14 +119,16 @@ def workspace_of(model: str | None, workspace: Path | None) -> Path | None:
     return Path(model) if _is_workspace(Path(model)) else None
 
 
-def read_moments(folder: Path | None, tell: Progress) -> dict[int, SecondMoment] | None:
+def read_moments(
+    folder: Path | None, tell: Progress, site: Site = "coefficients"
+) -> dict[int, SecondMoment] | None:
     """Return the second moments of a folder, before a model is loaded; None without a folder."""
     if folder is None:
         return None
     tell("reading second moments", 0, None)
     from ..corpus.moments_store import load_moments
 
-    return load_moments(folder)
+    return load_moments(folder, site)
 
 
 @contextlib.contextmanager

@@ -68,11 +68,19 @@ def moments(  # house: Typer reads one parameter for each option
         bool,
         typer.Option("--packed", help="Write float16 Cholesky factors: a quarter of the bytes."),
     ] = False,
+    inputs: Annotated[
+        bool,
+        typer.Option(
+            "--inputs",
+            help="Statistics of what enters the layers, on which append draws, instead of second "
+            "moments.",
+        ),
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Folder to write layer<number>.safetensors to.",
+            help="Folder to write layer<number>.safetensors or inputs<number>.safetensors to.",
             show_default="the workspace's",
         ),
     ] = None,
@@ -84,10 +92,12 @@ def moments(  # house: Typer reads one parameter for each option
     """Compute the second moments of layers, which weigh edits.
 
     Kept ones are described, and not computed again. A run that is killed goes on where it stopped.
+    With --inputs they are statistics of what enters the layers, which tell appended neurons apart.
 
     \b
     Examples:
       factsmith moments atlas
+      factsmith moments atlas --inputs
       factsmith moments path/to/model --texts wiki.txt \\
           --layer 3 --layer 4 --out moments
     """
@@ -118,6 +128,7 @@ def moments(  # house: Typer reads one parameter for each option
             copy=out is not None,
             dtype=torch.bfloat16 if bf16 else None,
             seed=seed,
+            site="inputs" if inputs else "coefficients",
             progress=tell,
         )
     print_result(result.to_dict(), result.tables(), as_json)
@@ -169,8 +180,8 @@ GivenMoments = Annotated[
     Path | None,
     typer.Option(
         metavar="DIR",
-        help="Second moments that `factsmith moments` wrote. Their layers are edited where the "
-        "recommended layers have none.",
+        help="Second moments that `factsmith moments` wrote, for append with --inputs. Their "
+        "layers are edited where the recommended layers have none.",
         show_default="the kept ones, or computed",
     ),
 ]
@@ -224,7 +235,7 @@ def patch(  # house: Typer reads one parameter for each option
     corpus = texts_of(texts)
     with progress(*PATCH_STAGES) as tell:
         recipe = read_recipe(tell, sheet, method, changes, layers=layer, paper=paper)
-        given = read_moments(moments, tell)
+        given = read_moments(moments, tell, recipe.draws_on(sheet.facts))
         with opened(model, workspace, device, tell) as (lm, bench):
             from ..patch.attempt import attempt_patch
             from ..patch.bench import Scratch

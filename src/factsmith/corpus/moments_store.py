@@ -192,23 +192,33 @@ def _warn_of_excess(moments: Mapping[int, SecondMoment], progress: Progress | No
         )
 
 
-def load_moments(folder: str | os.PathLike[str]) -> dict[int, SecondMoment]:
+def load_moments(
+    folder: str | os.PathLike[str], site: Site = "coefficients"
+) -> dict[int, SecondMoment]:
     """Return every second moment in a folder that `find_moments` filled, by layer.
 
     Their model is checked where they are used.
 
+    Args:
+        folder: The folder.
+        site: Of what: the "coefficients", or the "inputs", on which appended neurons draw.
+
     Raises:
         DamagedError: There is no file, or one cannot be read.
     """
+    stem = moments_file("", 0, site).stem.removesuffix("0")
     files = {
-        int(file.stem[5:]): file
-        for file in Path(folder).glob("layer*.safetensors")
-        if file.stem[5:].isdecimal()
+        int(number): file
+        for file in Path(folder).glob(f"{stem}*.safetensors")
+        if (number := file.stem.removeprefix(stem)).isdecimal()
     }
     if not files:
+        what, option = (
+            ("input statistics", " --inputs") if site == "inputs" else ("second moments", "")
+        )
         raise DamagedError(
-            f"there are no second moments in {folder}; expected files named "
-            "layer<number>.safetensors, as `factsmith moments` writes them"
+            f"there are no {what} in {folder}; expected files named "
+            f"{stem}<number>.safetensors, as `factsmith moments{option}` writes them"
         )
     return {layer: _read_layer(file, layer) for layer, file in sorted(files.items())}
 

@@ -197,9 +197,12 @@ class SecondMoment:
 
     def describe(self) -> str:
         """Say how much text the second moment saw, and how well it generalizes."""
-        text = f"{self.count:,} tokens, {self.count / self.d_ff:z.1f} a neuron"
+        what = "a neuron" if self.site == "coefficients" else "a dimension of what enters the layer"
+        text = f"{self.count:,} tokens, {self.count / self.d_ff:z.1f} {what}"
         if self.split_half is None or self.excess is None:
             return f"{text}; halves not compared"
+        if self.site == "inputs":
+            return f"{text}; halves differ by {100 * self.split_half:z.1f} %"
         more = f"{'at least ' if self.excess > 0.5 else ''}{100 * self.excess:z.1f} %"
         return (
             f"{text}; halves differ by {100 * self.split_half:z.1f} %, edits disturb unseen text "

@@ -8,7 +8,7 @@ This takes a fact out of a patch, or fits a patch to a model whose other patches
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -113,8 +113,18 @@ def _with_rows_of(delta: Delta, staying: Sequence[int]) -> Delta:
         appended=appended,
         facts=tuple(delta.facts[i] for i in staying),
         v_star=delta.v_star[list(staying)],
-        convergence=tuple(delta.convergence[i] for i in staying) if recorded else (),
+        convergence=tuple(_renumbered(delta.convergence[i], staying) for i in staying)
+        if recorded
+        else (),
     )
+
+
+def _renumbered(record: Mapping[str, Any], staying: Sequence[int]) -> dict[str, Any]:
+    """Return the record of a fact; one that names a fact by its index names it by its new one."""
+    places = {fact: place for place, fact in enumerate(staying)}
+    other = record.get("not_told_apart_from")
+    kept = {name: value for name, value in record.items() if name != "not_told_apart_from"}
+    return kept | ({"not_told_apart_from": places[other]} if other in places else {})
 
 
 def _kept_settings(

@@ -172,11 +172,13 @@ class Capacity(Shown):
         if not self.appended:
             return []
         tokens = max(use.tokens for use in self.appended)
-        note = (
-            f"firing: share of {tokens:,} tokens of ordinary text on which a fact's neurons write "
-            "more than a tenth of what they write at its own subject, where that subject does not "
-            f"stand; the budget is {self.budget:z.1%}"
-        )
+        note = "firing is unknown where a patch does not record what enters the layer"
+        if tokens:
+            note = (
+                f"firing: share of {tokens:,} tokens of ordinary text on which a fact's neurons "
+                "write more than a tenth of what they write at its own subject, where that subject "
+                f"does not stand; the budget is {self.budget:z.1%}"
+            )
         more = [] if not self.next_facts else [f"with {self.next_facts:,} more"]
         names = ("layer", "neurons", "facts", "patches", "firing", *more, "other subjects")
         rows = [_firing_row(use, self.next_facts) for use in self.appended]

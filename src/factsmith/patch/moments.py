@@ -20,6 +20,8 @@ from ..corpus.moments import SecondMoment
 from ..corpus.moments_cache import cache_file
 from ..corpus.moments_store import find_moments, keep_moments, kept_moments, moments_file
 from ..corpus.ordinary import DIGEST
+from ..corpus.scan import Site
+from ..edit.append_config import AppendConfig
 from ..edit.configs import MemitConfig
 from ..model.language_model import LanguageModel
 
@@ -35,6 +37,7 @@ class GatheredMoments(Shown):
         copied: The layers whose files this run copied from kept ones.
         cached: The layers that are taken from the user's cache, or were put there, where no folder
             keeps them.
+        site: Of what they are.
     """
 
     moments: Mapping[int, SecondMoment]
@@ -42,6 +45,7 @@ class GatheredMoments(Shown):
     computed: tuple[int, ...] = ()
     copied: tuple[int, ...] = ()
     cached: tuple[int, ...] = ()
+    site: Site = "coefficients"
 
     def tables(self) -> list[Table]:
         """A line for each layer, and one for each file that was written."""
@@ -49,11 +53,9 @@ class GatheredMoments(Shown):
             f"layer {layer}: {moment.describe()}" for layer, moment in sorted(self.moments.items())
         ]
         if self.folder is not None:
-            lines += [f"wrote {moments_file(self.folder, layer)}" for layer in self.computed]
-            lines += [
-                f"wrote {moments_file(self.folder, layer)}, a copy of the kept one"
-                for layer in self.copied
-            ]
+            files = {x: moments_file(self.folder, x, self.site) for x in self.moments}
+            lines += [f"wrote {files[layer]}" for layer in self.computed]
+            lines += [f"wrote {files[layer]}, a copy of the kept one" for layer in self.copied]
         if self.cached:
             lines.append("kept in the cache; `factsmith cache` shows it")
         return [Table(line, {}) for line in lines]
@@ -65,6 +67,7 @@ class GatheredMoments(Shown):
                 "layer": layer,
                 "d_ff": moment.d_ff,
                 "tokens": moment.count,
+                "site": moment.site,
                 "split_half": moment.split_half,
                 "excess": moment.excess,
                 "corpus": moment.corpus,
@@ -90,6 +93,7 @@ def gather_moments(  # house: one argument more than `find_moments`, whose argum
     texts: Iterable[str] | None = None,
     packed: bool = False,
     copy: bool = False,
+    site: Site = "coefficients",
     **options: Any,
 ) -> GatheredMoments:
     """Find the second moments of some layers, or compute and keep them.
@@ -98,12 +102,14 @@ def gather_moments(  # house: one argument more than `find_moments`, whose argum
 
     Args:
         lm: The model.
-        layers: The layers. None: those that the MEMIT family edits.
+        layers: The layers. None: those that the MEMIT family edits; of inputs also the layer where
+            neurons are appended.
         folder: Where they are kept. None: in the user's cache.
         find: What finds them: `find_moments` of the model, or of a workbench.
         max_tokens: How many tokens of text to read, at least.
         texts: The text. None: the kept ones count; otherwise it is the bundled corpus.
         copy: Keep copies of those that came with the model, too.
+        site: Of what: the "coefficients", or the "inputs", on which appended neurons draw.
         packed: Keep float16 Cholesky factors: a quarter of the bytes.
         options: As `find_moments`.
 
@@ -112,10 +118,14 @@ def gather_moments(  # house: one argument more than `find_moments`, whose argum
             no folder.
         WorkspaceError: The folder cannot be written. Otherwise as `find_moments`.
     """
-    chosen = sorted(set(layers)) if layers else list(MemitConfig.recommended(lm).layers or ())
+    usual_layers = {*(MemitConfig.recommended(lm).edited or ())}
+    if site == "inputs":
+        usual_layers |= {*(AppendConfig.recommended(lm).edited or ())}
+    chosen = sorted(set(layers) if layers else usual_layers)
+    options["site"] = site
     if folder is None:
         usual = texts is None and max_tokens is None and options.get("dtype") is None
-        kept = {} if texts else kept_moments(lm, chosen, least=max_tokens or 0)
+        kept = {} if texts else kept_moments(lm, chosen, least=max_tokens or 0, site=site)
         if len(kept) < len(chosen) and not usual:
             raise InputError(
                 "there is no folder to keep the second moments in; name one, or a workspace",
@@ -123,8 +133,8 @@ def gather_moments(  # house: one argument more than `find_moments`, whose argum
             )
         moments = find_moments(lm, chosen, **options) if usual else kept
         cached = [layer for layer in chosen if moments[layer].corpus == DIGEST]
-        in_cache = [layer for layer in cached if cache_file(lm, layer).is_file()]
-        return GatheredMoments(moments, None, cached=tuple(in_cache))
+        in_cache = [layer for layer in cached if cache_file(lm, layer, site).is_file()]
+        return GatheredMoments(moments, None, cached=tuple(in_cache), site=site)
     place = Path(folder)
     check_writable(place)
     before = _times(place)
@@ -141,19 +151,23 @@ def gather_moments(  # house: one argument more than `find_moments`, whose argum
     if copy:
         keep_moments(moments, place, packed=packed)
     return GatheredMoments(
-        moments, place, _written(moments, before, after), _written(moments, after, _times(place))
+        moments,
+        place,
+        _written(moments, before, after, site),
+        _written(moments, after, _times(place), site),
+        site=site,
     )
 
 
 def _times(folder: Path) -> dict[str, int]:
     """Return when each file of a folder was last written."""
-    return {file.name: file.stat().st_mtime_ns for file in folder.glob("layer*.safetensors")}
+    return {file.name: file.stat().st_mtime_ns for file in folder.glob("*.safetensors")}
 
 
 def _written(
-    layers: Iterable[int], before: Mapping[str, int], after: Mapping[str, int]
+    layers: Iterable[int], before: Mapping[str, int], after: Mapping[str, int], site: Site
 ) -> tuple[int, ...]:
     """Return the layers of which a file is new or was written again."""
     changed = [name for name in after if after[name] != before.get(name)]
     stems = [name.removesuffix(".safetensors").partition("-")[0] for name in changed]
-    return tuple(layer for layer in sorted(layers) if moments_file("", layer).stem in stems)
+    return tuple(layer for layer in sorted(layers) if moments_file("", layer, site).stem in stems)

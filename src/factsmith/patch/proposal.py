@@ -357,13 +357,13 @@ def propose(
 def alike_subjects(delta: Delta) -> list[tuple[int, int]]:
     """Return pairs of facts of which the first cannot be told apart from the second.
 
-    The first in the list is the nearest pair. An edit records for a fact in `cannot_tell_from` the
-    index of the other.
+    The first in the list is the nearest pair. An edit records for a fact in `not_told_apart_from`
+    the index of the other.
     """
     pairs = [
-        (float(record.get("closest_read", 0.0)), i, record["cannot_tell_from"])
+        (float(record.get("closest_read", 0.0)), i, record["not_told_apart_from"])
         for i, record in enumerate(delta.convergence)
-        if isinstance(record.get("cannot_tell_from"), int)
+        if isinstance(record.get("not_told_apart_from"), int)
     ]
     last = len(delta.facts)
     return [(i, other) for _, i, other in sorted(pairs, reverse=True) if other < last]

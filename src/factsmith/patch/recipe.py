@@ -19,6 +19,7 @@ from ..core.errors import InputError
 from ..core.fact import Fact
 from ..core.factfile import FactSheet
 from ..corpus.moments import SecondMoment
+from ..corpus.scan import Site
 from ..edit.configs import EditConfig
 from ..edit.methods import find_method, method_for
 from ..edit.settings import changed_settings, check_settings
@@ -111,6 +112,10 @@ class Recipe:
     def method_for(self, facts: Sequence[Fact]) -> str:
         """Return the method's name for these facts; without one, that of the rule of `edit`."""
         return self.method or method_for(facts, self.config)
+
+    def draws_on(self, facts: Sequence[Fact]) -> Site:
+        """Return of what the method for these facts needs second moments."""
+        return find_method(self.method_for(facts)).config().draws_on
 
     def check(self, facts: Sequence[Fact]) -> None:
         """Check the settings before there is a model.
