@@ -43,7 +43,7 @@ _POWER = 1.25
 With Gaussian coefficients q is d_ff / n. Those of real models vary more: q falls about as n^-0.8
 (SmolLM2-135M, 4 to 18 tokens a neuron)."""
 
-SAMPLE = 16_384
+SAMPLE = 24_576
 """Inputs that are kept of each layer at most: those of the first tokens."""
 
 TAIL = 16

@@ -3,90 +3,207 @@
     delta = append_facts(inputs)            # what `edit(lm, facts, "append")` runs
     delta.appended[5]                       # the rows of layer 5
 
-A new neuron's key matches what enters the layer at the fact's subject, and nothing else. Its value
-is the change of the layer's output that makes the model assert the fact. So the facts of a batch
-share no weights, and a fact is taken out by dropping its rows.
+The keys of a fact's rows match what enters the layer at the fact's subject, and nothing else
+(`recognise`). Its value is the change of the layer's output that makes the model assert the fact.
+So the facts share no weights, and a fact is taken out by dropping its rows.
+
+Facts of one subject enter the layer alike. They are searched one after another, each on the model
+that carries those before it. Then the facts that the model does not assert are searched again on
+the model that carries all rows, and the difference is added to their own values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.fact import Fact
-from ..core.progress import tell
-from ..model.appended import AppendedRows
+from ..core.forms import canonical
+from ..core.progress import Progress, tell
 from .append_config import AppendConfig
-from .contexts import SUBJECT, context_weights
-from .delta import Delta
+from .append_inputs import SubjectInputs, read_examples, read_subjects
+from .delta import Delta, applied
+from .forms import NeuronForm, NeuronRows, form_of, make_rows
 from .inputs import EditInputs, recipe_of
-from .keys import read_inputs
+from .recognise import Recognised, recognise
 from .search import find_targets
+from .spread import not_taken
+from .target import Targets
+
+_FARTHER = 1.5
+"""How much farther than the clamp a repair may search."""
 
 
 def append_facts(inputs: EditInputs) -> Delta:
     """Return the delta that appends rows for the facts of an edit."""
-    config, (layer,) = inputs.config, inputs.layers
-    assert isinstance(config, AppendConfig)
-    lm, facts = inputs.lm, inputs.facts
-    own, weights = _own_inputs(inputs, layer)
-    statistics = inputs.moments[layer]
-    mean = torch.einsum("ncd,c->nd", own, weights)
-    mu = statistics.mean
-    others = mean - mu
-    covariance = statistics.covariance + others.T @ others / max(len(facts), 1)
-    ridge = 1e-4 * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
-    keys = torch.linalg.solve(covariance + ridge, others.T).T
-    keys = keys / (keys * others).sum(1, keepdim=True)
-    theta, width = 0.75, 0.25
-    slope = 10 / width
-    targets = inputs.targets or find_targets(
-        lm,
-        facts,
-        layer,
-        config,
-        inputs.contexts,
-        progress=lambda done: tell(inputs.progress, "searching targets", done, len(facts)),
-    )
-    residuals = (targets.v_star - targets.v_initial).cpu().double()
-    reads = torch.einsum("ncd,nd->nc", own - mu, keys)
-    coefficients = torch.nn.functional.gelu(slope * (reads - theta), approximate="tanh")
-    own_coefficient = coefficients.median(dim=1).values.clamp_min(0.1 * slope * (1 - theta))
-    rows = AppendedRows(
-        keys=(slope * keys).float(),
-        biases=(-slope * (keys @ mu + theta)).float(),
-        values=(residuals / own_coefficient[:, None]).float(),
-        facts=tuple(range(len(facts))),
-    )
-    return Delta(
-        layers={},
-        k_star={},
-        v_star=targets.v_star.cpu(),
-        facts=tuple(facts),
-        method="append",
-        config=recipe_of(inputs),
-        fingerprint=lm.fingerprint,
-        convergence=targets.convergence,
-        appended={layer: rows},
-    )
+    run = _Run(inputs)
+    for wave in _waves(inputs.facts):
+        with applied(inputs.lm, run.parts):
+            run.write(wave, "searching targets")
+    for attempt in range(1, run.config.repair + 1):
+        with applied(inputs.lm, run.parts):
+            missed = run.short_of_target()
+            if not missed:
+                break
+            run.write(missed, f"searching targets, repair {attempt}", repairs=True)
+    return run.result()
 
 
-def _own_inputs(inputs: EditInputs, layer: int) -> tuple[Tensor, Tensor]:
-    """Return what enters a layer at the subject in a fact's own contexts, and their weights.
+def _waves(facts: Sequence[Fact]) -> list[list[int]]:
+    """Return the numbers of the facts in groups that have each subject once."""
+    seen: Counter[str] = Counter()
+    waves: list[list[int]] = []
+    for i, fact in enumerate(facts):
+        subject = canonical(fact.subject)
+        if seen[subject] == len(waves):
+            waves.append([])
+        waves[seen[subject]].append(i)
+        seen[subject] += 1
+    return waves
 
-    Returns:
-        (n, contexts, d_model) float64, and (contexts,) float64 with sum 1.
+
+@dataclass
+class _Run:
+    """One edit in progress.
+
+    Attributes:
+        inputs: What the edit works from.
+        subjects: What enters the layer at the facts' subjects.
+        recognised: The reads that tell the facts' subjects apart.
+        rows: The neurons, without values.
+        strengths: (n,) what the neurons of each fact have together on its bare prompt.
+        changes: (n, d_model) what is added to the layer's output at each subject.
+        v_star: (n, d_model) the wanted output.
+        convergence: For each fact, how the search for its target ended.
+        written: Whether a fact has a value yet.
     """
-    lm, facts = inputs.lm, inputs.facts
-    alone = [Fact(fact.subject, "{}", fact.target) for fact in facts]
-    prompts = read_inputs(lm, facts, layer, inputs.contexts)
-    subjects = read_inputs(lm, alone, layer, SUBJECT)
-    weights = _weights(inputs.contexts)
-    return torch.cat([prompts, subjects], dim=1).double().cpu(), weights
+
+    inputs: EditInputs
+    subjects: SubjectInputs = field(init=False)
+    recognised: Recognised = field(init=False)
+    rows: NeuronRows = field(init=False)
+    strengths: Tensor = field(init=False)
+    changes: Tensor = field(init=False)
+    v_star: Tensor = field(init=False)
+    convergence: list[Mapping[str, Any]] = field(init=False)
+    written: set[int] = field(default_factory=set)
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        inputs, n = self.inputs, len(self.inputs.facts)
+        lm, layer, progress = inputs.lm, self.layer, inputs.progress
+        self.fingerprint = lm.fingerprint
+        self.subjects = read_subjects(lm, inputs.facts, layer, inputs.contexts, progress)
+        form = self._form()
+        statistics = inputs.moments[layer]
+        moment = statistics.covariance
+        if not form.biased:  # a neuron without a bias cannot subtract the mean
+            moment = moment + torch.outer(statistics.mean, statistics.mean)
+        self.recognised = recognise(
+            read_examples(inputs, layer, self.subjects),
+            statistics.mean,
+            moment,
+            affine=form.biased,
+            progress=partial(_report, progress, "telling subjects apart", n),
+        )
+        read = self.recognised
+        self.rows = make_rows(read.weights, read.offsets, read.floor, read.ceiling, form)
+        self.strengths = self.rows.own_strengths(self.subjects.inputs)[:, self.subjects.bare]
+        self.changes = torch.zeros(n, lm.d_model, dtype=torch.float64)
+        self.v_star = torch.zeros(n, lm.d_model, dtype=torch.float32)
+        self.convergence = [{}] * n
+
+    @property
+    def config(self) -> AppendConfig:
+        """The method's settings."""
+        assert isinstance(self.inputs.config, AppendConfig)
+        return self.inputs.config
+
+    @property
+    def layer(self) -> int:
+        """The layer that gets the rows."""
+        (layer,) = self.inputs.layers
+        return layer
+
+    @property
+    def parts(self) -> list[Delta]:
+        """The rows that have a value, as one delta, or none yet."""
+        return [self._delta(sorted(self.written))] if self.written else []
+
+    def short_of_target(self) -> list[int]:
+        """Return the facts that the model does not assert in all contexts."""
+        tell(self.inputs.progress, "asking the facts", 0, None)
+        return not_taken(self.inputs.lm, self.inputs.facts, self.inputs.contexts)
+
+    def write(self, numbers: Sequence[int], step: str, *, repairs: bool = False) -> None:
+        """Search the targets of some facts on the present model, and change their values.
+
+        Args:
+            numbers: The facts.
+            step: What the progress says.
+            repairs: Whether they are written already. Then the search may go farther.
+        """
+        inputs, config = self.inputs, self.config
+        if inputs.targets is not None and not repairs:
+            targets = Targets.gathered([(inputs.targets, i) for i in numbers])
+        else:
+            targets = find_targets(
+                inputs.lm,
+                [inputs.facts[i] for i in numbers],
+                self.layer,
+                dataclasses.replace(config, clamp=_FARTHER * config.clamp) if repairs else config,
+                inputs.contexts,
+                progress=partial(_report, inputs.progress, step, len(numbers)),
+            )
+        self.v_star[numbers] = targets.v_star.float().cpu()
+        self.changes[numbers] += (targets.v_star - targets.v_initial).double().cpu()
+        self.written.update(numbers)
+        for i, record in zip(numbers, targets.convergence, strict=True):
+            attempt = self.convergence[i].get("attempt", 0) + 1
+            self.convergence[i] = {**record, "attempt": attempt, **self._record(i)}
+
+    def result(self) -> Delta:
+        """Return the rows of all facts as one delta."""
+        return self._delta(list(range(len(self.inputs.facts))))
+
+    def _record(self, i: int) -> dict[str, Any]:
+        """Return what the keys of a fact are known to do."""
+        return {"coefficient": float(self.strengths[i]), **self.recognised.record(i)}
+
+    def _form(self) -> NeuronForm:
+        """Return what the neurons of the layer are made of.
+
+        The constant direction is that of ordinary text and of names, one half each.
+        """
+        statistics, x = self.inputs.moments[self.layer], self.subjects.around
+        moment = statistics.covariance + torch.outer(statistics.mean, statistics.mean)
+        mean = (statistics.mean + x.mean(0)) / 2
+        return form_of(self.inputs.lm, self.layer, mean, (moment + x.T @ x / len(x)) / 2)
+
+    def _delta(self, numbers: Sequence[int]) -> Delta:
+        """Return the rows of some facts as a delta."""
+        inputs = self.inputs
+        rows = self.rows.appended(self.changes, self.strengths)
+        appended = dataclasses.replace(rows, inputs=self.subjects.mean.float())
+        return Delta(
+            layers={},
+            k_star={},
+            v_star=self.v_star[list(numbers)],
+            facts=tuple(inputs.facts[i] for i in numbers),
+            method="append",
+            config=recipe_of(inputs),
+            fingerprint=self.fingerprint,
+            convergence=tuple(self.convergence[i] for i in numbers),
+            appended={self.layer: appended.of(numbers)},
+        )
 
 
-def _weights(contexts: Sequence[str]) -> Tensor:
-    """Return one half for the bare prompt, and one half for all other contexts together."""
-    return torch.tensor(context_weights([*contexts, *("#",) * len(SUBJECT)]), dtype=torch.float64)
+def _report(progress: Progress | None, step: str, total: int, done: int) -> None:
+    tell(progress, step, done, total)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
+from ..core.checks import check_count
 from ..core.documented import documented
 from ..corpus.scan import Site as Read
 from ..model.language_model import LanguageModel
@@ -22,6 +23,13 @@ class AppendConfig(OneLayerConfig):
     """Settings of append: the layer, and how targets are searched (the fields of TargetConfig)."""
 
     kind: ClassVar[str] = "append"
+    repair: int = 2
+    """How often the facts that the model does not assert get their target searched again on the
+    model with all new rows. 0: never."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "repair", check_count(self.repair, "repair", least=0))
 
     @property
     def draws_on(self) -> Read:

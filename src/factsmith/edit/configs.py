@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
-from ..core.checks import check_count, check_number, whole_number
+from ..core.checks import check_count, check_number
 from ..core.documented import documented
 from ..core.errors import InputError, LayerError, NumericsError
 from ..corpus.factors import JITTERS, cholesky
@@ -27,6 +27,7 @@ from ..corpus.moments import SecondMoment
 from ..corpus.scan import Site as Read
 from ..model.language_model import LanguageModel
 from . import solve
+from .config_checks import check_choice, set_positive, sorted_layers
 from .contexts import generate_contexts, generate_openings
 from .keys import Site
 from .target import TargetConfig
@@ -64,6 +65,11 @@ class EditConfig(TargetConfig, ABC):
     @abstractmethod
     def own_contexts(self, lm: LanguageModel, seed: int) -> list[str]:
         """Return the contexts that the model writes for this method, with `{}` for the prompt."""
+
+    @property
+    def together(self) -> bool:
+        """Whether the facts' targets are searched together, on the model as it is."""
+        return True
 
     @property
     def draws_on(self) -> Read:
@@ -134,6 +140,11 @@ class RomeConfig(OneLayerConfig):
     """Settings of ROME: the layer, and how the target is searched (the fields of TargetConfig)."""
 
     kind: ClassVar[str] = "ROME"
+
+    @property
+    def together(self) -> bool:
+        """Each target is searched on the model that carries the facts before it."""
+        return False
 
     def own_contexts(self, lm: LanguageModel, seed: int) -> list[str]:
         """Return the bare prompt and 20 contexts that the model writes.
@@ -223,9 +234,9 @@ class SpreadConfig(EditConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.layers is not None:
-            object.__setattr__(self, "layers", _sorted_layers(self.layers))
-        _check_choice(self.spread, "spread", ("even", "sqrt"))
-        _check_choice(self.keys, "keys", ("mean", "each"))
+            object.__setattr__(self, "layers", sorted_layers(self.layers))
+        check_choice(self.spread, "spread", ("even", "sqrt"))
+        check_choice(self.keys, "keys", ("mean", "each"))
         share = check_number(self.subject_share, "subject_share", least=0, below=1)
         if share and self.keys != "each":
             raise InputError(
@@ -235,9 +246,9 @@ class SpreadConfig(EditConfig):
             )
         object.__setattr__(self, "subject_share", share)
         if self.norm_anchor not in (None, "mean"):
-            _set_positive(self, "norm_anchor", also='"mean" or None')
+            set_positive(self, "norm_anchor", also='"mean" or None')
         if self.moment_weight is not None:
-            _set_positive(self, "moment_weight")
+            set_positive(self, "moment_weight")
         object.__setattr__(self, "repair", check_count(self.repair, "repair", least=0))
 
     @property
@@ -418,11 +429,11 @@ class AlphaEditConfig(SpreadConfig):
                 argument="energy",
             )
         if self.threshold is not None:
-            _set_positive(self, "threshold")
+            set_positive(self, "threshold")
         if self.energy is not None:
-            _set_positive(self, "energy", below=1)
+            set_positive(self, "energy", below=1)
         if self.l2 is not None:
-            _set_positive(self, "l2")
+            set_positive(self, "l2")
             if self.moment_weight is not None:
                 raise InputError(
                     f"l2 is {self.l2!r} and moment_weight is {self.moment_weight!r}: AlphaEdit "
@@ -470,31 +481,3 @@ def _factor(moment: SecondMoment, stored: Tensor | None, weight: float) -> Tenso
     if stored is None:
         return moment.factor
     return cholesky(solve.with_stored(moment.matrix, stored, weight))
-
-
-def _set_positive(
-    config: EditConfig, name: str, *, below: float | None = None, also: str = "None"
-) -> None:
-    """Store a setting as a plain number, after a check that it is above 0."""
-    value = check_number(getattr(config, name), name, above=0, below=below, also=also)
-    object.__setattr__(config, name, value)
-
-
-def _check_choice(value: object, name: str, choices: tuple[str, str]) -> None:
-    if value not in choices:
-        first, second = choices
-        raise InputError(f'{name} is {value!r}: it must be "{first}" or "{second}"', argument=name)
-
-
-def _sorted_layers(layers: object) -> tuple[int, ...]:
-    """Return the numbers of layers in ascending order, each once."""
-    listed = isinstance(layers, Iterable) and not isinstance(layers, (str, bytes))
-    given = list(layers) if listed else [layers]  # type: ignore[call-overload]
-    numbers = [n for n in map(whole_number, given) if n is not None and n >= 0]
-    if not numbers or len(numbers) < len(given) or len(set(numbers)) < len(numbers):
-        raise LayerError(
-            f"layers is {layers!r}: it must be a list of layer numbers, counted from 0, with each "
-            "layer once, or None",
-            argument="layer",
-        )
-    return tuple(sorted(numbers))

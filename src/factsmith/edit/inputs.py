@@ -156,7 +156,7 @@ def with_targets(inputs: EditInputs, targets: Targets) -> EditInputs:
             argument="targets",
         )
     site, layer, facts = inputs.config.site, inputs.layers[-1], inputs.facts
-    if site == "ffn" and len(facts) > 1:
+    if not inputs.config.together and len(facts) > 1:
         raise InputError(
             f"targets were given with {len(facts)} facts. This method searches the target of each "
             "fact on the model that carries the facts before it, so it takes targets for a single "

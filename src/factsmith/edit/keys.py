@@ -76,7 +76,17 @@ def read_inputs(
         for fact in facts
         for context in contexts
     ]
-    return _at_last(lm, rows, layer, partial(_entering, layer)).view(len(facts), len(contexts), -1)
+    return read_inputs_of(lm, rows, layer).view(len(facts), len(contexts), -1)
+
+
+@torch.no_grad()
+def read_inputs_of(lm: LanguageModel, rows: Sequence[list[int]], layer: int) -> Tensor:
+    """Return what enters the feed-forward network at the last token of each row.
+
+    Returns:
+        (n, d_model) float32.
+    """
+    return _at_last(lm, rows, layer, partial(_entering, layer))
 
 
 def _entering(layer: int, replay: Replay) -> Tensor:

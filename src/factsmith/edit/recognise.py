@@ -86,6 +86,9 @@ class Examples:
             metric. As strangers they only count if `strangers` has them too.
         known: (k, 2) int64: pairs of a stranger and a fact that it is no stranger to.
         n_text: The number of strangers that are ordinary text.
+        spread: (d, d) the `scatter` of other subjects over their contexts, plus that of their
+            counterfeits. A few facts alone do not show what must not matter. None: the facts do.
+        n_spread: The number of these subjects.
     """
 
     subjects: Tensor
@@ -95,6 +98,8 @@ class Examples:
     counterfeits: Tensor
     known: Tensor
     n_text: int = 0
+    spread: Tensor | None = None
+    n_spread: int = 0
 
     def __post_init__(self) -> None:
         n, c, d = self.subjects.shape
@@ -241,6 +246,8 @@ def separability(
         counterfeits=false[:, ::2],
         known=examples.known,
         n_text=examples.n_text,
+        spread=examples.spread,
+        n_spread=examples.n_spread,
     )
     read = recognise(half, mean, covariance, affine=affine)
 
@@ -300,9 +307,12 @@ class _Solver:
     def __init__(self, examples: Examples, mean: Tensor, covariance: Tensor, affine: bool) -> None:
         self.examples, self.affine = examples, affine
         self.mean = mean.double() if affine else torch.zeros_like(mean, dtype=torch.float64)
-        spread = scatter(examples.subjects) + scatter(examples.counterfeits)
-        self.factor = cholesky(covariance.double() + SCATTER * spread)
         n = len(examples.subjects)
+        spread = scatter(examples.subjects) + scatter(examples.counterfeits)
+        if examples.spread is not None:
+            total = n + examples.n_spread
+            spread = (n * spread + examples.n_spread * examples.spread.double()) / total
+        self.factor = cholesky(covariance.double() + SCATTER * spread)
         self.centres = self._white(examples.centres)
         bare = self._white(examples.subjects[:, int(examples.weights.argmax())])
         # The other facts' subjects, on the bare prompt and on average, are strangers too.

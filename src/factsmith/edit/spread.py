@@ -114,7 +114,7 @@ class _Run:
                 for i, record in enumerate(self.convergence)
                 if record["attempt"] > 1 and record.get("nll", 0.0) >= _REACHED
             }
-        missed = _not_taken(self.inputs.lm, self.inputs.facts, self.inputs.contexts)
+        missed = not_taken(self.inputs.lm, self.inputs.facts, self.inputs.contexts)
         return [i for i in missed if i not in lost]
 
     def targets_for(self, short: Sequence[int], attempt: int) -> Targets:
@@ -277,7 +277,7 @@ def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return left.float(), right.float()
 
 
-def _not_taken(lm: LanguageModel, facts: Sequence[Fact], contexts: Sequence[str]) -> list[int]:
+def not_taken(lm: LanguageModel, facts: Sequence[Fact], contexts: Sequence[str]) -> list[int]:
     """Return the facts that did not take.
 
     A fact with a target takes if the model asserts it in all contexts. A fact to forget takes if

@@ -393,7 +393,7 @@ class _Writer:
         A batch finds those that other batches and methods have searched. None where they cannot be
         shared: inside a block, and for several facts of ROME.
         """
-        single = config.site == "ffn"
+        single = not config.together
         repeated = len({fact.text for fact in facts}) < len(facts)
         if self._open or not config.edited or repeated or (single and len(facts) != 1):
             return None
