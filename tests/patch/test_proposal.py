@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,42 @@ import torch
 from factsmith.core.fact import Fact
 from factsmith.edit.configs import MemitConfig
 from factsmith.edit.delta import applied
+from factsmith.edit.resolve import resolve
 from factsmith.model.language_model import LanguageModel
+from factsmith.patch.plan import Plan
+from factsmith.patch.proposal import Proposal, alike_subjects
 from patching import proposed
-from workbenches import FACT, QUICK, TEXTS, moments_of
+from workbenches import FACT, QUICK, TEXTS, moments_of, some_rows
+
+
+def test_subjects_that_cannot_be_told_apart_are_named_before_anything_is_written(
+    tiny_gpt2: LanguageModel,
+) -> None:
+    rows = some_rows(tiny_gpt2, 1, n_facts=3)
+    planned = Plan(entries=())
+    alike: tuple[dict[str, Any], ...] = (
+        {"false_firing": 0.001, "closest_read": 0.7, "not_told_apart_from": 2},
+        {"false_firing": 0.0},
+        {"false_firing": 0.002, "closest_read": 0.9, "not_told_apart_from": 0},
+    )
+    delta = dataclasses.replace(rows, convergence=alike)
+    proposal = Proposal(plan=planned, delta=delta)
+    (warning,) = (text for text in proposal.warnings if "told apart" in text)
+    one, other = str(delta.facts[2]), str(delta.facts[0])
+    assert warning.index(one) < warning.index(other) and "2 facts" in warning
+    assert proposal.false_firing == pytest.approx(0.003)
+    record = proposal.to_dict()["delta"]
+    assert record["false_firing"] == proposal.false_firing and record["appended"] == 6
+    assert "6 neurons" in proposal.summary and "rank" not in proposal.summary
+    apart = dataclasses.replace(rows, convergence=({"closest_read": 0.3},) * 3)
+    control = Proposal(plan=planned, delta=apart)
+    assert not any("told apart" in text for text in control.warnings)
+    assert control.false_firing is None
+    # One of them goes: the index of the other follows.
+    part = resolve(tiny_gpt2, delta, [delta.facts[0], delta.facts[2]], moments={})
+    assert alike_subjects(part) == [(1, 0), (0, 1)]
+    alone = resolve(tiny_gpt2, delta, [delta.facts[0]], moments={})
+    assert alike_subjects(alone) == []
 
 
 def test_how_much_ordinary_text_is_disturbed(lm: LanguageModel) -> None:

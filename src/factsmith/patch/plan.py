@@ -284,8 +284,8 @@ def seconds_to_solve(lm: LanguageModel, decided: Plan) -> float:
     """
     if decided.config is None:
         return 0.0
-    spread = isinstance(decided.config, SpreadConfig)
-    n_contexts = len(OPENINGS) + 1 if spread else 1 + sum(count for _, count in CONTEXTS)
+    openings = isinstance(decided.config, SpreadConfig) or decided.draws_on == "inputs"
+    n_contexts = len(OPENINGS) + 1 if openings else 1 + sum(count for _, count in CONTEXTS)
     some, steps = decided.new[:4], decided.config.passes
     return len(decided.new) * seconds_to_search(lm, some, n_contexts=n_contexts, steps=steps)
 
@@ -293,8 +293,8 @@ def seconds_to_solve(lm: LanguageModel, decided: Plan) -> float:
 _NO_MOMENTS = {
     "coefficients": "the second moments are not kept yet, so only equal keys were noticed. The "
     "first patch computes them; `factsmith moments` does it now",
-    "inputs": "the statistics of what enters the layer are not kept yet; the first patch computes "
-    "them",
+    "inputs": "the statistics of what enters the layer are not kept yet. The first patch computes "
+    "them; `factsmith moments --inputs` does it now",
 }
 
 
