@@ -177,7 +177,7 @@ class Workbench(LedgerBench):
         free = (choice.memit if choice is not None else ()) or by_depth(self.lm.n_layers)
         checks = self._verify(options.get("progress")).checks if ask and deltas else ()
         asked = [check for check in checks if check.role == "prompt"]
-        return capacity(
+        full = capacity(
             deltas,
             self._carried.base,
             self.find_moments(layers, **options) if layers else {},
@@ -186,8 +186,8 @@ class Workbench(LedgerBench):
             limit=limit,
             asked=len(asked) if ask else None,
             kept=sum(check.held for check in asked) if ask else None,
-            appended=firing_of(self.lm, deltas, inputs),
         )
+        return dataclasses.replace(full, appended=firing_of(self.lm, deltas, inputs))
 
     @settled
     def export(

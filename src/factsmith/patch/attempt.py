@@ -23,7 +23,7 @@ from ..model.turns import asking
 from .bench import Bench
 from .capacity import firing_warning
 from .capacity import warning as capacity_warning
-from .firing import firing_of
+from .firing import BUDGET, firing_of, recorded_firing
 from .gates import GateResult, check_gates, gates_table, measures_drift
 from .plan import Plan, plan
 from .proposal import Proposal, propose
@@ -225,6 +225,7 @@ def _room(bench: Bench, delta: Delta) -> str | None:
     parts = []
     if delta.layers and set(moments) == set(layers):
         parts.append(capacity_warning(deltas, weights, moments))
-    if delta.appended:
+    known = recorded_firing(deltas)
+    if delta.appended and (known is None or known[0] > BUDGET):  # measuring takes a while
         parts.append(firing_warning(firing_of(bench.lm, deltas, inputs)))
     return "; ".join(part for part in parts if part) or None

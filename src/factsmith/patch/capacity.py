@@ -229,9 +229,10 @@ def capacity(
     limit: float = LIMIT,
     asked: int | None = None,
     kept: int | None = None,
-    appended: Sequence[AppendedUse] = (),
 ) -> Capacity:
     """Measure how full the layers are that some deltas edit together, and what more facts cost.
+
+    Appended neurons take no room. Their figures are those of `firing_of`, for `Capacity.appended`.
 
     Args:
         deltas: The deltas.
@@ -243,7 +244,6 @@ def capacity(
         limit: Per cent of unrelated facts answered otherwise that count as broken.
         asked: How many stored facts the model was asked for, for `retention`.
         kept: How many of them it still says.
-        appended: The appended neurons, from `firing_of`. Their facts take no room.
 
     Raises:
         InputError: A number is out of range, or there are neither deltas nor layers.
@@ -275,7 +275,6 @@ def capacity(
         breaking=forecast.breaking(limit),
         asked=asked,
         kept=kept,
-        appended=tuple(appended),
     )
 
 

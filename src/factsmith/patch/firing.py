@@ -197,6 +197,22 @@ def firing(
     )
 
 
+def recorded_firing(deltas: Sequence[Delta]) -> tuple[float, int] | None:
+    """Return how often the appended neurons of some deltas fire by the records of their edits.
+
+    Returns:
+        The sum of the facts' expected shares of ordinary tokens, which is at least the share on
+        which any fires, and the number of facts. None: nothing is appended, or it was not measured
+        for some fact.
+    """
+    widening = [delta for delta in deltas if delta.appended]
+    rates = [record.get("false_firing") for delta in widening for record in delta.convergence]
+    known = [float(rate) for rate in rates if isinstance(rate, (int, float))]
+    if not known or len(known) != sum(len(delta.facts) for delta in widening):
+        return None
+    return sum(known), len(known)
+
+
 def firing_of(
     lm: LanguageModel, deltas: Sequence[Delta], moments: Mapping[int, SecondMoment]
 ) -> tuple[AppendedUse, ...]:

@@ -22,6 +22,7 @@ from ..edit.delta import Delta, homes
 from ..edit.widening import check_alone
 from ..model.appended import check_widens, row_numbers
 from ..model.language_model import LanguageModel
+from .firing import recorded_firing
 
 MOST_LOAD = 0.05
 """Load of MEMIT's layers from which on appending is recommended. On the atlas models, memit keeps
@@ -177,16 +178,10 @@ def _appending(
             check_alone(layer, homes(lm))
     except UnsupportedModelError as error:
         trouble = str(error)
-    rates = [
-        record.get("false_firing")
-        for delta in beneath
-        if delta.appended
-        for record in delta.convergence
-    ]
-    known = [float(rate) for rate in rates if isinstance(rate, (int, float))]
     firing = None
-    if known and len(known) == len(rates):
-        firing = min(1.0, sum(known) * (1 + n_facts / len(known)))
+    if (known := recorded_firing(beneath)) is not None:
+        total, n_known = known
+        firing = min(1.0, total * (1 + n_facts / n_known))
     return Option(
         method="append",
         layers=layers,

@@ -25,6 +25,7 @@ from ..edit.solve import disturbance
 from ..model.language_model import LanguageModel
 from ..model.turns import asking
 from .bench import Bench
+from .firing import recorded_firing
 from .layer_choice import LayerChoice
 from .plan import Plan
 from .proof import chat_questions, prove
@@ -245,10 +246,8 @@ class Proposal(Shown):
         """The share of ordinary tokens on which the patch's appended neurons fire, summed over its
         facts. None: it appends none, or that was not measured.
         """
-        records = () if self.delta is None else self.delta.convergence
-        rates = [record.get("false_firing") for record in records]
-        known = [float(rate) for rate in rates if isinstance(rate, (int, float))]
-        return sum(known) if known and len(known) == len(rates) else None
+        known = None if self.delta is None else recorded_firing([self.delta])
+        return None if known is None else known[0]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; the delta's tensors are left out."""
