@@ -16,16 +16,16 @@ _STEPS = 15
 """Newton steps at most. It ends by itself, usually after 4 to 8."""
 
 
-def hinge(gram: Tensor, wanted: Tensor, usable: Tensor, slack: float) -> Tensor:
+def hinge(gram: Tensor, wanted: Tensor, usable: Tensor, slack: Tensor) -> Tensor:
     """Return the coefficients β of u = Σ βⱼ zⱼ that minimise the squared hinge, for b systems.
 
-        slack · ‖u‖² + Σ (1 − fⱼ)²₊ where 1 is wanted + Σ (fⱼ)²₊ where 0 is wanted,   f = gram β
+        ‖u‖² + Σ (1 − fⱼ)²₊ / slackⱼ where 1 is wanted + Σ (fⱼ)²₊ / slackⱼ where 0 is,   f = gram β
 
     Args:
         gram: (b, k, k) the inner products of the examples.
         wanted: (b, k) 1: read 1 or more. 0: read 0 or less.
         usable: (b, k) whether an example counts at all.
-        slack: The weight of ‖u‖².
+        slack: (b, k) above 0: how much a violation of each example is forgiven.
 
     Returns:
         (b, k) float64, zero for examples that have what they want.
@@ -39,7 +39,7 @@ def hinge(gram: Tensor, wanted: Tensor, usable: Tensor, slack: float) -> Tensor:
         chosen = active[todo].double()
         system = gram[todo] * chosen[:, :, None] * chosen[:, None, :]
         # A row that is not chosen is that of the identity, so its coefficient is 0.
-        system.diagonal(dim1=1, dim2=2).add_(torch.where(active[todo], slack, 1.0))
+        system.diagonal(dim1=1, dim2=2).add_(torch.where(active[todo], slack[todo], 1.0))
         right = (wanted[todo] * chosen)[:, :, None]
         solved = torch.cholesky_solve(right, torch.linalg.cholesky(system))[:, :, 0] * chosen
         beta[todo] = solved
