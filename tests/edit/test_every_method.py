@@ -388,11 +388,13 @@ def test_experts_are_refused(method: str) -> None:
     assert lm.fingerprint == before
 
 
-@every_update
+@every_method
 def test_dense_layers_next_to_experts_are_named_and_edited(method: str) -> None:
     lm = wrap(tiny_model("qwen2_moe", **QWEN_MOE, mlp_only_layers=[0, 2]), byte_tokenizer(bos=True))
     assert [ffn.n_experts for ffn in lm.ffn] == [0, 4, 0]
     held = {layer: SecondMoment.from_matrix(torch.eye(48), count=1) for layer in (0, 1, 2)}
+    if method == "append":
+        held = full_rank_moments(lm, (0, 2), site="inputs")
     with pytest.raises(
         UnsupportedModelError,
         match=r"layer 1 is a mixture of 4 experts.*choose among layers \[0, 2\]",
