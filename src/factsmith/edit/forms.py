@@ -36,6 +36,7 @@ from torch import Tensor
 from ..core.errors import InputError, NumericsError, UnsupportedModelError
 from ..model.address import check_dense_layer
 from ..model.appended import AppendedRows
+from ..model.ffn import FeedForward
 from ..model.language_model import LanguageModel
 from ..model.neurons import rows_of
 from ..model.replay import Replay, record
@@ -405,18 +406,24 @@ def form_of(lm: LanguageModel, layer: int, mean: Tensor, second_moment: Tensor) 
         UnsupportedModelError: As for `probe_activation`.
     """
     activation, ffn = probe_activation(lm, layer), lm.ffn[layer]
+    biased, up_biased = has_biases(ffn)
+    return NeuronForm(
+        activation,
+        gated=ffn.is_gated,
+        biased=biased,
+        up_biased=up_biased,
+        constant=constant_direction(mean, second_moment)[0],
+        dtype=ffn.weight().dtype,
+    )
+
+
+def has_biases(ffn: FeedForward) -> tuple[bool, bool]:
+    """Return whether the keys of a layer have biases: the key or gate key, and the up key."""
     gate, up = (
         matrix is not None and getattr(matrix.module, "bias", None) is not None
         for matrix in (ffn._gate, ffn._up)
     )
-    return NeuronForm(
-        activation,
-        gated=ffn.is_gated,
-        biased=gate if ffn.is_gated else up,
-        up_biased=ffn.is_gated and up,
-        constant=constant_direction(mean, second_moment)[0],
-        dtype=ffn.weight().dtype,
-    )
+    return (gate, up) if ffn.is_gated else (up, False)
 
 
 def constant_direction(
