@@ -28,9 +28,9 @@ from ..core.fact import Fact
 from ..core.forms import canonical
 from ..core.progress import Progress, tell
 from .append_config import AppendConfig
-from .append_inputs import SubjectInputs, read_examples, read_subjects
+from .append_inputs import SubjectInputs, layer_form, read_examples, read_subjects, surroundings
 from .delta import Delta, applied
-from .forms import NeuronForm, NeuronRows, form_of, make_rows
+from .forms import NeuronRows, make_rows
 from .inputs import EditInputs, recipe_of
 from .recognise import Recognised, recognise
 from .search import find_targets
@@ -101,16 +101,14 @@ class _Run:
         lm, layer, progress = inputs.lm, self.layer, inputs.progress
         self.fingerprint = lm.fingerprint
         self.subjects = read_subjects(lm, inputs.facts, layer, inputs.contexts, progress)
-        form = self._form()
         statistics = inputs.moments[layer]
-        moment = statistics.covariance
-        if not form.biased:  # a neuron without a bias cannot subtract the mean
-            moment = moment + torch.outer(statistics.mean, statistics.mean)
+        form = layer_form(lm, layer, statistics, self.subjects.around)
         self.recognised = recognise(
-            read_examples(inputs, layer, self.subjects),
-            statistics.mean,
-            moment,
-            affine=form.biased,
+            *surroundings(
+                read_examples(inputs, layer, self.subjects),
+                statistics,
+                None if form.biased else form.constant,
+            ),
             progress=partial(_report, progress, "telling subjects apart", n),
         )
         read = self.recognised
@@ -176,16 +174,6 @@ class _Run:
     def _record(self, i: int) -> dict[str, Any]:
         """Return what the keys of a fact are known to do."""
         return {"coefficient": float(self.strengths[i]), **self.recognised.record(i)}
-
-    def _form(self) -> NeuronForm:
-        """Return what the neurons of the layer are made of.
-
-        The constant direction is that of ordinary text and of names, one half each.
-        """
-        statistics, x = self.inputs.moments[self.layer], self.subjects.around
-        moment = statistics.covariance + torch.outer(statistics.mean, statistics.mean)
-        mean = (statistics.mean + x.mean(0)) / 2
-        return form_of(self.inputs.lm, self.layer, mean, (moment + x.T @ x / len(x)) / 2)
 
     def _delta(self, numbers: Sequence[int]) -> Delta:
         """Return the rows of some facts as a delta."""

@@ -13,7 +13,7 @@ from ..core.checks import check_count
 from ..core.documented import documented
 from ..corpus.scan import Site as Read
 from ..model.language_model import LanguageModel
-from .configs import OneLayerConfig, RomeConfig, shipped
+from .configs import OneLayerConfig, RomeConfig, by_depth, shipped
 from .contexts import generate_openings
 
 
@@ -23,6 +23,7 @@ class AppendConfig(OneLayerConfig):
     """Settings of append: the layer, and how targets are searched (the fields of TargetConfig)."""
 
     kind: ClassVar[str] = "append"
+    guards_relations: bool = True
     repair: int = 2
     """How often the facts that the model does not assert get their target searched again on the
     model with all new rows. 0: never."""
@@ -44,11 +45,14 @@ class AppendConfig(OneLayerConfig):
     def recommended(cls, lm: LanguageModel) -> Self:
         """Return the settings that came with the model, or settings that suit any model.
 
-        The search is that of ROME.
+        The search is that of ROME. The layer is the middle one of those that the MEMIT family would
+        edit. A plan measures it instead, if no layer came with the model (`append_layer`).
 
         Raises:
             InputError: The settings that came with the model cannot be used.
         """
-        settings: dict[str, Any] = shipped(cls, lm) or shipped(RomeConfig, lm)
-        settings = settings or {"scale": "auto", "steps": 80, "lr": 0.1}
-        return cls(**{"layer": lm.n_layers // 6, **settings})
+        search: dict[str, Any] = shipped(RomeConfig, lm)
+        search = search or {"scale": "auto", "steps": 80, "lr": 0.1}
+        layers = by_depth(lm.n_layers, search.pop("layer", None))
+        middle = layers[(len(layers) - 1) // 2]
+        return cls(**{"layer": middle, **search, **shipped(cls, lm)})

@@ -11,6 +11,7 @@ only real subjects goes by the last token, and would fire on each unseen subject
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,9 +26,11 @@ from ..core.forms import canonical
 from ..core.progress import Progress, tell
 from ..corpus.ordinary import ordinary_texts
 from ..corpus.scan import scan
+from ..corpus.second_moment import SecondMoment
 from ..model.language_model import LanguageModel
 from .contexts import SUBJECT, context_weights
 from .delta import Delta
+from .forms import NeuronForm, form_of
 from .inputs import EditInputs
 from .keys import read_inputs, read_inputs_of, subject_columns
 from .recognise import Examples, scatter
@@ -44,6 +47,9 @@ counterfeits begin as. Counterfeits also begin as the former."""
 
 ENOUGH = 64
 """Subjects that show what contexts and counterfeits change. Fewer facts are joined by others."""
+
+_FAINT = 0.2
+"""The least c·x that inputs are divided by. Where it is less, a neuron has little to multiply."""
 
 _BLOCK = 256
 """Facts that are read together."""
@@ -201,6 +207,56 @@ def read_examples(inputs: EditInputs, layer: int, subjects: SubjectInputs) -> Ex
         spread=subjects.spread,
         n_spread=subjects.n_spread,
     )
+
+
+def surroundings(
+    examples: Examples, statistics: SecondMoment, constant: Tensor | None
+) -> tuple[Examples, Tensor, Tensor]:
+    """Return the examples as a layer's keys can read them, with mean and covariance of text.
+
+    A key without a bias has its threshold θ in a direction c with c·x ≈ 1. Its neuron is active
+    where w·x is above θ c·x. So it reads x / (c·x), where c·x is exactly 1.
+
+    Args:
+        examples: The inputs.
+        statistics: Those of the layer's inputs.
+        constant: (d_model,) the direction c. None: the keys have biases, and read x itself.
+    """
+    if constant is None or statistics.sample is None:
+        return examples, statistics.mean, statistics.covariance
+
+    def levelled(inputs: Tensor) -> Tensor:
+        level = inputs.double() @ constant.double()
+        return (inputs / level.clamp_min(_FAINT)[..., None]).to(inputs.dtype)
+
+    text = levelled(statistics.sample.double())
+    mean = text.mean(0)
+    covariance = (text - mean).T @ (text - mean) / len(text)
+    examples = dataclasses.replace(
+        examples,
+        subjects=levelled(examples.subjects),
+        strangers=levelled(examples.strangers),
+        counterfeits=levelled(examples.counterfeits),
+    )
+    return examples, mean, covariance
+
+
+def layer_form(
+    lm: LanguageModel, layer: int, statistics: SecondMoment, names: Tensor
+) -> NeuronForm:
+    """Return what the neurons of a layer are made of.
+
+    The constant direction is that of ordinary text and of names, one half each.
+
+    Args:
+        lm: The model.
+        layer: The layer.
+        statistics: Those of its inputs.
+        names: (n, d_model) float64, what enters it at names.
+    """
+    moment = statistics.covariance + torch.outer(statistics.mean, statistics.mean)
+    mean = (statistics.mean + names.mean(0)) / 2
+    return form_of(lm, layer, mean, (moment + names.T @ names / len(names)) / 2)
 
 
 def _earlier(beneath: Sequence[Delta], layer: int) -> list[Tensor]:

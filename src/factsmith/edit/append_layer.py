@@ -14,8 +14,6 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from ..core.errors import LayerError
 from ..core.fact import Fact
 from ..core.progress import Progress, tell
@@ -23,8 +21,7 @@ from ..corpus.moments import SecondMoment
 from ..model.address import check_dense_layer
 from ..model.language_model import LanguageModel
 from .append_config import AppendConfig
-from .append_inputs import other_names, read_examples, read_subjects
-from .forms import has_biases
+from .append_inputs import layer_form, other_names, read_examples, read_subjects, surroundings
 from .inputs import EditInputs
 from .recognise import separability
 
@@ -98,12 +95,11 @@ def layer_separability(
         contexts=list(contexts),
         beneath=[],
     )
-    examples = read_examples(inputs, layer, read_subjects(lm, facts, layer, contexts))
-    affine, _ = has_biases(lm.ffn[layer])
-    moment = statistics.covariance
-    if not affine:
-        moment = moment + torch.outer(statistics.mean, statistics.mean)
-    return separability(examples, statistics.mean, moment, affine=affine)
+    subjects = read_subjects(lm, facts, layer, contexts)
+    form = layer_form(lm, layer, statistics, subjects.around)
+    examples = read_examples(inputs, layer, subjects)
+    constant = None if form.biased else form.constant
+    return separability(*surroundings(examples, statistics, constant))
 
 
 def _subjects(facts: Sequence[Fact]) -> list[Fact]:

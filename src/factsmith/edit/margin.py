@@ -32,6 +32,7 @@ from torch.nn import functional as F
 from ..model.language_model import LanguageModel
 from ..model.replay import Replay, record
 from .batches import Size, fitting_batches
+from .guards import other_relations
 from .keys import with_added
 from .rows import RecordedRows
 from .target import Targets
@@ -166,6 +167,11 @@ class MarginSearch(RecordedRows):
         self.owners = self.places.owners.to(self.v_initial.device)
         self.contexts = self.places.contexts.to(self.v_initial.device)
         self.sampled = self._fisher_rows()
+        self.others: Tensor | None = None
+        if self.config.guards_relations:
+            width = self.v_initial.shape[1]
+            rows = other_relations(given[0], self.questions, self.layer, self.site, width)
+            self.others = rows.to(self.v_initial)
 
     def groups(self, lm: LanguageModel, lengths: Sequence[tuple[int, int]]) -> list[list[int]]:
         """Return the rows of each pass. Rows of similar width share one: little is padding."""
@@ -354,6 +360,8 @@ class MarginSearch(RecordedRows):
             product = torch.where(product > least, product, float("inf"))
             row = product.rsqrt()[:, None] * missing
             rows = torch.cat([rows, row[:, None]], dim=1)
+            if self.others is not None:
+                rows = torch.cat([rows, self.others], dim=1)
         weight = (_GUARD * self.config.kl_factor) ** 0.5 * self.length
         return _Metric(rows * weight[:, None, None])
 

@@ -63,6 +63,9 @@ class TargetConfig:
     scale: Literal["paper", "auto"] = "paper"
     """"paper": the formulas of the papers, unchanged. "auto": steps, decay and clamp are relative
     to the model's own norms."""
+    guards_relations: bool = False
+    """Whether the margin search also counts what a step changes after prompts about the subject in
+    other relations (`edit/guards.py`). It takes about as long again."""
     optimizer: Literal["adam", "margin"] | None = None
     """How δ moves. "adam": gradient descent as in the papers. "margin": each step solves a linear
     model of the target's margins in all contexts, so that few steps are needed (`edit/margin.py`).

@@ -31,6 +31,7 @@ from ..model.answers import first_phrase, is_answered, probabilities, say
 from ..model.language_model import LanguageModel, joined_notes
 from ..model.subject import fact_span
 from ..model.turns import asking
+from .appending_layer import appending_layer, usual_layer
 from .bench import Bench
 from .complete import complete
 from .conflicts import Standing, compare_facts
@@ -238,7 +239,7 @@ def plan(
     for layer in config.edited or ():
         check_dense_layer(layer, lm.ffn)
     entries = _compared(bench, _ask(lm, facts, progress), (), {})
-    chosen = choose_layers(bench, config, sources)
+    chosen = choose_layers(bench, config, sources, measure=True, progress=progress)
     with bench.on_base():
         moments = bench.kept_moments(chosen.layers, config.draws_on)
         # How near keys are to one another is measured in the space of coefficients.
@@ -317,19 +318,35 @@ def choose_layers(
     bench: Bench,
     config: EditConfig,
     sources: Sources,
+    *,
+    measure: bool = False,
+    progress: Progress | None = None,
 ) -> Chosen:
     """Choose the layers to edit; this is the one rule.
 
     Named layers go first. Then come the layers that are known for the model, and those of the given
-    second moments. A first choice without trial edits comes last.
+    second moments. A first choice without trial edits comes last. The layer of appended neurons is
+    one of MEMIT's (`appending_layer`).
 
     Args:
         bench: The model, and what is known of it.
         config: The method's settings.
         sources: What the edit may draw on.
+        measure: Whether the layer of appended neurons may be measured, if none is known.
+        progress: Called with the step's name, how much is done, and how much there is.
     """
     if config.edited is not None:
         return Chosen(layers=config.edited)
+    if config.draws_on == "inputs":
+        if isinstance(sources.moments, Mapping) and len(sources.moments) == 1:
+            return Chosen(layers=tuple(sources.moments))
+        known = bench.known_layers() or bench.first_layers()
+        layer = (
+            appending_layer(bench, known, sources, progress)
+            if measure
+            else usual_layer(bench.lm, known)
+        )
+        return Chosen(layers=(layer,), choice=known)
     choice = bench.known_layers()
     layers = None if choice is None else layers_for(bench.lm, config, choice)
     if isinstance(sources.moments, Mapping) and not (
@@ -352,10 +369,7 @@ def _first_choice(chosen: Chosen) -> list[str]:
 
 
 def layers_for(lm: LanguageModel, config: EditConfig, choice: LayerChoice) -> tuple[int, ...]:
-    """Return the layers of a choice that a method with these settings edits; the one rule.
-
-    Neurons are appended where ROME edits: there the subject is looked up.
-    """
+    """Return the layers of a choice that a method with these settings edits."""
     if isinstance(config, SpreadConfig):
         return choice.memit or by_depth(lm.n_layers)
     return (choice.rome,)
