@@ -40,6 +40,11 @@ from .target import Targets
 _FARTHER = 1.5
 """How much farther than the clamp a repair may search."""
 
+_SILENT = 0.1
+"""Share of the usual coefficient below which a fact's neurons count as silent on its prompt. A
+subject of one token that begins the prompt is not read in models without a start token: the first
+position hardly shows which token it has."""
+
 
 def append_facts(inputs: EditInputs) -> Delta:
     """Return the delta that appends rows for the facts of an edit."""
@@ -78,7 +83,9 @@ class _Run:
         subjects: What enters the layer at the facts' subjects.
         recognised: The reads that tell the facts' subjects apart.
         rows: The neurons, without values.
-        strengths: (n,) what the neurons of each fact have together on its bare prompt.
+        strengths: (n,) what the neurons of each fact have together on its bare prompt. If they are
+            nearly silent there, the median over the contexts.
+        silent: (n,) whether they are.
         changes: (n, d_model) what is added to the layer's output at each subject.
         v_star: (n, d_model) the wanted output.
         convergence: For each fact, how the search for its target ended.
@@ -90,6 +97,7 @@ class _Run:
     recognised: Recognised = field(init=False)
     rows: NeuronRows = field(init=False)
     strengths: Tensor = field(init=False)
+    silent: Tensor = field(init=False)
     changes: Tensor = field(init=False)
     v_star: Tensor = field(init=False)
     convergence: list[Mapping[str, Any]] = field(init=False)
@@ -113,7 +121,10 @@ class _Run:
         )
         read = self.recognised
         self.rows = make_rows(read.weights, read.offsets, read.floor, read.ceiling, form)
-        self.strengths = self.rows.own_strengths(self.subjects.inputs)[:, self.subjects.bare]
+        strengths = self.rows.own_strengths(self.subjects.inputs)
+        bare, usual = strengths[:, self.subjects.bare], strengths.median(1).values
+        self.silent = bare < _SILENT * usual
+        self.strengths = torch.where(self.silent, usual, bare)
         self.changes = torch.zeros(n, lm.d_model, dtype=torch.float64)
         self.v_star = torch.zeros(n, lm.d_model, dtype=torch.float32)
         self.convergence = [{}] * n
@@ -173,7 +184,8 @@ class _Run:
 
     def _record(self, i: int) -> dict[str, Any]:
         """Return what the keys of a fact are known to do."""
-        return {"coefficient": float(self.strengths[i]), **self.recognised.record(i)}
+        record = {"coefficient": float(self.strengths[i]), **self.recognised.record(i)}
+        return {**record, "silent_on_prompt": True} if self.silent[i] else record
 
     def _delta(self, numbers: Sequence[int]) -> Delta:
         """Return the rows of some facts as a delta."""

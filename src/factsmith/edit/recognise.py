@@ -134,7 +134,7 @@ class Examples:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Recognised:
-    """A linear read for each of n facts. Their own inputs read 1 on average.
+    """A linear read for each of n facts. The median of its own inputs reads 1.
 
     Attributes:
         weights: (n, d) float64, w.
@@ -407,18 +407,22 @@ class _Solver:
         return u, bias * beta.sum(1), (beta[:, c:-1] != 0)
 
     def result(self) -> Recognised:
-        """Return the reads, scaled so that own inputs read 1 on average, and what they let in."""
+        """Return the reads, scaled so that own inputs read 1, and what they let in.
+
+        The median counts. A subject that begins a text may hardly be read there, as the first token
+        of many models is unlike all others.
+        """
         examples = self.examples
         u, offset = self.read
         weights = torch.linalg.solve_triangular(self.factor.T, u.T, upper=True).T
         offsets = offset - weights @ self.mean
         reads = self._own_reads(weights, offsets)
-        level = reads @ examples.weights.double()
+        level = reads.median(1).values
         if not (level > 0).all():
             bad = int((level <= 0).nonzero()[0, 0])
             raise NumericsError(
                 f"the subject of fact {bad} cannot be told apart from other subjects in this "
-                f"layer: its own inputs read {level[bad]:.3g} on average. Choose another layer, or "
+                f"layer: half of its own inputs read {level[bad]:.3g} or less. Choose another layer, or "
                 "leave the fact out."
             )
         self.read = (u / level[:, None], offset / level)
