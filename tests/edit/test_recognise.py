@@ -82,7 +82,7 @@ def test_hard_strangers_do_better_than_fishers_discriminant() -> None:
 def test_the_hardest_are_those_that_read_highest(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks change nothing, and known pairs are left out."""
     examples = dataclasses.replace(made_up(), known=torch.tensor([[5, 1], [410, 2], [411, 2]]))
-    solver = module._Solver(examples, *statistics(examples), True)
+    solver = module._Solver(examples, *statistics(examples))
     reads = solver.read[0] @ solver.pool.double().T + solver.read[1][:, None]
     base = len(examples.strangers)
     for row, fact in examples.known.tolist():
@@ -132,15 +132,6 @@ def test_facts_of_one_subject_are_no_strangers() -> None:
     assert (0, 1) in apart.alike() and (1, 0) in apart.alike()
     assert apart.record(0)["not_told_apart_from"] == 1
     assert "not_told_apart_from" not in read.record(0)
-
-
-def test_reads_without_an_offset() -> None:
-    examples = made_up()
-    text = examples.strangers[: examples.n_text].double()
-    read = recognise(examples, text.mean(0), text.T @ text / len(text), affine=False)
-    assert not read.offsets.any()
-    states = torch.stack([read.of(x)[:, i].mean() for i, x in enumerate(examples.subjects)])
-    torch.testing.assert_close(states, torch.ones(12, dtype=torch.float64))
 
 
 def test_scatter_is_the_covariance_within_rows() -> None:

@@ -138,7 +138,7 @@ class Recognised:
 
     Attributes:
         weights: (n, d) float64, w.
-        offsets: (n,) float64, w₀; zeros if the reads are not affine.
+        offsets: (n,) float64, w₀.
         floor: (n,) the read from which on a neuron is active.
         ceiling: (n,) the read from which on it is fully active.
         lowest: (n,) the lowest read of the own inputs.
@@ -207,31 +207,26 @@ def recognise(
     mean: Tensor,
     covariance: Tensor,
     *,
-    affine: bool = True,
     progress: Callable[[int], object] | None = None,
 ) -> Recognised:
     """Return a linear read for each fact, as at the top of this file.
 
     Args:
         examples: The facts' own inputs, and the strangers.
-        mean: (d,) the mean input over ordinary text. It counts only if the reads are affine.
-        covariance: (d, d) its covariance. If the reads are not affine: its second moment, which is
-            not centred.
-        affine: Whether reads have an offset w₀. Neurons without a bias cannot carry one.
+        mean: (d,) the mean input over ordinary text.
+        covariance: (d, d) its covariance.
         progress: Called with the number of facts done.
 
     Raises:
         InputError, NumericsError: The covariance is not one, or an input is not finite.
     """
-    solver = _Solver(examples, mean, covariance, affine)
+    solver = _Solver(examples, mean, covariance)
     for turn in range(ROUNDS):
         solver.round(turn, progress)
     return solver.result()
 
 
-def separability(
-    examples: Examples, mean: Tensor, covariance: Tensor, *, affine: bool = True
-) -> tuple[float, float]:
+def separability(examples: Examples, mean: Tensor, covariance: Tensor) -> tuple[float, float]:
     """Return how well a layer tells subjects apart. Layers are compared by the difference.
 
     The reads are made from every other context and counterfeit, and measured on the rest.
@@ -253,7 +248,7 @@ def separability(
         spread=examples.spread,
         n_spread=examples.n_spread,
     )
-    read = recognise(half, mean, covariance, affine=affine)
+    read = recognise(half, mean, covariance)
 
     def reads(inputs: Tensor) -> Tensor:
         return torch.einsum("ncd,nd->nc", inputs.double(), read.weights) + read.offsets[:, None]
@@ -308,9 +303,8 @@ class _Solver:
         counts: (n, k) whether they do.
     """
 
-    def __init__(self, examples: Examples, mean: Tensor, covariance: Tensor, affine: bool) -> None:
-        self.examples, self.affine = examples, affine
-        self.mean = mean.double() if affine else torch.zeros_like(mean, dtype=torch.float64)
+    def __init__(self, examples: Examples, mean: Tensor, covariance: Tensor) -> None:
+        self.examples, self.mean = examples, mean.double()
         n = len(examples.subjects)
         spread = scatter(examples.subjects) + scatter(examples.counterfeits)
         if examples.spread is not None:
@@ -393,12 +387,9 @@ class _Solver:
         # The mean of ordinary text is a stranger. It is 0 in this space.
         rows = torch.cat([subjects, strangers, subjects.new_zeros(n, 1, d)], 1)
         wanted = torch.cat([subjects.new_ones(n, c), subjects.new_zeros(n, rows.shape[1] - c)], 1)
-        usable = torch.cat(
-            [live.new_ones(n, c), live[block], live.new_full((n, 1), self.affine)], 1
-        )
+        usable = torch.cat([live.new_ones(n, c), live[block], live.new_ones(n, 1)], 1)
         # The constant feature is as long as the own inputs, so that w₀ costs little.
-        scale = self.scale
-        bias = scale if self.affine else 0.0
+        bias = scale = self.scale
         edited = self.kept[block] >= len(self.examples.strangers)
         slack = torch.full_like(wanted, SLACK * scale)
         slack[:, c:-1] /= torch.where(edited, EDITED, 1.0)
@@ -422,8 +413,8 @@ class _Solver:
             bad = int((level <= 0).nonzero()[0, 0])
             raise NumericsError(
                 f"the subject of fact {bad} cannot be told apart from other subjects in this "
-                f"layer: half of its own inputs read {level[bad]:.3g} or less. Choose another layer, or "
-                "leave the fact out."
+                f"layer: half of its own inputs read {level[bad]:.3g} or less. Choose another "
+                "layer, or leave the fact out."
             )
         self.read = (u / level[:, None], offset / level)
         lowest = (reads / level[:, None]).min(1).values

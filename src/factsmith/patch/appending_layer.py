@@ -1,6 +1,6 @@
 """The layer to append neurons to: the one that came with the model, or measured once a model.
 
-    appending_layer(bench, choice, sources)        # 6
+    appending_layer(bench, choice, sources, measure=True)        # 6
 
 MEMIT's layers are the candidates: there the layers above can still use what is written. Among them
 `edit.append_layer` measures where subjects can be told apart. That takes input statistics of the
@@ -27,38 +27,38 @@ from .layer_choice import LayerChoice
 from .recipe import Sources
 
 
-def usual_layer(lm: LanguageModel, choice: LayerChoice) -> int:
-    """Return the layer without measuring: shipped, measured earlier, or the middle candidate."""
-    layer = shipped(AppendConfig, lm).get("layer")
-    if layer is None:
-        candidates = _candidates(lm, choice)
-        kept = _kept(lm, candidates)
-        layer = candidates[(len(candidates) - 1) // 2] if kept is None else kept
-    return int(layer)
-
-
 def appending_layer(
-    bench: Bench, choice: LayerChoice, sources: Sources, progress: Progress | None = None
+    bench: Bench,
+    choice: LayerChoice,
+    sources: Sources,
+    progress: Progress | None = None,
+    *,
+    measure: bool,
 ) -> int:
-    """Return the layer to append to. It is measured if nothing is known.
+    """Return the layer to append to: shipped, measured earlier or now, or the middle candidate.
 
     Args:
         bench: The model. It is measured without what it carries.
         choice: The layers that other methods edit.
         sources: Where input statistics come from.
         progress: Called with the step's name, how much is done, and how much there is.
+        measure: Whether the layer is measured, if nothing is known.
     """
     lm = bench.lm
+    shipped_layer = shipped(AppendConfig, lm).get("layer")
     candidates = _candidates(lm, choice)
-    if shipped(AppendConfig, lm).get("layer") is not None or len(candidates) == 1:
-        return usual_layer(lm, choice)
+    if shipped_layer is not None or len(candidates) == 1:
+        return candidates[0] if shipped_layer is None else int(shipped_layer)
     with bench.on_base():
         layer = _kept(lm, candidates)
-        if layer is None:
-            statistics = bench.moments(candidates, sources, progress, "inputs")
-            openings = generate_openings(lm, sources.seed)
-            layer, measured = choose_layer(lm, [], candidates, openings, statistics, progress)
-            _keep(lm, candidates, layer, measured, progress)
+        if layer is not None:
+            return layer
+        if not measure:
+            return candidates[(len(candidates) - 1) // 2]
+        statistics = bench.moments(candidates, sources, progress, "inputs")
+        openings = generate_openings(lm, sources.seed)
+        layer, measured = choose_layer(lm, [], candidates, openings, statistics, progress)
+        _keep(lm, candidates, layer, measured, progress)
     return layer
 
 

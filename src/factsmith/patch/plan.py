@@ -31,7 +31,7 @@ from ..model.answers import first_phrase, is_answered, probabilities, say
 from ..model.language_model import LanguageModel, joined_notes
 from ..model.subject import fact_span
 from ..model.turns import asking
-from .appending_layer import appending_layer, usual_layer
+from .appending_layer import appending_layer
 from .bench import Bench
 from .complete import complete
 from .conflicts import Standing, compare_facts
@@ -341,11 +341,7 @@ def choose_layers(
         if isinstance(sources.moments, Mapping) and len(sources.moments) == 1:
             return Chosen(layers=tuple(sources.moments))
         known = bench.known_layers() or bench.first_layers()
-        layer = (
-            appending_layer(bench, known, sources, progress)
-            if measure
-            else usual_layer(bench.lm, known)
-        )
+        layer = appending_layer(bench, known, sources, progress, measure=measure)
         return Chosen(layers=(layer,), choice=known)
     choice = bench.known_layers()
     layers = None if choice is None else layers_for(bench.lm, config, choice)
