@@ -12,6 +12,7 @@ from factsmith.core.cache import cache_folders
 from factsmith.model.language_model import LanguageModel
 from factsmith.patch.appending_layer import appending_layer
 from factsmith.patch.bench import Scratch
+from factsmith.patch.plan import plan
 from factsmith.patch.recipe import Recipe, Sources
 
 
@@ -21,13 +22,9 @@ def lm() -> LanguageModel:
 
 
 def test_the_shipped_layer_goes_first(lm: LanguageModel) -> None:
-    decided = fs.plan(
-        Scratch(lm), fs.Fact("Peru", "The capital of {} is", "Oslo"), Recipe("append")
-    )
-    assert decided.layers == (1,) and decided.config is not None
-    named = Recipe("append", layers=2)
-    facts = fs.Fact("Peru", "The capital of {} is", "Oslo")
-    assert fs.plan(Scratch(lm), facts, named).layers == (2,)
+    fact = fs.Fact("Peru", "The capital of {} is", "Oslo")
+    assert plan(Scratch(lm), fact, Recipe("append")).layers == (1,)
+    assert plan(Scratch(lm), fact, Recipe("append", layers=2)).layers == (2,)
 
 
 def test_it_is_measured_once_and_kept(
