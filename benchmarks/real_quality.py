@@ -4,9 +4,9 @@
     python benchmarks/real.py --quality --methods rome --dtype bfloat16
 
 The facts are COUNTERFACT records whose true object the model says (`real_records.py`). ROME writes
-them singly; MEMIT and AlphaEdit write ten at a time, and all at once. Each has a row with the
-default settings, and one "as published": scale="paper" with the authors' numbers, in the same
-layers with the same second moments, and contexts without a chat template.
+them singly; MEMIT, AlphaEdit and append write ten at a time, and all at once. Each has a row with
+the default settings, and one "as published": scale="paper" with the authors' numbers, in the same
+layers with the same second moments, and contexts without a chat template. Append has no such row.
 
 The library's own judge asks everything, of the unedited model first. "success" is the papers'
 comparison of likelihoods, and "exact" is greedy. Paraphrases are those of the full file; "rephrase"
@@ -43,6 +43,7 @@ import factsmith as fs
 from factsmith.atlas.texts import book_prose
 from factsmith.core.fact import Fact
 from factsmith.corpus.moments_store import find_moments
+from factsmith.edit.append_config import AppendConfig
 from factsmith.edit.configs import AlphaEditConfig, EditConfig, MemitConfig, RomeConfig
 from factsmith.judge.evaluation import Evaluation
 from factsmith.judge.metrics import ngram_entropy
@@ -66,7 +67,10 @@ CONFIGS: dict[str, type[EditConfig]] = {
     "rome": RomeConfig,
     "memit": MemitConfig,
     "alphaedit": AlphaEditConfig,
+    "append": AppendConfig,
 }
+ALONE = ("append",)
+"""Methods without a row "as published"."""
 BATCH = 10
 """Facts of a batch; the other batch has all of them."""
 
@@ -170,7 +174,8 @@ def rows_of(methods: Sequence[str], n_facts: int) -> list[tuple[str, int]]:
         if method not in CONFIGS:
             raise SystemExit(f"there is no row {method}; give some of {', '.join(CONFIGS)}")
         sizes = [1] if method == "rome" else sorted({min(BATCH, n_facts), n_facts})
-        rows += [(name, size) for size in sizes for name in (method, method + PUBLISHED)]
+        names = [method] if method in ALONE else [method, method + PUBLISHED]
+        rows += [(name, size) for size in sizes for name in names]
     return rows
 
 
@@ -191,10 +196,12 @@ def made_editors(lm: LanguageModel, methods: Sequence[str], folder: Path) -> dic
     words = prefix(lm)
     made: dict[str, Questioned] = {}
     for ending in ("", PUBLISHED):
-        configs = {method: config_of(lm, method + ending) for method in methods}
-        layers = sorted({layer for config in configs.values() for layer in config.edited or ()})
-        moments = find_moments(lm, layers, folder=folder)
-        for method, editor in editors(lm, methods, config=configs, moments=moments).items():
+        names = [method for method in methods if not ending or method not in ALONE]
+        configs = {method: config_of(lm, method + ending) for method in names}
+        updating = [config for config in configs.values() if config.draws_on == "coefficients"]
+        layers = sorted({layer for config in updating for layer in config.edited or ()})
+        moments = find_moments(lm, layers, folder=folder) if layers else None
+        for method, editor in editors(lm, names, config=configs, moments=moments).items():
             made[method + ending] = Questioned(editor, lm, words)
     return made
 
