@@ -197,6 +197,8 @@ def made_editors(lm: LanguageModel, methods: Sequence[str], folder: Path) -> dic
     made: dict[str, Questioned] = {}
     for ending in ("", PUBLISHED):
         names = [method for method in methods if not ending or method not in ALONE]
+        if not names:
+            continue
         configs = {method: config_of(lm, method + ending) for method in names}
         updating = [config for config in configs.values() if config.draws_on == "coefficients"]
         layers = sorted({layer for config in updating for layer in config.edited or ()})

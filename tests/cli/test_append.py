@@ -78,7 +78,7 @@ def test_a_fact_file_names_the_method(run: Run, tmp_path: Path, texts: Path) -> 
     done = run("apply", "facts.yaml", "-w", "space", *force)
     assert done.code == 0 and " neurons, " in done.out and "rank" not in done.out
     shown = run("show", "latest", "-w", "space")
-    assert "append, layer 0, " in " ".join(shown.out.split()) and "neurons" in shown.out
+    assert "append, layer 1, " in " ".join(shown.out.split()) and "neurons" in shown.out
     record = run("show", "latest", "-w", "space", "--json").json
     assert sum(record["appended"].values()) >= 2
     full = run("capacity", "-w", "space", "--texts", texts, "--no-verify")
@@ -88,6 +88,6 @@ def test_a_fact_file_names_the_method(run: Run, tmp_path: Path, texts: Path) -> 
     assert "Sofia" not in run("ask", "-w", "space", "The capital of Bulgaria is").out
     assert "Lima" in run("ask", "-w", "space", "The capital of Peru is").out
     change = run("diff", "base", "latest", "-w", "space", "--json").json
-    assert change["norms"] == {} and change["neurons"]["0"][0] == 0
+    assert change["norms"] == {} and change["neurons"]["1"][0] == 0
     run("revert", record["id"], "-w", "space", "--force")
     assert "the base model, bit for bit" in run("status", "-w", "space", "--verify").out

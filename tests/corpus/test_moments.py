@@ -482,6 +482,8 @@ def test_files_of_the_first_version_load() -> None:
         "layer",
         "split_half",
         "excess",
+        "sample",
+        "tails",
     }
     assert repr(plain) == "SecondMoment(d_ff=4, count=9)"
 

@@ -164,7 +164,7 @@ def test_an_edit_covers_the_chat_template(tmp_path: Path, method: str) -> None:
         ), "other system prompts and turns are asked than those that were searched"
         warned = any("in the chat template" in warning for warning in outcome.warnings)
         assert warned is not all(chat.held for chat in chats)
-        assert probability() > before + 0.4
+        assert probability() > before + 0.2
     assert probability() == before
 
 

@@ -26,9 +26,10 @@ from ..corpus.scan import Site
 from ..edit.delta import Delta
 from ..model.address import check_dense
 from ..model.language_model import LanguageModel
+from ..patch.duration import seconds_to_solve
 from ..patch.layer_choice import LayerChoice, first_choice
 from ..patch.layers import measure_layers, published_choice
-from ..patch.plan import Plan, seconds_to_solve
+from ..patch.plan import Plan
 from ..patch.proof import ask
 from ..patch.recipe import Sources
 from ..patch.verification import Verification
@@ -171,7 +172,7 @@ class LedgerBench:
         if taken and all(isinstance(seconds, (int, float)) for seconds in taken):
             n_facts = sum(len(revision.facts) for revision in revisions)
             return len(decided.new) * sum(map(float, taken)) / n_facts
-        return seconds_to_solve(self.lm, decided)
+        return seconds_to_solve(self.lm, decided.config, decided.new)
 
     def ask_facts(self, *, progress: Progress | None = None) -> Asked:
         """Ask the prompt of every fact in effect, in one batch, and compare the answers with the

@@ -9,6 +9,8 @@ import time
 from collections.abc import Sequence
 
 from ..core.fact import Fact
+from ..edit.configs import EditConfig, SpreadConfig
+from ..edit.contexts import CONTEXTS, OPENINGS
 from ..model.language_model import LanguageModel
 
 
@@ -37,3 +39,19 @@ def seconds_to_search(
     began = time.perf_counter()
     lm.log_prob([text for text, _ in asked], [target for _, target in asked])
     return (time.perf_counter() - began) / len(facts) * steps
+
+
+def seconds_to_solve(lm: LanguageModel, config: EditConfig | None, facts: Sequence[Fact]) -> float:
+    """Estimate how long the search for targets takes, from one timed forward pass over a few facts.
+
+    Args:
+        lm: The model.
+        config: The method's settings. None: nothing is searched.
+        facts: The facts to write.
+    """
+    if config is None:
+        return 0.0
+    openings = isinstance(config, SpreadConfig) or config.draws_on == "inputs"
+    n_contexts = len(OPENINGS) + 1 if openings else 1 + sum(count for _, count in CONTEXTS)
+    some, steps = facts[:4], config.passes
+    return len(facts) * seconds_to_search(lm, some, n_contexts=n_contexts, steps=steps)

@@ -24,7 +24,6 @@ from ..core.tables import Shown, Table, counted
 from ..corpus.moments import SecondMoment
 from ..corpus.scan import Site
 from ..edit.configs import EditConfig, SpreadConfig, by_depth
-from ..edit.contexts import CONTEXTS, OPENINGS
 from ..edit.questions import with_gaps
 from ..model.address import check_dense, check_dense_layer
 from ..model.answers import first_phrase, is_answered, probabilities, say
@@ -35,7 +34,6 @@ from .appending_layer import appending_layer
 from .bench import Bench
 from .complete import complete
 from .conflicts import Standing, compare_facts
-from .duration import seconds_to_search
 from .layer_choice import LayerChoice
 from .outlook import Outlook, appended_bytes, outlook, update_bytes
 from .recipe import Recipe, Sources
@@ -274,21 +272,13 @@ def _layers_by_method(
     layers = {}
     for method in ("rome", "memit", "append"):
         other = Recipe(method).config_for(bench.lm, ())
-        alike = type(other) is type(config)
-        layers[method] = (chosen if alike else choose_layers(bench, other, Sources())).layers
+        if type(other) is type(config):
+            layers[method] = chosen.layers
+        elif chosen.choice is None:  # the layer was named: the kept choice is not read
+            layers[method] = type(other).recommended(bench.lm).edited or ()
+        else:
+            layers[method] = choose_layers(bench, other, Sources()).layers
     return layers
-
-
-def seconds_to_solve(lm: LanguageModel, decided: Plan) -> float:
-    """Estimate how long the search for targets takes, from one timed forward pass over a few of the
-    facts.
-    """
-    if decided.config is None:
-        return 0.0
-    openings = isinstance(decided.config, SpreadConfig) or decided.draws_on == "inputs"
-    n_contexts = len(OPENINGS) + 1 if openings else 1 + sum(count for _, count in CONTEXTS)
-    some, steps = decided.new[:4], decided.config.passes
-    return len(decided.new) * seconds_to_search(lm, some, n_contexts=n_contexts, steps=steps)
 
 
 _NO_MOMENTS = {
