@@ -47,6 +47,23 @@ def chosen(
     return facts, kept[:others] if others else kept
 
 
+def same_subject(lm: LanguageModel, facts: Sequence[Fact], seed: int) -> list[tuple[str, str]]:
+    """Return (prompt, object) of the known facts about edited subjects in other relations."""
+    draw = random.Random(seed)
+    edits = {(fact.subject, fact.relation) for fact in facts}
+    rest = [
+        other
+        for subject in sorted({fact.subject for fact in facts})
+        for other in atlas.facts_about(subject)
+        if (subject, other.relation) not in edits
+    ]
+    prompts = [
+        draw.choice(atlas.phrasings(f.relation).trained).replace("{}", f.subject) for f in rest
+    ]
+    said = lm.says(prompts, [f.object for f in rest]) if rest else []
+    return [(p, f.object) for p, f, right in zip(prompts, rest, said, strict=True) if right]
+
+
 def known_templates(
     lm: LanguageModel, facts: Sequence[atlas.AtlasFact]
 ) -> dict[atlas.AtlasFact, list[str]]:

@@ -2,10 +2,12 @@
 
     python benchmarks/methods.py --model atlas --loads 0.003 0.03 0.1 --json methods.json
     python benchmarks/methods.py --model atlas --rounds 100 --loads 1 --methods memit alphaedit
+    python benchmarks/methods.py --model atlas --facts 3072 10000 --methods append
     python benchmarks/methods.py --json methods.json --draw docs/methods.png
 
 The first line writes all facts in one batch. The second writes them round after round. The third
-draws the pictures and prints the tables, and measures nothing.
+names numbers of facts, where a load says little. The last draws the pictures and prints the tables,
+and measures nothing.
 
 A model's room depends on its keys, so edits are counted as load = facts / (edited layers x d_ff).
 10,000 facts in six layers of GPT-J are a load of 0.10. The facts are real. The model knows each of
@@ -15,13 +17,18 @@ that of other phrasings of the fact, held-out ones first. Specificity asks about
 edits that the model said before, in a random phrasing each. The table's score is their harmonic
 mean.
 
-`memit`, `emmet` and `alphaedit` have the recommended settings, with repairs. `memit-plain` is one
-pass with mean keys, as published, at the best of several weights and step sizes for each load. The
-score itself chooses this setting, so it looks better than it is. `ft-l` is Adam on one
+`memit`, `emmet`, `alphaedit` and `append` have the recommended settings, with repairs.
+`memit-plain` is one pass with mean keys, as published, at the best of several weights and step
+sizes for each load. The score itself chooses this setting, so it looks better than it is. `ft-l` is
+Adam on one
 down-projection with an L-infinity clamp. `lora` is peft on all edited down-projections. The targets
 of one load are searched once for all methods that share them. Seconds are processor seconds of one
 thread, and include this search for each method. Memory is the largest of the process during the
 run, with the model and the second moments.
+
+`same_subject` is the share of known facts about edited subjects that stay, in relations that
+nothing was written for. `prose` compares held-out prose with the unedited model: the change of its
+perplexity in percent, and for `append` the share of its tokens on which a new neuron fires.
 
 Two numbers explain the shares. `norms` is |delta| / |W| of each layer. `overlap` is the share of a
 fact's key that the other keys explain, in the metric of the second moment (median over the facts,
@@ -34,6 +41,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -44,10 +52,12 @@ from typing import Any
 import torch
 
 import factsmith as fs
-from chosen_facts import chosen
+from chosen_facts import chosen, same_subject
 from factsmith import atlas
+from factsmith.atlas.texts import bundled_prose
 from factsmith.core.fact import Fact
 from factsmith.corpus.moments_store import find_moments
+from factsmith.corpus.scan import scan
 from factsmith.edit.contexts import generate_contexts, generate_openings
 from factsmith.edit.delta import applied, written
 from factsmith.edit.finetune import FineTuneConfig, LoraConfig, fine_tune, lora
@@ -57,7 +67,9 @@ from factsmith.edit.target import Targets
 from factsmith.model.language_model import LanguageModel
 
 SPREADING = ("memit", "emmet", "alphaedit")
-METHODS = (*SPREADING, "memit-plain", "rome", "r-rome", "ft-l", "lora")
+METHODS = (*SPREADING, "memit-plain", "rome", "r-rome", "append", "ft-l", "lora")
+HELD_OUT = 1_000
+"""Sentences of prose at the end of the bundled text, which no statistics have read."""
 PLAIN = [(weight, lr) for lr in (0.5, 0.05) for weight in (0.03, 0.1, 0.3, 1.0, 3.0)]
 """Settings of `memit-plain`: weights in units of d_ff, and lr in those of the stream."""
 
@@ -68,16 +80,53 @@ COARSE = [(weight, 0.5) for weight in (0.3, 1.0, 3.0)]
 def score(
     lm: LanguageModel, facts: Sequence[Fact], others: Sequence[tuple[str, str]]
 ) -> dict[str, float]:
-    """Return efficacy, generalization, specificity and their harmonic mean, in percent."""
+    """Return efficacy, generalization, specificity and their harmonic mean, in percent.
+
+    If there are no others, as when every fact is edited, the mean is that of the first two.
+    """
     asked = [(text, fact.target or "") for fact in facts for text in fact.paraphrase_texts]
     answers = {
         "efficacy": lm.says([fact.text for fact in facts], [fact.target or "" for fact in facts]),
         "generalization": lm.says([text for text, _ in asked], [target for _, target in asked]),
-        "specificity": lm.says([prompt for prompt, _ in others], [said for _, said in others]),
     }
+    if others:
+        prompts, said = ([pair[i] for pair in others] for i in range(2))
+        answers["specificity"] = lm.says(prompts, said)
     shares = {name: round(100 * statistics.fmean(right), 2) for name, right in answers.items()}
-    shares["score"] = round(3 / sum(1 / max(value, 1e-9) for value in shares.values()), 2)
-    return shares
+    mean = statistics.harmonic_mean([max(value, 1e-9) for value in shares.values()])
+    return {**shares, "score": round(mean, 2)}
+
+
+@torch.no_grad()
+def perplexity(lm: LanguageModel, texts: Sequence[str]) -> float:
+    """Return the perplexity of the tokens of some texts, each after the first of its own."""
+    nats, tokens = 0.0, 0
+    for first in range(0, len(texts), 16):
+        batch = lm.batch(texts[first : first + 16])
+        logits = lm.forward(batch).logits[:, :-1].float()
+        ids, mask = batch.input_ids[:, 1:], batch.attention_mask
+        real = (mask[:, 1:] * mask[:, :-1]).bool()
+        nats -= float(logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0][real].sum())
+        tokens += int(real.sum())
+    return math.exp(nats / tokens)
+
+
+def fires(lm: LanguageModel, layer: int, least: float, texts: Sequence[str]) -> float:
+    """Return the share of a text's tokens on which some appended neuron fires, in percent.
+
+    Args:
+        lm: The model, with appended neurons.
+        layer: Their layer.
+        least: The size of a coefficient from which on it counts.
+        texts: The text.
+    """
+    n_original, fired, tokens = lm.ffn[layer].n_original, 0, 0
+    for first in range(0, len(texts), 16):
+        rows = [lm.prompt_ids(text) for text in texts[first : first + 16]]
+        m = scan(lm, rows, [layer])[layer,].m[:, n_original:]
+        fired += int((m.abs() > least).any(1).sum())
+        tokens += len(m)
+    return 100 * fired / tokens
 
 
 # ── editing ───────────────────────────────────────────────────────────────────────────────────────
@@ -127,11 +176,14 @@ class Bench:
         self.moments = find_moments(
             self.lm, sorted({*self.layers, fs.RomeConfig.recommended(self.lm).layer or 0})
         )
+        self.prose = bundled_prose()[-HELD_OUT:]
+        self.same: list[tuple[str, str]] = []
         self.openings, self.contexts = (
             generate_openings(self.lm, seed),
             generate_contexts(self.lm, seed),
         )
         self._targets: dict[tuple[Any, ...], tuple[Targets, float]] = {}
+        self._inputs: dict[int, fs.SecondMoment] = {}
 
     def targets(self, facts: Sequence[Fact], config: fs.MemitConfig) -> tuple[Targets, float]:
         """Return targets in the stream after the last layer, and the seconds of the search."""
@@ -165,14 +217,25 @@ class Bench:
             layer: float(delta.dense(layer).norm() / self.lm.ffn[layer].weight().norm())
             for layer in delta.layers
         }
-        ends = sorted({min(delta.layers), max(delta.layers)})
+        ends = sorted({min(delta.layers), max(delta.layers)}) if delta.layers else []
         why = {
+            "bytes": delta.n_bytes,
+            "neurons": delta.n_appended,
             "norms": {layer: round(norm, 3) for layer, norm in norms.items()},
             "overlap": {
                 layer: round(overlap(delta.k_star[layer], self.moments[layer]), 3) for layer in ends
             },
         }
+        before = perplexity(self.lm, self.prose)
         with applied(self.lm, delta):
+            why["prose"] = round(100 * (perplexity(self.lm, self.prose) / before - 1), 3)
+            if self.same:
+                said = self.lm.says([p for p, _ in self.same], [o for _, o in self.same])
+                why["same_subject"] = round(100 * statistics.fmean(said), 2)
+                why["same_subjects"] = len(said)
+            for layer in delta.appended:
+                least = 0.1 * statistics.median(r["coefficient"] for r in delta.convergence)
+                why["fires"] = round(fires(self.lm, layer, least, self.prose), 3)
             return {**score(self.lm, facts, others), **why}
 
     def run(
@@ -188,8 +251,8 @@ class Bench:
             best, delta = max(tried, key=lambda pair: pair[0]["score"])
             return {**best, **self.measured(facts, others, delta)}
         started = time.process_time()
-        if method in ("rome", "r-rome"):
-            delta = edit(self.lm, facts, method, moments=self.moments, contexts=self.contexts)
+        if method in ("rome", "r-rome", "append"):
+            delta = self.edit(method, facts, beneath=())
             row = self.measured(facts, others, delta)
             return {**row, "solve_s": round(time.process_time() - started, 1)}
         tuned: Callable[[], Any] = {
@@ -229,6 +292,20 @@ class Bench:
         row = {**self.measured(facts, others, delta), **took}
         return {**row, "setting": {"weight": weight, "lr": lr}}, delta
 
+    def edit(self, method: str, facts: Sequence[Fact], beneath: Sequence[fs.Delta]) -> fs.Delta:
+        """Return the delta of one edit on the model as it is."""
+        config = self.settings(method)
+        contexts = self.contexts if method in ("rome", "r-rome") else self.openings
+        moments = self.inputs(config) if method == "append" else self.moments
+        given = {"moments": moments, "contexts": contexts, "beneath": beneath}
+        return edit(self.lm, facts, method, config, **given)
+
+    def inputs(self, config: Any) -> dict[int, fs.SecondMoment]:
+        """Return the statistics of what enters the edited layer, of the unedited model."""
+        if config.edited[0] not in self._inputs:
+            self._inputs = find_moments(self.lm, config.edited, site="inputs")
+        return self._inputs
+
     def rounds(
         self,
         method: str,
@@ -242,16 +319,18 @@ class Bench:
         Returns:
             Rows with the score over everything written so far, and that of the first round alone.
         """
+        if method == "append":
+            self.inputs(self.settings(method))  # of the unedited model
         deltas: list[fs.Delta] = []
         rows = []
         for first in range(0, len(facts), size):
             started = time.process_time()
-            some, config = facts[first : first + size], self.settings(method)
-            given = {"moments": self.moments, "contexts": self.openings, "beneath": deltas}
+            some = facts[first : first + size]
             with applied(self.lm, deltas):
-                deltas.append(edit(self.lm, some, method, config, **given))
+                deltas.append(self.edit(method, some, deltas))
             seconds = time.process_time() - started
-            if len(deltas) % 5 and first + size < len(facts) and len(deltas) > 1:
+            step = 5 if first < 3_000 else 20
+            if len(deltas) % step and first + size < len(facts) and len(deltas) > 1:
                 continue  # asking takes as long as writing
             with applied(self.lm, deltas):
                 row = {
@@ -263,7 +342,7 @@ class Bench:
                 row["first_round"] = score(self.lm, facts[:size], others)["efficacy"]
             norms = {
                 x: sum(d.dense(x) for d in deltas).norm() / self.lm.ffn[x].weight().norm()
-                for x in self.layers
+                for x in deltas[0].layers
             }
             row["norms"] = {layer: round(float(norm), 3) for layer, norm in norms.items()}
             rows.append(row)
@@ -278,6 +357,9 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--model", default="atlas", choices=atlas.names())
     parser.add_argument("--loads", type=float, nargs="+", default=[0.003, 0.03, 0.1])
+    parser.add_argument(
+        "--facts", type=int, nargs="+", default=[], help="numbers of facts, in place of loads"
+    )
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument(
         "--rounds", type=int, help="facts in a round: write one round after another up to the load"
@@ -317,16 +399,19 @@ def main() -> None:
             rows[str(load)] = row
             given.json.write_text(json.dumps(whole, indent=1) + "\n")
 
-    for load in given.loads:
-        count = max(1, round(load * len(bench.layers) * bench.d_ff))
+    room = len(bench.layers) * bench.d_ff
+    counts = given.facts or [max(1, round(load * room)) for load in given.loads]
+    loads = [n / room for n in counts] if given.facts else given.loads
+    for count, load in zip(counts, loads, strict=True):
         facts, others = chosen(bench.lm, count, given.seed, given.others)
         size = f"{len(facts)} facts in layers {bench.layers}, {len(others)} others"
-        print(f"{given.model}, load {load}: {size}", flush=True)
+        bench.same = same_subject(bench.lm, facts, given.seed)
+        print(f"{given.model}, load {load:.4g}: {size}", flush=True)
         for method in given.methods:
             if given.rounds:
                 tell = partial(print, flush=True)
                 rows = bench.rounds(method, facts, others, given.rounds, tell)
-                keep("rounds", method, load, rows)
+                keep("rounds", method, round(load, 4), rows)
                 continue
             peak_mb(reset=True)
             row = {
@@ -337,7 +422,7 @@ def main() -> None:
             row.update(bench.run(method, facts, others))
             row["peak_mb"] = peak_mb()
             print(f"{method:12} {row}", flush=True)
-            keep("batch", method, load, row)
+            keep("batch", method, round(load, 4), row)
 
 
 # ── tables and pictures ───────────────────────────────────────────────────────────────────────────
