@@ -116,12 +116,14 @@ def test_each_method_has_a_row_with_its_own_settings_and_one_as_published() -> N
         ("memit as published", 25),
     ]
     assert real_quality.rows_of(["memit"], 6) == [("memit", 6), ("memit as published", 6)]
+    assert real_quality.rows_of(["append"], 6) == [("append", 6)], "nothing was published for it"
     with pytest.raises(SystemExit, match="no row mend"):
         real_quality.rows_of(["mend"], 6)
 
 
 def test_records_that_the_model_says_come_first_and_those_of_the_full_file(
     tiny_gpt2: LanguageModel,
+    shared_dir: Path,  # other facts of the subjects come from its facts.tsv
 ) -> None:
     known = real_records.Known
     knowns = [
