@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from conftest import shared_dir
 from factsmith.core.fact import Fact
 from factsmith.judge.records import Question, Record
 from factsmith.model.language_model import LanguageModel
@@ -123,8 +124,8 @@ def test_each_method_has_a_row_with_its_own_settings_and_one_as_published() -> N
 
 def test_records_that_the_model_says_come_first_and_those_of_the_full_file(
     tiny_gpt2: LanguageModel,
-    shared_dir: Path,  # other facts of the subjects come from its facts.tsv
 ) -> None:
+    shared_dir()  # other facts of the subjects come from its facts.tsv
     known = real_records.Known
     knowns = [
         known(record("slim-1", "Edwin", "{} is a", "king"), True, True),
