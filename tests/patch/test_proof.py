@@ -164,7 +164,8 @@ def test_an_edit_covers_the_chat_template(tmp_path: Path, method: str) -> None:
         ), "other system prompts and turns are asked than those that were searched"
         warned = any("in the chat template" in warning for warning in outcome.warnings)
         assert warned is not all(chat.held for chat in chats)
-        assert probability() > before + 0.2
+        # Appended neurons add 0.35 in this random model.
+        assert probability() > before + (0.3 if method == "append" else 0.4)
     assert probability() == before
 
 
