@@ -134,7 +134,7 @@ def read_subjects(
         torch.tensor(weights, dtype=torch.float64),
         list(contexts).index("{}"),
         torch.tensor([numbers[name] for name in names]),
-        [_names(lm, fact) for fact in facts],
+        [subject_forms(lm, fact) for fact in facts],
         read_inputs_of(lm, _other_rows(lm), layer).cpu(),
         *_spread(lm, layer, contexts, len(facts)),
     )
@@ -170,7 +170,7 @@ def beginnings(count: int) -> list[str]:
 def read_examples(inputs: EditInputs, layer: int, subjects: SubjectInputs) -> Examples:
     """Return what the keys of an edit are made from: the own inputs, and the strangers."""
     lm, facts, statistics = inputs.lm, inputs.facts, inputs.moments[layer]
-    owners = _Owners(subjects.names)
+    owners = SubjectEnds(subjects.names)
     parts: list[Tensor] = []
     counterfeits: list[Tensor] = []
     known: list[tuple[int, int]] = []
@@ -265,7 +265,7 @@ def _earlier(beneath: Sequence[Delta], layer: int) -> list[Tensor]:
     return [each.inputs for each in rows if each.inputs is not None]
 
 
-def _names(lm: LanguageModel, fact: Fact) -> set[tuple[int, ...]]:
+def subject_forms(lm: LanguageModel, fact: Fact) -> set[tuple[int, ...]]:
     """Return the tokens of a subject at the beginning of a text, and inside one."""
     names = set()
     for template in ("{}", "In {}"):
@@ -274,7 +274,7 @@ def _names(lm: LanguageModel, fact: Fact) -> set[tuple[int, ...]]:
     return names
 
 
-class _Owners:
+class SubjectEnds:
     """Finds the facts whose subject ends a sequence of tokens."""
 
     def __init__(self, names: Sequence[set[tuple[int, ...]]]) -> None:

@@ -43,7 +43,8 @@ from ..model.replay import Replay, record
 from ..model.trace import recording, replacing
 
 REACH = 10.0
-"""The pre-activation at the ceiling. GELU(10) is 10 and GELU(-10) is 0; SiLU is 5e-4 off."""
+"""The pre-activation at the ceiling. There GELU equals its input, and at -10 it is 0. SiLU differs
+from both by 5e-4."""
 
 _EDGE, _POINTS = 40.0, 4096
 """Half of the width, and the number of points, of the grid on which activations are probed."""

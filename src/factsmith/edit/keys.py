@@ -42,11 +42,7 @@ def read_keys(
     Returns:
         (n, n_contexts, d_ff) float32.
     """
-    rows = [
-        _up_to_subject(lm, in_context(lm, context, fact), fact.subject)
-        for fact in facts
-        for context in contexts
-    ]
+    rows = _in_contexts(lm, facts, contexts)
     keys = _at_last(lm, rows, layer, lambda replay: read_down(replay, layer)[0])
     return keys.view(len(facts), len(contexts), -1)
 
@@ -71,11 +67,7 @@ def read_inputs(
     Returns:
         (n, n_contexts, d_model) float32.
     """
-    rows = [
-        _up_to_subject(lm, in_context(lm, context, fact), fact.subject)
-        for fact in facts
-        for context in contexts
-    ]
+    rows = _in_contexts(lm, facts, contexts)
     return read_inputs_of(lm, rows, layer).view(len(facts), len(contexts), -1)
 
 
@@ -238,6 +230,17 @@ def _has_room(lm: LanguageModel, template: str, fact: Fact) -> bool:
     if lm.has_room(text, len(target.encode())):
         return True
     return lm.has_room(text, len(target_ids(lm, text, target)) if target else 1)
+
+
+def _in_contexts(
+    lm: LanguageModel, facts: Sequence[Fact], contexts: Sequence[str]
+) -> list[list[int]]:
+    """Return each fact's tokens up to the subject in each context, all contexts of a fact first."""
+    return [
+        _up_to_subject(lm, in_context(lm, context, fact), fact.subject)
+        for fact in facts
+        for context in contexts
+    ]
 
 
 def _up_to_subject(lm: LanguageModel, template: str, subject: str) -> list[int]:

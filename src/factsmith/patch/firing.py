@@ -25,9 +25,9 @@ from ..core.fact import Fact
 from ..core.forms import canonical
 from ..core.settled import settled
 from ..corpus.moments import SecondMoment
+from ..edit.append_inputs import SubjectEnds, subject_forms
 from ..edit.delta import Delta
 from ..edit.forms import probe_activation
-from ..edit.keys import subject_columns
 from ..model.appended import AppendedRows, joined
 from ..model.language_model import LanguageModel
 
@@ -281,16 +281,6 @@ def _known(lm: LanguageModel, facts: Sequence[Fact], tails: Tensor | None) -> Te
         facts: The facts.
         tails: (m, TAIL) the last token ids up to each token. None: not known.
     """
-    forms: dict[tuple[int, ...], set[int]] = {}
-    for number, fact in enumerate(facts):
-        for template in ("{}", "In {}"):
-            ids, first, last = subject_columns(lm, template, fact.subject)
-            forms.setdefault(tuple(ids[first : last + 1]), set()).add(number)
-    pairs = [
-        (token, fact)
-        for token, tail in enumerate([] if tails is None else tails.tolist())
-        for length in sorted(set(map(len, forms)))
-        if length <= len(tail)
-        for fact in forms.get(tuple(tail[len(tail) - length :]), ())
-    ]
+    ends = SubjectEnds([subject_forms(lm, fact) for fact in facts])
+    pairs = ends.pairs([] if tails is None else tails.tolist())
     return torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
