@@ -46,9 +46,8 @@ from .bench import LedgerBench
 from .carried import check_erased, neurons_in_words, newest_facts
 from .diff import Diff, diff
 from .exchange import read_arrivals
-from .export.contents import Origin
-from .export.formats import export
 from .export.record import Export
+from .exporting import export_state
 from .ledger import LATEST
 from .outcome import Outcome
 from .revision import Integrity, Revision
@@ -191,19 +190,21 @@ class Workbench(LedgerBench):
 
     @settled
     def export(
-        self, folder: str | os.PathLike[str], format: str = "checkpoint", **options: Any
+        self,
+        folder: str | os.PathLike[str],
+        format: str = "checkpoint",
+        *,
+        revision: str | None = None,
+        **options: Any,
     ) -> Export:
         """Write the model with its patches as a "checkpoint", an "adapter", a "gguf" file or a
         "gguf-adapter", or the patches alone as a "patch".
 
-        Options and errors are those of the `export_...` functions in `keep.export`.
+        `revision` exports the state at another revision; the checkout stays. Options and errors
+        are those of the `export_...` functions in `keep.export`.
         """
         self._carried.check_weights()
-        active = self.ledger.active(self._carried.at)
-        origins = [Origin(revision=r.id, message=r.message, moments=r.moments) for r in active]
-        deltas = list(self._carried.deltas.values())
-        with self.on_base():
-            return export(self.lm, deltas, folder, format, origins=origins, **options)
+        return export_state(self._carried, folder, format, revision, **options)
 
     # ── proposing ─────────────────────────────────────────────────────────────────────────────────
 
