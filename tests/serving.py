@@ -4,8 +4,8 @@ llama.cpp that factsmith uses.
     with ModelServer(atlas.folder("atlas-llama")) as server:
         server.url, server.names, server.calls
 
-It shares no code with factsmith: transformers runs the model, and adapters are read from their files
-and added to the weights. `Faults` are the ways in which real servers go wrong.
+It shares no code with factsmith: transformers runs the model, and adapters are read from their
+files and added to the weights. `Faults` are the ways in which real servers go wrong.
 """
 
 from __future__ import annotations
@@ -319,10 +319,10 @@ def _handler(server: ModelServer) -> type[BaseHTTPRequestHandler]:
         def log_message(self, *_: Any) -> None:
             """Print nothing."""
 
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             self._answer("GET", None)
 
-        def do_POST(self) -> None:  # noqa: N802
+        def do_POST(self) -> None:
             length = int(self.headers.get("Content-Length") or 0)
             raw = self.rfile.read(length)
             self._answer("POST", json.loads(raw) if raw else None)

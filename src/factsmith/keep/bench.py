@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Self
@@ -183,6 +183,23 @@ class LedgerBench:
     def compared(self, proof: Verification) -> Asked:
         """Return which facts of a proof were lost since they were kept, by the records."""
         return compare(proof, held_when_kept(self.ledger.log()))
+
+    def deltas_at(self, reference: str) -> dict[str, Delta]:
+        """Return {revision id: its delta} as of a revision, in ledger order; the checkout stays.
+
+        Args:
+            reference: The revision: an id, a unique prefix, "latest" or "base".
+
+        Raises:
+            RevisionError: when there is no such revision.
+            DamagedError: when the files of a delta are not whole.
+        """
+        active = self.ledger.active(self.ledger.resolve(reference))
+        return {revision.id: self._carried.delta_of(revision) for revision in active}
+
+    def carrying_exactly(self, deltas: Collection[Delta]) -> AbstractContextManager[None]:
+        """A block in which the model carries these deltas, and no others."""
+        return self._carried.exactly(deltas)
 
     def on_base(self) -> AbstractContextManager[None]:
         """A block in which the model has its base weights."""
