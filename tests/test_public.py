@@ -22,6 +22,7 @@ ORDER = [
     ("core",),
     ("atlas",),
     ("model",),
+    ("remote",),
     ("corpus",),
     ("read", "locate", "edit", "judge"),
     ("patch",),

@@ -11,6 +11,7 @@ from .core.errors import ModelError as ModelError
 from .core.errors import ModelNotFoundError as ModelNotFoundError
 from .core.errors import NumericsError as NumericsError
 from .core.errors import RevisionError as RevisionError
+from .core.errors import ServerError as ServerError
 from .core.errors import SubjectError as SubjectError
 from .core.errors import TokenizerError as TokenizerError
 from .core.errors import UnsupportedModelError as UnsupportedModelError

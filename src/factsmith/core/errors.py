@@ -10,11 +10,12 @@
     │   ├── TokenizerError        no fast tokenizer, so no offset mapping
     │   └── UnsupportedModelError the structure is not unique, or the weights cannot be edited
     ├── NumericsError             a computation did not give finite, meaningful numbers
-    └── LedgerError               the workspace or its records
-        ├── WorkspaceError        missing, not a workspace, not writable, in use, disk full
-        ├── FingerprintError      it belongs to another model
-        ├── DamagedError          a file does not match its checksum or cannot be read
-        └── RevisionError         no such revision, or an ambiguous id
+    ├── LedgerError               the workspace or its records
+    │   ├── WorkspaceError        missing, not a workspace, not writable, in use, disk full
+    │   ├── FingerprintError      it belongs to another model
+    │   ├── DamagedError          a file does not match its checksum or cannot be read
+    │   └── RevisionError         no such revision, or an ambiguous id
+    └── ServerError               a server cannot be reached, or refuses
 
 A message says what was got, what is accepted, and what to do next. It speaks of Python arguments,
 never of command-line flags: an error carries the name of the argument, and the command line names
@@ -100,6 +101,29 @@ class DamagedError(LedgerError):
 
 class RevisionError(LedgerError):
     """No such revision, or an ambiguous id."""
+
+
+class ServerError(FactsmithError):
+    """A server cannot be reached, refuses, or does not answer as it should.
+
+    Attributes:
+        status: The status of the HTTP answer. None: no answer came.
+        maybe_done: Whether the server may have done what it was asked to do.
+    """
+
+    exit_code = 6
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        argument: str | None = None,
+        status: int | None = None,
+        maybe_done: bool = False,
+    ) -> None:
+        super().__init__(message, argument=argument)
+        self.status = status
+        self.maybe_done = maybe_done
 
 
 def first_line(error: Exception) -> str:

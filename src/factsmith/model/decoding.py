@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
+from ..core.lines import first_lines
 from .fingerprint import end_ids
 from .running import RunnableModel
 from .tokens import Batch
@@ -43,15 +44,9 @@ class DecodingModel(RunnableModel):
             lines: The number of lines with text.
         """
         text: str = self.tokenizer.decode(ids, skip_special_tokens=True)
-        kept: list[str] = []
         if half := half_character(self.tokenizer, ids) if text.endswith("\ufffd") else 0:
             text = text[:-half]
-        for line in text.strip().split("\n"):
-            if lines < 1:
-                break
-            kept.append(line)
-            lines -= bool(line.strip())
-        return "\n".join(kept).strip()
+        return first_lines(text, lines)
 
     @asking()
     def greedy_ids(

@@ -1,0 +1,1 @@
+"""Speak HTTP to a server that holds a model."""
