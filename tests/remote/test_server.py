@@ -28,7 +28,7 @@ def tokens_of(text: str) -> list[str]:
 
 
 def log_p(token: str) -> float:
-    return -len(token) / 8
+    return -0.01 if '"' in token else -len(token) / 8
 
 
 def choice(body: Body, prompt: str, index: int) -> Body:
@@ -40,7 +40,8 @@ def choice(body: Body, prompt: str, index: int) -> Body:
     values: list[float | None] = [log_p(token) for token in tokens]
     if body.get("echo"):
         values[0] = None
-    tops = [{token: log_p(token), "other": -9.0} for token in tokens]
+    other = -0.55 if body.get("echo") else -9.0
+    tops = [{token: log_p(token), "other": other} for token in tokens]
     fields = {"tokens": tokens, "token_logprobs": values, "top_logprobs": tops}
     logprobs = fields if body.get("logprobs") else None
     return {"index": index, "text": said, "logprobs": logprobs, "finish_reason": "length"}
@@ -226,6 +227,8 @@ def test_the_log_probability_of_a_target() -> None:
         france, york, joined = server.log_prob("base", *map(list, zip(*pairs, strict=True)))
         assert france == log_p(" France") and york == log_p(" New") + log_p(" York")
         assert joined is None, "one token for both texts has no log p of its own"
+        (score,) = server.scores("base", ["Paris is in"], ["New York"])
+        assert score is not None and (score.n_tokens, score.right) == (2, 0.5)
         (spaced,) = server.log_prob("base", ["a b"], ["c"], gaps=["none"])
         assert spaced == log_p(" bc"), "the token that both share counts"
         assert server.echoes
@@ -241,6 +244,33 @@ def test_a_server_that_gives_no_log_probabilities(script: Script) -> None:
         before = len(running.asked)
         assert server.log_prob(server.base, ["a"], ["c"]) == [None]
         assert len(running.asked) == before and server.echoes is False
+
+
+def test_the_likelier_form_decides_about_the_gap() -> None:
+    with scripted(vllm) as running, Server.open(running.url) as server:
+        asked = len(running.asked)
+        assert server.gaps("base", ["a b"], ["c"]) == ["space"]
+        assert len(running.asked) == asked, "the texts show it"
+        assert server.gaps("base", ['say "'], ["c"]) == ["none"]
+        assert server.gaps("base", ["x 19"], ["45"]) == ["space"]
+        assert server.gaps("base", ['"x" 19'], ["45" * 20]) == ["space"], "neither is likely"
+        assert len(running.asked) > asked
+    with scripted(llama) as running, Server.open(running.url) as server:
+        assert server.gaps(server.base, ['say "'], ["c"]) == ["none"], "it gives no log p"
+
+
+@pytest.mark.parametrize(("script", "field"), [(vllm, "prompt"), (llama, "content")])
+def test_the_number_of_tokens(script: Script, field: str) -> None:
+    def counting(asked: Asked) -> Answer:
+        if asked.path == "/tokenize":
+            return Answer({"tokens": list(range(len(asked.body[field].split())))})
+        return script(asked)
+
+    with scripted(counting) as running, Server.open(running.url) as server:
+        assert server.n_tokens(["a b", "c"]) == [2, 1]
+    for without in (script, plain):
+        with scripted(without) as running, Server.open(running.url) as server:
+            assert server.n_tokens(["a b"]) is None
 
 
 def test_a_server_that_says_more_than_the_text_gives_none() -> None:

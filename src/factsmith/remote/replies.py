@@ -44,10 +44,29 @@ class Echo:
     Attributes:
         tokens: The tokens.
         log_probs: Log p of each. None: the first of a text has none.
+        highest: Log p of the likeliest token in the place of each. None: not given.
     """
 
-    tokens: tuple[str, ...]
-    log_probs: tuple[float | None, ...]
+    tokens: tuple[str, ...] = ()
+    log_probs: tuple[float | None, ...] = ()
+    highest: tuple[float | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class TargetScore:
+    """What a server says of a target after a prompt.
+
+    Attributes:
+        log_prob: Log p of the target's tokens, summed, in nats.
+        n_tokens: How many tokens the target has.
+        right: The share of its tokens that are the likeliest in their place. None: not given.
+        first: Log p of its first token.
+    """
+
+    log_prob: float
+    n_tokens: int
+    right: float | None
+    first: float
 
 
 Places: TypeAlias = tuple[
@@ -100,16 +119,20 @@ def _lists(fields: Mapping[str, Any]) -> tuple[list[Any], list[Any]]:
 
 def echo_of(choice: Mapping[str, Any], text: str) -> Echo | None:
     """Return the tokens of a repeated text. None: the server did not repeat it, or said more."""
-    tokens, log_probs = _lists(as_mapping(choice.get("logprobs")))
+    fields = as_mapping(choice.get("logprobs"))
+    tokens, log_probs = _lists(fields)
     if not tokens or not str(choice["text"]).endswith(text):
         return None
     if not all(value is None or _number(value) for value in log_probs):
         return None
-    return Echo(tuple(map(str, tokens)), tuple(log_probs))
+    tops = fields.get("top_logprobs")
+    listed = tops if isinstance(tops, list) and len(tops) == len(tokens) else [None] * len(tokens)
+    highest = (max((p for _, p in _likeliest(as_mapping(top))), default=None) for top in listed)
+    return Echo(tuple(map(str, tokens)), tuple(log_probs), tuple(highest))
 
 
-def tail_log_prob(head: Echo, whole: Echo) -> float | None:
-    """Return the log p of the tokens that a text has after those of its prompt.
+def target_score(head: Echo, whole: Echo) -> TargetScore | None:
+    """Return what a server says of the tokens that a text has after those of its prompt.
 
     Where prompt and target share a token, it counts as one of the target. None: the text has no
     tokens of its own, or the server gives no number for one.
@@ -118,8 +141,13 @@ def tail_log_prob(head: Echo, whole: Echo) -> float | None:
     shortest = min(len(head.tokens), len(whole.tokens))
     start = next((at for at, (one, other) in enumerate(pairs) if one != other), shortest)
     values = [value for value in whole.log_probs[start:] if value is not None]
-    complete = values and len(values) == len(whole.log_probs) - start
-    return float(sum(values)) if complete else None
+    if not values or len(values) < len(whole.log_probs) - start:
+        return None
+    highest = [value for value in whole.highest[start:] if value is not None]
+    right: float | None = None
+    if len(highest) == len(values):
+        right = sum(v >= h for v, h in zip(values, highest, strict=True)) / len(values)
+    return TargetScore(float(sum(values)), len(values), right, float(values[0]))
 
 
 def is_said(choice: Mapping[str, Any]) -> bool:

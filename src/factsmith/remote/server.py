@@ -11,6 +11,7 @@ Answers come from OpenAI's completions, /v1/completions, by greedy decoding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -25,13 +26,14 @@ from .parallel import in_order
 from .replies import (
     Completion,
     Echo,
+    TargetScore,
     as_entries,
     as_mapping,
     as_name,
     completion_of,
     echo_of,
     is_said,
-    tail_log_prob,
+    target_score,
 )
 
 Kind: TypeAlias = Literal["vllm", "llama.cpp", "openai"]
@@ -49,6 +51,9 @@ _KIND_PLAIN: dict[Kind, dict[str, Any]] = {
     "openai": {},
 }
 """The same for servers with settings of their own."""
+
+_TELLING = math.log(0.1)
+"""Log p of a target's first token from which on it decides about the gap before it."""
 
 _ASKING = "asking the server"
 
@@ -202,7 +207,21 @@ class Server:
         scales: Mapping[str, float] | None = None,
         progress: Progress | None = None,
     ) -> list[float | None]:
-        """Return log p(target | prompt) of each pair in nats.
+        """Return log p(target | prompt) of each pair in nats; arguments as for `scores`."""
+        scores = self.scores(model, prompts, targets, gaps=gaps, scales=scales, progress=progress)
+        return [None if score is None else score.log_prob for score in scores]
+
+    def scores(
+        self,
+        model: str,
+        prompts: Sequence[str],
+        targets: Sequence[str],
+        *,
+        gaps: Sequence[Settled] | None = None,
+        scales: Mapping[str, float] | None = None,
+        progress: Progress | None = None,
+    ) -> list[TargetScore | None]:
+        """Return what the model says of each target after its prompt.
 
         The server repeats prompt and target with the log-probability of every token. The tokens
         that the prompt alone does not have are those of the target.
@@ -216,7 +235,7 @@ class Server:
             progress: Called with the number of texts that are done.
 
         Returns:
-            As many numbers; None for each if the server gives no log-probabilities of a prompt.
+            As many scores; None for each if the server gives no log-probabilities of a prompt.
 
         Raises:
             InputError, ServerError: As for `complete`.
@@ -235,11 +254,68 @@ class Server:
         echoed = self._echo(model, texts, scales, progress)
         if echoed is None:
             return [None] * len(pairs)
-        by_text = {"": Echo((), ()), **dict(zip(texts, echoed, strict=True))}
+        by_text = {"": Echo(), **dict(zip(texts, echoed, strict=True))}
         return [
-            tail_log_prob(by_text[head], by_text[whole])
+            target_score(by_text[head], by_text[whole])
             for head, whole in zip(heads, wholes, strict=True)
         ]
+
+    def gaps(
+        self,
+        model: str,
+        prompts: Sequence[str],
+        targets: Sequence[str],
+        progress: Progress | None = None,
+    ) -> list[Settled]:
+        """Return what stands between each prompt and its target.
+
+        Where the texts leave it open, the model's likelier first token decides, if it is likely.
+
+        Args:
+            model: The name of a served model.
+            prompts: The prompts.
+            targets: As many targets.
+            progress: As for `scores`.
+        """
+        pairs = [(before_gap(p), t.strip()) for p, t in zip(prompts, targets, strict=True)]
+        rules = {pair: plain_gap(*pair) for pair in pairs}
+        settled: dict[tuple[str, str], Settled] = {pair: rule.gap for pair, rule in rules.items()}
+        if not (open_pairs := [pair for pair, rule in rules.items() if not rule.sure]):
+            return [settled[pair] for pair in pairs]
+        forms: tuple[Settled, Settled] = ("space", "none")
+        asked = [(*pair, form) for pair in open_pairs for form in forms]
+        heads, tails, gaps = (list(column) for column in zip(*asked, strict=True))
+        firsts = [
+            -math.inf if score is None else score.first
+            for score in self.scores(model, heads, tails, gaps=gaps, progress=progress)
+        ]
+        for pair, space, none in zip(open_pairs, firsts[::2], firsts[1::2], strict=True):
+            if space != none and max(space, none) >= _TELLING:
+                settled[pair] = "space" if space > none else "none"
+        return [settled[pair] for pair in pairs]
+
+    def n_tokens(self, texts: Sequence[str]) -> list[int] | None:
+        """Return how many tokens the server's tokenizer writes for each text.
+
+        None: it does not say.
+        """
+        if self.kind == "openai":
+            return None
+        is_vllm = self.kind == "vllm"
+        counts = []
+        for text in texts:
+            more = {"model": self.base, "prompt": text, "add_special_tokens": False}
+            try:
+                answer = self.client.post("/tokenize", more if is_vllm else {"content": text})
+            except ServerError as error:
+                if error.status is None:
+                    raise
+                return None
+            tokens = as_mapping(answer).get("tokens")
+            if not isinstance(tokens, list):
+                return None
+            counts.append(len(tokens))
+        return counts
 
     @property
     def echoes(self) -> bool | None:
@@ -376,7 +452,7 @@ def _kind(client: Client, entries: Sequence[Mapping[str, Any]]) -> Kind:
     """Return what a server is, from the services that it has."""
     if isinstance(_try(client, "/lora-adapters"), list):
         return "llama.cpp"
-    offers = all({"root", "parent", "max_model_len"} <= set(entry) for entry in entries)
+    offers = all({"root", "parent"} <= set(entry) for entry in entries)
     if offers and "version" in as_mapping(_try(client, "/version")):
         return "vllm"
     return "openai"
