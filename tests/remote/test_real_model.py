@@ -9,7 +9,7 @@ import pytest
 import factsmith as fs
 from factsmith import atlas
 from factsmith.remote.server import Server
-from serving import Faults, ModelServer
+from model_server import Faults, ModelServer
 
 PROMPTS = [
     "The mother tongue of Danielle Darrieux is",

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import typer
 
 from ..core.errors import FactsmithError, InputError
-from . import cache, capacity, demo, export, judge, keep, locate, patch, plan, read
+from . import cache, capacity, demo, export, judge, keep, locate, patch, plan, read, serve
 from .common import Command, Group, Quiet, Verbose, spoken_warnings, with_common_options
 from .loading import with_loading_options
 from .printing import Manner, complain, complain_of, manner, program, running
@@ -72,6 +72,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     ),
     "Keep: facts as files": (plan.plan, plan.apply, plan.schema),
     "Keep: exports": (export.export, export.import_),
+    "Serve: running servers": (serve.push, serve.served),
 }
 """{the title of a group: its commands}, in the order of `factsmith --help`."""
 

@@ -122,11 +122,12 @@ class ModelServer:
     def models(self) -> dict[str, Any]:
         """Return the list of models."""
         root = str(self.folder)
-        base = {"id": self.name, "object": "model", "owned_by": "x", "root": root, "parent": None}
+        base: dict[str, Any] = {"id": self.name, "object": "model", "owned_by": "x"}
+        base |= {"root": root, "parent": None, "max_model_len": 256}
         if self.kind == "llama.cpp":
             return {"object": "list", "data": [{"id": self.name, "owned_by": "llamacpp"}]}
         more = [
-            {"id": name, "object": "model", "root": path, "parent": self.name, "owned_by": "x"}
+            {**base, "id": name, "root": path, "parent": self.name}
             for name, path in self.loaded.items()
         ]
         return {"object": "list", "data": [base, *more]}
@@ -361,6 +362,8 @@ def _handler(server: ModelServer) -> type[BaseHTTPRequestHandler]:
                 return server.load(body)
             if is_vllm and path == ("POST", "/v1/unload_lora_adapter"):
                 return server.unload(body)
+            if is_vllm and path == ("GET", "/v1/load_lora_adapter"):
+                return 405, {"detail": "Method Not Allowed"}
             if not is_vllm and path == ("GET", "/props"):
                 return 200, {"model_path": str(server.folder), "build_info": "b11434-x"}
             if not is_vllm and path == ("GET", "/lora-adapters"):

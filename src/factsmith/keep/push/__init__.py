@@ -1,0 +1,1 @@
+"""Push a revision to a server, prove it there, and take it back."""
