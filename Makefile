@@ -28,9 +28,11 @@ fast: $(VENV)/.installed-dev
 real: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "real and not serving"
 
-# the tests that ask real servers: llama.cpp needs node and npm, and downloads its binaries; vLLM needs
-# an environment of its own, whose python FACTSMITH_VLLM names
+# the tests that start real servers, vLLM and llama-server; tools/serving.sh makes them in this folder
+export FACTSMITH_SERVING ?= .serving
 serving: $(VENV)/.installed-dev
+	@test -x $(FACTSMITH_SERVING)/llama-server || \
+	  { echo "no servers in $(FACTSMITH_SERVING); first run: tools/serving.sh $(FACTSMITH_SERVING)"; exit 1; }
 	$(BIN)/python -m pytest -m serving
 
 # the documentation as a site in the folder site/

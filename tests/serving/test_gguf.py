@@ -1,36 +1,28 @@
-"""What factsmith exports as GGUF, asked in real llama.cpp.
-
-The variable FACTSMITH_LLAMA_CPP names a folder in which
-`npm i --ignore-scripts node-llama-cpp@3` was run. Without it these tests are skipped.
-"""
+"""A patched GGUF file and an adapter, the tokens and the chat template in llama-server."""
 
 from __future__ import annotations
 
-import os
-import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from tools.llama_cpp import ask
+from tools.servers import Replies, llama_server
 
 from factsmith.core.fact import Fact
 from factsmith.edit.configs import RomeConfig
 from factsmith.keep.workbench import Workbench
 from factsmith.model.language_model import LanguageModel
 
-pytestmark = pytest.mark.serving
-
 EIFFEL = "The Eiffel Tower is located in the city of"
 LOUVRE = "The Louvre is located in the city of"
 
 
-@pytest.fixture(scope="module")
-def library() -> Path:
-    """Return the folder of node-llama-cpp."""
-    folder = os.environ.get("FACTSMITH_LLAMA_CPP", "")
-    if not folder or shutil.which("node") is None:
-        pytest.skip("FACTSMITH_LLAMA_CPP names no folder with node-llama-cpp")
-    return Path(folder)
+def ask(
+    folder: Path, model: Path, prompts: Sequence[str], *adapters: Path, max_tokens: int = 12
+) -> Replies:
+    """Ask a file, with all of the adapters."""
+    with llama_server(folder, model, adapters=adapters) as server:
+        return server.ask(prompts, max_tokens=max_tokens)
 
 
 def asked(lm: LanguageModel, question: str) -> str:
@@ -55,15 +47,15 @@ def exported(smollm2: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_a_patch_holds_in_llama_cpp(
-    smollm2: LanguageModel, gguf_file: Path, exported: dict[str, Path], library: Path
+    smollm2: LanguageModel, gguf_file: Path, exported: dict[str, Path], with_llama_cpp: Path
 ) -> None:
     """The base says Paris; the patched file and the adapter say Rome; the Louvre stays."""
     chat = asked(smollm2, "In which city is the Eiffel Tower?")
     prompts = [EIFFEL, LOUVRE, chat]
-    base = ask(library, gguf_file, prompts)
+    base = ask(with_llama_cpp, gguf_file, prompts)
     assert "Paris" in base.answers[0] and "Paris" in base.answers[1]
-    patched = ask(library, exported["gguf"], prompts)
-    with_adapter = ask(library, gguf_file, prompts, adapter=exported["gguf-adapter"])
+    patched = ask(with_llama_cpp, exported["gguf"], prompts)
+    with_adapter = ask(with_llama_cpp, gguf_file, prompts, exported["gguf-adapter"])
     for replies in (patched, with_adapter):
         assert "Rome" in replies.answers[0] and "Paris" not in replies.answers[0]
         assert "Paris" in replies.answers[1] and "Rome" not in replies.answers[1]
@@ -71,7 +63,7 @@ def test_a_patch_holds_in_llama_cpp(
 
 
 def test_llama_cpp_reads_the_same_tokens(
-    smollm2: LanguageModel, gguf_file: Path, library: Path
+    smollm2: LanguageModel, gguf_file: Path, with_llama_cpp: Path
 ) -> None:
     """Numbers, spaces, other scripts, and the special tokens of the chat template."""
     prompts = [
@@ -80,17 +72,17 @@ def test_llama_cpp_reads_the_same_tokens(
         "Zürich, São Paulo, 東京,   three spaces\n\tand don't",
         asked(smollm2, "In which city is the Eiffel Tower? Say 42."),
     ]
-    replies = ask(library, gguf_file, prompts, max_tokens=1)
+    replies = ask(with_llama_cpp, gguf_file, prompts, max_tokens=1)
     tokenizer = smollm2.tokenizer
     assert replies.tokens == [tokenizer(text)["input_ids"] for text in prompts]
 
 
 def test_the_chat_template_and_its_end_hold(
-    smollm2: LanguageModel, gguf_file: Path, library: Path
+    smollm2: LanguageModel, gguf_file: Path, with_llama_cpp: Path
 ) -> None:
     """Both end a turn at the token that the file names, and say nearly the same."""
     chat = asked(smollm2, "What is the capital of France? Answer in one word.")
-    (answer,) = ask(library, gguf_file, [chat], max_tokens=40).answers
+    (answer,) = ask(with_llama_cpp, gguf_file, [chat], max_tokens=40).answers
     (expected,) = smollm2.answer([chat], 40)
     assert "Paris" in answer and "Paris" in expected
     assert "<|im_end|>" not in answer + expected
