@@ -68,6 +68,7 @@ from .keep.export.folder import PatchFolder as PatchFolder
 from .keep.export.folder import read_patch as read_patch
 from .keep.export.gguf_adapter import export_gguf_adapter as export_gguf_adapter
 from .keep.export.gguf_file import export_gguf as export_gguf
+from .keep.export.manifest import check_files as check_files
 from .keep.export.patch import export_patch as export_patch
 from .keep.export.record import Export as Export
 from .keep.ledger import Ledger as Ledger

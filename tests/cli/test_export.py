@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from commands import FACT, Run
 from exports import answers_of, appending, names, replace_read_back, some_delta
-from factsmith.atlas import folder
 from factsmith.cli import export as cli_export
 from factsmith.keep.workbench import Workbench
 from factsmith.model.load import load
@@ -42,10 +41,7 @@ def test_the_bundled_model_as_an_adapter_read_back_in_a_process_of_its_own(
     assert back["difference"] <= back["limit"] < 0.01 < 1 < back["moved"]
     assert made["bytes"] < 20_000 < 20_000_000 < made["model_bytes"]
     config = json.loads(Path("out/adapter_config.json").read_bytes())
-    assert (
-        config["base_model_name_or_path"] == str(folder("atlas"))
-        and config["fan_in_fan_out"] is True
-    )
+    assert config["base_model_name_or_path"] == "atlas" and config["fan_in_fan_out"] is True
     layer = patched["delta"]["layers"][0]
     assert config["target_modules"] == [f"transformer.h.{layer}.mlp.c_proj"]
     manifest = json.loads(Path("out/factsmith.json").read_bytes())
@@ -65,7 +61,10 @@ def test_every_format_and_what_is_printed(
     run("patch", "-w", "space", *FACT)
     shown = run("export", "one", "--format", "adapter", "-w", "space")
     assert shown.code == 0 and "instead of" in shown.out and "‖Δ−BA‖/‖Δ‖" in shown.out
-    assert "verified: answers equal on 1 prompt" in " ".join(shown.out.split())
+    words = " ".join(shown.out.split())
+    assert "verified: answers equal on 1 prompt" in words
+    assert f"names the base model only {model.name!r}, because it was loaded from a folder" in words
+    assert f"base model {model.name}: it has the fingerprint" in words
     shown = run("export", "two", "--dtype", "bfloat16", "--no-verify", "-w", "space")
     assert shown.code == 0 and "not verified" in shown.out and "model.safetensors" in shown.out
     assert (

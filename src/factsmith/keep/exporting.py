@@ -13,9 +13,10 @@ from typing import Any
 
 from ..core.errors import InputError
 from .carried import Carried
-from .export.contents import Origin
+from .export.contents import Origin, State
 from .export.formats import export
 from .export.record import Export
+from .revision import Revision
 
 
 def export_state(
@@ -49,8 +50,22 @@ def export_state(
             argument="revision",
         )
     deltas = [carried.delta_of(patch) for patch in active]
-    origins = [
-        Origin(revision=patch.id, message=patch.message, moments=patch.moments) for patch in active
-    ]
+    origins = []
+    if active:
+        state = carried.ledger.show(identity)
+        origins = [_origin(patch, state) for patch in active]
     with carried.exactly([]):
         return export(carried.lm, deltas, folder, format, origins=origins, **options)
+
+
+def _origin(patch: Revision, state: Revision) -> Origin:
+    """Return where a patch comes from, in an export of a state."""
+    return Origin(
+        revision=patch.id,
+        message=patch.message,
+        moments=patch.moments,
+        created=patch.created,
+        report=patch.report,
+        changed=patch.carried != patch.delta,
+        state=State(revision=state.id, created=state.created),
+    )

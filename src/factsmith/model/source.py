@@ -132,7 +132,7 @@ def find_source(
     place, at, stated = name.partition("@")
     if at and revision is None:
         revision = stated
-    if (at and not revision) or not _is_hub_id(place):
+    if (at and not revision) or not is_hub_id(place) or Path(place).exists():
         raise ModelNotFoundError(
             f"there is no model {name!r}: it is neither a folder nor a bundled model "
             f"({bundled()}).{_perhaps(name)} Give one of these, a folder with config.json, weights "
@@ -201,13 +201,13 @@ def _check_folder(name: str, folder: Path) -> None:
         )
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Return whether a name has the form of a hub id: "owner/name" or "name"."""
     return (
         _HUB_ID.fullmatch(name) is not None
         and len(name) <= _LONGEST_HUB_ID
         and ".." not in name
         and "--" not in name
-        and not Path(name).exists()
     )
 
 

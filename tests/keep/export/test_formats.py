@@ -66,7 +66,7 @@ def test_an_export_describes_itself(lm: LanguageModel, tmp_path: Path) -> None:
         assert (
             manifest["factsmith"] == format
             and manifest["fingerprint"] == lm.fingerprint
-            and manifest["model"] == lm.name
+            and manifest["model"] == Path(lm.name).name
         )
         assert [fact["subject"] for patch in manifest["patches"] for fact in patch["facts"]] == [
             "Paris", "Danielle Darrieux", "Edwin", "Zürich",

@@ -17,8 +17,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from ... import atlas
-from ...core.checks import check_count, check_text
+from ...core.checks import check_count
 from ...core.errors import InputError
 from ...core.files import write_file
 from ...core.progress import Progress, tell
@@ -27,6 +26,8 @@ from ...model.language_model import LanguageModel
 from ...model.neurons import linear_matrix
 from ...model.source import runs_remote_code
 from ...model.turns import asking
+from .base_model import BaseModel, find_base_model
+from .card import Card, write_card
 from .contents import Contents, Origin, check_no_neurons
 from .dtypes import check_dtype, dtype_name
 from .lowrank import LowRank, compress
@@ -65,8 +66,8 @@ def export_adapter(  # house: public, and promised with these names
             says how much that loses. None: the exact rank.
         dtype: The dtype of the factors. None: float32, whatever the model's is, because the file
             is small and exact then.
-        base: The base model's folder or hub id for adapter_config.json. None: where the model was
-            loaded from.
+        base: The base model's hub id or folder for adapter_config.json, which holds it as it is
+            given. None: where the model was loaded from, without a path (`BaseModel`).
         verify: Whether to load the adapter with peft in a separate process and compare its answers
             and logits with those of the patched model. All answers must be equal, also if the rank
             is truncated.
@@ -77,6 +78,7 @@ def export_adapter(  # house: public, and promised with these names
     Raises:
         InputError: when there is no delta, a delta does not fit or appends neurons, the folder
             holds other files, nothing says what the base model is, or peft is not installed.
+        FingerprintError: when base is another model; it is compared if it is on this machine.
         UnsupportedModelError: when the model is masked, or a layer cannot have an adapter.
         NumericsError: when the adapter that was read back differs from the patched model.
         ModelError: when the adapter cannot be loaded back.
@@ -87,10 +89,10 @@ def export_adapter(  # house: public, and promised with these names
     check_no_neurons("adapter", contents.n_appended)
     factor_dtype = check_dtype(dtype, torch.float32)
     max_rank = check_rank(rank)
-    base_name = _base_name(lm, base)
     names = module_names(lm, contents.layers)
     if verify:
         check_peft()
+    base_model = find_base_model(lm, base, check=verify, progress=progress)
     with staged(folder, overwrite) as staging:
         tell(progress, "compressing", 0, None)
         products = {
@@ -101,12 +103,23 @@ def export_adapter(  # house: public, and promised with these names
             )
             for layer in names
         }
-        _write_adapter(staging, lm, names, products, base_name)
+        _write_adapter(staging, lm, names, products, base_model)
         comparison = None
         if verify:
             tell(progress, "reading it back", 0, None)
-            comparison = _read_back(contents, products, base_name, staging)
-        files = write_manifest(staging, "adapter", contents, comparison)
+            comparison = _read_back(contents, products, base_model, staging)
+        write_card(
+            staging,
+            Card(
+                "adapter",
+                contents,
+                dtype_name(factor_dtype),
+                base=base_model,
+                read_back=None if comparison is None else comparison.prompts,
+                rank=_common_rank(products),
+            ),
+        )
+        files = write_manifest(staging, "adapter", contents, comparison, named=base_model)
     return Export.of(
         folder,
         "adapter",
@@ -119,6 +132,7 @@ def export_adapter(  # house: public, and promised with these names
         ),
         rank=_common_rank(products),
         read_back=comparison,
+        base=base_model,
     )
 
 
@@ -138,7 +152,7 @@ def _write_adapter(
     lm: LanguageModel,
     names: Mapping[int, str],
     products: Mapping[int, LowRank],
-    base_name: str,
+    base: BaseModel,
 ) -> None:
     """Write adapter_config.json and adapter_model.safetensors."""
     r = _common_rank(products)
@@ -155,8 +169,8 @@ def _write_adapter(
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "revision": _revision(lm, base_name),
+        "base_model_name_or_path": base.name,
+        "revision": base.revision,
         "r": r,
         "lora_alpha": r,
         "lora_dropout": 0.0,
@@ -170,7 +184,7 @@ def _write_adapter(
 
 
 def _read_back(
-    contents: Contents, products: Mapping[int, LowRank], base_name: str, folder: Path
+    contents: Contents, products: Mapping[int, LowRank], base: BaseModel, folder: Path
 ) -> ReadBack:
     """Compare the adapter, loaded onto its base model, with the patched model in memory.
 
@@ -193,41 +207,20 @@ def _read_back(
     else:
         advice = ""
     job = Job(
-        base_name,
+        base.place,
         questions,
         dtype=dtype_name(lm.dtype),
         adapter=str(folder),
-        revision=_revision(lm, base_name),
+        revision=base.revision if base.place == base.name else _revision(lm, base.place),
         trust_remote_code=runs_remote_code(lm),
     )
     return check_job(job, LIMITS[lm.dtype], advice)
 
 
-def _base_name(lm: LanguageModel, base: str | None) -> str:
-    """Return what an adapter is loaded onto: the full path of a folder, or a hub id.
-
-    Raises:
-        InputError: when the model was not loaded from either, and no name was given.
-    """
-    if base is not None:
-        name = check_text(base, "base")
-    else:
-        name = str(getattr(lm.config, "_name_or_path", "") or "")
-    if not name.strip():
-        raise InputError(
-            f"{lm.name} was not loaded from a folder or the hub, so nothing says which model the "
-            "adapter belongs to. Save the base model with save_pretrained, and give its folder or "
-            "its hub id as base.",
-            argument="base",
-        )
-    name = str(atlas.folder(name)) if name in atlas.names() else name
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
-
-
-def _revision(lm: LanguageModel, base_name: str) -> str | None:
-    """Return the revision of the base model; None for a folder, and for the main one."""
-    place, _, revision = lm.name.partition("@")
-    return revision if revision and place == base_name else None
+def _revision(lm: LanguageModel, place: str) -> str | None:
+    """Return the revision of the model's own place; None for a folder, and the main one."""
+    name, _, revision = lm.name.partition("@")
+    return revision if revision and name == place else None
 
 
 def check_peft() -> None:

@@ -26,6 +26,7 @@ from ...model.language_model import LanguageModel
 from ...model.quiet import quietly
 from ...model.source import runs_remote_code
 from ...model.turns import asking
+from .card import Card, write_card
 from .contents import Contents, Origin
 from .dtypes import check_dtype, dtype_name
 from .manifest import as_json, write_manifest
@@ -89,6 +90,10 @@ def export_checkpoint(
             advice = "" if written_dtype == lm.dtype else f"Write it in {dtype_name(lm.dtype)}."
             job = Job(str(staging), questions, trust_remote_code=runs_remote_code(lm))
             comparison = check_job(job, limit, advice)
+        n_asked = None if comparison is None else comparison.prompts
+        write_card(
+            staging, Card("checkpoint", contents, dtype_name(written_dtype), read_back=n_asked)
+        )
         files = write_manifest(staging, "checkpoint", contents, comparison)
     return Export.of(
         folder,

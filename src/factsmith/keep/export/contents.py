@@ -6,8 +6,9 @@ contents.layers, contents.n_facts, contents.model_bytes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ...core.errors import InputError, UnsupportedModelError
 from ...core.tables import counted
@@ -19,6 +20,19 @@ from ...model.language_model import LanguageModel, check_model
 
 
 @dataclass(frozen=True, kw_only=True)
+class State:
+    """The state of a workspace that is exported.
+
+    Attributes:
+        revision: The id of the revision at which the patches are in effect.
+        created: The UTC time of that revision, in ISO 8601.
+    """
+
+    revision: str
+    created: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Origin:
     """Where a patch comes from, as its workspace records it.
 
@@ -26,11 +40,23 @@ class Origin:
         revision: The id of the revision that committed it. None: no workspace did.
         message: The message of that revision, one line.
         moments: The sha256 of the second moments it was made with. None: not recorded.
+        created: The UTC time of that revision, in ISO 8601. "": not recorded.
+        report: The evaluation stored with that revision, as plain JSON values. None: not recorded.
+        changed: Whether a later revision took facts out of the patch, or solved it again.
+        state: The state of the workspace that is exported. None: no workspace is.
     """
 
     revision: str | None = None
     message: str = ""
     moments: str | None = None
+    created: str = ""
+    report: Mapping[str, Any] | None = None
+    changed: bool = False
+    state: State | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a manifest says of the patch, as plain JSON values."""
+        return {"revision": self.revision, "message": self.message, "moments": self.moments}
 
 
 def check_no_neurons(format: str, n: int) -> None:
@@ -108,10 +134,20 @@ class Contents:
                 "delta, or leave origins out.",
                 argument="origins",
             )
+        if not all(isinstance(each.message, str) for each in origins):
+            raise InputError(
+                "origins has a message that is not text. Give each message as text.",
+                argument="origins",
+            )
         contents = cls(lm, several, tuple(origins) or (Origin(),) * len(several))
         patched(read_weights(lm, contents.layers), several)  # raises if they do not fit
         check_rows(lm.ffn, by_layer([delta.appended for delta in several]), homes(lm))
         return contents
+
+    @property
+    def state(self) -> State | None:
+        """The state of the workspace that is exported; None without a workspace."""
+        return self.origins[-1].state
 
     @property
     def layers(self) -> set[int]:

@@ -83,7 +83,7 @@ class PatchFolder(Shown):
         """Return the fields as plain JSON values, without the tensors of the deltas."""
         patches = [
             {
-                **vars(p.origin),
+                **p.origin.to_dict(),
                 "method": p.delta.method,
                 "layers": list(p.delta.touched),
                 "rank": p.delta.rank,

@@ -12,6 +12,7 @@ come from anyone.
 from __future__ import annotations
 
 import json
+import os
 import stat
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args
@@ -19,9 +20,11 @@ from typing import Annotated, Any, Literal, NoReturn, get_args
 import pydantic
 
 from ...core.errors import DamagedError, InputError
-from ...core.files import file_digest, record_digest, write_file
+from ...core.files import file_digest, folder_path, record_digest, write_file
+from .base_model import BaseModel
 from .contents import Contents
 from .dtypes import dtype_name
+from .naming import portable_name
 from .readback import ReadBack
 
 Format = Literal["checkpoint", "adapter", "patch", "gguf", "gguf-adapter"]
@@ -74,10 +77,20 @@ class ManifestBase(_Strict):
     sha256: _Sha256
 
 
+class ManifestBaseModel(_Strict):
+    """The name of an adapter's base model, and whether its fingerprint was compared."""
+
+    name: str
+    revision: str | None
+    checked: bool
+
+
 class Manifest(_Strict):
     """What factsmith.json holds, without its own sha256.
 
     A manifest has a base file where the model comes from a GGUF file, or the export belongs to one.
+    It has a base model if it is a PEFT adapter's. `revision` is the state of the workspace that was
+    exported. Earlier versions wrote neither base model nor revision, and patches have none.
     """
 
     factsmith: Format
@@ -89,6 +102,8 @@ class Manifest(_Strict):
     files: dict[str, ManifestFile]
     read_back: dict[str, Any] | None
     base_file: ManifestBase | None = None
+    base_model: ManifestBaseModel | None = None
+    revision: _Sha256 | None = None
 
 
 def write_manifest(
@@ -97,6 +112,8 @@ def write_manifest(
     contents: Contents,
     read_back: ReadBack | None = None,
     base_file: ManifestBase | None = None,
+    *,
+    named: BaseModel | None = None,
 ) -> dict[str, int]:
     """Write the manifest of a folder.
 
@@ -106,6 +123,7 @@ def write_manifest(
         contents: The model and its patches.
         read_back: How the folder compared with the patched model when it was read back.
         base_file: The GGUF file that the export belongs to. None: the model's, if there is one.
+        named: The base model as an adapter names it. None: the export names none.
 
     Returns:
         {name: bytes} of every file in the folder, the manifest included.
@@ -122,7 +140,7 @@ def write_manifest(
     record = {
         "factsmith": format,
         "format": _FORMAT_NUMBER,
-        "model": lm.name,
+        "model": str(portable_name(lm)),
         "dtype": dtype_name(lm.dtype),
         "fingerprint": lm.fingerprint,
         "patches": [
@@ -131,7 +149,7 @@ def write_manifest(
                 "layers": list(delta.touched),
                 **({"neurons": delta.n_appended} if delta.appended else {}),
                 "facts": [fact.to_dict() for fact in delta.facts],
-                **vars(origin),
+                **origin.to_dict(),
             }
             for delta, origin in zip(contents.deltas, contents.origins, strict=True)
         ],
@@ -146,6 +164,12 @@ def write_manifest(
         base_file = ManifestBase(name=file.path.name, bytes=file.n_bytes, sha256=file.sha256)
     if base_file is not None:
         record["base_file"] = base_file.model_dump()
+    if named is not None:
+        record["base_model"] = ManifestBaseModel(
+            name=named.name, revision=named.revision, checked=named.checked
+        ).model_dump()
+    if contents.state is not None and format != "patch":  # earlier versions import patches
+        record["revision"] = contents.state.revision
     try:
         Manifest.model_validate_json(json.dumps(record, ensure_ascii=False))
     except ValueError as error:
@@ -194,6 +218,35 @@ def read_manifest(folder: Path, name: str = FILE) -> Manifest:
         # UTF-8, JSON and pydantic raise ValueErrors.
         problem = "; ".join(str(error).splitlines())
         raise damaged(folder, f"{FILE} cannot be used: {problem}") from None
+
+
+def check_files(folder: str | os.PathLike[str]) -> Manifest:
+    """Compare every file of an export's folder with its manifest, and return the manifest.
+
+    Checksums show damage and changes; they do not show who wrote a folder.
+
+    Raises:
+        DamagedError: when the manifest cannot be used, a file is missing or has other bytes, or
+            there is a file that the manifest does not name.
+    """
+    path = folder_path(folder)
+    manifest = read_manifest(path)
+    files = {
+        each.relative_to(path).as_posix(): each
+        for each in sorted(path.rglob("*"))
+        if each.is_symlink() or not each.is_dir()
+    }
+    if strange := sorted(files.keys() - manifest.files.keys() - {FILE}):
+        raise damaged(path, f"it holds {strange[0]!r}, which its manifest does not name")
+    for name, stated in manifest.files.items():
+        file = files.get(name)
+        if file is None:
+            raise damaged(path, f"{name} is missing")
+        if file.is_symlink() or not file.is_file():
+            raise damaged(path, f"{name} is not a regular file")
+        if file.stat().st_size != stated.bytes or file_digest(file) != stated.sha256:
+            raise damaged(path, f"{name} does not match its checksum")
+    return manifest
 
 
 def damaged(folder: Path, what: str) -> DamagedError:

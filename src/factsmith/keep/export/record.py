@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...core.tables import Shown, Table, counted
+from .base_model import BaseModel
 from .contents import Contents
 from .manifest import Format
 from .readback import ReadBack
@@ -88,6 +89,8 @@ class Export(Shown):
         width: For a checkpoint or a GGUF file with such neurons: how wide its layers are.
         read_back: The comparison with the patched model. None: it was not asked for, or the export
             is a patch, which is always compared bit for bit.
+        base: For an adapter that peft loads: its base model, and whether it was compared.
+        revision: The id of the revision that was exported. None: no workspace was.
     """
 
     folder: Path
@@ -102,6 +105,8 @@ class Export(Shown):
     neurons: int = 0
     width: Width | None = None
     read_back: ReadBack | None = None
+    base: BaseModel | None = None
+    revision: str | None = None
 
     @classmethod
     def of(
@@ -121,6 +126,7 @@ class Export(Shown):
             neurons=contents.n_appended,
             files=files,
             model_bytes=contents.model_bytes,
+            revision=None if contents.state is None else contents.state.revision,
             **more,
         )
 
@@ -128,6 +134,11 @@ class Export(Shown):
     def n_bytes(self) -> int:
         """The size of all files together."""
         return sum(self.files.values())
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What the caller should know, in sentences."""
+        return () if self.base is None else self.base.warnings
 
     def tables(self) -> list[Table]:
         """Return what was written, how large it is next to the model, and how it was checked."""
@@ -152,7 +163,10 @@ class Export(Shown):
             tables.append(Table(f"LoRA of rank {self.rank}, alpha {self.rank}", columns, rows))
         if self.width is not None:
             tables.append(Table(str(self.width), {}))
-        return [*tables, Table(self._checked(), {})]
+        tables.append(Table(self._checked(), {}))
+        if self.base is not None:
+            tables.append(Table(f"base model {self.base.name}: {self.base.standing}", {}))
+        return [*tables, *(Table(warning, {}) for warning in self.warnings)]
 
     def _checked(self) -> str:
         if self.format == "patch":
@@ -175,6 +189,8 @@ class Export(Shown):
             "layers": [vars(layer) for layer in self.layers],
             "width": None if self.width is None else vars(self.width),
             "read_back": None if self.read_back is None else vars(self.read_back),
+            "base": None if self.base is None else self.base.to_dict(),
+            "warnings": list(self.warnings),
         }
 
 
