@@ -173,7 +173,9 @@ class ModelServer:
         name = body.get("model", self.name)
         if self.kind == "vllm" and name != self.name and name not in self.loaded:
             return 404, _error(f"The model `{name}` does not exist.")
-        prompts = [body["prompt"]] if isinstance(body["prompt"], str) else body["prompt"]
+        prompts = body["prompt"]
+        if isinstance(prompts, str) or all(isinstance(each, int) for each in prompts):
+            prompts = [prompts]
         with self._turn, self._changed(self._factors(name, body)):
             choices = [self._choice(prompt, body, at) for at, prompt in enumerate(prompts)]
         return 200, {"id": "x", "object": "text_completion", "model": name, "choices": choices}
@@ -202,8 +204,15 @@ class ModelServer:
                 for module, weight in kept.items():
                     self.model.get_submodule(module).weight.copy_(weight)
 
-    def _choice(self, prompt: str, body: Any, index: int) -> dict[str, Any]:
-        ids = self.tokenizer(prompt)["input_ids"]
+    def tokenize(self, body: Any) -> tuple[int, Any]:
+        """Return the tokens of a text."""
+        text = body["prompt"] if self.kind == "vllm" else body["content"]
+        field = "add_special_tokens" if self.kind == "vllm" else "add_special"
+        special = body.get(field, self.kind == "vllm")
+        return 200, {"tokens": self.tokenizer(text, add_special_tokens=special)["input_ids"]}
+
+    def _choice(self, prompt: str | list[int], body: Any, index: int) -> dict[str, Any]:
+        ids = self.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
         n_new, top, echo = body.get("max_tokens", 16), body.get("logprobs"), body.get("echo")
         stops = body.get("stop") or []
         new: list[int] = []
@@ -223,10 +232,18 @@ class ModelServer:
             logits = self.model(torch.tensor([ids + new])).logits[0].float().log_softmax(-1)
         choice: dict[str, Any] = {"index": index, "text": text, "finish_reason": "length"}
         if echo:
-            choice["text"] = prompt + text
+            choice["text"] = f"{prompt}{text}"
         if top is not None and not self.faults.no_log_probs:
             shown = list(zip(new, rows, strict=True))
-            if echo:
+            if "logprob_token_ids" in body:
+                row, best = first[-1], int(first[-1].argmax())
+                listed = {best, *body["logprob_token_ids"]}
+                choice["logprobs"] = {
+                    "tokens": [f"token_id:{best}"],
+                    "token_logprobs": [float(row[best])],
+                    "top_logprobs": [{f"token_id:{i}": float(row[i]) for i in listed}],
+                }
+            elif echo:
                 before = [(t, row) for t, row in zip(ids[1:], first[:-1], strict=True)]
                 choice["logprobs"] = self._legacy([(ids[0], None), *before, *shown], top)
             elif self.kind == "llama.cpp":
@@ -354,6 +371,8 @@ def _handler(server: ModelServer) -> type[BaseHTTPRequestHandler]:
                 return 200, server.models()
             if path == ("POST", "/v1/completions"):
                 return server.complete(body)
+            if path == ("POST", "/tokenize"):
+                return server.tokenize(body)
             if path == ("GET", "/health"):
                 return 200, {"status": "ok"}
             if is_vllm and path == ("GET", "/version"):

@@ -48,7 +48,7 @@ def test_log_probabilities_are_those_of_the_model(
         gaps = server.gaps(server.base, PROMPTS, TARGETS)
         logs = server.log_prob(server.base, PROMPTS, TARGETS, gaps=gaps)
         expected = lm.log_prob(PROMPTS, TARGETS).tolist()
-        assert gaps == lm.gaps(PROMPTS, TARGETS) or not server.echoes
+        assert gaps == lm.gaps(PROMPTS, TARGETS) or not server.gives_log_probs
         if server.kind == "llama.cpp":  # it repeats no prompt
             assert logs == [None] * len(PROMPTS)
             return
@@ -64,3 +64,4 @@ def test_a_server_without_log_probabilities() -> None:
         Server.open(running.url) as server,
     ):
         assert server.log_prob(server.base, PROMPTS, TARGETS) == [None] * 4
+        assert server.gives_log_probs is False

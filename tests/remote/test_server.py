@@ -105,6 +105,13 @@ def plain(asked: Asked) -> Answer:
     return Answer(b"<html><title>404</title>", 404)
 
 
+def echoing(asked: Asked) -> Answer:
+    """A server that repeats prompts with their log-probabilities, as OpenAI's once did."""
+    if asked.path == "/v1/models":
+        return Answer({"data": [entry("base")]})
+    return completions(asked.body) if asked.path == "/v1/completions" else plain(asked)
+
+
 Script = Callable[[Asked], Answer]
 
 
@@ -223,7 +230,7 @@ def test_probabilities_of_both_forms(script: Script) -> None:
 
 def test_the_log_probability_of_a_target() -> None:
     pairs = [("Paris is in", "France"), ("Paris is in ", "New York"), ("法国的首都是", "巴黎")]
-    with scripted(vllm) as running, Server.open(running.url) as server:
+    with scripted(echoing) as running, Server.open(running.url) as server:
         france, york, joined = server.log_prob("base", *map(list, zip(*pairs, strict=True)))
         assert france == log_p(" France") and york == log_p(" New") + log_p(" York")
         assert joined is None, "one token for both texts has no log p of its own"
@@ -231,23 +238,23 @@ def test_the_log_probability_of_a_target() -> None:
         assert score is not None and (score.n_tokens, score.right) == (2, 0.5)
         (spaced,) = server.log_prob("base", ["a b"], ["c"], gaps=["none"])
         assert spaced == log_p(" bc"), "the token that both share counts"
-        assert server.echoes
+        assert server.gives_log_probs
     sent = [asked.body for asked in running.asked if asked.path == "/v1/completions"]
     assert all(body["echo"] and body["max_tokens"] == 0 for body in sent)
     assert math.isclose(france, -7 / 8)
 
 
-@pytest.mark.parametrize("script", [llama, plain])
+@pytest.mark.parametrize("script", [llama, plain, vllm])
 def test_a_server_that_gives_no_log_probabilities(script: Script) -> None:
     with scripted(script) as running, Server.open(running.url) as server:
         assert server.log_prob(server.base, ["a", "b"], ["c", "d"]) == [None, None]
         before = len(running.asked)
         assert server.log_prob(server.base, ["a"], ["c"]) == [None]
-        assert len(running.asked) == before and server.echoes is False
+        assert len(running.asked) == before and server.gives_log_probs is False
 
 
 def test_the_likelier_form_decides_about_the_gap() -> None:
-    with scripted(vllm) as running, Server.open(running.url) as server:
+    with scripted(echoing) as running, Server.open(running.url) as server:
         asked = len(running.asked)
         assert server.gaps("base", ["a b"], ["c"]) == ["space"]
         assert len(running.asked) == asked, "the texts show it"
@@ -277,7 +284,7 @@ def test_a_server_that_says_more_than_the_text_gives_none() -> None:
     """Some take max_tokens=0 for the default, and go on."""
 
     def talking(asked: Asked) -> Answer:
-        answer = vllm(asked)
+        answer = echoing(asked)
         if asked.path == "/v1/completions":
             for one in answer.body["choices"]:
                 one["text"] += " and so on"

@@ -9,11 +9,17 @@ llama.cpp, with one object for each token.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from ..core.lines import first_lines
+
+Kind: TypeAlias = Literal["vllm", "llama.cpp", "openai"]
+"""What a server is. "openai": any other that answers OpenAI's completions."""
+
+Prompt: TypeAlias = str | tuple[int, ...]
+"""A prompt as text, or as token ids."""
 
 
 @dataclass(frozen=True)
@@ -137,9 +143,7 @@ def target_score(head: Echo, whole: Echo) -> TargetScore | None:
     Where prompt and target share a token, it counts as one of the target. None: the text has no
     tokens of its own, or the server gives no number for one.
     """
-    pairs = zip(head.tokens, whole.tokens, strict=False)
-    shortest = min(len(head.tokens), len(whole.tokens))
-    start = next((at for at, (one, other) in enumerate(pairs) if one != other), shortest)
+    start = n_shared(head.tokens, whole.tokens)
     values = [value for value in whole.log_probs[start:] if value is not None]
     if not values or len(values) < len(whole.log_probs) - start:
         return None
@@ -148,6 +152,24 @@ def target_score(head: Echo, whole: Echo) -> TargetScore | None:
     if len(highest) == len(values):
         right = sum(v >= h for v, h in zip(values, highest, strict=True)) / len(values)
     return TargetScore(float(sum(values)), len(values), right, float(values[0]))
+
+
+def n_shared(one: Sequence[object], other: Sequence[object]) -> int:
+    """Return how many tokens two lists share at their beginning."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def next_token(choice: Mapping[str, Any]) -> dict[int, float]:
+    """Return {token id: log p} of the next token, as vLLM gives it: the likeliest one included."""
+    fields = as_mapping(choice.get("logprobs"))
+    tokens, log_probs = _lists(fields)
+    tops = fields.get("top_logprobs")
+    listed = dict(_likeliest(as_mapping(tops[0]))) if isinstance(tops, list) and tops else {}
+    if tokens and _number(log_probs[0]):
+        listed[str(tokens[0])] = float(log_probs[0])
+    numbers = {name.removeprefix("token_id:"): value for name, value in listed.items()}
+    return {int(name): value for name, value in numbers.items() if name.isdecimal()}
 
 
 def is_said(choice: Mapping[str, Any]) -> bool:

@@ -14,8 +14,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePath
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from ..core.errors import InputError, ServerError
 from ..core.gap import Settled, before_gap, plain_gap
@@ -26,18 +27,17 @@ from .parallel import in_order
 from .replies import (
     Completion,
     Echo,
+    Kind,
+    Prompt,
     TargetScore,
     as_entries,
     as_mapping,
     as_name,
     completion_of,
-    echo_of,
     is_said,
     target_score,
 )
-
-Kind: TypeAlias = Literal["vllm", "llama.cpp", "openai"]
-"""What a server is. "openai": any other that answers OpenAI's completions."""
+from .scoring import echoed, forced, token_ids
 
 _TOGETHER = 16
 """Prompts in one request."""
@@ -90,7 +90,7 @@ class Server:
         """Take what `open` learned."""
         self.client, self.kind, self.base = client, kind, base
         self._together = _TOGETHER
-        self._echoes: bool | None = None if kind != "llama.cpp" else False
+        self._gives: bool | None = None if kind != "llama.cpp" else False
         self._adapters: dict[str, int] | None = None
 
     @classmethod
@@ -194,7 +194,7 @@ class Server:
         each = [lines or 1] * len(prompts) if not isinstance(lines, Sequence) else list(lines)
         body = {"max_tokens": n_tokens, **({"logprobs": top} if top else {})}
         texts = [before_gap(prompt) for prompt in prompts]
-        choices = self._choices(model, texts, body, scales, progress)
+        choices = self.choices(model, texts, body, scales, progress)
         return [completion_of(choice, n) for choice, n in zip(choices, each, strict=True)]
 
     def log_prob(
@@ -249,14 +249,19 @@ class Server:
             for (head, tail), gap in zip(pairs, between, strict=True)
         ]
         texts = list(dict.fromkeys(text for text in [*heads, *wholes] if text))
-        if self._echoes is False or not texts:
+        if self._gives is False or not texts:
             return [None] * len(pairs)
-        echoed = self._echo(model, texts, scales, progress)
-        if echoed is None:
+        if self.kind == "vllm":
+            listed = forced(self, model, list(zip(heads, wholes, strict=True)), progress)
+        else:
+            listed = echoed(self, model, texts, scales, progress)
+        if listed is None:
+            self._gives = False
             return [None] * len(pairs)
-        by_text = {"": Echo(), **dict(zip(texts, echoed, strict=True))}
+        self._gives = True
+        by_text = {"": Echo(), **listed}
         return [
-            target_score(by_text[head], by_text[whole])
+            target_score(by_text.get(head, Echo()), by_text[whole]) if whole in by_text else None
             for head, whole in zip(heads, wholes, strict=True)
         ]
 
@@ -299,69 +304,33 @@ class Server:
 
         None: it does not say.
         """
-        if self.kind == "openai":
-            return None
-        is_vllm = self.kind == "vllm"
-        counts = []
-        for text in texts:
-            more = {"model": self.base, "prompt": text, "add_special_tokens": False}
-            try:
-                answer = self.client.post("/tokenize", more if is_vllm else {"content": text})
-            except ServerError as error:
-                if error.status is None:
-                    raise
-                return None
-            tokens = as_mapping(answer).get("tokens")
-            if not isinstance(tokens, list):
-                return None
-            counts.append(len(tokens))
-        return counts
+        listed = token_ids(self, texts, special=False)
+        return None if listed is None else [len(ids) for ids in listed]
 
     @property
-    def echoes(self) -> bool | None:
-        """Whether the server gives log-probabilities of a prompt. None: it was not asked yet."""
-        return self._echoes
+    def gives_log_probs(self) -> bool | None:
+        """Whether the server says how likely a target is. None: it was not asked yet."""
+        return self._gives
 
-    def _echo(
+    def choices(
         self,
         model: str,
-        texts: Sequence[str],
-        scales: Mapping[str, float] | None,
-        progress: Progress | None,
-    ) -> list[Echo] | None:
-        """Return the tokens of each text with their log p. None: the server does not give them."""
-        body: dict[str, Any] = {"echo": True, "logprobs": 1, "max_tokens": 0}
-        if self.kind == "vllm":
-            body |= {"return_tokens_as_token_ids": True}
-        if self._echoes is None:
-            try:
-                probe = self._choices(model, texts[:1], body, scales, None)
-            except ServerError as error:
-                if error.status not in (400, 404, 422, 500, 501):
-                    raise
-                self._echoes = False
-                return None
-            self._echoes = echo_of(probe[0], texts[0]) is not None
-            if not self._echoes:
-                return None
-        choices = self._choices(model, texts, body, scales, progress)
-        echoes = [echo_of(choice, text) for choice, text in zip(choices, texts, strict=True)]
-        if any(echo is None for echo in echoes):
-            raise ServerError(
-                f"{self.client.url} gave log-probabilities for some prompts and not for others. "
-                "Ask again."
-            )
-        return [echo for echo in echoes if echo is not None]
-
-    def _choices(
-        self,
-        model: str,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         body: Mapping[str, Any],
         scales: Mapping[str, float] | None,
         progress: Progress | None,
+        wanted: Mapping[Prompt, set[int]] | None = None,
     ) -> list[dict[str, Any]]:
-        """Return the server's choice for each prompt; equal prompts are sent once."""
+        """Return the server's choice for each prompt; equal prompts are sent once.
+
+        Args:
+            model: The name of a served model.
+            prompts: Texts, or token ids.
+            body: What is asked.
+            scales: As for `complete`.
+            progress: As for `complete`.
+            wanted: For each prompt, the tokens whose log p vLLM gives.
+        """
         if isinstance(prompts, str):
             raise InputError(f"prompts is {prompts!r:.60}; give a list of prompts")
         full = {"model": model, **_PLAIN, **_KIND_PLAIN[self.kind], **body}
@@ -376,12 +345,18 @@ class Server:
             done += len(parts[number])
             tell(progress, _ASKING, done, len(texts))
 
-        jobs = [lambda part=part: self._ask(full, part) for part in parts]
+        def asking(part: Sequence[Prompt]) -> list[dict[str, Any]]:
+            if wanted is None:
+                return self._ask(full, part)
+            tokens = sorted({token for prompt in part for token in wanted[prompt]})
+            return self._ask({**full, "logprob_token_ids": tokens}, part)
+
+        jobs = [partial(asking, part) for part in parts]
         answers = in_order(jobs, finished=finished)
         by_prompt = dict(zip(texts, (c for answer in answers for c in answer), strict=True))
         return [by_prompt[prompt] for prompt in prompts]
 
-    def _ask(self, body: Mapping[str, Any], prompts: Sequence[str]) -> list[dict[str, Any]]:
+    def _ask(self, body: Mapping[str, Any], prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
         """Return the choices for a few prompts: one request, or one each where that is refused."""
         if len(prompts) > 1 and self._together > 1:
             try:
