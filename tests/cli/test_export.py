@@ -91,6 +91,45 @@ def test_every_format_and_what_is_printed(
     )
 
 
+def test_revisions_are_exported_without_a_checkout(
+    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = load(model)
+    with Workbench(lm, "space") as bench:
+        first = bench.commit(some_delta(lm, 1)).id
+        second = bench.commit(some_delta(lm, 2)).id
+    opened: list[str] = []
+    open_workspace = cli_export.opened_workspace
+
+    def noted(*arguments: Any) -> Any:
+        opened.append("model")
+        return open_workspace(*arguments)
+
+    monkeypatch.setattr(cli_export, "opened_workspace", noted)
+    options = ["-f", "adapter", "-w", "space", "--no-verify"]
+    one = run("export", "one", *options, "--revision", first[:8], "--json").json
+    assert one["revision"] == first and one["patches"] == 1
+    both = ["--revision", first, "--revision", "latest"]
+    many = run("export", "many", *options, *both, "--json").json["exports"]
+    assert [(each["revision"], each["patches"]) for each in many] == [(first, 1), (second, 2)]
+    assert [each["folder"] for each in many] == [
+        str(Path("many", each[:12]).resolve()) for each in (first, second)
+    ]
+    assert opened == ["model"] * 2, "the model is loaded once in each call"
+    again = run("export", "many", *options, *both)
+    assert again.code == 2 and "--overwrite" in again.err
+    shown = run("export", "many", *options, *both, "--overwrite")
+    assert shown.code == 0 and shown.out.count("LoRA of rank") == 2 and first[:12] in shown.out
+    cases = [(2, [first, first[:9]], "twice"), (5, [first, "ffff"], "ffff"), (2, ["base"], "patch")]
+    for code, references, words in cases:
+        del opened[:]
+        chosen = [word for each in references for word in ("--revision", each)]
+        done = run("export", "out", *options, *chosen)
+        assert (done.code, opened) == (code, []) and words in done.err, done
+    assert not Path("out").exists()
+    assert run("status", "-w", "space", "--json").json["current"] == second
+
+
 @pytest.mark.usefixtures("quick")
 def test_what_goes_wrong_has_its_exit_code_and_leaves_nothing(
     run: Run, model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -70,7 +70,9 @@ def export(  # house: Typer reads one parameter for each option
     folder: Annotated[
         Path,
         typer.Argument(
-            metavar="FOLDER", help="A new folder to write into; for GGUF a new file.gguf."
+            metavar="FOLDER",
+            help="A new folder to write into; for GGUF a new file.gguf. With several revisions, a "
+            "folder for all of them.",
         ),
     ],
     format: Annotated[
@@ -111,9 +113,19 @@ def export(  # house: Typer reads one parameter for each option
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Base model to name in an adapter: a folder or a hub id. For GGUF: the file of "
-            "the base model.",
-            show_default="where the model comes from",
+            help="Base model to name in an adapter: a hub id or a folder, written as given. For "
+            "GGUF: the file of the base model.",
+            show_default="the model's hub id, or the name of its folder",
+        ),
+    ] = None,
+    revision: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ID",
+            autocompletion=completing.revisions,
+            help="Export the state at this revision; the checkout stays. May be repeated: each "
+            "is written into FOLDER under the first 12 digits of its id.",
+            show_default="the one that is checked out",
         ),
     ] = None,
     no_verify: Annotated[
@@ -139,6 +151,7 @@ def export(  # house: Typer reads one parameter for each option
       factsmith export my-adapter --format adapter
       factsmith export my-model --dtype bfloat16 -w my-workspace
       factsmith export patched.gguf --format gguf
+      factsmith export adapters -f adapter --revision 5c1e02 --revision 77a0d4
     """
     if dtype is not None and dtype not in _DTYPES:
         raise InputError(f"--dtype is {dtype!r}; expected {', '.join(_DTYPES)}")
@@ -147,7 +160,7 @@ def export(  # house: Typer reads one parameter for each option
         tell("checking the arguments", 0, None)
         import torch
 
-        from ..keep.export.formats import check_export, check_saved
+        from ..keep.export.formats import check_export
 
         options: dict[str, Any] = {
             "dtype": None if dtype is None else getattr(torch, dtype),
@@ -157,14 +170,32 @@ def export(  # house: Typer reads one parameter for each option
             "verify": not no_verify,
             "overwrite": overwrite,
         }
-        check_export(folder, format, **options)
+        references = revision or []
+        several = len(references) > 1
+        check_export(folder, format, several=several, **options)
         with Ledger(workspace or Path()) as ledger:
-            active = ledger.active()
-            if not active:
-                raise InputError(
-                    "the workspace carries no patch to export; `factsmith log` lists the patches"
-                )
-            check_saved(map(ledger.delta_folder, active), format)
+            _check_revisions(ledger, references, format)
         bench = stack.enter_context(opened_workspace(workspace, device, tell))
-        exported = bench.export(folder, format, **options, progress=tell)
-    print_result(exported.to_dict(), exported.tables(), as_json)
+        if several:
+            exports = bench.export_several(folder, references, format, **options, progress=tell)
+        else:
+            at = references[0] if references else None
+            exports = (bench.export(folder, format, revision=at, **options, progress=tell),)
+    tables = [table for each in exports for table in each.tables()]
+    records = [each.to_dict() for each in exports]
+    print_result({"exports": records} if several else records[0], tables, as_json)
+
+
+def _check_revisions(ledger: Ledger, references: list[str], format: str) -> None:
+    """Check before a model is loaded that each revision has patches that the format can hold."""
+    from ..keep.export.formats import check_saved
+    from ..keep.exporting import distinct_revisions
+
+    for identity in distinct_revisions(ledger, references) if references else [None]:
+        active = ledger.active(identity)
+        if not active:
+            where = "the workspace" if identity is None else f"revision {identity[:12]}"
+            raise InputError(
+                f"{where} carries no patch to export; `factsmith log` lists the patches"
+            )
+        check_saved(map(ledger.delta_folder, active), format)

@@ -37,6 +37,8 @@ from .asked import Asked, compare, held_when_kept
 from .base_file import read_base_file, write_base_file
 from .carried import Carried, give_back, newest_facts
 from .export.dtypes import dtype_name
+from .export.record import Export
+from .exporting import export_state, export_states
 from .layers_file import read_layers, write_layers
 from .ledger import Ledger
 from .revision import Revision, Status
@@ -208,6 +210,40 @@ class LedgerBench:
     def carrying(self, *deltas: Delta) -> AbstractContextManager[None]:
         """A block in which the model carries these deltas on top of the active ones."""
         return self._carried.exactly([*self._carried.deltas.values(), *deltas])
+
+    @settled
+    def export(
+        self,
+        folder: str | os.PathLike[str],
+        format: str = "checkpoint",
+        *,
+        revision: str | None = None,
+        **options: Any,
+    ) -> Export:
+        """Write the model with its patches as a "checkpoint", an "adapter", a "gguf" file or a
+        "gguf-adapter", or the patches alone as a "patch".
+
+        `revision` exports the state at another revision; the checkout stays. Options and errors
+        are those of the `export_...` functions in `keep.export`.
+        """
+        self._carried.check_weights()
+        return export_state(self._carried, folder, format, revision, **options)
+
+    @settled
+    def export_several(
+        self,
+        folder: str | os.PathLike[str],
+        revisions: Iterable[str],
+        format: str = "adapter",
+        **options: Any,
+    ) -> tuple[Export, ...]:
+        """Write an export of each of several revisions into one folder: all of them, or none.
+
+        Each is named by the first twelve digits of its revision. Options and errors are those of
+        `export`; with `overwrite`, all earlier exports in the folder are replaced.
+        """
+        self._carried.check_weights()
+        return export_states(self._carried, folder, revisions, format, **options)
 
     def kept_moments(
         self, layers: Sequence[int], site: Site = "coefficients"

@@ -46,8 +46,6 @@ from .bench import LedgerBench
 from .carried import check_erased, neurons_in_words, newest_facts
 from .diff import Diff, diff
 from .exchange import read_arrivals
-from .export.record import Export
-from .exporting import export_state
 from .ledger import LATEST
 from .outcome import Outcome
 from .revision import Integrity, Revision
@@ -187,24 +185,6 @@ class Workbench(LedgerBench):
             kept=sum(check.held for check in asked) if ask else None,
         )
         return dataclasses.replace(full, appended=firing_of(self.lm, deltas, inputs))
-
-    @settled
-    def export(
-        self,
-        folder: str | os.PathLike[str],
-        format: str = "checkpoint",
-        *,
-        revision: str | None = None,
-        **options: Any,
-    ) -> Export:
-        """Write the model with its patches as a "checkpoint", an "adapter", a "gguf" file or a
-        "gguf-adapter", or the patches alone as a "patch".
-
-        `revision` exports the state at another revision; the checkout stays. Options and errors
-        are those of the `export_...` functions in `keep.export`.
-        """
-        self._carried.check_weights()
-        return export_state(self._carried, folder, format, revision, **options)
 
     # ── proposing ─────────────────────────────────────────────────────────────────────────────────
 

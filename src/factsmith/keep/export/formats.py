@@ -37,8 +37,12 @@ from .gguf_writing import check_type
 from .manifest import FORMATS, Format
 from .patch import export_patch
 from .record import Export
+from .several import check_several
 from .single import check_file
 from .staging import check_target
+
+FILES: tuple[Format, ...] = ("gguf", "gguf-adapter")
+"""The formats whose export is a file."""
 
 _WRITERS: Mapping[Format, Callable[..., Export]] = {
     "checkpoint": export_checkpoint,
@@ -96,9 +100,18 @@ def check_export(
     *,
     verify: bool = True,
     overwrite: bool = False,
+    several: bool = False,
     **options: Any,
 ) -> None:
     """Check the arguments of `export` before there is a model.
+
+    Args:
+        folder: As for `export`; a folder in any case if there are several exports.
+        format: As for `export`.
+        verify: As for `export`.
+        overwrite: As for the functions of the formats.
+        several: Whether several exports are to be written into the folder.
+        options: As for `export`.
 
     Raises:
         InputError: when there is no such format, it has no such option, a value is not valid, the
@@ -112,16 +125,15 @@ def check_export(
         check_rank(options.get("rank"))
         if verify:
             check_peft()
-    if kind not in ("gguf", "gguf-adapter"):
-        check_target(folder, overwrite)
-        return
     if kind == "gguf":
         check_type(options.get("tensor_type"))
-    else:
+    if kind == "gguf-adapter":
         check_rank(options.get("rank"))
         check_factors(options.get("dtype"))
-    check_libraries()
-    check_file(folder, overwrite)
+    if kind in FILES:
+        check_libraries()
+    place = check_several if several else check_file if kind in FILES else check_target
+    place(folder, overwrite)
 
 
 def check_saved(folders: Iterable[Path], format: str) -> None:

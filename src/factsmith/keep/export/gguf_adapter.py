@@ -8,6 +8,8 @@ alpha is this rank. So each B A counts once, also in programs that know only one
 
     general.type = "adapter"      general.architecture = that of the model
     adapter.type = "lora"         adapter.lora.alpha = the rank
+    general.name = "factsmith 5c1e02aa91f0"       the revision that was exported
+    adapter.lora.task_name = "factsmith:5c1e..."  its whole id, which llama-server shows
     blk.5.ffn_down.weight.lora_a  (rank, d_ff)
     blk.5.ffn_down.weight.lora_b  (d_model, rank)
 """
@@ -39,6 +41,9 @@ from .manifest import ManifestBase, write_manifest
 from .readback import LIMITS
 from .record import AdapterLayer, Export
 from .single import as_placed, check_file, check_not_base, staged_file
+
+TASK = "factsmith:"
+"""How the task name of an adapter begins; the id of the exported revision follows."""
 
 _DTYPES = {torch.float32: "F32", torch.float16: "F16"}
 
@@ -116,7 +121,10 @@ def export_gguf_adapter(  # house: public, and named like the other exports
             for layer in names
         }
         common = max(product.kept for product in products.values())
-        _write(target, arch, {names[layer]: each for layer, each in products.items()}, common)
+        fields = _described(contents)
+        _write(
+            target, arch, {names[layer]: each for layer, each in products.items()}, common, fields
+        )
         tell(progress, "reading it back", 0, None)
         updates = read_updates(target, names)
         _check_updates(products, updates)
@@ -162,7 +170,32 @@ def check_factors(dtype: torch.dtype | None) -> torch.dtype:
     return dtype
 
 
-def _write(target: Path, arch: str, products: Mapping[str, LowRank], rank: int) -> None:
+def _described(contents: Contents) -> dict[str, str]:
+    """Return the fields that say what the file holds, so that a served file can be recognised.
+
+    llama-server shows the task name of each adapter.
+    """
+    fingerprint = {"factsmith.base_fingerprint": contents.lm.fingerprint}
+    state = contents.state
+    if state is None:
+        return {"general.name": "factsmith", **fingerprint}
+    patches = ",".join(str(origin.revision) for origin in contents.origins)
+    return {
+        "general.name": f"factsmith {state.revision[:12]}",
+        "adapter.lora.task_name": f"{TASK}{state.revision}",
+        "factsmith.revision": state.revision,
+        "factsmith.patches": patches,
+        **fingerprint,
+    }
+
+
+def _write(
+    target: Path,
+    arch: str,
+    products: Mapping[str, LowRank],
+    rank: int,
+    fields: Mapping[str, str],
+) -> None:
     """Write the file, all factors padded to one rank; raises OSError."""
     from gguf import GGUFType, GGUFWriter
 
@@ -171,6 +204,8 @@ def _write(target: Path, arch: str, products: Mapping[str, LowRank], rank: int) 
         writer.add_type(GGUFType.ADAPTER)
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", float(rank))
+        for key, text in fields.items():
+            writer.add_string(key, text)
         for name, product in products.items():
             padding = rank - product.kept
             right = torch.nn.functional.pad(product.right, (0, 0, 0, padding)).contiguous()

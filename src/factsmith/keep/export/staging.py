@@ -43,7 +43,7 @@ def staged(folder: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
 
     def put(staging: Path) -> None:
         _check_target(target, overwrite)  # it may have changed in the meantime
-        _put(staging, target)
+        put_folder(staging, target)
 
     with hidden_folder(target, folder, put) as staging:
         yield staging
@@ -100,7 +100,7 @@ def check_target(folder: str | os.PathLike[str], overwrite: bool) -> Path:
     return target
 
 
-def _put(staging: Path, target: Path) -> None:
+def put_folder(staging: Path, target: Path) -> None:
     """Rename a folder to the target. If that fails, what was at the target is there again."""
     with contextlib.ExitStack() as stack:
         older = None

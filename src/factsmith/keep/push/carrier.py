@@ -1,10 +1,10 @@
 """What carries adapters: a class for each kind of server, with the methods of `Carrier`.
 
-    carrier.adapters()                              # what the server carries now
-    adapter = carrier.put(making)                   # there, and not yet announced
-    carrier.voice(adapter), carrier.base_voice()    # what to ask
-    carrier.settle(adapter)                         # the proof passed
-    carrier.withdraw(adapter)                       # it did not
+carrier.adapters()                              # what the server carries now
+adapter = carrier.put(making)                   # there, and not yet announced
+carrier.voice(adapter), carrier.base_voice()    # what to ask
+carrier.settle(adapter)                         # the proof passed
+carrier.withdraw(adapter)                       # it did not
 """
 
 from __future__ import annotations
