@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,18 +36,22 @@ class Faults:
 
     Attributes:
         stale: A name that is loaded again serves what was first loaded under it.
+        swapped: The layers of an adapter are exchanged when it is loaded.
         dies_at: The server is gone from this path on. None: it stays.
         busy: How many requests are first answered with 503.
-        refuses: {path: (status, message)}.
+        refuses: {path of a POST: (status, message)}.
+        fixed: Adapters cannot be loaded while it runs.
         no_log_probs: Completions without log-probabilities.
         key: The key that every request needs. "": none.
         delay: Seconds before an answer.
     """
 
     stale: bool = False
+    swapped: bool = False
     dies_at: str | None = None
     busy: int = 0
     refuses: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    fixed: bool = False
     no_log_probs: bool = False
     key: str = ""
     delay: float = 0.0
@@ -145,6 +150,8 @@ class ModelServer:
                 weight = self.model.get_submodule(module).weight
                 if (b.shape[0], a.shape[1]) != tuple(weight.shape):
                     raise ValueError(f"the shapes of {module} do not fit")
+            if self.faults.swapped:
+                factors = exchanged(factors)
         except FileNotFoundError:
             return 404, _error(f"Loading lora {name} failed: No adapter found for {path}")
         except Exception as error:
@@ -307,6 +314,15 @@ def peft_factors(folder: Path) -> Factors:
     return factors
 
 
+def exchanged(factors: Factors) -> Factors:
+    """Return an adapter whose layers are one too high."""
+    return {
+        module.replace(f".{layer}.", f".{layer + 1}."): pair
+        for module, pair in factors.items()
+        for layer in [int(module.split(".")[2])]
+    }
+
+
 def gguf_factors(file: Path) -> Factors:
     """Read an adapter of llama.cpp for a Llama by its file alone."""
     import gguf
@@ -350,7 +366,8 @@ def _handler(server: ModelServer) -> type[BaseHTTPRequestHandler]:
             server.calls.append((method, self.path, body))
             if faults.dies_at == self.path:
                 threading.Thread(target=server.stop).start()
-                self.connection.close()
+                self.close_connection = True
+                self.connection.shutdown(socket.SHUT_RDWR)
                 return
             time.sleep(faults.delay)
             if faults.busy > 0:
@@ -358,7 +375,7 @@ def _handler(server: ModelServer) -> type[BaseHTTPRequestHandler]:
                 self._send(503, _error("busy"))
             elif faults.key and self.headers.get("Authorization") != f"Bearer {faults.key}":
                 self._send(401, {"error": "Unauthorized"})
-            elif self.path in faults.refuses:
+            elif method == "POST" and self.path in faults.refuses:
                 status, message = faults.refuses[self.path]
                 self._send(status, _error(message))
             else:
@@ -381,6 +398,8 @@ def _handler(server: ModelServer) -> type[BaseHTTPRequestHandler]:
                 return server.load(body)
             if is_vllm and path == ("POST", "/v1/unload_lora_adapter"):
                 return server.unload(body)
+            if is_vllm and server.faults.fixed and self.path.endswith("_lora_adapter"):
+                return 404, {"detail": "Not Found"}
             if is_vllm and path == ("GET", "/v1/load_lora_adapter"):
                 return 405, {"detail": "Method Not Allowed"}
             if not is_vllm and path == ("GET", "/props"):

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -268,15 +268,27 @@ def compare_base(
         for probe, answer in pairs
     ]
     share = sum(same) / len(same)
-    if share >= _SAME_BASE:
-        return share, None
-    probe, answer = next(pair for pair, is_same in zip(pairs, same, strict=True) if not is_same)
-    return share, (
-        f"the server's model is not the workspace's: without the patches "
-        f"{sum(same):,} of {counted(len(same), 'answer')} are the same. "
-        f"{probe.prompt!r} is answered {answer.text!r}, and in the workspace {probe.before!r}. "
+    difference = _median(
+        (probe.log_before, answer.log) for probe, answer in pairs if probe.role != "neighbour"
+    )
+    what = "the server's model is not the workspace's: without the patches"
+    advice = (
         f"Start the server with the model of fingerprint {expected.fingerprint[:10]}, without "
         "patches in its weights"
+    )
+    if share >= _SAME_BASE:
+        if difference is None or difference <= tolerance.difference:
+            return share, None
+        return share, (
+            f"{what} the log-probabilities of the targets differ from the workspace's by "
+            f"{difference:.2g} nats in the median; {tolerance.difference:g} is the tolerance of "
+            f"{tolerance.dtype}. {advice}, or say in which dtype it computes"
+        )
+    probe, answer = next(pair for pair, is_same in zip(pairs, same, strict=True) if not is_same)
+    return share, (
+        f"{what} {sum(same):,} of {counted(len(same), 'answer')} are the same. "
+        f"{probe.prompt!r} is answered {answer.text!r}, and in the workspace {probe.before!r}. "
+        f"{advice}"
     )
 
 
@@ -378,16 +390,17 @@ def _continues(said: str, tail: str) -> bool:
 
 def _difference(checks: Sequence[ServedCheck]) -> float | None:
     """Return the median of |ln p(server) - ln p(workspace)| over facts and paraphrases."""
-    differences = [
-        abs(check.log_server - check.log_workspace)
+    return _median(
+        (check.log_workspace, check.log_server)
         for check in checks
-        if check.role != "neighbour"
-        and check.verdict != "not held"
-        and not check.forget
-        and check.log_server is not None
-        and check.log_workspace is not None
-    ]
-    return statistics.median(differences) if differences else None
+        if check.role != "neighbour" and check.verdict != "not held" and not check.forget
+    )
+
+
+def _median(pairs: Iterable[tuple[float | None, float | None]]) -> float | None:
+    """Return the median difference of pairs of numbers. None: no pair has both."""
+    both = [abs(a - b) for a, b in pairs if a is not None and b is not None]
+    return statistics.median(both) if both else None
 
 
 def _failures(
