@@ -92,7 +92,7 @@ class ModelServer:
         self._web = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
         self._web.daemon_threads = True
         self._thread = threading.Thread(target=self._web.serve_forever, args=(0.02,), daemon=True)
-        self.is_down = False
+        self.is_down = self.is_dead = False
 
     @property
     def url(self) -> str:
@@ -364,7 +364,8 @@ def _handler(server: ModelServer) -> type[BaseHTTPRequestHandler]:
         def _answer(self, method: str, body: Any) -> None:
             faults = server.faults
             server.calls.append((method, self.path, body))
-            if faults.dies_at == self.path:
+            if faults.dies_at == self.path or server.is_dead:
+                server.is_dead = True
                 threading.Thread(target=server.stop).start()
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
