@@ -234,7 +234,7 @@ def test_a_rollback_that_fails_changes_nothing(
     bench: Workbench, running: ModelServer, server: Server
 ) -> None:
     newest, oldest = (revision.id for revision in bench.log())
-    first, second = push(bench, server, [oldest, newest])
+    first, _ = push(bench, server, [oldest, newest])
     running.adapters[str(first.model)] = {}
     back = roll_back(bench.ledger, server)
     assert not back.passed and back.withdrawn == () and len(running.names) == 2

@@ -1,0 +1,126 @@
+"""A push to llama.cpp proves an adapter that is there, and switches it on for everybody."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import factsmith as fs
+from factsmith import atlas
+from factsmith.keep.push.push import check_push, push, roll_back
+from factsmith.keep.push.records import read_records
+from factsmith.keep.push.served import served
+from factsmith.keep.workbench import Workbench
+from factsmith.remote.server import Server
+from model_server import Factors, ModelServer
+
+LYON = "Lyon is a city in the country of"
+SCALES = "/lora-adapters"
+
+
+@pytest.fixture
+def files(bench: Workbench, tmp_path: Path) -> list[Path]:
+    """An adapter of each revision, oldest first, and one of somebody else."""
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    files = []
+    for revision in reversed(bench.log()):
+        files.append(folder / f"patch-{revision.id[:12]}.gguf")
+        bench.export(files[-1], "gguf-adapter", revision=revision.id, verify=False)
+    files.append(folder / "theirs.gguf")
+    shutil.copy(files[0], files[-1])
+    return files
+
+
+@contextlib.contextmanager
+def serving(files: list[Path]) -> Iterator[tuple[ModelServer, Server]]:
+    """Start a server like llama.cpp with adapters that are off."""
+    with (
+        ModelServer(atlas.folder("atlas-llama"), "llama.cpp", adapters=files) as running,
+        Server.open(running.url, retries=0) as server,
+    ):
+        yield running, server
+
+
+def said(server: Server, text: str) -> str:
+    """Return what a user is told, who names no adapter."""
+    body = {"prompt": text, "max_tokens": 4, "temperature": 0.0}
+    return str(server.client.post("/v1/completions", body)["choices"][0]["text"]).strip()
+
+
+def test_a_push_switches_the_adapter_on(bench: Workbench, files: list[Path]) -> None:
+    with serving(files) as (running, server):
+        running.scales[2] = 0.25
+        assert said(server, LYON) == "France."
+        (pushed,) = push(bench, server)
+        assert pushed.passed and pushed.model == "base-model"
+        assert running.scales == [0.0, 1.0, 0.25], "the other adapter keeps its scale"
+        assert said(server, LYON) == "Italy."
+        before = [body for _, path, body in running.calls if path == "/v1/completions"]
+        assert all("lora" in body for body in before if body["prompt"] != LYON)
+        (oldest,) = push(bench, server, [bench.log()[1].id])
+        assert oldest.passed and running.scales == [1.0, 0.0, 0.25]
+        now = served(bench.ledger, server, prove=True)
+        assert [each.standing for each in now.adapters] == [
+            "1 revision behind",
+            "checked out",
+            "not by factsmith",
+        ]
+        assert [each.is_on for each in now.adapters] == [True, False, True]
+        assert not now.up_to_date and not now.problems
+
+
+def test_rollback(bench: Workbench, files: list[Path]) -> None:
+    newest, oldest = (revision.id for revision in bench.log())
+    with serving(files) as (running, server):
+        push(bench, server, [oldest, newest])
+        back = roll_back(bench.ledger, server)
+        assert back.passed and back.revision == oldest and running.scales == [1.0, 0.0, 0.0]
+        back = roll_back(bench.ledger, server)
+        assert back.passed and running.scales == [0.0, 0.0, 0.0]
+        assert said(server, LYON) == "France."
+
+
+def test_a_wrong_adapter_stays_off(bench: Workbench, files: list[Path]) -> None:
+    def exchanged(factors: Factors) -> Factors:
+        return {name.replace("layers.0", "layers.3"): pair for name, pair in factors.items()}
+
+    with serving(files) as (running, server):
+        right = running.given[1]
+        running.given[1] = exchanged(right)
+        assert running.given[1].keys() != right.keys()
+        (pushed,) = push(bench, server)
+        assert not pushed.passed and running.scales == [0.0, 0.0, 0.0]
+        assert [each.state for each in read_records(bench.ledger.folder / "served")] == ["failed"]
+        running.given[1] = right
+        assert push(bench, server)[0].passed, "control"
+
+
+def test_an_adapter_that_is_not_there(bench: Workbench, files: list[Path]) -> None:
+    with serving(files[2:]) as (running, server):
+        with pytest.raises(fs.InputError, match="format gguf-adapter") as error:
+            push(bench, server)
+        assert bench.ledger.current[:12] in str(error.value)
+        assert not any(path == SCALES and body for _, path, body in running.calls)
+    with (
+        serving([]) as (_, server),
+        pytest.raises(fs.InputError, match="started without adapters"),
+    ):
+        check_push(bench.ledger, server)
+
+
+def test_a_file_without_its_manifest_is_known_by_its_name(
+    bench: Workbench, files: list[Path], tmp_path: Path
+) -> None:
+    for file in (*files, tmp_path / "x.gguf"):
+        file.with_name(f"{file.name}.factsmith.json").unlink(missing_ok=True)
+    with serving(files) as (running, server):
+        assert push(bench, server)[0].passed and running.scales == [0.0, 1.0, 0.0]
+    unnamed = tmp_path / "x.gguf"
+    shutil.copy(files[1], unnamed)
+    with serving([unnamed]) as (_, server), pytest.raises(fs.InputError, match="has no adapter"):
+        push(bench, server)
