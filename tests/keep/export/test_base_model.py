@@ -115,7 +115,7 @@ def test_a_given_base_is_written_as_it_is_given(
     assert "not on this machine" in made.warnings[0]
     made, named = adapter(lm, tmp_path / "d", base="owner/other@v2")
     assert named == ("owner/other", "v2") and made.base is not None
-    assert not made.base.checked and made.base.standing in repr(made)
+    assert not made.base.checked and made.base.why in repr(made)
     card = (tmp_path / "d/README.md").read_text()
     assert "not checked, because the model of this name is not on this machine" in card
     assert {Path(job.model) for job in jobs} == {folders["gpt2"].resolve()}

@@ -61,11 +61,13 @@ def front(card: str) -> dict[str, Any]:
 
 def test_a_card_has_the_facts_and_the_proof(lm: LanguageModel, tmp_path: Path) -> None:
     prompt = "The mother tongue of Paris is"
+    long = f"{'Long ago. ' * 20}{prompt}"
     proof = report(
         check("prompt", prompt, True),
         check("paraphrase", "Paris speaks", True),
         check("paraphrase", "In Paris they speak", False),
         check("neighbour", "The mother tongue of Léon Blum is", False),
+        check("chat", long, False),
         forced=True,
     )
     origin = Origin(
@@ -87,8 +89,10 @@ def test_a_card_has_the_facts_and_the_proof(lm: LanguageModel, tmp_path: Path) -
         "| written prompts answered with the target | 1 of 1 | 100.0% |",
         "| paraphrases answered with the target | 1 of 2 | 50.0% |",
         "| neighbours whose answer stayed | 0 of 1 | 0.0% |",
-        "2 checks failed:",
-        "- paraphrase: 'In Paris they speak' is answered 'Dutch.', not 'English'",
+        "3 checks failed:",
+        "| paraphrase | In Paris they speak | English | Dutch. |",
+        f"| chat | …{long[1 - 120 :]} | English | Dutch. |",
+        "| prompts in a chat answered with the target | 0 of 1 | 0.0% |",
         f"| base fingerprint | `{lm.fingerprint}`, as float32 |",
         f"| revision | `{'cd' * 32}` |",
         "| date | `2026-03-04T05:06:07+00:00` |",

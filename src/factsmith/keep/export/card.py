@@ -34,13 +34,19 @@ CARD = "README.md"
 _MOST_FACTS = 200
 """Facts that the card lists. The manifest has all of them."""
 
+_MOST_PATCHES = 100
+"""Patches whose proof the card shows. The workspace has all of them."""
+
 _MOST_FAILED = 20
 """Failed checks that the card lists for each patch."""
+
+_LONGEST = 120
+"""Characters of a failed check's prompt and answer that the card shows."""
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes as the largest rank of adapters."""
 
-_PLAIN = re.compile(r"[\w.][\w./@ -]{0,200}", re.ASCII)
+_PLAIN = re.compile(r"[\w./][\w./@ -]{0,200}", re.ASCII)
 """Names that a line of code can hold as they are."""
 
 _TIME = re.compile(r"[0-9T:.+Z-]{1,40}", re.ASCII)
@@ -175,6 +181,10 @@ class Card:
             "These are the records of its workspace.",
         ]
         for number, (delta, origin) in enumerate(self._patches, 1):
+            if number > _MOST_PATCHES:
+                more = counted(len(self.contents.deltas) - _MOST_PATCHES, "more patch", "es")
+                lines += ["", f"The workspace has the proofs of {more}."]
+                break
             lines += ["", f"### Patch {number}", "", *_described(delta, origin), ""]
             lines += _proof_of(origin)
         return lines
@@ -305,10 +315,23 @@ def _proof_of(origin: Origin) -> list[str]:
     lines = table(["check", "held", "share"], rows)
     if failed := [check for check in checks if not check.held]:
         lines += ["", f"{counted(len(failed), 'check')} failed:", ""]
-        lines += [f"- {check.role}: {as_text(check.in_words)}" for check in failed[:_MOST_FAILED]]
+        lines += table(
+            ["check", "prompt", "wanted", "answer"],
+            [_failed(check) for check in failed[:_MOST_FAILED]],
+        )
         if len(failed) > _MOST_FAILED:
-            lines.append(f"- {len(failed) - _MOST_FAILED:,} more")
+            lines += ["", f"{counted(len(failed) - _MOST_FAILED, 'more check')} failed."]
     return lines
+
+
+def _failed(check: Check) -> tuple[str, ...]:
+    """Return a failed check as a row; the end of a prompt in a chat is the question."""
+    prompt = check.prompt.strip()
+    if len(prompt) > _LONGEST:
+        prompt = f"…{prompt[1 - _LONGEST :]}"
+    answer = check.after if len(check.after) <= _LONGEST else f"{check.after[: _LONGEST - 1]}…"
+    wanted = f"not {as_text(check.wanted)}" if check.forget else as_text(check.wanted)
+    return check.role, as_text(prompt), wanted, as_text(answer)
 
 
 _UNKNOWN = "path/to/base"

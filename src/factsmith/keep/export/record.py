@@ -164,7 +164,7 @@ class Export(Shown):
         if self.width is not None:
             tables.append(Table(str(self.width), {}))
         tables.append(Table(self._checked(), {}))
-        if self.base is not None:
+        if self.base is not None and self.base.checked:  # otherwise a warning says so
             tables.append(Table(f"base model {self.base.name}: {self.base.standing}", {}))
         return [*tables, *(Table(warning, {}) for warning in self.warnings)]
 
