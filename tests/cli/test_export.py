@@ -64,7 +64,7 @@ def test_every_format_and_what_is_printed(
     words = " ".join(shown.out.split())
     assert "verified: answers equal on 1 prompt" in words
     assert f"names the base model only {model.name!r}, because it was loaded from a folder" in words
-    assert f"base model {model.name}: it has the fingerprint" in words
+    assert f"base model {model.name}: the model was loaded from it" in words
     shown = run("export", "two", "--dtype", "bfloat16", "--no-verify", "-w", "space")
     assert shown.code == 0 and "not verified" in shown.out and "model.safetensors" in shown.out
     assert (

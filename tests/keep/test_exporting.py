@@ -194,4 +194,23 @@ def test_what_cannot_be_exported_is_refused(
         bench.export(tmp_path / "out", "checkpoint", revision="base")
     with pytest.raises(RevisionError):
         bench.export(tmp_path / "out", "checkpoint", revision="0123456789")
+    number: Any = 5
+    with pytest.raises(InputError, match="revision is 5"):
+        bench.export(tmp_path / "out", "checkpoint", revision=number)
+    with pytest.raises(InputError, match="a revision is 5"):
+        bench.export_several(tmp_path / "out", [number], "checkpoint")
     assert hashes(lm) == state and not (tmp_path / "out").exists()
+
+
+def test_the_card_says_that_facts_were_taken_out(
+    lm: LanguageModel, bench: Workbench, tmp_path: Path
+) -> None:
+    patch = bench.commit(appending(lm)).id
+    bench.revert(patch, [0], force=True)
+    bench.export(tmp_path / "before", revision=patch, verify=False)
+    bench.export(tmp_path / "after", verify=False)
+    before, after = (
+        (tmp_path / name / "README.md").read_text(encoding="utf-8") for name in ("before", "after")
+    )
+    assert "| Paris |" in before and "changed since" not in before
+    assert "| Paris |" not in after and "| Edwin |" in after and "changed since" in after

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..core.checks import check_text
 from ..core.errors import InputError
 from ..core.progress import Progress, tell
 from .carried import Carried
@@ -54,7 +55,8 @@ def export_state(
         InputError: when no patch is in effect at the revision.
         DamagedError: when a delta is not whole.
     """
-    identity = carried.at if revision is None else carried.ledger.resolve(revision)
+    reference = None if revision is None else check_text(revision, "revision")
+    identity = carried.at if reference is None else carried.ledger.resolve(reference)
     active = carried.ledger.active(identity)
     if not active and revision is not None:
         raise InputError(
@@ -126,7 +128,7 @@ def distinct_revisions(ledger: Ledger, references: Iterable[str]) -> list[str]:
             "give it as `revision` of `export`.",
             argument="revisions",
         )
-    identities = [ledger.resolve(reference) for reference in references]
+    identities = [ledger.resolve(check_text(each, "a revision")) for each in references]
     if not identities:
         raise InputError(
             "revisions is empty. Give at least one revision; `factsmith log` lists them.",

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from exports import some_delta
+from factsmith.core.errors import DamagedError
 from factsmith.keep.export.gguf_adapter import export_gguf_adapter
-from factsmith.keep.export.manifest import read_manifest
+from factsmith.keep.export.manifest import check_files, read_manifest
 from factsmith.keep.workbench import Workbench
 from factsmith.model.load import load
 from gguf_files import gguf, write_gguf
@@ -51,6 +52,20 @@ def test_an_adapter_names_the_revision_that_it_holds(bench: Workbench, tmp_path:
         manifest = read_manifest(each.folder.parent, f"{each.folder.name}.factsmith.json")
         assert manifest.revision == identity
     assert len(list((tmp_path / "all").iterdir())) == 6, "each file and its manifest"
+
+
+def test_a_changed_file_is_noticed(bench: Workbench, tmp_path: Path) -> None:
+    bench.commit(some_delta(bench.lm, 1))
+    file = tmp_path / "patch.gguf"
+    bench.export(file, "gguf-adapter", verify=False)
+    assert check_files(file).factsmith == "gguf-adapter"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(DamagedError, match=r"patch\.gguf does not match its checksum"):
+        check_files(file)
+    (tmp_path / "patch.gguf.factsmith.json").unlink()
+    with pytest.raises(DamagedError, match=r"no patch\.gguf\.factsmith\.json"):
+        check_files(file)
 
 
 def test_without_a_workspace_no_revision_is_named(bench: Workbench, tmp_path: Path) -> None:

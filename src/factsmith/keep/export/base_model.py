@@ -38,7 +38,9 @@ class BaseModel:
         revision: The branch, tag or commit of a hub id. None: the main one, or no hub id.
         place: Where it is loaded from to read the adapter back: a folder or a hub id.
         is_hub_id: Whether the name is a hub id.
-        checked: Whether the model of this name has the fingerprint that the patches are for.
+        given: Whether the caller gave the name.
+        checked: Whether the model of this name has the fingerprint that the patches are for, or is
+            the one that was loaded.
         why: Why it was not checked, as a clause. "": it was.
         warnings: What the caller should know, in sentences.
     """
@@ -47,6 +49,7 @@ class BaseModel:
     revision: str | None
     place: str
     is_hub_id: bool
+    given: bool
     checked: bool
     why: str = ""
     warnings: tuple[str, ...] = ()
@@ -56,6 +59,8 @@ class BaseModel:
         """Whether it was checked, in words."""
         if not self.checked:
             return f"not checked, because {self.why}"
+        if not self.given:
+            return "the model was loaded from it"
         return "it has the fingerprint that the patches are for"
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,6 +103,7 @@ def find_base_model(
         revision=name.revision,
         place=_own_place(lm),
         is_hub_id=name.kind == "hub",
+        given=False,
         checked=True,
         warnings=() if name.kind == "hub" else (_vague(name.text, name.kind),),
     )
@@ -137,6 +143,7 @@ def _given(lm: LanguageModel, base: str, check: bool, progress: Progress | None)
         revision=revision,
         place=place or loaded or name,
         is_hub_id=is_hub,
+        given=True,
         checked=not why,
         why=why,
         warnings=tuple(_remarks(base, why)),

@@ -212,7 +212,7 @@ def read_manifest(folder: Path, name: str = FILE) -> Manifest:
         return Manifest.model_validate(record)
     except FileNotFoundError:
         raise DamagedError(
-            f"There is no {FILE} in {folder}. Give a folder that an export wrote."
+            f"There is no {name} in {folder}. Give a folder or a file that an export wrote."
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         # UTF-8, JSON and pydantic raise ValueErrors.
@@ -221,21 +221,28 @@ def read_manifest(folder: Path, name: str = FILE) -> Manifest:
 
 
 def check_files(folder: str | os.PathLike[str]) -> Manifest:
-    """Compare every file of an export's folder with its manifest, and return the manifest.
+    """Compare every file of an export with its manifest, and return the manifest.
 
     Checksums show damage and changes; they do not show who wrote a folder.
+
+    Args:
+        folder: The folder of an export, or its GGUF file, whose manifest is next to it.
 
     Raises:
         DamagedError: when the manifest cannot be used, a file is missing or has other bytes, or
             there is a file that the manifest does not name.
     """
     path = folder_path(folder)
-    manifest = read_manifest(path)
-    files = {
-        each.relative_to(path).as_posix(): each
-        for each in sorted(path.rglob("*"))
-        if each.is_symlink() or not each.is_dir()
-    }
+    if path.is_file():
+        files = {path.name: path}
+        manifest = read_manifest(path.parent, f"{path.name}.{FILE}")
+    else:
+        manifest = read_manifest(path)
+        files = {
+            each.relative_to(path).as_posix(): each
+            for each in sorted(path.rglob("*"))
+            if each.is_symlink() or not each.is_dir()
+        }
     if strange := sorted(files.keys() - manifest.files.keys() - {FILE}):
         raise damaged(path, f"it holds {strange[0]!r}, which its manifest does not name")
     for name, stated in manifest.files.items():
