@@ -340,6 +340,14 @@ def gguf_factors(file: Path) -> Factors:
     return factors
 
 
+def gguf_task(file: str) -> str:
+    """Read the name of the task from an adapter of llama.cpp."""
+    import gguf
+
+    field = gguf.GGUFReader(file).fields.get("adapter.lora.task_name")
+    return "" if field is None else str(field.contents())
+
+
 def _error(message: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": "x", "code": 400}}
 
@@ -407,7 +415,7 @@ def _handler(server: ModelServer) -> type[BaseHTTPRequestHandler]:
                 return 200, {"model_path": str(server.folder), "build_info": "b11434-x"}
             if not is_vllm and path == ("GET", "/lora-adapters"):
                 return 200, [
-                    {"id": at, "path": file, "scale": scale}
+                    {"id": at, "path": file, "scale": scale, "task_name": gguf_task(file)}
                     for at, (file, scale) in enumerate(
                         zip(server.files, server.scales, strict=True)
                     )

@@ -73,6 +73,13 @@ from .keep.export.patch import export_patch as export_patch
 from .keep.export.record import Export as Export
 from .keep.ledger import Ledger as Ledger
 from .keep.outcome import Outcome as Outcome
+from .keep.push.proof import ServedProof as ServedProof
+from .keep.push.push import AdapterPlace as AdapterPlace
+from .keep.push.push import push as push
+from .keep.push.push import roll_back as roll_back
+from .keep.push.pushed import Pushed as Pushed
+from .keep.push.served import Served as Served
+from .keep.push.served import served as served
 from .keep.recommit import recover_patches as recover_patches
 from .keep.recovery import Recovery as Recovery
 from .keep.recovery import recover as recover
@@ -136,6 +143,7 @@ from .read.triggers import Trigger as Trigger
 from .read.triggers import Triggers as Triggers
 from .read.values import ValueTokens as ValueTokens
 from .read.values import value_tokens as value_tokens
+from .remote.server import Server as Server
 from .show.pages.neurons import card_page as card_page
 from .show.pages.neurons import layer_page as layer_page
 from .show.pages.neurons import write_pages as write_pages

@@ -18,6 +18,7 @@ from ..core.dtypes import SAVED_DTYPE
 from ..core.errors import FactsmithError, InputError, WorkspaceError
 from ..core.progress import Progress, stage
 from ..keep.ledger import Ledger
+from ..keep.model_place import model_place
 from .loading import loading
 from .printing import running
 
@@ -159,23 +160,25 @@ def opened_workspace(
     """Open a workspace (default: the current folder) with its model, or another name of it."""
     folder = workspace or Path()
     with Ledger(folder) as ledger:
-        name, dtype = ledger.model, ledger.dtype
+        recorded, dtype = ledger.model, ledger.dtype
     chosen = loading.get()
     if chosen.dtype not in (None, SAVED_DTYPE, dtype):
         raise InputError(
-            f"{folder} was made for {name!r} in {dtype}, and dtype is {chosen.dtype}. The patches "
-            "of a workspace are made for the weights of one dtype: leave the option out, or make "
-            f"another workspace with `factsmith init {name} --dtype {chosen.dtype}`",
+            f"{folder} was made for {recorded!r} in {dtype}, and dtype is {chosen.dtype}. The "
+            "patches of a workspace are made for the weights of one dtype: leave the option out, "
+            f"or make another workspace with `factsmith init {recorded} --dtype {chosen.dtype}`",
             argument="dtype",
         )
-    if chosen.revision is not None and model is None and name.partition("@")[2] != chosen.revision:
+    recorded_revision = recorded.partition("@")[2]
+    if chosen.revision is not None and model is None and recorded_revision != chosen.revision:
         raise InputError(
-            f"{folder} was made for {name!r}, and revision is {chosen.revision!r}; leave it out, "
-            "or make another workspace",
+            f"{folder} was made for {recorded!r}, and revision is {chosen.revision!r}; leave it "
+            "out, or make another workspace",
             argument="revision",
         )
+    name = model or model_place(recorded)
     with _recorded_revision(model):
-        lm = load_model(model or name, device, dtype, tell)
+        lm = load_model(name, device, dtype, tell)
     tell("checking the weights", 0, None)
     from ..keep.workbench import Workbench
 

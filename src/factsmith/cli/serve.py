@@ -123,7 +123,7 @@ def push(  # house: Typer reads one parameter for each option
         tell = stack.enter_context(progress())
         tell("asking the server what it is", 0, None)
         from ..keep.push.names import checked_alias
-        from ..keep.push.push import Place, check_push, roll_back
+        from ..keep.push.push import AdapterPlace, check_push, roll_back
         from ..keep.push.push import push as push_revisions
         from ..keep.push.tolerance import tolerance_of
         from ..remote.server import Server
@@ -131,7 +131,7 @@ def push(  # house: Typer reads one parameter for each option
         checked_alias(name)
         if dtype is not None:
             tolerance_of(dtype)
-        place = Place(folder, seen_as)
+        place = AdapterPlace(folder, seen_as)
         ledger = stack.enter_context(Ledger(where))
         server = stack.enter_context(
             Server.open(url, timeout=timeout, retries=retries, progress=tell)
@@ -200,7 +200,7 @@ def served(
     results = []
     with progress() as tell, Ledger(workspace or Path()) as ledger:
         tell("asking the server what it is", 0, None)
-        from ..keep.push.push import Place
+        from ..keep.push.push import AdapterPlace
         from ..keep.push.served import served as compared
         from ..keep.push.tolerance import tolerance_of
         from ..remote.server import Server
@@ -209,7 +209,7 @@ def served(
             tolerance_of(dtype)
         for url in urls:
             with Server.open(url, timeout=timeout, retries=retries, progress=tell) as server:
-                options: dict[str, Any] = {"place": Place(folder), "dtype": dtype}
+                options: dict[str, Any] = {"place": AdapterPlace(folder), "dtype": dtype}
                 results.append(compared(ledger, server, prove=prove, progress=tell, **options))
     lines = []
     for each in results:

@@ -68,6 +68,7 @@ class ServedModel:
         path: The folder or file from which the server says it was loaded. None: it does not say.
         number: The adapter's number in llama.cpp. None: another server, or a base model.
         scale: The adapter's scale in llama.cpp for requests that name none.
+        task: The name of its task that llama.cpp reads from an adapter's file. None: it has none.
     """
 
     name: str
@@ -75,6 +76,7 @@ class ServedModel:
     path: str | None = None
     number: int | None = None
     scale: float | None = None
+    task: str | None = None
 
 
 class Server:
@@ -158,8 +160,10 @@ class Server:
         for at, (entry, name) in enumerate(zip(listed, names, strict=True)):
             number = entry.get("id", at)
             unique = name if names.count(name) == 1 and name != self.base else f"{name}#{number}"
-            scale = entry.get("scale", 0.0)
-            adapters.append(ServedModel(unique, self.base, paths[at], int(number), float(scale)))
+            scale, task = entry.get("scale", 0.0), as_name(entry.get("task_name"))
+            adapters.append(
+                ServedModel(unique, self.base, paths[at], int(number), float(scale), task)
+            )
         self._adapters = {str(model.name): int(model.number or 0) for model in adapters}
         return adapters
 

@@ -32,8 +32,13 @@ def files(bench: Workbench, tmp_path: Path) -> list[Path]:
         files.append(folder / f"patch-{revision.id[:12]}.gguf")
         bench.export(files[-1], "gguf-adapter", revision=revision.id, verify=False)
     files.append(folder / "theirs.gguf")
-    shutil.copy(files[0], files[-1])
+    without_task(files[0], files[-1])
     return files
+
+
+def without_task(file: Path, copy: Path) -> None:
+    """Copy the adapter as other programs write it: without the field that names a revision."""
+    copy.write_bytes(file.read_bytes().replace(b"factsmith:", b"elsewhere:"))
 
 
 @contextlib.contextmanager
@@ -113,14 +118,16 @@ def test_an_adapter_that_is_not_there(bench: Workbench, files: list[Path]) -> No
         check_push(bench.ledger, server)
 
 
-def test_a_file_without_its_manifest_is_known_by_its_name(
+def test_a_file_is_known_by_its_fields_and_otherwise_by_its_name(
     bench: Workbench, files: list[Path], tmp_path: Path
 ) -> None:
-    for file in (*files, tmp_path / "x.gguf"):
-        file.with_name(f"{file.name}.factsmith.json").unlink(missing_ok=True)
-    with serving(files) as (running, server):
-        assert push(bench, server)[0].passed and running.scales == [0.0, 1.0, 0.0]
-    unnamed = tmp_path / "x.gguf"
-    shutil.copy(files[1], unnamed)
-    with serving([unnamed]) as (_, server), pytest.raises(fs.InputError, match="has no adapter"):
+    renamed, other = tmp_path / "x.gguf", tmp_path / files[1].name
+    shutil.copy(files[1], renamed)
+    without_task(files[1], other)
+    for file in (renamed, other):
+        with serving([file]) as (running, server):
+            assert push(bench, server)[0].passed and running.scales == [1.0]
+    unknown = tmp_path / "y.gguf"
+    without_task(files[1], unknown)
+    with serving([unknown]) as (_, server), pytest.raises(fs.InputError, match="has no adapter"):
         push(bench, server)

@@ -13,7 +13,7 @@ from exports import appending
 from factsmith import atlas
 from factsmith.keep.ledger import Ledger
 from factsmith.keep.push.names import parsed
-from factsmith.keep.push.push import Place, check_push, push, roll_back
+from factsmith.keep.push.push import AdapterPlace, check_push, push, roll_back
 from factsmith.keep.push.records import read_records
 from factsmith.keep.push.served import served
 from factsmith.keep.workbench import Workbench
@@ -268,11 +268,11 @@ def test_a_folder_that_the_server_sees_elsewhere(
     bench: Workbench, running: ModelServer, server: Server, tmp_path: Path
 ) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "adapters", target_is_directory=True)
-    place = Place(tmp_path / "adapters", str(tmp_path / "link"))
+    place = AdapterPlace(tmp_path / "adapters", str(tmp_path / "link"))
     (pushed,) = push(bench, server, place=place)
     assert pushed.path == f"{tmp_path}/link/{pushed.model}"
     assert not folder_of(bench).exists()
-    place = Place(tmp_path / "adapters", "/nowhere")
+    place = AdapterPlace(tmp_path / "adapters", "/nowhere")
     with pytest.raises(fs.ServerError, match="must be able to read"):
         push(bench, server, alias="other", place=place)
 
@@ -296,7 +296,7 @@ def test_what_is_checked_before_a_model_is_loaded(
         check_push(ledger, server, dtype="int3")
     (tmp_path / "file").touch()
     with pytest.raises(fs.WorkspaceError, match="there is a file of that name"):
-        check_push(ledger, server, place=Place(tmp_path / "file"))
+        check_push(ledger, server, place=AdapterPlace(tmp_path / "file"))
     assert loads(running) == []
 
 

@@ -14,6 +14,7 @@ from pathlib import Path, PurePath
 
 from ...core.errors import DamagedError, InputError, ServerError
 from ...remote.server import Server
+from ..export.gguf_adapter import TASK
 from ..export.manifest import read_manifest
 from ..export.single import manifest_of
 from .carrier import Adapter, Making
@@ -49,16 +50,18 @@ class LlamaCarrier:
         ]
 
     def held(self, revisions: Sequence[str]) -> dict[str, str]:
-        """Return {name of an adapter: the revision that it holds}, by manifests or file names.
+        """Return {name of an adapter: the revision that it holds}.
 
-        These adapters are the workspace's: from now on their scales may be changed.
+        The adapter's file says it, and otherwise its manifest or its name. These adapters are the
+        workspace's: from now on their scales may be changed.
         """
         held = {}
-        for adapter in self.adapters():
-            digits = _manifest_revision(adapter.path) or PurePath(adapter.path).name
+        for model in self.server.models():
+            path = model.path or ""
+            stated = _revision_of_task(model.task) or _manifest_revision(path)
             for revision in revisions:
-                if revision[:DIGITS] in digits:
-                    held[adapter.name] = revision
+                if model.parent and revision[:DIGITS] in (stated or PurePath(path).name):
+                    held[model.name] = revision
         self._ours |= set(held)
         return held
 
@@ -130,6 +133,11 @@ _START = (
     "Export one with the format gguf-adapter, name the file patch-REVISION.gguf, and start "
     "llama-server with --lora-init-without-apply and --lora FILE."
 )
+
+
+def _revision_of_task(task: str | None) -> str | None:
+    """Return the revision that the task of an adapter names. None: it names none."""
+    return task.removeprefix(TASK) if task is not None and task.startswith(TASK) else None
 
 
 def _manifest_revision(path: str) -> str | None:

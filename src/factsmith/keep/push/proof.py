@@ -202,11 +202,15 @@ class ServedProof(Shown):
         parts = []
         for role, verdicts in self.counts.items():
             asked = sum(n for verdict, n in verdicts.items() if verdict != "not held")
+            if not asked:
+                continue
             words = f"{verdicts.get('ok', 0):,} of {asked:,} {_PLURALS[role]}"
             if ties := verdicts.get("tie"):
                 words += f" ({counted(ties, 'near tie')})"
             parts.append(words)
-        text = f"{', '.join(parts)} as in the workspace"
+        text = f"{', '.join(parts) or 'nothing'} as in the workspace"
+        if not_held := sum(verdicts.get("not held", 0) for verdicts in self.counts.values()):
+            text += f"; {counted(not_held, 'check')} did not hold there either"
         if self.difference is not None:
             text += f"; ln p of the targets differs by {self.difference:.3f} in the median"
         return text

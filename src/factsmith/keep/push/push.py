@@ -42,7 +42,7 @@ DTYPES = {"vllm": "bfloat16", "llama.cpp": "quantised"}
 
 
 @dataclass(frozen=True)
-class Place:
+class AdapterPlace:
     """Where adapters and records are kept.
 
     Attributes:
@@ -65,7 +65,7 @@ def check_push(
     *,
     alias: str | None = None,
     dtype: str | None = None,
-    place: Place = Place(),
+    place: AdapterPlace = AdapterPlace(),
 ) -> list[Revision]:
     """Check the arguments of a push before a model is loaded.
 
@@ -115,7 +115,7 @@ def push(
     alias: str | None = None,
     dtype: str | None = None,
     base: str | None = None,
-    place: Place = Place(),
+    place: AdapterPlace = AdapterPlace(),
     progress: Progress | None = None,
 ) -> list[Pushed]:
     """Put revisions into a server as adapters, and prove each there.
@@ -167,7 +167,7 @@ def roll_back(
     *,
     alias: str | None = None,
     dtype: str | None = None,
-    place: Place = Place(),
+    place: AdapterPlace = AdapterPlace(),
     opening: Callable[[], contextlib.AbstractContextManager[Workbench]] | None = None,
     progress: Progress | None = None,
 ) -> Pushed:
@@ -226,7 +226,7 @@ class _Pushing:
         ledger: Ledger,
         server: Server,
         dtype: str | None,
-        place: Place,
+        place: AdapterPlace,
         progress: Progress | None,
     ) -> None:
         self.ledger, self.server, self.progress = ledger, server, progress

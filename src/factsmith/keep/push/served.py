@@ -22,7 +22,7 @@ from .carrier import Adapter, Carrier
 from .carriers import carrier_of
 from .names import parsed
 from .proof import ServedProof, ask, compare, compare_base
-from .push import DTYPES, Place
+from .push import DTYPES, AdapterPlace
 from .records import PushRecord, read_records
 from .tolerance import tolerance_of
 
@@ -94,11 +94,11 @@ class Served(Shown):
         """Return the adapters."""
         has = "carries" if self.up_to_date else "does not carry"
         title = f"{self.url} ({self.kind}, {self.base}) {has} revision {self.checked_out[:10]}"
-        columns = {"adapter": "<", "revision": "<", "in the ledger": "<", "on": "<", "files": "<"}
+        names = ("adapter", "revision", "in the ledger", "on", "files")
         rows = [
             (
                 each.name,
-                "" if each.revision is None else f"{each.revision[:10]} {each.message}",
+                "" if each.revision is None else each.revision[:10],
                 each.standing,
                 "on" if each.is_on else "off",
                 each.files,
@@ -107,7 +107,7 @@ class Served(Shown):
         ]
         if not rows:
             return [Table(f"{title}; it has no adapter", {})]
-        tables = [Table(title, columns, rows)]
+        tables = [Table(title, dict.fromkeys(names, "<"), rows)]
         tables += [
             Table(f"{each.name}: {each.proof.in_words}", {})
             for each in self.adapters
@@ -127,7 +127,7 @@ def served(
     *,
     prove: bool = False,
     dtype: str | None = None,
-    place: Place = Place(),  # noqa: B008
+    place: AdapterPlace = AdapterPlace(),  # noqa: B008
     progress: Progress | None = None,
 ) -> Served:
     """Compare what a server carries with the ledger. No model is needed.
