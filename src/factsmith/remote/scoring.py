@@ -6,7 +6,7 @@ echoed(server, "m", ["Paris is in", "Paris is in France"])         # others repe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -30,16 +30,9 @@ class Asked(Protocol):
     def gives_log_probs(self) -> bool | None:
         """Whether the server says how likely a target is. None: it was not asked yet."""
 
-    def choices(
-        self,
-        model: str,
-        prompts: Sequence[Prompt],
-        body: Mapping[str, Any],
-        scales: Mapping[str, float] | None,
-        progress: Progress | None,
-        wanted: Mapping[Prompt, set[int]] | None = None,
-    ) -> list[dict[str, Any]]:
-        """Return the server's choice for each prompt."""
+    @property
+    def choices(self) -> Callable[..., list[dict[str, Any]]]:
+        """Returns the server's choice for each prompt; see `Server.choices`."""
 
 
 def forced(
