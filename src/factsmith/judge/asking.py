@@ -35,7 +35,7 @@ class Reply:
             or the lines asked for. "" if no answer was asked for.
         log_probs: For each candidate, the mean log-probability of its tokens in nats (teacher
             forced: each token after the candidate's tokens before it). NaN from a model whose
-            states are not finite.
+            states are not finite. Empty, as the next two, from a server that gives none.
         right: For each candidate, the share of its tokens that are the likeliest in their place.
         n_tokens: For each candidate, its number of tokens.
     """

@@ -199,25 +199,7 @@ class Campaign:
     ) -> tuple[Sequence[Record], Mapping[str, int]]:
         """Return the records to judge, and {reason: how many were left out}."""
         records, left_out = usable(self.lm, suite.records, known_only=self.known_only)
-        for reason, n in left_out.items():
-            note(
-                progress,
-                f"{counted(n, 'record')} of {len(suite.records):,} left out: {reason}",
-                argument="known_only" if reason == UNKNOWN else None,
-            )
-        for text in gap_notes(q.prompt for record in records for q in record.questions):
-            note(progress, text)
-        if suite.skipped:
-            note(
-                progress,
-                f"malformed: {suite.left_out} left out, the first: {suite.skipped[0]}",
-            )
-        if not records:
-            raise InputError(
-                f"none of {counted(len(suite.records), 'record')} can be judged; "
-                "use another suite, or judge records that the model does not know, too",
-                argument="known_only",
-            )
+        note_left_out(suite, records, left_out, progress)
         return records, left_out
 
     def _fitting_sizes(self, n_records: int, progress: Progress | None) -> list[int]:
@@ -283,6 +265,44 @@ class Campaign:
         )
         earlier = [each for each in kept if (each.size, each.sequence) not in paces]
         return [*evaluations, *earlier]
+
+
+def note_left_out(
+    suite: Suite,
+    records: Sequence[Record],
+    left_out: Mapping[str, int],
+    progress: Progress | None,
+) -> None:
+    """Send notes of the records of a suite that are not judged, and of prompts that end oddly.
+
+    Args:
+        suite: The suite.
+        records: The records that are judged.
+        left_out: {reason: how many were left out}.
+        progress: Gets the notes.
+
+    Raises:
+        InputError: when no record is left.
+    """
+    for reason, n in left_out.items():
+        note(
+            progress,
+            f"{counted(n, 'record')} of {len(suite.records):,} left out: {reason}",
+            argument="known_only" if reason == UNKNOWN else None,
+        )
+    for text in gap_notes(q.prompt for record in records for q in record.questions):
+        note(progress, text)
+    if suite.skipped:
+        note(
+            progress,
+            f"malformed: {suite.left_out} left out, the first: {suite.skipped[0]}",
+        )
+    if not records:
+        raise InputError(
+            f"none of {counted(len(suite.records), 'record')} can be judged; "
+            "use another suite, or judge records that the model does not know, too",
+            argument="known_only",
+        )
 
 
 def _at_size(size: int, progress: Progress | None) -> Callable[[str, int, int | None], None]:

@@ -110,7 +110,7 @@ def evaluate(  # house: the public name and its keywords are promised; they beco
         DamagedError: when the folder's file cannot be read.
     """
     check_model(lm)
-    records = _chosen_records(suite, limit, check_seed(seed))
+    records = chosen_records(suite, limit, check_seed(seed))
     changes = () if delta is None else check_changes(delta)
     if changes and (editors is not None or size is not None or sequence):
         raise InputError(
@@ -438,7 +438,7 @@ class Run:
 # ── which records ─────────────────────────────────────────────────────────────────────────────────
 
 
-def _chosen_records(
+def chosen_records(
     suite: Suite | str | os.PathLike[str] | Iterable[Record], limit: int | None, seed: int
 ) -> list[Record]:
     """Return the records to judge, or a sample of them in their order."""

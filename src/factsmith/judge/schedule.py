@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 from ..core.checks import check_count, check_items, check_seed
 from ..model.language_model import LanguageModel
+from .asker import ModelAsker
 from .records import Record
-from .score import tokens_for
 
 _SINGLE_EDITS_WITH_DRIFT = 10
 
@@ -84,7 +84,7 @@ class Schedule:
         max_new_tokens = self.max_new_tokens
         if max_new_tokens is None:
             questions = [question for record in records for question in record.questions]
-            max_new_tokens = tokens_for(lm, questions)
+            max_new_tokens = ModelAsker(lm).tokens_for(questions)
         return replace(self, size=min(self.size, len(records)), max_new_tokens=max_new_tokens)
 
     def units(self, records: Sequence[Record]) -> list[Sequence[Record]]:

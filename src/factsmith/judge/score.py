@@ -14,10 +14,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ..core.checks import check_items
 from ..core.progress import Progress
-from ..model.answers import answer_tokens, is_answered, n_lines, stayed
+from ..model.answers import n_lines, stayed
 from ..model.language_model import LanguageModel
 from ..model.sample import sample
-from .asking import Reply, ask
+from .asker import Asker, ModelAsker
+from .asking import Reply
 from .metrics import ngram_entropy, reference_consistency
 from .records import Question, Record
 from .rows import BASE, LOWEST, STAYING, Continuation, Row
@@ -33,7 +34,7 @@ _TEXTS_TOGETHER = 64
 
 
 def score(
-    lm: LanguageModel,
+    lm: LanguageModel | Asker,
     records: Iterable[Record],
     *,
     before: Mapping[str, str] | None = None,
@@ -46,7 +47,7 @@ def score(
     as wrong.
 
     Args:
-        lm: The model, edited or not.
+        lm: The model, edited or not, or another that answers.
         records: Records of a suite.
         before: {prompt: answer of the unedited model}, which decides `Row.stayed`. None: this is
             the unedited model.
@@ -67,11 +68,11 @@ def score(
     ]
     if not asked:
         return []
+    asker = ModelAsker(lm) if isinstance(lm, LanguageModel) else lm
     questions = [question for _, question in asked]
     if max_new_tokens is None:
-        max_new_tokens = tokens_for(lm, questions)
-    replies = ask(
-        lm,
+        max_new_tokens = asker.tokens_for(questions)
+    replies = asker.replies(
         [question.prompt for question in questions],
         [_candidates(question) for question in questions],
         max_new_tokens=max_new_tokens,
@@ -79,15 +80,9 @@ def score(
         progress=progress,
     )
     return [
-        _row(lm, record, question, reply, before)
+        _row(asker, record, question, reply, before)
         for (record, question), reply in zip(asked, replies, strict=True)
     ]
-
-
-def tokens_for(lm: LanguageModel, questions: Iterable[Question]) -> int:
-    """Return how many tokens to decode for questions: one more than their longest right answer."""
-    pairs = [(question.prompt, answer) for question in questions for answer in question.answers]
-    return answer_tokens(lm, [prompt for prompt, _ in pairs], [answer for _, answer in pairs])
 
 
 def _candidates(question: Question) -> list[str]:
@@ -97,7 +92,7 @@ def _candidates(question: Question) -> list[str]:
 
 
 def _row(
-    lm: LanguageModel,
+    asker: Asker,
     record: Record,
     question: Question,
     reply: Reply,
@@ -107,13 +102,14 @@ def _row(
     is_broken = not all(map(math.isfinite, reply.log_probs))
     logs = [LOWEST if is_broken else log for log in reply.log_probs]
     right = question.answers[0] if question.answers else None
+    known = bool(logs)  # a server may give answers alone
     same: bool | None = None
     if before is not None and question.kind in STAYING and question.prompt in before:
         old = before[question.prompt]
-        named = (each for each in question.answers if is_answered(lm, question.prompt, old, each))
+        named = (each for each in question.answers if asker.says(question.prompt, old, each))
         same = stayed(old, reply.answer, next(named, None))
     tokens: float | None = None
-    if right is not None and question.kind != "negation":
+    if known and right is not None and question.kind != "negation":
         tokens = 0.0 if is_broken else reply.right[0]
     return Row(
         editor=BASE,
@@ -124,22 +120,22 @@ def _row(
         prompt=question.prompt,
         written=-1,
         answer=reply.answer,
-        exact=_is_exact(lm, question, reply.answer),
+        exact=_is_exact(asker, question, reply.answer),
         stayed=same,
-        log_wanted=None if right is None else logs[0],
-        log_against=None if question.against is None else logs[-1],
+        log_wanted=logs[0] if known and right is not None else None,
+        log_against=logs[-1] if known and question.against is not None else None,
         tokens=tokens,
     )
 
 
-def _is_exact(lm: LanguageModel, question: Question, answer: str) -> bool | None:
+def _is_exact(asker: Asker, question: Question, answer: str) -> bool | None:
     """Return whether an answer is right; None if no answer is known to be right."""
     if question.kind == "negation":
         against = question.against
-        return None if against is None else not is_answered(lm, question.prompt, answer, against)
+        return None if against is None else not asker.says(question.prompt, answer, against)
     if not question.answers:
         return None
-    return any(is_answered(lm, question.prompt, answer, right) for right in question.answers)
+    return any(asker.says(question.prompt, answer, right) for right in question.answers)
 
 
 def continue_texts(

@@ -25,6 +25,11 @@ _LAST = 1
 
 _NO_TOKEN = "a subject or a target has no token that the model knows"
 
+_NOTHING = "nothing to write"
+
+UNSAID = "the model does not say the old object"
+"""The reason for leaving out a record that the model does not know."""
+
 UNKNOWN = "no old object is given, so it is not clear what the model knows"
 """The reason for leaving out a record that `known_only=False` judges."""
 
@@ -63,16 +68,30 @@ def usable(
         ]
         left_out[UNKNOWN] = len(able) - len(with_old)
         able = list(known(lm, with_old))
-        left_out["the model does not say the old object"] = len(with_old) - len(able)
+        left_out[UNSAID] = len(with_old) - len(able)
+    kept, reasons = consistent(able)
+    return tuple(kept), {reason: n for reason, n in (left_out + reasons).items() if n}
+
+
+def consistent(
+    records: Iterable[Record], *, writable: bool = True
+) -> tuple[list[Record], Counter[str]]:
+    """Return the records that do not contradict earlier ones, and how many are left out for what.
+
+    Args:
+        records: Records of a suite.
+        writable: Whether to leave out those that have nothing to write, too.
+    """
     kept: list[Record] = []
+    left_out: Counter[str] = Counter()
     targets: dict[str, str | None] = {}
-    for record in able:
+    for record in records:
         reason = _conflict(record, targets)
-        if reason:
+        if reason and (writable or reason != _NOTHING):
             left_out[reason] += 1
         else:
             kept.append(record)
-    return tuple(kept), {reason: n for reason, n in left_out.items() if n}
+    return kept, left_out
 
 
 def known(lm: LanguageModel, records: Iterable[Record]) -> tuple[Record, ...]:
@@ -117,7 +136,7 @@ def _conflict(record: Record, targets: dict[str, str | None]) -> str:
             conflict.
     """
     if not record.facts or any(fact.target is None for fact in record.facts):
-        return "nothing to write"
+        return _NOTHING
     written = [(fact.asked, fact.wanted) for fact in record.facts]
     contradicts_itself = len(set(written)) != len({text for text, _ in written})
     if contradicts_itself or any(targets.get(text, target) != target for text, target in written):
