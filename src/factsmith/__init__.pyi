@@ -59,6 +59,7 @@ from .judge.records import Question as Question
 from .judge.records import Record as Record
 from .judge.records import Suite as Suite
 from .judge.run import evaluate as evaluate
+from .judge.served import evaluate_served as evaluate_served
 from .judge.suites import load_suite as load_suite
 from .judge.usable import usable as usable
 from .keep.diff import Diff as Diff

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import typer
 
 from ..core.errors import FactsmithError, InputError
-from . import cache, capacity, demo, export, judge, keep, locate, patch, plan, read, serve
+from . import cache, capacity, demo, drift, export, judge, keep, locate, patch, plan, read, serve
 from .common import Command, Group, Quiet, Verbose, spoken_warnings, with_common_options
 from .loading import with_loading_options
 from .printing import Manner, complain, complain_of, manner, program, running
@@ -57,7 +57,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     ),
     "Locate: where a fact is": (locate.trace, locate.neurons, locate.layers),
     "Patch: write facts": (patch.patch, patch.moments),
-    "Judge: what edits do": (judge.evaluate, judge.drift),
+    "Judge: what edits do": (judge.evaluate, drift.drift),
     "Keep: the history of a workspace": (
         keep.log,
         keep.show,

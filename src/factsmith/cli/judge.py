@@ -1,4 +1,4 @@
-"""Judge: edits by the questions of benchmarks, and what a patch does to everything else."""
+"""Judge: edits, and what servers say, by the questions of benchmarks."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.text import Text
 
-from ..core.checks import check_number
-from ..core.errors import InputError, NumericsError
+from ..core.errors import InputError, ServerError
 from ..core.files import check_writable
 from ..core.progress import Progress
-from ..core.tables import visible
+from ..core.tables import Table
 from ..corpus.own import texts_of
-from ..keep.ledger import Ledger
+from ..remote.client import is_url
 from . import completing
-from .models import load_model, need_model, opened, workspace_of
-from .options import Device, Json, Model, Seed, Where, read_value
-from .printing import complain, complain_of, print_result
+from .models import load_model
+from .options import Device, Json, Seed, read_value
+from .printing import complain, flag_of, print_result
 from .waiting import during, progress
 
 if TYPE_CHECKING:
     from ..judge.ability import HarnessTasks
+    from ..judge.campaign import Judged
     from ..model.language_model import LanguageModel
 
 # ── options ───────────────────────────────────────────────────────────────────────────────────────
@@ -35,7 +34,17 @@ ModelName = Annotated[
     typer.Argument(
         metavar="MODEL",
         autocompletion=completing.models,
-        help="A bundled model, a folder, a GGUF file, or a hub id.",
+        help="A bundled model, a folder, a GGUF file, or a hub id; or the URL of a server.",
+    ),
+]
+
+ServedNames = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model",
+        metavar="NAME",
+        help="A model of the server; may be repeated.",
+        show_default="its base model and all adapters",
     ),
 ]
 
@@ -154,36 +163,32 @@ JudgeFolder = Annotated[
     ),
 ]
 
-SavedDelta = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="A saved delta; without one all patches of the workspace."),
-]
 
-DriftLimits = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAME=VALUE",
-        help="Exit with code 4 if this measure is larger: kl_text, kl_text_worst, kl_facts, "
-        "changed_share or perplexity. May be repeated.",
-    ),
-]
-
-DriftTexts = Annotated[
-    list[Path] | None,
-    typer.Option(
-        metavar="FILE",
-        help="Plain text to compare on; may be repeated.",
-        show_default="the model's own",
-    ),
-]
+_NEED_WEIGHTS = (
+    "methods",
+    "sizes",
+    "sequence",
+    "setting",
+    "paper",
+    "texts",
+    "drift_tokens",
+    "continued",
+    "tasks",
+    "tasks_folder",
+    "tasks_limit",
+    "device",
+)
+"""Parameters of `evaluate` that do not go with the URL of a server."""
 
 
 # ── commands ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def evaluate(  # house: Typer reads one parameter for each option
+    context: typer.Context,
     model: ModelName,
     suite: SuiteName = "atlas",
+    models: ServedNames = None,
     field: Fields = None,
     methods: Methods = "rome,memit",
     sizes: Sizes = "1",
@@ -217,8 +222,19 @@ def evaluate(  # house: Typer reads one parameter for each option
           --sizes 100 --sequence --out judged
       factsmith evaluate MODEL --suite FILE --field prompt=question \\
           --field target=answer --methods my_method.py:write
+      factsmith evaluate http://127.0.0.1:8000 --suite FILE
     """
     fields = _fields(field or [])
+    reading: dict[str, Any] = {"malformed": "fatal" if strict else "skip", "fields": fields}
+    reading |= {"limit": limit, "seed": seed}
+    if is_url(model):
+        _refuse_for_servers(context)
+        _evaluate_served(model, models, suite, reading, known_only, folder, as_json)
+        return
+    if models:
+        raise InputError(
+            f"--model names a model of a server, and MODEL is {model!r}; give the server's URL"
+        )
     names, numbers, changes = _names(methods), _numbers(sizes), _by_method(setting or [])
     task_names = _task_names(tasks, tasks_folder, tasks_limit)
     corpus = texts_of(texts)
@@ -231,12 +247,10 @@ def evaluate(  # house: Typer reads one parameter for each option
 
         check_methods(names, changes)
         harness = _harness(task_names, tasks_folder, tasks_limit, seed)
-        options: dict[str, Any] = {"malformed": "fatal" if strict else "skip", "fields": fields}
-        records = load_suite(suite, limit=limit, seed=seed, **options)
+        records = load_suite(suite, **reading)
         lm = load_model(model, device, None, tell)
         from ..judge.campaign import Campaign
         from ..judge.schedule import Schedule
-        from ..show.reports.record import Report
 
         config = configured(lm, names, changes, paper=paper)
 
@@ -260,88 +274,68 @@ def evaluate(  # house: Typer reads one parameter for each option
         )
         with _saying_where_it_stopped(folder):
             judged = campaign.run(progress=_Warnings(tell))
-        report = Report(
-            runs=judged.evaluations,
-            suite=judged.suite,
-            seed=seed,
-            left_out=judged.left_out,
-            version=importlib.metadata.version("factsmith"),
-        )
-        saved = None if folder is None else _write_report(report, folder, tell)
-        result = report.to_dict()
-    print_result(result, report.tables(), as_json, saved=saved)
+        result, tables, saved = _reported(judged, seed, folder, tell)
+    print_result(result, tables, as_json, saved=saved)
 
 
-def drift(  # house: Typer reads one parameter for each option
-    model: Model = None,
-    delta: SavedDelta = None,
-    limit: DriftLimits = None,
-    texts: DriftTexts = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="How much of it.")] = 2000,
-    facts: Annotated[int, typer.Option(min=0, help="How many unrelated facts to ask.")] = 200,
-    seed: Seed = 0,
-    workspace: Where = None,
-    device: Device = None,
-    as_json: Json = False,
+def _evaluate_served(
+    url: str,
+    models: list[str] | None,
+    suite: str,
+    reading: dict[str, Any],
+    known_only: bool,
+    folder: Path | None,
+    as_json: bool,
 ) -> None:
-    """Measure what a patch does to everything else.
-
-    It is compared on prose and on unrelated facts, against limits.
-
-    \b
-    Examples:
-      factsmith drift -w my-workspace \\
-          --limit kl_text=0.05 --limit changed_share=0.02
-      factsmith drift atlas --delta my-delta
-    """
-    need_model(model, workspace)
-    corpus = texts_of(texts)
-    with contextlib.ExitStack() as stack:
-        tell = stack.enter_context(progress())
-        tell("checking the arguments", 0, None)
-        limits = _limits(limit or [])
-        saved = _saved(delta, workspace_of(model, workspace))
-        lm, bench = stack.enter_context(opened(model, workspace, device, tell))
-        from ..patch.drift import drift_of_saved
-
-        options: dict[str, Any] = {
-            "texts": corpus,
-            "max_tokens": max_tokens,
-            "n_facts": facts,
-            "seed": seed,
-            "progress": tell,
-        }
-        if saved is None:
-            assert bench is not None  # `_saved` looked
-            measured = bench.drift(**options)
-        else:
-            measured = drift_of_saved(lm, saved, **options)
-    broken = measured.exceeded(**limits)
-    result = {**measured.to_dict(), "model": lm.name, "exceeded": list(broken)}
-    print_result(result, [*measured.tables(), *(_broken(words) for words in broken)], as_json)
-    if broken:
-        complain_of(NumericsError, "; ".join(broken), NumericsError.exit_code, argument="limit")
-        raise typer.Exit(NumericsError.exit_code)
-
-
-def _saved(folder: Path | None, workspace: Path | None) -> Any:
-    """Return the saved delta; None for the patches of the workspace, of which there must be one."""
+    """Judge the models of a server; `reading` says how the suite is read."""
     if folder is not None:
-        from ..patch.drift import saved_change
+        _check_folder(folder)
+    with progress() as tell:
+        tell("checking the arguments", 0, None)
+        from ..judge.served import ServedRun
+        from ..judge.suites import load_suite
+        from ..remote.server import Server
 
-        return saved_change(folder)
-    if workspace is None:
-        raise InputError(
-            "there is nothing to measure; name a saved delta with --delta, "
-            "or a workspace with --workspace"
-        )
-    with Ledger(workspace) as ledger:
-        if not ledger.active():
-            raise InputError(
-                "the workspace carries no patch, so nothing can have drifted; `factsmith log` "
-                "lists the patches"
+        records = load_suite(suite, **reading)
+        limit, seed = reading["limit"], reading["seed"]
+        warn = _Warnings(tell)
+        with Server.open(url, progress=tell) as server, _saying_where_it_stopped(folder):
+            judged = ServedRun.of(server, models, warn).campaign(
+                records, folder, known_only=known_only, seed=seed, limit=limit, progress=warn
             )
-    return None
+        result, tables, saved = _reported(judged, seed, folder, tell)
+    print_result(result, tables, as_json, saved=saved)
+
+
+def _refuse_for_servers(context: typer.Context) -> None:
+    """Raise an InputError if an option was given that needs the weights of a model."""
+    given = [
+        flag_of(name)
+        for name in _NEED_WEIGHTS
+        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    ]
+    if given:
+        raise InputError(
+            f"{', '.join(map(str, given))}: a server keeps its weights, and this needs them. Leave "
+            "it out, or name the model itself instead of a URL."
+        )
+
+
+def _reported(
+    judged: Judged, seed: int, folder: Path | None, tell: Progress
+) -> tuple[dict[str, Any], list[Table], list[Path] | None]:
+    """Return the report as fields and as tables, and the paths of its files, if it has a folder."""
+    from ..show.reports.record import Report
+
+    report = Report(
+        runs=judged.evaluations,
+        suite=judged.suite,
+        seed=seed,
+        left_out=judged.left_out,
+        version=importlib.metadata.version("factsmith"),
+    )
+    saved = None if folder is None else _write_report(report, folder, tell)
+    return report.to_dict(), report.tables(), saved
 
 
 def _harness(
@@ -355,20 +349,15 @@ def _harness(
     return find_tasks(names, folder, limit=limit, seed=seed)
 
 
-def _broken(limit: str) -> Text:
-    """Return a line about a limit that is broken."""
-    return Text.assemble("limit: ", (visible(limit), "bold red"))
-
-
 # ── progress ──────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextlib.contextmanager
 def _saying_where_it_stopped(folder: Path | None) -> Iterator[None]:
-    """On Ctrl-C, say where the rows are that were judged so far."""
+    """On Ctrl-C, or if a server is gone, say where the rows are that were judged so far."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ServerError):
         if folder is not None:
             complain(
                 "stopped", f"what was judged is in {folder}; the same command goes on from there"
@@ -476,24 +465,3 @@ def _by_method(pairs: list[str]) -> dict[str, dict[str, Any]]:
         values = tuple(read_value(part.strip()) for part in value.split(","))
         of_method[setting] = values[0] if len(values) == 1 else values
     return settings
-
-
-def _limits(pairs: list[str]) -> dict[str, float]:
-    """Return {"kl_text": 0.05} for kl_text=0.05."""
-    from ..judge.drift import check_limits
-
-    limits: dict[str, float] = {}
-    for pair in pairs:
-        name, _, value = pair.partition("=")
-        name = name.strip()
-        if name in limits:
-            raise InputError(f"--limit gives {name} twice; leave one out")
-        try:
-            limits[name] = check_number(float(value), f"the limit of {name}", least=0)
-        except ValueError as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(
-                f"--limit is {pair!r}; give NAME=VALUE, such as kl_text=0.05"
-            ) from None
-    return check_limits(limits)

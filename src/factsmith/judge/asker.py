@@ -8,13 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from ..core.progress import Progress
 from ..model.answers import answer_tokens, is_answered
 from ..model.language_model import LanguageModel
 from .asking import Reply, ask
 from .records import Question
+
+
+class Asked(NamedTuple):
+    """A prompt, and what may follow it."""
+
+    prompt: str
+    candidates: Sequence[str]
+    """Targets whose likelihood is asked for."""
+    lines: int
+    """How many lines with text the answer has at most."""
 
 
 class Asker(Protocol):
@@ -24,15 +34,9 @@ class Asker(Protocol):
         """Return how many tokens to decode for questions: the longest right answer must fit."""
 
     def replies(
-        self,
-        prompts: Sequence[str],
-        candidates: Sequence[Sequence[str]],
-        *,
-        max_new_tokens: int,
-        lines: Sequence[int],
-        progress: Progress | None = None,
+        self, asked: Sequence[Asked], n_tokens: int, progress: Progress | None = None
     ) -> list[Reply]:
-        """Return a reply to each prompt; arguments as for `ask`.
+        """Return a reply to each prompt, with answers of so many tokens at most.
 
         A reply has no log-probabilities where the asker knows none.
         """
@@ -57,21 +61,15 @@ class ModelAsker:
         return answer_tokens(self.lm, [prompt for prompt, _ in pairs], [each for _, each in pairs])
 
     def replies(
-        self,
-        prompts: Sequence[str],
-        candidates: Sequence[Sequence[str]],
-        *,
-        max_new_tokens: int,
-        lines: Sequence[int],
-        progress: Progress | None = None,
+        self, asked: Sequence[Asked], n_tokens: int, progress: Progress | None = None
     ) -> list[Reply]:
         """Return a reply to each prompt; see `ask`."""
         return ask(
             self.lm,
-            prompts,
-            candidates,
-            max_new_tokens=max_new_tokens,
-            lines=lines,
+            [each.prompt for each in asked],
+            [each.candidates for each in asked],
+            max_new_tokens=n_tokens,
+            lines=[each.lines for each in asked],
             progress=progress,
         )
 

@@ -51,6 +51,8 @@ class Evaluation(Shown):
         fingerprint: Fingerprint of the model.
         units: Number of edits that each editor has to make. 0: not known.
         settings: {editor: its settings in words}, of the editors that have some.
+        served: What answered, in words, if it was a server: its editors are served models, which
+            carried everything from the start. "": a model in memory.
     """
 
     rows: tuple[Row, ...]
@@ -65,6 +67,7 @@ class Evaluation(Shown):
     fingerprint: str
     units: int = 0
     settings: Mapping[str, str] = field(default_factory=dict)
+    served: str = ""
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Evaluation:
@@ -99,6 +102,7 @@ class Evaluation(Shown):
                 fingerprint=str(header["fingerprint"]),
                 units=int(header["units"]),
                 settings=store.settings,
+                served=str(header.get("served", "")),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedError(
@@ -134,8 +138,18 @@ class Evaluation(Shown):
         )
 
     @property
+    def gives_log_probs(self) -> bool:
+        """Whether the answers came with log-probabilities, which some servers do not give."""
+        return any(row.log_wanted is not None or row.log_against is not None for row in self.rows)
+
+    @property
     def pace(self) -> str:
-        """How many records were written together, in words: "100 at a time", "100 a round"."""
+        """How many records were written together, in words: "100 at a time", "100 a round".
+
+        "as served": a server carried them.
+        """
+        if self.served:
+            return "as served"
         return f"{self.size:,} {'a round' if self.sequence else 'at a time'}"
 
     def asked(self, editor: str, unit: int | None = None) -> list[Row]:
@@ -280,16 +294,17 @@ class Evaluation(Shown):
         """Return what the edits of an editor cost, and what they did to the rest of the model.
 
         Returns:
-            "edits": how many were made. "failed" and "broken", if there are any: edits that could
-            not be made, and edits after which the model gave no finite numbers. "unusable", if
-            there are any: records that could not be asked about or written. "seconds" and
-            "seconds_a_record": means. "norm": the largest. And the measures of `drift`.
+            "edits": how many were made, if no server answered. "failed" and "broken", if there are
+            any: edits that could not be made, and edits after which the model gave no finite
+            numbers. "unusable", if there are any: records that could not be asked about or written.
+            "seconds" and "seconds_a_record": means. "norm": the largest. And the measures of
+            `drift`.
         """
         notes = [note for (name, _), note in self.notes.items() if name == editor]
         n_records = len({row.record for row in self.rows if row.editor == editor})
         n_failed = sum(name == editor for name, _ in self.failed)
         n_broken = sum(BROKEN in note for note in notes)
-        measured: dict[str, float] = {"edits": len(notes) - n_failed}
+        measured: dict[str, float] = {} if self.served else {"edits": len(notes) - n_failed}
         if n_failed:
             measured["failed"] = n_failed
         if n_broken:
@@ -313,6 +328,7 @@ class Evaluation(Shown):
         return {
             "size": self.size,
             "sequence": self.sequence,
+            **({"served": self.served} if self.served else {}),
             "settings": {e: self.settings[e] for e in edits if e in self.settings},
             "measures": {
                 e: {name: _plain(share) for name, share in shares.items()}
@@ -341,6 +357,7 @@ class Evaluation(Shown):
             if not name.endswith("tokens")
         ]
         how = "in rounds of" if self.sequence else "at a time:"
+        how = "as served:" if self.served else how
         title = f"{self.model}, {how} {counted(self.size, 'record')}"
         columns = {"per cent": "<", **dict.fromkeys(summaries, ">")}
         return [Table(title, columns, rows, INTERVALS)]

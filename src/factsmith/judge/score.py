@@ -17,7 +17,7 @@ from ..core.progress import Progress
 from ..model.answers import n_lines, stayed
 from ..model.language_model import LanguageModel
 from ..model.sample import sample
-from .asker import Asker, ModelAsker
+from .asker import Asked, Asker, ModelAsker
 from .asking import Reply
 from .metrics import ngram_entropy, reference_consistency
 from .records import Question, Record
@@ -72,13 +72,8 @@ def score(
     questions = [question for _, question in asked]
     if max_new_tokens is None:
         max_new_tokens = asker.tokens_for(questions)
-    replies = asker.replies(
-        [question.prompt for question in questions],
-        [_candidates(question) for question in questions],
-        max_new_tokens=max_new_tokens,
-        lines=[max(map(n_lines, [*question.answers, ""])) for question in questions],
-        progress=progress,
-    )
+    listed = [Asked(q.prompt, _candidates(q), _lines(q)) for q in questions]
+    replies = asker.replies(listed, max_new_tokens, progress)
     return [
         _row(asker, record, question, reply, before)
         for (record, question), reply in zip(asked, replies, strict=True)
@@ -89,6 +84,11 @@ def _candidates(question: Question) -> list[str]:
     """Return the first right answer and the other side of the comparison, if they are known."""
     against = [] if question.against is None else [question.against]
     return [*question.answers[:1], *against]
+
+
+def _lines(question: Question) -> int:
+    """Return how many lines with text the answer to a question has at most."""
+    return max(map(n_lines, [*question.answers, ""]))
 
 
 def _row(
@@ -109,7 +109,7 @@ def _row(
         named = (each for each in question.answers if asker.says(question.prompt, old, each))
         same = stayed(old, reply.answer, next(named, None))
     tokens: float | None = None
-    if known and right is not None and question.kind != "negation":
+    if reply.right and right is not None and question.kind != "negation":
         tokens = 0.0 if is_broken else reply.right[0]
     return Row(
         editor=BASE,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 
 from ...core.errors import InputError
-from ...core.tables import visible
 from ...judge.evaluation import INTERVALS
 from ...judge.rows import BASE
 from ..pages.page import check_page, render, write_page
@@ -21,6 +20,9 @@ from .charts import bars, report_charts
 from .meanings import meanings
 from .record import Report
 from .tables import measure_names, other_tables, retention_heat, run_title
+
+_BASE = {False: "the model before any edit", True: "the server's base model"}
+"""What “base” is, if a model in memory answered, and if a server did."""
 
 
 def report_page(
@@ -63,7 +65,8 @@ def report_page(
     html = render(
         "report.html",
         None,
-        title=f"Edits of {visible(found.runs[0].model)}, judged",
+        title=found.title,
+        base=_BASE[bool(found.runs[0].served)],
         model=found.runs[0].model,
         suite=found.suite.name,
         runs=runs,

@@ -16,7 +16,7 @@ from typing import Any
 
 from ...core.errors import InputError
 from ...core.identity import present_fingerprint
-from ...core.tables import Shown, Table, as_text
+from ...core.tables import Shown, Table, as_text, visible
 from ...judge.evaluation import Evaluation
 from ...judge.records import Suite
 from ...judge.rows import BASE, LOWEST, Row, Share
@@ -25,6 +25,8 @@ from .tables import retention_heat, run_tables
 
 _FAILURES = 48
 """About how many failures a report shows. The kinds of question and the runs share them."""
+
+_UNMEASURED = "success, magnitude, tokens and score: the server does not say how likely a target is"
 
 _FAILURE_COLUMNS = {
     "run": "run",
@@ -94,6 +96,13 @@ class Report(Shown):
         """The editors of all runs, the base model first."""
         return tuple(dict.fromkeys(editor for run in self.runs for editor in run.editors))
 
+    @property
+    def title(self) -> str:
+        """The title of the report."""
+        first = self.runs[0]
+        what = f"What {first.model} says" if first.served else f"Edits of {first.model}"
+        return f"{visible(what)}, judged"
+
     def tables(self) -> list[Table]:
         """Return for each run its measures, and what its edits cost."""
         return [table for run in self.runs for table in run_tables(run)]
@@ -104,6 +113,8 @@ class Report(Shown):
         records = len({row.record for row in first.rows})
         facts = {
             "model": first.model,
+            "server": first.served,
+            "not measured": _UNMEASURED if first.served and not first.gives_log_probs else "",
             "fingerprint": first.fingerprint,
             "suite": self.suite.name,
             "source": self.suite.source,
@@ -113,9 +124,7 @@ class Report(Shown):
             "edits that could not be made": _first_failure(self.runs),
             "records that could not be used": _first_unusable(self.runs),
             "malformed, left out": self.suite.left_out or "nothing",
-            "records an edit": ", ".join(
-                f"{run.size:,}{' in sequence' if run.sequence else ''}" for run in self.runs
-            ),
+            "records an edit": "" if first.served else _sizes(self.runs),
             **self._settings(),
             "seed": str(self.seed),
             "factsmith": self.version,
@@ -192,7 +201,7 @@ class Report(Shown):
 
     def to_markdown(self) -> str:
         """Return the report as Markdown; `report_markdown` writes it to a file."""
-        lines = [f"# Edits of {as_text(self.runs[0].model)}, judged", ""]
+        lines = [f"# {as_text(self.title)}", ""]
         for table in self.tables():
             lines += table.as_markdown()
         for run in self.runs:
@@ -210,6 +219,11 @@ class Report(Shown):
         lines += ["", "## Made from", ""]
         lines += [f"- {as_text(name)}: {as_text(value)}" for name, value in self.facts().items()]
         return "\n".join(lines) + "\n"
+
+
+def _sizes(runs: Sequence[Evaluation]) -> str:
+    """Return how many records each run wrote at a time, in words."""
+    return ", ".join(f"{run.size:,}{' in sequence' if run.sequence else ''}" for run in runs)
 
 
 def _first_failure(runs: Sequence[Evaluation]) -> str:

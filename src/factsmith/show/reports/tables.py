@@ -84,6 +84,8 @@ def other_tables(run: Evaluation) -> list[Table]:
 def run_title(run: Evaluation) -> str:
     """Return what a run did, as the title of its measures."""
     records = counted(run.size, "record")
+    if run.served:
+        return f"{records}, as served; base: the server's base model"
     how = f"rounds of {records}, one on top of another" if run.sequence else f"{records} at a time"
     return f"{how}; base: the model before any edit"
 
