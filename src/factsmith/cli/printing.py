@@ -232,7 +232,8 @@ def flag_of(argument: str | None) -> str | None:
     for parameter in command.params:
         if parameter.name in (argument, argument.removesuffix("s"), f"no_{argument}"):
             names = (*parameter.opts, *parameter.secondary_opts)
-            return "/".join(name for name in names if name.startswith("--")) or None
+            if options := [name for name in names if name.startswith("--")]:
+                return "/".join(options)
     return None
 
 
