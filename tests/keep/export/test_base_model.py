@@ -92,6 +92,10 @@ def test_a_folder_in_the_cache_of_the_hub_has_its_hub_id(
     assert manifest["base_model"] == {
         "name": "owner/some-name", "revision": COMMIT, "checked": True,
     }  # fmt: skip
+    card = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    assert card.count(f'"owner/some-name", revision="{COMMIT}"') == 3
+    assert f'fs.load("owner/some-name", revision="{COMMIT}", dtype="float32")' in card
+    assert f"vllm serve owner/some-name --revision {COMMIT} --enable-lora" in card
     # A folder of another layout is not in a cache.
     other = shutil.copytree(place, tmp_path / "models--owner--some-name" / "copies" / COMMIT)
     assert adapter(load(other), tmp_path / "other")[1] == (COMMIT, None)

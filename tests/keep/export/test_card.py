@@ -152,6 +152,8 @@ def test_hostile_text_in_a_card_stays_text(lm: LanguageModel, tmp_path: Path) ->
     ]
     assert skeletons[0] == skeletons[1], "the same headings, tables, rows and lists"
     assert "script" in cards[0] and "<script" not in rendered(cards[0])
+    odd = card_of(lm, tmp_path / "odd", origin, base=f"owner/name@{HOSTILE}")
+    assert "owner/name" not in odd.split("## Load it")[1] and "path/to/base" in odd
     assert skeletons[0] != re.findall(
         r"<(/?\w+)", rendered(cards[1].replace("| X |", f"{HOSTILE}"))
     )

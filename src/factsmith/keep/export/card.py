@@ -193,19 +193,19 @@ class Card:
         name = self._in_code
         if self.base is None:
             return ["## Load it", "", *_TRANSFORMERS.splitlines()]
-        revision = f", revision={json.dumps(self.base.revision)}" if self.base.revision else ""
         lines = ["## Load it", "", "With transformers and peft:", ""]
         if name == _UNKNOWN:
             lines[2:2] = [f"Give the folder or the hub id of the base model for `{_UNKNOWN}`.", ""]
-        lines += _PEFT.format(name=json.dumps(name), revision=revision).splitlines()
+        lines += _PEFT.format(name=json.dumps(name), revision=self._revision).splitlines()
         lines += ["", "With vLLM, if it supports LoRA for this kind of model:", ""]
         rank = next((each for each in _RANKS if each >= self.rank), self.rank)
-        return [*lines, *_VLLM.format(name=shlex.quote(name), rank=rank).splitlines()]
+        at = f" --revision {shlex.quote(self._name.revision or '')}" if self._revision else ""
+        return [*lines, *_VLLM.format(name=shlex.quote(name) + at, rank=rank).splitlines()]
 
     def _check(self) -> list[str]:
         lm = self.contents.lm
         values = {
-            "name": json.dumps(self._in_code),
+            "name": json.dumps(self._in_code) + self._revision,
             "dtype": json.dumps(dtype_name(lm.dtype)),
             "fingerprint": json.dumps(lm.fingerprint),
             "folder": json.dumps(f"path/to/this-{self.format}"),
@@ -233,8 +233,14 @@ class Card:
     def _in_code(self) -> str:
         """What lines of code load: a hub id or the path that the caller gave, if it is plain."""
         name = self._name
-        is_place = name.kind in ("hub", "given") and _PLAIN.fullmatch(name.text)
-        return name.text if is_place else _UNKNOWN
+        plain = all(_PLAIN.fullmatch(text) for text in (name.text, name.revision or "main"))
+        return name.text if plain and name.kind in ("hub", "given") else _UNKNOWN
+
+    @property
+    def _revision(self) -> str:
+        """The revision of a hub id, as an argument in lines of Python; "" if it is not stated."""
+        revision = self._name.revision if self._in_code != _UNKNOWN else None
+        return f", revision={json.dumps(revision)}" if revision else ""
 
     @property
     def _patches(self) -> Iterable[tuple[Delta, Origin]]:
