@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from factsmith import atlas
 from factsmith.keep.ledger import Ledger
 from factsmith.keep.push.names import parsed
 from factsmith.keep.push.push import AdapterPlace, check_push, push, roll_back
-from factsmith.keep.push.records import read_records
+from factsmith.keep.push.records import read_records, write_record
 from factsmith.keep.push.served import served
 from factsmith.keep.workbench import Workbench
 from factsmith.remote.server import Server
@@ -230,6 +231,51 @@ def test_rollback_makes_the_revision_before_where_it_is_gone(
     assert running.names == [back.model]
 
 
+def test_what_another_machine_pushed(
+    bench: Workbench, running: ModelServer, server: Server
+) -> None:
+    import contextlib
+
+    newest, oldest = (revision.id for revision in bench.log())
+    first, second = push(bench, server, [oldest, newest])
+    shutil.rmtree(folder_of(bench))
+    assert [each.pushed for each in served(bench.ledger, server).adapters] == [None, None]
+    (problem, _) = served(bench.ledger, server, prove=True).problems
+    assert "pushed from elsewhere" in problem
+    with pytest.raises(fs.InputError, match="pushed from elsewhere"):
+        roll_back(bench.ledger, server)
+    back = roll_back(bench.ledger, server, opening=lambda: contextlib.nullcontext(bench))
+    assert back.model == first.model and back.withdrawn == (second.adapter,)
+
+
+def test_a_push_that_was_killed_is_not_what_users_have(
+    bench: Workbench, running: ModelServer, server: Server
+) -> None:
+    newest, oldest = (revision.id for revision in bench.log())
+    (first,) = push(bench, server, [oldest])
+    (second,) = push(bench, server, [newest])
+    (record,) = (each for each in read_records(folder_of(bench)) if each.name == second.model)
+    write_record(folder_of(bench), record.become("loading"))  # as kill -9 leaves it
+    now = served(bench.ledger, server)
+    assert now.model == first.model and now.adapters[1].standing == "never proved"
+    back = roll_back(bench.ledger, server)
+    assert back.model == "base-model" and back.withdrawn == (first.adapter,)
+    (again,) = push(bench, server, [newest])
+    assert again.again and again.model == second.model
+
+
+def test_facts_that_hold_nowhere_prove_nothing(
+    model: fs.LanguageModel, server: Server, tmp_path: Path
+) -> None:
+    odd = fs.Fact("Paris", "The capital of France is {}, said the", " quux")
+    weak = fs.MemitConfig(layers=(0,), steps=1, lr=1e-4)
+    with Workbench(model, tmp_path / "other") as bench:
+        outcome = bench.apply(odd, "memit", weak, force=True)
+        assert outcome.verification.efficacy == 0
+        (pushed,) = push(bench, server)
+    assert not pushed.passed and "no fact holds in the workspace" in pushed.failures[0]
+
+
 def test_a_rollback_that_fails_changes_nothing(
     bench: Workbench, running: ModelServer, server: Server
 ) -> None:
@@ -290,7 +336,7 @@ def test_what_is_checked_before_a_model_is_loaded(
         check_push(ledger, server, ["ffff"])
     with pytest.raises(fs.InputError, match="named twice"):
         check_push(ledger, server, ["latest", ledger.head])
-    with pytest.raises(fs.InputError, match="no fact in effect"):
+    with pytest.raises(fs.InputError, match="nothing could be proved"):
         check_push(ledger, server, ["base"])
     with pytest.raises(fs.InputError, match="bfloat16, quantised"):
         check_push(ledger, server, dtype="int3")

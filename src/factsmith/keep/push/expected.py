@@ -134,8 +134,8 @@ def expect(bench: LedgerBench, reference: str, progress: Progress | None = None)
     facts = newest_facts(deltas)
     if not facts:
         raise InputError(
-            f"revision {reference!r} has no fact in effect, so there is nothing to push; "
-            "`factsmith log` lists the revisions",
+            f"revision {reference!r} has no fact in effect, so nothing could be proved in a "
+            "server; `factsmith log` lists the revisions",
             argument="revisions",
         )
     with bench.on_base():

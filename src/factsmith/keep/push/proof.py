@@ -410,6 +410,8 @@ def _median(pairs: Iterable[tuple[float | None, float | None]]) -> float | None:
 def _failures(
     checks: Sequence[ServedCheck], difference: float | None, tolerance: Tolerance
 ) -> list[str]:
+    if not any(check.role == "prompt" and check.verdict != "not held" for check in checks):
+        return ["no fact holds in the workspace, so nothing could be proved in the server"]
     failed = [check for check in checks if check.verdict == "failed"]
     facts = [check for check in failed if check.role == "prompt"]
     others = [check for check in failed if check.role != "prompt"]

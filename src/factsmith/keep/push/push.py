@@ -19,6 +19,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from ...core.errors import FactsmithError, InputError
 from ...core.progress import Progress, note, tell
@@ -36,6 +37,9 @@ from .proof import Answer, ServedProof, ask, compare, compare_base
 from .pushed import Pushed
 from .records import FOLDER, PushRecord, check_folder, now, read_records, turn, write_record
 from .tolerance import Tolerance, tolerance_of
+
+Opening: TypeAlias = Callable[[], contextlib.AbstractContextManager[Workbench]]
+"""Opens a workspace with its model, where one is needed after all."""
 
 DTYPES = {"vllm": "bfloat16", "llama.cpp": "quantised"}
 """What a kind of server computes in, if nobody says."""
@@ -98,8 +102,8 @@ def check_push(
         active = ledger.active(identity)
         if not any(revision.in_effect for revision in active):
             raise InputError(
-                f"revision {identity[:10]} has no fact in effect, so there is nothing to push; "
-                "`factsmith log` lists the revisions",
+                f"revision {identity[:10]} has no fact in effect, so nothing could be proved in a "
+                "server; `factsmith log` lists the revisions",
                 argument="revisions",
             )
         folders = [ledger.delta_folder(revision, revision.carried) for revision in active]
@@ -168,7 +172,7 @@ def roll_back(
     alias: str | None = None,
     dtype: str | None = None,
     place: AdapterPlace = AdapterPlace(),
-    opening: Callable[[], contextlib.AbstractContextManager[Workbench]] | None = None,
+    opening: Opening | None = None,
     progress: Progress | None = None,
 ) -> Pushed:
     """Go back to the revision that a server carried before, and take the present one out.
@@ -200,7 +204,7 @@ def roll_back(
     with turn(rolling.folder, server.client.url, progress):
         present, earlier = rolling.newest_two(alias)
         if earlier is not None:
-            result = rolling.prove_again(earlier)
+            result = rolling.prove_again(earlier, opening)
         else:
             result = rolling.before_in_ledger(present, alias, opening)
         if not result.passed:
@@ -216,6 +220,11 @@ class _Carried:
     adapter: Adapter
     revision: str
     record: PushRecord | None
+
+    @property
+    def is_told(self) -> bool:
+        """Whether users may know it: not if its push was killed, or it was taken back."""
+        return self.record is None or self.record.state == "serving"
 
 
 class _Pushing:
@@ -256,7 +265,7 @@ class _Pushing:
 
     def newest_two(self, alias: str | None) -> tuple[_Carried, _Carried | None]:
         """Return the adapter that was told last, and the one before it if it is still there."""
-        carried = self.carried(alias)
+        carried = [each for each in self.carried(alias) if each.is_told]
         if not carried:
             of = "" if alias is None else f" whose name begins with {alias!r}"
             raise InputError(
@@ -289,15 +298,16 @@ class _Pushing:
         self, revision: str, expected: Expected, alias: str, write: Callable[[Path], int]
     ) -> Pushed:
         """Push one revision, and return what became of it."""
-        before = self.carried()
+        carried = self.carried()
+        before = [each for each in carried if each.is_told]
         base, share, wrong = self._base(expected)
         if wrong is not None:
             return self._failed(expected, wrong)
-        for there in before:
+        for there in carried:
             if there.revision == revision and _alias_of(there) == alias:
                 again = self._proof(there.adapter, expected, base, share)
                 if again.passed:
-                    self._note_again(there, expected, before[-1])
+                    self._note_again(there, expected, before[-1] if before else there)
                     return self._passed(there.adapter, expected, again, again=True)
                 note(
                     self.progress,
@@ -321,6 +331,9 @@ class _Pushing:
         try:
             adapter = self.carrier.put(making)
         except BaseException:
+            # An answer that was lost, and a Ctrl-C, may have left the adapter in the server.
+            with contextlib.suppress(FactsmithError):
+                self.carrier.withdraw(Adapter(record.name, "", True))
             self._remove(record.name)
             raise
         record = record.having(adapter)
@@ -380,15 +393,19 @@ class _Pushing:
 
     # ── going back ────────────────────────────────────────────────────────────────────────────────
 
-    def prove_again(self, earlier: _Carried) -> Pushed:
+    def prove_again(self, earlier: _Carried, opening: Opening | None) -> Pushed:
         """Prove an adapter that is there by the record of its push, and let users have it."""
-        if earlier.record is None:
+        if earlier.record is not None:
+            expected = earlier.record.expected
+        elif opening is not None:
+            with opening() as bench:
+                expected = expect(bench, earlier.revision, self.progress)
+        else:
             raise InputError(
                 f"{earlier.adapter.name} was pushed from elsewhere, so its proof is not kept here. "
                 f"Push revision {earlier.revision[:10]}, which proves it again.",
                 argument="url",
             )
-        expected = earlier.record.expected
         base, share, wrong = self._base(expected)
         if wrong is not None:
             return self._failed(expected, wrong)
@@ -396,14 +413,15 @@ class _Pushing:
         if not proof.passed:
             return self._failed(expected, *proof.failures, proof=proof, name=earlier.adapter.name)
         self.carrier.settle(earlier.adapter)
-        write_record(self.folder, earlier.record.become("serving"))
+        if earlier.record is not None:
+            write_record(self.folder, earlier.record.become("serving"))
         return self._passed(earlier.adapter, expected, proof, again=True)
 
     def before_in_ledger(
         self,
         present: _Carried,
         alias: str | None,
-        opening: Callable[[], contextlib.AbstractContextManager[Workbench]] | None,
+        opening: Opening | None,
     ) -> Pushed:
         """Push the revision before in the ledger; without a patch there, the base model remains."""
         parent = self.ledger.show(present.revision).parent

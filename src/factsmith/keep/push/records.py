@@ -105,12 +105,16 @@ def write_record(folder: Path, record: PushRecord) -> None:
 def read_records(folder: Path, url: str | None = None) -> list[PushRecord]:
     """Return the pushes to a server, or to all, the newest state last.
 
+    A server may have several addresses. In vLLM the adapter has the name of its push, which no
+    other adapter has, so the address does not matter.
+
     Raises:
         DamagedError: when a file cannot be read as a record.
     """
     records = [_read(file) for file in sorted(folder.glob("*.json"))]
     return sorted(
-        (record for record in records if url in (None, record.url)), key=lambda record: record.at
+        (each for each in records if url in (None, each.url) or each.adapter == each.name),
+        key=lambda record: record.at,
     )
 
 

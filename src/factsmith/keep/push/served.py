@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ...core.errors import DamagedError, FactsmithError
-from ...core.files import file_digest
 from ...core.progress import Progress, tell
 from ...core.tables import Shown, Table, counted
 from ...remote.server import Server
-from ..export.manifest import FILE, read_manifest
-from ..export.single import manifest_of
+from ..export.manifest import check_files
 from ..ledger import BASE, Ledger
+from ..revision import Revision
 from .carrier import Adapter, Carrier
 from .carriers import carrier_of
 from .names import parsed
@@ -165,14 +164,18 @@ def served(
                 is_on=adapter.is_on,
                 revision=None if revision is None else revision.id,
                 message="" if revision is None else revision.message,
-                standing=_standing(ledger, None if revision is None else revision.id, adapter.name),
-                pushed=None if record is None else record.at,
+                standing=_standing(ledger, adapter.name, revision, record),
+                pushed=record.at if record is not None and record.state == "serving" else None,
                 files=_files(Path(adapter.path)),
                 proof=proof,
                 problem=problem,
             )
         )
-    in_use = [each for each in adapters if each.revision is not None and each.is_on]
+    in_use = [
+        each
+        for each in adapters
+        if each.revision is not None and each.is_on and each.standing != "never proved"
+    ]
     newest = max(in_use, key=lambda each: each.pushed or "", default=None)
     model = None
     if newest is not None:
@@ -187,15 +190,19 @@ def served(
     )
 
 
-def _standing(ledger: Ledger, revision: str | None, name: str) -> str:
+def _standing(
+    ledger: Ledger, name: str, revision: Revision | None, record: PushRecord | None
+) -> str:
     """Return how an adapter's revision stands in the ledger, in words."""
     if revision is None:
         ours = parsed(name) is not None
         return "of another workspace, or lost" if ours else "not by factsmith"
-    if revision == ledger.current:
+    if record is not None and record.state in ("loading", "failed"):
+        return "never proved"
+    if revision.id == ledger.current:
         return "checked out"
     order = [each.id for each in reversed(ledger.log())]
-    at = order.index(revision)
+    at = order.index(revision.id)
     now = -1 if ledger.current == BASE else order.index(ledger.current)
     between = counted(abs(now - at), "revision")
     return f"{between} {'behind' if at < now else 'ahead'}"
@@ -205,13 +212,11 @@ def _files(path: Path) -> str:
     """Return whether the files of an adapter are as they were exported."""
     if not path.exists():
         return "not here"
-    folder, name = (path, FILE) if path.is_dir() else (path.parent, manifest_of(path).name)
     try:
-        stated = read_manifest(folder, name).files
-        same = all(file_digest(folder / file) == stated[file].sha256 for file in stated)
+        check_files(path)
     except (DamagedError, OSError):
         return "changed"
-    return "whole" if same else "changed"
+    return "whole"
 
 
 def _proved(

@@ -76,8 +76,6 @@ class VllmCarrier:
         try:
             self.server.client.post(LOAD, body, retry=False, timeout=_SECONDS, as_text=True)
         except ServerError as error:
-            if error.maybe_done:
-                self.withdraw(adapter)
             raise _explained(error, path, rank) from None
         if not any(each.name == making.name for each in self.adapters()):
             raise ServerError(
