@@ -53,4 +53,4 @@ def test_what_cannot_be_exported_is_said_before_a_model_is_loaded(run: Run, file
     assert damaged.code == 3 and "damaged" in " ".join(damaged.err.split())
     file.unlink()
     missing = run("ask", "-w", "space", PROMPT)
-    assert missing.code == 3 and "there is no file" in " ".join(missing.err.split())
+    assert missing.code == 3 and "FACTSMITH_MODEL" in " ".join(missing.err.split())
