@@ -17,11 +17,13 @@ The servers run in a process group that is ended with the block. Nothing here us
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -37,6 +39,9 @@ VARIABLE = "FACTSMITH_SERVING"
 
 BASE = "base"
 """The name under which vLLM serves the base model."""
+
+BLOCK = 32
+"""Tokens in a block of vLLM's cache. Only whole blocks are kept."""
 
 START_SECONDS = 240.0
 _HEALTHY_EVERY = 0.2
@@ -218,7 +223,7 @@ def vllm(
         *(_program(folder, "vllm"), "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", Path(model).resolve(), "--served-model-name", BASE),
         *("--host", "127.0.0.1", "--port", port, "--dtype", dtype),
-        *("--max-model-len", length, "--max-num-seqs", 8),
+        *("--max-model-len", length, "--max-num-seqs", 8, "--block-size", BLOCK),
         "--enforce-eager",
     ]
     if adapters:
@@ -307,6 +312,7 @@ def _started(
                 stderr=subprocess.STDOUT,
                 cwd=place,
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
         try:
             url = f"http://127.0.0.1:{port}"
@@ -314,6 +320,12 @@ def _started(
             yield RealServer(kind, url, process, log, time.monotonic() - begun, key)
         finally:
             _end(process)
+
+
+def _end_with_parent() -> None:
+    """Let the kernel end this process when its parent is killed. Only Linux can."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1: PR_SET_PDEATHSIG
 
 
 def _wait_until_healthy(
