@@ -24,7 +24,7 @@ from factsmith.core.fact import Fact
 from factsmith.keep.export.record import Export
 from factsmith.keep.ledger import Ledger
 from factsmith.keep.push.names import parsed
-from factsmith.keep.push.push import Place, push
+from factsmith.keep.push.push import AdapterPlace, push
 from factsmith.keep.push.records import read_records
 from factsmith.keep.workbench import Workbench
 from factsmith.model.load import load
@@ -237,7 +237,7 @@ def test_a_server_that_dies_in_the_middle_of_a_push(
     space: Path, server: RealServer, with_vllm: Path, tmp_path: Path
 ) -> None:
     """The push says so, names nothing, and can be done on another server."""
-    place = Place(tmp_path / "pushes")
+    place = AdapterPlace(tmp_path / "pushes")
     with (
         vllm(with_vllm, atlas.folder("atlas-llama"), adapters=1) as mortal,
         Workbench(load("atlas-llama"), space) as bench,
