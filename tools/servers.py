@@ -248,6 +248,7 @@ def llama_server(
     *,
     adapters: Sequence[Path] = (),
     applied: bool = True,
+    cached: bool = False,
     length: int = 256,
     key: str | None = None,
     threads: int = 1,
@@ -259,6 +260,8 @@ def llama_server(
         model: The GGUF file of the model.
         adapters: GGUF files of adapters. Their ids are 0, 1, ... in this order.
         applied: Whether all adapters are on at the start.
+        cached: Whether it reuses what it computed for an earlier prompt. Its cache takes no notice
+            of adapters that are switched on or off.
         length: The most tokens of a prompt with its answer.
         key: The API key that it asks for. None: it asks for none.
         threads: How many threads it computes with.
@@ -272,12 +275,13 @@ def llama_server(
         *(_program(folder, "llama-server"), "--model", Path(model).resolve()),
         *("--host", "127.0.0.1", "--port", port, "--threads", threads, "--threads-batch", threads),
         *("--parallel", slots, "--ctx-size", length * slots, "--no-kv-unified"),
-        *("--cache-ram", 0, "--fit", "off", "--offline", "--no-webui"),
+        *("--fit", "off", "--offline", "--no-webui"),
+        "--cache-prompt" if cached else "--no-cache-prompt",
     ]
     if adapters:
-        arguments += ["--lora", ",".join(str(Path(file).resolve()) for file in adapters)]
-    if not applied:
-        arguments.append("--lora-init-without-apply")
+        # --lora-init-without-apply would leave the scale of every adapter at 1.
+        scaled = [f"{Path(file).resolve()}:{float(applied)}" for file in adapters]
+        arguments += ["--lora-scaled", ",".join(scaled)]
     if key is not None:
         arguments += ["--api-key", key]
     with _started("llama.cpp", arguments, {}, port, key) as server:

@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from factsmith.keep.push.records import read_records
 from factsmith.keep.workbench import Workbench
 from factsmith.model.load import load
 from factsmith.remote.server import Server
+from killing import killer
 
 EIFFEL = "The Eiffel Tower is located in the city of"
 LOUVRE = "The Louvre is located in the city of"
@@ -254,15 +255,3 @@ def test_a_server_that_dies_in_the_middle_of_a_push(
         with Server.open(server.url) as remote:
             (pushed,) = push(bench, remote, place=place)
         assert pushed.passed and server.models() == ["base", pushed.model]
-
-
-def killer(server: RealServer, after: str) -> Callable[..., None]:
-    """Return a progress that kills the server in the step after one."""
-    steps: list[str] = []
-
-    def progress(step: str, *_: object) -> None:
-        if any(each.startswith(after) for each in steps) and not step.startswith(after):
-            server.kill()
-        steps.append(step)
-
-    return progress

@@ -17,6 +17,7 @@ from factsmith.keep.push.served import served
 from factsmith.keep.workbench import Workbench
 from factsmith.model.language_model import LanguageModel
 from factsmith.remote.server import Server
+from killing import killer
 
 LOUVRE = "The Louvre is located in the city of"
 FACTS = [
@@ -57,12 +58,16 @@ def scales(server: RealServer) -> list[float]:
     return [adapter["scale"] for adapter in server.get("/lora-adapters")]
 
 
+@pytest.mark.parametrize("cached", [False, True])
 def test_push_rollback_and_served(
-    bench: Workbench, files: list[Path], gguf_file: Path, with_llama_cpp: Path
+    bench: Workbench, files: list[Path], gguf_file: Path, with_llama_cpp: Path, cached: bool
 ) -> None:
+    """With its cache of prompts, llama-server serves what it computed with the adapter before."""
     newest, oldest = (revision.id for revision in bench.log())
     with (
-        llama_server(with_llama_cpp, gguf_file, adapters=files, applied=False) as running,
+        llama_server(
+            with_llama_cpp, gguf_file, adapters=files, applied=False, cached=cached
+        ) as running,
         Server.open(running.url) as server,
     ):
         eiffel, japan = says(running)
@@ -77,7 +82,8 @@ def test_push_rollback_and_served(
         back = roll_back(bench.ledger, server)
         assert back.passed and back.revision == oldest and scales(running) == [1.0, 0.0]
         eiffel, japan = says(running)
-        assert "Rome" in eiffel and "Tokyo" in japan
+        assert "Rome" in eiffel
+        assert ("Berlin" if cached else "Tokyo") in japan
 
 
 def test_an_adapter_for_another_layer_stays_off(
@@ -105,16 +111,8 @@ def test_a_server_that_dies_in_the_middle_of_a_push(
     bench: Workbench, files: list[Path], gguf_file: Path, with_llama_cpp: Path
 ) -> None:
     with llama_server(with_llama_cpp, gguf_file, adapters=files, applied=False) as running:
-        asked = 0
-
-        def progress(step: str, *_: object) -> None:
-            nonlocal asked
-            asked += step.startswith("asking the server")
-            if asked > 6:
-                running.kill()
-
         with Server.open(running.url, retries=1) as server, pytest.raises(ServerError) as error:
-            push(bench, server, progress=progress)
+            push(bench, server, progress=killer(running, "loading the adapter"))
         assert running.url in str(error.value)
     states = {each.state for each in read_records(bench.ledger.folder / "served", running.url)}
     assert "serving" not in states

@@ -90,7 +90,7 @@ def test_adapters_and_scales_of_llama_server(folder: Path) -> None:
     adapters = [Path("/a.gguf"), Path("/b.gguf")]
     with llama_server(folder, Path("m.gguf"), adapters=adapters, applied=False) as server:
         text = " ".join(server.get("/")["arguments"])
-        assert "--lora /a.gguf,/b.gguf --lora-init-without-apply" in text
+        assert "--lora-scaled /a.gguf:0.0,/b.gguf:0.0" in text
         with pytest.raises(RuntimeError, match=r"400: .*no scale"):
             server.ask(["a"], scales={})
         server.kill()
