@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,19 @@ Body = dict[str, Any]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "_FIRST_WAIT", 0.01)
+
+
+class Notes:
+    """A progress that keeps the notes."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def __call__(self, *_: object) -> None:
+        pass
+
+    def note(self, text: str, *, argument: str | None = None) -> None:
+        self.texts.append(text)
 
 
 def tokens_of(text: str) -> list[str]:
@@ -181,6 +195,27 @@ def test_a_server_that_takes_one_prompt_at_a_time() -> None:
         assert len(running.asked) - before == 2, "it is not tried again"
 
 
+def test_a_slow_server_gets_fewer_prompts_at_once() -> None:
+    gate = threading.Event()
+    notes = Notes()
+
+    def slow(asked: Asked) -> Answer:
+        answer = vllm(asked)
+        if asked.path == "/v1/completions" and len(asked.body["prompt"]) > 4:
+            answer.wait = gate
+        return answer
+
+    with scripted(slow) as running:
+        with Server.open(running.url, timeout=1.0, progress=notes) as server:
+            prompts = [f"p{n}" for n in range(32)]
+            said = server.complete("base", prompts)
+            assert [c.text for c in said] == [f"P{n}." for n in range(32)]
+        gate.set()
+    assert [text for text in notes.texts if "4 prompts at once" in text] == notes.texts
+    sizes = [len(a.body["prompt"]) for a in running.asked if a.path == "/v1/completions"]
+    assert max(sizes) == 16 and sizes.count(4) == 8
+
+
 def test_a_refusal_is_told_once_every_prompt_was_tried_alone() -> None:
     def refusing(asked: Asked) -> Answer:
         if asked.path == "/v1/completions":
@@ -309,15 +344,8 @@ def test_half_a_character_at_the_end_is_left_out() -> None:
 
 def test_the_notes_of_retries_reach_the_caller() -> None:
     answers = [Answer({"error": {"message": "Loading model"}}, 503)]
-    notes: list[str] = []
-
-    class Progress:
-        def __call__(self, *_: object) -> None:
-            pass
-
-        def note(self, text: str, *, argument: str | None = None) -> None:
-            notes.append(text)
+    notes = Notes()
 
     with scripted(lambda asked: answers.pop() if answers else vllm(asked)) as running:
-        Server.open(running.url, progress=Progress()).client.close()
-    assert len(notes) == 1 and "Loading model" in notes[0]
+        Server.open(running.url, progress=notes).client.close()
+    assert len(notes.texts) == 1 and "Loading model" in notes.texts[0]

@@ -220,12 +220,13 @@ class Client:
             wait = _FIRST_WAIT * 2**again if wait is None else wait
             if again == self.retries or wait > _LONGEST_WAIT or self._closed.is_set():
                 raise error from None
-            self._note(f"{error} Trying again in {wait:.1f} s ({again + 1} of {self.retries}).")
+            self.note(f"{error} Trying again in {wait:.1f} s ({again + 1} of {self.retries}).")
             if self._closed.wait(wait):
                 raise error from None
         raise AssertionError("the last try returns or raises")
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """Send a note to the progress, from any thread."""
         with self._lock:
             note(self.progress, text)
 

@@ -21,7 +21,7 @@ from typing import Any
 from ..core.errors import InputError, ServerError
 from ..core.gap import Settled, before_gap, plain_gap
 from ..core.progress import Progress, tell
-from ..core.tables import visible
+from ..core.tables import counted, visible
 from .client import Client
 from .parallel import in_order
 from .replies import (
@@ -361,17 +361,34 @@ class Server:
         return [by_prompt[prompt] for prompt in prompts]
 
     def _ask(self, body: Mapping[str, Any], prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-        """Return the choices for a few prompts: one request, or one each where that is refused."""
-        if len(prompts) > 1 and self._together > 1:
+        """Return the choices for a few prompts.
+
+        They go in one request. A server that refuses several prompts gets each alone, and one that
+        does not answer in time gets fewer at once, from now on.
+        """
+        choices: list[dict[str, Any]] = []
+        while len(choices) < len(prompts):
+            part = list(prompts[len(choices) :][: self._together])
             try:
-                return self._request(body, list(prompts), len(prompts))
+                choices += self._request(body, part if len(part) > 1 else part[0], len(part))
             except ServerError as error:
-                if error.status not in (200, 400, 422, 500, 501):
+                if len(part) == 1:
                     raise
-            answers = [self._request(body, prompt, 1)[0] for prompt in prompts]
-            self._together = 1
-            return answers
-        return [self._request(body, prompt, 1)[0] for prompt in prompts]
+                if error.argument == "timeout":
+                    self._ask_fewer(len(part) // 4)
+                elif error.status in (200, 400, 422, 500, 501):
+                    choices += [self._request(body, prompt, 1)[0] for prompt in part]
+                    self._together = 1
+                else:
+                    raise
+        return choices
+
+    def _ask_fewer(self, n: int) -> None:
+        """Send at most so many prompts in a request from now on, and say so."""
+        if n < self._together:
+            self._together = max(1, n)
+            few = counted(self._together, "prompt")
+            self.client.note(f"{self.client.url} is slow, so it gets {few} at once.")
 
     def _request(self, body: Mapping[str, Any], prompt: Any, n: int) -> list[dict[str, Any]]:
         answer = self.client.post("/v1/completions", {**body, "prompt": prompt})
