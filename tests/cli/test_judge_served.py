@@ -54,6 +54,20 @@ def test_a_server_is_judged_and_reported(run: Run, running: ModelServer, tmp_pat
     assert other.code == 2 and "another folder" in other.err
 
 
+def test_a_report_names_what_is_missing(
+    run: Run, running: ModelServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = ("evaluate", running.url, "--limit", "2", "--seed", "3")
+    assert "not measured" not in run(*call, "--json").json["facts"]
+    monkeypatch.setattr(running.faults, "no_log_probs", True)
+    done = run(*call, "--out", "bare")
+    assert done.code == 0 and "does not say how likely" in done.err
+    assert "prompt exact" in done.out and "success" not in done.out
+    page = (tmp_path / "bare/report.html").read_text()
+    assert "not measured" in page and "Success and exact match" not in page
+    assert "not measured" in (tmp_path / "bare/report.md").read_text()
+
+
 def test_models_are_named(run: Run, running: ModelServer) -> None:
     done = run("evaluate", running.url, "--model", "nobody")
     assert done.code == 2 and "'nobody'" in done.err and "--model" in done.err
