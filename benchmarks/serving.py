@@ -34,6 +34,7 @@ from typing import Any
 
 import torch
 from tools.servers import RealServer, llama_server, serving_folder, vllm
+from transformers.utils import logging
 
 import factsmith as fs
 
@@ -82,6 +83,7 @@ def main() -> None:
     parser.add_argument("--serving", help="the folder that tools/serving.sh made")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
     folder = serving_folder(options.serving)
     with tempfile.TemporaryDirectory() as place:
         files = made(Path(place))
@@ -117,13 +119,22 @@ def made(place: Path) -> Files:
     lm.module.save_pretrained(place / "base")
     lm.tokenizer.save_pretrained(place / "base")
     config = fs.RomeConfig(layer=5, scale="auto")
-    facts = [fs.Fact(*fact) for fact in FACTS]
     moments = fs.second_moments(lm, fs.ordinary_texts(), [config.layer], max_tokens=20_000)
-    deltas = fs.rome_each(lm, facts, config, moments=moments, contexts=["{}"])
     files = Files(place / "base", gguf, [], [])
+    deltas: list[fs.Delta] = []
     with fs.Workbench(lm, place / "space") as bench:
-        for number, delta in enumerate(deltas):
+        for number, fact in enumerate(FACTS):
+            delta = fs.edit(
+                lm,
+                fs.Fact(*fact),
+                "rome",
+                config,
+                moments=moments,
+                contexts=["{}"],
+                beneath=deltas,
+            )
             bench.commit(delta)
+            deltas.append(delta)
             folder, file = place / f"adapter-{number}", place / f"adapter-{number}.gguf"
             bench.export(folder, "adapter", base=str(files.folder), verify=False)
             bench.export(file, "gguf-adapter", verify=False)
@@ -161,7 +172,7 @@ def measured(
             begun["with" if with_adapters else "without"] = server.seconds
             if with_adapters:
                 load_adapters(server, files)
-                check(server, len(FACTS))
+                check(server)
             ways = WAYS[1:] if with_adapters else WAYS[:1]
             for way in ways:  # not counted: the first requests allocate
                 run(server, way, 2 * CLIENTS, options.tokens)
@@ -197,9 +208,9 @@ def load_adapters(server: RealServer, files: Files) -> None:
             server.post("/v1/load_lora_adapter", body)
 
 
-def check(server: RealServer, n_revisions: int) -> None:
+def check(server: RealServer) -> None:
     """Ask the newest fact of each revision, of its adapter and of the base model."""
-    for number, (subject, prompt, target) in enumerate(FACTS[:n_revisions]):
+    for number, (subject, prompt, target) in enumerate(FACTS):
         text = prompt.format(subject)
         through = ask(server, text, number, 4)
         base = ask(server, text, None, 4)
