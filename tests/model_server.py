@@ -40,6 +40,7 @@ class Faults:
         dies_at: The server is gone from this path on. None: it stays.
         busy: How many requests are first answered with 503.
         refuses: {path of a POST: (status, message)}.
+        caches: llama.cpp keeps what it computed for a prompt, whatever the scales were.
         fixed: Adapters cannot be loaded while it runs.
         no_log_probs: Completions without log-probabilities.
         key: The key that every request needs. "": none.
@@ -51,6 +52,7 @@ class Faults:
     dies_at: str | None = None
     busy: int = 0
     refuses: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    caches: bool = False
     fixed: bool = False
     no_log_probs: bool = False
     key: str = ""
@@ -89,6 +91,7 @@ class ModelServer:
         self.given = [gguf_factors(Path(file)) for file in adapters]
         self.scales = [0.0 for _ in adapters]
         self._turn = threading.Lock()
+        self._cache: dict[str, list[tuple[float, Factors]]] = {}
         self._web = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
         self._web.daemon_threads = True
         self._thread = threading.Thread(target=self._web.serve_forever, args=(0.02,), daemon=True)
@@ -183,9 +186,20 @@ class ModelServer:
         prompts = body["prompt"]
         if isinstance(prompts, str) or all(isinstance(each, int) for each in prompts):
             prompts = [prompts]
-        with self._turn, self._changed(self._factors(name, body)):
-            choices = [self._choice(prompt, body, at) for at, prompt in enumerate(prompts)]
-        return 200, {"id": "x", "object": "text_completion", "model": name, "choices": choices}
+        with self._turn:
+            known = [
+                self.faults.caches and body.get("cache_prompt", True) and str(prompt) in self._cache
+                for prompt in prompts
+            ]
+            scales = self._cache.get(str(prompts[0])) if known[0] else None
+            changes = self._factors(name, body) if scales is None else scales
+            with self._changed(changes):
+                choices = [self._choice(prompt, body, at) for at, prompt in enumerate(prompts)]
+            if body.get("cache_prompt", True):
+                self._cache |= {str(prompt): changes for prompt in prompts}
+        answer = {"id": "x", "object": "text_completion", "model": name, "choices": choices}
+        usage = {"prompt_tokens_details": {"cached_tokens": 9 * sum(known)}}
+        return 200, answer | ({"usage": usage} if self.kind == "llama.cpp" else {})
 
     def _factors(self, name: str, body: Any) -> list[tuple[float, Factors]]:
         if self.kind == "vllm":

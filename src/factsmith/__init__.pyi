@@ -74,8 +74,8 @@ from .keep.export.patch import export_patch as export_patch
 from .keep.export.record import Export as Export
 from .keep.ledger import Ledger as Ledger
 from .keep.outcome import Outcome as Outcome
+from .keep.push.place import AdapterPlace as AdapterPlace
 from .keep.push.proof import ServedProof as ServedProof
-from .keep.push.push import AdapterPlace as AdapterPlace
 from .keep.push.push import push as push
 from .keep.push.push import roll_back as roll_back
 from .keep.push.pushed import Pushed as Pushed

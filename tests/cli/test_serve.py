@@ -136,11 +136,11 @@ def test_pushes_at_the_same_time_load_one_adapter(space: Path, running: ModelSer
 def test_a_clone_finds_its_model_elsewhere(
     run: Run, tmp_path: Path, running: ModelServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    here = shutil.copytree(atlas.folder("atlas-llama"), tmp_path / "here")
-    with Workbench(load(here), tmp_path / "space") as bench:
+    first = shutil.copytree(atlas.folder("atlas-llama"), tmp_path / "first")
+    with Workbench(load(first), tmp_path / "space") as bench:
         bench.apply(FIAT)
     moved = tmp_path / "moved"
-    here.rename(moved)
+    first.rename(moved)
     done = run("push", running.url, "-w", tmp_path / "space")
     assert done.code == 3 and "FACTSMITH_MODEL" in done.err
     monkeypatch.setenv("FACTSMITH_MODEL", str(moved))

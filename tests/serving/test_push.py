@@ -24,7 +24,8 @@ from factsmith.core.fact import Fact
 from factsmith.keep.export.record import Export
 from factsmith.keep.ledger import Ledger
 from factsmith.keep.push.names import parsed
-from factsmith.keep.push.push import AdapterPlace, push
+from factsmith.keep.push.place import AdapterPlace
+from factsmith.keep.push.push import push
 from factsmith.keep.push.records import read_records
 from factsmith.keep.workbench import Workbench
 from factsmith.model.load import load

@@ -123,7 +123,8 @@ def push(  # house: Typer reads one parameter for each option
         tell = stack.enter_context(progress())
         tell("asking the server what it is", 0, None)
         from ..keep.push.names import checked_alias
-        from ..keep.push.push import AdapterPlace, check_push, roll_back
+        from ..keep.push.place import AdapterPlace
+        from ..keep.push.push import check_push, roll_back
         from ..keep.push.push import push as push_revisions
         from ..keep.push.tolerance import tolerance_of
         from ..remote.server import Server
@@ -200,7 +201,7 @@ def served(
     results = []
     with progress() as tell, Ledger(workspace or Path()) as ledger:
         tell("asking the server what it is", 0, None)
-        from ..keep.push.push import AdapterPlace
+        from ..keep.push.place import AdapterPlace
         from ..keep.push.served import served as compared
         from ..keep.push.tolerance import tolerance_of
         from ..remote.server import Server

@@ -11,6 +11,7 @@ import pytest
 
 import factsmith as fs
 from factsmith import atlas
+from factsmith.keep.push.llama_cpp import LlamaCarrier
 from factsmith.keep.push.push import check_push, push, roll_back
 from factsmith.keep.push.records import read_records
 from factsmith.keep.push.served import served
@@ -65,8 +66,9 @@ def test_a_push_switches_the_adapter_on(bench: Workbench, files: list[Path]) -> 
         assert pushed.passed and pushed.model == "base-model"
         assert running.scales == [0.0, 1.0, 0.25], "the other adapter keeps its scale"
         assert said(server, LYON) == "Italy."
-        before = [body for _, path, body in running.calls if path == "/v1/completions"]
-        assert all("lora" in body for body in before if body["prompt"] != LYON)
+        proof = running.called("/v1/completions")[3:-4]  # two looks for a cache, and `said`
+        assert len(proof) == 2 and all("lora" in body for body in proof)
+        assert not any("lora" in body for body in running.called("/v1/completions")[-4:])
         (oldest,) = push(bench, server, [bench.log()[1].id])
         assert oldest.passed and running.scales == [1.0, 0.0, 0.25]
         now = served(bench.ledger, server, prove=True)
@@ -103,6 +105,24 @@ def test_a_wrong_adapter_stays_off(bench: Workbench, files: list[Path]) -> None:
         assert [each.state for each in read_records(bench.ledger.folder / "served")] == ["failed"]
         running.given[1] = right
         assert push(bench, server)[0].passed, "control"
+
+
+def test_a_server_that_keeps_prompts_is_refused(
+    bench: Workbench, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving(files) as (running, server):
+        running.faults.caches = True
+        with pytest.raises(fs.InputError, match="--no-cache-prompt"):
+            check_push(bench.ledger, server)
+        # A server that does not say so is known by what users get.
+        monkeypatch.setattr(LlamaCarrier, "check", lambda self: None)
+        running.scales = [1.0, 0.0, 0.0]
+        assert said(server, LYON) == "France."
+        with pytest.raises(fs.ServerError, match="to the proof and not to users"):
+            push(bench, server)
+        assert running.scales == [1.0, 0.0, 0.0], "as before"
+        running.faults.caches = False
+        assert push(bench, server)[0].passed and said(server, LYON) == "Italy.", "control"
 
 
 def test_an_adapter_that_is_not_there(bench: Workbench, files: list[Path]) -> None:

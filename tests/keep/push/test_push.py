@@ -14,7 +14,8 @@ from exports import appending
 from factsmith import atlas
 from factsmith.keep.ledger import Ledger
 from factsmith.keep.push.names import parsed
-from factsmith.keep.push.push import AdapterPlace, check_push, push, roll_back
+from factsmith.keep.push.place import AdapterPlace
+from factsmith.keep.push.push import check_push, push, roll_back
 from factsmith.keep.push.records import read_records, write_record
 from factsmith.keep.push.served import served
 from factsmith.keep.workbench import Workbench

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ...remote.server import Server
+from .expected import Expected
 from .proof import Voice
 
 
@@ -79,8 +80,8 @@ class Carrier(Protocol):
     def voice(self, adapter: Adapter) -> Voice:
         """Return what to ask for the answers with an adapter."""
 
-    def settle(self, adapter: Adapter) -> None:
-        """Let users have an adapter."""
+    def settle(self, adapter: Adapter, expected: Expected) -> None:
+        """Let users have an adapter whose proof passed."""
 
     def withdraw(self, adapter: Adapter) -> None:
         """Take an adapter out of use."""

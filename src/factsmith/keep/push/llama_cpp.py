@@ -1,6 +1,10 @@
 """Adapters in llama.cpp's llama-server: given when it starts, switched on and off while it runs.
 
-    llama-server -m base.gguf --lora-init-without-apply --lora patch-3f2a91c04d7b.gguf
+    llama-server -m base.gguf --no-cache-prompt --lora-scaled patch-3f2a91c04d7b.gguf:0
+
+llama-server keeps what it has computed for a prompt, and does not ask which scales that was for. So
+the answers of before come back after a change of scales, and patched ones after a proof. Only
+without this cache are pushes possible.
 
 A push asks the proof with the adapter's scale in each request, so users see nothing of it. If the
 proof passes, the adapter's scale becomes 1 for all requests, and that of the workspace's other
@@ -11,17 +15,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path, PurePath
+from typing import Any
 
 from ...core.errors import DamagedError, InputError, ServerError
+from ...core.lines import first_lines
+from ...model.matching import begins_with
+from ...remote.replies import as_entries, as_mapping
 from ...remote.server import Server
 from ..export.gguf_adapter import TASK
 from ..export.manifest import read_manifest
 from ..export.single import manifest_of
 from .carrier import Adapter, Making
+from .expected import Expected
 from .names import DIGITS
 from .proof import Voice
 
-_SCALES = "/lora-adapters"
+_SCALES, _ASK = "/lora-adapters", "/v1/completions"
+
+_LONG = "One, two, three, four, five, six, seven, eight, nine, ten"
+"""A prompt of several tokens, to see whether a second request finds it computed."""
+
+_FEW = 8
+"""Facts that are asked as users ask."""
 
 
 class LlamaCarrier:
@@ -33,11 +48,20 @@ class LlamaCarrier:
         self._ours: set[str] = set()  # adapters of the workspace, whose scales may be changed
 
     def check(self) -> None:
-        """Raise InputError if the server has no adapter."""
+        """Raise InputError if the server has no adapter, or keeps what it computed for prompts."""
         if not self.adapters():
             raise InputError(
                 f"{self.server.client.url} is llama.cpp, and it was started without adapters. "
                 f"{_START}",
+                argument="url",
+            )
+        body = {"prompt": _LONG, "max_tokens": 1, "temperature": 0.0}
+        answers = [self.server.client.post(_ASK, body) for _ in range(2)]
+        if any(map(_n_cached, answers)):
+            raise InputError(
+                f"{self.server.client.url} is llama.cpp, and it keeps what it has computed for a "
+                "prompt, whatever the scales of the adapters were. Users would get old answers. "
+                "Start llama-server with --no-cache-prompt.",
                 argument="url",
             )
 
@@ -89,13 +113,34 @@ class LlamaCarrier:
         """Return the model with one of the workspace's adapters."""
         return Voice(self.server, self.server.base, self._scales(adapter))
 
-    def settle(self, adapter: Adapter) -> None:
+    def settle(self, adapter: Adapter, expected: Expected) -> None:
         """Give the adapter the scale 1 for all requests, and the workspace's others 0.
 
+        Then some facts are asked as users ask, without scales in the request.
+
         Raises:
-            ServerError: when the server does not have these scales afterwards.
+            ServerError: when the server does not have these scales afterwards, or users do not get
+                the facts. The scales are then as before.
         """
-        self._set(self._scales(adapter))
+        before = self._now()
+        try:
+            self._set(self._scales(adapter))
+            self._check_users(expected)
+        except BaseException:
+            self._set(before)
+            raise
+
+    def _check_users(self, expected: Expected) -> None:
+        probes = [each for each in expected.probes if each.role == "prompt" and each.held]
+        for probe in probes[:_FEW]:
+            body = {"prompt": probe.prompt, "max_tokens": expected.n_tokens, "temperature": 0.0}
+            text = as_mapping(as_entries(self.server.client.post(_ASK, body)["choices"])[0])["text"]
+            if begins_with(first_lines(str(text), probe.lines), probe.wanted) == probe.forget:
+                raise ServerError(
+                    f"{self.server.client.url} gives the fact to the proof and not to users: "
+                    f"{probe.prompt!r} is answered {text!r}. The scales are as before. Start "
+                    "llama-server with --no-cache-prompt."
+                )
 
     def withdraw(self, adapter: Adapter) -> None:
         """Give an adapter the scale 0 for all requests."""
@@ -131,8 +176,16 @@ class LlamaCarrier:
 
 _START = (
     "Export one with the format gguf-adapter, name the file patch-REVISION.gguf, and start "
-    "llama-server with --lora-init-without-apply and --lora FILE."
+    "llama-server with --no-cache-prompt and --lora-scaled patch-REVISION.gguf:0, which leaves it "
+    "off until it is proved."
 )
+
+
+def _n_cached(answer: Any) -> int:
+    """Return how many tokens of the prompt the server had computed before; 0 if it is not known."""
+    details = as_mapping(as_mapping(answer).get("usage")).get("prompt_tokens_details")
+    n = as_mapping(details).get("cached_tokens", 0)
+    return n if isinstance(n, int) else 0
 
 
 def _revision_of_task(task: str | None) -> str | None:

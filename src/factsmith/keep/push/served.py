@@ -20,10 +20,11 @@ from ..revision import Revision
 from .carrier import Adapter, Carrier
 from .carriers import carrier_of
 from .names import parsed
+from .place import IN_THE_WORKSPACE, AdapterPlace
 from .proof import ServedProof, ask, compare, compare_base
-from .push import DTYPES, AdapterPlace
 from .records import PushRecord, read_records
 from .tolerance import tolerance_of
+from .visit import DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +127,7 @@ def served(
     *,
     prove: bool = False,
     dtype: str | None = None,
-    place: AdapterPlace = AdapterPlace(),  # noqa: B008
+    place: AdapterPlace = IN_THE_WORKSPACE,
     progress: Progress | None = None,
 ) -> Served:
     """Compare what a server carries with the ledger. No model is needed.

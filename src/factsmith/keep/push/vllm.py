@@ -13,6 +13,7 @@ from pathlib import PurePosixPath
 from ...core.errors import InputError, ServerError
 from ...remote.server import Server
 from .carrier import Adapter, Making
+from .expected import Expected
 from .names import DIGITS, parsed
 from .proof import Voice
 
@@ -92,7 +93,7 @@ class VllmCarrier:
         """Return the adapter's model."""
         return Voice(self.server, adapter.name)
 
-    def settle(self, adapter: Adapter) -> None:
+    def settle(self, adapter: Adapter, expected: Expected) -> None:
         """Do nothing: the adapter can be asked by its name."""
 
     def withdraw(self, adapter: Adapter) -> None:
