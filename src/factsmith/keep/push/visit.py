@@ -3,8 +3,8 @@
     visit = Visit(ledger, server, dtype=None, place=AdapterPlace(), progress=None)
     visit.push(revision.id, expected, "factsmith", write)
 
-The caller holds the server's turn (`records.turn`), so that no other process of the workspace pushes
-to it at the same time.
+The caller holds the server's turn (`records.turn`), so that no other process of the workspace
+pushes to it at the same time.
 """
 
 from __future__ import annotations
