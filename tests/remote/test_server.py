@@ -11,6 +11,7 @@ import pytest
 
 from factsmith.core.errors import InputError, ServerError
 from factsmith.remote import client as client_module
+from factsmith.remote.replies import completion_of
 from factsmith.remote.server import Completion, Server
 from scripted import Answer, Asked, scripted
 
@@ -349,3 +350,13 @@ def test_the_notes_of_retries_reach_the_caller() -> None:
     with scripted(lambda asked: answers.pop() if answers else vllm(asked)) as running:
         Server.open(running.url, progress=notes).client.close()
     assert len(notes.texts) == 1 and "Loading model" in notes.texts[0]
+
+
+@pytest.mark.parametrize("number", [10**400, float("nan"), float("inf"), "1", None, True])
+def test_what_is_no_number_counts_as_not_given(number: object) -> None:
+    logs = {"tokens": [" a"], "token_logprobs": [number], "top_logprobs": [{" a": number}]}
+    completion = completion_of({"text": " a", "logprobs": logs}, 1)
+    assert completion.text == "a" and completion.log_probs == ()
+    logs["token_logprobs"] = [-0.5]
+    completion = completion_of({"text": " a", "logprobs": logs}, 1)
+    assert completion.log_probs == (-0.5,) and completion.top == ((),), "control"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -217,7 +218,8 @@ def served(
         if each.model is not None:
             lines.append(("model:", each.model))
         if not each.up_to_date:
-            command = suggested("push", workspace, each.url)
+            more = "" if folder is None else f" --folder {shlex.quote(str(folder))}"
+            command = suggested("push", workspace, each.url + more)
             lines.append(("next:", f"`{command}`"))
     tables = [table for each in results for table in each.tables()]
     print_result({"servers": [each.to_dict() for each in results]}, tables, as_json, lines)

@@ -219,6 +219,19 @@ def test_rollback(bench: Workbench, running: ModelServer, server: Server) -> Non
             roll_back(ledger, server)
 
 
+def test_a_rollback_stays_with_its_alias(
+    bench: Workbench, running: ModelServer, server: Server
+) -> None:
+    newest, oldest = (revision.id for revision in bench.log())
+    (first,) = push(bench, server, [oldest], alias="a")
+    push(bench, server, [newest], alias="b")
+    (last,) = push(bench, server, [newest], alias="a")
+    back = roll_back(bench.ledger, server, alias="a")
+    assert back.model == first.model and back.withdrawn == (last.adapter,)
+    back = roll_back(bench.ledger, server)
+    assert back.model == "base-model" and len(running.names) == 1, "a has nothing before it"
+
+
 def test_rollback_makes_the_revision_before_where_it_is_gone(
     bench: Workbench, running: ModelServer, server: Server
 ) -> None:
@@ -240,7 +253,9 @@ def test_what_another_machine_pushed(
     newest, oldest = (revision.id for revision in bench.log())
     first, second = push(bench, server, [oldest, newest])
     shutil.rmtree(folder_of(bench))
-    assert [each.pushed for each in served(bench.ledger, server).adapters] == [None, None]
+    now = served(bench.ledger, server)
+    assert [each.pushed for each in now.adapters] == [None, None] and now.model is None
+    assert now.adapters[1].standing == "checked out, pushed from elsewhere"
     (problem, _) = served(bench.ledger, server, prove=True).problems
     assert "pushed from elsewhere" in problem
     with pytest.raises(fs.InputError, match="pushed from elsewhere"):
@@ -368,7 +383,8 @@ def test_served_compares_with_the_ledger(
     bench: Workbench, running: ModelServer, server: Server
 ) -> None:
     newest, oldest = (revision.id for revision in bench.log())
-    assert not served(bench.ledger, server).up_to_date
+    empty = served(bench.ledger, server)
+    assert not empty.up_to_date and empty.model == "base-model"
     first, second = push(bench, server, [oldest, newest])
     now = served(bench.ledger, server, prove=True)
     assert now.up_to_date and now.model == second.model and not now.problems
@@ -381,6 +397,14 @@ def test_served_compares_with_the_ledger(
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     states = [each.files for each in served(bench.ledger, server).adapters]
     assert states == ["changed", "whole"]
+
+
+def test_a_path_that_no_disk_allows(bench: Workbench, running: ModelServer, server: Server) -> None:
+    (pushed,) = push(bench, server)
+    for path in ("x" * 20_000, "/dev/zero", "nul\0", ""):
+        running.loaded[str(pushed.model)] = path
+        (adapter,) = served(bench.ledger, server).adapters
+        assert adapter.files in ("not here", "changed"), path[:20]
 
 
 def test_a_damaged_record_is_named(bench: Workbench, server: Server) -> None:

@@ -62,7 +62,8 @@ class Pushed(Shown):
 
     def tables(self) -> list[Table]:
         """Return what became of it, and the proof."""
-        what = "the base model" if self.adapter is None else f"revision {self.revision[:10]}"
+        is_base = self.passed and self.adapter is None
+        what = "the base model" if is_base else f"revision {self.revision[:10]}"
         if self.passed:
             state = "proved again" if self.again else "proved"
             title = f"{what} in {self.url} ({self.kind})"

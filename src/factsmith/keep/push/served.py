@@ -70,7 +70,9 @@ class Served(Shown):
         base: The name of its base model.
         checked_out: The revision that the workspace has checked out.
         adapters: What it carries, in the order in which it came.
-        model: The name to ask for the newest revision that it carries. None: it carries none.
+        model: The name to ask for: that of the adapter that was pushed last; that of the base model
+            where the server carries no adapter of the workspace. None: it carries some, and no
+            record here says that one was proved.
     """
 
     url: str
@@ -172,15 +174,14 @@ def served(
                 problem=problem,
             )
         )
-    in_use = [
-        each
-        for each in adapters
-        if each.revision is not None and each.is_on and each.standing != "never proved"
-    ]
-    newest = max(in_use, key=lambda each: each.pushed or "", default=None)
+    in_use = [each for each in adapters if each.revision is not None and each.is_on]
+    proved = [each for each in in_use if each.pushed is not None]
+    newest = max(proved, key=lambda each: each.pushed or "", default=None)
     model = None
     if newest is not None:
         model = carrier.model_of(Adapter(newest.name, newest.path, newest.is_on))
+    elif not in_use:
+        model = carrier.model_of(None)
     return Served(
         url=server.client.url,
         kind=server.kind,
@@ -200,24 +201,32 @@ def _standing(
         return "of another workspace, or lost" if ours else "not by factsmith"
     if record is not None and record.state in ("loading", "failed"):
         return "never proved"
+    known = "" if record is not None else ", pushed from elsewhere"
     if revision.id == ledger.current:
-        return "checked out"
+        return f"checked out{known}"
     order = [each.id for each in reversed(ledger.log())]
     at = order.index(revision.id)
     now = -1 if ledger.current == BASE else order.index(ledger.current)
     between = counted(abs(now - at), "revision")
-    return f"{between} {'behind' if at < now else 'ahead'}"
+    return f"{between} {'behind' if at < now else 'ahead'}{known}"
 
 
 def _files(path: Path) -> str:
     """Return whether the files of an adapter are as they were exported."""
-    if not path.exists():
-        return "not here"
     try:
+        if not path.exists():
+            return "not here"
         check_files(path)
-    except (DamagedError, OSError):
-        return "changed"
+    except (DamagedError, OSError, ValueError):  # also a path that no disk allows
+        return "changed" if _is_there(path) else "not here"
     return "whole"
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def _proved(

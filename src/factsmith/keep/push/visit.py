@@ -94,8 +94,8 @@ class Visit:
         if not carried:
             of = "" if alias is None else f" whose name begins with {alias!r}"
             raise InputError(
-                f"{self.url} carries no adapter of this workspace{of}, so there is nothing to roll "
-                "back; `factsmith served` shows what it carries",
+                f"{self.url} carries no adapter of this workspace{of} that was proved, so there is "
+                f"nothing to roll back; `factsmith served {self.url}` shows what it carries",
                 argument="url",
             )
         present, others = carried[-1], carried[:-1]
@@ -124,7 +124,7 @@ class Visit:
     ) -> Pushed:
         """Push one revision, and return what became of it."""
         carried = self.carried()
-        before = [each for each in carried if each.is_told]
+        before = [each for each in carried if each.is_told and self._goes_before(each, alias)]
         base, share, wrong = self._base(expected)
         if wrong is not None:
             return self._failed(expected, wrong)
@@ -172,6 +172,13 @@ class Visit:
             self.take_out(record)
             return self._failed(expected, *proof.failures, proof=proof, name=adapter.name)
         return self._passed(adapter, expected, proof)
+
+    def _goes_before(self, there: CarriedAdapter, alias: str) -> bool:
+        """Return whether a push takes the place of an adapter.
+
+        In vLLM each alias has its own adapters. In llama.cpp they are for everybody.
+        """
+        return self.server.kind == "llama.cpp" or alias_of(there) == alias
 
     def _note_again(
         self, there: CarriedAdapter, expected: Expected, newest: CarriedAdapter
