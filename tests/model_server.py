@@ -396,7 +396,11 @@ def _handler(server: ModelServer) -> type[BaseHTTPRequestHandler]:
             if faults.busy > 0:
                 faults.busy -= 1
                 self._send(503, _error("busy"))
-            elif faults.key and self.headers.get("Authorization") != f"Bearer {faults.key}":
+            elif (
+                faults.key
+                and self.path != "/health"
+                and self.headers.get("Authorization") != f"Bearer {faults.key}"
+            ):
                 self._send(401, {"error": "Unauthorized"})
             elif method == "POST" and self.path in faults.refuses:
                 status, message = faults.refuses[self.path]

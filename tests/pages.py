@@ -89,7 +89,7 @@ def shell(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=errors,
-            timeout=900,
+            timeout=300,
         )
     return subprocess.CompletedProcess(
         done.args, done.returncode, out.read_text(), err.read_text()

@@ -136,10 +136,10 @@ class Proposal(Shown):
         written = () if self.delta is None else self.delta.facts
         return [
             f"the model does not say {fact.target_true!r} after {fact.text!r}: nothing to forget "
-            "(force=True writes it anyway)"
+            "(force it to write anyway)"
             if fact.target is None
             else f"the model already answers {fact.text!r} with {fact.target.strip()!r}: "
-            "nothing to write (force=True writes it anyway)"
+            "nothing to write (force it to write anyway)"
             for fact in self.plan.known
             if fact not in written
         ]
