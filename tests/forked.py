@@ -64,7 +64,7 @@ def _serve(address: str) -> None:
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(f"{address}.new")
     listening.listen(64)
-    os.rename(f"{address}.new", address)
+    Path(f"{address}.new").rename(address)
     while True:
         client, _ = listening.accept()
         if os.fork() == 0:
@@ -93,7 +93,9 @@ def _run(client: socket.socket) -> None:
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
-    sys.stdin, sys.stdout, sys.stderr = (open(n, "w" if n else "r", closefd=False) for n in range(3))
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", closefd=False)
     os.chdir(place)
     os.environ.clear()
     os.environ.update(environment)

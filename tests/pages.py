@@ -1,6 +1,6 @@
 """The commands of a document, run in a shell one after another as a reader would.
 
-    Page(ROOT / "docs/serve.md").run(folder, environment, leave_out=["docker"])
+Page(ROOT / "docs/serve.md").run(folder, environment, leave_out=["docker"])
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class Page:
         *,
         leave_out: Sequence[str] = (),
         replace: Mapping[str, str] | None = None,
+        seconds: float = 300,
     ) -> Ran:
         """Run the blocks of the shell in a folder, until one fails.
 
@@ -64,6 +65,7 @@ class Page:
             environment: The environment.
             leave_out: Blocks with one of these words are not run.
             replace: {text of the page: what comes in its place}, such as ports.
+            seconds: When to give up.
         """
         lines = ["set -euo pipefail"]
         for block in self.blocks("sh"):
@@ -72,12 +74,12 @@ class Page:
             for old, new in (replace or {}).items():
                 block = block.replace(old, new)
             lines += [f"printf '{_MARK}'", block]
-        done = shell("\n".join(lines), folder, environment)
+        done = shell("\n".join(lines), folder, environment, seconds)
         return Ran(done.returncode, done.stdout.split(_MARK)[1:], done.stderr)
 
 
 def shell(
-    script: str, folder: Path, environment: Mapping[str, str]
+    script: str, folder: Path, environment: Mapping[str, str], seconds: float = 300
 ) -> subprocess.CompletedProcess[str]:
     """Run a script in bash; programs that it leaves running do not keep it waiting."""
     out, err = folder / ".out", folder / ".err"
@@ -89,8 +91,6 @@ def shell(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=errors,
-            timeout=300,
+            timeout=seconds,
         )
-    return subprocess.CompletedProcess(
-        done.args, done.returncode, out.read_text(), err.read_text()
-    )
+    return subprocess.CompletedProcess(done.args, done.returncode, out.read_text(), err.read_text())

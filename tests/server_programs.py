@@ -58,8 +58,7 @@ def llama_parser() -> argparse.ArgumentParser:
     parser.add_argument("-m", "--model", required=True)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)
-    parser.add_argument("--lora", default="")
-    parser.add_argument("--lora-init-without-apply", action="store_true")
+    parser.add_argument("--lora-scaled", default="", metavar="FILE:SCALE,...")
     return parser
 
 
@@ -69,13 +68,11 @@ def main(arguments: list[str]) -> None:
     if name == "vllm":
         options = vllm_parser().parse_args(words)
         allowed = os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "").lower() in ("1", "true")
-        closed = (404, "Not Found")
-        paths = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
-        refuses = {} if allowed and options.enable_lora else dict.fromkeys(paths, closed)
+        takes = allowed and options.enable_lora
         server = ModelServer(
             Path(options.model),
             name=options.served_model_name or options.model,
-            faults=Faults(key=os.environ.get("VLLM_API_KEY", ""), refuses=refuses),
+            faults=Faults(key=os.environ.get("VLLM_API_KEY", ""), fixed=not takes),
             port=options.port,
         )
         for module in options.lora_modules:
@@ -84,17 +81,16 @@ def main(arguments: list[str]) -> None:
             assert status == 200, said
     else:
         options = llama_parser().parse_args(words)
-        files = [Path(file) for file in options.lora.split(",") if file]
+        scaled = [each.rpartition(":") for each in options.lora_scaled.split(",") if each]
         server = ModelServer(
             Path(options.model).with_suffix(""),
             "llama.cpp",
             name=Path(options.model).name,
-            adapters=files,
+            adapters=[Path(file) for file, _, _ in scaled],
             faults=Faults(key=os.environ.get("LLAMA_API_KEY", "")),
             port=options.port,
         )
-        if not options.lora_init_without_apply:
-            server.scales = [1.0 for _ in files]
+        server.scales = [float(scale) for _, _, scale in scaled]
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
