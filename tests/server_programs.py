@@ -58,6 +58,7 @@ def llama_parser() -> argparse.ArgumentParser:
     parser.add_argument("-m", "--model", required=True)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8080)
+    parser.add_argument("--no-cache-prompt", action="store_true")
     parser.add_argument("--lora-scaled", default="", metavar="FILE:SCALE,...")
     return parser
 
