@@ -53,7 +53,7 @@ stop() {
         kill "$pid"
         waited=0
         while kill -0 "$pid" 2>/dev/null; do
-            if [ "$waited" -ge 30 ]; then kill -9 "$pid"; fi
+            if [ "$waited" -ge 30 ]; then kill -9 "$pid"; break; fi
             sleep 1
             waited=$((waited + 1))
         done

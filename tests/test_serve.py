@@ -14,6 +14,7 @@ import yaml
 
 import factsmith as fs
 from factsmith import atlas
+from factsmith.keep.push.tolerance import TOLERANCES
 from forked import forked
 from model_server import ModelServer
 from pages import shell
@@ -255,6 +256,28 @@ def test_the_commands_of_compose_run(path: str, place: Path) -> None:
         f"factsmith served http://127.0.0.1:{port} -w facts/space", place, environment(path, place)
     )
     assert without.returncode == 6 and "FACTSMITH_API_KEY" in without.stderr, "control: no key"
+
+
+def test_the_messages_of_the_table_are_those_of_the_library() -> None:
+    """The second column quotes messages."""
+    files = [*ROOT.glob("src/factsmith/remote/*.py"), *ROOT.glob("src/factsmith/keep/push/*.py")]
+    texts = " ".join(file.read_text(encoding="utf-8") for file in files)
+    texts = re.sub(r'"\s+f?"', "", texts)
+    table = PAGE.text.partition("## When something goes wrong")[2].partition("\n## ")[0]
+    rows = [line.split(" | ") for line in table.splitlines() if " | " in line][1:]
+    quoted = [text for row in rows for text in re.findall("`(.+?)`", row[1])]
+    assert len(quoted) >= 8
+    for text in quoted:
+        known = text.replace("401", "{status}").replace("60 s", "{seconds:g} s")
+        assert known in texts, text
+    assert "no such message" not in texts, "control"
+
+
+def test_the_tolerances_of_the_page_are_those_of_the_library() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) nats \| ([\d.]+) nats \|", PAGE.text, re.MULTILINE)
+    assert {dtype: (float(tie), float(far)) for dtype, tie, far in rows} == {
+        name: (each.tie, each.difference) for name, each in TOLERANCES.items()
+    }
 
 
 def test_the_python_of_the_page_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from factsmith import atlas
 from factsmith.model.language_model import LanguageModel
 from forked import forked
 from recipes import (
+    DEPLOY,
     NOT_RUN,
     PAGE,
     TEN,
@@ -73,6 +76,22 @@ def test_every_command_of_the_page_runs(
         )
         check_page(ran, place)
     print("\n".join(ran.outputs))  # with -s: what the page shows
+
+
+def test_vllm_takes_the_options_of_the_compose_file(with_vllm: Path) -> None:
+    server = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["server"]
+    model, *options = server["command"]
+    script = (
+        "import sys; from vllm.utils.argparse_utils import FlexibleArgumentParser as Parser;"
+        "from vllm.entrypoints.launchers.cli_args import make_arg_parser;"
+        "print(make_arg_parser(Parser()).parse_args(sys.argv[1:]).max_loras)"
+    )
+    program = with_vllm / "vllm/bin/python"
+    for more, code in ((), 0), (("--no-such-option",), 2):
+        arguments = [program, "-c", script, "--model", model, *options, *more]
+        done = subprocess.run(arguments, capture_output=True, text=True, cwd="/")
+        assert done.returncode == code, done.stderr[-2000:]
+        assert code or done.stdout.split()[-1] == "2"
 
 
 def test_ci_pushes_what_the_gates_allow(
