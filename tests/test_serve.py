@@ -171,6 +171,18 @@ def test_a_clone_of_a_commit_that_came_too_early(project: Project) -> None:
     assert ids[0] == ids[1]
 
 
+def test_the_script_says_why_a_server_does_not_start(path: str, place: Path) -> None:
+    """Needs no server."""
+    port = free_ports(1)[0]
+    wrong = environment(path, place, PORT=port, OPTIONS="--no-such-option")
+    done = shell("deploy/serve.sh start", place, wrong)
+    assert done.returncode == 1 and "unrecognized arguments: --no-such-option" in done.stderr
+    assert not (place / "run/pid").exists()
+    assert shell("deploy/serve.sh status", place, wrong).returncode == 1
+    done = shell("deploy/serve.sh begin", place, wrong)
+    assert done.returncode == 2 and "deploy/serve.sh start" in done.stdout
+
+
 # ── Docker Compose ────────────────────────────────────────────────────────────────────────────────
 
 
