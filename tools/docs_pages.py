@@ -29,7 +29,8 @@ PACKAGES = {
     "edit": "Edit: methods, settings and deltas",
     "judge": "Judge",
     "patch": "Patch",
-    "keep": "Keep",
+    "keep": "Keep and serve",
+    "remote": "Servers",
     "show": "Pictures and pages",
 }
 """The title of each package's page, in the order of the navigation."""
