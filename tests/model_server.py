@@ -37,7 +37,7 @@ class Faults:
     Attributes:
         stale: A name that is loaded again serves what was first loaded under it.
         swapped: The layers of an adapter are exchanged when it is loaded.
-        dies_at: The server is gone from this path on. None: it stays.
+        dies_at: The server is gone from a POST to this path on. None: it stays.
         busy: How many requests are first answered with 503.
         refuses: {path of a POST: (status, message)}.
         caches: llama.cpp keeps what it computed for a prompt, whatever the scales were.
@@ -386,7 +386,7 @@ def _handler(server: ModelServer) -> type[BaseHTTPRequestHandler]:
         def _answer(self, method: str, body: Any) -> None:
             faults = server.faults
             server.calls.append((method, self.path, body))
-            if faults.dies_at == self.path or server.is_dead:
+            if (method == "POST" and faults.dies_at == self.path) or server.is_dead:
                 server.is_dead = True
                 threading.Thread(target=server.stop).start()
                 self.close_connection = True

@@ -217,7 +217,7 @@ def served(
     for each in results:
         if each.model is not None:
             lines.append(("model:", each.model))
-        if not each.up_to_date:
+        if not each.up_to_date and each.checked_out != "base":
             more = "" if folder is None else f" --folder {shlex.quote(str(folder))}"
             command = suggested("push", workspace, each.url + more)
             lines.append(("next:", f"`{command}`"))

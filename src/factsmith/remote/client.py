@@ -17,6 +17,7 @@ import re
 import ssl
 import threading
 import time
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -24,6 +25,7 @@ from urllib.parse import urlsplit
 from ..core.errors import InputError, ServerError
 from ..core.progress import Progress, note
 from ..core.tables import visible
+from .parallel import within
 
 KEY = "FACTSMITH_API_KEY"
 """The environment variable that holds the key."""
@@ -39,6 +41,12 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.5, 30.0
 
 _BUSY = (429, 503)
 """Statuses of a server that has no time now."""
+
+_LONGEST_TIMEOUT = 86_400
+"""Seconds within which any request must be answered."""
+
+_GRACE = 1.0
+"""Seconds after a time-out in which a request may end by itself."""
 
 _GATEWAY = (502, 504)
 """Statuses of a gateway that lost the server."""
@@ -130,6 +138,11 @@ class Client:
         Raises:
             InputError: The address cannot be used, or httpx is not installed.
         """
+        if not 0 < timeout <= _LONGEST_TIMEOUT:
+            raise InputError(
+                f"timeout is {timeout!r:.40}. Give seconds, at most {_LONGEST_TIMEOUT:,}.",
+                argument="timeout",
+            )
         self.url, self.timeout, self.retries = server_url(url), timeout, retries
         self.progress = progress
         self._key = (os.environ.get(KEY, "") if api_key is None else api_key).strip()
@@ -237,30 +250,20 @@ class Client:
             _Again: It may go better the next time.
             ServerError: It will not.
         """
-        httpx, end = self._httpx, time.monotonic() + seconds
-        content = None if body is None else json.dumps(body).encode()
-        kind = {} if content is None else {"Content-Type": "application/json"}
-        limits = httpx.Timeout(seconds, connect=min(seconds, 10.0))
-        where = f"{method} {self.url}{path}"
+        httpx, where = self._httpx, f"{method} {self.url}{path}"
         try:
-            with self._connections.stream(
-                method, path, content=content, headers=kind, timeout=limits
-            ) as answer:
-                data = bytearray()
-                for part in answer.iter_bytes():
-                    data += part
-                    if len(data) > _MOST_BYTES:
-                        raise ServerError(f"{where}: the answer is longer than 256 MB.")
-                    if time.monotonic() > end:
-                        raise httpx.ReadTimeout("")
-                return self._read(where, answer, bytes(data), as_text)
+            # The library's limits are those of one read: an answer may come byte by byte for ever.
+            answer, data = within(
+                seconds + _GRACE, lambda: self._exchange(method, path, body, seconds, where)
+            )
+            return self._read(where, answer, data, as_text)
         except (httpx.ConnectError, httpx.ConnectTimeout) as error:
             self._unreachable(error)
         except httpx.PoolTimeout:
             raise ServerError(
                 f"{where}: all connections are in use. Ask for less at once."
             ) from None
-        except httpx.TimeoutException:
+        except (httpx.TimeoutException, TimeoutError):
             raise ServerError(
                 f"{where}: the server did not answer within {seconds:g} s. "
                 "Give it more time, or ask for less at once.",
@@ -274,6 +277,26 @@ class Client:
             raise _Again(ServerError(self._safe(lost), maybe_done=True)) from None
         except (httpx.InvalidURL, UnicodeError, RuntimeError) as error:
             raise ServerError(self._safe(f"{where} cannot be sent ({_words(error)}).")) from None
+
+    def _exchange(
+        self, method: str, path: str, body: Any, seconds: float, where: str
+    ) -> tuple[Any, bytes]:
+        """Send a request, and return the answer with its content."""
+        httpx, end = self._httpx, time.monotonic() + seconds
+        content = None if body is None else json.dumps(body).encode()
+        kind = {} if content is None else {"Content-Type": "application/json"}
+        limits = httpx.Timeout(seconds, connect=min(seconds, 10.0))
+        with self._connections.stream(
+            method, path, content=content, headers=kind, timeout=limits
+        ) as answer:
+            data = bytearray()
+            for part in answer.iter_bytes():
+                data += part
+                if len(data) > _MOST_BYTES:
+                    raise ServerError(f"{where}: the answer is longer than 256 MB.")
+                if time.monotonic() > end:
+                    raise httpx.ReadTimeout("")
+            return answer, bytes(data)
 
     def _unreachable(self, error: Exception) -> NoReturn:
         """Raise the error of a server to which there is no connection."""
@@ -300,30 +323,28 @@ class Client:
             _Again, ServerError: As for `_once`.
         """
         status: int = answer.status_code
-        text = data.decode("utf-8", "replace")
+        text = self._safe(data.decode("utf-8", "replace"))
         if answer.is_success:
             try:
                 return json.loads(data)
             except (ValueError, RecursionError):
                 if as_text:
-                    return self._safe(text)
+                    return text
                 raise ServerError(
-                    self._safe(
-                        f"{where}: the answer is not JSON but {_summary(text)}. "
-                        "Check that the address is that of a server that holds a model."
-                    ),
+                    f"{where}: the answer is not JSON but {_summary(text, self._safe)}. "
+                    "Check that the address is that of a server that holds a model.",
                     status=status,
                     maybe_done=True,
                 ) from None
-        said = f"{where}: status {status}, {_summary(text)}."
+        said = f"{where}: status {status}, {_summary(text, self._safe)}."
         if answer.is_redirect:
-            target = visible(answer.headers.get("location", ""))[:_LONGEST]
+            target = visible(self._safe(answer.headers.get("location", "")))[:_LONGEST]
             said = f"{where}: the server sends on to {target!r}. Give the final address."
         elif status in (401, 403):
             state = "was refused" if self._key else "is missing"
             said += f" The key {state}: set the environment variable {KEY}."
         error = ServerError(
-            self._safe(said),
+            said,
             status=status,
             maybe_done=status >= 500 and not _refused(answer),
         )
@@ -332,8 +353,11 @@ class Client:
         raise error
 
     def _safe(self, text: str) -> str:
-        """Return a text without the key."""
-        return text.replace(self._key, "***") if self._key else text
+        """Return a text without the key, as it is written plainly or in JSON."""
+        if self._key:
+            for written in {json.dumps(self._key)[1:-1], repr(self._key)[1:-1], self._key}:
+                text = text.replace(written, "***")
+        return text
 
 
 class _Again(Exception):  # noqa: N818 - it leads to a retry
@@ -375,7 +399,7 @@ def _retry_after(answer: Any) -> float | None:
         return None
 
 
-def _summary(text: str) -> str:
+def _summary(text: str, safe: Callable[[str], str]) -> str:
     """Return what a server said, in one line: the message of its error, where it has one."""
     page = text.lstrip()[:200].lower()
     if page.startswith(("<!doctype", "<html")):
@@ -391,7 +415,7 @@ def _summary(text: str) -> str:
         while isinstance(values, dict) and field in values:
             values = values[field]
     said = values if isinstance(values, str) else json.dumps(values)
-    return repr(_cut(said))
+    return repr(_cut(safe(said)))  # before it is cut: half a key is too much
 
 
 def _cut(text: str) -> str:

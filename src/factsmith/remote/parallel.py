@@ -68,3 +68,34 @@ def in_order(
     finally:
         stopped.set()
     return [results[number] for number in range(len(jobs))]
+
+
+def within(seconds: float, job: Callable[[], T]) -> T:
+    """Run a function in a thread, and return what it returns.
+
+    The thread does not hold up the end of the program.
+
+    Args:
+        seconds: How long to wait.
+        job: The function.
+
+    Raises:
+        TimeoutError: It did not return in time. The thread goes on by itself.
+        Exception: What the function raised.
+    """
+    done: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            done.put((job(), None))
+        except BaseException as error:
+            done.put((None, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        result, error = done.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"not done within {seconds:g} s") from None
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]

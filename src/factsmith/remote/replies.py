@@ -93,7 +93,9 @@ def _probabilities(value: Any) -> Places:
     """Return the tokens of an answer, in either form. Three times nothing: there are none."""
     fields = as_mapping(value)
     if isinstance(fields.get("content"), list):  # llama.cpp
-        places = [place for place in as_entries(fields["content"]) if _number(place.get("logprob"))]
+        places = [
+            place for place in as_entries(fields["content"]) if is_number(place.get("logprob"))
+        ]
         tops = [
             {str(t.get("token")): t.get("logprob") for t in as_entries(place.get("top_logprobs"))}
             for place in places
@@ -104,14 +106,14 @@ def _probabilities(value: Any) -> Places:
         tokens, log_probs = _lists(fields)
         listed = fields.get("top_logprobs")
         tops = [as_mapping(top) for top in listed] if isinstance(listed, list) else []
-    if not all(map(_number, log_probs)):
+    if not all(map(is_number, log_probs)):
         return (), (), ()
     return tuple(map(str, tokens)), tuple(map(float, log_probs)), tuple(map(_likeliest, tops))
 
 
 def _likeliest(top: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
     """Return tokens with their log p, the likeliest first."""
-    pairs = [(token, float(log_p)) for token, log_p in top.items() if _number(log_p)]
+    pairs = [(token, float(log_p)) for token, log_p in top.items() if is_number(log_p)]
     return tuple(sorted(pairs, key=lambda pair: -pair[1]))
 
 
@@ -129,7 +131,7 @@ def echo_of(choice: Mapping[str, Any], text: str) -> Echo | None:
     tokens, log_probs = _lists(fields)
     if not tokens or not str(choice["text"]).endswith(text):
         return None
-    if not all(value is None or _number(value) for value in log_probs):
+    if not all(value is None or is_number(value) for value in log_probs):
         return None
     tops = fields.get("top_logprobs")
     listed = tops if isinstance(tops, list) and len(tops) == len(tokens) else [None] * len(tokens)
@@ -166,7 +168,7 @@ def next_token(choice: Mapping[str, Any]) -> dict[int, float]:
     tokens, log_probs = _lists(fields)
     tops = fields.get("top_logprobs")
     listed = dict(_likeliest(as_mapping(tops[0]))) if isinstance(tops, list) and tops else {}
-    if tokens and _number(log_probs[0]):
+    if tokens and is_number(log_probs[0]):
         listed[str(tokens[0])] = float(log_probs[0])
     numbers = {name.removeprefix("token_id:"): value for name, value in listed.items()}
     return {int(name): value for name, value in numbers.items() if name.isdecimal()}
@@ -192,7 +194,7 @@ def as_name(value: Any) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     """Return whether a value is a finite number."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False

@@ -34,6 +34,7 @@ from .replies import (
     as_mapping,
     as_name,
     completion_of,
+    is_number,
     is_said,
     target_score,
 )
@@ -161,9 +162,12 @@ class Server:
             number = entry.get("id", at)
             unique = name if names.count(name) == 1 and name != self.base else f"{name}#{number}"
             scale, task = entry.get("scale", 0.0), as_name(entry.get("task_name"))
-            adapters.append(
-                ServedModel(unique, self.base, paths[at], int(number), float(scale), task)
-            )
+            if not isinstance(number, int) or not is_number(scale):
+                raise ServerError(
+                    f"{self.client.url}/lora-adapters gives an adapter the number {number!r:.40} "
+                    f"and the scale {scale!r:.40}. Check that the address is that of llama-server."
+                )
+            adapters.append(ServedModel(unique, self.base, paths[at], number, float(scale), task))
         self._adapters = {str(model.name): int(model.number or 0) for model in adapters}
         return adapters
 
@@ -315,6 +319,25 @@ class Server:
     def gives_log_probs(self) -> bool | None:
         """Whether the server says how likely a target is. None: it was not asked yet."""
         return self._gives
+
+    def as_users(
+        self, prompts: Sequence[str], *, n_tokens: int, lines: Sequence[int]
+    ) -> list[Completion]:
+        """Return what users get who ask the base model greedily, with no setting of their own.
+
+        In llama.cpp it has the adapters that are switched on, and what the server has kept.
+
+        Args:
+            prompts: The prompts.
+            n_tokens: The most tokens of an answer.
+            lines: For each prompt, how many lines with text its answer has at most.
+
+        Raises:
+            ServerError: As for `complete`.
+        """
+        body = {"model": self.base, "max_tokens": n_tokens, "temperature": 0.0}
+        choices = [self._request(body, before_gap(prompt), 1)[0] for prompt in prompts]
+        return [completion_of(choice, n) for choice, n in zip(choices, lines, strict=True)]
 
     def choices(
         self,

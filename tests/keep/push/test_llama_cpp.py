@@ -115,7 +115,7 @@ def test_a_server_that_keeps_prompts_is_refused(
         with pytest.raises(fs.InputError, match="--no-cache-prompt"):
             check_push(bench.ledger, server)
         # A server that does not say so is known by what users get.
-        monkeypatch.setattr(LlamaCarrier, "check", lambda self: None)
+        monkeypatch.setattr(LlamaCarrier, "check", lambda self, revisions: None)
         running.scales = [1.0, 0.0, 0.0]
         assert said(server, LYON) == "France."
         with pytest.raises(fs.ServerError, match="to the proof and not to users"):

@@ -174,9 +174,8 @@ def test_a_server_that_dies_in_the_middle(
         push(bench, server, progress=Progress())
     assert [path for path in folder_of(bench).iterdir() if path.is_dir()] == []
     states = [record.state for record in read_records(folder_of(bench))]
-    assert states == ([] if where == LOAD else ["failed"])
-    if where == ASK:
-        assert any("could not be taken out" in text for text in notes)
+    assert states == ["failed"]
+    assert any("could not be taken out" in text for text in notes)
     monkeypatch.undo()
     with ModelServer(atlas.folder("atlas-llama")) as again, Server.open(again.url) as fresh:
         assert push(bench, fresh)[0].passed, "control: the next push works"
@@ -280,6 +279,63 @@ def test_a_push_that_was_killed_is_not_what_users_have(
     assert again.again and again.model == second.model
 
 
+def test_a_record_that_cannot_be_written_loads_nothing(
+    bench: Workbench, running: ModelServer, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from factsmith.keep.push import records
+
+    def full(path: Path, content: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(records, "write_file", full)
+    with pytest.raises(fs.WorkspaceError, match="No space left"):
+        push(bench, server)
+    assert loads(running) == [] and running.names == []
+
+
+def test_a_push_that_is_killed_during_the_load(
+    bench: Workbench, running: ModelServer, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[bytes] = []
+    load = ModelServer.load
+
+    def watched(self: ModelServer, body: object) -> object:
+        kept.extend(file.read_bytes() for file in folder_of(bench).glob("*.json"))
+        return load(self, body)
+
+    monkeypatch.setattr(ModelServer, "load", watched)
+    push(bench, server)
+    (file,) = folder_of(bench).glob("*.json")
+    file.write_bytes(kept[0])  # what kill -9 leaves
+    now = served(bench.ledger, server)
+    assert now.adapters[0].standing == "never proved"
+    assert now.model is None and not now.up_to_date
+
+
+@pytest.mark.parametrize("status", [400, 500])
+def test_an_adapter_that_cannot_be_unloaded(
+    bench: Workbench, running: ModelServer, server: Server, status: int
+) -> None:
+    newest, oldest = (revision.id for revision in bench.log())
+    first, second = push(bench, server, [oldest, newest])
+    running.faults = Faults(refuses={UNLOAD: (status, "LoRA is busy")})
+    for _ in range(2):
+        with pytest.raises(fs.ServerError, match="may still be in the server") as error:
+            roll_back(bench.ledger, server)
+        assert f"The name to use is {first.model}" in str(error.value)
+    assert served(bench.ledger, server).model == first.model
+    running.faults = Faults()
+    back = roll_back(bench.ledger, server)
+    assert back.model == first.model and back.withdrawn == (second.adapter,)
+    assert running.names == [first.model], "the repeated rollback finished the first one"
+    running.faults = Faults(swapped=True, refuses={UNLOAD: (status, "LoRA is busy")})
+    with pytest.raises(fs.ServerError, match="the proof failed") as error:
+        push(bench, server, alias="c")
+    assert "Nobody was told its name" in str(error.value)
+    assert "Nobody was told its name" in str(error.value) and len(running.names) == 2
+    assert len([path for path in folder_of(bench).iterdir() if path.is_dir()]) == 3
+
+
 def test_facts_that_hold_nowhere_prove_nothing(
     model: fs.LanguageModel, server: Server, tmp_path: Path
 ) -> None:
@@ -375,7 +431,7 @@ def test_appended_neurons_cannot_be_pushed(server: Server, tmp_path: Path) -> No
     lm = fs.wrap(tiny_model("llama", **LLAMA), byte_tokenizer())
     with Workbench(lm, tmp_path / "wide") as bench:
         bench.commit(appending(lm, 1), {})
-        with pytest.raises(fs.InputError, match="cannot add any"):
+        with pytest.raises(fs.InputError, match="start the server with it"):
             check_push(bench.ledger, server)
 
 

@@ -1,7 +1,8 @@
 """What carries adapters: a class for each kind of server, with the methods of `Carrier`.
 
 carrier.adapters()                              # what the server carries now
-adapter = carrier.put(making)                   # there, and not yet announced
+adapter = carrier.chosen(making)                # its name in the server
+carrier.put(making)                             # there, and not yet announced
 carrier.voice(adapter), carrier.base_voice()    # what to ask
 carrier.settle(adapter)                         # the proof passed
 carrier.withdraw(adapter)                       # it did not
@@ -58,8 +59,8 @@ class Carrier(Protocol):
 
     server: Server
 
-    def check(self) -> None:
-        """Raise an error if the server cannot take adapters."""
+    def check(self, revisions: Sequence[str]) -> None:
+        """Raise an error if the server cannot take adapters of these revisions."""
 
     def adapters(self) -> list[Adapter]:
         """Return what the server carries, in the order in which it came."""
@@ -71,8 +72,11 @@ class Carrier(Protocol):
             revisions: The ids of the workspace's revisions.
         """
 
-    def put(self, making: Making) -> Adapter:
-        """Make the server carry an adapter that nobody uses yet."""
+    def chosen(self, making: Making) -> Adapter:
+        """Return what the adapter is going to be in the server."""
+
+    def put(self, making: Making) -> None:
+        """Make the server carry the adapter. Nobody uses it yet."""
 
     def base_voice(self) -> Voice:
         """Return what to ask for the answers without patches of factsmith."""
@@ -84,7 +88,7 @@ class Carrier(Protocol):
         """Let users have an adapter whose proof passed."""
 
     def withdraw(self, adapter: Adapter) -> None:
-        """Take an adapter out of use."""
+        """Take an adapter out of use; raises ServerError if it stays in use."""
 
     def model_of(self, adapter: Adapter | None) -> str:
         """Return the name of the model that users ask for; of the base model without adapter."""

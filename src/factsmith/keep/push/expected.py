@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ...core.errors import DamagedError, InputError
-from ...core.gap import before_gap
+from ...core.gap import Gap, before_gap
 from ...core.progress import Progress
 from ...model.answers import answer_tokens, n_lines
+from ...model.language_model import LanguageModel
+from ...model.tokens import target_and_joint
 from ...patch.proof import prove
 from ...patch.verification import Check, Role
 from ..bench import LedgerBench
@@ -105,6 +107,14 @@ class Expected:
                         f"the proof that was kept with a push is damaged: {field.name} is "
                         f"{value!r:.40}"
                     )
+        numbers = [n for probe in probes for n in (probe.log_before, probe.log_after) if n]
+        counts = [expected.n_tokens, *(probe.lines for probe in probes)]
+        is_usable = all(map(math.isfinite, numbers)) and min(counts) > 0 and bool(probes)
+        if not is_usable or any(probe.role not in ROLES for probe in probes):
+            raise DamagedError(
+                "the proof that was kept with a push is damaged: it has no questions, or a number "
+                "or a role that no proof has"
+            )
         return expected
 
 
@@ -140,7 +150,8 @@ def expect(bench: LedgerBench, reference: str, progress: Progress | None = None)
         )
     with bench.on_base():
         proof = prove(lm, facts, lambda: bench.carrying_exactly(deltas), progress=progress)
-        asked = [check for check in proof.checks if check.role in ROLES]
+    asked = [check for check in proof.checks if check.role in ROLES]
+    with bench.on_base():  # again: after a block with other deltas the model has its own
         of_facts = {fact.text: fact.gap for fact in facts}
         gaps = lm.gaps(
             [check.prompt for check in asked],
@@ -150,7 +161,13 @@ def expect(bench: LedgerBench, reference: str, progress: Progress | None = None)
         n_tokens = answer_tokens(
             lm, [check.prompt for check in asked], [check.wanted for check in asked]
         )
-    probes = (_probe(check, gap == "space") for check, gap in zip(asked, gaps, strict=True))
+        before = _logs(lm, asked, gaps)
+    with bench.carrying_exactly(deltas):
+        after = _logs(lm, asked, gaps)
+    probes = (
+        _probe(check, gap == "space", *logs)
+        for check, gap, *logs in zip(asked, gaps, before, after, strict=True)
+    )
     return Expected(
         revision=bench.ledger.resolve(reference),
         fingerprint=bench.ledger.fingerprint,
@@ -161,7 +178,31 @@ def expect(bench: LedgerBench, reference: str, progress: Progress | None = None)
     )
 
 
-def _probe(check: Check, spaced: bool) -> Probe:
+def _logs(lm: LanguageModel, checks: Sequence[Check], gaps: Sequence[Gap]) -> list[float | None]:
+    """Return ln p of what each check wants as a text, as servers compute it.
+
+    None: there is no text, or its tokens may be split from the prompt's in two ways. In memory the
+    likelier one counts, and a server knows one.
+    """
+    asked = [
+        i
+        for i, (check, gap) in enumerate(zip(checks, gaps, strict=True))
+        if check.wanted.strip()
+        and target_and_joint(lm, check.prompt, check.wanted, gap=gap)[1] is None
+    ]
+    logs: list[float | None] = [None] * len(checks)
+    if asked:
+        values = lm.log_prob(
+            [checks[i].prompt for i in asked],
+            [checks[i].wanted for i in asked],
+            gaps=[gaps[i] for i in asked],
+        )
+        for i, value in zip(asked, values.tolist(), strict=True):
+            logs[i] = value if math.isfinite(value) else None
+    return logs
+
+
+def _probe(check: Check, spaced: bool, before: float | None, after: float | None) -> Probe:
     wanted = check.wanted.strip()
     tail = f" {wanted}" if spaced and wanted else wanted
     return Probe(
@@ -172,13 +213,8 @@ def _probe(check: Check, spaced: bool) -> Probe:
         forget=check.forget,
         before=check.before,
         after=check.after,
-        log_before=_log(check.p_before),
-        log_after=_log(check.p_after),
+        log_before=before,
+        log_after=after,
         held=check.held,
         lines=n_lines(check.wanted),
     )
-
-
-def _log(p: float | None) -> float | None:
-    """Return ln p; None where nothing is known, or p is too small for a float."""
-    return math.log(p) if p else None

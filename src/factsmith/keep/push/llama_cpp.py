@@ -18,9 +18,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ...core.errors import DamagedError, InputError, ServerError
-from ...core.lines import first_lines
 from ...model.matching import begins_with
-from ...remote.replies import as_entries, as_mapping
+from ...remote.replies import as_mapping
 from ...remote.server import Server
 from ..export.gguf_adapter import TASK
 from ..export.manifest import read_manifest
@@ -47,8 +46,8 @@ class LlamaCarrier:
         self.server = server
         self._ours: set[str] = set()  # adapters of the workspace, whose scales may be changed
 
-    def check(self) -> None:
-        """Raise InputError if the server has no adapter, or keeps what it computed for prompts."""
+    def check(self, revisions: Sequence[str]) -> None:
+        """Raise InputError if the server lacks an adapter, or keeps what it has computed."""
         if not self.adapters():
             raise InputError(
                 f"{self.server.client.url} is llama.cpp, and it was started without adapters. "
@@ -64,6 +63,8 @@ class LlamaCarrier:
                 "Start llama-server with --no-cache-prompt.",
                 argument="url",
             )
+        for revision in revisions:
+            self._of(revision)
 
     def adapters(self) -> list[Adapter]:
         """Return the adapters, in the order in which they were given."""
@@ -89,19 +90,21 @@ class LlamaCarrier:
         self._ours |= set(held)
         return held
 
-    def put(self, making: Making) -> Adapter:
-        """Return the server's adapter that holds the revision.
+    def chosen(self, making: Making) -> Adapter:
+        """Return the server's adapter that holds the revision; raises InputError without one."""
+        return self._of(making.revision)
 
-        Raises:
-            InputError: when there is none: llama.cpp reads adapters only when it starts.
-        """
-        held = self.held([making.revision])
+    def put(self, making: Making) -> None:
+        """Do nothing: llama.cpp reads adapters only when it starts."""
+
+    def _of(self, revision: str) -> Adapter:
+        held = self.held([revision])
         for adapter in self.adapters():
             if adapter.name in held:
                 return adapter
         raise InputError(
-            f"{self.server.client.url} has no adapter of revision {making.revision[:DIGITS]}. "
-            f"{_START.replace('REVISION', making.revision[:DIGITS])}",
+            f"{self.server.client.url} has no adapter of revision {revision[:DIGITS]}. "
+            f"{_START.replace('REVISION', revision[:DIGITS])}",
             argument="revisions",
         )
 
@@ -126,20 +129,27 @@ class LlamaCarrier:
         try:
             self._set(self._scales(adapter))
             self._check_users(expected)
-        except BaseException:
-            self._set(before)
+        except BaseException as error:
+            try:
+                self._set(before)
+            except ServerError as second:
+                error.add_note(f"The scales of {self.server.client.url} may be wrong: {second}")
             raise
 
     def _check_users(self, expected: Expected) -> None:
         probes = [each for each in expected.probes if each.role == "prompt" and each.held]
-        for probe in probes[:_FEW]:
-            body = {"prompt": probe.prompt, "max_tokens": expected.n_tokens, "temperature": 0.0}
-            text = as_mapping(as_entries(self.server.client.post(_ASK, body)["choices"])[0])["text"]
-            if begins_with(first_lines(str(text), probe.lines), probe.wanted) == probe.forget:
+        some = probes[:_FEW]
+        answers = self.server.as_users(
+            [probe.prompt for probe in some],
+            n_tokens=expected.n_tokens,
+            lines=[probe.lines for probe in some],
+        )
+        for probe, answer in zip(some, answers, strict=True):
+            if begins_with(answer.text, probe.wanted) == probe.forget:
                 raise ServerError(
                     f"{self.server.client.url} gives the fact to the proof and not to users: "
-                    f"{probe.prompt!r} is answered {text!r}. The scales are as before. Start "
-                    "llama-server with --no-cache-prompt."
+                    f"{probe.prompt!r} is answered {answer.text!r}. The scales are as before. "
+                    "Start llama-server with --no-cache-prompt."
                 )
 
     def withdraw(self, adapter: Adapter) -> None:
@@ -184,8 +194,10 @@ _START = (
 def _n_cached(answer: Any) -> int:
     """Return how many tokens of the prompt the server had computed before; 0 if it is not known."""
     details = as_mapping(as_mapping(answer).get("usage")).get("prompt_tokens_details")
-    n = as_mapping(details).get("cached_tokens", 0)
-    return n if isinstance(n, int) else 0
+    try:
+        return int(float(as_mapping(details).get("cached_tokens") or 0))
+    except (TypeError, ValueError, OverflowError):
+        return 0
 
 
 def _revision_of_task(task: str | None) -> str | None:

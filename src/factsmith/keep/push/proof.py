@@ -38,6 +38,9 @@ _TOP = 5
 _SAME_BASE = 0.8
 """The share of answers that a base model must have in common with the workspace's."""
 
+NOTHING = "no fact holds in the workspace, so nothing could be proved in the server"
+"""Why a revision fails whose facts did not take."""
+
 _WORDS = {"ok": "ok", "tie": "near tie", "failed": "no", "not held": "not held before"}
 _PLURALS = {"prompt": "facts", "paraphrase": "paraphrases", "neighbour": "neighbours"}
 _MANY = 20
@@ -139,7 +142,8 @@ class ServedCheck:
         log_workspace: ln p of what is wanted, in the workspace. None: not known.
         log_server: The same in the server. None: the server gives none.
         margin: How much likelier the server's token is than the wanted one, in nats, in the first
-            place where they differ. None: they do not differ, or the server does not say.
+            place where they differ; at least that much, if the wanted one is not among the
+            likeliest. None: they do not differ, or the server does not say.
         verdict: "ok", "tie", "failed" or "not held".
         forget: Whether the fact was to be forgotten.
     """
@@ -268,7 +272,7 @@ def compare_base(
     pairs = list(zip(expected.probes, base, strict=True))
     same = [
         stayed(probe.before, answer.text)
-        or _is_tie(_margin(answer.completion, _tail(probe, probe.before)), tolerance)
+        or _is_tie(_margin(answer.completion, _tail(probe, probe.before), tolerance), tolerance)
         for probe, answer in pairs
     ]
     share = sum(same) / len(same)
@@ -290,7 +294,7 @@ def compare_base(
         )
     probe, answer = next(pair for pair, is_same in zip(pairs, same, strict=True) if not is_same)
     return share, (
-        f"{what} {sum(same):,} of {counted(len(same), 'answer')} are the same. "
+        f"{what} {sum(same):,} of {len(same):,} answers are the same. "
         f"{probe.prompt!r} is answered {answer.text!r}, and in the workspace {probe.before!r}. "
         f"{advice}"
     )
@@ -336,7 +340,7 @@ def _check(probe: Probe, before: Answer, after: Answer, tolerance: Tolerance) ->
         held = begins_with(after.text, wanted) != probe.forget
     margin = None
     if not held and not probe.forget:
-        margin = _margin(after.completion, _tail(probe, wanted))
+        margin = _margin(after.completion, _tail(probe, wanted), tolerance)
     verdict: Verdict = "ok"
     if not probe.held:
         verdict = "not held"
@@ -366,11 +370,11 @@ def _is_tie(margin: float | None, tolerance: Tolerance) -> bool:
     return margin is not None and margin <= tolerance.tie
 
 
-def _margin(completion: Completion, tail: str) -> float | None:
+def _margin(completion: Completion, tail: str, tolerance: Tolerance) -> float | None:
     """Return how much likelier the server's token is than a token of `tail`, where they part.
 
-    None: the server gives no alternatives, or they do not part. A token that is not among the
-    likeliest counts as likely as the last of those: it is at most that.
+    None: they do not part, or the server does not say. A wanted token that is not among the
+    likeliest is at most as likely as the last of those. If that is no near tie, it is the margin.
     """
     if not completion.top or not completion.tokens or not normal(tail):
         return None
@@ -381,7 +385,10 @@ def _margin(completion: Completion, tail: str) -> float | None:
                 return None
             wanted = [log for text, log in alternatives if _continues(said + text, tail)]
             logs = [log for _, log in alternatives]
-            return max(logs) - max([*wanted, min(logs)])
+            if wanted:
+                return max(logs) - max(wanted)
+            least = max(logs) - min(logs)
+            return least if least > tolerance.tie else None
         said += token
     return None
 
@@ -411,7 +418,7 @@ def _failures(
     checks: Sequence[ServedCheck], difference: float | None, tolerance: Tolerance
 ) -> list[str]:
     if not any(check.role == "prompt" and check.verdict != "not held" for check in checks):
-        return ["no fact holds in the workspace, so nothing could be proved in the server"]
+        return [NOTHING]
     failed = [check for check in checks if check.verdict == "failed"]
     facts = [check for check in failed if check.role == "prompt"]
     others = [check for check in failed if check.role != "prompt"]

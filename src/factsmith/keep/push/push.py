@@ -19,9 +19,9 @@ from pathlib import Path
 
 from ...core.errors import InputError
 from ...core.progress import Progress, tell
+from ...core.tables import counted
 from ...edit.delta_folder import stated_neurons
 from ...remote.server import Server
-from ..export.contents import check_no_neurons
 from ..ledger import Ledger
 from ..revision import Revision
 from ..workbench import Workbench
@@ -66,7 +66,7 @@ def check_push(
     checked_alias(alias)
     if dtype is not None:
         tolerance_of(dtype)
-    carrier_of(server).check()
+    carrier = carrier_of(server)
     check_folder(place.below(ledger))
     identities = [ledger.resolve(each) for each in references or [ledger.current]]
     if len(set(identities)) < len(identities):
@@ -80,7 +80,13 @@ def check_push(
                 argument="revisions",
             )
         folders = [ledger.delta_folder(revision, revision.carried) for revision in active]
-        check_no_neurons("adapter", sum(map(stated_neurons, folders)))
+        if n := sum(map(stated_neurons, folders)):
+            raise InputError(
+                f"revision {identity[:10]} appends {counted(n, 'neuron')}, and an adapter cannot "
+                "add any. Export a checkpoint or a GGUF file, and start the server with it.",
+                argument="revisions",
+            )
+    carrier.check(identities)
     return [ledger.show(identity) for identity in identities]
 
 
@@ -152,7 +158,7 @@ def roll_back(
 
     The earlier adapter is proved first, by the proof that was kept when it was pushed. If it is no
     longer there, the revision before in the ledger is pushed. If that has no patch, the base model
-    is what remains.
+    is what remains. A rollback that could not take its adapter out is finished first.
 
     Args:
         ledger: The workspace's records.
@@ -175,6 +181,8 @@ def roll_back(
         checked_alias(alias)
     rolling = Visit(ledger, server, dtype, place, progress)
     with turn(rolling.folder, server.client.url, progress):
+        if (unfinished := rolling.withdrawn_and_there(alias)) is not None:
+            return unfinished
         present, earlier = rolling.newest_two(alias)
         if earlier is not None:
             result = rolling.prove_again(earlier, opening)
@@ -182,5 +190,5 @@ def roll_back(
             result = rolling.before_in_ledger(present, alias, opening)
         if not result.passed:
             return result
-        rolling.withdraw(present, keep=result.adapter)
+        rolling.withdraw(present, result)
     return result.without(present.adapter.name)

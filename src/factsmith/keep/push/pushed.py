@@ -68,6 +68,8 @@ class Pushed(Shown):
             state = "proved again" if self.again else "proved"
             title = f"{what} in {self.url} ({self.kind})"
             title += f": {state}" if self.proof is not None else ""
+        elif self.again:
+            title = f"{what} in {self.url} ({self.kind}): the proof failed, nothing was changed"
         else:
             title = f"{what} is not in {self.url} ({self.kind}): the proof failed"
         tables = [Table(title, {})]

@@ -30,6 +30,7 @@ from ...core.progress import Progress, tell
 from ..export.manifest import as_json
 from .carrier import Adapter
 from .expected import Expected
+from .names import parsed
 
 FOLDER = "served"
 """The folder of a workspace that holds the records, and the adapters unless they go elsewhere."""
@@ -111,7 +112,9 @@ def read_records(folder: Path, url: str | None = None) -> list[PushRecord]:
     Raises:
         DamagedError: when a file cannot be read as a record.
     """
-    records = [_read(file) for file in sorted(folder.glob("*.json"))]
+    # The folder may hold other files of factsmith, such as manifests.
+    files = sorted(file for file in folder.glob("*.json") if parsed(file.stem))
+    records = [_read(file) for file in files]
     return sorted(
         (each for each in records if url in (None, each.url) or each.adapter == each.name),
         key=lambda record: record.at,
@@ -131,6 +134,8 @@ def _read(file: Path) -> PushRecord:
         texts = (record.name, record.url, record.adapter, record.path, record.revision, record.at)
         if not all(isinstance(each, str) for each in texts):
             raise ValueError("a field has the wrong type")
+        if record.name != file.stem or record.revision != record.expected.revision:
+            raise ValueError("it is the record of another push")
         return record
     except (OSError, ValueError, TypeError, KeyError, RecursionError, DamagedError) as error:
         problem = "; ".join(str(error).splitlines())[:200]

@@ -26,6 +26,9 @@ from .records import PushRecord, read_records
 from .tolerance import tolerance_of
 from .visit import DTYPES
 
+NEVER = "never proved"
+"""The standing of an adapter whose push was killed, or failed and could not be taken out."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServedAdapter:
@@ -84,8 +87,13 @@ class Served(Shown):
 
     @property
     def up_to_date(self) -> bool:
-        """Whether the server carries the revision that is checked out."""
-        return any(each.revision == self.checked_out and each.is_on for each in self.adapters)
+        """Whether the server carries the revision that is checked out; for "base", none."""
+        if self.checked_out == BASE:
+            return not any(each.revision and each.is_on for each in self.adapters)
+        return any(
+            each.revision == self.checked_out and each.is_on and each.standing != NEVER
+            for each in self.adapters
+        )
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -200,7 +208,7 @@ def _standing(
         ours = parsed(name) is not None
         return "of another workspace, or lost" if ours else "not by factsmith"
     if record is not None and record.state in ("loading", "failed"):
-        return "never proved"
+        return NEVER
     known = "" if record is not None else ", pushed from elsewhere"
     if revision.id == ledger.current:
         return f"checked out{known}"

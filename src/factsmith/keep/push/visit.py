@@ -10,13 +10,14 @@ pushes to it at the same time.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from ...core.errors import FactsmithError, InputError
+from ...core.errors import FactsmithError, InputError, ServerError
 from ...core.progress import Progress, note, tell
 from ...remote.server import Server
 from ..ledger import BASE, Ledger
@@ -26,7 +27,7 @@ from .carriers import carrier_of
 from .expected import Expected, expect
 from .names import checked_alias, new_name, parsed
 from .place import AdapterPlace
-from .proof import Answer, ServedProof, ask, compare, compare_base
+from .proof import NOTHING, Answer, ServedProof, ask, compare, compare_base
 from .pushed import Pushed
 from .records import PushRecord, now, read_records, write_record
 from .tolerance import Tolerance, tolerance_of
@@ -109,7 +110,11 @@ class Visit:
 
     def _switched_off(self, name: str) -> list[CarriedAdapter]:
         """Return the adapter of an earlier push that is there and not in use, as in llama.cpp."""
-        records = [each for each in read_records(self.folder, self.url) if each.name == name]
+        records = [
+            each
+            for each in read_records(self.folder, self.url)
+            if each.name == name and each.state == "serving"
+        ]
         there = {each.name: each for each in self.carrier.adapters() if not each.is_on}
         return [
             CarriedAdapter(there[record.adapter], record.revision, record)
@@ -123,6 +128,8 @@ class Visit:
         self, revision: str, expected: Expected, alias: str, write: Callable[[Path], int]
     ) -> Pushed:
         """Push one revision, and return what became of it."""
+        if not any(each.role == "prompt" and each.held for each in expected.probes):
+            return self._failed(expected, NOTHING)
         carried = self.carried()
         before = [each for each in carried if each.is_told and self._goes_before(each, alias)]
         base, share, wrong = self._base(expected)
@@ -152,24 +159,27 @@ class Visit:
             expected=expected,
         )
         making = Making(record.name, revision, self.folder, self.seen_as, write)
-        tell(self.progress, "loading the adapter into the server", 0, None)
-        try:
-            adapter = self.carrier.put(making)
-        except BaseException:
-            # An answer that was lost, and a Ctrl-C, may have left the adapter in the server.
-            with contextlib.suppress(FactsmithError):
-                self.carrier.withdraw(Adapter(record.name, "", True))
-            self._remove(record.name)
-            raise
+        adapter = self.carrier.chosen(making)
         record = record.having(adapter)
+        # Before the load: a push that is killed leaves an adapter that is known not to be proved.
         write_record(self.folder, record)
+        tell(self.progress, "loading the adapter into the server", 0, None)
         with self._unless_passed(record):
+            self.carrier.put(making)
             proof = self._proof(adapter, expected, base, share)
             if proof.passed:
                 self.carrier.settle(adapter, expected)
                 write_record(self.folder, record.become("serving"))
         if not proof.passed:
-            self.take_out(record)
+            try:
+                self.take_out(record)
+            except ServerError as error:
+                raise ServerError(
+                    f"the proof failed ({proof.failures[0]}), and the adapter could not be taken "
+                    f"out: {error} Nobody was told its name.",
+                    status=error.status,
+                    maybe_done=error.maybe_done,
+                ) from None
             return self._failed(expected, *proof.failures, proof=proof, name=adapter.name)
         return self._passed(adapter, expected, proof)
 
@@ -214,18 +224,45 @@ class Visit:
             raise error
 
     def take_out(self, record: PushRecord) -> None:
-        """Take the adapter of a failed push out of the server, and its files away."""
+        """Take the adapter of a failed push out of the server, and then its files away."""
+        write_record(self.folder, record.become("failed"))
         try:
             self.carrier.withdraw(Adapter(record.adapter, record.path, True))
-        finally:
-            write_record(self.folder, record.become("failed"))
-            self._remove(record.name)
+        except ServerError as error:
+            if error.status is None:  # the server is gone, and the adapter with it
+                self._remove(record.name)
+            raise
+        self._remove(record.name)
 
     def _remove(self, name: str) -> None:
         """Remove the files of an adapter that the server does not carry."""
         shutil.rmtree(self.folder / name, ignore_errors=True)
 
     # ── going back ────────────────────────────────────────────────────────────────────────────────
+
+    def withdrawn_and_there(self, alias: str | None) -> Pushed | None:
+        """Take out what an earlier rollback could not; return what is used, or None: all is out."""
+        carried = self.carried(alias)
+        left = [each for each in carried if each.record and each.record.state == "withdrawn"]
+        if not left:
+            return None
+        used = [each for each in carried if each.is_told]
+        result = Pushed.base(self.server, self.carrier.model_of(None), BASE)
+        if used:
+            there = used[-1]
+            result = Pushed(
+                url=self.url,
+                kind=self.server.kind,
+                model=self.carrier.model_of(there.adapter),
+                adapter=there.adapter.name,
+                path=there.adapter.path,
+                revision=there.revision,
+                again=True,
+            )
+        for each in left:
+            self.withdraw(each, result)
+            result = result.without(each.adapter.name)
+        return result
 
     def prove_again(self, earlier: CarriedAdapter, opening: Opening | None) -> Pushed:
         """Prove an adapter that is there by the record of its push, and let users have it."""
@@ -245,7 +282,8 @@ class Visit:
             return self._failed(expected, wrong)
         proof = self._proof(earlier.adapter, expected, base, share)
         if not proof.passed:
-            return self._failed(expected, *proof.failures, proof=proof, name=earlier.adapter.name)
+            failed = self._failed(expected, *proof.failures, proof=proof, name=earlier.adapter.name)
+            return dataclasses.replace(failed, again=True)
         self.carrier.settle(earlier.adapter, expected)
         if earlier.record is not None:
             write_record(self.folder, earlier.record.become("serving"))
@@ -257,8 +295,12 @@ class Visit:
         alias: str | None,
         opening: Opening | None,
     ) -> Pushed:
-        """Push the revision before in the ledger; without a patch there, the base model remains."""
-        parent = self.ledger.show(present.revision).parent
+        """Push the revision before in the ledger; without a patch there, the base model remains.
+
+        So it does after a revert: the revision before holds what was taken back.
+        """
+        revision = self.ledger.show(present.revision)
+        parent = BASE if revision.kind == "revert" else revision.parent
         if parent == BASE or not any(each.in_effect for each in self.ledger.active(parent)):
             return Pushed.base(self.server, self.carrier.model_of(None), parent)
         if opening is None:
@@ -276,12 +318,22 @@ class Visit:
             name = checked_alias(alias or alias_of(present))
             return self.push(parent, expected, name, write)
 
-    def withdraw(self, present: CarriedAdapter, keep: str | None) -> None:
-        """Take the present adapter out of use."""
-        if present.adapter.name != keep:
-            self.carrier.withdraw(present.adapter)
+    def withdraw(self, present: CarriedAdapter, now_used: Pushed) -> None:
+        """Take the present adapter out of use, after another one has been proved."""
+        # First the record: a rollback that is repeated must not come back to this adapter.
         if present.record is not None:
             write_record(self.folder, present.record.become("withdrawn"))
+        if present.adapter.name == now_used.adapter:
+            return
+        try:
+            self.carrier.withdraw(present.adapter)
+        except ServerError as error:
+            raise ServerError(
+                f"{error} The name to use is {now_used.model}, which was proved; "
+                f"{present.adapter.name} counts as withdrawn. Unload it when the server answers.",
+                status=error.status,
+                maybe_done=error.maybe_done,
+            ) from None
 
     # ── proving ───────────────────────────────────────────────────────────────────────────────────
 

@@ -30,7 +30,7 @@ class VllmCarrier:
         """Take the server."""
         self.server = server
 
-    def check(self) -> None:
+    def check(self, revisions: Sequence[str]) -> None:
         """Raise InputError if the server does not load adapters while it runs."""
         try:
             self.server.client.get(LOAD)
@@ -64,26 +64,28 @@ class VllmCarrier:
             if name is not None and name.revision in by_digits
         }
 
-    def put(self, making: Making) -> Adapter:
+    def chosen(self, making: Making) -> Adapter:
+        """Return the adapter under the name of the push."""
+        return Adapter(making.name, str(PurePosixPath(making.seen_as) / making.name), True)
+
+    def put(self, making: Making) -> None:
         """Write the adapter, and load it under the name of the push.
 
         Raises:
             ServerError: when vLLM refuses it; the message says what to change.
         """
         rank = making.write(making.folder / making.name)
-        path = str(PurePosixPath(making.seen_as) / making.name)
-        adapter = Adapter(making.name, path, True)
+        path = self.chosen(making).path
         body = {"lora_name": making.name, "lora_path": path}
         try:
             self.server.client.post(LOAD, body, retry=False, timeout=_SECONDS, as_text=True)
         except ServerError as error:
             raise _explained(error, path, rank) from None
-        if not any(each.name == making.name for each in self.adapters()):
+        if not self._lists(self.chosen(making)):
             raise ServerError(
                 f"{self.server.client.url} says that it loaded {making.name}, and does not list "
                 "it. Behind the address may be several servers; give the address of one."
             )
-        return adapter
 
     def base_voice(self) -> Voice:
         """Return the base model."""
@@ -97,12 +99,29 @@ class VllmCarrier:
         """Do nothing: the adapter can be asked by its name."""
 
     def withdraw(self, adapter: Adapter) -> None:
-        """Unload an adapter; one that is not loaded is no fault."""
+        """Unload an adapter; one that is not loaded is no fault.
+
+        Raises:
+            ServerError: when it may be loaded still.
+        """
         try:
             self.server.client.post(UNLOAD, {"lora_name": adapter.name}, as_text=True)
         except ServerError as error:
-            if error.status not in (400, 404):
-                raise
+            if error.status is None or self._lists(adapter):
+                raise ServerError(
+                    f"{adapter.name} may still be in the server: {error}",
+                    status=error.status,
+                    maybe_done=error.maybe_done,
+                ) from None
+        else:
+            if self._lists(adapter):
+                raise ServerError(
+                    f"{self.server.client.url} says that it unloaded {adapter.name}, and still "
+                    "lists it. Behind the address may be several servers; give the address of one."
+                )
+
+    def _lists(self, adapter: Adapter) -> bool:
+        return any(each.name == adapter.name for each in self.adapters())
 
     def model_of(self, adapter: Adapter | None) -> str:
         """Return the adapter's name, or that of the base model."""
