@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import ssl
 import subprocess
@@ -9,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class Notes:
         self.texts.append(text)
 
 
-@contextmanager
+@contextlib.contextmanager
 def asking(*answers: Answer, **options: Any) -> Iterator[tuple[Client, Scripted]]:
     with scripted(in_turn(*answers)) as server, Client(server.url, **options) as client:
         yield client, server
@@ -293,6 +293,50 @@ def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(InputError, match="FACTSMITH_API_KEY") as refused:
         Client("http://host")
     assert "s3cret" not in str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["s3cret-" * 8, "it's\"q\\uote-s3cret"])
+def test_no_part_of_the_key_is_shown(key: str) -> None:
+    for body in ({"error": {"message": "x" * 280 + key}}, key * 20, {"detail": [key]}):
+        with asking(Answer(body, 500), api_key=key) as (client, _):
+            with pytest.raises(ServerError) as caught:
+                client.get("/")
+            assert "s3cret" not in str(caught.value), caught.value
+    plain = Answer({"error": {"message": "plain"}}, 500)
+    with asking(plain, api_key=key) as (client, _), pytest.raises(ServerError, match="plain"):
+        client.get("/")
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("inf"), float("nan"), 1e9])
+def test_a_time_out_that_is_none(timeout: float) -> None:
+    with pytest.raises(InputError, match="timeout is"):
+        Client("http://host", timeout=timeout)
+
+
+def test_a_head_that_comes_byte_by_byte_ends_at_the_time_out() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        stop = threading.Event()
+
+        def drip() -> None:
+            connection, _ = listening.accept()
+            with connection, contextlib.suppress(OSError):
+                for byte in b"HTTP/1.1 200 OK\r\n" + b"X-A: b\r\n" * 100:
+                    if stop.wait(0.1):
+                        return
+                    connection.sendall(bytes([byte]))
+
+        thread = threading.Thread(target=drip, daemon=True)
+        thread.start()
+        start = time.monotonic()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        with (
+            Client(url, timeout=0.5, retries=0) as client,
+            pytest.raises(ServerError, match=r"did not answer within 0\.5 s"),
+        ):
+            client.get("/")
+        assert time.monotonic() - start < 5
+        stop.set()
+        thread.join()
 
 
 def test_a_redirect_is_not_followed() -> None:

@@ -92,6 +92,32 @@ def test_rollback(bench: Workbench, files: list[Path]) -> None:
         assert said(server, LYON) == "France."
 
 
+def test_rollbacks_end_at_the_base(bench: Workbench, files: list[Path]) -> None:
+    newest, oldest = (revision.id for revision in bench.log())
+    with serving(files) as (running, server):
+        for pushes in ([newest], [oldest, newest, oldest]):
+            for revision in pushes:
+                push(bench, server, [revision])
+            seen = []
+            for _ in range(4):
+                back = roll_back(
+                    bench.ledger, server, opening=lambda: contextlib.nullcontext(bench)
+                )
+                seen.append(back.revision)
+                if back.adapter is None:
+                    break
+            before = [oldest] if len(pushes) == 1 else [newest, oldest]
+            assert seen == [*before, "base"] and running.scales == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("value", [None, "abc", [], 10**400, float("inf")])
+def test_scales_that_are_none(bench: Workbench, files: list[Path], value: object) -> None:
+    with serving(files) as (running, server):
+        running.scales[2] = value  # type: ignore[call-overload]
+        with pytest.raises(fs.ServerError, match=r"/lora-adapters gives an adapter"):
+            push(bench, server)
+
+
 def test_a_wrong_adapter_stays_off(bench: Workbench, files: list[Path]) -> None:
     def exchanged(factors: Factors) -> Factors:
         return {name.replace("layers.0", "layers.3"): pair for name, pair in factors.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -263,6 +264,26 @@ def test_what_another_machine_pushed(
     assert back.model == first.model and back.withdrawn == (second.adapter,)
 
 
+def test_a_rollback_of_a_revert_brings_nothing_back(
+    bench: Workbench, running: ModelServer, server: Server
+) -> None:
+    bench.revert(bench.log()[0].id)
+    assert push(bench, server)[0].passed
+    back = roll_back(bench.ledger, server)
+    assert back.model == "base-model" and running.names == []
+    bench.checkout("base")
+    assert served(bench.ledger, server).up_to_date
+
+
+def test_a_prompt_whose_last_character_the_tokenizer_drops(
+    model: fs.LanguageModel, server: Server, tmp_path: Path
+) -> None:
+    odd = fs.Fact("Romania", "The currency of {} is the\n", "franc")
+    with Workbench(model, tmp_path / "odd") as bench:
+        bench.apply(odd)
+        assert push(bench, server, dtype="float32")[0].passed
+
+
 def test_a_push_that_was_killed_is_not_what_users_have(
     bench: Workbench, running: ModelServer, server: Server
 ) -> None:
@@ -466,7 +487,28 @@ def test_a_path_that_no_disk_allows(bench: Workbench, running: ModelServer, serv
 def test_a_damaged_record_is_named(bench: Workbench, server: Server) -> None:
     push(bench, server)
     (file,) = folder_of(bench).glob("*.json")
-    for content in (b"", b"{}", file.read_bytes().replace(b'"wanted"', b'"wantet"'), b"[" * 99999):
+    whole = file.read_bytes()
+    changes = [
+        (b'"wanted"', b'"wantet"'),
+        (f'"name": "{file.stem}"'.encode(), b'"name": "../../elsewhere"'),
+        (f'"revision": "{bench.ledger.current}"'.encode(), b'"revision": "' + b"f" * 64 + b'"'),
+        (b'"role": "prompt"', b'"role": "x"'),
+        (b'"n_tokens": ', b'"n_tokens": -'),
+        (b'"lines": 1', b'"lines": 0'),
+        (b'"log_after": -', b'"log_after": NaN, "x": -'),
+        (b'"prompt": "', b'"prompt": 5, "x": "'),
+    ]
+    assert all(old in whole for old, _ in changes)
+    contents = [b"", b"{}", b"[" * 99999, *(whole.replace(*change, 1) for change in changes)]
+    for content in contents:
         file.write_bytes(content)
         with pytest.raises(fs.DamagedError, match=file.name):
             served(bench.ledger, server)
+    empty = json.loads(whole)
+    empty["expected"]["probes"] = []
+    file.write_text(json.dumps(empty))
+    with pytest.raises(fs.DamagedError, match="no questions"):
+        roll_back(bench.ledger, server)
+    file.write_bytes(whole)
+    (folder_of(bench) / "x.gguf.factsmith.json").write_text("{}")
+    assert served(bench.ledger, server).up_to_date, "control, with a file of something else"
