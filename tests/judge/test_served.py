@@ -178,6 +178,7 @@ def test_a_run_that_lost_its_server_goes_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("factsmith.judge.served._TOGETHER", 1)
+    monkeypatch.setattr("factsmith.judge.served._ASKED_AGAIN", 1)
     calls = 0
     whole = Server.complete
 
@@ -210,6 +211,18 @@ def test_a_run_that_lost_its_server_goes_on(
     assert first and not asked & set(first), "what was kept is not asked again"
     last = [q.prompt for q in SUITE.records[3].questions if q.kind == "paraphrase"]
     assert last and asked >= set(last), "control: the rest is"
+
+
+def test_a_folder_belongs_to_one_model_whatever_its_name(tmp_path: Path) -> None:
+    with ModelServer(atlas.folder("atlas-llama")) as server:
+        first = evaluate_served(server.url, SUITE, known_only=False, folder=tmp_path)
+    with ModelServer(atlas.folder("atlas-llama")) as server:
+        again = evaluate_served(server.url, SUITE, known_only=False, folder=tmp_path)
+        assert again.summaries == first.summaries
+        for layer in server.model.model.layers:
+            layer.mlp.down_proj.weight.data.zero_()
+        with pytest.raises(InputError, match="holds answers of another model"):
+            evaluate_served(server.url, SUITE, known_only=False, folder=tmp_path)
 
 
 def test_a_folder_belongs_to_one_server_and_suite(running: ModelServer, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from ..core.tables import Table
 from ..corpus.own import texts_of
 from ..remote.client import is_url
 from . import completing
+from .loading import loading
 from .models import load_model
 from .options import Device, Json, Seed, read_value
 from .printing import complain, flag_of, print_result
@@ -314,6 +315,7 @@ def _refuse_for_servers(context: typer.Context) -> None:
         for name in _NEED_WEIGHTS
         if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
     ]
+    given += [flag_of(name) for name, value in vars(loading.get()).items() if value]
     if given:
         raise InputError(
             f"{', '.join(map(str, given))}: a server keeps its weights, and this needs them. Leave "

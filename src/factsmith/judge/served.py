@@ -24,7 +24,7 @@ from ..core.files import folder_path
 from ..core.gap import Settled
 from ..core.progress import Progress, Tally, note
 from ..core.tables import counted, visible
-from ..model.matching import begins_with, n_lines
+from ..model.matching import begins_with, n_lines, stayed
 from ..remote.server import ServedModel, Server
 from .asker import Asker
 from .campaign import Judged, note_left_out
@@ -41,6 +41,10 @@ from .usable import UNKNOWN, UNSAID, consistent
 
 _TOGETHER = 32
 """Records whose answers are kept together: a run that was killed goes on after them."""
+
+_ASKED_AGAIN, _LEAST_SAME = 8, 0.75
+"""Kept questions of each model that are asked again before a run goes on, and the share of them
+that must have the same answer. In 16 bits a few near ties may change with the batch."""
 
 _REFUSALS = (400, 413, 422)
 """Statuses of a server that does not take a prompt, because it is too long, for example."""
@@ -162,9 +166,8 @@ class ServedRun:
     @property
     def words(self) -> str:
         """What is judged, in words: it decides whether a run in a folder goes on."""
-        return f"{self.server.kind}, {self.base.name}" + (
-            f" from {self.base.path}" if self.base.path else ""
-        )
+        place = f" from {self.base.path}" if self.base.path else ""
+        return f"{self.server.kind}, {self.base.name}{place}"
 
     def campaign(
         self,
@@ -279,6 +282,7 @@ class ServedRun:
         n_tokens = asker.tokens_for(questions) if max_new_tokens is None else max_new_tokens
         n_tokens = check_count(n_tokens, "max_new_tokens", "the length of an answer in tokens")
         store = self._store(records, n_tokens, folder)
+        self._check_kept(store, n_tokens)
         parts = [records[at : at + _TOGETHER] for at in range(0, len(records), _TOGETHER)]
         tally = Tally(progress, "judging", (1 + len(self.models)) * len(questions))
         asking = _Asking(store, n_tokens)
@@ -297,6 +301,36 @@ class ServedRun:
             for number, part in enumerate(parts):
                 asking.ask(served, editor, number, part, _questions(tally, part))
         return Evaluation.of(store)
+
+    def _check_kept(self, store: Store, n_tokens: int) -> None:
+        """Check, where rows were kept, that the server answers as the one that was asked then.
+
+        An address and names do not say which weights a server has.
+
+        Raises:
+            InputError: when it answers otherwise.
+        """
+        for editor, model in {BASE: self.base, **self.models}.items():
+            rows = [row for row in store.rows if row.editor == editor][:_ASKED_AGAIN]
+            if not rows:
+                continue
+            lines = [n_lines(row.answer) for row in rows]
+            said = self.server.complete(
+                model.name, [row.prompt for row in rows], n_tokens=n_tokens, lines=lines
+            )
+            same = [stayed(row.answer, each.text) for row, each in zip(rows, said, strict=True)]
+            if sum(same) < _LEAST_SAME * len(same):
+                row, answer = next(
+                    (row, each.text)
+                    for row, each, is_same in zip(rows, said, same, strict=True)
+                    if not is_same
+                )
+                raise InputError(
+                    f"{store.path} holds answers of another model than {visible(model.name)!r} at "
+                    f"{self.server.client.url}: {row.prompt!r} was answered {row.answer!r}, and is "
+                    f"answered {answer!r}. Choose another folder.",
+                    argument="folder",
+                )
 
     def _store(self, records: Sequence[Record], n_tokens: int, folder: Path | None) -> Store:
         made_from = {

@@ -296,8 +296,9 @@ def test_a_push_that_was_killed_is_not_what_users_have(
     assert now.model == first.model and now.adapters[1].standing == "never proved"
     back = roll_back(bench.ledger, server)
     assert back.model == "base-model" and back.withdrawn == (first.adapter,)
+    assert running.names == [], "what was left is out, too"
     (again,) = push(bench, server, [newest])
-    assert again.again and again.model == second.model
+    assert not again.again and again.model != second.model
 
 
 def test_a_record_that_cannot_be_written_loads_nothing(
@@ -308,10 +309,23 @@ def test_a_record_that_cannot_be_written_loads_nothing(
     def full(path: Path, content: object) -> None:
         raise OSError(28, "No space left on device")
 
+    write = records.write_file
     monkeypatch.setattr(records, "write_file", full)
     with pytest.raises(fs.WorkspaceError, match="No space left"):
         push(bench, server)
     assert loads(running) == [] and running.names == []
+    left = [1]  # the first record fits, the next ones do not
+
+    def nearly_full(path: Path, content: bytes) -> None:
+        if not left:
+            raise OSError(28, "No space left on device")
+        left.pop()
+        write(path, content)
+
+    monkeypatch.setattr(records, "write_file", nearly_full)
+    with pytest.raises(fs.WorkspaceError, match="No space left"):
+        push(bench, server)
+    assert len(loads(running)) == 1 and running.names == []
 
 
 def test_a_push_that_is_killed_during_the_load(

@@ -181,6 +181,7 @@ def roll_back(
         checked_alias(alias)
     rolling = Visit(ledger, server, dtype, place, progress)
     with turn(rolling.folder, server.client.url, progress):
+        rolling.tidy()
         if (unfinished := rolling.withdrawn_and_there(alias)) is not None:
             return unfinished
         present, earlier = rolling.newest_two(alias)

@@ -89,6 +89,16 @@ class Visit:
         # Adapters that another machine pushed have no record: the server lists them by age.
         return sorted(carried, key=lambda each: order.get(each.adapter.name, -1))
 
+    def tidy(self) -> None:
+        """Take out what pushes have left that were killed, or could not take their adapter out."""
+        for each in self.carried():
+            if each.record is not None and each.record.state in ("loading", "failed"):
+                self.take_out(each.record)
+                note(
+                    self.progress,
+                    f"{each.adapter.name} was left by a push that did not end; it was taken out",
+                )
+
     def newest_two(self, alias: str | None) -> tuple[CarriedAdapter, CarriedAdapter | None]:
         """Return the adapter that was told last, and the one before it if it is still there."""
         carried = [each for each in self.carried(alias) if each.is_told]
@@ -130,6 +140,7 @@ class Visit:
         """Push one revision, and return what became of it."""
         if not any(each.role == "prompt" and each.held for each in expected.probes):
             return self._failed(expected, NOTHING)
+        self.tidy()
         carried = self.carried()
         before = [each for each in carried if each.is_told and self._goes_before(each, alias)]
         base, share, wrong = self._base(expected)
@@ -219,20 +230,26 @@ class Visit:
         except BaseException as error:
             try:
                 self.take_out(record)
-            except FactsmithError as second:
+            except ServerError as second:
                 note(self.progress, f"{record.adapter} could not be taken out: {second}")
+            except FactsmithError as second:
+                note(self.progress, f"{record.adapter} is not in the server. {second}")
             raise error
 
     def take_out(self, record: PushRecord) -> None:
-        """Take the adapter of a failed push out of the server, and then its files away."""
-        write_record(self.folder, record.become("failed"))
+        """Take the adapter of a failed push out of the server, and then its files away.
+
+        The server comes first: the disk may be full.
+        """
         try:
             self.carrier.withdraw(Adapter(record.adapter, record.path, True))
         except ServerError as error:
             if error.status is None:  # the server is gone, and the adapter with it
                 self._remove(record.name)
+            write_record(self.folder, record.become("failed"))
             raise
         self._remove(record.name)
+        write_record(self.folder, record.become("failed"))
 
     def _remove(self, name: str) -> None:
         """Remove the files of an adapter that the server does not carry."""
