@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import factsmith as fs
 from factsmith import atlas
 from factsmith.keep.push.llama_cpp import LlamaCarrier
 from factsmith.keep.push.push import check_push, push, roll_back
-from factsmith.keep.push.records import read_records
+from factsmith.keep.push.records import read_records, write_record
 from factsmith.keep.push.served import served
 from factsmith.keep.workbench import Workbench
 from factsmith.remote.server import Server
@@ -79,6 +80,9 @@ def test_a_push_switches_the_adapter_on(bench: Workbench, files: list[Path]) -> 
         ]
         assert [each.is_on for each in now.adapters] == [True, False, True]
         assert not now.up_to_date and not now.problems
+        proofs = [each.proof is not None and each.proof.passed for each in now.adapters]
+        assert proofs == [True, True, False], "the one that is off is asked in its own requests"
+        assert running.scales == [1.0, 0.0, 0.25]
 
 
 def test_rollback(bench: Workbench, files: list[Path]) -> None:
@@ -116,6 +120,18 @@ def test_scales_that_are_none(bench: Workbench, files: list[Path], value: object
         running.scales[2] = value  # type: ignore[call-overload]
         with pytest.raises(fs.ServerError, match=r"/lora-adapters gives an adapter"):
             push(bench, server)
+
+
+def test_a_push_that_was_killed_leaves_what_was_proved(bench: Workbench, files: list[Path]) -> None:
+    with serving(files) as (running, server):
+        push(bench, server)
+        (record,) = read_records(bench.ledger.folder / "served")
+        killed = dataclasses.replace(record, name=record.name[:-4] + "aaaa").become("loading")
+        write_record(bench.ledger.folder / "served", killed)
+        assert served(bench.ledger, server).adapters[1].standing == "checked out"
+        assert push(bench, server)[0].again and running.scales == [0.0, 1.0, 0.0]
+        write_record(bench.ledger.folder / "served", record.become("failed"))
+        assert served(bench.ledger, server).adapters[1].standing == "never proved", "control"
 
 
 def test_a_wrong_adapter_stays_off(bench: Workbench, files: list[Path]) -> None:

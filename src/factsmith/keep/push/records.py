@@ -19,7 +19,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -119,6 +119,21 @@ def read_records(folder: Path, url: str | None = None) -> list[PushRecord]:
         (each for each in records if url in (None, each.url) or each.adapter == each.name),
         key=lambda record: record.at,
     )
+
+
+def of_adapters(records: Iterable[PushRecord]) -> dict[str, PushRecord]:
+    """Return {adapter: the newest record of it}, from records in the order of `read_records`.
+
+    A push of llama.cpp's that did not end does not count against an earlier one that was proved:
+    several pushes may be of one adapter there.
+    """
+    newest: dict[str, PushRecord] = {}
+    for record in records:
+        earlier = newest.get(record.adapter)
+        ended = record.state in ("serving", "withdrawn")
+        if ended or earlier is None or earlier.state != "serving":
+            newest[record.adapter] = record
+    return newest
 
 
 def _read(file: Path) -> PushRecord:

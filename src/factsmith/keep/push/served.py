@@ -22,7 +22,7 @@ from .carriers import carrier_of
 from .names import parsed
 from .place import IN_THE_WORKSPACE, AdapterPlace
 from .proof import ServedProof, ask, compare, compare_base
-from .records import PushRecord, read_records
+from .records import PushRecord, of_adapters, read_records
 from .tolerance import tolerance_of
 from .visit import DTYPES
 
@@ -146,7 +146,7 @@ def served(
         ledger: The workspace's records.
         server: vLLM or llama.cpp.
         prove: Ask the proof of each of the workspace's adapters again, as it was kept when it was
-            pushed.
+            pushed: of those in use, and of others that were pushed once.
         dtype: As for `push`.
         place: Where the records are.
         progress: Called with the step's name and how much is done.
@@ -160,13 +160,13 @@ def served(
     carrier = carrier_of(server)
     log = {revision.id: revision for revision in ledger.log()}
     held = carrier.held(list(log))
-    records = {each.adapter: each for each in read_records(place.below(ledger), server.client.url)}
+    records = of_adapters(read_records(place.below(ledger), server.client.url))
     adapters = []
     for adapter in carrier.adapters():
         revision = log.get(held.get(adapter.name, ""))
         record = records.get(adapter.name)
         proof, problem = None, ""
-        if prove and revision is not None and adapter.is_on:
+        if prove and revision is not None and (adapter.is_on or record is not None):
             proof, problem = _proved(carrier, adapter, record, dtype, progress)
         adapters.append(
             ServedAdapter(

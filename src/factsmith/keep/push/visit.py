@@ -29,7 +29,7 @@ from .names import checked_alias, new_name, parsed
 from .place import AdapterPlace
 from .proof import NOTHING, Answer, ServedProof, ask, compare, compare_base
 from .pushed import Pushed
-from .records import PushRecord, now, read_records, write_record
+from .records import PushRecord, now, of_adapters, read_records, write_record
 from .tolerance import Tolerance, tolerance_of
 
 Opening: TypeAlias = Callable[[], contextlib.AbstractContextManager[Workbench]]
@@ -77,7 +77,7 @@ class Visit:
         """Return the workspace's adapters that are in use, the one told last at the end."""
         held = self.carrier.held([revision.id for revision in self.ledger.log()])
         records = read_records(self.folder, self.url)
-        newest = {record.adapter: record for record in records}
+        newest = of_adapters(records)
         order = {record.adapter: at for at, record in enumerate(records)}
         carried = [
             CarriedAdapter(adapter, held[adapter.name], newest.get(adapter.name))
