@@ -18,8 +18,8 @@ from factsmith.cli.models import load_model
 from factsmith.core.errors import InputError
 
 WORKSPACE_ALONE = {"diff", "revert", "checkout", "status", "verify", "recover", "capacity"}
-WORKSPACE_ALONE |= {"plan", "apply", "export", "import_"}
-NO_MODEL = {"demo", "cache", "log", "show", "gc", "schema"}
+WORKSPACE_ALONE |= {"plan", "apply", "export", "import_", "push"}
+NO_MODEL = {"demo", "cache", "log", "show", "gc", "schema", "served"}
 
 
 @pytest.fixture
