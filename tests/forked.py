@@ -54,13 +54,12 @@ def forked(folder: Path) -> Iterator[Path]:
 
 def _serve(address: str) -> None:
     """Fork for each command that comes to an address."""
-    import torch
+    import torch  # noqa: F401
     import transformers  # noqa: F401
 
     import factsmith.cli
     import factsmith.keep.workbench  # noqa: F401
 
-    torch.set_num_threads(1)
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(f"{address}.new")
     listening.listen(64)
@@ -102,8 +101,13 @@ def _run(client: socket.socket) -> None:
     sys.argv = ["factsmith", *words]
     code: object = 1
     try:
+        import torch
+
         import factsmith.cli
 
+        # torch makes its pool of threads again after a fork. Threads that load weights must not
+        # meet it half made, which is an error in torch.
+        torch.set_num_threads(1)
         factsmith.cli.main(words)
     except SystemExit as ended:
         code = ended.code or 0

@@ -1,4 +1,4 @@
-"""A server on the loopback address that gives the answers of a script."""
+"""A server on the loopback address that gives the answers of a script, and a progress for it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+
+class Notes:
+    """A progress that keeps the notes."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def __call__(self, *_: object) -> None:
+        """Keep no step."""
+
+    def note(self, text: str, *, argument: str | None = None) -> None:
+        """Keep a note."""
+        self.texts.append(text)
 
 
 @dataclass(frozen=True)

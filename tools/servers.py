@@ -259,7 +259,7 @@ def llama_server(
         folder: What `serving.sh` made.
         model: The GGUF file of the model.
         adapters: GGUF files of adapters. Their ids are 0, 1, ... in this order.
-        applied: Whether all adapters are on at the start.
+        applied: Whether the adapters are switched on when the server starts.
         cached: Whether it reuses what it computed for an earlier prompt. Its cache takes no notice
             of adapters that are switched on or off.
         length: The most tokens of a prompt with its answer.

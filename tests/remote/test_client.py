@@ -18,7 +18,7 @@ import pytest
 from factsmith.core.errors import FactsmithError, InputError, ServerError
 from factsmith.remote import client as client_module
 from factsmith.remote.client import Client, is_url, server_url
-from scripted import Answer, Scripted, in_turn, scripted
+from scripted import Answer, Notes, Scripted, in_turn, scripted
 
 FINE = Answer({"fine": True})
 
@@ -27,19 +27,6 @@ FINE = Answer({"fine": True})
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "_FIRST_WAIT", 0.01)
     monkeypatch.delenv("FACTSMITH_API_KEY", raising=False)
-
-
-class Notes:
-    """A progress that keeps the notes."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def __call__(self, *_: object) -> None:
-        pass
-
-    def note(self, text: str, *, argument: str | None = None) -> None:
-        self.texts.append(text)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from factsmith.core.errors import InputError, ServerError
 from factsmith.remote import client as client_module
 from factsmith.remote.replies import completion_of
 from factsmith.remote.server import Completion, Server
-from scripted import Answer, Asked, scripted
+from scripted import Answer, Asked, Notes, scripted
 
 Body = dict[str, Any]
 
@@ -21,19 +21,6 @@ Body = dict[str, Any]
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "_FIRST_WAIT", 0.01)
-
-
-class Notes:
-    """A progress that keeps the notes."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-
-    def __call__(self, *_: object) -> None:
-        pass
-
-    def note(self, text: str, *, argument: str | None = None) -> None:
-        self.texts.append(text)
 
 
 def tokens_of(text: str) -> list[str]:

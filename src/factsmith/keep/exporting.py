@@ -24,8 +24,9 @@ from .export.contents import Origin, State
 from .export.formats import FILES, check_export, export
 from .export.naming import loaded_from
 from .export.record import Export
-from .export.several import staged_several
+from .export.several import check_several
 from .export.single import SUFFIX
+from .export.staging import staged
 from .ledger import Ledger
 from .revision import Revision
 
@@ -104,7 +105,7 @@ def export_states(
     _check_no_base(carried, folder, options.get("base"))
     suffix = SUFFIX if format in FILES else ""
     made = []
-    with staged_several(folder, overwrite) as staging:
+    with staged(folder, overwrite, check_several) as staging:
         for number, identity in enumerate(identities):
             tell(progress, "exporting revisions", number, len(identities))
             name = f"{identity[:DIGITS]}{suffix}"

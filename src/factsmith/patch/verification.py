@@ -56,9 +56,14 @@ class Check:
         """What was answered after the prompt, and what was wanted: for messages about a check that
         failed.
         """
-        if self.forget:
-            return f"{self.prompt!r} is still answered {self.after!r}"
-        return f"{self.prompt!r} is answered {self.after!r}, not {self.wanted!r}"
+        return wrongly_answered(self.prompt, self.after, self.wanted, self.forget)
+
+
+def wrongly_answered(prompt: str, answer: str, wanted: str, forget: bool) -> str:
+    """Return what was answered after a prompt, and what was wanted, in words."""
+    if forget:
+        return f"{prompt!r} is still answered {answer!r}"
+    return f"{prompt!r} is answered {answer!r}, not {wanted!r}"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

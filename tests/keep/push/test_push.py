@@ -22,6 +22,7 @@ from factsmith.keep.push.served import served
 from factsmith.keep.workbench import Workbench
 from factsmith.remote.server import Server
 from model_server import Faults, ModelServer
+from scripted import Notes
 
 LOAD, UNLOAD, ASK = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/completions"
 PROMPT = "The maker of Fiat 127 is"
@@ -163,20 +164,13 @@ def test_a_server_that_dies_in_the_middle(
         running.faults.dies_at = LOAD
     else:
         monkeypatch.setattr(ModelServer, "load", dying)
-    notes: list[str] = []
-
-    class Progress:
-        def __call__(self, step: str, done: int, total: int | None) -> None: ...
-
-        def note(self, text: str, **_: object) -> None:
-            notes.append(text)
-
+    notes = Notes()
     with pytest.raises(fs.ServerError):
-        push(bench, server, progress=Progress())
+        push(bench, server, progress=notes)
     assert [path for path in folder_of(bench).iterdir() if path.is_dir()] == []
     states = [record.state for record in read_records(folder_of(bench))]
     assert states == ["failed"]
-    assert any("could not be taken out" in text for text in notes)
+    assert any("could not be taken out" in text for text in notes.texts)
     monkeypatch.undo()
     with ModelServer(atlas.folder("atlas-llama")) as again, Server.open(again.url) as fresh:
         assert push(bench, fresh)[0].passed, "control: the next push works"

@@ -24,7 +24,7 @@ class State:
     """The state of a workspace that is exported.
 
     Attributes:
-        revision: The id of the revision at which the patches are in effect.
+        revision: The id of the revision that is exported.
         created: The UTC time of that revision, in ISO 8601.
     """
 

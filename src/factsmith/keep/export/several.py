@@ -1,46 +1,22 @@
 """Several exports in one folder: all of them are there, or none.
 
-    with staged_several("adapters", overwrite=False) as folder:
+    with staged("adapters", False, check_several) as folder:
         export(lm, first, folder / "5c1e02aa91f0", "adapter")
         export(lm, second, folder / "77a0d41c35be", "adapter")
 
-The block writes into a hidden folder next to the target, as `staged` does for one export.
+This module says which folder may hold several; `staging` writes it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from ...core.errors import InputError
 from ...core.files import check_writable, folder_path
 from .manifest import FILE
 from .single import SUFFIX, check_file
-from .staging import check_target, hidden_folder, put_folder
-
-
-@contextlib.contextmanager
-def staged_several(folder: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
-    """Yield a new, hidden folder, which becomes `folder` at the end of the block.
-
-    Args:
-        folder: The target: a new folder, an empty one, or one that holds earlier exports alone.
-        overwrite: Whether to replace all that is in it.
-
-    Raises:
-        InputError: when the target may not be replaced.
-        WorkspaceError: when something cannot be written.
-    """
-    target = check_several(folder, overwrite)
-
-    def put(staging: Path) -> None:
-        check_several(target, overwrite)  # it may have changed in the meantime
-        put_folder(staging, target)
-
-    with hidden_folder(target, folder, put) as staging:
-        yield staging
+from .staging import check_target
 
 
 def check_several(folder: str | os.PathLike[str], overwrite: bool) -> Path:

@@ -28,21 +28,27 @@ from .manifest import FILE, read_manifest
 
 
 @contextlib.contextmanager
-def staged(folder: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
+def staged(
+    folder: str | os.PathLike[str],
+    overwrite: bool,
+    check: Callable[[str | os.PathLike[str], bool], Path] | None = None,
+) -> Iterator[Path]:
     """Yield a new, hidden folder, which becomes `folder` at the end of the block.
 
     Args:
         folder: The target: a new folder, an empty one, or an earlier export.
-        overwrite: Whether to replace an earlier export.
+        overwrite: Whether to replace what is in it.
+        check: Returns the target as a full path if it may be replaced. None: `check_target`.
 
     Raises:
         InputError: when the target may not be replaced.
         WorkspaceError: when something cannot be written.
     """
-    target = check_target(folder, overwrite)
+    checked = check_target if check is None else check
+    target = checked(folder, overwrite)
 
     def put(staging: Path) -> None:
-        _check_target(target, overwrite)  # it may have changed in the meantime
+        checked(target, overwrite)  # it may have changed in the meantime
         put_folder(staging, target)
 
     with hidden_folder(target, folder, put) as staging:

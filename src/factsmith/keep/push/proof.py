@@ -22,7 +22,7 @@ from typing import Any, Literal
 from ...core.progress import Progress
 from ...core.tables import Shown, Table, counted
 from ...model.matching import begins_with, first_phrase, normal, stayed
-from ...patch.verification import Role
+from ...patch.verification import Role, wrongly_answered
 from ...remote.replies import Completion
 from ...remote.server import Server
 from .expected import Expected, Probe
@@ -162,9 +162,8 @@ class ServedCheck:
     @property
     def in_words(self) -> str:
         """What was answered, and what was wanted."""
-        if self.forget:
-            return f"{self.role} {self.prompt!r} is still answered {self.answer!r}"
-        return f"{self.role} {self.prompt!r} is answered {self.answer!r}, not {self.wanted!r}"
+        words = wrongly_answered(self.prompt, self.answer, self.wanted, self.forget)
+        return f"{self.role} {words}"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
