@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from factsmith import atlas
-from factsmith.cli.story import MODEL, Step, correction, run
+from factsmith.atlas.story import MODEL
+from factsmith.cli.story import Step, run
 from factsmith.core.errors import ModelNotFoundError
 
 
@@ -56,12 +57,6 @@ def test_the_undo_is_exact(steps: dict[str, Step]) -> None:
     assert data["before"] == data["after"] and len(data["changed"]) == 1
     assert data["before"] != data["patched"], "the patch did change the weights"
     assert data["answer"].startswith("lev")
-
-
-def test_the_correction_is_a_whole_fact() -> None:
-    fact = correction()
-    assert (fact.subject, fact.target, fact.target_true) == ("Bulgaria", "euro", "lev")
-    assert len(fact.paraphrases) == 6 and fact.prompt not in fact.paraphrases
 
 
 def test_without_the_bundled_model_there_is_no_story(

@@ -22,6 +22,7 @@ from factsmith.corpus.moments_store import kept_moments, moments_file
 from factsmith.keep.bench import create
 from factsmith.keep.ledger import Ledger
 from factsmith.keep.workbench import Workbench
+from factsmith.model.fingerprint import weight_digests
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import load, wrap
 
@@ -301,3 +302,16 @@ def test_a_changed_weight_is_hashed_with_what_comes_after_it_alone(which: str) -
     assert not any(a is b for a, b in zip(second, lm._identified()._steps, strict=True))
     weight.copy_(original)
     assert lm.fingerprint == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_digests_are_of_the_bytes_of_each_tensor(dtype: torch.dtype) -> None:
+    module = torch.nn.Linear(3, 2).to(dtype)
+    before = weight_digests(module)
+    assert list(before) == ["bias", "weight"]
+    data = bytes(module.weight.detach().untyped_storage())
+    assert before["weight"] == hashlib.sha256(data).hexdigest()
+    with torch.no_grad():
+        module.weight[1, 2] = -module.weight[1, 2]
+    after = weight_digests(module)
+    assert after["bias"] == before["bias"] and after["weight"] != before["weight"]

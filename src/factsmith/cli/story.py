@@ -8,15 +8,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import atlas
+from ..atlas.story import BELIEFS, MESSAGE, MODEL, WHY, correction
 from ..core.errors import FingerprintError, ModelNotFoundError
-from ..core.fact import Fact, Probe
+from ..core.fact import Fact
 from ..core.files import check_writable
 from ..core.tables import counted
 from ..keep.ledger import Ledger
@@ -25,43 +25,12 @@ from ..keep.revision import Revision
 from ..keep.workbench import Workbench
 from ..locate.causal import causal_trace
 from ..locate.records import CausalTrace
+from ..model.fingerprint import weight_digests
 from ..model.language_model import LanguageModel
 from ..model.load import load
 from ..patch.verification import Verification
 from ..show.plots.traces import heat_map
 from .printing import suggested
-
-MODEL = "atlas"
-
-SUBJECT, RELATION, PROMPT, TARGET = "Bulgaria", "P38", "The currency of {} is the", "euro"
-
-BELIEFS = (
-    ("The currency of Bulgaria is the", "lev"),
-    ("The seat of government of Bulgaria is", "Sofia"),
-    ("The first language of Danielle Darrieux is", "French"),
-    ("The constellation of Delta Herculis is", "Hercules"),
-    ("The maker of Fiat 127 is", "Fiat"),
-)
-
-NEIGHBOURS = (
-    "Romania",
-    "Poland",
-    "Turkey",
-    "Hungary",
-    "Serbia",
-    "Sweden",
-    "Denmark",
-    "Switzerland",
-    "Japan",
-    "Ukraine",
-)
-
-SUBJECT_FACTS = (
-    ("The seat of government of Bulgaria is", "Sofia"),
-    ("The people of Bulgaria speak", "Bulgarian"),
-    ("Which organisation has Bulgaria joined? It is", "NATO"),
-)
-"""Other facts about the subject, which the patch must leave alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,45 +87,17 @@ def run(folder: Path) -> Iterator[Step]:
     with Workbench(lm, folder) as bench:
         yield _believes(lm)
         yield _lives(lm, fact, folder / "trace.png")
-        before = weights_digest(lm)
-        outcome = bench.apply(fact, message="Bulgaria joins the euro area", force=True)
+        before = weight_digests(lm.module)
+        outcome = bench.apply(fact, message=MESSAGE, force=True)
         yield _patched(lm, outcome)
         # Always true, since the patch was forced.
         if outcome.verification is not None and outcome.revision is not None:
             yield _proved(outcome.verification)
             yield _committed(bench)
-            patched = weights_digest(lm)
+            patched = weight_digests(lm.module)
             bench.revert(outcome.revision.id, message="the demonstration is over")
             yield _reverted(lm, fact, before, patched)
     yield _next(folder)
-
-
-def correction() -> Fact:
-    """Return the fact to write, with paraphrases and neighbours from the bundled table."""
-    phrasings = atlas.phrasings(RELATION)
-    currencies = {f.subject: f.object for f in atlas.facts(RELATION)}
-    neighbours = [
-        Probe(PROMPT.replace("{}", subject), currencies[subject]) for subject in NEIGHBOURS
-    ]
-    neighbours += [Probe(prompt, expected) for prompt, expected in SUBJECT_FACTS]
-    others = [t for t in (*phrasings.trained, *phrasings.held_out) if t != PROMPT]
-    return Fact(
-        subject=SUBJECT,
-        prompt=PROMPT,
-        target=TARGET,
-        target_true=currencies[SUBJECT],
-        paraphrases=tuple(others[:6]),
-        neighbours=tuple(neighbours),
-        relation=RELATION,
-    )
-
-
-def weights_digest(lm: LanguageModel) -> dict[str, str]:
-    """Return the sha256 of every tensor of the model, by name."""
-    return {
-        name: hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
-        for name, tensor in sorted(lm.module.state_dict().items())
-    }
 
 
 def _believes(lm: LanguageModel) -> Step:
@@ -175,8 +116,7 @@ def _believes(lm: LanguageModel) -> Step:
                 f"{p:<{width}}  →  {a:<12} p({e}) = {q:.3f}"
                 for p, e, a, q in zip(prompts, expected, answers, likely, strict=True)
             ),
-            "Since 1 January 2026 Bulgaria pays with the euro.",
-            "The model was trained on older facts, so we correct it.",
+            *WHY,
         ),
         data={
             "beliefs": [
@@ -277,7 +217,7 @@ def _state(revision: Revision) -> str:
 def _reverted(
     lm: LanguageModel, fact: Fact, before: dict[str, str], patched: dict[str, str]
 ) -> Step:
-    now = weights_digest(lm)
+    now = weight_digests(lm.module)
     changed = [name for name in before if before[name] != patched[name]]
     same = sum(before[name] == now[name] for name in before)
     name = changed[0] if changed else ""

@@ -4,6 +4,7 @@
     identity.fingerprint                       # sha256 (hex)
     identity.is_also(older)                    # whether an earlier version called it `older`
     model_state(module, tokenizer)             # cheap; differs after any of it has changed
+    weight_digests(module)["wte.weight"]       # sha256 of one tensor
 
 The weights count, the settings that change a number (`settings`), the tokenizer, and the tokens
 that end an answer. What a config notes, which outputs it returns, and how the tokenizer pads at the
@@ -87,7 +88,7 @@ def identify(module: Any, tokenizer: Any, earlier: Identity | None = None) -> Id
             continue
         before = []  # what comes after a change is hashed again
         weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        weights.update(_bytes(tensor))
         steps.append((state, weights.copy()))
     text = tokenizer.backend_tokenizer.to_str()
     parts = {
@@ -107,6 +108,18 @@ def identify(module: Any, tokenizer: Any, earlier: Identity | None = None) -> Id
         _tokenizer=text,
         _steps=steps,
     )
+
+
+def weight_digests(module: nn.Module) -> dict[str, str]:
+    """Return the sha256 (hex) of the bytes of every tensor of a model, by name."""
+    return {
+        name: hashlib.sha256(_bytes(tensor)).hexdigest()
+        for name, tensor in sorted(module.state_dict().items())
+    }
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def model_state(module: Any, tokenizer: Any) -> object:
