@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 
+import pytest
 import torch
 
+from factsmith.core.errors import FingerprintError
 from factsmith.core.fact import Fact
+from factsmith.core.gates import Gates
 from factsmith.edit.configs import RomeConfig
 from factsmith.edit.delta import Delta
 from factsmith.keep.workbench import Workbench
@@ -89,3 +92,31 @@ def test_a_conflict_is_refused_and_recorded_when_forced(atlas_bench: Workbench) 
     forced = atlas_bench.apply(against, force=True)
     assert forced.forced and forced.revision is not None
     assert forced.revision.report["forced"] and "Toyota" in forced.revision.report["conflicts"][0]
+
+
+def test_a_dry_run_is_kept_as_it_was_solved(atlas_bench: Workbench) -> None:
+    tried = atlas_bench.apply(FIAT, dry_run=True, gates=Gates())
+    assert tried.holds and tried.revision is None and atlas_bench.log() == []
+    base = hashes(atlas_bench.lm)
+    kept = atlas_bench.keep(tried, message="as tried")
+    assert kept.revision is not None and kept.revision.message == "as tried"
+    assert not kept.forced and kept.gates == tried.gates and kept.delta is tried.delta
+    assert kept.revision.report["seconds"] == sum(tried.proposal.seconds.values())
+    assert "Toyota" in atlas_bench.lm.answer([FIAT.text])[0]
+    with pytest.raises(FingerprintError):  # the weights are no longer those of the dry run
+        atlas_bench.keep(tried)
+    atlas_bench.revert("latest")
+    assert hashes(atlas_bench.lm) == base
+    again = atlas_bench.keep(tried)  # the same weights again
+    assert again.revision is not None and again.revision.delta == kept.revision.delta
+
+
+def test_a_failed_dry_run_is_kept_only_by_force(lm: LanguageModel, bench: Workbench) -> None:
+    weak = RomeConfig(layer=1, steps=1)
+    tried = bench.apply(FACT, config=weak, moments=moments_of(lm), contexts=["{}"], dry_run=True)
+    before = lm.fingerprint
+    assert tried.failed and bench.keep(tried).revision is None
+    assert bench.log() == [] and lm.fingerprint == before
+    forced = bench.keep(tried, force=True)
+    assert forced.forced and forced.revision is not None
+    assert bench.log()[0].report["forced"] and lm.fingerprint != before

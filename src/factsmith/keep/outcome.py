@@ -28,7 +28,7 @@ class Outcome(Attempt):
         cls, attempt: Attempt, revision: Revision | None = None, *, forced: bool = False
     ) -> Outcome:
         """Return the outcome of an attempt."""
-        return cls(**vars(attempt), revision=revision, forced=forced)
+        return cls(**{**vars(attempt), "revision": revision, "forced": forced})
 
     def tables(self) -> list[Table]:
         """What became of the attempt, and the attempt itself."""

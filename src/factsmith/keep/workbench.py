@@ -32,7 +32,7 @@ from ..edit.delta import Delta, applied
 from ..edit.inputs import Moments
 from ..judge.drift import Drift, drift
 from ..model.language_model import LanguageModel
-from ..patch.attempt import attempt_patch
+from ..patch.attempt import Attempt, attempt_patch
 from ..patch.capacity import LIMIT, Capacity, capacity
 from ..patch.complete import complete
 from ..patch.firing import firing_of
@@ -301,7 +301,25 @@ class Workbench(LedgerBench):
             force=force,
             progress=progress,
         )
-        if dry_run or attempt.delta is None or not (attempt.holds or force):
+        return Outcome.of(attempt) if dry_run else self._keep(attempt, message, force=force)
+
+    @settled
+    def keep(self, attempt: Attempt, *, force: bool = False, message: str = "") -> Outcome:
+        """Commit an attempt that was only tried, such as the outcome of `apply` with `dry_run`.
+
+        Nothing is solved again. Nothing is recorded where the attempt failed, as in `apply`.
+
+        Args:
+            attempt: What was solved and proved on the weights that the model has now.
+            force: Keep it all the same, and say so in the record.
+            message: One line for the log.
+
+        Raises what `commit` raises: FingerprintError where the weights have changed since then.
+        """
+        return self._keep(attempt, message, force=force)
+
+    def _keep(self, attempt: Attempt, message: str, *, force: bool) -> Outcome:
+        if attempt.delta is None or not (attempt.holds or force):
             return Outcome.of(attempt)
         forced = not attempt.holds or bool(attempt.proposal.plan.conflicts)
         report = attempt.report | {"forced": forced}
