@@ -7,19 +7,14 @@ from typing import Any
 
 import pytest
 
-from browsing import ARGUMENTS, NAMES, browser_path
-
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
     """Return chromium, driven by playwright."""
-    sync_api = pytest.importorskip(
-        "playwright.sync_api", reason="install it: pip install playwright"
-    )
-    path = browser_path()
-    if path is None:
+    pytest.importorskip("playwright.sync_api", reason="install it: pip install playwright")
+    from tools.browser import NAMES, browser_path, chromium
+
+    if browser_path() is None:
         pytest.skip(f"no browser on the path; looked for {', '.join(NAMES)}")
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
-        yield chromium
-        chromium.close()
+    with chromium() as started:
+        yield started
