@@ -1,0 +1,185 @@
+// What the pages do besides links and forms: news from the server, the theme, keys, copies.
+(function () {
+  "use strict";
+  const body = () => document.body;
+
+  function say(text) { document.getElementById("said").textContent = text; }
+
+  function save(content, name) {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(content);
+    link.download = name;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  }
+
+  window.studio = { say, save };
+
+  // ── news ──────────────────────────────────────────────────────────────────────────────────────
+  // One stream for a visible tab, none for a hidden one: browsers allow six connections to a host.
+
+  let stream = null, again = 1000, timer = null;
+
+  function tell(name, detail) { body().dispatchEvent(new CustomEvent("studio:" + name, { detail })); }
+
+  function listen() {
+    clearTimeout(timer);
+    if (stream || document.hidden || !document.getElementById("jobs-indicator")) return;
+    stream = new EventSource("/events");
+    stream.addEventListener("open", () => { again = 1000; });
+    stream.addEventListener("jobs", (event) => {
+      const news = parse(event.data);
+      tell("jobs", news);
+      for (const id of news?.jobs ?? []) tell("job-" + id, news);
+    });
+    stream.addEventListener("job", (event) => {
+      const news = parse(event.data);
+      if (news?.id) tell("job-" + news.id, news);
+    });
+    stream.addEventListener("ledger", (event) => tell("ledger", parse(event.data)));
+    stream.addEventListener("error", () => {
+      if (stream?.readyState !== EventSource.CLOSED) return; // it connects again by itself
+      silence();
+      timer = setTimeout(listen, again);
+      again = Math.min(again * 2, 30000);
+    });
+  }
+
+  function parse(text) { try { return JSON.parse(text); } catch { return null; } }
+
+  function silence() { stream?.close(); stream = null; }
+
+  document.addEventListener("visibilitychange", () => {
+    if (document.hidden) return silence();
+    listen();
+    tell("jobs", null); // what happened while the tab was hidden
+    tell("ledger", null);
+  });
+  window.addEventListener("pagehide", silence);
+  window.addEventListener("pageshow", listen);
+
+  // ── requests of htmx ──────────────────────────────────────────────────────────────────────────
+
+  document.addEventListener("htmx:configRequest", (event) => {
+    const token = document.querySelector("meta[name='csrf']");
+    if (token && event.detail.verb !== "get") event.detail.headers["X-CSRF-Token"] = token.content;
+  });
+  document.addEventListener("htmx:sendError", () => say("The studio does not answer. Is it still running?"));
+
+  // ── the theme ─────────────────────────────────────────────────────────────────────────────────
+
+  function setTheme(name) {
+    if (name === "system") delete document.documentElement.dataset.theme;
+    else document.documentElement.dataset.theme = name;
+    try { localStorage.setItem("studio-theme", name); } catch { /* no storage */ }
+    document.dispatchEvent(new CustomEvent("studio:theme"));
+  }
+
+  document.addEventListener("change", (event) => {
+    if (event.target.matches("[data-theme-switch]")) setTheme(event.target.value);
+  });
+  window.addEventListener("storage", (event) => {
+    if (event.key !== "studio-theme") return;
+    setTheme(event.newValue ?? "system");
+    showTheme();
+  });
+
+  function showTheme() {
+    const chosen = document.documentElement.dataset.theme ?? "system";
+    for (const each of document.querySelectorAll("[data-theme-switch]")) each.value = chosen;
+  }
+
+  // ── clicks ────────────────────────────────────────────────────────────────────────────────────
+
+  async function copy(text, element) {
+    try {
+      await navigator.clipboard.writeText(text);
+      say("Copied.");
+      const before = element.textContent;
+      if (before === "Copied") return;
+      element.textContent = "Copied";
+      setTimeout(() => { element.textContent = before; }, 1500);
+    } catch {
+      say("The browser does not allow copying; the text is selected.");
+      const shown = document.getElementById(element.dataset.copy ?? "");
+      if (shown) window.getSelection().selectAllChildren(shown);
+    }
+  }
+
+  function another(button) {
+    const list = button.closest("[data-list]");
+    const inputs = list.querySelectorAll("input");
+    const fresh = inputs[inputs.length - 1].cloneNode();
+    fresh.value = "";
+    fresh.required = false;
+    button.before(fresh);
+    fresh.focus();
+  }
+
+  document.addEventListener("click", (event) => {
+    const element = event.target.closest("button, a");
+    if (!element) return;
+    const data = element.dataset;
+    if ("copy" in data) copy(document.getElementById(data.copy).textContent, element);
+    else if ("copyAddress" in data) copy(new URL(data.copyAddress, location.href).href, element);
+    else if ("more" in data) another(element);
+    else if ("open" in data) document.getElementById(data.open)?.showModal();
+    else if ("close" in data) element.closest("dialog")?.close();
+    else if ("menu" in data) {
+      const open = document.getElementById("rooms").classList.toggle("open");
+      element.setAttribute("aria-expanded", String(open));
+    } else if (element.getAttribute("aria-disabled") === "true") event.preventDefault();
+  });
+
+  // ── keys ──────────────────────────────────────────────────────────────────────────────────────
+
+  let gone = 0; // when "g" was pressed
+
+  function go(key) {
+    const rooms = [...document.querySelectorAll("#rooms a")];
+    const link = key === "j" ? document.querySelector("#jobs-indicator a") : rooms[Number(key) - 1];
+    link?.click();
+  }
+
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") {
+      for (const term of document.querySelectorAll(".term:hover, .term:focus-within")) shut(term);
+    }
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
+    if (event.target.closest("input, textarea, select, [contenteditable], dialog")) return;
+    if (Date.now() - gone < 1500) {
+      gone = 0;
+      return go(event.key);
+    }
+    if (event.key === "g") gone = Date.now();
+    else if (event.key === "?") document.getElementById("shortcuts")?.showModal();
+    else if (event.key === "/") {
+      const first = document.querySelector("main :is(input, textarea, select):not([type=hidden], :disabled)");
+      if (!first) return;
+      event.preventDefault();
+      first.focus();
+    }
+  });
+
+  function shut(term) {
+    term.classList.add("shut");
+    const open = () => term.classList.remove("shut");
+    term.addEventListener("mouseleave", open, { once: true });
+    term.addEventListener("focusout", open, { once: true });
+  }
+
+  // ── files that are dropped ────────────────────────────────────────────────────────────────────
+
+  for (const kind of ["dragover", "dragleave", "drop"]) {
+    document.addEventListener(kind, (event) => {
+      const input = document.querySelector("main input[data-drop]:not(:disabled)");
+      if (!input || !event.dataTransfer?.types.includes("Files")) return;
+      event.preventDefault();
+      input.classList.toggle("over", kind === "dragover");
+      if (kind === "drop") input.files = event.dataTransfer.files;
+      if (kind === "drop") input.dispatchEvent(new Event("change", { bubbles: true }));
+    });
+  }
+
+  document.addEventListener("DOMContentLoaded", () => { showTheme(); listen(); });
+})();
