@@ -28,7 +28,8 @@ ORDER = [
     ("patch",),
     ("keep", "show"),
     ("cluster",),
-    ("cli", "studio"),
+    ("studio",),
+    ("cli",),
 ]
 """A package imports only from packages above it; packages of one line never import each other."""
 
