@@ -22,6 +22,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..core.documents import fault_in_words
 from ..core.errors import FactsmithError, InputError
 from . import cache, capacity, demo, drift, export, judge, keep, locate, patch, plan, read, serve
 from .common import Command, Group, Quiet, Verbose, spoken_warnings, with_common_options
@@ -136,10 +137,7 @@ def _exit_code(words: list[str]) -> int:
     except Exception as error:
         if os.environ.get("FACTSMITH_TRACEBACK"):
             raise
-        text = (
-            f"{type(error).__name__}: {error}. This is a fault in factsmith; please report it with "
-            "what FACTSMITH_TRACEBACK=1 prints"
-        )
+        text = f"{fault_in_words(error)}; please report it with what FACTSMITH_TRACEBACK=1 prints"
         complain_of(error, text, 1)
         return 1
 

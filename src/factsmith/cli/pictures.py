@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..core.documents import document
 from ..core.errors import InputError
 from ..core.files import write_file
 from ..core.sheets import csv_text
-from .printing import FORMAT_VERSION, as_json_text
+from .printing import as_json_text
 from .waiting import during
 
 _RECORDS = ("trace", "average", "neurons", "explain")
@@ -100,8 +101,7 @@ def save(
     with during("drawing"):
         for picture in files.pictures:
             draw(picture)
-        document = {"factsmith": command, "format_version": FORMAT_VERSION, **record.to_dict()}
-        content = as_json_text(document) + "\n"
+        content = as_json_text(document({"factsmith": command, **record.to_dict()})) + "\n"
         write_file(files.record, content.encode())
         # A token that is half of a character cannot be written; it becomes a question mark.
         write_file(files.table, csv_text(record.rows()).encode("utf-8", "replace"))

@@ -24,12 +24,10 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
+from ..core.documents import document, error_fields
 from ..core.errors import FactsmithError
 from ..core.tables import Table, visible
 from .streams import can_write, printing_output
-
-FORMAT_VERSION = 1
-"""The field "format_version" of every JSON document. A change that breaks readers raises it."""
 
 _MOST_COMPLAINTS = 20
 """Warnings or failures that are printed; the others are counted."""
@@ -97,7 +95,7 @@ def print_result(
 def print_json(result: dict[str, Any], *, indent: int | None = None) -> None:
     """Print a JSON document on standard output, with the version of its format."""
     with printing_output():
-        typer.echo(as_json_text({"format_version": FORMAT_VERSION, **result}, indent=indent))
+        typer.echo(as_json_text(document(result), indent=indent))
 
 
 def as_json_text(result: Any, *, indent: int | None = None) -> str:
@@ -177,11 +175,11 @@ def complain(kind: str, text: str, **fields: Any) -> None:
         fields: What the JSON document says besides.
     """
     if manner.get().json:
-        document = {"format_version": FORMAT_VERSION, kind: {"message": text, **fields}}
+        said = as_json_text(document({kind: {"message": text, **fields}}))
         if _live:
-            _live[-1].print(Text(as_json_text(document)), soft_wrap=True)
+            _live[-1].print(Text(said), soft_wrap=True)
         else:
-            typer.echo(as_json_text(document), err=True)
+            typer.echo(said, err=True)
         return
     style = _STYLES.get(kind, "bold red")
     message = Text.assemble((f"{kind}: ", style), visible(runnable(text)))
@@ -206,9 +204,8 @@ def complain_of(
     error: BaseException | type[BaseException], text: str, code: int, *, argument: str | None = None
 ) -> None:
     """Print an error on standard error, with its type, what to change, and the exit code."""
-    option = flag_of(argument)
+    fields = error_fields(error, code, argument, flag_of(argument))
     kind = error if isinstance(error, type) else type(error)
-    fields = {"type": kind.__name__, "argument": argument, "option": option, "exit_code": code}
     said = text if manner.get().json else with_flag(text, argument)
     is_fault = code == 1 and not issubclass(kind, FactsmithError) and not manner.get().json
     complain("unexpected error" if is_fault else "error", said, **fields)

@@ -137,6 +137,25 @@ class LedgerBench:
         return self.ledger.status()
 
     @property
+    def at(self) -> str:
+        """The id of the revision whose weights the model has, or "base"."""
+        return self._carried.at
+
+    @settled
+    def follow(self) -> bool:
+        """Give the model the weights of the revision that is checked out now, and say whether it
+        had others: another process may have moved the workspace.
+
+        Raises:
+            DamagedError: A delta is not whole.
+        """
+        if (current := self.ledger.current) == self.at:
+            return False
+        self._carried.check_weights()
+        self._carried.go_to(current)
+        return True
+
+    @property
     def base_fingerprint(self) -> str:
         """The fingerprint of the model without patches."""
         return self.ledger.fingerprint

@@ -1,0 +1,48 @@
+"""The rooms of studio: pages that share a subject, and the verbs that each has.
+
+[room.title for room in ROOMS]     # ["Ask", "Trace", ...]
+address_of(TRACE, arguments)       # "/trace/trace?prompt=..."
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .arguments import Arguments
+from .verb import Verb
+
+
+@dataclass(frozen=True)
+class Room:
+    """A part of studio.
+
+    Attributes:
+        name: The first part of its addresses.
+        title: Its name in the menu.
+        lead: One sentence: what one does there.
+        verbs: What it does; the first one is its front page.
+        menu: The names of the verbs that its own menu shows; others are reached from answers.
+        template: The template in the folder `rooms` that frames its pages.
+    """
+
+    name: str
+    title: str
+    lead: str
+    verbs: tuple[Verb[Any], ...]
+    menu: tuple[str, ...] = ()
+    template: str = "room.html"
+
+    def verb(self, name: str) -> Verb[Any] | None:
+        """Return one of its verbs by name."""
+        return next((verb for verb in self.verbs if verb.name == name), None)
+
+
+ROOMS: tuple[Room, ...] = ()
+"""The rooms, in the order of the menu."""
+
+
+def address_of(verb: Verb[Any], arguments: Arguments) -> str:
+    """Return the address of a view, from the root of studio."""
+    room = next(room for room in ROOMS if verb in room.verbs)
+    return arguments.address(f"/{room.name}/{verb.name}")

@@ -1,0 +1,1 @@
+"""What studio does, one module for each room; `rooms` puts the verbs in order."""
