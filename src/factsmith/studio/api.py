@@ -29,7 +29,6 @@ from ..core.errors import (
 from ..core.plain import json_value
 from .arguments import Arguments
 from .jobs import BusyError, Job
-from .rooms import Room
 from .session import Studio, finished
 from .verb import Verb
 
@@ -97,10 +96,10 @@ def error_response(error: Exception) -> JSONResponse:
     return JSONResponse(error_document(error), status_code=status_of(error))
 
 
-def routes(studio: Studio, rooms: tuple[Room, ...]) -> APIRouter:
+def routes(studio: Studio) -> APIRouter:
     """Return the routes of the API."""
     router = APIRouter(prefix=PREFIX)
-    for room in rooms:
+    for room in studio.rooms:
         for verb in room.verbs:
             _add_verb(router, studio, verb, room.title)
     _add_jobs(router, studio)

@@ -1,9 +1,8 @@
 """The web application of studio: pages, the HTTP API, streams of events, and static files.
 
     app = create_app(studio)
-    app = create_app(studio, access)      # only for those who may come in
 
-`views` has the pages, `api` the API, `access` decides who may come in.
+`views` has the pages and `api` the API. `guard` decides who may come in, around all of it.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from starlette.staticfiles import StaticFiles
 
 from ..core.errors import FactsmithError, InputError
 from . import api, events, views
-from .rooms import ROOMS, Room
 from .session import Studio
 
 _STATIC = Path(__file__).parent / "static"
@@ -29,13 +27,8 @@ _STATIC = Path(__file__).parent / "static"
 _log = logging.getLogger(__name__)
 
 
-def create_app(studio: Studio, rooms: tuple[Room, ...] = ROOMS) -> FastAPI:
-    """Return the application of a studio that is open, without any check of who asks.
-
-    Args:
-        studio: The studio.
-        rooms: Its rooms.
-    """
+def create_app(studio: Studio) -> FastAPI:
+    """Return the application of a studio that is open, without any check of who asks."""
     app = FastAPI(
         title="factsmith studio",
         version=importlib.metadata.version("factsmith"),
@@ -45,10 +38,10 @@ def create_app(studio: Studio, rooms: tuple[Room, ...] = ROOMS) -> FastAPI:
         docs_url=None,  # these pages load scripts from elsewhere
         redoc_url=None,
     )
-    app.include_router(api.routes(studio, rooms))
+    app.include_router(api.routes(studio))
     app.mount("/static", StaticFiles(directory=_STATIC), name="static")
     app.include_router(events.routes(studio), include_in_schema=False)
-    pages = views.Views(studio, rooms)
+    pages = views.Views(studio)
     app.include_router(pages.router(), include_in_schema=False)
     _handle_errors(app, pages)
     return app

@@ -33,16 +33,10 @@ class Room:
     menu: tuple[str, ...] = ()
     template: str = "room.html"
 
-    def verb(self, name: str) -> Verb[Any] | None:
-        """Return one of its verbs by name."""
-        return next((verb for verb in self.verbs if verb.name == name), None)
+    def address(self, verb: Verb[Any], arguments: Arguments) -> str:
+        """Return the address of a view of one of its verbs, from the root of studio."""
+        return arguments.address(f"/{self.name}/{verb.name}")
 
 
 ROOMS: tuple[Room, ...] = ()
 """The rooms, in the order of the menu."""
-
-
-def address_of(verb: Verb[Any], arguments: Arguments) -> str:
-    """Return the address of a view, from the root of studio."""
-    room = next(room for room in ROOMS if verb in room.verbs)
-    return arguments.address(f"/{room.name}/{verb.name}")

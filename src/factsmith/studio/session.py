@@ -24,7 +24,7 @@ from ..keep.revision import Revision
 from .arguments import Arguments, Source
 from .desk import CURRENT, Desk
 from .jobs import Job, Jobs, Work
-from .rooms import address_of
+from .rooms import ROOMS, Room
 from .verb import Answer, Verb
 
 _OFFERED = 100
@@ -60,11 +60,13 @@ class Studio:
 
     Attributes:
         desk: The models.
+        rooms: What it does, room by room.
         jobs: The work on them.
         closing: Set when the studio ends; streams of events end then.
     """
 
     desk: Desk
+    rooms: tuple[Room, ...] = ROOMS
     jobs: Jobs = field(default_factory=Jobs)
     closing: threading.Event = field(default_factory=threading.Event)
     _standing: tuple[tuple[int, ...], Standing] | None = None
@@ -110,7 +112,8 @@ class Studio:
                 self.desk.bench.follow()
             return verb.run(self.desk, arguments, tell)
 
-        address = "" if verb.kind == "write" else address_of(verb, arguments)
+        room = next(room for room in self.rooms if verb in room.verbs)
+        address = "" if verb.kind == "write" else room.address(verb, arguments)
         return Work(verb.name, verb.title, run, arguments, address, key, verb.worker)
 
     async def ask(self, verb: Verb[Any], arguments: Arguments, wait: float | None) -> Job:

@@ -62,10 +62,10 @@ class View:
 class Views:
     """The pages of a studio."""
 
-    def __init__(self, studio: Studio, rooms: tuple[Room, ...]) -> None:
-        """Take the studio and its rooms."""
-        self.studio, self.rooms = studio, rooms
-        self._verbs = {verb.name: (room, verb) for room in rooms for verb in room.verbs}
+    def __init__(self, studio: Studio) -> None:
+        """Take the studio."""
+        self.studio, self.rooms = studio, studio.rooms
+        self._verbs = {verb.name: (room, verb) for room in self.rooms for verb in room.verbs}
 
     def router(self) -> APIRouter:
         """Return the routes of the pages."""
@@ -264,7 +264,6 @@ class Views:
         """Return what templates get of a form."""
         desk = self.studio.desk
         examples = () if verb.examples is None else verb.examples(desk)
-        path = f"/{room.name}/{verb.name}"
         return {
             "room": room,
             "verb": verb,
@@ -273,7 +272,7 @@ class Views:
             "errors": {},
             "options": self._options(verb),
             "disabled": {} if verb.disabled is None else verb.disabled(desk, values),
-            "examples": [(label, example.address(path)) for label, example in examples],
+            "examples": [(label, room.address(verb, example)) for label, example in examples],
             "answer_template": verb.template,
         }
 
@@ -308,7 +307,7 @@ class Views:
     def _view(self, job: Job, verb: Verb[Any], arguments: Arguments) -> View:
         """Return the other forms of a view."""
         room, _ = self._verbs[verb.name]
-        address = arguments.address(f"/{room.name}/{verb.name}")
+        address = room.address(verb, arguments)
         is_read = verb.kind != "write"
         return View(
             address=address if is_read else "",
