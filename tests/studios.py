@@ -1,4 +1,4 @@
-"""A studio for tests: the bundled model in a workspace of its own, with verbs that tests control."""
+"""A studio for tests: the bundled model in a workspace, with verbs that tests control."""
 
 from __future__ import annotations
 

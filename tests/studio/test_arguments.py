@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from factsmith.core.errors import InputError
-from factsmith.studio.arguments import Arguments, Source
+from factsmith.studio.arguments import Source
 
 
 class Example(Source):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from factsmith.core.errors import InputError
+from factsmith.core.errors import FingerprintError, InputError
 from factsmith.keep.workbench import Workbench
 from factsmith.model.fingerprint import weight_digests
 from factsmith.model.load import load
@@ -153,9 +153,9 @@ def test_a_workspace_of_another_model_is_refused_before_anything_starts(
 ) -> None:
     with Workbench(load("atlas-llama"), tmp_path / "space"):
         pass
-    with pytest.raises(Exception, match="was made for 'atlas-llama'"):
-        with studio_in(tmp_path / "space", rooms_with(hold)):
-            pass
+    refused = pytest.raises(FingerprintError, match="was made for 'atlas-llama'")
+    with refused, studio_in(tmp_path / "space", rooms_with(hold)):
+        pass
 
 
 def test_no_reading_verb_may_carry_patches_in_another_model(studio: Studio) -> None:

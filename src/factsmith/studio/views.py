@@ -196,7 +196,9 @@ class Views:
     async def job_view(self, request: Request, identity: str) -> Response:
         """Show a job's answer alone, or how far it is."""
         job = api.known_job(self.studio, identity)
-        return await self.page(request, "job_state.html", **self._of_job(job))
+        context = self._of_job(job)
+        template = context["answer_template"] if job.is_over else "job_state.html"
+        return await self.page(request, template, **context)
 
     async def cancel(self, request: Request, identity: str) -> Response:
         """Cancel a job, and show it."""
