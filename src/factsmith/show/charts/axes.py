@@ -1,23 +1,30 @@
-"""What the charts share: labels of tokens, encodings and sizes.
+"""What the charts share: labels of tokens, encodings and forms.
 
 A specification names fields, scales and titles. Colours are left to the theme: "heatmap" and "ramp"
 are the scales that the theme fills for strong and for pale cells, "category" is the one for groups.
+Groups differ in shape or filling, too, so that no meaning depends on colour alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...core.tables import visible
 
 LONGEST_LABEL = 24
-"""The most characters of a label on an axis."""
+"""The most characters of a token that a label shows."""
 
 _MARKS = str.maketrans({"\n": "↵", "\r": "↵", "\t": "→"})
 
 ROW = {"step": 22}
 """The height of a row of cells or of a bar, in pixels."""
+
+SHARES = [0, 1]
+"""The range of an axis of shares or probabilities."""
+
+# ── labels ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def token_label(token: str) -> str:
@@ -26,8 +33,28 @@ def token_label(token: str) -> str:
 
 
 def short(text: str, width: int = LONGEST_LABEL) -> str:
-    """Return the text, cut with an ellipsis if it is longer than `width` characters."""
+    """Return the text in one line, cut with an ellipsis if it is longer than `width` characters."""
+    text = visible(text.translate(_MARKS))
     return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def tail(text: str, width: int = 48) -> str:
+    """Return the end of a text in one line, after an ellipsis if the text is longer."""
+    text = visible(text.translate(_MARKS))
+    return text if len(text) <= width else "…" + text[1 - width :]
+
+
+def distinct(labels: Sequence[str]) -> list[str]:
+    """Return the labels, each different: the second "a" becomes "a (2)".
+
+    Marks with equal labels would share one place on an axis.
+    """
+    seen: Counter[str] = Counter()
+    made: list[str] = []
+    for label in labels:
+        seen[label] += 1
+        made.append(label if seen[label] == 1 else f"{label} ({seen[label]})")
+    return made
 
 
 def column_labels(tokens: Sequence[str], span: tuple[int, int] = (0, 0)) -> list[str]:
@@ -37,12 +64,21 @@ def column_labels(tokens: Sequence[str], span: tuple[int, int] = (0, 0)) -> list
     """
     start, stop = span
     return [
-        f"{column}  {short(token_label(token))}{'*' if start <= column < stop else ''}"
+        f"{column} {short(token_label(token))}{'*' if start <= column < stop else ''}"
         for column, token in enumerate(tokens)
     ]
 
 
-def in_order(field: str, title: str | None, **axis: Any) -> dict[str, Any]:
+def neuron_label(neuron: Sequence[int]) -> str:
+    """Return the name of a neuron on an axis: "L5 · 992", or "L5 · E2 · 992" with experts."""
+    layer, *expert, index = neuron
+    return f"L{layer} · " + "".join(f"E{each} · " for each in expert) + str(index)
+
+
+# ── encodings ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def in_order(field: str, title: str | None = None, **axis: Any) -> dict[str, Any]:
     """Return an encoding of texts in the order of the rows."""
     return {
         "field": field,
@@ -63,9 +99,21 @@ def layers(title: str = "layer", field: str = "layer") -> dict[str, Any]:
     }
 
 
-def amount(field: str, title: str | None, **scale: Any) -> dict[str, Any]:
-    """Return an encoding of a number along an axis."""
+def amount(field: str, title: str | None, domain: Sequence[float] = ()) -> dict[str, Any]:
+    """Return an encoding of a number along an axis, over a domain or over all numbers."""
     encoding = {"field": field, "type": "quantitative", "title": title}
+    return {**encoding, "scale": {"domain": list(domain)}} if domain else encoding
+
+
+def legend(field: str, title: str | None = None, **scale: Any) -> dict[str, Any]:
+    """Return an encoding of groups with a legend above the chart."""
+    encoding = {
+        "field": field,
+        "type": "nominal",
+        "sort": None,
+        "title": title,
+        "legend": {"orient": "top"},
+    }
     return {**encoding, "scale": scale} if scale else encoding
 
 
@@ -75,21 +123,96 @@ def tooltip(*fields: str | tuple[str, str]) -> list[dict[str, Any]]:
     for field in fields:
         name, form = field if isinstance(field, tuple) else (field, "")
         kind = {"type": "quantitative", "format": form} if form else {"type": "nominal"}
-        lines.append({"field": name, "title": name, **kind})
+        lines.append({"field": name, "title": name.replace("_", " "), **kind})
     return lines
 
 
-def bars(label: str, value: str, title: str, lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a specification of horizontal bars with their numbers next to them."""
+# ── forms ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def cells(along: str, colour: Mapping[str, Any], lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a specification of coloured cells by label and layer.
+
+    Args:
+        along: The title of the axis of layers.
+        colour: The field, its title and its scale.
+        lines: The tooltip.
+    """
     return {
         "width": "container",
         "height": ROW,
-        "encoding": {"y": in_order(label, None), "x": amount(value, title), "tooltip": lines},
+        "mark": {"type": "rect"},
+        "encoding": {
+            "x": layers(along),
+            "y": in_order("label"),
+            "color": {
+                "type": "quantitative",
+                "legend": {"orient": "top", "gradientLength": 160, "format": ".2~g"},
+                **colour,
+            },
+            "tooltip": lines,
+        },
+    }
+
+
+def bars(
+    value: str, title: str, lines: list[dict[str, Any]], domain: Sequence[float] = ()
+) -> dict[str, Any]:
+    """Return a specification of horizontal bars by label, with their numbers at their ends."""
+    ends = {"text": {"field": value, "type": "quantitative", "format": ".3~g"}}
+    after, before = (
+        {
+            "transform": [{"filter": f"datum[{value!r}] {sign} 0"}],
+            "mark": {"type": "text", "align": align, "dx": shift},
+            "encoding": ends,
+        }
+        for sign, align, shift in ((">=", "left", 4), ("<", "right", -4))
+    )
+    return {
+        "width": "container",
+        "height": ROW,
+        "encoding": {
+            "y": in_order("label"),
+            "x": amount(value, title, domain),
+            "tooltip": lines,
+        },
+        "layer": [{"mark": {"type": "bar", "height": {"band": 0.7}}}, after, before],
+    }
+
+
+def from_to(
+    value: str, title: str, lines: list[dict[str, Any]], domain: Sequence[float] = SHARES
+) -> dict[str, Any]:
+    """Return a specification of two points for each label, joined by a line.
+
+    The field "when" names the two. The first is an open circle, and the second a solid one.
+    """
+    return {
+        "width": "container",
+        "height": ROW,
+        "encoding": {
+            "y": in_order("label"),
+            "x": amount(value, title, domain),
+            "tooltip": lines,
+        },
         "layer": [
-            {"mark": {"type": "bar", "height": {"band": 0.7}}},
             {
-                "mark": {"type": "text", "align": "left", "dx": 4},
-                "encoding": {"text": {"field": value, "type": "quantitative", "format": ".3~g"}},
+                "mark": {"type": "line", "strokeWidth": 2, "opacity": 0.5},
+                "encoding": {"detail": {"field": "label", "type": "nominal"}},
+            },
+            {
+                "mark": {"type": "point", "size": 90, "filled": True},
+                "encoding": {
+                    "shape": legend("when", range=["circle", "diamond"]),
+                    "fillOpacity": {
+                        "field": "when",
+                        "type": "nominal",
+                        "sort": None,
+                        "scale": {"range": [0.15, 1]},
+                        "legend": None,
+                    },
+                    "stroke": {"datum": "all", "legend": None},
+                },
             },
         ],
     }

@@ -1,10 +1,12 @@
 """A chart: a Vega-Lite specification without data, and the rows that it draws.
 
-chart = heat_map(trace)
-chart                       # in a notebook: the picture
-chart.rows                  # one row for each mark, with names and units
-chart.to_csv()              # the same as a sheet
-chart.to_dict()             # a complete specification: any Vega-Lite 6 viewer draws it
+    chart = heat_map(trace)
+    chart                   # in a notebook: the picture
+    chart.rows              # one row for each mark, with names and units
+    chart.to_csv()          # the same as a sheet
+    chart.to_dict()         # a complete specification: any Vega-Lite 6 viewer draws it
+
+The notebook needs no library for it: JupyterLab and VS Code draw Vega-Lite themselves.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """Causal traces and their averages as charts.
 
-heat_map(trace)        tokens by layers, for one prompt
-class_map(average)     kinds of token by layers, for many facts
+    heat_map(trace)        tokens by layers, for one prompt
+    class_map(average)     kinds of token by layers, for many facts
+
+Both show the same numbers as the figures of these names in `plots/traces.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from typing import Any
 
 from ...locate.average import AverageTrace
 from ...locate.records import CausalTrace
-from .axes import ROW, column_labels, in_order, layers, token_label, tooltip
+from .axes import cells, column_labels, token_label, tooltip
 from .chart import Chart
 
 _WHAT = {"state": "hidden state", "mlp": "FFN outputs", "attention": "attention outputs"}
@@ -26,6 +28,7 @@ def heat_map(trace: CausalTrace) -> Chart:
     labels = column_labels(trace.tokens, trace.subject_span)
     rows = [{"label": labels[row["column"]], **row} for row in trace.rows()]
     answer = f"p({token_label(trace.answer)})"
+    estimated = "estimated " if trace.is_estimate else ""
     token, layer = trace.peak
     top = max(float(trace.scores.max()), trace.corrupted + 1e-6)
     return Chart(
@@ -36,11 +39,9 @@ def heat_map(trace: CausalTrace) -> Chart:
             f"and {trace.corrupted:z.3f} with the subject corrupted. The largest value, "
             f"{float(trace.scores.max()):z.3f}, is at token {labels[token]}, layer {layer}."
         ),
-        spec=_cells(
-            "score",
+        spec=cells(
             _layer_title(trace),
-            ("estimated " if trace.is_estimate else "") + answer,
-            [trace.corrupted, top],
+            _colour("score", estimated + answer, [trace.corrupted, top]),
             tooltip("token", "column", "layer", ("score", ".4f"), ("effect", "+.4f")),
         ),
         rows=rows,
@@ -76,37 +77,20 @@ def class_map(average: AverageTrace, name: str | None = None) -> Chart:
         name="average-trace",
         title=f"Average indirect effect of {name}, {average.n_facts} facts",
         description="Heat map of average indirect effects by kind of token and layer.",
-        spec=_cells(
-            "effect",
+        spec=cells(
             "restored layer, or centre of the restored layers",
-            "average indirect effect",
-            [0, top],
+            _colour("effect", "average indirect effect", [0, top]),
             tooltip("label", "layer", ("effect", "+.4f"), ("low", "+.4f"), ("high", "+.4f")),
         ),
         rows=rows,
     )
 
 
-def _cells(
-    field: str, along: str, title: str, domain: list[float], lines: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """Return a specification of cells by label and layer."""
+def _colour(field: str, title: str, domain: list[float]) -> dict[str, Any]:
     return {
-        "width": "container",
-        "height": ROW,
-        "mark": {"type": "rect"},
-        "encoding": {
-            "x": layers(along),
-            "y": in_order("label", None),
-            "color": {
-                "field": field,
-                "type": "quantitative",
-                "title": title,
-                "scale": {"range": "heatmap", "domain": domain, "clamp": True},
-                "legend": {"orient": "top", "gradientLength": 160, "format": ".2~g"},
-            },
-            "tooltip": lines,
-        },
+        "field": field,
+        "title": title,
+        "scale": {"range": "heatmap", "domain": domain, "clamp": True},
     }
 
 
