@@ -131,6 +131,10 @@ from .read.fact_adds import fact_adds as fact_adds
 from .read.index import Index as Index
 from .read.index import build_index as build_index
 from .read.index_store import find_index as find_index
+from .read.intervention import ScaledAnswer as ScaledAnswer
+from .read.intervention import ask_scaled as ask_scaled
+from .read.lens import Lens as Lens
+from .read.lens import lens as lens
 from .read.profile import Profile as Profile
 from .read.profile import profile as profile
 from .read.promoters import promoters as promoters
@@ -139,6 +143,8 @@ from .read.refinement import refinement as refinement
 from .read.statements import Statement as Statement
 from .read.statements import fact_labels as fact_labels
 from .read.statements import statements as statements
+from .read.token_neurons import TokenNeurons as TokenNeurons
+from .read.token_neurons import token_neurons as token_neurons
 from .read.trigger_scan import find_triggers as find_triggers
 from .read.triggers import Trigger as Trigger
 from .read.triggers import Triggers as Triggers

@@ -96,7 +96,7 @@ def test_a_cancelled_job_leaves_model_and_ledger(
     job = client.post("/api/v1/hold?wait=0", json={}).json()["job"]
     assert hold.begun.wait(PATIENCE)
     assert digests_of(studio) != weights, "control: the job has the base weights in"
-    client.delete(f"/api/v1/jobs/{job['id']}")
+    client.post(f"/api/v1/jobs/{job['id']}/cancel")
     response = client.get(f"/api/v1/jobs/{job['id']}?wait={PATIENCE}")
     assert response.status_code == 409
     assert response.json()["job"]["state"] == "cancelled"

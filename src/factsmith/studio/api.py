@@ -5,7 +5,8 @@
 
 A POST has the arguments as JSON. Verbs that change nothing also take a GET with a query. The answer
 is the document that the command prints with --json; so is an error. With `wait=0` a verb that takes
-long is answered at once with its job, which /api/v1/jobs/ID follows; a DELETE cancels it.
+long is answered at once with its job, which /api/v1/jobs/ID follows; a POST
+to /api/v1/jobs/ID/cancel cancels it.
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ def _add_jobs(router: APIRouter, studio: Studio) -> None:
     say = "Return the result of a job, or how far it is."
     add("/jobs/{identity}", show, methods=["GET"], summary=say, **tags, **extra)
     say = "Cancel a job; model and ledger stay as they were."
-    add("/jobs/{identity}", cancel, methods=["DELETE"], summary=say, **tags, **extra)
+    add("/jobs/{identity}/cancel", cancel, methods=["POST"], summary=say, **tags, **extra)
 
 
 def known_job(studio: Studio, identity: str) -> Job:

@@ -18,6 +18,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
+from ..core.documents import error_document
 from ..core.errors import FactsmithError, InputError
 from . import api, events, views
 from .session import Studio
@@ -52,7 +53,7 @@ def _handle_errors(app: FastAPI, pages: views.Views) -> None:
 
     def respond(request: Request, error: Exception, status: int) -> Response:
         if request.url.path.startswith(api.PREFIX) or request.url.path.endswith(".json"):
-            return JSONResponse(api.error_document(error), status_code=status)
+            return JSONResponse(error_document(error), status_code=status)
         return pages.error(request, error, status)
 
     async def ours(request: Request, error: Any) -> Response:

@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from ..core.errors import FactsmithError, InputError
 from ..core.progress import Pace, Progress, Stage, in_words
@@ -209,7 +209,7 @@ class Jobs:
         self._hearing = warnings.catch_warnings()
         self._hearing.__enter__()
         warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = _hear
+        warnings.showwarning = lambda message, *_, **__: _hear(message)
 
     # ── workers ───────────────────────────────────────────────────────────────────────────────────
 
@@ -351,7 +351,7 @@ class Jobs:
                     del self._by_key[job.work.key]
 
 
-def _hear(message: Warning | str, *rest: Any) -> None:
+def _hear(message: Warning | str) -> None:
     """Give a warning to the job that runs in this thread, or to whom it would go otherwise."""
     job: Job | None = getattr(_RUNNING, "job", None)
     if job is None:

@@ -38,6 +38,10 @@ _CSRF = "csrf"
 """The field by which a form shows that it is ours; no verb has an argument of that name."""
 
 
+_NOTHING: Mapping[str, Any] = dict.fromkeys(("job", "answer", "view", "arguments"))
+"""What templates get where nothing was asked."""
+
+
 @dataclass(frozen=True)
 class View:
     """The other forms of a view.
@@ -258,7 +262,13 @@ class Views:
     ) -> HTMLResponse:
         """Return the page of a verb."""
         filled = values.model_dump() if isinstance(values, Arguments) else values
-        nothing = {"errors": {}, "job": None, "answer": None, "view": None, "arguments": None}
+        nothing: dict[str, Any] = {
+            "errors": {},
+            "job": None,
+            "answer": None,
+            "view": None,
+            "arguments": None,
+        }
         form = await run_in_threadpool(self._form, room, verb, filled)
         return await self.page(request, room.template, **{**nothing, **form, **context})
 
@@ -369,11 +379,8 @@ def _errors_by_field(verb: Verb[Any], error: Exception) -> dict[str, str]:
     """Return an error in words by the field that it is about; "" is the whole form."""
     text = _in_words(error)
     argument = getattr(error, "argument", None)
-    names = verb.arguments.model_fields
-    for name in (argument, f"{argument}s"):
-        if name in names:
-            return {name: text}
-    return {"": text}
+    names = (name for name in (argument, f"{argument}s") if name in verb.arguments.model_fields)
+    return {next(names, "") or "": text}
 
 
 def _as_file(response: Response, name: str) -> Response:
