@@ -13,7 +13,15 @@ from factsmith.core.fact import Fact
 from factsmith.keep.ledger import Ledger
 from factsmith.keep.workbench import Workbench
 from factsmith.model.load import load
-from factsmith.studio.tour import STEPS, Standing, is_offered, standing, step_numbered, strip
+from factsmith.studio.tour import (
+    STEPS,
+    Standing,
+    is_offered,
+    standing,
+    step_numbered,
+    strip,
+    was_done,
+)
 
 BEGIN = Standing("begin")
 
@@ -66,6 +74,13 @@ def test_the_ends_have_one_neighbour() -> None:
     assert (first.back, first.forward) == ("", "/tour/2")
     assert (last.back, last.forward, last.is_over) == ("/tour/4", "", True)
     assert not strip(5, Standing("kept", "abc"), "/ledger/show").is_over
+
+
+def test_a_patch_that_was_taken_back_was_made() -> None:
+    undone = Standing("undone", "abc")
+    assert [was_done(step, undone) for step in STEPS] == [False, False, True, False, True]
+    assert [was_done(step, BEGIN) for step in STEPS] == [False] * 5
+    assert not strip(3, undone, "/patch/plan").is_done, "it can be made again"
 
 
 def test_only_a_number_of_a_step_is_one() -> None:

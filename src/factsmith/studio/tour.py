@@ -17,10 +17,13 @@ from dataclasses import dataclass
 from typing import Literal
 from urllib.parse import urlencode
 
+from starlette.requests import HTTPConnection
+
 from .. import atlas
 from ..atlas.story import MESSAGE, PROMPT, SUBJECT, TARGET, WHY, correction
 from ..keep.ledger import Ledger
 from ..keep.revision import Revision
+from .desk import Desk
 
 ADDRESS = "/tour"
 
@@ -197,6 +200,8 @@ class Strip:
         back: The address of the step before. "": there is none.
         forward: The address of the next step. "": it cannot be done yet, or there is none.
         refusal: Why the next step cannot be done yet. "": it can.
+        next_title: The title of the next step. "": there is none.
+        state: How far the workspace is.
         is_done: Whether what the step asks for is done.
         is_over: Whether the tour is at its end.
     """
@@ -207,6 +212,8 @@ class Strip:
     back: str
     forward: str
     refusal: str
+    next_title: str
+    state: State
     is_done: bool
     is_over: bool
 
@@ -229,16 +236,48 @@ def strip(number: int, standing: Standing, path: str) -> Strip:
         back=address(number - 1) if number > 1 else "",
         forward=address(number + 1) if can_go_on else "",
         refusal=following.refusal if following is not None and not can_go_on else "",
+        next_title=following.title if following is not None else "",
+        state=standing.state,
         is_done=_is_done(step, standing),
         is_over=step.name == "undo" and standing.state == "undone",
     )
 
 
+def was_done(step: Step, standing: Standing) -> bool:
+    """Whether a step was done at any time; steps that only look are never done."""
+    return _is_done(step, standing) or (step.name == "patch" and standing.state != "begin")
+
+
 def _is_done(step: Step, standing: Standing) -> bool:
-    """Whether the workspace shows that a step is done; steps that only look are never done."""
+    """Whether a step is done now."""
     if step.name == "patch":
         return standing.state == "kept"
     return step.name == "undo" and standing.state == "undone"
+
+
+def begin_at(standing: Standing) -> int:
+    """Return the number of the step with which to begin, or to go on after a pause."""
+    return {"begin": 1, "kept": 4, "undone": 1}[standing.state]
+
+
+def strip_of(request: HTTPConnection, desk: Desk, path: str) -> Strip | None:
+    """Return the note for a page, or None while the reader takes no tour.
+
+    Args:
+        request: The request, whose cookie says which step the reader is at.
+        desk: The desk, whose ledger says what is done.
+        path: The path of the page.
+    """
+    step = step_numbered(request.cookies.get(cookie_name(request), ""))
+    if step is None or not is_offered(desk.place.model):
+        return None
+    with desk.ledger() as ledger:
+        return strip(step.number, standing(ledger), path)
+
+
+def cookie_name(request: HTTPConnection) -> str:
+    """Return the name of the cookie: browsers send the cookies of one port to all of them."""
+    return f"factsmith_tour_{request.url.port or 80}"
 
 
 def address(number: int) -> str:

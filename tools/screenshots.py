@@ -1,0 +1,119 @@
+"""Take the pictures of studio in docs/, in light and in dark.
+
+    python tools/screenshots.py                # docs/studio-*.png
+    python tools/screenshots.py trace ledger   # only these
+    python tools/screenshots.py --out /tmp/x --widths 360 1280 2560
+
+It starts studio on a new workspace of the bundled model, writes a fact, and opens the pages. The
+same program gives the same pictures, except for ids, times and durations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Browser, Page
+
+from factsmith.atlas.story import MESSAGE, correction
+from factsmith.keep.workbench import Workbench
+from factsmith.model.load import load
+from tools.browser import Studio, chromium, studio
+
+ROOT = Path(__file__).resolve().parents[1]
+
+BULGARIA = "prompt=The+currency+of+Bulgaria+is+the"
+
+PAGES = {
+    "ask": f"/ask/ask?{BULGARIA}&sources=base&sources=latest",
+    "trace": f"/trace/trace?{BULGARIA}&subject=Bulgaria&revision=base",
+    "lens": f"/lens/lens?{BULGARIA}&revision=base",
+    "memory": "/memory/find?words=euro",
+    "patch": "/patch/plan?subject=Fiat+127&prompt=The+maker+of+%7B%7D+is&target=Toyota",
+    "ledger": "/ledger/show?revision=latest",
+    "history": "/ledger/log",
+    "tour": "/tour",
+}
+"""{name of the picture: the page}."""
+
+COLOURS = 192
+"""Colours of a picture: enough for text and charts, and a quarter of the bytes."""
+
+MOST_BYTES = 150_000
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Take the pictures that the arguments name."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("names", nargs="*", help="the pages; none: all")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs")
+    parser.add_argument("--widths", type=int, nargs="+", default=[1280])
+    options = parser.parse_args(arguments)
+    if unknown := set(options.names) - PAGES.keys():
+        parser.error(f"no page {sorted(unknown)}; the pages are {', '.join(PAGES)}")
+    names = options.names or list(PAGES)
+    large = 0
+    with tempfile.TemporaryDirectory() as folder, chromium() as browser:
+        workspace = Path(folder) / "atlas-workspace"
+        with Workbench(load("atlas"), workspace) as bench:
+            bench.apply(correction(), message=MESSAGE)
+        with studio(workspace) as running:
+            for theme in ("light", "dark"):
+                for width in options.widths:
+                    end = f"-{width}" if len(options.widths) > 1 else ""
+                    for name, data in taken(browser, running, names, theme, width):
+                        file = options.out / f"studio-{name}-{theme}{end}.png"
+                        file.write_bytes(data)
+                        large += len(data) > MOST_BYTES
+                        print(f"{file}  {len(data):,} bytes")
+    return 1 if large else 0
+
+
+def taken(
+    browser: Browser, running: Studio, names: Sequence[str], theme: str, width: int
+) -> list[tuple[str, bytes]]:
+    """Return (name, PNG) of pages in one theme and one width."""
+    context = browser.new_context(
+        viewport={"width": width, "height": 820},
+        color_scheme="dark" if theme == "dark" else "light",
+        reduced_motion="reduce",
+    )
+    page = context.new_page()
+    page.goto(running.link)
+    pictures = []
+    for name in names:
+        page.goto(running.base + PAGES[name])
+        settle(page)
+        pictures.append((name, smaller(page.screenshot())))
+    context.close()
+    return pictures
+
+
+def settle(page: Page, milliseconds: float = 60_000) -> None:
+    """Wait until a page has its answer and has drawn its charts."""
+    page.wait_for_function(
+        """() => document.readyState === "complete"
+            && !document.querySelector("#answer .waiting, .progress [data-running]")
+            && [...document.querySelectorAll("[data-chart]")]
+                .every((chart) => chart.querySelector("svg, canvas"))""",
+        timeout=milliseconds,
+    )
+    page.wait_for_timeout(300)
+
+
+def smaller(png: bytes) -> bytes:
+    """Return a PNG with fewer colours."""
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    reduced = image.quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    data = io.BytesIO()
+    reduced.save(data, "PNG", optimize=True)
+    return data.getvalue()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
