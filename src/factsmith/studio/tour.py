@@ -260,19 +260,19 @@ def begin_at(standing: Standing) -> int:
     return {"begin": 1, "kept": 4, "undone": 1}[standing.state]
 
 
-def strip_of(request: HTTPConnection, desk: Desk, path: str) -> Strip | None:
+def strip_of(request: HTTPConnection, desk: Desk, path: str | None = None) -> Strip | None:
     """Return the note for a page, or None while the reader takes no tour.
 
     Args:
         request: The request, whose cookie says which step the reader is at.
         desk: The desk, whose ledger says what is done.
-        path: The path of the page.
+        path: The path of the page. None: that of the request.
     """
     step = step_numbered(request.cookies.get(cookie_name(request), ""))
     if step is None or not is_offered(desk.place.model):
         return None
     with desk.ledger() as ledger:
-        return strip(step.number, standing(ledger), path)
+        return strip(step.number, standing(ledger), path or request.url.path)
 
 
 def cookie_name(request: HTTPConnection) -> str:

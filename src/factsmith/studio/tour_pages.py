@@ -8,6 +8,8 @@ POST /tour/leave    ends the tour
 
 from __future__ import annotations
 
+from typing import Any
+
 from fastapi import APIRouter, Request
 from fastapi.responses import RedirectResponse, Response
 from starlette.concurrency import run_in_threadpool
@@ -45,7 +47,8 @@ def routes(pages: Views) -> APIRouter:
             return RedirectResponse(tour.ADDRESS, status_code=303)
         address = await run_in_threadpool(_address, desk, step)
         response = RedirectResponse(address, status_code=303)
-        response.set_cookie(tour.cookie_name(request), number, samesite="strict", httponly=True)
+        if address != tour.ADDRESS:
+            response.set_cookie(tour.cookie_name(request), number, samesite="strict", httponly=True)
         return response
 
     router.add_api_route("/tour", overview, methods=["GET"])
@@ -55,12 +58,15 @@ def routes(pages: Views) -> APIRouter:
     return router
 
 
-def _overview(desk: Desk) -> dict[str, object]:
+def _overview(desk: Desk) -> dict[str, Any]:
     """Return what the template of the overview needs."""
     with desk.ledger() as ledger:
         standing = tour.standing(ledger)
     return {
-        "steps": [(step, tour.was_done(step, standing)) for step in tour.STEPS],
+        "steps": [
+            (step, standing.state in step.needs, tour.was_done(step, standing))
+            for step in tour.STEPS
+        ],
         "offered": tour.is_offered(desk.place.model),
         "begin": tour.begin_at(standing),
         "title": "The tour",

@@ -29,6 +29,7 @@ from .rooms import Room
 from .session import Studio
 from .sheet import csv_of
 from .templating import environment
+from .tour import is_offered, strip_of
 from .verb import Verb
 
 _AT_ONCE = 0.3
@@ -97,7 +98,8 @@ class Views:
 
     async def home(self, request: Request) -> Response:
         """Show the rooms."""
-        return await self.page(request, "home.html")
+        offered = is_offered(self.studio.desk.place.model)
+        return await self.page(request, "home.html", tour_offered=offered)
 
     async def front(self, request: Request, room: str) -> Response:
         """Go to the first page of a room."""
@@ -246,6 +248,8 @@ class Views:
             "rooms": self.rooms,
             "standing": standing,
             "running": sum(not job.is_over for job in self.studio.jobs.all()),
+            "at": request.url.path,
+            "tour": None if standing is None else strip_of(request, self.studio.desk),
             "csrf": getattr(request.state, "csrf", ""),
             "room": None,
             "verb": None,
