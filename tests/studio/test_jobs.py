@@ -187,6 +187,19 @@ def test_old_jobs_are_forgotten_and_those_used_again_stay(
     assert len(jobs.all()) == 5 and kept in jobs.all()
 
 
+def test_a_job_knows_what_it_waits_for(jobs: Jobs) -> None:
+    gate = Gate()
+    first, second, third = (jobs.submit(work(run)) for run in (gate, gate, lambda _: 1))
+    assert gate.begun.wait(PATIENCE)
+    assert third.ahead == [second, first] and first.ahead == []
+    assert third.to_dict()["ahead"] == ["Test", "Test"]
+    jobs.cancel(second.id)
+    assert third.ahead == [first]
+    gate.may_end.set()
+    assert gave(third) == 1
+    assert third.ahead == [] and third.before is None
+
+
 def test_an_error_of_the_beginning_is_raised_by_start() -> None:
     made = Jobs()
 

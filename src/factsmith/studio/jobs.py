@@ -98,6 +98,7 @@ class Job:
         version: Grows with every change.
         pace: How fast the present step goes.
         over: Set when the job has ended.
+        before: The job that was put into the queue before it, while this one waits.
     """
 
     id: str
@@ -117,6 +118,17 @@ class Job:
     version: int = 0
     pace: Pace = field(default_factory=Pace)
     over: threading.Event = field(default_factory=threading.Event)
+    before: Job | None = None
+
+    @property
+    def ahead(self) -> list[Job]:
+        """The jobs that must end before this one begins, the nearest first."""
+        jobs, job = [], self.before
+        while job is not None:
+            if not job.is_over:
+                jobs.append(job)
+            job = job.before
+        return jobs
 
     @property
     def is_over(self) -> bool:
@@ -159,6 +171,7 @@ class Job:
             "total": self.total,
             "seconds": round(self.seconds, 1),
             "left": self.left,
+            "ahead": [job.work.title for job in self.ahead],
             "notes": list(self.notes),
             "address": self.work.address or f"/jobs/{self.id}",
         }
@@ -202,6 +215,7 @@ class Jobs:
         """Begin without workers and without jobs."""
         self._jobs: dict[str, Job] = {}
         self._by_key: dict[Hashable, Job] = {}
+        self._last: dict[Worker, Job] = {}
         self._queues: dict[Worker, queue.SimpleQueue[Job | None]] = {}
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
@@ -276,7 +290,7 @@ class Jobs:
         with self._lock:
             if job.is_over:  # it was cancelled while it waited
                 return
-            job.started, job.state = time.time(), "running"
+            job.started, job.state, job.before = time.time(), "running", None
             job.version += 1
         _RUNNING.job = job
         try:
@@ -314,8 +328,8 @@ class Jobs:
                     f"{len(waiting)} jobs wait already; cancel some on the page Jobs, or try again "
                     "when they are done"
                 )
-            job = Job(secrets.token_hex(6), work)
-            self._jobs[job.id] = job
+            job = Job(secrets.token_hex(6), work, before=self._last.get(work.worker))
+            self._jobs[job.id] = self._last[work.worker] = job
             if work.key is not None:
                 self._by_key[work.key] = job
             self._queues[work.worker].put(job)
