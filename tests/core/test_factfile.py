@@ -13,7 +13,7 @@ import pytest
 
 from factsmith.core.errors import FactError, WorkspaceError
 from factsmith.core.fact import Fact
-from factsmith.core.factfile import FactFile
+from factsmith.core.factfile import FactFile, FactSheet
 from factsmith.core.gates import Gates
 from full_fact import FULL
 
@@ -26,6 +26,24 @@ def test_a_file_gives_back_what_was_written(tmp_path: Path, name: str) -> None:
     FactFile.write(tmp_path / name, facts)
     assert FactFile.read(tmp_path / name) == facts
     assert [p.name for p in tmp_path.iterdir()] == [name]  # no temporary file stays
+
+
+def test_a_sheet_as_text_is_read_back_as_the_same(tmp_path: Path) -> None:
+    file = tmp_path / "facts.yaml"
+    facts = (FULL, Fact("b", "{}", None))
+    whole = FactSheet(
+        facts=facts,
+        gates=Gates(neighbours=None, kl_text=0.5),
+        method="memit",
+        settings={"steps": 4, "layers": (0, 1)},
+        names_gates=True,
+    )
+    for sheet in (whole, FactSheet(facts=facts)):
+        file.write_text(FactFile.text(sheet), encoding="utf-8")
+        again = FactFile.sheet(file)
+        assert again.facts == sheet.facts and again.named_gates == sheet.named_gates
+        assert again.method == sheet.method and set(again.settings) == set(sheet.settings)
+    assert "forget: true" in file.read_text(encoding="utf-8")
 
 
 def test_a_bare_list_is_a_fact_file_too(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import typer
 
 from ..core.errors import InputError, ServerError
 from ..core.files import check_writable
+from ..core.pairs import read_value
 from ..core.progress import Progress
 from ..core.tables import Table
 from ..corpus.own import texts_of
@@ -19,7 +20,7 @@ from ..remote.client import is_url
 from . import completing
 from .loading import loading
 from .models import load_model
-from .options import Device, Json, Seed, read_value
+from .options import Device, Json, Seed
 from .printing import complain, flag_of, print_result
 from .waiting import during, progress
 

@@ -10,6 +10,7 @@ import typer
 
 from ..core.errors import InputError
 from ..core.factfile import SUFFIXES
+from ..core.pairs import named_values
 from . import completing
 
 LARGEST_SEED = 2**32 - 1
@@ -152,26 +153,4 @@ def is_facts(word: str) -> bool:
 
 def read_settings(pairs: list[str] | None) -> dict[str, Any]:
     """Read ["steps=40", "clamp=1.5"] as {"steps": 40, "clamp": 1.5}; raises InputError."""
-    settings: dict[str, Any] = {}
-    for pair in pairs or ():
-        name, equals, value = pair.partition("=")
-        if not equals or not name.strip() or not value.strip():
-            raise InputError(f"--set takes NAME=VALUE, such as steps=40; got {pair!r}")
-        settings[name.strip()] = read_value(value.strip())
-    return settings
-
-
-def read_value(text: str) -> Any:
-    """Read a value: "none" is None, what is not a number stays text, and 1e3 is 1000."""
-    if text.lower() in ("none", "null"):
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        number = float(text)
-    except ValueError:
-        return text
-    is_count = "e" in text.lower() and number.is_integer() and abs(number) < 2**53
-    return int(number) if is_count else number
+    return named_values(pairs or (), "--set")

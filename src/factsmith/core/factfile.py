@@ -124,8 +124,7 @@ class FactFile:
             WorkspaceError: when the file cannot be written; an older one is left unchanged.
         """
         path = Path(path)
-        plain = TypeAdapter(dict[str, Any])
-        content = {"facts": [plain.dump_python(_entry(fact), mode="json") for fact in facts]}
+        content = {"facts": [_plain_entry(fact) for fact in facts]}
         text = (
             json.dumps(content, ensure_ascii=False, indent=2) + "\n"
             if path.suffix.lower() == ".json"
@@ -137,6 +136,20 @@ class FactFile:
             raise WorkspaceError(
                 f"cannot write {path}: {error.strerror}; choose a folder that can be written"
             ) from None
+
+    @staticmethod
+    def text(sheet: FactSheet) -> str:
+        """Return all that a file says as YAML, which `sheet` reads back as the same."""
+        content: dict[str, Any] = {"facts": [_plain_entry(fact) for fact in sheet.facts]}
+        if sheet.names_gates:
+            content["gates"] = dataclasses.asdict(sheet.gates)
+        if sheet.method is not None:
+            content["method"] = sheet.method
+        if sheet.settings:
+            content["settings"] = TypeAdapter(dict[str, Any]).dump_python(
+                dict(sheet.settings), mode="json"
+            )
+        return as_yaml(content)
 
 
 def _content(path: Path) -> tuple[Mapping[Any, Any], list[tuple[str, Any]]]:
@@ -227,6 +240,12 @@ def _entry(fact: Fact) -> dict[str, Any]:
         "forget" if name == "target" else name: True if name == "target" else value
         for name, value in fields.items()
     }
+
+
+def _plain_entry(fact: Fact) -> dict[str, Any]:
+    """Return the same in plain values."""
+    entry: dict[str, Any] = TypeAdapter(dict[str, Any]).dump_python(_entry(fact), mode="json")
+    return entry
 
 
 def _ask_for_target_or_forget(schema: dict[str, Any]) -> None:

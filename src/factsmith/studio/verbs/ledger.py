@@ -1,0 +1,452 @@
+"""The room Ledger: the history, one revision, two compared, and the way back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from ...core.errors import InputError
+from ...core.identity import same_model
+from ...core.progress import Progress, tell
+from ...core.tables import Table, counted
+from ...keep.ledger import BASE, LATEST
+from ...keep.revision import Revision
+from ...keep.summary import integrity_text, log_table, revision_tables, status_tables
+from ...patch.verification import Verification
+from ..arguments import Arguments
+from ..desk import Desk, Place
+from ..facts import program, quoted, shell
+from ..verb import Answer, Verb
+
+
+class NoArguments(Arguments):
+    """Nothing to choose."""
+
+
+class RevisionArguments(Arguments):
+    """One revision."""
+
+    revision: str = Field(
+        title="Revision",
+        description="A revision: its id, the first digits of it, or latest.",
+        json_schema_extra={"widget": "revision"},
+    )
+
+
+class CheckoutArguments(Arguments):
+    """The revision that the model is to carry."""
+
+    revision: str = Field(
+        title="Revision",
+        description="A revision's id, latest, or base for no patch.",
+        json_schema_extra={"widget": "revision"},
+    )
+
+
+class DiffArguments(Arguments):
+    """Two revisions."""
+
+    before: str = Field(
+        default=BASE,
+        title="From",
+        description="A revision's id, base or latest.",
+        json_schema_extra={"widget": "revision"},
+    )
+    after: str = Field(
+        default=LATEST,
+        title="To",
+        description="Another revision.",
+        json_schema_extra={"widget": "revision"},
+    )
+
+
+class RevertArguments(RevisionArguments):
+    """What to take back."""
+
+    facts: tuple[int, ...] = Field(
+        default=(),
+        title="Facts",
+        description="Only these facts, by their numbers from 1. Empty: all of them.",
+        json_schema_extra={"advanced": True},
+    )
+    message: str = Field(default="", title="Message", description="One line for the log.")
+    force: bool = Field(
+        default=False,
+        title="Force",
+        description="Go on when a fact that should stay would be lost.",
+        json_schema_extra={"advanced": True},
+    )
+
+
+class CapacityArguments(Arguments):
+    """How far to look ahead."""
+
+    next_facts: int = Field(
+        default=100,
+        ge=0,
+        le=1_000_000,
+        title="Facts to come",
+        description="How many more facts to look ahead.",
+    )
+    limit: float = Field(
+        default=10.0,
+        gt=0,
+        lt=100,
+        title="Limit in per cent",
+        description="A model counts as broken when it answers so many unrelated facts otherwise.",
+    )
+    verify: bool = Field(
+        default=True,
+        title="Ask the stored facts",
+        description="Ask the model which of the stored facts it still says.",
+        json_schema_extra={"advanced": True},
+    )
+
+
+# ── reading ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def _log(desk: Desk, arguments: NoArguments, progress: Progress) -> Answer:
+    with desk.ledger() as ledger:
+        revisions, current, patches = ledger.log(), ledger.current, ledger.unrecorded()
+        head, table = ledger.head, log_table(revisions, current, ledger)
+        about = {"model": ledger.model, "created": ledger.created, "dtype": ledger.dtype}
+    result = {
+        "current": current,
+        "revisions": [revision.to_dict() for revision in revisions],
+        "unrecorded": [patch.to_dict() for patch in patches],
+    }
+    named = Table(
+        counted(len(revisions), "revision"),
+        dict(zip((" ", "revision", "made", "state", "message"), "<<<<<", strict=True)),
+        table.rows,
+    )
+    return Answer(
+        result,
+        [named],
+        warnings=[f"A patch has no record: {patch}" for patch in patches],
+        view={
+            **about,
+            "current": current,
+            "head": head,
+            "rows": [_row(revision, current) for revision in revisions],
+        },
+    )
+
+
+def _row(revision: Revision, current: str) -> dict[str, Any]:
+    """Return a revision as the list shows it."""
+    return {
+        "id": revision.id,
+        "short": revision.id[:10],
+        "is_current": revision.id == current,
+        "created": revision.created[:16].replace("T", " "),
+        "kind": revision.kind,
+        "state": revision.state,
+        "message": revision.message,
+        "n_facts": len(revision.facts),
+        "forced": bool(revision.report.get("forced")),
+    }
+
+
+def _show(desk: Desk, arguments: RevisionArguments, progress: Progress) -> Answer:
+    with desk.ledger() as ledger:
+        revision = ledger.show(arguments.revision)
+        current, head = ledger.current, ledger.head
+    in_effect = set(revision.indices_in_effect or ())
+    facts = [
+        {
+            "number": n,
+            "text": fact.text,
+            "target": fact.target,
+            "in_effect": revision.state == "active" and n - 1 in in_effect,
+        }
+        for n, fact in enumerate(revision.facts, 1)
+    ]
+    view = {
+        "row": _row(revision, current),
+        "facts": facts,
+        "current": current,
+        "is_newest": current == head,
+        "can_revert": revision.state == "active",
+        "reverted_by": revision.reverted_by,
+        "reverts": revision.reverts,
+        "parent": revision.parent,
+    }
+    return Answer(revision.to_dict(), revision_tables(revision), view=view)
+
+
+def _diff(desk: Desk, arguments: DiffArguments, progress: Progress) -> Answer:
+    difference = desk.bench.diff(arguments.before, arguments.after, progress=progress)
+    facts = [dict(vars(fact)) for fact in difference.facts]
+    return Answer(
+        difference.to_dict(),
+        difference.tables(),
+        view={"facts": facts, "before": difference.before, "after": difference.after},
+    )
+
+
+def _status(desk: Desk, arguments: NoArguments, progress: Progress) -> Answer:
+    with desk.ledger() as ledger:
+        status = ledger.status()
+    return Answer(status.to_dict(), status_tables(status))
+
+
+def _verify(desk: Desk, arguments: NoArguments, progress: Progress) -> Answer:
+    bench = desk.bench
+    tell(progress, "checking files and weights", 0, None)
+    integrity = bench.rebuild()
+    proof = bench.verify(progress=progress)
+    asked = bench.compared(proof)
+    lost = (*asked.lost, *asked.unknown)
+    result = {
+        "integrity": integrity.to_dict(),
+        "verification": proof.to_dict(),
+        "lost": len(lost),
+        "accepted": len(asked.accepted),
+    }
+    checked = f"{integrity_text(integrity)}; weights as recorded"
+    tables = [Table(checked, {})]
+    if proof.checks:
+        tables += [Table(asked.in_words, {}), *proof.tables()]
+    n_lost = counted(len(lost), "fact")
+    return Answer(
+        result,
+        tables,
+        warnings=[f"{n_lost} in effect that the model does not say."] if lost else [],
+        failed=bool(lost),
+    )
+
+
+def _capacity(desk: Desk, arguments: CapacityArguments, progress: Progress) -> Answer:
+    full = desk.bench.capacity(
+        arguments.next_facts, limit=arguments.limit, ask=arguments.verify, progress=progress
+    )
+    return Answer(
+        full.to_dict(),
+        [table for table in full.tables() if table.columns],
+        warnings=[] if full.warning is None else [full.warning],
+    )
+
+
+# ── changing ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _checkout(desk: Desk, arguments: CheckoutArguments, progress: Progress) -> Answer:
+    bench = desk.bench
+    before = bench.lm.fingerprint
+    current = bench.checkout(arguments.revision)
+    active, head = bench.ledger.active(), bench.ledger.head
+    result: dict[str, Any] = {"current": current, "head": head, "active": len(active)}
+    notes = [f"At {current[:10]}: {counted(len(active), 'patch', 'es')} in effect."]
+    asked = bench.asked
+    lost = [] if asked is None else [check.in_words for check in asked.lost]
+    if asked is not None and any(revision.in_effect for revision in active):
+        result |= {"asked": len(asked.proof.checks), "lost": lost}
+        notes.append(f"{asked.in_words}.")
+    if current != head:
+        notes.append("To patch again, check out the latest revision.")
+    tables = [] if asked is None or not asked.proof.checks else asked.proof.tables()
+    return Answer(
+        result,
+        tables,
+        notes=notes,
+        warnings=[f"Lost: {words}" for words in lost],
+        view={"current": current, "head": head, **_weights(desk, before)},
+    )
+
+
+def _revert(desk: Desk, arguments: RevertArguments, progress: Progress) -> Answer:
+    bench = desk.bench
+    if any(number < 1 for number in arguments.facts):
+        raise InputError(
+            f"facts is {list(arguments.facts)}; facts are numbered from 1, as the revision's page "
+            "numbers them",
+            argument="facts",
+        )
+    before = bench.lm.fingerprint
+    chosen = [number - 1 for number in arguments.facts] if arguments.facts else None
+    revision = bench.revert(
+        arguments.revision,
+        chosen,
+        force=arguments.force,
+        message=arguments.message,
+        progress=progress,
+    )
+    active = len(bench.ledger.active())
+    done = f"Reverted {str(revision.reverts)[:10]}; recorded as {revision.id[:10]}. "
+    done += f"{counted(active, 'patch', 'es')} in effect."
+    if again := revision.report.get("solved_again"):
+        done += f" {counted(len(again), 'patch', 'es')} solved again."
+    proof = Verification.from_dict(revision.report)
+    answers = bench.lm.answer([fact.text for fact in revision.facts]) if revision.facts else []
+    said = [(fact.text, answer.strip()) for fact, answer in zip(revision.facts, answers, strict=True)]
+    tables = [Table("what the model says now", {"prompt": "<", "answer": "<"}, said)]
+    return Answer(
+        {**revision.to_dict(), "active": active},
+        [*tables, *(proof.tables() if proof.checks else [])],
+        notes=[done],
+        warnings=[f"Lost: {words}" for words in revision.report.get("lost") or ()],
+        view={"revision": revision.to_dict(), **_weights(desk, before)},
+    )
+
+
+def _weights(desk: Desk, before: str) -> dict[str, Any]:
+    """Return the fingerprints of the weights before and after, and of the base."""
+    after, base = desk.bench.lm.fingerprint, desk.bench.base_fingerprint
+    return {"before": before, "after": after, "base": base, "is_base": same_model(after, base)}
+
+
+# ── the same as code and as a command ─────────────────────────────────────────────────────────────
+
+
+def _reading(place: Place, *lines: str) -> str:
+    """Return a program that opens the ledger alone, and prints JSON."""
+    body = "\n".join(f"    {line}" for line in lines)
+    return (
+        "import json\n\nimport factsmith as fs\n\n"
+        f"with fs.Ledger({quoted(place.workspace)}) as ledger:\n{body}\n"
+    )
+
+
+def _capacity_words(arguments: CapacityArguments) -> list[str]:
+    words = [] if arguments.next_facts == 100 else ["--next", str(arguments.next_facts)]
+    words += [] if arguments.limit == 10.0 else ["--limit", f"{arguments.limit:g}"]
+    return words + ([] if arguments.verify else ["--no-verify"])
+
+
+def _revert_words(arguments: RevertArguments) -> list[str]:
+    words = [word for number in arguments.facts for word in ("--fact", str(number))]
+    words += ["-m", arguments.message] if arguments.message else []
+    return words + (["--force"] if arguments.force else [])
+
+
+def _revert_in_python(arguments: RevertArguments, place: Place) -> str:
+    more = f", facts={[n - 1 for n in arguments.facts]}" if arguments.facts else ""
+    more += f", message={quoted(arguments.message)}" if arguments.message else ""
+    more += ", force=True" if arguments.force else ""
+    return program(
+        place,
+        f"revision = bench.revert({quoted(arguments.revision)}{more})",
+        "print(json.dumps(revision.to_dict()))",
+    )
+
+
+LOG = Verb(
+    "log",
+    "History",
+    "The revisions of the workspace, the newest first.",
+    NoArguments,
+    _log,
+    lambda arguments, place: _reading(
+        place, "print(json.dumps([revision.to_dict() for revision in ledger.log()]))"
+    ),
+    lambda arguments, place: [shell("log", "-w", place.workspace)],
+    kind="instant",
+    template="log.html",
+    needs_form=False,
+)
+SHOW = Verb(
+    "show",
+    "Revision",
+    "One revision: its facts, settings and proof.",
+    RevisionArguments,
+    _show,
+    lambda arguments, place: _reading(
+        place, f"print(json.dumps(ledger.show({quoted(arguments.revision)}).to_dict()))"
+    ),
+    lambda arguments, place: [shell("show", arguments.revision, "-w", place.workspace)],
+    kind="instant",
+    template="show.html",
+    button="Show",
+)
+DIFF = Verb(
+    "diff",
+    "Compare",
+    "Two revisions compared: their facts, the model's answers, and the weights.",
+    DiffArguments,
+    _diff,
+    lambda arguments, place: program(
+        place,
+        f"difference = bench.diff({quoted(arguments.before)}, {quoted(arguments.after)})",
+        "print(json.dumps(difference.to_dict()))",
+    ),
+    lambda arguments, place: [
+        shell("diff", arguments.before, arguments.after, "-w", place.workspace)
+    ],
+    template="diff.html",
+    button="Compare",
+    needs_form=False,
+)
+STATUS = Verb(
+    "status",
+    "Status",
+    "Where the workspace stands, after a check of its records and files.",
+    NoArguments,
+    _status,
+    lambda arguments, place: _reading(place, "print(json.dumps(ledger.status().to_dict()))"),
+    lambda arguments, place: [shell("status", "-w", place.workspace)],
+    kind="instant",
+    needs_form=False,
+)
+VERIFY = Verb(
+    "verify",
+    "Verify",
+    "Check records, checksums and weights, and ask every fact again.",
+    NoArguments,
+    _verify,
+    lambda arguments, place: program(
+        place, "bench.rebuild()", "print(json.dumps(bench.verify().to_dict()))"
+    ),
+    lambda arguments, place: [shell("verify", "-w", place.workspace)],
+    button="Verify",
+    cached=False,
+)
+CAPACITY = Verb(
+    "capacity",
+    "Capacity",
+    "How full the edited layers are, and what more facts cost.",
+    CapacityArguments,
+    _capacity,
+    lambda arguments, place: program(
+        place,
+        f"full = bench.capacity({arguments.next_facts}, limit={arguments.limit!r}, "
+        f"ask={arguments.verify})",
+        "print(json.dumps(full.to_dict()))",
+    ),
+    lambda arguments, place: [
+        shell("capacity", *_capacity_words(arguments), "-w", place.workspace)
+    ],
+    button="Measure",
+)
+CHECKOUT = Verb(
+    "checkout",
+    "Check out",
+    "Choose which revision the model carries; the history stays as it is.",
+    CheckoutArguments,
+    _checkout,
+    lambda arguments, place: program(
+        place, f"print(json.dumps(bench.checkout({quoted(arguments.revision)})))"
+    ),
+    lambda arguments, place: [shell("checkout", arguments.revision, "-w", place.workspace)],
+    kind="write",
+    template="moved.html",
+    button="Check out",
+)
+REVERT = Verb(
+    "revert",
+    "Revert",
+    "Take a patch back, or some of its facts, or undo a revert; this is recorded.",
+    RevertArguments,
+    _revert,
+    _revert_in_python,
+    lambda arguments, place: [
+        shell("revert", arguments.revision, *_revert_words(arguments), "-w", place.workspace)
+    ],
+    kind="write",
+    template="moved.html",
+    button="Revert",
+)
+
+KEEPING = (LOG, SHOW, DIFF, CHECKOUT, REVERT, VERIFY, CAPACITY, STATUS)
