@@ -81,10 +81,22 @@ def run_command(lines: list[str]) -> tuple[dict[str, Any], int]:
     return result, code
 
 
+_CHANGING = ("seconds", "created", "id", "parent", "delta", "reverted_by", "reverts", "number")
+
+
 def without_times(value: Any) -> Any:
     """Return a document without what differs between two runs of the same work."""
     if isinstance(value, dict):
-        skipped = ("seconds", "created", "id", "parent", "delta", "reverted_by", "reverts", "number")
+        skipped = (
+            "seconds",
+            "created",
+            "id",
+            "parent",
+            "delta",
+            "reverted_by",
+            "reverts",
+            "number",
+        )
         return {k: without_times(v) for k, v in value.items() if k not in skipped}
     if isinstance(value, (list, tuple)):
         return [without_times(each) for each in value]

@@ -72,7 +72,10 @@ def test_a_revert_gives_the_base_back_bit_for_bit(desk: Desk, tmp_path: Path) ->
         one = run(other, REVERT, revision="latest", facts=(2,), message="<one>")
         assert one.result["active"] == 2 and not one.view["is_base"]
         assert one.view["before"] != one.view["after"]
-        assert [fact["in_effect"] for fact in run(other, SHOW, revision=other.bench.log()[1].id).view["facts"]] == [True, False]
+        assert [
+            fact["in_effect"]
+            for fact in run(other, SHOW, revision=other.bench.log()[1].id).view["facts"]
+        ] == [True, False]
         for revision in [r for r in other.bench.log() if r.state == "active" and r.kind == "patch"]:
             last = run(other, REVERT, revision=revision.id, force=True)
         assert last.view["is_base"] and last.view["after"] == last.view["base"]

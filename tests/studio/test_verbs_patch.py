@@ -172,7 +172,13 @@ def test_old_sheets_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_form_and_its_file_say_the_same(desk: Desk) -> None:
     arguments = FactArguments.of(
-        {**FIAT, "method": "memit", "layers": [0, 1], "settings": ["steps=9"], "gates": ["earlier=none"]}
+        {
+            **FIAT,
+            "method": "memit",
+            "layers": [0, 1],
+            "settings": ["steps=9"],
+            "gates": ["earlier=none"],
+        }
     )
     wanted = wanted_of(arguments, desk.folder)
     again = wanted_of(FactArguments(sheet=wanted.file.stem), desk.folder)

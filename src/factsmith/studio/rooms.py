@@ -11,6 +11,9 @@ from typing import Any
 
 from .arguments import Arguments
 from .verb import Verb
+from .verbs.judge import JUDGING
+from .verbs.ledger import KEEPING
+from .verbs.patch import PATCHING
 
 
 @dataclass(frozen=True)
@@ -38,5 +41,27 @@ class Room:
         return arguments.address(f"/{self.name}/{verb.name}")
 
 
-ROOMS: tuple[Room, ...] = ()
+ROOMS: tuple[Room, ...] = (
+    Room(
+        "patch",
+        "Patch",
+        "Correct a fact: see what it meets, preview its patch with a proof, and keep it.",
+        PATCHING,
+        ("plan",),
+    ),
+    Room(
+        "ledger",
+        "Ledger",
+        "The history of the workspace, and the way back from every patch.",
+        KEEPING,
+        ("log", "diff", "verify", "capacity", "status", "weights"),
+    ),
+    Room(
+        "judge",
+        "Judge",
+        "Compare editing methods by the questions of a benchmark.",
+        JUDGING,
+        ("judged", "evaluate"),
+    ),
+)
 """The rooms, in the order of the menu."""

@@ -1,12 +1,12 @@
 """Fact files that came from a browser, kept in the workspace so that an address can name them.
 
     sheets = Sheets(workspace)
-    digest = sheets.add("facts.csv", content)       # checked as a file of facts, named by its sha256
+    digest = sheets.add("facts.csv", content)       # checked, and named by its sha256
     sheets.read(digest).facts
     sheets.keep(sheet)                              # the path of the same as YAML
 
-The folder `studio/sheets` of the workspace holds the newest ones. A name of a sheet is 64 digits and
-nothing else, so no name from an address leads to another file.
+The folder `studio/sheets` of the workspace holds the newest ones. A name of a sheet is 64 digits
+and nothing else, so no name from an address leads to another file.
 """
 
 from __future__ import annotations

@@ -135,10 +135,6 @@ class ReportArguments(Arguments):
 def _evaluate(desk: Desk, arguments: EvaluateArguments, progress: Progress) -> Answer:
     folder = inside(judged_folder(desk.folder), arguments.name, "name")
     suite = suite_of(desk.folder, arguments.suite)
-    if not arguments.methods:
-        raise InputError(
-            "methods is empty; name at least one method, such as rome", argument="methods"
-        )
     if arguments.model and arguments.model not in desk.models:
         raise InputError(
             f"model is {arguments.model!r}; this studio reads {', '.join(desk.models)}",
@@ -178,7 +174,7 @@ def _evaluate(desk: Desk, arguments: EvaluateArguments, progress: Progress) -> A
     report_page(report, folder / PAGE)
     report_markdown(report, folder / TEXT)
     return Answer(
-        report.to_dict(),
+        {**report.to_dict(), "out": [str(folder / PAGE), str(folder / TEXT)]},
         report.tables(),
         view={"name": arguments.name, "failures": report.failures()[:20]},
     )
@@ -367,8 +363,9 @@ def _report_in_python(arguments: ReportArguments, place: Place) -> str:
     return (
         "import json\nfrom pathlib import Path\n\nimport factsmith as fs\n\n"
         f"folder = Path({quoted(str(folder))})\n"
-        'runs = [fs.Evaluation.load(rows.parent) for rows in sorted(folder.glob("s*-*/rows.jsonl"))]'
-        "\nprint(json.dumps([run.to_dict() for run in runs]))\n"
+        'files = sorted(folder.glob("s*-*/rows.jsonl"))\n'
+        "runs = [fs.Evaluation.load(rows.parent) for rows in files]\n"
+        "print(json.dumps([run.to_dict() for run in runs]))\n"
     )
 
 
@@ -383,7 +380,7 @@ EVALUATE = Verb(
     _evaluate_command,
     kind="write",
     worker="campaign",
-    template="evaluate.html",
+    template="answer.html",
     button="Start",
     cached=False,
 )
@@ -400,7 +397,7 @@ JUDGED = Verb(
     ),
     lambda arguments, place: [f"ls {judged_folder(Path(place.workspace))}"],
     kind="instant",
-    template="judged.html",
+    template="answer.html",
     needs_form=False,
 )
 REPORT = Verb(
@@ -414,9 +411,8 @@ REPORT = Verb(
         f"less {judged_folder(Path(place.workspace)) / checked_name(arguments.name, 'name') / TEXT}"
     ],
     kind="instant",
-    template="report.html",
+    template="answer.html",
     button="Read",
 )
 
 JUDGING = (JUDGED, EVALUATE, REPORT)
-

@@ -13,6 +13,7 @@ from ...core.tables import Table, counted
 from ...keep.ledger import BASE, LATEST
 from ...keep.revision import Revision
 from ...keep.summary import integrity_text, log_table, revision_tables, status_tables
+from ...model.fingerprint import weight_digests
 from ...patch.verification import Verification
 from ..arguments import Arguments
 from ..desk import Desk, Place
@@ -219,6 +220,22 @@ def _verify(desk: Desk, arguments: NoArguments, progress: Progress) -> Answer:
     )
 
 
+def _weights_now(desk: Desk, arguments: NoArguments, progress: Progress) -> Answer:
+    bench = desk.bench
+    tell(progress, "hashing the weights", 0, None)
+    result: dict[str, Any] = {
+        "revision": bench.at,
+        "fingerprint": bench.lm.fingerprint,
+        "base": bench.base_fingerprint,
+        "tensors": weight_digests(bench.lm.module),
+    }
+    is_base = same_model(result["fingerprint"], bench.base_fingerprint)
+    rows = list(result["tensors"].items())
+    title = f"fingerprint {result['fingerprint']}: "
+    title += "the base model, bit for bit" if is_base else "patched"
+    return Answer(result, [Table(title, {"tensor": "<", "sha256": "<"}, rows)])
+
+
 def _capacity(desk: Desk, arguments: CapacityArguments, progress: Progress) -> Answer:
     full = desk.bench.capacity(
         arguments.next_facts, limit=arguments.limit, ask=arguments.verify, progress=progress
@@ -281,7 +298,9 @@ def _revert(desk: Desk, arguments: RevertArguments, progress: Progress) -> Answe
         done += f" {counted(len(again), 'patch', 'es')} solved again."
     proof = Verification.from_dict(revision.report)
     answers = bench.lm.answer([fact.text for fact in revision.facts]) if revision.facts else []
-    said = [(fact.text, answer.strip()) for fact, answer in zip(revision.facts, answers, strict=True)]
+    said = [
+        (fact.text, answer.strip()) for fact, answer in zip(revision.facts, answers, strict=True)
+    ]
     tables = [Table("what the model says now", {"prompt": "<", "answer": "<"}, said)]
     return Answer(
         {**revision.to_dict(), "active": active},
@@ -344,7 +363,7 @@ LOG = Verb(
     ),
     lambda arguments, place: [shell("log", "-w", place.workspace)],
     kind="instant",
-    template="log.html",
+    template="answer.html",
     needs_form=False,
 )
 SHOW = Verb(
@@ -358,7 +377,7 @@ SHOW = Verb(
     ),
     lambda arguments, place: [shell("show", arguments.revision, "-w", place.workspace)],
     kind="instant",
-    template="show.html",
+    template="answer.html",
     button="Show",
 )
 DIFF = Verb(
@@ -375,7 +394,7 @@ DIFF = Verb(
     lambda arguments, place: [
         shell("diff", arguments.before, arguments.after, "-w", place.workspace)
     ],
-    template="diff.html",
+    template="answer.html",
     button="Compare",
     needs_form=False,
 )
@@ -431,7 +450,7 @@ CHECKOUT = Verb(
     ),
     lambda arguments, place: [shell("checkout", arguments.revision, "-w", place.workspace)],
     kind="write",
-    template="moved.html",
+    template="answer.html",
     button="Check out",
 )
 REVERT = Verb(
@@ -445,8 +464,24 @@ REVERT = Verb(
         shell("revert", arguments.revision, *_revert_words(arguments), "-w", place.workspace)
     ],
     kind="write",
-    template="moved.html",
+    template="answer.html",
     button="Revert",
 )
 
-KEEPING = (LOG, SHOW, DIFF, CHECKOUT, REVERT, VERIFY, CAPACITY, STATUS)
+WEIGHTS = Verb(
+    "weights",
+    "Weights",
+    "The sha256 of every tensor of the model as it is now, and of all of it.",
+    NoArguments,
+    _weights_now,
+    lambda arguments, place: program(
+        place,
+        "print(json.dumps(weight_digests(bench.lm.module)))",
+        uses="from factsmith.model.fingerprint import weight_digests\n",
+    ),
+    lambda arguments, place: [],
+    button="Hash",
+    cached=False,
+)
+
+KEEPING = (LOG, SHOW, DIFF, CHECKOUT, REVERT, VERIFY, CAPACITY, STATUS, WEIGHTS)

@@ -339,7 +339,7 @@ PLAN = Verb(
     _plan,
     _plan_in_python,
     _plan_command,
-    template="plan.html",
+    template="answer.html",
     button="Plan",
 )
 PREVIEW = Verb(
@@ -350,7 +350,7 @@ PREVIEW = Verb(
     _preview,
     _preview_in_python,
     _preview_command,
-    template="preview.html",
+    template="answer.html",
     button="Preview",
 )
 APPLY = Verb(
@@ -362,7 +362,7 @@ APPLY = Verb(
     _apply_in_python,
     _apply_command,
     kind="write",
-    template="preview.html",
+    template="answer.html",
     button="Apply",
 )
 
