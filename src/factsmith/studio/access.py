@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 import secrets
 import stat
 import time
@@ -119,6 +120,7 @@ class Access:
         port: int,
         *,
         names: Iterable[str] = (),
+        any_address: bool = False,
         password: str | None = None,
         token: str | None = None,
         secure: bool = False,
@@ -130,6 +132,8 @@ class Access:
             port: The port that pages are served on.
             names: Names that browsers may use for this machine, next to those of the loopback. A
                 name without a port is accepted with any port.
+            any_address: Accept every network address as the name of this machine, as a studio must
+                that serves a whole network. Only names can be rebound to this machine by others.
             password: The password of the login page. None: there is none.
             token: The token. None: one is drawn.
             secure: Whether pages are served with TLS.
@@ -147,6 +151,7 @@ class Access:
         self.port, self.secure = port, secure
         self.token = token or secrets.token_urlsafe(32)
         self._names = frozenset(map(host_name, names))
+        self._any_address = any_address
         self._secret = secrets.token_bytes(32)
         self._password = None if password is None else self._digest(password)
         self._sessions: OrderedDict[bytes, Session] = OrderedDict()
@@ -182,7 +187,8 @@ class Access:
             name, port = host, ""
         if host in self._names or name in self._names:
             return port == "" or port.isdecimal()
-        return name in LOOPBACK and (
+        known = name in LOOPBACK or (self._any_address and _is_address(name))
+        return known and (
             port == str(self.port) or (port == "" and self.port == (443 if self.secure else 80))
         )
 
@@ -285,6 +291,15 @@ def host_name(name: str) -> str:
             argument="allow_host",
         )
     return text
+
+
+def _is_address(name: str) -> bool:
+    """Whether a host is a network address, as a Host header has it."""
+    try:
+        ipaddress.ip_address(name[1:-1] if name.startswith("[") else name)
+    except ValueError:
+        return False
+    return True
 
 
 def read_password(path: Path) -> tuple[str, str | None]:

@@ -73,10 +73,15 @@ def closed(
     )
 
 
+def onward(address: str, headers: dict[str, str]) -> Response:
+    """Return a page that leads to another one at once, as a step of studio's own."""
+    message = "Studio is open in this browser now."
+    return _page(200, headers, title="Welcome", message=message, address=address, way="onward")
+
+
 def _page(status: int, headers: dict[str, str] | None, **shown: object) -> Response:
     title = _TITLES.get(status, "This request was not taken")
-    shown.setdefault("needs_password", False)
-    html = _template().render(title=title, status=status, **shown)
+    html = _template().render({"title": title, "needs_password": False, **shown})
     return HTMLResponse(html, status, headers)
 
 

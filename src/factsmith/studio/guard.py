@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 import math
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote, unquote_plus
@@ -50,6 +51,9 @@ CSRF_HEADER, CSRF_FIELD = "x-csrf-token", "csrf"
 """Where a request has the token of its session: in a header, or in a field of its form."""
 
 METHODS = ("GET", "HEAD", "POST")
+"""What pages take. The API takes DELETE, too."""
+
+_log = logging.getLogger(__name__)
 
 _MOST_LOGIN = 10_000
 """Bytes of the login form."""
@@ -86,7 +90,7 @@ class Visit:
     @property
     def writes(self) -> bool:
         """Whether the request may change something."""
-        return self.method == "POST"
+        return self.method not in ("GET", "HEAD")
 
     @property
     def client(self) -> str:
@@ -170,12 +174,16 @@ class Guard:
             return
         visit = Visit(scope)
         send = with_headers(send, visit.path, visit.query, secure=self.access.secure)
+        admitted: Response | Receive | None
         try:
             admitted = await self._admit(visit, receive)
         except RefusedError as error:
-            page = entrance.refusal(error.status, str(error), error.headers, as_json=visit.is_api)
-            await page(scope, receive, send)
-            return
+            admitted = entrance.refusal(
+                error.status, str(error), error.headers, as_json=visit.is_api
+            )
+        except Exception:  # a request that cannot be checked is not admitted
+            _log.exception("the guard failed at %s", visit.path)
+            admitted = entrance.refusal(400, "The request cannot be read.", as_json=visit.is_api)
         if isinstance(admitted, Response):
             await admitted(scope, receive, send)
         elif admitted is not None:
@@ -239,8 +247,9 @@ class Guard:
         scope = visit.scope
         path = scope.get("raw_path") or visit.path.encode("utf-8", "replace")
         check_head(path, visit.query, scope["headers"])
-        if visit.method not in METHODS:
-            allowed = ", ".join(METHODS)
+        methods = (*METHODS, "DELETE") if visit.is_api else METHODS
+        if visit.method not in methods:
+            allowed = ", ".join(methods)
             text = f"The method {visit.method} is not used by studio; it takes {allowed}."
             raise RefusedError(405, text, {"allow": allowed})
         if any(c < " " or c == "\x7f" for c in visit.path) or ".." in visit.path.split("/"):
@@ -339,7 +348,11 @@ class Guard:
         headers = {}
         if session is None:
             headers["set-cookie"] = self.access.set_cookie(self.access.begin())
-        return RedirectResponse(visit.address(without=right), 303, headers)
+        address = visit.address(without=right)
+        if visit.header("sec-fetch-site") == "cross-site":
+            # A redirect would count as the other site's, and go without the new cookie.
+            return entrance.onward(address, headers)
+        return RedirectResponse(address, 303, headers)
 
     async def _login(self, visit: Visit, receive: Receive) -> Response | None:
         """Answer the login form."""
