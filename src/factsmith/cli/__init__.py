@@ -24,7 +24,21 @@ import typer
 
 from ..core.documents import fault_in_words
 from ..core.errors import FactsmithError, InputError
-from . import cache, capacity, demo, drift, export, judge, keep, locate, patch, plan, read, serve
+from . import (
+    cache,
+    capacity,
+    demo,
+    drift,
+    export,
+    judge,
+    keep,
+    locate,
+    patch,
+    plan,
+    read,
+    serve,
+    studio,
+)
 from .common import Command, Group, Quiet, Verbose, spoken_warnings, with_common_options
 from .loading import with_loading_options
 from .printing import Manner, complain, complain_of, manner, program, running
@@ -47,7 +61,7 @@ app = typer.Typer(
 )
 
 COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Start": (keep.init, demo.demo, cache.cache),
+    "Start": (keep.init, demo.demo, studio.studio, cache.cache),
     "Read: what the memory holds": (
         read.ask,
         read.explain,

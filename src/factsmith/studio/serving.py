@@ -50,7 +50,10 @@ PORT = 8420
 TOKEN_VARIABLE = "FACTSMITH_STUDIO_TOKEN"
 """The environment variable with a token, for programs that must know it before studio starts."""
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+INTERRUPT = signal.SIGINT
+"""The signal of Ctrl-C."""
+
+_SIGNALS = (INTERRUPT, signal.SIGTERM)
 
 _MOST_CONNECTIONS = 200
 """Connections at a time."""
@@ -363,13 +366,13 @@ def _open(link: str, folder: Path) -> None:
     with contextlib.suppress(Exception):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with open(descriptor, "w", encoding="utf-8") as opened:
-                opened.write(
-                    f'<!doctype html><title>factsmith studio</title><meta name="referrer" '
-                    f'content="no-referrer"><meta http-equiv="refresh" content="0; '
-                    f'url={escape(link)}"><a href="{escape(link)}">factsmith studio</a>\n'
-                )
+            page = (
+                '<!doctype html><title>factsmith studio</title><meta name="referrer" '
+                f'content="no-referrer"><meta http-equiv="refresh" content="0; url={escape(link)}">'
+                f'<a href="{escape(link)}">factsmith studio</a>\n'
+            )
+            file.touch(0o600, exist_ok=False)
+            file.write_text(page, encoding="utf-8")
             webbrowser.open(file.absolute().as_uri())
             time.sleep(_FILE_SECONDS)
         finally:
