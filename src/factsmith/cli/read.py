@@ -58,6 +58,9 @@ def ask(
     ] = 10,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="How far to continue the text.")] = 8,
     lines: Annotated[int, typer.Option(min=1, help="How many lines an answer has at most.")] = 1,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask in the model's chat template, as a user's message.")
+    ] = False,
     workspace: Where = None,
     device: Device = None,
     as_json: Json = False,
@@ -76,6 +79,10 @@ def ask(
     for note in gap_notes([prompt]):
         complain("warning", note)
     with progress() as tell, opened(model, workspace, device, tell) as (lm, bench):
+        if chat:
+            from ..model.chat import chat_prompt
+
+            prompt = chat_prompt(lm, prompt)
         answer = lm.answer([prompt], max_new_tokens=max_new_tokens, lines=lines)[0]
         likely = lm.next_tokens(prompt, top)
         revision = None if bench is None else bench.ledger.current

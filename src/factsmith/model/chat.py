@@ -3,6 +3,7 @@
     chat_template(lm)                                     # "<|user|>{}<|assistant|>"; None without
     chat_template(lm, system="Answer briefly.")           # after a system prompt
     chat_template(lm, turn=("Hello!", "Hello! How can I help you?"))      # as the second turn
+    chat_prompt(lm, "Where is the Louvre?")               # the template with this message
 
 The `{}` is where the user's message goes, and the text ends where the assistant answers.
 """
@@ -63,6 +64,22 @@ def chat_template(
     if text.count(_SLOT) != 1 or "{}" in text or text == _SLOT:
         return None
     return str(text.replace(_SLOT, "{}"))
+
+
+def chat_prompt(lm: LanguageModel, message: str) -> str:
+    """Return the text that a model reads when a user sends it a message.
+
+    Args:
+        lm: The model.
+        message: The user's message.
+
+    Raises:
+        InputError: The model has no chat template, or the template cannot be filled.
+    """
+    template = chat_template(lm)
+    if template is None:
+        raise InputError(f"{lm.name} has no chat template; ask it without one", argument="chat")
+    return template.replace("{}", message, 1)
 
 
 def chat_templates(lm: LanguageModel, system: str, turn: tuple[str, str]) -> dict[str, str]:
