@@ -128,7 +128,8 @@ def _field(name: str, info: FieldInfo, value: Any, options: Sequence[Any] | None
         kind=kind,
         value=_text(value, kind),
         options=choices,
-        suggestions=tuple(map(str, _listed(extra.get("suggestions")))),
+        suggestions=tuple(map(str, _listed(extra.get("suggestions"))))
+        or tuple(value for value, _ in choices if kind == "list"),
         placeholder=str(extra.get("placeholder", "")),
         required=info.is_required(),
         advanced=bool(extra.get("advanced", False)),

@@ -11,6 +11,7 @@ from typing import Any
 
 from .arguments import Arguments
 from .verb import Verb
+from .verbs import ask, explain, lens, memory, neurons, trace
 from .verbs.judge import JUDGING
 from .verbs.ledger import KEEPING
 from .verbs.patch import PATCHING
@@ -42,6 +43,33 @@ class Room:
 
 
 ROOMS: tuple[Room, ...] = (
+    Room(
+        "ask",
+        "Ask",
+        "See what the model says, before and after patches.",
+        (ask.ASK, explain.EXPLAIN),
+        ("ask", "explain"),
+    ),
+    Room(
+        "trace",
+        "Trace",
+        "Find the layers, tokens and neurons that carry a fact.",
+        (trace.TRACE, neurons.NEURONS, trace.AT),
+        ("trace", "neurons", "at"),
+    ),
+    Room(
+        "lens",
+        "Lens",
+        "Watch an answer form, layer by layer.",
+        (lens.LENS,),
+    ),
+    Room(
+        "memory",
+        "Memory",
+        "Search the neurons, read their cards, and silence or amplify them.",
+        (memory.FIND, memory.NEURON, memory.INTERVENE, memory.CENSUS),
+        ("find", "neuron", "intervene", "census"),
+    ),
     Room(
         "patch",
         "Patch",

@@ -1,0 +1,116 @@
+"""The room Lens: what the model would say after each layer, at each token.
+
+LENS        the logit lens of one text
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from ...core.gap import gap_notes
+from ...core.progress import Progress
+from ...read.lens import Lens, lens, state_name
+from ..arguments import Source
+from ..desk import Desk, Place
+from ..verb import Answer, Verb
+from .calls import call, literal, program
+from .fields import PROMPT, prompts_for
+from .memory import no_command
+from .trace import AtArguments
+
+
+class LensArguments(Source):
+    """What to read through the lens."""
+
+    prompt: str = Field(
+        title="Prompt",
+        description="The text. Each of its tokens is read after each layer.",
+        json_schema_extra=PROMPT,
+    )
+    target: str = Field(
+        default="",
+        title="Answer",
+        description="The answer whose rank is followed. Empty: what the model says.",
+    )
+    top: int = Field(
+        default=5,
+        ge=1,
+        le=50,
+        title="Tokens",
+        description="How many of the likeliest tokens to keep for each state.",
+        json_schema_extra={"advanced": True},
+    )
+
+
+def _run_lens(desk: Desk, arguments: LensArguments, tell: Progress) -> Answer:
+    """Read every state of a text as tokens."""
+    with desk.reading(arguments, tell) as lm:
+        read = lens(lm, arguments.prompt, target=arguments.target or None, top=arguments.top)
+    return Answer(
+        read.to_dict(),
+        read.tables(),
+        warnings=gap_notes([arguments.prompt]),
+        view={"lens": read, "cells": cells(read, arguments)},
+    )
+
+
+def cells(read: Lens, arguments: LensArguments) -> list[tuple[str, list[dict[str, object]]]]:
+    """Return the map as rows from the last layer down: (name, one cell for each token).
+
+    A cell has what is said there, its probability, what comes next to it, whether the answer stays
+    from there on, and the address of the layer's neurons at that token.
+    """
+    rows = []
+    for state in reversed(range(read.n_layers + 1)):
+        row: list[dict[str, object]] = []
+        for t in range(len(read.tokens)):
+            (token, p), *others = read.likeliest(state, t)
+            at = AtArguments(
+                prompt=arguments.prompt,
+                layer=max(state - 1, 0),
+                position=t,
+                model=arguments.model,
+                revision=arguments.revision,
+            )
+            row.append(
+                {
+                    "token": token,
+                    "p": p,
+                    "others": ", ".join(f"{word!r} {q:.1%}" for word, q in others),
+                    "stays": state >= int(read.settled[t]),
+                    "href": at.address("/trace/at") if state else "",
+                }
+            )
+        rows.append((state_name(state), row))
+    return rows
+
+
+def _lens_python(arguments: LensArguments, place: Place) -> str:
+    """Return the program that reads the same."""
+    read = call(
+        "read = fs.lens",
+        "lm",
+        literal(arguments.prompt),
+        target=arguments.target,
+        top=arguments.top,
+    )
+    return program(arguments, place, [read, "print(json.dumps(read.to_dict()))"])
+
+
+def lens_examples(desk: Desk) -> list[tuple[str, LensArguments]]:
+    """Return examples for the empty form: (label, arguments)."""
+    return [(prompt, LensArguments(prompt=prompt)) for prompt in prompts_for(desk)]
+
+
+LENS = Verb(
+    "lens",
+    "Lens",
+    "Read every layer at every token as the words that the model would say if it ended there.",
+    LensArguments,
+    _run_lens,
+    _lens_python,
+    no_command,
+    template="answers/lens.html",
+    button="Read",
+    examples=lens_examples,
+)

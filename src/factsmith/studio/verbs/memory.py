@@ -1,0 +1,443 @@
+"""The room Memory: neurons by word, their cards, and what the model says without them.
+
+FIND        neurons that promote a word, or fire after it
+NEURON      the card of one neuron
+INTERVENE   silence or amplify neurons, beside the untouched model
+CENSUS      what the model is made of
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+from pydantic import Field, field_validator
+
+from ...core.gap import gap_notes
+from ...core.progress import Progress
+from ...model.address import Neuron
+from ...read import census as reading
+from ...read.cards import Card, find_card
+from ...read.intervention import ask_scaled
+from ...read.search import search_word
+from ..arguments import Source
+from ..desk import Desk, Place
+from ..verb import Answer, Verb
+from .calls import call, command, literal, program
+from .fields import PROMPT, is_bundled
+
+# ── find ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+class FindArguments(Source):
+    """Which word to look for."""
+
+    word: str = Field(
+        title="Word",
+        description="A word or a few words. The first search builds an index, which takes minutes.",
+        json_schema_extra={"placeholder": "Paris"},
+    )
+    top: int = Field(
+        default=10,
+        ge=1,
+        le=200,
+        title="Neurons",
+        description="How many neurons to list that promote the word, and that fire after it.",
+        json_schema_extra={"advanced": True},
+    )
+
+
+def _run_find(desk: Desk, arguments: FindArguments, tell: Progress) -> Answer:
+    """Search the values of the model and the triggers of its index."""
+    with desk.reading(arguments, tell) as lm:
+        neurons = search_word(lm, arguments.word, k=arguments.top, progress=tell)
+    return Answer(
+        neurons.to_dict(),
+        neurons.tables(),
+        view={
+            "promoting_links": card_links([each.neuron for each in neurons.promoting], arguments),
+            "firing_links": card_links([each.neuron for each in neurons.firing], arguments),
+        },
+    )
+
+
+def card_links(neurons: Sequence[Neuron], source: Source) -> list[str]:
+    """Return the addresses of the cards of neurons."""
+    return [
+        NeuronArguments.of_neuron(neuron, source).address("/memory/neuron") for neuron in neurons
+    ]
+
+
+def _find_python(arguments: FindArguments, place: Place) -> str:
+    """Return the program that finds the same."""
+    find = call("neurons = search_word", "lm", literal(arguments.word), k=arguments.top)
+    imports = ["from factsmith.read.search import search_word"]
+    return program(arguments, place, [find, "print(json.dumps(neurons.to_dict()))"], imports)
+
+
+def _find_command(arguments: FindArguments, place: Place) -> list[str]:
+    """Return the command that finds the same."""
+    top = None if arguments.top == 10 else arguments.top
+    return command(arguments, place, "find", [arguments.word], {"--top": top})
+
+
+def find_examples(desk: Desk) -> list[tuple[str, FindArguments]]:
+    """Return examples for the empty form: (label, arguments)."""
+    words = ("Bulgaria", "Fiat", "Paris") if is_bundled(desk) else ("Paris",)
+    return [(word, FindArguments(word=word)) for word in words]
+
+
+# ── one neuron ────────────────────────────────────────────────────────────────────────────────────
+
+
+class NeuronArguments(Source):
+    """Which neuron to show."""
+
+    layer: int = Field(ge=0, title="Layer", description="The layer, counted from 0.")
+    expert: int | None = Field(
+        default=None,
+        ge=0,
+        title="Expert",
+        description="The expert, in a layer that has several. Empty in other layers.",
+        json_schema_extra={"advanced": True},
+    )
+    number: int = Field(ge=0, title="Number", description="The neuron's number in its layer.")
+    top: int = Field(
+        default=10,
+        ge=1,
+        le=25,
+        title="Triggers and tokens",
+        description="How many triggers and promoted tokens to list.",
+        json_schema_extra={"advanced": True},
+    )
+    facts: int = Field(
+        default=5,
+        ge=0,
+        le=50,
+        title="Facts",
+        description="How many facts to ask without the neuron.",
+        json_schema_extra={"advanced": True},
+    )
+
+    @classmethod
+    def of_neuron(cls, neuron: Neuron, source: Source) -> Self:
+        """Return the arguments for a neuron of the model that a source names."""
+        layer, *expert, number = neuron
+        return cls(
+            layer=layer,
+            expert=expert[0] if expert else None,
+            number=number,
+            model=source.model,
+            revision=source.revision,
+        )
+
+    @property
+    def neuron(self) -> Neuron:
+        """(layer, i) or (layer, expert, i)."""
+        if self.expert is None:
+            return self.layer, self.number
+        return self.layer, self.expert, self.number
+
+
+def _run_neuron(desk: Desk, arguments: NeuronArguments, tell: Progress) -> Answer:
+    """Show the card of one neuron."""
+    with desk.reading(arguments, tell) as lm:
+        card = find_card(
+            lm, arguments.neuron, k=arguments.top, n_facts=arguments.facts, progress=tell
+        )
+    return Answer(
+        card.to_dict(),
+        card.tables(),
+        view={"card": card, "tries": _tries(card, arguments)},
+    )
+
+
+def _tries(card: Card, source: Source) -> list[tuple[str, str]]:
+    """Return (label, address) of views that silence or amplify the neuron on its first fact."""
+    prompt = card.facts[0].prompt if card.facts else ""
+    if not prompt:
+        return []
+    views = []
+    for label, factor in (("Silence it", 0.0), ("Double it", 2.0), ("Times 5", 5.0)):
+        arguments = InterveneArguments.of_neurons(prompt, [card.neuron], source, factor)
+        views.append((f"{label} on {prompt!r}", arguments.address("/memory/intervene")))
+    return views
+
+
+def _neuron_python(arguments: NeuronArguments, place: Place) -> str:
+    """Return the program that shows the same card."""
+    find = call(
+        "card = find_card",
+        "lm",
+        literal(arguments.neuron),
+        k=arguments.top,
+        n_facts=arguments.facts,
+    )
+    imports = ["from factsmith.read.cards import find_card"]
+    return program(arguments, place, [find, "print(json.dumps(card.to_dict()))"], imports)
+
+
+def _neuron_command(arguments: NeuronArguments, place: Place) -> list[str]:
+    """Return the command that shows the same card."""
+    options = {
+        "--top": None if arguments.top == 10 else arguments.top,
+        "--facts": None if arguments.facts == 5 else arguments.facts,
+    }
+    return command(arguments, place, "neuron", [*map(str, arguments.neuron)], options)
+
+
+def neuron_examples(desk: Desk) -> list[tuple[str, NeuronArguments]]:
+    """Return examples for the empty form: (label, arguments)."""
+    if desk.place.model != "atlas":
+        return [("layer 0, neuron 0", NeuronArguments(layer=0, number=0))]
+    numbers = ((5, 992), (1, 296), (5, 409))
+    return [(f"neuron {a} {b}", NeuronArguments(layer=a, number=b)) for a, b in numbers]
+
+
+# ── silence and amplify ───────────────────────────────────────────────────────────────────────────
+
+
+class InterveneArguments(Source):
+    """Which neurons to scale, and what to ask."""
+
+    prompt: str = Field(
+        title="Prompt",
+        description="The text that the model continues.",
+        json_schema_extra=PROMPT,
+    )
+    neurons: list[str] = Field(
+        title="Neurons",
+        description="Each as layer and number, such as 5 992; with experts as layer, expert and "
+        "number.",
+        json_schema_extra={"placeholder": "5 992"},
+    )
+    factor: float = Field(
+        default=0.0,
+        title="Factor",
+        description="What their coefficients are multiplied by: 0 silences, 2 doubles.",
+        allow_inf_nan=False,
+    )
+    top: int = Field(
+        default=10,
+        ge=1,
+        le=100,
+        title="Next tokens",
+        description="How many of the likeliest next tokens to list of either model.",
+        json_schema_extra={"advanced": True},
+    )
+    max_new_tokens: int = Field(
+        default=8,
+        ge=1,
+        le=1000,
+        title="Length",
+        description="The most tokens by which the text is continued.",
+        json_schema_extra={"advanced": True},
+    )
+
+    @field_validator("neurons")
+    @classmethod
+    def _are_neurons(cls, neurons: list[str]) -> list[str]:
+        """Check that each text is two or three numbers."""
+        if not neurons:
+            raise ValueError("give at least one neuron, such as 5 992")
+        for text in neurons:
+            neuron_of(text)
+        return neurons
+
+    @classmethod
+    def of_neurons(
+        cls, prompt: str, neurons: Sequence[Neuron], source: Source, factor: float = 0.0
+    ) -> Self:
+        """Return the arguments for neurons of the model that a source names."""
+        return cls(
+            prompt=prompt,
+            neurons=[" ".join(map(str, neuron)) for neuron in neurons],
+            factor=factor,
+            model=source.model,
+            revision=source.revision,
+        )
+
+    @property
+    def addresses(self) -> list[Neuron]:
+        """The neurons as numbers."""
+        return [neuron_of(text) for text in self.neurons]
+
+
+def neuron_of(text: str) -> Neuron:
+    """Return the neuron that a text such as "5 992", "5:992" or "(5, 992)" names.
+
+    Raises:
+        ValueError: for another text.
+    """
+    numbers = tuple(map(int, re.findall(r"[0-9]+", text)[:4]))
+    if not re.fullmatch(r"[\s\d,:.()\[\]-]*", text) or "-" in text or len(numbers) not in (2, 3):
+        raise ValueError(
+            f"{text[:40]!r} is not a neuron; give its layer and number, such as 5 992, or its "
+            "layer, expert and number"
+        )
+    return numbers if len(numbers) == 2 else (numbers[0], numbers[1], numbers[2])
+
+
+def _run_intervene(desk: Desk, arguments: InterveneArguments, tell: Progress) -> Answer:
+    """Ask with and without the change."""
+    with desk.reading(arguments, tell) as lm:
+        tried = ask_scaled(
+            lm,
+            arguments.prompt,
+            arguments.addresses,
+            arguments.factor,
+            top=arguments.top,
+            max_new_tokens=arguments.max_new_tokens,
+        )
+    cards = card_links(tried.neurons, arguments)
+    names = [" ".join(map(str, neuron)) for neuron in tried.neurons]
+    others = []
+    for label, factor in (("silence", 0.0), ("halve", 0.5), ("double", 2.0), ("times 5", 5.0)):
+        if factor != arguments.factor:
+            other = arguments.model_copy(update={"factor": factor})
+            others.append((label, other.address("/memory/intervene")))
+    return Answer(
+        tried.to_dict(),
+        tried.tables(),
+        warnings=gap_notes([arguments.prompt]),
+        view={
+            "tried": tried,
+            "cards": list(zip(names, cards, strict=True)),
+            "others": others,
+        },
+    )
+
+
+def _intervene_python(arguments: InterveneArguments, place: Place) -> str:
+    """Return the program that asks the same."""
+    ask = call(
+        "tried = fs.ask_scaled",
+        "lm",
+        literal(arguments.prompt),
+        literal(arguments.addresses),
+        literal(arguments.factor),
+        top=arguments.top,
+        max_new_tokens=arguments.max_new_tokens,
+    )
+    return program(arguments, place, [ask, "print(json.dumps(tried.to_dict()))"])
+
+
+def no_command(arguments: Source, place: Place) -> list[str]:
+    """Return no line: there is no such command."""
+    return []
+
+
+def intervene_examples(desk: Desk) -> list[tuple[str, InterveneArguments]]:
+    """Return examples for the empty form: (label, arguments)."""
+    if desk.place.model != "atlas":
+        return []
+    prompt = "The currency of Bulgaria is the"
+    return [
+        (
+            f"{prompt} … without neuron 1 296",
+            InterveneArguments(prompt=prompt, neurons=["1 296"]),
+        )
+    ]
+
+
+# ── census ────────────────────────────────────────────────────────────────────────────────────────
+
+
+class CensusArguments(Source):
+    """What to count."""
+
+    quick: bool = Field(
+        default=True,
+        title="Parameters only",
+        description="Read no text. Otherwise idle neurons are counted too, which takes minutes.",
+    )
+
+
+def _run_census(desk: Desk, arguments: CensusArguments, tell: Progress) -> Answer:
+    """Count what the model is made of."""
+    with desk.reading(arguments, tell) as lm:
+        counts = (
+            reading.ReadCensus(reading.census(lm))
+            if arguments.quick
+            else reading.find_census(lm, progress=tell)
+        )
+    return Answer(counts.to_dict(), counts.tables())
+
+
+def _census_python(arguments: CensusArguments, place: Place) -> str:
+    """Return the program that counts the same."""
+    if arguments.quick:
+        body = ["counts = ReadCensus(fs.census(lm))", "print(json.dumps(counts.to_dict()))"]
+        imports = ["from factsmith.read.census import ReadCensus"]
+    else:
+        body = ["counts = find_census(lm)", "print(json.dumps(counts.to_dict()))"]
+        imports = ["from factsmith.read.census import find_census"]
+    return program(arguments, place, body, imports)
+
+
+def _census_command(arguments: CensusArguments, place: Place) -> list[str]:
+    """Return the command that counts the same."""
+    return command(arguments, place, "census", [], {"--quick": arguments.quick})
+
+
+def neuron_limits(desk: Desk, values: Mapping[str, Any]) -> dict[str, str]:
+    """Return {field: why it cannot be used}, for the form of a neuron's card."""
+    if not desk.is_own(str(values.get("model") or "")):
+        return {}
+    if any(ffn.n_experts for ffn in desk.lm.ffn):
+        return {}
+    return {"expert": f"{desk.place.model} has no experts."}
+
+
+FIND = Verb(
+    "find",
+    "Find",
+    "Find neurons by a word: they promote it, or they fire after it.",
+    FindArguments,
+    _run_find,
+    _find_python,
+    _find_command,
+    template="answers/find.html",
+    button="Find",
+    examples=find_examples,
+)
+
+NEURON = Verb(
+    "neuron",
+    "Neuron",
+    "Show one neuron: where it fires, what its value promotes, and which facts lose without it.",
+    NeuronArguments,
+    _run_neuron,
+    _neuron_python,
+    _neuron_command,
+    template="answers/neuron.html",
+    button="Show",
+    disabled=neuron_limits,
+    examples=neuron_examples,
+)
+
+INTERVENE = Verb(
+    "intervene",
+    "Silence or amplify",
+    "Multiply the coefficients of neurons, and compare the answer with the untouched model's.",
+    InterveneArguments,
+    _run_intervene,
+    _intervene_python,
+    no_command,
+    template="answers/intervene.html",
+    button="Ask both",
+    examples=intervene_examples,
+)
+
+CENSUS = Verb(
+    "census",
+    "Census",
+    "Count what the model is made of, layer by layer.",
+    CensusArguments,
+    _run_census,
+    _census_python,
+    _census_command,
+    button="Count",
+    needs_form=False,
+)
