@@ -25,14 +25,14 @@ from ..desk import Desk, Place
 from ..verb import Answer, Verb
 from .calls import call, command, literal, program
 from .explain import ExplainArguments
-from .fields import PROMPT, prompts_for, unless
+from .fields import PROMPT, Continued, prompts_for, unless
 from .lens import LensArguments
 
 _SEEN = 256
 """Next tokens that are read of each source, to compare those that others list."""
 
 
-class AskArguments(Source):
+class AskArguments(Continued):
     """What to ask, and whom."""
 
     prompt: str = Field(
@@ -50,22 +50,6 @@ class AskArguments(Source):
         default=False,
         title="Ask in the model's chat template",
         description="The prompt becomes a user's message, and the model answers as the assistant.",
-    )
-    top: int = Field(
-        default=10,
-        ge=1,
-        le=100,
-        title="Next tokens",
-        description="How many of the likeliest next tokens to list.",
-        json_schema_extra={"advanced": True},
-    )
-    max_new_tokens: int = Field(
-        default=8,
-        ge=1,
-        le=1000,
-        title="Length",
-        description="The most tokens by which the text is continued.",
-        json_schema_extra={"advanced": True},
     )
     lines: int = Field(
         default=1,

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from pydantic import Field
+
 from ...atlas import names
+from ..arguments import Source
 from ..desk import Desk
 
 LARGEST_SEED = 2**32 - 1
@@ -13,6 +16,28 @@ LARGEST_SEED = 2**32 - 1
 
 PROMPT: dict[str, Any] = {"widget": "textarea", "placeholder": "The currency of Bulgaria is the"}
 """How a form shows a prompt."""
+
+
+class Continued(Source):
+    """How far a text is continued, and how many of its next tokens are listed."""
+
+    top: int = Field(
+        default=10,
+        ge=1,
+        le=100,
+        title="Next tokens",
+        description="How many of the likeliest next tokens to list.",
+        json_schema_extra={"advanced": True},
+    )
+    max_new_tokens: int = Field(
+        default=8,
+        ge=1,
+        le=1000,
+        title="Length",
+        description="The most tokens by which the text is continued.",
+        json_schema_extra={"advanced": True},
+    )
+
 
 _BUNDLED = (
     "The currency of Bulgaria is the",

@@ -25,7 +25,7 @@ from ..arguments import Source
 from ..desk import Desk, Place
 from ..verb import Answer, Verb
 from .calls import call, command, literal, program
-from .fields import PROMPT, is_bundled
+from .fields import PROMPT, Continued, is_bundled
 
 # ── find ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -198,7 +198,7 @@ def neuron_examples(desk: Desk) -> list[tuple[str, NeuronArguments]]:
 # ── silence and amplify ───────────────────────────────────────────────────────────────────────────
 
 
-class InterveneArguments(Source):
+class InterveneArguments(Continued):
     """Which neurons to scale, and what to ask."""
 
     prompt: str = Field(
@@ -217,22 +217,6 @@ class InterveneArguments(Source):
         title="Factor",
         description="What their coefficients are multiplied by: 0 silences, 2 doubles.",
         allow_inf_nan=False,
-    )
-    top: int = Field(
-        default=10,
-        ge=1,
-        le=100,
-        title="Next tokens",
-        description="How many of the likeliest next tokens to list of either model.",
-        json_schema_extra={"advanced": True},
-    )
-    max_new_tokens: int = Field(
-        default=8,
-        ge=1,
-        le=1000,
-        title="Length",
-        description="The most tokens by which the text is continued.",
-        json_schema_extra={"advanced": True},
     )
 
     @field_validator("neurons")
