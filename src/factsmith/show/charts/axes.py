@@ -117,6 +117,19 @@ def legend(field: str, title: str | None = None, **scale: Any) -> dict[str, Any]
     return {**encoding, "scale": scale} if scale else encoding
 
 
+def solid(field: str, names: Sequence[str]) -> dict[str, Any]:
+    """Return the encodings of two groups: the first has solid marks, and the second pale ones."""
+    group = {"field": field, "type": "nominal", "sort": None}
+    return {
+        "color": legend(field, domain=list(names)),
+        "fillOpacity": {
+            **group,
+            "scale": {"domain": list(names), "range": [1, 0.4]},
+            "legend": None,
+        },
+    }
+
+
 def tooltip(*fields: str | tuple[str, str]) -> list[dict[str, Any]]:
     """Return the lines of a tooltip: texts by name, and numbers as (name, format)."""
     lines: list[dict[str, Any]] = []
@@ -156,9 +169,22 @@ def cells(along: str, colour: Mapping[str, Any], lines: list[dict[str, Any]]) ->
 
 
 def bars(
-    value: str, title: str, lines: list[dict[str, Any]], domain: Sequence[float] = ()
+    rows: Sequence[Mapping[str, Any]],
+    value: str,
+    title: str,
+    lines: list[dict[str, Any]],
+    *,
+    shares: bool = False,
 ) -> dict[str, Any]:
-    """Return a specification of horizontal bars by label, with their numbers at their ends."""
+    """Return a specification of horizontal bars by label, with their numbers at their ends.
+
+    Args:
+        rows: The rows of the chart; the axis leaves room for the numbers of the longest bars.
+        value: The field that the bars show.
+        title: The title of the axis.
+        lines: The tooltip.
+        shares: Whether the axis goes from 0 to 1 whatever the values are.
+    """
     ends = {"text": {"field": value, "type": "quantitative", "format": ".3~g"}}
     after, before = (
         {
@@ -168,14 +194,16 @@ def bars(
         }
         for sign, align, shift in ((">=", "left", 4), ("<", "right", -4))
     )
+    values = [0.0, *(row[value] for row in rows)]
+    low, high = (0.0, 1.0) if shares else (min(values), max(values))
+    room = 0.2 * (high - low)
+    along = amount(value, title, [low - room * (low < 0), high + room * (high > 0)])
+    if shares:
+        along["axis"] = {"values": [0, 0.25, 0.5, 0.75, 1], "format": "~g"}
     return {
         "width": "container",
         "height": ROW,
-        "encoding": {
-            "y": in_order("label"),
-            "x": amount(value, title, domain),
-            "tooltip": lines,
-        },
+        "encoding": {"y": in_order("label"), "x": along, "tooltip": lines},
         "layer": [{"mark": {"type": "bar", "height": {"band": 0.7}}}, after, before],
     }
 

@@ -54,7 +54,7 @@ def share_chart(evaluation: Evaluation) -> Chart:
         ),
         spec={
             "width": "container",
-            "height": {"step": 12 * len(evaluation.editors) + 8},
+            "height": {"step": 14},
             "encoding": {
                 "y": in_order("measure"),
                 "yOffset": offset,

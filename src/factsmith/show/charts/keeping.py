@@ -71,7 +71,7 @@ def norm_bars(norms: Mapping[int, float]) -> Chart:
         name="norms",
         title="How far the weights of each layer moved",
         description="Bars of the relative norm of the change by layer.",
-        spec=bars("norm", "‖ΔW‖ / ‖W‖", tooltip("label", ("norm", ".5f"))),
+        spec=bars(rows, "norm", "‖ΔW‖ / ‖W‖", tooltip("label", ("norm", ".5f"))),
         rows=rows,
     )
 

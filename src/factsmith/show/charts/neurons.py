@@ -20,9 +20,9 @@ from .axes import (
     distinct,
     from_to,
     layers,
-    legend,
     neuron_label,
     short,
+    solid,
     tail,
     token_label,
     tooltip,
@@ -49,11 +49,12 @@ def neuron_bars(neurons: KnowledgeNeurons, n: int = 20) -> Chart:
         for neuron, score in neurons.top(n)
     ]
     spec = bars(
+        rows,
         "attribution",
         f"attribution to p({short(token_label(neurons.target), 16)})",
         tooltip("label", ("attribution", ".4f"), "prompts", "refined"),
     )
-    spec["layer"][0]["encoding"] = {"fillOpacity": _solid("refined", "refined", "other")}
+    spec["layer"][0]["encoding"] = solid("refined", ("refined", "other"))
     count = len(neurons.prompts)
     return Chart(
         name="neurons",
@@ -88,7 +89,7 @@ def layer_bars(neurons: KnowledgeNeurons) -> Chart:
             "encoding": {
                 "x": layers(),
                 "y": amount("attribution", "positive sum"),
-                "fillOpacity": _solid("neurons", "refined", "other", legend_title=None),
+                **solid("neurons", ("refined", "other")),
                 "order": {"field": "neurons", "sort": "descending"},
                 "tooltip": tooltip("layer", "neurons", ("attribution", ".4f")),
             },
@@ -109,6 +110,7 @@ def share_bars(neurons: TokenNeurons) -> Chart:
         title=f"Strongest neurons of layer {neurons.layer} at {short(token)!r}",
         description=f"Bars of shares of what layer {neurons.layer} adds at token {token}.",
         spec=bars(
+            rows,
             "share",
             "share of what the layer adds",
             tooltip("label", ("share", "+.3f"), ("coefficient", "+.3f"), ("size", ".3f"), "writes"),
@@ -131,7 +133,7 @@ def promoted_bars(card: Card) -> Chart:
         description="Bars of scores. It promotes most "
         + ", ".join(token_label(token) for token, _ in card.promotes[:3])
         + ".",
-        spec=bars("score", "score", tooltip("token", ("score", "+.4f"))),
+        spec=bars(rows, "score", "score", tooltip("token", ("score", "+.4f"))),
         rows=rows,
     )
 
@@ -143,7 +145,7 @@ def trigger_bars(card: Card) -> Chart:
         {"label": label, "text": tail(trigger.prefix, 200), "coefficient": trigger.coefficient}
         for label, trigger in zip(labels, card.triggers, strict=True)
     ]
-    spec = bars("coefficient", "coefficient", tooltip("text", ("coefficient", "+.3f")))
+    spec = bars(rows, "coefficient", "coefficient", tooltip("text", ("coefficient", "+.3f")))
     return Chart(
         name="triggers",
         title=f"Where {neuron_label(card.neuron)} fires most",
@@ -194,8 +196,3 @@ def fact_chart(card: Card) -> Chart:
         spec=from_to("p", "p(answer)", tooltip("fact", "when", ("p", ".4f"))),
         rows=rows,
     )
-
-
-def _solid(field: str, solid: str, pale: str, legend_title: str | None = "") -> dict[str, object]:
-    """Return an encoding that fills one group and leaves the other pale."""
-    return legend(field, legend_title or None, domain=[solid, pale], range=[1, 0.35])

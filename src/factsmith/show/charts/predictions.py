@@ -51,7 +51,7 @@ def next_tokens(answers: Mapping[str, Sequence[tuple[str, float]]], prompt: str 
         for token, p in likely
     ]
     lines = tooltip("token", "source", ("p", ".4f"))
-    spec = bars("p", "probability", lines, SHARES)
+    spec = bars(rows, "p", "probability", lines, shares=True)
     if len(answers) > 1:
         group = {"field": "source", "type": "nominal", "sort": None}
         for layer in spec["layer"]:
@@ -59,7 +59,8 @@ def next_tokens(answers: Mapping[str, Sequence[tuple[str, float]]], prompt: str 
         spec["layer"][0]["encoding"]["color"] = legend("source")
         spec["layer"][1]["encoding"]["text"] = {"field": "end"}
         rows = [{**row, "end": f"{row['p']:.3g}  {row['source']}"} for row in rows]
-        spec["height"] = {"step": 12 * len(answers) + 8}
+        spec["height"] = {"step": 15}
+        spec["encoding"]["x"]["scale"] = {"domain": [0, 1.5]}  # room for the sources' names
     top = "; ".join(
         f"{source}: {token_label(likely[0][0])} {likely[0][1]:z.3f}"
         for source, likely in answers.items()
@@ -78,7 +79,8 @@ def lens_map(read: Lens) -> Chart:
     """Chart what the model would say after each layer, at each token of the prompt.
 
     A row of cells is a state, the last layer on top. A cell has the likeliest token, and its colour
-    is that token's probability. A row of the chart holds column and layer, for links; the layer of
+    is that token's probability. It is bold where it stays the likeliest token up to the last
+    layer. A row of the chart holds column and layer, for links; the layer of
     the embedding is None.
     """
     labels = column_labels(read.tokens)
@@ -94,7 +96,7 @@ def lens_map(read: Lens) -> Chart:
                     "layer": state - 1 if state else None,
                     "says": short(token_label(likely[0][0]), 12),
                     "p": likely[0][1],
-                    "then": ", ".join(f"{token_label(t)} {p:.2f}" for t, p in likely[1:]),
+                    "runners_up": ", ".join(f"{token_label(t)} {p:.2f}" for t, p in likely[1:]),
                     "p_target": float(read.probabilities[state, column]),
                     "rank_of_target": int(read.ranks[state, column]) + 1,
                     "stays": state >= int(read.settled[column]),
@@ -121,7 +123,7 @@ def lens_map(read: Lens) -> Chart:
                     "state",
                     "says",
                     ("p", ".4f"),
-                    "then",
+                    "runners_up",
                     ("p_target", ".4f"),
                     "rank_of_target",
                     "stays",
@@ -140,16 +142,19 @@ def lens_map(read: Lens) -> Chart:
                         }
                     },
                 },
-                {
-                    "mark": {"type": "text", "fontSize": 11, "limit": 90},
-                    "encoding": {
-                        "text": {"field": "says"},
-                        "opacity": {
-                            "condition": {"test": "datum.stays", "value": 1},
-                            "value": 0.72,
+                *(
+                    {
+                        "transform": [{"filter": test}],
+                        "mark": {
+                            "type": "text",
+                            "fontSize": 11,
+                            "limit": 90,
+                            "fontWeight": weight,
                         },
-                    },
-                },
+                        "encoding": {"text": {"field": "says"}},
+                    }
+                    for test, weight in (("datum.stays", "bold"), ("!datum.stays", "normal"))
+                ),
             ],
         },
         rows=rows,

@@ -78,7 +78,7 @@ def class_map(average: AverageTrace, name: str | None = None) -> Chart:
         title=f"Average indirect effect of {name}, {average.n_facts} facts",
         description="Heat map of average indirect effects by kind of token and layer.",
         spec=cells(
-            "restored layer, or centre of the restored layers",
+            "restored layer, or their centre",
             _colour("effect", "average indirect effect", [0, top]),
             tooltip("label", "layer", ("effect", "+.4f"), ("low", "+.4f"), ("high", "+.4f")),
         ),

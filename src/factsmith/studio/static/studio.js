@@ -27,16 +27,8 @@
     if (stream || document.hidden || !document.getElementById("jobs-indicator")) return;
     stream = new EventSource("/events");
     stream.addEventListener("open", () => { again = 1000; });
-    stream.addEventListener("jobs", (event) => {
-      const news = parse(event.data);
-      tell("jobs", news);
-      for (const id of news?.jobs ?? []) tell("job-" + id, news);
-    });
-    stream.addEventListener("job", (event) => {
-      const news = parse(event.data);
-      if (news?.id) tell("job-" + news.id, news);
-    });
-    stream.addEventListener("ledger", (event) => tell("ledger", parse(event.data)));
+    stream.addEventListener("job", (event) => hear(JSON.parse(event.data)));
+    stream.addEventListener("ledger", (event) => tell("ledger", JSON.parse(event.data)));
     stream.addEventListener("error", () => {
       if (stream?.readyState !== EventSource.CLOSED) return; // it connects again by itself
       silence();
@@ -45,7 +37,37 @@
     });
   }
 
-  function parse(text) { try { return JSON.parse(text); } catch { return null; } }
+  const states = new Map(); // the last state of each job
+  const over = ["done", "failed", "cancelled"];
+
+  function hear(job) {
+    for (const card of document.querySelectorAll(`[data-job="${job.id}"]`)) show(card, job);
+    tell("job", job);
+    tell("job-" + job.id, job);
+    if (states.get(job.id) === job.state) return;
+    states.set(job.id, job.state);
+    tell("jobs", job);
+    if (over.includes(job.state)) tell(`job-${job.id}-over`, job);
+  }
+
+  function show(card, job) {
+    const [first, ...others] = job.ahead ?? [];
+    const more = others.length ? ` and ${others.length} more` : "";
+    const texts = {
+      ahead: first ? `after ${first}${more}` : "",
+      state: job.state, stage: job.stage, step: job.step, seconds: String(Math.round(job.seconds)),
+      count: job.total ? `${job.done} of ${job.total}` : "", left: job.left ? ", " + job.left : "",
+    };
+    for (const place of card.querySelectorAll("[data-field]")) {
+      place.textContent = texts[place.dataset.field] ?? "";
+    }
+    const bar = card.querySelector("progress");
+    if (!bar) return;
+    if (job.total) {
+      bar.max = 1;
+      bar.value = Math.min(job.done / job.total, 1);
+    } else bar.removeAttribute("value");
+  }
 
   function silence() { stream?.close(); stream = null; }
 
@@ -53,7 +75,6 @@
     if (document.hidden) return silence();
     listen();
     tell("jobs", null); // what happened while the tab was hidden
-    tell("ledger", null);
   });
   window.addEventListener("pagehide", silence);
   window.addEventListener("pageshow", listen);
@@ -61,8 +82,32 @@
   // ── requests of htmx ──────────────────────────────────────────────────────────────────────────
 
   document.addEventListener("htmx:configRequest", (event) => {
+    const { verb, headers, formData } = event.detail;
     const token = document.querySelector("meta[name='csrf']");
-    if (token && event.detail.verb !== "get") event.detail.headers["X-CSRF-Token"] = token.content;
+    if (token && verb !== "get") headers["X-CSRF-Token"] = token.content;
+    if (verb !== "get") return;
+    for (const name of new Set(formData.keys())) { // a short address: nothing empty, boxes once
+      const values = formData.getAll(name).filter((value) => value !== "");
+      formData.delete(name);
+      const isBox = values.length === 2 && values[0] === "false" && values[1] === "true";
+      for (const value of isBox ? ["true"] : values) formData.append(name, value);
+    }
+  });
+
+  let unfolded = []; // the folded parts of a form that are open stay open when it is swapped
+
+  document.addEventListener("htmx:beforeSwap", () => {
+    unfolded = [...document.querySelectorAll("details[id][open]")].map((each) => each.id);
+  });
+  document.addEventListener("htmx:afterSettle", (event) => {
+    for (const id of unfolded) document.getElementById(id)?.setAttribute("open", "");
+    showTheme();
+    if (!event.detail.requestConfig?.elt?.matches("form.verb")) return;
+    const answer = document.getElementById("answer");
+    say(answer?.querySelector(".waiting") ? "Working." : "The answer is shown.");
+    if (answer && answer.getBoundingClientRect().top > window.innerHeight * 0.8) {
+      answer.scrollIntoView({ block: "start" });
+    }
   });
   document.addEventListener("htmx:sendError", () => say("The studio does not answer. Is it still running?"));
 
