@@ -31,11 +31,11 @@ def silent(step: str, done: int, total: int | None) -> None:
 
 
 @contextlib.contextmanager
-def opened_desk(folder: Path) -> Iterator[Desk]:
-    """A block with an open desk on the bundled model and a workspace."""
+def opened_desk(folder: Path, model: str = "atlas") -> Iterator[Desk]:
+    """A block with an open desk on a bundled model and a workspace."""
     desk = Desk(
         folder,
-        lambda tell: Workbench(load("atlas"), folder),
+        lambda tell: Workbench(load(model), folder),
         lambda name, tell: load(name),
     )
     desk.open(silent)

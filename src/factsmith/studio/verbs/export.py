@@ -1,0 +1,512 @@
+"""The room Export and push: files for other programs, and adapters in running servers.
+
+Exports are written to `exports/NAME` in the workspace. Adapters that are pushed, and the records of
+pushes, are in its folder `served`, as for `factsmith push`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from ...core.errors import DamagedError, InputError
+from ...core.files import make_folder
+from ...core.progress import Progress, tell
+from ...core.tables import Table, counted
+from ...edit.delta_folder import stated_neurons
+from ...keep.export.card import CARD
+from ...keep.export.formats import FILES, check_export, check_saved
+from ...keep.export.manifest import FILE, Manifest, read_manifest
+from ...keep.export.record import size_text
+from ...keep.export.single import SUFFIX
+from ...keep.ledger import Ledger
+from ...keep.push.names import checked_alias
+from ...keep.push.push import check_push, push, roll_back
+from ...keep.push.served import Served, served
+from ...remote.server import Server
+from ..arguments import Arguments
+from ..desk import Desk, Place
+from ..facts import program, quoted, shell
+from ..names import checked_name, inside
+from ..verb import Answer, Verb
+from .ledger import NoArguments
+
+FormatName = Literal["adapter", "checkpoint", "patch", "gguf", "gguf-adapter"]
+
+PURPOSES: Mapping[str, str] = {
+    "adapter": "A LoRA for the base model, in the layout of PEFT: vLLM and transformers load it "
+    "next to the base model. Kilobytes.",
+    "checkpoint": "The whole model with its patches merged, in the layout of transformers.",
+    "patch": "The patches alone, for another factsmith workspace (`factsmith import`).",
+    "gguf": "The base GGUF file with patched tensors, for llama.cpp.",
+    "gguf-adapter": "A LoRA for llama.cpp, next to a base GGUF file. Kilobytes.",
+}
+"""{format: what it is for}."""
+
+LARGEST_ARCHIVE = 500 * 10**6
+"""Bytes of the files of an export that can be downloaded as one archive."""
+
+_LONGEST_CARD = 20_000
+
+
+class ExportArguments(Arguments):
+    """What to write."""
+
+    name: str = Field(
+        default="patched",
+        title="Name",
+        description="The name of the export in the workspace's folder exports.",
+    )
+    format: FormatName = Field(
+        default="adapter", title="Format", description="What it is for; see below."
+    )
+    revision: str = Field(
+        default="",
+        title="Revision",
+        description="Export the state at this revision. Empty: the one that is checked out.",
+        json_schema_extra={"widget": "revision"},
+    )
+    dtype: Literal["", "float32", "float16", "bfloat16"] = Field(
+        default="",
+        title="Dtype",
+        description="Of a checkpoint or an adapter. Empty: as the model is loaded; float32 for an "
+        "adapter.",
+        json_schema_extra={"advanced": True},
+    )
+    tensor_type: Literal["", "F16", "Q8_0", "BF16", "F32"] = Field(
+        default="",
+        title="GGUF type",
+        description="Of the patched tensors in a GGUF file. Empty: F16.",
+        json_schema_extra={"advanced": True},
+    )
+    rank: int | None = Field(
+        default=None,
+        ge=1,
+        title="Rank",
+        description="The largest rank of an adapter; more is cut off. Empty: the exact rank.",
+        json_schema_extra={"advanced": True},
+    )
+    base: str = Field(
+        default="",
+        pattern=r"^([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)?$",
+        title="Base model",
+        description="The hub id of the base model to name in an adapter, as owner/name. Empty: "
+        "where the model comes from.",
+        json_schema_extra={"advanced": True},
+    )
+    verify: bool = Field(
+        default=True,
+        title="Read it back",
+        description="Load the export in another process, and compare it with the patched model.",
+        json_schema_extra={"advanced": True},
+    )
+    overwrite: bool = Field(
+        default=False,
+        title="Replace",
+        description="Replace an earlier export of this name.",
+        json_schema_extra={"advanced": True},
+    )
+
+
+class PushArguments(Arguments):
+    """Where to put a revision."""
+
+    url: str = Field(
+        title="Server",
+        pattern=r"^https?://\S+$",
+        description="The address of vLLM or llama-server, such as http://127.0.0.1:8000. A key in "
+        "the environment variable FACTSMITH_API_KEY is sent to it.",
+    )
+    revision: str = Field(
+        default="",
+        title="Revision",
+        description="The revision to push. Empty: the one that is checked out.",
+        json_schema_extra={"widget": "revision"},
+    )
+    rollback: bool = Field(
+        default=False,
+        title="Roll back",
+        description="Go back to the revision that the server carried before.",
+    )
+    alias: str = Field(
+        default="",
+        title="Alias",
+        description="What the adapter's name begins with. Empty: factsmith.",
+        json_schema_extra={"advanced": True},
+    )
+    dtype: Literal["", "float32", "float16", "bfloat16", "quantised"] = Field(
+        default="",
+        title="Dtype of the server",
+        description="What the server computes in, for the tolerance of the proof. Empty: bfloat16 "
+        "for vLLM, quantised for llama.cpp.",
+        json_schema_extra={"advanced": True},
+    )
+
+
+class ServedArguments(Arguments):
+    """The server to ask."""
+
+    url: str = Field(
+        title="Server",
+        pattern=r"^https?://\S+$",
+        description="The address of vLLM or llama-server, such as http://127.0.0.1:8000.",
+    )
+    prove: bool = Field(
+        default=False,
+        title="Prove again",
+        description="Ask the proof of each adapter again.",
+    )
+
+
+# ── exports ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def _export(desk: Desk, arguments: ExportArguments, progress: Progress) -> Answer:
+    options = _options(arguments)
+    target = _target(desk.folder, arguments)
+    check_export(target, arguments.format, **options)
+    revision = arguments.revision or None
+    _check_patches(desk, arguments.format, revision)
+    make_folder(target.parent)
+    made = desk.bench.export(
+        target, arguments.format, revision=revision, progress=progress, **options
+    )
+    return Answer(
+        made.to_dict(),
+        made.tables(),
+        view={"export": _listed(target), "purpose": PURPOSES[arguments.format]},
+    )
+
+
+def _options(arguments: ExportArguments) -> dict[str, Any]:
+    return {
+        "dtype": getattr(torch, arguments.dtype) if arguments.dtype else None,
+        "tensor_type": arguments.tensor_type or None,
+        "rank": arguments.rank,
+        "base": arguments.base or None,
+        "verify": arguments.verify,
+        "overwrite": arguments.overwrite,
+    }
+
+
+def _target(workspace: Path, arguments: ExportArguments) -> Path:
+    """Return where an export goes."""
+    name = arguments.name
+    if arguments.format in FILES and not name.endswith(SUFFIX):
+        name += SUFFIX
+    return inside(exports_folder(workspace), name, "name")
+
+
+def _check_patches(desk: Desk, format: str, revision: str | None) -> None:
+    """Check before the work that there are patches, and that the format can hold them."""
+    with desk.ledger() as ledger:
+        active = ledger.active(None if revision is None else ledger.resolve(revision))
+        if not active:
+            raise InputError(
+                "no patch is in effect there, so there is nothing to export; choose another "
+                "revision, or patch first",
+                argument="revision",
+            )
+        check_saved(map(ledger.delta_folder, active), format)
+
+
+def _exports(desk: Desk, arguments: NoArguments, progress: Progress) -> Answer:
+    folder = exports_folder(desk.folder)
+    names = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
+    exports = [each for name in names if (each := _listed(folder / name)) is not None]
+    rows = [(each["name"], each["format"], each["facts"], each["size"]) for each in exports]
+    columns = {"export": "<", "format": "<", "facts": ">", "size": ">"}
+    return Answer(
+        {"exports": exports},
+        [Table(counted(len(rows), "export"), columns, rows)],
+        view={"exports": exports},
+    )
+
+
+def _listed(path: Path) -> dict[str, Any] | None:
+    """Return what an export is; None where the path is no export."""
+    manifest: Manifest | None = None
+    with contextlib.suppress(DamagedError, OSError):
+        if path.is_symlink() or path.name.startswith("."):
+            return None
+        if path.is_dir():
+            manifest = read_manifest(path)
+        elif path.suffix == SUFFIX:
+            manifest = read_manifest(path.parent, f"{path.name}.{FILE}")
+    if manifest is None:
+        return None
+    n_bytes = sum(file.bytes for file in manifest.files.values())
+    card = path / CARD
+    text = ""
+    with contextlib.suppress(OSError, ValueError):
+        text = card.read_text("utf-8")[:_LONGEST_CARD] if card.is_file() else ""
+    return {
+        "name": path.name,
+        "format": manifest.factsmith,
+        "facts": f"{sum(len(patch.facts) for patch in manifest.patches):,}",
+        "revision": manifest.revision,
+        "bytes": n_bytes,
+        "size": size_text(n_bytes),
+        "can_download": n_bytes <= LARGEST_ARCHIVE,
+        "files": {name: size_text(file.bytes) for name, file in manifest.files.items()},
+        "card": text,
+    }
+
+
+def exports_folder(workspace: Path) -> Path:
+    """Return the folder of the exports of a workspace."""
+    return workspace / "exports"
+
+
+def _why_not(desk: Desk, values: Mapping[str, Any]) -> dict[str, str]:
+    """Return why a format cannot be written now, and which fields it has no use for."""
+    format = str(values.get("format") or "adapter")
+    reasons = {}
+    if why := impossible(desk).get(format):
+        reasons["format"] = why
+    if format not in ("adapter", "gguf-adapter", "checkpoint"):
+        reasons["dtype"] = f"A {format} has no dtype of its own."
+    if format not in ("adapter", "gguf-adapter"):
+        reasons["rank"] = "Only adapters have a rank."
+    if format != "adapter":
+        reasons["base"] = "Only an adapter names its base model."
+    if format != "gguf":
+        reasons["tensor_type"] = "Only a GGUF file has it."
+    return reasons
+
+
+def impossible(desk: Desk) -> dict[str, str]:
+    """Return {format: why it cannot be written now}."""
+    reasons: dict[str, str] = {}
+    with desk.ledger() as ledger:
+        active = ledger.active()
+        neurons = sum(stated_neurons(ledger.delta_folder(patch)) for patch in active)
+    if not active:
+        return dict.fromkeys(PURPOSES, "No patch is in effect. Patch a fact first.")
+    if neurons:
+        why = f"The patches append {counted(neurons, 'neuron')}, and an adapter cannot add any."
+        reasons |= {"adapter": why, "gguf-adapter": why}
+    elif importlib.util.find_spec("peft") is None:
+        reasons["adapter"] = (
+            "peft, which reads it back, is not installed: pip install 'factsmith[adapter]'."
+        )
+    if desk.lm.gguf is None:
+        reasons["gguf"] = "The workspace's model does not come from a GGUF file."
+    elif importlib.util.find_spec("gguf") is None:
+        reasons["gguf"] = "The library gguf is not installed: pip install 'factsmith[gguf]'."
+    return reasons
+
+
+# ── servers ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def _push(desk: Desk, arguments: PushArguments, progress: Progress) -> Answer:
+    if arguments.rollback and arguments.revision:
+        raise InputError(
+            "a rollback goes back to the revision before, so no revision can be given with it",
+            argument="revision",
+        )
+    checked_alias(arguments.alias or None)
+    tell(progress, "asking the server what it is", 0, None)
+    references = [arguments.revision] if arguments.revision else []
+    options: dict[str, Any] = {
+        "alias": arguments.alias or None,
+        "dtype": arguments.dtype or None,
+    }
+    bench = desk.bench
+    with Server.open(arguments.url, progress=progress) as server:
+        if arguments.rollback:
+            back = roll_back(
+                bench.ledger,
+                server,
+                opening=lambda: contextlib.nullcontext(bench),
+                progress=progress,
+                **options,
+            )
+            pushed = [back]
+        else:
+            check_push(bench.ledger, server, references, **options)
+            pushed = push(bench, server, references, progress=progress, **options)
+    results = [each.to_dict() for each in pushed]
+    failures = [failure for each in pushed for failure in each.failures]
+    notes = [f"Taken out: {adapter}." for each in pushed for adapter in each.withdrawn]
+    notes += [f"Ask for the model {each.model}." for each in pushed if each.model is not None]
+    return Answer(
+        {**results[-1], "pushes": results},
+        [table for each in pushed for table in each.tables()],
+        notes=notes,
+        warnings=[f"The proof failed in the server: {why}" for why in failures[:3]],
+        view={"model": pushed[-1].model, "url": arguments.url},
+        failed=bool(failures),
+    )
+
+
+def _served(desk: Desk, arguments: ServedArguments, progress: Progress) -> Answer:
+    with Ledger(desk.folder) as ledger, Server.open(arguments.url, progress=progress) as server:
+        result: Served = served(ledger, server, prove=arguments.prove, progress=progress)
+    notes = [] if result.model is None else [f"Ask for the model {result.model}."]
+    return Answer(
+        {"servers": [result.to_dict()]},
+        result.tables(),
+        notes=notes,
+        warnings=list(result.problems),
+        view={"up_to_date": result.up_to_date, "url": arguments.url},
+        failed=bool(result.problems),
+    )
+
+
+# ── the same as code and as a command ─────────────────────────────────────────────────────────────
+
+
+def _words(pairs: Sequence[tuple[str, object]]) -> list[str]:
+    """Return options with their values, those that are empty left out."""
+    words: list[str] = []
+    for name, value in pairs:
+        if value is True:
+            words.append(name)
+        elif value not in ("", None, False):
+            words += [name, str(value)]
+    return words
+
+
+def _place_of(arguments: ExportArguments, place: Place) -> str:
+    name = checked_name(arguments.name, "name")
+    suffix = SUFFIX if arguments.format in FILES and not name.endswith(SUFFIX) else ""
+    return str(exports_folder(Path(place.workspace)) / f"{name}{suffix}")
+
+
+def _export_in_python(arguments: ExportArguments, place: Place) -> str:
+    options: list[str] = [f", revision={quoted(arguments.revision)}"] if arguments.revision else []
+    options += [f", dtype=torch.{arguments.dtype}"] if arguments.dtype else []
+    for name in ("tensor_type", "rank", "base"):
+        if value := getattr(arguments, name):
+            options.append(f", {name}={quoted(value)}")
+    options += [] if arguments.verify else [", verify=False"]
+    options += [", overwrite=True"] if arguments.overwrite else []
+    target, format = quoted(_place_of(arguments, place)), quoted(arguments.format)
+    return program(
+        place,
+        f"made = bench.export({target}, {format}{''.join(options)})",
+        "print(json.dumps(made.to_dict()))",
+        uses="import torch\n" if arguments.dtype else "",
+    )
+
+
+def _export_command(arguments: ExportArguments, place: Place) -> list[str]:
+    words = _words(
+        [
+            ("--format", arguments.format),
+            ("--revision", arguments.revision),
+            ("--dtype", arguments.dtype),
+            ("--tensor-type", arguments.tensor_type),
+            ("--rank", arguments.rank),
+            ("--base", arguments.base),
+            ("--no-verify", not arguments.verify),
+            ("--overwrite", arguments.overwrite),
+            ("-w", place.workspace),
+        ]
+    )
+    return [shell("export", _place_of(arguments, place), *words)]
+
+
+def _push_in_python(arguments: PushArguments, place: Place) -> str:
+    options = [f", alias={quoted(arguments.alias)}"] if arguments.alias else []
+    options += [f", dtype={quoted(arguments.dtype)}"] if arguments.dtype else []
+    if arguments.rollback:
+        call = f"pushed = [fs.roll_back(bench.ledger, server{''.join(options)})]"
+    else:
+        references = f", [{quoted(arguments.revision)}]" if arguments.revision else ""
+        call = f"pushed = fs.push(bench, server{references}{''.join(options)})"
+    return program(
+        place,
+        f"with fs.Server.open({quoted(arguments.url)}) as server:",
+        f"    {call}",
+        "print(json.dumps([each.to_dict() for each in pushed]))",
+    )
+
+
+def _push_command(arguments: PushArguments, place: Place) -> list[str]:
+    words = _words(
+        [
+            ("--rollback", arguments.rollback),
+            ("--name", arguments.alias),
+            ("--dtype", arguments.dtype),
+            ("-w", place.workspace),
+        ]
+    )
+    return [shell("push", arguments.url, arguments.revision, *words)]
+
+
+def _served_in_python(arguments: ServedArguments, place: Place) -> str:
+    prove = ", prove=True" if arguments.prove else ""
+    return (
+        "import json\n\nimport factsmith as fs\n\n"
+        f"with fs.Ledger({quoted(place.workspace)}) as ledger, "
+        f"fs.Server.open({quoted(arguments.url)}) as server:\n"
+        f"    print(json.dumps(fs.served(ledger, server{prove}).to_dict()))\n"
+    )
+
+
+def _served_command(arguments: ServedArguments, place: Place) -> list[str]:
+    words = _words([("--prove", arguments.prove), ("-w", place.workspace)])
+    return [shell("served", arguments.url, *words)]
+
+
+EXPORTS = Verb(
+    "exports",
+    "Exports",
+    "What was exported from this workspace.",
+    NoArguments,
+    _exports,
+    lambda arguments, place: (
+        "import json\nfrom pathlib import Path\n\n"
+        f"folder = Path({quoted(str(exports_folder(Path(place.workspace))))})\n"
+        "print(json.dumps(sorted(each.name for each in folder.iterdir())))\n"
+    ),
+    lambda arguments, place: [],
+    kind="instant",
+    needs_form=False,
+)
+EXPORT = Verb(
+    "export",
+    "Write",
+    "Write the patched model, an adapter or the patches, for programs that know no factsmith.",
+    ExportArguments,
+    _export,
+    _export_in_python,
+    _export_command,
+    kind="write",
+    button="Write",
+    disabled=_why_not,
+)
+PUSH = Verb(
+    "push",
+    "Push",
+    "Put a revision into a running server as an adapter, and prove it there.",
+    PushArguments,
+    _push,
+    _push_in_python,
+    _push_command,
+    kind="write",
+    button="Push",
+)
+SERVED = Verb(
+    "served",
+    "Served",
+    "Compare what a server carries with the history of this workspace.",
+    ServedArguments,
+    _served,
+    _served_in_python,
+    _served_command,
+    worker="campaign",
+    cached=False,
+    button="Ask the server",
+)
+
+EXPORTING = (EXPORTS, EXPORT, PUSH, SERVED)
