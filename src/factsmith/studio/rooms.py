@@ -12,6 +12,7 @@ from typing import Any
 from .arguments import Arguments
 from .verb import Verb
 from .verbs import ask, explain, lens, memory, neurons, trace
+from .verbs.export import EXPORTING
 from .verbs.judge import JUDGING
 from .verbs.ledger import KEEPING
 from .verbs.patch import PATCHING
@@ -90,6 +91,13 @@ ROOMS: tuple[Room, ...] = (
         "Compare editing methods by the questions of a benchmark.",
         JUDGING,
         ("judged", "evaluate"),
+    ),
+    Room(
+        "export",
+        "Export and push",
+        "Take patches to other programs, and into servers that run.",
+        EXPORTING,
+        ("exports", "export", "push", "served"),
     ),
 )
 """The rooms, in the order of the menu."""

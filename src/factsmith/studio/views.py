@@ -256,6 +256,13 @@ class Views:
         }
         return environment().get_template(template).render({**shared, **context})
 
+    async def refused(
+        self, request: Request, name: str, pairs: list[tuple[str, str]], error: FactsmithError
+    ) -> HTMLResponse:
+        """Show a verb's form again, with what was given and what is wrong with it."""
+        room, verb = self._known(request, name)
+        return await self._refused(request, room, verb, pairs, error)
+
     async def _verb_page(
         self,
         request: Request,
