@@ -20,6 +20,7 @@ from ...keep.ledger import BASE, LATEST
 from ...model.chat import chat_prompt
 from ...model.language_model import LanguageModel
 from ...model.matching import first_phrase
+from ...show.charts.predictions import next_tokens
 from ..arguments import Source
 from ..desk import Desk, Place
 from ..verb import Answer, Verb
@@ -156,6 +157,7 @@ def _run_ask(desk: Desk, arguments: AskArguments, tell: Progress) -> Answer:
     return Answer(
         document,
         _tables(asked, top),
+        [next_tokens({each.label: each.likely[:top] for each in asked}, arguments.prompt)],
         warnings=gap_notes([arguments.prompt]),
         view={
             "asked": asked,

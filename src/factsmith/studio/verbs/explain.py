@@ -8,6 +8,7 @@ from ...core.gap import gap_notes
 from ...core.progress import Progress
 from ...model.address import Neuron
 from ...read.composition import Composition, compose
+from ...show.charts.predictions import part_bars
 from ..arguments import Source
 from ..desk import Desk, Place
 from ..verb import Answer, Verb
@@ -69,6 +70,7 @@ def _run_explain(desk: Desk, arguments: ExplainArguments, tell: Progress) -> Ans
     return Answer(
         {**composition.to_dict(arguments.top), "instead_of": instead, "model": name},
         composition.tables(arguments.top),
+        [part_bars(composition)],
         warnings=gap_notes([arguments.prompt]),
         view={"neuron_links": card_links(_listed(composition, arguments.top), arguments)},
     )

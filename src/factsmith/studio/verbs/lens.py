@@ -5,11 +5,15 @@ LENS        the logit lens of one text
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from pydantic import Field
 
 from ...core.gap import gap_notes
 from ...core.progress import Progress
-from ...read.lens import Lens, lens, state_name
+from ...read.lens import lens
+from ...show.charts.predictions import answer_line, lens_map
 from ..arguments import Source
 from ..desk import Desk, Place
 from ..verb import Answer, Verb
@@ -46,43 +50,24 @@ def _run_lens(desk: Desk, arguments: LensArguments, tell: Progress) -> Answer:
     """Read every state of a text as tokens."""
     with desk.reading(arguments, tell) as lm:
         read = lens(lm, arguments.prompt, target=arguments.target or None, top=arguments.top)
+
+    def neurons_at(row: Mapping[str, Any]) -> str:
+        if row["layer"] is None:
+            return ""
+        return AtArguments(
+            prompt=arguments.prompt,
+            layer=int(row["layer"]),
+            position=int(row["column"]),
+            model=arguments.model,
+            revision=arguments.revision,
+        ).address("/trace/at")
+
     return Answer(
         read.to_dict(),
         read.tables(),
+        [lens_map(read).linked(neurons_at), answer_line(read)],
         warnings=gap_notes([arguments.prompt]),
-        view={"lens": read, "cells": cells(read, arguments)},
     )
-
-
-def cells(read: Lens, arguments: LensArguments) -> list[tuple[str, list[dict[str, object]]]]:
-    """Return the map as rows from the last layer down: (name, one cell for each token).
-
-    A cell has what is said there, its probability, what comes next to it, whether the answer stays
-    from there on, and the address of the layer's neurons at that token.
-    """
-    rows = []
-    for state in reversed(range(read.n_layers + 1)):
-        row: list[dict[str, object]] = []
-        for t in range(len(read.tokens)):
-            (token, p), *others = read.likeliest(state, t)
-            at = AtArguments(
-                prompt=arguments.prompt,
-                layer=max(state - 1, 0),
-                position=t,
-                model=arguments.model,
-                revision=arguments.revision,
-            )
-            row.append(
-                {
-                    "token": token,
-                    "p": p,
-                    "others": ", ".join(f"{word!r} {q:.1%}" for word, q in others),
-                    "stays": state >= int(read.settled[t]),
-                    "href": at.address("/trace/at") if state else "",
-                }
-            )
-        rows.append((state_name(state), row))
-    return rows
 
 
 def _lens_python(arguments: LensArguments, place: Place) -> str:

@@ -9,7 +9,7 @@ CENSUS      what the model is made of
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 from pydantic import Field, field_validator
@@ -21,6 +21,9 @@ from ...read import census as reading
 from ...read.cards import Card, find_card
 from ...read.intervention import ask_scaled
 from ...read.search import search_word
+from ...show.charts.chart import Chart
+from ...show.charts.neurons import fact_chart, histogram, promoted_bars, trigger_bars
+from ...show.charts.predictions import scaled_chart
 from ..arguments import Source
 from ..desk import Desk, Place
 from ..verb import Answer, Verb
@@ -67,6 +70,17 @@ def card_links(neurons: Sequence[Neuron], source: Source) -> list[str]:
     return [
         NeuronArguments.of_neuron(neuron, source).address("/memory/neuron") for neuron in neurons
     ]
+
+
+def card_link(source: Source) -> Callable[[Mapping[str, Any]], str]:
+    """Return what gives the card's address for a chart's row with layer, expert and neuron."""
+
+    def address(row: Mapping[str, Any]) -> str:
+        expert = () if row["expert"] is None else (int(row["expert"]),)
+        neuron: Any = (int(row["layer"]), *expert, int(row["neuron"]))
+        return card_links([neuron], source)[0]
+
+    return address
 
 
 def _find_python(arguments: FindArguments, place: Place) -> str:
@@ -149,8 +163,15 @@ def _run_neuron(desk: Desk, arguments: NeuronArguments, tell: Progress) -> Answe
     return Answer(
         card.to_dict(),
         card.tables(),
+        _card_charts(card),
         view={"card": card, "tries": _tries(card, arguments)},
     )
+
+
+def _card_charts(card: Card) -> list[Chart]:
+    """Return the charts of a card."""
+    charts = [promoted_bars(card), trigger_bars(card), histogram(card)]
+    return [fact_chart(card), *charts] if card.facts else charts
 
 
 def _tries(card: Card, source: Source) -> list[tuple[str, str]]:
@@ -284,6 +305,7 @@ def _run_intervene(desk: Desk, arguments: InterveneArguments, tell: Progress) ->
     return Answer(
         tried.to_dict(),
         tried.tables(),
+        [scaled_chart(tried)],
         warnings=gap_notes([arguments.prompt]),
         view={
             "tried": tried,

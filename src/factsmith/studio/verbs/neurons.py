@@ -11,12 +11,13 @@ from ...core.slots import escape
 from ...locate.effects import check_neurons
 from ...locate.neurons import knowledge_neurons
 from ...locate.question import answer_to_follow, fill_prompts, prompt_warnings
+from ...show.charts.neurons import layer_bars, neuron_bars
 from ..arguments import Source
 from ..desk import Desk, Place
 from ..verb import Answer, Verb
 from .calls import call, command, literal, program
 from .fields import LARGEST_SEED, PROMPT, is_bundled
-from .memory import InterveneArguments, card_links
+from .memory import InterveneArguments, card_link, card_links
 
 
 class NeuronsArguments(Source):
@@ -115,6 +116,10 @@ def _run_neurons(desk: Desk, arguments: NeuronsArguments, tell: Progress) -> Ans
     return Answer(
         check.to_dict(),
         check.tables(arguments.top),
+        [
+            neuron_bars(located, arguments.top).linked(card_link(arguments)),
+            layer_bars(located),
+        ],
         warnings=[*prompt_warnings(prompts), *answer.warnings],
         view={
             "neuron_links": card_links(strongest, arguments),

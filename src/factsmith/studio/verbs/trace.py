@@ -20,13 +20,14 @@ from ...locate.question import answer_to_follow, fill_prompts, prompt_warnings
 from ...locate.records import CausalTrace
 from ...model.subject import read_prompt
 from ...read.token_neurons import token_neurons
+from ...show.charts.neurons import share_bars
 from ...show.charts.traces import heat_map
 from ..arguments import Source
 from ..desk import Desk, Place
 from ..verb import Answer, Verb
 from .calls import call, command, literal, program
 from .fields import LARGEST_SEED, PROMPT, is_bundled
-from .memory import InterveneArguments, card_links, no_command
+from .memory import InterveneArguments, card_link, card_links, no_command
 
 # ── causal traces ─────────────────────────────────────────────────────────────────────────────────
 
@@ -372,6 +373,7 @@ def _run_at(desk: Desk, arguments: AtArguments, tell: Progress) -> Answer:
     return Answer(
         spot.to_dict(),
         spot.tables(),
+        [share_bars(spot).linked(card_link(arguments))],
         view={
             "spot": spot,
             "neuron_links": card_links(neurons, arguments),
