@@ -41,6 +41,14 @@ def test_the_link_opens_a_session_and_leaves_no_token(browser: Browser) -> None:
     assert browser.get("/ask/ask").status_code == 200
 
 
+def test_a_link_on_another_site_opens_too(browser: Browser) -> None:
+    answer = browser.get(f"/ask/ask?a=%22&token={browser.access.token}", site="cross-site")
+    assert answer.status_code == 200 and browser.access.token not in answer.text
+    assert 'content="0; url=/ask/ask?a=%22"' in answer.text
+    assert "SameSite=Strict" in answer.headers["set-cookie"]
+    assert browser.get("/ask/ask?a=%22").status_code == 200
+
+
 def test_wrong_tokens_open_nothing(browser: Browser) -> None:
     for token in ("", "x", browser.access.token[:-1], browser.access.token + "x", "%00", "%ff"):
         answer = browser.get(f"/?token={token}")
@@ -98,6 +106,12 @@ def test_hosts_that_the_user_names() -> None:
     assert access.is_host("[fe80::1]:8420")
     for host in ("proxy", "proxy:8420", "gpu-3.example:x", "gpu-3.example.evil", "x.gpu-3.example"):
         assert not access.is_host(host), host
+    network = Access(8420, any_address=True)
+    for host in ("192.0.2.7:8420", "[2001:db8::1]:8420", "localhost:8420"):
+        assert network.is_host(host), host
+    for host in ("192.0.2.7", "192.0.2.7:80", "evil.example:8420", "192.0.2.7.evil.example:8420"):
+        assert not network.is_host(host), host
+    assert not Access(8420).is_host("192.0.2.7:8420")
     for name in ("", "http://x", "a/b", "a b", "a\r\nb"):
         with pytest.raises(InputError, match="as browsers use it"):
             Access(8420, names=[name])
@@ -186,6 +200,10 @@ def test_methods_and_upgrades(browser: Browser) -> None:
         answer = browser.client.request(method, "/")
         assert answer.status_code == 405 and answer.headers["allow"] == "GET, HEAD, POST", method
     assert browser.client.head("/static/a.css").status_code != 401
+    right = {"authorization": f"Bearer {browser.access.token}"}
+    assert browser.client.delete("/api/v1/log", headers=right).json()["detail"], "the app's answer"
+    assert browser.client.delete("/api/v1/log").status_code == 403, "no token of a form"
+    assert browser.client.put("/api/v1/log", headers=right).headers["allow"].endswith("DELETE")
     with pytest.raises(WebSocketDisconnect) as refused:
         browser.client.websocket_connect("/events").__enter__()
     assert refused.value.code == 1008

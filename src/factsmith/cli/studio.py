@@ -224,13 +224,11 @@ def _desk(model: str | None, folder: Path, device: str | None, others: Sequence[
     def load(name: str, tell: Progress) -> LanguageModel:
         with Ledger(folder) as ledger:
             recorded, dtype = ledger.model, ledger.dtype
-        own = name == recorded
+        place, kept = (model_place(name), dtype) if name == recorded else (name, None)
         # The revision that the user chose is of the workspace's model.
         token = loading.set(dataclasses.replace(loading.get(), revision=None))
         try:
-            return load_model(
-                model_place(name) if own else name, device, dtype if own else None, tell
-            )
+            return load_model(place, device, kept, tell)
         finally:
             loading.reset(token)
 
