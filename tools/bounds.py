@@ -63,7 +63,9 @@ def main() -> int:
         parser.error("give a folder for the virtual environment, or --print")
     subprocess.run([sys.executable, "-m", "venv", options.folder], check=True)
     python = options.folder / "bin" / "python"
-    extra = ["pytest", "hypothesis", "jsonschema", *_pinned_extra(project, "adapter")]
+    extra = ["pytest", "hypothesis", "jsonschema"]
+    for name in ("adapter", "serve", "studio"):
+        extra += _pinned_extra(project, name)
     install = [python, "-m", "pip", "install", "--quiet", *pinned, *extra, "-e", str(ROOT)]
     subprocess.run(install, check=True)
     tests = options.tests or TESTS
