@@ -20,7 +20,7 @@ from starlette.staticfiles import StaticFiles
 
 from ..core.documents import error_document
 from ..core.errors import FactsmithError, InputError
-from . import api, events, files, tour_pages, views
+from . import api, api_page, events, files, tour_pages, views
 from .session import Studio
 
 _STATIC = Path(__file__).parent / "static"
@@ -43,6 +43,7 @@ def create_app(studio: Studio) -> FastAPI:
     app.mount("/static", StaticFiles(directory=_STATIC), name="static")
     app.include_router(events.routes(studio), include_in_schema=False)
     pages = views.Views(studio)
+    app.include_router(api_page.routes(pages), include_in_schema=False)
     app.include_router(tour_pages.routes(pages), include_in_schema=False)
     app.include_router(files.routes(studio.desk, pages), include_in_schema=False)
     app.include_router(pages.router(), include_in_schema=False)
