@@ -80,30 +80,15 @@ def lens_map(read: Lens) -> Chart:
 
     A row of cells is a state, the last layer on top. A cell has the likeliest token, and its colour
     is that token's probability. It is bold where it stays the likeliest token up to the last
-    layer. A row of the chart holds column and layer, for links; the layer of
-    the embedding is None.
+    layer. A row of the chart holds column and layer, for links; the embedding's layer is None.
     """
     labels = column_labels(read.tokens)
-    rows = []
-    for state in reversed(range(read.n_layers + 1)):
-        for column, label in enumerate(labels):
-            likely = read.likeliest(state, column)
-            rows.append(
-                {
-                    "state": str(state - 1) if state else EMBEDDING,
-                    "label": label,
-                    "column": column,
-                    "layer": state - 1 if state else None,
-                    "says": short(token_label(likely[0][0]), 12),
-                    "p": likely[0][1],
-                    "runners_up": ", ".join(f"{token_label(t)} {p:.2f}" for t, p in likely[1:]),
-                    "p_target": float(read.probabilities[state, column]),
-                    "rank_of_target": int(read.ranks[state, column]) + 1,
-                    "stays": state >= int(read.settled[column]),
-                }
-            )
+    rows = [
+        _lens_cell(read, state, column, label)
+        for state in reversed(range(read.n_layers + 1))
+        for column, label in enumerate(labels)
+    ]
     answer = token_label(read.target)
-    step = 64 if len(labels) <= 12 else 48
     return Chart(
         name="lens",
         title=f"What each layer would say after {short(read.prompt, 60)!r}",
@@ -113,7 +98,7 @@ def lens_map(read: Lens) -> Chart:
             f"{int(read.settled[-1])} of {read.n_layers} on. The token followed is {answer}."
         ),
         spec={
-            "width": "container" if len(labels) <= 14 else {"step": step},
+            "width": "container" if len(labels) <= 14 else {"step": 56},
             "height": {"step": 24},
             "encoding": {
                 "x": in_order("label", "token of the prompt", labelAngle=-30, orient="bottom"),
@@ -159,6 +144,23 @@ def lens_map(read: Lens) -> Chart:
         },
         rows=rows,
     )
+
+
+def _lens_cell(read: Lens, state: int, column: int, label: str) -> dict[str, Any]:
+    """Return the row of one cell of `lens_map`."""
+    (says, p), *others = read.likeliest(state, column)
+    return {
+        "state": str(state - 1) if state else EMBEDDING,
+        "label": label,
+        "column": column,
+        "layer": state - 1 if state else None,
+        "says": short(token_label(says), 12),
+        "p": p,
+        "runners_up": ", ".join(f"{token_label(token)} {q:.2f}" for token, q in others),
+        "p_target": float(read.probabilities[state, column]),
+        "rank_of_target": int(read.ranks[state, column]) + 1,
+        "stays": state >= int(read.settled[column]),
+    }
 
 
 def answer_line(read: Lens, position: int = -1) -> Chart:
