@@ -66,6 +66,15 @@ def columns_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row if name != "href"))
 
 
+def room_keys(rooms: Iterable[Any]) -> list[str]:
+    """Return a letter for each room: the first of its name that no room before it has."""
+    keys: list[str] = []
+    for room in rooms:
+        free = [letter for letter in room.name if letter not in (*keys, "q")]
+        keys.append(free[0] if free else "")
+    return keys
+
+
 _COUNTS = threading.local()
 
 
@@ -93,5 +102,6 @@ def environment() -> Environment:
         chart_data=chart_data,
         columns_of=columns_of,
         counter=counter,
+        room_keys=room_keys,
     )
     return made

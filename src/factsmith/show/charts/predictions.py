@@ -98,7 +98,8 @@ def lens_map(read: Lens) -> Chart:
             f"{int(read.settled[-1])} of {read.n_layers} on. The token followed is {answer}."
         ),
         spec={
-            "width": "container" if len(labels) <= 14 else {"step": 56},
+            "width": "container",
+            "usermeta": {"columns": len(labels), "step": 60},
             "height": {"step": 24},
             "encoding": {
                 "x": in_order("label", "token of the prompt", labelAngle=-30, orient="bottom"),

@@ -67,6 +67,8 @@
       const chart = views.get(figure)?.chart ?? read(figure);
       views.get(figure)?.view.finalize();
       const spec = { ...chart.spec, data: { values: chart.rows.map((row) => ({ ...row })) } };
+      const { columns, step } = chart.spec.usermeta ?? {}; // cells with words keep their width
+      if (columns && plot.clientWidth - 60 < columns * step) spec.width = { step };
       const quiet = { warn() {}, info() {}, debug() {}, error: console.error, level() { return this; } };
       const compiled = window.vegaLite.compile(spec, { config: config(), logger: quiet }).spec;
       const view = new window.vega.View(window.vega.parse(compiled, null, { ast: true }), {

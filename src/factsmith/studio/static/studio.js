@@ -28,7 +28,7 @@
     stream = new EventSource("/events");
     stream.addEventListener("open", () => { again = 1000; });
     stream.addEventListener("job", (event) => hear(JSON.parse(event.data)));
-    stream.addEventListener("ledger", (event) => tell("ledger", JSON.parse(event.data)));
+    stream.addEventListener("ledger", (event) => move(JSON.parse(event.data)));
     stream.addEventListener("error", () => {
       if (stream?.readyState !== EventSource.CLOSED) return; // it connects again by itself
       silence();
@@ -48,6 +48,16 @@
     states.set(job.id, job.state);
     tell("jobs", job);
     if (over.includes(job.state)) tell(`job-${job.id}-over`, job);
+  }
+
+  function move(ledger) { // a page that shows where the workspace stands hears when it moves
+    const standing = `${ledger.current} ${ledger.head}`;
+    if (body().dataset.standing === standing) return;
+    body().dataset.standing = standing;
+    const [name, behind] = ["[data-current]", "[data-behind]"].map((each) => document.querySelector(each));
+    if (name) name.textContent = ledger.current.slice(0, 12);
+    if (behind) behind.hidden = ledger.current === ledger.head;
+    tell("ledger", ledger);
   }
 
   function show(card, job) {
@@ -181,9 +191,9 @@
   let gone = 0; // when "g" was pressed
 
   function go(key) {
-    const rooms = [...document.querySelectorAll("#rooms a")];
-    const link = key === "j" ? document.querySelector("#jobs-indicator a") : rooms[Number(key) - 1];
-    link?.click();
+    if (!/^[a-z]$/.test(key)) return;
+    const place = key === "q" ? "#jobs-indicator a" : `#rooms a[data-key="${key}"]`;
+    document.querySelector(place)?.click();
   }
 
   document.addEventListener("keydown", (event) => {
