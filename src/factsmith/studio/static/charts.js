@@ -56,8 +56,8 @@
   // ── drawing ───────────────────────────────────────────────────────────────────────────────────
 
   function read(figure) {
-    const block = figure.querySelector(":scope > script[type='application/json']");
-    return JSON.parse(block.textContent);
+    // htmx takes scripts out of what it swaps in, so the data is in a template.
+    return JSON.parse(figure.querySelector(":scope > [data-chart-data]").content.textContent);
   }
 
   async function draw(figure) {

@@ -20,6 +20,7 @@ from ...keep.ledger import BASE, LATEST
 from ...model.chat import chat_prompt
 from ...model.language_model import LanguageModel
 from ...model.matching import first_phrase
+from ...show.charts.chart import Chart
 from ...show.charts.predictions import next_tokens
 from ..arguments import Source
 from ..desk import Desk, Place
@@ -157,7 +158,7 @@ def _run_ask(desk: Desk, arguments: AskArguments, tell: Progress) -> Answer:
     return Answer(
         document,
         _tables(asked, top),
-        [next_tokens({each.label: each.likely[:top] for each in asked}, arguments.prompt)],
+        [_chart(asked, arguments)],
         warnings=gap_notes([arguments.prompt]),
         view={
             "asked": asked,
@@ -167,6 +168,15 @@ def _run_ask(desk: Desk, arguments: AskArguments, tell: Progress) -> Answer:
             "lens": LensArguments(**first).address("/lens/lens"),
         },
     )
+
+
+def _chart(asked: Sequence[Asked], arguments: AskArguments) -> Chart:
+    """Return the chart of the likeliest next tokens."""
+    likely = {
+        label: sorted(each.items(), key=lambda pair: -pair[1])[: arguments.top]
+        for label, each in listed(asked).items()
+    }
+    return next_tokens(likely, arguments.prompt)
 
 
 def _label(model: str, revision: str, identity: str) -> str:
@@ -206,23 +216,37 @@ def difference(asked: Sequence[Asked]) -> str:
     )
 
 
+def listed(asked: Sequence[Asked]) -> dict[str, dict[str, float]]:
+    """Return {label: {token: probability}} of every source, as pages compare them.
+
+    Tokenizers write spaces in their own ways. So tokens of several models are compared without
+    them, and of tokens that are equal then the likeliest counts.
+    """
+    is_one = len({each.model for each in asked}) == 1
+    return {
+        each.label: {
+            (token if is_one else token.strip(" ")): p for token, p in reversed(each.likely)
+        }
+        for each in asked
+    }
+
+
 def _tables(asked: Sequence[Asked], top: int) -> list[Table]:
     """Return the answers, and the next tokens with the probability that each source gives them."""
-    answers = Table(
-        "",
-        {"source": "<", "answer": "<"},
-        [(each.label, in_one_line(each.answer)) for each in asked],
-    )
-    tokens = dict.fromkeys(token for each in asked for token, _ in each.likely[:top])
-    rows = [(repr(token), *(_p(each, token) for each in asked)) for token in tokens]
-    columns = {"next token": "<", **{each.label: ">" for each in asked}}
-    return [answers, Table("next tokens", columns, rows)]
+    said = [(each.label, in_one_line(each.answer)) for each in asked]
+    answers = Table("", {"source": "<", "answer": "<"}, said)
+    chances = listed(asked)
+    likely = {label: sorted(each, key=lambda t: -each[t])[:top] for label, each in chances.items()}
+    tokens = dict.fromkeys(token for each in likely.values() for token in each)
+    rows = [(repr(token), *(_p(each, token) for each in chances.values())) for token in tokens]
+    return [answers, Table("", {"next token": "<", **dict.fromkeys(chances, ">")}, rows)]
 
 
-def _p(asked: Asked, token: str) -> str:
-    """Return the probability that a source gives a token, as text."""
-    p = dict(reversed(asked.likely)).get(token)
-    return f"{p:.2%}" if p is not None else f"< {asked.likely[-1][1]:.2%}"
+def _p(chances: Mapping[str, float], token: str) -> str:
+    """Return the probability of a token as text; of one that was not read, the upper bound."""
+    if token in chances:
+        return f"{chances[token]:.2%}"
+    return f"< {max(min(chances.values()), 0.0001):.2%}"
 
 
 def _ask_python(arguments: AskArguments, place: Place) -> str:
