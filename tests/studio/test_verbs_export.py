@@ -17,8 +17,8 @@ from factsmith.studio.desk import Desk
 from factsmith.studio.verbs.export import (
     EXPORT,
     EXPORTS,
-    PUSH,
     PURPOSES,
+    PUSH,
     SERVED,
     _why_not,
     impossible,

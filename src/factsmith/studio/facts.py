@@ -32,7 +32,18 @@ from .sheets import Sheets
 
 MethodName = Literal["", "rome", "r-rome", "memit", "emmet", "alphaedit", "append"]
 
-_ADVANCED = {"advanced": True}
+_ADVANCED: dict[str, Any] = {"advanced": True}
+
+_METHODS = [
+    ["", "The file's, or the usual one"],
+    ["rome", "rome: one fact"],
+    ["r-rome", "r-rome: one fact, for many edits"],
+    ["memit", "memit: many facts"],
+    ["emmet", "emmet: many facts, exactly"],
+    ["alphaedit", "alphaedit: many facts, little drift"],
+    ["append", "append: new neurons"],
+]
+"""(value, label) of the methods that a form offers."""
 
 
 class FactArguments(Arguments):
@@ -87,7 +98,7 @@ class FactArguments(Arguments):
         title="Method",
         description="How the weights are changed. Empty: what the file says; otherwise rome for "
         "one fact, and memit for several.",
-        json_schema_extra=_ADVANCED,
+        json_schema_extra={**_ADVANCED, "options": _METHODS},
     )
     layers: tuple[int, ...] = Field(
         default=(),

@@ -71,10 +71,10 @@ def routes(desk: Desk, pages: Views) -> APIRouter:
 
 async def _sent(request: Request) -> tuple[str, bytes]:
     """Return the name and the bytes of a dropped file, or "" and the text that was pasted."""
-    form = await request.form()
-    file, text = form.get("file"), form.get("text")
-    if isinstance(file, UploadFile) and file.filename:
-        return file.filename, await file.read()
+    async with request.form() as form:
+        file, text = form.get("file"), form.get("text")
+        if isinstance(file, UploadFile) and file.filename:
+            return file.filename, await file.read()
     return "", str(text or "").encode("utf-8", "replace")
 
 

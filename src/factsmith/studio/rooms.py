@@ -77,6 +77,7 @@ ROOMS: tuple[Room, ...] = (
         "Correct a fact: see what it meets, preview its patch with a proof, and keep it.",
         PATCHING,
         ("plan",),
+        template="rooms/patch.html",
     ),
     Room(
         "ledger",

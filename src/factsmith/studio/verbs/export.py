@@ -248,6 +248,8 @@ def _listed(path: Path) -> dict[str, Any] | None:
         text = card.read_text("utf-8")[:_LONGEST_CARD] if card.is_file() else ""
     return {
         "name": path.name,
+        "path": str(path),
+        "purpose": PURPOSES[manifest.factsmith],
         "format": manifest.factsmith,
         "facts": f"{sum(len(patch.facts) for patch in manifest.patches):,}",
         "revision": manifest.revision,
@@ -279,6 +281,16 @@ def _why_not(desk: Desk, values: Mapping[str, Any]) -> dict[str, str]:
     if format != "gguf":
         reasons["tensor_type"] = "Only a GGUF file has it."
     return reasons
+
+
+def _offered(desk: Desk) -> dict[str, list[tuple[str, str]]]:
+    """Return the formats with what each is for, and why it cannot be written now."""
+    reasons = impossible(desk)
+    labels = {
+        name: f"{purpose} Not now: {reasons[name]}" if name in reasons else purpose
+        for name, purpose in PURPOSES.items()
+    }
+    return {"format": [(name, f"{name}: {label}") for name, label in labels.items()]}
 
 
 def impossible(desk: Desk) -> dict[str, str]:
@@ -472,6 +484,7 @@ EXPORTS = Verb(
     lambda arguments, place: [],
     kind="instant",
     needs_form=False,
+    template="answers/exports.html",
 )
 EXPORT = Verb(
     "export",
@@ -483,7 +496,9 @@ EXPORT = Verb(
     _export_command,
     kind="write",
     button="Write",
+    options=_offered,
     disabled=_why_not,
+    template="answers/export.html",
 )
 PUSH = Verb(
     "push",

@@ -12,7 +12,7 @@ import importlib.metadata
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field
 
@@ -27,6 +27,7 @@ from ...judge.rows import BASE
 from ...judge.schedule import Schedule
 from ...judge.suites import load_suite
 from ...patch.editors import check_methods, editors
+from ...show.charts.judging import share_chart
 from ...show.pages.page import check_page
 from ...show.reports.page import report_markdown, report_page
 from ...show.reports.record import Report
@@ -70,7 +71,9 @@ class EvaluateArguments(Arguments):
     methods: tuple[JudgedMethod, ...] = Field(
         default=("rome", "memit"),
         title="Methods",
-        description="The methods to compare.",
+        description="The methods to compare: rome, r-rome, memit, emmet, alphaedit, append, ft-l "
+        "or lora.",
+        json_schema_extra={"suggestions": list(get_args(JudgedMethod))},
     )
     sizes: tuple[int, ...] = Field(
         default=(1,),
@@ -176,6 +179,7 @@ def _evaluate(desk: Desk, arguments: EvaluateArguments, progress: Progress) -> A
     return Answer(
         {**report.to_dict(), "out": [str(folder / PAGE), str(folder / TEXT)]},
         report.tables(),
+        [share_chart(run) for run in report.runs],
         view={"name": arguments.name, "failures": report.failures()[:20]},
     )
 
@@ -192,7 +196,11 @@ def _judged(desk: Desk, arguments: NoArguments, progress: Progress) -> Answer:
     return Answer(
         {"campaigns": campaigns},
         [Table(counted(len(rows), "campaign"), columns, rows)],
-        view={"campaigns": campaigns, "suites": suites(desk.folder)},
+        view={
+            "campaigns": campaigns,
+            "links": [f"/judge/report?name={one['name']}" for one in campaigns],
+            "suites": suites(desk.folder),
+        },
     )
 
 
@@ -208,14 +216,14 @@ def _report(desk: Desk, arguments: ReportArguments, progress: Progress) -> Answe
     runs = [Evaluation.load(path.parent) for path in sorted(folder.glob("s*-*/rows.jsonl"))]
     parts = [_part(run) for run in runs]
     tables = [Table("how far each method is", _PART, [row for part in parts for row in part])]
-    for run in runs:
-        finished = run.finished()
-        if len(finished.editors) > 1:
-            tables += run_tables(finished)
+    finished = [part for run in runs if len((part := run.finished()).editors) > 1]
+    for run in finished:
+        tables += run_tables(run)
     done = bool(runs) and not any(run.unfinished for run in runs) and campaign["page"]
     return Answer(
         {"name": arguments.name, "finished": done, "runs": [run.to_dict() for run in runs]},
         tables,
+        [share_chart(run) for run in finished],
         notes=[] if done else ["Rows are still missing. Start the campaign again to go on."],
         view={**campaign, "finished": done},
     )
@@ -380,8 +388,9 @@ EVALUATE = Verb(
     _evaluate_command,
     kind="write",
     worker="campaign",
-    template="answer.html",
+    template="answers/evaluate.html",
     button="Start",
+    options=lambda desk: {"suite": suites(desk.folder)},
     cached=False,
 )
 JUDGED = Verb(
@@ -397,7 +406,7 @@ JUDGED = Verb(
     ),
     lambda arguments, place: [f"ls {judged_folder(Path(place.workspace))}"],
     kind="instant",
-    template="answer.html",
+    template="answers/judged.html",
     needs_form=False,
 )
 REPORT = Verb(
@@ -411,7 +420,7 @@ REPORT = Verb(
         f"less {judged_folder(Path(place.workspace)) / checked_name(arguments.name, 'name') / TEXT}"
     ],
     kind="instant",
-    template="answer.html",
+    template="answers/report.html",
     button="Read",
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import urlencode
 
 from pydantic import Field
 
@@ -15,6 +16,7 @@ from ...keep.revision import Revision
 from ...keep.summary import integrity_text, log_table, revision_tables, status_tables
 from ...model.fingerprint import weight_digests
 from ...patch.verification import Verification
+from ...show.charts.keeping import norm_bars, proof_chart, use_bars
 from ..arguments import Arguments
 from ..desk import Desk, Place
 from ..facts import program, quoted, shell
@@ -174,8 +176,11 @@ def _show(desk: Desk, arguments: RevisionArguments, progress: Progress) -> Answe
         "reverted_by": revision.reverted_by,
         "reverts": revision.reverts,
         "parent": revision.parent,
+        "ask": "/ask/ask?" + urlencode({"prompt": facts[0]["text"]}) if facts else "",
     }
-    return Answer(revision.to_dict(), revision_tables(revision), view=view)
+    proof = Verification.from_dict(revision.report)
+    charts = [proof_chart(proof)] if proof.checks else []
+    return Answer(revision.to_dict(), revision_tables(revision), charts, view=view)
 
 
 def _diff(desk: Desk, arguments: DiffArguments, progress: Progress) -> Answer:
@@ -184,6 +189,7 @@ def _diff(desk: Desk, arguments: DiffArguments, progress: Progress) -> Answer:
     return Answer(
         difference.to_dict(),
         difference.tables(),
+        [norm_bars(difference.norms)] if difference.norms else [],
         view={"facts": facts, "before": difference.before, "after": difference.after},
     )
 
@@ -243,6 +249,7 @@ def _capacity(desk: Desk, arguments: CapacityArguments, progress: Progress) -> A
     return Answer(
         full.to_dict(),
         [table for table in full.tables() if table.columns],
+        [use_bars(full)] if full.layers else [],
         warnings=[] if full.warning is None else [full.warning],
     )
 
@@ -363,7 +370,7 @@ LOG = Verb(
     ),
     lambda arguments, place: [shell("log", "-w", place.workspace)],
     kind="instant",
-    template="answer.html",
+    template="answers/log.html",
     needs_form=False,
 )
 SHOW = Verb(
@@ -377,7 +384,7 @@ SHOW = Verb(
     ),
     lambda arguments, place: [shell("show", arguments.revision, "-w", place.workspace)],
     kind="instant",
-    template="answer.html",
+    template="answers/show.html",
     button="Show",
 )
 DIFF = Verb(
@@ -450,7 +457,7 @@ CHECKOUT = Verb(
     ),
     lambda arguments, place: [shell("checkout", arguments.revision, "-w", place.workspace)],
     kind="write",
-    template="answer.html",
+    template="answers/moved.html",
     button="Check out",
 )
 REVERT = Verb(
@@ -464,7 +471,7 @@ REVERT = Verb(
         shell("revert", arguments.revision, *_revert_words(arguments), "-w", place.workspace)
     ],
     kind="write",
-    template="answer.html",
+    template="answers/moved.html",
     button="Revert",
 )
 

@@ -19,6 +19,7 @@ from ...core.progress import Progress, tell
 from ...core.tables import Table, counted
 from ...keep.outcome import Outcome
 from ...patch.plan import Plan
+from ...show.charts.keeping import proof_chart
 from ..desk import Desk, Place
 from ..facts import FactArguments, Wanted, file_of, program, quoted, shell, wanted_of
 from ..verb import Answer, Verb
@@ -168,6 +169,7 @@ def _answer(
     return Answer(
         result,
         [_beside_table(beside), *tables] if beside else tables,
+        [proof_chart(proof)] if (proof := outcome.verification) and proof.checks else [],
         notes=["The model already says all of it; there is nothing to write."] if nothing else [],
         warnings=[*_conflicts_of(planned), *outcome.warnings],
         view=view,
@@ -215,6 +217,7 @@ def _view_of_facts(wanted: Wanted, planned: Plan) -> dict[str, Any]:
     """Return what the pages of this room show of the facts."""
     return {
         "n_facts": counted(len(wanted.sheet.facts), "fact"),
+        "texts": [entry.fact.text for entry in planned.entries],
         "n_new": len(planned.new),
         "conflicts": list(planned.contradictions),
         "method": planned.method,
@@ -339,7 +342,7 @@ PLAN = Verb(
     _plan,
     _plan_in_python,
     _plan_command,
-    template="answer.html",
+    template="answers/plan.html",
     button="Plan",
 )
 PREVIEW = Verb(
@@ -350,7 +353,7 @@ PREVIEW = Verb(
     _preview,
     _preview_in_python,
     _preview_command,
-    template="answer.html",
+    template="answers/preview.html",
     button="Preview",
 )
 APPLY = Verb(
@@ -362,7 +365,7 @@ APPLY = Verb(
     _apply_in_python,
     _apply_command,
     kind="write",
-    template="answer.html",
+    template="answers/preview.html",
     button="Apply",
 )
 
