@@ -34,7 +34,7 @@ def static(name: str) -> str:
 
 
 def chart_data(chart: Any) -> Markup:
-    """Return a chart's specification and rows as JSON for a script element."""
+    """Return a chart's specification and rows as JSON without any markup."""
     return script_json(
         {"name": chart.name, "spec": chart.spec, "rows": [_plain(row) for row in chart.rows]}
     )

@@ -72,7 +72,7 @@
       const quiet = { warn() {}, info() {}, debug() {}, error: console.error, level() { return this; } };
       const compiled = window.vegaLite.compile(spec, { config: config(), logger: quiet }).spec;
       const view = new window.vega.View(window.vega.parse(compiled, null, { ast: true }), {
-        expr: window.vegaInterpreter, container: plot, hover: true, tooltip: showTip,
+        expr: window.vegaInterpreter, container: plot.firstElementChild, hover: true, tooltip: showTip,
         renderer: chart.rows.length > MOST_SVG_ROWS ? "canvas" : "svg",
         loader: { load: refuse, sanitize: refuse, http: refuse, file: refuse },
       });
@@ -80,8 +80,9 @@
       plot.classList.toggle("linked", chart.rows.some((row) => row.href));
       views.set(figure, { view, chart });
       await view.runAsync();
-      plot.querySelector("svg")?.setAttribute("aria-hidden", "true"); // the label of .plot says it
+      plot.firstElementChild.setAttribute("aria-hidden", "true"); // the label of .plot says it
       figure.dataset.drawn = "true";
+      window.studio.reach();
     } catch (problem) {
       plot.classList.add("failed");
       plot.textContent = "The picture cannot be drawn. Its numbers are below.";

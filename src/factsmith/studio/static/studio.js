@@ -13,7 +13,18 @@
     setTimeout(() => URL.revokeObjectURL(link.href), 10000);
   }
 
-  window.studio = { say, save };
+  // What scrolls sideways can be reached by keyboard; what does not is no stop on the way.
+  function reach() {
+    for (const box of document.querySelectorAll("main :is(.scroll, .wide, .plot, pre)")) {
+      if (box.scrollWidth > box.clientWidth + 1 || box.scrollHeight > box.clientHeight + 1) {
+        box.tabIndex = 0;
+      } else box.removeAttribute("tabindex");
+    }
+  }
+
+  window.addEventListener("resize", reach);
+  document.addEventListener("toggle", reach, true);
+  window.studio = { say, save, reach };
 
   // ── news ──────────────────────────────────────────────────────────────────────────────────────
   // One stream for a visible tab, none for a hidden one: browsers allow six connections to a host.
@@ -112,6 +123,7 @@
   document.addEventListener("htmx:afterSettle", (event) => {
     for (const id of unfolded) document.getElementById(id)?.setAttribute("open", "");
     showTheme();
+    reach();
     if (!event.detail.requestConfig?.elt?.matches("form.verb")) return;
     const answer = document.getElementById("answer");
     say(answer?.querySelector(".waiting") ? "Working." : "The answer is shown.");
@@ -216,6 +228,16 @@
     }
   });
 
+  for (const kind of ["mouseover", "focusin"]) { // an explanation stays inside the window
+    document.addEventListener(kind, (event) => {
+      const text = event.target.closest?.(".term")?.querySelector(".term-text");
+      if (!text) return;
+      text.style.left = "0";
+      const beyond = text.getBoundingClientRect().right - document.documentElement.clientWidth + 8;
+      if (beyond > 0) text.style.left = `${-beyond}px`;
+    });
+  }
+
   function shut(term) {
     term.classList.add("shut");
     const open = () => term.classList.remove("shut");
@@ -236,5 +258,5 @@
     });
   }
 
-  document.addEventListener("DOMContentLoaded", () => { showTheme(); listen(); });
+  document.addEventListener("DOMContentLoaded", () => { showTheme(); reach(); listen(); });
 })();
