@@ -151,6 +151,8 @@ from .read.triggers import Triggers as Triggers
 from .read.values import ValueTokens as ValueTokens
 from .read.values import value_tokens as value_tokens
 from .remote.server import Server as Server
+from .show.charts.chart import Chart as Chart
+from .show.charts.of import chart as chart
 from .show.pages.neurons import card_page as card_page
 from .show.pages.neurons import layer_page as layer_page
 from .show.pages.neurons import write_pages as write_pages
