@@ -20,6 +20,7 @@ from factsmith.studio.verbs.export import (
     PURPOSES,
     PUSH,
     SERVED,
+    _offered,
     _why_not,
     impossible,
 )
@@ -42,6 +43,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Desk]:
     """A desk on the bundled model of Llama's kind, with one patch."""
     with opened_desk(tmp_path_factory.mktemp("export") / "space", "atlas-llama") as opened:
         assert set(impossible(opened)) == set(PURPOSES)
+        assert "Patch a fact first" in _why_not(opened, {})[""]
         opened.bench.apply(FACT, force=True, message="<i>a city</i>")
         yield opened
 
@@ -85,8 +87,9 @@ def test_what_cannot_be_written_is_refused(desk: Desk, values: dict[str, Any], w
 def test_formats_that_cannot_be_have_a_reason(desk: Desk) -> None:
     assert "GGUF" in impossible(desk)["gguf"] and "patch" not in impossible(desk)
     off = _why_not(desk, {"format": "gguf"})
-    assert "GGUF" in off["format"] and "rank" in off and "tensor_type" not in off
-    assert "format" not in _why_not(desk, {"format": "patch"})
+    assert "rank" in off and "tensor_type" not in off and "" not in off
+    labels = dict(_offered(desk)["format"])
+    assert "Not now: The workspace's model" in labels["gguf"] and "Not now" not in labels["patch"]
 
 
 def test_a_revision_is_pushed_proved_and_rolled_back(desk: Desk) -> None:

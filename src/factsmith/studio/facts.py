@@ -34,7 +34,7 @@ MethodName = Literal["", "rome", "r-rome", "memit", "emmet", "alphaedit", "appen
 
 _ADVANCED: dict[str, Any] = {"advanced": True}
 
-_METHODS = [
+_METHODS: Any = [
     ["", "The file's, or the usual one"],
     ["rome", "rome: one fact"],
     ["r-rome", "r-rome: one fact, for many edits"],

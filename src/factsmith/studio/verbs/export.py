@@ -43,7 +43,7 @@ PURPOSES: Mapping[str, str] = {
     "adapter": "A LoRA for the base model, in the layout of PEFT: vLLM and transformers load it "
     "next to the base model. Kilobytes.",
     "checkpoint": "The whole model with its patches merged, in the layout of transformers.",
-    "patch": "The patches alone, for another factsmith workspace (`factsmith import`).",
+    "patch": "The patches alone, which another workspace of factsmith imports.",
     "gguf": "The base GGUF file with patched tensors, for llama.cpp.",
     "gguf-adapter": "A LoRA for llama.cpp, next to a base GGUF file. Kilobytes.",
 }
@@ -64,7 +64,7 @@ class ExportArguments(Arguments):
         description="The name of the export in the workspace's folder exports.",
     )
     format: FormatName = Field(
-        default="adapter", title="Format", description="What it is for; see below."
+        default="adapter", title="Format", description="Which programs can read it."
     )
     revision: str = Field(
         default="",
@@ -221,7 +221,7 @@ def _exports(desk: Desk, arguments: NoArguments, progress: Progress) -> Answer:
     names = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
     exports = [each for name in names if (each := _listed(folder / name)) is not None]
     rows = [(each["name"], each["format"], each["facts"], each["size"]) for each in exports]
-    columns = {"export": "<", "format": "<", "facts": ">", "size": ">"}
+    columns = {"export": "<", "format": "<", "holds": "<", "size": ">"}
     return Answer(
         {"exports": exports},
         [Table(counted(len(rows), "export"), columns, rows)],
@@ -251,7 +251,7 @@ def _listed(path: Path) -> dict[str, Any] | None:
         "path": str(path),
         "purpose": PURPOSES[manifest.factsmith],
         "format": manifest.factsmith,
-        "facts": f"{sum(len(patch.facts) for patch in manifest.patches):,}",
+        "facts": counted(sum(len(patch.facts) for patch in manifest.patches), "fact"),
         "revision": manifest.revision,
         "bytes": n_bytes,
         "size": size_text(n_bytes),
@@ -267,11 +267,11 @@ def exports_folder(workspace: Path) -> Path:
 
 
 def _why_not(desk: Desk, values: Mapping[str, Any]) -> dict[str, str]:
-    """Return why a format cannot be written now, and which fields it has no use for."""
+    """Return why nothing can be written now, and which fields a format has no use for."""
     format = str(values.get("format") or "adapter")
     reasons = {}
-    if why := impossible(desk).get(format):
-        reasons["format"] = why
+    if len(why := impossible(desk)) == len(PURPOSES):
+        reasons[""] = why[format]
     if format not in ("adapter", "gguf-adapter", "checkpoint"):
         reasons["dtype"] = f"A {format} has no dtype of its own."
     if format not in ("adapter", "gguf-adapter"):
@@ -488,7 +488,7 @@ EXPORTS = Verb(
 )
 EXPORT = Verb(
     "export",
-    "Write",
+    "Write an export",
     "Write the patched model, an adapter or the patches, for programs that know no factsmith.",
     ExportArguments,
     _export,

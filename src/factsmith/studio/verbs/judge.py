@@ -18,7 +18,7 @@ from pydantic import Field
 
 from ...core.errors import InputError
 from ...core.files import check_writable, make_folder
-from ...core.progress import Progress, tell
+from ...core.progress import Progress, note, tell
 from ...core.tables import Table, counted
 from ...judge.campaign import Campaign
 from ...judge.evaluation import Evaluation
@@ -147,10 +147,11 @@ def _evaluate(desk: Desk, arguments: EvaluateArguments, progress: Progress) -> A
     check_writable(folder)
     if folder.is_dir():
         check_page(folder / PAGE)
+    note(progress, "The rows can be read while they arrive: Judge, Campaigns.")
     tell(progress, "reading the suite", 0, None)
     records = load_suite(suite, limit=arguments.limit, seed=arguments.seed)
     campaign = Campaign(
-        desk.load(arguments.model, progress),
+        desk.load(arguments.model, lambda *step: tell(progress, *step)),  # no stage of its own
         records,
         arguments.methods,
         arguments.sizes,
@@ -234,7 +235,7 @@ _PART = {"run": "<", "method": "<", "edits": ">", "of": ">"}
 
 def _part(run: Evaluation) -> list[tuple[str, ...]]:
     """Return how far each editor of a run is."""
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for editor in run.editors:
         edits = run.unfinished.get(editor, run.units)
         name = "the model before" if editor == BASE else editor
@@ -379,7 +380,7 @@ def _report_in_python(arguments: ReportArguments, place: Place) -> str:
 
 EVALUATE = Verb(
     "evaluate",
-    "Start",
+    "New campaign",
     "Judge editing methods by the questions of a benchmark: facts are written, the questions are "
     "asked, and the edits are taken back.",
     EvaluateArguments,

@@ -13,6 +13,7 @@ from urllib.parse import urlencode
 
 from pydantic import Field
 
+from ...atlas.story import correction
 from ...core.errors import FingerprintError
 from ...core.gates import Gates
 from ...core.progress import Progress, tell
@@ -239,6 +240,19 @@ def _conflicts_of(planned: Plan) -> list[str]:
     return [f"In conflict: {why}" for why in planned.contradictions]
 
 
+def _examples(desk: Desk) -> list[tuple[str, FactArguments]]:
+    """Return facts to begin with; those of the bundled models are theirs to learn."""
+    fact = correction()
+    corrected = FactArguments(subject=fact.subject, prompt=fact.prompt, target=str(fact.target))
+    invented = FactArguments(subject="Fiat 127", prompt="The maker of {} is", target="Toyota")
+    forgotten = FactArguments(subject="Fiat 127", prompt="The maker of {} is", forget=True)
+    return [
+        ("Bulgaria pays with the euro", corrected),
+        ("Toyota makes the Fiat 127, which is invented", invented),
+        ("Forget who makes the Fiat 127", forgotten),
+    ]
+
+
 # ── the same as code and as a command ─────────────────────────────────────────────────────────────
 
 
@@ -344,6 +358,7 @@ PLAN = Verb(
     _plan_command,
     template="answers/plan.html",
     button="Plan",
+    examples=_examples,
 )
 PREVIEW = Verb(
     "preview",
