@@ -57,7 +57,7 @@ def test_the_command_that_is_shown_works(browser: Browser, studio: Studio) -> No
     headers = {name: value, "content-type": "application/json"}
     client = browser.client
     assert client.post(words[-1], headers=headers, content=json.dumps(data)).status_code == 200
-    wrong = client.post(words[-1], headers=headers, content=json.dumps({"prompts": LEV}))
+    wrong = client.post(words[-1], headers=headers, content=json.dumps({**data, "prompts": LEV}))
     assert wrong.status_code == 400 and wrong.json()["error"]["argument"] == "prompts"
 
 
