@@ -97,3 +97,21 @@ def test_an_address_holds_the_whole_state(
 
 def test_defaults_are_not_in_the_address() -> None:
     assert Example(prompt="a b").address("/x") == "/x?prompt=a+b"
+
+
+@pytest.mark.parametrize(
+    ("values", "argument"),
+    [
+        ({"prompt": "a\ud800"}, "prompt"),
+        ({"prompt": "a", "paraphrases": ["b", "\udfff"]}, "paraphrases"),
+        ({"prompt": "a", "model": "\ud800"}, "model"),
+    ],
+)
+def test_half_a_character_is_refused(values: dict[str, object], argument: str) -> None:
+    with pytest.raises(InputError, match="half a character") as refused:
+        Example.of(values)
+    assert refused.value.argument == argument
+    str(refused.value).encode()
+    with pytest.raises(InputError, match="half a character"):
+        Example.of({"prompt": "a", "x\ud800": "b"})
+    assert Example.of({"prompt": "a💥"}).prompt == "a💥"

@@ -16,6 +16,7 @@ from urllib.parse import urlencode
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..core.checks import check_text
 from ..core.errors import InputError
 from ..core.explain import explain
 
@@ -32,6 +33,8 @@ class Arguments(BaseModel):
         Raises:
             InputError: for a value that is not accepted. It carries the name of the first one.
         """
+        for name, value in values.items():
+            _check_texts(name, value)
         try:
             return cls.model_validate(values)
         except pydantic.ValidationError as error:
@@ -87,6 +90,14 @@ class Arguments(BaseModel):
     def _is_text(cls, name: str) -> bool:
         field = cls.model_fields.get(name)
         return field is not None and field.annotation is str and field.default == ""
+
+
+def _check_texts(name: str, value: Any) -> None:
+    """Raise InputError for a text that is not UTF-8. JSON can hold one."""
+    check_text(name, "the name of an argument")
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, str):
+            check_text(item, name)
 
 
 class Source(Arguments):
