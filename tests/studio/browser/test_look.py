@@ -1,0 +1,227 @@
+"""Charts, theme, keys and copies in a real browser, under the content security policy."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import pytest
+
+from browsing import Watch, accessibility, opened, overflow, refused
+
+pytestmark = pytest.mark.browser
+
+PROMPT = "The currency of Bulgaria is the"
+
+TRACE = "/trace/trace?" + urlencode({"prompt": PROMPT, "subject": "Bulgaria", "samples": 2})
+
+LENS = "/lens/lens?" + urlencode({"prompt": PROMPT})
+
+DRAWN = "figure[data-drawn='true']"
+
+
+@pytest.fixture(scope="module")
+def running(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Return a studio process on a workspace of its own."""
+    from tools.browser import studio
+
+    with studio(tmp_path_factory.mktemp("look") / "space") as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def state(browser: Any, running: Any) -> Any:
+    """Return the cookies of somebody who followed the link."""
+    page, _ = opened(browser, running.link)
+    page.goto(running.link)
+    return page.context.storage_state()
+
+
+Open = Callable[..., tuple[Any, Watch]]
+
+
+@pytest.fixture
+def show(browser: Any, running: Any, state: Any) -> Iterator[Open]:
+    """Return a function that opens an address in a context of its own."""
+    contexts = []
+
+    def open_page(address: str, **options: Any) -> tuple[Any, Watch]:
+        page, watch = opened(browser, running.link, state=state, **options)
+        contexts.append(page.context)
+        page.goto(running.base + address)
+        return page, watch
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+def colour(page: Any) -> str:
+    """Return the colour of the page's ground."""
+    return str(page.evaluate("() => getComputedStyle(document.body).backgroundColor"))
+
+
+def until(condition: Callable[[], bool], seconds: float = 10) -> bool:
+    """Return whether a condition holds before the time is over."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_charts_are_drawn_under_the_policy_and_their_cells_lead_on(show: Open) -> None:
+    page, watch = show(TRACE)
+    page.locator(DRAWN).first.wait_for()
+    cells = page.locator("figure.chart .mark-rect path")
+    assert cells.count() > 30
+    cells.nth(3).hover()
+    tip = page.locator(".vega-tip")
+    assert "layer" in tip.inner_text() and "score" in tip.inner_text()
+    cells.nth(3).click()
+    page.wait_for_url("**/trace/at?**")
+    assert refused(page) == [] and watch.problems == []
+
+
+def test_a_script_from_elsewhere_is_refused_so_the_policy_is_in_force(show: Open) -> None:
+    page, _ = show("/ask/ask")
+    page.evaluate(
+        "() => { const s = document.createElement('script'); s.textContent = 'window.bad = 1';"
+        " document.head.append(s); }"
+    )
+    assert until(lambda: bool(refused(page)))
+    assert page.evaluate("() => window.bad") is None
+
+
+def test_a_chart_is_saved_as_png_svg_and_csv(show: Open, tmp_path: Path) -> None:
+    page, watch = show(TRACE)
+    page.locator(DRAWN).first.wait_for()
+    for kind, begin in (("PNG", b"\x89PNG"), ("SVG", b"<svg"), ("CSV", b"label,")):
+        with page.expect_download() as saved:
+            page.locator(".chart-tools").first.get_by_text(kind, exact=True).click()
+        path = tmp_path / kind
+        saved.value.save_as(path)
+        assert path.read_bytes().startswith(begin), kind
+        assert saved.value.suggested_filename == f"trace.{kind.lower()}"
+    assert watch.problems == []
+
+
+def test_a_chart_is_maximised_and_comes_back(show: Open) -> None:
+    page, watch = show(LENS)
+    page.locator(DRAWN).first.wait_for()
+    width = page.locator("figure.chart svg").first.bounding_box()["width"]
+    page.locator("[data-do=maximise]").first.click()
+    whole = page.locator("dialog.whole")
+    assert until(lambda: whole.locator("svg").first.bounding_box()["width"] > 1.2 * width)
+    page.keyboard.press("Escape")
+    assert until(lambda: page.locator("dialog.whole").count() == 0)
+    assert until(lambda: page.locator("#answer figure.chart svg").count() == 2)
+    assert watch.problems == []
+
+
+def test_the_theme_is_kept_and_set_before_the_page_is_drawn(show: Open) -> None:
+    page, watch = show(TRACE, color_scheme="light")
+    page.locator(DRAWN).first.wait_for()
+    ink = "() => document.querySelector('.plot .role-axis-label text').getAttribute('fill')"
+    light, light_ink = colour(page), page.evaluate(ink)
+    page.locator("[data-theme-switch]").select_option("dark")
+    assert until(lambda: page.evaluate(ink) != light_ink), "the chart is drawn again"
+    dark = colour(page)
+    assert dark != light
+    page.add_init_script(
+        "document.addEventListener('readystatechange', () => {"
+        " if (document.readyState === 'interactive')"
+        "   window.first = getComputedStyle(document.body).backgroundColor; });"
+    )
+    page.reload()
+    assert page.evaluate("() => window.first") == dark, "no flash of the other theme"
+    assert page.locator("[data-theme-switch]").input_value() == "dark"
+    page.locator("[data-theme-switch]").select_option("system")
+    assert colour(page) == light
+    page.emulate_media(color_scheme="dark")
+    assert colour(page) == dark
+    assert watch.problems == []
+
+
+def test_keys_lead_to_rooms_fields_and_the_list(show: Open) -> None:
+    page, watch = show("/ask/ask")
+    page.keyboard.press("?")
+    dialog = page.locator("#shortcuts")
+    assert dialog.is_visible()
+    page.keyboard.press("Escape")
+    assert not dialog.is_visible()
+    page.keyboard.press("/")
+    name = "() => document.activeElement.name"
+    assert page.evaluate(name) == "prompt"
+    page.keyboard.type("g t ?")
+    assert page.locator("[name=prompt]").input_value() == "g t ?", "keys in a field are text"
+    page.locator("h1").click()
+    page.keyboard.press("g")
+    page.keyboard.press("t")
+    page.wait_for_url("**/trace/trace")
+    page.keyboard.press("Tab")
+    assert page.evaluate("() => document.activeElement.className") == "skip"
+    assert watch.problems == []
+
+
+def test_an_answer_comes_in_place_and_its_address_is_short(show: Open) -> None:
+    page, watch = show("/ask/ask")
+    page.evaluate("() => { window.same = true; }")
+    page.fill("[name=prompt]", PROMPT)
+    page.locator("button.main").click()
+    page.locator("#answer .says").wait_for()
+    assert page.evaluate("() => window.same"), "the page was not loaded again"
+    query = page.url.partition("?")[2]
+    assert query.startswith("prompt=") and "revision=&" not in query and "model=" not in query
+    page.reload()
+    assert "lev" in page.locator("#answer .says").inner_text()
+    page.go_back()
+    assert until(lambda: page.locator("#answer .says").count() == 0)
+    assert watch.problems == []
+
+
+def test_code_is_copied(show: Open, running: Any) -> None:
+    page, _ = show(TRACE)
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=running.base)
+    page.get_by_text("as command").click()
+    page.locator("[data-copy=snippet-command]").click()
+    assert until(lambda: page.locator("#said").inner_text() == "Copied.")
+    copied = page.evaluate("() => navigator.clipboard.readText()")
+    assert copied == page.locator("#snippet-command").inner_text()
+    assert copied.startswith("factsmith trace")
+
+
+def test_a_form_works_without_javascript(show: Open) -> None:
+    page, watch = show("/ask/ask", java_script_enabled=False)
+    page.fill("[name=prompt]", PROMPT)
+    page.locator("button.main").click()
+    assert "lev" in page.locator("#answer .says").inner_text()
+    assert page.locator("[data-theme-switch]").is_hidden()
+    assert watch.problems == []
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280, 2560])
+def test_a_page_with_charts_fits_every_width_in_both_themes(
+    show: Open, theme: str, width: int
+) -> None:
+    page, watch = show(LENS, color_scheme=theme, viewport={"width": width, "height": 900})
+    page.locator(DRAWN).nth(1).wait_for()
+    assert overflow(page) <= 0
+    assert accessibility(page) == []
+    page.get_by_text("as Python").click()
+    page.locator("summary", has_text="Numbers").first.click()
+    assert overflow(page) <= 0
+    assert watch.problems == []
+
+
+def test_the_menu_folds_on_small_screens(show: Open) -> None:
+    page, _ = show("/ask/ask", viewport={"width": 360, "height": 780})
+    rooms, button = page.locator("#rooms"), page.locator("[data-menu]")
+    assert rooms.is_hidden() and button.get_attribute("aria-expanded") == "false"
+    button.click()
+    assert rooms.is_visible() and button.get_attribute("aria-expanded") == "true"
+    wide, _ = show("/ask/ask")
+    assert wide.locator("#rooms").is_visible() and wide.locator("[data-menu]").is_hidden()
