@@ -125,7 +125,10 @@ class Views:
         if job.error is not None and isinstance(job.error, FactsmithError):
             return await self._refused(request, known, verb, pairs, job.error)
         context = self._answered(job, verb, arguments)
-        return await self._verb_page(request, known, verb, arguments, **context)
+        page = await self._verb_page(request, known, verb, arguments, **context)
+        if request.headers.get("hx-trigger", "").startswith("form-"):
+            page.headers["HX-Push-Url"] = context["view"].address  # without a form's defaults
+        return page
 
     async def write(self, request: Request, room: str, name: str) -> Response:
         """Begin a verb that writes, and go to the page of its job."""

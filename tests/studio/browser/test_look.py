@@ -50,6 +50,7 @@ def show(browser: Any, running: Any, state: Any) -> Iterator[Open]:
 
     def open_page(address: str, **options: Any) -> tuple[Any, Watch]:
         page, watch = opened(browser, running.link, state=state, **options)
+        page.context.set_default_timeout(60_000)  # of a machine that is busy
         contexts.append(page.context)
         page.goto(running.base + address)
         return page, watch
@@ -64,7 +65,7 @@ def colour(page: Any) -> str:
     return str(page.evaluate("() => getComputedStyle(document.body).backgroundColor"))
 
 
-def until(condition: Callable[[], bool], seconds: float = 10) -> bool:
+def until(condition: Callable[[], bool], seconds: float = 30) -> bool:
     """Return whether a condition holds before the time is over."""
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:

@@ -11,12 +11,11 @@ The notebook needs no library for it: JupyterLab and VS Code draw Vega-Lite them
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ...core.sheets import csv_text
 from ...core.tables import visible
 
 SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
@@ -25,9 +24,6 @@ _MIME = "application/vnd.vegalite.v6+json"
 
 LINK = "href"
 """The field of a row that says where a click on its mark leads."""
-
-_FORMULA = ("=", "+", "-", "@")
-"""A cell that starts with one of these is a formula in a spreadsheet."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,11 +65,8 @@ class Chart:
         A text that a spreadsheet would read as a formula gets an apostrophe before it.
         """
         names = list(dict.fromkeys(name for row in self.rows for name in row if name != LINK))
-        lines = io.StringIO()
-        sheet = csv.writer(lines, lineterminator="\n")
-        sheet.writerow(names)
-        sheet.writerows([_cell(row.get(name)) for name in names] for row in self.rows)
-        return lines.getvalue()
+        rows = [{name: _plain(row.get(name)) for name in names} for row in self.rows]
+        return csv_text(rows) if rows else ""
 
     def __repr__(self) -> str:
         """Return the title and the number of rows as text."""
@@ -83,10 +76,6 @@ class Chart:
         return {_MIME: self.to_dict(), "text/plain": repr(self)}
 
 
-def _cell(value: Any) -> Any:
-    """Return a value for a sheet: lists as text, formulas as text."""
-    if value is None:
-        return ""
-    if isinstance(value, (list, tuple)):
-        value = " | ".join(map(str, value))
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA) else value
+def _plain(value: Any) -> Any:
+    """Return a value for a cell of a sheet: a list becomes one text."""
+    return " | ".join(map(str, value)) if isinstance(value, (list, tuple)) else value

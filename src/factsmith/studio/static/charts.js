@@ -6,6 +6,7 @@
   "use strict";
   const here = document.currentScript.dataset;
   const views = new Map(); // figure → {view, chart}
+  const begun = new WeakSet(); // figures that are drawn, or will be once the libraries are there
   let libraries = null;
   const MOST_SVG_ROWS = 3000; // more marks than that are drawn on a canvas
 
@@ -103,7 +104,9 @@
       if (!figure.isConnected) { view.finalize(); views.delete(figure); }
     }
     for (const figure of root.querySelectorAll("figure[data-chart]")) {
-      if (!views.has(figure)) draw(figure);
+      if (begun.has(figure)) continue;
+      begun.add(figure);
+      draw(figure);
     }
   }
 
