@@ -18,12 +18,11 @@ from factsmith.studio.verbs.export import (
     EXPORT,
     EXPORTS,
     PURPOSES,
-    PUSH,
-    SERVED,
     _offered,
     _why_not,
     impossible,
 )
+from factsmith.studio.verbs.push import PUSH, SERVED
 from model_server import ModelServer
 from studio_keeping import (
     differing,
@@ -96,12 +95,12 @@ def test_a_revision_is_pushed_proved_and_rolled_back(desk: Desk) -> None:
     with ModelServer(atlas.folder("atlas-llama")) as server:
         pushed = run(desk, PUSH, url=server.url, alias="cities")
         assert pushed.view["model"] in server.names and not pushed.failed
-        told = run(desk, SERVED, url=server.url)
-        assert told.view["up_to_date"] and pushed.view["model"] in told.notes[0]
+        compared = run(desk, SERVED, url=server.url)
+        assert compared.view["up_to_date"] and pushed.view["model"] in compared.notes[0]
         program, command = snippets(desk, SERVED, url=server.url)
         result, code = run_command(command)
-        assert code == 0 and not differing(told, result)
-        assert without_times(run_program(program)) == without_times(told.result["servers"][0])
+        assert code == 0 and not differing(compared, result)
+        assert without_times(run_program(program)) == without_times(compared.result["servers"][0])
         back = run(desk, PUSH, url=server.url, rollback=True)
         assert pushed.view["model"] not in server.names and back.view["model"] == "base-model"
         assert not run(desk, SERVED, url=server.url).view["up_to_date"]
@@ -116,9 +115,9 @@ def test_the_key_is_in_no_answer(desk: Desk, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("FACTSMITH_API_KEY", "sk-secret")
     with ModelServer(atlas.folder("atlas-llama")) as server:
         server.faults.key = "sk-secret"
-        told = run(desk, SERVED, url=server.url)
+        compared = run(desk, SERVED, url=server.url)
         texts = [*snippets(desk, SERVED, url=server.url), *snippets(desk, PUSH, url=server.url)]
-    assert "sk-secret" not in json.dumps(dict(told.result), default=str) + str(texts)
+    assert "sk-secret" not in json.dumps(dict(compared.result), default=str) + str(texts)
 
 
 def test_the_snippets_of_an_export_do_the_same(desk: Desk) -> None:

@@ -14,6 +14,7 @@ import dataclasses
 import json
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -243,6 +244,17 @@ def file_of(arguments: FactArguments, place: Place) -> str:
 def shell(*words: str) -> str:
     """Return the words of a command as one line of a shell; empty words are left out."""
     return shlex.join(["factsmith", *filter(None, words)])
+
+
+def option_words(pairs: Sequence[tuple[str, object]]) -> list[str]:
+    """Return options with their values, those that are empty left out."""
+    words: list[str] = []
+    for name, value in pairs:
+        if value is True:
+            words.append(name)
+        elif value not in ("", None, False):
+            words += [name, str(value)]
+    return words
 
 
 def program(place: Place, *lines: str, uses: str = "") -> str:

@@ -16,6 +16,7 @@ from .verbs.export import EXPORTING
 from .verbs.judge import JUDGING
 from .verbs.ledger import KEEPING
 from .verbs.patch import PATCHING
+from .verbs.push import PUSHING
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ ROOMS: tuple[Room, ...] = (
         "export",
         "Export and push",
         "Take patches to other programs, and into servers that run.",
-        EXPORTING,
+        (*EXPORTING, *PUSHING),
         ("exports", "export", "push", "served"),
     ),
 )
