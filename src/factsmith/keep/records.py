@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from ..core.errors import DamagedError, RevisionError
+from ..core.explain import short
 from .database import Database, Row
 from .history import Entry, check_chain, read_entry, seen_from
 from .revision import BASE, LATEST, Revision
@@ -56,14 +57,14 @@ class Records:
             return self.head
         if not _PREFIX.fullmatch(reference):
             raise RevisionError(
-                f"{reference!r} names no revision. Give `base`, `latest`, or at least four hex "
-                "digits of an id from `factsmith log`."
+                f"{short(reference)} names no revision. Give `base`, `latest`, or at least four "
+                "hex digits of an id from `factsmith log`."
             )
         matches = [each for each in self._database.ids() if each.startswith(reference)]
         if not matches:
             raise RevisionError(
-                f"No revision has an id that begins with {reference!r}. `factsmith log` lists the "
-                "revisions."
+                f"No revision has an id that begins with {short(reference)}. `factsmith log` lists "
+                "the revisions."
             )
         if len(matches) > 1:
             raise RevisionError(

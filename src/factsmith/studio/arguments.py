@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..core.checks import check_text
 from ..core.errors import InputError
-from ..core.explain import explain
+from ..core.explain import NAMED, short
 
 
 class Arguments(BaseModel):
@@ -38,9 +38,12 @@ class Arguments(BaseModel):
         try:
             return cls.model_validate(values)
         except pydantic.ValidationError as error:
-            place = error.errors(include_url=False)[0]["loc"]
+            faults = error.errors(include_url=False)
+            place = faults[0]["loc"]
             name = str(place[0]) if place else None
-            raise InputError(explain(error, "arguments"), argument=name) from None
+            words = "; ".join(_fault(fault, cls.model_fields) for fault in faults[:NAMED])
+            more = f"; and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
+            raise InputError(words + more, argument=name) from None
 
     @classmethod
     def of_query(cls, pairs: Iterable[tuple[str, str]]) -> Self:
@@ -116,3 +119,19 @@ class Source(Arguments):
         "revision's id. Empty: those that are checked out.",
         json_schema_extra={"widget": "revision", "advanced": True},
     )
+
+
+def _fault(fault: Mapping[str, Any], fields: Mapping[str, Any]) -> str:
+    """Return one fault that pydantic found, in words for JSON and for forms."""
+    name = ".".join(short(part).strip("'") for part in fault["loc"]) or "the arguments"
+    if fault["type"] == "missing":
+        return f"{name} is missing; it is needed"
+    if fault["type"] == "extra_forbidden":
+        return f"{name} is not an argument; accepted are {', '.join(fields) or 'none'}"
+    expected = {"string_type": "a text", "tuple_type": "a list", "bool_parsing": "true or false"}
+    words = fault["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if fault["type"] == "value_error":  # a sentence of ours
+        return f"{name}: {words}" if fault["loc"] else words
+    if words.startswith(("greater", "less")):
+        words = f"a number {words}"
+    return f"{name} is {short(fault['input'])}; expected {expected.get(fault['type'], words)}"

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import InputError, WorkspaceError
+from ..core.explain import short
 from ..core.progress import Progress
 from ..keep.ledger import BASE, Ledger
 from ..keep.workbench import Workbench
@@ -145,15 +146,15 @@ class Desk:
         """
         if model and model not in self.models:
             raise InputError(
-                f"model is {model!r}; this studio reads {', '.join(self.models)}. Start it again "
-                f"with --with {model} to read that one, too",
+                f"model is {short(model)}; this studio reads {', '.join(self.models)}. To read "
+                "another one, too, start studio again and name it after --with",
                 argument="model",
             )
         if not self.is_own(model):
             if revision not in (CURRENT, BASE):
                 raise InputError(
-                    f"revision is {revision!r}, and {model} is not the workspace's model, so it "
-                    "carries no patch; leave the revision out",
+                    f"revision is {short(revision)}, and {model} is not the workspace's model, so "
+                    "it carries no patch; leave the revision out",
                     argument="revision",
                 )
             return BASE
