@@ -162,6 +162,9 @@ def test_another_site_can_link_and_not_embed(browser: Browser) -> None:
         headers = {"sec_fetch_dest": dest, "sec_fetch_mode": mode}
         assert browser.get("/", site="cross-site", **headers).status_code == 403, dest
         assert browser.get("/static/a.js", site="cross-site", **headers).status_code == 403
+        foreign = {"origin": "http://127.0.0.1:3000", "upgrade": "websocket"}
+        assert browser.client.get("/", headers=foreign).status_code == 403
+        assert browser.client.get("/", headers={**foreign, "origin": HOST}).status_code == 200
         if dest != "iframe":
             assert browser.get("/", **headers).status_code == 200, "its own pages may"
 

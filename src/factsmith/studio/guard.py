@@ -268,12 +268,13 @@ class Guard:
     def _check_site(self, visit: Visit, host: str) -> None:
         """Refuse what another site sends, except a link that somebody follows."""
         site, origin = visit.header("sec-fetch-site"), visit.header("origin")
+        # Of requests that read, the handshake of a WebSocket has nothing but an origin.
+        refused = origin is not None and not self.access.is_origin(origin, host)
         if visit.writes:
-            refused = site not in (None, "same-origin", "none")
-            refused |= origin is not None and not self.access.is_origin(origin, host)
+            refused |= site not in (None, "same-origin", "none")
         else:
             goes = visit.header("sec-fetch-mode"), visit.header("sec-fetch-dest")
-            refused = site in ("cross-site", "same-site") and goes != ("navigate", "document")
+            refused |= site in ("cross-site", "same-site") and goes != ("navigate", "document")
         if refused:
             raise RefusedError(
                 403,
