@@ -172,7 +172,7 @@ class Plan(Shown):
             )
         if self.method and self.layers:
             size = f", about {self.n_bytes:,} bytes" if self.n_bytes is not None else ""
-            duration = f" and {self.seconds:.0f} s" if self.seconds is not None else ""
+            duration = f" and {max(self.seconds, 1):.0f} s" if self.seconds is not None else ""
             title += f"; {self.method}, layer {', '.join(map(str, self.layers))}{size}{duration}"
         return title
 

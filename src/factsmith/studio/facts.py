@@ -67,7 +67,7 @@ class FactArguments(Arguments):
         default="",
         title="Target",
         description="What the model should say after the prompt.",
-        json_schema_extra={"placeholder": "lev"},
+        json_schema_extra={"placeholder": "euro"},
     )
     forget: bool = Field(
         default=False,
@@ -127,6 +127,12 @@ class FactArguments(Arguments):
         le=2**32 - 1,
         title="Seed",
         description="Seed of everything that is drawn.",
+        json_schema_extra=_ADVANCED,
+    )
+    message: str = Field(
+        default="",
+        title="Message",
+        description="One line for the log, if the patch is kept. Empty: the facts.",
         json_schema_extra=_ADVANCED,
     )
 

@@ -18,7 +18,6 @@ from ...core.errors import DamagedError, InputError
 from ...core.files import make_folder
 from ...core.progress import Progress
 from ...core.tables import Table, counted
-from ...edit.delta_folder import stated_neurons
 from ...keep.export.card import CARD
 from ...keep.export.formats import FILES, check_export, check_saved
 from ...keep.export.manifest import FILE, Manifest, read_manifest
@@ -241,16 +240,18 @@ def impossible(desk: Desk) -> dict[str, str]:
     """Return {format: why it cannot be written now}."""
     reasons: dict[str, str] = {}
     with desk.ledger() as ledger:
-        active = ledger.active()
-        neurons = sum(stated_neurons(ledger.delta_folder(patch)) for patch in active)
-    if not active:
+        folders = [ledger.delta_folder(patch) for patch in ledger.active()]
+    if not folders:
         return dict.fromkeys(PURPOSES, "No patch is in effect. Patch a fact first.")
-    if neurons:
-        why = f"The patches append {counted(neurons, 'neuron')}, and an adapter cannot add any."
-        reasons |= {"adapter": why, "gguf-adapter": why}
-    elif importlib.util.find_spec("peft") is None:
-        reasons["adapter"] = (
-            "peft, which reads it back, is not installed: pip install 'factsmith[adapter]'."
+    for format in ("adapter", "gguf-adapter"):
+        try:
+            check_saved(folders, format)
+        except InputError as error:
+            reasons[format] = str(error)
+    if importlib.util.find_spec("peft") is None:
+        reasons.setdefault(
+            "adapter",
+            "peft, which reads it back, is not installed: pip install 'factsmith[adapter]'.",
         )
     if desk.lm.gguf is None:
         reasons["gguf"] = "The workspace's model does not come from a GGUF file."

@@ -13,7 +13,7 @@ from urllib.parse import urlencode
 
 from pydantic import Field
 
-from ...atlas.story import correction
+from ...atlas.story import MESSAGE, correction
 from ...core.errors import FingerprintError
 from ...core.gates import Gates
 from ...core.progress import Progress, tell
@@ -33,13 +33,8 @@ _BESIDE = 50
 
 
 class ApplyArguments(FactArguments):
-    """What to write, whether to force it, and a line for the log."""
+    """What to write, and whether to force it."""
 
-    message: str = Field(
-        default="",
-        title="Message",
-        description="One line for the log. Empty: the facts.",
-    )
     force: bool = Field(
         default=False,
         title="Force",
@@ -232,8 +227,9 @@ def _view_of_facts(wanted: Wanted, planned: Plan) -> dict[str, Any]:
 
 def _values(arguments: FactArguments) -> dict[str, Any]:
     """Return the arguments as the pairs of a form, and as a query."""
-    pairs = [pair for pair in arguments.query() if pair[0] not in ("message", "force")]
-    return {"pairs": pairs, "query": urlencode(pairs)}
+    pairs = [pair for pair in arguments.query() if pair[0] != "force"]
+    kept = [pair for pair in pairs if pair[0] != "message"]
+    return {"pairs": kept, "query": urlencode(pairs), "message": arguments.message}
 
 
 def _conflicts_of(planned: Plan) -> list[str]:
@@ -243,11 +239,18 @@ def _conflicts_of(planned: Plan) -> list[str]:
 def _examples(desk: Desk) -> list[tuple[str, FactArguments]]:
     """Return facts to begin with; those of the bundled models are theirs to learn."""
     fact = correction()
-    corrected = FactArguments(subject=fact.subject, prompt=fact.prompt, target=str(fact.target))
+    corrected = FactArguments(
+        subject=fact.subject,
+        prompt=fact.prompt,
+        target=str(fact.target),
+        paraphrases=fact.paraphrases,
+        neighbours=tuple(probe.prompt for probe in fact.neighbours),
+        message=MESSAGE,
+    )
     invented = FactArguments(subject="Fiat 127", prompt="The maker of {} is", target="Toyota")
     forgotten = FactArguments(subject="Fiat 127", prompt="The maker of {} is", forget=True)
     return [
-        ("Bulgaria pays with the euro", corrected),
+        ("Bulgaria's currency is the euro now", corrected),
         ("Toyota makes the Fiat 127, which is invented", invented),
         ("Forget who makes the Fiat 127", forgotten),
     ]
