@@ -26,9 +26,12 @@ def test_the_complete_specification_holds_the_rows() -> None:
 
 
 def test_a_notebook_gets_the_same_specification() -> None:
-    """The mime bundle has the dictionary under the type of Vega-Lite 6."""
+    """The mime bundle has the dictionary for viewers of Vega-Lite 5 and of 6."""
     bundle = CHART._repr_mimebundle_(include=None, exclude=None)
     assert bundle["application/vnd.vegalite.v6+json"] == CHART.to_dict()
+    older = bundle["application/vnd.vegalite.v5+json"]
+    assert older["$schema"].endswith("/v5.json")
+    assert {**older, "$schema": CHART.to_dict()["$schema"]} == CHART.to_dict()
     assert bundle["text/plain"] == "A sample (2 rows)"
 
 

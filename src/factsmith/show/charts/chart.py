@@ -6,7 +6,8 @@
     chart.to_csv()          # the same as a sheet
     chart.to_dict()         # a complete specification: any Vega-Lite 6 viewer draws it
 
-The notebook needs no library for it: JupyterLab and VS Code draw Vega-Lite themselves.
+A notebook needs no library for it. JupyterLab and VS Code draw Vega-Lite 5 themselves, so the
+chart says both versions: its specification is the same in both.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from typing import Any
 from ...core.sheets import csv_text
 from ...core.tables import visible
 
-SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
+SCHEMA = "https://vega.github.io/schema/vega-lite/v{}.json"
 
-_MIME = "application/vnd.vegalite.v6+json"
+_MIME = "application/vnd.vegalite.v{}+json"
+
+VERSION = 6
+"""The version of Vega-Lite that studio serves."""
 
 LINK = "href"
 """The field of a row that says where a click on its mark leads."""
@@ -49,10 +53,14 @@ class Chart:
         """Return the chart with an address on each row; a click on the mark opens it."""
         return replace(self, rows=[{**row, LINK: address(row)} for row in self.rows])
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return a complete Vega-Lite specification, with title, description and data."""
+    def to_dict(self, version: int = VERSION) -> dict[str, Any]:
+        """Return a complete Vega-Lite specification, with title, description and data.
+
+        Args:
+            version: The version of Vega-Lite that it names: 5 or 6.
+        """
         return {
-            "$schema": SCHEMA,
+            "$schema": SCHEMA.format(version),
             "title": {"text": self.title, "anchor": "start"},
             "description": self.description or self.title,
             **self.spec,
@@ -73,7 +81,8 @@ class Chart:
         return f"{visible(self.title)} ({len(self.rows):,} rows)"
 
     def _repr_mimebundle_(self, **options: Any) -> dict[str, Any]:
-        return {_MIME: self.to_dict(), "text/plain": repr(self)}
+        pictures = {_MIME.format(version): self.to_dict(version) for version in (5, VERSION)}
+        return {**pictures, "text/plain": repr(self)}
 
 
 def _plain(value: Any) -> Any:
