@@ -108,8 +108,8 @@ def test_two_sources_share_the_place_of_a_token() -> None:
     rows = next_tokens({"base": [(" lev", 0.9)], "latest": [(" euro", 0.8), (" lev", 0.1)]}).rows
     assert [(row["label"], row["source"], row["p"]) for row in rows] == [
         ("lev", "base", 0.9),
-        ("euro", "latest", 0.8),
         ("lev", "latest", 0.1),
+        ("euro", "latest", 0.8),
     ]
 
 

@@ -38,7 +38,7 @@ def short(text: str, width: int = LONGEST_LABEL) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
-def tail(text: str, width: int = 48) -> str:
+def tail(text: str, width: int = 40) -> str:
     """Return the end of a text in one line, after an ellipsis if the text is longer."""
     text = visible(text.translate(_MARKS))
     return text if len(text) <= width else "…" + text[1 - width :]
@@ -175,6 +175,7 @@ def bars(
     lines: list[dict[str, Any]],
     *,
     shares: bool = False,
+    form: str = ".3~g",
 ) -> dict[str, Any]:
     """Return a specification of horizontal bars by label, with their numbers at their ends.
 
@@ -184,8 +185,9 @@ def bars(
         title: The title of the axis.
         lines: The tooltip.
         shares: Whether the axis goes from 0 to 1 whatever the values are.
+        form: The format of the numbers.
     """
-    ends = {"text": {"field": value, "type": "quantitative", "format": ".3~g"}}
+    ends = {"text": {"field": value, "type": "quantitative", "format": form}}
     after, before = (
         {
             "transform": [{"filter": f"datum[{value!r}] {sign} 0"}],
@@ -199,7 +201,8 @@ def bars(
     room = 0.2 * (high - low)
     along = amount(value, title, [low - room * (low < 0), high + room * (high > 0)])
     if shares:
-        along["axis"] = {"values": [0, 0.25, 0.5, 0.75, 1], "format": "~g"}
+        shown = "~%" if form.endswith("%") else "~g"
+        along["axis"] = {"values": [0, 0.25, 0.5, 0.75, 1], "format": shown}
     return {
         "width": "container",
         "height": ROW,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from ...patch.capacity import Capacity
 from ...patch.verification import Verification
-from .axes import SHARES, amount, bars, distinct, from_to, layers, tail, tooltip
+from .axes import bars, distinct, from_to, tail, tooltip
 from .chart import Chart
 
 
@@ -80,6 +80,7 @@ def use_bars(capacity: Capacity) -> Chart:
     """Chart the share of each edited layer's directions that stored keys take up."""
     rows = [
         {
+            "label": f"layer {use.layer}",
             "layer": use.layer,
             "full": use.full,
             "facts": use.facts,
@@ -95,22 +96,20 @@ def use_bars(capacity: Capacity) -> Chart:
         description=f"Bars by layer. Together they are {capacity.full:z.1%} full."
         if capacity.layers
         else "No layer is edited.",
-        spec={
-            "width": "container",
-            "height": 160,
-            "mark": {"type": "bar"},
-            "encoding": {
-                "x": layers(),
-                "y": {**amount("full", "share of directions", SHARES), "axis": {"format": "%"}},
-                "tooltip": tooltip(
-                    "layer",
-                    ("full", ".2%"),
-                    ("facts", ","),
-                    ("directions", ".1f"),
-                    ("disturbance", ".2%"),
-                    ("norm", ".4f"),
-                ),
-            },
-        },
+        spec=bars(
+            rows,
+            "full",
+            "share of directions",
+            tooltip(
+                "layer",
+                ("full", ".2%"),
+                ("facts", ","),
+                ("directions", ".1f"),
+                ("disturbance", ".2%"),
+                ("norm", ".4f"),
+            ),
+            shares=True,
+            form=".2~%",
+        ),
         rows=rows,
     )

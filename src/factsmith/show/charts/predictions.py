@@ -39,16 +39,21 @@ def next_tokens(answers: Mapping[str, Sequence[tuple[str, float]]], prompt: str 
 
     Args:
         answers: {source: its (token, probability), likeliest first}. With several sources a token
-            has a bar for each source that has it among its likeliest.
+            has a bar for each source that has it among its likeliest. The token with the largest
+            probability in any source comes first.
         prompt: The text that they follow.
     """
-    labels = {token: "" for likely in answers.values() for token, _ in likely}
-    names = distinct([short(token_label(token)) for token in labels])
-    labels = dict(zip(labels, names, strict=True))
+    best: dict[str, float] = {}
+    for token, p in (pair for likely in answers.values() for pair in likely):
+        best[token] = max(p, best.get(token, 0.0))
+    tokens = sorted(best, key=lambda token: -best[token])
+    names = distinct([short(token_label(token)) for token in tokens])
     rows = [
-        {"label": labels[token], "token": token, "source": source, "p": p}
+        {"label": label, "token": token, "source": source, "p": p}
+        for token, label in zip(tokens, names, strict=True)
         for source, likely in answers.items()
-        for token, p in likely
+        for other, p in likely
+        if other == token
     ]
     lines = tooltip("token", "source", ("p", ".4f"))
     spec = bars(rows, "p", "probability", lines, shares=True)
