@@ -53,6 +53,16 @@ def write(desk: Desk, arguments: WriteArguments, tell: Progress) -> Answer:
     return Answer({"revision": outcome.revision and outcome.revision.id})
 
 
+def count(desk: Desk, arguments: Arguments, tell: Progress) -> Answer:
+    """Give a number that JSON does not have."""
+    return Answer({"number": float("inf")})
+
+
+def halve(desk: Desk, arguments: Arguments, tell: Progress) -> Answer:
+    """Give half a character, as a token may be."""
+    return Answer({"token": "\udce2"}, tables=[Table("", {"token": "<"}, [("\udce2",)])])
+
+
 def break_down(desk: Desk, arguments: Arguments, tell: Progress) -> Answer:
     """Fail as only a fault of ours would."""
     raise ZeroDivisionError("a fault of the test")
@@ -87,12 +97,14 @@ def rooms_with(hold: Holding) -> tuple[Room, ...]:
     """Return rooms with verbs for tests."""
     asking = Verb("say", "Say", "Ask the model.", SayArguments, say, _python, _command)
     broken = Verb("broken", "Broken", "Fail.", Arguments, break_down, _python, _command)
+    counting = Verb("count", "Count", "Count.", Arguments, count, _python, _command)
+    halving = Verb("halve", "Halve", "Halve.", Arguments, halve, _python, _command)
     writing = Verb(
         "write", "Write", "Patch the model.", WriteArguments, write, _python, _command, "write"
     )
     holding = Verb("hold", "Hold", "Go on.", HoldArguments, hold, _python, _command, "write")
     return (
-        Room("talk", "Talk", "Ask the model things.", (asking, broken), ("say", "broken")),
+        Room("talk", "Talk", "Ask the model things.", (asking, broken, counting, halving)),
         Room("change", "Change", "Change the model.", (writing, holding), ("write", "hold")),
     )
 

@@ -116,6 +116,7 @@ def test_errors_are_documents_with_their_status(client: TestClient) -> None:
         ("get", "/api/v1/write?target=a", {}, 405, "InputError", None),
         ("get", "/api/v1/nothing", {}, 404, "InputError", None),
         ("get", "/api/v1/jobs/none", {}, 404, "UnknownError", None),
+        ("post", "/api/v1/count", {"json": {}}, 422, "NumericsError", None),
         ("post", "/api/v1/broken", {"json": {}}, 500, "ZeroDivisionError", None),
     ]
     for method, path, options, status, kind, argument in cases:
@@ -124,6 +125,12 @@ def test_errors_are_documents_with_their_status(client: TestClient) -> None:
         assert (response.status_code, error["type"]) == (status, kind), (path, response.text)
         assert error["argument"] == argument, path
         assert error["message"] and "Traceback" not in response.text
+
+
+def test_half_a_character_is_escaped(client: TestClient) -> None:
+    assert client.get("/api/v1/halve").json()["token"] == "\udce2"
+    assert client.get("/view/halve").status_code == 200
+    assert client.get("/view/halve.csv").status_code == 200
 
 
 def test_a_long_verb_is_answered_with_its_job(client: TestClient, hold: Holding) -> None:

@@ -11,7 +11,8 @@ to /api/v1/jobs/ID/cancel cancels it.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -34,8 +35,6 @@ from .session import Studio, finished
 from .verb import Verb
 
 PREFIX = "/api/v1"
-
-Endpoint = Callable[[Request], Awaitable[JSONResponse]]
 
 _WAIT: dict[str, Any] = {
     "name": "wait",
@@ -92,9 +91,17 @@ def status_of(error: Exception) -> int:
     return next((status for kind, status in _STATUSES if isinstance(error, kind)), 500)
 
 
+class Document(JSONResponse):
+    """A JSON document. Half a character, as a token may hold, is escaped as the commands do."""
+
+    def render(self, content: Any) -> bytes:
+        """Return the document as bytes; raises ValueError for a number that is not finite."""
+        return json.dumps(content, allow_nan=False).encode()
+
+
 def error_response(error: Exception) -> JSONResponse:
     """Return an error as the API answers it."""
-    return JSONResponse(error_document(error), status_code=status_of(error))
+    return Document(error_document(error), status_code=status_of(error))
 
 
 def routes(studio: Studio) -> APIRouter:
@@ -162,7 +169,7 @@ def _add_jobs(router: APIRouter, studio: Studio) -> None:
     """Add the routes of jobs."""
 
     async def jobs() -> JSONResponse:
-        return JSONResponse(document({"jobs": [job.to_dict() for job in studio.jobs.all()]}))
+        return Document(document({"jobs": [job.to_dict() for job in studio.jobs.all()]}))
 
     async def show(request: Request) -> JSONResponse:
         job = known_job(studio, request.path_params["identity"])
@@ -172,7 +179,7 @@ def _add_jobs(router: APIRouter, studio: Studio) -> None:
     async def cancel(request: Request) -> JSONResponse:
         job = known_job(studio, request.path_params["identity"])
         studio.jobs.cancel(job.id)
-        return JSONResponse(document({"job": job.to_dict()}))
+        return Document(document({"job": job.to_dict()}))
 
     tags = {"tags": ["Jobs"], "responses": {"default": _ERROR}}
     add: Any = router.add_api_route
@@ -218,9 +225,14 @@ def job_response(job: Job) -> JSONResponse:
     if job.error is not None:
         return error_response(job.error)
     if job.answer is not None:
-        return JSONResponse(document(dict(job.answer.result)))
+        try:
+            return Document(document(dict(job.answer.result)))
+        except ValueError as error:
+            return error_response(
+                NumericsError(f"the result cannot be written as JSON: {error}. Use other settings")
+            )
     status = 202 if not job.is_over else 409
-    return JSONResponse(document({"job": job.to_dict()}), status_code=status)
+    return Document(document({"job": job.to_dict()}), status_code=status)
 
 
 def _wait_of(request: Request) -> float | None:

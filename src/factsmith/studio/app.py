@@ -14,7 +14,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 
@@ -56,7 +56,7 @@ def _handle_errors(app: FastAPI, pages: views.Views) -> None:
 
     def respond(request: Request, error: Exception, status: int) -> Response:
         if request.url.path.startswith(api.PREFIX) or request.url.path.endswith(".json"):
-            return JSONResponse(error_document(error), status_code=status)
+            return api.Document(error_document(error), status_code=status)
         return pages.error(request, error, status)
 
     async def ours(request: Request, error: Any) -> Response:
