@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+from tools.browser import Studio, settle
+
 SERIOUS = ("serious", "critical")
 
 _VIOLATIONS = """
@@ -110,3 +112,46 @@ def accessibility(page: Any, impacts: Sequence[str] = SERIOUS) -> list[str]:
         if rule["impact"] in impacts
         for node in rule["nodes"]
     ]
+
+
+class Visitor:
+    """Somebody who has followed the link, in tabs of contexts of their own.
+
+    Attributes:
+        running: The studio.
+        watches: What the tabs of each context did wrong.
+    """
+
+    def __init__(self, browser: Any, running: Studio) -> None:
+        self.running = running
+        self.watches: list[Watch] = []
+        self._browser = browser
+        self._contexts: list[Any] = []
+        first, _ = opened(browser, running.link)
+        first.goto(running.link)
+        self._state = first.context.storage_state()
+        first.context.close()
+
+    def open(self, path: str = "/", **options: Any) -> Any:
+        """Return a page in a new context; options as of `opened`."""
+        page, watch = opened(self._browser, self.running.link, state=self._state, **options)
+        self.watches.append(watch)
+        self._contexts.append(page.context)
+        self.go(page, path)
+        return page
+
+    def go(self, page: Any, path: str) -> None:
+        """Go to a page, and wait until it has its answer and its charts."""
+        page.goto(self.running.base + path)
+        settle(page)
+
+    @property
+    def problems(self) -> list[str]:
+        """What the tabs did wrong, each thing in one line."""
+        return [line for watch in self.watches for line in watch.problems]
+
+    def close(self) -> None:
+        """Close the tabs, and forget what they did."""
+        for context in self._contexts:
+            context.close()
+        self._contexts, self.watches = [], []

@@ -21,9 +21,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, Queue
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from playwright.sync_api import Browser, sync_playwright
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 """What the browser may be called; the first one on the path is used, and none is downloaded."""
@@ -131,6 +133,8 @@ def chromium() -> Iterator[Browser]:
     Raises:
         FileNotFoundError: None of the names is on the path.
     """
+    from playwright.sync_api import sync_playwright
+
     path = browser_path()
     if path is None:
         raise FileNotFoundError(f"no browser on the path; looked for {', '.join(NAMES)}")
@@ -138,3 +142,15 @@ def chromium() -> Iterator[Browser]:
         browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
         yield browser
         browser.close()
+
+
+def settle(page: Page, milliseconds: float = 60_000) -> None:
+    """Wait until a page has its answer and has drawn its charts."""
+    page.wait_for_function(
+        """() => document.readyState === "complete"
+            && !document.querySelector("#answer .waiting, .progress [data-running]")
+            && [...document.querySelectorAll("[data-chart]")]
+                .every((chart) => chart.querySelector("svg, canvas"))""",
+        timeout=milliseconds,
+    )
+    page.wait_for_timeout(300)

@@ -18,12 +18,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import Browser, Page
+from playwright.sync_api import Browser
 
 from factsmith.atlas.story import MESSAGE, correction
 from factsmith.keep.workbench import Workbench
 from factsmith.model.load import load
-from tools.browser import Studio, chromium, studio
+from tools.browser import Studio, chromium, settle, studio
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -92,18 +92,6 @@ def taken(
         pictures.append((name, smaller(page.screenshot())))
     context.close()
     return pictures
-
-
-def settle(page: Page, milliseconds: float = 60_000) -> None:
-    """Wait until a page has its answer and has drawn its charts."""
-    page.wait_for_function(
-        """() => document.readyState === "complete"
-            && !document.querySelector("#answer .waiting, .progress [data-running]")
-            && [...document.querySelectorAll("[data-chart]")]
-                .every((chart) => chart.querySelector("svg, canvas"))""",
-        timeout=milliseconds,
-    )
-    page.wait_for_timeout(300)
 
 
 def smaller(png: bytes) -> bytes:

@@ -1,0 +1,132 @@
+"""Every page: for everybody, in both themes, at every width, from this host alone, and quiet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tools.browser import Studio, settle
+
+from browsing import Visitor, accessibility, overflow, refused
+from factsmith.atlas.story import MESSAGE, correction
+from factsmith.keep.workbench import Workbench
+from factsmith.model.load import load
+
+pytestmark = pytest.mark.browser
+
+WIDTHS = (360, 1280, 2560)
+
+OTHERS = ("/", "/jobs", "/tour", "/ledger/show?revision=latest", "/ledger/diff?before=base")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a workspace with a patch, so that every page has something to show."""
+    folder = tmp_path_factory.mktemp("pages") / "workspace"
+    with Workbench(load("atlas"), folder) as bench:
+        bench.apply(correction(), message=MESSAGE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def addresses(entered: Visitor) -> list[str]:
+    """Return the addresses of the pages: of each room, of each verb, and one example of each."""
+    page = entered.open()
+    rooms = _links(page, "#rooms a")
+    assert len(rooms) >= 8, rooms
+    addresses = dict.fromkeys(OTHERS)
+    for room in rooms:
+        entered.go(page, room)
+        tabs = _links(page, ".tabs a") or [room]
+        for tab in tabs:
+            entered.go(page, tab)
+            addresses |= dict.fromkeys([tab, *_links(page, ".examples a")[:1]])
+    entered.close()
+    return list(addresses)
+
+
+def _links(page: Any, selector: str) -> list[str]:
+    return [str(link.get_attribute("href")) for link in page.query_selector_all(selector)]
+
+
+def test_pages_are_right_in_both_themes_and_at_every_width(
+    visitor: Visitor, addresses: list[str]
+) -> None:
+    page = visitor.open()
+    faults: dict[str, list[str]] = {}
+    for address in addresses:
+        visitor.go(page, address)
+        lines = [
+            f"too wide by {overflow(page)} at {width}" for width in WIDTHS if _wide(page, width)
+        ]
+        for theme in ("light", "dark"):
+            page.emulate_media(color_scheme=theme)
+            settle(page)
+            lines += [f"{theme}: {line}" for line in accessibility(page)]
+        lines += refused(page)
+        if lines:
+            faults[address] = lines
+    assert faults == {}
+
+
+def _wide(page: Any, width: int) -> bool:
+    page.set_viewport_size({"width": width, "height": 900})
+    page.wait_for_timeout(30)
+    return overflow(page) > 0
+
+
+def test_pages_have_one_title_each_and_one_heading(visitor: Visitor, addresses: list[str]) -> None:
+    page = visitor.open()
+    for address in addresses:
+        visitor.go(page, address)
+        assert page.locator("h1").count() == 1, address
+        assert "factsmith" in page.title(), address
+
+
+def test_a_fault_on_a_page_is_noticed(entered: Visitor) -> None:
+    page = entered.open("/jobs")
+    page.evaluate(
+        """() => {
+            const wide = document.createElement("div");
+            wide.style.width = "5000px";
+            wide.innerHTML = "<button></button>";
+            document.querySelector("main").append(wide);
+            const image = new Image();
+            image.src = "http://example.org/x.png";
+            document.querySelector("main").append(image);
+        }"""
+    )
+    page.wait_for_timeout(100)
+    assert overflow(page) > 3000
+    assert any(line.startswith("button-name (critical)") for line in accessibility(page))
+    assert any("example.org" in line for line in refused(page))
+    assert any("request: http://example.org" in line for line in entered.problems)
+    entered.close()
+
+
+def test_a_page_that_is_not_there_says_so(entered: Visitor) -> None:
+    for path in (
+        "/nothing",
+        "/ask/nothing",
+        "/ledger/show?revision=ffff",
+        "/jobs/123456",
+        "/tour/7",
+    ):
+        page = entered.open(path)
+        alert = page.get_by_role("alert").first
+        assert alert.is_visible() and "Traceback" not in page.content(), path
+        assert accessibility(page) == [], path
+    # Chromium writes each answer that is an error into the console, and nothing besides is there.
+    assert all("status of 4" in line for line in entered.problems), entered.problems
+    entered.close()
+
+
+def test_without_the_token_there_is_a_way_in_and_nothing_else(
+    browser: Any, running: Studio
+) -> None:
+    page = browser.new_context().new_page()
+    response = page.goto(running.base + "/ledger/log")
+    assert response.status == 401
+    assert "Bulgaria" not in page.content() and "link" in page.inner_text("body")
+    page.context.close()
