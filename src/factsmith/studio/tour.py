@@ -20,7 +20,7 @@ from urllib.parse import urlencode
 from starlette.requests import HTTPConnection
 
 from .. import atlas
-from ..atlas.story import MESSAGE, PROMPT, SUBJECT, TARGET, WHY, correction
+from ..atlas.story import PROMPT, SUBJECT, TARGET, WHY, correction
 from ..keep.ledger import Ledger
 from ..keep.revision import Revision
 from .desk import Desk
@@ -90,7 +90,6 @@ def _patch(_: Standing) -> str:
         ("target", TARGET),
         *(("paraphrases", text) for text in fact.paraphrases),
         *(("neighbours", probe.prompt) for probe in fact.neighbours),
-        ("message", MESSAGE),
     )
 
 
