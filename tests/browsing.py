@@ -10,10 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from tools.browser import Studio, settle
+
+from factsmith.keep.workbench import Workbench
+from factsmith.model.fingerprint import weight_digests
+from factsmith.model.load import load
 
 SERIOUS = ("serious", "critical")
 
@@ -112,6 +117,26 @@ def accessibility(page: Any, impacts: Sequence[str] = SERIOUS) -> list[str]:
         if rule["impact"] in impacts
         for node in rule["nodes"]
     ]
+
+
+def weights_in(workspace: Path) -> dict[str, str]:
+    """Return the digests of the weights that the model of a workspace has, loaded here and now."""
+    with Workbench(load("atlas"), workspace) as bench:
+        return weight_digests(bench.lm.module)
+
+
+def tab_to(page: Any, selector: str, most: int = 80) -> None:
+    """Press Tab until an element has the focus; it must be visible then.
+
+    Raises:
+        AssertionError: It cannot be reached.
+    """
+    for _ in range(most):
+        page.keyboard.press("Tab")
+        if page.evaluate("selector => document.activeElement.matches(selector)", selector):
+            assert page.locator(selector).first.is_visible()
+            return
+    raise AssertionError(f"Tab does not reach {selector}")
 
 
 class Visitor:

@@ -9,6 +9,7 @@ The browser is the system's chromium, driven by playwright; nothing is downloade
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import signal
@@ -16,12 +17,13 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+import urllib.request
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, Queue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
@@ -68,6 +70,20 @@ class Studio:
     def token(self) -> str:
         """The token of the link."""
         return self.link.partition("token=")[2].partition("&")[0]
+
+    def ask(self, verb: str, arguments: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return what the HTTP API answers.
+
+        Args:
+            verb: The name of the verb, or another address below the API.
+            arguments: The verb's arguments. None: nothing is sent.
+        """
+        body = None if arguments is None else json.dumps(arguments).encode()
+        headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.base}/api/v1/{verb}", body, headers)
+        with urllib.request.urlopen(request, timeout=120) as response:
+            answer: dict[str, Any] = json.load(response)
+        return answer
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def test_the_note_is_sent_again_only_when_the_ledger_says_more(client: TestClien
     same = client.get("/tour/strip", params={"at": "/patch/plan", "state": "begin"})
     assert (same.status_code, same.text) == (204, "")
     other = client.get("/tour/strip", params={"at": "/patch/plan", "state": "kept"})
-    assert other.status_code == 200 and "Press Preview" in other.text
+    assert other.status_code == 200 and "Press Preview the patch" in other.text
     hostile = client.get("/tour/strip", params={"at": '"><script>', "state": "kept"}).text
     assert "<script>" not in hostile
 

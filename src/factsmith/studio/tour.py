@@ -133,7 +133,7 @@ STEPS = (
             "A preview solves for a small change of one matrix and measures it. Nothing is kept "
             "until you apply it.",
         ),
-        "Press Preview, read the proof, then press Apply.",
+        "Press Preview the patch, read the proof, then press Apply.",
         _patch,
     ),
     Step(
