@@ -1,4 +1,4 @@
-"""A patch by mouse and by keyboard, and back; two tabs, another process, and jobs that end early."""
+"""A patch by mouse and by keyboard, and back; two tabs, another process, and cancelled jobs."""
 
 from __future__ import annotations
 
