@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -169,3 +170,15 @@ def test_no_reading_verb_may_carry_patches_in_another_model(studio: Studio) -> N
     with pytest.raises(InputError, match="not the workspace's model"):
         studio.desk.resolve("latest", "atlas-llama")
     assert studio.desk.resolve("base", "atlas-llama") == "base"
+
+
+@pytest.mark.parametrize(("age", "is_new"), [(-3600, True), (3600, False)])
+def test_a_standing_is_not_kept_while_a_commit_may_be_on_its_way_to_the_disk(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch, age: int, is_new: bool
+) -> None:
+    stamp = (time.time_ns() - age * 10**9, 4096, 0, 0)
+    monkeypatch.setattr(studio, "_stamp", lambda: stamp)
+    before = studio.standing.head
+    with Workbench(load("atlas"), studio.desk.folder) as bench:
+        bench.apply(FACT, force=True)
+    assert (studio.standing.head != before) == is_new

@@ -30,6 +30,10 @@ from .verb import Answer, Verb
 _OFFERED = 100
 """The newest revisions, which a form offers."""
 
+_SETTLED = 3 * 10**9
+"""Nanoseconds since a ledger's file was written, after which the commit can be read. SQLite writes
+the file first, and others read the old records until the disk has it."""
+
 _LOOK_AGAIN = 0.01
 """Seconds between two looks at a job that somebody waits for."""
 
@@ -159,7 +163,7 @@ class Studio:
         """Where the workspace stands now, also when another process has moved it."""
         stamp = self._stamp()
         known = self._standing
-        if known is not None and known[0] == stamp:
+        if known is not None and known[0] == stamp and time.time_ns() - max(stamp) > _SETTLED:
             return known[1]
         with self.desk.ledger() as ledger:
             current = ledger.current

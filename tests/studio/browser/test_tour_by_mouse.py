@@ -53,7 +53,7 @@ def test_the_five_steps_by_clicks(visitor: Visitor, running: Studio, workspace: 
     assert running.ask("log")["revisions"] == [], "a preview keeps nothing"
     page.get_by_role("button", name="Apply", exact=True).click()
     page.get_by_text("Kept.").wait_for()
-    assert note_of(page, 3).get_by_text("done").is_visible()
+    note_of(page, 3).get_by_text("This step is done").wait_for()
     (revision,) = running.ask("log")["revisions"]
     patched = running.ask("weights")
     assert patched["fingerprint"] != patched["base"] and weights_in(workspace) != base
