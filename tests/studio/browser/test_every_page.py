@@ -19,6 +19,9 @@ WIDTHS = (360, 1280, 2560)
 
 OTHERS = ("/", "/jobs", "/tour", "/ledger/show?revision=latest", "/ledger/diff?before=base")
 
+READS_CORPUS = ("/memory/find?", "/memory/neuron?")
+"""Views that first read a corpus, for a minute."""
+
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -43,7 +46,7 @@ def addresses(entered: Visitor) -> list[str]:
             entered.go(page, tab)
             addresses |= dict.fromkeys([tab, *_links(page, ".examples a")[:1]])
     entered.close()
-    return list(addresses)
+    return [address for address in addresses if not address.startswith(READS_CORPUS)]
 
 
 def _links(page: Any, selector: str) -> list[str]:
@@ -68,6 +71,15 @@ def test_pages_are_right_in_both_themes_and_at_every_width(
         if lines:
             faults[address] = lines
     assert faults == {}
+
+
+def test_a_page_that_waits_is_right_and_its_job_can_be_cancelled(visitor: Visitor) -> None:
+    page = visitor.open()
+    page.goto(visitor.running.base + "/memory/find?word=Bulgaria")
+    page.get_by_role("progressbar").wait_for()
+    assert accessibility(page) == [] and refused(page) == [] and not _wide(page, 360)
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_text("as they were before").wait_for()
 
 
 def _wide(page: Any, width: int) -> bool:

@@ -115,11 +115,12 @@ def test_a_job_survives_a_reload_and_a_closed_tab(visitor: Visitor, running: Stu
     page = begun(visitor)
     address = page.url
     page.reload()
-    assert page.url == address and page.get_by_role("progressbar").is_visible()
+    assert page.url == address
+    page.get_by_role("progressbar").wait_for()
     page.close()
     other = visitor.open("/jobs")
     other.locator(f"a[href='{address.removeprefix(running.base)}']").first.click()
-    assert other.get_by_role("progressbar").is_visible()
+    other.get_by_role("progressbar").wait_for()
     assert running.ask(f"jobs/{address.rpartition('/')[2]}")["job"]["state"] == "running"
     other.get_by_role("button", name="Cancel").click()
     other.get_by_text("as they were before").wait_for()
