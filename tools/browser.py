@@ -160,7 +160,7 @@ def chromium() -> Iterator[Browser]:
         browser.close()
 
 
-def settle(page: Page, milliseconds: float = 60_000) -> None:
+def settle(page: Page, milliseconds: float = 30_000) -> None:
     """Wait until a page has its answer and has drawn its charts."""
     page.wait_for_function(
         """() => document.readyState === "complete"
@@ -169,4 +169,4 @@ def settle(page: Page, milliseconds: float = 60_000) -> None:
                 .every((chart) => chart.querySelector("svg, canvas"))""",
         timeout=milliseconds,
     )
-    page.wait_for_timeout(300)
+    page.wait_for_timeout(50)

@@ -89,6 +89,7 @@ def taken(
     for name in names:
         page.goto(running.base + PAGES[name])
         settle(page)
+        page.wait_for_timeout(300)  # for fonts and the last frame
         pictures.append((name, smaller(page.screenshot())))
     context.close()
     return pictures
