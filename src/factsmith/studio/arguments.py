@@ -40,10 +40,10 @@ class Arguments(BaseModel):
         except pydantic.ValidationError as error:
             faults = error.errors(include_url=False)
             place = faults[0]["loc"]
-            name = str(place[0]) if place else None
+            argument = str(place[0]) if place else None
             words = "; ".join(_fault(fault, cls.model_fields) for fault in faults[:NAMED])
             more = f"; and {len(faults) - NAMED} more" if len(faults) > NAMED else ""
-            raise InputError(words + more, argument=name) from None
+            raise InputError(words + more, argument=argument) from None
 
     @classmethod
     def of_query(cls, pairs: Iterable[tuple[str, str]]) -> Self:
