@@ -59,6 +59,30 @@ def test_apply_keeps_the_preview(desk: Desk) -> None:
     assert desk.bench.lm.fingerprint == base
 
 
+@pytest.mark.parametrize("previewed", [True, False])
+def test_a_cancel_comes_before_the_commit_or_not_at_all(desk: Desk, previewed: bool) -> None:
+    class Cancel:
+        """Progress that cancels as soon as a revision was added."""
+
+        def __init__(self) -> None:
+            self.steps: list[str] = []
+
+        def __call__(self, step: str, done: int, total: int | None) -> None:
+            self.steps.append(step)
+            if len(desk.bench.ledger.log()) > n_before:
+                raise KeyboardInterrupt
+
+    n_before = len(desk.bench.log())
+    if previewed:
+        run(desk, PREVIEW, **FIAT)
+    cancel = Cancel()
+    kept = APPLY.run(desk, APPLY.arguments.of(FIAT), cancel)
+    assert kept.view["revision"] is not None and cancel.steps
+    with pytest.raises(KeyboardInterrupt):  # control: a progress like this one does cancel
+        PREVIEW.run(desk, PREVIEW.arguments.of(FIAT), cancel)
+    run(desk, REVERT, revision="latest")
+
+
 def test_another_patch_than_the_preview_is_solved_again(desk: Desk) -> None:
     run(desk, PREVIEW, **FIAT)
     applied = run(desk, APPLY, **{**FIAT, "target": "Nokia"})

@@ -105,7 +105,8 @@ def _apply(desk: Desk, arguments: ApplyArguments, progress: Progress) -> Answer:
         "outcome": outcome.to_dict(),
         "conflicts": list(outcome.proposal.plan.contradictions),
     }
-    answer = _answer(desk, wanted, outcome, result, arguments, progress)
+    # No progress after the commit: a cancel would end the job as if nothing had been kept.
+    answer = _answer(desk, wanted, outcome, result, arguments)
     how = "The patch of the preview was kept; nothing was solved again."
     return dataclasses.replace(answer, notes=[*answer.notes, *([how] if solved_before else [])])
 
@@ -140,7 +141,7 @@ def _answer(
     outcome: Outcome,
     result: Mapping[str, Any],
     arguments: FactArguments,
-    progress: Progress,
+    progress: Progress | None = None,
 ) -> Answer:
     """Return an attempt as an answer: what it would change, its proof, and why it fails."""
     planned = outcome.proposal.plan
@@ -173,7 +174,7 @@ def _answer(
     )
 
 
-def _beside(desk: Desk, outcome: Outcome, progress: Progress) -> list[dict[str, str]]:
+def _beside(desk: Desk, outcome: Outcome, progress: Progress | None) -> list[dict[str, str]]:
     """Return what the base, the model now, and the model with the patch say after each prompt."""
     if outcome.delta is None or outcome.verification is None:
         return []
