@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -10,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import byte_tokenizer
+from factsmith.core.errors import FingerprintError
 from factsmith.core.fact import Fact
 from factsmith.corpus.moments import SecondMoment
 from factsmith.keep.ledger import BASE
 from factsmith.keep.workbench import Workbench
 from factsmith.model.answers import answer_tokens
 from factsmith.model.language_model import LanguageModel
+from factsmith.model.load import wrap
 from factsmith.patch import layers as recommend
 from workbenches import (
     ASKED,
@@ -168,3 +172,23 @@ def test_layers_are_measured_on_the_base_weights(eager: LanguageModel, bench: Wo
     bench.commit(some_delta(eager, 1, (0, 1, 2), scale=0.5))
     patched = hashes(eager)
     assert bench.recommend_layers([EASY], **ASKED) == expected and hashes(eager) == patched
+
+
+def test_a_bench_follows_what_another_one_did(lm: LanguageModel, bench: Workbench) -> None:
+    base = hashes(lm)
+    assert bench.at == BASE and not bench.follow()
+    twin = wrap(copy.deepcopy(lm.module), byte_tokenizer())
+    with Workbench(twin, bench.ledger.folder) as other:
+        revision = other.commit(some_delta(twin, 0))
+        patched = hashes(twin)
+        assert bench.at == BASE and hashes(lm) == base, "control: nothing moves by itself"
+        assert bench.follow()
+        assert (bench.at, hashes(lm)) == (revision.id, patched)
+        assert not bench.follow()
+        other.checkout(BASE)
+    assert bench.follow() and hashes(lm) == base
+    with torch.no_grad():
+        lm.ffn[0].values.add_(1)
+    bench.ledger.checkout(revision.id)
+    with pytest.raises(FingerprintError):
+        bench.follow()
