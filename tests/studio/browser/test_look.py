@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from urllib.parse import urlencode
 
 import pytest
 
+import charted
 from browsing import Watch, accessibility, opened, overflow, refused
 
 pytestmark = pytest.mark.browser
@@ -84,6 +86,59 @@ def test_charts_are_drawn_under_the_policy_and_their_cells_lead_on(show: Open) -
     cells.nth(3).click()
     page.wait_for_url("**/trace/at?**")
     assert refused(page) == [] and watch.problems == []
+
+
+PUT = """(html) => {
+    document.getElementById("answer").innerHTML = html;
+    document.dispatchEvent(new CustomEvent("htmx:afterSettle", {detail: {}}));
+}"""
+"""Puts charts into a page as htmx does."""
+
+
+def put(page: Any, *charts: Any) -> None:
+    """Show charts on a page, and wait until each is drawn or has failed."""
+    from factsmith.studio.templating import environment
+
+    macros = '{% import "ui.html" as ui with context %}'
+    source = macros + "{% for c in charts %}{{ ui.chart(c) }}{% endfor %}"
+    page.evaluate(PUT, environment().from_string(source).render(charts=charts))
+    over = page.locator(f"{DRAWN}, figure:has(.plot.failed)")
+    assert until(lambda: over.count() == len(charts), 60)
+
+
+def test_every_chart_is_drawn_and_texts_of_models_stay_texts(show: Open) -> None:
+    page, watch = show("/ask/ask")
+    charts = [*charted.charts().values(), charted.many()]
+    put(page, *charts)
+    assert page.locator(DRAWN).count() == len(charts)
+    assert page.locator("figure canvas").count() == 1, "many marks are drawn on a canvas"
+    assert page.locator("figure img").count() == 0
+    assert "<img" in page.locator("#answer").inner_text()
+    page.locator("figure", has_text="fires most").locator(".mark-rect path").first.hover()
+    assert "<img" in page.locator(".vega-tip").inner_text()
+    assert refused(page) == [] and watch.problems == []
+
+
+def test_a_specification_that_cannot_be_drawn_says_so(show: Open) -> None:
+    page, watch = show("/ask/ask")
+    wrong = {"mark": {"type": "nothing"}, "encoding": {"x": {"field": "x", "type": "q"}}}
+    put(page, dataclasses.replace(charted.many(), spec=wrong))
+    assert "cannot be drawn" in page.locator(".plot.failed").inner_text()
+    assert page.locator(".numbers summary").is_visible()
+    assert watch.problems != []
+
+
+def test_a_click_leads_to_pages_of_studio_alone(show: Open) -> None:
+    page, _ = show("/ask/ask")
+    marks = page.locator("figure .mark-rect path")
+    for address in ("//127.0.0.2/x", "javascript:window.bad=1", "https://127.0.0.2/", "/\\x"):
+        put(page, charted.charts()["norm_bars"].linked(lambda row, to=address: to))
+        marks.first.click()
+        assert page.evaluate("() => window.bad") is None
+    assert page.url.endswith("/ask/ask")
+    put(page, charted.charts()["norm_bars"].linked(lambda row: "/ledger/log"))
+    marks.first.click()
+    page.wait_for_url("**/ledger/log")
 
 
 def test_a_script_from_elsewhere_is_refused_so_the_policy_is_in_force(show: Open) -> None:

@@ -85,7 +85,7 @@ def in_order(field: str, title: str | None = None, **axis: Any) -> dict[str, Any
         "type": "nominal",
         "sort": None,
         "title": title,
-        "axis": {"labelLimit": 260, "ticks": False, "domain": False, **axis},
+        "axis": {"ticks": False, "domain": False, **axis},
     }
 
 

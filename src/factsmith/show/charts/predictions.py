@@ -58,10 +58,10 @@ def next_tokens(answers: Mapping[str, Sequence[tuple[str, float]]], prompt: str 
     lines = tooltip("token", "source", ("p", ".4f"))
     spec = bars(rows, "p", "probability", lines, shares=True)
     if len(answers) > 1:
-        group = {"field": "source", "type": "nominal", "sort": None}
+        group = {"field": "source", "type": "nominal", "sort": list(answers)}
         for layer in spec["layer"]:
             layer.setdefault("encoding", {})["yOffset"] = group
-        spec["layer"][0]["encoding"]["color"] = legend("source")
+        spec["layer"][0]["encoding"]["color"] = legend("source", domain=list(answers))
         spec["layer"][1]["encoding"]["text"] = {"field": "end"}
         rows = [{**row, "end": f"{row['p']:.3g}  {row['source']}"} for row in rows]
         spec["height"] = {"step": 15}

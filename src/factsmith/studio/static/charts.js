@@ -27,7 +27,7 @@
 
   // ── the theme ─────────────────────────────────────────────────────────────────────────────────
 
-  function config() {
+  function config(width) {
     const style = getComputedStyle(document.documentElement);
     const get = (name) => style.getPropertyValue(name).trim();
     const list = (name) => get(name).split(/\s+/);
@@ -46,6 +46,7 @@
         labelColor: ink, titleColor: quiet, titleFontWeight: "normal", labelFontSize: 12,
         titleFontSize: 12, gridColor: line, domainColor: line, tickColor: line, labelPadding: 6,
       },
+      axisY: { labelLimit: Math.max(90, Math.min(300, 0.42 * width)) },
       legend: { labelColor: ink, titleColor: quiet, titleFontWeight: "normal", labelFontSize: 12,
         titleFontSize: 12, symbolStrokeWidth: 2 },
       header: { labelColor: ink, titleColor: quiet },
@@ -71,7 +72,7 @@
       const { columns, step } = chart.spec.usermeta ?? {}; // cells with words keep their width
       if (columns && plot.clientWidth - 60 < columns * step) spec.width = { step };
       const quiet = { warn() {}, info() {}, debug() {}, error: console.error, level() { return this; } };
-      const compiled = window.vegaLite.compile(spec, { config: config(), logger: quiet }).spec;
+      const compiled = window.vegaLite.compile(spec, { config: config(plot.clientWidth), logger: quiet }).spec;
       const view = new window.vega.View(window.vega.parse(compiled, null, { ast: true }), {
         expr: window.vegaInterpreter, container: plot.firstElementChild, hover: true, tooltip: showTip,
         renderer: chart.rows.length > MOST_SVG_ROWS ? "canvas" : "svg",
