@@ -105,13 +105,9 @@ class Lens(Shown):
                 strict=True,
             )
         ]
-        stays = f"the model says {self.says[-1][-1].strip()!r}, as it does after each layer from "
+        stays = f"the model says {self.says[-1][-1].strip()!r}, the same from "
         return [
-            Table(
-                f"{self.prompt}: {stays}{state_name(int(self.settled[-1]))} on",
-                columns,
-                up,
-            ),
+            Table(f"{self.prompt}: {stays}{state_name(int(self.settled[-1]))} on", columns, up),
             Table(
                 "what the model says after each token",
                 {"token": "<", "next": "<", "p": ">", "the same from": "<"},

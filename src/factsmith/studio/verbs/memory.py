@@ -22,7 +22,7 @@ from ...read.cards import Card, find_card
 from ...read.intervention import ask_scaled
 from ...read.search import search_word
 from ...show.charts.chart import Chart
-from ...show.charts.neurons import fact_chart, histogram, promoted_bars, trigger_bars
+from ...show.charts.neurons import fact_chart, histogram, promoted_bars
 from ...show.charts.predictions import scaled_chart
 from ..arguments import Source
 from ..desk import Desk, Place
@@ -160,30 +160,33 @@ def _run_neuron(desk: Desk, arguments: NeuronArguments, tell: Progress) -> Answe
         card = find_card(
             lm, arguments.neuron, k=arguments.top, n_facts=arguments.facts, progress=tell
         )
+    prompt = card.facts[0].prompt if card.facts else ""
     return Answer(
         card.to_dict(),
         card.tables(),
         _card_charts(card),
-        view={"card": card, "tries": _tries(card, arguments)},
+        view={"prompt": prompt, "tries": _tries(prompt, card, arguments) if prompt else []},
     )
 
 
 def _card_charts(card: Card) -> list[Chart]:
     """Return the charts of a card."""
-    charts = [promoted_bars(card), trigger_bars(card), histogram(card)]
+    charts = [promoted_bars(card), histogram(card)]
     return [fact_chart(card), *charts] if card.facts else charts
 
 
-def _tries(card: Card, source: Source) -> list[tuple[str, str]]:
-    """Return (label, address) of views that silence or amplify the neuron on its first fact."""
-    prompt = card.facts[0].prompt if card.facts else ""
-    if not prompt:
-        return []
-    views = []
-    for label, factor in (("Silence it", 0.0), ("Double it", 2.0), ("Times 5", 5.0)):
-        arguments = InterveneArguments.of_neurons(prompt, [card.neuron], source, factor)
-        views.append((f"{label} on {prompt!r}", arguments.address("/memory/intervene")))
-    return views
+def _tries(prompt: str, card: Card, source: Source) -> list[tuple[str, str]]:
+    """Return (label, address) of views that silence or amplify the neuron on a prompt."""
+    factors = (("silence it", 0.0), ("double it", 2.0), ("times 5", 5.0))
+    return [
+        (
+            label,
+            InterveneArguments.of_neurons(prompt, [card.neuron], source, factor).address(
+                "/memory/intervene"
+            ),
+        )
+        for label, factor in factors
+    ]
 
 
 def _neuron_python(arguments: NeuronArguments, place: Place) -> str:
@@ -338,13 +341,13 @@ def intervene_examples(desk: Desk) -> list[tuple[str, InterveneArguments]]:
     """Return examples for the empty form: (label, arguments)."""
     if desk.place.model != "atlas":
         return []
-    prompt = "The currency of Bulgaria is the"
-    return [
-        (
-            f"{prompt} … without neuron 1 296",
-            InterveneArguments(prompt=prompt, neurons=["1 296"]),
-        )
-    ]
+    neurons = [(0, i) for i in _BULGARIA]
+    arguments = InterveneArguments.of_neurons("The currency of Bulgaria is the", neurons, Source())
+    return [("Bulgaria's currency without the neurons of its name", arguments)]
+
+
+_BULGARIA = (693, 878, 646, 441, 95, 168, 546, 688, 763, 782, 701, 977, 569, 839, 930, 746)
+"""The strongest neurons of layer 0 of the bundled model at the token " Bulgaria"."""
 
 
 # ── census ────────────────────────────────────────────────────────────────────────────────────────

@@ -132,7 +132,7 @@ class TraceArguments(Source):
         """Refuse a value that has no effect together with the others."""
         reason = unsupported(info.data).get(info.field_name or "")
         if reason and value not in (None, []):
-            raise ValueError(reason)
+            raise ValueError(f"cannot be used: {reason}")
         return value
 
     @property
