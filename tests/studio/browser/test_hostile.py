@@ -80,12 +80,12 @@ def test_hostile_text_is_text_on_every_page(entered: Visitor) -> None:
     faults = {}
     for address in queries():
         entered.go(page, address)
-        text = page.inner_text("body")
         lines = planted(page) + refused(page)
-        lines += ["a mark that turns the text"] if MARK in text else []
+        before, mark, _ = page.inner_text("body").partition(MARK)
+        lines += [f"a mark that turns the text, after {before[-80:]!r}"] if mark else []
         if lines:
             faults[address] = lines
-    assert faults == {}
+    assert not faults, "\n".join(f"{a}: {lines}" for a, lines in faults.items())
     entered.go(page, "/ledger/log")
     text = page.inner_text("main")
     assert IMAGE in text and BRACES in text and SCRIPT in text, "the note is shown as it is"
@@ -95,12 +95,13 @@ def test_hostile_text_is_text_on_every_page(entered: Visitor) -> None:
 
 def test_the_name_of_a_file_is_text(entered: Visitor, tmp_path: Path) -> None:
     page = entered.open("/patch/plan")
-    chooser = page.locator("input[type=file]").first
+    page.get_by_text("Several facts").click()
+    chooser = page.get_by_label("File", exact=True)
     content = 'facts:\n- {subject: "' + IMAGE + '", prompt: "{} is", target: "' + BRACES + '"}\n'
     chooser.set_input_files(
         {"name": f"{IMAGE}.yaml", "mimeType": "text/yaml", "buffer": content.encode()}
     )
-    page.locator("form:has(input[type=file]) button").last.click()
+    page.get_by_role("button", name="Read the facts").click()
     page.wait_for_url("**/patch/**sheet=**")
     entered.go(page, page.url.removeprefix(entered.running.base))
     assert planted(page) == [] and refused(page) == [] and entered.problems == []
