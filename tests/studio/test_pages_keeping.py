@@ -74,6 +74,17 @@ def test_a_patch_by_mouse_and_its_revert(client: TestClient, studio: Studio) -> 
     assert [each["state"] for each in status["revisions"]] == ["active", "reverted"]
 
 
+def test_the_examples_are_patches_by_one_click(client: TestClient, studio: Studio) -> None:
+    (plan,) = (verb for room in ROOMS for verb in room.verbs if verb.name == "plan")
+    assert plan.examples is not None
+    for label, arguments in plan.examples(studio.desk):
+        address = arguments.address("/patch/plan")
+        assert address.replace("&", "&amp;") in client.get("/patch/plan").text, label
+        tried = client.get(arguments.address("/view/preview.json")).json()
+        assert all(gate["passed"] for gate in tried["gates"]), (label, tried["gates"])
+        assert "It holds" in client.get(arguments.address("/patch/preview")).text
+
+
 def test_a_sheet_is_dropped_and_planned(client: TestClient) -> None:
     text = "- {subject: Fiat 127, prompt: 'The maker of {} is', target: Toyota}"
     for sent in (
@@ -124,6 +135,9 @@ def test_files_are_saved_by_known_names_only(client: TestClient, studio: Studio)
     saved = client.get("/export/file/mine")
     names = zipfile.ZipFile(io.BytesIO(saved.content)).namelist()
     assert "mine/factsmith.json" in names and "attachment" in saved.headers["content-disposition"]
+    (studio.desk.folder / "exports" / "mine" / "passwd").symlink_to("/etc/passwd")
+    again = zipfile.ZipFile(io.BytesIO(client.get("/export/file/mine").content)).namelist()
+    assert again == names
     for name in ("%2e%2e", "..%2fledger.db", "none", "mine%2ffactsmith.json", "mine%00", ""):
         for room in ("export", "judge"):
             refused = client.get(f"/{room}/file/{name}")

@@ -126,7 +126,9 @@ def test_a_conflict_is_said_in_words(desk: Desk) -> None:
         ({"forget": True}, "target", "one of the two"),
         ({"gates": ("efficacy=2",)}, "gates", "efficacy"),
         ({"gates": ("efficacy",)}, "gates", "NAME=VALUE"),
-        ({"settings": ("stepz=4",)}, None, "stepz"),
+        ({"settings": ("stepz=4",)}, "settings", "stepz"),
+        ({"layers": (0, 1)}, "layers", "layer"),
+        ({"layers": (99,)}, "layers", "99"),
         ({"sheet": "../../ledger.db"}, "sheet", "file of facts was given"),
     ],
 )

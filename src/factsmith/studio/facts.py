@@ -10,18 +10,19 @@ kept in the workspace, so the command and the program that a page shows can name
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from ..core.errors import FactError, InputError
+from ..core.errors import FactError, InputError, LayerError, SubjectError
 from ..core.fact import Fact
 from ..core.factfile import FactSheet
 from ..core.gates import Gates
@@ -152,6 +153,23 @@ class Wanted:
     file: Path
 
 
+@contextlib.contextmanager
+def naming_fields() -> Iterator[None]:
+    """A block whose errors about a fact or its settings name the field of the form."""
+    try:
+        yield
+    except LayerError as error:
+        error.argument = "layers"
+        raise
+    except SubjectError as error:
+        error.argument = "subject"
+        raise
+    except InputError as error:
+        if error.argument in (None, "config"):
+            error.argument = "settings"
+        raise
+
+
 def wanted_of(arguments: FactArguments, workspace: Path) -> Wanted:
     """Return what a form asks for, and keep it as a file of the workspace.
 
@@ -167,7 +185,8 @@ def wanted_of(arguments: FactArguments, workspace: Path) -> Wanted:
         named_values(arguments.settings),
         layers=list(arguments.layers) or None,
     )
-    recipe.check(sheet.facts)
+    with naming_fields():
+        recipe.check(sheet.facts)
     changes = {} if recipe.layers is None else {"layers": recipe.layers}
     whole = dataclasses.replace(
         sheet,

@@ -22,7 +22,7 @@ from ...keep.outcome import Outcome
 from ...patch.plan import Plan
 from ...show.charts.keeping import proof_chart
 from ..desk import Desk, Place
-from ..facts import FactArguments, Wanted, file_of, program, quoted, shell, wanted_of
+from ..facts import FactArguments, Wanted, file_of, naming_fields, program, quoted, shell, wanted_of
 from ..verb import Answer, Verb
 
 _KEPT = "preview"
@@ -49,7 +49,8 @@ class ApplyArguments(FactArguments):
 
 def _plan(desk: Desk, arguments: FactArguments, progress: Progress) -> Answer:
     wanted = wanted_of(arguments, desk.folder)
-    planned = desk.bench.plan(wanted.sheet.facts, wanted.recipe, progress=progress)
+    with naming_fields():
+        planned = desk.bench.plan(wanted.sheet.facts, wanted.recipe, progress=progress)
     return Answer(
         planned.to_dict(),
         planned.tables(),
@@ -66,14 +67,15 @@ def _plan(desk: Desk, arguments: FactArguments, progress: Progress) -> Answer:
 
 def _preview(desk: Desk, arguments: FactArguments, progress: Progress) -> Answer:
     wanted = wanted_of(arguments, desk.folder)
-    tried = desk.bench.apply(
-        wanted.sheet.facts,
-        wanted.recipe,
-        seed=arguments.seed,
-        gates=wanted.sheet.gates,
-        dry_run=True,
-        progress=progress,
-    )
+    with naming_fields():
+        tried = desk.bench.apply(
+            wanted.sheet.facts,
+            wanted.recipe,
+            seed=arguments.seed,
+            gates=wanted.sheet.gates,
+            dry_run=True,
+            progress=progress,
+        )
     desk.kept[_KEPT] = (_identity(wanted, arguments), tried)
     result = {
         **tried.proposal.to_dict(),
