@@ -33,7 +33,7 @@ PAGES = {
     "ask": f"/ask/ask?{BULGARIA}&sources=base&sources=latest",
     "trace": f"/trace/trace?{BULGARIA}&subject=Bulgaria&revision=base",
     "lens": f"/lens/lens?{BULGARIA}&revision=base",
-    "memory": "/memory/find?words=euro",
+    "memory": f"/memory/intervene?{BULGARIA}&neurons=1+296",
     "patch": "/patch/plan?subject=Fiat+127&prompt=The+maker+of+%7B%7D+is&target=Toyota",
     "ledger": "/ledger/show?revision=latest",
     "history": "/ledger/log",
