@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 from fastapi.testclient import TestClient
 
 from factsmith.studio.app import create_app
 from factsmith.studio.session import Studio
-from studios import LEV, Holding, rooms_with, studio_in
+from factsmith.studio.templating import environment
+from studios import LEV, Holding, SayArguments, rooms_with, studio_in
 
 PATIENCE = 60.0
 
@@ -127,3 +129,19 @@ def test_events_tell_jobs_and_the_ledger(client: TestClient, studio: Studio) -> 
     states = [data["state"] for name, data in seen if name == "job" and data["verb"] == "say"]
     assert "done" in states
     assert ("ledger", {"current": "base", "head": "base"}) in seen
+
+
+def test_a_job_that_ends_while_its_page_is_made_is_shown_as_waiting(
+    studio: Studio, client: TestClient
+) -> None:
+    job = studio.submit(studio.rooms[0].verbs[0], SayArguments(prompt=LEV))
+    assert job.over.wait(PATIENCE) and job.answer is not None
+    view = SimpleNamespace(address="/talk/say", fragment=f"/jobs/{job.id}/view")
+    template = environment().get_template("answer.html")
+    verb = studio.rooms[0].verbs[0]
+    parts = {"job": job, "view": view, "verb": verb}
+    assert 'class="waiting"' in template.render(answer=None, **parts)
+    whole = {"json": "", "csv": "", "python": "", "command": ""}
+    view = SimpleNamespace(**vars(view), **whole)
+    ready = template.render(answer=job.answer, **{**parts, "view": view})
+    assert "lev" in ready and 'class="waiting"' not in ready
