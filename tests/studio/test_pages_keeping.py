@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import socket
 import time
 import zipfile
 from collections.abc import Iterator
@@ -146,6 +147,27 @@ def test_files_are_saved_by_known_names_only(client: TestClient, studio: Studio)
     (studio.desk.folder / "exports" / "link").symlink_to("/etc")
     assert client.get("/export/file/link").status_code == 400
     finished(client, "/ledger/revert", revision="latest")
+
+
+def test_no_address_alone_sends_the_key_to_a_server(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FACTSMITH_API_KEY", "sk-secret")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.3)
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        for verb in ("served", "push"):
+            shown = client.get(f"/export/{verb}", params={"url": url})
+            assert url in shown.text and "sk-secret" not in shown.text
+            for path in (f"/view/{verb}", f"/view/{verb}.json", f"/api/v1/{verb}"):
+                assert client.get(path, params={"url": url}).status_code in (404, 405), path
+        with pytest.raises(TimeoutError):
+            server.accept()
+        client.post("/export/served", data={"url": url}, follow_redirects=False)
+        server.settimeout(10)
+        connection, _ = server.accept()  # control: a press does send it
+        assert b"sk-secret" in connection.recv(4096)
+        connection.close()
 
 
 def test_a_campaign_by_mouse(client: TestClient) -> None:

@@ -65,7 +65,8 @@ class ServedArguments(Arguments):
     url: str = Field(
         title="Server",
         pattern=r"^https?://\S+$",
-        description="The address of vLLM or llama-server, such as http://127.0.0.1:8000.",
+        description="The address of vLLM or llama-server, such as http://127.0.0.1:8000. A key in "
+        "the environment variable FACTSMITH_API_KEY is sent to it.",
     )
     prove: bool = Field(
         default=False,
@@ -194,6 +195,7 @@ SERVED = Verb(
     _served,
     _served_in_python,
     _served_command,
+    kind="write",  # it sends the key, so no address alone may start it
     worker="campaign",
     cached=False,
     button="Ask the server",
