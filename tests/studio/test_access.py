@@ -203,10 +203,6 @@ def test_methods_and_upgrades(browser: Browser) -> None:
         answer = browser.client.request(method, "/")
         assert answer.status_code == 405 and answer.headers["allow"] == "GET, HEAD, POST", method
     assert browser.client.head("/static/a.css").status_code != 401
-    right = {"authorization": f"Bearer {browser.access.token}"}
-    assert browser.client.delete("/api/v1/log", headers=right).json()["detail"], "the app's answer"
-    assert browser.client.delete("/api/v1/log").status_code == 403, "no token of a form"
-    assert browser.client.put("/api/v1/log", headers=right).headers["allow"].endswith("DELETE")
     with pytest.raises(WebSocketDisconnect) as refused:
         browser.client.websocket_connect("/events").__enter__()
     assert refused.value.code == 1008

@@ -51,7 +51,6 @@ CSRF_HEADER, CSRF_FIELD = "x-csrf-token", "csrf"
 """Where a request has the token of its session: in a header, or in a field of its form."""
 
 METHODS = ("GET", "HEAD", "POST")
-"""What pages take. The API takes DELETE, too."""
 
 _log = logging.getLogger(__name__)
 
@@ -247,9 +246,8 @@ class Guard:
         scope = visit.scope
         path = scope.get("raw_path") or visit.path.encode("utf-8", "replace")
         check_head(path, visit.query, scope["headers"])
-        methods = (*METHODS, "DELETE") if visit.is_api else METHODS
-        if visit.method not in methods:
-            allowed = ", ".join(methods)
+        if visit.method not in METHODS:
+            allowed = ", ".join(METHODS)
             text = f"The method {visit.method} is not used by studio; it takes {allowed}."
             raise RefusedError(405, text, {"allow": allowed})
         if any(c < " " or c == "\x7f" for c in visit.path) or ".." in visit.path.split("/"):
