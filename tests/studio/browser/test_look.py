@@ -20,6 +20,11 @@ PROMPT = "The currency of Bulgaria is the"
 
 TRACE = "/trace/trace?" + urlencode({"prompt": PROMPT, "subject": "Bulgaria", "samples": 2})
 
+LONG = "/trace/neurons?" + urlencode(
+    [("prompt", PROMPT), ("paraphrases", "Bulgaria pays with the"), ("steps", "1000")]
+)
+"""Takes seconds."""
+
 LENS = "/lens/lens?" + urlencode({"prompt": PROMPT})
 
 DRAWN = "figure[data-drawn='true']"
@@ -281,3 +286,26 @@ def test_the_menu_folds_on_small_screens(show: Open) -> None:
     assert rooms.is_visible() and button.get_attribute("aria-expanded") == "true"
     wide, _ = show("/ask/ask")
     assert wide.locator("#rooms").is_visible() and wide.locator("[data-menu]").is_hidden()
+
+
+def test_a_job_is_cancelled_on_the_page_where_it_is_shown(show: Open) -> None:
+    page, watch = show(LONG)
+    page.locator(".waiting .job").wait_for()
+    page.get_by_role("button", name="Cancel").click()
+    page.get_by_text("Cancelled.").wait_for()
+    assert "/trace/neurons?" in page.url
+    assert page.get_by_role("link", name="Ask again").is_visible()
+    assert watch.problems == []
+
+
+def test_a_page_says_when_studio_is_gone(
+    browser: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    from tools.browser import studio
+
+    with studio(tmp_path_factory.mktemp("gone") / "space") as started:
+        page, _ = opened(browser, started.link)
+        page.goto(started.link)
+        assert page.locator("#lost").is_hidden()
+    page.locator("#lost").wait_for(timeout=30_000)
+    page.context.close()

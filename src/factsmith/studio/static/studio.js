@@ -37,12 +37,13 @@
     clearTimeout(timer);
     if (stream || document.hidden || !document.getElementById("jobs-indicator")) return;
     stream = new EventSource("/events");
-    stream.addEventListener("open", () => { again = 1000; });
+    stream.addEventListener("open", () => { again = 1000; lose(false); });
     stream.addEventListener("job", (event) => hear(JSON.parse(event.data)));
     stream.addEventListener("ledger", (event) => move(JSON.parse(event.data)));
     stream.addEventListener("error", () => {
+      gone ??= setTimeout(() => lose(true), 5000);
       if (stream?.readyState !== EventSource.CLOSED) return; // it connects again by itself
-      silence();
+      stream = null;
       timer = setTimeout(listen, again);
       again = Math.min(again * 2, 30000);
     });
@@ -90,7 +91,20 @@
     } else bar.removeAttribute("value");
   }
 
-  function silence() { stream?.close(); stream = null; }
+  let gone = null; // waits before the page says that the studio does not answer
+
+  function lose(isLost) {
+    clearTimeout(gone);
+    gone = null;
+    const note = document.getElementById("lost");
+    if (note) note.hidden = !isLost;
+  }
+
+  function silence() {
+    stream?.close();
+    stream = null;
+    lose(false);
+  }
 
   document.addEventListener("visibilitychange", () => {
     if (document.hidden) return silence();
@@ -117,7 +131,11 @@
 
   let unfolded = []; // the folded parts of a form that are open stay open when it is swapped
 
-  document.addEventListener("htmx:beforeSwap", () => {
+  document.addEventListener("htmx:beforeSwap", (event) => {
+    if (event.detail.xhr.status === 401) { // the session is over: the page says how to get in
+      event.detail.shouldSwap = false;
+      return window.location.reload();
+    }
     unfolded = [...document.querySelectorAll("details[id][open]")].map((each) => each.id);
   });
   document.addEventListener("htmx:afterSettle", (event) => {
@@ -131,7 +149,7 @@
       answer.scrollIntoView({ block: "start" });
     }
   });
-  document.addEventListener("htmx:sendError", () => say("The studio does not answer. Is it still running?"));
+  document.addEventListener("htmx:sendError", () => lose(true));
 
   // ── the theme ─────────────────────────────────────────────────────────────────────────────────
 
@@ -200,7 +218,7 @@
 
   // ── keys ──────────────────────────────────────────────────────────────────────────────────────
 
-  let gone = 0; // when "g" was pressed
+  let pressed = 0; // when "g" was pressed
 
   function go(key) {
     if (!/^[a-z]$/.test(key)) return;
@@ -214,11 +232,11 @@
     }
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.target.closest("input, textarea, select, [contenteditable], dialog")) return;
-    if (Date.now() - gone < 1500) {
-      gone = 0;
+    if (Date.now() - pressed < 1500) {
+      pressed = 0;
       return go(event.key);
     }
-    if (event.key === "g") gone = Date.now();
+    if (event.key === "g") pressed = Date.now();
     else if (event.key === "?") document.getElementById("shortcuts")?.showModal();
     else if (event.key === "/") {
       const first = document.querySelector("main :is(input, textarea, select):not([type=hidden], :disabled)");
