@@ -87,3 +87,13 @@ def test_a_relation_is_refined_by_one_share() -> None:
     assert mixed[1].baseline == record.refined
     with pytest.raises(InputError, match="records is empty"):
         refine_relation([])
+
+
+def test_a_tiny_attribution_is_not_shown_as_zero() -> None:
+    located = hand_made([[[0.25, 5.4e-12, -3e-7, 0.0]]])
+    assert [row[2] for row in located.tables(4)[0].rows] == [
+        "0.2500",
+        "5.4e-12",
+        "0.0000",
+        "-3.0e-07",
+    ]

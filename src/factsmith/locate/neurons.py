@@ -123,7 +123,7 @@ class KnowledgeNeurons(Shown):
             (
                 str(neuron[0]),
                 ":".join(map(str, neuron[1:])),
-                f"{score:z.4f}",
+                _in_digits(score),
                 str(self.count_strong(neuron)),
                 "refined" if neuron in refined else "",
             )
@@ -203,6 +203,11 @@ class KnowledgeNeurons(Shown):
             }
             for neuron, score in self.top(n)
         ]
+
+
+def _in_digits(score: float) -> str:
+    """Return a score with four decimals; one that would read as 0 with two digits: "5.4e-12"."""
+    return f"{score:.1e}" if 0 < abs(score) < 5e-5 else f"{score:z.4f}"
 
 
 @asking(grad=True)

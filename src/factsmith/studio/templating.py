@@ -21,6 +21,7 @@ from ..core.tables import in_one_line
 from ..show.pages.page import printable, script_json
 from .forms import form_fields
 from .glossary import explain
+from .uploads import MOST_UPLOADED
 
 STATIC = Path(__file__).parent / "static"
 """The folder of the files that the studio serves."""
@@ -103,5 +104,6 @@ def environment() -> Environment:
         columns_of=columns_of,
         counter=counter,
         room_keys=room_keys,
+        most_uploaded=MOST_UPLOADED,
     )
     return made

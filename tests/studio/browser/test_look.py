@@ -298,6 +298,21 @@ def test_a_job_is_cancelled_on_the_page_where_it_is_shown(show: Open) -> None:
     assert watch.problems == []
 
 
+def test_a_file_that_is_too_large_is_not_sent(show: Open) -> None:
+    page, watch = show("/patch/plan")
+    page.locator("summary", has_text="Several facts").click()
+    field = page.locator("#sheet-file")
+    large = {"name": "facts.csv", "mimeType": "text/csv", "buffer": b"x" * 5_100_000}
+    field.set_input_files(large)
+    message = "(input) => input.validationMessage"
+    assert "5.1 MB; studio takes 5.0 MB" in field.evaluate(message)
+    page.get_by_role("button", name="Read the facts").click()
+    assert page.url.endswith("/patch/plan")
+    field.set_input_files({**large, "buffer": b"subject,prompt,target"})
+    assert field.evaluate(message) == ""
+    assert watch.problems == []
+
+
 def test_a_page_says_when_studio_is_gone(
     browser: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -276,5 +276,17 @@
     });
   }
 
+  document.addEventListener("change", (event) => { // before anything is sent
+    const { files, dataset } = event.target;
+    if (!files || !dataset.most) return;
+    const total = [...files].reduce((sum, file) => sum + file.size, 0);
+    const inMegabytes = (bytes) => `${(bytes / 1e6).toFixed(1)} MB`;
+    const isLarge = total > Number(dataset.most) - 10000; // room for the other fields
+    event.target.setCustomValidity(isLarge
+      ? `The file has ${inMegabytes(total)}; studio takes ${inMegabytes(dataset.most)} at most. Split it.`
+      : "");
+    event.target.reportValidity();
+  });
+
   document.addEventListener("DOMContentLoaded", () => { showTheme(); reach(); listen(); });
 })();
