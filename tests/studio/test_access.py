@@ -41,8 +41,9 @@ def test_the_link_opens_a_session_and_leaves_no_token(browser: Browser) -> None:
     assert browser.get("/ask/ask").status_code == 200
 
 
-def test_a_link_on_another_site_opens_too(browser: Browser) -> None:
-    answer = browser.get(f"/ask/ask?a=%22&token={browser.access.token}", site="cross-site")
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+def test_a_link_on_another_site_opens_too(browser: Browser, site: str) -> None:
+    answer = browser.get(f"/ask/ask?a=%22&token={browser.access.token}", site=site)
     assert answer.status_code == 200 and browser.access.token not in answer.text
     assert 'content="0; url=/ask/ask?a=%22"' in answer.text
     assert "SameSite=Strict" in answer.headers["set-cookie"]
@@ -157,7 +158,10 @@ def test_a_form_has_its_token_in_a_header_or_in_a_field(browser: Browser) -> Non
 
 def test_another_site_can_link_and_not_embed(browser: Browser) -> None:
     browser.enter()
-    assert browser.get("/", site="same-site").status_code == 200, "a cookie came along"
+    answer = browser.get("/ask/ask?a=1", site="same-site")
+    assert answer.status_code == 403, "a cookie came along, and the page starts a job"
+    assert 'href="/ask/ask?a=1"' in answer.text and "Continue" in answer.text
+    assert browser.get("/api/v1/log", site="same-site").status_code == 403
     for dest, mode in (("iframe", "navigate"), ("script", "no-cors"), ("empty", "cors")):
         headers = {"sec_fetch_dest": dest, "sec_fetch_mode": mode}
         assert browser.get("/", site="cross-site", **headers).status_code == 403, dest

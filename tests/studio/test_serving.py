@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse, StreamingResponse
@@ -190,6 +191,23 @@ def test_slow_heads_end(monkeypatch: pytest.MonkeyPatch) -> None:
             assert connection.getresponse().read()
             time.sleep(0.5)
         connection.close()
+
+
+@pytest.mark.parametrize("session", [True, False])
+def test_a_body_that_is_refused_is_read_so_that_its_sender_reads_why(
+    monkeypatch: pytest.MonkeyPatch, session: bool
+) -> None:
+    with serving_pages(monkeypatch, Serving(port=0)) as (_, access, _thread):
+        cookie = {"Cookie": f"{access.cookie}={access.begin()}"} if session else {}
+        with httpx.Client(base_url=access.address("127.0.0.1"), headers=cookie) as client:
+            answer = client.post("/x", files={"file": ("facts.csv", b"x" * 8_000_000)})
+            assert answer.status_code == (413 if session else 401)
+            parts = iter([b"x" * 100_000] * 80)
+            answer = client.post("/x", content=parts, headers={"content-type": "text/plain"})
+            assert answer.status_code == (413 if session else 401)
+        waiting = b"POST /x HTTP/1.1\r\nContent-Length: 8000000\r\nExpect: 100-continue\r\n"
+        name = f"Connection: close\r\nHost: 127.0.0.1:{access.port}\r\n\r\n".encode()
+        assert raw(access.port, waiting + name).startswith(b"HTTP/1.1 401")
 
 
 def test_requests_that_no_browser_sends(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,14 +63,10 @@ def closed(
         headers: More headers.
     """
     way = "followed" if followed else "password" if access.needs_password else "link"
-    return _page(
-        status,
-        headers,
-        message=message,
-        address=address,
-        way=way,
-        needs_password=access.needs_password,
-    )
+    shown = {"message": message, "address": address, "way": way}
+    if followed:
+        shown["title"] = "A link to this studio"
+    return _page(status, headers, needs_password=access.needs_password, **shown)
 
 
 def onward(address: str, headers: dict[str, str]) -> Response:

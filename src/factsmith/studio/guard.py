@@ -31,6 +31,7 @@ from .headers import STATIC, with_headers
 from .uploads import (
     MOST_FIELDS,
     MOST_FILES,
+    Incoming,
     RefusedError,
     check_head,
     content_length,
@@ -90,6 +91,21 @@ class Visit:
     def writes(self) -> bool:
         """Whether the request may change something."""
         return self.method not in ("GET", "HEAD")
+
+    @property
+    def waits(self) -> bool:
+        """Whether the sender waits for a word before it sends the body."""
+        return any(name.lower() == b"expect" for name, _ in self.scope["headers"])
+
+    @property
+    def came_from(self) -> str:
+        """Which site the request comes from, as a browser says it; "" where it does not say."""
+        return self.header("sec-fetch-site") or ""
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether a page of another site sends the request."""
+        return self.came_from in ("cross-site", "same-site")
 
     @property
     def client(self) -> str:
@@ -171,11 +187,11 @@ class Guard:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
             return
-        visit = Visit(scope)
+        visit, incoming = Visit(scope), Incoming(receive)
         send = with_headers(send, visit.path, visit.query, secure=self.access.secure)
         admitted: Response | Receive | None
         try:
-            admitted = await self._admit(visit, receive)
+            admitted = await self._admit(visit, incoming)
         except RefusedError as error:
             admitted = entrance.refusal(
                 error.status, str(error), error.headers, as_json=visit.is_api
@@ -184,6 +200,8 @@ class Guard:
             _log.exception("the guard failed at %s", visit.path)
             admitted = entrance.refusal(400, "The request cannot be read.", as_json=visit.is_api)
         if isinstance(admitted, Response):
+            if visit.writes and not visit.waits:
+                await incoming.discard()
             await admitted(scope, receive, send)
         elif admitted is not None:
             await self._run(scope, admitted, send)
@@ -232,6 +250,10 @@ class Guard:
                 return answer
         if session is None:
             return self._closed(visit)
+        if (
+            visit.is_foreign
+        ):  # another port of this host: the cookie came along, and views start jobs
+            return entrance.closed(self.access, 403, visit.address(), followed=True)
         if visit.path == LOGIN:
             return RedirectResponse("/", 303)
         self._mark(visit, session.csrf)
@@ -265,14 +287,14 @@ class Guard:
 
     def _check_site(self, visit: Visit, host: str) -> None:
         """Refuse what another site sends, except a link that somebody follows."""
-        site, origin = visit.header("sec-fetch-site"), visit.header("origin")
+        origin = visit.header("origin")
         # Of requests that read, the handshake of a WebSocket has nothing but an origin.
         refused = origin is not None and not self.access.is_origin(origin, host)
         if visit.writes:
-            refused |= site not in (None, "same-origin", "none")
-        else:
+            refused |= visit.came_from not in ("", "same-origin", "none")
+        elif visit.is_foreign:
             goes = visit.header("sec-fetch-mode"), visit.header("sec-fetch-dest")
-            refused |= site in ("cross-site", "same-site") and goes != ("navigate", "document")
+            refused |= visit.is_api or goes != ("navigate", "document")
         if refused:
             raise RefusedError(
                 403,
@@ -348,7 +370,7 @@ class Guard:
         if session is None:
             headers["set-cookie"] = self.access.set_cookie(self.access.begin())
         address = visit.address(without=right)
-        if visit.header("sec-fetch-site") == "cross-site":
+        if visit.is_foreign:
             # A redirect would count as the other site's, and go without the new cookie.
             return entrance.onward(address, headers)
         return RedirectResponse(address, 303, headers)
@@ -383,12 +405,13 @@ class Guard:
             )
             raise RefusedError(401, text, {"www-authenticate": "Bearer"})
         # The browser keeps the cookie to itself when a link of another site is followed.
-        followed = visit.header("sec-fetch-site") == "cross-site"
         address = "/" if visit.writes or visit.path == LOGIN else visit.address()
         message = ""
         if visit.path == "/" and visit.tokens():
             message = "The token in this address is of an earlier start of studio."
-        return entrance.closed(self.access, 401, address, followed=followed, message=message)
+        return entrance.closed(
+            self.access, 401, address, followed=visit.is_foreign, message=message
+        )
 
 
 async def _csrf_field(scope: Scope, body: bytes, content_type: str) -> str:

@@ -33,6 +33,9 @@ MOST_HEADERS = 32_000
 MOST_FIELDS, MOST_FILES = 1_000, 20
 """Fields and files of one form."""
 
+MOST_DISCARDED = 64 * MEGABYTE
+"""Bytes that are read and dropped of a request that is refused."""
+
 SECONDS = 30.0
 """How long a body may take."""
 
@@ -87,6 +90,33 @@ def check_length(length: int | None, most: int) -> None:
     """Refuse a body that announces more than it may have."""
     if length is not None and length > most:
         raise _too_large(most)
+
+
+class Incoming:
+    """The messages of a request, and whether its body has come to an end."""
+
+    def __init__(self, receive: Receive) -> None:
+        """Take what gives the messages."""
+        self._receive, self.ended = receive, False
+
+    async def __call__(self) -> Message:
+        """Return the next message."""
+        message = await self._receive()
+        self.ended = message["type"] != "http.request" or not message.get("more_body", False)
+        return message
+
+    async def discard(self, most: int = MOST_DISCARDED, seconds: float = SECONDS) -> None:
+        """Read the rest of the body and drop it, so that the sender reads the answer.
+
+        A browser that is still sending when the connection closes shows an error of its own.
+        """
+        end = time.monotonic() + seconds
+        while not self.ended and most > 0:
+            try:
+                message = await asyncio.wait_for(self(), max(end - time.monotonic(), 0.001))
+            except TimeoutError:
+                return
+            most -= len(message.get("body", b""))
 
 
 async def read_body(

@@ -151,7 +151,10 @@ def test_other_sites_reach_nothing(
     assert studio.reached == ["GET /", "POST /patch/apply"], "its own form is taken"
     studio.reached.clear()
     words = {"base": base, "socket": base.replace("http", "ws"), "guess": "0" * 64}
-    pages = {f"/{attack}": text.format(**words) for attack, text in ATTACKS.items()}
+    link = f'<a href="{base}/ask/ask?prompt=x">link</a>'
+    pages = {"/link": link} | {
+        f"/{attack}": text.format(**words) for attack, text in ATTACKS.items()
+    }
     with another_site(pages) as port:
         for attack in ATTACKS:
             page.goto(f"http://{name}:{port}/{attack}")
@@ -162,6 +165,12 @@ def test_other_sites_reach_nothing(
                 page.wait_for_function("document.title != ''")
                 assert page.title() == "over", attack
             assert studio.reached == [], attack
+        page.goto(f"http://{name}:{port}/link")
+        page.click("a")
+        page.wait_for_selector("text=Continue")
+        assert studio.reached == [], "the page did not open, and started no job"
+        page.click("text=Continue")
+        page.wait_for_selector("text=studio /ask/ask")
 
 
 def test_a_link_of_another_site_goes_on_after_a_click(
