@@ -105,8 +105,9 @@ def test_a_revision_is_pushed_proved_and_rolled_back(desk: Desk) -> None:
         assert pushed.view["model"] not in server.names and back.view["model"] == "base-model"
         assert not run(desk, SERVED, url=server.url).view["up_to_date"]
         url = server.url
-    with pytest.raises(ServerError):
+    with pytest.raises(ServerError) as error:
         run(desk, SERVED, url=url)
+    assert error.value.argument == "url"
     with pytest.raises(InputError, match="url"):
         run(desk, SERVED, url="file:///etc/passwd")
 

@@ -72,6 +72,12 @@ def test_a_campaign_that_stopped_goes_on(desk: Desk) -> None:
     assert desk.bench.lm.fingerprint == weights
 
 
+def test_a_name_of_another_campaign_is_refused(desk: Desk) -> None:
+    with pytest.raises(InputError, match="another drift_tokens; choose another name") as error:
+        run(desk, EVALUATE, **{**QUICK, "drift_tokens": 7})
+    assert error.value.argument == "name" and str(desk.folder) not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from factsmith.core.errors import InputError, RevisionError
+from factsmith.core.errors import FactsmithError, InputError, RevisionError
 from factsmith.core.fact import Fact
 from factsmith.keep.ledger import Ledger
 from factsmith.studio.desk import Desk
@@ -63,6 +63,26 @@ def test_one_revision_lists_its_facts_with_their_numbers(desk: Desk) -> None:
         run(desk, SHOW, revision="ffff")
     with pytest.raises(InputError, match="revision"):
         SHOW.arguments.of({})
+
+
+@pytest.mark.parametrize(
+    ("verb", "values", "argument"),
+    [
+        (SHOW, {"revision": "ffff"}, "revision"),
+        (CHECKOUT, {"revision": "zz"}, "revision"),
+        (REVERT, {"revision": "base"}, "revision"),
+        (REVERT, {"revision": "latest", "facts": (3,)}, "facts"),
+        (DIFF, {"before": "zz"}, "before"),
+        (DIFF, {"after": "zz"}, "after"),
+    ],
+)
+def test_an_error_names_the_field(
+    desk: Desk, verb: Verb[Any], values: dict[str, Any], argument: str
+) -> None:
+    n_before = len(desk.bench.log())
+    with pytest.raises(FactsmithError) as error:
+        run(desk, verb, **values)
+    assert error.value.argument == argument and len(desk.bench.log()) == n_before
 
 
 def test_a_revert_gives_the_base_back_bit_for_bit(desk: Desk, tmp_path: Path) -> None:

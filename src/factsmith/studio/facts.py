@@ -158,15 +158,13 @@ def naming_fields() -> Iterator[None]:
     """A block whose errors about a fact or its settings name the field of the form."""
     try:
         yield
-    except LayerError as error:
-        error.argument = "layers"
-        raise
-    except SubjectError as error:
-        error.argument = "subject"
-        raise
     except InputError as error:
-        if error.argument in (None, "config"):
-            error.argument = "settings"
+        if isinstance(error, LayerError):
+            error.argument = "layers"
+        elif isinstance(error, SubjectError):
+            error.argument = "subject"
+        elif error.argument is not None and error.argument not in FactArguments.model_fields:
+            error.argument = "settings"  # it names one of the method's settings
         raise
 
 
@@ -185,8 +183,12 @@ def wanted_of(arguments: FactArguments, workspace: Path) -> Wanted:
         named_values(arguments.settings),
         layers=list(arguments.layers) or None,
     )
-    with naming_fields():
-        recipe.check(sheet.facts)
+    try:
+        with naming_fields():
+            recipe.check(sheet.facts)
+    except InputError as error:
+        error.argument = error.argument or "settings"
+        raise
     changes = {} if recipe.layers is None else {"layers": recipe.layers}
     whole = dataclasses.replace(
         sheet,

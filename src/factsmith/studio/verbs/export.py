@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +29,7 @@ from ..desk import Desk, Place
 from ..facts import option_words, program, quoted, shell
 from ..names import checked_name, inside
 from ..verb import Answer, Verb
-from .ledger import NoArguments
+from .ledger import NoArguments, naming
 
 FormatName = Literal["adapter", "checkpoint", "patch", "gguf", "gguf-adapter"]
 
@@ -44,6 +45,8 @@ PURPOSES: Mapping[str, str] = {
 
 LARGEST_ARCHIVE = 500 * 10**6
 """Bytes of the files of an export that can be downloaded as one archive."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 
 _LONGEST_CARD = 20_000
 
@@ -87,7 +90,6 @@ class ExportArguments(Arguments):
     )
     base: str = Field(
         default="",
-        pattern=r"^([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)?$",
         title="Base model",
         description="The hub id of the base model to name in an adapter, as owner/name. Empty: "
         "where the model comes from.",
@@ -111,6 +113,13 @@ class ExportArguments(Arguments):
 
 
 def _export(desk: Desk, arguments: ExportArguments, progress: Progress) -> Answer:
+    if arguments.base and not _HUB_ID.fullmatch(arguments.base):
+        raise InputError(
+            f"base is {arguments.base[:80]!r}; give a hub id such as owner/name, or leave it out",
+            argument="base",
+        )
+    if arguments.format == "gguf" and desk.lm.gguf is None:
+        raise InputError(impossible(desk)["gguf"], argument="format")
     options = _options(arguments)
     target = _target(desk.folder, arguments)
     check_export(target, arguments.format, **options)
@@ -149,7 +158,8 @@ def _target(workspace: Path, arguments: ExportArguments) -> Path:
 def _check_patches(desk: Desk, format: str, revision: str | None) -> None:
     """Check before the work that there are patches, and that the format can hold them."""
     with desk.ledger() as ledger:
-        active = ledger.active(None if revision is None else ledger.resolve(revision))
+        with naming("revision"):
+            active = ledger.active(None if revision is None else ledger.resolve(revision))
         if not active:
             raise InputError(
                 "no patch is in effect there, so there is nothing to export; choose another "

@@ -20,7 +20,7 @@ from ...core.errors import InputError
 from ...core.files import check_writable, make_folder
 from ...core.progress import Progress, note, tell
 from ...core.tables import Table, counted
-from ...judge.campaign import Campaign
+from ...judge.campaign import Campaign, Judged
 from ...judge.evaluation import Evaluation
 from ...judge.layouts import LAYOUTS
 from ...judge.rows import BASE
@@ -165,7 +165,7 @@ def _evaluate(desk: Desk, arguments: EvaluateArguments, progress: Progress) -> A
         ),
         known_only=arguments.known_only,
     )
-    judged = campaign.run(progress=progress)
+    judged = _run(campaign, arguments.name, progress)
     tell(progress, "writing the report", 0, None)
     report = Report(
         runs=judged.evaluations,
@@ -183,6 +183,19 @@ def _evaluate(desk: Desk, arguments: EvaluateArguments, progress: Progress) -> A
         [share_chart(run) for run in report.runs],
         view={"name": arguments.name, "failures": report.failures()[:20]},
     )
+
+
+def _run(campaign: Campaign, name: str, progress: Progress) -> Judged:
+    """Run a campaign; an error about its folder is one about its name."""
+    try:
+        return campaign.run(progress=progress)
+    except InputError as error:
+        if error.argument != "folder":
+            raise
+        text = str(error).replace(str(campaign.folder), name)
+        raise InputError(
+            text.replace("choose another folder", "choose another name"), argument="name"
+        ) from None
 
 
 def _judged(desk: Desk, arguments: NoArguments, progress: Progress) -> Answer:

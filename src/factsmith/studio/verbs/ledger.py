@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlencode
 
 from pydantic import Field
 
-from ...core.errors import InputError
+from ...core.errors import InputError, RevisionError
 from ...core.identity import same_model
 from ...core.progress import Progress, tell
 from ...core.tables import Table, counted
@@ -107,6 +109,16 @@ class CapacityArguments(Arguments):
     )
 
 
+@contextlib.contextmanager
+def naming(field: str) -> Iterator[None]:
+    """A block whose errors about a revision name the field of the form."""
+    try:
+        yield
+    except RevisionError as error:
+        error.argument = error.argument or field
+        raise
+
+
 # ── reading ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -154,7 +166,7 @@ def _row(revision: Revision, current: str) -> dict[str, Any]:
 
 
 def _show(desk: Desk, arguments: RevisionArguments, progress: Progress) -> Answer:
-    with desk.ledger() as ledger:
+    with desk.ledger() as ledger, naming("revision"):
         revision = ledger.show(arguments.revision)
         current, head = ledger.current, ledger.head
     in_effect = set(revision.indices_in_effect or ())
@@ -184,6 +196,9 @@ def _show(desk: Desk, arguments: RevisionArguments, progress: Progress) -> Answe
 
 
 def _diff(desk: Desk, arguments: DiffArguments, progress: Progress) -> Answer:
+    for name in ("before", "after"):
+        with naming(name):
+            desk.bench.ledger.resolve(getattr(arguments, name))
     difference = desk.bench.diff(arguments.before, arguments.after, progress=progress)
     facts = [dict(vars(fact)) for fact in difference.facts]
     return Answer(
@@ -260,7 +275,8 @@ def _capacity(desk: Desk, arguments: CapacityArguments, progress: Progress) -> A
 def _checkout(desk: Desk, arguments: CheckoutArguments, progress: Progress) -> Answer:
     bench = desk.bench
     before = bench.lm.fingerprint
-    current = bench.checkout(arguments.revision)
+    with naming("revision"):
+        current = bench.checkout(arguments.revision)
     active, head = bench.ledger.active(), bench.ledger.head
     result: dict[str, Any] = {"current": current, "head": head, "active": len(active)}
     notes = [f"At {current[:10]}: {counted(len(active), 'patch', 'es')} in effect."]
@@ -283,21 +299,25 @@ def _checkout(desk: Desk, arguments: CheckoutArguments, progress: Progress) -> A
 
 def _revert(desk: Desk, arguments: RevertArguments, progress: Progress) -> Answer:
     bench = desk.bench
-    if any(number < 1 for number in arguments.facts):
+    with naming("revision"):
+        patch = bench.show(arguments.revision)
+    numbers = [index + 1 for index in patch.indices_in_effect or ()]
+    if arguments.facts and not set(arguments.facts) <= set(numbers):
         raise InputError(
-            f"facts is {list(arguments.facts)}; facts are numbered from 1, as the revision's page "
-            "numbers them",
+            f"facts is {list(arguments.facts)}; the facts of {patch.id[:10]} in effect are "
+            f"{', '.join(map(str, numbers)) or 'none'}. They are numbered from 1.",
             argument="facts",
         )
     before = bench.lm.fingerprint
     chosen = [number - 1 for number in arguments.facts] if arguments.facts else None
-    revision = bench.revert(
-        arguments.revision,
-        chosen,
-        force=arguments.force,
-        message=arguments.message,
-        progress=progress,
-    )
+    with naming("revision"):
+        revision = bench.revert(
+            arguments.revision,
+            chosen,
+            force=arguments.force,
+            message=arguments.message,
+            progress=progress,
+        )
     active = len(bench.ledger.active())
     done = f"Reverted {str(revision.reverts)[:10]}; recorded as {revision.id[:10]}. "
     done += f"{counted(active, 'patch', 'es')} in effect."

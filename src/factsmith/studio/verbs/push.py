@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from ...core.errors import InputError
+from ...core.errors import InputError, ServerError
 from ...core.progress import Progress, tell
 from ...keep.ledger import Ledger
 from ...keep.push.names import checked_alias
 from ...keep.push.push import check_push, push, roll_back
 from ...keep.push.served import Served, served
+from ...remote.client import is_url
 from ...remote.server import Server
 from ..arguments import Arguments
 from ..desk import Desk, Place
@@ -29,7 +30,6 @@ class PushArguments(Arguments):
 
     url: str = Field(
         title="Server",
-        pattern=r"^https?://\S+$",
         description="The address of vLLM or llama-server, such as http://127.0.0.1:8000. A key in "
         "the environment variable FACTSMITH_API_KEY is sent to it.",
     )
@@ -64,7 +64,6 @@ class ServedArguments(Arguments):
 
     url: str = Field(
         title="Server",
-        pattern=r"^https?://\S+$",
         description="The address of vLLM or llama-server, such as http://127.0.0.1:8000. A key in "
         "the environment variable FACTSMITH_API_KEY is sent to it.",
     )
@@ -89,7 +88,7 @@ def _push(desk: Desk, arguments: PushArguments, progress: Progress) -> Answer:
         "dtype": arguments.dtype or None,
     }
     bench = desk.bench
-    with Server.open(arguments.url, progress=progress) as server:
+    with _opened(arguments.url, progress) as server:
         if arguments.rollback:
             back = roll_back(
                 bench.ledger,
@@ -117,7 +116,7 @@ def _push(desk: Desk, arguments: PushArguments, progress: Progress) -> Answer:
 
 
 def _served(desk: Desk, arguments: ServedArguments, progress: Progress) -> Answer:
-    with Ledger(desk.folder) as ledger, Server.open(arguments.url, progress=progress) as server:
+    with Ledger(desk.folder) as ledger, _opened(arguments.url, progress) as server:
         result: Served = served(ledger, server, prove=arguments.prove, progress=progress)
     notes = [] if result.model is None else [f"Ask for the model {result.model}."]
     return Answer(
@@ -128,6 +127,25 @@ def _served(desk: Desk, arguments: ServedArguments, progress: Progress) -> Answe
         view={"up_to_date": result.up_to_date, "url": arguments.url},
         failed=bool(result.problems),
     )
+
+
+def _opened(url: str, progress: Progress) -> Server:
+    """Return a connection to a server.
+
+    Raises:
+        InputError: when it is not an address.
+        ServerError: when it does not answer.
+    """
+    if not is_url(url):
+        raise InputError(
+            f"url is {url[:80]!r}; give the address of a server, such as http://127.0.0.1:8000",
+            argument="url",
+        )
+    try:
+        return Server.open(url, progress=progress)
+    except ServerError as error:
+        error.argument = "url"
+        raise
 
 
 # ── the same as code and as a command ─────────────────────────────────────────────────────────────
