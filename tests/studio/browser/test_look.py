@@ -243,6 +243,26 @@ def test_an_answer_comes_in_place_and_its_address_is_short(show: Open) -> None:
     assert watch.problems == []
 
 
+def test_what_cannot_be_combined_is_greyed_out_with_the_reason(show: Open) -> None:
+    page, watch = show("/trace/trace")
+    page.fill("[name=prompt]", PROMPT)
+    page.fill("[name=subject]", "Bulgaria")
+    page.locator("summary", has_text="More settings").click()
+    page.wait_for_load_state("networkidle")
+    assert page.locator("[name=sever]").is_enabled()
+    page.locator("[name=fast][type=checkbox]").focus()
+    with page.expect_response("**/form/trace?**"):
+        page.keyboard.press("Space")
+    assert until(page.locator("[name=sever]").is_disabled)
+    assert until(lambda: page.locator("details.advanced[open]").count() == 1), "it stays unfolded"
+    assert "cannot" in page.locator("#help-sever").inner_text()
+    assert page.evaluate("() => document.activeElement.name") == "fast", "the focus stays"
+    page.locator("button.main").click()
+    page.locator(DRAWN).first.wait_for()
+    assert page.url.endswith("subject=Bulgaria&fast=true")
+    assert refused(page) == [] and watch.problems == []
+
+
 def test_code_is_copied(show: Open, running: Any) -> None:
     page, _ = show(TRACE)
     page.context.grant_permissions(["clipboard-read", "clipboard-write"], origin=running.base)

@@ -138,8 +138,10 @@
     }
     unfolded = [...document.querySelectorAll("details[id][open]")].map((each) => each.id);
   });
-  document.addEventListener("htmx:afterSettle", (event) => {
+  document.addEventListener("htmx:afterSwap", () => {
     for (const id of unfolded) document.getElementById(id)?.setAttribute("open", "");
+  });
+  document.addEventListener("htmx:afterSettle", (event) => {
     showTheme();
     reach();
     if (!event.detail.requestConfig?.elt?.matches("form.verb")) return;
