@@ -19,7 +19,7 @@ from factsmith.studio.arguments import Source
 from factsmith.studio.desk import Place
 from factsmith.studio.session import Studio
 from factsmith.studio.verb import Verb
-from factsmith.studio.verbs import ask, explain, lens, memory, neurons, trace
+from factsmith.studio.verbs import ask, explain, find, lens, memory, neurons, trace
 from factsmith.studio.verbs.calls import call, command, literal, program
 from reading_rooms import patched_studio, run
 from studios import LEV
@@ -122,7 +122,7 @@ CASES: list[tuple[Verb[Any], dict[str, Any]]] = [
     ),
     (trace.AT, {"prompt": LEV, "layer": 1, "position": 3, "top": 4}),
     (lens.LENS, {"prompt": LEV, "target": "lev", "top": 2}),
-    (memory.FIND, {"word": "Paris", "top": 3}),
+    (find.FIND, {"word": "Paris", "top": 3}),
     (memory.NEURON, {"layer": 5, "number": 992, "facts": 1, "top": 3, "revision": "base"}),
     (memory.INTERVENE, {"prompt": LEV, "neurons": ["1 296", "0:3"], "factor": 3}),
     (memory.CENSUS, {"quick": True}),

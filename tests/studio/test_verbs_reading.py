@@ -9,21 +9,22 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from factsmith.core.errors import FactsmithError, InputError
+from factsmith.core.errors import FactsmithError, InputError, NumericsError
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import load
+from factsmith.read import index_store
 from factsmith.studio.app import create_app
 from factsmith.studio.desk import Desk
 from factsmith.studio.rooms import ROOMS
 from factsmith.studio.session import Studio
 from factsmith.studio.verb import Verb
-from factsmith.studio.verbs import ask, explain, lens, memory, neurons, trace
+from factsmith.studio.verbs import ask, explain, find, index, lens, memory, neurons, trace
 from factsmith.studio.verbs.ask import AskArguments, difference, sources_of
 from factsmith.studio.verbs.lens import LensArguments
-from factsmith.studio.verbs.memory import FindArguments, InterveneArguments, NeuronArguments
+from factsmith.studio.verbs.memory import InterveneArguments, NeuronArguments
 from factsmith.studio.verbs.neurons import NeuronsArguments
 from factsmith.studio.verbs.trace import AtArguments, TraceArguments, unsupported
-from reading_rooms import PATIENCE, patched_studio, run
+from reading_rooms import PATIENCE, TOKENS, patched_studio, run
 from studios import LEV
 
 
@@ -240,7 +241,7 @@ def test_the_lens_says_where_the_answer_stays(studio: Studio, desk: Desk) -> Non
 
 
 def test_find_links_to_cards_and_a_card_to_its_trials(studio: Studio, desk: Desk) -> None:
-    answer = run(studio, memory.FIND, word="Paris", top=4, revision="base")
+    answer = run(studio, find.FIND, word="Paris", top=4, revision="base")
     assert len(answer.result["promoted_by"]) == len(answer.view["promoting_links"]) == 4
     assert len(answer.view["firing_links"]) == len(answer.result["triggers"])
     neuron = NeuronArguments.of_query(pairs_of(answer.view["promoting_links"][0]))
@@ -266,6 +267,82 @@ def test_intervene_changes_the_answer_and_leaves_the_model(studio: Studio, desk:
     with pytest.raises(InputError) as refused:
         run(studio, memory.INTERVENE, prompt=LEV, neurons=["99 0"])
     assert "layer 99" in str(refused.value)
+
+
+def test_numbers_that_overflow_are_refused_by_their_field(studio: Studio) -> None:
+    with pytest.raises(NumericsError) as refused:
+        run(studio, memory.INTERVENE, prompt=LEV, neurons=["1 296"], factor=1e30)
+    assert refused.value.argument == "factor"
+
+
+@pytest.mark.parametrize(
+    ("verb", "values", "field"),
+    [
+        (ask.ASK, {"prompt": " "}, "prompt"),
+        (ask.ASK, {"prompt": "word " * 3000}, "prompt"),
+        (explain.EXPLAIN, {"prompt": LEV, "target": "\n"}, "target"),
+        (explain.EXPLAIN, {"prompt": LEV, "target": "lev", "instead_of": "lev"}, "instead_of"),
+        (lens.LENS, {"prompt": ""}, "prompt"),
+        (lens.LENS, {"prompt": "word " * 3000}, "prompt"),
+        (trace.TRACE, {"prompt": LEV, "subject": ""}, "subject"),
+        (trace.TRACE, {"prompt": LEV, "subject": "Bulgaria", "occurrence": 2}, "occurrence"),
+        (trace.TRACE, {"prompt": LEV, "subject": "Bulgaria", "target": "euros"}, "force"),
+        (trace.AT, {"prompt": LEV, "layer": 99}, "layer"),
+        (trace.AT, {"prompt": LEV, "layer": 0, "position": 99}, "position"),
+        (neurons.NEURONS, {"prompt": "word " * 3000}, "prompt"),
+        (memory.NEURON, {"layer": 99, "number": 0}, "layer"),
+        (memory.NEURON, {"layer": 0, "number": 99999}, "number"),
+        (memory.INTERVENE, {"prompt": LEV, "neurons": ["0 99999"]}, "neurons"),
+        (memory.INTERVENE, {"prompt": LEV, "neurons": ["99 0"]}, "neurons"),
+        (memory.INTERVENE, {"prompt": "word " * 3000, "neurons": ["0 1"]}, "prompt"),
+        (find.FIND, {"word": "  "}, "word"),
+    ],
+)
+def test_what_is_refused_names_its_field(
+    studio: Studio, verb: Verb[Any], values: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(InputError) as refused:
+        run(studio, verb, revision="base", **values)
+    assert refused.value.argument == field, refused.value
+
+
+def test_without_an_index_pages_say_so_and_offer_to_build_it(
+    studio: Studio, client: TestClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FACTSMITH_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr(index_store, "_TOKENS", TOKENS)
+    address = find.FindArguments(word="Paris", revision="base", top=3).address
+    word = run(studio, find.FIND, word="Paris", revision="base", top=3)
+    assert word.result["triggers"] is None and len(word.result["promoted_by"]) == 3
+    page = client.get(address("/memory/find")).text
+    assert 'action="/memory/index"' in page and 'value="base"' in page
+    layer, number = word.result["promoted_by"][0]["neuron"]
+    card = run(studio, memory.NEURON, layer=layer, number=number, revision="base", facts=1, top=3)
+    assert card.result["triggers"] is None and len(card.result["facts"]) == 1
+    with pytest.raises(InputError) as refused:
+        run(studio, memory.CENSUS, quick=False, revision="base")
+    assert refused.value.argument == "quick"
+
+    built = run(studio, index.INDEX, revision="base")
+    assert built.result["n_tokens"] == TOKENS and str(tmp_path) in built.result["index"]
+    page = client.get(address("/memory/find")).text
+    assert 'action="/memory/index"' not in page and "neurons that fire after" in page
+    whole = run(studio, memory.NEURON, layer=layer, number=number, revision="base", facts=1, top=3)
+    assert whole.result["triggers"] and whole.result["histogram"]["counts"]
+    for ends in ("promotes", "demotes", "facts"):
+        for one, other in zip(card.result[ends], whole.result[ends], strict=True):
+            assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_an_index_of_a_revision_is_of_its_weights(
+    studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FACTSMITH_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr(index_store, "_TOKENS", TOKENS)
+    folders = {run(studio, index.INDEX, revision=each).result["index"] for each in ("base", "")}
+    assert len(folders) == 2
+    assert run(studio, find.FIND, word="Paris", top=2).result["index"] in folders
+    assert run(studio, ask.ASK, prompt=LEV).result["answer"].startswith("euro"), "it is as before"
 
 
 @pytest.mark.parametrize("text", ["5 992", "5:992", "(5, 992)", "5.992"])
@@ -325,7 +402,7 @@ def test_hostile_texts_stay_texts(client: TestClient, studio: Studio) -> None:
         (explain.EXPLAIN, explain.ExplainArguments(prompt=HOSTILE)),
         (lens.LENS, LensArguments(prompt=HOSTILE)),
         (trace.AT, AtArguments(prompt=HOSTILE, layer=0)),
-        (memory.FIND, FindArguments(word=HOSTILE)),
+        (find.FIND, find.FindArguments(word=HOSTILE)),
         (memory.INTERVENE, InterveneArguments(prompt=HOSTILE, neurons=["0 1"])),
         (trace.TRACE, TraceArguments(prompt=f"{HOSTILE} is", subject=HOSTILE)),
         (neurons.NEURONS, NeuronsArguments(prompt=HOSTILE, target=HOSTILE, force=True)),

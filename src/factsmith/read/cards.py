@@ -31,6 +31,8 @@ from .fact_adds import FactPair, known_facts, most_added
 from .index import Index
 from .index_store import find_index
 from .triggers import Trigger
+from .unembedding import find_unembedding, output_scales
+from .values import tokens_of
 
 
 @dataclass(frozen=True)
@@ -129,20 +131,72 @@ class Card(Shown):
             ),
             _trigger_table("fires most at", self.triggers),
             _trigger_table("is lowest at", self.bottom[:3]),
-            self._fact_table(),
+            _fact_table(self.facts, self.n_asked),
         ]
 
-    def _fact_table(self) -> Table:
-        if not self.facts:
-            return Table("it adds to no fact asked", {})
-        return Table(
-            f"the facts it adds most to, of {self.n_asked:,} known ones",
-            {"p": ">", "p without it": ">", "fact": "<"},
-            [
-                (f"{use.p:z.1%}", f"{use.p_silenced:z.1%}", f"{use.prompt} {use.answer}")
-                for use in self.facts
-            ],
-        )
+
+def _fact_table(facts: Sequence[FactUse], n_asked: int) -> Table:
+    """Return the facts that a neuron adds most to as a table."""
+    if not facts:
+        return Table("it adds to no fact asked", {})
+    return Table(
+        f"the facts it adds most to, of {n_asked:,} known ones",
+        {"p": ">", "p without it": ">", "fact": "<"},
+        [
+            (f"{use.p:z.1%}", f"{use.p_silenced:z.1%}", f"{use.prompt} {use.answer}")
+            for use in facts
+        ],
+    )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True, repr=False)
+class ValueCard(Shown):
+    """What is known of a neuron without an index: no text was scanned.
+
+    Attributes:
+        neuron: (layer, i) or (layer, expert, i).
+        model: The name that the model was loaded by.
+        promotes: The tokens that its value promotes, with scores.
+        demotes: The tokens that it demotes, with scores.
+        facts: As of a `Card`.
+        n_asked: Number of known facts.
+    """
+
+    neuron: Neuron
+    model: str
+    promotes: tuple[tuple[str, float], ...]
+    demotes: tuple[tuple[str, float], ...]
+    facts: tuple[FactUse, ...]
+    n_asked: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as JSON-able values; what an index would add is None."""
+        return {
+            "neuron": list(self.neuron),
+            "promotes": [{"token": token, "score": score} for token, score in self.promotes],
+            "demotes": [{"token": token, "score": score} for token, score in self.demotes],
+            "triggers": None,
+            "bottom": None,
+            "fired": None,
+            "histogram": None,
+            "facts": [dict(vars(fact)) for fact in self.facts],
+            "n_asked": self.n_asked,
+            "model": self.model,
+            "n_texts": None,
+            "n_tokens": None,
+        }
+
+    def tables(self) -> list[Table]:
+        """Return the value's tokens, and the facts."""
+        value = [
+            ("promotes", quoted([token for token, _ in self.promotes])),
+            ("demotes", quoted([token for token, _ in self.demotes])),
+        ]
+        name = " ".join(map(str, self.neuron))
+        return [
+            Table(f"neuron {name} of {self.model}", {"": "<", " ": "<"}, value),
+            _fact_table(self.facts, self.n_asked),
+        ]
 
 
 def _trigger_table(name: str, triggers: Sequence[Trigger]) -> Table:
@@ -217,6 +271,39 @@ def card(
         fired=float(scanned.banks[bank].fired[i]),
         edges=edges,
         counts=counts,
+        facts=_uses(lm, known, address, bank, n_facts),
+        n_asked=len(known),
+    )
+
+
+@asking()
+def value_card(lm: LanguageModel, neuron: Neuron, *, k: int = 10, n_facts: int = 5) -> ValueCard:
+    """Return what is known of a neuron without an index.
+
+    Args:
+        lm: The model.
+        neuron: (layer, i) or (layer, expert, i).
+        k: Number of tokens to show.
+        n_facts: Number of facts for which to silence the neuron.
+
+    Raises:
+        LayerError: when the model does not have the neuron.
+        UnsupportedModelError: as `find_unembedding`.
+    """
+    check_model(lm)
+    k = check_count(k, "k", "the number of tokens to show")
+    n_facts = check_count(n_facts, "n_facts", "the number of facts to try", least=0)
+    layer, place, i = find_neuron(lm.ffn, neuron)
+    bank: Bank = (layer, place) if lm.ffn[layer].n_experts else (layer,)
+    address: Neuron = (*bank, i)
+    head, scales = find_unembedding(lm), output_scales(lm)
+    promotes, demotes = tokens_of(lm, head, scales, [address] * 2, [False, True], k)
+    known = known_facts(lm, None, 0)
+    return ValueCard(
+        neuron=address,
+        model=lm.name,
+        promotes=tuple(promotes),
+        demotes=tuple((token, -score) for token, score in demotes),
         facts=_uses(lm, known, address, bank, n_facts),
         n_asked=len(known),
     )

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-from ..core.cache import cached
+from ..core.cache import cache_folders, cached
 from ..core.checks import check_count, check_limit, check_text
 from ..core.errors import DamagedError, InputError
 from ..core.files import folder_path
@@ -29,7 +29,7 @@ from ..model.language_model import LanguageModel, check_model
 from ..model.sample import own_text
 from .index import Index, build_index, check_place, complete_index
 from .text_search import TEXTS
-from .triggers import Triggers, holds_triggers
+from .triggers import TRIGGERS, Triggers, holds_triggers
 
 _TOKENS = 100_000
 """Tokens that are scanned without a text: about a minute for the bundled models."""
@@ -105,6 +105,35 @@ def find_index(
         limit = _TOKENS if max_tokens is None else limit
         texts = _own_words(lm, int(limit), seed, progress)
     return build_index(lm, texts, place, max_tokens=limit, progress=progress)
+
+
+def kept_index(
+    lm: LanguageModel,
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    progress: Progress | None = None,
+) -> Index | None:
+    """Return the index that `find_index` would open, or None where it would build one first.
+
+    Args:
+        lm: The model.
+        folder: As `find_index`.
+        progress: Gets how far the missing parts of an index are.
+
+    Raises:
+        FingerprintError: when the folder is another model's.
+        FactsmithError: as `Index.open`.
+    """
+    check_model(lm)
+    texts, limit = (None, 0) if _writes_its_own(lm, folder) else (ordinary_texts(), _TOKENS)
+    place = _cached(lm, texts, limit) if folder is None else folder_path(folder)
+    return complete_index(lm, place, progress) if holds_triggers(place, lm) else None
+
+
+def kept_indices() -> tuple[tuple[str, int], ...]:
+    """Return the name of each index in the caches, and when its triggers were written."""
+    files = (path for folder in cache_folders() for path in folder.glob(f"index/*/{TRIGGERS}"))
+    return tuple(sorted((path.parent.name, path.stat().st_mtime_ns) for path in files))
 
 
 def _writes_its_own(lm: LanguageModel, folder: str | os.PathLike[str] | None) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..core.checks import check_count, check_number
-from ..core.errors import InputError
+from ..core.errors import InputError, NumericsError
 from ..core.tables import Shown, Table, counted, in_one_line
 from ..model.address import Neuron, find_neurons
 from ..model.intervene import intervene
@@ -125,6 +125,7 @@ def ask_scaled(
     Raises:
         LayerError: The model has no such neuron.
         InputError: The prompt is empty, there is no neuron, or a number is not accepted.
+        NumericsError: The scale is so large that the model's numbers overflow.
     """
     check_model(lm)
     scale = check_number(scale, "scale", "the factor on each coefficient")
@@ -160,5 +161,10 @@ def ask_scaled(
 def _ask(lm: LanguageModel, prompt: str, max_new_tokens: int) -> tuple[str, Tensor]:
     """Return the answer, and the logarithms of the next token's distribution: (vocab,)."""
     answer = lm.answer([prompt], max_new_tokens=max_new_tokens)[0]
-    logits = lm.last_logits(lm.batch([prompt]))[0]
-    return answer, torch.log_softmax(logits.float(), -1).cpu()
+    log_p = torch.log_softmax(lm.last_logits(lm.batch([prompt]))[0].float(), -1).cpu()
+    if not bool(log_p.isfinite().all()):
+        raise NumericsError(
+            "the probabilities of the next token are not finite. Give a scale nearer to 1.",
+            argument="scale",
+        )
+    return answer, log_p

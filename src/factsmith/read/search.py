@@ -17,8 +17,8 @@ from ..core.checks import check_count
 from ..core.progress import Progress
 from ..core.tables import Shown, Table, counted, ending
 from ..model.language_model import LanguageModel, check_model
-from .index import Firing
-from .index_store import find_index
+from .index import Firing, Index
+from .index_store import find_index, kept_index
 from .phrase import folded
 from .promoters import Promotion, promoters
 
@@ -30,19 +30,19 @@ class WordNeurons(Shown):
     Attributes:
         word: The word or phrase.
         promoting: Neurons whose values promote it.
-        firing: Neurons that fire after it.
-        n_texts: Number of texts that the index was made from.
-        n_tokens: Number of their tokens.
-        index: The folder of the index.
+        firing: Neurons that fire after it. None: there is no index.
+        n_texts: Number of texts that the index was made from. None: there is no index.
+        n_tokens: Number of their tokens. None: there is no index.
+        index: The folder of the index. None: there is none.
         model: The name that the model was loaded by.
     """
 
     word: str
     promoting: tuple[Promotion, ...]
-    firing: tuple[Firing, ...]
-    n_texts: int
-    n_tokens: int
-    index: str
+    firing: tuple[Firing, ...] | None
+    n_texts: int | None
+    n_tokens: int | None
+    index: str | None
     model: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -53,7 +53,9 @@ class WordNeurons(Shown):
                 {"neuron": list(p.neuron), "token": p.token, "rank": p.rank, "score": p.score}
                 for p in self.promoting
             ],
-            "triggers": [
+            "triggers": None
+            if self.firing is None
+            else [
                 {
                     "neuron": list(f.neuron),
                     "share": f.share,
@@ -70,10 +72,12 @@ class WordNeurons(Shown):
 
     def tables(self) -> list[Table]:
         """Return the neurons that promote the word, those that fire after it, and the texts."""
+        if self.firing is None or self.n_texts is None or self.n_tokens is None:
+            return [self._promoting_table()]
         texts = f"{counted(self.n_texts, 'text')}, {counted(self.n_tokens, 'token')}"
         return [
             self._promoting_table(),
-            self._firing_table(),
+            self._firing_table(self.firing),
             Table(f"from {texts}, in {self.index}", {}),
         ]
 
@@ -93,16 +97,16 @@ class WordNeurons(Shown):
             ],
         )
 
-    def _firing_table(self) -> Table:
+    def _firing_table(self, firing: tuple[Firing, ...]) -> Table:
         title = f"neurons that fire after {self.word!r}"
-        if not self.firing:
+        if not firing:
             return Table(f"{title}: none, in the texts that were scanned", {})
         return Table(
             title,
             {"neuron": "<", "share": ">", "strongest such trigger": "<"},
             [
                 (" ".join(map(str, f.neuron)), f"{f.share:z.0%}", ending(f.trigger.prefix))
-                for f in self.firing
+                for f in firing
             ],
         )
 
@@ -138,12 +142,48 @@ def search_word(
     k = check_count(k, "k", "the number of neurons to find")
     promoting = promoters(lm, word, k)
     index = find_index(lm, folder, texts=texts, max_tokens=max_tokens, seed=seed, progress=progress)
+    return _word_neurons(lm, word, promoting, index, k)
+
+
+def search_kept(
+    lm: LanguageModel,
+    word: str,
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    k: int = 20,
+    progress: Progress | None = None,
+) -> WordNeurons:
+    """Return what `search_word` returns, without building an index.
+
+    Where there is none, only values are searched.
+
+    Args:
+        lm: The model.
+        word: As `search_word`.
+        folder: As `find_index`.
+        k: At most so many neurons of either kind.
+        progress: Gets how far the missing parts of an index are.
+
+    Raises:
+        InputError: when the word is empty.
+        FactsmithError: as `promoters` and `kept_index`.
+    """
+    check_model(lm)
+    k = check_count(k, "k", "the number of neurons to find")
+    promoting = promoters(lm, word, k)
+    return _word_neurons(lm, word, promoting, kept_index(lm, folder, progress=progress), k)
+
+
+def _word_neurons(
+    lm: LanguageModel, word: str, promoting: list[Promotion], index: Index | None, k: int
+) -> WordNeurons:
+    """Return the neurons of a word; None instead of those that fire where there is no index."""
     return WordNeurons(
         word=word,
         promoting=tuple(promoting),
-        firing=tuple(index.triggered_by(word, k)),
-        n_texts=index.triggers.n_texts,
-        n_tokens=index.triggers.n_tokens,
-        index=str(index.folder),
+        firing=None if index is None else tuple(index.triggered_by(word, k)),
+        n_texts=None if index is None else index.triggers.n_texts,
+        n_tokens=None if index is None else index.triggers.n_tokens,
+        index=None if index is None else str(index.folder),
         model=lm.name,
     )

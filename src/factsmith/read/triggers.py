@@ -249,7 +249,7 @@ class Triggers(Shown):
             for name, tensor in _named_tensors(triggers).items():
                 tensors[f"{bank_name(bank)}/{name}"] = tensor
         described = {name: str(getattr(self, name)) for name in _DESCRIBED}
-        write_tensors(Path(folder) / _FILE, tensors, {"format": FORMAT, **described})
+        write_tensors(Path(folder) / TRIGGERS, tensors, {"format": FORMAT, **described})
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], lm: LanguageModel | None = None) -> Triggers:
@@ -264,16 +264,16 @@ class Triggers(Shown):
             FingerprintError: when the triggers belong to another model than `lm`.
         """
         tensors, metadata = read_artefact(
-            Path(folder) / _FILE, "triggers", FORMAT, "find_triggers", "scan the corpus again"
+            Path(folder) / TRIGGERS, "triggers", FORMAT, "find_triggers", "scan the corpus again"
         )
-        with believing(Path(folder) / _FILE, "an index of triggers", "scan the corpus again"):
+        with believing(Path(folder) / TRIGGERS, "an index of triggers", "scan the corpus again"):
             triggers = cls._read(tensors, metadata)
         if lm is not None:
             _check_model(metadata, folder, lm)
             sizes = {bank: each.d_ff for bank, each in banks(lm).items()}
             if wrong := [b for b, x in triggers.banks.items() if sizes.get(b) != len(x.fired)]:
                 raise DamagedError(
-                    f"{Path(folder) / _FILE} holds triggers of bank {wrong[0]}, which {lm.name} "
+                    f"{Path(folder) / TRIGGERS} holds triggers of bank {wrong[0]}, which {lm.name} "
                     "does not have in that size; scan the corpus again"
                 )
         return triggers
@@ -312,7 +312,7 @@ def holds_triggers(folder: str | os.PathLike[str], lm: LanguageModel) -> bool:
     Raises:
         FingerprintError: when it holds triggers of another model.
     """
-    path = Path(folder) / _FILE
+    path = Path(folder) / TRIGGERS
     if path.is_file():
         _check_model(read_metadata(path), folder, lm)
     return path.is_file()
@@ -330,7 +330,7 @@ def _check_model(
         )
 
 
-_FILE = "triggers.safetensors"
+TRIGGERS = "triggers.safetensors"
 
 _DESCRIBED = ("model", "fingerprint", "corpus", "n_texts", "n_tokens")
 

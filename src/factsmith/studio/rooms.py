@@ -11,7 +11,7 @@ from typing import Any
 
 from .arguments import Arguments
 from .verb import Verb
-from .verbs import ask, explain, lens, memory, neurons, trace
+from .verbs import ask, explain, find, index, lens, memory, neurons, trace
 from .verbs.export import EXPORTING
 from .verbs.judge import JUDGING
 from .verbs.ledger import KEEPING
@@ -69,8 +69,8 @@ ROOMS: tuple[Room, ...] = (
         "memory",
         "Memory",
         "Search the neurons, read their cards, and silence or amplify them.",
-        (memory.FIND, memory.NEURON, memory.INTERVENE, memory.CENSUS),
-        ("find", "neuron", "intervene", "census"),
+        (find.FIND, memory.NEURON, memory.INTERVENE, memory.CENSUS, index.INDEX),
+        ("find", "neuron", "intervene", "census", "index"),
     ),
     Room(
         "patch",

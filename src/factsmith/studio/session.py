@@ -104,6 +104,7 @@ class Studio:
                 arguments.model_dump_json(),
                 self.standing.current,
                 self.standing.head,
+                None if verb.depends is None else verb.depends(),
             )
 
         return self.jobs.submit(self._work(verb, arguments, key))

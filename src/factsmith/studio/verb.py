@@ -12,7 +12,7 @@ page's address, the body of its API call and the text of OpenAPI.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
@@ -74,6 +74,7 @@ class Verb(Generic[A]):
         template: The template in the folder `answers` that shows its answer.
         button: What the button of its form says.
         needs_form: Whether the page waits for the user's input. False: it runs as it is opened.
+        depends: Returns what else decides a cached answer, such as files outside the workspace.
         options: Returns what the fields of the form offer, where that depends on the workspace.
         disabled: Returns why fields cannot be used now, by their names; "" names the whole form.
         examples: Returns arguments to begin with, each after a few words.
@@ -92,6 +93,7 @@ class Verb(Generic[A]):
     template: str = "answer.html"
     button: str = "Run"
     needs_form: bool = True
+    depends: Callable[[], Hashable] | None = None
     options: Callable[[Desk], Mapping[str, Sequence[Any]]] | None = None
     disabled: Callable[[Desk, Mapping[str, Any]], Mapping[str, str]] | None = None
     examples: Callable[[Desk], Sequence[tuple[str, A]]] | None = None

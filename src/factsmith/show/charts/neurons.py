@@ -12,7 +12,7 @@ fact_chart(card)                          the facts that it takes part in, with 
 from __future__ import annotations
 
 from ...locate.neurons import KnowledgeNeurons
-from ...read.cards import Card
+from ...read.cards import Card, ValueCard
 from ...read.token_neurons import TokenNeurons
 from .axes import (
     amount,
@@ -119,7 +119,7 @@ def share_bars(neurons: TokenNeurons) -> Chart:
     )
 
 
-def promoted_bars(card: Card) -> Chart:
+def promoted_bars(card: Card | ValueCard) -> Chart:
     """Chart the tokens that a neuron's value promotes and demotes, with their scores."""
     both = [*card.promotes, *card.demotes]
     labels = distinct([short(token_label(token)) for token, _ in both])
@@ -181,7 +181,7 @@ def histogram(card: Card) -> Chart:
     )
 
 
-def fact_chart(card: Card) -> Chart:
+def fact_chart(card: Card | ValueCard) -> Chart:
     """Chart the probability of the facts that a neuron takes part in, with it and without it."""
     labels = distinct([tail(f"{fact.prompt} {fact.answer}") for fact in card.facts])
     rows = [

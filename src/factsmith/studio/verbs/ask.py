@@ -27,7 +27,7 @@ from ..desk import Desk, Place
 from ..verb import Answer, Verb
 from .calls import call, command, literal, program
 from .explain import ExplainArguments
-from .fields import PROMPT, Continued, prompts_for, unless
+from .fields import PROMPT, Continued, Text, naming, prompts_for, unless
 from .lens import LensArguments
 
 _SEEN = 256
@@ -37,7 +37,7 @@ _SEEN = 256
 class AskArguments(Continued):
     """What to ask, and whom."""
 
-    prompt: str = Field(
+    prompt: Text = Field(
         title="Prompt",
         description="The text that the model continues.",
         json_schema_extra=PROMPT,
@@ -141,7 +141,7 @@ def _run_ask(desk: Desk, arguments: AskArguments, tell: Progress) -> Answer:
     for n, (model, revision) in enumerate(sources):
         tell("asking", n, len(sources))
         identity = desk.resolve(revision, model)
-        with desk.carrying(model, revision, tell) as lm:
+        with desk.carrying(model, revision, tell) as lm, naming("prompt"):
             known = identity if desk.is_own(model) else None
             asked.append(_ask(lm, arguments, _label(model, revision, identity), known))
     top = arguments.top

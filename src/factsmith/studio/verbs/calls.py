@@ -104,6 +104,11 @@ def command(
     return [*lines, shlex.join(["factsmith", verb, *flags, *guard, *rest])]
 
 
+def no_command(arguments: Source, place: Place) -> list[str]:
+    """Return no line: there is no such command."""
+    return []
+
+
 def _flag(flag: str, value: object) -> list[str]:
     """Return an option as words."""
     if value is None or value is False or value in ("", [], ()):

@@ -13,24 +13,24 @@ from ..arguments import Source
 from ..desk import Desk, Place
 from ..verb import Answer, Verb
 from .calls import call, command, literal, program
-from .fields import PROMPT, is_bundled, prompts_for, unless
+from .fields import PROMPT, OptionalText, Text, is_bundled, naming, prompts_for, unless
 from .memory import card_links
 
 
 class ExplainArguments(Source):
     """Which prediction to explain."""
 
-    prompt: str = Field(
+    prompt: Text = Field(
         title="Prompt",
         description="The text. The token that follows it is explained.",
         json_schema_extra=PROMPT,
     )
-    target: str = Field(
+    target: OptionalText = Field(
         default="",
         title="Answer",
         description="The answer to explain. Empty: what the model says.",
     )
-    instead_of: str = Field(
+    instead_of: OptionalText = Field(
         default="",
         title="Instead of",
         description="Explain why the answer and not this text: shares of the logits' difference.",
@@ -55,7 +55,7 @@ class ExplainArguments(Source):
 
 def _run_explain(desk: Desk, arguments: ExplainArguments, tell: Progress) -> Answer:
     """Explain one prediction."""
-    with desk.reading(arguments, tell) as lm:
+    with desk.reading(arguments, tell) as lm, naming("prompt", contrast="instead_of"):
         composition = compose(
             lm,
             arguments.prompt,

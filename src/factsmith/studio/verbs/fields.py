@@ -2,14 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from ...atlas import names
+from ...core.errors import InputError, NumericsError
 from ..arguments import Source
 from ..desk import Desk
+
+
+def _has_text(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is empty; give some text")
+    return text
+
+
+def _is_not_blank(text: str) -> str:
+    if text and not text.strip():
+        raise ValueError("is blank; give some text, or leave it empty")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_has_text)]
+"""A text that must be given."""
+
+OptionalText = Annotated[str, AfterValidator(_is_not_blank)]
+"""A text that may be left empty."""
+
+
+@contextmanager
+def naming(argument: str, **others: str) -> Iterator[None]:
+    """Name the field of an error that names none, or that names it otherwise.
+
+    Args:
+        argument: The field that an error is about which names none.
+        others: {the name that an error has: the field}.
+    """
+    try:
+        yield
+    except (InputError, NumericsError) as error:
+        error.argument = others.get(error.argument or "", error.argument) or argument
+        raise
+
 
 LARGEST_SEED = 2**32 - 1
 """The largest seed of numpy's RandomState."""

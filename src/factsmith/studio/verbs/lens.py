@@ -17,21 +17,20 @@ from ...show.charts.predictions import answer_line, lens_map
 from ..arguments import Source
 from ..desk import Desk, Place
 from ..verb import Answer, Verb
-from .calls import call, literal, program
-from .fields import PROMPT, prompts_for
-from .memory import no_command
+from .calls import call, literal, no_command, program
+from .fields import PROMPT, OptionalText, Text, naming, prompts_for
 from .trace import AtArguments
 
 
 class LensArguments(Source):
     """What to read through the lens."""
 
-    prompt: str = Field(
+    prompt: Text = Field(
         title="Prompt",
         description="The text. Each of its tokens is read after each layer.",
         json_schema_extra=PROMPT,
     )
-    target: str = Field(
+    target: OptionalText = Field(
         default="",
         title="Answer",
         description="The answer whose rank is followed. Empty: what the model says.",
@@ -48,7 +47,7 @@ class LensArguments(Source):
 
 def _run_lens(desk: Desk, arguments: LensArguments, tell: Progress) -> Answer:
     """Read every state of a text as tokens."""
-    with desk.reading(arguments, tell) as lm:
+    with desk.reading(arguments, tell) as lm, naming("prompt"):
         read = lens(lm, arguments.prompt, target=arguments.target or None, top=arguments.top)
 
     def neurons_at(row: Mapping[str, Any]) -> str:

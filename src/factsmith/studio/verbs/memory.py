@@ -1,4 +1,4 @@
-"""The room Memory: neurons by word, their cards, and what the model says without them.
+"""The room Memory: cards of neurons, and what the model says without them.
 
 FIND        neurons that promote a word, or fire after it
 NEURON      the card of one neuron
@@ -14,93 +14,23 @@ from typing import Any, Self
 
 from pydantic import Field, field_validator
 
+from ...core.errors import InputError
 from ...core.gap import gap_notes
 from ...core.progress import Progress
-from ...model.address import Neuron
+from ...model.address import Neuron, find_neurons
 from ...read import census as reading
-from ...read.cards import Card, find_card
+from ...read.cards import Card, ValueCard, card, value_card
+from ...read.index_store import kept_index, kept_indices
 from ...read.intervention import ask_scaled
-from ...read.search import search_word
 from ...show.charts.chart import Chart
 from ...show.charts.neurons import fact_chart, histogram, promoted_bars
 from ...show.charts.predictions import scaled_chart
 from ..arguments import Source
 from ..desk import Desk, Place
 from ..verb import Answer, Verb
-from .calls import call, command, literal, program
-from .fields import PROMPT, Continued, is_bundled
-
-# ── find ──────────────────────────────────────────────────────────────────────────────────────────
-
-
-class FindArguments(Source):
-    """Which word to look for."""
-
-    word: str = Field(
-        title="Word",
-        description="A word or a few words. The first search builds an index, which takes minutes.",
-        json_schema_extra={"placeholder": "Paris"},
-    )
-    top: int = Field(
-        default=10,
-        ge=1,
-        le=200,
-        title="Neurons",
-        description="How many neurons to list that promote the word, and that fire after it.",
-        json_schema_extra={"advanced": True},
-    )
-
-
-def _run_find(desk: Desk, arguments: FindArguments, tell: Progress) -> Answer:
-    """Search the values of the model and the triggers of its index."""
-    with desk.reading(arguments, tell) as lm:
-        neurons = search_word(lm, arguments.word, k=arguments.top, progress=tell)
-    return Answer(
-        neurons.to_dict(),
-        neurons.tables(),
-        view={
-            "promoting_links": card_links([each.neuron for each in neurons.promoting], arguments),
-            "firing_links": card_links([each.neuron for each in neurons.firing], arguments),
-        },
-    )
-
-
-def card_links(neurons: Sequence[Neuron], source: Source) -> list[str]:
-    """Return the addresses of the cards of neurons."""
-    return [
-        NeuronArguments.of_neuron(neuron, source).address("/memory/neuron") for neuron in neurons
-    ]
-
-
-def card_link(source: Source) -> Callable[[Mapping[str, Any]], str]:
-    """Return what gives the card's address for a chart's row with layer, expert and neuron."""
-
-    def address(row: Mapping[str, Any]) -> str:
-        expert = () if row["expert"] is None else (int(row["expert"]),)
-        neuron: Any = (int(row["layer"]), *expert, int(row["neuron"]))
-        return card_links([neuron], source)[0]
-
-    return address
-
-
-def _find_python(arguments: FindArguments, place: Place) -> str:
-    """Return the program that finds the same."""
-    find = call("neurons = search_word", "lm", literal(arguments.word), k=arguments.top)
-    imports = ["from factsmith.read.search import search_word"]
-    return program(arguments, place, [find, "print(json.dumps(neurons.to_dict()))"], imports)
-
-
-def _find_command(arguments: FindArguments, place: Place) -> list[str]:
-    """Return the command that finds the same."""
-    top = None if arguments.top == 10 else arguments.top
-    return command(arguments, place, "find", [arguments.word], {"--top": top})
-
-
-def find_examples(desk: Desk) -> list[tuple[str, FindArguments]]:
-    """Return examples for the empty form: (label, arguments)."""
-    words = ("Bulgaria", "Fiat", "Paris") if is_bundled(desk) else ("Paris",)
-    return [(word, FindArguments(word=word)) for word in words]
-
+from .calls import call, command, literal, no_command, program
+from .fields import PROMPT, Continued, Text, naming
+from .index import NO_INDEX, index_form
 
 # ── one neuron ────────────────────────────────────────────────────────────────────────────────────
 
@@ -156,32 +86,42 @@ class NeuronArguments(Source):
 
 def _run_neuron(desk: Desk, arguments: NeuronArguments, tell: Progress) -> Answer:
     """Show the card of one neuron."""
-    with desk.reading(arguments, tell) as lm:
-        card = find_card(
-            lm, arguments.neuron, k=arguments.top, n_facts=arguments.facts, progress=tell
-        )
-    prompt = card.facts[0].prompt if card.facts else ""
+    shown: Card | ValueCard
+    with desk.reading(arguments, tell) as lm, naming("number"):
+        index = kept_index(lm, progress=tell)
+        k, n_facts = arguments.top, arguments.facts
+        if index is None:
+            shown = value_card(lm, arguments.neuron, k=k, n_facts=n_facts)
+        else:
+            shown = card(lm, index, arguments.neuron, k=k, n_facts=n_facts)
+    prompt = shown.facts[0].prompt if shown.facts else ""
     return Answer(
-        card.to_dict(),
-        card.tables(),
-        _card_charts(card),
-        view={"prompt": prompt, "tries": _tries(prompt, card, arguments) if prompt else []},
+        shown.to_dict(),
+        shown.tables(),
+        _card_charts(shown),
+        notes=[NO_INDEX] if index is None else [],
+        view={
+            "prompt": prompt,
+            "tries": _tries(prompt, shown, arguments) if prompt else [],
+            "index": index_form(arguments) if index is None else {},
+        },
     )
 
 
-def _card_charts(card: Card) -> list[Chart]:
+def _card_charts(shown: Card | ValueCard) -> list[Chart]:
     """Return the charts of a card."""
-    charts = [promoted_bars(card), histogram(card)]
-    return [fact_chart(card), *charts] if card.facts else charts
+    charts = [fact_chart(shown)] if shown.facts else []
+    charts.append(promoted_bars(shown))
+    return [*charts, histogram(shown)] if isinstance(shown, Card) else charts
 
 
-def _tries(prompt: str, card: Card, source: Source) -> list[tuple[str, str]]:
+def _tries(prompt: str, shown: Card | ValueCard, source: Source) -> list[tuple[str, str]]:
     """Return (label, address) of views that silence or amplify the neuron on a prompt."""
     factors = (("silence it", 0.0), ("double it", 2.0), ("times 5", 5.0))
     return [
         (
             label,
-            InterveneArguments.of_neurons(prompt, [card.neuron], source, factor).address(
+            InterveneArguments.of_neurons(prompt, [shown.neuron], source, factor).address(
                 "/memory/intervene"
             ),
         )
@@ -219,13 +159,31 @@ def neuron_examples(desk: Desk) -> list[tuple[str, NeuronArguments]]:
     return [(f"neuron {a} {b}", NeuronArguments(layer=a, number=b)) for a, b in numbers]
 
 
+def card_links(neurons: Sequence[Neuron], source: Source) -> list[str]:
+    """Return the addresses of the cards of neurons."""
+    return [
+        NeuronArguments.of_neuron(neuron, source).address("/memory/neuron") for neuron in neurons
+    ]
+
+
+def card_link(source: Source) -> Callable[[Mapping[str, Any]], str]:
+    """Return what gives the card's address for a chart's row with layer, expert and neuron."""
+
+    def address(row: Mapping[str, Any]) -> str:
+        expert = () if row["expert"] is None else (int(row["expert"]),)
+        neuron: Any = (int(row["layer"]), *expert, int(row["neuron"]))
+        return card_links([neuron], source)[0]
+
+    return address
+
+
 # ── silence and amplify ───────────────────────────────────────────────────────────────────────────
 
 
 class InterveneArguments(Continued):
     """Which neurons to scale, and what to ask."""
 
-    prompt: str = Field(
+    prompt: Text = Field(
         title="Prompt",
         description="The text that the model continues.",
         json_schema_extra=PROMPT,
@@ -290,14 +248,17 @@ def neuron_of(text: str) -> Neuron:
 def _run_intervene(desk: Desk, arguments: InterveneArguments, tell: Progress) -> Answer:
     """Ask with and without the change."""
     with desk.reading(arguments, tell) as lm:
-        tried = ask_scaled(
-            lm,
-            arguments.prompt,
-            arguments.addresses,
-            arguments.factor,
-            top=arguments.top,
-            max_new_tokens=arguments.max_new_tokens,
-        )
+        with naming("neurons", layer="neurons"):
+            find_neurons(lm.ffn, arguments.addresses)
+        with naming("prompt", scale="factor"):
+            tried = ask_scaled(
+                lm,
+                arguments.prompt,
+                arguments.addresses,
+                arguments.factor,
+                top=arguments.top,
+                max_new_tokens=arguments.max_new_tokens,
+            )
     cards = card_links(tried.neurons, arguments)
     names = [" ".join(map(str, neuron)) for neuron in tried.neurons]
     others = []
@@ -332,11 +293,6 @@ def _intervene_python(arguments: InterveneArguments, place: Place) -> str:
     return program(arguments, place, [ask, "print(json.dumps(tried.to_dict()))"])
 
 
-def no_command(arguments: Source, place: Place) -> list[str]:
-    """Return no line: there is no such command."""
-    return []
-
-
 def intervene_examples(desk: Desk) -> list[tuple[str, InterveneArguments]]:
     """Return examples for the empty form: (label, arguments)."""
     if desk.place.model != "atlas":
@@ -366,11 +322,16 @@ class CensusArguments(Source):
 def _run_census(desk: Desk, arguments: CensusArguments, tell: Progress) -> Answer:
     """Count what the model is made of."""
     with desk.reading(arguments, tell) as lm:
-        counts = (
-            reading.ReadCensus(reading.census(lm))
-            if arguments.quick
-            else reading.find_census(lm, progress=tell)
-        )
+        if arguments.quick:
+            counts = reading.ReadCensus(reading.census(lm))
+        elif kept_index(lm, progress=tell) is None:
+            raise InputError(
+                "there is no index of this model, on which idle neurons are counted; build it on "
+                "the page Find, or count parameters only",
+                argument="quick",
+            )
+        else:
+            counts = reading.find_census(lm, progress=tell)
     return Answer(counts.to_dict(), counts.tables())
 
 
@@ -399,19 +360,6 @@ def neuron_limits(desk: Desk, values: Mapping[str, Any]) -> dict[str, str]:
     return {"expert": f"{desk.place.model} has no experts."}
 
 
-FIND = Verb(
-    "find",
-    "Find",
-    "Find neurons by a word: they promote it, or they fire after it.",
-    FindArguments,
-    _run_find,
-    _find_python,
-    _find_command,
-    template="answers/find.html",
-    button="Find",
-    examples=find_examples,
-)
-
 NEURON = Verb(
     "neuron",
     "Neuron",
@@ -420,6 +368,7 @@ NEURON = Verb(
     _run_neuron,
     _neuron_python,
     _neuron_command,
+    depends=kept_indices,
     template="answers/neuron.html",
     button="Show",
     disabled=neuron_limits,
@@ -447,6 +396,7 @@ CENSUS = Verb(
     _run_census,
     _census_python,
     _census_command,
+    depends=kept_indices,
     button="Count",
     needs_form=False,
 )

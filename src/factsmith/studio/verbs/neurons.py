@@ -16,14 +16,14 @@ from ..arguments import Source
 from ..desk import Desk, Place
 from ..verb import Answer, Verb
 from .calls import call, command, literal, program
-from .fields import LARGEST_SEED, PROMPT, is_bundled
+from .fields import LARGEST_SEED, PROMPT, OptionalText, Text, is_bundled, naming
 from .memory import InterveneArguments, card_link, card_links
 
 
 class NeuronsArguments(Source):
     """Whose neurons to find."""
 
-    prompt: str = Field(
+    prompt: Text = Field(
         title="Prompt",
         description="A text that ends where the answer begins, or one with {} for the subject.",
         json_schema_extra=PROMPT,
@@ -40,7 +40,7 @@ class NeuronsArguments(Source):
         description="Other ways to ask the same. Several single out the neurons of the fact.",
         json_schema_extra={"placeholder": "In Bulgaria people pay with the"},
     )
-    target: str = Field(
+    target: OptionalText = Field(
         default="",
         title="Answer",
         description="The answer to attribute. Empty: the model's own, up to the first punctuation.",
@@ -96,7 +96,7 @@ class NeuronsArguments(Source):
 def _run_neurons(desk: Desk, arguments: NeuronsArguments, tell: Progress) -> Answer:
     """Find the neurons that carry a fact, and check them."""
     prompts = fill_prompts([arguments.prompt, *arguments.paraphrases], arguments.subject or None)
-    with desk.reading(arguments, tell) as lm:
+    with desk.reading(arguments, tell) as lm, naming("prompt"):
         answer = answer_to_follow(
             lm, prompts, arguments.target or None, force=arguments.force, whole_words=True
         )

@@ -25,9 +25,9 @@ from ...show.charts.traces import heat_map
 from ..arguments import Source
 from ..desk import Desk, Place
 from ..verb import Answer, Verb
-from .calls import call, command, literal, program
-from .fields import LARGEST_SEED, PROMPT, is_bundled
-from .memory import InterveneArguments, card_link, card_links, no_command
+from .calls import call, command, literal, no_command, program
+from .fields import LARGEST_SEED, PROMPT, OptionalText, Text, is_bundled, naming
+from .memory import InterveneArguments, card_link, card_links
 
 # ── causal traces ─────────────────────────────────────────────────────────────────────────────────
 
@@ -35,17 +35,17 @@ from .memory import InterveneArguments, card_link, card_links, no_command
 class TraceArguments(Source):
     """What to trace, and how."""
 
-    prompt: str = Field(
+    prompt: Text = Field(
         title="Prompt",
         description="A text that has the subject, or {} in its place.",
         json_schema_extra=PROMPT,
     )
-    subject: str = Field(
+    subject: Text = Field(
         title="Subject",
         description="The part of the text to corrupt, or what goes into its {}.",
         json_schema_extra={"placeholder": "Bulgaria"},
     )
-    target: str = Field(
+    target: OptionalText = Field(
         default="",
         title="Answer",
         description="The answer to follow. Empty: the model's own, up to the first punctuation.",
@@ -181,7 +181,7 @@ def _run_trace(desk: Desk, arguments: TraceArguments, tell: Progress) -> Answer:
     """Trace one text."""
     (text,) = fill_prompts([arguments.prompt], arguments.subject, single_slot=True)
     read_prompt(arguments.prompt, arguments.subject, occurrence=arguments.occurrence)
-    with desk.reading(arguments, tell) as lm:
+    with desk.reading(arguments, tell) as lm, naming("prompt"):
         answer = answer_to_follow(lm, [text], arguments.target or None, force=arguments.force)
         trace: CausalTrace = (attribution_trace if arguments.fast else causal_trace)(
             lm,
@@ -253,7 +253,7 @@ def _trace_python(arguments: TraceArguments, place: Place) -> str:
     imports = ["from factsmith.locate.question import answer_to_follow, fill_prompts"]
     given = {} if not arguments.force else {"force": True}
     target = literal(arguments.target or None)
-    defaults = TraceArguments(prompt="", subject="").settings
+    defaults = TraceArguments(prompt="x", subject="x").settings
     changed = {
         name: value
         for name, value in arguments.settings.items()
@@ -331,7 +331,7 @@ def trace_examples(desk: Desk) -> list[tuple[str, TraceArguments]]:
 class AtArguments(Source):
     """Which layer and which token."""
 
-    prompt: str = Field(title="Prompt", description="The text.", json_schema_extra=PROMPT)
+    prompt: Text = Field(title="Prompt", description="The text.", json_schema_extra=PROMPT)
     layer: int = Field(ge=0, title="Layer", description="The layer, counted from 0.")
     position: int = Field(
         default=-1,
@@ -358,7 +358,7 @@ class AtArguments(Source):
 
 def _run_at(desk: Desk, arguments: AtArguments, tell: Progress) -> Answer:
     """List the strongest neurons of one layer at one token."""
-    with desk.reading(arguments, tell) as lm:
+    with desk.reading(arguments, tell) as lm, naming("prompt"):
         spot = token_neurons(
             lm,
             arguments.prompt,
