@@ -10,9 +10,12 @@ from types import SimpleNamespace
 import pytest
 from fastapi.testclient import TestClient
 
+from factsmith.core.tables import Table
 from factsmith.studio.app import create_app
 from factsmith.studio.session import Studio
+from factsmith.studio.sheet import csv_of
 from factsmith.studio.templating import environment
+from factsmith.studio.verb import Answer
 from studios import LEV, Holding, SayArguments, rooms_with, studio_in
 
 PATIENCE = 60.0
@@ -145,3 +148,13 @@ def test_a_job_that_ends_while_its_page_is_made_is_shown_as_waiting(
     view = SimpleNamespace(**vars(view), **whole)
     ready = template.render(answer=job.answer, **{**parts, "view": view})
     assert "lev" in ready and 'class="waiting"' not in ready
+
+
+def test_programs_name_the_workspace_from_any_folder(studio: Studio) -> None:
+    assert studio.desk.place.workspace == str(studio.desk.folder.resolve())
+
+
+def test_a_table_without_rows_is_a_sheet_with_names() -> None:
+    empty = Answer({}, tables=[Table("nothing yet", {"name": "<", "n": ">"})])
+    assert csv_of(empty) == "name,n\n"
+    assert csv_of(Answer({})) == ""

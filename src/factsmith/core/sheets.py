@@ -20,9 +20,14 @@ _STARTS = "=+-@＝＋－＠'"  # spreadsheets take the full-width forms for the 
 _BREAKS = "\t\r\n"
 
 
-def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return rows as CSV with a line of names; all rows have the keys of the first."""
-    names = list(rows[0])
+def csv_text(rows: Sequence[Mapping[str, Any]], names: Sequence[str] = ()) -> str:
+    """Return rows as CSV with a line of names; all rows have the keys of the first.
+
+    Args:
+        rows: The rows.
+        names: The names of the columns, needed where there may be no row.
+    """
+    names = list(names or rows[0])
     lines = [_line(names), *(_line([row[name] for name in names]) for row in rows)]
     return "".join(f"{line}\n" for line in lines)
 

@@ -36,7 +36,7 @@ class Place:
 
     Attributes:
         model: The name of the workspace's model.
-        workspace: The folder of the workspace, as the user named it.
+        workspace: The full path of the workspace, so that programs find it from any folder.
     """
 
     model: str
@@ -83,7 +83,7 @@ class Desk:
     def open(self, tell: Progress) -> None:
         """Open the workbench in the thread that calls, which has it from then on."""
         self._bench = self._stack.enter_context(self._opening(tell))
-        self.place = Place(self._bench.ledger.model, str(self.folder))
+        self.place = Place(self._bench.ledger.model, str(self.folder.resolve()))
 
     def close(self) -> None:
         """Close the workbench; the model gets its base weights back."""
@@ -123,9 +123,9 @@ class Desk:
     @property
     def model_options(self) -> list[tuple[str, str]]:
         """(value, label) of the models that a form offers."""
-        own, *others = self.models
+        first, *others = self.models
         return [
-            ("", f"{own}, the workspace's"),
+            ("", f"{first}, the workspace's"),
             *((name, f"{name}, no patches") for name in others),
         ]
 

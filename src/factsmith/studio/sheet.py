@@ -31,5 +31,6 @@ def csv_of(answer: Answer, chart: str | None = None) -> str:
         return answer.charts[names.index(chart) if chart is not None else 0].to_csv()
     for table in answer.tables:
         if table.columns:
-            return csv_text([dict(zip(table.columns, row, strict=True)) for row in table.rows])
+            rows = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+            return csv_text(rows, list(table.columns))
     return ""
