@@ -147,10 +147,9 @@ def test_program_and_command_give_what_the_page_shows(
     )
     arguments, place = verb.arguments.of(values), studio.desk.place
     result = run(studio, verb, **values).result
-    expected = result.get("answers", [result])
-    for documents in (
-        outputs_of(verb.python(arguments, place)),
-        printed_by(verb.command(arguments, place)),
+    for documents, expected in (
+        (outputs_of(verb.python(arguments, place)), [result]),
+        (printed_by(verb.command(arguments, place)), result.get("answers", [result])),
     ):
         if not documents:
             assert verb in (trace.AT, lens.LENS, memory.INTERVENE), "the others have a command"
@@ -158,6 +157,22 @@ def test_program_and_command_give_what_the_page_shows(
         assert len(documents) == len(expected)
         for shown, document in zip(expected, documents, strict=True):
             assert not differences(json.loads(json.dumps(shown)), document)
+
+
+def test_the_program_that_asks_several_names_them_as_the_page_does(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for values in ({"prompt": LEV, "sources": ["base", "latest"]}, {"prompt": LEV}):
+        arguments = ask.AskArguments.of(values)
+        (document,) = outputs_of(ask.ASK.python(arguments, studio.desk.place))
+        result = json.loads(json.dumps(run(studio, ask.ASK, **values).result))
+        assert document.keys() == result.keys()
+        assert [each["source"] for each in document.get("answers", [])] == [
+            each["source"] for each in result.get("answers", [])
+        ]
+        assert document.get("difference") == result.get("difference")
+        assert document.get("revision") == result.get("revision")
 
 
 def test_another_revision_is_read_by_code_and_by_an_export(

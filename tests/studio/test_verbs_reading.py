@@ -19,7 +19,7 @@ from factsmith.studio.rooms import ROOMS
 from factsmith.studio.session import Studio
 from factsmith.studio.verb import Verb
 from factsmith.studio.verbs import ask, explain, find, index, lens, memory, neurons, trace
-from factsmith.studio.verbs.ask import AskArguments, difference, sources_of
+from factsmith.studio.verbs.ask import AskArguments, sources_of
 from factsmith.studio.verbs.lens import LensArguments
 from factsmith.studio.verbs.memory import InterveneArguments, NeuronArguments
 from factsmith.studio.verbs.neurons import NeuronsArguments
@@ -101,17 +101,6 @@ def test_an_unknown_source_is_refused_by_its_name(desk: Desk, source: str) -> No
     with pytest.raises(FactsmithError) as refused:
         sources_of(desk, AskArguments(prompt=LEV, sources=["base", source]))
     assert refused.value.argument == "sources"
-
-
-def test_differences_are_said_in_words() -> None:
-    def said(label: str, answer: str) -> ask.Asked:
-        return ask.Asked(label, "m", None, answer, "p", ((" a", 1.0),))
-
-    lev, euro, lev_too = said("base", "lev."), said("latest", "euro, yes"), said("llama", "lev")
-    assert difference([lev]) == ""
-    assert difference([lev, lev_too]) == "Both say 'lev'."
-    assert difference([lev, euro]) == "base says 'lev'; latest says 'euro'."
-    assert difference([lev, euro, lev_too]) == "base and llama say 'lev'; latest says 'euro'."
 
 
 def test_chat_needs_a_template_and_is_greyed_out_without(studio: Studio, desk: Desk) -> None:
@@ -312,7 +301,8 @@ def test_without_an_index_pages_say_so_and_offer_to_build_it(
     monkeypatch.setenv("FACTSMITH_CACHE", str(tmp_path / "empty"))
     monkeypatch.setattr(index_store, "_TOKENS", TOKENS)
     address = find.FindArguments(word="Paris", revision="base", top=3).address
-    word = run(studio, find.FIND, word="Paris", revision="base", top=3)
+    values = {"word": "Paris", "revision": "base", "top": 3}
+    word = run(studio, find.FIND, **values)
     assert word.result["triggers"] is None and len(word.result["promoted_by"]) == 3
     page = client.get(address("/memory/find")).text
     assert 'action="/memory/index"' in page and 'value="base"' in page
@@ -325,6 +315,7 @@ def test_without_an_index_pages_say_so_and_offer_to_build_it(
 
     built = run(studio, index.INDEX, revision="base")
     assert built.result["n_tokens"] == TOKENS and str(tmp_path) in built.result["index"]
+    run(studio, find.FIND, **values)  # so that the page does not wait
     page = client.get(address("/memory/find")).text
     assert 'action="/memory/index"' not in page and "neurons that fire after" in page
     whole = run(studio, memory.NEURON, layer=layer, number=number, revision="base", facts=1, top=3)

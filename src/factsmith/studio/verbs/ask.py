@@ -19,13 +19,13 @@ from ...core.tables import Table, in_one_line
 from ...keep.ledger import BASE, LATEST
 from ...model.chat import chat_prompt
 from ...model.language_model import LanguageModel
-from ...model.matching import first_phrase
+from ...read.differences import difference
 from ...show.charts.chart import Chart
 from ...show.charts.predictions import next_tokens
 from ..arguments import Source
 from ..desk import Desk, Place
 from ..verb import Answer, Verb
-from .calls import call, command, literal, program
+from .calls import block, call, command, indented, literal, program
 from .explain import ExplainArguments
 from .fields import PROMPT, Continued, Text, naming, prompts_for, unless
 from .lens import LensArguments
@@ -146,7 +146,7 @@ def _run_ask(desk: Desk, arguments: AskArguments, tell: Progress) -> Answer:
             asked.append(_ask(lm, arguments, _label(model, revision, identity), known))
     top = arguments.top
     document = asked[0].to_dict(top)
-    sentence = difference(asked)
+    sentence = difference((each.label, each.answer) for each in asked)
     if len(asked) > 1:
         document = {
             "prompt": arguments.prompt,
@@ -197,25 +197,6 @@ def _with_base(desk: Desk, arguments: AskArguments, asked: Sequence[Asked]) -> s
     return both.address("/ask/ask")
 
 
-def difference(asked: Sequence[Asked]) -> str:
-    """Return how the answers of several sources differ, in one sentence; "" for a single one."""
-    if len(asked) < 2:
-        return ""
-    by_phrase: dict[str, list[str]] = {}
-    for each in asked:
-        by_phrase.setdefault(first_phrase(each.answer) or each.answer, []).append(each.label)
-    if len(by_phrase) == 1:
-        (phrase,) = by_phrase
-        return f"{'Both' if len(asked) == 2 else 'All'} say {phrase!r}."
-    return (
-        "; ".join(
-            f"{' and '.join(labels)} {'says' if len(labels) == 1 else 'say'} {phrase!r}"
-            for phrase, labels in by_phrase.items()
-        )
-        + "."
-    )
-
-
 def listed(asked: Sequence[Asked]) -> dict[str, dict[str, float]]:
     """Return {label: {token: probability}} of every source, as pages compare them.
 
@@ -251,40 +232,68 @@ def _p(chances: Mapping[str, float], token: str) -> str:
 
 def _ask_python(arguments: AskArguments, place: Place) -> str:
     """Return the program that asks the same."""
-    parts = []
-    for source in _named(arguments, place):
-        prompt = literal(arguments.prompt)
-        body = [f"prompt = {prompt}"]
-        imports = []
-        if arguments.chat:
-            imports = ["from factsmith.model.chat import chat_prompt"]
-            body = [f"prompt = chat_prompt(lm, {prompt})"]
-        lines = {} if arguments.lines == 1 else {"lines": arguments.lines}
-        body += [
-            call(
-                "answer = lm.answer",
-                "[prompt]",
-                max_new_tokens=arguments.max_new_tokens,
-                **lines,
-            )
-            + "[0]",
-            f"likely = lm.next_tokens(prompt, {arguments.top})",
-            'tokens = [{"token": token, "probability": p} for token, p in likely]',
-            'result = {"prompt": prompt, "answer": answer, "next_tokens": tokens}',
+    sources = _named(arguments, place)
+    prompt = literal(arguments.prompt)
+    lines = {} if arguments.lines == 1 else {"lines": arguments.lines}
+    asking = [
+        f"prompt = chat_prompt(lm, {prompt})" if arguments.chat else f"prompt = {prompt}",
+        call("answer = lm.answer", "[prompt]", max_new_tokens=arguments.max_new_tokens, **lines)
+        + "[0]",
+        f"likely = lm.next_tokens(prompt, {arguments.top})",
+        'tokens = [{"token": token, "probability": p} for token, p in likely]',
+        'result = {"prompt": prompt, "answer": answer, "next_tokens": tokens}',
+    ]
+    imports = ["from factsmith.model.chat import chat_prompt"] if arguments.chat else []
+    if len(sources) == 1:
+        (source,) = sources
+        revision = f"revision = {_revision_code(source, place)}"
+        whole = 'print(json.dumps({**result, "model": lm.name, "revision": revision}))'
+        return program(source, place, [revision, *asking, whole], imports)
+    imports.append("from factsmith.read.differences import difference")
+    whole = 'return {"source": source, **result, "model": lm.name, "revision": revision}'
+    return "\n".join(
+        [
+            "import json",
+            "",
+            "import factsmith as fs",
+            *imports,
+            "",
+            "answers = []",
+            "",
+            "def ask(lm, source, revision):",
+            indented("\n".join([*asking, whole])),
+            "",
+            *(block(source, place, _asking_code(source, place)) for source in sources),
+            'said = [(each["source"], each["answer"]) for each in answers]',
+            f'result = {{"prompt": {prompt}, "answers": answers, "difference": difference(said)}}',
             "print(json.dumps(result))",
+            "",
         ]
-        parts.append(program(source, place, body, imports))
-    head = parts[0]
-    return head + "".join("\n" + _without_imports(part) for part in parts[1:])
-
-
-def _without_imports(text: str) -> str:
-    """Return a program without its import statements."""
-    lines = text.split("\n")
-    body = next(
-        n for n, line in enumerate(lines) if line and not line.startswith(("import", "from"))
     )
-    return "\n".join(lines[body:])
+
+
+def _asking_code(source: Source, place: Place) -> list[str]:
+    """Return the code that asks one of several sources, and names it as the page does."""
+    label = {BASE: literal(BASE), LATEST: 'f"latest ({revision[:10]})"'}.get(
+        source.revision, "revision[:10]"
+    )
+    if source.model not in ("", place.model):
+        label = literal(source.model)
+    return [
+        f"revision = {_revision_code(source, place)}",
+        f"answers.append(ask(lm, {label}, revision))",
+    ]
+
+
+def _revision_code(source: Source, place: Place) -> str:
+    """Return the code of the revision's id; None for a model without a workspace."""
+    if source.model not in ("", place.model):
+        return "None"
+    if source.revision == BASE:
+        return literal(BASE)
+    if not source.revision:
+        return "bench.ledger.current"
+    return f"bench.ledger.resolve({literal(source.revision)})"
 
 
 def _ask_command(arguments: AskArguments, place: Place) -> list[str]:

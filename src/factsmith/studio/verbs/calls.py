@@ -62,12 +62,23 @@ def program(source: Source, place: Place, body: Sequence[str], imports: Sequence
         body: Code that reads the model `lm`. It prints its result as JSON.
         imports: Import statements that the code needs besides `json` and `fs`.
     """
+    code = block(source, place, body)
+    return "\n".join(["import json", "", "import factsmith as fs", *imports, "", code]) + "\n"
+
+
+def block(source: Source, place: Place, body: Sequence[str]) -> str:
+    """Return code that does something with the weights that a source names.
+
+    Args:
+        source: The model and the revision.
+        place: The model and the folder of the workspace.
+        body: Code that reads the model `lm`.
+    """
     opening, is_block = _opening(source, place)
     code = "\n".join(body)
     if is_block:
-        code = _indented(f"lm = bench.lm\n{code}")
-    lines = ["import json", "", "import factsmith as fs", *imports, "", opening, code]
-    return "\n".join(lines) + "\n"
+        code = indented(f"lm = bench.lm\n{code}")
+    return f"{opening}\n{code}"
 
 
 def command(
@@ -95,7 +106,8 @@ def command(
         lines, folder = ["cd .."], Path.cwd().name
     if _is_own(source, place) and source.revision not in ("", BASE):
         model = f"model-{source.revision[:10]}"
-        export = ["factsmith", "export", "-w", folder, "--revision", source.revision, model]
+        export = ["factsmith", "export", "--overwrite", "-w", folder]
+        export += ["--revision", source.revision, model]
         lines.append(shlex.join(export))
     flags = [text for flag, value in (options or {}).items() for text in _flag(flag, value)]
     flags = ["-w", folder, *flags] if from_workspace else flags
@@ -136,6 +148,6 @@ def _opening(source: Source, place: Place) -> tuple[str, bool]:
     return f"with {bench}, bench.carrying_exactly({deltas}):", True
 
 
-def _indented(code: str) -> str:
+def indented(code: str) -> str:
     """Return code one level further in."""
     return "\n".join(_INDENT + line if line else line for line in code.split("\n"))
