@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,18 @@ def test_a_model_cannot_steer_the_terminal(
     )
     done = run("ask", model, PROMPT, "--lines", "2")
     assert "\x1b" not in done.out and "[bold]x[/bold] ↵ y" in done.out
+
+
+def test_a_prompt_is_asked_in_the_chat_template(run: Run, model: Path, tmp_path: Path) -> None:
+    refused = run("ask", model, PROMPT, "--chat", "--json")
+    assert refused.code == 2 and "no chat template" in refused.err and '"--chat"' in refused.err
+    chatty = Path(shutil.copytree(model, tmp_path / "chatty"))
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}[assistant]"
+    (chatty / "chat_template.jinja").write_text(template)
+    asked = run("ask", chatty, PROMPT, "--chat", "--json").json
+    assert asked["prompt"] == f"[user] {PROMPT} [assistant]"
+    plain = run("ask", chatty, PROMPT, "--json").json
+    assert plain["prompt"] == PROMPT and plain["next_tokens"] != asked["next_tokens"]
 
 
 def test_a_prediction_is_explained(run: Run, model: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from conftest import LLAMA, byte_tokenizer, tiny_model
 from factsmith.core.errors import InputError
-from factsmith.model.chat import chat_template, chat_templates
+from factsmith.model.chat import chat_prompt, chat_template, chat_templates
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap
 
@@ -51,3 +51,11 @@ def test_a_template_that_cannot_be_filled_at_all_is_refused(lm: LanguageModel) -
     lm.tokenizer.chat_template = "{{ raise_exception('broken') }}"
     with pytest.raises(InputError, match="broken"):
         chat_templates(lm, "Be brief.", TURN)
+
+
+def test_a_message_is_framed_whatever_it_holds(lm: LanguageModel) -> None:
+    assert chat_prompt(lm, "Who is {}? {{x}}") == "[user] Who is {}? {{x}}\n[assistant]"
+    lm.tokenizer.chat_template = None
+    with pytest.raises(InputError, match="no chat template") as refused:
+        chat_prompt(lm, "Who?")
+    assert refused.value.argument == "chat"
