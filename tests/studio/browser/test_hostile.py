@@ -64,7 +64,7 @@ def queries() -> list[str]:
         "/ask/ask?" + urlencode({"prompt": HOSTILE.text, "revision": NOTE}),
         "/trace/trace?" + urlencode({"prompt": HOSTILE.text, "subject": HOSTILE.subject}),
         "/lens/lens?" + urlencode({"prompt": HOSTILE.text}),
-        "/memory/find?" + urlencode({"words": IMAGE}),
+        "/memory/find?" + urlencode({"word": IMAGE}),
         f"/{html.escape(IMAGE)}/x?y={IMAGE}",
         "/tour/strip?" + urlencode({"at": IMAGE, "state": "x"}),
     ]
