@@ -30,6 +30,7 @@ from . import (
     demo,
     drift,
     export,
+    inside,
     judge,
     keep,
     locate,
@@ -65,6 +66,9 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Read: what the memory holds": (
         read.ask,
         read.explain,
+        inside.lens,
+        inside.at,
+        inside.intervene,
         read.find,
         read.neuron,
         read.browse,

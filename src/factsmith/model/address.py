@@ -4,12 +4,14 @@
     check_layers(None, lm.n_layers)       # [0, 1, ...]
     check_dense_layer(3, lm.ffn)          # 3, or an error if the layer is a mixture of experts
     find_neuron(lm.ffn, (3, 1201))        # (layer, bank, index)
+    neuron_of("3 1201")                   # (3, 1201)
 
 Numbers may be Python's, numpy's, or tensors of one element.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias, cast
 
@@ -150,3 +152,19 @@ def find_neurons(
     """
     items = check_items(neurons, "neurons", "(layer, i) or (layer, expert, i)")
     return list(dict.fromkeys(find_neuron(ffn, neuron) for neuron in items))
+
+
+def neuron_of(text: str) -> Neuron:
+    """Return the neuron that a text such as "5 992", "5:992" or "(5, 992)" names.
+
+    Raises:
+        InputError: The text is no neuron.
+    """
+    numbers = tuple(map(int, re.findall(r"[0-9]+", text)[:4]))
+    if not re.fullmatch(r"[\s\d,:.()\[\]-]*", text) or "-" in text or len(numbers) not in (2, 3):
+        raise InputError(
+            f"{text[:40]!r} is not a neuron; give its layer and number, such as 5 992, or its "
+            "layer, expert and number",
+            argument="neuron",
+        )
+    return numbers if len(numbers) == 2 else (numbers[0], numbers[1], numbers[2])

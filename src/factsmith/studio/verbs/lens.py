@@ -17,7 +17,7 @@ from ...show.charts.predictions import answer_line, lens_map
 from ..arguments import Source
 from ..desk import Desk, Place
 from ..verb import Answer, Verb
-from .calls import call, literal, no_command, program
+from .calls import call, command, literal, program
 from .fields import PROMPT, OptionalText, Text, naming, prompts_for
 from .trace import AtArguments
 
@@ -81,6 +81,12 @@ def _lens_python(arguments: LensArguments, place: Place) -> str:
     return program(arguments, place, [read, "print(json.dumps(read.to_dict()))"])
 
 
+def _lens_command(arguments: LensArguments, place: Place) -> list[str]:
+    """Return the command that reads the same."""
+    options = {"--target": arguments.target, "--top": arguments.top}
+    return command(arguments, place, "lens", [arguments.prompt], options)
+
+
 def lens_examples(desk: Desk) -> list[tuple[str, LensArguments]]:
     """Return examples for the empty form: (label, arguments)."""
     return [(prompt, LensArguments(prompt=prompt)) for prompt in prompts_for(desk)]
@@ -93,7 +99,7 @@ LENS = Verb(
     LensArguments,
     _run_lens,
     _lens_python,
-    no_command,
+    _lens_command,
     template="answers/lens.html",
     button="Read",
     examples=lens_examples,

@@ -8,7 +8,6 @@ CENSUS      what the model is made of
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -17,7 +16,7 @@ from pydantic import Field, field_validator
 from ...core.errors import InputError
 from ...core.gap import gap_notes
 from ...core.progress import Progress
-from ...model.address import Neuron, find_neurons
+from ...model.address import Neuron, find_neurons, neuron_of
 from ...read import census as reading
 from ...read.cards import Card, ValueCard, card, value_card
 from ...read.index_store import kept_index, kept_indices
@@ -28,7 +27,7 @@ from ...show.charts.predictions import scaled_chart
 from ..arguments import Source
 from ..desk import Desk, Place
 from ..verb import Answer, Verb
-from .calls import call, command, literal, no_command, program
+from .calls import call, command, literal, program
 from .fields import PROMPT, Continued, Text, naming
 from .index import NO_INDEX, index_form
 
@@ -230,21 +229,6 @@ class InterveneArguments(Continued):
         return [neuron_of(text) for text in self.neurons]
 
 
-def neuron_of(text: str) -> Neuron:
-    """Return the neuron that a text such as "5 992", "5:992" or "(5, 992)" names.
-
-    Raises:
-        ValueError: for another text.
-    """
-    numbers = tuple(map(int, re.findall(r"[0-9]+", text)[:4]))
-    if not re.fullmatch(r"[\s\d,:.()\[\]-]*", text) or "-" in text or len(numbers) not in (2, 3):
-        raise ValueError(
-            f"{text[:40]!r} is not a neuron; give its layer and number, such as 5 992, or its "
-            "layer, expert and number"
-        )
-    return numbers if len(numbers) == 2 else (numbers[0], numbers[1], numbers[2])
-
-
 def _run_intervene(desk: Desk, arguments: InterveneArguments, tell: Progress) -> Answer:
     """Ask with and without the change."""
     with desk.reading(arguments, tell) as lm:
@@ -291,6 +275,17 @@ def _intervene_python(arguments: InterveneArguments, place: Place) -> str:
         max_new_tokens=arguments.max_new_tokens,
     )
     return program(arguments, place, [ask, "print(json.dumps(tried.to_dict()))"])
+
+
+def _intervene_command(arguments: InterveneArguments, place: Place) -> list[str]:
+    """Return the command that asks the same."""
+    options = {
+        "--neuron": arguments.neurons,
+        "--factor": arguments.factor,
+        "--top": arguments.top,
+        "--max-new-tokens": arguments.max_new_tokens,
+    }
+    return command(arguments, place, "intervene", [arguments.prompt], options)
 
 
 def intervene_examples(desk: Desk) -> list[tuple[str, InterveneArguments]]:
@@ -382,7 +377,7 @@ INTERVENE = Verb(
     InterveneArguments,
     _run_intervene,
     _intervene_python,
-    no_command,
+    _intervene_command,
     template="answers/intervene.html",
     button="Ask both",
     examples=intervene_examples,

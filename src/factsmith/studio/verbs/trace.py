@@ -25,7 +25,7 @@ from ...show.charts.traces import heat_map
 from ..arguments import Source
 from ..desk import Desk, Place
 from ..verb import Answer, Verb
-from .calls import call, command, literal, no_command, program
+from .calls import call, command, literal, program
 from .fields import LARGEST_SEED, PROMPT, OptionalText, Text, is_bundled, naming
 from .memory import InterveneArguments, card_link, card_links
 
@@ -415,6 +415,17 @@ def _at_python(arguments: AtArguments, place: Place) -> str:
     return program(arguments, place, [read, "print(json.dumps(spot.to_dict()))"])
 
 
+def _at_command(arguments: AtArguments, place: Place) -> list[str]:
+    """Return the command that lists the same."""
+    options = {
+        "--layer": arguments.layer,
+        "--token": arguments.position,
+        "--top": arguments.top,
+        "--tokens": arguments.tokens,
+    }
+    return command(arguments, place, "at", [arguments.prompt], options)
+
+
 def at_examples(desk: Desk) -> list[tuple[str, AtArguments]]:
     """Return examples for the empty form: (label, arguments)."""
     if not is_bundled(desk):
@@ -446,7 +457,7 @@ AT = Verb(
     AtArguments,
     _run_at,
     _at_python,
-    no_command,
+    _at_command,
     template="answers/at.html",
     button="Show",
     examples=at_examples,
