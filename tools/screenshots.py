@@ -1,7 +1,7 @@
 """Take the pictures of studio in docs/, in light and in dark.
 
     python tools/screenshots.py                # docs/studio-*.png
-    python tools/screenshots.py trace ledger   # only these
+    python tools/screenshots.py trace ledger   # only these, in both themes
     python tools/screenshots.py --out /tmp/x --widths 360 1280 2560
 
 It starts studio on a new workspace of the bundled model, writes a fact, and opens the pages. The
@@ -11,6 +11,7 @@ same program gives the same pictures, except for ids, times and durations.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import sys
 import tempfile
@@ -30,16 +31,22 @@ ROOT = Path(__file__).resolve().parents[1]
 BULGARIA = "prompt=The+currency+of+Bulgaria+is+the"
 
 PAGES = {
+    "tour": "/tour/4",
     "ask": f"/ask/ask?{BULGARIA}&sources=base&sources=latest",
     "trace": f"/trace/trace?{BULGARIA}&subject=Bulgaria&revision=base",
     "lens": f"/lens/lens?{BULGARIA}&revision=base",
     "memory": f"/memory/intervene?{BULGARIA}&neurons=1+296",
-    "patch": "/patch/plan?subject=Fiat+127&prompt=The+maker+of+%7B%7D+is&target=Toyota",
+    "patch": "/patch/preview?subject=Fiat+127&prompt=The+maker+of+%7B%7D+is&target=Toyota",
     "ledger": "/ledger/show?revision=latest",
-    "history": "/ledger/log",
-    "tour": "/tour",
+    "diff": "/ledger/diff?before=base&after=latest",
 }
 """{name of the picture: the page}."""
+
+IN_DOCS = {
+    "light": ("tour", "ask", "trace", "memory", "patch", "ledger"),
+    "dark": ("trace",),
+}
+"""{theme: the pictures that docs/studio.md shows}."""
 
 COLOURS = 192
 """Colours of a picture: enough for text and charts, and a quarter of the bytes."""
@@ -50,24 +57,26 @@ MOST_BYTES = 150_000
 def main(arguments: Sequence[str] | None = None) -> int:
     """Take the pictures that the arguments name."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("names", nargs="*", help="the pages; none: all")
+    parser.add_argument("names", nargs="*", help="the pages; none: those of docs/studio.md")
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     parser.add_argument("--widths", type=int, nargs="+", default=[1280])
     options = parser.parse_args(arguments)
     if unknown := set(options.names) - PAGES.keys():
         parser.error(f"no page {sorted(unknown)}; the pages are {', '.join(PAGES)}")
-    names = options.names or list(PAGES)
-    large = 0
-    with tempfile.TemporaryDirectory() as folder, chromium() as browser:
-        workspace = Path(folder) / "atlas-workspace"
+    out, large = options.out.resolve(), 0
+    folder = tempfile.TemporaryDirectory()
+    # Pages show the path of the workspace as it is given, so it is given without its folder.
+    with folder as place, contextlib.chdir(place), chromium() as browser:
+        workspace = Path("factsmith-studio")
         with Workbench(load("atlas"), workspace) as bench:
             bench.apply(correction(), message=MESSAGE)
         with studio(workspace) as running:
-            for theme in ("light", "dark"):
+            for theme in IN_DOCS:
+                names = options.names or IN_DOCS[theme]
                 for width in options.widths:
                     end = f"-{width}" if len(options.widths) > 1 else ""
                     for name, data in taken(browser, running, names, theme, width):
-                        file = options.out / f"studio-{name}-{theme}{end}.png"
+                        file = out / f"studio-{name}-{theme}{end}.png"
                         file.write_bytes(data)
                         large += len(data) > MOST_BYTES
                         print(f"{file}  {len(data):,} bytes")
@@ -91,6 +100,8 @@ def taken(
         settle(page)
         page.wait_for_timeout(300)  # for fonts and the last frame
         pictures.append((name, smaller(page.screenshot())))
+        if PAGES[name].startswith("/tour"):  # its note would be on every page that follows
+            page.get_by_role("button", name="Leave the tour").click()
     context.close()
     return pictures
 

@@ -145,7 +145,7 @@ STEPS = (
             "generalization the other ways to ask, and specificity the neighbours.",
             "The ledger keeps this proof with the patch.",
         ),
-        "Compare the answers before and after, then go on.",
+        "Scroll down and compare the answers before and after. Then go on.",
         _show,
         ("kept", "undone"),
         "There is no patch yet. Make it in step 3 first.",
