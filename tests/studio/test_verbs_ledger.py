@@ -16,14 +16,14 @@ from factsmith.studio.desk import Desk
 from factsmith.studio.verb import Verb
 from factsmith.studio.verbs.ledger import (
     CAPACITY,
-    CHECKOUT,
     DIFF,
     LOG,
-    REVERT,
     SHOW,
     STATUS,
     VERIFY,
+    WEIGHTS,
 )
+from factsmith.studio.verbs.moving import CHECKOUT, REVERT
 from studio_keeping import (
     differing,
     opened_desk,
@@ -140,6 +140,7 @@ def test_what_is_checked_is_said(desk: Desk) -> None:
         (STATUS, {}),
         (CAPACITY, {"next_facts": 50, "limit": 5.0, "verify": False}),
         (VERIFY, {}),
+        (WEIGHTS, {}),
     ],
 )
 def test_the_snippets_of_reading_do_the_same(
@@ -147,12 +148,10 @@ def test_the_snippets_of_reading_do_the_same(
 ) -> None:
     answer = run(desk, verb, **values)
     program, command = snippets(desk, verb, **values)
-    result, code = run_command(command)
-    assert code in (0, 4) and not differing(answer, result)
-    printed = run_program(program)
-    part = {"log": "revisions", "verify": "verification"}.get(verb.name)
-    shown = answer.result if part is None else answer.result[part]
-    assert without_times(printed) == without_times(shown)
+    assert without_times(run_program(program)) == without_times(answer.result)
+    if verb is not WEIGHTS:  # no command prints the digest of every tensor
+        result, code = run_command(command)
+        assert code in (0, 4) and not differing(answer, result)
 
 
 def test_the_snippets_of_changes_do_the_same(desk: Desk, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from factsmith.keep.ledger import Ledger
 from factsmith.studio.desk import Desk
 from factsmith.studio.facts import FactArguments, wanted_of
 from factsmith.studio.sheets import LARGEST, Sheets
-from factsmith.studio.verbs.ledger import REVERT
+from factsmith.studio.verbs.moving import REVERT
 from factsmith.studio.verbs.patch import APPLY, PLAN, PREVIEW
 from studio_keeping import (
     FIAT,
@@ -129,7 +129,8 @@ def test_a_conflict_is_said_in_words(desk: Desk) -> None:
         ({"settings": ("stepz=4",)}, "settings", "stepz"),
         ({"layers": (0, 1)}, "layers", "layer"),
         ({"layers": (99,)}, "layers", "99"),
-        ({"sheet": "../../ledger.db"}, "sheet", "file of facts was given"),
+        ({"sheet": "../../ledger.db"}, "sheet", "sheet and subject and prompt"),
+        ({"document": "- {subject: Ann}"}, "document", "document and subject"),
     ],
 )
 def test_a_form_that_is_not_whole_names_the_field(
@@ -138,6 +139,28 @@ def test_a_form_that_is_not_whole_names_the_field(
     with pytest.raises(InputError, match=words) as error:
         run(desk, PLAN, **{**FIAT, **changes})
     assert argument is None or error.value.argument == argument
+
+
+def test_programs_send_many_facts_as_text(desk: Desk) -> None:
+    text = "subject,prompt,target\nAnn,{} lives in,Oslo\nBen,{} lives in,Rome\n"
+    planned = run(desk, PLAN, document=text)
+    by_file = run(desk, PLAN, sheet=Sheets(desk.folder).add("two.csv", text.encode()))
+    assert len(planned.result["entries"]) == 2
+    assert planned.result["entries"] == by_file.result["entries"]
+    printed = run_program(snippets(desk, PLAN, document=text)[0])
+    assert printed["entries"] == planned.result["entries"]
+    for wrong in ("facts: [", "subject,prompt\nAnn,{} lives in"):
+        with pytest.raises(FactError) as error:
+            run(desk, PLAN, document=wrong)
+        assert error.value.argument == "document"
+
+
+def test_what_a_form_asks_for_is_read_once(desk: Desk) -> None:
+    arguments = FactArguments.of({**FIAT, "message": "once"})
+    wanted = wanted_of(arguments, desk.folder)
+    assert wanted_of(arguments, desk.folder) is wanted
+    wanted.file.unlink()
+    assert wanted_of(arguments, desk.folder).file.is_file()
 
 
 @pytest.mark.parametrize("name", ["../../ledger.db", "0" * 64, "", "0" * 63 + "/"])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import re
 import shlex
@@ -30,7 +31,7 @@ from ..core.pairs import named_values
 from ..patch.recipe import Recipe
 from .arguments import Arguments
 from .desk import Place
-from .sheets import Sheets
+from .sheets import LARGEST, Sheets
 
 MethodName = Literal["", "rome", "r-rome", "memit", "emmet", "alphaedit", "append"]
 
@@ -94,6 +95,14 @@ class FactArguments(Arguments):
         description="The sha256 of a file that was dropped into the form; it replaces the fields "
         "of the fact.",
         json_schema_extra={**_ADVANCED, "widget": "sheet"},
+    )
+    document: str = Field(
+        default="",
+        max_length=LARGEST,
+        title="Facts as text",
+        description="A whole file of facts as text, in YAML, JSON, JSON lines or CSV; it replaces "
+        "the fields of the fact.",
+        json_schema_extra={**_ADVANCED, "widget": "textarea"},
     )
     method: MethodName = Field(
         default="",
@@ -175,6 +184,16 @@ def wanted_of(arguments: FactArguments, workspace: Path) -> Wanted:
         InputError: when something is missing, given twice, or not valid. Its argument is the field.
         WorkspaceError: when the file cannot be written.
     """
+    wanted = _wanted_of(arguments, workspace)
+    if not wanted.file.is_file():  # newer sheets have pushed it out
+        _wanted_of.cache_clear()
+        wanted = _wanted_of(arguments, workspace)
+    return wanted
+
+
+@functools.lru_cache(maxsize=8)
+def _wanted_of(arguments: FactArguments, workspace: Path) -> Wanted:
+    """Return what a form asks for. A page asks several times, and many facts take seconds."""
     sheets = Sheets(workspace)
     sheet = _sheet_of(arguments, sheets)
     recipe = Recipe.for_sheet(
@@ -206,13 +225,21 @@ def _sheet_of(arguments: FactArguments, sheets: Sheets) -> FactSheet:
         for name in ("subject", "prompt", "target", "forget", "paraphrases", "neighbours")
         if getattr(arguments, name)
     ]
-    if arguments.sheet and described:
+    files = [name for name in ("sheet", "document") if getattr(arguments, name)]
+    if files and len(files) + len(described) > 1:
         raise InputError(
-            f"a file of facts was given, and {', '.join(described)}; put the fact into the file, "
-            "or leave the file out",
-            argument="sheet",
+            f"{' and '.join([*files, *described])} were given; put every fact into one file, or "
+            "leave the file out",
+            argument=files[0],
         )
-    sheet = sheets.read(arguments.sheet) if arguments.sheet else _one_fact(arguments)
+    if arguments.document:
+        try:
+            sheet = sheets.read(sheets.add("", arguments.document.encode()))
+        except InputError as error:
+            error.argument = "document"
+            raise
+    else:
+        sheet = sheets.read(arguments.sheet) if arguments.sheet else _one_fact(arguments)
     changed = named_values(arguments.gates, "gates", example="neighbours=0.9")
     if not changed:
         return sheet

@@ -74,6 +74,12 @@ async def _sent(request: Request) -> tuple[str, bytes]:
     async with request.form() as form:
         file, text = form.get("file"), form.get("text")
         if isinstance(file, UploadFile) and file.filename:
+            if text:
+                raise InputError(
+                    f"the file {file.filename[:80]!r} and a pasted text were given; give one of "
+                    "the two",
+                    argument="sheet",
+                )
             return file.filename, await file.read()
     return "", str(text or "").encode("utf-8", "replace")
 

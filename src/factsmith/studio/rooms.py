@@ -11,10 +11,9 @@ from typing import Any
 
 from .arguments import Arguments
 from .verb import Verb
-from .verbs import ask, explain, find, index, lens, memory, neurons, trace
+from .verbs import ask, explain, find, index, ledger, lens, memory, moving, neurons, trace
 from .verbs.export import EXPORTING
 from .verbs.judge import JUDGING
-from .verbs.ledger import KEEPING
 from .verbs.patch import PATCHING
 from .verbs.push import PUSHING
 
@@ -84,7 +83,17 @@ ROOMS: tuple[Room, ...] = (
         "ledger",
         "Ledger",
         "The history of the workspace, and the way back from every patch.",
-        KEEPING,
+        (
+            ledger.LOG,
+            ledger.SHOW,
+            ledger.DIFF,
+            moving.CHECKOUT,
+            moving.REVERT,
+            ledger.VERIFY,
+            ledger.CAPACITY,
+            ledger.STATUS,
+            ledger.WEIGHTS,
+        ),
         ("log", "diff", "verify", "capacity", "status", "weights"),
     ),
     Room(

@@ -322,7 +322,7 @@ EXPORTS = Verb(
     lambda arguments, place: (
         "import json\nfrom pathlib import Path\n\n"
         f"folder = Path({quoted(str(exports_folder(Path(place.workspace))))})\n"
-        "print(json.dumps(sorted(each.name for each in folder.iterdir())))\n"
+        "print(json.dumps(sorted(each.name for each in folder.glob('*'))))\n"
     ),
     lambda arguments, place: [],
     kind="instant",

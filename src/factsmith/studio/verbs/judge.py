@@ -416,9 +416,9 @@ JUDGED = Verb(
     lambda arguments, place: (
         "import json\nfrom pathlib import Path\n\n"
         f"folder = Path({quoted(str(judged_folder(Path(place.workspace))))})\n"
-        "print(json.dumps(sorted(each.name for each in folder.iterdir())))\n"
+        "print(json.dumps(sorted(each.name for each in folder.glob('*'))))\n"
     ),
-    lambda arguments, place: [f"ls {judged_folder(Path(place.workspace))}"],
+    lambda arguments, place: [],
     kind="instant",
     template="answers/judged.html",
     needs_form=False,

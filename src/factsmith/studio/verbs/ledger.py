@@ -1,4 +1,7 @@
-"""The room Ledger: the history, one revision, two compared, and the way back."""
+"""The room Ledger: the history, one revision, two compared, checks and capacity.
+
+`moving` has the verbs that change which patches are in effect.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from urllib.parse import urlencode
 
 from pydantic import Field
 
-from ...core.errors import InputError, RevisionError
+from ...core.errors import RevisionError
 from ...core.identity import same_model
 from ...core.progress import Progress, tell
 from ...core.tables import Table, counted
@@ -39,16 +42,6 @@ class RevisionArguments(Arguments):
     )
 
 
-class CheckoutArguments(Arguments):
-    """The revision that the model is to carry."""
-
-    revision: str = Field(
-        title="Revision",
-        description="A revision's id, latest, or base for no patch.",
-        json_schema_extra={"widget": "revision"},
-    )
-
-
 class DiffArguments(Arguments):
     """Two revisions."""
 
@@ -63,24 +56,6 @@ class DiffArguments(Arguments):
         title="To",
         description="Another revision.",
         json_schema_extra={"widget": "revision"},
-    )
-
-
-class RevertArguments(RevisionArguments):
-    """What to take back."""
-
-    facts: tuple[int, ...] = Field(
-        default=(),
-        title="Facts",
-        description="Only these facts, by their numbers from 1. Empty: all of them.",
-        json_schema_extra={"advanced": True},
-    )
-    message: str = Field(default="", title="Message", description="One line for the log.")
-    force: bool = Field(
-        default=False,
-        title="Force",
-        description="Go on when a fact that should stay would be lost.",
-        json_schema_extra={"advanced": True},
     )
 
 
@@ -269,81 +244,6 @@ def _capacity(desk: Desk, arguments: CapacityArguments, progress: Progress) -> A
     )
 
 
-# ── changing ──────────────────────────────────────────────────────────────────────────────────────
-
-
-def _checkout(desk: Desk, arguments: CheckoutArguments, progress: Progress) -> Answer:
-    bench = desk.bench
-    before = bench.lm.fingerprint
-    with naming("revision"):
-        current = bench.checkout(arguments.revision)
-    active, head = bench.ledger.active(), bench.ledger.head
-    result: dict[str, Any] = {"current": current, "head": head, "active": len(active)}
-    notes = [f"At {current[:10]}: {counted(len(active), 'patch', 'es')} in effect."]
-    asked = bench.asked
-    lost = [] if asked is None else [check.in_words for check in asked.lost]
-    if asked is not None and any(revision.in_effect for revision in active):
-        result |= {"asked": len(asked.proof.checks), "lost": lost}
-        notes.append(f"{asked.in_words}.")
-    if current != head:
-        notes.append("To patch again, check out the latest revision.")
-    tables = [] if asked is None or not asked.proof.checks else asked.proof.tables()
-    return Answer(
-        result,
-        tables,
-        notes=notes,
-        warnings=[f"Lost: {words}" for words in lost],
-        view={"current": current, "head": head, **_weights(desk, before)},
-    )
-
-
-def _revert(desk: Desk, arguments: RevertArguments, progress: Progress) -> Answer:
-    bench = desk.bench
-    with naming("revision"):
-        patch = bench.show(arguments.revision)
-    numbers = [index + 1 for index in patch.indices_in_effect or ()]
-    if arguments.facts and not set(arguments.facts) <= set(numbers):
-        raise InputError(
-            f"facts is {list(arguments.facts)}; the facts of {patch.id[:10]} in effect are "
-            f"{', '.join(map(str, numbers)) or 'none'}. They are numbered from 1.",
-            argument="facts",
-        )
-    before = bench.lm.fingerprint
-    chosen = [number - 1 for number in arguments.facts] if arguments.facts else None
-    with naming("revision"):
-        revision = bench.revert(
-            arguments.revision,
-            chosen,
-            force=arguments.force,
-            message=arguments.message,
-            progress=progress,
-        )
-    active = len(bench.ledger.active())
-    done = f"Reverted {str(revision.reverts)[:10]}; recorded as {revision.id[:10]}. "
-    done += f"{counted(active, 'patch', 'es')} in effect."
-    if again := revision.report.get("solved_again"):
-        done += f" {counted(len(again), 'patch', 'es')} solved again."
-    proof = Verification.from_dict(revision.report)
-    answers = bench.lm.answer([fact.text for fact in revision.facts]) if revision.facts else []
-    said = [
-        (fact.text, answer.strip()) for fact, answer in zip(revision.facts, answers, strict=True)
-    ]
-    tables = [Table("what the model says now", {"prompt": "<", "answer": "<"}, said)]
-    return Answer(
-        {**revision.to_dict(), "active": active},
-        [*tables, *(proof.tables() if proof.checks else [])],
-        notes=[done],
-        warnings=[f"Lost: {words}" for words in revision.report.get("lost") or ()],
-        view={"revision": revision.to_dict(), **_weights(desk, before)},
-    )
-
-
-def _weights(desk: Desk, before: str) -> dict[str, Any]:
-    """Return the fingerprints of the weights before and after, and of the base."""
-    after, base = desk.bench.lm.fingerprint, desk.bench.base_fingerprint
-    return {"before": before, "after": after, "base": base, "is_base": same_model(after, base)}
-
-
 # ── the same as code and as a command ─────────────────────────────────────────────────────────────
 
 
@@ -362,23 +262,6 @@ def _capacity_words(arguments: CapacityArguments) -> list[str]:
     return words + ([] if arguments.verify else ["--no-verify"])
 
 
-def _revert_words(arguments: RevertArguments) -> list[str]:
-    words = [word for number in arguments.facts for word in ("--fact", str(number))]
-    words += ["-m", arguments.message] if arguments.message else []
-    return words + (["--force"] if arguments.force else [])
-
-
-def _revert_in_python(arguments: RevertArguments, place: Place) -> str:
-    more = f", facts={[n - 1 for n in arguments.facts]}" if arguments.facts else ""
-    more += f", message={quoted(arguments.message)}" if arguments.message else ""
-    more += ", force=True" if arguments.force else ""
-    return program(
-        place,
-        f"revision = bench.revert({quoted(arguments.revision)}{more})",
-        "print(json.dumps(revision.to_dict()))",
-    )
-
-
 LOG = Verb(
     "log",
     "History",
@@ -386,7 +269,12 @@ LOG = Verb(
     NoArguments,
     _log,
     lambda arguments, place: _reading(
-        place, "print(json.dumps([revision.to_dict() for revision in ledger.log()]))"
+        place,
+        "print(json.dumps({",
+        '    "current": ledger.current,',
+        '    "revisions": [revision.to_dict() for revision in ledger.log()],',
+        '    "unrecorded": [patch.to_dict() for patch in ledger.unrecorded()],',
+        "}))",
     ),
     lambda arguments, place: [shell("log", "-w", place.workspace)],
     kind="instant",
@@ -443,7 +331,15 @@ VERIFY = Verb(
     NoArguments,
     _verify,
     lambda arguments, place: program(
-        place, "bench.rebuild()", "print(json.dumps(bench.verify().to_dict()))"
+        place,
+        "integrity, proof = bench.rebuild(), bench.verify()",
+        "asked = bench.compared(proof)",
+        "print(json.dumps({",
+        '    "integrity": integrity.to_dict(),',
+        '    "verification": proof.to_dict(),',
+        '    "lost": len(asked.lost) + len(asked.unknown),',
+        '    "accepted": len(asked.accepted),',
+        "}))",
     ),
     lambda arguments, place: [shell("verify", "-w", place.workspace)],
     button="Verify",
@@ -466,35 +362,6 @@ CAPACITY = Verb(
     ],
     button="Measure",
 )
-CHECKOUT = Verb(
-    "checkout",
-    "Check out",
-    "Choose which revision the model carries; the history stays as it is.",
-    CheckoutArguments,
-    _checkout,
-    lambda arguments, place: program(
-        place, f"print(json.dumps(bench.checkout({quoted(arguments.revision)})))"
-    ),
-    lambda arguments, place: [shell("checkout", arguments.revision, "-w", place.workspace)],
-    kind="write",
-    template="answers/moved.html",
-    button="Check out",
-)
-REVERT = Verb(
-    "revert",
-    "Revert",
-    "Take a patch back, or some of its facts, or undo a revert; this is recorded.",
-    RevertArguments,
-    _revert,
-    _revert_in_python,
-    lambda arguments, place: [
-        shell("revert", arguments.revision, *_revert_words(arguments), "-w", place.workspace)
-    ],
-    kind="write",
-    template="answers/moved.html",
-    button="Revert",
-)
-
 WEIGHTS = Verb(
     "weights",
     "Weights",
@@ -503,12 +370,15 @@ WEIGHTS = Verb(
     _weights_now,
     lambda arguments, place: program(
         place,
-        "print(json.dumps(weight_digests(bench.lm.module)))",
+        "print(json.dumps({",
+        '    "revision": bench.at,',
+        '    "fingerprint": bench.lm.fingerprint,',
+        '    "base": bench.base_fingerprint,',
+        '    "tensors": weight_digests(bench.lm.module),',
+        "}))",
         uses="from factsmith.model.fingerprint import weight_digests\n",
     ),
     lambda arguments, place: [],
     button="Hash",
     cached=False,
 )
-
-KEEPING = (LOG, SHOW, DIFF, CHECKOUT, REVERT, VERIFY, CAPACITY, STATUS, WEIGHTS)

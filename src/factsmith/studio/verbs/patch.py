@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -48,6 +49,7 @@ class ApplyArguments(FactArguments):
 
 
 def _plan(desk: Desk, arguments: FactArguments, progress: Progress) -> Answer:
+    tell(progress, "reading the facts", 0, None)
     wanted = wanted_of(arguments, desk.folder)
     with naming_fields():
         planned = desk.bench.plan(wanted.sheet.facts, wanted.recipe, progress=progress)
@@ -66,6 +68,7 @@ def _plan(desk: Desk, arguments: FactArguments, progress: Progress) -> Answer:
 
 
 def _preview(desk: Desk, arguments: FactArguments, progress: Progress) -> Answer:
+    tell(progress, "reading the facts", 0, None)
     wanted = wanted_of(arguments, desk.folder)
     with naming_fields():
         tried = desk.bench.apply(
@@ -87,6 +90,7 @@ def _preview(desk: Desk, arguments: FactArguments, progress: Progress) -> Answer
 
 
 def _apply(desk: Desk, arguments: ApplyArguments, progress: Progress) -> Answer:
+    tell(progress, "reading the facts", 0, None)
     wanted = wanted_of(arguments, desk.folder)
     outcome = _kept_preview(desk, wanted, arguments, progress)
     solved_before = outcome is not None
@@ -264,7 +268,8 @@ def _examples(desk: Desk) -> list[tuple[str, FactArguments]]:
 
 def _facts_in_python(arguments: FactArguments, place: Place) -> tuple[str, str, str]:
     """Return lines that make the facts, and how they and the gates are named."""
-    if arguments.sheet or arguments.method or arguments.layers or arguments.settings:
+    is_file = arguments.sheet or arguments.document
+    if is_file or arguments.method or arguments.layers or arguments.settings:
         lines = (
             "from factsmith.patch.recipe import Recipe\n\n"
             f"sheet = fs.FactFile.sheet({quoted(file_of(arguments, place))})\n"
@@ -283,9 +288,7 @@ def _facts_in_python(arguments: FactArguments, place: Place) -> tuple[str, str, 
     return "\n".join(["fact = fs.Fact(", *fields, ")"]), "fact", gates
 
 
-def _folder(place: Place) -> Any:
-    from pathlib import Path
-
+def _folder(place: Place) -> Path:
     return Path(place.workspace)
 
 
