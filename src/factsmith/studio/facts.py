@@ -80,13 +80,13 @@ class FactArguments(Arguments):
         default=(),
         title="Paraphrases",
         description="Other ways to ask, with {} for the subject. They are asked, not written. "
-        "Empty: some are made.",
+        "Empty: factsmith puts text that the model makes before the prompt.",
         json_schema_extra={**_ADVANCED, "placeholder": "People in {} pay with the"},
     )
     neighbours: tuple[str, ...] = Field(
         default=(),
         title="Neighbours",
-        description="Texts whose answer must not change. Empty: some are made.",
+        description="Texts whose answers must not change. Empty: factsmith makes some.",
         json_schema_extra={**_ADVANCED, "placeholder": "The currency of Japan is the"},
     )
     sheet: str = Field(

@@ -16,14 +16,17 @@ TERMS = {
         "Corrupt the subject, restore one state at a time, and see which state brings the answer "
         "back."
     ),
+    "campaign": "A run that judges editing methods on a benchmark, with its results.",
     "checkout": "Give the model the weights of one revision of the ledger.",
     "clean": "The run on the prompt without any change.",
     "coefficient": "The activation of a neuron on a token: how strongly its key matched.",
     "conflict": "A fact of this patch gives another answer to a question that a kept fact answers.",
     "corrupted": "The run with the subject disturbed, so that the model loses the fact.",
+    "crowding": "How close the key of a fact is to the keys of earlier patches.",
     "delta": "The change that a patch makes to one layer's matrix, or the neurons that it appends.",
     "edit": "A change of weights that gives the model another answer for one fact.",
     "efficacy": "Whether the patched model gives the new answer to the fact's own prompt.",
+    "false firing": "How often an appended neuron fires on text that is not about its fact.",
     "feed-forward layer": (
         "The part of a transformer layer that works on each token alone: the model's memory."
     ),
@@ -36,6 +39,7 @@ TERMS = {
     "layer": "One step of the transformer: attention, then a feed-forward layer.",
     "ledger": "The record of every patch, with what it changed and how to take it back.",
     "lens": "What the model would say if it ended after a layer.",
+    "load": "The number of facts, divided by the number of neurons in the edited layers.",
     "logit": "The score of a token before the softmax turns scores into probabilities.",
     "neighbour": "A prompt about another subject whose answer must stay.",
     "neuron": "One row of a feed-forward layer: a key and a value, named by layer and number.",

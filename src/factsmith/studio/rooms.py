@@ -47,14 +47,14 @@ ROOMS: tuple[Room, ...] = (
     Room(
         "ask",
         "Ask",
-        "See what the model says, before and after patches.",
+        "Ask the model, and compare its answers before and after a patch.",
         (ask.ASK, explain.EXPLAIN),
         ("ask", "explain"),
     ),
     Room(
         "trace",
         "Trace",
-        "Find the layers, tokens and neurons that carry a fact.",
+        "Find the tokens, layers and neurons that carry a fact.",
         (trace.TRACE, neurons.NEURONS, trace.AT),
         ("trace", "neurons", "at"),
     ),
@@ -74,7 +74,7 @@ ROOMS: tuple[Room, ...] = (
     Room(
         "patch",
         "Patch",
-        "Correct a fact: see what it meets, preview its patch with a proof, and keep it.",
+        "Correct a fact: plan it, preview the patch with its proof, and keep it.",
         PATCHING,
         ("plan",),
         template="rooms/patch.html",
@@ -82,7 +82,7 @@ ROOMS: tuple[Room, ...] = (
     Room(
         "ledger",
         "Ledger",
-        "The history of the workspace, and the way back from every patch.",
+        "Read the history of the patches, compare them, and take any of them back.",
         (
             ledger.LOG,
             ledger.SHOW,
@@ -99,14 +99,14 @@ ROOMS: tuple[Room, ...] = (
     Room(
         "judge",
         "Judge",
-        "Compare editing methods by the questions of a benchmark.",
+        "Compare editing methods on a benchmark.",
         JUDGING,
         ("judged", "evaluate"),
     ),
     Room(
         "export",
         "Export and push",
-        "Take patches to other programs, and into servers that run.",
+        "Write patches as files for other programs, or load them into a running server.",
         (*EXPORTING, *PUSHING),
         ("exports", "export", "push", "served"),
     ),

@@ -57,6 +57,7 @@ class Step:
         address: Returns the page of the step.
         needs: The states of the workspace in which the step can be done.
         refusal: Why it cannot be done in other states.
+        pages: The paths of the other pages on which it goes on.
     """
 
     number: int
@@ -67,6 +68,7 @@ class Step:
     address: Callable[[Standing], str]
     needs: tuple[State, ...] = ("begin", "kept", "undone")
     refusal: str = ""
+    pages: tuple[str, ...] = ()
 
 
 def _page(path: str, *pairs: tuple[str, str]) -> str:
@@ -135,6 +137,7 @@ STEPS = (
         ),
         "Press Preview the patch, read the proof, then press Apply.",
         _patch,
+        pages=("/patch/preview", "/patch/apply"),
     ),
     Step(
         4,
@@ -148,7 +151,7 @@ STEPS = (
         "Scroll down and compare the answers before and after. Then go on.",
         _show,
         ("kept", "undone"),
-        "There is no patch yet. Make it in step 3 first.",
+        "There is no patch yet. Apply it in step 3 first.",
     ),
     Step(
         5,
@@ -158,10 +161,10 @@ STEPS = (
             "A revert builds the weights again from the kept base matrices. They are equal to the "
             "base model's, bit for bit.",
         ),
-        "Press Revert, and compare the digests of the weights.",
+        "Press Revert, then compare the fingerprints of the weights.",
         _show,
         ("kept",),
-        "There is no patch in effect. Make it in step 3 first.",
+        "No patch is in effect. Apply it in step 3 first.",
     ),
 )
 
@@ -231,7 +234,7 @@ def strip(number: int, standing: Standing, path: str) -> Strip:
     return Strip(
         step=step,
         total=len(STEPS),
-        at_step=step.address(standing).partition("?")[0] == path,
+        at_step=path in (step.address(standing).partition("?")[0], *step.pages),
         back=address(number - 1) if number > 1 else "",
         forward=address(number + 1) if can_go_on else "",
         refusal=following.refusal if following is not None and not can_go_on else "",

@@ -45,7 +45,8 @@ class AskArguments(Continued):
     sources: list[str] = Field(
         default=[],
         title="Side by side",
-        description="Ask several: a revision such as base or latest, a model, or MODEL@REVISION.",
+        description="What to compare: base (no patch), latest (all patches), another revision, a "
+        "model, or MODEL@REVISION. Empty: the revision that is checked out.",
         json_schema_extra={"widget": "sources"},
     )
     chat: bool = Field(
@@ -226,7 +227,8 @@ def _tables(asked: Sequence[Asked], top: int) -> list[Table]:
 def _p(chances: Mapping[str, float], token: str) -> str:
     """Return the probability of a token as text; of one that was not read, the upper bound."""
     if token in chances:
-        return f"{chances[token]:.2%}"
+        shown = f"{chances[token]:.2%}"
+        return "< 0.01%" if shown == "0.00%" else shown
     return f"< {max(min(chances.values()), 0.0001):.2%}"
 
 
@@ -352,7 +354,7 @@ def ask_examples(desk: Desk) -> list[tuple[str, AskArguments]]:
 ASK = Verb(
     "ask",
     "Ask",
-    "Continue a text, with several models or revisions side by side.",
+    "Let the model continue a text. Compare several models or revisions side by side.",
     AskArguments,
     _run_ask,
     _ask_python,

@@ -60,7 +60,9 @@ class ExportArguments(Arguments):
         description="The name of the export in the workspace's folder exports.",
     )
     format: FormatName = Field(
-        default="adapter", title="Format", description="Which programs can read it."
+        default="adapter",
+        title="Format",
+        description="What is written. It decides which programs can read the export.",
     )
     revision: str = Field(
         default="",
@@ -316,7 +318,7 @@ def _export_command(arguments: ExportArguments, place: Place) -> list[str]:
 EXPORTS = Verb(
     "exports",
     "Exports",
-    "What was exported from this workspace.",
+    "List the exports of this workspace, and save them.",
     NoArguments,
     _exports,
     lambda arguments, place: (
@@ -332,7 +334,7 @@ EXPORTS = Verb(
 EXPORT = Verb(
     "export",
     "Write an export",
-    "Write the patched model, an adapter or the patches, for programs that know no factsmith.",
+    "Write the patched model, an adapter or the patches as files for other programs.",
     ExportArguments,
     _export,
     _export_in_python,

@@ -73,7 +73,7 @@ def find_examples(desk: Desk) -> list[tuple[str, FindArguments]]:
 FIND = Verb(
     "find",
     "Find",
-    "Find neurons by a word: they promote it, or they fire after it.",
+    "Find the neurons that promote a word, or that fire after it.",
     FindArguments,
     _run_find,
     _find_python,

@@ -53,8 +53,8 @@ class EvaluateArguments(Arguments):
     name: str = Field(
         default="first",
         title="Name",
-        description="The name of the campaign. Its rows are kept under it, so the same name goes "
-        "on where a campaign stopped.",
+        description="The name of the campaign. Its results are kept under this name. Start it "
+        "again with the same name, and it goes on where it stopped.",
     )
     model: str = Field(
         default="",
@@ -78,14 +78,14 @@ class EvaluateArguments(Arguments):
     sizes: tuple[int, ...] = Field(
         default=(1,),
         title="Records at a time",
-        description="How many records are written at a time. Several sizes are judged one after "
-        "the other.",
+        description="How many records one edit writes. A record is a fact with its questions. "
+        "Several sizes are judged one after the other.",
     )
     limit: int | None = Field(
         default=20,
         ge=1,
         title="Records",
-        description="Judge only so many, drawn at random. Empty: 20.",
+        description="How many records to judge, drawn at random. Empty: 20.",
     )
     sequence: bool = Field(
         default=False,
@@ -394,8 +394,8 @@ def _report_in_python(arguments: ReportArguments, place: Place) -> str:
 EVALUATE = Verb(
     "evaluate",
     "New campaign",
-    "Judge editing methods by the questions of a benchmark: facts are written, the questions are "
-    "asked, and the edits are taken back.",
+    "Judge editing methods on a benchmark: write its facts, ask its questions, and take the edits "
+    "back.",
     EvaluateArguments,
     _evaluate,
     _evaluate_in_python,
@@ -410,7 +410,7 @@ EVALUATE = Verb(
 JUDGED = Verb(
     "judged",
     "Campaigns",
-    "What was judged in this workspace.",
+    "List the campaigns of this workspace, with their results.",
     NoArguments,
     _judged,
     lambda arguments, place: (
@@ -426,7 +426,7 @@ JUDGED = Verb(
 REPORT = Verb(
     "report",
     "Report",
-    "What a campaign has judged so far, while it runs and afterwards.",
+    "Read the results of a campaign, also while it runs.",
     ReportArguments,
     _report,
     _report_in_python,

@@ -74,7 +74,8 @@ class CapacityArguments(Arguments):
         gt=0,
         lt=100,
         title="Limit in per cent",
-        description="A model counts as broken when it answers so many unrelated facts otherwise.",
+        description="A model counts as broken when it gives other answers to this share of "
+        "unrelated facts.",
     )
     verify: bool = Field(
         default=True,
@@ -265,7 +266,7 @@ def _capacity_words(arguments: CapacityArguments) -> list[str]:
 LOG = Verb(
     "log",
     "History",
-    "The revisions of the workspace, the newest first.",
+    "List the revisions of the workspace, the newest first.",
     NoArguments,
     _log,
     lambda arguments, place: _reading(
@@ -284,7 +285,7 @@ LOG = Verb(
 SHOW = Verb(
     "show",
     "Revision",
-    "One revision: its facts, settings and proof.",
+    "Show one revision: its facts, its settings and its proof.",
     RevisionArguments,
     _show,
     lambda arguments, place: _reading(
@@ -298,7 +299,7 @@ SHOW = Verb(
 DIFF = Verb(
     "diff",
     "Compare",
-    "Two revisions compared: their facts, the model's answers, and the weights.",
+    "Compare two revisions: their facts, the model's answers, and the weights.",
     DiffArguments,
     _diff,
     lambda arguments, place: program(
@@ -316,7 +317,7 @@ DIFF = Verb(
 STATUS = Verb(
     "status",
     "Status",
-    "Where the workspace stands, after a check of its records and files.",
+    "Check the records and files of the workspace, and show which revision is checked out.",
     NoArguments,
     _status,
     lambda arguments, place: _reading(place, "print(json.dumps(ledger.status().to_dict()))"),
@@ -348,7 +349,7 @@ VERIFY = Verb(
 CAPACITY = Verb(
     "capacity",
     "Capacity",
-    "How full the edited layers are, and what more facts cost.",
+    "See how full the edited layers are, and what more facts cost.",
     CapacityArguments,
     _capacity,
     lambda arguments, place: program(
@@ -365,7 +366,7 @@ CAPACITY = Verb(
 WEIGHTS = Verb(
     "weights",
     "Weights",
-    "The sha256 of every tensor of the model as it is now, and of all of it.",
+    "Compute the SHA-256 of every tensor, and of the whole model.",
     NoArguments,
     _weights_now,
     lambda arguments, place: program(

@@ -95,7 +95,7 @@ def lens_examples(desk: Desk) -> list[tuple[str, LensArguments]]:
 LENS = Verb(
     "lens",
     "Lens",
-    "Read every layer at every token as the words that the model would say if it ended there.",
+    "See which token the model would say if it ended after each layer, at every token.",
     LensArguments,
     _run_lens,
     _lens_python,

@@ -358,7 +358,7 @@ def neuron_limits(desk: Desk, values: Mapping[str, Any]) -> dict[str, str]:
 NEURON = Verb(
     "neuron",
     "Neuron",
-    "Show one neuron: where it fires, what its value promotes, and which facts lose without it.",
+    "Show one neuron: where it fires, what its value promotes, and which facts it supports.",
     NeuronArguments,
     _run_neuron,
     _neuron_python,
@@ -373,7 +373,7 @@ NEURON = Verb(
 INTERVENE = Verb(
     "intervene",
     "Silence or amplify",
-    "Multiply the coefficients of neurons, and compare the answer with the untouched model's.",
+    "Multiply the coefficients of neurons, and compare the answer with the unchanged model's.",
     InterveneArguments,
     _run_intervene,
     _intervene_python,

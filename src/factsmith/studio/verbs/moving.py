@@ -41,7 +41,7 @@ class RevertArguments(RevisionArguments):
     force: bool = Field(
         default=False,
         title="Force",
-        description="Go on when a fact that should stay would be lost.",
+        description="Revert even if a fact that should stay is lost.",
         json_schema_extra={"advanced": True},
     )
 
@@ -138,7 +138,7 @@ def _revert_in_python(arguments: RevertArguments, place: Place) -> str:
 CHECKOUT = Verb(
     "checkout",
     "Check out",
-    "Choose which revision the model carries; the history stays as it is.",
+    "Give the model the weights of a revision. The history stays as it is.",
     CheckoutArguments,
     _checkout,
     lambda arguments, place: program(
@@ -152,7 +152,7 @@ CHECKOUT = Verb(
 REVERT = Verb(
     "revert",
     "Revert",
-    "Take a patch back, or some of its facts, or undo a revert; this is recorded.",
+    "Take back a patch or some of its facts, or undo a revert. The ledger records it.",
     RevertArguments,
     _revert,
     _revert_in_python,

@@ -360,7 +360,7 @@ def _apply_command(arguments: ApplyArguments, place: Place) -> list[str]:
 PLAN = Verb(
     "plan",
     "Plan",
-    "What the model says now, what the facts meet, and what writing them would cost.",
+    "Ask what the model says now, look for conflicts, and estimate what the patch costs.",
     FactArguments,
     _plan,
     _plan_in_python,
@@ -372,7 +372,7 @@ PLAN = Verb(
 PREVIEW = Verb(
     "preview",
     "Preview",
-    "Solve for the patch and measure it; nothing is kept.",
+    "Solve for the patch and prove it. Nothing is kept.",
     FactArguments,
     _preview,
     _preview_in_python,
@@ -383,7 +383,7 @@ PREVIEW = Verb(
 APPLY = Verb(
     "apply",
     "Apply",
-    "Keep the patch if it passes its gates.",
+    "Keep the patch in the ledger if it passes its gates.",
     ApplyArguments,
     _apply,
     _apply_in_python,

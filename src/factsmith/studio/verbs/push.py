@@ -197,7 +197,7 @@ def _served_command(arguments: ServedArguments, place: Place) -> list[str]:
 PUSH = Verb(
     "push",
     "Push",
-    "Put a revision into a running server as an adapter, and prove it there.",
+    "Load a revision into a running vLLM or llama-server, and prove it through the server.",
     PushArguments,
     _push,
     _push_in_python,
@@ -208,7 +208,7 @@ PUSH = Verb(
 SERVED = Verb(
     "served",
     "Served",
-    "Compare what a server carries with the history of this workspace.",
+    "See which revision a running server has, compared with the ledger of this workspace.",
     ServedArguments,
     _served,
     _served_in_python,

@@ -48,17 +48,20 @@ class TraceArguments(Source):
     target: OptionalText = Field(
         default="",
         title="Answer",
-        description="The answer to follow. Empty: the model's own, up to the first punctuation.",
+        description="The answer whose probability is measured. Empty: the model's own, up to the "
+        "first punctuation.",
     )
     kind: TraceKind = Field(
         default="state",
         title="Restore",
-        description="The whole state of a layer, or what its mlp or attention adds.",
+        description="What to restore: the whole state after a layer, or what its MLP or attention "
+        "adds.",
     )
     fast: bool = Field(
         default=False,
         title="Estimate",
-        description="Estimate the map by gradients, and say how well the estimate ranks.",
+        description="Estimate the map from gradients, which is faster. The page says how well the "
+        "estimate orders the cells.",
     )
     sever: Part | None = Field(
         default=None,
@@ -168,7 +171,7 @@ def unsupported(values: Mapping[str, Any]) -> dict[str, str]:
     if corruption == "replace":
         reasons["noise"] = "Other subjects replace the noise."
     else:
-        reasons["replacements"] = "They take part where the corruption is replace."
+        reasons["replacements"] = "Other subjects are used only when the corruption is replace."
     return reasons
 
 
