@@ -54,7 +54,7 @@ def test_a_step_that_cannot_be_done_goes_to_the_overview(client: TestClient) -> 
     response = client.get("/tour/5", follow_redirects=False)
     assert response.headers["location"] == "/tour"
     page = client.get("/tour").text
-    assert "Make it in step 3 first" in page and 'href="/tour/5"' not in page
+    assert "Apply it in step 3 first" in page and 'href="/tour/5"' not in page
     assert 'href="/tour/3"' in page
 
 

@@ -48,6 +48,12 @@ def test_an_address_gives_the_form_filled_and_the_answer(client: TestClient) -> 
     assert "lev" not in client.get("/talk/say").text.partition('id="answer"')[2]
 
 
+def test_a_draft_fills_the_form_and_asks_nothing(client: TestClient) -> None:
+    page = client.get("/talk/say", params={"draft": 1, "prompt": LEV})
+    assert page.status_code == 200 and f'value="{LEV}"' in page.text
+    assert "lev." not in page.text and 'aria-invalid="true"' not in page.text
+
+
 def test_a_fragment_is_the_answer_alone_and_tells_the_address(client: TestClient) -> None:
     fragment = client.get("/view/say", params={"prompt": LEV})
     assert "lev" in fragment.text and "<html" not in fragment.text

@@ -11,12 +11,12 @@ TERMS = {
         "A neuron that a patch adds to a layer for one fact. The weights that were there stay."
     ),
     "base": "The model as it was loaded, with no patch.",
+    "campaign": "A run that judges editing methods on a benchmark, with its results.",
     "capacity": "How many facts a layer holds, and how close their keys are to each other.",
     "causal trace": (
         "Corrupt the subject, restore one state at a time, and see which state brings the answer "
         "back."
     ),
-    "campaign": "A run that judges editing methods on a benchmark, with its results.",
     "checkout": "Give the model the weights of one revision of the ledger.",
     "clean": "The run on the prompt without any change.",
     "coefficient": "The activation of a neuron on a token: how strongly its key matched.",

@@ -35,6 +35,9 @@ from .verb import Verb
 _AT_ONCE = 0.3
 """Seconds that a page waits for an answer before it shows how far it is."""
 
+_DRAFT = "draft"
+"""With this in its query, an address fills in the form and asks nothing yet."""
+
 _CSRF = "csrf"
 """The field by which a form shows that it is ours; no verb has an argument of that name."""
 
@@ -113,8 +116,9 @@ class Views:
         known, verb = self._known(request, name)
         if known.name != room:
             raise _missing(request)
-        pairs = request.query_params.multi_items()
-        is_asked = bool(pairs) or not verb.needs_form
+        query = request.query_params.multi_items()
+        pairs = [pair for pair in query if pair[0] != _DRAFT]
+        is_asked = pairs == query if pairs else not verb.needs_form
         if not is_asked or verb.kind == "write":
             return await self._verb_page(request, known, verb, _by_name(verb, pairs))
         try:
