@@ -90,7 +90,7 @@ def measured() -> list[tuple[str, float]]:
             note("the proof is there")
             person.look()
             person.click(page.get_by_role("button", name="Apply", exact=True))
-            page.get_by_text("Kept.").wait_for()
+            page.get_by_text("Kept.", exact=True).wait_for()
             note("the patch is kept")
             assert running.ask("log")["revisions"][0]["facts"][0]["target"] == FACT["target"]
     return times

@@ -42,7 +42,7 @@ def test_a_patch_by_mouse_and_its_undo(visitor: Visitor, running: Studio, worksp
     previewed(page, visitor)
     assert ids(running) == before
     page.get_by_role("button", name="Apply", exact=True).click()
-    page.get_by_text("Kept.").wait_for()
+    page.get_by_text("Kept.", exact=True).wait_for()
     patched = running.ask("weights")["tensors"]
     changed = [name for name in base if base[name] != patched[name]]
     assert len(changed) == 1 and weights_in(workspace) == patched, "the patch changes one matrix"
@@ -68,7 +68,7 @@ def test_a_patch_by_keyboard_alone(visitor: Visitor, running: Studio) -> None:
     page.get_by_role("button", name="Apply", exact=True).wait_for()
     tab_to(page, "form[action='/patch/apply'] button")
     page.keyboard.press("Enter")
-    page.get_by_text("Kept.").wait_for()
+    page.get_by_text("Kept.", exact=True).wait_for()
     assert len(ids(running)) == len(before) + 1
     tab_to(page, "form[action='/ledger/revert'] button")
     page.keyboard.press("Space")
@@ -86,7 +86,7 @@ def test_two_tabs_and_another_process(visitor: Visitor, running: Studio, workspa
     n_rows = rows.count()
     previewed(asking, visitor)
     asking.get_by_role("button", name="Apply", exact=True).click()
-    asking.get_by_text("Kept.").wait_for()
+    asking.get_by_text("Kept.", exact=True).wait_for()
     rows.nth(n_rows).wait_for()
     assert ids(running)[0][:10] in watching.inner_text("#answer")
     command = [sys.executable, "-m", "factsmith", "revert", "latest", "-w", str(workspace)]

@@ -52,7 +52,7 @@ def test_the_five_steps_by_clicks(visitor: Visitor, running: Studio, workspace: 
     page.get_by_text("It holds.").wait_for()
     assert running.ask("log")["revisions"] == [], "a preview keeps nothing"
     page.get_by_role("button", name="Apply", exact=True).click()
-    page.get_by_text("Kept.").wait_for()
+    page.get_by_text("Kept.", exact=True).wait_for()
     note_of(page, 3).get_by_text("This step is done").wait_for()
     (revision,) = running.ask("log")["revisions"]
     patched = running.ask("weights")
