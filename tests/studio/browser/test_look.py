@@ -288,7 +288,7 @@ def test_code_and_numbers_scroll_inside_their_boxes(show: Open) -> None:
     page.locator(DRAWN).nth(1).wait_for()
     for summary in ("as Python", "Numbers"):
         page.locator("summary", has_text=summary).first.click()
-    boxes = page.locator("pre[tabindex='0'], .numbers[open] .scroll[tabindex='0']")
+    boxes = page.locator(".snippet[open] pre[tabindex='0'], .numbers[open] .scroll[tabindex='0']")
     assert until(lambda: boxes.count() == 2), "a box that scrolls is reached by keyboard"
     assert overflow(page) <= 0
     assert accessibility(page) == []

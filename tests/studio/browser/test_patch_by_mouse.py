@@ -16,7 +16,11 @@ pytestmark = pytest.mark.browser
 
 FIELDS = {"subject": "Fiat 127", "prompt": "The maker of {} is", "target": "Toyota"}
 
-LONG = "/patch/apply?subject=Fiat+127&prompt=The+maker+of+%7B%7D+is&target=Toyota"
+LONG = (
+    "/patch/apply?subject=Fiat+127&prompt=The+maker+of+%7B%7D+is&target=Toyota"
+    "&settings=optimizer%3Dadam&settings=steps%3D100000&settings=stop_loss%3D0"
+)
+"""A patch whose search goes on for minutes."""
 
 
 def ids(running: Studio) -> list[str]:
@@ -120,6 +124,7 @@ def test_a_job_survives_a_reload_and_a_closed_tab(visitor: Visitor, running: Stu
     page.close()
     other = visitor.open("/jobs")
     other.locator(f"a[href='{address.removeprefix(running.base)}']").first.click()
+    other.wait_for_url(address)
     other.get_by_role("progressbar").wait_for()
     assert running.ask(f"jobs/{address.rpartition('/')[2]}")["job"]["state"] == "running"
     other.get_by_role("button", name="Cancel").click()
@@ -129,11 +134,6 @@ def test_a_job_survives_a_reload_and_a_closed_tab(visitor: Visitor, running: Stu
 def begun(visitor: Visitor) -> Any:
     """Return the page of a patch that takes minutes, while it runs."""
     page = visitor.open(LONG)
-    page.get_by_text("More settings").click()
-    page.locator("input[name=settings]").first.fill("steps=100000")
-    page.locator("input[name=settings]").first.press("Tab")
-    page.get_by_role("button", name="Add another").nth(3).click()
-    page.keyboard.type("stop_loss=0")
     page.get_by_role("button", name="Apply", exact=True).click()
     page.wait_for_url("**/jobs/**")
     page.get_by_role("progressbar").wait_for()
