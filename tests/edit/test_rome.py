@@ -124,3 +124,21 @@ def test_r_rome_writes_the_mean_key() -> None:
     other = rome(lm, FACTS[0], CONFIG, moments=moments, contexts=CONTEXTS)
     output = (lm.ffn[1].weight() + other.dense(1)) @ other.k_star[1][0] + bias
     assert relative(output, other.v_star[0]) > 1e-3, "the control: ROME writes the prompt's key"
+
+
+def test_a_search_reports_after_each_step_and_stops_there(tiny_lm: LanguageModel) -> None:
+    """A caller that raises, as a cancelled job does, ends a long search between two steps."""
+    moments = second_moments(tiny_lm, TEXTS, [1])
+    config = dataclasses.replace(CONFIG, steps=50, stop_loss=0.0, optimizer="adam")
+    before, reports = read_weights(tiny_lm, [1])[1], 0
+
+    def stop(step: str, done: int, total: int | None) -> None:
+        nonlocal reports
+        reports += 1
+        if reports == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        rome(tiny_lm, FACTS[0], config, moments=moments, contexts=CONTEXTS, progress=stop)
+    assert reports == 5
+    assert torch.equal(read_weights(tiny_lm, [1])[1], before)

@@ -11,7 +11,7 @@ https://arxiv.org/abs/2403.07175.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -42,9 +42,14 @@ def one_by_one(inputs: EditInputs, *, one_key: bool = False) -> Delta:
     fingerprint = lm.fingerprint
     deltas: list[Delta] = []
     for done, fact in enumerate(inputs.facts):
-        tell(inputs.progress, "writing facts", done, len(inputs.facts))
+
+        def report(searched: int, done: int = done) -> None:
+            tell(inputs.progress, "writing facts", done, len(inputs.facts))
+
+        report(0)
         with applied(lm, deltas):
-            deltas += _deltas(inputs, [fact], _targets_of(inputs, fact), fingerprint, one_key)
+            targets = _targets_of(inputs, fact, report)
+            deltas += _deltas(inputs, [fact], targets, fingerprint, one_key)
     keys = torch.cat([delta.k_star[layer] for delta in deltas])
     left = torch.cat([delta.layers[layer][0] for delta in deltas], dim=1)
     right = torch.cat([delta.layers[layer][1] for delta in deltas])
@@ -90,14 +95,17 @@ def rome_each(
     return _deltas(inputs, inputs.facts, targets, lm.fingerprint, one_key=False)
 
 
-def _targets_of(inputs: EditInputs, fact: Fact) -> Targets:
-    """Return the target of one fact: as given, as kept, or searched on the present model."""
+def _targets_of(inputs: EditInputs, fact: Fact, progress: Callable[[int], object]) -> Targets:
+    """Return the target of one fact: as given, as kept, or searched on the present model.
+
+    A search reports after each of its steps, so that it can be interrupted there.
+    """
     (layer,) = inputs.layers
     if inputs.targets is not None:
         return inputs.targets
     if inputs.known_targets is not None:
         return inputs.known_targets([fact], layer, "ffn")
-    return find_targets(inputs.lm, [fact], layer, inputs.config, inputs.contexts)
+    return find_targets(inputs.lm, [fact], layer, inputs.config, inputs.contexts, progress=progress)
 
 
 def _deltas(
