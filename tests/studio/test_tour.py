@@ -66,6 +66,7 @@ def test_a_step_that_needs_the_patch_waits_for_it() -> None:
     assert waiting.at_step and not waiting.forward and "step 3" in waiting.refusal
     assert not waiting.is_done
     assert strip(3, BEGIN, "/patch/preview").at_step, "the patch is applied on its preview"
+    assert not strip(3, BEGIN, "/patch/preview", "France").at_step, "it is another fact's page"
     kept = strip(3, Standing("kept", "abc"), "/jobs/1")
     assert not kept.at_step and kept.forward == "/tour/4" and kept.is_done and not kept.refusal
 

@@ -156,6 +156,16 @@ def test_a_job_that_ends_while_its_page_is_made_is_shown_as_waiting(
     assert "lev" in ready and 'class="waiting"' not in ready
 
 
+def test_a_form_with_nothing_to_fill_in_is_sent_all_the_same(client: TestClient) -> None:
+    assert "Nothing asked yet" in client.get("/talk/halve").text
+    sent = client.get("/talk/halve?run=1")
+    assert sent.status_code == 200 and "Nothing asked yet" not in sent.text
+    assert 'name="run"' in client.get("/talk/halve").text
+    fragment = client.get("/view/halve")
+    assert fragment.headers["HX-Push-Url"] == "/talk/halve?run=1"
+    assert client.get("/form/halve?run=1").status_code == 200
+
+
 def test_programs_name_the_workspace_from_any_folder(studio: Studio) -> None:
     assert studio.desk.place.workspace == str(studio.desk.folder.resolve())
 

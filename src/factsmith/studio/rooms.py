@@ -1,7 +1,7 @@
 """The rooms of studio: pages that share a subject, and the verbs that each has.
 
 [room.title for room in ROOMS]     # ["Ask", "Trace", ...]
-address_of(TRACE, arguments)       # "/trace/trace?prompt=..."
+ROOMS[1].address(TRACE, arguments) # "/trace/trace?prompt=..."
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from .verbs.export import EXPORTING
 from .verbs.judge import JUDGING
 from .verbs.patch import PATCHING
 from .verbs.push import PUSHING
+
+RUN = "run"
+"""In the address of a view: its form was sent. A form that keeps all defaults has nothing else."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,9 @@ class Room:
 
     def address(self, verb: Verb[Any], arguments: Arguments) -> str:
         """Return the address of a view of one of its verbs, from the root of studio."""
-        return arguments.address(f"/{self.name}/{verb.name}")
+        address = arguments.address(f"/{self.name}/{verb.name}")
+        is_bare = verb.needs_form and "?" not in address
+        return f"{address}?{RUN}=1" if is_bare else address
 
 
 ROOMS: tuple[Room, ...] = (

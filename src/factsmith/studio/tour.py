@@ -220,13 +220,14 @@ class Strip:
     is_over: bool
 
 
-def strip(number: int, standing: Standing, path: str) -> Strip:
+def strip(number: int, standing: Standing, path: str, subject: str = "") -> Strip:
     """Return the note for a page.
 
     Args:
         number: The step that the reader is at.
         standing: How far the workspace is.
         path: The path of the page, without its query.
+        subject: The subject that the page is about; "" where it has none.
     """
     step = STEPS[number - 1]
     following = STEPS[number] if number < len(STEPS) else None
@@ -234,7 +235,8 @@ def strip(number: int, standing: Standing, path: str) -> Strip:
     return Strip(
         step=step,
         total=len(STEPS),
-        at_step=path in (step.address(standing).partition("?")[0], *step.pages),
+        at_step=path in (step.address(standing).partition("?")[0], *step.pages)
+        and subject in ("", SUBJECT),
         back=address(number - 1) if number > 1 else "",
         forward=address(number + 1) if can_go_on else "",
         refusal=following.refusal if following is not None and not can_go_on else "",
@@ -274,7 +276,8 @@ def strip_of(request: HTTPConnection, desk: Desk, path: str | None = None) -> St
     if step is None or not is_offered(desk.place.model):
         return None
     with desk.ledger() as ledger:
-        return strip(step.number, standing(ledger), path or request.url.path)
+        subject = request.query_params.get("subject", "")
+        return strip(step.number, standing(ledger), path or request.url.path, subject)
 
 
 def cookie_name(request: HTTPConnection) -> str:

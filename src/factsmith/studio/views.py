@@ -25,7 +25,7 @@ from ..core.errors import FactsmithError
 from . import api
 from .arguments import Arguments
 from .jobs import Job
-from .rooms import Room
+from .rooms import RUN, Room
 from .session import Studio
 from .sheet import csv_of
 from .templating import environment
@@ -37,6 +37,9 @@ _AT_ONCE = 0.3
 
 _DRAFT = "draft"
 """With this in its query, an address fills in the form and asks nothing yet."""
+
+_MARKS = (_DRAFT, RUN)
+"""Names in an address that are no arguments."""
 
 _CSRF = "csrf"
 """The field by which a form shows that it is ours; no verb has an argument of that name."""
@@ -116,9 +119,8 @@ class Views:
         known, verb = self._known(request, name)
         if known.name != room:
             raise _missing(request)
-        query = request.query_params.multi_items()
-        pairs = [pair for pair in query if pair[0] != _DRAFT]
-        is_asked = pairs == query if pairs else not verb.needs_form
+        names, pairs = request.query_params.keys(), _arguments(request)
+        is_asked = _DRAFT not in names and (bool(names) or not verb.needs_form)
         if not is_asked or verb.kind == "write":
             return await self._verb_page(request, known, verb, _by_name(verb, pairs))
         try:
@@ -153,7 +155,7 @@ class Views:
     async def fragment(self, request: Request, name: str) -> Response:
         """Show a verb's answer alone, or how far it is."""
         room, verb = self._reading(request, name)
-        pairs = request.query_params.multi_items()
+        pairs = _arguments(request)
         try:
             arguments = verb.arguments.of_query(pairs)
             job = await self.studio.ask(verb, arguments, _AT_ONCE)
@@ -168,7 +170,7 @@ class Views:
     async def form(self, request: Request, name: str) -> Response:
         """Show a verb's form alone, with what cannot be used together greyed out."""
         room, verb = self._known(request, name)
-        values = _by_name(verb, request.query_params.multi_items())
+        values = _by_name(verb, _arguments(request))
         return await self.page(request, "form.html", **self._form(room, verb, values))
 
     async def as_json(self, request: Request, name: str) -> Response:
@@ -376,6 +378,11 @@ class Views:
 def _missing(request: Request) -> api.UnknownError:
     path = request.url.path[:80]
     return api.UnknownError(f"there is no page {path!r}; the menu lists the rooms")
+
+
+def _arguments(request: Request) -> list[tuple[str, str]]:
+    """Return the pairs of an address that are arguments of a verb."""
+    return [pair for pair in request.query_params.multi_items() if pair[0] not in _MARKS]
 
 
 def _in_words(error: Exception) -> str:
