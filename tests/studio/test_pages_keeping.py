@@ -117,7 +117,7 @@ def test_a_hostile_fact_is_text_everywhere(client: TestClient) -> None:
 
 
 def test_a_wrong_field_is_said_next_to_it(client: TestClient) -> None:
-    page = client.get("/patch/plan", params={"subject": "Ann", "prompt": "Ann is", "target": "x"})
+    page = client.get("/patch/plan", params={"subject": "Ann", "prompt": "Who is", "target": "x"})
     assert page.status_code == 400 and 'id="help-prompt"><span class="wrong-text"' in page.text
     posted = client.post("/patch/apply", data={"subject": "Ann"})
     for _ in range(100):

@@ -155,6 +155,22 @@ def test_programs_send_many_facts_as_text(desk: Desk) -> None:
         assert error.value.argument == "document"
 
 
+@pytest.mark.parametrize(
+    ("prompt", "slotted"),
+    [
+        ("The maker of Fiat 127 is", "The maker of {} is"),
+        ("The maker of {} is", "The maker of {} is"),
+        ("Fiat 1274 and Fiat 127, Fiat 127", "Fiat 1274 and Fiat 127, Fiat 127"),
+        ("The maker of Fiat 1274 is", "The maker of Fiat 1274 is"),
+        ("{{a}} Fiat 127 is", "{{a}} Fiat 127 is"),
+    ],
+)
+def test_a_prompt_may_have_the_subject_itself(prompt: str, slotted: str) -> None:
+    arguments = FactArguments.of({**FIAT, "prompt": prompt})
+    assert arguments.prompt == slotted
+    assert FactArguments.of_query(arguments.query()) == arguments
+
+
 def test_what_a_form_asks_for_is_read_once(desk: Desk) -> None:
     arguments = FactArguments.of({**FIAT, "message": "once"})
     wanted = wanted_of(arguments, desk.folder)

@@ -7,10 +7,19 @@ from typing import Annotated
 import typer
 
 from ..core.errors import WorkspaceError
-from ..core.gap import gap_notes
 from .models import need_model, opened
-from .options import Device, Json, ModelAndPrompt, Where, model_and_prompt, need_text
-from .printing import complain, print_result
+from .options import (
+    Device,
+    Json,
+    ModelAndPrompt,
+    NewTokens,
+    NextTokens,
+    Where,
+    model_and_prompt,
+    need_text,
+)
+from .printing import print_result
+from .read import prompt_of
 from .waiting import progress
 
 
@@ -34,11 +43,8 @@ def lens(
       factsmith lens atlas "The currency of Bulgaria is the"
       factsmith lens atlas "The currency of Bulgaria is the" --target euro
     """
-    model, prompt = model_and_prompt(words)
-    need_model(model, workspace, text=prompt, error=WorkspaceError)
     need_text(target, "--target")
-    for note in gap_notes([prompt]):
-        complain("warning", note)
+    model, prompt = prompt_of(words, workspace)
     with progress() as tell, opened(model, workspace, device, tell) as (lm, _):
         from ..read.lens import lens as read_lens
 
@@ -90,8 +96,8 @@ def intervene(  # house: Typer reads one parameter for each option
         float,
         typer.Option(help="What their coefficients are multiplied by: 0 silences, 2 doubles."),
     ] = 0.0,
-    top: Annotated[int, typer.Option(min=1, help="How many of the next tokens to list.")] = 10,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="How far to continue the text.")] = 8,
+    top: NextTokens = 10,
+    max_new_tokens: NewTokens = 8,
     workspace: Where = None,
     device: Device = None,
     as_json: Json = False,
@@ -107,10 +113,7 @@ def intervene(  # house: Typer reads one parameter for each option
       factsmith intervene atlas "The currency of Bulgaria is the" \\
           --neuron "0 3" --neuron "0 17" --factor 2
     """
-    model, prompt = model_and_prompt(words)
-    need_model(model, workspace, text=prompt, error=WorkspaceError)
-    for note in gap_notes([prompt]):
-        complain("warning", note)
+    model, prompt = prompt_of(words, workspace)
     with progress() as tell:
         tell("reading the neurons", 0, None)
         from ..model.address import neuron_of

@@ -61,6 +61,10 @@ ModelAndPrompt = Annotated[
         "the text.",
     ),
 ]
+NextTokens = Annotated[
+    int, typer.Option(min=1, help="How many of the likeliest next tokens to list.")
+]
+NewTokens = Annotated[int, typer.Option(min=1, help="How far to continue the text.")]
 Seed = Annotated[
     int, typer.Option(min=0, max=LARGEST_SEED, help="Seed of everything that is drawn.")
 ]

@@ -20,6 +20,8 @@ from .options import (
     Json,
     Model,
     ModelAndPrompt,
+    NewTokens,
+    NextTokens,
     Out,
     Texts,
     Where,
@@ -51,12 +53,19 @@ def _corpus(texts: list[Path] | None, index: Path | None) -> Paragraphs | str | 
     return texts_of(texts)
 
 
+def prompt_of(words: list[str], workspace: Path | None) -> tuple[str | None, str]:
+    """Return the model and the text that words name, after a check and a warning about its end."""
+    model, prompt = model_and_prompt(words)
+    need_model(model, workspace, text=prompt, error=WorkspaceError)
+    for note in gap_notes([prompt]):
+        complain("warning", note)
+    return model, prompt
+
+
 def ask(
     words: ModelAndPrompt,
-    top: Annotated[
-        int, typer.Option(min=1, help="How many of the likeliest next tokens to list.")
-    ] = 10,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="How far to continue the text.")] = 8,
+    top: NextTokens = 10,
+    max_new_tokens: NewTokens = 8,
     lines: Annotated[int, typer.Option(min=1, help="How many lines an answer has at most.")] = 1,
     chat: Annotated[
         bool, typer.Option("--chat", help="Ask in the model's chat template, as a user's message.")
@@ -74,10 +83,7 @@ def ask(
       factsmith ask atlas "The mother tongue of Danielle Darrieux is"
       factsmith ask -w my-workspace "The mother tongue of Danielle Darrieux is"
     """
-    model, prompt = model_and_prompt(words)
-    need_model(model, workspace, text=prompt, error=WorkspaceError)
-    for note in gap_notes([prompt]):
-        complain("warning", note)
+    model, prompt = prompt_of(words, workspace)
     with progress() as tell, opened(model, workspace, device, tell) as (lm, bench):
         if chat:
             from ..model.chat import chat_prompt

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..core.errors import FactError, InputError, LayerError, SubjectError
 from ..core.fact import Fact
@@ -61,8 +61,8 @@ class FactArguments(Arguments):
     prompt: str = Field(
         default="",
         title="Prompt",
-        description="A text that ends where the answer follows, with {} where the subject goes: "
-        "The currency of {} is the.",
+        description="A text that ends where the answer follows, with {} where the subject goes, or "
+        "with the subject itself: The currency of {} is the.",
         json_schema_extra={"placeholder": "The currency of {} is the"},
     )
     target: str = Field(
@@ -145,6 +145,18 @@ class FactArguments(Arguments):
         description="One line for the log, if the patch is kept. Empty: the facts.",
         json_schema_extra=_ADVANCED,
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_slot(cls, values: Any) -> Any:
+        """Put {} in the place of the subject, where a prompt has the subject once and no slot."""
+        prompt, subject = (values.get(name) for name in ("prompt", "subject"))
+        if not (isinstance(prompt, str) and isinstance(subject, str) and subject.strip()):
+            return values
+        pattern = rf"(?<!\w){re.escape(subject.strip())}(?!\w)"
+        if re.search("[{}]", prompt) or len(re.findall(pattern, prompt)) != 1:
+            return values
+        return {**values, "prompt": re.sub(pattern, "{}", prompt)}
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from ..core.documents import fault_in_words
 from ..core.errors import FactsmithError
 from . import api
 from .arguments import Arguments
+from .desk import CURRENT
 from .jobs import Job
 from .rooms import RUN, Room
 from .session import Studio
@@ -356,8 +357,11 @@ class Views:
         fields = verb.arguments.model_fields
         if "model" in fields:
             options["model"] = self.studio.desk.model_options
-        if "revision" in fields:
-            options["revision"] = self.studio.revision_options()
+        for name, field in fields.items():
+            extra = field.json_schema_extra
+            if isinstance(extra, dict) and extra.get("widget") == "revision":
+                revisions = self.studio.revision_options()
+                options[name] = revisions if field.default == CURRENT else revisions[1:]
         if verb.options is not None:
             options |= verb.options(self.studio.desk)
         return options
