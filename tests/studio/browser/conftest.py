@@ -1,4 +1,8 @@
-"""One chromium for a run; one studio for each module, on a workspace of its own."""
+"""One chromium and one studio for each module, on a workspace and with a cache of its own.
+
+Playwright has an event loop in the main thread while it is open. Tests of other modules that run
+coroutines need that thread, so no browser stays open after its module.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from tools.browser import NAMES, Studio, browser_path, chromium, studio
 from browsing import Visitor
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Return chromium, driven by playwright."""
     pytest.importorskip("playwright.sync_api", reason="install it: pip install playwright")
@@ -30,9 +34,11 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def running(browser: Any, workspace: Path) -> Iterator[Studio]:
-    """Return a studio on the module's workspace."""
-    with studio(workspace) as started:
-        yield started
+    """Return a studio on the module's workspace, without any index of the model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FACTSMITH_CACHE", str(workspace.parent / "cache"))
+        with studio(workspace) as started:
+            yield started
 
 
 @pytest.fixture(scope="module")
