@@ -34,7 +34,7 @@ from .values import tokens_of
 
 @dataclass(frozen=True)
 class TokenNeuron:
-    """A neuron at one token.
+    """How strongly one neuron fires at one token, and what it adds there.
 
     Attributes:
         neuron: (layer, i) or (layer, expert, i).

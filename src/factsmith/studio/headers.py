@@ -67,8 +67,8 @@ def headers_of(path: str, query: bytes = b"", *, status: int = 200) -> dict[str,
 def with_headers(send: Send, path: str, query: bytes = b"", *, secure: bool = False) -> Send:
     """Return a `send` that adds the headers to what an app answers.
 
-    Each message goes on at once, so a stream of events stays a stream. What the app says about
-    these headers is replaced.
+    It passes each message on without waiting for the next one, so that a stream of events arrives
+    as it is sent. If the app sets one of these headers, its value is replaced.
 
     Args:
         send: Where the messages go.

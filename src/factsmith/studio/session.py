@@ -99,14 +99,8 @@ class Studio:
         if isinstance(arguments, Source):
             self.desk.resolve(arguments.revision, arguments.model)
         if verb.kind == "read" and verb.cached:
-            key = (
-                verb.name,
-                arguments.model_dump_json(),
-                self.standing.current,
-                self.standing.head,
-                None if verb.depends is None else verb.depends(),
-            )
-
+            at, more = self.standing, None if verb.depends is None else verb.depends()
+            key = (verb.name, arguments.model_dump_json(), at.current, at.head, more)
         return self.jobs.submit(self._work(verb, arguments, key))
 
     def _work(self, verb: Verb[Any], arguments: Arguments, key: Hashable) -> Work:
