@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -20,12 +22,13 @@ def lm(request: pytest.FixtureRequest) -> LanguageModel:
 
 def by_transformers(lm: LanguageModel) -> torch.Tensor:
     """Return p of every token after each state: (L + 1, S, vocab)."""
-    norm = getattr(lm.module.base_model, "ln_f", None) or lm.module.base_model.norm
+    module = copy.deepcopy(lm.module)  # transformers leaves hooks where it records states
+    norm = getattr(module.base_model, "ln_f", None) or module.base_model.norm
     ids = torch.tensor([lm.prompt_ids(PROMPT)])
     with torch.no_grad():
-        *below, last = lm.module(input_ids=ids, output_hidden_states=True).hidden_states
+        *below, last = module(input_ids=ids, output_hidden_states=True).hidden_states
         read = [norm(hidden[0]) for hidden in below] + [last[0]]  # the last has its norm already
-        logits = torch.stack([lm.module.get_output_embeddings()(each) for each in read])
+        logits = torch.stack([module.get_output_embeddings()(each) for each in read])
     return logits.softmax(-1)
 
 
