@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,18 +15,11 @@ from conftest import TEXTS
 from factsmith.core.artefact import Checkpoint
 from factsmith.core.errors import InputError
 from factsmith.corpus import text as corpus_text
+from factsmith.corpus.accumulator import Accumulator, State, Swept, TextBatch
 from factsmith.corpus.moment_sums import MomentSums
+from factsmith.corpus.passes import Unit
 from factsmith.corpus.scan import Bank, Coefficients, Site
-from factsmith.corpus.sweep import (
-    Accumulator,
-    Corpus,
-    State,
-    Swept,
-    TextBatch,
-    Unit,
-    corpus_digest,
-    sweep,
-)
+from factsmith.corpus.sweep import Corpus, corpus_digest, sweep
 from factsmith.model.language_model import LanguageModel
 
 MANY = [f"{text} {n}" for n in range(12) for text in TEXTS]
@@ -40,12 +34,16 @@ class Totals:
     """The sum of every neuron's coefficients in one layer."""
 
     site: Site = "coefficients"
+    least_part = 1
 
     def __init__(self, layer: int, name: str) -> None:
         self.layer, self.name = layer, name
         self.total: Tensor = torch.zeros(1, dtype=torch.float64)
         self.n_batches = 0
         self.before: list[weakref.ref[Coefficients]] = []
+
+    def maker(self) -> Callable[[], Totals]:
+        return partial(Totals, self.layer, self.name)
 
     def add(self, batch: TextBatch, coefficients: Mapping[Bank, Coefficients]) -> None:
         assert all(read() is None for read in self.before), "two batches are held at once"

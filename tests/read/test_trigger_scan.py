@@ -22,7 +22,8 @@ from factsmith.core.errors import (
     WorkspaceError,
 )
 from factsmith.corpus import text as corpus
-from factsmith.corpus.sweep import Corpus, Swept, sweep
+from factsmith.corpus.accumulator import Swept
+from factsmith.corpus.sweep import Corpus, sweep
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import wrap
 from factsmith.read import strongest

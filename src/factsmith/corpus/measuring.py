@@ -20,10 +20,11 @@ from ..core.artefact import Checkpoint
 from ..core.checks import check_limit
 from ..model.address import check_layer
 from ..model.language_model import LanguageModel
+from .accumulator import Swept
 from .moment_sums import Estimate, MomentSums, Until
 from .ordinary import OrdinaryTexts
 from .scan import Site
-from .sweep import Corpus, Swept, sweep
+from .sweep import Corpus, sweep
 
 TOKENS_PER_NEURON = 16
 """Tokens of given texts that are read for each neuron if the caller does not say how many.
@@ -171,7 +172,7 @@ def measure(
         layers,
         [sums],
         checkpoint=partial,
-        until=None if until is None else sums.is_enough,
+        until=None if until is None else sums,
         progress=report,
     )
     estimates = sums.result(swept)

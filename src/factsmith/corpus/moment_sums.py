@@ -5,7 +5,7 @@
     sums.result(swept)[3].mean                 # (d_ff, d_ff), with `split_half` and `excess`
 
     sums = MomentSums({3: 3072}, Until(0.2, 18_432, 33_792, 196_608))
-    sweep(..., [sums], until=sums.is_enough)   # ends when no excess is above 0.2
+    sweep(..., [sums], until=sums)    # ends when no excess is above 0.2
 
     sums = MomentSums({3: 769}, site="inputs")     # of the inputs and a constant, d_model + 1
     sums.result(swept)[3].sample                   # (m, d_model) some of the inputs
@@ -17,7 +17,8 @@ The halves are compared in two figures; `corpus.moments` explains them.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,9 +26,9 @@ from torch import Tensor
 
 from ..core.artefact import stated_count, stored
 from ..core.errors import NumericsError
+from .accumulator import State, Swept, TextBatch
 from .factors import cholesky
 from .scan import Bank, Coefficients, Site
-from .sweep import State, Swept, TextBatch
 
 _STRIPS = 8
 """Strips of a symmetric sum, each from the diagonal to the right edge.
@@ -48,6 +49,11 @@ SAMPLE = 24_576
 
 TAIL = 16
 """Token ids that are kept with each of these inputs: its own token and those before it."""
+
+_PART = 2
+"""Tokens of a part at least, for each neuron of the widest layer.
+
+Sending the sums of a part takes 9 bytes for each pair of neurons, however many tokens it has."""
 
 _PROBES = 64
 """Keys drawn for `excess`. They add less than 1 % to the variation that the halves cause."""
@@ -93,6 +99,7 @@ class MomentSums:
         counts: Number of tokens in each half.
         due: Number of tokens at which the halves are compared next.
         expected: How many tokens there will be, by the last comparison.
+        least_part: Tokens of a part of the corpus at least.
         site: What is summed up. To inputs a constant 1 is added, so that the sum holds their mean.
     """
 
@@ -107,6 +114,8 @@ class MomentSums:
             site: What is summed up.
         """
         self.site = site
+        self.least_part = _PART * max(sizes.values(), default=1)
+        self._sizes = dict(sizes)
         self._samples: dict[int, list[Tensor]] = {layer: [] for layer in sizes}
         self._tails: list[Tensor] = []
         self.counts = [0, 0]
@@ -114,6 +123,15 @@ class MomentSums:
         self.due, self.expected = (0, 0) if until is None else (until.first, until.likely)
         self._sums = {layer: HalvedSum(d_ff) for layer, d_ff in sizes.items()}
         self._order = list(self._sums)  # the layer that failed last is compared first
+
+    def maker(self) -> Callable[[], MomentSums]:
+        """Return a function that makes empty sums of the same kind."""
+        return partial(MomentSums, self._sizes, self.until, self.site)
+
+    def asked_at(self) -> int:
+        """Return the number of tokens before which `is_enough` returns False."""
+        assert self.until is not None
+        return min(self.due, self.until.most)
 
     def is_enough(self) -> bool:
         """Return whether every layer's `excess` is small enough, or the text is enough in any case.

@@ -7,6 +7,10 @@
 
 One pass of the model serves every layer and every accumulator. The order of batches depends on the
 corpus alone. A killed run resumes from its last checkpoint and ends with the same numbers.
+
+Where the executor in use cuts work into parts (`core.executor`), a part is a run of batches. Each
+part is summed up by itself, and the sums are merged in the order of the parts. So the numbers do
+not depend on who did which part, and each part counts once.
 """
 
 from __future__ import annotations
@@ -16,49 +20,17 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol, Self, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..core.artefact import Checkpoint, believing, stated_count
 from ..core.checks import check_count, check_limit
-from ..core.errors import InputError
+from ..core.executor import executor_in_use
 from ..model.language_model import LanguageModel
-from .scan import Bank, Coefficients, Site, scan
+from .accumulator import Accumulator, Enough, State, Swept, TextBatch
+from .passes import Pass, Reader, Unit, in_one_piece, in_parts
 from .text import Piece, batches, check_texts, pieces, windows
-
-State: TypeAlias = tuple[Mapping[str, Tensor], Mapping[str, str]]
-"""What a checkpoint holds: tensors by name, and text fields by name."""
-
-Unit: TypeAlias = Literal["batch", "window"]
-"""After what a checkpoint may be written: after each batch, or after each window of pieces."""
-
-
-@dataclass(frozen=True, eq=False)
-class TextBatch:
-    """Pieces of text that go through the model together.
-
-    Attributes:
-        pieces: The rows of the batch.
-        number: Which batch of the corpus it is, counted from 1.
-        window: Which window of the corpus it is from, counted from 1.
-        ends_window: Whether it is the last batch of its window.
-        half: Which half of the corpus it is from, 0 or 1. Always 0 if the corpus is not halved.
-        digest: sha256 (hex) of all token ids up to the end of its window.
-    """
-
-    pieces: list[Piece]
-    number: int
-    window: int
-    ends_window: bool
-    half: int
-    digest: str
-
-    @property
-    def n_tokens(self) -> int:
-        """Number of tokens, without padding."""
-        return sum(len(piece.ids) for piece in self.pieces)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,48 +112,6 @@ def corpus_digest(
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class Swept:
-    """What a sweep has read.
-
-    Attributes:
-        n_texts: Number of pieces.
-        n_tokens: Number of tokens, without padding.
-        digest: sha256 (hex) of their token ids.
-    """
-
-    n_texts: int
-    n_tokens: int
-    digest: str
-
-
-class Accumulator(Protocol):
-    """Something that is summed up over a corpus.
-
-    Names in `state` must differ between the accumulators of one sweep.
-
-    Attributes:
-        site: What it takes in: coefficients, or inputs.
-    """
-
-    site: Site
-
-    def add(self, batch: TextBatch, coefficients: Mapping[Bank, Coefficients]) -> None:
-        """Take in one batch: the coefficients of every bank that had a token."""
-
-    def merge(self, other: Self) -> None:
-        """Take in what another accumulator of the same kind collected from other texts."""
-
-    def state(self) -> State:
-        """Return everything that `restore` needs. "digest", "batch" and "window" are taken."""
-
-    def restore(self, tensors: Mapping[str, Tensor], fields: Mapping[str, str]) -> None:
-        """Take up a state. The mappings hold the states of all accumulators of the sweep."""
-
-    def result(self, swept: Swept) -> Any:
-        """Return the result for all that was swept. May be called once."""
-
-
 def sweep(
     lm: LanguageModel,
     corpus: Corpus,
@@ -190,7 +120,7 @@ def sweep(
     *,
     checkpoint: Checkpoint | None = None,
     unit: Unit = "batch",
-    until: Callable[[], bool] | None = None,
+    until: Enough | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Swept:
     """Read a corpus once and give every batch's coefficients to the accumulators.
@@ -203,7 +133,7 @@ def sweep(
         checkpoint: Where their state is kept now and then. If it holds a state, the sweep goes on
             from there. The caller removes it when the result is safe.
         unit: After what a checkpoint may be written.
-        until: Asked after each window of pieces. The sweep ends there if it returns True.
+        until: Asked after windows of pieces. The sweep ends there if it is enough.
         progress: Called with the number of tokens read, after every batch and after a restart.
 
     Raises:
@@ -213,39 +143,14 @@ def sweep(
         WorkspaceError: The checkpoint cannot be written.
     """
     done, digest = _restore(accumulators, checkpoint, unit)
-    at = n_texts = n_tokens = 0
-    batch: TextBatch | None = None
-    for batch in corpus.batches(lm):
-        at = batch.number if unit == "batch" else batch.window
-        complete = unit == "batch" or batch.ends_window
-        n_texts += len(batch.pieces)
-        n_tokens += batch.n_tokens
-        if at > done:
-            rows = [piece.ids for piece in batch.pieces]
-            for site in sorted({accumulator.site for accumulator in accumulators}):
-                read = scan(lm, rows, layers, corpus.dtype, site)
-                for accumulator in accumulators:
-                    if accumulator.site == site:
-                        accumulator.add(batch, read)
-                del read  # the next pass needs the memory
-            if checkpoint is not None and complete:
-                position = {unit: str(at), "digest": batch.digest}
-                checkpoint.save(partial(_state, accumulators, position))
-        elif at < done or not complete:
-            continue
-        elif batch.digest != digest:
-            raise _other_texts(checkpoint)
-        if progress is not None:
-            progress(n_tokens)
-        if until is not None and batch.ends_window and until():
-            break
-    if at < done:
-        raise _other_texts(checkpoint)
-    if batch is None:
-        raise InputError(
-            "The corpus has no text; give strings with at least one token", argument="texts"
-        )
-    return Swept(n_texts, n_tokens, batch.digest)
+    reader = Reader(corpus.batches(lm), unit, done, digest, checkpoint)
+    run = Pass(lm, tuple(layers), corpus.dtype, tuple(each.maker() for each in accumulators))
+    way = in_parts if executor_in_use().cuts else in_one_piece
+    for place in way(run, reader, accumulators, until, progress):
+        if checkpoint is not None and place.complete and place.at > done:
+            position = {unit: str(place.at), "digest": place.digest}
+            checkpoint.save(partial(_state, accumulators, position))
+    return reader.swept()
 
 
 def _restore(
@@ -271,11 +176,3 @@ def _state(accumulators: Sequence[Accumulator], position: Mapping[str, str]) -> 
         tensors.update(more_tensors)
         fields.update(more_fields)
     return tensors, fields
-
-
-def _other_texts(checkpoint: Checkpoint | None) -> InputError:
-    path = None if checkpoint is None else checkpoint.path
-    return InputError(
-        f"{path} holds an unfinished run over other texts; give the same texts again, choose "
-        "another place, or delete the file"
-    )

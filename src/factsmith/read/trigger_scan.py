@@ -13,8 +13,9 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,8 +25,9 @@ from ..core.artefact import Checkpoint, stated_count
 from ..core.checks import check_count
 from ..core.files import check_writable
 from ..core.progress import Progress, tell
+from ..corpus.accumulator import State, Swept, TextBatch
 from ..corpus.scan import Bank, Coefficients, Site, bank_name, banks, check_dtype
-from ..corpus.sweep import Corpus, State, Swept, TextBatch, sweep
+from ..corpus.sweep import Corpus, sweep
 from ..corpus.text import Piece
 from ..model.address import check_layers
 from ..model.language_model import LanguageModel, check_model
@@ -122,12 +124,15 @@ class TriggerRun:
         n_texts: Number of texts read.
         n_tokens: Number of tokens read.
         site: What it takes in.
+        least_part: Tokens of a part of the corpus at least.
     """
 
     site: Site = "coefficients"
+    least_part = 1
 
     def __init__(self, lm: LanguageModel, layers: Sequence[int], top: int) -> None:
         self.lm = lm
+        self._wanted = list(layers), top
         self.best = {
             bank: Strongest(neurons.d_ff, top) for bank, neurons in banks(lm, layers).items()
         }
@@ -135,6 +140,10 @@ class TriggerRun:
         self.n_texts = self.n_tokens = 0
         # Tokens of the texts held, now and when others were last let go.
         self._size = self._least = 0
+
+    def maker(self) -> Callable[[], TriggerRun]:
+        """Return a function that makes an empty run of the same kind."""
+        return partial(TriggerRun, self.lm, *self._wanted)
 
     def add(self, batch: TextBatch, coefficients: Mapping[Bank, Coefficients]) -> None:
         """Add one batch.
