@@ -1,5 +1,7 @@
 """The public names, listed once: `__init__.py` reads this file, and so do type checkers."""
 
+from .cluster.engine import Ray as Ray
+from .core.errors import ClusterError as ClusterError
 from .core.errors import DamagedError as DamagedError
 from .core.errors import FactError as FactError
 from .core.errors import FactsmithError as FactsmithError
@@ -16,6 +18,8 @@ from .core.errors import SubjectError as SubjectError
 from .core.errors import TokenizerError as TokenizerError
 from .core.errors import UnsupportedModelError as UnsupportedModelError
 from .core.errors import WorkspaceError as WorkspaceError
+from .core.executor import Local as Local
+from .core.executor import running_on as running_on
 from .core.fact import Fact as Fact
 from .core.fact import Probe as Probe
 from .core.factfile import FactFile as FactFile

@@ -15,7 +15,8 @@
     │   ├── FingerprintError      it belongs to another model
     │   ├── DamagedError          a file does not match its checksum or cannot be read
     │   └── RevisionError         no such revision, or an ambiguous id
-    └── ServerError               a server cannot be reached, or refuses
+    ├── ServerError               a server cannot be reached, or refuses
+    └── ClusterError              workers cannot be had, or a part of the work cannot be done
 
 A message says what was got, what is accepted, and what to do next. It speaks of Python arguments,
 never of command-line flags: an error carries the name of the argument, and the command line names
@@ -124,6 +125,12 @@ class ServerError(FactsmithError):
         super().__init__(message, argument=argument)
         self.status = status
         self.maybe_done = maybe_done
+
+
+class ClusterError(FactsmithError):
+    """Workers on other machines cannot be had, or a part of the work cannot be done there."""
+
+    exit_code = 7
 
 
 def first_line(error: Exception) -> str:

@@ -127,6 +127,10 @@ class RunnableModel:
             f"{self.dtype}, {self.device})"
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle holds. It works out its fingerprint again."""
+        return {**vars(self), "_identity": None}
+
     # ── what it is ────────────────────────────────────────────────────────────────────────────────
 
     @property
