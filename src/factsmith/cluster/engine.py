@@ -21,7 +21,7 @@ import socket
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Self, TypeVar
 
@@ -33,7 +33,7 @@ from ..core.executor import check_part_tokens, running_on
 from ..core.progress import Progress, tell
 from ..core.tables import counted
 from ..model.language_model import LanguageModel
-from .installed import need_ray
+from .installed import need_ray, quiet_ray
 from .pool import Pool
 from .run import Run
 from .shipping import Names, Packed, UnknownModelError, pack
@@ -96,8 +96,7 @@ class Ray:
     _models: dict[str, tuple[LanguageModel, Any]] = field(
         default_factory=dict, init=False, repr=False
     )
-    _block: AbstractContextManager[None] | None = field(default=None, init=False, repr=False)
-    _started: bool = field(default=False, init=False, repr=False)
+    _block: ExitStack = field(default_factory=ExitStack, init=False, repr=False)
     _tasks: Iterator[int] = field(default_factory=itertools.count, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -139,33 +138,25 @@ class Ray:
             raise InputError("this engine is in use already; make another one for another block")
         ray = need_ray()
         tell(self.progress, "starting Ray", 0, None)
-        if not ray.is_initialized():
-            self._connect(ray)
-            self._started = True
-        try:
+        with ExitStack() as block:
+            if not ray.is_initialized():
+                block.enter_context(quiet_ray())
+                block.callback(ray.shutdown)
+                self._connect(ray)
+            block.callback(self._stop_workers)
             self._start_workers(ray)
-        except BaseException:
-            self.close()
-            raise
-        self._block = running_on(self)
-        self._block.__enter__()
+            block.enter_context(running_on(self))
+            self._block = block.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if self._block is not None:
-            self._block.__exit__(*error)
-            self._block = None
-        self.close()
+        self._block.close()
 
-    def close(self) -> None:
-        """Stop the workers, and leave the cluster if this engine joined or started it."""
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
+    def _stop_workers(self) -> None:
+        pool, self._pool = self._pool, None
         self._models.clear()
-        if self._started:
-            need_ray().shutdown()
-            self._started = False
+        if pool is not None:
+            pool.close()
 
     def _connect(self, ray: Any) -> None:
         options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from ..core.errors import ClusterError
+
+_log = logging.getLogger(__name__)
+
+_PRINTS = "print_to_stdstream"
+"""The function with which Ray prints what its machines report, such as the death of a worker."""
 
 
 def need_ray() -> Any:
@@ -28,3 +36,33 @@ def need_ray() -> Any:
             f"Ray cannot be imported ({error}). Work on several workers needs it; install it with: "
             "pip install 'factsmith[ray]'"
         ) from None
+
+
+@contextmanager
+def quiet_ray() -> Iterator[None]:
+    """A block in which Ray's reports go to the log.
+
+    Ray prints them to standard output, also with its own logging turned off. They would stand in
+    the JSON of a command.
+    """
+    module: Any = importlib.import_module("ray._private.worker")
+    before = getattr(module, _PRINTS, None)
+    if before is not None:
+        setattr(module, _PRINTS, _logged)
+    try:
+        yield
+    finally:
+        if before is not None:
+            setattr(module, _PRINTS, before)
+
+
+def _logged(data: Mapping[str, Any], ignore_prefix: bool) -> None:
+    """Log what Ray would print."""
+    for line in data.get("lines", ()):
+        _log.debug("Ray: %s", line)
+
+
+def why(error: Exception) -> str:
+    """Return in a line why a worker ended, as Ray says it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300].rstrip(".")

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..core.errors import ClusterError
 from ..core.progress import Progress, note
-from .installed import need_ray
+from .installed import need_ray, why
 from .worker import VERSIONS, Hello
 
 PATIENCE = 90.0
@@ -162,7 +162,8 @@ class Pool:
             self.stillborn += 1
             if self.stillborn >= STILLBORN * self.n:
                 raise ClusterError(
-                    f"workers cannot start; the last one ended with: {str(error).strip()[:400]}"
+                    f"workers cannot start. Ray says of the last: {why(error)}. The folder logs "
+                    "of Ray's session holds what it printed"
                 ) from error
         where = "" if seat.hello is None else f" (process {seat.hello.pid})"
         note(self.progress, f"a worker died{where}; another one takes its place")

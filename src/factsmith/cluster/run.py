@@ -17,6 +17,7 @@ from typing import Any
 
 from ..core.errors import ClusterError
 from ..model.language_model import LanguageModel
+from .installed import why
 from .pool import Pool, Seat
 from .shipping import Names, Packed, pack, unpack
 from .worker import Answer
@@ -144,9 +145,9 @@ class Run:
             self.attempts[number] += 1
             if self.attempts[number] >= ATTEMPTS:
                 raise ClusterError(
-                    f"part {number + 1} cost {ATTEMPTS} workers their lives; the last ended with: "
-                    f"{str(value).strip()[:400]}. Often a worker has too little memory: give each "
-                    "more of it, or make the parts smaller"
+                    f"part {number + 1} cost {ATTEMPTS} workers their lives. Ray says of the last: "
+                    f"{why(value)}. Often a worker has too little memory: give each more of it, or "
+                    "make the parts smaller"
                 )
             if all(other.number != number for other in self.pool.seats):
                 self.waiting.appendleft(number)
