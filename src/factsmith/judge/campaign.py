@@ -5,10 +5,10 @@
     judged.evaluations, judged.left_out, judged.suite
 
 A campaign loads the suite, keeps the records that the model can be judged by, makes the editors,
-and runs every size. Each size is a part of its own, so an executor may run the parts anywhere. A
-campaign that was killed goes on from its folder: size-1, size-100 and sequence-100 hold the rows of
-their runs, judged.json names the model, the suite and the settings, and moments holds the second
-moments that the editors computed.
+and runs every size. An executor may judge the edits of a size on many machines. A campaign that was
+killed goes on from its folder: size-1, size-100 and sequence-100 hold the rows of their runs,
+judged.json names the model, the suite and the settings, and moments holds the second moments that
+the editors computed.
 
 A campaign knows no method. `editors` is a function such as factsmith's `editors`.
 """
@@ -19,13 +19,12 @@ import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from ..core.checks import check_count, check_items
 from ..core.errors import InputError
-from ..core.executor import Executor, Local
+from ..core.executor import Executor, executor_in_use, running_on
 from ..core.files import file_digest
 from ..core.gap import gap_notes
 from ..core.progress import Progress, note, tell
@@ -38,8 +37,9 @@ from .editor import Editor, description_of
 from .evaluation import Evaluation
 from .records import Record, Suite
 from .rows import BROKEN
-from .run import Probe, Run
+from .run import Run
 from .schedule import Schedule
+from .steps import Probe
 from .suites import load_suite
 from .usable import UNKNOWN, usable
 
@@ -142,7 +142,8 @@ class Campaign:
         """Judge every size. Edits that the folder holds already are not made again.
 
         Args:
-            executor: Runs the parts, one a size. None: in this process, one after the other.
+            executor: Runs the parts: each edit is one, and each sequence. This process keeps what
+                they return, in their order. None: the executor in use.
             progress: Gets the progress, and notes: why records are left out, what went wrong in a
                 run.
 
@@ -150,6 +151,13 @@ class Campaign:
             InputError: when no record can be judged, or the folder belongs to another campaign.
                 `load_suite`, `editors` and `evaluate` raise it too.
         """
+        with running_on(executor or executor_in_use()):
+            return self._run(progress)
+
+    # ── the steps ─────────────────────────────────────────────────────────────────────────────────
+
+    def _run(self, progress: Progress | None) -> Judged:
+        """Judge every size on the executor in use."""
         suite = self._load_suite(progress)
         records, left_out = self._usable_records(suite, progress)
         sizes = self._fitting_sizes(len(records), progress)
@@ -168,9 +176,9 @@ class Campaign:
         if self.folder is not None:
             settings = {name: description_of(editor) for name, editor in editors.items()}
             claim_folder(self.folder, made_from, settings)
-        task = partial(self._judge, records, editors, progress)
-        parts = [replace(schedule, size=size) for size in sizes]
-        evaluations = list((executor or Local()).map(task, parts))
+        evaluations = [
+            self._judge(records, editors, progress, replace(schedule, size=size)) for size in sizes
+        ]
         finished = [
             evaluation
             for each in self._with_earlier(evaluations)
@@ -179,8 +187,6 @@ class Campaign:
         for evaluation in finished:
             _note_faults(evaluation, progress)
         return Judged(evaluations=tuple(finished), suite=suite, left_out=left_out)
-
-    # ── the steps ─────────────────────────────────────────────────────────────────────────────────
 
     def _load_suite(self, progress: Progress | None) -> Suite:
         if isinstance(self.suite, Suite):

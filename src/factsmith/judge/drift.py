@@ -13,7 +13,6 @@ continuations. Those notice a collapse late; a changed distribution shows here f
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -22,26 +21,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import atlas
-from ..core.checks import check_count, check_items, check_number, check_seed, check_text
+from ..core.checks import check_number, check_seed
 from ..core.errors import FingerprintError, InputError
 from ..core.identity import same_model
 from ..core.progress import Progress, tell
 from ..core.tables import Shown, Table
-from ..corpus.own import is_own
-from ..corpus.text import pieces
 from ..model.answers import answer_tokens, as_said, n_lines, stayed
-from ..model.language_model import LanguageModel, check_model
-from ..model.sample import own_text
+from ..model.language_model import LanguageModel
 from ..model.turns import asking
+from .drift_sample import BATCH_TOKENS, DriftSample, known_facts, text_rows
 from .editor import Change
 from .metrics import divergences, kl_divergence, perplexity
 
 LIMITS = ("kl_text", "kl_text_worst", "kl_facts", "changed_share", "perplexity")
 """The measures that `Drift.exceeded` compares with limits."""
-
-_BATCH_TOKENS = 512
-"""Tokens whose distributions are held at a time, before and after."""
 
 Drifting = Callable[[], AbstractContextManager[Any]]
 """Returns a `with` block inside which the model is edited."""
@@ -215,7 +208,7 @@ def drift(  # house: the public name and its keywords are promised
             "inside which the model is edited, such as lambda: applied(lm, delta)",
             argument="changed",
         )
-    rows = _text_rows(lm, texts, max_tokens, check_seed(seed))
+    rows = text_rows(lm, texts, max_tokens, check_seed(seed))
     total = sum(len(ids) - 1 for ids in rows)
     compared: list[_Compared] = []
     # A part is compared before the next one begins, because its distributions are large.
@@ -224,7 +217,7 @@ def drift(  # house: the public name and its keywords are promised
         with changed():
             compared.append(part.compare())
         tell(progress, "comparing text", sum(len(each.apart) for each in compared), total)
-    unrelated = _Facts(lm, _known_facts(lm, facts, without, n_facts, seed))
+    unrelated = _Facts(lm, known_facts(lm, facts, without, n_facts, seed))
     with changed():
         compared_facts = unrelated.compare()
     return _drift_of(compared, compared_facts, time.perf_counter() - began)
@@ -277,10 +270,22 @@ class Reference:
         n_facts: int = 100,
         seed: int = 0,
     ) -> None:
+        rows = text_rows(lm, texts, max_tokens, check_seed(seed))
+        self._ask(lm, DriftSample(rows, known_facts(lm, facts, without, n_facts, seed)))
+
+    @classmethod
+    @torch.no_grad()
+    def on(cls, lm: LanguageModel, sample: DriftSample) -> Reference:
+        """Return a reference to an unedited model, on text and facts that are chosen already."""
+        reference = cls.__new__(cls)
+        reference._ask(lm, sample)
+        return reference
+
+    def _ask(self, lm: LanguageModel, sample: DriftSample) -> None:
         self.lm = lm
-        rows = _text_rows(lm, texts, max_tokens, check_seed(seed))
-        self._parts = [_Part(lm, [rows[i] for i in group]) for group in _groups(lm, rows)]
-        self._facts = _Facts(lm, _known_facts(lm, facts, without, n_facts, seed))
+        groups = _groups(lm, sample.rows)
+        self._parts = [_Part(lm, [sample.rows[i] for i in group]) for group in groups]
+        self._facts = _Facts(lm, sample.facts)
 
     @torch.no_grad()
     def compare(self) -> Drift:
@@ -357,42 +362,7 @@ def _distributions(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> torch.Te
 
 
 def _groups(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    return lm.groups([len(ids) for ids in rows], _BATCH_TOKENS)
-
-
-def _text_rows(
-    lm: LanguageModel, texts: Iterable[str] | None, max_tokens: int, seed: int
-) -> list[list[int]]:
-    """Return the token ids of the text, cut into rows that the model reads at once.
-
-    A row of one token is left out, because nothing follows it.
-
-    Raises:
-        InputError: when no row is left.
-    """
-    check_model(lm)
-    max_tokens = check_count(max_tokens, "max_tokens", "the number of tokens of text")
-    if texts is None or is_own(texts):
-        texts = own_text(lm, max_tokens, seed=seed)
-    else:
-        listed = check_items(texts, "texts", "texts", also="None")
-        texts = [check_text(text, "a text") for text in listed]
-    rows: list[list[int]] = []
-    left, longest = max_tokens, min(_BATCH_TOKENS, lm.max_tokens or _BATCH_TOKENS)
-    for piece in pieces(lm, (text for text in texts if text.strip())):
-        for start in range(0, len(piece.ids), longest):
-            row = piece.ids[start : start + longest][: left + 1]
-            if len(row) > 1 and left > 0:
-                rows.append(row)
-                left -= len(row) - 1
-        if left <= 0:
-            break
-    if not rows:
-        raise InputError(
-            "there is no text of two tokens or more to compare on; give longer texts",
-            argument="texts",
-        )
-    return rows
+    return lm.groups([len(ids) for ids in rows], BATCH_TOKENS)
 
 
 # ── on facts ──────────────────────────────────────────────────────────────────────────────────────
@@ -443,50 +413,3 @@ class _Facts:
                 logs[i], answers[i] = log, lm.as_answer(ids, n)
         order = range(len(rows))
         return torch.stack([logs[i] for i in order]), [answers[i] for i in order]
-
-
-def _known_facts(
-    lm: LanguageModel,
-    facts: Iterable[tuple[str, str]] | None,
-    without: Iterable[str],
-    n_facts: int,
-    seed: int,
-) -> list[tuple[str, str]]:
-    """Return (prompt, answer) of facts that the model says and that were not edited.
-
-    The arguments are those of `drift`.
-    """
-    n_facts = check_count(n_facts, "n_facts", "the number of unrelated facts", least=0)
-    subjects = [
-        subject
-        for subject in check_items(without, "without", "subjects")
-        if check_text(subject, "a subject").strip()
-    ]
-    pairs = [
-        (prompt, answer)
-        for prompt, answer in _candidate_facts(facts, 2 * n_facts, seed)
-        if not any(subject in prompt for subject in subjects)
-    ]
-    prompts, answers = [prompt for prompt, _ in pairs], [answer for _, answer in pairs]
-    says = lm.says(prompts, answers) if pairs else []
-    return [pair for pair, is_said in zip(pairs, says, strict=True) if is_said][:n_facts]
-
-
-def _candidate_facts(
-    facts: Iterable[tuple[str, str]] | None, n_drawn: int, seed: int
-) -> list[tuple[str, str]]:
-    """Return the given (prompt, answer) pairs, or that many drawn from the bundled facts."""
-    if facts is None:
-        bundled = atlas.facts()
-        drawn = random.Random(seed).sample(bundled, min(n_drawn, len(bundled)))
-        return [
-            (atlas.phrasings(fact.relation).trained[0].replace("{}", fact.subject), fact.object)
-            for fact in drawn
-        ]
-    pairs = check_items(facts, "facts", "pairs of a prompt and its answer", also="None")
-    if any(not isinstance(pair, (tuple, list)) or len(pair) != 2 for pair in pairs):
-        raise InputError(
-            "facts holds an item that is no pair; give pairs of a prompt and its answer",
-            argument="facts",
-        )
-    return pairs

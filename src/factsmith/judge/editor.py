@@ -14,7 +14,7 @@ This module knows no method.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -89,6 +89,16 @@ class MadeChanges:
             for change in self.changes:
                 stack.enter_context(change.inside(self.lm))
             yield {}
+
+
+def apart_from_others(editor: Editor) -> Editor:
+    """Return an editor whose edits do not depend on the order in which edits are made.
+
+    An editor whose edits share something, such as targets that were searched before, has a method
+    `apart` that returns such an editor. Any other editor is returned as given.
+    """
+    apart: Callable[[], Editor] | None = getattr(editor, "apart", None)
+    return editor if apart is None else apart()
 
 
 def description_of(editor: object) -> str:

@@ -15,41 +15,38 @@ together.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ..core.checks import check_count, check_items, check_seed
-from ..core.errors import FactsmithError, InputError, NumericsError
+from ..core.errors import InputError
+from ..core.executor import Executor, executor_in_use
 from ..core.files import folder_path
 from ..core.progress import Progress, tell
 from ..core.tables import counted
 from ..model.language_model import LanguageModel, check_model
 from ..model.turns import asking
-from .drift import Reference
+from .drift_sample import DriftSample
 from .editor import (
     Change,
     Editor,
     MadeChanges,
+    apart_from_others,
     check_changes,
     check_editors,
     description_of,
-    enter,
 )
-from .evaluation import DRIFTS, Evaluation
+from .evaluation import Evaluation
 from .records import Record, Suite
-from .rows import BASE, BROKEN, PROBE, Continuation, Row, finite_numbers
+from .rows import BASE
 from .schedule import Schedule
-from .score import continue_texts, score
+from .steps import EditsPart, Probe, Steps, edited_subjects, judge_base, judge_edits
 from .store import FORMAT, Store, Unit
 from .suites import load_suite
-from .usable import facts_of, why_unwritable
-
-Probe = Callable[[], Mapping[str, float]]
-"""Measures anything of the model as it is now, such as the function that `ability` returns."""
 
 
 @asking(grad=True, changes=True)
@@ -190,30 +187,18 @@ class Run:
                 "give a function without arguments that returns numbers by name",
                 argument="probe",
             )
-        self.lm, self.records, self.probe = lm, list(records), probe
-        self.schedule = schedule.for_records(lm, self.records)
-        self.units = self.schedule.units(self.records)
-        self.unit_of = {record.id: at for at, unit in enumerate(self.units) for record in unit}
-        with_prompts = [record.id for record in self.records if record.generation_prompts]
-        self.continued = set(with_prompts[: self.schedule.continued])
+        records = list(records)
+        self.steps = Steps(lm, records, schedule.for_records(lm, records), probe)
+        self.units = self.steps.units
         made_from = {
             "format": FORMAT,
             "fingerprint": lm.fingerprint,
-            "records": hashlib.sha256(repr(self.records).encode()).hexdigest(),
-            **self.schedule.made_from(),
+            "records": hashlib.sha256(repr(records).encode()).hexdigest(),
+            **self.steps.schedule.made_from(),
             "probe": None if probe is None else description_of(probe),
         }
         about = {"model": lm.name, "skipped": skipped, "units": len(self.units)}
         self.store = Store.open(None if folder is None else folder_path(folder), made_from, about)
-        self.answers_before: dict[str, str] = {}
-        """{prompt: answer of the base model}."""
-        self.reference: Reference | None = None
-        """The base model, to measure drift from. None: no drift is measured."""
-
-    @property
-    def last(self) -> int:
-        """Number of the last edit."""
-        return len(self.units) - 1
 
     def judge(
         self, editors: Mapping[str, Editor], *, progress: Progress | None = None
@@ -230,63 +215,87 @@ class Run:
         for name, editor in editors.items():
             self.store.check_editor(name, description_of(editor))
         total = (len(editors) + 1) * len(self.units)
-        done = 0
-        for unit in range(len(self.units)):
-            self.ask_base(unit)
-            done += 1
-            tell(progress, "judging", done, total)
-        self._check_any_asked()
-        rows_of_base = (row for row in self.store.rows if row.editor == BASE)
-        self.answers_before = {row.prompt: row.answer for row in rows_of_base}
-        self.reference = self._reference(editors)
-        for name, editor in editors.items():
-            with ExitStack() as rounds:
-                for unit in range(len(self.units)):
-                    self.write(name, editor, unit, rounds)
-                    done += 1
-                    tell(progress, "judging", done, total)
+        finished = total - sum(len(self._pending(name)) for name in (BASE, *editors))
+
+        def report(done: int) -> None:
+            tell(progress, "judging", finished + done, total)
+
+        report(0)
+        executor = executor_in_use()
+        if executor.cuts:
+            self._judge_in_parts(executor, editors, report)
+        else:
+            self._judge_in_place(editors, report)
         return Evaluation.of(self.store)
 
-    # ── the steps ─────────────────────────────────────────────────────────────────────────────────
+    def _judge_in_place(
+        self, editors: Mapping[str, Editor], report: Callable[[int], object]
+    ) -> None:
+        """Judge edits in this process, one after another, and keep each at once."""
+        numbers = itertools.count(1)
 
-    def ask_base(self, unit: int) -> None:
-        """Ask the base model about the records of one edit."""
-        if self.store.has(BASE, unit):
-            return
-        unusable: dict[str, str] = {}
-        try:
-            rows, continuations = self._base_answers(unit, self.units[unit])
-        except FactsmithError:  # find out whose fault it is
-            rows, continuations = [], []
-            for record in self.units[unit]:
-                try:
-                    rows_of_one, texts_of_one = self._base_answers(unit, [record])
-                except FactsmithError as error:
-                    unusable[record.id] = str(error)
-                else:
-                    rows += rows_of_one
-                    continuations += texts_of_one
-        notes = self.probe_model() if unit == 0 else {}
-        self.store.add(Unit(BASE, unit, rows, continuations, notes, unusable=unusable))
+        def keep(unit: Unit) -> None:
+            self.store.add(unit)
+            report(next(numbers))
 
-    def _base_answers(
-        self, unit: int, records: Sequence[Record]
-    ) -> tuple[list[Row], list[Continuation]]:
-        """What the base model answers and writes about some records."""
-        rows = score(self.lm, records, max_new_tokens=self.schedule.max_new_tokens)
-        rows = [replace(row, written=self.unit_of[row.record]) for row in rows]
-        return rows, self.go_on(BASE, unit, records)
+        for unit in self._pending(BASE):
+            keep(self.steps.ask_base(unit))
+        self._check_any_asked()
+        subjects = edited_subjects(self.steps.records, editors.values())
+        sample = self.steps.draw_sample(subjects) if self._needs_sample(editors) else None
+        steps = self._steps_after_base(sample)
+        for name, editor in editors.items():
+            steps.write(name, editor, self._pending(name), keep)
 
-    def _check_any_asked(self) -> None:
-        """Raise an InputError if no record could be asked about."""
-        if not (unusable := self._unusable) or len(unusable) < len(self.records):
-            return
-        record, reason = next(iter(unusable.items()))
-        raise InputError(
-            f"the model can be asked about none of {counted(len(self.records), 'record')}; "
-            f"the first is {record}: {reason}",
-            argument="suite",
-        )
+    def _judge_in_parts(
+        self,
+        executor: Executor,
+        editors: Mapping[str, Editor],
+        report: Callable[[int], object],
+    ) -> None:
+        """Let an executor judge edits that know nothing of one another, and keep them here.
+
+        Each edit is a part. A sequence is one part. The results come in the order of the parts, so
+        the file is the one that `_judge_in_place` writes.
+        """
+        apart = {name: apart_from_others(editor) for name, editor in editors.items()}
+        asked = self._pending(BASE)
+        parts: list[int | None] = [None, *asked] if self._needs_sample(editors) else [*asked]
+        subjects = edited_subjects(self.steps.records, editors.values())
+        sample = None
+        for made in executor.map(partial(judge_base, self.steps, subjects), parts, progress=report):
+            if isinstance(made, DriftSample):
+                sample = made
+            else:
+                self.store.add(made)
+        self._check_any_asked()
+        task = partial(judge_edits, self._steps_after_base(sample), apart)
+        edits = [part for name in editors for part in self._parts(name)]
+        for units in executor.map(task, edits, progress=lambda n: report(len(asked) + n)):
+            for unit in units:
+                self.store.add(unit)
+
+    # ── what is finished ──────────────────────────────────────────────────────────────────────────
+
+    def _pending(self, name: str) -> list[int]:
+        """Return the numbers of the edits that are not finished."""
+        return [unit for unit in range(len(self.units)) if not self.store.has(name, unit)]
+
+    def _parts(self, name: str) -> list[EditsPart]:
+        """Return the parts of an editor's edits that are not finished."""
+        pending = self._pending(name)
+        if self.steps.schedule.sequence:
+            return [EditsPart(name, tuple(pending))] if pending else []
+        return [EditsPart(name, (unit,)) for unit in pending]
+
+    def _needs_sample(self, editors: Mapping[str, Editor]) -> bool:
+        """Return whether an edit that is not finished may be measured for drift."""
+        return bool(self.steps.schedule.drift_tokens) and any(map(self._pending, editors))
+
+    def _steps_after_base(self, sample: DriftSample | None) -> Steps:
+        """Return the steps that follow when the base model has been asked."""
+        rows = [row for row in self.store.rows if row.editor == BASE]
+        return self.steps.after_base(rows, self._unusable, sample)
 
     @property
     def _unusable(self) -> dict[str, str]:
@@ -294,144 +303,16 @@ class Run:
         by_unit = [why for (editor, _), why in self.store.unusable.items() if editor == BASE]
         return {record: reason for why in by_unit for record, reason in why.items()}
 
-    def _usable(self, records: Sequence[Record]) -> list[Record]:
-        """The records that the model can be asked about."""
-        unusable = self._unusable
-        return [record for record in records if record.id not in unusable]
-
-    def write(self, name: str, editor: Editor, unit: int, rounds: ExitStack) -> None:
-        """Write the records of one edit, ask the model, and take the edit back.
-
-        Args:
-            name: Name of the editor.
-            editor: The editor.
-            unit: Number of the edit.
-            rounds: Holds the edits of a sequence until it ends.
-        """
-        is_sequence = self.schedule.sequence
-        # A sequence that was killed needs its finished rounds in the model again.
-        is_written_again = is_sequence and not self.store.has(name, self.last)
-        if self.store.has(name, unit) and not is_written_again:
+    def _check_any_asked(self) -> None:
+        """Raise an InputError if no record could be asked about."""
+        n_records = len(self.steps.records)
+        if not (unusable := self._unusable) or len(unusable) < n_records:
             return
-        with ExitStack() as alone:
-            stack = rounds if is_sequence else alone
-            notes, failure, unusable = self._enter(stack, editor, self._usable(self.units[unit]))
-            if not self.store.has(name, unit):
-                asked = self.ask_after(name, unit, finite_numbers(notes), failure)
-                self.store.add(asked._replace(unusable=unusable))
-
-    def _enter(
-        self, stack: ExitStack, editor: Editor, records: Sequence[Record]
-    ) -> tuple[object, str, dict[str, str]]:
-        """Let an editor write records until a stack is closed.
-
-        Where that fails, the records that cannot be written are left out.
-
-        Returns:
-            What the editor notes, the reason if nothing was written, and {record: reason} of the
-            records that were left out.
-        """
-        if not records:
-            return {}, "the model cannot be asked about any of its records", {}
-        notes, failure = enter(stack, editor, facts_of(records))
-        if not failure or len(records) == 1:
-            return notes, failure, {}
-        unusable = {one.id: why for one in records if (why := why_unwritable(self.lm, one))}
-        rest = [record for record in records if record.id not in unusable]
-        if not rest or not unusable:
-            return notes, failure, {}
-        notes, failure = enter(stack, editor, facts_of(rest))
-        return notes, failure, unusable
-
-    def ask_after(self, name: str, unit: int, notes: dict[str, float], failure: str) -> Unit:
-        """Ask the edited model everything that belongs after an edit, and measure it.
-
-        Args:
-            name: Name of the editor.
-            unit: Number of the edit.
-            notes: What the editor noted of the edit.
-            failure: The reason why the edit could not be made; "" if it was made.
-        """
-        is_sequence, is_last = self.schedule.sequence, unit == self.last
-        members = self._usable(self.units[unit])
-        continued = members
-        if is_sequence:
-            members = self._usable(self.records) if is_last else members
-            continued = members if is_last else []
-        rows = self.ask(name, unit, members)
-        if is_sequence and not is_last:
-            rows += self.ask(name, unit, self._earlier_prompts(unit))
-        continuations = self.go_on(name, unit, continued)
-        notes = {**notes, **self.measure_drift(unit), **(self.probe_model() if is_last else {})}
-        if any(row.broken for row in rows):
-            notes[BROKEN] = 1.0
-        return Unit(name, unit, rows, continuations, notes, failure)
-
-    def ask(self, name: str, unit: int, records: Sequence[Record]) -> list[Row]:
-        """Ask the edited model about some records."""
-        rows = score(
-            self.lm,
-            records,
-            before=self.answers_before,
-            max_new_tokens=self.schedule.max_new_tokens,
-        )
-        return [
-            replace(row, editor=name, unit=unit, written=self.unit_of[row.record]) for row in rows
-        ]
-
-    def go_on(self, name: str, unit: int, records: Sequence[Record]) -> list[Continuation]:
-        """Let the model continue the generation prompts of those records that the schedule
-        names."""
-        chosen = [record for record in records if record.id in self.continued]
-        return continue_texts(self.lm, chosen, seed=self.schedule.seed, editor=name, unit=unit)
-
-    def measure_drift(self, unit: int) -> dict[str, float]:
-        """Measure how far the edited model is from the base model; {} if the schedule does not."""
-        if self.reference is None or not self.schedule.measures_drift(unit):
-            return {}
-        try:
-            measures = self.reference.compare().measures
-        except NumericsError:
-            return {BROKEN: 1.0}
-        values = {
-            name: value for name, value in measures.items() if name in DRIFTS and value is not None
-        }
-        finite = finite_numbers(values)
-        return finite if len(finite) == len(values) else {**finite, BROKEN: 1.0}
-
-    def probe_model(self) -> dict[str, float]:
-        """Call the probe; {} if there is no probe."""
-        if self.probe is None:
-            return {}
-        try:
-            return {f"{PROBE}{name}": value for name, value in finite_numbers(self.probe()).items()}
-        except NumericsError:
-            return {BROKEN: 1.0}
-
-    def _earlier_prompts(self, unit: int) -> list[Record]:
-        """Return records of the rounds before, each with its prompt questions alone."""
-        return [
-            replace(record, questions=tuple(q for q in record.questions if q.kind == "prompt"))
-            for earlier in self.units[:unit]
-            for record in self._usable(earlier)[: self.schedule.retained]
-        ]
-
-    def _reference(self, editors: Mapping[str, Editor]) -> Reference | None:
-        """Return the base model to measure drift from, if an edit needs it."""
-        needed = any(
-            not self.store.has(name, unit) for name in editors for unit in range(len(self.units))
-        )
-        if not self.schedule.drift_tokens or not needed:
-            return None
-        changes = (e.changes for e in editors.values() if isinstance(e, MadeChanges))
-        written = [record.facts for record in self.records]
-        written += [tuple(change.facts) for each in changes for change in each]
-        return Reference(
-            self.lm,
-            texts=self.schedule.texts,
-            without=[fact.subject for facts in written for fact in facts],
-            max_tokens=self.schedule.drift_tokens,
-            seed=self.schedule.seed,
+        record, reason = next(iter(unusable.items()))
+        raise InputError(
+            f"the model can be asked about none of {counted(n_records, 'record')}; "
+            f"the first is {record}: {reason}",
+            argument="suite",
         )
 
 

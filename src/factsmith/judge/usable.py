@@ -10,10 +10,13 @@ model must also know the record: an edit of a fact that the model does not know 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import chain
 
 from ..core.checks import check_items
 from ..core.errors import FactsmithError
+from ..core.executor import executor_in_use
 from ..core.fact import Fact
 from ..model.language_model import LanguageModel
 from ..model.subject import fact_span
@@ -25,7 +28,12 @@ _LAST = 1
 
 _NO_TOKEN = "a subject or a target has no token that the model knows"
 
+_TOO_LONG = "too long for the model's positions"
+
 _NOTHING = "nothing to write"
+
+_TOGETHER = 200
+"""Records of a part, where they are cut into parts."""
 
 UNSAID = "the model does not say the old object"
 """The reason for leaving out a record that the model does not know."""
@@ -57,20 +65,41 @@ def usable(
         The records in their order, and {reason: how many records were left out for it}.
     """
     listed = check_items(records, "records", "records of a suite")
+    executor = executor_in_use()
+    size = _TOGETHER if executor.cuts else max(1, len(listed))
+    parts = (listed[at : at + size] for at in range(0, len(listed), size))
+    reasons = chain.from_iterable(executor.map(partial(_reasons, lm, known_only), parts))
+    able: list[Record] = []
     left_out: Counter[str] = Counter()
-    writable = [record for record in listed if not why_unwritable(lm, record)]
-    left_out[_NO_TOKEN] = len(listed) - len(writable)
-    able = [record for record in writable if _fits(lm, record)]
-    left_out["too long for the model's positions"] = len(writable) - len(able)
-    if known_only:
-        with_old = [
-            record for record in able if all(fact.target_true is not None for fact in record.facts)
-        ]
-        left_out[UNKNOWN] = len(able) - len(with_old)
-        able = list(known(lm, with_old))
-        left_out[UNSAID] = len(with_old) - len(able)
-    kept, reasons = consistent(able)
-    return tuple(kept), {reason: n for reason, n in (left_out + reasons).items() if n}
+    for record, reason in zip(listed, reasons, strict=True):
+        if reason:
+            left_out[reason] += 1
+        else:
+            able.append(record)
+    kept, conflicts = consistent(able)
+    in_order = {reason: left_out[reason] for reason in (_NO_TOKEN, _TOO_LONG, UNKNOWN, UNSAID)}
+    return tuple(kept), {reason: n for reason, n in (in_order | conflicts).items() if n}
+
+
+@asking()
+def _reasons(lm: LanguageModel, known_only: bool, records: Sequence[Record]) -> list[str]:
+    """Return why each record cannot be judged, whatever the other records are; "" if it can."""
+    reasons = [
+        _NO_TOKEN if why_unwritable(lm, record) else "" if _fits(lm, record) else _TOO_LONG
+        for record in records
+    ]
+    if not known_only:
+        return reasons
+    reasons = [
+        reason or ("" if all(fact.target_true is not None for fact in record.facts) else UNKNOWN)
+        for record, reason in zip(records, reasons, strict=True)
+    ]
+    asked = [record for record, reason in zip(records, reasons, strict=True) if not reason]
+    said = {id(record) for record in known(lm, asked)}
+    return [
+        reason or ("" if id(record) in said else UNSAID)
+        for record, reason in zip(records, reasons, strict=True)
+    ]
 
 
 def consistent(

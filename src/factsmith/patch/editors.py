@@ -6,7 +6,8 @@
 
 Second moments and contexts are made once, on the model as it is, and shared. Blocks may be nested,
 as a sequence of edits is: an editor knows what the blocks around it wrote, and the MEMIT family
-keeps its keys.
+keeps its keys. `apart` of an editor gives one that makes each edit as if it were the first, so that
+edits can be made in any order and in any process.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from functools import cached_property
+from typing import Any, NamedTuple, Self, TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -271,11 +273,21 @@ def _described(config: EditConfig | TuneConfig, seed: int) -> str:
 
 
 @dataclass(frozen=True)
-class _EditingEditor:
-    """A method that edits in closed form."""
+class _Named:
+    """What the editors have in common."""
 
     writer: _Writer
     name: str
+
+    def apart(self) -> Self:
+        """Return an editor that makes each edit as if it were the first."""
+        return dataclasses.replace(self, writer=self.writer.apart)
+
+
+@dataclass(frozen=True)
+class _EditingEditor(_Named):
+    """A method that edits in closed form."""
+
     config: EditConfig
     moments: Moments
     contexts: list[str]
@@ -304,11 +316,9 @@ class _EditingEditor:
 
 
 @dataclass(frozen=True)
-class _TuningEditor:
+class _TuningEditor(_Named):
     """A method that trains: what editing is compared with."""
 
-    writer: _Writer
-    name: str
     config: TuneConfig
     seed: int
 
@@ -323,11 +333,9 @@ class _TuningEditor:
 
 
 @dataclass(frozen=True)
-class _OwnEditor:
+class _OwnEditor(_Named):
     """A method of one's own."""
 
-    writer: _Writer
-    name: str
     function: OwnMethod
 
     @property
@@ -369,29 +377,53 @@ class _KeptTarget(NamedTuple):
     seconds: float
 
 
+def _is_one_search(kept: Sequence[_KeptTarget | None]) -> bool:
+    """Return whether targets are all those of one search, in its order."""
+    first = kept[0]
+    if first is None or len(kept) != len(first.targets.facts):
+        return False
+    return all(
+        one is not None and one.targets is first.targets and one.row == row
+        for row, one in enumerate(kept)
+    )
+
+
 class _Writer:
     """What the open blocks have written into a model, and the targets that methods share.
 
     Attributes:
         lm: The model.
+        whole: Whether targets are shared only by edits of the same facts. Then the numbers of an
+            edit do not depend on the edits before it: targets that are searched together with
+            others differ in their last bits.
         deltas: Those of the open blocks, outermost first.
     """
 
-    def __init__(self, lm: LanguageModel) -> None:
-        self.lm = lm
+    def __init__(self, lm: LanguageModel, whole: bool = False) -> None:
+        self.lm, self.whole = lm, whole
         self.deltas: list[Delta] = []
         self._base: dict[int, Tensor] = {}  # of each layer that an open block changed
         self._open = 0
         self._targets: dict[Any, _KeptTarget] = {}
         self._reused = 0.0
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leave the targets out: another process searches its own."""
+        return _Writer, (self.lm, self.whole)
+
+    @cached_property
+    def apart(self) -> _Writer:
+        """A writer for edits in any order."""
+        return _Writer(self.lm, whole=True)
+
     def targets(
         self, facts: Sequence[Fact], config: EditConfig, contexts: Sequence[str]
     ) -> Targets | None:
         """Targets of these facts on the model as it is: each searched once, and kept.
 
-        A batch finds those that other batches and methods have searched. None where they cannot be
-        shared: inside a block, and for several facts of ROME.
+        A batch finds those that other batches and methods have searched. A `whole` writer finds
+        those of the very same batch. None where they cannot be shared: inside a block, and for
+        several facts of ROME.
         """
         single = not config.together
         repeated = len({fact.text for fact in facts}) < len(facts)
@@ -402,6 +434,8 @@ class _Writer:
         place = (layer, config.site, search, tuple(contexts))
         keys = [(fact.text, fact.subject, fact.target, *place) for fact in facts]
         kept = {key: self._targets[key] for key in keys if key in self._targets}
+        if self.whole and not _is_one_search([kept.get(key) for key in keys]):
+            kept = {}
         missing = [i for i, key in enumerate(keys) if key not in kept]
         self._reused = sum(one.seconds for one in kept.values())
         if missing:
