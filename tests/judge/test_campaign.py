@@ -13,6 +13,7 @@ import pytest
 
 from conftest import GPT2, byte_tokenizer, tiny_model
 from factsmith.core.errors import DamagedError, InputError, NumericsError
+from factsmith.core.executor import Local, running_on
 from factsmith.core.fact import Fact
 from factsmith.corpus.paragraphs import Paragraphs
 from factsmith.judge.campaign import Campaign, Judged
@@ -53,6 +54,19 @@ class Editors:
 
         described.description = f"strength={self.strength}; seed=0"  # type: ignore[attr-defined]
         return described
+
+
+class Counting(Local):
+    """Counts the parts that it runs, last part first."""
+
+    def __init__(self) -> None:
+        super().__init__(cuts=True)
+        self.n_parts: list[int] = []
+
+    def map(self, task: Callable[[Any], Any], parts: Iterable[Any], **_: Any) -> Iterator[Any]:
+        listed = list(parts)
+        self.n_parts.append(len(listed))
+        return iter([task(part) for part in reversed(listed)][::-1])
 
 
 class Notes:
@@ -138,24 +152,19 @@ def test_what_the_folder_holds_of_other_sizes_is_part_of_the_result(
     assert paces(campaign(lm, [1], None).run()) == ["1 at a time"], "the control: no folder"
 
 
-def test_parts_are_run_by_the_executor(lm: LanguageModel) -> None:
-    class Backwards:
-        """Runs the last part first, and returns the results in order."""
-
-        def __init__(self) -> None:
-            self.sizes: list[int] = []
-
-        def map(self, task: Callable[[Any], Any], parts: Iterable[Any]) -> Iterator[Any]:
-            listed = list(parts)
-            self.sizes = [part.size for part in listed]
-            results = [task(part) for part in reversed(listed)]
-            return reversed(results)
-
-    executor = Backwards()
+def test_the_executor_gets_edits_as_parts(lm: LanguageModel) -> None:
+    executor = Counting()
     judged = campaign(lm, [1, 5], None).run(executor)
-    assert executor.sizes == [1, 5]
     plain = campaign(lm, [1, 5], None).run()
     assert [e.rows for e in judged.evaluations] == [e.rows for e in plain.evaluations]
+    # Records, then for each size what precedes the edits, and the edits.
+    assert [n for n in executor.n_parts if n] == [1, 5, 5, 1, 1]
+    idle = Counting()
+    campaign(lm, [5], None).run()
+    assert not idle.n_parts, "the control: no executor is in use"
+    with running_on(idle):
+        campaign(lm, [5], None).run()
+    assert [n for n in idle.n_parts if n] == [1, 1, 1]
 
 
 def test_notes_say_what_is_left_out_and_what_went_wrong(lm: LanguageModel, tmp_path: Path) -> None:

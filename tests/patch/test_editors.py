@@ -208,6 +208,54 @@ def test_methods_share_targets(lm: LanguageModel, monkeypatch: pytest.MonkeyPatc
         assert searched == [("Edwin",), ("Danielle Darrieux",)], "edits on other edits search again"
 
 
+def test_editors_apart_do_not_depend_on_the_edits_before(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They share a search of the very same facts. Others would give other last bits."""
+    moments = find_moments(lm, [0, 1], texts=TEXTS * 20, max_tokens=3000)
+    searched: list[int] = []
+
+    def counting(*args: Any, **options: Any) -> Any:
+        searched.append(len(args[1]))
+        return find_targets(*args, **options)
+
+    monkeypatch.setattr(editing, "find_targets", counting)
+    config = {name: dataclasses.replace(CONFIG[name], repair=0) for name in ("memit", "emmet")}
+    shared = editors(lm, list(config), config=config, moments=moments)
+    apart: dict[str, Any] = {name: editor.apart() for name, editor in shared.items()}  # type: ignore[attr-defined]
+    with shared["memit"](FACTS):
+        expected = weights(lm)
+    for facts in (FACTS[1:], FACTS[:1], FACTS):
+        for name in config:
+            with apart[name](facts):
+                if name == "memit" and facts == FACTS:
+                    assert not changed(lm, expected)
+    assert searched == [3, 2, 1, 3], "emmet shares the searches of memit"
+    searched.clear()
+    with shared["emmet"](FACTS[1:]):
+        assert not searched, "the control: editors that are not apart share single facts"
+    assert apart["memit"].description == shared["memit"].description  # type: ignore[attr-defined]
+
+
+def test_editors_write_the_same_in_another_process(
+    lm: LanguageModel, writers: dict[str, Any]
+) -> None:
+    pytest.importorskip("ray", reason="install it: pip install 'factsmith[ray]'")
+    from factsmith.cluster.shipping import pack, unpack
+
+    apart = {name: editor.apart() for name, editor in writers.items()}
+    sent_lm, sent = unpack(pack((lm, apart)), {})
+    assert sent_lm is not lm and sent["memit"].writer is sent["rome"].writer
+    before = weights(sent_lm)
+    for name in NAMES:
+        with apart[name](FACTS[:2]):
+            expected = weights(lm)
+            with sent[name](FACTS[:2]):
+                assert not changed(sent_lm, expected)
+                assert changed(sent_lm, before), "the control: it writes something"
+    assert not changed(sent_lm, before)
+
+
 def test_settings_by_name(lm: LanguageModel) -> None:
     assert configured(lm, ["rome", "memit", "ft"]) == {}
     configs = configured(

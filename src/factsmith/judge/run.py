@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from ..core.checks import check_count, check_items, check_seed
-from ..core.errors import InputError
+from ..core.errors import ClusterError, InputError
 from ..core.executor import Executor, executor_in_use
 from ..core.files import folder_path
 from ..core.progress import Progress, tell
@@ -263,6 +263,7 @@ class Run:
         parts: list[int | None] = [None, *asked] if self._needs_sample(editors) else [*asked]
         subjects = edited_subjects(self.steps.records, editors.values())
         sample = None
+        self._check_can_be_sent(executor, apart)
         for made in executor.map(partial(judge_base, self.steps, subjects), parts, progress=report):
             if isinstance(made, DriftSample):
                 sample = made
@@ -274,6 +275,15 @@ class Run:
         for units in executor.map(task, edits, progress=lambda n: report(len(asked) + n)):
             for unit in units:
                 self.store.add(unit)
+
+    def _check_can_be_sent(self, executor: Executor, editors: Mapping[str, Editor]) -> None:
+        """Raise an error before work begins if the probe or an editor cannot be sent to workers."""
+        things = {f"the editor {name}": editor for name, editor in editors.items()}
+        for what, thing in {"the probe": self.steps.probe, **things}.items():
+            try:
+                list(executor.map(partial(_ignore, thing), ()))  # sends it, and no part
+            except ClusterError as error:
+                raise ClusterError(f"{what}: {error}", argument=error.argument) from error
 
     # ── what is finished ──────────────────────────────────────────────────────────────────────────
 
@@ -314,6 +324,10 @@ class Run:
             f"the first is {record}: {reason}",
             argument="suite",
         )
+
+
+def _ignore(_thing: object, _part: object) -> None:
+    """Do nothing. As a task it shows whether something can be sent to workers."""
 
 
 # ── which records ─────────────────────────────────────────────────────────────────────────────────
