@@ -192,12 +192,20 @@ def test_errors_of_a_part_arrive_as_they_were_raised(engine: Ray) -> None:
     assert list(engine.map(square, [2])) == [4]
 
 
-def test_what_cannot_be_sent_is_refused_before_any_part(engine: Ray, tmp_path: Path) -> None:
+def test_what_cannot_be_sent_is_refused_before_any_part(
+    engine: Ray, tiny_gpt2: LanguageModel, tmp_path: Path
+) -> None:
     with (
         (tmp_path / "open").open("w") as file,
         pytest.raises(ClusterError, match=r"cannot be sent to workers.*picklable"),
     ):
         list(engine.map(Partial(lambda f, part: f, file), [1]))
+    with (
+        (tmp_path / "open").open("w") as file,
+        pytest.raises(ClusterError, match=r"^the probe cannot be sent"),
+    ):
+        engine.check([tiny_gpt2, file], "the probe")
+    engine.check([tiny_gpt2, tmp_path], "the probe")
 
 
 def count(part: int) -> bool:

@@ -256,6 +256,27 @@ class Ray:
         )
         yield from run.results(parts)
 
+    def check(self, thing: object, what: str) -> None:
+        """Check that something can be sent to workers. No model is sent.
+
+        Args:
+            thing: The task, or a part of it.
+            what: What it is, for the error, such as "the probe".
+
+        Raises:
+            ClusterError: It cannot be pickled.
+        """
+        names = Names()
+        while True:
+            try:
+                pack(thing, names)
+            except UnknownModelError as unknown:
+                names.add("", unknown.lm)
+            except Exception as error:
+                raise _unsendable(what, error) from error
+            else:
+                return
+
     def _pack(self, task: Any) -> tuple[Names, Packed, dict[str, tuple[LanguageModel, Any]]]:
         """Return a task pickled, the names of its models, and {key: (model, what was sent)}.
 
@@ -276,11 +297,7 @@ class Ray:
                     sent = unknown.lm, self._send(unknown.lm)
                 needed[key] = sent
             except Exception as error:
-                raise ClusterError(
-                    f"the work cannot be sent to workers: {type(error).__name__}: "
-                    f"{first_line(error)[:300]}. What it uses must be picklable, so it must not "
-                    "hold open files, locks or connections. Or run it in this process"
-                ) from error
+                raise _unsendable("the work", error) from error
             else:
                 # The last state of a model is likely to be asked for again, as after an edit.
                 last = [each for each in self._models.items() if each[0] not in needed][-1:]
@@ -293,6 +310,15 @@ class Ray:
             return None
         tell(self.progress, f"sending {lm.name}", 0, None)
         return need_ray().put(pack(lm))
+
+
+def _unsendable(what: str, error: Exception) -> ClusterError:
+    """Return the error for something that cannot be pickled."""
+    return ClusterError(
+        f"{what} cannot be sent to workers: {type(error).__name__}: {first_line(error)[:300]}. "
+        "What it uses must be picklable, so it must not hold open files, locks or connections. Or "
+        "run it in this process"
+    )
 
 
 def _check_reachable(address: str) -> None:

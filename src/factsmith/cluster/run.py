@@ -126,6 +126,7 @@ class Run:
             for seat in self.pool.seats
             if seat.number is not None
             and doing[seat.number] == 1
+            and seat.number in self.packed  # else it was done by another worker, and yielded
             and seat.number not in self.answers
             and now - seat.began > limit
         ]

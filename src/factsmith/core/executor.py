@@ -48,6 +48,17 @@ class Executor(Protocol):
             progress: Called with the sum of what the parts reported by `report_done`.
         """
 
+    def check(self, thing: object, what: str) -> None:
+        """Check that something can be part of a task, before any work is done.
+
+        Args:
+            thing: The task, or a part of it.
+            what: What it is, for the error, such as "the probe".
+
+        Raises:
+            ClusterError: It cannot be sent to other machines.
+        """
+
 
 class Local:
     """Runs the parts in this process, one after another.
@@ -81,6 +92,9 @@ class Local:
                 result = task(part)
             finished = so_far.total
             yield result
+
+    def check(self, thing: object, what: str) -> None:
+        """Accept anything: nothing is sent anywhere."""
 
 
 def check_part_tokens(part_tokens: int | None) -> int | None:
