@@ -21,9 +21,9 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -32,7 +32,6 @@ from ..core.errors import InputError, LayerError, NumericsError
 from ..core.fact import Fact
 from ..core.settled import settled
 from ..core.tables import counted
-from ..model.address import check_layer
 from ..model.appended import AppendedRows, by_layer
 from ..model.language_model import LanguageModel
 from ..model.turns import asking, turn
@@ -45,7 +44,15 @@ from .delta_folder import (
     tensors_of,
     write_delta_folder,
 )
-from .widening import Held, check_rows, parameters_of, put_back, widen
+from .lending import (
+    change_streamed,
+    check_in_memory,
+    copy_into,
+    is_streamed,
+    lent,
+    weight_of,
+)
+from .widening import check_rows, widen
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -272,7 +279,7 @@ def read_weights(lm: LanguageModel, layers: Iterable[int]) -> dict[int, Tensor]:
     Returns:
         {l: (d_model, d_ff)} in the model's dtype and on its device, without appended neurons.
     """
-    return {layer: _weight(lm, layer).detach().clone() for layer in sorted(set(layers))}
+    return {layer: weight_of(lm, layer).detach().clone() for layer in sorted(set(layers))}
 
 
 def write_weights(lm: LanguageModel, weights: Mapping[int, Tensor]) -> None:
@@ -289,44 +296,53 @@ def write_weights(lm: LanguageModel, weights: Mapping[int, Tensor]) -> None:
         LayerError: The model does not have a layer.
         InputError: A shape or dtype does not fit.
         NumericsError: A number is not finite.
+        UnsupportedModelError: A layer is read from its file each time it runs.
     """
+    check_in_memory(lm, weights, "this")
     places, by_home = homes(lm), dict[int, Tensor]()
     for layer, new in weights.items():
-        old = _weight(lm, layer)
+        old = weight_of(lm, layer)
         twin = by_home.setdefault(places.get(layer, layer), new)
         if twin is not new and not torch.equal(twin, new):
             raise InputError(
                 f"layers {places[layer]} and {layer} share a matrix, and the new weights of "
                 "the two differ; give the matrix once"
             )
-        if new.shape != old.shape or new.dtype != old.dtype:
-            raise InputError(
-                f"layer {layer}: the weights are {tuple(new.shape)} {new.dtype}; expected "
-                f"{tuple(old.shape)} {old.dtype}, as the model's down-projection"
-            )
-        if not torch.isfinite(new).all():
-            raise NumericsError(
-                f"layer {layer}: the new weights hold NaN or infinity in {new.dtype}; nothing was "
-                "written"
-            )
-    _copy(lm, weights)
+        _check_fits(layer, new, old)
+    copy_into(lm, weights)
+
+
+def _check_fits(layer: int, new: Tensor, old: Tensor) -> None:
+    """Check that a new down-projection can take the place of the old one."""
+    if new.shape != old.shape or new.dtype != old.dtype:
+        raise InputError(
+            f"layer {layer}: the weights are {tuple(new.shape)} {new.dtype}; expected "
+            f"{tuple(old.shape)} {old.dtype}, as the model's down-projection"
+        )
+    if not torch.isfinite(new).all():
+        raise NumericsError(
+            f"layer {layer}: the new weights hold NaN or infinity in {new.dtype}; nothing was "
+            "written"
+        )
 
 
 def homes(lm: LanguageModel) -> dict[int, int]:
     """Return {layer: the first layer with the same down-projection in memory}, without experts."""
-    first: dict[tuple[Any, ...], int] = {}
+    first: dict[tuple[object, ...], int] = {}
     places: dict[int, int] = {}
     for layer, ffn in enumerate(lm.ffn):
         if not ffn.n_experts:
-            weight = ffn.weight()
-            place = (weight.device, weight.data_ptr(), weight.shape, weight.stride())
-            places[layer] = first.setdefault(place, layer)
+            places[layer] = first.setdefault(ffn.home, layer)
     return places
 
 
 @settled()
 def patched(
-    base: Mapping[int, Tensor], deltas: Iterable[Delta], places: Mapping[int, int] | None = None
+    base: Mapping[int, Tensor],
+    deltas: Iterable[Delta],
+    places: Mapping[int, int] | None = None,
+    *,
+    partly: bool = False,
 ) -> dict[int, Tensor]:
     """Return base + Σ deltas for each layer of the base.
 
@@ -337,6 +353,7 @@ def patched(
         base: {layer: (d_model, d_ff)}.
         deltas: The deltas.
         places: From `homes`: the layer of the base that has a layer's matrix. None: its own.
+        partly: Leave out layers that the base does not hold.
 
     Raises:
         LayerError: A delta touches a layer that the base does not hold.
@@ -349,6 +366,8 @@ def patched(
     for delta in deltas:
         for layer in delta.layers:
             home = (places or {}).get(layer, layer)
+            if home not in sums and partly:
+                continue
             if home not in sums:
                 raise LayerError(f"the delta edits layer {layer}; the base holds {sorted(sums)}")
             update = delta.dense(layer).to(sums[home])
@@ -392,12 +411,23 @@ def applied(
     with (
         turn(lm, changes=bool(layers or rows), block=True),
         lm.gap_choices.held(lm),
-        _lent(lm, layers, rows) as base,
+        lent(lm, layers, rows) as base,
     ):
-        write_weights(lm, patched(base, deltas, places))
+        write_weights(lm, patched(base, deltas, places, partly=True))
+        for layer in sorted(layers - base.keys()):
+            change_streamed(lm, layer, partial(_add, lm, layer, deltas, places))
         for layer, neurons in rows.items():
-            widen(lm.ffn[layer], neurons)
+            change = partial(widen, lm.ffn[layer], neurons)
+            change_streamed(lm, layer, change) if is_streamed(lm, layer) else change()
         yield
+
+
+def _add(lm: LanguageModel, layer: int, deltas: Iterable[Delta], places: Mapping[int, int]) -> None:
+    """Add deltas to a layer that was just read from its file."""
+    weight = weight_of(lm, layer)
+    new = patched({layer: weight}, deltas, places, partly=True)[layer]
+    _check_fits(layer, new, weight)
+    weight.detach().copy_(new)
 
 
 @contextmanager
@@ -414,87 +444,14 @@ def written(
         LayerError, InputError, NumericsError: As `applied`. Then nothing has changed.
     """
     rows = appended or {}
+    check_in_memory(lm, [*weights, *rows], "this")
     check_rows(lm.ffn, rows, homes(lm))
     with (
         turn(lm, changes=bool(weights or rows), block=True),
         lm.gap_choices.held(lm),
-        _lent(lm, weights, rows),
+        lent(lm, weights, rows),
     ):
         write_weights(lm, weights)
         for layer, neurons in rows.items():
             widen(lm.ffn[layer], neurons)
         yield
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Block:
-    """What a block of `applied` or `written` puts back at its end.
-
-    Attributes:
-        weights: {layer: (d_model, d_ff)} the numbers of down-projections.
-        parameters: The parameters of the layers that the block widens.
-    """
-
-    weights: dict[int, Tensor]
-    parameters: list[Held]
-
-    def put_back(self, lm: LanguageModel) -> None:
-        """Give the model back what it had, without checks."""
-        for held in self.parameters:
-            put_back(held)
-        _copy(lm, self.weights)
-
-
-_LENT: WeakKeyDictionary[LanguageModel, list[_Block]] = WeakKeyDictionary()
-"""What to put back at the end of every block that is open, the innermost last."""
-
-
-@contextmanager
-def _lent(
-    lm: LanguageModel, layers: Iterable[int], widened: Iterable[int] = ()
-) -> Iterator[dict[int, Tensor]]:
-    """Give a block the weights of some layers, which it may change, and put them back after it.
-
-    A Ctrl-C may come while they are put back. Then `take_back` does it.
-
-    Args:
-        lm: The model.
-        layers: The layers whose down-projections the block changes.
-        widened: The layers to which the block appends neurons.
-    """
-    block = _Block(read_weights(lm, layers), [parameters_of(lm.ffn[layer]) for layer in widened])
-    blocks = _LENT.setdefault(lm, [])
-    try:
-        blocks.append(block)
-        yield block.weights
-    finally:
-        if any(other is block for other in blocks):
-            block.put_back(lm)
-            del blocks[[other is block for other in blocks].index(True)]
-
-
-def n_lent(lm: LanguageModel) -> int:
-    """Return how many blocks of `applied` and `written` are open on a model."""
-    return len(_LENT.get(lm, ()))
-
-
-def take_back(lm: LanguageModel, n: int) -> None:
-    """Put weights back as after the blocks of `applied` and `written` beyond the first n.
-
-    It is for blocks that an interruption ended before they could do so.
-    """
-    blocks = _LENT.get(lm, [])
-    while len(blocks) > n:
-        blocks[-1].put_back(lm)
-        blocks.pop()
-
-
-def _weight(lm: LanguageModel, layer: int) -> Tensor:
-    return lm.ffn[check_layer(layer, lm.n_layers)].original_weight()
-
-
-def _copy(lm: LanguageModel, weights: Mapping[int, Tensor]) -> None:
-    with turn(lm, changes=bool(weights)):
-        for layer, new in weights.items():
-            # Not inside a `no_grad`: a Ctrl-C could leave it off. A detached view needs none.
-            _weight(lm, layer).detach().copy_(new.detach())

@@ -35,12 +35,11 @@ from ..core.tables import counted
 from ..edit.delta import (
     Delta,
     homes,
-    n_lent,
     patched,
     read_weights,
-    take_back,
     write_weights,
 )
+from ..edit.lending import n_lent, take_back
 from ..edit.neurons import edits_neurons, revives
 from ..edit.widening import Held, check_rows, parameters_of, put_back, widen
 from ..model.appended import by_layer

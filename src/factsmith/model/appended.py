@@ -150,7 +150,7 @@ class AppendedRows:
         """
         check_widens(ffn)
         kind, rows = ("gated" if ffn.is_gated else "plain"), self
-        d_model = ffn.weight().shape[0]
+        d_model = ffn.shape[0]
         if (rows.keys is None) != ffn.is_gated or self.values.shape[1] != d_model:
             other = "gated" if rows.keys is None else "plain"
             raise InputError(
@@ -215,7 +215,7 @@ def row_numbers(ffn: FeedForward) -> int:
     n_keys = 2 if ffn.is_gated else 1
     readers = [matrix for matrix in (ffn._gate, ffn._up) if matrix is not None]
     n_biases = sum(getattr(matrix.module, "bias", None) is not None for matrix in readers)
-    return (n_keys + 1) * int(ffn.weight().shape[0]) + n_biases
+    return (n_keys + 1) * int(ffn.shape[0]) + n_biases
 
 
 def check_widens(ffn: FeedForward) -> None:
@@ -231,7 +231,7 @@ def check_widens(ffn: FeedForward) -> None:
             "them yet; choose a layer without experts"
         )
     linears = [matrix.module for matrix in (ffn._gate, ffn._up, ffn._weight) if matrix is not None]
-    d_model, d_ff = ffn.weight().shape
+    d_model, d_ff = ffn.shape
     for name, module in ffn.module.named_modules():
         for kind, parameter in module.named_parameters(recurse=False):
             if module not in linears and parameter.shape == (d_ff,) and d_ff != d_model:

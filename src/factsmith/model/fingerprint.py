@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from ..core.identity import note_earlier
+from .absent import place_of, whole
 from .settings import answering_settings
 
 _FORMAT = "factsmith model 2"
@@ -80,7 +81,7 @@ def identify(module: Any, tokenizer: Any, earlier: Identity | None = None) -> Id
     weights = hashlib.sha256()
     steps: list[tuple[object, Any]] = []
     before = [] if earlier is None else earlier._steps
-    for i, (name, tensor) in enumerate(sorted(module.state_dict().items())):
+    for i, (name, tensor) in enumerate(_weights(module)):
         state = (tensor.dtype, tuple(tensor.shape), _tensor_state(name, tensor))
         if i < len(before) and before[i][0] == state:
             steps.append(before[i])
@@ -112,14 +113,15 @@ def identify(module: Any, tokenizer: Any, earlier: Identity | None = None) -> Id
 
 def weight_digests(module: nn.Module) -> dict[str, str]:
     """Return the sha256 (hex) of the bytes of every tensor of a model, by name."""
-    return {
-        name: hashlib.sha256(_bytes(tensor)).hexdigest()
-        for name, tensor in sorted(module.state_dict().items())
-    }
+    return {name: hashlib.sha256(_bytes(tensor)).hexdigest() for name, tensor in _weights(module)}
+
+
+def _weights(module: Any) -> list[tuple[str, Tensor]]:
+    return sorted(module.state_dict(keep_vars=True).items())
 
 
 def _bytes(tensor: Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return whole(tensor).cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def model_state(module: Any, tokenizer: Any) -> object:
@@ -148,6 +150,8 @@ def _weight_state(module: nn.Module) -> object:
 
 
 def _tensor_state(name: str, tensor: Tensor) -> tuple[object, ...]:
+    if (place := place_of(tensor)) is not None:
+        return name, place.state
     flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
     sample = flat[:: max(1, flat.numel() // 8)][:9]
     # An inference tensor has no version counter.

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..core.checks import check_text
 from ..core.gap import Gap, Rule, Settled, before_gap, plain_gap
+from .absent import place_of
 from .tokens import encode_prompt, target_forms
 
 _TELLING = 0.1
@@ -143,7 +144,10 @@ class Gaps:
 def _state(lm: Any) -> object:
     """Return something that differs after a weight has changed; cheaper than a fingerprint."""
     return tuple(
-        (p.data_ptr(), 0 if p.is_inference() else p._version) for p in lm.module.parameters()
+        (p.data_ptr(), 0 if p.is_inference() else p._version)
+        if (place := place_of(p)) is None
+        else place.state
+        for p in lm.module.parameters()
     )
 
 

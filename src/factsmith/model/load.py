@@ -11,6 +11,7 @@ own full pass. A model whose structure is not understood is refused, and never u
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Mapping
@@ -35,7 +36,8 @@ from .gguf import converted
 from .language_model import LanguageModel
 from .masked import MaskedLanguageModel
 from .modes import unwrapped
-from .placing import LoadingOptions, check_attention, loading_options
+from .offloaded import check_source, check_streamed, disk_map, take_over
+from .placing import DISK, LoadingOptions, check_attention, loading_options
 from .quantised import packed_format, quantised_error
 from .quiet import quietly
 from .selfcheck import discover
@@ -98,14 +100,16 @@ def load(
 
     Args:
         name_or_path: The model. A hub id may end in "@revision".
-        device: Where to put it. "auto": as the device map "auto". None: the CPU.
+        device: Where to put it. "auto" and "disk": as the device maps of that name. None: the CPU.
         dtype: The dtype of the weights, such as torch.bfloat16 or "bfloat16". "auto": the
             checkpoint's own. None: float32 on the CPU, and the checkpoint's own elsewhere.
         revision: The branch, tag or commit on the hub. None: the main one.
         trust_remote_code: Run code that comes with the model. Without it such code never runs, and
             a model that needs it is refused.
         device_map: Instead of a device: how to spread the model over several, as transformers takes
-            it: "auto", or {path: device}. It needs the package accelerate.
+            it: "auto", or {path: device}. "disk": every layer stays in its safetensors file, and is
+            read when it runs, so that at most two layers are in memory; the device says where
+            layers run. It needs the package accelerate.
         attn_implementation: How attention is computed, such as "eager" or "sdpa". None: as
             transformers chooses.
         progress: Gets what is being done, and a note about a file that was dequantised.
@@ -121,6 +125,7 @@ def load(
     """
     source = find_source(name_or_path, revision, trust_remote_code)
     options = loading_options(device, dtype, device_map, attn_implementation)
+    check_source(source, options.device_map)
     if source.gguf is None:
         return _loaded(source, options)
     with converted(source, options.dtype, progress) as (folder, file):
@@ -138,6 +143,10 @@ def _loaded(source: Source, options: LoadingOptions) -> LanguageModel:
         auto = _class_to_load(name, config)
         check_attention(name, auto, config, options)
         tokenizer = _tokenizer(source)
+        if options.device_map == DISK:
+            assert options.device is not None
+            spread = disk_map(source, auto, config, options.device)
+            options = dataclasses.replace(options, device=None, device_map=spread)
         module, report = _weights(source, auto, config, options)
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
@@ -148,7 +157,10 @@ def _loaded(source: Source, options: LoadingOptions) -> LanguageModel:
         raise quantised_error(repr(name), packed)
     if options.device is not None:
         module = module.to(options.device)
+    streamed = take_over(module, name)
     lm = _wrapped(module, tokenizer, name)
+    if streamed is not None:
+        check_streamed(lm, streamed)
     kind = type(module).__name__
     _log.info("loaded %s: %s, %d layers, %s on %s", name, kind, lm.n_layers, lm.dtype, lm.device)
     return lm

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..core.errors import UnsupportedModelError
+from .absent import place_of
 
 _OUTPUTS = {
     "return_dict": True,
@@ -129,11 +130,11 @@ def check_weights(name: str, module: nn.Module) -> None:
         UnsupportedModelError: Some are not.
     """
     for path, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if tensor.is_meta:
+        if tensor.is_meta and place_of(tensor) is None:
             raise UnsupportedModelError(
                 f"{name} has weights that are on no device ({path} is offloaded or was never "
-                "loaded), so they cannot be read or edited; load the model on the CPU, or on "
-                "devices that hold all of it"
+                "loaded), so they cannot be read or edited; load the model on the CPU, on devices "
+                'that hold all of it, or with factsmith.load(..., device_map="disk")'
             )
         if hasattr(tensor, "full_tensor"):  # a DTensor
             raise UnsupportedModelError(

@@ -17,10 +17,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..core.errors import UnsupportedModelError
+from .absent import place_of, whole
 
 APPENDED = "factsmith_appended"
 """Attribute of a widened parameter: how many neurons were appended to it."""
@@ -66,9 +68,27 @@ class Matrix:
     rows: Rows = "all"
 
     def read(self) -> Tensor:
-        """Return the matrix (out, in), or the vector of a bias: a view of the module's storage."""
-        stored = getattr(self.module, self.name).detach()
-        assert isinstance(stored, Tensor)
+        """Return the matrix (out, in), or the vector of a bias: a view of the module's storage.
+
+        That of a streamed layer is read from its file, unless the layer is in memory.
+        """
+        return self._view(whole(getattr(self.module, self.name)))
+
+    @property
+    def shape(self) -> torch.Size:
+        """Its shape. Nothing is read."""
+        return self._view(getattr(self.module, self.name).detach()).shape
+
+    @property
+    def home(self) -> tuple[object, ...]:
+        """What two matrices share if they are one in memory."""
+        stored = getattr(self.module, self.name)
+        if place_of(stored) is not None:
+            return self.module, self.name
+        view = self._view(stored.detach())
+        return view.device, view.data_ptr(), view.shape, view.stride()
+
+    def _view(self, stored: Tensor) -> Tensor:
         stored = stored if self.expert is None else stored[self.expert]
         matrix = stored.T if self.transposed else stored
         return matrix[rows_of(self.rows, len(matrix))]
@@ -105,6 +125,11 @@ class Neurons:
         return self._read(self._weight)
 
     @property
+    def home(self) -> tuple[object, ...]:
+        """What layers share that have one down-projection in memory."""
+        return self._matrix(self._weight).home
+
+    @property
     def values(self) -> Tensor:
         """What each neuron writes: (d_ff, d_model), a view."""
         return self.weight().T
@@ -117,7 +142,12 @@ class Neurons:
     @property
     def d_ff(self) -> int:
         """Number of neurons."""
-        return self.weight().shape[1]
+        return self.shape[1]
+
+    @property
+    def shape(self) -> torch.Size:
+        """(d_model, d_ff), the shape of the down-projection. Nothing is read."""
+        return self._matrix(self._weight).shape
 
     @property
     def n_appended(self) -> int:
@@ -185,9 +215,12 @@ class Neurons:
         return self._read(matrix)
 
     def _read(self, matrix: Matrix | None) -> Tensor:
+        return self._matrix(matrix).read()
+
+    def _matrix(self, matrix: Matrix | None) -> Matrix:
         if matrix is None:
             raise UnsupportedModelError(
                 f"layer {self.layer} has experts, and each has its own matrices; use .experts[e] "
                 "or .shared"
             )
-        return matrix.read()
+        return matrix

@@ -19,6 +19,9 @@ import torch
 from ..core.dtypes import DTYPES, SAVED_DTYPE
 from ..core.errors import InputError, first_line
 
+DISK = "disk"
+"""The device map, or device, that keeps every layer in its file until it runs."""
+
 _MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 """Ways to spread a model over devices, as transformers and accelerate name them."""
 
@@ -30,7 +33,8 @@ class LoadingOptions:
     Attributes:
         dtype: The dtype of the weights; "auto" for that of the checkpoint.
         device: The device of all weights. None: `device_map` says where they go.
-        device_map: As transformers takes it. None: all weights go to `device`.
+        device_map: As transformers takes it. None: all weights go to `device`. "disk": the layers
+            stay in their files, and run on `device`.
         attention: The name of an implementation of attention. None: transformers chooses.
     """
 
@@ -41,7 +45,8 @@ class LoadingOptions:
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of `from_pretrained`."""
-        given = {"device_map": self.device_map, "attn_implementation": self.attention}
+        spread = None if self.device_map == DISK else self.device_map
+        given = {"device_map": spread, "attn_implementation": self.attention}
         return {"dtype": self.dtype} | {k: x for k, x in given.items() if x is not None}
 
 
@@ -54,16 +59,19 @@ def loading_options(
     """Check how a model should be loaded.
 
     Args:
-        device: "cpu", "cuda:1" and so on; "auto" is the device map "auto". None: the CPU.
+        device: "cpu", "cuda:1" and so on; "auto" and "disk" are the device maps of that name.
+            None: the CPU.
         dtype: A floating-point dtype or its name; "auto" for that of the checkpoint. None: float32
             where the model is on the CPU, and otherwise "auto".
-        device_map: Where the parts of the model go: "auto", or {path: device}.
+        device_map: Where the parts of the model go: "auto", or {path: device}. "disk": the layers
+            stay in their files. The device then says where they run.
         attn_implementation: A name such as "eager" or "sdpa".
 
     Raises:
         InputError: There is no such dtype or device, or the package for a device map is missing.
     """
-    if device is not None and device_map is not None:
+    on_disk = DISK in (device, device_map) if isinstance(device_map, (str, type(None))) else False
+    if device is not None and device_map is not None and not on_disk:
         raise InputError(
             f"got device {str(device)!r} and device_map {device_map!r}; give one of them",
             argument="device_map",
@@ -75,6 +83,15 @@ def loading_options(
             argument="attn_implementation",
         )
     argument = "device" if device_map is None else "device_map"
+    if on_disk:
+        place = _device("cpu" if device in (None, DISK) else device, "device")
+        _check_accelerate(argument, DISK)
+        return LoadingOptions(
+            dtype=wanted or (torch.float32 if place.type == "cpu" else SAVED_DTYPE),
+            device=place,
+            device_map=DISK,
+            attention=attn_implementation,
+        )
     spread = device if device_map is None else device_map
     if isinstance(spread, Mapping) and not (spread and all(isinstance(k, str) for k in spread)):
         raise InputError(
@@ -83,13 +100,7 @@ def loading_options(
             argument=argument,
         )
     if isinstance(spread, Mapping) or (isinstance(spread, str) and spread in _MAPS):
-        if importlib.util.find_spec("accelerate") is None:
-            raise InputError(
-                f"{argument} {spread!r} needs the package accelerate, which is not installed; "
-                "install it with `pip install accelerate`, or name one device: cpu, cuda, cuda:1 "
-                "or mps",
-                argument=argument,
-            )
+        _check_accelerate(argument, spread)
         devices = list(spread.values()) if isinstance(spread, Mapping) else []
         places = {_device(place, argument).type for place in devices if place != "disk"}
         plain = places <= {"cpu"} if devices else not _has_accelerator()
@@ -102,6 +113,17 @@ def loading_options(
     place = _device("cpu" if spread is None else spread, argument)
     default = torch.float32 if place.type == "cpu" else SAVED_DTYPE
     return LoadingOptions(dtype=wanted or default, device=place, attention=attn_implementation)
+
+
+def _check_accelerate(argument: str, spread: Any) -> None:
+    """Raise InputError if the package is missing that spreads a model."""
+    if importlib.util.find_spec("accelerate") is None:
+        raise InputError(
+            f"{argument} {spread!r} needs the package accelerate, which is not installed; "
+            "install it with `pip install accelerate`, or name one device: cpu, cuda, cuda:1 "
+            "or mps",
+            argument=argument,
+        )
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str | None:

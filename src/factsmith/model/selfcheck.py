@@ -23,11 +23,13 @@ from ..core.errors import (
     UnsupportedModelError,
     first_line,
 )
+from .absent import whole
 from .ffn import FeedForward
 from .language_model import LanguageModel
 from .prefix import PrefixCache
 from .replay import Replay, record
 from .running import Structure
+from .streamed import in_memory
 from .structure import build, counterparts, find_feed_forward, find_layers
 from .tokens import Batch, encode, pad_id
 from .tolerance import same
@@ -103,6 +105,7 @@ def _check_finite(lm: LanguageModel) -> None:
         ModelError: A weight is not finite.
     """
     for name, weight in lm.module.named_parameters():
+        weight = whole(weight)
         if wrong := int((~weight.isfinite()).sum()):
             advice = "copy or download the weights again, or undo the last change"
             if weight.dtype == torch.float16:
@@ -135,7 +138,8 @@ def _find_structure(lm: LanguageModel) -> Structure:
     for index, (layer, call) in enumerate(zip(layers, calls, strict=True)):
         first = first_of.setdefault(build(layer), index)
         if first == index:
-            parts.append(find_feed_forward(layer, index, call, slot))
+            with in_memory(layer):
+                parts.append(find_feed_forward(layer, index, call, slot))
         else:
             ffn, attention = parts[first]
             places = counterparts(layers[first], layer)
