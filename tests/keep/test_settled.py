@@ -18,7 +18,8 @@ import torch
 import factsmith
 from conftest import GPT2, byte_tokenizer, tiny_model
 from factsmith.core.errors import FactsmithError
-from factsmith.edit.delta import applied, n_lent, patched, take_back
+from factsmith.edit.delta import applied, patched
+from factsmith.edit.lending import n_lent, take_back
 from factsmith.edit.neurons import erase
 from factsmith.keep.ledger import BASE, LATEST, Ledger
 from factsmith.keep.workbench import Workbench
@@ -27,7 +28,7 @@ from factsmith.model.load import wrap
 from workbenches import FACT, QUICK, hashes, moments_of, some_delta
 
 HOME = str(Path(factsmith.__file__).parent)
-PLACES = ("keep/", "edit/delta.py", "edit/neurons.py")
+PLACES = ("keep/", "edit/delta.py", "edit/lending.py", "edit/neurons.py")
 
 # A generator that an interruption has left suspended is closed later, by the garbage collector.
 pytestmark = [

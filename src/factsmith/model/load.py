@@ -36,7 +36,7 @@ from .gguf import converted
 from .language_model import LanguageModel
 from .masked import MaskedLanguageModel
 from .modes import unwrapped
-from .offloaded import check_source, check_streamed, disk_map, take_over
+from .offloaded import check_source, check_streamed, disk_map, offload_error, take_over
 from .placing import DISK, LoadingOptions, check_attention, loading_options
 from .quantised import packed_format, quantised_error
 from .quiet import quietly
@@ -197,7 +197,11 @@ def _weights(source: Source, auto: Any, config: Any, options: LoadingOptions) ->
                 else getattr(quantised, "quant_method", None)
             )
             raise quantised_error(repr(source.name), str(how or "packed weights")) from error
-        raise source.refuses_code(error) or unreadable(source.name, error) from error
+        raise (
+            source.refuses_code(error)
+            or offload_error(source.name, error)
+            or unreadable(source.name, error)
+        ) from error
 
 
 def _class_to_load(name: str, config: Any) -> Any:

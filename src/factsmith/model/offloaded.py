@@ -211,3 +211,21 @@ def check_source(source: Source, device_map: Any) -> None:
             "load it without a device map, or convert it and give the folder",
             argument="device_map",
         )
+
+
+def offload_error(name: str, error: Exception) -> UnsupportedModelError | None:
+    """Return our error if transformers cannot leave parts on disk; otherwise None."""
+    if "is on the meta device" in str(error):
+        return UnsupportedModelError(
+            f"the device map of {name!r} puts something on disk that has to be in memory; only "
+            "whole layers can be on disk, so put embeddings, norms and the unembedding on a device",
+            argument="device_map",
+        )
+    if "offload_folder" not in str(error):
+        return None
+    return UnsupportedModelError(
+        f"the layers of {name!r} cannot stay on disk: they are read from safetensors files in the "
+        "form in which the model has them, and these files have another format or form. Load the "
+        "model once where it fits, save it with save_pretrained, and load that folder",
+        argument="device_map",
+    )

@@ -191,7 +191,7 @@ class Streamed:
                     f"a layer cannot be read from its file ({first_line(error)}); copy or download "
                     "the model again"
                 ) from error
-        n_bytes = tensor.untyped_storage().nbytes()
+        n_bytes = tensor.numel() * tensor.element_size()
         with self._counting:
             storage: Any = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
             self._held.append((storage, n_bytes))
