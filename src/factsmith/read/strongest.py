@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,6 +108,23 @@ class Strongest:
             best = torch.cat([self.keys[sign], later]).topk(len(self.keys[sign]), dim=0)
             places = torch.cat([self.places[sign], other.places[sign]])
             self.keys[sign], self.places[sign] = best.values, places.gather(0, best.indices)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled: a row is left out if no neuron has so many strong texts."""
+        short = {}
+        for sign, keys in self.keys.items():
+            n = int((keys != 0).any(1).sum())
+            short[sign] = keys[:n].clone(), self.places[sign][:n].clone()
+        top = len(self.keys["top"])
+        return {"top": top, "short": short, "fired": self.fired, "squares": self.squares}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take up what was pickled."""
+        self.__init__(len(state["fired"]), state["top"])  # type: ignore[misc]
+        self.fired, self.squares = state["fired"], state["squares"]
+        for sign, (keys, places) in state["short"].items():
+            self.keys[sign][: len(keys)] = keys
+            self.places[sign][: len(places)] = places
 
     def numbers(self, sign: Sign) -> Tensor:
         """Return the number of each key's piece: (t, d_ff), meaningless where a key is 0."""

@@ -17,12 +17,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.artefact import Checkpoint, stated_count
 from ..core.checks import check_count
+from ..core.errors import InputError
 from ..core.files import check_writable
 from ..core.progress import Progress, tell
 from ..corpus.accumulator import State, Swept, TextBatch
@@ -32,7 +34,7 @@ from ..corpus.text import Piece
 from ..model.address import check_layers
 from ..model.language_model import LanguageModel, check_model
 from ..model.turns import asking
-from .strongest import BatchTokens, Strongest
+from .strongest import LAST, BatchTokens, Strongest
 from .triggers import FORMAT, Triggers, holds_triggers
 
 _KEPT = 200_000
@@ -168,12 +170,31 @@ class TriggerRun:
         self.keep(later)
 
     def keep(self, pieces: Sequence[Piece]) -> None:
-        """Hold texts, and let go of those that no neuron refers to once they may be half."""
+        """Hold texts, and let go of those that no neuron refers to once they may be half.
+
+        Raises:
+            InputError: when the corpus has more texts than can be numbered.
+        """
+        if self.n_texts > LAST:
+            raise InputError(
+                f"the corpus has more than {LAST:,} texts, so triggers cannot name them all; set "
+                "max_tokens, or join short texts",
+                argument="texts",
+            )
         self.texts.update((piece.number, piece) for piece in pieces)
         self._size += sum(len(piece.ids) for piece in pieces)
         if self._size > 2 * self._least + _KEPT:
-            self.texts = {number: self.texts[number] for number in self.numbers().tolist()}
-            self._size = self._least = sum(len(piece.ids) for piece in self.texts.values())
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Hold only the texts that some neuron refers to."""
+        self.texts = {number: self.texts[number] for number in self.numbers().tolist()}
+        self._size = self._least = sum(len(piece.ids) for piece in self.texts.values())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what is pickled, without the texts that no neuron refers to."""
+        self._let_go()
+        return self.__dict__
 
     def numbers(self) -> Tensor:
         """Return the numbers of the pieces that some neuron refers to, ascending.
