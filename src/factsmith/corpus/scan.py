@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import InputError
+from ..model.absent import device_of
 from ..model.address import Neuron, neuron_numbers
 from ..model.language_model import LanguageModel
 from ..model.neurons import Neurons
@@ -128,7 +129,9 @@ def scan(
             if layer == max(layers) and not experts:
                 stop()
 
-        for kind in {p.device.type for p in lm.module.parameters()} if dtype is not None else ():
+        for kind in (
+            {device_of(p).type for p in lm.module.parameters()} if dtype is not None else ()
+        ):
             stack.enter_context(torch.autocast(kind, dtype))
         stack.enter_context(recording({"end": lm.layers[max(layers)]}, stop=True, copy=False))
         for layer in layers:

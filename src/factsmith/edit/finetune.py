@@ -37,6 +37,7 @@ from ..model.tokens import pad_id, target_ids
 from ..model.turns import asking
 from .configs import MemitConfig
 from .delta import read_weights, write_weights
+from .lending import check_in_memory
 from .questions import with_gaps
 
 
@@ -131,6 +132,7 @@ def fine_tune(
     config = config or FineTuneConfig()
     examples = _examples(lm, facts)
     layers = _layers(lm, config)[: None if config.layers else 1]
+    check_in_memory(lm, layers, "fine-tuning")
     base = read_weights(lm, layers)
     weights = [lm.ffn[layer].down.get_parameter("weight") for layer in layers]
     starts = [weight.detach().clone() for weight in weights]
@@ -177,6 +179,7 @@ def lora(
         ) from None
     config = config or LoraConfig()
     examples, layers = _examples(lm, facts), _layers(lm, config)
+    check_in_memory(lm, range(lm.n_layers), "LoRA")
     base = read_weights(lm, layers)
     downs = {layer: lm.ffn[layer].down for layer in layers}
     names = {module: name for name, module in lm.module.named_modules()}

@@ -147,7 +147,7 @@ def probe_activation(lm: LanguageModel, layer: int) -> Activation:
     probe = partial(_probed, replay, layer)
     grid = torch.linspace(-_EDGE, _EDGE, _POINTS, dtype=torch.float64)
     # The grid in the model's number range: what the neurons really get.
-    grid = grid.to(lm.ffn[layer].weight().dtype).double()
+    grid = grid.to(lm.ffn[layer].dtype).double()
     d_ff = lm.ffn[layer].d_ff
     mixed = grid[torch.randperm(len(grid), generator=torch.Generator().manual_seed(0))]
     chunks = torch.split(mixed, d_ff)
@@ -414,7 +414,7 @@ def form_of(lm: LanguageModel, layer: int, mean: Tensor, second_moment: Tensor) 
         biased=biased,
         up_biased=up_biased,
         constant=constant_direction(mean, second_moment)[0],
-        dtype=ffn.weight().dtype,
+        dtype=ffn.dtype,
     )
 
 

@@ -25,6 +25,9 @@ from ..model.streamed import streamed_of
 from ..model.turns import turn
 from .widening import Held, parameters_of, put_back
 
+_LISTED = 6
+"""How many layers an error names."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Block:
@@ -134,10 +137,11 @@ def check_in_memory(lm: LanguageModel, layers: Iterable[int], what: str) -> None
         UnsupportedModelError: A layer is read from its file each time it runs.
     """
     if afar := sorted(layer for layer in set(layers) if is_streamed(lm, layer)):
+        which = f"layers {afar}" if len(afar) <= _LISTED else f"{len(afar)} layers"
         raise UnsupportedModelError(
-            f"the weights of layers {afar} stay on disk, and {what} writes whole matrices; make a "
-            "delta and use factsmith.applied, which adds it whenever a layer is read, or load the "
-            "model into memory",
+            f"the weights of {which} stay on disk, and {what} writes whole matrices; make a delta "
+            "and use factsmith.applied, which adds it whenever a layer is read, or load the model "
+            "into memory",
             argument="device_map",
         )
 

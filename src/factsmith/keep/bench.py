@@ -24,6 +24,7 @@ from ..corpus.moments import SecondMoment
 from ..corpus.moments_store import find_moments, kept_moments
 from ..corpus.scan import Site
 from ..edit.delta import Delta
+from ..edit.lending import check_in_memory
 from ..model.address import check_dense
 from ..model.language_model import LanguageModel
 from ..patch.duration import seconds_to_solve
@@ -88,6 +89,7 @@ class LedgerBench:
     asked: Asked | None = None
 
     def __init__(self, lm: LanguageModel, folder: str | os.PathLike[str]) -> None:
+        check_in_memory(lm, range(lm.n_layers), "a workspace")
         self.lm = lm
         give_back(lm)
         is_workspace = (Path(folder) / "ledger.db").is_file()

@@ -65,6 +65,7 @@ class Workbench(LedgerBench):
     Raises:
         FingerprintError: The workspace was made for another model.
         DamagedError: A delta is not whole.
+        UnsupportedModelError: The model's layers stay on disk.
     """
 
     # ── reading ───────────────────────────────────────────────────────────────────────────────────

@@ -119,6 +119,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.detach() if place is None else place.read()
 
 
+def device_of(tensor: Tensor) -> torch.device:
+    """Return the device on which a parameter is used."""
+    place = place_of(tensor)
+    return tensor.device if place is None else place.device
+
+
 def stamp(path: str) -> tuple[int, int]:
     """Return the size of a file and its time of change in nanoseconds; zeros if it is missing."""
     try:

@@ -125,6 +125,13 @@ class Neurons:
         return self._read(self._weight)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the down-projection. Nothing is read."""
+        matrix = self._matrix(self._weight)
+        dtype: torch.dtype = getattr(matrix.module, matrix.name).dtype
+        return dtype
+
+    @property
     def home(self) -> tuple[object, ...]:
         """What layers share that have one down-projection in memory."""
         return self._matrix(self._weight).home

@@ -157,7 +157,7 @@ def _devices(module: nn.Module) -> dict[nn.Module, torch.device]:
 
 def _without_hooks(module: nn.Module) -> None:
     """Take accelerate's hooks off a module and its parts. No weight is read."""
-    from accelerate.hooks import (  # type: ignore[import-untyped]
+    from accelerate.hooks import (
         remove_hook_from_module,
     )
 

@@ -31,9 +31,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..core.errors import ModelError, first_line
 from .absent import Fetch, Layer, Place, absent_like, sizes_of, stamp
-
-_LINE = 64
-"""Bytes of a cache line."""
+from .room import Room
 
 _READER = "factsmith_streamed"
 """Attribute of a streamed layer, and of its model: what reads it."""
@@ -60,7 +58,7 @@ class _Reading(threading.Thread):
     """Reads a layer in the background."""
 
     def __init__(self, streamed: Streamed, index: int) -> None:
-        super().__init__(name=f"factsmith-layer-{index}", daemon=True)
+        super().__init__(name=f"factsmith-layer-{index}")  # a daemon could be torn at the exit
         self.streamed, self.index = streamed, index
         self.wanted, self.loaded = True, None
 
@@ -112,6 +110,7 @@ class Streamed:
         self._inside: dict[int, int] = {}
         self._last: tuple[int | None, int] | None = None
         self._followers: dict[tuple[int | None, int], int] = {}
+        self._room = Room()
         self._held: list[tuple[Any, int]] = []
         _ALL.add(self)
 
@@ -184,7 +183,7 @@ class Streamed:
         with torch.inference_mode(False), torch.no_grad():
             try:
                 stored = place.fetch()
-                tensor = _room_for(stored, place.device).copy_(stored)
+                tensor = self._room.like(stored, place.device).copy_(stored)
             except Exception as error:  # safetensors and the system raise all kinds of errors
                 self.check_files()
                 raise ModelError(
@@ -280,6 +279,7 @@ class Streamed:
         with self._lock:
             self._let_go()
             self._current = None
+            self._room = Room()
 
     # ── running ───────────────────────────────────────────────────────────────────────────────────
 
@@ -422,19 +422,6 @@ def streamed_of(module: nn.Module) -> Streamed | None:
     """
     streamed = vars(module).get(_READER)
     return streamed if isinstance(streamed, Streamed) else None
-
-
-def _room_for(stored: Tensor, device: torch.device) -> Tensor:
-    """Return an empty tensor like a stored one.
-
-    On a CPU it has the same place within a cache line. The last bits of a product depend on that,
-    and a model in memory has its weights where the file has them.
-    """
-    if device.type != "cpu":
-        return torch.empty(stored.shape, dtype=stored.dtype, device=device)
-    shift = stored.data_ptr() % _LINE // stored.element_size()
-    room = torch.empty(shift + stored.numel(), dtype=stored.dtype, device=device)
-    return room[shift:].view(stored.shape)
 
 
 def _is_free(storage: Any) -> bool:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import UnsupportedModelError
+from ..model.absent import device_of, whole
 from ..model.language_model import LanguageModel
 from ..model.tolerance import same, tolerance
 from ..model.trace import recording, replacing
@@ -116,8 +117,9 @@ def _with_norm(lm: LanguageModel, last: nn.Module, plain: Unembedding) -> Unembe
     """Add the final norm and the multiplier to a bare unembedding, which `last` computes."""
 
     def read(states: Tensor) -> tuple[Tensor, Tensor]:
+        above = next(lm.layers[-1].parameters())
         with recording({"last": last}, copy=False) as calls:
-            logits = lm.head(states.to(next(lm.layers[-1].parameters())))
+            logits = lm.head(states.to(device_of(above), above.dtype))
         return calls["last"][0].input.reshape(states.shape).to(plain.scale), logits.to(plain.scale)
 
     states = _probes(lm).to(plain.weight.device)
@@ -151,7 +153,7 @@ def output_scale(lm: LanguageModel, layer: int) -> Tensor:
         UnsupportedModelError: when something other than a norm or a multiplier follows the FFN.
     """
     ffn = lm.ffn[layer]
-    probes = _probes(lm).to(next(lm.layers[layer].parameters()).device)
+    probes = _probes(lm).to(device_of(next(lm.layers[layer].parameters())))
     if ffn.adds_directly:
         return torch.ones_like(probes[0])
     batch = lm.batch(["The name of the place is"])
@@ -216,7 +218,7 @@ def _scale(lm: LanguageModel, given: Tensor, seen: Tensor) -> Tensor | None:
     if not same(given * scale, seen, tolerance(lm.dtype)):
         return None
     candidates = [
-        p.detach().to(scale) + more
+        whole(p).to(scale) + more
         for p in lm.module.parameters()
         if p.shape == scale.shape
         for more in (0, 1)

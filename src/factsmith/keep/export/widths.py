@@ -73,7 +73,7 @@ class Widths:
 
 def zero_rows(ffn: FeedForward, n: int) -> AppendedRows:
     """Return n neurons for a layer that read and write nothing."""
-    zeros = torch.zeros(1, 1).expand(n, ffn.weight().shape[0])  # no memory
+    zeros = torch.zeros(1, 1).expand(n, ffn.shape[0])  # no memory
     keys = {"gate_keys": zeros, "up_keys": zeros} if ffn.is_gated else {"keys": zeros}
     return AppendedRows(values=zeros, facts=(0,) * n, **keys)
 
