@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
+import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +23,9 @@ from factsmith.corpus.moments import SecondMoment, second_moments
 from factsmith.edit.append_config import AppendConfig
 from factsmith.edit.configs import EditConfig, MemitConfig, RomeConfig
 from factsmith.edit.delta import Delta, applied, write_weights, written
+from factsmith.edit.finetune import FineTuneConfig, fine_tune
 from factsmith.edit.methods import edit
+from factsmith.keep.workbench import Workbench
 from factsmith.locate.causal import causal_trace
 from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import load
@@ -279,6 +285,84 @@ def test_bfloat16_is_read_as_such(tmp_path: Path) -> None:
     assert lm.ffn[0].weight().dtype == torch.bfloat16
     assert lm.fingerprint == plain.fingerprint != load(folder).fingerprint
     assert torch.equal(*(x.log_prob(TEXTS[:1], ["of"]) for x in (plain, lm)))
+
+
+def test_what_writes_whole_matrices_refuses(lm: LanguageModel, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"layers.*a workspace writes whole"):
+        Workbench(lm, tmp_path / "ws")
+    assert not (tmp_path / "ws").exists()
+    with pytest.raises(UnsupportedModelError, match="fine-tuning writes whole"):
+        fine_tune(lm, FACTS[0], FineTuneConfig(layers=(1,)))
+
+
+def test_the_fingerprint_after_a_block_is_not_computed_again(
+    lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = lm.fingerprint
+    factors = torch.ones(lm.d_model, 1), torch.ones(1, lm.ffn[1].d_ff)
+    delta = Delta(
+        layers={1: factors},
+        k_star={1: torch.zeros(1, lm.ffn[1].d_ff)},
+        v_star=torch.zeros(1, lm.d_model),
+        facts=tuple(FACTS[:1]),
+        method="rome",
+        config={},
+        fingerprint=before,
+    )
+    with applied(lm, delta):
+        assert lm.fingerprint != before
+    monkeypatch.setattr(Streamed, "_fetched", lambda *_: pytest.fail("a weight was read"))
+    reader(lm).release()
+    assert lm.fingerprint == before
+
+
+def test_a_pickle_and_a_copy_hold_no_layer(lm: LanguageModel) -> None:
+    expected = lm.log_prob(TEXTS[:1], ["of"])
+    data = pickle.dumps(lm)
+    layers = sum(reader(lm).layer_bytes)
+    assert layers > len(data) - 4 * lm.embedding.get_parameter("weight").numel()
+    before = lm.fingerprint
+    for copied in (pickle.loads(data), copy.deepcopy(lm)):
+        assert reader(copied) is not reader(lm) and copied.fingerprint == before
+        # Embeddings lie elsewhere in memory, which decides the last bits.
+        assert torch.allclose(copied.log_prob(TEXTS[:1], ["of"]), expected, atol=1e-4)
+        reader(copied).change(copied.layers[1], copied.ffn[1].down.get_parameter("weight").sum)
+        assert reader(lm).n_changes(lm.layers[1]) == 0  # the control: it is another model
+        assert copied.fingerprint == before
+
+
+MEMORY = """
+import sys, torch
+from factsmith.core.fact import Fact
+from factsmith.edit.configs import RomeConfig
+from factsmith.edit.search import find_targets
+from factsmith.model.load import load
+torch.set_num_threads(1)
+lm = load(sys.argv[1], device=sys.argv[2], dtype="float64")
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")  # the peak begins now
+fact = Fact("Paris", "{} is in", "Rome")
+find_targets(lm, [fact], 0, RomeConfig(layer=0, steps=3, stop_loss=0.0), ["{}"])
+(line,) = [x for x in open("/proc/self/status") if x.startswith("VmHWM")]
+print(int(line.split()[1]) * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="it needs Linux")
+def test_a_search_needs_two_layers_of_memory(tmp_path: Path) -> None:
+    wide = {"num_hidden_layers": 12, "hidden_size": 256, "intermediate_size": 4096}
+    module = tiny_model("llama", **FAMILIES["llama"] | wide).double()
+    layer = 8 * sum(x.numel() for x in module.model.layers[0].parameters())
+    module.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    peaks = [
+        int(subprocess.check_output([sys.executable, "-c", MEMORY, tmp_path, device]).split()[-1])
+        for device in ("disk", "cpu")
+    ]
+    assert layer > 25e6
+    # In memory there are all twelve, and on disk at most two.
+    assert 9 * layer < peaks[1] - peaks[0] < 12.5 * layer
 
 
 def test_what_cannot_stay_on_disk_is_refused(tmp_path: Path) -> None:

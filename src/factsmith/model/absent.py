@@ -8,16 +8,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-
-_PLACE = "factsmith_place"
-"""Attribute of a parameter without storage: the Place that reads it."""
 
 _SIZES = ("in_features", "out_features", "nf", "nx")
 """Attributes in which linears keep their sizes. A change may widen a layer."""
@@ -31,6 +28,31 @@ class Reader(Protocol):
 
     def state(self, index: int) -> tuple[int, ...]:
         """Return what differs after a weight of a layer has changed."""
+
+
+class Absent(nn.Parameter):
+    """A parameter without storage.
+
+    Attributes:
+        place: Reads its numbers. A copy, or a pickle, gets it from the reader that is copied too.
+    """
+
+    place: Place
+
+    def __reduce_ex__(self, protocol: object) -> Any:
+        others = {name: x for name, x in vars(self).items() if name != "place"}
+        return _absent, (tuple(self.shape), self.dtype, others)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Absent:
+        make, given = self.__reduce_ex__(4)
+        memo[id(self)] = copied = make(*given)
+        return copied  # type: ignore[no-any-return]
+
+
+def _absent(shape: Sequence[int], dtype: torch.dtype, others: Mapping[str, Any]) -> Absent:
+    absent = Absent(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
+    vars(absent).update(others)
+    return absent
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +97,7 @@ class Layer(NamedTuple):
 
     module: nn.Module
     places: tuple[Place, ...]
-    absent: tuple[nn.Parameter, ...]
+    absent: tuple[Absent, ...]
     sizes: tuple[tuple[nn.Module, str, int], ...]
 
     def put(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -87,6 +109,11 @@ class Layer(NamedTuple):
         """Give the parts their sizes."""
         for part, name, number in self.sizes:
             setattr(part, name, number)
+
+    def place_all(self) -> None:
+        """Let the parameters without storage know their places."""
+        for place, absent in zip(self.places, self.absent, strict=True):
+            absent.place = place
 
     def present(self) -> list[nn.Parameter]:
         """Return the parameters that are in the places."""
@@ -110,7 +137,7 @@ class Fetch(NamedTuple):
 
 def place_of(tensor: Tensor) -> Place | None:
     """Return the place of a weight that is not in memory; None for every other tensor."""
-    return getattr(tensor, _PLACE, None)
+    return tensor.place if isinstance(tensor, Absent) else None
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -134,11 +161,11 @@ def stamp(path: str) -> tuple[int, int]:
     return state.st_size, state.st_mtime_ns
 
 
-def absent_like(place: Place, like: nn.Parameter) -> nn.Parameter:
+def absent_like(place: Place, like: nn.Parameter) -> Absent:
     """Return a parameter without storage."""
-    absent = nn.Parameter(torch.empty_like(like, device="meta"), requires_grad=False)
-    vars(absent).update(vars(like))
-    setattr(absent, _PLACE, place)
+    others = {name: x for name, x in vars(like).items() if name != "place"}
+    absent = _absent(tuple(like.shape), like.dtype, others)
+    absent.place = place
     return absent
 
 

@@ -107,7 +107,7 @@ class RunnableModel:
         self.config: Any = module.config
         self._text_config: Any = self.config.get_text_config(decoder=True)
         self.accepts = _accepted(module)
-        self._identity: tuple[object, Identity] | None = None
+        self._identities: list[tuple[object, Identity]] = []
         self.plain_ids: list[int] = []
         self.gap_choices = Gaps()
         self.caches_prefix = False
@@ -129,7 +129,7 @@ class RunnableModel:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle holds. It works out its fingerprint again."""
-        return {**vars(self), "_identity": None}
+        return {**vars(self), "_identities": []}
 
     # ── what it is ────────────────────────────────────────────────────────────────────────────────
 
@@ -184,14 +184,18 @@ class RunnableModel:
 
     def _identified(self) -> Identity:
         state = model_state(self.module, self.tokenizer)
-        if self._identity is None or self._identity[0] != state:
-            earlier = None if self._identity is None else self._identity[1]
-            self._identity = (state, identify(self.module, self.tokenizer, earlier))
-        return self._identity[1]
+        for known, identity in self._identities:
+            if known == state:
+                return identity
+        earlier = self._identities[-1][1] if self._identities else None
+        identity = identify(self.module, self.tokenizer, earlier)
+        # Where layers stay on disk, the state of before a block comes back after it.
+        self._identities = [*self._identities[-1:], (state, identity)]
+        return identity
 
     def fresh_fingerprint(self) -> str:
         """Return the fingerprint after reading every weight again, whatever the counters say."""
-        self._identity = None
+        self._identities = []
         return self.fingerprint
 
     def adopt(self, structure: Structure) -> None:

@@ -22,6 +22,7 @@ import weakref
 from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -136,7 +137,7 @@ class Streamed:
         self._changes.append([])
         self._layers[index].put(absent)
         vars(layer)[_READER] = self
-        layer.forward = _Forward(self, index, layer.forward)
+        layer.forward = _Forward(self, index, layer)
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -389,6 +390,17 @@ class Streamed:
         """Return the number of a layer."""
         return next(i for i, each in enumerate(self._layers) if each.module is layer)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what another process needs: how layers are read, and their changes."""
+        return {"files": self.files, "layers": self._layers, "changes": self._changes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["files"])  # type: ignore[misc]
+        self._layers, self._changes = state["layers"], state["changes"]
+        changed = [before for changes in self._changes for _, _, before in changes]
+        for layer in (*self._layers, *changed):
+            layer.place_all()
+
     def after_fork(self) -> None:
         """Drop what only the parent process has: its lock and its threads."""
         self._lock, self._counting = threading.RLock(), threading.Lock()
@@ -398,11 +410,12 @@ class Streamed:
 class _Forward:
     """What a streamed layer runs instead of its own forward."""
 
-    def __init__(self, streamed: Streamed, index: int, plain: Callable[..., Any]) -> None:
-        self.streamed, self.index, self.plain = streamed, index, plain
+    def __init__(self, streamed: Streamed, index: int, layer: nn.Module) -> None:
+        self.streamed, self.index, self.layer = streamed, index, layer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.streamed.run(self.index, self.plain, *args, **kwargs)
+        plain = partial(type(self.layer).forward, self.layer)
+        return self.streamed.run(self.index, plain, *args, **kwargs)
 
 
 def in_memory(layer: nn.Module) -> AbstractContextManager[object]:
