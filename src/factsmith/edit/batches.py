@@ -57,7 +57,7 @@ class Size(NamedTuple):
 
 
 def fitting_batches(
-    sizes: Sequence[Size], lm: LanguageModel, layer: int, memory: int
+    sizes: Sequence[Size], lm: LanguageModel, layer: int, memory: int, most: int | None = None
 ) -> list[list[int]]:
     """Return the questions in batches, as lists of indices.
 
@@ -66,14 +66,16 @@ def fitting_batches(
         lm: The model.
         layer: The layer where targets are searched.
         memory: Bytes that a batch may take. A batch of one question is always accepted.
+        most: Questions of a batch, at most. None: as many as fit.
     """
+    most = max(1, len(sizes)) if most is None else most
     order = sorted(range(len(sizes)), key=lambda i: sizes[i].width)
     pass_cost = _pass_cost(lm)
     cost = [0.0]  # cost[n]: of the first n questions, in the best batches
     first = [0]  # first[n]: where the last of these batches begins
     for stop in range(1, len(order) + 1):
         best, size = (float("inf"), 0), Size()
-        for start in range(stop - 1, -1, -1):
+        for start in range(stop - 1, max(-1, stop - 1 - most), -1):
             size = size | sizes[order[start]]
             if batch_bytes(size, lm, layer) > memory and start < stop - 1:
                 break
@@ -89,9 +91,13 @@ def fitting_batches(
 
 
 def search_memory(lm: LanguageModel) -> int:
-    """Return the bytes that a batch may take by default: half of a GPU's free memory, or 1 GiB."""
+    """Return the bytes that a batch may take by default: half of a GPU's free memory, or 1 GiB.
+
+    It is a power of two, so that the batches do not depend on how much exactly is free.
+    """
     if lm.device.type == "cuda":
-        return int(torch.cuda.mem_get_info(lm.device)[0]) // 2
+        half = int(torch.cuda.mem_get_info(lm.device)[0]) // 2
+        return int(2 ** max(0, half.bit_length() - 1))
     return 2**30
 
 

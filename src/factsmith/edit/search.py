@@ -9,15 +9,20 @@ The site "ffn" is the output of the down-projection, and "stream" is the output 
 There are two searches. `edit/adam.py` is that of the papers. `edit/margin.py` needs far fewer steps
 and is the default with scale="auto". `edit/rows.py` is what they have in common. Facts do not
 influence each other in either.
+
+Where the executor in use cuts work into parts (`core.executor`), each batch is a part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
 
 from torch import Tensor
 
 from ..core.errors import InputError
+from ..core.executor import Executor, Local, executor_in_use, report_done
 from ..core.fact import Fact
 from ..model.address import check_dense_layer
 from ..model.language_model import LanguageModel
@@ -29,6 +34,12 @@ from .keys import Site, read_keys, read_outputs, read_stream
 from .margin import MarginSearch
 from .questions import Question, tokenize_facts
 from .target import TargetConfig, Targets
+
+Search: TypeAlias = type[AdamSearch] | type[MarginSearch]
+"""One of the two searches."""
+
+_MOST = 32
+"""Facts of one part, at most. Larger batches are hardly faster for each fact."""
 
 
 @asking(grad=True)
@@ -64,7 +75,8 @@ def find_targets(
             output, where the edits of this layer and of those below it arrive together.
         memory: Bytes that the activations of one batch may take. Facts that do not fit go into
             further batches. None: half of a GPU's free memory, or 1 GiB on a CPU.
-        progress: Called with the number of facts done, after each step.
+        progress: Called with the number of facts done, after each step. Workers tell it now and
+            then.
 
     Raises:
         SubjectError: A prompt does not contain its subject exactly once.
@@ -76,15 +88,50 @@ def find_targets(
     layer, contexts = check_dense_layer(layer, lm.ffn), check_contexts(contexts)
     questions, bare = tokenize_facts(lm, facts, contexts), contexts.index("{}")
     memory = search_memory(lm) if memory is None else memory
+    executor = executor_in_use()
+    batches = _batches(lm, layer, config, questions, memory, _MOST if executor.cuts else None)
+    task = _Task(lm, layer, config, site, bare)
+    parts = [(search, [questions[i] for i in numbers]) for search, numbers in batches]
+    # A single part is done at once: to send it, and the model, takes longer.
+    on: Executor = Local() if len(parts) == 1 else executor
+    results = on.map(task, parts, progress=progress)
     rows: dict[int, tuple[Targets, int]] = {}
-    for search, members in _searches(config, questions):
-        sizes = [questions[i].size for i in members]
-        for batch in fitting_batches(sizes, lm, layer, memory):
-            asked = [questions[members[i]] for i in batch]
-            report = _after(len(rows), progress)
-            targets = search(lm, asked, layer, config, site, bare).run(report)
-            rows.update((members[i], (targets, row)) for row, i in enumerate(batch))
-    return Targets.gathered([rows[i] for i in range(len(facts))])
+    for (_, numbers), batch in zip(batches, results, strict=True):
+        rows.update((i, (batch, row)) for row, i in enumerate(numbers))
+    return Targets.gathered([rows[i] for i in range(len(facts))]).to(lm.device)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Searches the targets of one batch of questions.
+
+    Attributes:
+        lm: The model.
+        layer: The layer.
+        config: How the search runs.
+        site: The place in the layer.
+        bare: The number of the bare context.
+    """
+
+    lm: LanguageModel
+    layer: int
+    config: TargetConfig
+    site: Site
+    bare: int
+
+    def __call__(self, part: tuple[Search, Sequence[Question]]) -> Targets:
+        """Search, and return the targets on the CPU."""
+        search, questions = part
+        return _searched(self.lm, search, questions, self)
+
+
+@asking(grad=True)
+def _searched(
+    lm: LanguageModel, search: Search, questions: Sequence[Question], task: _Task
+) -> Targets:
+    """Search the targets of one batch on the model, and return them on the CPU."""
+    batch = search(lm, questions, task.layer, task.config, task.site, task.bare)
+    return batch.run(report_done).to("cpu")
 
 
 @asking()
@@ -139,15 +186,15 @@ def known_targets(
     )
 
 
-def _after(count: int, progress: Callable[[int], object] | None) -> Callable[[int], object] | None:
-    """Return a progress that adds the facts of earlier batches."""
-    return None if progress is None else lambda done: progress(count + done)
-
-
-def _searches(
-    config: TargetConfig, questions: Sequence[Question]
-) -> list[tuple[type[AdamSearch] | type[MarginSearch], list[int]]]:
-    """Return the searches to run, each with the numbers of its questions.
+def _batches(
+    lm: LanguageModel,
+    layer: int,
+    config: TargetConfig,
+    questions: Sequence[Question],
+    memory: int,
+    most: int | None,
+) -> list[tuple[Search, list[int]]]:
+    """Return the batches, each as a search and the numbers of its questions.
 
     A fact to forget has no target, so it has no margin.
     """
@@ -157,8 +204,9 @@ def _searches(
         if question.targets and config.searched_by == "margin"
     ]
     others = sorted(set(range(len(questions))) - set(with_margin))
-    pairs: list[tuple[type[AdamSearch] | type[MarginSearch], list[int]]] = [
-        (MarginSearch, with_margin),
-        (AdamSearch, others),
+    pairs: list[tuple[Search, list[int]]] = [(MarginSearch, with_margin), (AdamSearch, others)]
+    return [
+        (search, [members[i] for i in batch])
+        for search, members in pairs
+        for batch in fitting_batches([questions[i].size for i in members], lm, layer, memory, most)
     ]
-    return [(search, members) for search, members in pairs if members]

@@ -9,6 +9,7 @@ targets.v_star, targets.k_star, targets.convergence
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal, Self
@@ -23,6 +24,9 @@ from .keys import Site
 
 _MARGIN_PASSES = 8
 """Forward passes over whole prompts that take as long as a margin search of a dozen evaluations."""
+
+_TENSORS = ("v_star", "v_initial", "k_star", "k_prompt", "ffn_initial")
+"""The tensors of targets."""
 
 
 @dataclass(frozen=True)
@@ -140,17 +144,21 @@ class Targets:
             rows: At least one pair. All targets are of one layer and site.
         """
         first, _ = rows[0]
-        names = ("v_star", "v_initial", "k_star", "k_prompt", "ffn_initial")
         return cls(
             **{
                 name: torch.stack([getattr(part, name)[row] for part, row in rows])
-                for name in names
+                for name in _TENSORS
             },
             convergence=tuple(part.convergence[row] for part, row in rows),
             facts=tuple(part.facts[row] for part, row in rows),
             layer=first.layer,
             site=first.site,
         )
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the same targets on a device."""
+        moved = {name: getattr(self, name).to(device) for name in _TENSORS}
+        return dataclasses.replace(self, **moved)
 
     def __repr__(self) -> str:
         steps = [int(record.get("steps", 0)) for record in self.convergence]
