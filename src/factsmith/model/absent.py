@@ -66,6 +66,8 @@ class Place:
         name: The weight's name in the part.
         fetch: Reads the weight as the file has it, in the dtype of the model.
         device: The device on which the layer runs.
+        file: The file. None: the weight is in memory.
+        stored: Its name in the file.
     """
 
     streamed: Reader
@@ -74,6 +76,8 @@ class Place:
     name: str
     fetch: Callable[[], Tensor]
     device: torch.device
+    file: str | None = None
+    stored: str = ""
 
     def read(self) -> Tensor:
         """Return the weight with all changes. The caller must not write it."""
@@ -128,11 +132,13 @@ class Fetch(NamedTuple):
         read: Returns it as the file has it, in the dtype of the model.
         device: The device that it goes to.
         file: The file. None: it is in memory.
+        stored: Its name in the file.
     """
 
     read: Callable[[], Tensor]
     device: torch.device
-    file: str | None
+    file: str | None = None
+    stored: str = ""
 
 
 def place_of(tensor: Tensor) -> Place | None:

@@ -126,14 +126,15 @@ def _fetches(layer: nn.Module) -> dict[tuple[nn.Module, str], Fetch]:
     for part in layer.modules():
         for name, x in part.named_parameters(recurse=False):
             if not x.is_meta:
-                fetches[part, name] = Fetch(partial(_same, x.detach()), x.device, None)
+                fetches[part, name] = Fetch(partial(_same, x.detach()), x.device)
                 continue
             hook: Any = part._hf_hook
             device = torch.device(hook.execution_device)
             index = getattr(getattr(hook.weights_map, "dataset", None), "index", {})
             entry = index.get(f"{getattr(hook.weights_map, 'prefix', '')}{name}", {})
             file = entry.get("safetensors_file")
-            fetches[part, name] = Fetch(partial(hook.weights_map.__getitem__, name), device, file)
+            read, stored = partial(hook.weights_map.__getitem__, name), entry.get("weight_name", "")
+            fetches[part, name] = Fetch(read, device, file, stored)
     return fetches
 
 

@@ -124,7 +124,7 @@ class Streamed:
         """
         index = len(self._layers)
         places = tuple(
-            Place(self, index, part, name, fetch.read, fetch.device)
+            Place(self, index, part, name, fetch.read, *fetch[1:])
             for (part, name), fetch in fetches.items()
         )
         stored = [part._parameters[name] for part, name in fetches]

@@ -25,6 +25,7 @@ from ...edit.delta import Delta, applied
 from ...model.language_model import LanguageModel
 from ...model.quiet import quietly
 from ...model.source import runs_remote_code
+from ...model.streamed import streamed_of
 from ...model.turns import asking
 from .card import Card, write_card
 from .contents import Contents, Origin
@@ -33,6 +34,7 @@ from .manifest import as_json, write_manifest
 from .questions import ask
 from .readback import LIMITS, Job, check_job
 from .record import Export
+from .shards import check_shards, save_shards
 from .staging import staged
 from .widths import find_widths
 
@@ -57,7 +59,8 @@ def export_checkpoint(
         folder: A new folder to write into.
         dtype: float32, float16 or bfloat16. None: the dtype that the model is loaded in.
         verify: Whether to load the folder in a separate process and compare its answers and logits
-            with those of the patched model.
+            with those of the patched model. Where the layers stay on disk, each written matrix is
+            read again instead.
         overwrite: Whether to replace an earlier export in the folder.
         origins: Where the deltas come from, one for each, for the manifest.
         progress: Gets what is being done.
@@ -75,6 +78,10 @@ def export_checkpoint(
     written_dtype = check_dtype(dtype, lm.dtype)
     widths = find_widths(lm, contents.appended) if contents.appended else None
     padding = None if widths is None else widths.padding(lm)
+    streamed = streamed_of(lm.module)
+    if streamed is not None:
+        verify = False  # another process would load the whole model; `save_shards` compares
+        check_shards(lm, contents, written_dtype)
     with staged(folder, overwrite) as staging:
         questions = ask(lm, contents.deltas) if verify else None
         with contextlib.ExitStack() as stack:
@@ -82,7 +89,11 @@ def export_checkpoint(
             stack.enter_context(applied(lm, contents.deltas, padding=padding))
             if widths is not None:
                 stack.enter_context(widths.in_config(lm.config))
-            _save_model(lm, staging, written_dtype)
+            if streamed is None:
+                _save_model(lm, staging, written_dtype)
+            else:
+                with _same_config(lm):
+                    save_shards(lm, contents, staging, progress)
         comparison = None
         if questions is not None:
             tell(progress, "reading it back", 0, None)

@@ -140,7 +140,8 @@ class Contents:
                 argument="origins",
             )
         contents = cls(lm, several, tuple(origins) or (Origin(),) * len(several))
-        patched(read_weights(lm, contents.layers), several)  # raises if they do not fit
+        for layer in contents.layers:  # raises if they do not fit
+            patched(read_weights(lm, [layer]), several, partly=True)
         check_rows(lm.ffn, by_layer([delta.appended for delta in several]), homes(lm))
         return contents
 
