@@ -8,7 +8,7 @@
 Answers go to standard output, as one JSON document with --json. Progress, warnings and errors go
 to standard error; with --json each is a JSON document on a line. Exit codes: 0 done, 2 the input
 cannot be used, 3 the model cannot be used, 4 numbers went wrong, 5 the workspace or its records,
-6 a server, 1 anything else, 130 Ctrl-C.
+6 a server, 7 a cluster, 1 anything else, 130 Ctrl-C.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from typing import Annotated, Any, ClassVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from .engine import with_ray_value
 from .printing import Manner, complain, manner
 
 Quiet = Annotated[
@@ -40,6 +41,7 @@ _PANELS = {
         "attn_implementation",
         "trust_remote_code",
     ),
+    "Cluster": ("ray", "workers"),
     "Output": ("as_json", "quiet", "verbose", "help"),
 }
 """The last panels of a command's help: {title: names of parameters}."""
@@ -115,6 +117,12 @@ class Command(_Tidy, TyperCommand):
         super().__init__(*args, **kwargs)
         if self.help and self.rich_markup_mode:
             self.help: str | None = _unwrapped(self.help)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the words of the command line."""
+        if any(parameter.name == "ray" for parameter in self.params):
+            args = with_ray_value(args)
+        return super().parse_args(ctx, args)
 
 
 class Group(_Tidy, TyperGroup):

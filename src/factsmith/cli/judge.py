@@ -18,6 +18,7 @@ from ..core.tables import Table
 from ..corpus.own import texts_of
 from ..remote.client import is_url
 from . import completing
+from .engine import engine, on_workers
 from .loading import loading
 from .models import load_model
 from .options import Device, Json, Seed
@@ -179,6 +180,8 @@ _NEED_WEIGHTS = (
     "tasks_folder",
     "tasks_limit",
     "device",
+    "ray",
+    "workers",
 )
 """Parameters of `evaluate` that do not go with the URL of a server."""
 
@@ -186,6 +189,7 @@ _NEED_WEIGHTS = (
 # ── commands ──────────────────────────────────────────────────────────────────────────────────────
 
 
+@on_workers
 def evaluate(  # house: Typer reads one parameter for each option
     context: typer.Context,
     model: ModelName,
@@ -274,7 +278,7 @@ def evaluate(  # house: Typer reads one parameter for each option
             texts=corpus,
             probe=None if harness is None else harness.on(lm),
         )
-        with _saying_where_it_stopped(folder):
+        with engine(tell), _saying_where_it_stopped(folder):
             judged = campaign.run(progress=_Warnings(tell))
         result, tables, saved = _reported(judged, seed, folder, tell)
     print_result(result, tables, as_json, saved=saved)

@@ -15,6 +15,7 @@ from ..core.factfile import FactFile
 from ..core.slots import escape
 from ..locate.kinds import CorruptionKind, Part, TraceKind, uses_window
 from . import completing
+from .engine import engine, on_workers
 from .models import need_model, opened, workspace_of
 from .options import (
     LARGEST_SEED,
@@ -356,6 +357,7 @@ def neurons(  # house: Typer reads one parameter for each option
     print_result(check.to_dict(), check.tables(top), as_json, saved=saved)
 
 
+@on_workers
 def layers(  # house: Typer reads one parameter for each option
     model: Model = None,
     facts: Annotated[
@@ -419,7 +421,7 @@ def layers(  # house: Typer reads one parameter for each option
             "--refresh measures again what a workspace keeps, and there is no workspace. "
             "Leave it out, or add --workspace."
         )
-    with progress() as tell, opened(model, workspace, device, tell) as (lm, bench):
+    with progress() as tell, opened(model, workspace, device, tell) as (lm, bench), engine(tell):
         if preset:
             choice = published(lm)
             if choice is None:

@@ -109,6 +109,25 @@ Message = Annotated[
     str,
     typer.Option("--message", "-m", help="One line for the log.", show_default="the facts"),
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="[ADDRESS]",
+        help="Do parts of the work on workers of Ray: auto, HOST:PORT or ray://HOST:PORT. Without "
+        "an address, a cluster of this machine is started. The numbers do not depend on the "
+        "workers.",
+        show_default="this process",
+    ),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Number of Ray workers.",
+        show_default="as many as the cluster has CPUs for",
+    ),
+]
 
 
 def need_text(text: str | None, option: str) -> None:

@@ -16,6 +16,7 @@ from ..core.progress import Progress
 from ..corpus.own import texts_of
 from ..keep.ledger import Ledger
 from . import completing
+from .engine import engine, on_workers
 from .models import need_model, opened, read_moments, workspace_of
 from .options import (
     Device,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from ..patch.recipe import Recipe
 
 
+@on_workers
 def moments(  # house: Typer reads one parameter for each option
     model: Model = None,
     layer: Annotated[
@@ -111,7 +113,7 @@ def moments(  # house: Typer reads one parameter for each option
     if out is not None:
         check_writable(out)
     corpus = texts_of(texts)
-    with progress() as tell, opened(model, workspace, device, tell) as (lm, bench):
+    with progress() as tell, opened(model, workspace, device, tell) as (lm, bench), engine(tell):
         import torch
 
         from ..patch.moments import gather_moments
@@ -194,6 +196,7 @@ Force = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Solve and measure, but keep nothing.")]
 
 
+@on_workers
 def patch(  # house: Typer reads one parameter for each option
     words: PatchWords = None,
     subject: Subject = None,
@@ -236,7 +239,7 @@ def patch(  # house: Typer reads one parameter for each option
     with progress(*PATCH_STAGES) as tell:
         recipe = read_recipe(tell, sheet, method, changes, layers=layer, paper=paper)
         given = read_moments(moments, tell, recipe.draws_on(sheet.facts))
-        with opened(model, workspace, device, tell) as (lm, bench):
+        with opened(model, workspace, device, tell) as (lm, bench), engine(tell):
             from ..patch.attempt import attempt_patch
             from ..patch.bench import Scratch
             from ..patch.recipe import Sources

@@ -11,6 +11,7 @@ from ..core.errors import NumericsError
 from ..core.factfile import FactFile
 from ..core.tables import counted
 from ..corpus.own import texts_of
+from .engine import engine, on_workers
 from .models import opened_workspace
 from .options import Device, Json, Message, Method, Seed, Settings, Texts, Where, read_settings
 from .patch import read_recipe, replaced, stop_if_failed
@@ -62,6 +63,7 @@ def plan(
         raise typer.Exit(NumericsError.exit_code)
 
 
+@on_workers
 def apply(  # house: Typer reads one parameter for each option
     file: File,
     method: Method = None,
@@ -97,7 +99,7 @@ def apply(  # house: Typer reads one parameter for each option
     corpus = texts_of(texts)
     with progress(*PATCH_STAGES) as tell:
         recipe = read_recipe(tell, sheet, method, changes)
-        with opened_workspace(workspace, device, tell) as bench:
+        with opened_workspace(workspace, device, tell) as bench, engine(tell):
             outcome = bench.apply(
                 sheet.facts,
                 recipe,

@@ -14,6 +14,7 @@ from ..core.tables import Table, in_one_line
 from ..corpus.own import texts_of
 from ..corpus.paragraphs import Paragraphs
 from . import completing
+from .engine import engine, on_workers
 from .models import need_model, opened
 from .options import (
     Device,
@@ -162,6 +163,7 @@ def explain(  # house: Typer reads one parameter for each option
     print_result(result, composition.tables(top), as_json, saved=saved)
 
 
+@on_workers
 def find(
     words: Annotated[
         list[str],
@@ -193,7 +195,7 @@ def find(
     model, word = model_and_prompt(words)
     need_model(model, workspace, text=word, error=WorkspaceError)
     corpus = _corpus(texts, index)
-    with progress() as tell, opened(model, workspace, device, tell) as (lm, _):
+    with progress() as tell, opened(model, workspace, device, tell) as (lm, _), engine(tell):
         from ..read.search import search_word
 
         neurons = search_word(
@@ -202,6 +204,7 @@ def find(
     print_result(neurons.to_dict(), neurons.tables(), as_json)
 
 
+@on_workers
 def neuron(  # house: Typer reads one parameter for each option
     words: Annotated[
         list[str],
@@ -247,7 +250,7 @@ def neuron(  # house: Typer reads one parameter for each option
 
         check_page(out)  # before the work, not after it
     model = names[0] if names else None
-    with progress() as tell, opened(model, workspace, device, tell) as (lm, _):
+    with progress() as tell, opened(model, workspace, device, tell) as (lm, _), engine(tell):
         from ..read.cards import find_card
 
         wanted: Any = tuple(numbers)
@@ -268,6 +271,7 @@ def neuron(  # house: Typer reads one parameter for each option
     print_result(card.to_dict(), card.tables(), as_json, saved=[] if out is None else [out])
 
 
+@on_workers
 def browse(  # house: Typer reads one parameter for each option
     model: Model = None,
     out: Annotated[
@@ -323,7 +327,7 @@ def browse(  # house: Typer reads one parameter for each option
         if index is not None and from_index:
             pages, adds = Index.open(index), None
         else:
-            with opened(model, workspace, device, tell) as (lm, _):
+            with opened(model, workspace, device, tell) as (lm, _), engine(tell):
                 pages, adds = find_index_and_facts(
                     lm,
                     index,
@@ -348,6 +352,7 @@ def browse(  # house: Typer reads one parameter for each option
     print_result(result, [], as_json, [*lines, ("open", str(files[0]))])
 
 
+@on_workers
 def census(
     model: Model = None,
     index: IndexFolder = None,
@@ -373,7 +378,7 @@ def census(
     """
     need_model(model, workspace)
     corpus = _corpus(texts, index)
-    with progress() as tell, opened(model, workspace, device, tell) as (lm, _):
+    with progress() as tell, opened(model, workspace, device, tell) as (lm, _), engine(tell):
         from ..read import census as reading
 
         if quick:
