@@ -331,6 +331,26 @@ def test_a_pickle_and_a_copy_hold_no_layer(lm: LanguageModel) -> None:
         assert copied.fingerprint == before
 
 
+def test_loading_reports_the_layers(tmp_path: Path) -> None:
+    steps: list[tuple[str, int, int | None]] = []
+    load(saved("gpt2", tmp_path), device="disk", progress=lambda *step: steps.append(step))
+    counts = [done for name, done, _ in steps if name == "checking the layers on disk"]
+    assert counts[:3] == [1, 2, 3] and counts == sorted(counts)
+    assert steps[-1][1] <= (steps[-1][2] or 0)
+    assert counts[-1] > 8 * LAYERS
+
+
+def test_a_cluster_gets_no_layer(lm: LanguageModel) -> None:
+    pytest.importorskip("ray", reason="install it: pip install 'factsmith[ray]'")
+    from factsmith.cluster.shipping import pack, unpack
+
+    before = lm.fingerprint
+    packed = pack(lm)
+    rest = sum(x.numel() * x.element_size() for x in lm.module.parameters() if not x.is_meta)
+    assert rest < packed.n_bytes < rest + 100_000 < rest + sum(reader(lm).layer_bytes)
+    assert unpack(packed, {}).fingerprint == before
+
+
 MEMORY = """
 import sys, torch
 from factsmith.core.fact import Fact

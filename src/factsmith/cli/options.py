@@ -30,8 +30,8 @@ Device = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="Where to run the model: cpu, cuda, cuda:1, mps, or auto to spread it over all "
-        "devices.",
+        help="Where to run the model: cpu, cuda, cuda:1, mps, auto to spread it over all devices, "
+        "or disk to read each layer when it runs.",
         show_default="cpu",
     ),
 ]

@@ -15,6 +15,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from .gguf import converted
 from .language_model import LanguageModel
 from .masked import MaskedLanguageModel
 from .modes import unwrapped
-from .offloaded import check_source, check_streamed, disk_map, offload_error, take_over
+from .offloaded import check_source, check_streamed, disk_map, offload_error, reporting, take_over
 from .placing import DISK, LoadingOptions, check_attention, loading_options
 from .quantised import packed_format, quantised_error
 from .quiet import quietly
@@ -127,15 +128,15 @@ def load(
     options = loading_options(device, dtype, device_map, attn_implementation)
     check_source(source, options.device_map)
     if source.gguf is None:
-        return _loaded(source, options)
+        return _loaded(source, options, progress)
     with converted(source, options.dtype, progress) as (folder, file):
         tell(progress, f"loading {file.path.name}", 0, None)
-        lm = _loaded(folder, options)
+        lm = _loaded(folder, options, progress)
     lm.gguf = file
     return lm
 
 
-def _loaded(source: Source, options: LoadingOptions) -> LanguageModel:
+def _loaded(source: Source, options: LoadingOptions, progress: Progress | None) -> LanguageModel:
     """Load a model that transformers can load."""
     name = source.name
     with quietly():
@@ -158,7 +159,8 @@ def _loaded(source: Source, options: LoadingOptions) -> LanguageModel:
     if options.device is not None:
         module = module.to(options.device)
     streamed = take_over(module, name)
-    lm = _wrapped(module, tokenizer, name)
+    with nullcontext() if streamed is None else reporting(streamed, progress):
+        lm = _wrapped(module, tokenizer, name)
     if streamed is not None:
         check_streamed(lm, streamed)
     kind = type(module).__name__

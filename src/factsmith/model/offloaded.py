@@ -11,7 +11,9 @@ lets go of them in backward passes too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,10 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import InputError, UnsupportedModelError
+from ..core.progress import Progress, tell
 from .absent import Fetch, stamp
 from .running import RunnableModel
 from .source import Source
 from .streamed import Streamed
+from .streamed_time import LOADING_PASSES
 from .structure import module_lists
 
 _DISK = "disk"
@@ -174,6 +178,18 @@ def _moving_inputs(layer: nn.Module, device: torch.device) -> None:
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 
     add_hook_to_module(layer, AlignDevicesHook(device))
+
+
+@contextmanager
+def reporting(streamed: Streamed, progress: Progress | None) -> Generator[None, None, None]:
+    """Report the layers that the dry run of a model reads, for the length of a block."""
+    done, total = itertools.count(1), round(LOADING_PASSES * len(streamed.layers))
+    step = "checking the layers on disk"
+    streamed.watch = lambda: tell(progress, step, min(next(done), total), total)
+    try:
+        yield
+    finally:
+        streamed.watch = None
 
 
 def check_streamed(lm: RunnableModel, streamed: Streamed) -> None:

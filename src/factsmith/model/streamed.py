@@ -98,6 +98,7 @@ class Streamed:
         files: The files that are read, each with its size and its time of change.
         n_read: How many layers were read up to now.
         most_bytes: The most bytes of weights of layers that were in memory at any time.
+        watch: Called whenever another layer is in memory. None: nobody watches.
     """
 
     def __init__(self, files: Mapping[str, tuple[int, int]]) -> None:
@@ -112,6 +113,7 @@ class Streamed:
         self._last: tuple[int | None, int] | None = None
         self._followers: dict[tuple[int | None, int], int] = {}
         self._room = Room()
+        self.watch: Callable[[], object] | None = None
         self._held: list[tuple[Any, int]] = []
         _ALL.add(self)
 
@@ -238,6 +240,8 @@ class Streamed:
             assert loaded is not None
             self._with_changes(loaded)
             self._current = loaded
+            if self.watch is not None:
+                self.watch()
             self._foresee(index)
         return loaded
 
