@@ -48,3 +48,18 @@ def test_a_block_says_where_parts_run_and_ends_with_an_error() -> None:
 def test_a_part_has_tokens(part_tokens: object) -> None:
     with pytest.raises(InputError, match="part_tokens"):
         Local(part_tokens=part_tokens)  # type: ignore[arg-type]
+
+
+def test_a_part_may_report_what_its_own_parts_did() -> None:
+    """A task that maps in turn passes on its progress, which is no progress of the inner part."""
+
+    def inner(part: int) -> int:
+        report_done(1)
+        return part
+
+    def outer(part: int) -> list[int]:
+        return list(Local().map(inner, range(part), progress=report_done))
+
+    seen: list[int] = []
+    assert list(Local(cuts=True).map(outer, [2, 3], progress=seen.append)) == [[0, 1], [0, 1, 2]]
+    assert seen == [1, 2, 3, 4, 5]

@@ -166,8 +166,14 @@ class _Sum:
 
     def __init__(self, before: int, progress: Callable[[int], object] | None) -> None:
         self.before, self.total, self.progress = before, before, progress
+        self.around = _COUNTER.get()
 
     def __call__(self, done: int) -> None:
         self.total = self.before + done
-        if self.progress is not None:
+        if self.progress is None:
+            return
+        token = _COUNTER.set(self.around)  # progress may itself report what is done of a part
+        try:
             self.progress(self.total)
+        finally:
+            _COUNTER.reset(token)

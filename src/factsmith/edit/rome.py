@@ -73,25 +73,37 @@ def rome_each(
     moments: Moments | None = None,
     contexts: Sequence[str] | None = None,
     seed: int = 0,
+    targets: Targets | None = None,
     progress: Progress | None = None,
 ) -> list[Delta]:
     """Return the delta that `rome` gives for each fact alone. All are searched in one batch.
 
     This measures many single edits, as the paper's tables do. The facts are independent, so they
     may name one prompt several times. Arguments and errors are otherwise those of `rome`.
+
+    Args:
+        lm: The model.
+        facts: The facts.
+        config: The settings.
+        moments: The second moment.
+        contexts: Templates with `{}` for the prompt.
+        seed: Seed of the contexts.
+        targets: What `find_targets` returned for these facts. None: they are searched.
+        progress: Called with the step's name, how much is done, and how much there is.
     """
     config = config or RomeConfig.recommended(lm)
     inputs = edit_inputs(lm, listed(facts), config, moments=moments, contexts=contexts, seed=seed)
     (layer,) = inputs.layers
     count = len(inputs.facts)
-    targets = find_targets(
-        lm,
-        inputs.facts,
-        layer,
-        inputs.config,
-        inputs.contexts,
-        progress=lambda done: tell(progress, "searching targets", done, count),
-    )
+    if targets is None:
+        targets = find_targets(
+            lm,
+            inputs.facts,
+            layer,
+            inputs.config,
+            inputs.contexts,
+            progress=lambda done: tell(progress, "searching targets", done, count),
+        )
     return _deltas(inputs, inputs.facts, targets, lm.fingerprint, one_key=False)
 
 

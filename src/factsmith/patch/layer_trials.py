@@ -14,10 +14,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
 
+from ..core.executor import executor_in_use
 from ..core.fact import Fact
 from ..locate.corruption import Corruption, TracedPrompt
 from ..locate.kinds import Restoration
@@ -84,14 +86,22 @@ def mlp_effects(
     """
     restoration = Restoration("mlp", trace_window(lm.n_layers))
     total = torch.zeros(lm.n_layers, dtype=torch.float32)
-    for done, fact in enumerate(facts, start=1):
-        prompt, corruption = TracedPrompt.of_fact(lm, fact), Corruption(samples=samples, seed=seed)
-        runs = record_prompt(lm, prompt, corruption, target=fact.target_true)
-        scores = restored_scores(runs, restoration, [runs.prompt.span[1] - 1])
-        total += (scores[0] - runs.p_corrupted) / len(facts)
+    task = partial(_effects, lm, restoration, Corruption(samples=samples, seed=seed))
+    for done, effects in enumerate(executor_in_use().map(task, facts), start=1):
+        total += effects / len(facts)
         if progress is not None:
             progress(done, len(facts))
     return tuple(total.tolist())
+
+
+def _effects(
+    lm: LanguageModel, restoration: Restoration, corruption: Corruption, fact: Fact
+) -> torch.Tensor:
+    """Return the indirect effects (n_layers,) at the last token of one fact's subject."""
+    prompt = TracedPrompt.of_fact(lm, fact)
+    runs = record_prompt(lm, prompt, corruption, target=fact.target_true)
+    scores = restored_scores(runs, restoration, [runs.prompt.span[1] - 1])
+    return (scores[0] - runs.p_corrupted).cpu()
 
 
 def candidates(lm: LanguageModel) -> list[int]:

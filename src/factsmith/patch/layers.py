@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import InputError
+from ..core.executor import executor_in_use
 from ..core.fact import Fact, Probe, listed
 from ..core.progress import Progress, in_words, note, tell
 from ..core.tables import counted
@@ -24,8 +25,9 @@ from ..corpus.moments import SecondMoment
 from ..corpus.moments_store import find_moments, kept_moments, moments_file
 from ..edit.configs import MemitConfig, RomeConfig, shipped
 from ..edit.contexts import chat_contexts, generate_contexts
-from ..edit.delta import applied
+from ..edit.delta import Delta, applied
 from ..edit.rome import rome_each
+from ..edit.target import Targets
 from ..model.address import check_dense
 from ..model.answers import as_said, is_answered, say
 from ..model.language_model import LanguageModel, check_model
@@ -33,6 +35,7 @@ from ..model.subject import fact_span
 from ..model.turns import asking
 from .duration import seconds_to_search
 from .layer_choice import MIN_FACTS, LayerChoice, LayerScore, Trial, depth_choice, published
+from .layer_parts import judge_edits, search_at_layers
 from .layer_trials import (
     SHALLOW,
     candidates,
@@ -55,6 +58,9 @@ by then; a layer where they take longer is no good layer."""
 
 _DEEP_QUESTIONS = {"paraphrases": 3, "neighbours": 6, "others": 2}
 """What an edit of a deep model is judged by, at most: such a model takes long to ask."""
+
+_TOGETHER = 6
+"""Facts of one part, which are searched in one batch: those that a race begins with."""
 
 _MOMENT_BYTES = 4 * 2**30
 """Memory for second moments of several layers.
@@ -273,6 +279,9 @@ class _Trials:
         for start in range(0, len(layers), self.at_once):
             group = layers[start : start + self.at_once]
             self._hold(group)
+            if executor_in_use().cuts:
+                results |= self._try_in_parts(facts, group)
+                continue
             for layer in group:
                 results[layer] = self._try(facts, layer)
         return results
@@ -282,17 +291,51 @@ class _Trials:
         if self.folder is not None and layer in self.computed:
             self.computed[layer].save(moments_file(self.folder, layer))
 
-    def _try(self, facts: Sequence[Fact], layer: int) -> list[Trial]:
+    def _try_in_parts(self, facts: Sequence[Fact], group: Sequence[int]) -> dict[int, list[Trial]]:
+        """Try some edits at some layers by the executor in use.
+
+        Its parts search targets, and judge edits. The edits are solved here, so no second moment is
+        sent.
+        """
         self._tell(0)
-        deltas = rome_each(
+        chunks = [facts[i : i + _TOGETHER] for i in range(0, len(facts), _TOGETHER)]
+        by_layer = search_at_layers(
+            self.lm, self.config, self.contexts, chunks, group, progress=self._tell
+        )
+        edits = [
+            self._solved(chunk, layer, targets)
+            for layer in group
+            for chunk, targets in zip(chunks, by_layer[layer], strict=True)
+        ]
+        self.done += len(facts) * len(group)
+        step = "choosing layers: judging edits"
+        total = len(facts) * len(group)
+        judged = judge_edits(self.lm, edits, lambda done: tell(self.progress, step, done, total))
+        n = len(chunks)
+        self._tell(0)
+        return {
+            layer: [trial for part in judged[i * n : (i + 1) * n] for trial in part]
+            for i, layer in enumerate(group)
+        }
+
+    def _solved(
+        self, facts: Sequence[Fact], layer: int, targets: Targets | None = None
+    ) -> list[Delta]:
+        """Return a trial edit for each fact at a layer, searched if the targets are not given."""
+        return rome_each(
             self.lm,
             facts,
             dataclasses.replace(self.config, layer=layer),
             moments=self.moments,
             contexts=self.contexts,
             seed=self.sources.seed,
+            targets=targets,
             progress=lambda _, solved, __: self._tell(solved),
         )
+
+    def _try(self, facts: Sequence[Fact], layer: int) -> list[Trial]:
+        self._tell(0)
+        deltas = self._solved(facts, layer)
         trials = []
         for fact, delta in zip(facts, deltas, strict=True):
             with applied(self.lm, delta):
