@@ -31,6 +31,7 @@ from factsmith.model.language_model import LanguageModel
 from factsmith.model.load import load
 from factsmith.model.streamed import Streamed, in_memory, streamed_of
 from factsmith.model.trace import first_tensor
+from factsmith.patch.editors import editors
 
 LAYERS = 6
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -293,6 +294,18 @@ def test_what_writes_whole_matrices_refuses(lm: LanguageModel, tmp_path: Path) -
     assert not (tmp_path / "ws").exists()
     with pytest.raises(UnsupportedModelError, match="fine-tuning writes whole"):
         fine_tune(lm, FACTS[0], FineTuneConfig(layers=(1,)))
+
+
+def test_methods_can_be_judged(
+    pair: tuple[LanguageModel, LanguageModel], moments: dict[int, SecondMoment]
+) -> None:
+    config = {"rome": CONFIGS["rome"][1]}
+    results = []
+    for lm in pair:
+        with editors(lm, ["rome"], config=config, moments=moments)["rome"](FACTS[:1]) as numbers:
+            results.append((numbers["norm"], lm.fingerprint))
+    assert results[0] == results[1] and results[0][0] > 0
+    assert pair[1].fingerprint == pair[0].fingerprint != results[0][1]
 
 
 def test_the_fingerprint_after_a_block_is_not_computed_again(

@@ -21,9 +21,8 @@ def module_names(lm: LanguageModel, layers: Iterable[int]) -> dict[int, str]:
     modules = {module: name for name, module in lm.module.named_modules()}
     names = {}
     for layer in sorted(layers):
-        down, weight = lm.ffn[layer].down, lm.ffn[layer].weight()
-        whole = linear_matrix(down).read()
-        if (whole.data_ptr(), whole.shape) != (weight.data_ptr(), weight.shape):
+        down = lm.ffn[layer].down
+        if linear_matrix(down).home != lm.ffn[layer].home:
             raise UnsupportedModelError(
                 f"Layer {layer}: the down-projection is a part of {modules[down]}, so it cannot "
                 "have a LoRA adapter. Export a checkpoint."
