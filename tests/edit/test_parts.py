@@ -10,6 +10,7 @@ import torch
 from factsmith.core.executor import Executor, Local, running_on
 from factsmith.core.fact import Fact
 from factsmith.corpus.second_moment import SecondMoment
+from factsmith.edit import keys, spread
 from factsmith.edit import search as search_module
 from factsmith.edit.batches import Size, fitting_batches
 from factsmith.edit.configs import RomeConfig
@@ -109,3 +110,43 @@ def test_no_batch_has_more_than_the_most(tiny_gpt2: LanguageModel) -> None:
     assert sorted(i for batch in batches for i in batch) == list(range(20))
     assert max(map(len, batches)) == 3
     assert max(map(len, fitting_batches(sizes, tiny_gpt2, 1, 2**40))) > 3
+
+
+def read(executor: Executor, lm: LanguageModel) -> list[torch.Tensor]:
+    with running_on(executor):
+        return [
+            keys.read_keys(lm, FACTS, 1, CONTEXTS),
+            keys.read_inputs(lm, FACTS, 1, CONTEXTS),
+            keys.read_outputs(lm, FACTS, 1),
+            keys.read_stream(lm, FACTS, 1),
+        ]
+
+
+def test_keys_are_read_in_parts(tiny_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys, "_PART", 4)
+    executor = Sending()
+    apart, cut = read(executor, tiny_lm), read(Local(cuts=True), tiny_lm)
+    assert executor.maps == [3, 3, 2, 2]
+    for sent, local, whole in zip(apart, cut, read(Local(), tiny_lm), strict=True):
+        assert torch.equal(sent, local)
+        assert torch.allclose(sent, whole, atol=1e-5)
+        assert not torch.allclose(sent, whole.flip(0), atol=1e-5)  # the order matters
+    monkeypatch.setattr(keys, "_PART", 10)
+    once = Sending()
+    read(once, tiny_lm)
+    assert not once.maps, "control: a single part is read at once"
+
+
+def test_facts_are_asked_in_parts(
+    tiny_gpt2: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgotten = [dataclasses.replace(f, target=None, target_true=f.target) for f in FACTS[1:3]]
+    facts = [FACTS[0], *forgotten, *FACTS[3:]]
+    whole = spread.not_taken(tiny_gpt2, facts, ["{}"])
+    assert 0 < len(whole) < len(facts), "control: some take, and some do not"
+    monkeypatch.setattr(spread, "_ASKED", 2)
+    executor = Sending()
+    with running_on(executor):
+        assert spread.not_taken(tiny_gpt2, facts, ["{}"]) == whole
+        assert spread.not_taken(tiny_gpt2, [], ["{}"]) == []
+    assert executor.maps == [3]

@@ -10,7 +10,7 @@ programming finds the cheapest way to cut the sorted list.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -70,14 +70,14 @@ def fitting_batches(
     """
     most = max(1, len(sizes)) if most is None else most
     order = sorted(range(len(sizes)), key=lambda i: sizes[i].width)
-    pass_cost = _pass_cost(lm)
+    pass_cost, bytes_of = _pass_cost(lm), _estimate(lm, layer)
     cost = [0.0]  # cost[n]: of the first n questions, in the best batches
     first = [0]  # first[n]: where the last of these batches begins
     for stop in range(1, len(order) + 1):
         best, size = (float("inf"), 0), Size()
         for start in range(stop - 1, max(-1, stop - 1 - most), -1):
             size = size | sizes[order[start]]
-            if batch_bytes(size, lm, layer) > memory and start < stop - 1:
+            if bytes_of(size) > memory and start < stop - 1:
                 break
             best = min(best, (cost[start] + size.rows * size.width + pass_cost, start))
         cost.append(best[0])
@@ -110,9 +110,20 @@ def batch_bytes(size: Size, lm: LanguageModel, layer: int) -> int:
 
     It errs on the large side.
     """
+    return _estimate(lm, layer)(size)
+
+
+def _estimate(lm: LanguageModel, layer: int) -> Callable[[Size], int]:
+    """Return `batch_bytes` of one model and layer."""
     token = _STREAM_VECTORS * lm.d_model + _COEFFICIENT_VECTORS * lm.ffn[layer].d_ff
     # In each layer autograd keeps the keys and values of the prefix, joined to the live ones.
-    graph = (lm.n_layers - layer) * (size.width * token + 2 * size.length * lm.d_model)
-    kept = (2 * lm.n_layers * size.length + (layer + 2) * size.width) * lm.d_model
     vocabulary = next(lm.embedding.parameters()).shape[0]  # often larger than the tokenizer's
-    return size.rows * (graph + kept) * lm.dtype.itemsize + size.answers * vocabulary * _LOGIT_BYTES
+    above, d_model, n_layers = lm.n_layers - layer, lm.d_model, lm.n_layers
+    itemsize = lm.dtype.itemsize
+
+    def of(size: Size) -> int:
+        graph = above * (size.width * token + 2 * size.length * d_model)
+        kept = (2 * n_layers * size.length + (layer + 2) * size.width) * d_model
+        return size.rows * (graph + kept) * itemsize + size.answers * vocabulary * _LOGIT_BYTES
+
+    return of

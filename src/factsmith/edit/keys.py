@@ -16,6 +16,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from ..core.executor import executor_in_use
 from ..core.fact import Fact
 from ..core.slots import fill
 from ..model.language_model import LanguageModel
@@ -23,10 +24,14 @@ from ..model.replay import Replay, record
 from ..model.subject import token_span
 from ..model.tokens import encode_prompt, target_ids
 from ..model.trace import recording, replacing
+from ..model.turns import asking
 
 Site: TypeAlias = Literal["ffn", "stream"]
 """The place in a layer where δ is added: the output of the down-projection, or of the whole
 layer."""
+
+_PART = 1024
+"""Token sequences of a part, where the executor in use cuts work into parts."""
 
 _SEARCH_STEPS = 60
 """Steps of the search in `to_down`. It is one small problem for each fact, close to convex, and it
@@ -43,7 +48,7 @@ def read_keys(
         (n, n_contexts, d_ff) float32.
     """
     rows = _in_contexts(lm, facts, contexts)
-    keys = _at_last(lm, rows, layer, lambda replay: read_down(replay, layer)[0])
+    keys = _at_last(lm, rows, layer, partial(_down, layer, 0))
     return keys.view(len(facts), len(contexts), -1)
 
 
@@ -55,7 +60,7 @@ def read_outputs(lm: LanguageModel, facts: Sequence[Fact], layer: int) -> Tensor
         (n, d_model) float32.
     """
     rows = [_up_to_subject(lm, fact.template, fact.subject) for fact in facts]
-    return _at_last(lm, rows, layer, lambda replay: read_down(replay, layer)[1])
+    return _at_last(lm, rows, layer, partial(_down, layer, 1))
 
 
 @torch.no_grad()
@@ -81,6 +86,16 @@ def read_inputs_of(lm: LanguageModel, rows: Sequence[list[int]], layer: int) -> 
     return _at_last(lm, rows, layer, partial(_entering, layer))
 
 
+def _down(layer: int, which: int, replay: Replay) -> Tensor:
+    """Return the input of a down-projection (0), or its output (1), at the first live column."""
+    return read_down(replay, layer)[which]
+
+
+def _leaving(layer: int, replay: Replay) -> Tensor:
+    """Return the output of a layer at the first live column, (R, d_model) float32."""
+    return replay.hidden[layer + 1][:, 0].float()
+
+
 def _entering(layer: int, replay: Replay) -> Tensor:
     """Return what enters a feed-forward network at the first live column, (R, d_model) float32."""
     taken: list[Tensor] = []
@@ -98,7 +113,7 @@ def read_stream(lm: LanguageModel, facts: Sequence[Fact], layer: int) -> Tensor:
         (n, d_model) float32.
     """
     rows = [_up_to_subject(lm, fact.template, fact.subject) for fact in facts]
-    return _at_last(lm, rows, layer, lambda replay: replay.hidden[layer + 1][:, 0].float())
+    return _at_last(lm, rows, layer, partial(_leaving, layer))
 
 
 def to_down(lm: LanguageModel, facts: Sequence[Fact], layer: int, change: Tensor) -> Tensor:
@@ -263,6 +278,26 @@ def _at_last(
     Returns:
         (rows, width) float32.
     """
+    executor = executor_in_use()
+    if not executor.cuts or len(rows) <= _PART:
+        return _read_rows(lm, layer, read, rows)
+    parts = (rows[i : i + _PART] for i in range(0, len(rows), _PART))
+    task = partial(_read_part, lm, layer, read)
+    return torch.cat(list(executor.map(task, parts))).to(lm.device)
+
+
+def _read_part(
+    lm: LanguageModel, layer: int, read: Callable[[Replay], Tensor], rows: Sequence[list[int]]
+) -> Tensor:
+    """Return what `_at_last` returns for a part of the rows, on the CPU."""
+    return _read_rows(lm, layer, read, rows).cpu()
+
+
+@asking()
+def _read_rows(
+    lm: LanguageModel, layer: int, read: Callable[[Replay], Tensor], rows: Sequence[list[int]]
+) -> Tensor:
+    """Return what `_at_last` returns for some rows."""
     states: dict[int, Tensor] = {}
     for group in lm.groups([len(ids) for ids in rows]):
         batch = lm.align([rows[i] for i in group], [len(rows[i]) - 1 for i in group])

@@ -15,12 +15,15 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..core.executor import Executor, Local, executor_in_use
 from ..core.fact import Fact
+from ..core.gap import Gap
 from ..core.progress import Progress, tell
 from ..core.slots import fill
 from ..corpus.moments import SecondMoment
@@ -37,6 +40,9 @@ from .target import Targets
 _FARTHER = 1.5
 """How much farther than the clamp a repair may search. The first pass does not, because near
 targets cost the model less, and most facts take with them."""
+
+_ASKED = 1024
+"""Questions of a part, where the executor in use cuts work into parts."""
 
 _REACHED = 1.0
 """Nats. A target that has less probability than 1/e even after the wider search cannot be reached
@@ -296,16 +302,21 @@ def not_taken(lm: LanguageModel, facts: Sequence[Fact], contexts: Sequence[str])
     ]
     if not pairs:
         return []
-    said = lm.says(
-        [prompt for _, prompt, _, _ in pairs],
-        [target for _, _, target, _ in pairs],
-        gaps=[gap for *_, gap in pairs],
-        by_tokens=True,
-    )
+    executor = executor_in_use()
+    size = _ASKED if executor.cuts else len(pairs)
+    parts = [pairs[i : i + size] for i in range(0, len(pairs), size)]
+    on: Executor = executor if len(parts) > 1 else Local()  # one part is asked at once
+    said = [says for part in on.map(partial(_says, lm), parts) for says in part]
     missed = (
         i for (i, *_), says in zip(pairs, said, strict=True) if says == (facts[i].target is None)
     )
     return sorted(set(missed))
+
+
+def _says(lm: LanguageModel, pairs: Sequence[tuple[int, str, str, Gap]]) -> list[bool]:
+    """Return whether the model says each (number, prompt, target, gap)."""
+    _, prompts, targets, gaps = zip(*pairs, strict=True)
+    return lm.says(prompts, targets, gaps=gaps, by_tokens=True)
 
 
 def _stored(beneath: Sequence[Delta], layer: int) -> Tensor | None:
