@@ -45,7 +45,6 @@ CONFIGS: dict[str, tuple[str, EditConfig]] = {
     "rome": ("rome", RomeConfig(layer=2, **SEARCH)),
     "memit": ("memit", MemitConfig((2, 3), moment_weight=0.01, **SEARCH)),
     "margin": ("memit", MemitConfig((3,), moment_weight=0.01, scale="auto", **SEARCH)),
-    "append": ("append", AppendConfig(layer=2, **SEARCH)),
 }
 CONTEXTS = ["{}", "Paris. {}"]
 FACTS = [
@@ -138,8 +137,6 @@ def test_an_edit_is_the_same_and_holds_two_layers_at_most(
     pair: tuple[LanguageModel, LanguageModel], moments: dict[int, SecondMoment], name: str
 ) -> None:
     method, config = CONFIGS[name]
-    if method == "append":
-        moments = second_moments(pair[0], TEXTS, [2], site="inputs")
     facts = FACTS[:1] if name == "rome" else FACTS
     streamed = reader(pair[1])
     streamed.most_bytes = 0
@@ -167,6 +164,19 @@ def check_applied(pair: tuple[LanguageModel, LanguageModel], delta: Delta) -> No
     assert inside[0][0] != inside[1][0] != before[0]
     assert [lm.fingerprint for lm in pair] == before
     assert torch.equal(pair[1].log_prob([TEXTS[0]], ["of"]), plain)
+
+
+def test_appended_neurons_are_the_same(tmp_path: Path) -> None:
+    folder = saved("llama", tmp_path)
+    pair = load(folder), load(folder, device="disk")
+    moments = second_moments(pair[0], TEXTS, [2], site="inputs")
+    config = AppendConfig(layer=2, **SEARCH)
+    deltas = [edit(lm, FACTS, "append", config, moments=moments, contexts=CONTEXTS) for lm in pair]
+    assert deltas[0].digest == deltas[1].digest and deltas[0].n_appended
+    check_applied(pair, deltas[0])
+    with applied(pair[1], deltas[0]):
+        assert pair[1].ffn[2].n_appended == deltas[0].n_appended
+    assert pair[1].ffn[2].n_appended == 0
 
 
 def test_a_delta_that_does_not_fit_changes_nothing(

@@ -16,7 +16,10 @@ from transformers.utils import logging as notices
 
 @contextmanager
 def quietly() -> Generator[None, None, None]:
-    """Silence transformers' progress bars and notices while the block runs."""
+    """Silence transformers' progress bars and notices, and accelerate's, while the block runs."""
+    placing = logging.getLogger("accelerate")
+    placed = placing.level
+    placing.setLevel(logging.CRITICAL)
     level, bars = notices.get_verbosity(), notices.is_progress_bar_enabled()
     notices.set_verbosity(logging.CRITICAL)
     notices.disable_progress_bar()
@@ -25,6 +28,7 @@ def quietly() -> Generator[None, None, None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        placing.setLevel(placed)
         notices.set_verbosity(level)
         if bars:
             notices.enable_progress_bar()
