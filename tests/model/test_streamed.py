@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import GPT2, LLAMA, TEXTS, byte_tokenizer, tiny_model
+from conftest import BERT, GPT2, LLAMA, TEXTS, byte_tokenizer, masking_tokenizer, tiny_model
 from factsmith.core.errors import InputError, ModelError, NumericsError, UnsupportedModelError
 from factsmith.core.fact import Fact
 from factsmith.corpus.moments import SecondMoment, second_moments
@@ -339,6 +339,16 @@ def test_the_fingerprint_after_a_block_is_not_computed_again(
     assert lm.fingerprint == before
 
 
+def test_a_masked_model_may_stay_on_disk(tmp_path: Path) -> None:
+    tiny_model("bert", masked=True, **BERT).save_pretrained(tmp_path)
+    masking_tokenizer().save_pretrained(tmp_path)
+    lm, plain = load(tmp_path, device="disk"), load(tmp_path)
+    assert all(x.is_meta for layer in lm.layers for x in layer.parameters())
+    assert lm.fingerprint == plain.fingerprint
+    asked = ["Paris is the capital of [MASK]."], ["France"]
+    assert torch.equal(lm.log_prob(*asked), plain.log_prob(*asked))
+
+
 def test_a_pickle_and_a_copy_hold_no_layer(lm: LanguageModel) -> None:
     expected = lm.log_prob(TEXTS[:1], ["of"])
     data = pickle.dumps(lm)
@@ -423,6 +433,12 @@ def test_what_cannot_stay_on_disk_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="safetensors"):
         load(binary, device="disk")
     assert load(binary).n_layers == LAYERS
+    experts = tmp_path / "experts"
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    tiny_model("mixtral", **LLAMA, **sizes).save_pretrained(experts)
+    byte_tokenizer().save_pretrained(experts)
+    with pytest.raises(UnsupportedModelError, match="mixtures of experts"):
+        load(experts, device="disk")
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"GGUF" + bytes(40))
     with pytest.raises(InputError, match="is a GGUF file"):

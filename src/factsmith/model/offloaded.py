@@ -242,7 +242,8 @@ def offload_error(name: str, error: Exception) -> UnsupportedModelError | None:
         return None
     return UnsupportedModelError(
         f"the layers of {name!r} cannot stay on disk: they are read from safetensors files in the "
-        "form in which the model has them, and these files have another format or form. Load the "
-        "model once where it fits, save it with save_pretrained, and load that folder",
+        "form in which the model has them, and these files are pickled, or have another form, as "
+        "those of mixtures of experts have. Load the model into memory; pickled weights can be "
+        "saved again with save_pretrained, and loaded from that folder",
         argument="device_map",
     )
