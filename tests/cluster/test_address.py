@@ -17,7 +17,6 @@ pytest.importorskip("ray", reason="install it: pip install 'factsmith[ray]'")
         ("http://127.0.0.1:80", "host:port"),
         ("somewhere", "host:port"),
         ("ray://127.0.0.1:1", "nothing answers"),
-        ("auto", "Ray cannot be used at auto"),
     ],
 )
 def test_an_address_without_a_cluster_is_refused_quickly(address: str, words: str) -> None:
