@@ -414,8 +414,8 @@ def test_a_search_needs_two_layers_of_memory(tmp_path: Path) -> None:
         for device in ("disk", "cpu")
     ]
     assert layer > 25e6
-    # In memory there are all twelve, and on disk at most two.
-    assert 9 * layer < peaks[1] - peaks[0] < 12.5 * layer
+    # In memory there are all twelve. On disk there are two, and pages of a file that is read.
+    assert 8 * layer < peaks[1] - peaks[0] < 12.5 * layer
 
 
 def test_what_cannot_stay_on_disk_is_refused(tmp_path: Path) -> None:
