@@ -262,10 +262,11 @@ GIGABIT = 125e6
 def scenarios() -> dict[str, tuple[Plan, float]]:
     """Return plans, and the tokens (or facts) of one of their parts.
 
-    The 8B model has d_ff 14,336 and five layers are summed. A worker is one GPU that reads 10,000
-    tokens a second: 2 * 3.0e9 operations a token up to layer 8 and the sums of 5 layers,
-    2 * 9/16 * 14,336² * 5, are 7e9, at 1 % to 2 % of what such a GPU can do at most. It is an
-    assumption, not a measurement. A fact takes 4 seconds of such a GPU and gives one column.
+    The 8B model has Llama 3's shape: d_ff is 14,336, and layers 4 to 8 are summed. A worker is one
+    GPU that reads 10,000 tokens a second. A token takes 5e9 operations: 2 * 1.96e9 for the weights
+    of nine layers, and 2 * 9/16 * 14,336² for each of five sums. So the GPU does 5e13 a second. A
+    fact takes 4 seconds of such a GPU, and its result is four vectors of d_model. Both rates are
+    assumptions, not measurements.
     """
     moments_bytes = 5 * 9 * 14_336**2
     rest = {"link": 25 * GIGABIT, "spread": 0.3, "mtbf": 30 * 86_400.0}
