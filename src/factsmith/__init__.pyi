@@ -30,6 +30,7 @@ from .corpus.moments_store import find_moments as find_moments
 from .corpus.moments_store import load_moments as load_moments
 from .corpus.ordinary import ordinary_texts as ordinary_texts
 from .corpus.second_moment import SecondMoment as SecondMoment
+from .corpus.text_files import read_texts as read_texts
 from .edit.append_config import AppendConfig as AppendConfig
 from .edit.configs import AlphaEditConfig as AlphaEditConfig
 from .edit.configs import EmmetConfig as EmmetConfig

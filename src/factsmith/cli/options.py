@@ -73,8 +73,9 @@ Texts = Annotated[
     typer.Option(
         "--texts",
         metavar="FILE",
-        help="Plain text in UTF-8, a blank line between texts. May be repeated. The word own asks "
-        "for text that the model writes.",
+        help="Plain text in UTF-8, a blank line between texts; or Parquet or lines of JSON with a "
+        "field text, also at an address such as s3://bucket/*.parquet. May be repeated. The word "
+        "own asks for text that the model writes.",
         show_default="bundled text",
     ),
 ]

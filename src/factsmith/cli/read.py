@@ -13,6 +13,7 @@ from ..core.gap import gap_notes
 from ..core.tables import Table, in_one_line
 from ..corpus.own import texts_of
 from ..corpus.paragraphs import Paragraphs
+from ..corpus.text_files import TextFiles
 from . import completing
 from .engine import engine, on_workers
 from .models import need_model, opened
@@ -47,7 +48,7 @@ MaxTokens = Annotated[
 ]
 
 
-def _corpus(texts: list[Path] | None, index: Path | None) -> Paragraphs | str | None:
+def _corpus(texts: list[Path] | None, index: Path | None) -> Paragraphs | TextFiles | str | None:
     """Return the texts to read, after a check of the files and of the folder of the index."""
     if index is not None:
         check_writable(index)

@@ -20,7 +20,7 @@ import os
 import socket
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Self, TypeVar
@@ -35,6 +35,7 @@ from ..core.tables import counted
 from ..model.language_model import LanguageModel
 from .installed import need_ray, quiet_ray
 from .pool import Pool
+from .reading import stream
 from .run import Run
 from .shipping import Names, Packed, UnknownModelError, pack
 from .worker import Placement, Worker
@@ -244,7 +245,7 @@ class Ray:
             Exception: What the task raised.
         """
         if self._pool is None:
-            raise ClusterError("this engine is not running; use it in a block: with Ray() as ray")
+            raise _not_running()
         names, packed, models = self._pack(task)
         references = {key: [reference] for key, (_, reference) in models.items()}
         run = Run(
@@ -255,6 +256,20 @@ class Ray:
             progress,
         )
         yield from run.results(parts)
+
+    def stream(
+        self, read: Callable[[Part], Iterable[Result]], units: Sequence[Part]
+    ) -> Iterator[Result]:
+        """Yield everything that `read` yields of each unit, in the order of the units.
+
+        Ray Data reads the units, a few at a time, next to the workers.
+
+        Raises:
+            Exception: What `read` raised.
+        """
+        if self._pool is None:
+            raise _not_running()
+        return stream(read, units, at_once=max(1, self._pool.n))
 
     def check(self, thing: object, what: str) -> None:
         """Check that something can be sent to workers. No model is sent.
@@ -310,6 +325,10 @@ class Ray:
             return None
         tell(self.progress, f"sending {lm.name}", 0, None)
         return need_ray().put(pack(lm))
+
+
+def _not_running() -> ClusterError:
+    return ClusterError("this engine is not running; use it in a block: with Ray() as ray")
 
 
 def _unsendable(what: str, error: Exception) -> ClusterError:

@@ -148,9 +148,12 @@ def _reduced(tensor: Tensor) -> tuple[Any, ...]:
 def _tensor(
     data: Any, dtype: torch.dtype, shape: tuple[int, ...], is_parameter: bool, grad: bool
 ) -> Tensor:
-    """Return a tensor from its bytes, which are copied: what Ray shares is read-only."""
-    array = np.frombuffer(data, dtype=np.uint8).copy()
-    tensor = torch.from_numpy(array).view(dtype).reshape(shape)
+    """Return a tensor from its bytes, which are copied: what Ray shares is read-only.
+
+    The memory is torch's own. The last bits of a product depend on how its matrices are aligned.
+    """
+    tensor = torch.empty(shape, dtype=dtype)
+    tensor.reshape(-1).view(torch.uint8).numpy()[:] = np.frombuffer(data, dtype=np.uint8)
     if is_parameter:
         return nn.Parameter(tensor, requires_grad=grad)
     return tensor.requires_grad_(grad) if grad else tensor

@@ -11,7 +11,7 @@ cut does not depend on how many workers there are, so every number of workers gi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol, TypeVar
@@ -46,6 +46,16 @@ class Executor(Protocol):
             task: Does one part. It can be pickled, and leaves every model as it was.
             parts: The parts. They can be pickled, and are taken as they are needed.
             progress: Called with the sum of what the parts reported by `report_done`.
+        """
+
+    def stream(
+        self, read: Callable[[Part], Iterable[Result]], units: Sequence[Part]
+    ) -> Iterator[Result]:
+        """Yield everything that `read` yields of each unit, in the order of the units.
+
+        Args:
+            read: Reads one unit, such as a file. It can be pickled, and holds no model.
+            units: The units. They can be pickled.
         """
 
     def check(self, thing: object, what: str) -> None:
@@ -92,6 +102,13 @@ class Local:
                 result = task(part)
             finished = so_far.total
             yield result
+
+    def stream(
+        self, read: Callable[[Part], Iterable[Result]], units: Sequence[Part]
+    ) -> Iterator[Result]:
+        """Yield everything that `read` yields of each unit, read as it is needed."""
+        for unit in units:
+            yield from read(unit)
 
     def check(self, thing: object, what: str) -> None:
         """Accept anything: nothing is sent anywhere."""

@@ -12,6 +12,7 @@ import codecs
 import functools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 from ..core.errors import InputError
 from ..core.filetext import encoding_of
@@ -57,16 +58,21 @@ class Paragraphs:
                 with file.open("rb") as stream:
                     encoding = encoding_of(stream.read(4))
                 with file.open(encoding=encoding) as stream:
-                    lines = iter(functools.partial(stream.readline, _LONGEST), "")
-                    for text in _paragraphs(lines):
-                        if text := text.strip():
-                            yield text
+                    yield from paragraphs_of(stream)
             except (OSError, UnicodeDecodeError) as error:
                 raise _unreadable(file, error) from None
 
 
 def _unreadable(file: Path, error: Exception) -> InputError:
     return InputError(f"cannot read {file}: {error}; expected plain text in UTF-8")
+
+
+def paragraphs_of(stream: IO[str]) -> Iterator[str]:
+    """Yield the paragraphs of an open file, without white space around them."""
+    lines = iter(functools.partial(stream.readline, _LONGEST), "")
+    for text in _paragraphs(lines):
+        if text := text.strip():
+            yield text
 
 
 def _paragraphs(lines: Iterable[str]) -> Iterator[str]:

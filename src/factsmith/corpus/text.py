@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 from ..core.checks import check_text
 from ..core.errors import InputError
+from ..core.executor import executor_in_use
 from ..model.language_model import LanguageModel
 from ..model.tokens import encode
+from .text_files import TextFiles
 
 WINDOW = 512
 """Pieces that are tokenized ahead of the model and sorted by length together.
@@ -88,20 +91,50 @@ def pieces(
     """
     check_texts(texts)
     longest = min(lm.max_tokens or LONGEST, LONGEST)
-    number = itertools.count()
-    for text in [texts] if isinstance(texts, str) else texts:
-        tokens = _tokens(lm.tokenizer, check_text(text, "a text of the corpus"))
-        while taken := list(itertools.islice(tokens, int(min(longest, limit)))):
-            written = [span for _, span in taken if span != ADDED]
-            first = min((start for start, _ in written), default=0)
-            last = max((stop for _, stop in written), default=0)
-            spans = [
-                ADDED if span == ADDED else (span[0] - first, span[1] - first) for _, span in taken
-            ]
-            yield Piece(next(number), text[first:last], [token for token, _ in taken], spans)
-            limit -= len(taken)
-            if limit < 1:
-                return
+    cut = partial(_cut, lm.tokenizer, longest)
+    if isinstance(texts, TextFiles):
+        rows = executor_in_use().stream(partial(_cut_all, cut), texts.units)
+    else:
+        rows = itertools.chain.from_iterable(map(cut, [texts] if isinstance(texts, str) else texts))
+    for number, (text, ids, spans) in enumerate(rows):
+        if len(ids) > limit:
+            text, ids, spans = _shortened(text, ids, spans, int(limit))
+        yield Piece(number, text, ids, spans)
+        limit -= len(ids)
+        if limit < 1:
+            return
+
+
+Row: TypeAlias = tuple[str, list[int], list[tuple[int, int]]]
+"""The text, ids and spans of a piece, before it has a number."""
+
+
+def _cut_all(cut: Callable[[object], Iterator[Row]], texts: Iterable[str]) -> Iterator[Row]:
+    """Yield the pieces of texts."""
+    for text in texts:
+        yield from cut(text)
+
+
+def _cut(tokenizer: Any, longest: int, text: object) -> Iterator[Row]:
+    """Yield a text in pieces of at most `longest` tokens."""
+    whole = check_text(text, "a text of the corpus")
+    tokens = _tokens(tokenizer, whole)
+    while taken := list(itertools.islice(tokens, longest)):
+        yield _row(whole, taken)
+
+
+def _row(text: str, taken: Sequence[tuple[int, tuple[int, int]]]) -> Row:
+    """Return some tokens of a text as a piece: its spans count from its own first character."""
+    written = [span for _, span in taken if span != ADDED]
+    first = min((start for start, _ in written), default=0)
+    last = max((stop for _, stop in written), default=0)
+    spans = [ADDED if span == ADDED else (span[0] - first, span[1] - first) for _, span in taken]
+    return text[first:last], [token for token, _ in taken], spans
+
+
+def _shortened(text: str, ids: list[int], spans: list[tuple[int, int]], n: int) -> Row:
+    """Return the first n tokens of a piece."""
+    return _row(text, list(zip(ids[:n], spans[:n], strict=True)))
 
 
 def _tokens(tokenizer: Any, text: str) -> Iterator[tuple[int, tuple[int, int]]]:

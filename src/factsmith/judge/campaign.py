@@ -31,6 +31,7 @@ from ..core.progress import Progress, note, tell
 from ..core.tables import counted
 from ..corpus.own import OWN, is_own
 from ..corpus.paragraphs import Paragraphs
+from ..corpus.text_files import TextFiles
 from ..model.language_model import LanguageModel, check_model
 from .claim import claim_folder
 from .editor import Editor, description_of
@@ -231,6 +232,8 @@ class Campaign:
         digests = None
         if isinstance(self.texts, Paragraphs):
             digests = [file_digest(file) for file in self.texts.files]
+        elif isinstance(self.texts, TextFiles):
+            digests = self.texts.identity()
         elif is_own(self.texts):
             digests = [OWN]
         elif self.texts is not None:
