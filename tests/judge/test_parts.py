@@ -127,10 +127,9 @@ def test_a_run_in_parts_goes_on_where_it_was_killed(
     straight, torn = tmp_path / "straight", tmp_path / "torn"
     whole = Counting(cuts=True)
     judged(lm, whole, straight, **schedule)
-    n_units = -(-5 // schedule["size"])
-    for after in (2, n_units):  # before the base is done, and after it
-        with pytest.raises(KeyboardInterrupt):
-            judged(lm, Dies(after), torn, **schedule)
+    with pytest.raises(KeyboardInterrupt):
+        judged(lm, Dies(after=2), torn, **schedule)  # the sample, and the first answers
+    judged(lm, Local(), torn, **{**schedule, "editors": {"push": pusher(lm, [], 0.1)}})
     rest = Counting(cuts=True)
     evaluation = judged(lm, rest, torn, **schedule)
     assert len(rest.handed) < len(whole.handed)
