@@ -164,6 +164,7 @@ def measure_targets(name: str, n_facts: int, rounds: int) -> dict[str, Any]:
     """Return the record of the part `targets`."""
     lm, facts = model_of(name), changes(n_facts)
     config = fs.MemitConfig.recommended(lm)
+    assert config.layers
     layer = config.layers[-1]
     moments = fs.second_moments(lm, texts_of(20_000), config.layers, max_tokens=20_000)
 

@@ -269,7 +269,7 @@ def scenarios() -> dict[str, tuple[Plan, float]]:
     assumptions, not measurements.
     """
     moments_bytes = 5 * 9 * 14_336**2
-    rest = {"link": 25 * GIGABIT, "spread": 0.3, "mtbf": 30 * 86_400.0}
+    rest: dict[str, Any] = {"link": 25 * GIGABIT, "spread": 0.3, "mtbf": 30 * 86_400.0}
     ahead = 2 * 1000  # parts: `AHEAD` of cluster/run.py for each worker
 
     def moments(part_tokens: float, tokens: float = 1e12, **more: Any) -> tuple[Plan, float]:
