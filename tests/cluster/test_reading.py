@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
+import importlib
+import json
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 
@@ -14,14 +19,17 @@ from factsmith.cluster.engine import Ray
 from factsmith.core.errors import InputError
 from factsmith.core.executor import Local, running_on
 from factsmith.corpus.moments import second_moments
-from factsmith.corpus.text import pieces
-from factsmith.corpus.text_files import read_texts
+from factsmith.corpus.text import Piece, pieces
+from factsmith.corpus.text_files import TextFiles, read_texts
 from factsmith.model.language_model import LanguageModel
 
 ray = pytest.importorskip("ray", reason="install it: pip install 'factsmith[ray]'")
 pytest.importorskip("ray.data", reason="install it: pip install 'factsmith[ray]'")
+arrow = pytest.importorskip("pyarrow", reason="install it: pip install pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet", reason="install it: pip install pyarrow")
 
 MANY = [f"{text} {n}" for n in range(30) for text in TEXTS]
+MIXED = [f"{text} {n}" for n in range(40) for text in [*TEXTS, "word " * (n * 7)]]
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +69,68 @@ def test_an_error_of_a_row_arrives_after_the_rows_before_it(engine: Ray, tmp_pat
     assert [next(rows), next(rows)] == ["one", "two"]
     with pytest.raises(InputError, match=r"line 3: 'text' holds a int"):
         next(rows)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> TextFiles:
+    """Return three files that hold MIXED: Parquet in row groups, packed JSON, paragraphs."""
+    table = arrow.table({"n": list(range(90)), "text": MIXED[:90]})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=20)
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt", encoding="utf-8") as stream:
+        stream.writelines(json.dumps({"text": text}) + "\n" for text in MIXED[90:150])
+    (tmp_path / "c.txt").write_text("\n\n".join(MIXED[150:]), encoding="utf-8")
+    return read_texts(tmp_path)
+
+
+def read(lm: LanguageModel, texts: TextFiles | list[str], limit: float = 1e9) -> list[Piece]:
+    return list(pieces(lm, texts, limit))
+
+
+def test_ray_data_gives_the_pieces_of_one_process(
+    engine: Ray, corpus: TextFiles, tiny_llama: LanguageModel
+) -> None:
+    texts = list(corpus)
+    assert [text.strip() for text in texts] == [text.strip() for text in MIXED]
+    expected = read(tiny_llama, texts)
+    assert len(expected) > len(texts), "control: long texts are cut"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray Data warns of its own defaults
+        context = importlib.import_module("ray.data").DataContext.get_current()
+    before = context.execution_options.preserve_order, context.target_max_block_size
+    with running_on(engine):
+        assert read(tiny_llama, corpus) == expected
+        assert read(tiny_llama, corpus, 333) == read(tiny_llama, texts, 333)
+        assert read(tiny_llama, corpus, 1) == read(tiny_llama, texts, 1)
+    assert read(tiny_llama, corpus) == expected, "without Ray"
+    after = context.execution_options.preserve_order, context.target_max_block_size
+    assert before == after, "the user's own datasets keep their settings"
+    assert read(tiny_llama, read_texts(corpus.paths[::-1])) != expected, "control: another order"
+
+
+def test_a_file_that_another_process_cannot_see_is_named(
+    engine: Ray, tmp_path: Path, tiny_gpt2: LanguageModel
+) -> None:
+    lines = [json.dumps({"text": text}) for text in MIXED[:50]]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    texts = read_texts([tmp_path / "b.jsonl"])
+    (tmp_path / "b.jsonl").unlink()
+    with running_on(engine), pytest.raises(InputError, match=r"b\.jsonl cannot be read"):
+        read(tiny_gpt2, texts)
+
+
+def test_a_file_in_memory_is_read_where_it_is(engine: Ray, tiny_gpt2: LanguageModel) -> None:
+    with fsspec.open("memory://shared/a.jsonl", "wt") as stream:
+        stream.write(json.dumps({"text": TEXTS[0]}))
+    texts = read_texts("memory://shared/*.jsonl")
+    with running_on(engine):
+        assert read(tiny_gpt2, texts) == read(tiny_gpt2, TEXTS[:1])
+
+
+def test_a_stream_that_is_left_early_leaves_nothing_at_work(
+    engine: Ray, corpus: TextFiles, tiny_gpt2: LanguageModel
+) -> None:
+    with running_on(engine):
+        stream = pieces(tiny_gpt2, corpus)
+        first = next(stream)
+        stream.close()
+        assert first == read(tiny_gpt2, corpus, len(first.ids))[0]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
-import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import fsspec
@@ -115,6 +116,8 @@ def test_what_cannot_be_read_is_refused_in_words(
     assert "line 2: " in refusal(_written(tmp_path / "b.jsonl", '{"text": "one"}\n{broken\n'))
     array = refusal(_written(tmp_path / "b.json", '["one"]\n'))
     assert "it holds a list; expected one JSON object a line" in array
+    half = refusal(_written(tmp_path / "d.jsonl", '{"text": "a \\ud800"}\n'))
+    assert "d.jsonl, line 1: 'text' holds half a character at position 2" in half
     assert "no field 'text'; its fields are 'body'" in refusal(
         _written(tmp_path / "c.jsonl", '{"body": "one"}\n')
     )
@@ -125,17 +128,56 @@ def test_what_cannot_be_read_is_refused_in_words(
     assert "pip install pyarrow" in refusal(tmp_path / "a.parquet")
 
 
+def test_only_the_first_files_are_looked_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("factsmith.corpus.text_files._LOOKED_INTO", 2)
+    for n in range(4):
+        write_parquet(tmp_path / f"{n}.parquet", list(MANY[n * 5 : n * 5 + 5]))
+    texts = read_texts(tmp_path)
+    assert list(texts) == MANY[:20]
+    assert [unit.group for unit in texts.units] == [0, 1, 0, 1, None, None]
+    write_parquet(tmp_path / "3.parquet", list(MANY[:2]), column="body")
+    texts = read_texts(tmp_path)
+    with pytest.raises(InputError, match=r"3\.parquet has no column 'text'"):
+        list(texts)
+    write_parquet(tmp_path / "0.parquet", list(MANY[:2]), column="body")
+    with pytest.raises(InputError, match=r"0\.parquet has no column 'text'"):
+        read_texts(tmp_path)
+
+
+def test_marks_of_encodings_and_odd_names_are_understood(tmp_path: Path) -> None:
+    for encoding in ("utf-8-sig", "utf-16", "utf-32"):
+        path = tmp_path / f"data[1]-{encoding}.txt.gz"
+        path.write_bytes(gzip.compress("Één\r\n\r\nzwei".encode(encoding)))
+        assert list(read_texts(path)) == ["Één", "zwei"]
+    empty = tmp_path / "empty.parquet"
+    write_parquet(empty, [])
+    assert list(read_texts(empty)) == [] and "0 files" in repr(TextFiles([], []))
+
+
 def _written(path: Path, text: str) -> Path:
     path.write_text(text)
     return path
 
 
-def test_a_long_file_is_read_in_flat_memory(tmp_path: Path) -> None:
-    table = pyarrow.table({"text": ["a text of some length " * 20] * 100_000})
-    parquet.write_table(table, tmp_path / "long.parquet", row_group_size=5000)
-    texts = read_texts(tmp_path / "long.parquet")
-    for _, _ in zip(range(10_000), texts, strict=False):
-        pass
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert sum(1 for _ in texts) == 100_000
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000, "kilobytes"
+def test_a_long_file_in_one_row_group_is_read_in_flat_memory(tmp_path: Path) -> None:
+    words = [f"a text of some length {n} " * 20 for n in range(200)]
+    path = tmp_path / "long.parquet"
+    table = pyarrow.table({"text": [f"{n} {words[n % 200]}" for n in range(200_000)]})
+    parquet.write_table(
+        table, path, row_group_size=200_000, use_dictionary=False, compression="none"
+    )
+    del table
+    code = (
+        "import resource, sys; from factsmith.corpus.text_files import read_texts\n"
+        "texts = read_texts(sys.argv[1])  # Parquet is imported\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "n = sum(1 for _ in texts)\n"
+        "print(n, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
+    )
+    n_rows, grown = map(int, run.stdout.split())
+    assert n_rows == 200_000 and grown < 30_000, "kilobytes; the texts take 100,000"

@@ -6,6 +6,7 @@ for row in stream(read, units, at_once=4):          # read(unit) yields rows
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 import pickle
@@ -24,6 +25,9 @@ Row = TypeVar("Row")
 _ROWS = 256
 """Rows that travel together."""
 
+_BLOCK = 2**22
+"""Bytes that a task collects before it hands them on."""
+
 
 def stream(
     read: Callable[[Unit], Iterable[Row]], units: Sequence[Unit], *, at_once: int
@@ -39,6 +43,12 @@ def stream(
         ClusterError: Ray Data is not installed, or fails.
         Exception: What `read` raised.
     """
+    ray = need_ray()
+    # Ray Data needs a unit, and a process within the cluster.
+    if not units or ray.util.client.ray.is_connected():
+        for unit in units:
+            yield from read(unit)
+        return
     rows = _quietly(lambda: iter(_dataset(read, units, at_once).iter_rows()))
     try:
         while (packed := _quietly(lambda: next(rows, None))) is not None:
@@ -46,25 +56,24 @@ def stream(
                 if kind == "error":
                     raise value
                 yield value
-    except need_ray().exceptions.RayError as error:
+    except ray.exceptions.RayError as error:
         raise ClusterError(f"the texts cannot be read by Ray Data: {why(error)}") from error
 
 
 def _dataset(read: Callable[[Unit], Iterable[Row]], units: Sequence[Unit], at_once: int) -> Any:
     """Return the dataset of pickled rows."""
-    data = _ray_data()
-    context = data.DataContext.get_current()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = context.print_on_execution_start = False
-    cloudpickle = need_ray().cloudpickle
-    items = [{"unit": cloudpickle.dumps((read, unit))} for unit in units]
-    return data.from_items(items, override_num_blocks=len(items)).map_batches(
-        _read,
-        batch_size=1,
-        # The workers hold the CPUs, so reading asks for none: it would wait for them for ever.
-        num_cpus=0,
-        compute=data.TaskPoolStrategy(size=min(at_once, len(items))),
-    )
+    ray, data = need_ray(), _ray_data()
+    reader = ray.put(ray.cloudpickle.dumps(read))  # sent once, however many units there are
+    with data.DataContext.current(_settings(data)):
+        items = [{"unit": ray.cloudpickle.dumps(unit)} for unit in units]
+        return data.from_items(items, override_num_blocks=len(items)).map_batches(
+            _read,
+            batch_size=1,
+            fn_kwargs={"reader": [reader]},
+            # The workers hold the CPUs, so reading asks for none: it would wait for them for ever.
+            num_cpus=0,
+            compute=data.TaskPoolStrategy(size=min(at_once, len(items))),
+        )
 
 
 def _quietly(do: Callable[[], Any]) -> Any:
@@ -72,6 +81,15 @@ def _quietly(do: Callable[[], Any]) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return do()
+
+
+def _settings(data: Any) -> Any:
+    """Return the settings of Ray Data for a stream. Those of the user's own datasets stay."""
+    settings = data.DataContext.get_current().copy()
+    settings.execution_options.preserve_order = True
+    settings.enable_progress_bars = settings.print_on_execution_start = False
+    settings.target_max_block_size = _BLOCK
+    return settings
 
 
 def _ray_data() -> Any:
@@ -92,10 +110,9 @@ def _ray_data() -> Any:
     return data
 
 
-def _read(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _read(batch: dict[str, Any], reader: Sequence[Any]) -> Iterator[dict[str, Any]]:
     """Yield the rows of a unit in pickles, and an error in the place of the row that raised it."""
-    cloudpickle = need_ray().cloudpickle
-    read, unit = cloudpickle.loads(batch["unit"][0])
+    read, unit = _reader(reader[0]), pickle.loads(batch["unit"][0])
     rows: list[tuple[str, Any]] = []
     try:
         for row in read(unit):
@@ -107,6 +124,12 @@ def _read(batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
         rows.append(("error", error))
     if rows:
         yield _packed(rows)
+
+
+@functools.lru_cache(maxsize=1)
+def _reader(reference: Any) -> Any:
+    """Return the function that reads units. A process unpickles it once."""
+    return pickle.loads(need_ray().get(reference))
 
 
 def _packed(rows: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 
 from ..core.checks import check_text
 from ..core.errors import InputError
-from ..core.executor import executor_in_use
+from ..core.executor import Local, executor_in_use
 from ..model.language_model import LanguageModel
 from ..model.tokens import encode
 from .text_files import TextFiles
@@ -93,7 +93,8 @@ def pieces(
     longest = min(lm.max_tokens or LONGEST, LONGEST)
     cut = partial(_cut, lm.tokenizer, longest)
     if isinstance(texts, TextFiles):
-        rows = executor_in_use().stream(partial(_cut_all, cut), texts.units)
+        executor = executor_in_use() if texts.is_shared else Local()
+        rows = executor.stream(partial(_cut_all, cut), texts.units)
     else:
         rows = itertools.chain.from_iterable(map(cut, [texts] if isinstance(texts, str) else texts))
     for number, (text, ids, spans) in enumerate(rows):

@@ -12,17 +12,19 @@ they read and tokenize; the order, and each token, are the same.
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, Literal, TypeAlias
+from typing import IO, Any, Literal, TypeAlias
 
 import fsspec
 
 from ..core.errors import FactsmithError, InputError, first_line
+from ..core.filetext import encoding_of
 from ..core.tables import counted
 from .paragraphs import paragraphs_of
 
@@ -40,6 +42,10 @@ _ENDINGS: dict[str, Format] = {
 _PACKED = (".gz", ".bz2", ".xz", ".zst")
 _ROWS = 1024
 """Rows of a Parquet file that are decoded together."""
+_BUFFER = 2**20
+"""Bytes of a Parquet file that are read ahead."""
+_LOOKED_INTO = 32
+"""Files that are opened before any is used. Opening thousands at an address takes minutes."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +82,18 @@ class TextFiles:
     """
 
     def __init__(self, units: Sequence[Unit], versions: Sequence[str]) -> None:
-        """Take what `read_texts` found."""
+        """Take the units of all files, and a line for each file that names its version."""
         self.units, self._versions = tuple(units), tuple(versions)
         self.paths = list(dict.fromkeys(unit.path for unit in units))
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes can read the files: not those in this one's memory."""
+        return not any(path.startswith("memory:") for path in self.paths)
+
     def __repr__(self) -> str:
-        return f"TextFiles({counted(len(self.paths), 'file')}, {self.paths[0]!r}, ...)"
+        first = f", {self.paths[0]!r}" if self.paths else ""
+        return f"TextFiles({counted(len(self.paths), 'file')}{first})"
 
     def __iter__(self) -> Iterator[str]:
         """Yield the texts in order.
@@ -131,7 +143,8 @@ def read_texts(
     for path in given:
         for file, version in _files(os.fspath(path), format):
             versions.append(version)
-            units += _units(Unit(file, format or _format_of(file), column))
+            unit = Unit(file, format or _format_of(file), column)
+            units += _units(unit) if len(versions) <= _LOOKED_INTO else [unit]
     return TextFiles(units, versions)
 
 
@@ -148,7 +161,7 @@ def _files(path: str, format: Format | None) -> list[tuple[str, str]]:
     """Return the files that a path stands for, each with a line that names its version."""
     with _errors(path):
         system, inner = fsspec.core.url_to_fs(path)
-        if any(sign in inner for sign in "*?["):
+        if any(sign in inner for sign in "*?[") and not system.exists(inner):
             names = sorted(name for name in system.glob(inner) if system.isfile(name))
         elif system.isdir(inner):
             names = sorted(
@@ -199,14 +212,7 @@ def _units(file: Unit) -> list[Unit]:
     if file.format != "parquet":
         next(iter(file), None)  # raises an error for a file that cannot be read
         return [file]
-    with _errors(file.path), _parquet(file.path) as table:
-        names = table.schema_arrow.names
-        if file.column not in names:
-            raise InputError(
-                f"{file.path} has no column {file.column!r}; its columns are "
-                f"{', '.join(map(repr, names))}. Name the one that holds the text",
-                argument="column",
-            )
+    with _errors(file.path), _parquet(file) as table:
         groups = range(table.num_row_groups)
     return [Unit(file.path, file.format, file.column, group) for group in groups]
 
@@ -216,7 +222,7 @@ def _units(file: Unit) -> list[Unit]:
 
 def _parquet_texts(unit: Unit) -> Iterator[str]:
     groups = None if unit.group is None else [unit.group]
-    with _parquet(unit.path) as table:
+    with _parquet(unit) as table:
         row = 0
         for batch in table.iter_batches(_ROWS, row_groups=groups, columns=[unit.column]):
             for value in batch.column(0).to_pylist():
@@ -227,16 +233,27 @@ def _parquet_texts(unit: Unit) -> Iterator[str]:
 
 
 @contextmanager
-def _parquet(path: str) -> Iterator[Any]:
-    """Open a Parquet file."""
+def _parquet(unit: Unit) -> Iterator[Any]:
+    """Open a Parquet file that has the column."""
     try:
         module = importlib.import_module("pyarrow.parquet")
     except ImportError:
         raise InputError(
-            f"reading {path} needs pyarrow, which is not installed; install it with: "
+            f"reading {unit.path} needs pyarrow, which is not installed; install it with: "
             "pip install pyarrow"
         ) from None
-    with fsspec.open(path, "rb") as stream, module.ParquetFile(stream) as table:
+    # Without a buffer's size a whole row group is held, which is often the whole file.
+    with (
+        fsspec.open(unit.path, "rb") as stream,
+        module.ParquetFile(stream, pre_buffer=False, buffer_size=_BUFFER) as table,
+    ):
+        names = table.schema_arrow.names
+        if unit.column not in names:
+            raise InputError(
+                f"{unit.path} has no column {unit.column!r}; its columns are "
+                f"{', '.join(map(repr, names))}. Name the one that holds the text",
+                argument="column",
+            )
         yield table
 
 
@@ -272,9 +289,13 @@ def _plain_texts(unit: Unit) -> Iterator[str]:
         yield from paragraphs_of(stream)
 
 
-def _lines(path: str) -> Any:
-    """Open a file as lines of UTF-8."""
-    return fsspec.open(path, "rt", compression="infer", encoding="utf-8-sig", newline=None)
+@contextmanager
+def _lines(path: str) -> Iterator[IO[str]]:
+    """Open a file as lines of UTF-8, or of what its byte order mark says."""
+    with fsspec.open(path, "rb", compression="infer") as raw:
+        stream = io.BufferedReader(raw)
+        with io.TextIOWrapper(stream, encoding=encoding_of(stream.peek(4)[:4])) as lines:
+            yield lines
 
 
 def _text(value: object, unit: Unit, where: str) -> str:
@@ -282,6 +303,13 @@ def _text(value: object, unit: Unit, where: str) -> str:
         raise InputError(
             f"{unit.path}, {where}: {unit.column!r} holds a {type(value).__name__}; expected a text"
         )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{unit.path}, {where}: {unit.column!r} holds half a character at position "
+            f"{error.start} (a lone surrogate); write the file again in UTF-8"
+        ) from None
     return value
 
 
@@ -309,6 +337,6 @@ def _errors(path: str) -> Iterator[None]:
         reason = first_line(error)[:300]
         raise InputError(
             f"{path} cannot be read: {type(error).__name__}: {reason}; check the address, your "
-            "rights, and whether the file is whole",
+            "rights, whether the file is whole, and whether every machine that reads can see it",
             argument="paths",
         ) from None
