@@ -56,6 +56,12 @@ class Workers:
                 results[at] = copy.deepcopy(tasks[at % self.n](copy.deepcopy(listed[at])))
         return iter([results[at] for at in range(len(listed))])
 
+    def check(self, thing: object, what: str) -> None:
+        try:
+            self._sent(thing)
+        except ClusterError as error:
+            raise ClusterError(f"{what}: {error}") from error
+
     def _sent(self, task: Any) -> Any:
         from factsmith.cluster.shipping import pack, unpack
 

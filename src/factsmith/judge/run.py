@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from ..core.checks import check_count, check_items, check_seed
-from ..core.errors import ClusterError, InputError
+from ..core.errors import InputError
 from ..core.executor import Executor, executor_in_use
 from ..core.files import folder_path
 from ..core.progress import Progress, tell
@@ -280,10 +280,7 @@ class Run:
         """Raise an error before work begins if the probe or an editor cannot be sent to workers."""
         things = {f"the editor {name}": editor for name, editor in editors.items()}
         for what, thing in {"the probe": self.steps.probe, **things}.items():
-            try:
-                list(executor.map(partial(_ignore, thing), ()))  # sends it, and no part
-            except ClusterError as error:
-                raise ClusterError(f"{what}: {error}", argument=error.argument) from error
+            executor.check(thing, what)
 
     # ── what is finished ──────────────────────────────────────────────────────────────────────────
 
@@ -324,13 +321,6 @@ class Run:
             f"the first is {record}: {reason}",
             argument="suite",
         )
-
-
-def _ignore(_thing: object, _part: object) -> None:
-    """Do nothing. As a task it shows whether something can be sent to workers."""
-
-
-# ── which records ─────────────────────────────────────────────────────────────────────────────────
 
 
 def chosen_records(
