@@ -22,7 +22,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check src tests benchmarks tools
 	$(BIN)/mypy
 	$(BIN)/python tools/house.py
-	$(PYTEST) -m "not serving"
+	$(PYTEST) -m "not serving and not real"
 
 # the tests without the slow ones
 fast: $(VENV)/.installed-dev
