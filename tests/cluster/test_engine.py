@@ -219,6 +219,14 @@ def test_workers_say_how_far_they_are_and_cut_nothing_themselves(engine: Ray) ->
     reports: list[int] = []
     assert list(engine.map(count, range(4), progress=reports.append)) == [False] * 4
     assert reports == sorted(reports) and reports[-1] <= 12 and max(reports) > 3
+    few: list[int] = []
+    assert list(engine.map(nap, range(2), progress=few.append)) == [0, 1]
+    assert not any(few), "the counts of the parts before do not count"
+
+
+def nap(part: int) -> int:
+    time.sleep(1.5)
+    return part
 
 
 def log_prob(lm: LanguageModel, part: int) -> tuple[float, LanguageModel]:

@@ -36,6 +36,7 @@ class Seat:
         greeting: A reference to what it says first. None: it said it.
         hello: What it said.
         number: The part that it does. None: it is idle, or does something that nobody waits for.
+        part_id: The name of the part, by which the worker knows it.
         answer: A reference to what the part gives. None: it is idle.
         began: When the part was given to it.
         asked: A reference to how much of the part is done. None: it was not asked.
@@ -46,6 +47,7 @@ class Seat:
     greeting: Any
     hello: Hello | None = None
     number: int | None = None
+    part_id: str = ""
     answer: Any = None
     began: float = 0.0
     asked: Any = None
@@ -138,11 +140,13 @@ class Pool:
                 if not ready:
                     continue
                 try:
-                    seat.done = ray.get(seat.asked)
+                    part_id, done = ray.get(seat.asked)
                 except ray.exceptions.RayError:
                     continue  # it died, which `wait` notices
                 finally:
                     seat.asked = None
+                if part_id == seat.part_id:  # else it speaks of the part before
+                    seat.done = done
             if seat.number is not None:
                 seat.asked = seat.actor.done.remote()
 

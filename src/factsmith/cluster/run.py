@@ -112,7 +112,10 @@ class Run:
     def _give(self, seat: Seat, number: int) -> None:
         task_id, task, models = self.task
         seat.number, seat.began, seat.done = number, time.monotonic(), 0
-        seat.answer = seat.actor.run.remote(task_id, task, models, self.packed[number])
+        seat.part_id = f"{task_id}/{number}"
+        seat.answer = seat.actor.run.remote(
+            task_id, seat.part_id, task, models, self.packed[number]
+        )
 
     def _straggler(self) -> int | None:
         """Return a part that takes much longer than the others and is done by one worker alone."""

@@ -87,29 +87,35 @@ class Worker:
         self._models: dict[str, LanguageModel] = {}
         self._names = Names()
         self._task: tuple[str, Any] = "", None
-        self._done = 0
+        self._done = "", 0
 
     def hello(self) -> Hello:
         """Say that the worker is there."""
         node = need_ray().get_runtime_context().get_node_id()
         return Hello(os.getpid(), node, VERSIONS)
 
-    def done(self) -> int:
-        """Return how much of the present part is done, in the task's own unit."""
+    def done(self) -> tuple[str, int]:
+        """Return the present part, and how much of it is done, in the task's own unit."""
         return self._done
 
     def run(
-        self, task_id: str, task: Packed, models: Mapping[str, Sequence[Any]], part: Packed
+        self,
+        task_id: str,
+        part_id: str,
+        task: Packed,
+        models: Mapping[str, Sequence[Any]],
+        part: Packed,
     ) -> Answer:
         """Do one part.
 
         Args:
             task_id: Names the task, which is unpickled once.
+            part_id: Names the part, for `done`.
             task: The task.
             models: {key: [a reference to the pickled model]} of the models in it.
             part: The part.
         """
-        self._done = 0
+        self._done = part_id, 0
         torch.set_num_threads(self._placement.threads)  # counts for the calling thread
         try:
             self._take(models)
@@ -117,13 +123,13 @@ class Worker:
                 self._task = task_id, unpack(task, self._models)
             with reporting(self._report):
                 result = self._task[1](unpack(part, self._models))
-            return Answer("result", pack(result, self._names), self._done)
+            return Answer("result", pack(result, self._names), self._done[1])
         except Exception as error:
             error.add_note(f"On a worker:\n{''.join(traceback.format_exception(error))}")
-            return Answer("error", _packed_error(error, self._names), self._done)
+            return Answer("error", _packed_error(error, self._names), self._done[1])
 
     def _report(self, done: int) -> None:
-        self._done = done
+        self._done = self._done[0], done
 
     def _take(self, models: Mapping[str, Sequence[Any]]) -> None:
         """Keep exactly these models."""
