@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -119,3 +120,17 @@ def test_the_work_runs_on_the_workers(
     alone = json.loads(capsys.readouterr().out)["moments"]
     assert len(used) == 1
     assert with_workers[0]["tokens"] == alone[0]["tokens"]
+
+
+@pytest.mark.parametrize("end", ["os._exit(3)", "os.kill(os.getpid(), 9)", "pass", "sys.exit(2)"])
+def test_a_process_that_is_ended_has_last_words(end: str) -> None:
+    program = (
+        "import os, sys\nfrom factsmith.cli.engine import last_words\n"
+        f"with last_words('it <ended> $HOME %s'):\n    {end}\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    is_killed = "os." in end
+    assert done.stderr == ("error: it <ended> $HOME %s\n" if is_killed else "")
+    assert done.stdout == ""

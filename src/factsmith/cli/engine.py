@@ -13,18 +13,27 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import os
 import re
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+from ..core.documents import document, error_fields
 from ..core.errors import ClusterError, InputError
 from ..core.progress import Progress, tell
 from .options import Ray, Workers
+from .printing import as_json_text, manner
 
 LOCAL = "local"
 """The value of --ray that asks for a cluster of this machine."""
+
+_ENDED = (
+    "the command ended while it used Ray. When the head of a cluster dies, Ray ends every program "
+    "that is connected to it. Run the command again; what kept a checkpoint goes on from there"
+)
 
 _ADDRESS = re.compile(r"auto|local|\w+://\S*|[^\s/\\=]+:\d+")
 """A word after --ray that is its value. Any other word is an argument of the command."""
@@ -89,6 +98,7 @@ def engine(progress: Progress) -> Iterator[None]:
 
     address = None if ray == LOCAL else ray
     with ExitStack() as block:
+        block.enter_context(last_words(_ENDED))
         try:
             block.enter_context(Engine(address, workers=workers, progress=progress))
         except ClusterError as error:
@@ -96,6 +106,27 @@ def engine(progress: Progress) -> Iterator[None]:
                 error.argument = "ray"
             raise
         yield
+
+
+@contextmanager
+def last_words(text: str) -> Iterator[None]:
+    """A block. If the process ends inside it, without a way to say so, an error is printed.
+
+    A shell waits for a line that the process writes after the block. At the end of a process the
+    line does not come.
+    """
+    if os.name != "posix":
+        yield
+        return
+    fields = error_fields(ClusterError, ClusterError.exit_code, None, None)
+    said = as_json_text(document({"error": {"message": text, **fields}}))
+    words = said if manner.get().json else f"error: {text}"
+    script = 'read -r line || printf "%s\\n" "$0" >&2'
+    with subprocess.Popen(["sh", "-c", script, words], stdin=subprocess.PIPE) as shell:
+        try:
+            yield
+        finally:
+            shell.communicate(b"done\n")
 
 
 def with_ray_value(words: Sequence[str]) -> list[str]:
