@@ -100,10 +100,12 @@ def moments_on(lm: LanguageModel, executor: Any, **options: Any) -> dict[int, to
     return {layer: moment.matrix for layer, moment in result.items()}
 
 
-def check_same(lm: LanguageModel, matrices: dict[int, torch.Tensor]) -> None:
+def check_same(
+    lm: LanguageModel, matrices: dict[int, torch.Tensor], dtype: torch.dtype | None = None
+) -> None:
     """Compare with the same parts in this process, bit for bit, and with one piece."""
-    parts = moments_on(lm, Local(cuts=True, part_tokens=400))
-    whole = moments_on(lm, Local())
+    parts = moments_on(lm, Local(cuts=True, part_tokens=400), dtype=dtype)
+    whole = moments_on(lm, Local(), dtype=dtype)
     for layer, matrix in matrices.items():
         assert torch.equal(matrix, parts[layer])
         scale = float(whole[layer].abs().max())
@@ -116,6 +118,9 @@ def test_second_moments_have_the_same_bits(engine: Ray, tiny_lm: LanguageModel) 
     check_same(tiny_lm, matrices)
     assert reports == sorted(reports)
     assert not torch.equal(matrices[0], matrices[2]), "control"
+    narrow = moments_on(tiny_lm, engine, dtype=torch.bfloat16)
+    check_same(tiny_lm, narrow, torch.bfloat16)
+    assert not torch.equal(narrow[0], matrices[0]), "control: the pass ran in bfloat16"
 
 
 def test_a_killed_worker_is_replaced_and_no_part_counts_twice(
@@ -264,7 +269,8 @@ def test_workers_load_the_model_themselves_and_refuse_another(
 ) -> None:
     assert engine._pool is not None
     lm = load("atlas")
-    with Ray(workers=1, num_cpus=0, models="atlas") as loading:  # in the same cluster
+    placed = {"models": "atlas", "device_map": {"": "cpu"}}
+    with Ray(workers=1, num_cpus=0, **placed) as loading:  # in the same cluster
         assert next(loading.map(Partial(log_prob, lm), [0]))[0] == float(
             lm.log_prob([TEXTS[0]], ["Paris"])
         )
