@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import importlib
+import itertools
 import json
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +20,13 @@ from conftest import TEXTS
 from factsmith.cluster.engine import Ray
 from factsmith.core.errors import InputError
 from factsmith.core.executor import Local, running_on
+from factsmith.corpus import text as corpus_text
 from factsmith.corpus.moments import second_moments
 from factsmith.corpus.text import Piece, pieces
 from factsmith.corpus.text_files import TextFiles, read_texts
 from factsmith.model.language_model import LanguageModel
+from factsmith.read.trigger_scan import TriggerRun, find_triggers
+from factsmith.read.triggers import SIGNS
 
 ray = pytest.importorskip("ray", reason="install it: pip install 'factsmith[ray]'")
 pytest.importorskip("ray.data", reason="install it: pip install 'factsmith[ray]'")
@@ -134,3 +139,64 @@ def test_a_stream_that_is_left_early_leaves_nothing_at_work(
         first = next(stream)
         stream.close()
         assert first == read(tiny_gpt2, corpus, len(first.ids))[0]
+
+
+class LateFirst:
+    """Reads numbers; the first waits until the second was read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, unit: int) -> Iterator[tuple[int, bool]]:
+        deadline = time.monotonic() + 30
+        while unit == 0 and not (self.folder / "1").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        (self.folder / str(unit)).touch()
+        yield unit, (self.folder / "1").exists()
+
+
+def test_units_come_in_order_although_later_ones_are_read_first(
+    engine: Ray, tmp_path: Path
+) -> None:
+    rows = list(engine.stream(LateFirst(tmp_path), range(6)))
+    assert [unit for unit, _ in rows] == list(range(6))
+    assert rows[0][1], "control: the second was read before the first"
+    assert list(engine.stream(LateFirst(tmp_path), [])) == []
+
+
+def test_a_run_over_files_that_was_killed_goes_on_on_other_workers(
+    engine: Ray, corpus: TextFiles, tiny_gpt2: LanguageModel, tmp_path: Path
+) -> None:
+    merge, merged = TriggerRun.merge, []
+
+    def killed(run: TriggerRun, other: TriggerRun) -> None:
+        if len(merged) == 3:
+            raise KeyboardInterrupt
+        merge(run, other)
+        merged.append(other.n_tokens)
+
+    folder = tmp_path / "triggers"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("factsmith.core.artefact._SECONDS", 0.0)
+        patch.setattr(corpus_text, "WINDOW", 7)
+        straight = find_triggers(tiny_gpt2, list(corpus), [0], top=3)
+        patch.setattr(TriggerRun, "merge", killed)
+        with running_on(engine), pytest.raises(KeyboardInterrupt):
+            find_triggers(tiny_gpt2, corpus, [0], top=3, folder=folder)
+        assert (folder / "unfinished.safetensors").is_file()
+        done: list[int] = []
+        with running_on(Local()):
+            resumed = find_triggers(
+                tiny_gpt2,
+                corpus,
+                [0],
+                top=3,
+                folder=folder,
+                progress=lambda step, n, total: done.append(n),
+            )
+    assert done[0] in itertools.accumulate(merged), "it goes on after a part"
+    assert resumed.texts == straight.texts
+    for sign in SIGNS:
+        texts, expected = resumed.banks[0,].texts[sign], straight.banks[0,].texts[sign]
+        assert torch.equal(texts, expected)
+    assert resumed.corpus == straight.corpus and resumed.n_tokens == straight.n_tokens
