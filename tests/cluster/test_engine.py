@@ -61,6 +61,7 @@ def slow_square(folder: Path, part: int) -> tuple[int, int]:
 def test_results_come_in_the_order_of_the_parts_from_several_processes(
     engine: Ray, tmp_path: Path
 ) -> None:
+    assert len(pids(engine)) == 2
     results = list(engine.map(Partial(slow_square, tmp_path), range(8)))
     assert [value for value, _ in results] == [n * n for n in range(8)]
     assert os.getpid() not in {pid for _, pid in results} and len({p for _, p in results}) == 2
@@ -195,6 +196,19 @@ def test_errors_of_a_part_arrive_as_they_were_raised(engine: Ray) -> None:
     assert caught.value.argument == "layer"
     assert any("On a worker" in note for note in caught.value.__notes__)
     assert list(engine.map(square, [2])) == [4]
+
+
+def leave(part: int) -> int:
+    sys.exit("enough")
+
+
+def test_a_task_that_exits_ends_the_program_and_no_worker(engine: Ray) -> None:
+    before = pids(engine)
+    with pytest.raises(SystemExit, match="enough"):
+        list(engine.map(leave, range(2)))
+    assert pids(engine) == before
+    with pytest.raises(ClusterError, match=r"has 0 GPU; a worker takes .*1 GPU"):
+        Ray(workers=1, num_cpus=0, num_gpus=1).__enter__()
 
 
 def test_what_cannot_be_sent_is_refused_before_any_part(

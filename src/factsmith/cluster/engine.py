@@ -200,7 +200,10 @@ class Ray:
             max_restarts=0,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(threads)}},
         )
-        n = self.workers or self._room(ray.cluster_resources())
+        resources = ray.cluster_resources()
+        if self.address is None:  # a cluster of this machine does not grow
+            self._room(resources)
+        n = self.workers or self._room(resources)
         wants = f"{self.num_cpus:g} CPU, {self.num_gpus:g} GPU"
         wants += "".join(f", {amount:g} {name}" for name, amount in (self.resources or {}).items())
         self._pool = Pool(lambda: actor.remote(placement), n, wants, self.progress)

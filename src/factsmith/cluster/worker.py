@@ -124,7 +124,7 @@ class Worker:
             with reporting(self._report):
                 result = self._task[1](unpack(part, self._models))
             return Answer("result", pack(result, self._names), self._done[1])
-        except Exception as error:
+        except (Exception, SystemExit, KeyboardInterrupt) as error:  # as in this process
             error.add_note(f"On a worker:\n{''.join(traceback.format_exception(error))}")
             return Answer("error", _packed_error(error, self._names), self._done[1])
 
@@ -168,7 +168,7 @@ class Worker:
         return sent
 
 
-def _packed_error(error: Exception, names: Names) -> Packed:
+def _packed_error(error: BaseException, names: Names) -> Packed:
     """Return an error pickled, or a description of one that cannot be."""
     try:
         return pack(error, names)
