@@ -7,8 +7,8 @@ speed of one process, with the same rows.
 A campaign writes `--size` facts at a time, asks each in its prompt, in other phrasings, and about
 its neighbours, and takes them back. The same campaign runs in one process with one thread, in one
 process with two threads, and on one and two workers of Ray with one thread each. `--one FACTS` does
-the runs in one process and on one worker for fewer facts: they only give the rate. Every run keeps
-its folder, so a killed benchmark goes on. The rows of all runs must be the same, apart from the
+the runs in one process and on one worker for fewer facts: they only give the rate. Every finished
+run keeps its folder and is not repeated. The rows of all runs must be the same, apart from the
 seconds.
 
 The overhead of the engine is 1 - rate on n workers / (n · rate of one process with one thread).
@@ -59,6 +59,8 @@ def run(
     record = folder / "seconds.json"
     if record.is_file():
         return dict(json.loads(record.read_text()))
+    if any(folder.glob("size-*/rows.jsonl")):
+        raise SystemExit(f"{folder} holds a run that was interrupted, so its rate is not known")
     campaign = Campaign(
         lm,
         suite,

@@ -33,7 +33,7 @@ from ..core.executor import check_part_tokens, running_on
 from ..core.progress import Progress, tell
 from ..core.tables import counted
 from ..model.language_model import LanguageModel
-from .installed import need_ray, quiet_ray
+from .installed import need_ray, quiet_ray, uninterrupted
 from .pool import Pool
 from .reading import stream
 from .run import Run
@@ -171,7 +171,7 @@ class Ray:
             _check_reachable(self.address)
             options |= {"address": self.address}
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), uninterrupted():
                 warnings.simplefilter("ignore")
                 ray.init(**options)
         except Exception as error:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
+import signal
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from ..core.errors import ClusterError
 
 _log = logging.getLogger(__name__)
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 _PRINTS = "print_to_stdstream"
 """The function with which Ray prints what its machines report, such as the death of a worker."""
@@ -56,6 +62,26 @@ def quiet_ray() -> Iterator[None]:
             setattr(module, _PRINTS, before)
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """A block that a Ctrl-C ends at its end.
+
+    In the middle of its start, Ray would crash or leave processes behind. Its processes take no
+    notice of a Ctrl-C.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are for the main thread
+        return
+    caught: list[tuple[int, FrameType | None]] = []
+    before = signal.signal(signal.SIGINT, lambda *details: caught.append(details))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if caught and callable(before):
+            before(*caught[0])
+
+
 def _logged(data: Mapping[str, Any], ignore_prefix: bool) -> None:
     """Log what Ray would print."""
     for line in data.get("lines", ()):
@@ -64,5 +90,6 @@ def _logged(data: Mapping[str, Any], ignore_prefix: bool) -> None:
 
 def why(error: Exception) -> str:
     """Return in a line why a worker ended, as Ray says it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    plain = _COLOURS.sub("", str(error))
+    lines = [line.strip() for line in plain.splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:300].rstrip(".")

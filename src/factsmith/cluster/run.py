@@ -83,6 +83,7 @@ class Run:
                 while number not in self.answers:
                     self._take(coming, number + AHEAD * self.pool.n)
                     if not self.packed:
+                        self._show()
                         return
                     self._hand_out()
                     self._collect()
@@ -168,8 +169,12 @@ class Run:
         for seat in self.pool.seats:
             if seat.number is not None:
                 self.counts[seat.number] = max(seat.done, self.counts.get(seat.number, 0))
+        self._show()
+
+    def _show(self) -> None:
+        """Call the progress with the sum of the counts, unless it has grown smaller."""
         total = sum(self.counts.values())
-        if total >= self._reported:
+        if self.progress is not None and total >= self._reported:
             self._reported = total
             self.progress(total)
 

@@ -27,6 +27,10 @@ Name: TypeAlias = tuple[str, str]
 """A model's key, and what it is of the model: "" is the model itself."""
 
 
+_GETTERS = {"module": "get_submodule", "parameter": "get_parameter", "buffer": "get_buffer"}
+"""The method of a module that returns a part of each kind by its name."""
+
+
 class Packed(NamedTuple):
     """Something pickled.
 
@@ -68,6 +72,8 @@ class Names:
         parts = [("", lm), ("tokenizer", lm.tokenizer)]
         parts += [(f"ffn/{i}", ffn) for i, ffn in enumerate(lm.ffn)]
         parts += [(f"module/{name}", module) for name, module in lm.module.named_modules()]
+        parts += [(f"parameter/{name}", each) for name, each in lm.module.named_parameters()]
+        parts += [(f"buffer/{name}", each) for name, each in lm.module.named_buffers()]
         for path, part in parts:
             self._names.setdefault(id(part), (key, path))
             self._held.append(part)
@@ -128,25 +134,42 @@ def _pickler() -> Any:
             return None if self._names is None else self._names.of(thing)
 
         def reducer_override(self, thing: Any) -> Any:
-            if type(thing) in (Tensor, nn.Parameter) and thing.layout == torch.strided:
+            if type(thing) in (Tensor, nn.Parameter) and _is_plain(thing):
                 return _reduced(thing)
             return super().reducer_override(thing)
 
     return Pickler
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Return whether a tensor is its bytes: it has data, and no pending operation."""
+    has_data = tensor.layout == torch.strided and tensor.device.type != "meta"
+    return has_data and not (tensor.is_conj() or tensor.is_neg() or tensor.is_quantized)
+
+
 def _reduced(tensor: Tensor) -> tuple[Any, ...]:
-    """Return how a tensor is pickled: as a buffer of bytes, and its form."""
-    data = tensor.detach().cpu().contiguous()
+    """Return how a tensor is pickled: as a buffer of bytes, and its form.
+
+    The order of its dimensions in memory is kept: the last bits of a product depend on it.
+    """
+    data = tensor.detach().cpu()
+    strides = data.stride()
+    order = sorted(range(data.ndim), key=lambda d: -strides[d])
+    data = data.permute(order).contiguous()
     # A buffer that pickle may leave outside has one dimension, and a dtype that NumPy knows.
     array: Any = data.reshape(-1).view(torch.uint8).numpy()
     is_parameter = isinstance(tensor, nn.Parameter)
-    form = data.dtype, tuple(data.shape), is_parameter, tensor.requires_grad
+    form = data.dtype, tuple(data.shape), tuple(order), is_parameter, tensor.requires_grad
     return _tensor, (pickle.PickleBuffer(array), *form)
 
 
 def _tensor(
-    data: Any, dtype: torch.dtype, shape: tuple[int, ...], is_parameter: bool, grad: bool
+    data: Any,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    order: tuple[int, ...],
+    is_parameter: bool,
+    grad: bool,
 ) -> Tensor:
     """Return a tensor from its bytes, which are copied: what Ray shares is read-only.
 
@@ -154,6 +177,7 @@ def _tensor(
     """
     tensor = torch.empty(shape, dtype=dtype)
     tensor.reshape(-1).view(torch.uint8).numpy()[:] = np.frombuffer(data, dtype=np.uint8)
+    tensor = tensor.permute([order.index(d) for d in range(len(order))])
     if is_parameter:
         return nn.Parameter(tensor, requires_grad=grad)
     return tensor.requires_grad_(grad) if grad else tensor
@@ -171,8 +195,8 @@ class _Unpickler(pickle.Unpickler):
         key, path = name
         lm = self._models[key]
         kind, _, rest = path.partition("/")
-        if kind == "module":
-            return lm.module.get_submodule(rest)
+        if kind in _GETTERS:
+            return getattr(lm.module, _GETTERS[kind])(rest)
         if kind == "ffn":
             return lm.ffn[int(rest)]
         return lm.tokenizer if kind == "tokenizer" else lm

@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from .. import __version__
-from ..core.errors import ClusterError, FingerprintError
+from ..core.errors import ClusterError, FingerprintError, first_line
 from ..core.executor import reporting
 from ..model.language_model import LanguageModel
 from ..model.load import load
@@ -123,10 +123,38 @@ class Worker:
                 self._task = task_id, unpack(task, self._models)
             with reporting(self._report):
                 result = self._task[1](unpack(part, self._models))
-            return Answer("result", pack(result, self._names), self._done[1])
-        except (Exception, SystemExit, KeyboardInterrupt) as error:  # as in this process
+            return Answer("result", self._packed(result), self._done[1])
+        except BaseException as error:  # whatever it is, it is raised where the task was given
             error.add_note(f"On a worker:\n{''.join(traceback.format_exception(error))}")
-            return Answer("error", _packed_error(error, self._names), self._done[1])
+            return Answer("error", self._packed_error(error), self._done[1])
+
+    def _packed(self, result: Any) -> Packed:
+        """Return a result pickled.
+
+        Raises:
+            ClusterError: It cannot be pickled.
+        """
+        try:
+            return pack(result, self._names)
+        except Exception as error:
+            raise ClusterError(
+                f"the result of a part, a {type(result).__name__}, cannot be sent back: "
+                f"{type(error).__name__}: {first_line(error)[:300]}. Return plain values"
+            ) from error
+
+    def _packed_error(self, error: BaseException) -> Packed:
+        """Return an error pickled, or a description of one that does not survive that."""
+        try:
+            packed = pack(error, self._names)
+            if type(unpack(packed, self._models)) is type(error):
+                return packed
+        except Exception as reason:
+            error.add_note(f"It cannot be pickled: {reason}")
+        described = ClusterError(
+            f"a part failed on a worker with {type(error).__name__}: {str(error)[:500]}"
+        )
+        described.__notes__ = error.__notes__
+        return pack(described, self._names)
 
     def _report(self, done: int) -> None:
         self._done = self._done[0], done
@@ -166,12 +194,3 @@ class Worker:
         if placement.device is not None:
             sent.module.to(placement.device)
         return sent
-
-
-def _packed_error(error: BaseException, names: Names) -> Packed:
-    """Return an error pickled, or a description of one that cannot be."""
-    try:
-        return pack(error, names)
-    except Exception:
-        text = f"{type(error).__name__}: {error}"
-        return pack(ClusterError(f"a part failed on a worker with {text:.500}"), names)
