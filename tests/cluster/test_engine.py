@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,14 @@ def test_parts_are_taken_as_they_are_needed(engine: Ray) -> None:
     assert len(taken) <= 3 + 2 * cluster_run.AHEAD
     results.close()  # type: ignore[attr-defined]
     assert list(engine.map(square, [7])) == [49], "what was left behind is not waited for"
+
+
+def test_several_runs_share_the_workers(engine: Ray) -> None:
+    both = zip(engine.map(square, range(20)), engine.map(str, range(20)), strict=True)
+    assert list(both) == [(n * n, str(n)) for n in range(20)]
+    with ThreadPoolExecutor(3) as threads:
+        runs = threads.map(lambda k: list(engine.map(square, range(k, k + 30))), range(3))
+        assert list(runs) == [[n * n for n in range(k, k + 30)] for k in range(3)]
 
 
 def moments_on(lm: LanguageModel, executor: Any, **options: Any) -> dict[int, torch.Tensor]:
@@ -257,6 +266,8 @@ def test_what_cannot_be_sent_is_refused_before_any_part(
     ):
         engine.check([tiny_gpt2, file], "the probe")
     engine.check([tiny_gpt2, tmp_path], "the probe")
+    with pytest.raises(ClusterError, match=r"^part 2 cannot be sent to workers"):
+        list(engine.map(square, [1, (n for n in range(2))]))
 
 
 def count(part: int) -> bool:
@@ -322,6 +333,10 @@ def test_workers_load_the_model_themselves_and_refuse_another(
         )
         with pytest.raises(FingerprintError, match="workers loaded atlas"):
             next(loading.map(Partial(log_prob, tiny_gpt2), [0]))
+        late = loading.map(square, range(100))
+        assert next(late) == 0
+    with pytest.raises(ClusterError, match="block of this engine ended"):
+        list(late)
 
 
 @pytest.mark.parametrize(
@@ -336,6 +351,13 @@ def test_workers_load_the_model_themselves_and_refuse_another(
         ({"address": ""}, "address"),
         ({"address": 7}, "address"),
         ({"device_map": "auto"}, "device_map"),
+        ({"resources": {"x": -1}}, "resources"),
+        ({"resources": "x"}, "resources"),
+        ({"resources": {"x": "a"}}, "resources"),
+        ({"resources": {1: 1}}, "resources"),
+        ({"resources": {"CPU": 1}}, "resources"),
+        ({"models": 3}, "models"),
+        ({"models": ""}, "models"),
         ({"dtype": torch.bfloat16}, "dtype"),
     ],
 )

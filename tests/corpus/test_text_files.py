@@ -111,6 +111,8 @@ def test_what_cannot_be_read_is_refused_in_words(
     assert "cannot be read" in refusal(_written(tmp_path / "torn.parquet", "PAR1 and no more"))
     assert "cannot be read" in refusal(_written(tmp_path / "torn.jsonl.gz", "no gzip"))
     assert "paths is empty" in refusal([])
+    assert "files, folders or patterns" in refusal(3)
+    assert "paths holds 3" in refusal([tmp_path / "a.parquet", 3])
     bad = _written(tmp_path / "bad.jsonl", '{"text": "one"}\n{"text": 2}\n')
     assert "line 2: 'text' holds a int" in refusal(bad)
     assert "line 2: " in refusal(_written(tmp_path / "b.jsonl", '{"text": "one"}\n{broken\n'))
@@ -123,7 +125,7 @@ def test_what_cannot_be_read_is_refused_in_words(
     )
     assert "nosuchscheme" in refusal("nosuchscheme://bucket/a.parquet")
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
-    assert "cannot be read" in refusal(tmp_path / "latin.txt")
+    assert "is not in UTF-8" in refusal(tmp_path / "latin.txt")
     monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
     assert "pip install pyarrow" in refusal(tmp_path / "a.parquet")
 

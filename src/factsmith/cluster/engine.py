@@ -37,7 +37,7 @@ from .installed import need_ray, quiet_ray, uninterrupted
 from .pool import Pool
 from .reading import stream
 from .run import Run
-from .shipping import Names, Packed, UnknownModelError, pack
+from .shipping import Names, Packed, UnknownModelError, pack, unsendable
 from .worker import Placement, Worker
 
 Part = TypeVar("Part")
@@ -114,6 +114,15 @@ class Ray:
                 self.workers, "workers", "the number of workers", also="None"
             )
         self.num_cpus = check_number(self.num_cpus, "num_cpus", least=0)
+        self.resources = _checked_resources(self.resources)
+        if self.models is not None and (
+            not isinstance(self.models, (str, os.PathLike)) or not str(self.models)
+        ):
+            raise InputError(
+                f"models is {self.models!r}; give the folder or hub id that the workers load the "
+                "model from, or None",
+                argument="models",
+            )
         self.num_gpus = check_number(self.num_gpus, "num_gpus", least=0)
         if self.threads is not None:
             self.threads = check_count(self.threads, "threads", "threads of a part", also="None")
@@ -249,7 +258,8 @@ class Ray:
         """
         if self._pool is None:
             raise _not_running()
-        names, packed, models = self._pack(task)
+        with self._pool.lock:
+            names, packed, models = self._pack(task)
         references = {key: [reference] for key, (_, reference) in models.items()}
         run = Run(
             self._pool,
@@ -291,7 +301,7 @@ class Ray:
             except UnknownModelError as unknown:
                 names.add("", unknown.lm)
             except Exception as error:
-                raise _unsendable(what, error) from error
+                raise unsendable(what, error) from error
             else:
                 return
 
@@ -315,7 +325,7 @@ class Ray:
                     sent = unknown.lm, self._send(unknown.lm)
                 needed[key] = sent
             except Exception as error:
-                raise _unsendable("the work", error) from error
+                raise unsendable("the work", error) from error
             else:
                 # The last state of a model is likely to be asked for again, as after an edit.
                 last = [each for each in self._models.items() if each[0] not in needed][-1:]
@@ -330,17 +340,27 @@ class Ray:
         return need_ray().put(pack(lm))
 
 
+def _checked_resources(resources: object) -> dict[str, float] | None:
+    """Return what a worker takes besides CPUs and GPUs.
+
+    Raises:
+        InputError: It is not {name: amount}.
+    """
+    if resources is None:
+        return None
+    if not isinstance(resources, Mapping) or not all(
+        isinstance(name, str) and name not in ("", "CPU", "GPU", "memory") for name in resources
+    ):
+        raise InputError(
+            f"resources is {resources!r}; give {{name: amount}} of resources that the machines "
+            "have, such as {'fast_disk': 1}. CPUs and GPUs are num_cpus and num_gpus",
+            argument="resources",
+        )
+    return {name: check_number(n, "resources", least=0) for name, n in resources.items()}
+
+
 def _not_running() -> ClusterError:
     return ClusterError("this engine is not running; use it in a block: with Ray() as ray")
-
-
-def _unsendable(what: str, error: Exception) -> ClusterError:
-    """Return the error for something that cannot be pickled."""
-    return ClusterError(
-        f"{what} cannot be sent to workers: {type(error).__name__}: {first_line(error)[:300]}. "
-        "What it uses must be picklable, so it must not hold open files, locks or connections. Or "
-        "run it in this process"
-    )
 
 
 def _check_reachable(address: str) -> None:

@@ -9,6 +9,7 @@ Nothing here knows what a part is.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -35,7 +36,8 @@ class Seat:
         actor: The worker.
         greeting: A reference to what it says first. None: it said it.
         hello: What it said.
-        number: The part that it does. None: it is idle, or does something that nobody waits for.
+        owner: The run whose part it does. None: it is idle, or nobody waits for what it does.
+        number: The number of that part.
         part_id: The name of the part, by which the worker knows it.
         answer: A reference to what the part gives. None: it is idle.
         began: When the part was given to it.
@@ -46,7 +48,8 @@ class Seat:
     actor: Any
     greeting: Any
     hello: Hello | None = None
-    number: int | None = None
+    owner: Any = None
+    number: int = 0
     part_id: str = ""
     answer: Any = None
     began: float = 0.0
@@ -66,6 +69,8 @@ class Pool:
         seats: Their places.
         lost: How many died.
         stillborn: How many died in a row before they said anything.
+        closed: Whether the workers were stopped.
+        lock: Held while parts are handed out and answers collected, since runs may share workers.
     """
 
     start: Callable[[], Any]
@@ -75,6 +80,8 @@ class Pool:
     seats: list[Seat] = field(default_factory=list)
     lost: int = 0
     stillborn: int = 0
+    closed: bool = False
+    lock: threading.RLock = field(default_factory=threading.RLock)
     _alone_since: float = field(default_factory=time.monotonic)
 
     def fill(self) -> None:
@@ -147,12 +154,13 @@ class Pool:
                     seat.asked = None
                 if part_id == seat.part_id:  # else it speaks of the part before
                     seat.done = done
-            if seat.number is not None:
+            if seat.owner is not None:
                 seat.asked = seat.actor.done.remote()
 
     def close(self) -> None:
         """Stop all workers."""
         ray = need_ray()
+        self.closed = True
         for seat in self.seats:
             ray.kill(seat.actor)
         self.seats.clear()

@@ -19,7 +19,7 @@ from ..core.errors import ClusterError
 from ..model.language_model import LanguageModel
 from .installed import why
 from .pool import Pool, Seat
-from .shipping import Names, Packed, pack, unpack
+from .shipping import Names, Packed, pack, unpack, unsendable
 from .worker import Answer
 
 AHEAD = 2
@@ -38,9 +38,9 @@ _LOOK = 1.0
 """Seconds between two looks at how far the parts are."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
-    """A task under way.
+    """A task under way. Several may be, in turn or in several threads.
 
     Attributes:
         pool: The workers.
@@ -54,6 +54,7 @@ class Run:
         attempts: How often each part was tried.
         counts: {number: what it reported last}.
         seconds: How long finished parts took.
+        failure: Why the run cannot go on. None: it can.
     """
 
     pool: Pool
@@ -67,6 +68,7 @@ class Run:
     attempts: Counter[int] = field(default_factory=Counter)
     counts: dict[int, int] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
+    failure: ClusterError | None = None
     _reported: int = 0
     _looked: float = 0.0
 
@@ -81,17 +83,29 @@ class Run:
         try:
             for number in itertools.count():
                 while number not in self.answers:
+                    if self.pool.closed:
+                        raise ClusterError(
+                            "the block of this engine ended before all results were taken; take "
+                            "them inside the block"
+                        )
+                    if self.failure is not None:
+                        raise self.failure
                     self._take(coming, number + AHEAD * self.pool.n)
                     if not self.packed:
                         self._show()
                         return
-                    self._hand_out()
-                    self._collect()
+                    with self.pool.lock:
+                        self._hand_out()
+                        self._collect()
                 del self.packed[number]
                 yield self._result(self.answers.pop(number))
         finally:
-            for seat in self.pool.seats:
-                seat.number = None  # what it still does is not waited for
+            for seat in self._doing():
+                seat.owner = None  # what it still does is not waited for
+
+    def _doing(self) -> list[Seat]:
+        """Return the places of the workers that do parts of this run."""
+        return [seat for seat in self.pool.seats if seat.owner is self]
 
     def _take(self, coming: Iterator[tuple[int, Any]], stop: int) -> None:
         """Take the parts below a number."""
@@ -99,7 +113,10 @@ class Run:
             number, part = next(coming, (None, None))
             if number is None:
                 return
-            self.packed[number] = pack(part, self.names)
+            try:
+                self.packed[number] = pack(part, self.names)
+            except Exception as error:
+                raise unsendable(f"part {number + 1}", error) from error
             self.waiting.append(number)
 
     def _hand_out(self) -> None:
@@ -112,7 +129,8 @@ class Run:
 
     def _give(self, seat: Seat, number: int) -> None:
         task_id, task, models = self.task
-        seat.number, seat.began, seat.done = number, time.monotonic(), 0
+        seat.owner, seat.number = self, number
+        seat.began, seat.done = time.monotonic(), 0
         seat.part_id = f"{task_id}/{number}"
         seat.answer = seat.actor.run.remote(
             task_id, seat.part_id, task, models, self.packed[number]
@@ -120,16 +138,15 @@ class Run:
 
     def _straggler(self) -> int | None:
         """Return a part that takes much longer than the others and is done by one worker alone."""
-        doing = Counter(seat.number for seat in self.pool.seats if seat.number is not None)
         if not self.seconds:
             return None
+        workers = Counter(seat.number for seat in self._doing())
         limit = max(STRAGGLER * statistics.median(self.seconds), STRAGGLER_SECONDS)
         now = time.monotonic()
         late = [
             seat.number
-            for seat in self.pool.seats
-            if seat.number is not None
-            and doing[seat.number] == 1
+            for seat in self._doing()
+            if workers[seat.number] == 1
             and seat.number in self.packed  # else it was done by another worker, and yielded
             and seat.number not in self.answers
             and now - seat.began > limit
@@ -137,38 +154,43 @@ class Run:
         return min(late, default=None)
 
     def _collect(self) -> None:
-        """Wait for answers, and keep them."""
+        """Wait for answers, and give each to the run that it belongs to."""
         for seat, value in self.pool.wait(_LOOK):
-            number, seat.number = seat.number, None
-            if number is None or number in self.answers or number not in self.packed:
-                continue  # of an earlier run, or the second answer
-            if isinstance(value, Answer):
-                self.answers[number] = value
-                self.seconds.append(time.monotonic() - seat.began)
-                self.counts[number] = value.done
-                continue
-            self.attempts[number] += 1
-            if self.attempts[number] >= ATTEMPTS:
-                raise ClusterError(
-                    f"part {number + 1} cost {ATTEMPTS} workers their lives. Ray says of the last: "
-                    f"{why(value)}. Often a worker has too little memory: give each more of it, or "
-                    "make the parts smaller"
-                )
-            if all(other.number != number for other in self.pool.seats):
-                self.waiting.appendleft(number)
+            owner, seat.owner = seat.owner, None
+            if owner is not None:
+                owner.receive(seat, value)
         now = time.monotonic()
         if now - self._looked >= _LOOK:
             self._looked = now
             self._report()
+
+    def receive(self, seat: Seat, value: Any) -> None:
+        """Keep an answer, or have the part done again if its worker died."""
+        number = seat.number
+        if number in self.answers or number not in self.packed:
+            return  # the second answer
+        if isinstance(value, Answer):
+            self.answers[number] = value
+            self.seconds.append(time.monotonic() - seat.began)
+            self.counts[number] = value.done
+            return
+        self.attempts[number] += 1
+        if self.attempts[number] >= ATTEMPTS:
+            self.failure = ClusterError(
+                f"part {number + 1} cost {ATTEMPTS} workers their lives. Ray says of the last: "
+                f"{why(value)}. Often a worker has too little memory: give each more of it, or "
+                "make the parts smaller"
+            )
+        elif all(other.number != number for other in self._doing()):
+            self.waiting.appendleft(number)
 
     def _report(self) -> None:
         """Report how much is done, as far as the workers said so."""
         if self.progress is None:
             return
         self.pool.ask_how_far()
-        for seat in self.pool.seats:
-            if seat.number is not None:
-                self.counts[seat.number] = max(seat.done, self.counts.get(seat.number, 0))
+        for seat in self._doing():
+            self.counts[seat.number] = max(seat.done, self.counts.get(seat.number, 0))
         self._show()
 
     def _show(self) -> None:

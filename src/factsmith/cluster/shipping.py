@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..core.errors import ClusterError, first_line
 from ..model.language_model import LanguageModel
 from .installed import need_ray
 
@@ -106,6 +107,15 @@ def pack(thing: object, names: Names | None = None) -> Packed:
     _pickler()(file, names, buffers).dump(thing)
     return Packed(
         file.getvalue(), [np.frombuffer(buffer.raw(), dtype=np.uint8) for buffer in buffers]
+    )
+
+
+def unsendable(what: str, error: Exception) -> ClusterError:
+    """Return the error for something that cannot be pickled."""
+    return ClusterError(
+        f"{what} cannot be sent to workers: {type(error).__name__}: {first_line(error)[:300]}. "
+        "What it uses must be picklable, so it must not hold open files, locks or connections. Or "
+        "run it in this process"
     )
 
 

@@ -23,6 +23,7 @@ from typing import IO, Any, Literal, TypeAlias
 
 import fsspec
 
+from ..core.checks import check_items
 from ..core.errors import FactsmithError, InputError, first_line
 from ..core.filetext import encoding_of
 from ..core.tables import counted
@@ -129,7 +130,12 @@ def read_texts(
         InputError: There is no such file, no such column, no package for the filesystem or the
             format, or the format of a file is not known.
     """
-    given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    several = "files, folders or patterns"
+    given = (
+        [paths] if isinstance(paths, (str, os.PathLike)) else check_items(paths, "paths", several)
+    )
+    if wrong := [path for path in given if not isinstance(path, (str, os.PathLike))]:
+        raise InputError(f"paths holds {wrong[0]!r:.60}; give {several}", argument="paths")
     if not given:
         raise InputError("paths is empty; give at least one file, folder or pattern")
     if format is not None and format not in _READERS:
@@ -332,6 +338,11 @@ def _errors(path: str) -> Iterator[None]:
         raise InputError(
             f"{path} cannot be read: {first_line(error)}. Install the package that fsspec names "
             f"for {scheme}://"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not in UTF-8 ({error.reason}); save it in UTF-8 and try again",
+            argument="paths",
         ) from None
     except Exception as error:  # filesystems raise errors of their own libraries
         reason = first_line(error)[:300]
