@@ -111,9 +111,9 @@ artefact._SECONDS = 0.0  # a checkpoint after each part
 address, checkpoint, result = sys.argv[1:]
 texts = [line for line in sys.stdin.read().split("|")]
 lm = fs.load("atlas")
-with fs.Ray(address, workers=2, part_tokens=300):
+with fs.Ray(address, workers=2, part_tokens=2000):
     moments = fs.second_moments(
-        lm, texts, [0, 3], max_tokens=9000, checkpoint=checkpoint,
+        lm, texts, [0, 3], max_tokens=60_000, checkpoint=checkpoint,
         progress=lambda done: print(done, flush=True),
     )
 save_file({str(layer): each.matrix for layer, each in moments.items()}, result)
@@ -123,7 +123,7 @@ save_file({str(layer): each.matrix for layer, each in moments.items()}, result)
 @pytest.mark.skipif("atlas" not in atlas.names(), reason="the bundled model is not built")
 def test_after_the_head_died_the_program_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
-    texts = [f"{text} {n}" for n in range(200) for text in TEXTS]
+    texts = [f"{text} {n}" for n in range(900) for text in TEXTS]
     files = [str(tmp_path / name) for name in ("partial", "result")]
 
     def start(address: str) -> subprocess.Popen[str]:
@@ -139,7 +139,7 @@ def test_after_the_head_died_the_program_goes_on_from_its_checkpoint(tmp_path: P
     with start(first.address) as program:
         assert program.stdout is not None
         for line in program.stdout:
-            if int(line) > 1000:
+            if int(line) > 4000:
                 break
         kill(first.head_node, "gcs_server", "raylet")
         assert program.wait(60) != 0
@@ -152,11 +152,11 @@ def test_after_the_head_died_the_program_goes_on_from_its_checkpoint(tmp_path: P
         reports = [int(line) for line in program.stdout]
         assert program.wait(60) == 0, program.stderr.read()[-2000:]
     second.shutdown()
-    assert reports[0] > 300, "it did not begin at the first part"
+    assert reports[0] > 2000, "it did not begin at the first part"
     lm = load("atlas")
-    with running_on(Local(cuts=True, part_tokens=300)):
-        expected = second_moments(lm, texts, [0, 3], max_tokens=9000)
+    with running_on(Local(cuts=True, part_tokens=2000)):
+        expected = second_moments(lm, texts, [0, 3], max_tokens=60_000)
     result = load_file(tmp_path / "result")
     for layer, moment in expected.items():
         assert torch.equal(result[str(layer)], moment.matrix)
-        assert moment.count == 9000 and not (tmp_path / "partial").exists()
+        assert moment.count == 60_000 and not (tmp_path / "partial").exists()

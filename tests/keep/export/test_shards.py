@@ -64,7 +64,8 @@ def test_the_tensors_are_those_of_a_model_in_memory(folder: Path, tmp_path: Path
     export_checkpoint(
         lm, delta, tmp_path / "disk", progress=lambda step, done, total: steps.append(step)
     )
-    assert streamed.most_bytes <= 2 * max(streamed.layer_bytes)
+    written_matrix = delta.dense(next(iter(delta.layers))).nbytes
+    assert streamed.most_bytes <= 2 * max(streamed.layer_bytes) + written_matrix
     assert "writing edited matrices" in steps
     assert len(list((tmp_path / "disk").glob("*.safetensors"))) > 2
     expected, written, base = (
