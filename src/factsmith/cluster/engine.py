@@ -215,7 +215,7 @@ class Ray:
         n = self.workers or self._room(resources)
         wants = f"{self.num_cpus:g} CPU, {self.num_gpus:g} GPU"
         wants += "".join(f", {amount:g} {name}" for name, amount in (self.resources or {}).items())
-        self._pool = Pool(lambda: actor.remote(placement), n, wants, self.progress)
+        self._pool = Pool(lambda: actor.remote(placement), n, wants, _head(ray), self.progress)
         self._pool.fill()
         step = f"starting {counted(n, 'Ray worker')}"
         tell(self.progress, step, 0, n)
@@ -338,6 +338,14 @@ class Ray:
             return None
         tell(self.progress, f"sending {lm.name}", 0, None)
         return need_ray().put(pack(lm))
+
+
+def _head(ray: Any) -> tuple[str, int] | None:
+    """Return the host and port of the head, if this process speaks to it itself."""
+    if ray.util.client.ray.is_connected():
+        return None
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 def _checked_resources(resources: object) -> dict[str, float] | None:

@@ -9,6 +9,7 @@ Nothing here knows what a part is.
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +24,9 @@ from .worker import VERSIONS, Hello
 PATIENCE = 90.0
 """Seconds that pass without any worker, while there is work, before an error is raised."""
 
+
+HEAD_SECONDS = 5.0
+"""Seconds between two looks at the head while nothing happens."""
 
 STILLBORN = 3
 """Workers that may die in a row before they say anything, for each place."""
@@ -65,6 +69,7 @@ class Pool:
         start: Starts a worker and returns it.
         n: How many there shall be.
         wants: What a worker takes, in words, for errors.
+        head: The host and port of the head of the cluster. None: it is not looked at.
         progress: Gets notes.
         seats: Their places.
         lost: How many died.
@@ -76,12 +81,14 @@ class Pool:
     start: Callable[[], Any]
     n: int
     wants: str
+    head: tuple[str, int] | None = None
     progress: Progress | None = None
     seats: list[Seat] = field(default_factory=list)
     lost: int = 0
     stillborn: int = 0
     closed: bool = False
     lock: threading.RLock = field(default_factory=threading.RLock)
+    _head_seen: float = field(default_factory=time.monotonic)
     _alone_since: float = field(default_factory=time.monotonic)
 
     def fill(self) -> None:
@@ -119,6 +126,8 @@ class Pool:
         ready, _ = ray.wait(list(waited), num_returns=len(waited), timeout=0) if waited else ([], 0)
         if waited and not ready:
             ready, _ = ray.wait(list(waited), num_returns=1, timeout=seconds)
+        if not ready:
+            self._check_head()
         finished = []
         for reference in ready:
             seat = waited[reference]
@@ -180,6 +189,24 @@ class Pool:
         where = "" if seat.hello is None else f" (process {seat.hello.pid})"
         note(self.progress, f"a worker died{where}; another one takes its place")
         self.fill()
+
+    def _check_head(self) -> None:
+        """Check now and then that the head of the cluster is there.
+
+        Ray itself waits a minute for it, and then ends the program without a word.
+        """
+        now = time.monotonic()
+        if self.head is None or now - self._head_seen < HEAD_SECONDS:
+            return
+        try:
+            socket.create_connection(self.head, HEAD_SECONDS).close()
+        except OSError as error:
+            self.closed = True
+            raise ClusterError(
+                f"the head of the cluster at {self.head[0]}:{self.head[1]} is gone ({error}). Start"
+                " it again, and run this again; what kept a checkpoint goes on from there"
+            ) from None
+        self._head_seen = now
 
     def _check_any(self) -> None:
         now = time.monotonic()
