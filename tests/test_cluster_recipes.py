@@ -52,7 +52,7 @@ def test_kuberay_gets_a_job_whose_pods_are_alike() -> None:
 
 STUBS = {
     # runs what follows the options, as another machine would
-    "srun": 'echo "srun $*" >> "$LOG"; '
+    "srun": 'echo "srun $* ($SRUN_CPUS_PER_TASK CPUs)" >> "$LOG"; '
     'while [ $# -gt 0 ]; do case $1 in -w) shift 2;; -*) shift;; *) break;; esac; done; "$@"',
     "scontrol": "printf 'one\\ntwo\\nthree\\n'",
     "hostname": "echo 127.0.0.1",
@@ -63,11 +63,13 @@ STUBS = {
 }
 
 
-def run_slurm(tmp_path: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+def run_slurm(
+    tmp_path: Path, ray: str = STUBS["ray"], **variables: str
+) -> subprocess.CompletedProcess[str]:
     """Run the script with stand-ins for Slurm and Ray."""
     folder = tmp_path / "bin"
     folder.mkdir(exist_ok=True)
-    for name, body in STUBS.items():
+    for name, body in {**STUBS, "ray": ray}.items():
         (folder / name).write_text(f"#!/bin/bash\n{body}\n")
         (folder / name).chmod(0o755)
     slurm = {"SLURM_JOB_NODELIST": "n[1-3]", "SLURM_CPUS_PER_TASK": "8", "SLURM_JOB_NUM_NODES": "3"}
@@ -89,7 +91,9 @@ def test_slurm_starts_the_head_then_the_others_then_the_command(tmp_path: Path) 
     done = run_slurm(tmp_path, MODEL="/shared/m", TEXTS="/shared/*.parquet", PORT=str(port))
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "log").read_text().splitlines()
-    starts = [line for line in lines if "ray start" in line]
+    steps = [line for line in lines if line.startswith("srun ")]
+    assert all(line.endswith("(8 CPUs)") for line in steps), "each step has the CPUs of its machine"
+    starts = [line for line in steps if "ray start" in line]
     assert "--head" in starts[0] and "-w one" in starts[0] and len(starts) == 3
     assert all(f"--address=127.0.0.1:{port}" in line for line in starts[1:])
     assert {line.split("-w ")[1].split()[0] for line in starts[1:]} == {"two", "three"}
@@ -103,3 +107,12 @@ def test_slurm_without_a_model_says_what_to_give(tmp_path: Path) -> None:
     done = run_slurm(tmp_path)
     assert done.returncode != 0 and "MODEL: give the folder of the model" in done.stderr
     assert not (tmp_path / "log").exists()
+
+
+def test_slurm_ends_if_the_head_does_not_start(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    done = run_slurm(tmp_path, ray="echo no memory >&2; exit 1", MODEL="m", TEXTS="t", PORT=port)
+    assert done.returncode == 1
+    assert "no memory" in done.stderr and "did not start on one" in done.stderr
+    assert "factsmith" not in (tmp_path / "log").read_text()
