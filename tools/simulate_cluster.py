@@ -277,7 +277,8 @@ def scenarios() -> dict[str, tuple[Plan, float]]:
         made = Plan(parts, seconds, 1000, moments_bytes, store=ahead * moments_bytes, **rest)
         return replace(made, checkpoint=100, **more), part_tokens
 
-    facts = Plan(312_500, 128.0, 1000, result_bytes=32 * 4 * 4096 * 4, **rest)
+    vectors = 32 * 4 * 4096 * 4
+    facts = Plan(312_500, 128.0, 1000, result_bytes=vectors, store=ahead * vectors, **rest)
     return {
         "1 T tokens, parts of 10 M": moments(1e7),
         "1 T tokens, parts of 100 M": moments(1e8),

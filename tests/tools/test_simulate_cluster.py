@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from tools.simulate_cluster import Plan, Simulation, enough_tokens
+from tools.simulate_cluster import Plan, Simulation, enough_tokens, scenarios
+
+from factsmith.cluster.run import AHEAD
 
 PLAN = Plan(parts=1000, seconds=10.0, workers=50)
 HARD = replace(
@@ -65,3 +67,8 @@ class CountsTwice(Simulation):
 def test_a_driver_that_counts_twice_is_caught() -> None:
     with pytest.raises(ValueError, match="was merged 2 times, not once"):
         CountsTwice(replace(HARD, checkpoint=70)).run().check()
+
+
+def test_no_scenario_has_more_parts_ahead_than_the_engine() -> None:
+    for name, (plan, _) in scenarios().items():
+        assert plan.store <= AHEAD * plan.workers * plan.result_bytes, name
