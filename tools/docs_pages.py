@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {
     "model": "Models",
     "core": "Facts, gates and errors",
-    "corpus": "Second moments",
+    "corpus": "Texts and second moments",
     "read": "Read",
     "locate": "Locate",
     "edit": "Edit: methods, settings and deltas",
@@ -32,6 +32,7 @@ PACKAGES = {
     "keep": "Keep and serve",
     "remote": "Servers",
     "show": "Pictures and pages",
+    "cluster": "Scale out",
 }
 """The title of each package's page, in the order of the navigation."""
 
