@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: demo studio test fast real serving docs bounds atlas clean
+.PHONY: demo studio test fast slow real serving docs bounds atlas clean
 
 demo: $(VENV)/.installed
 	$(BIN)/factsmith demo
@@ -22,11 +22,15 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check src tests benchmarks tools
 	$(BIN)/mypy
 	$(BIN)/python tools/house.py
-	$(PYTEST) -m "not serving and not real"
+	$(PYTEST) -m "not slow and not real and not serving"
 
-# the tests without the slow ones
+# the tests of `make test` alone
 fast: $(VENV)/.installed-dev
 	$(PYTEST) -m "not slow and not real and not serving"
+
+# the tests that take more than ten seconds each
+slow: $(VENV)/.installed-dev
+	$(PYTEST) -m "slow and not real and not serving"
 
 # the tests on a model of 135 million parameters that nobody here trained
 real: $(VENV)/.installed-dev
