@@ -26,6 +26,8 @@ from factsmith.patch.editors import editors
 
 ray = pytest.importorskip("ray", reason="install it: pip install 'factsmith[ray]'")
 
+pytestmark = pytest.mark.slow
+
 METHODS = ["rome", "memit"]
 
 KILLED = """
@@ -123,7 +125,6 @@ def test_a_campaign_gives_the_file_of_one_process_though_a_worker_is_killed(
     assert ends == [(name, str(n)) for name in ("base", *METHODS) for n in range(n_units)]
 
 
-@pytest.mark.slow
 def test_a_campaign_whose_process_is_killed_goes_on(
     engine: Ray, lm: LanguageModel, expected: str, tmp_path: Path
 ) -> None:

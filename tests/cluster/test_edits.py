@@ -23,6 +23,7 @@ FACTS = [Fact(subject, "The mother tongue of {} is", "English") for subject in S
 
 def test_targets_are_the_same_on_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "_MOST", 1)
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")  # of another cluster, which is not asked
     lm = load("atlas")
     before = lm.fingerprint
     delta = edit(lm, FACTS[:1], "rome", contexts=["{}"])

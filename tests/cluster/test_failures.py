@@ -120,6 +120,7 @@ save_file({str(layer): each.matrix for layer, each in moments.items()}, result)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("atlas" not in atlas.names(), reason="the bundled model is not built")
 def test_after_the_head_died_the_program_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)

@@ -172,7 +172,8 @@ class Ray:
         options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
         if self.address is None:
             n_cpus = max(os.cpu_count() or 1, round((self.workers or 1) * self.num_cpus))
-            options |= {"num_cpus": n_cpus, "include_dashboard": False}
+            # "local": whatever cluster the variable RAY_ADDRESS names
+            options |= {"address": "local", "num_cpus": n_cpus, "include_dashboard": False}
             options |= {"resources": dict.fromkeys(self.resources or {}, 10**6)}
             if len(tempfile.gettempdir()) > _LONGEST:
                 options |= {"_temp_dir": tempfile.mkdtemp(prefix="ray-", dir="/tmp")}
